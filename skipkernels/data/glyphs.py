@@ -1,0 +1,279 @@
+"""Glyphs: a paired image and text task that needs no download.
+
+A class is a Unicode character, its text is the character's name in the Unicode standard ("latin small letter e with
+acute"), and an image is the character drawn in one of the fonts that matplotlib ships, at a random scale, angle and
+offset. Fonts are domains, blocks of the standard are datasets, and characters held out of training are new classes,
+so all the protocols of CLIP fine-tuning exist in miniature.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import Dataset
+
+TEMPLATE = "the character {}."
+
+FONTS = {
+    "sans": "DejaVuSans.ttf",
+    "sans-bold": "DejaVuSans-Bold.ttf",
+    "sans-oblique": "DejaVuSans-Oblique.ttf",
+    "sans-bold-oblique": "DejaVuSans-BoldOblique.ttf",
+    "mono": "DejaVuSansMono.ttf",
+    "mono-bold": "DejaVuSansMono-Bold.ttf",
+    "mono-oblique": "DejaVuSansMono-Oblique.ttf",
+    "mono-bold-oblique": "DejaVuSansMono-BoldOblique.ttf",
+    "serif": "DejaVuSerif.ttf",
+    "serif-bold": "DejaVuSerif-Bold.ttf",
+    "serif-italic": "DejaVuSerif-Italic.ttf",
+    "serif-bold-italic": "DejaVuSerif-BoldItalic.ttf",
+    "stix": "STIXGeneral.ttf",
+    "stix-bold": "STIXGeneralBol.ttf",
+    "stix-italic": "STIXGeneralItalic.ttf",
+    "stix-bold-italic": "STIXGeneralBolIta.ttf",
+}
+
+# First and last code point of each block, from the Unicode standard.
+BLOCKS = {
+    "basic-latin": (0x0021, 0x007E),
+    "latin-1-supplement": (0x00A1, 0x00FF),
+    "latin-extended-a": (0x0100, 0x017F),
+    "latin-extended-b": (0x0180, 0x024F),
+    "ipa-extensions": (0x0250, 0x02AF),
+    "spacing-modifier-letters": (0x02B0, 0x02FF),
+    "greek": (0x0370, 0x03FF),
+    "cyrillic": (0x0400, 0x04FF),
+    "cyrillic-supplement": (0x0500, 0x052F),
+    "armenian": (0x0530, 0x058F),
+    "hebrew": (0x0590, 0x05FF),
+    "arabic": (0x0600, 0x06FF),
+    "nko": (0x07C0, 0x07FF),
+    "lao": (0x0E80, 0x0EFF),
+    "georgian": (0x10A0, 0x10FF),
+    "canadian-aboriginal": (0x1400, 0x167F),
+    "ogham": (0x1680, 0x169F),
+    "phonetic-extensions": (0x1D00, 0x1DBF),
+    "latin-extended-additional": (0x1E00, 0x1EFF),
+    "greek-extended": (0x1F00, 0x1FFF),
+    "general-punctuation": (0x2010, 0x206F),
+    "superscripts-and-subscripts": (0x2070, 0x209F),
+    "currency": (0x20A0, 0x20CF),
+    "letterlike": (0x2100, 0x214F),
+    "number-forms": (0x2150, 0x218F),
+    "arrows": (0x2190, 0x21FF),
+    "mathematical-operators": (0x2200, 0x22FF),
+    "technical": (0x2300, 0x23FF),
+    "enclosed-alphanumerics": (0x2460, 0x24FF),
+    "box-drawing": (0x2500, 0x257F),
+    "block-elements": (0x2580, 0x259F),
+    "geometric-shapes": (0x25A0, 0x25FF),
+    "symbols": (0x2600, 0x26FF),
+    "dingbats": (0x2700, 0x27BF),
+    "mathematical-symbols-a": (0x27C0, 0x27EF),
+    "arrows-a": (0x27F0, 0x27FF),
+    "braille": (0x2800, 0x28FF),
+    "arrows-b": (0x2900, 0x297F),
+    "mathematical-symbols-b": (0x2980, 0x29FF),
+    "mathematical-operators-supplement": (0x2A00, 0x2AFF),
+    "symbols-and-arrows": (0x2B00, 0x2BFF),
+    "latin-extended-c": (0x2C60, 0x2C7F),
+    "georgian-supplement": (0x2D00, 0x2D2F),
+    "tifinagh": (0x2D30, 0x2D7F),
+    "yijing-hexagrams": (0x4DC0, 0x4DFF),
+    "lisu": (0xA4D0, 0xA4FF),
+    "cyrillic-extended-b": (0xA640, 0xA69F),
+    "modifier-tone-letters": (0xA700, 0xA71F),
+    "latin-extended-d": (0xA720, 0xA7FF),
+    "alphabetic-presentation-forms": (0xFB00, 0xFB4F),
+    "arabic-presentation-forms-a": (0xFB50, 0xFDFF),
+    "arabic-presentation-forms-b": (0xFE70, 0xFEFF),
+    "tai-xuan-jing": (0x1D300, 0x1D35F),
+    "mathematical-alphanumerics": (0x1D400, 0x1D7FF),
+    "dominoes": (0x1F030, 0x1F09F),
+    "playing-cards": (0x1F0A0, 0x1F0FF),
+    "emoticons": (0x1F600, 0x1F64F),
+}
+
+# What `glyph-tiny` never saw: whole blocks (a script each, and one block of a script it knows) and a whole family.
+HELD_OUT_BLOCKS = (
+    "latin-extended-additional",
+    "greek",
+    "greek-extended",
+    "armenian",
+    "georgian",
+    "georgian-supplement",
+)
+HELD_OUT_FONTS = ("serif", "serif-bold", "serif-italic", "serif-bold-italic")
+
+_CANVAS = 64  # pixels on a side of the upright master drawing
+_EM = 38  # pixels per em on it: an accented capital fits above the baseline, a descender below
+_BASELINE = 45  # pixels from its top
+
+
+def character_name(codepoint: int) -> str:
+    """Name of a character in the Unicode standard, in lower case; empty if it has none.
+
+    >>> character_name(0x00E9)
+    'latin small letter e with acute'
+    """
+    return unicodedata.name(chr(codepoint), "").lower()
+
+
+@functools.lru_cache(maxsize=None)
+def _font(font: str) -> ImageFont.FreeTypeFont:
+    # Basic layout: shaping would join Arabic letters where the library is built with it, and not where it isn't.
+    return ImageFont.truetype(_font_path(font), _EM, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _font_path(font: str) -> str:
+    if font not in FONTS:
+        raise ValueError(f"glyphs: no font {font!r}; choose from {', '.join(FONTS)}.")
+    return str(Path(get_data_path(), "fonts", "ttf", FONTS[font]))
+
+
+@functools.lru_cache(maxsize=None)
+def _coverage(font: str) -> frozenset[int]:
+    return frozenset(FT2Font(_font_path(font)).get_charmap())
+
+
+@functools.lru_cache(maxsize=None)
+def master(codepoint: int, font: str) -> Image.Image:
+    """The character drawn upright in black on white, on a 64 by 64 canvas, shrunk if it would not fit."""
+    image = Image.new("L", (_CANVAS, _CANVAS), 255)
+    draw = ImageDraw.Draw(image)
+    face, text, anchor = _font(font), chr(codepoint), (_CANVAS // 2, _BASELINE)
+    left, top, right, bottom = draw.textbbox(anchor, text, font=face, anchor="ms")
+    if min(left, top) >= 0 and max(right, bottom) <= _CANVAS:
+        draw.text(anchor, text, fill=0, font=face, anchor="ms")
+        return image
+    shrink = (_CANVAS - 2) / max(right - left, bottom - top)
+    face, middle = face.font_variant(size=_EM * min(shrink, 1.0)), _CANVAS // 2
+    draw.text((middle, middle), text, fill=0, font=face, anchor="mm")
+    return image
+
+
+def distinct_characters(codepoints: Iterable[int], font: str) -> list[int]:
+    """The characters that one font draws so that their image tells them apart.
+
+    A character counts if it has a name, is not a combining mark, and the font has it; it is left out if it is drawn
+    blank, or pixel for pixel like an earlier one (Latin and Cyrillic "A" in one set of candidates).
+    """
+    kept: list[int] = []
+    seen: set[bytes] = set()
+    covered = _coverage(font)
+    for codepoint in sorted(set(codepoints) & covered):
+        if not character_name(codepoint) or unicodedata.category(chr(codepoint)).startswith("M"):
+            continue
+        image = master(codepoint, font)
+        pixels = image.tobytes()
+        if image.getextrema() != (255, 255) and pixels not in seen:
+            kept.append(codepoint)
+        seen.add(pixels)
+    return kept
+
+
+def block_characters(blocks: Sequence[str], fonts: Sequence[str]) -> list[int]:
+    """Characters of some blocks that every one of some fonts draws distinctly, in the order of the standard."""
+    candidates: list[int] = []
+    for block in blocks:
+        if block not in BLOCKS:
+            raise ValueError(f"glyphs: no block {block!r}; choose from {', '.join(BLOCKS)}.")
+        first, last = BLOCKS[block]
+        candidates.extend(range(first, last + 1))
+    kept = [set(distinct_characters(candidates, font)) for font in fonts]
+    return sorted(set.intersection(*kept)) if kept else []
+
+
+def draw_glyph(
+    codepoint: int, font: str, rng: np.random.Generator, *, size: int = 32, noise: float = 0.0
+) -> Image.Image:
+    """One image of a character: its master drawing turned by up to 12°, scaled by 0.75 to 1.1 and moved by up to 9 %.
+
+    Args:
+        codepoint: The character.
+        font: A key of `FONTS`.
+        rng: Where the pose and the noise come from: one generator state, one image.
+        size: Pixels on a side.
+        noise: Standard deviation of additive Gaussian noise, in units of full contrast.
+    """
+    angle = math.radians(rng.uniform(-12.0, 12.0))
+    zoom = rng.uniform(0.75, 1.1) * size / _CANVAS
+    shift_x, shift_y = rng.uniform(-0.09, 0.09, size=2) * size
+    # An output pixel (x, y) is read from the master at centre + R(angle) · ((x, y) − size / 2 − shift) / zoom.
+    cos, sin, middle = math.cos(angle) / zoom, math.sin(angle) / zoom, size / 2
+    x, y = -middle - shift_x, -middle - shift_y
+    source = _CANVAS / 2
+    affine = (cos, sin, source + cos * x + sin * y, -sin, cos, source - sin * x + cos * y)
+    image = master(codepoint, font).transform(
+        (size, size), Image.Transform.AFFINE, affine, resample=Image.Resampling.BILINEAR, fillcolor=255
+    )
+    if noise > 0:
+        pixels = np.asarray(image, dtype=np.float32) + rng.normal(0.0, 255.0 * noise, (size, size))
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image
+
+
+class GlyphDataset(Dataset):
+    """Images of characters, drawn when asked for: item i is (image, label), the label a position in `codepoints`.
+
+    The same arguments always give the same images: the pose of an image depends on the seed, the character, the font
+    and its number alone, and not on what else the dataset holds.
+
+    Args:
+        codepoints: The characters, one class each.
+        fonts: Fonts to draw from; the images of a class go round them in turn.
+        per_class: Images of each class.
+        seed: Chooses the poses. Sets with different seeds share no image.
+        size: Pixels on a side.
+        noise: As in `draw_glyph`.
+
+    Example:
+        >>> dataset = GlyphDataset([ord("a"), ord("b")], ["serif"], per_class=3, seed=1)
+        >>> len(dataset), dataset.classes[0]
+        (6, 'latin small letter a')
+        >>> image, label = dataset[4]
+        >>> image.size, label
+        ((32, 32), 1)
+    """
+
+    def __init__(
+        self,
+        codepoints: Sequence[int],
+        fonts: Sequence[str],
+        *,
+        per_class: int,
+        seed: int,
+        size: int = 32,
+        noise: float = 0.0,
+    ):
+        self.codepoints, self.fonts = list(codepoints), list(fonts)
+        self.per_class, self.seed, self.size, self.noise = per_class, seed, size, noise
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, by label."""
+        return [character_name(codepoint) for codepoint in self.codepoints]
+
+    @property
+    def labels(self) -> list[int]:
+        """Label of every item, without drawing any."""
+        return [index // self.per_class for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.codepoints) * self.per_class
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"GlyphDataset: index {index} is outside 0…{len(self) - 1}.")
+        label, number = divmod(index, self.per_class)
+        codepoint, font = self.codepoints[label], self.fonts[number % len(self.fonts)]
+        rng = np.random.default_rng([self.seed, codepoint, list(FONTS).index(font), number])
+        return draw_glyph(codepoint, font, rng, size=self.size, noise=self.noise), label
