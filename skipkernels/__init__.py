@@ -1,0 +1,54 @@
+"""skipkernels: Skip Tuning for CLIP, near what the hardware can do.
+
+Importing this package imports nothing else: each public name below is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipkernels import functional, reference
+    from skipkernels.boundary import LSkipBoundary
+    from skipkernels.clip import SkipCLIP, SkipOutput
+    from skipkernels.ops import backends
+    from skipkernels.selection import ClassSelection, select_classes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClassSelection",
+    "LSkipBoundary",
+    "SkipCLIP",
+    "SkipOutput",
+    "__version__",
+    "backends",
+    "functional",
+    "reference",
+    "select_classes",
+]
+
+_SUBMODULES = ("functional", "reference")
+_HOME = {  # public name → the module it is in
+    "ClassSelection": "selection",
+    "LSkipBoundary": "boundary",
+    "SkipCLIP": "clip",
+    "SkipOutput": "clip",
+    "backends": "ops",
+    "select_classes": "selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"skipkernels.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'skipkernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"skipkernels.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
