@@ -127,7 +127,7 @@ def character_name(codepoint: int) -> str:
     return unicodedata.name(chr(codepoint), "").lower()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _font(font: str) -> ImageFont.FreeTypeFont:
     # Basic layout: shaping would join Arabic letters where the library is built with it, and not where it isn't.
     return ImageFont.truetype(_font_path(font), _EM, layout_engine=ImageFont.Layout.BASIC)
@@ -139,12 +139,12 @@ def _font_path(font: str) -> str:
     return str(Path(get_data_path(), "fonts", "ttf", FONTS[font]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _coverage(font: str) -> frozenset[int]:
     return frozenset(FT2Font(_font_path(font)).get_charmap())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=8192)  # 4 KiB each
 def master(codepoint: int, font: str) -> Image.Image:
     """The character drawn upright in black on white, on a 64 by 64 canvas, shrunk if it would not fit."""
     image = Image.new("L", (_CANVAS, _CANVAS), 255)

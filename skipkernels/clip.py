@@ -1,0 +1,303 @@
+"""SkipCLIP: Skip Tuning on a CLIP that the caller already has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .boundary import DEFAULT_CHUNK, LSkipBoundary
+from .selection import RankSampler, Tail, select_ranks
+from .towers import build_towers
+
+# Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
+# the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32 over twelve blocks, and in half
+# precision by a few units of the last place of the hidden states. A wrong activation or mask is off by 1e-2 and more.
+_SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class SkipOutput(NamedTuple):
+    """What a step gives: the loss, the [B, K] logits if asked for, kept classes [K], and each label's place there."""
+
+    loss: Tensor
+    logits: Tensor | None
+    class_ids: Tensor
+    targets: Tensor
+
+
+class SkipCLIP(nn.Module):
+    """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers`, on the classes that matter for each batch.
+
+    The caller's model is tuned in place: its parameters are shared and its `state_dict` keeps its keys. What is below
+    the cut is frozen (`requires_grad` False), what is above is set to train. At `skip_layers=0` nothing is frozen but
+    `logit_scale`: that is full fine-tuning with class skipping.
+
+    Args:
+        model: An open_clip `CLIP`.
+        tokens: [C, L] int64, the tokenised prompt of each class.
+        skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the tower's blocks, or a pair of either
+            (image, text).
+        keep_ratio: Share of classes that always stay in a step (up to 1), or their number.
+        max_keep: Most classes that always stay, unless a batch has more labels.
+        decay: λ, how slowly the chance to stay falls over the other classes.
+        tail: "resample" draws the tail of every step anew, "fixed" once per run, as published.
+        generator: Source of the draws; seeded with 0 if not given.
+        lower_device: Where the parameters below the cut live, if not with the rest.
+        train_logit_scale: Also train the temperature.
+        chunk: Most samples that run below the cut at once.
+
+    Attributes:
+        prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
+        sampler: The `RankSampler`; its `state_dict` belongs into a checkpoint.
+
+    Raises:
+        UnsupportedModel: If no adapter handles the model.
+        ValueError: If an argument is out of range.
+        RuntimeError: If SkipCLIP's embeddings differ from the model's own.
+
+    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
+
+    Example:
+        >>> import logging; logging.disable()  # open_clip warns of random weights
+        >>> import open_clip
+        >>> from skipkernels.data import glyph_tiny
+        >>> glyph_tiny.register()
+        >>> model = open_clip.create_model("glyph-tiny")
+        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+        >>> clip = SkipCLIP(model, tokens, skip_layers=0.5)
+        >>> out = clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3]))
+        >>> out.loss.shape, out.class_ids.shape, out.class_ids[out.targets].tolist()
+        (torch.Size([]), torch.Size([6]), [3, 3, 3, 3])
+    """
+
+    prototypes: Tensor
+    _text_features: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        *,
+        skip_layers: int | float | tuple[int | float, int | float],
+        keep_ratio: float = 0.5,
+        max_keep: int = 50,
+        decay: float = 0.3,
+        tail: Tail = "resample",
+        generator: torch.Generator | None = None,
+        lower_device: torch.device | str | None = None,
+        train_logit_scale: bool = False,
+        chunk: int = DEFAULT_CHUNK,
+    ):
+        super().__init__()
+        if tokens.ndim != 2 or len(tokens) == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"SkipCLIP: tokens must be int64 [C, L] with C ≥ 1; got {tokens.dtype} {list(tokens.shape)}. "
+                "Tokenise one prompt for each class with open_clip.get_tokenizer."
+            )
+        self.model = model
+        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+        self.chunk = chunk
+        device = next(model.parameters()).device
+        self._image, self._text = build_towers(model, tokens.to(device, torch.int64))
+        pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
+        self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
+        self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
+        self._freeze(train_logit_scale)
+        self._class_embeddings: tuple[Any, Tensor] | None = None
+        self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
+
+        with _evaluating(model):
+            features = LSkipBoundary.apply(self._text.lower, self._text.tokens, chunk)
+            self.register_buffer("_text_features", features if self._text.skip else None, persistent=False)
+            prototypes = self._encode_all_classes(features)
+            self.register_buffer("prototypes", prototypes, persistent=False)
+            self._check_against_model(tokens.to(device))
+
+        if lower_device is not None:
+            self._lower_device = torch.device(lower_device)
+            for parameter in (*self._image.lower_parameters(), *self._text.lower_parameters()):
+                parameter.data = parameter.data.to(self._lower_device)
+
+    # ---- construction ------------------------------------------------------------------------------------------
+
+    def _freeze(self, train_logit_scale: bool) -> None:
+        for tower in (self._image, self._text):
+            for parameter in tower.lower_parameters():
+                parameter.requires_grad_(False)
+            for parameter in tower.upper_parameters():
+                parameter.requires_grad_(True)
+        self.model.logit_scale.requires_grad_(train_logit_scale)
+        if getattr(self.model, "logit_bias", None) is not None:
+            self.model.logit_bias.requires_grad_(False)  # the softmax over classes doesn't see it
+
+    def _check_against_model(self, tokens: Tensor) -> None:
+        """Raise if an embedding differs from the one that the caller's model gives itself."""
+        ends = self._text.pooled
+        ids = torch.unique(
+            torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)])
+        )
+        generator = torch.Generator().manual_seed(0)
+        weight = next(self._image.upper_parameters())
+        image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(weight)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            pairs = {
+                "encode_text": (self.model.encode_text(tokens[ids]), self.prototypes[ids]),
+                "encode_image": (self.model.encode_image(image), self.encode_upper(self.encode_lower(image))),
+            }
+        for name, (expected, got) in pairs.items():
+            expected, got = (nn.functional.normalize(x.to(self.prototypes.dtype), dim=-1) for x in (expected, got))
+            distance, allowed = (expected - got).norm(dim=-1).max().item(), _SELF_CHECK_TOLERANCE[weight.dtype]
+            if not distance <= allowed:
+                raise RuntimeError(
+                    f"SkipCLIP: the model's own {name} gives another embedding: unit-norm distance {distance:.2e}, "
+                    f"allowed {allowed:.0e} for {weight.dtype}. Something in this model (a hook, a changed forward, "
+                    "another mask or activation) is not what its type promises, and tuning it would be silently wrong."
+                )
+
+    @property
+    def reductions(self) -> dict[str, str | None]:
+        """Each exact reduction: None where it is on, else the reason why it is off."""
+        no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
+        return {
+            **{f"image.{name}": reason for name, reason in self._image.reductions.items()},
+            **{f"text.{name}": reason for name, reason in self._text.reductions.items()},
+            "image.no_input_gradient": None if self._image.skip else no_cut,
+            "text.no_input_gradient": None if self._text.skip else no_cut,
+            "text.features_kept": None if self._text.skip else no_cut,
+        }
+
+    # ---- towers ------------------------------------------------------------------------------------------------
+
+    def encode_lower(self, images: Tensor) -> Tensor:
+        """Images [B, 3, height, width] to features at the cut [B, N, W], the constants that a cache may keep."""
+        if self._image.skip == 0:
+            return self._image.lower(images)
+        device = images.device
+        return LSkipBoundary.apply(self._image.lower, images.to(self._lower_device or device), self.chunk).to(device)
+
+    def encode_upper(self, features: Tensor) -> Tensor:
+        """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
+        return self._image.upper(features)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
+
+        Raises:
+            ValueError: If x is neither, or is features although nothing is skipped.
+        """
+        if x.ndim == 4:
+            return self.encode_upper(self.encode_lower(x))
+        if x.ndim != 3:
+            raise ValueError(
+                f"SkipCLIP: x must be images [B, 3, height, width] or features [B, N, W]; got {list(x.shape)}."
+            )
+        if self._image.skip == 0:
+            raise ValueError(
+                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images."
+            )
+        return self.encode_upper(x.to(next(self._image.upper_parameters()).dtype))
+
+    def _encode_classes(self, class_ids: Tensor) -> Tensor:
+        if self._text.skip:
+            return self._text.upper(self._text_features[class_ids], class_ids)
+        return self._text.upper(self._text.lower(self._text.tokens[class_ids]), class_ids)
+
+    def _encode_all_classes(self, features: Tensor) -> Tensor:
+        """Unit-norm embeddings [C, D] of all classes from their features at the cut, without gradient, in chunks."""
+        wide = torch.promote_types(features.dtype, torch.float32)
+        with torch.no_grad():
+            ids = torch.arange(len(features), device=features.device).split(self.chunk)
+            embeddings = [self._text.upper(features[chunk], chunk) for chunk in ids]
+            return nn.functional.normalize(torch.cat(embeddings).to(wide), dim=-1)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, labels: Tensor, *, return_logits: bool = False) -> SkipOutput:
+        """One step: embed the images, choose the classes, embed those, and compare.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            labels: [B] int64, classes of the images.
+            return_logits: Also give the [B, K] logits; they are not needed for the loss.
+
+        Returns:
+            SkipOutput: the mean cross-entropy over the kept classes, and which they were.
+
+        Raises:
+            ValueError: If shapes don't fit or a label is out of range.
+        """
+        image = self.encode_image(x)
+        with torch.no_grad():
+            scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
+            ranks = self.sampler.draw(len(self.prototypes), len(labels))
+            class_ids, targets = select_ranks(scores, labels, ranks)
+        text = self._encode_classes(class_ids)
+        scale = self.model.logit_scale.exp()
+        loss = functional.class_sampled_cross_entropy(image, text, targets, scale)
+        logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
+        return SkipOutput(loss, logits, class_ids, targets)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that tuning changes."""
+        return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """Groups for a `torch.optim` optimizer: the text tower and the image tower, each at its own learning rate.
+
+        The temperature, if it trains, is in the text tower's group.
+        """
+        text = list(self._text.upper_parameters())
+        if self.model.logit_scale.requires_grad:
+            text.append(self.model.logit_scale)
+        return [
+            {"name": "text", "params": text, "lr": text_lr},
+            {"name": "image", "params": list(self._image.upper_parameters()), "lr": image_lr},
+        ]
+
+    # ---- inference ---------------------------------------------------------------------------------------------
+
+    def class_embeddings(self) -> Tensor:
+        """Unit-norm text embeddings [C, D] of all classes with the weights as they are, without gradient.
+
+        They are kept, and computed again only when a weight of the text tower has changed.
+        """
+        state = tuple((p.data_ptr(), p._version, p.device) for p in self._text.upper_parameters())
+        if self._class_embeddings is None or self._class_embeddings[0] != state:
+            features = self._text_features
+            if features is None:
+                features = LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
+            self._class_embeddings = state, self._encode_all_classes(features)
+        return self._class_embeddings[1]
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits [B, C] of images [B, 3, height, width] or features at the cut [B, N, W] over all classes."""
+        classes = self.class_embeddings()
+        image = nn.functional.normalize(self.encode_image(x).to(classes.dtype), dim=-1)
+        return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
+
+
+def _blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
+    blocks = round(skip * depth) if isinstance(skip, float) and skip <= 1.0 else skip
+    if blocks != int(blocks) or not 0 <= blocks <= depth:
+        raise ValueError(
+            f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "
+            f"its blocks such as 0.5; got {skip!r}."
+        )
+    return int(blocks)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,212 @@
+"""CSkip: which classes take part in a step.
+
+Classes are ranked by their score for the batch. The first m always stay; of the tail, few do, and ever fewer with
+falling rank: rank m + j stays with probability q_j, where q falls exponentially from 1 to 0. K, the number of classes
+kept, is the same in every step. Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Tail = Literal["resample", "fixed"]
+
+_TAIL_SPAN = 5.0  # the published code spreads the tail over [0, 5] before it takes exp(−x / decay)
+
+
+class ClassSelection(NamedTuple):
+    """Classes kept in a step: `class_ids` [K] in ascending order, and for each image the place of its label there."""
+
+    class_ids: Tensor
+    targets: Tensor
+
+
+def base_keep(num_classes: int, keep_ratio: float, max_keep: int) -> int:
+    """m, the number of top-ranked classes that always stay.
+
+    m = min(⌈keep_ratio · C⌉, max_keep) for a ratio below 1, every class for 1, min(⌈keep_ratio⌉, C, max_keep) above.
+
+    >>> base_keep(37, 0.5, 50), base_keep(1000, 0.5, 50), base_keep(1000, 1.0, 50), base_keep(1000, 20, 50)
+    (19, 50, 1000, 20)
+    """
+    if keep_ratio == 1.0:
+        return num_classes
+    # Rounded first: 0.07 · 100 is 7.000000000000001, and seven classes were meant.
+    wanted = keep_ratio * num_classes if keep_ratio < 1.0 else min(keep_ratio, num_classes)
+    return min(math.ceil(round(wanted, 9)), max_keep, num_classes)
+
+
+def tail_probabilities(tail: int, decay: float) -> Tensor:
+    """q [tail] in fp64: the probability that each class of the tail stays, by rank.
+
+    q_j = (e_j − e_last) / (e_0 − e_last), with e_j = exp(−x_j / decay) and x evenly spaced over [0, 5]. One class
+    alone has q = 1.
+
+    >>> [round(q, 6) for q in tail_probabilities(3, decay=0.3).tolist()]
+    [1.0, 0.00024, 0.0]
+    """
+    if tail == 1:
+        return torch.ones(1, dtype=torch.float64)
+    x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64)
+    # The same quotient through expm1: subtracting the exponentials loses every digit for a large decay.
+    return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
+
+
+@dataclass
+class RankSampler:
+    """Draws the ranks [K] that stay in a step, by one of two policies.
+
+    Args:
+        keep_ratio: Share of the classes that always stay if below 1; their number if above; 1 keeps every class.
+        max_keep: Most classes that always stay.
+        decay: λ, how slowly the chance to stay falls over the tail.
+        tail: "resample" draws exactly round(Σq) tail ranks without replacement in every step; "fixed" decides about
+            each tail rank once, independently, and reuses that decision for the whole run, as published.
+        generator: Source of randomness; a new one, seeded with 0, if not given. Its state is part of `state_dict`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    keep_ratio: float = 0.5
+    max_keep: int = 50
+    decay: float = 0.3
+    tail: Tail = "resample"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid, range_ in (
+            ("keep_ratio", self.keep_ratio > 0, "above 0 (a share up to 1, or a number of classes)"),
+            ("max_keep", self.max_keep >= 1, "at least 1"),
+            ("decay", self.decay > 0 and math.isfinite(self.decay), "above 0 and finite"),
+            ("tail", self.tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
+        ):
+            if not valid:
+                raise ValueError(f"select_classes: {name} must be {range_}; got {getattr(self, name)!r}.")
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(0)
+        self._min_keep = 1
+        self._plan: tuple[int, Tensor] | None = None
+        self._fixed: Tensor | None = None
+
+    def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
+        """m raised so that every label of a batch fits, and q of the tail behind it.
+
+        The largest batch seen decides, so a smaller last batch of an epoch keeps as many classes as the others.
+        """
+        self._min_keep = max(self._min_keep, batch_size)
+        keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, self._min_keep))
+        if self._plan is None or self._plan[0] != keep or len(self._plan[1]) != num_classes - keep:
+            self._plan = keep, tail_probabilities(num_classes - keep, self.decay)
+        return self._plan
+
+    def expected_keep(self, num_classes: int, batch_size: int = 1) -> int:
+        """K of the "resample" policy, and the mean over runs of the "fixed" one's: m + round(Σq).
+
+        >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
+        [107, 77, 59, 52, 28, 13, 11, 4]
+        """
+        keep, q = self.plan(num_classes, batch_size)
+        return keep + round(q.sum().item())
+
+    def draw(self, num_classes: int, batch_size: int) -> Tensor:
+        """Ranks [K] that stay in this step, ascending, int64, on the generator's device."""
+        assert self.generator is not None
+        keep, q = self.plan(num_classes, batch_size)
+        count = self.expected_keep(num_classes, batch_size) - keep  # q stays on the host: no synchronisation
+        q = q.to(self.generator.device)
+        top = torch.arange(keep, device=q.device)
+        if count == 0:
+            return top
+        if self.tail == "resample":
+            drawn = torch.multinomial(q, count, generator=self.generator).sort().values
+            return torch.cat([top, keep + drawn])
+        if self._fixed is None or len(self._fixed) != len(q):
+            self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=q.device) < q
+        return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)])
+
+    def state_dict(self) -> dict[str, Tensor | int | None]:
+        """What `load_state_dict` needs to continue this run's stream of draws."""
+        assert self.generator is not None
+        return {"generator": self.generator.get_state(), "fixed": self._fixed, "min_keep": self._min_keep}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        assert self.generator is not None
+        self.generator.set_state(state["generator"])
+        self._fixed, self._min_keep = state["fixed"], state["min_keep"]
+
+
+def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
+    """The classes that stand at the given ranks of a descending order of scores, every label ahead of all others.
+
+    Args:
+        scores: [C], any floating dtype. Not-a-number ranks last.
+        labels: [B], int64, classes of the images.
+        ranks: [K], int64, distinct; must contain the ranks below the number of distinct labels.
+
+    Returns:
+        ClassSelection: `class_ids` [K] ascending and `targets` [B], int64, with class_ids[targets] = labels.
+
+    Example:
+        >>> scores = torch.tensor([0.1, 0.9, 0.3, 0.8])
+        >>> select_ranks(scores, torch.tensor([2, 2]), torch.tensor([0, 1]))
+        ClassSelection(class_ids=tensor([1, 2]), targets=tensor([1, 1]))
+    """
+    forced = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).scatter(0, labels, math.inf)
+    order = forced.argsort(descending=True, stable=True)
+    class_ids = order[ranks.to(order.device)].sort().values
+    return ClassSelection(class_ids, torch.searchsorted(class_ids, labels))
+
+
+def select_classes(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    keep_ratio: float = 0.5,
+    max_keep: int = 50,
+    decay: float = 0.3,
+    tail: Tail = "resample",
+    generator: torch.Generator | None = None,
+) -> ClassSelection:
+    """Choose the classes of one step by their scores: the top ones, and an exponentially thinning sample of the tail.
+
+    For a whole run use `RankSampler`, which keeps the published policy's one mask between steps.
+
+    Args:
+        scores: [C], floating; higher is kept sooner.
+        labels: [B], int64 in [0, C); always kept.
+        keep_ratio: Share of classes that always stay (up to 1), or their number.
+        max_keep: Most classes that always stay.
+        decay: λ of the tail.
+        tail: "resample" or "fixed", see `RankSampler`.
+        generator: Source of randomness; seeded with 0 if not given.
+
+    Returns:
+        ClassSelection: `class_ids` [K] ascending, `targets` [B].
+
+    Raises:
+        ValueError: If shapes or ranges don't fit.
+
+    Example:
+        >>> selection = select_classes(torch.linspace(1, 0, 100), torch.tensor([99, 7]))
+        >>> len(selection.class_ids), selection.class_ids[selection.targets].tolist()
+        (53, [99, 7])
+    """
+    if scores.ndim != 1 or scores.numel() == 0:
+        raise ValueError(f"select_classes: scores must be [C] with C ≥ 1; got {list(scores.shape)}.")
+    if labels.ndim != 1 or labels.numel() == 0 or labels.dtype != torch.int64:
+        raise ValueError(
+            f"select_classes: labels must be int64 [B] with B ≥ 1; got {labels.dtype} {list(labels.shape)}."
+        )
+    if labels.device.type == "cpu" and not (0 <= int(labels.min()) and int(labels.max()) < len(scores)):
+        raise ValueError(
+            f"select_classes: labels must be in [0, C={len(scores)}); got {int(labels.min())} to {int(labels.max())}."
+        )
+    sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+    return select_ranks(scores, labels, sampler.draw(scores.numel(), labels.numel()))

@@ -1,0 +1,46 @@
+"""Small open_clip models with random weights, for tests."""
+
+from __future__ import annotations
+
+import open_clip
+import torch
+
+VISION = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 3, "head_width": 8}
+TEXT = {"context_length": 77, "vocab_size": 60, "width": 16, "heads": 2, "layers": 3}
+
+
+def tiny_clip(
+    dtype: torch.dtype = torch.float64,
+    *,
+    quick_gelu: bool = False,
+    seed: int = 0,
+    vision: dict | None = None,
+    text: dict | None = None,
+) -> open_clip.CLIP:
+    """An open_clip CLIP of three blocks a tower, every parameter drawn at random (biases and norms too)."""
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(12, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, quick_gelu=quick_gelu)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def tiny_tokens(classes: int, *, context: int = 77, seed: int = 0) -> torch.Tensor:
+    """Prompts [classes, context] of two shared tokens and a name of one to five, closed by the largest id."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.zeros(classes, context, dtype=torch.int64)
+    for row in tokens:
+        length = int(torch.randint(1, 6, (), generator=generator))
+        row[:2] = torch.tensor([57, 5])
+        row[2 : 2 + length] = torch.randint(6, 50, (length,), generator=generator)
+        row[2 + length] = 59
+    return tokens
+
+
+def tiny_batch(batch: int, classes: int, dtype: torch.dtype = torch.float64, *, seed: int = 1):
+    """Images [batch, 3, 16, 16] and labels [batch]."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(classes, (batch,), generator=generator)

@@ -1,0 +1,373 @@
+"""SkipCLIP against the naive step of `naive.py`, and what it promises to its caller."""
+
+from __future__ import annotations
+
+import copy
+
+import naive
+import open_clip
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+
+import skipkernels as sk
+from skipkernels.selection import RankSampler
+from skipkernels.towers import UnsupportedModel
+
+# Largest error of a gradient relative to its own norm. fp64: rounding of two orders of summation. fp32: the same,
+# 2^29 times larger, through six blocks of random weights at a temperature of 14.
+GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quickgelu"])
+@pytest.mark.parametrize("tail", ["resample", "fixed"])
+@pytest.mark.parametrize("skip", [0, 1, 2, 3, (1, 2), (3, 0)], ids=lambda skip: f"skip{skip}")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_step_equals_the_naive_step(dtype, skip, tail, quick_gelu):
+    classes, batch = 13, 4
+    model = tiny_clip(dtype, quick_gelu=quick_gelu)
+    reference = copy.deepcopy(model).requires_grad_(True)
+    tokens, (images, labels) = tiny_tokens(classes), tiny_batch(batch, classes, dtype)
+    pair = skip if isinstance(skip, tuple) else (skip, skip)
+
+    generator = torch.Generator().manual_seed(7)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=0.4, tail=tail, generator=generator)
+    out = clip(images, labels)
+    out.loss.backward()
+
+    with torch.no_grad():
+        prototypes = naive.embed_texts(reference, tokens, 0, quick_gelu)
+        prototypes = prototypes / prototypes.norm(dim=1, keepdim=True)
+    ranking = naive.class_ranking(reference, images, labels, prototypes, quick_gelu)
+    ranks = RankSampler(0.4, tail=tail, generator=torch.Generator().manual_seed(7)).draw(classes, batch)
+    kept = sorted(ranking[rank] for rank in ranks.tolist())
+    assert out.class_ids.tolist() == kept
+    assert set(labels.tolist()) <= set(kept)
+
+    targets = torch.tensor([kept.index(label) for label in labels.tolist()])
+    assert out.targets.equal(targets)
+    loss = naive.step_loss(reference, images, tokens[kept], targets, pair, quick_gelu)
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=LOSS_TOLERANCE[dtype])
+
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        if gradients[name] is None:
+            frozen = parameter.grad is None or name == "logit_scale" or not model.get_parameter(name).requires_grad
+            assert frozen, f"{name} has no gradient but should"
+        else:
+            assert relative_error(gradients[name], parameter.grad) < GRADIENT_TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_exactly_the_parameters_above_the_cut_train(skip):
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=skip, keep_ratio=1.0)
+    clip(images, labels).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if "resblocks" in name and int(name.split("resblocks.")[1].split(".")[0]) >= skip
+    } | {"visual.ln_post.weight", "visual.ln_post.bias", "visual.proj"}
+    expected |= {"ln_final.weight", "ln_final.bias", "text_projection"}
+    if skip == 0:
+        expected |= {"token_embedding.weight", "positional_embedding", "visual.class_embedding"}
+        expected |= {"visual.positional_embedding", "visual.conv1.weight", "visual.ln_pre.weight", "visual.ln_pre.bias"}
+    assert trained == expected
+    assert {id(p) for p in clip.trainable_parameters()} == {id(model.get_parameter(name)) for name in expected}
+
+
+def test_features_and_images_give_the_same_step():
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    losses = []
+    for cached in (False, True):
+        clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=2)
+        losses.append(clip(clip.encode_lower(images) if cached else images, labels).loss)
+    assert losses[0].equal(losses[1])
+
+
+def test_the_callers_model_is_tuned_and_nothing_is_added():
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
+    clip(images, labels).loss.backward()
+    optimizer.step()
+    assert list(model.state_dict()) == keys
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert "visual.transformer.resblocks.2.mlp.c_fc.weight" in changed
+    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" not in changed
+
+
+def test_a_second_skipclip_with_a_lower_cut_trains_what_the_first_froze():
+    model = tiny_clip()
+    sk.SkipCLIP(model, tiny_tokens(9), skip_layers=3)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    assert all(parameter.requires_grad for parameter in clip.trainable_parameters())
+
+
+def test_every_label_is_kept_with_more_labels_than_the_base():
+    model, tokens = tiny_clip(), tiny_tokens(20)
+    images, labels = tiny_batch(16, 20)[0], torch.arange(16)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=3, max_keep=3)
+    out = clip(images, labels)
+    assert out.class_ids[out.targets].equal(labels)
+    smaller = clip(images[:5], labels[:5])
+    assert len(smaller.class_ids) == len(out.class_ids), "K must not change within a run"
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5])
+@pytest.mark.parametrize("tail", ["resample", "fixed"])
+def test_few_classes_give_a_finite_loss(classes, tail):
+    images, labels = tiny_batch(1, classes)
+    out = sk.SkipCLIP(tiny_clip(), tiny_tokens(classes), skip_layers=1, tail=tail)(images, labels)
+    assert out.loss.isfinite()
+
+
+def test_same_generator_same_classes():
+    model, (images, labels) = tiny_clip(), tiny_batch(2, 40)
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        clip = sk.SkipCLIP(model, tiny_tokens(40), skip_layers=1, keep_ratio=4, generator=generator)
+        return [clip(images, labels).class_ids.tolist() for _ in range(5)]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+def test_logits_only_when_asked_for():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, 9)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    assert clip(images, labels).logits is None
+    out = clip(images, labels, return_logits=True)
+    loss = torch.nn.functional.cross_entropy(out.logits, out.targets)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_predict_equals_the_models_own_logits_and_follows_its_weights():
+    model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(5, 9)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    own = model.get_logits(images, tokens)[0]
+    torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(clip.predict(clip.encode_lower(images)), own.detach(), rtol=1e-10, atol=1e-10)
+    assert clip.class_embeddings() is clip.class_embeddings(), "computed once while the weights stay"
+    with torch.no_grad():
+        model.transformer.resblocks[2].mlp.c_fc.weight.add_(0.1)
+    moved = model.get_logits(images, tokens)[0]
+    assert not torch.allclose(moved, own)
+    torch.testing.assert_close(clip.predict(images), moved.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_prototypes_stay_zero_shot_while_the_model_is_tuned():
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    prototypes = clip.prototypes.clone()
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
+    clip(images, labels).loss.backward()
+    optimizer.step()
+    assert clip.prototypes.equal(prototypes)
+    assert not clip.class_embeddings().equal(prototypes)
+
+
+def test_train_logit_scale():
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, train_logit_scale=True)
+    clip(images, labels).loss.backward()
+    assert model.logit_scale.grad is not None
+    assert any(p is model.logit_scale for p in clip.trainable_parameters())
+
+
+def test_chunks_change_nothing():
+    model, (images, labels) = tiny_clip(), tiny_batch(7, 9)
+    losses = [sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, chunk=n)(images, labels).loss for n in (256, 2)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+
+
+def test_works_under_autocast():
+    model, (images, labels) = tiny_clip(torch.float32), tiny_batch(4, 9, torch.float32)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = clip(images, labels)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
+    # bf16 keeps 8 bits: cosines are off by about 2^-8, and the temperature multiplies that by 14.
+    assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype):
+    model, (images, labels) = tiny_clip(dtype), tiny_batch(4, 9, dtype)
+    out = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
+    out.loss.backward()
+    assert out.loss.isfinite()
+
+
+def test_lower_parameters_can_live_elsewhere():
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    expected = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels).loss
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, lower_device="cpu")
+    assert clip(images, labels).loss.equal(expected)
+
+
+def test_training_modes_are_left_as_they_were():
+    model = tiny_clip().train()
+    model.visual.ln_post.eval()
+    sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
+    assert model.training and model.visual.transformer.training and not model.visual.ln_post.training
+
+
+def test_global_random_state_is_untouched():
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(30), tiny_batch(2, 30)
+    before = torch.get_rng_state()
+    sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=3)(images, labels)
+    assert torch.get_rng_state().equal(before)
+
+
+# ---- models that are not what they seem --------------------------------------------------------------------------
+
+
+def test_reductions_are_on_for_an_ordinary_clip():
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
+    assert set(clip.reductions.values()) == {None}
+    assert clip._text.tokens.shape[1] < 77
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda m: m.transformer.resblocks[1].register_forward_hook(lambda mod, args, out: out * 1.01),
+        lambda m: m.visual.register_forward_hook(lambda mod, args, out: out + 0.1),
+        lambda m: setattr(m, "encode_text", lambda tokens, normalize=False: torch.ones(len(tokens), 12).double()),
+        lambda m: setattr(m.visual, "forward", lambda images: torch.ones(len(images), 12).double()),
+    ],
+    ids=["block_hook_is_followed", "visual_hook", "encode_text", "visual_forward"],
+)
+def test_an_altered_model_is_followed_or_refused(alter, request):
+    model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(3, 9)
+    alter(model)
+    if "followed" in request.node.callspec.id:
+        clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+        torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
+    else:
+        with pytest.raises(RuntimeError, match="the model's own encode_"):
+            sk.SkipCLIP(model, tokens, skip_layers=1)
+
+
+def test_a_text_tower_that_is_not_causal_is_not_cropped():
+    model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(3, 9)
+    model.attn_mask = torch.zeros_like(model.attn_mask)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    assert "see later" in clip.reductions["text.text_crop"]
+    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [
+        ({"pool_type": "avg"}, {"pool_type": "last", "no_causal_mask": True}),
+        ({"no_ln_pre": True}, {"pool_type": "first"}),
+        ({"final_ln_after_pool": True}, {"pool_type": "eos", "eos_id": 59}),
+        ({"ls_init_value": 0.3}, {"ls_init_value": 0.2}),
+        ({"attentional_pool": True, "attn_pooler_heads": 4}, {"proj_bias": True, "proj_type": "linear"}),
+        ({"qk_norm": True}, {"scale_heads": True}),
+    ],
+    ids=["avg-last", "no_ln_pre-first", "final_ln-eos", "layer_scale", "attn_pool-linear", "custom_block"],
+)
+def test_variants_of_open_clips_own_towers(vision, text):
+    model, tokens, (images, labels) = tiny_clip(vision=vision, text=text), tiny_tokens(9), tiny_batch(3, 9)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
+    out = clip(images, labels)
+    expected = torch.nn.functional.cross_entropy(model.get_logits(images, tokens)[0], labels)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in clip.trainable_parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: torch.nn.Linear(2, 2), "must be an open_clip CLIP"),
+        (lambda: tiny_clip(vision={"patch_dropout": 0.5}), "patch dropout"),
+        (lambda: tiny_clip(vision={"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}), "VisionTransformer"),
+    ],
+)
+def test_models_it_cannot_handle_are_refused(model, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        sk.SkipCLIP(model(), tiny_tokens(4), skip_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"skip_layers": 4}, "skip_layers must be a whole number from 0 to 3"),
+        ({"skip_layers": -1}, "skip_layers must be"),
+        ({"skip_layers": 1.5}, "skip_layers must be"),
+        ({"skip_layers": 1, "keep_ratio": 0.0}, "keep_ratio must be above 0"),
+        ({"skip_layers": 1, "max_keep": 0}, "max_keep must be at least 1"),
+        ({"skip_layers": 1, "decay": 0.0}, "decay must be above 0"),
+        ({"skip_layers": 1, "tail": "all"}, "tail must be one of resample, fixed"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), **arguments)
+
+
+def test_bad_inputs():
+    with pytest.raises(ValueError, match="tokens must be int64"):
+        sk.SkipCLIP(tiny_clip(), torch.zeros(77, dtype=torch.int64), skip_layers=1)
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
+    with pytest.raises(ValueError, match="x must be images"):
+        clip(images[0, 0], labels)
+    with pytest.raises(ValueError, match="labels must be"):
+        clip(images, labels[:2])
+    with pytest.raises(ValueError, match="4"):
+        clip(images, torch.tensor([0, 1, 4]))
+    with pytest.raises(ValueError, match="pass images"):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=0)(torch.randn(3, 5, 24).double(), labels)
+
+
+def test_fraction_and_pair_of_skip_layers():
+    clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
+    assert (clip._image.skip, clip._text.skip) == (2, 1)
+
+
+def saved_bytes(step) -> int:
+    """Bytes that autograd keeps for the backward of `step()`, each storage counted once, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and not tensor._is_view():
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
+
+
+def test_bytes_saved_for_backward_shrink_with_the_cut():
+    images, labels = tiny_batch(4, 9)
+    saved = []
+    for skip in (0, 1, 2, 3):
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip)
+        saved.append(saved_bytes(lambda clip=clip: clip(images, labels)))
+    assert saved == sorted(saved, reverse=True) and saved[3] < saved[0] / 5
+
+
+def test_open_clip_loads_what_was_tuned(tmp_path):
+    model = tiny_clip()
+    sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = tiny_clip(seed=5)
+    open_clip.load_checkpoint(fresh, str(tmp_path / "model.pt"))
+    assert all(a.equal(b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))

@@ -1,0 +1,146 @@
+"""CSkip against DESIGN section 3.3, written out naively."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipkernels.selection import RankSampler, base_keep, select_classes, select_ranks, tail_probabilities
+
+
+def published_probabilities(tail: int, decay: float) -> list[float]:
+    x = [5 * j / (tail - 1) for j in range(tail)]
+    e = [math.exp(-value / decay) for value in x]
+    return [(value - min(e)) / (max(e) - min(e)) for value in e]
+
+
+@pytest.mark.parametrize("decay", [0.05, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("tail", [2, 3, 50, 950])
+def test_tail_probabilities_are_the_published_ones(tail, decay):
+    expected = torch.tensor(published_probabilities(tail, decay), dtype=torch.float64)
+    torch.testing.assert_close(tail_probabilities(tail, decay), expected, rtol=0, atol=1e-12)
+
+
+def test_a_single_tail_class_stays():
+    assert tail_probabilities(1, 0.3).tolist() == [1.0]
+    assert RankSampler(keep_ratio=0.5).draw(2, 1).tolist() == [0, 1]
+
+
+def test_extreme_decays_stay_finite():
+    for decay in (1e-4, 1e9):
+        q = tail_probabilities(100, decay)
+        assert q.isfinite().all() and q[0] == 1 and q[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "kept"), [(1000, 107), (500, 77), (199, 59), (98, 52), (51, 28), (24, 13), (19, 11), (5, 4)]
+)
+def test_kept_classes_of_the_published_setting(classes, kept):
+    assert RankSampler().expected_keep(classes) == kept
+    assert len(RankSampler().draw(classes, 1)) == kept
+
+
+@pytest.mark.parametrize(
+    ("classes", "ratio", "max_keep", "m"),
+    [(10, 0.5, 50, 5), (11, 0.5, 50, 6), (1000, 0.5, 50, 50), (7, 1.0, 2, 7), (100, 0.07, 50, 7), (9, 3, 50, 3),
+     (9, 2.5, 50, 3), (9, 20, 50, 9)],
+)  # fmt: skip
+def test_base_keep(classes, ratio, max_keep, m):
+    assert base_keep(classes, ratio, max_keep) == m
+
+
+@given(
+    classes=st.integers(1, 300),
+    batch=st.integers(1, 40),
+    ratio=st.one_of(st.floats(0.01, 1.0), st.integers(1, 400)),
+    max_keep=st.integers(1, 60),
+    decay=st.floats(0.01, 20),
+    tail=st.sampled_from(["fixed", "resample"]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None)
+def test_selection_keeps_every_label_and_the_top(classes, batch, ratio, max_keep, decay, tail, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(classes, generator=generator)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    sampler = RankSampler(ratio, max_keep, decay, tail, generator)
+    sizes = set()
+    for step_batch in (batch, max(1, batch // 2), batch):
+        step_labels = labels[:step_batch]
+        ranks = sampler.draw(classes, step_batch)
+        ids, targets = select_ranks(scores, step_labels, ranks)
+        sizes.add(len(ids))
+        assert ids.equal(ids.unique())  # ascending, no duplicates
+        assert ids[targets].equal(step_labels)
+        present = step_labels.unique()
+        others = [c for c in scores.argsort(descending=True, stable=True).tolist() if c not in present.tolist()]
+        top = max(base_keep(classes, ratio, max_keep), min(classes, batch)) - len(present)
+        assert set(others[:top]) <= set(ids.tolist())
+    assert len(sizes) == 1, "K changes within a run"
+
+
+def test_resampling_draws_each_tail_rank_in_proportion():
+    sampler, classes, steps = RankSampler(keep_ratio=5, decay=1.0), 25, 4000
+    counts = torch.zeros(classes)
+    for _ in range(steps):
+        counts[sampler.draw(classes, 1)] += 1
+    rates, q = counts / steps, tail_probabilities(20, 1.0)
+    assert (rates[:5] == 1).all()
+    assert counts[5:].sum() == steps * round(q.sum().item())
+    # Drawn without replacement the rates are not q, but they fall with it, and the last one is never drawn.
+    assert (rates[5:].diff() < 0.03).all() and rates[-1] == 0
+    assert rates[5] > 3 * rates[5 + 10]
+
+
+def test_fixed_draws_once_and_resample_every_step():
+    fixed, resample = RankSampler(tail="fixed"), RankSampler(tail="resample")
+    assert len({tuple(fixed.draw(500, 4).tolist()) for _ in range(5)}) == 1
+    assert len({tuple(resample.draw(500, 4).tolist()) for _ in range(5)}) == 5
+
+
+def test_fixed_keeps_the_published_number_on_average():
+    counts = [
+        len(RankSampler(tail="fixed", generator=torch.Generator().manual_seed(s)).draw(1000, 4)) for s in range(50)
+    ]
+    # Sum of 950 independent draws: deviation about 5, of the mean of fifty 0.8.
+    assert sum(counts) / len(counts) == pytest.approx(107, abs=3)
+
+
+@pytest.mark.parametrize("tail", ["fixed", "resample"])
+def test_resuming_continues_the_stream(tail):
+    whole = RankSampler(tail=tail)
+    draws = [whole.draw(300, 4).tolist() for _ in range(3)]
+    state = whole.state_dict()
+    rest = [whole.draw(300, 4).tolist() for _ in range(3)]
+    resumed = RankSampler(tail=tail, generator=torch.Generator().manual_seed(99))
+    resumed.load_state_dict(state)
+    assert [resumed.draw(300, 4).tolist() for _ in range(3)] == rest
+    assert draws != rest or tail == "fixed"
+
+
+def test_not_a_number_ranks_last_and_labels_first():
+    ids, targets = select_ranks(torch.tensor([math.nan, 1.0, 2.0, math.nan]), torch.tensor([3]), torch.tensor([0, 1]))
+    assert ids.tolist() == [2, 3] and targets.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        (torch.zeros(2, 2), torch.tensor([0]), r"scores must be \[C\]"),
+        (torch.zeros(0), torch.tensor([0]), r"scores must be \[C\]"),
+        (torch.zeros(3), torch.tensor(0), r"labels must be int64 \[B\]"),
+        (torch.zeros(3), torch.tensor([0.0]), r"labels must be int64 \[B\]"),
+    ],
+)
+def test_bad_input(scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        select_classes(scores, labels)
+
+
+def test_select_classes_rejects_labels_outside():
+    with pytest.raises(ValueError, match="labels must be in"):
+        select_classes(torch.zeros(3), torch.tensor([3]))
