@@ -159,6 +159,11 @@ class SkipCLIP(nn.Module):
                 )
 
     @property
+    def skip_layers(self) -> tuple[int, int]:
+        """Blocks skipped in the image and in the text tower."""
+        return self._image.skip, self._text.skip
+
+    @property
     def reductions(self) -> dict[str, str | None]:
         """Each exact reduction: None where it is on, else the reason why it is off."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"

@@ -7,13 +7,13 @@ name (`token_ids` says which): the other rows are zero.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import open_clip
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..cache import replace_file
 from . import glyphs
 
 NAME = "glyph-tiny"
@@ -44,9 +44,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     state["token_ids"] = used_token_ids()
     state["token_embedding.weight"] = state["token_embedding.weight"][state["token_ids"]]
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial)
-    os.replace(partial, path)
+    replace_file(path, lambda partial: save_file(state, partial))
 
 
 def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import get_data_path
@@ -234,6 +235,7 @@ class GlyphDataset(Dataset):
         seed: Chooses the poses. Sets with different seeds share no image.
         size: Pixels on a side.
         noise: As in `draw_glyph`.
+        transform: Applied to every image, as torchvision's datasets do.
 
     Example:
         >>> dataset = GlyphDataset([ord("a"), ord("b")], ["serif"], per_class=3, seed=1)
@@ -253,9 +255,11 @@ class GlyphDataset(Dataset):
         seed: int,
         size: int = 32,
         noise: float = 0.0,
+        transform: Callable[[Image.Image], Any] | None = None,
     ):
         self.codepoints, self.fonts = list(codepoints), list(fonts)
         self.per_class, self.seed, self.size, self.noise = per_class, seed, size, noise
+        self.transform = transform
 
     @property
     def classes(self) -> list[str]:
@@ -270,10 +274,11 @@ class GlyphDataset(Dataset):
     def __len__(self) -> int:
         return len(self.codepoints) * self.per_class
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"GlyphDataset: index {index} is outside 0…{len(self) - 1}.")
         label, number = divmod(index, self.per_class)
         codepoint, font = self.codepoints[label], self.fonts[number % len(self.fonts)]
         rng = np.random.default_rng([self.seed, codepoint, list(FONTS).index(font), number])
-        return draw_glyph(codepoint, font, rng, size=self.size, noise=self.noise), label
+        image = draw_glyph(codepoint, font, rng, size=self.size, noise=self.noise)
+        return image if self.transform is None else self.transform(image), label

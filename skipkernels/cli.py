@@ -1,0 +1,141 @@
+"""The command line: `skipkernels tune`, `eval` and `doctor`. Arguments only; the work is done in `tuning`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import skipkernels
+from skipkernels.data import InputError
+from skipkernels.tuning import TuneConfig, evaluate_run, tune
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Compute the accuracy of a run's checkpoint again."""
+
+    checkpoint: Path
+    """Folder of the run, or the model.safetensors in it."""
+    device: str | None = None
+    """Where to compute; by default where the run did."""
+    json: bool = False
+    """Print JSON in place of a table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """Print versions, devices, and which kernel serves each operator."""
+
+
+Command = (
+    Annotated[TuneConfig, tyro.conf.subcommand("tune")]
+    | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns 0, 2 for input that can't be used, 1 for a run that failed, 130 for Ctrl-C."""
+    out, err = Console(), Console(stderr=True)
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="skipkernels",
+        description="Skip Tuning for CLIP.",
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    run: dict[type, Callable[[Console, Console], None]] = {
+        TuneConfig: lambda out, err: _tune(command, out, err),
+        EvalConfig: lambda out, err: _eval(command, out),
+        DoctorConfig: lambda out, err: _doctor(out),
+    }
+    try:
+        run[type(command)](out, err)
+    except (InputError, MemoryError) as error:
+        err.print(f"[red]error[/red] {_escape(error)}", soft_wrap=True, highlight=False)
+        return 2
+    except FloatingPointError as error:
+        err.print(f"[red]failed[/red] {_escape(error)}", soft_wrap=True, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        err.print("interrupted: what was complete is in the run's folder", highlight=False)
+        return 130
+    return 0
+
+
+def _escape(error: BaseException) -> str:
+    return " ".join(str(error).split()).replace("[", r"\[")
+
+
+def _tune(command: TuneConfig, out: Console, err: Console) -> None:
+    config = command.resolved()
+    metrics = tune(config, console=err)
+    table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
+    for column in ("zero-shot", "tuned", "change"):
+        table.add_column(column, justify="right")
+    for key in ("base", "new", "harmonic"):
+        before, after = metrics["zero_shot"][key], metrics["tuned"][key]
+        table.add_row(key, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
+    out.print(table)
+    cost = metrics["cost"]
+    costs = Table(show_header=False)
+    for name, value in (
+        ("time of an epoch", f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms a step"),
+        ("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}"),
+        (
+            "peak memory",
+            f"{cost['peak_memory_mib']:.0f} MiB, of which {cost['baseline_memory_mib']:.0f} before the model",
+        ),
+        ("classes compared", f"{metrics['kept_classes']:.1f} of {metrics['classes']['base']} a step"),
+        ("results", str(config.out)),
+    ):
+        costs.add_row(name, value)
+    out.print(costs)
+    out.print("  report.html  metrics.json  metrics.jsonl  model.safetensors  config.yaml", highlight=False)
+
+
+def _eval(command: EvalConfig, out: Console) -> None:
+    folder = command.checkpoint if command.checkpoint.suffix != ".safetensors" else command.checkpoint.parent
+    accuracy = evaluate_run(folder, device=command.device)
+    if command.json:
+        print(json.dumps(accuracy.as_dict()))
+        return
+    table = Table("accuracy, %", title=str(folder))
+    table.add_column("tuned", justify="right")
+    for key, value in accuracy.as_dict().items():
+        table.add_row(key, f"{value:.2f}")
+    out.print(table)
+
+
+def _doctor(out: Console) -> None:
+    import importlib.metadata
+
+    import torch
+
+    table = Table("part", "version", title="skipkernels doctor")
+    table.add_row("skipkernels", skipkernels.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "triton", "open_clip_torch", "torchvision", "safetensors", "xformers"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    table.add_row("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+    if not torch.cuda.is_available():
+        table.add_row("cuda", "no device")
+    out.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What a run is made of. The command line and config.yaml are made from this dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+from ..data import InputError
+from ..data.glyph_tiny import NAME as GLYPH_TINY
+from ..data.samplers import Batches
+from ..selection import Tail
+
+Method = Literal["skip", "full"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Learning rates and schedule that suit a model."""
+
+    epochs: int
+    text_lr: float
+    image_lr: float
+    warmup_lr: float
+
+
+# Base-to-new, Wu et al. 2025: for CLIPs that were trained on hundreds of millions of images.
+PUBLISHED = Recipe(epochs=20, text_lr=2e-5, image_lr=5e-6, warmup_lr=1e-6)
+# glyph-tiny has a hundredth of a ViT-B/16's width times depth and saw half a million small images: at the published
+# rates it does not move in 20 epochs.
+GLYPHS = Recipe(epochs=8, text_lr=2e-3, image_lr=2e-3, warmup_lr=1e-4)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Tune a CLIP on some images of the base classes of a dataset, and test it on base and new classes."""
+
+    data: str = "glyphs"
+    """glyphs, or glyphs:BLOCK with a block of the Unicode standard, such as glyphs:greek."""
+    model: str = GLYPH_TINY
+    """Any open_clip model, such as ViT-B-16-quickgelu."""
+    pretrained: str | None = None
+    """Weights: a tag of open_clip, a file, or "random". glyph-tiny brings its own."""
+    method: Method = "skip"
+    """skip: Skip Tuning. full: full fine-tuning on all base classes, for comparison."""
+    shots: int = 16
+    """Training images of each base class."""
+    classes: int = 100
+    """Most classes, base and new together."""
+    epochs: int | None = None
+    """Passes over the training images; by default 8 for glyph-tiny, 20 for others."""
+    batch_size: int = 4
+    """Images in a step."""
+    batches: Batches = "class_pure"
+    """class_pure: images of one class where it has enough. random: any."""
+    skip_layers: int | float = 0.5
+    """Blocks of each tower that are skipped: a number, or a fraction such as 0.5."""
+    keep_ratio: float = 0.5
+    """Share of classes that always stay in a step (up to 1), or their number."""
+    max_keep: int = 50
+    """Most classes that always stay."""
+    decay: float = 0.3
+    """How slowly the chance to stay falls over the other classes."""
+    tail: Tail = "resample"
+    """resample: draw the other classes anew in each step. fixed: once, as published."""
+    text_lr: float | None = None
+    """Learning rate of the text tower; by default 2e-3 for glyph-tiny, 2e-5 for others."""
+    image_lr: float | None = None
+    """Learning rate of the image tower; by default 2e-3 for glyph-tiny, 5e-6 for others."""
+    warmup_epochs: int = 1
+    """Epochs at the warm-up rate before the cosine."""
+    warmup_lr: float | None = None
+    """Learning rate of the warm-up; by default 1e-4 for glyph-tiny, 1e-6 for others."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """Of SGD."""
+    precision: Precision = "auto"
+    """bf16 computes in bf16 and keeps weights in fp32; auto is bf16 on a GPU that has it, else fp32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
+    seed: int = 0
+    """Chooses training images, their order, and the classes drawn."""
+    out: Path | None = None
+    """Folder for the results; by default runs/DATA-METHOD."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in that folder."""
+
+    def resolved(self) -> TuneConfig:
+        """The same run with every default of the recipe written out.
+
+        Raises:
+            InputError: If a value is out of its range.
+        """
+        recipe = GLYPHS if self.model == GLYPH_TINY else PUBLISHED
+        chosen: dict[str, Any] = {
+            name: getattr(recipe, name) if getattr(self, name) is None else getattr(self, name)
+            for name in ("epochs", "text_lr", "image_lr", "warmup_lr")
+        }
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device: {device!r} can't be used: {str(error).splitlines()[0]}") from None
+        half = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        chosen |= {"device": device, "precision": half if self.precision == "auto" else self.precision}
+        out = self.out or Path("runs", f"{self.data.replace(':', '-')}-{self.method}")
+        config = dataclasses.replace(self, out=out, **chosen)
+        least_values = {"epochs": 1, "batch_size": 1, "warmup_epochs": 0, "momentum": 0, "weight_decay": 0}
+        for name, least in (least_values | {"text_lr": 0, "image_lr": 0, "warmup_lr": 0}).items():
+            if not getattr(config, name) >= least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(config, name)}.")
+        return config
+
+    def to_yaml(self) -> str:
+        """As `from_yaml` reads it."""
+        values = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> TuneConfig:
+        """Read what `to_yaml` wrote.
+
+        Raises:
+            InputError: If the file is not there, is no YAML mapping, or has a field that is unknown or mistyped.
+        """
+        try:
+            values = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file; --checkpoint takes the folder of a run.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
+        hints = get_type_hints(cls)
+        for name, value in values.items():
+            if name not in hints:
+                raise InputError(f"{path}: unknown setting {name!r}.")
+            if not _fits(value, hints[name]):
+                raise InputError(f"{path}: {name} must be {hints[name]}; got {value!r}.")
+        out = values.get("out")
+        return cls(**{**values, "out": None if out is None else Path(out)})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is Path:
+        return isinstance(value, str)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

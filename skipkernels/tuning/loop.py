@@ -1,0 +1,291 @@
+"""The run: zero-shot, epochs of tuning, and what is written when."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..cache import replace_file
+from ..clip import SkipCLIP
+from ..data import InputError
+from ..data.samplers import BatchSampler
+from .config import TuneConfig
+from .evaluation import CHECKPOINT, CONFIG, Accuracy, Evaluator, load_task
+from .memory import PeakMemory
+from .model import load_model
+from .report import Example, report_html
+
+METRICS, EPOCHS, REPORT = "metrics.json", "metrics.jsonl", "report.html"
+_FILES = (METRICS, EPOCHS, REPORT, CHECKPOINT, CONFIG)
+
+_EXAMPLES = 12  # images shown of each split
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, int]]  # (inputs, labels) → (loss, classes compared)
+
+
+def skip_step(clip: SkipCLIP) -> Step:
+    """The step of Skip Tuning, on features at the cut or on images."""
+
+    def step(inputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        out = clip(inputs, labels)
+        return out.loss, len(out.class_ids)
+
+    return step
+
+
+def full_step(model: nn.Module, tokens: Tensor) -> Step:
+    """The step of full fine-tuning, as one would write it: every layer, every class, every token, on images."""
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        image = model.encode_image(images, normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+        return F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels), len(tokens)
+
+    return step
+
+
+def epoch_factor(epoch: int, config: TuneConfig, base_lr: float) -> float:
+    """What a base learning rate is multiplied by in an epoch, counted from 0: constant warm-up, then a cosine."""
+    assert config.epochs is not None and config.warmup_lr is not None
+    if epoch < config.warmup_epochs:
+        return min(1.0, config.warmup_lr / base_lr) if base_lr > 0 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
+    """Run a tuning and write its results.
+
+    Everything is checked before anything is written. After each epoch the checkpoint and the metrics are replaced, so
+    an interrupted run leaves its last complete epoch.
+
+    Args:
+        config: The run.
+        console: Where progress is shown; nowhere by default.
+
+    Returns:
+        What metrics.json holds: accuracy zero-shot and tuned, kept classes, steps, and the cost in seconds and memory.
+
+    Raises:
+        InputError: If something in the configuration cannot be used.
+        FloatingPointError: If the loss is not finite; the checkpoint of the last good epoch stays.
+        KeyboardInterrupt: After what was complete has been written.
+    """
+    config, console = config.resolved(), console or Console(quiet=True)
+    assert config.out is not None and config.epochs is not None
+    device, started = torch.device(config.device), time.perf_counter()
+    run = _RunFolder(config)
+    memory = PeakMemory(device)
+    baseline_memory = memory.read()
+    model, transform, tokenizer = load_model(config.model, config.pretrained, device)
+    task = load_task(config, transform)
+    evaluator = Evaluator(model, tokenizer, task, config)
+    columns = (
+        *Progress.get_default_columns()[:2],
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        total = sum(len(split) for split in (task.base.train, task.base.test, task.new.test))  # type: ignore[arg-type]
+        bar = progress.add_task("features", total=total, state="")
+        evaluator.prepare(lambda images: progress.advance(bar, images))
+        train = evaluator.keep(task.base.train, lambda images: progress.advance(bar, images))
+        zero_shot_predictions = evaluator.predictions()
+        zero_shot = evaluator.accuracy(zero_shot_predictions)
+        progress.update(bar, state=_accuracy_text("zero-shot", zero_shot))
+
+        run.begin()
+        bar = progress.add_task("tuning", total=config.epochs * math.ceil(len(train) / config.batch_size), state="")
+        trainer = _Trainer(config, model, evaluator, train)
+        metrics: dict[str, Any] = {
+            "status": "interrupted",
+            "method": config.method,
+            "classes": {"base": len(task.base.classes), "new": len(task.new.classes)},
+            "zero_shot": zero_shot.as_dict(),
+            "tuned": None,
+            "epochs": 0,
+            "steps": 0,
+            "kept_classes": None,
+            "parameters": {
+                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "all": sum(p.numel() for p in model.parameters()),
+            },
+            "cost": {"device": str(device), "baseline_memory_mib": _mib(baseline_memory)},
+        }
+        memory.reset()
+        interrupted: BaseException | None = None
+        try:
+            for epoch in range(config.epochs):
+                row = trainer.epoch(epoch, on_step=lambda: progress.advance(bar))
+                tuned = evaluator.accuracy()
+                run.complete_epoch(model, row | {"accuracy": tuned.as_dict()})
+                metrics |= {
+                    "tuned": tuned.as_dict(),
+                    "epochs": epoch + 1,
+                    "steps": metrics["steps"] + row["steps"],
+                    "kept_classes": row["kept_classes"],
+                }
+                progress.update(bar, state=_accuracy_text(f"loss {row['loss']:.3f}", tuned))
+            metrics["status"] = "complete"
+        except (KeyboardInterrupt, FloatingPointError) as error:
+            interrupted = error
+        seconds = [row["seconds"] for row in run.rows]
+        metrics["cost"] |= {
+            "seconds_total": time.perf_counter() - started,
+            "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if seconds else None,
+            "milliseconds_per_step": 1000 * sum(seconds) / metrics["steps"] if seconds else None,
+            "peak_memory_mib": _mib(memory.read()),
+        }
+        run.finish(metrics, lambda: _examples(config, evaluator, zero_shot_predictions))
+    if interrupted is not None:
+        raise interrupted
+    return metrics
+
+
+class _Trainer:
+    """Model, optimizer, order of images and schedule."""
+
+    def __init__(self, config: TuneConfig, model: nn.Module, evaluator: Evaluator, train):
+        self.config = config
+        self.inputs, labels = train.tensors
+        self.labels = labels.to(self.inputs.device)
+        clip = evaluator.base
+        self.step = skip_step(clip) if config.method == "skip" else full_step(model, evaluator.base_tokens)
+        groups = clip.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
+        self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, [lambda epoch, lr=group["lr"]: epoch_factor(epoch, config, lr) for group in groups]
+        )
+        self.batches = BatchSampler(
+            labels, config.batch_size, config.batches, torch.Generator().manual_seed(config.seed)
+        )
+        device = torch.device(config.device)
+        bf16 = config.precision == "bf16"
+        self.precision = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def epoch(self, number: int, on_step: Callable[[], None]) -> dict[str, Any]:
+        """One pass over the training images."""
+        started, compared = time.perf_counter(), 0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        for batch in self.batches:
+            with self.precision:
+                loss, classes = self.step(self.inputs[batch], self.labels[batch])
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            loss_sum += loss.detach() * len(batch)  # read once an epoch: reading waits for the device
+            compared += classes
+            on_step()
+        self.schedule.step()
+        loss_mean = loss_sum.item() / len(self.labels)
+        if not math.isfinite(loss_mean):
+            raise FloatingPointError(
+                f"tune: the loss of epoch {number + 1} is {loss_mean}; lower --text-lr and --image-lr, or use "
+                "--precision fp32. The checkpoint of the last good epoch, if any, is kept."
+            )
+        steps = len(self.batches)
+        return {
+            "epoch": number + 1,
+            "loss": loss_mean,
+            "lr": rates,
+            "steps": steps,
+            "kept_classes": compared / steps,
+            "seconds": time.perf_counter() - started,
+        }
+
+
+class _RunFolder:
+    """The files of a run. metrics.json appears last, and says whether the run is complete."""
+
+    def __init__(self, config: TuneConfig):
+        assert config.out is not None
+        self.folder, self.config = config.out, config
+        self.rows: list[dict[str, Any]] = []
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"--out: {self.folder} is a file; choose a folder.")
+        earlier = [name for name in _FILES if (self.folder / name).exists()]
+        if earlier and not config.overwrite:
+            raise InputError(
+                f"--out: {self.folder} holds an earlier run ({', '.join(earlier)}); choose another folder, or add "
+                "--overwrite."
+            )
+
+    def begin(self) -> None:
+        """Remove an earlier run's files and write the configuration."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in _FILES:
+                (self.folder / name).unlink(missing_ok=True)
+            self._write(CONFIG, self.config.to_yaml())
+        except OSError as error:
+            raise InputError(f"--out: {self.folder} can't be written: {error.strerror}.") from error
+
+    def _write(self, name: str, text: str) -> None:
+        replace_file(self.folder / name, lambda partial: partial.write_text(text) and None)
+
+    def complete_epoch(self, model: nn.Module, row: dict[str, Any]) -> None:
+        """Keep an epoch: its checkpoint and its metrics, both or neither."""
+        state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        with _interrupt_deferred():
+            replace_file(self.folder / CHECKPOINT, lambda partial: save_file(state, partial))
+            self.rows.append(row)
+            self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def finish(self, metrics: dict[str, Any], examples: Callable[[], list[Example]]) -> None:
+        """Write the report and then the metrics."""
+        if self.rows:
+            self._write(REPORT, report_html(self.config, metrics, self.rows, examples()))
+        self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Ctrl-C waits until the block is done. Outside the main thread there is none to wait for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
+
+
+def _examples(config: TuneConfig, evaluator: Evaluator, zero_shot: dict[str, Tensor]) -> list[Example]:
+    """Test images whose answer tuning changed: of each split, the first of each class."""
+    tuned, task, found = evaluator.predictions(), load_task(config), []
+    for name, split in (("base", task.base), ("new", task.new)):
+        seen: set[int] = set()
+        for index in (zero_shot[name] != tuned[name]).nonzero().squeeze(1).tolist():
+            image, label = split.test[index]
+            if label not in seen and len(seen) < _EXAMPLES:
+                seen.add(label)
+                names = [split.classes[int(k)] for k in (label, zero_shot[name][index], tuned[name][index])]
+                found.append(Example(name, image, *names))
+    return found
+
+
+def _accuracy_text(prefix: str, accuracy: Accuracy) -> str:
+    return f"{prefix}  base {accuracy.base:.1f} %  new {accuracy.new:.1f} %"
+
+
+def _mib(count: int) -> float:
+    return round(count / 2**20, 1)

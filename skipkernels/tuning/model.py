@@ -1,0 +1,94 @@
+"""From the name of a model and of its weights to an open_clip model on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ..data import InputError, glyph_tiny
+
+RANDOM = "random"
+_FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def load_model(name: str, pretrained: str | None, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
+    """A model in evaluation mode, its image transform, and its tokenizer.
+
+    Args:
+        name: A model of `open_clip.list_models()`, or "glyph-tiny".
+        pretrained: A tag of open_clip, the path of a state dict (safetensors, or what `torch.load` reads with
+            `weights_only=True`), "random", or None for the weights that come with glyph-tiny.
+        device: Where the model goes.
+
+    Raises:
+        InputError: If there is no such model or weights, or the file does not fit.
+    """
+    glyph_tiny.register()
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
+        raise InputError(f"--model: open_clip has no model {name!r}; {hint}")
+    if pretrained is None and name != glyph_tiny.NAME:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise InputError(
+            f"--pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
+        )
+    file = pretrained is not None and Path(pretrained).suffix in _FILE_TYPES
+    tag = None if pretrained is None or pretrained == RANDOM or file else pretrained
+    if tag is not None and tag not in open_clip.list_pretrained_tags_by_model(name):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise InputError(
+            f"--pretrained: {name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}."
+        )
+    if file:
+        assert pretrained is not None
+        if not Path(pretrained).is_file():
+            raise InputError(f"--pretrained: no file {pretrained}.")
+    with _quiet():
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag)
+        except (OSError, RuntimeError) as error:  # the download failed
+            raise InputError(f"--pretrained: could not load {name} {tag}: {_first_line(error)}") from error
+        if file:
+            load_weights(model, Path(str(pretrained)))
+        elif pretrained is None:
+            model.load_state_dict(glyph_tiny.state_dict())
+    return model.to(device).eval(), transform, open_clip.get_tokenizer(name)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict into a model; nothing in the file is executed.
+
+    Raises:
+        InputError: If the file is damaged, or is not a state dict of this model.
+    """
+    try:
+        open_clip.load_checkpoint(model, str(path), weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines: list[Any] = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])[:200]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that no weights were loaded: they are loaded here, or random was asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,161 @@
+"""Glyphs: which characters count, and that an image depends on what it is and on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from skipkernels.data import InputError, glyph_tiny, glyphs, load_base_to_new
+from skipkernels.data.samplers import BatchSampler
+from skipkernels.data.task import split_base_new
+
+
+def test_over_five_thousand_classes_in_one_font():
+    assert len(glyphs.block_characters(list(glyphs.BLOCKS), ["sans"])) > 5000
+
+
+def test_characters_that_look_alike_are_left_out_by_their_pixels():
+    latin, cyrillic, greek = ord("A"), 0x0410, 0x0391
+    assert glyphs.master(latin, "sans").tobytes() == glyphs.master(cyrillic, "sans").tobytes()
+    assert glyphs.distinct_characters([greek, cyrillic, latin], "sans") == [latin]
+    assert glyphs.distinct_characters([cyrillic], "sans") == [cyrillic], "alone it is told apart"
+
+
+def test_blank_and_unnamed_and_combining_characters_are_left_out():
+    space_like, unassigned, combining = 0x2003, 0x0378, 0x0301
+    assert glyphs.distinct_characters([space_like, unassigned, combining, ord("x")], "sans") == [ord("x")]
+
+
+def test_every_kept_character_differs_from_every_other():
+    kept = glyphs.block_characters(["latin-extended-additional"], glyphs.HELD_OUT_FONTS)
+    for font in glyphs.HELD_OUT_FONTS:
+        assert len({glyphs.master(c, font).tobytes() for c in kept}) == len(kept) > 200
+
+
+def test_an_image_does_not_depend_on_the_rest_of_the_dataset():
+    fonts = ["serif", "serif-bold"]
+    alone = glyphs.GlyphDataset([ord("g")], fonts, per_class=4, seed=3)
+    among = glyphs.GlyphDataset([ord("a"), ord("g"), ord("z")], fonts, per_class=6, seed=3)
+    for number in range(4):
+        assert alone[number][0].tobytes() == among[6 + number][0].tobytes()
+    other = glyphs.GlyphDataset([ord("g")], fonts, per_class=4, seed=4)
+    assert all(alone[number][0].tobytes() != other[number][0].tobytes() for number in range(4))
+
+
+def test_labels_without_drawing():
+    dataset = glyphs.GlyphDataset([ord("a"), ord("b")], ["sans"], per_class=3, seed=0)
+    assert dataset.labels == [dataset[index][1] for index in range(len(dataset))]
+    with pytest.raises(IndexError):
+        dataset[6]
+
+
+def test_a_wide_character_is_shrunk_to_fit():
+    pixels = np.asarray(glyphs.master(0xFDFA, "sans"))  # an Arabic ligature several letters wide
+    assert pixels.min() < 128
+    assert (pixels[:, 0] == 255).all() and (pixels[:, -1] == 255).all()
+
+
+def test_noise_and_size():
+    rng = np.random.default_rng(0)
+    assert glyphs.draw_glyph(ord("a"), "sans", rng, size=48).size == (48, 48)
+    noisy = np.asarray(glyphs.draw_glyph(ord("a"), "sans", rng, noise=0.2))
+    assert len(np.unique(noisy)) > 100
+
+
+@pytest.mark.parametrize("call", [lambda: glyphs.block_characters(["klingon"], ["sans"]),
+                                  lambda: glyphs.distinct_characters([65], "comic")])  # fmt: skip
+def test_unknown_blocks_and_fonts_are_named(call):
+    with pytest.raises(ValueError, match="choose from"):
+        call()
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------------
+
+
+def test_base_to_new_by_coops_rule():
+    assert split_base_new(list("abcde")) == (list("abc"), list("de"))
+    task = load_base_to_new("glyphs:greek", shots=2, classes=21, seed=0)
+    assert (len(task.base.classes), len(task.new.classes)) == (11, 10)
+    assert not set(task.base.classes) & set(task.new.classes)
+    assert task.new.train is None and len(task.base.train) == 22
+    assert sorted({label for _, label in task.new.test}) == list(range(10))
+
+
+def test_training_images_are_no_test_images():
+    task = load_base_to_new("glyphs", shots=4, classes=10, seed=0)
+    train, test = ({image.tobytes() for image, _ in split} for split in (task.base.train, task.base.test))
+    assert len(train) == 20 and not train & test
+
+
+def test_shots_by_seed():
+    def pixels(seed):
+        return [image.tobytes() for image, _ in load_base_to_new("glyphs", shots=2, classes=6, seed=seed).base.train]
+
+    assert pixels(1) == pixels(1) != pixels(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": "imagenet"}, "no dataset 'imagenet'"),
+        ({"data": "glyphs:klingon"}, "no block 'klingon'"),
+        ({"data": "glyphs:emoticons"}, "draw only 0 distinct characters"),
+        ({"shots": 0}, "every base class needs a training image"),
+        ({"classes": 1}, "at least 2"),
+        ({"seed": -1}, "--seed must be from 0"),
+    ],
+)
+def test_bad_tasks(arguments, message):
+    with pytest.raises(InputError, match=message):
+        load_base_to_new(**{"data": "glyphs", "shots": 1, "classes": 4, "seed": 0, **arguments})
+
+
+# ---- order of images ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["class_pure", "random"])
+@pytest.mark.parametrize("counts", [[16] * 5, [1], [3, 1, 9], [2, 2, 2]], ids=str)
+def test_every_image_once_an_epoch(counts, kind):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    sampler = BatchSampler(labels, 4, kind, torch.Generator().manual_seed(0))
+    for _ in range(2):
+        batches = list(sampler)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(labels)))
+        assert len(batches) == len(sampler)
+        if kind == "class_pure":
+            pure = sum(len(batch) == 4 and len(set(labels[batch].tolist())) == 1 for batch in batches)
+            assert pure >= sum(count // 4 for count in counts)
+
+
+def test_epochs_differ_and_seeds_repeat():
+    labels = torch.arange(20) // 4
+
+    def epochs(seed):
+        sampler = BatchSampler(labels, 4, "class_pure", torch.Generator().manual_seed(seed))
+        return [list(sampler), list(sampler)]
+
+    first, second = epochs(0)
+    assert first != second and epochs(0) == [first, second]
+
+
+# ---- glyph-tiny --------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_model_is_small_and_loads():
+    assert glyph_tiny.WEIGHTS.stat().st_size <= 4_000_000
+    glyph_tiny.register()
+    model = open_clip.create_model("glyph-tiny")
+    model.load_state_dict(glyph_tiny.state_dict())
+
+
+def test_saving_and_loading_keeps_every_row_in_use(tmp_path):
+    glyph_tiny.register()
+    model = open_clip.create_model("glyph-tiny").half().float()
+    glyph_tiny.save(model, tmp_path / "model.safetensors")
+    state, used = glyph_tiny.state_dict(tmp_path / "model.safetensors"), glyph_tiny.used_token_ids()
+    assert state["token_embedding.weight"][used].equal(model.token_embedding.weight[used])
+    assert state["visual.proj"].equal(model.visual.proj)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(load_base_to_new("glyphs", shots=1, classes=9, seed=0).new.prompts)
+    assert set(tokens.unique().tolist()) <= set(used.tolist())
