@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -47,19 +46,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns 0, 2 for input that can't be used, 1 for a run that failed, 130 for Ctrl-C."""
     out, err = Console(), Console(stderr=True)
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="skipkernels",
         description="Skip Tuning for CLIP.",
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
-    run: dict[type, Callable[[Console, Console], None]] = {
-        TuneConfig: lambda out, err: _tune(command, out, err),
-        EvalConfig: lambda out, err: _eval(command, out),
-        DoctorConfig: lambda out, err: _doctor(out),
-    }
     try:
-        run[type(command)](out, err)
+        if isinstance(command, TuneConfig):
+            _tune(command, out, err)
+        elif isinstance(command, EvalConfig):
+            _eval(command, out)
+        else:
+            _doctor(out)
     except (InputError, MemoryError) as error:
         err.print(f"[red]error[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 2

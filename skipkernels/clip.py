@@ -74,8 +74,9 @@ class SkipCLIP(nn.Module):
         (torch.Size([]), torch.Size([6]), [3, 3, 3, 3])
     """
 
+    model: Any  # the caller's, with the attributes of its family
     prototypes: Tensor
-    _text_features: Tensor
+    _text_features: Tensor | None
 
     def __init__(
         self,
@@ -207,7 +208,7 @@ class SkipCLIP(nn.Module):
         return self.encode_upper(x.to(next(self._image.upper_parameters()).dtype))
 
     def _encode_classes(self, class_ids: Tensor) -> Tensor:
-        if self._text.skip:
+        if self._text_features is not None:
             return self._text.upper(self._text_features[class_ids], class_ids)
         return self._text.upper(self._text.lower(self._text.tokens[class_ids]), class_ids)
 

@@ -161,7 +161,7 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
     forced = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).scatter(0, labels, math.inf)
     order = forced.argsort(descending=True, stable=True)
     class_ids = order[ranks.to(order.device)].sort().values
-    return ClassSelection(class_ids, torch.searchsorted(class_ids, labels))
+    return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))
 
 
 def select_classes(

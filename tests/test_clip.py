@@ -11,6 +11,7 @@ import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
+from bench.measure import saved_bytes
 from skipkernels.selection import RankSampler
 from skipkernels.towers import UnsupportedModel
 
@@ -339,20 +340,6 @@ def test_bad_inputs():
 def test_fraction_and_pair_of_skip_layers():
     clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
     assert (clip._image.skip, clip._text.skip) == (2, 1)
-
-
-def saved_bytes(step) -> int:
-    """Bytes that autograd keeps for the backward of `step()`, each storage counted once, parameters left out."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter) and not tensor._is_view():
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(storages.values())
 
 
 def test_bytes_saved_for_backward_shrink_with_the_cut():

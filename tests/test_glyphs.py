@@ -79,19 +79,19 @@ def test_base_to_new_by_coops_rule():
     task = load_base_to_new("glyphs:greek", shots=2, classes=21, seed=0)
     assert (len(task.base.classes), len(task.new.classes)) == (11, 10)
     assert not set(task.base.classes) & set(task.new.classes)
-    assert task.new.train is None and len(task.base.train) == 22
+    assert len(task.train) == 22
     assert sorted({label for _, label in task.new.test}) == list(range(10))
 
 
 def test_training_images_are_no_test_images():
     task = load_base_to_new("glyphs", shots=4, classes=10, seed=0)
-    train, test = ({image.tobytes() for image, _ in split} for split in (task.base.train, task.base.test))
+    train, test = ({image.tobytes() for image, _ in split} for split in (task.train, task.base.test))
     assert len(train) == 20 and not train & test
 
 
 def test_shots_by_seed():
     def pixels(seed):
-        return [image.tobytes() for image, _ in load_base_to_new("glyphs", shots=2, classes=6, seed=seed).base.train]
+        return [image.tobytes() for image, _ in load_base_to_new("glyphs", shots=2, classes=6, seed=seed).train]
 
     assert pixels(1) == pixels(1) != pixels(2)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name beside it, flush it to the disk, and rename it into place.
 
     A crash at any moment leaves the old file or the new one, and at worst a `.partial` beside it.
@@ -19,7 +19,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> replace_file(folder / "note.txt", lambda partial: partial.write_text("whole") and None)
+        >>> replace_file(folder / "note.txt", lambda temporary: temporary.write_text("whole"))
         >>> [file.name for file in folder.iterdir()]
         ['note.txt']
     """

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 _MEMORY_INFO = Path("/proc/meminfo")  # Linux
 
 
 def collect(
-    dataset: Dataset,
+    dataset: Any,
     encode: Callable[[Tensor], Tensor] = lambda images: images,
     *,
     batch_size: int = 64,
@@ -22,7 +23,7 @@ def collect(
     """Run every image of a dataset through `encode` once, without gradient, and keep what it gives.
 
     Args:
-        dataset: Items (image tensor, label), with a length.
+        dataset: Map-style, with a length; items are (image tensor, label).
         encode: [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`; the images themselves by default.
         batch_size: Images encoded at once.
         on_batch: Called with the number of images after each batch, for progress.
@@ -33,7 +34,7 @@ def collect(
     Raises:
         MemoryError: If the result would take more than half of the memory that is free.
     """
-    count, filled = len(dataset), 0  # type: ignore[arg-type]
+    count, filled = len(dataset), 0
     labels = torch.empty(count, dtype=torch.int64)
     encoded: Tensor | None = None
     for images, batch_labels in DataLoader(dataset, batch_size=batch_size):

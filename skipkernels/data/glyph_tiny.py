@@ -44,7 +44,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     state["token_ids"] = used_token_ids()
     state["token_embedding.weight"] = state["token_embedding.weight"][state["token_ids"]]
-    replace_file(path, lambda partial: save_file(state, partial))
+    replace_file(path, lambda temporary: save_file(state, temporary))
 
 
 def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch.utils.data import Dataset
+from typing import Any, Protocol
 
 from . import glyphs
 
 _TEST_IMAGES = 12  # of each glyph class: three in each of four fonts
 _TEST_SEED = 2**31  # training seeds are below it, so that no image is in both sets
+
+
+class SizedDataset(Protocol):
+    """A map-style dataset of (image, label) with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
 
 
 class InputError(ValueError):
@@ -25,21 +31,20 @@ class ClassSplit:
 
     Attributes:
         prompts: One for each class.
-        train: Images to tune on, or None. Items are (image, label).
-        test: Images to test on.
+        test: Images to test on. Items are (image, label).
     """
 
     classes: list[str]
     prompts: list[str]
-    train: Dataset | None
-    test: Dataset
+    test: SizedDataset
 
 
 @dataclass(frozen=True)
 class BaseToNew:
-    """Tune on some images of the base classes; test on base classes and on classes never seen in tuning."""
+    """Tune on some images of the base classes, `train`; test on them and on classes never seen in tuning."""
 
     name: str
+    train: SizedDataset
     base: ClassSplit
     new: ClassSplit
 
@@ -70,7 +75,7 @@ def load_base_to_new(data: str, *, shots: int, classes: int, seed: int, transfor
 
     Example:
         >>> task = load_base_to_new("glyphs:greek", shots=4, classes=20, seed=1)
-        >>> len(task.base.classes), len(task.base.train), task.new.prompts[0]
+        >>> len(task.base.classes), len(task.train), task.new.prompts[0]
         (10, 40, 'the character greek small letter zeta.')
     """
     name, _, selection = data.partition(":")
@@ -95,15 +100,13 @@ def load_base_to_new(data: str, *, shots: int, classes: int, seed: int, transfor
     count = min(classes, len(codepoints))
     codepoints = [codepoints[position * len(codepoints) // count] for position in range(count)]
 
-    def split(chosen: list[int], train: bool) -> ClassSplit:
-        def draw(per_class: int, seed: int) -> glyphs.GlyphDataset:
-            return glyphs.GlyphDataset(
-                chosen, glyphs.HELD_OUT_FONTS, per_class=per_class, seed=seed, transform=transform
-            )
-
-        test = draw(_TEST_IMAGES, _TEST_SEED)
-        prompts = [glyphs.TEMPLATE.format(name) for name in test.classes]
-        return ClassSplit(test.classes, prompts, draw(shots, seed) if train else None, test)
-
     base, new = split_base_new(codepoints)
-    return BaseToNew(f"glyphs:{'+'.join(blocks)}", split(base, train=True), split(new, train=False))
+
+    def draw(chosen: list[int], per_class: int, seed: int) -> glyphs.GlyphDataset:
+        return glyphs.GlyphDataset(chosen, glyphs.HELD_OUT_FONTS, per_class=per_class, seed=seed, transform=transform)
+
+    def split(chosen: list[int]) -> ClassSplit:
+        test = draw(chosen, _TEST_IMAGES, _TEST_SEED)
+        return ClassSplit(test.classes, [glyphs.TEMPLATE.format(name) for name in test.classes], test)
+
+    return BaseToNew(f"glyphs:{'+'.join(blocks)}", draw(base, shots, seed), split(base), split(new))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 
@@ -76,42 +75,16 @@ class ImageTower(Tower):
 
 
 class TextTower(Tower):
-    """A tower over the prompts of the task's classes: `tokens` [C, L], cropped where that is exact."""
+    """A tower over the prompts of the task's classes.
+
+    Attributes:
+        tokens: [C, L] int64, cropped where that is exact.
+        pooled: [C] int64, the position in each prompt that becomes the embedding.
+    """
 
     tokens: Tensor
+    pooled: Tensor
 
     @abstractmethod
     def upper(self, hidden: Tensor, class_ids: Tensor | None) -> Tensor:
         """Hidden states at the cut of `class_ids` (None: of all classes) to text embeddings [n, D], not normalised."""
-
-
-def pooled_attention_block(block: nn.Module, hidden: Tensor, pooled: Tensor, mask: Tensor | None) -> Tensor:
-    """A pre-norm residual attention block for one token of each sequence alone.
-
-    Every token gives a key and a value; only the pooled one has a query, an output projection and an MLP, since
-    nothing else of the last block reaches the output.
-
-    Args:
-        block: An open_clip `ResidualAttentionBlock`.
-        hidden: [n, tokens, W].
-        pooled: [n] int64, the position that is pooled.
-        mask: [n, tokens], added to the attention logits: 0 where a key is seen, −inf where not. None: all are.
-
-    Returns:
-        [n, W]: the block's output at that position.
-    """
-    attention = block.attn
-    n, tokens, width = hidden.shape
-    heads = attention.num_heads
-    rows = torch.arange(n, device=hidden.device)
-    normed = block.ln_1(hidden)
-    query_weight, key_value_weight = attention.in_proj_weight.split([width, 2 * width])
-    query_bias, key_value_bias = attention.in_proj_bias.split([width, 2 * width])
-    query = nn.functional.linear(normed[rows, pooled], query_weight, query_bias).view(n, heads, 1, -1)
-    key_value = nn.functional.linear(normed, key_value_weight, key_value_bias).view(n, tokens, 2, heads, -1)
-    key, value = key_value.permute(2, 0, 3, 1, 4)
-    mixed = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=None if mask is None else mask[:, None, None]
-    )
-    output = hidden[rows, pooled] + block.ls_1(attention.out_proj(mixed.reshape(n, width)))
-    return output + block.ls_2(block.mlp(block.ln_2(output)))

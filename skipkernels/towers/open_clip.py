@@ -10,7 +10,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import PatchDropout, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from .base import ImageTower, TextTower, UnsupportedModel, pooled_attention_block
+from .base import ImageTower, TextTower, UnsupportedModel
 
 
 def _require_clip(model: nn.Module) -> CLIP:
@@ -83,7 +83,7 @@ class OpenClipImageTower(ImageTower):
             hidden = self.run_block(block, hidden)
         if pool_last:
             class_token = hidden.new_zeros(len(hidden), dtype=torch.int64)
-            hidden = pooled_attention_block(blocks[-1], hidden, class_token, mask=None)[:, None]
+            hidden = _pooled_block(blocks[-1], hidden, class_token, mask=None)[:, None]
         pooled, _ = self.visual._pool(hidden)
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
@@ -148,7 +148,7 @@ class OpenClipTextTower(TextTower):
             hidden = self.run_block(block, hidden)
         if pool_last:
             mask = self._mask(hidden)
-            hidden = pooled_attention_block(blocks[-1], hidden, pooled, None if mask is None else mask[pooled])
+            hidden = _pooled_block(blocks[-1], hidden, pooled, None if mask is None else mask[pooled])
         else:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), pooled]
         hidden = self.model.ln_final(hidden)
@@ -156,3 +156,35 @@ class OpenClipTextTower(TextTower):
         if projection is None:
             return hidden
         return projection(hidden) if isinstance(projection, nn.Module) else hidden @ projection
+
+
+def _pooled_block(block: ResidualAttentionBlock, hidden: Tensor, pooled: Tensor, mask: Tensor | None) -> Tensor:
+    """A pre-norm residual attention block for one token of each sequence alone.
+
+    Every token gives a key and a value; only the pooled one has a query, an output projection and an MLP, since
+    nothing else of the last block reaches the output.
+
+    Args:
+        block: An open_clip `ResidualAttentionBlock`.
+        hidden: [n, tokens, W].
+        pooled: [n] int64, the position that is pooled.
+        mask: [n, tokens], added to the attention logits: 0 where a key is seen, −inf where not. None: all are.
+
+    Returns:
+        [n, W]: the block's output at that position.
+    """
+    attention = block.attn
+    n, tokens, width = hidden.shape
+    heads = attention.num_heads
+    rows = torch.arange(n, device=hidden.device)
+    normed = block.ln_1(hidden)
+    query_weight, key_value_weight = attention.in_proj_weight.split([width, 2 * width])
+    query_bias, key_value_bias = attention.in_proj_bias.split([width, 2 * width])
+    query = nn.functional.linear(normed[rows, pooled], query_weight, query_bias).view(n, heads, 1, -1)
+    key_value = nn.functional.linear(normed, key_value_weight, key_value_bias).view(n, tokens, 2, heads, -1)
+    key, value = key_value.permute(2, 0, 3, 1, 4)
+    mixed = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=None if mask is None else mask[:, None, None]
+    )
+    output = hidden[rows, pooled] + block.ls_1(attention.out_proj(mixed.reshape(n, width)))
+    return output + block.ls_2(block.mlp(block.ln_2(output)))

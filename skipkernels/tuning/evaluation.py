@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from ..cache import collect
 from ..clip import SkipCLIP
-from ..data import BaseToNew, InputError, load_base_to_new
+from ..data import BaseToNew, InputError, SizedDataset, load_base_to_new
 from .config import TuneConfig
 from .model import load_model, load_weights
 
@@ -81,7 +81,7 @@ class Evaluator:
         """Compute what is frozen of the test images; `on_batch` is told how many are done."""
         self._test = {name: self.keep(dataset, on_batch) for name, dataset in self._test_sets.items()}
 
-    def keep(self, dataset: Dataset, on_batch: Callable[[int], None] = lambda images: None) -> TensorDataset:
+    def keep(self, dataset: SizedDataset, on_batch: Callable[[int], None] = lambda images: None) -> TensorDataset:
         """A dataset as `predict` takes it: features at the cut, or images where nothing is skipped."""
         frozen = self.base.skip_layers[0] > 0
 

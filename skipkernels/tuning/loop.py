@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def skip_step(clip: SkipCLIP) -> Step:
     return step
 
 
-def full_step(model: nn.Module, tokens: Tensor) -> Step:
+def full_step(model: Any, tokens: Tensor) -> Step:
     """The step of full fine-tuning, as one would write it: every layer, every class, every token, on images."""
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -100,10 +101,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         TextColumn("{task.fields[state]}"),
     )
     with Progress(*columns, console=console) as progress:
-        total = sum(len(split) for split in (task.base.train, task.base.test, task.new.test))  # type: ignore[arg-type]
+        total = sum(map(len, (task.train, task.base.test, task.new.test)))
         bar = progress.add_task("features", total=total, state="")
         evaluator.prepare(lambda images: progress.advance(bar, images))
-        train = evaluator.keep(task.base.train, lambda images: progress.advance(bar, images))
+        train = evaluator.keep(task.train, lambda images: progress.advance(bar, images))
         zero_shot_predictions = evaluator.predictions()
         zero_shot = evaluator.accuracy(zero_shot_predictions)
         progress.update(bar, state=_accuracy_text("zero-shot", zero_shot))
@@ -168,7 +169,7 @@ class _Trainer:
         groups = clip.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
         self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, [lambda epoch, lr=group["lr"]: epoch_factor(epoch, config, lr) for group in groups]
+            self.optimizer, [partial(epoch_factor, config=config, base_lr=group["lr"]) for group in groups]
         )
         self.batches = BatchSampler(
             labels, config.batch_size, config.batches, torch.Generator().manual_seed(config.seed)
@@ -236,13 +237,13 @@ class _RunFolder:
             raise InputError(f"--out: {self.folder} can't be written: {error.strerror}.") from error
 
     def _write(self, name: str, text: str) -> None:
-        replace_file(self.folder / name, lambda partial: partial.write_text(text) and None)
+        replace_file(self.folder / name, lambda temporary: temporary.write_text(text))
 
     def complete_epoch(self, model: nn.Module, row: dict[str, Any]) -> None:
         """Keep an epoch: its checkpoint and its metrics, both or neither."""
         state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
         with _interrupt_deferred():
-            replace_file(self.folder / CHECKPOINT, lambda partial: save_file(state, partial))
+            replace_file(self.folder / CHECKPOINT, lambda temporary: save_file(state, temporary))
             self.rows.append(row)
             self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
 

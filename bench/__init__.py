@@ -1,0 +1,1 @@
+"""Benchmarks: each checks its result against a baseline first, then times both in one run."""

@@ -1,0 +1,99 @@
+"""Measuring, and keeping what was measured."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def saved_bytes(step: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for the backward of `step()`: each storage once, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor._base if tensor._is_view() else tensor
+        if not isinstance(base, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        keep_alive = step()  # noqa: F841  a freed storage's address may be used again
+    return sum(storages.values())
+
+
+def time_alternately(
+    functions: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round, in turn, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Of a sample, by linear interpolation."""
+    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Commit, versions and device, for every row of a result."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """Vendor, family and widest vectors: what a kernel can use. (A virtual machine's model name says less.)"""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{fields.get('model name', platform.processor() or platform.machine())} ({' '.join(extras)})"
+
+
+def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
+    """Append rows to bench/results/NAME.csv; the columns are those of the first row ever written."""
+    path = RESULTS / f"{name}.csv"
+    RESULTS.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if new else path.open().readline().strip().split(","))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
