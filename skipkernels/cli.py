@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import platform
 import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -116,24 +118,25 @@ def _eval(command: EvalConfig, out: Console) -> None:
 
 
 def _doctor(out: Console) -> None:
-    import importlib.metadata
-
-    import torch
-
-    table = Table("part", "version", title="skipkernels doctor")
-    table.add_row("skipkernels", skipkernels.__version__)
-    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    versions = Table("part", "version", title="skipkernels doctor")
+    versions.add_row("skipkernels", skipkernels.__version__)
+    versions.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "triton", "open_clip_torch", "torchvision", "safetensors", "xformers"):
         try:
-            table.add_row(package, importlib.metadata.version(package))
+            versions.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "not installed")
-    table.add_row("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+            versions.add_row(package, "not installed")
+    versions.add_row("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
-        table.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
+        versions.add_row(f"cuda:{index}", torch.cuda.get_device_name(index))
     if not torch.cuda.is_available():
-        table.add_row("cuda", "no device")
-    out.print(table)
+        versions.add_row("cuda", "no device")
+    out.print(versions)
+    kernels = Table("operator", "device", "kernel", "why not a faster one")
+    for operator, devices in skipkernels.backends().items():
+        for device, backend in devices.items():
+            kernels.add_row(operator, device, backend.kernel, backend.reason)
+    out.print(kernels)
 
 
 if __name__ == "__main__":

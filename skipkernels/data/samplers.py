@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Batches = Literal["class_pure", "random"]
+SamplerKind = Literal["class_pure", "random"]
 
 
 class BatchSampler(Sampler[list[int]]):
@@ -28,9 +28,9 @@ class BatchSampler(Sampler[list[int]]):
         ([[0, 1], [2], [3, 4]], 3)
     """
 
-    def __init__(self, labels: Tensor, batch_size: int, kind: Batches, generator: torch.Generator):
-        if kind not in get_args(Batches):
-            raise ValueError(f"BatchSampler: kind must be one of {', '.join(get_args(Batches))}; got {kind!r}.")
+    def __init__(self, labels: Tensor, batch_size: int, kind: SamplerKind, generator: torch.Generator):
+        if kind not in get_args(SamplerKind):
+            raise ValueError(f"BatchSampler: kind must be one of {', '.join(get_args(SamplerKind))}; got {kind!r}.")
         if batch_size < 1:
             raise ValueError(f"BatchSampler: batch_size must be at least 1; got {batch_size}.")
         self.labels, self.batch_size, self.kind, self.generator = labels, batch_size, kind, generator

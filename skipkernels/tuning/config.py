@@ -13,7 +13,7 @@ import yaml
 
 from ..data import InputError
 from ..data.glyph_tiny import NAME as GLYPH_TINY
-from ..data.samplers import Batches
+from ..data.samplers import SamplerKind
 from ..selection import Tail
 
 Method = Literal["skip", "full"]
@@ -57,7 +57,7 @@ class TuneConfig:
     """Passes over the training images; by default 8 for glyph-tiny, 20 for others."""
     batch_size: int = 4
     """Images in a step."""
-    batches: Batches = "class_pure"
+    sampler: SamplerKind = "class_pure"
     """class_pure: images of one class where it has enough. random: any."""
     skip_layers: int | float = 0.5
     """Blocks of each tower that are skipped: a number, or a fraction such as 0.5."""

@@ -101,13 +101,16 @@ class Evaluator:
                 found[name] = torch.cat([clip.predict(batch).argmax(dim=1).cpu() for batch in inputs.split(_BATCH)])
         return found
 
+    def labels(self, split: str) -> Tensor:
+        """Classes [n] of the test images of "base" or "new"."""
+        return self._test[split].tensors[1]
+
     def accuracy(self, predictions: dict[str, Tensor] | None = None) -> Accuracy:
         """Of `predictions`, or of the model as it is."""
         predictions = self.predictions() if predictions is None else predictions
 
         def of(name: str, clip: SkipCLIP) -> float:
-            labels = self._test[name].tensors[1]
-            correct = multiclass_accuracy(predictions[name], labels, len(clip.prototypes), average="micro")
+            correct = multiclass_accuracy(predictions[name], self.labels(name), len(clip.prototypes), average="micro")
             return round(100.0 * correct.item(), 4)
 
         return Accuracy(of("base", self.base), of("new", self.new))

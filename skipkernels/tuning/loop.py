@@ -172,7 +172,7 @@ class _Trainer:
             self.optimizer, [partial(epoch_factor, config=config, base_lr=group["lr"]) for group in groups]
         )
         self.batches = BatchSampler(
-            labels, config.batch_size, config.batches, torch.Generator().manual_seed(config.seed)
+            labels, config.batch_size, config.sampler, torch.Generator().manual_seed(config.seed)
         )
         device = torch.device(config.device)
         bf16 = config.precision == "bf16"
@@ -271,16 +271,15 @@ def _interrupt_deferred() -> Iterator[None]:
 
 
 def _examples(config: TuneConfig, evaluator: Evaluator, zero_shot: dict[str, Tensor]) -> list[Example]:
-    """Test images whose answer tuning changed: of each split, the first of each class."""
+    """Test images that were right before and wrong after tuning, or the other way round: one of each class."""
     tuned, task, found = evaluator.predictions(), load_task(config), []
     for name, split in (("base", task.base), ("new", task.new)):
-        seen: set[int] = set()
-        for index in (zero_shot[name] != tuned[name]).nonzero().squeeze(1).tolist():
-            image, label = split.test[index]
-            if label not in seen and len(seen) < _EXAMPLES:
-                seen.add(label)
-                names = [split.classes[int(k)] for k in (label, zero_shot[name][index], tuned[name][index])]
-                found.append(Example(name, image, *names))
+        labels = evaluator.labels(name)
+        flipped = (zero_shot[name] == labels) != (tuned[name] == labels)
+        of_class = {int(labels[index]): index for index in flipped.nonzero().squeeze(1).tolist()}
+        for label, index in list(of_class.items())[:_EXAMPLES]:
+            names = [split.classes[int(k)] for k in (label, zero_shot[name][index], tuned[name][index])]
+            found.append(Example(name, split.test[index][0], *names))
     return found
 
 

@@ -48,7 +48,7 @@ def report_html(
         config: The run.
         metrics: What metrics.json holds; at least one epoch is complete.
         rows: What metrics.jsonl holds.
-        examples: Test images whose answer changed.
+        examples: Test images that tuning mended or broke.
     """
     zero_shot, tuned, cost = metrics["zero_shot"], metrics["tuned"], metrics["cost"]
     accuracy = "".join(
@@ -119,7 +119,7 @@ def _curves(rows: list[dict[str, Any]], zero_shot: dict[str, float]) -> str:
 
 
 def _gallery(examples: list[Example]) -> str:
-    """Images whose answer tuning changed."""
+    """Images that tuning mended or broke."""
     sections = []
     for split in ("base", "new"):
         figures = []
@@ -137,5 +137,7 @@ def _gallery(examples: list[Example]) -> str:
                 f"<figcaption><b>{name}</b>{answers}</figcaption></figure>"
             )
         if figures:
-            sections.append(f"<h2>Changed answers, {split} classes</h2><div class='examples'>{''.join(figures)}</div>")
+            sections.append(
+                f"<h2>What tuning mended and broke, {split} classes</h2><div class='examples'>{''.join(figures)}</div>"
+            )
     return "".join(sections)
