@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from skipkernels import reference
+from skipkernels.ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
+from skipkernels.ops.class_scores import class_scores as _class_scores
 
 __all__ = ["class_sampled_cross_entropy", "class_sampled_logits", "class_scores"]
 
@@ -87,9 +89,9 @@ def class_sampled_cross_entropy(
     if reduction not in _REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
-    return reference.class_sampled_ce(
+    return _class_sampled_ce(
         image, text, labels, scale, class_ids, class_weight, label_smoothing, ignore_index, reduction
-    )
+    )[0]
 
 
 def class_sampled_logits(
@@ -168,7 +170,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
             f"{name}: labels must be [B={image.shape[0]}] to match image {list(image.shape)}; "
             f"got {list(labels.shape)}. Pass one label for each image."
         )
-    return reference.class_scores(image, prototypes, labels)
+    return _class_scores(image, prototypes, labels)
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:

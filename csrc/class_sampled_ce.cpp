@@ -1,0 +1,411 @@
+// class_sampled_ce: cross-entropy of images against a sample of the rows of a class bank.
+//
+//   z_bk   = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
+//   loss_b = (1 − ε) w_y (lse_b − z_by) + ε/K Σ_k w_k (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
+//   d_z_bk = up_b · ((1 − ε) w_y (p_bk − [k = y]) + ε/K (W p_bk − w_k)),   p_bk = exp(z_bk − lse_b),  W = Σ_k w_k
+//
+// Map of the forward pass: the B × K plane is cut into blocks (Plan), a task each; a task goes through its block in
+// tiles, so that only tiles of z are ever written, and leaves the running maximum and sum of each image; these are
+// combined at the end. Map of the backward pass: a panel of images at a time, z is computed again and turned into d_z
+// in place, [panel, K], bounded by PANEL numbers; then d_z · t/|t| and d_zᵀ · x/|x|, a task for each piece of a result.
+#include "tensor.h"
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <tuple>
+
+namespace skipkernels {
+namespace {
+
+constexpr const char* NAME = "class_sampled_cross_entropy";
+
+// Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
+void check_shapes(
+    const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
+    const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight) {
+  STD_TORCH_CHECK(
+      image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1) && image.scalar_type() == text.scalar_type(),
+      NAME, ": image must be [B, D], text [C, D], of one dtype.");
+  STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, NAME, ": B, C and D must be at least 1.");
+  STD_TORCH_CHECK(
+      labels.dim() == 1 && labels.size(0) == image.size(0) && labels.scalar_type() == ScalarType::Long, NAME,
+      ": labels must be int64 [B].");
+  STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, NAME, ": logit_scale must have one element.");
+  STD_TORCH_CHECK(
+      !class_ids ||
+          (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
+      NAME, ": class_ids must be int64 [K] with K at least 1.");
+  STD_TORCH_CHECK(
+      !class_weight || (class_weight->dim() == 1 && class_weight->size(0) == text.size(0)), NAME,
+      ": class_weight must be [C].");
+}
+
+// What forward and backward know before they look at a feature.
+template <class T>
+struct Problem {
+  using A = accumulate_t<T>;
+
+  int64_t B, K, C, D;
+  Tensor image_storage, text_storage; // what the rows point into
+  std::vector<int64_t> ids; // the sampled rows of the bank; empty: all of them
+  Rows<T> image, text;
+  std::vector<int64_t> target; // the label's place among the sampled rows, or −1: ignored
+  std::vector<A> weight; // of the sampled rows; empty: all 1, and no smoothing
+  A scale, smoothing;
+  A total_weight; // Σ_k w_k
+  double denominator = 0; // Σ_b w_y over the images that are not ignored
+
+  Problem(
+      const Tensor& image_, const Tensor& text_, const Tensor& labels, const Tensor& logit_scale,
+      const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
+      int64_t ignore_index)
+      : B(image_.size(0)), K(class_ids ? class_ids->size(0) : text_.size(0)), C(text_.size(0)), D(image_.size(1)),
+        image_storage(with_contiguous_rows(image_)), text_storage(with_contiguous_rows(text_)),
+        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()), image(rows_of<T>(image_storage)),
+        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)), target(integers(labels)),
+        scale(A(number(logit_scale))), smoothing(A(label_smoothing)) {
+    if (!std::isfinite(scale))
+      refuse(NAME, ": logit_scale must be finite; got ", scale, ".");
+    find_targets(ignore_index);
+    if (class_weight || smoothing != 0)
+      weight.assign(K, A(1));
+    if (class_weight)
+      for (int64_t k = 0; k < K; ++k)
+        weight[k] = A(number(*class_weight, ids.empty() ? k : ids[k]));
+    total_weight = A(weight.empty() ? double(K) : std::accumulate(weight.begin(), weight.end(), 0.0));
+    for (int64_t b = 0; b < B; ++b)
+      denominator += target[b] >= 0 ? target_weight(b) : 0;
+  }
+
+  A target_weight(int64_t b) const {
+    return weight.empty() ? A(1) : weight[target[b]];
+  }
+
+ private:
+  void find_targets(int64_t ignore_index) {
+    std::vector<int64_t> place; // of a row of the bank among the sampled ones
+    if (!ids.empty()) {
+      place.assign(C, -1);
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t id = ids[k];
+        if (id < 0 || id >= C)
+          refuse(NAME, ": class_ids must be rows of text, 0 to ", C - 1, "; got ", id, " at position ", k, ".");
+        if (place[id] >= 0)
+          refuse(NAME, ": class_ids must have no duplicates; got ", id, " at positions ", place[id], " and ", k, ".");
+        place[id] = k;
+      }
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t label = target[b];
+      if (label == ignore_index) {
+        target[b] = -1;
+        continue;
+      }
+      if (label < 0 || label >= C)
+        refuse(
+            NAME, ": labels must be rows of text, 0 to ", C - 1, ", or ignore_index (", ignore_index, "); got ", label,
+            " for image ", b, ".");
+      target[b] = ids.empty() ? label : place[label];
+      if (target[b] < 0)
+        refuse(
+            NAME, ": labels must be among class_ids; got ", label, " for image ", b,
+            ". Select the classes so that every label is kept.");
+    }
+  }
+};
+
+template <class T, class A = accumulate_t<T>>
+void forward(
+    const Problem<T>& problem, const std::string& reduction, A* loss, A* lse, A* image_norm, A* text_norm) {
+  const int64_t B = problem.B, K = problem.K, D = problem.D;
+  const Plan plan(B, K, D);
+  const bool smooth = problem.smoothing != 0;
+  // For each block of classes and image: running maximum and sum, and Σ_k w_k z_bk where it is needed.
+  const auto max = scratch<A>(plan.k_blocks * B), sum = scratch<A>(plan.k_blocks * B);
+  const auto weighted = scratch<A>(smooth ? plan.k_blocks * B : 0);
+  const auto target_logit = scratch<A>(B);
+
+  parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
+    const auto [b_index, k_index, b0, b1, k0, k1] = block;
+    A *block_max = &max[k_index * B], *block_sum = &sum[k_index * B], *block_weighted = &weighted[k_index * B * smooth];
+    for (int64_t b = b0; b < b1; ++b) {
+      block_max[b] = -std::numeric_limits<A>::infinity();
+      block_sum[b] = 0;
+      if (smooth)
+        block_weighted[b] = 0;
+    }
+    for (int64_t k = k0; k < k1; k += K_TILE) {
+      const int64_t k_count = std::min(K_TILE, k1 - k);
+      for (int64_t i = 0; i < k_count; ++i) {
+        const A norm = load_unit_row(&tile.text[i * D], problem.text[k + i], D);
+        if (b_index == 0)
+          text_norm[k + i] = norm;
+      }
+      for (int64_t b = b0; b < b1; b += B_TILE) {
+        const int64_t b_count = std::min(B_TILE, b1 - b);
+        for (int64_t i = 0; i < b_count; ++i) {
+          const A norm = load_unit_row(&tile.image[i * D], problem.image[b + i], D);
+          if (k == 0)
+            image_norm[b + i] = norm;
+        }
+        tile.multiply(tile.cosine.get(), k_count, b_count, k_count, D);
+        for (int64_t i = b; i < b + b_count; ++i) {
+          const A* cosine = &tile.cosine[(i - b) * k_count];
+          online_softmax(&block_max[i], &block_sum[i], cosine, problem.scale, k_count);
+          const int64_t target = problem.target[i];
+          if (target >= k && target < k + k_count)
+            target_logit[i] = problem.scale * cosine[target - k];
+          if (smooth)
+            block_weighted[i] += problem.scale * dot(cosine, &problem.weight[k], k_count);
+        }
+      }
+    }
+  });
+
+  double total = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    A top = max[b];
+    for (int64_t i = 1; i < plan.k_blocks; ++i)
+      top = std::max(top, max[i * B + b]);
+    A exp_sum = 0, weighted_logits = 0;
+    for (int64_t i = 0; i < plan.k_blocks; ++i) {
+      exp_sum += sum[i * B + b] * std::exp(max[i * B + b] - top);
+      if (smooth)
+        weighted_logits += weighted[i * B + b];
+    }
+    lse[b] = top + std::log(exp_sum);
+    A loss_b = 0;
+    if (problem.target[b] >= 0) {
+      // (top − z_y) first: it is small where the loss is small, and lse_b would round it away.
+      loss_b = (1 - problem.smoothing) * problem.target_weight(b) * ((top - target_logit[b]) + std::log(exp_sum));
+      if (smooth)
+        loss_b += problem.smoothing / K * (problem.total_weight * lse[b] - weighted_logits);
+    }
+    total += loss_b;
+    if (reduction == "none")
+      loss[b] = loss_b;
+  }
+  if (reduction != "none")
+    *loss = A(reduction == "mean" ? total / problem.denominator : total);
+}
+
+// The tile's row of cosines of one image → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is d_loss/d_loss_b.
+template <class T, class A = accumulate_t<T>>
+A logits_gradient(const Problem<T>& problem, A upstream, A lse, int64_t b, int64_t k, int64_t k_count, A* cosine) {
+  if (problem.target[b] < 0) {
+    std::fill(cosine, cosine + k_count, A(0));
+    return 0;
+  }
+  const A hit = upstream * (1 - problem.smoothing) * problem.target_weight(b);
+  const A spread = upstream * problem.smoothing / A(problem.K);
+  const A factor = hit + spread * problem.total_weight;
+  const A* weight = problem.smoothing != 0 ? &problem.weight[k] : nullptr;
+  const int64_t y = problem.target[b] - k;
+  if (y < 0 || y >= k_count)
+    return softmax_gradient(cosine, problem.scale, lse, factor, spread, weight, k_count);
+  // The true class by itself: p − 1 is formed before anything rounds it.
+  const A cosine_y = cosine[y], p = std::exp(problem.scale * cosine_y - lse);
+  const A d_logit = hit * (p - 1) + spread * (problem.total_weight * p - (weight ? weight[y] : 0));
+  A along = softmax_gradient(cosine, problem.scale, lse, factor, spread, weight, y);
+  const A* rest = weight ? weight + y + 1 : nullptr;
+  along += softmax_gradient(cosine + y + 1, problem.scale, lse, factor, spread, rest, k_count - y - 1);
+  cosine[y] = d_logit;
+  return along + d_logit * cosine_y;
+}
+
+// out[m, d] (+)= Σ_n d_logits[m, n] · unit row n, a tile of n at a time; a piece of the sum, columns d0 to d1, is one task.
+template <class T, class A = accumulate_t<T>>
+struct Contraction {
+  const A* d_logits;
+  int64_t stride_m, stride_n;
+  int64_t M, N, D;
+  Rows<T> rows; // N of them
+  const A* norm;
+  A* out; // [M, D]
+  bool accumulate;
+
+  static constexpr int64_t M_TILE = 256, N_TILE = 512, D_TILE = 128;
+
+  int64_t d_tile(bool whole) const {
+    return whole ? D : std::min(D_TILE, divide_up(D, 2));
+  }
+  int64_t tasks(bool whole) const {
+    const int64_t d = d_tile(whole);
+    return divide_up(M, M_TILE) * divide_up(D, d);
+  }
+
+  void run(int64_t task, bool whole, A* tile, A* product) const {
+    const int64_t width = d_tile(whole), d_pieces = divide_up(D, width);
+    const int64_t m0 = task / d_pieces * M_TILE, m_count = std::min(M_TILE, M - m0);
+    const int64_t d0 = task % d_pieces * width, d_count = std::min(width, D - d0);
+    A* piece = out + m0 * D + d0;
+    for (int64_t n = 0; n < N; n += N_TILE) {
+      const int64_t n_count = std::min(N_TILE, N - n);
+      const bool add_to = accumulate || n > 0;
+      for (int64_t i = 0; i < n_count; ++i)
+        load_unit_row(tile + i * d_count, rows[n + i] + d0, norm[n + i], d_count);
+      A* factors = const_cast<A*>(d_logits) + m0 * stride_m + n * stride_n;
+      if (whole || !is_large(m_count, n_count, d_count)) {
+        for (int64_t i = 0; i < m_count && !add_to; ++i)
+          std::fill(piece + i * D, piece + i * D + d_count, A(0));
+        small_matmul_add(piece, D, factors, stride_m, stride_n, tile, m_count, n_count, d_count);
+        continue;
+      }
+      const Matrix<A> a{factors, m_count, n_count, stride_m, stride_n}, b{tile, n_count, d_count, d_count};
+      library_matmul(add_to ? Matrix<A>{product, m_count, d_count, d_count} : Matrix<A>{piece, m_count, d_count, D}, a, b);
+      for (int64_t i = 0; i < m_count && add_to; ++i)
+        add(piece + i * D, product + i * d_count, d_count);
+    }
+  }
+};
+
+// Where the gradient of the unit rows is summed up: in the result itself if that has the type and the order for it.
+template <class T, class A = accumulate_t<T>>
+A* unit_gradient(T* d_rows, const Rows<T>& rows, int64_t n, int64_t D, Scratch<A>& own) {
+  if constexpr (std::is_same_v<T, A>)
+    if (rows.ids == nullptr)
+      return d_rows;
+  own = scratch<A>(d_rows != nullptr ? n * D : 0);
+  return own.get();
+}
+
+// Back through the unit norm: rows of d_rows from the gradient of the unit rows.
+template <class T, class A = accumulate_t<T>>
+void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t n, int64_t D, A scale, T* d_rows) {
+  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / D);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* d_row = d_rows + (rows.ids == nullptr ? i : rows.ids[i]) * D;
+      store_unit_row_gradient(d_row, d_unit + i * D, scale, rows[i], norm[i], D);
+    }
+  });
+}
+
+// The gradients that are wanted; a null pointer stands for one that is not.
+template <class T, class A = accumulate_t<T>>
+void backward(
+    const Problem<T>& problem, const std::vector<A>& upstream, const A* lse, const A* image_norm, const A* text_norm,
+    T* d_image, T* d_text, double* d_logit_scale) {
+  constexpr int64_t PANEL = int64_t(1) << 22; // 16 MiB in fp32
+  const int64_t B = problem.B, K = problem.K, D = problem.D;
+  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / B_TILE * B_TILE, 64));
+  const auto d_logits = scratch<A>(panel * K);
+  Scratch<A> own_image, own_text;
+  A* const d_unit_image = unit_gradient(d_image, problem.image, B, D, own_image);
+  A* const d_unit_text = unit_gradient(d_text, problem.text, K, D, own_text);
+
+  for (int64_t p = 0; p < B; p += panel) {
+    const int64_t p_count = std::min(panel, B - p);
+    const Plan plan(p_count, K, D);
+    const auto along = scratch<A>(plan.k_blocks * p_count); // Σ_k d_z_bk · cosine_bk over the classes of a block
+    parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
+      const auto [b_index, k_index, b0, b1, k0, k1] = block;
+      std::fill(&along[k_index * p_count + b0], &along[k_index * p_count + b1], A(0));
+      for (int64_t k = k0; k < k1; k += K_TILE) {
+        const int64_t k_count = std::min(K_TILE, k1 - k);
+        for (int64_t i = 0; i < k_count; ++i)
+          load_unit_row(&tile.text[i * D], problem.text[k + i], text_norm[k + i], D);
+        for (int64_t b = b0; b < b1; b += B_TILE) {
+          const int64_t b_count = std::min(B_TILE, b1 - b);
+          for (int64_t i = 0; i < b_count; ++i)
+            load_unit_row(&tile.image[i * D], problem.image[p + b + i], image_norm[p + b + i], D);
+          tile.multiply(&d_logits[b * K + k], K, b_count, k_count, D);
+          for (int64_t i = b; i < b + b_count; ++i)
+            along[k_index * p_count + i] +=
+                logits_gradient(problem, upstream[p + i], lse[p + i], p + i, k, k_count, &d_logits[i * K + k]);
+        }
+      }
+    });
+    if (d_logit_scale)
+      *d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * p_count], *d_logit_scale);
+
+    const Contraction<T> images{d_logits.get(), K, 1, d_image ? p_count : 0, K, D, problem.text, text_norm,
+                                d_unit_image + p * D, false};
+    const Contraction<T> texts{d_logits.get(), 1, K, d_text ? K : 0, p_count, D, problem.image.from(p), image_norm + p,
+                               d_unit_text, p > 0};
+    const bool whole = plan.tasks() == 1; // a small problem: not worth a second thread
+    const int64_t image_tasks = images.tasks(whole), tasks = image_tasks + texts.tasks(whole);
+    torch::stable::parallel_for(0, tasks, whole ? tasks + 1 : 1, [&](int64_t begin, int64_t end) {
+      const int64_t width = images.d_tile(whole);
+      const auto tile = scratch<A>(std::min(std::max(K, p_count), images.N_TILE) * width);
+      const auto product = scratch<A>(whole ? 0 : images.M_TILE * width);
+      for (int64_t task = begin; task < end; ++task)
+        if (task < image_tasks)
+          images.run(task, whole, tile.get(), product.get());
+        else
+          texts.run(task - image_tasks, whole, tile.get(), product.get());
+    });
+  }
+  if (d_image)
+    store_gradient(problem.image, image_norm, d_unit_image, B, D, problem.scale, d_image);
+  if (d_text)
+    store_gradient(problem.text, text_norm, d_unit_text, K, D, problem.scale, d_text);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> class_sampled_ce(
+    const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
+    const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
+    int64_t ignore_index, const std::string& reduction) {
+  check_shapes(image, text, labels, logit_scale, class_ids, class_weight);
+  std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> outputs;
+  dispatch_features(image, NAME, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    const Problem<T> problem(
+        image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
+    Tensor loss = reduction == "none" ? vector_of<A>(problem.B) : scalar_of<A>();
+    Tensor lse = vector_of<A>(problem.B), image_norm = vector_of<A>(problem.B), text_norm = vector_of<A>(problem.K);
+    forward(
+        problem, reduction, loss.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>(), image_norm.mutable_data_ptr<A>(),
+        text_norm.mutable_data_ptr<A>());
+    outputs.emplace(loss, lse, image_norm, text_norm);
+  });
+  return *outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
+    const Tensor& d_loss, const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
+    const Tensor& lse, const Tensor& image_norm, const Tensor& text_norm, const std::optional<Tensor>& class_ids,
+    const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index,
+    const std::string& reduction, bool need_image, bool need_text, bool need_logit_scale) {
+  check_shapes(image, text, labels, logit_scale, class_ids, class_weight);
+  std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
+  dispatch_features(image, NAME, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    const Problem<T> problem(
+        image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
+    std::vector<A> upstream(problem.B); // d_loss/d_loss_b
+    for (int64_t b = 0; b < problem.B; ++b) {
+      const double given = number(d_loss, reduction == "none" ? b : 0);
+      upstream[b] = A(reduction == "mean" ? given / problem.denominator : given);
+    }
+    Tensor d_image = torch::stable::empty({need_image ? problem.B : 0, problem.D}, image.scalar_type());
+    Tensor d_text = torch::stable::empty({need_text ? problem.C : 0, problem.D}, image.scalar_type());
+    Tensor d_logit_scale = torch::stable::empty({0}, logit_scale.scalar_type());
+    if (need_logit_scale)
+      d_logit_scale = torch::stable::empty_like(logit_scale);
+    if (need_text && class_ids)
+      std::memset(d_text.mutable_data_ptr(), 0, d_text.numel() * sizeof(T));
+    double d_scale = 0;
+    backward(
+        problem, upstream, lse.const_data_ptr<A>(), image_norm.const_data_ptr<A>(), text_norm.const_data_ptr<A>(),
+        need_image ? d_image.mutable_data_ptr<T>() : nullptr, need_text ? d_text.mutable_data_ptr<T>() : nullptr,
+        need_logit_scale ? &d_scale : nullptr);
+    if (need_logit_scale)
+      set_number(d_logit_scale, d_scale);
+    outputs.emplace(d_image, d_text, d_logit_scale);
+  });
+  return *outputs;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(skipkernels, CPU, m) {
+  m.impl("class_sampled_ce", TORCH_BOX(&class_sampled_ce));
+  m.impl("class_sampled_ce_backward", TORCH_BOX(&class_sampled_ce_backward));
+}
+
+} // namespace skipkernels

@@ -1,0 +1,234 @@
+// What the operators share: tensors through PyTorch's stable ABI, work divided among threads, and the library's
+// matrix product. Only stable headers are included, so that one binary serves every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "vector.h"
+
+namespace skipkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// An error in the values that a caller passed. Python sees std::invalid_argument as ValueError.
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// Uninitialised numbers of a task's own, aligned to a cache line.
+struct Free {
+  void operator()(void* memory) const {
+    ::operator delete[](memory, std::align_val_t(64));
+  }
+};
+template <class A>
+using Scratch = std::unique_ptr<A[], Free>;
+template <class A>
+Scratch<A> scratch(int64_t n) {
+  return Scratch<A>(new (std::align_val_t(64)) A[std::max<int64_t>(n, 1)]);
+}
+
+template <class A>
+constexpr ScalarType scalar_type_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class A>
+Tensor vector_of(int64_t n) {
+  return torch::stable::empty({n}, scalar_type_of<A>);
+}
+template <class A>
+Tensor scalar_of() {
+  return torch::stable::empty({}, scalar_type_of<A>);
+}
+
+// Calls f with a value of the features' type.
+template <class F>
+void dispatch_features(const Tensor& features, const char* name, const F& f) {
+  switch (features.scalar_type()) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(BFloat16());
+    case ScalarType::Half: return f(Half());
+    default: STD_TORCH_CHECK(false, name, ": features must be float32, bfloat16, float16 or float64.");
+  }
+}
+
+// Number i of a small floating-point tensor, whatever its type.
+inline double number(const Tensor& tensor, int64_t i = 0) {
+  double value = 0;
+  i *= tensor.dim() > 0 ? tensor.stride(0) : 0;
+  dispatch_features(tensor, "skipkernels", [&](auto type) {
+    value = double(accumulate_t<decltype(type)>(tensor.const_data_ptr<decltype(type)>()[i]));
+  });
+  return value;
+}
+
+inline void set_number(Tensor& tensor, double value) {
+  dispatch_features(tensor, "skipkernels", [&](auto type) {
+    using T = decltype(type);
+    tensor.mutable_data_ptr<T>()[0] = T(accumulate_t<T>(value));
+  });
+}
+
+inline std::vector<int64_t> integers(const Tensor& tensor) {
+  const int64_t* data = tensor.const_data_ptr<int64_t>();
+  const int64_t n = tensor.size(0), stride = tensor.stride(0);
+  std::vector<int64_t> values(n);
+  for (int64_t i = 0; i < n; ++i)
+    values[i] = data[i * stride];
+  return values;
+}
+
+// A matrix whose rows are contiguous, however far apart they are; or some of its rows, by index.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const int64_t* ids = nullptr;
+
+  const T* operator[](int64_t i) const {
+    return data + (ids == nullptr ? i : ids[i]) * stride;
+  }
+  Rows from(int64_t i) const {
+    return ids == nullptr ? Rows{data + i * stride, stride, nullptr} : Rows{data, stride, ids + i};
+  }
+};
+
+inline Tensor with_contiguous_rows(const Tensor& matrix) {
+  return matrix.size(1) == 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+template <class T>
+Rows<T> rows_of(const Tensor& matrix, const int64_t* ids = nullptr) {
+  return {matrix.const_data_ptr<T>(), matrix.stride(0), ids};
+}
+
+// A matrix of numbers in memory, of any strides, for the library's product.
+template <class A>
+struct Matrix {
+  A* data;
+  int64_t rows, columns, stride_row, stride_column = 1;
+
+  Matrix transposed() const {
+    return {data, columns, rows, stride_column, stride_row};
+  }
+  Tensor tensor() const {
+    return torch::stable::from_blob(
+        data,
+        std::array<int64_t, 2>{rows, columns},
+        std::array<int64_t, 2>{stride_row, stride_column},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        scalar_type_of<A>);
+  }
+};
+
+// out = a · b
+template <class A>
+void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The library's product is worth its overhead from here on. It is only called inside a parallel region, where it is
+// serial: a product that the library divides among threads may depend on how many there are.
+inline bool is_large(int64_t m, int64_t n, int64_t d) {
+  return std::min({m, n, d}) >= 16 && double(m) * double(n) * double(d) >= 1 << 20;
+}
+
+inline int64_t divide_up(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// How the B × K plane of (image, class) pairs is cut into blocks, a task each. It depends on the shape alone, and each
+// block is done by one thread in one order: that is why any number of threads gives the same bits.
+struct Plan {
+  int64_t B, K, D;
+  int64_t b_blocks = 1, k_blocks = 1;
+  int64_t b_block, k_block; // images and classes in a block; fewer in the last
+
+  Plan(int64_t B, int64_t K, int64_t D);
+
+  int64_t tasks() const {
+    return b_blocks * k_blocks;
+  }
+};
+
+struct Block {
+  int64_t b_index, k_index;
+  int64_t b0, b1, k0, k1; // images b0 to b1, classes k0 to k1, the ends not included
+};
+
+constexpr int64_t B_TILE = 256; // a tile of logits, 256 × 512 fp32, is 512 KiB: it stays in the L2 cache
+constexpr int64_t K_TILE = 512;
+
+inline Plan::Plan(int64_t B_, int64_t K_, int64_t D_) : B(B_), K(K_), D(D_), b_block(B_), k_block(K_) {
+  constexpr double TASK_WORK = 1 << 20; // multiply-adds: some 25 µs, several times what a thread costs to wake
+  constexpr double MAX_TASKS = 64;
+  constexpr int64_t GRAIN = 16; // the library takes 1.5 times as long for 63 columns as for 64
+  // More work makes for more tasks and for larger ones, which load fewer rows for each product.
+  const double wanted = std::min(std::sqrt(double(B) * double(K) * double(D) / TASK_WORK), MAX_TASKS);
+  while (double(tasks()) < wanted && std::max(b_block, k_block) >= 2 * GRAIN) {
+    int64_t& block = k_block >= b_block ? k_block : b_block;
+    block = divide_up(divide_up(block, 2), GRAIN) * GRAIN;
+    b_blocks = divide_up(B, b_block);
+    k_blocks = divide_up(K, k_block);
+  }
+}
+
+// Calls f for every block of the plan, on as many threads as torch.set_num_threads allows; each has a tile of its own.
+template <class Tile, class F>
+void parallel_blocks(const Plan& plan, const F& f) {
+  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    Tile tile(plan);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b_index = task / plan.k_blocks, k_index = task % plan.k_blocks;
+      const int64_t b = b_index * plan.b_block, k = k_index * plan.k_block;
+      f(tile, Block{b_index, k_index, b, std::min(b + plan.b_block, plan.B), k, std::min(k + plan.k_block, plan.K)});
+    }
+  });
+}
+
+// A tile of cosines: unit rows of images and of classes, and their product.
+template <class A>
+struct Tile {
+  bool may_use_library;
+  Scratch<A> image, text, cosine;
+
+  explicit Tile(const Plan& plan)
+      : Tile(plan.tasks() > 1, plan.D, std::min(plan.b_block, B_TILE), std::min(plan.k_block, K_TILE)) {}
+
+  // out[i, j] = ⟨image_i, text_j⟩
+  void multiply(A* out, int64_t stride_out, int64_t b_count, int64_t k_count, int64_t D) {
+    if (!may_use_library || !is_large(b_count, k_count, D))
+      return small_matmul_nt(out, stride_out, image.get(), text.get(), b_count, k_count, D);
+    library_matmul(
+        Matrix<A>{out, b_count, k_count, stride_out},
+        Matrix<A>{image.get(), b_count, D, D},
+        Matrix<A>{text.get(), k_count, D, D}.transposed());
+  }
+
+ private:
+  Tile(bool may_use_library_, int64_t D, int64_t b_count, int64_t k_count)
+      : may_use_library(may_use_library_), image(scratch<A>(b_count * D)), text(scratch<A>(k_count * D)),
+        cosine(scratch<A>(b_count * k_count)) {}
+};
+
+} // namespace skipkernels

@@ -1,0 +1,276 @@
+// The inner loops, written once for every type and compiled once for every instruction set. See vector.h.
+#include "vector.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+// Function multiversioning needs ifunc, which glibc has. Elsewhere the compiler's default target is all there is: on
+// 64-bit ARM that has its vectors (NEON) in the base instruction set.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+#endif
+#ifndef MULTIVERSION
+#define MULTIVERSION
+#endif
+
+// A body is inlined into each version, and so is compiled with the instructions of that version.
+#define BODY [[gnu::always_inline]] inline
+
+namespace skipkernels {
+namespace {
+
+// 64 bytes: one register with AVX-512, two with AVX2, four else. The compiler splits it as needed.
+template <class A>
+struct Vector {
+  typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
+  static constexpr int64_t width = 64 / sizeof(A);
+};
+
+template <class A>
+BODY A horizontal_sum(const typename Vector<A>::type& x) {
+  A half[Vector<A>::width];
+  std::memcpy(half, &x, sizeof(x));
+  for (int64_t width = Vector<A>::width / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i)
+      half[i] += half[i + width];
+  return half[0];
+}
+
+// I × J dot products at once: I · J independent chains of FMAs, and each value loaded serves several of them.
+template <class A, int I, int J>
+BODY void dot_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t d) {
+  using V = typename Vector<A>::type;
+  constexpr int64_t W = Vector<A>::width;
+  V sum[I][J] = {};
+  int64_t t = 0;
+  for (; t + W <= d; t += W)
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < J; ++j)
+        sum[i][j] += *reinterpret_cast<const V*>(a + i * d + t) * *reinterpret_cast<const V*>(b + j * d + t);
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) {
+      A total = horizontal_sum<A>(sum[i][j]);
+      for (int64_t rest = t; rest < d; ++rest)
+        total += a[i * d + rest] * b[j * d + rest];
+      out[i * stride_out + j] = total;
+    }
+}
+
+// exp for arguments up to about 0, which is all a softmax needs: 0 below −87, where fp32 would turn denormal.
+BODY float exp_nonpositive(float x) {
+  const float rounder = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer, in the low bits of the sum
+  const float shifted = x * 1.44269504f + rounder;
+  const float n = shifted - rounder;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts: n · 0.693359375 is exact
+  float p = 1.0f / 5040.0f; // Taylor to r⁷: |r| ≤ ln(2)/2, so what is left out is below 2⁻²⁷
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127u) << 23; // the exponent field of 2ⁿ
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+BODY double exp_nonpositive(double x) {
+  return std::exp(x);
+}
+
+template <class T>
+BODY accumulate_t<T> widen(T x) {
+  return x;
+}
+BODY float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <class T>
+BODY T narrow(accumulate_t<T> x) {
+  return T(x);
+}
+template <>
+BODY BFloat16 narrow<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return BFloat16(uint16_t(x != x ? 0x7fc0u : nearest_even), BFloat16::from_bits());
+}
+
+template <class T, class A>
+BODY void load_scaled(A* out, const T* x, A factor, int64_t D) {
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d)
+    out[d] = widen(x[d]) * factor;
+}
+
+template <class T, class A>
+BODY A length(const T* x, int64_t D) {
+  A squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t d = 0; d < D; ++d)
+    squares += widen(x[d]) * widen(x[d]);
+  return std::sqrt(squares);
+}
+
+template <class T, class A>
+BODY void store_unit_row_gradient_body(T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D) {
+  // d_x = (d_unit − x · ⟨x, d_unit⟩/|x|²)/|x|; a row shorter than eps was divided by a constant: d_x = d_unit/eps.
+  const A inverse = 1 / std::max(norm, A(UNIT_NORM_EPS));
+  A along = 0;
+  if (norm >= A(UNIT_NORM_EPS)) {
+#pragma omp simd reduction(+ : along)
+    for (int64_t d = 0; d < D; ++d)
+      along += d_unit[d] * (widen(x[d]) * inverse);
+  }
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d)
+    d_x[d] = narrow<T>((d_unit[d] - widen(x[d]) * inverse * along) * (scale * inverse));
+}
+
+// J rows of b against all rows of a: the rows of b, which may be many, are read once.
+template <class A, int J>
+BODY void dot_columns(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t d) {
+  int64_t i = 0;
+  for (; i + 2 <= m; i += 2)
+    dot_block<A, 2, J>(out + i * stride_out, stride_out, a + i * d, b, d);
+  if (i < m)
+    dot_block<A, 1, J>(out + i * stride_out, stride_out, a + i * d, b, d);
+}
+
+template <class A>
+BODY void small_matmul_nt_body(
+    A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4)
+    dot_columns<A, 4>(out + j, stride_out, a, b + j * d, m, d);
+  for (; j < n; ++j)
+    dot_columns<A, 1>(out + j, stride_out, a, b + j * d, m, d);
+}
+
+// out[d] += Σ_i factor[i · stride] · x[i, d], four rows at a time: out is read and written a quarter as often.
+template <class A>
+BODY void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, int64_t rows, int64_t D) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    const A *x0 = x + i * D, *x1 = x0 + D, *x2 = x1 + D, *x3 = x2 + D;
+    const A f0 = factor[i * stride], f1 = factor[(i + 1) * stride];
+    const A f2 = factor[(i + 2) * stride], f3 = factor[(i + 3) * stride];
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d)
+      out[d] += (f0 * x0[d] + f1 * x1[d]) + (f2 * x2[d] + f3 * x3[d]);
+  }
+  for (; i < rows; ++i) {
+    const A* x0 = x + i * D;
+    const A f0 = factor[i * stride];
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d)
+      out[d] += f0 * x0[d];
+  }
+}
+
+template <class A>
+BODY void online_softmax_body(A* max, A* sum, const A* cosine, A scale, int64_t n) {
+  A top = *max;
+#pragma omp simd reduction(max : top)
+  for (int64_t k = 0; k < n; ++k)
+    top = std::max(top, scale * cosine[k]);
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < n; ++k)
+    total += exp_nonpositive(scale * cosine[k] - top);
+  *sum = *sum * exp_nonpositive(*max - top) + total;
+  *max = top;
+}
+
+template <class A>
+BODY A softmax_gradient_body(A* cosine, A scale, A lse, A factor, A spread, const A* weight, int64_t n) {
+  A along = 0;
+  if (weight != nullptr) {
+#pragma omp simd reduction(+ : along)
+    for (int64_t k = 0; k < n; ++k) {
+      const A d_logit = factor * exp_nonpositive(scale * cosine[k] - lse) - spread * weight[k];
+      along += d_logit * cosine[k];
+      cosine[k] = d_logit;
+    }
+  } else {
+#pragma omp simd reduction(+ : along)
+    for (int64_t k = 0; k < n; ++k) {
+      const A d_logit = factor * exp_nonpositive(scale * cosine[k] - lse);
+      along += d_logit * cosine[k];
+      cosine[k] = d_logit;
+    }
+  }
+  return along;
+}
+
+} // namespace
+
+#define DEFINE_FEATURE_LOOPS(T, A)                                                                                     \
+  MULTIVERSION A load_unit_row(A* unit, const T* x, int64_t D) {                                                       \
+    const A norm = length<T, A>(x, D);                                                                                 \
+    load_scaled<T, A>(unit, x, 1 / std::max(norm, A(UNIT_NORM_EPS)), D);                                               \
+    return norm;                                                                                                       \
+  }                                                                                                                    \
+  MULTIVERSION void load_unit_row(A* unit, const T* x, A norm, int64_t D) {                                            \
+    load_scaled<T, A>(unit, x, 1 / std::max(norm, A(UNIT_NORM_EPS)), D);                                               \
+  }                                                                                                                    \
+  MULTIVERSION void load_row(A* out, const T* x, int64_t D) {                                                          \
+    load_scaled<T, A>(out, x, A(1), D);                                                                                \
+  }                                                                                                                    \
+  MULTIVERSION void store_unit_row_gradient(                                                                           \
+      T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D) {                                               \
+    store_unit_row_gradient_body<T, A>(d_x, d_unit, scale, x, norm, D);                                                \
+  }
+
+DEFINE_FEATURE_LOOPS(float, float)
+DEFINE_FEATURE_LOOPS(double, double)
+DEFINE_FEATURE_LOOPS(BFloat16, float)
+DEFINE_FEATURE_LOOPS(Half, float)
+
+#define DEFINE_LOOPS(A)                                                                                                \
+  MULTIVERSION void small_matmul_nt(                                                                                   \
+      A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {                           \
+    small_matmul_nt_body<A>(out, stride_out, a, b, m, n, d);                                                           \
+  }                                                                                                                    \
+  MULTIVERSION void small_matmul_add(                                                                                  \
+      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m,           \
+      int64_t n, int64_t d) {                                                                                          \
+    for (int64_t i = 0; i < m; ++i)                                                                                    \
+      add_scaled_rows<A>(out + i * stride_out, a + i * stride_a_m, stride_a_n, b, n, d);                               \
+  }                                                                                                                    \
+  MULTIVERSION void add(A* out, const A* x, int64_t n) {                                                               \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] += x[i];                                                \
+  }                                                                                                                    \
+  MULTIVERSION void maximum(A* out, const A* x, int64_t n) {                                                           \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] || x[i] != x[i] ? x[i] : out[i];        \
+  }                                                                                                                    \
+  MULTIVERSION A dot(const A* x, const A* y, int64_t n) {                                                              \
+    A product;                                                                                                         \
+    dot_block<A, 1, 1>(&product, 1, x, y, n);                                                                          \
+    return product;                                                                                                    \
+  }                                                                                                                    \
+  MULTIVERSION void online_softmax(A* max, A* sum, const A* cosine, A scale, int64_t n) {                              \
+    online_softmax_body<A>(max, sum, cosine, scale, n);                                                                \
+  }                                                                                                                    \
+  MULTIVERSION A softmax_gradient(                                                                                     \
+      A* cosine, A scale, A lse, A factor, A spread, const A* weight, int64_t n) {                                  \
+    return softmax_gradient_body<A>(cosine, scale, lse, factor, spread, weight, n);                                 \
+  }
+
+DEFINE_LOOPS(float)
+DEFINE_LOOPS(double)
+
+} // namespace skipkernels

@@ -1,0 +1,183 @@
+"""The C++ kernels: what they are built from, and how they get into the process.
+
+`setup.py` builds them into the package when torch is there at build time. Where they are missing they are built when an
+operator is first used, once, into the user's cache. Both ways use the lists below. This file imports nothing but the
+standard library at its head, so that `setup.py` can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+SOURCES = ("class_sampled_ce.cpp", "class_scores.cpp", "vector.cpp")
+HEADERS = ("tensor.h", "vector.h")
+
+# The oldest torch whose stable ABI the binary needs: 2.10, as 0xMMmm and twelve zeros.
+DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    # Vector loops from `#pragma omp simd` (no OpenMP run-time: threads are PyTorch's), with fused multiply-adds.
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    # Comparisons and square roots in a loop keep it from becoming a vector loop if they must set errno or trap.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    # Vectors wider than the base instruction set pass between inlined functions only.
+    "-Wno-psabi",
+)
+
+_PACKAGE = Path(__file__).parent
+
+
+class Extension(NamedTuple):
+    """Where the kernels were loaded from, or why there are none."""
+
+    path: Path | None
+    reason: str = ""
+
+
+def source_dir() -> Path:
+    """`csrc/`: inside the package when installed, beside it in a checkout."""
+    return next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if d.is_dir()), _PACKAGE / "csrc")
+
+
+_lock = threading.Lock()
+_extension: Extension | None = None
+
+
+def load() -> Extension:
+    """Load the C++ kernels, and build them first if need be; the first call decides for the whole process."""
+    global _extension
+    if _extension is None:
+        with _lock:
+            if _extension is None:
+                _extension = _find_or_build()
+    return _extension
+
+
+def _find_or_build() -> Extension:
+    if os.environ.get("SKIPKERNELS_CPP") == "0":
+        return Extension(None, "SKIPKERNELS_CPP=0 turns them off")
+    import torch
+
+    reason = ""
+    for path in sorted(_PACKAGE.glob("_C*.so")):
+        try:
+            torch.ops.load_library(path)
+            return Extension(path)
+        except OSError as error:
+            reason = f"{path.name} does not load ({error}); "
+    try:
+        path = _build()
+        torch.ops.load_library(path)
+        return Extension(path)
+    except (OSError, _BuildError) as error:
+        reason += str(error)
+    warnings.warn(
+        f"skipkernels: no C++ kernels: {reason}. The PyTorch reference serves instead: the same numbers, slower. "
+        "Install a C++17 compiler (g++ or clang++, or name one in CXX) and start again; SKIPKERNELS_CPP=0 asks for "
+        "the reference and silences this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Extension(None, reason)
+
+
+class _BuildError(Exception):
+    pass
+
+
+def _build() -> Path:
+    """Path of the library in the user's cache, built if it is not there."""
+    compiler = _compiler()
+    library = _cache_dir() / _key(compiler) / "_C.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with _only_process(library.parent / "lock"):
+        if library.exists():  # another process has built it while this one waited
+            return library
+        sys.stderr.write(f"skipkernels: building the C++ kernels, once (under a minute), in {library.parent}\n")
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            _compile(compiler, Path(scratch), library)
+    return library
+
+
+def _compiler() -> str:
+    asked = os.environ.get("CXX")
+    compiler = next(filter(None, map(shutil.which, [asked] if asked else ["c++", "g++", "clang++"])), None)
+    if compiler is None:
+        raise _BuildError(f"no C++ compiler found ({f'CXX={asked}' if asked else 'tried c++, g++, clang++'})")
+    return compiler
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipkernels"
+
+
+def _key(compiler: str) -> str:
+    """Changes with everything that the binary depends on."""
+    import torch
+
+    digest = hashlib.sha256()
+    for part in (torch.__version__, platform.machine(), compiler, *DEFINES, *COMPILE_FLAGS):
+        digest.update(part.encode() + b"\0")
+    for name in (*SOURCES, *HEADERS):
+        digest.update((source_dir() / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Hold the lock in `path`. The system lets go of it if the process dies.
+
+    Without locks (Windows, some network disks) two processes may both build: slower, and as right, since the library
+    is renamed into place whole.
+    """
+    with path.open("w") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, scratch: Path, library: Path) -> None:
+    import torch
+
+    torch_dir = Path(torch.__file__).parent
+    sources = [source_dir() / name for name in SOURCES]
+    objects = [scratch / f"{source.stem}.o" for source in sources]
+    compile_one = [compiler, *COMPILE_FLAGS, *DEFINES, "-fPIC", "-isystem", str(torch_dir / "include"), "-c"]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(
+            pool.map(
+                lambda pair: _run([*compile_one, str(pair[0]), "-o", str(pair[1])]), zip(sources, objects, strict=True)
+            )
+        )
+    built = scratch / library.name
+    _run([compiler, "-shared", *map(str, objects), "-o", str(built), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"])
+    os.replace(built, library)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        last_lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-20:])
+        raise _BuildError(f"`{' '.join(command)}` failed with exit code {result.returncode}:\n{last_lines}\n")

@@ -1,0 +1,77 @@
+"""How an operator comes to be: one name and one schema for every device, whoever serves it.
+
+The schemas are defined here, from Python, because they must exist where the C++ kernels do not. The C++ library only
+adds kernels for the CPU under the same names; a Triton kernel adds itself for CUDA. What nobody serves, the reference
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from skipkernels import _extension
+
+NAMESPACE = "skipkernels"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str, *, serve: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define an operator.
+
+    Args:
+        schema: `name(arguments) -> results`.
+        serve: computes it in plain PyTorch on any device, with no autograd; answers where there is no kernel.
+        fake: gives results of the right shape, dtype and device, without computing.
+
+    Returns:
+        The operator, to be called with positional arguments.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def serve_or_load(*args: Any) -> Any:
+        if args[0].device.type == "cpu" and _extension.load().path is not None:
+            return operator(*args)  # loading has put the C++ kernel before this one
+        return serve(*args)
+
+    _library.impl(name, serve_or_load, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return operator
+
+
+def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """Give an operator its gradient."""
+    torch.library.register_autograd(operator, backward, setup_context=setup, lib=_library)
+
+
+def refuse_double_backward(operator: torch._ops.OpOverload, instead: str) -> None:
+    """Make the gradient of a backward operator a clear error, where silence would be a wrong zero."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{operator._opname}: the gradient of a gradient is not implemented. Call backward without "
+            f"create_graph, or use {instead}, which is plain PyTorch."
+        )
+
+    torch.library.register_autograd(operator, backward, lib=_library)
+
+
+def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:
+    """Under autocast, cast the first `features` arguments to its dtype, fp64 excepted, and nothing else.
+
+    `torch.library.register_autocast` casts every floating-point argument; a logit scale of 100.3 would become 100.5.
+    """
+
+    def cast_and_call(*args: Any) -> Any:
+        device_type = args[0].device.type
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:features]]
+        with torch.autocast(device_type, enabled=False):
+            return operator(*cast, *args[features:])
+
+    for key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"):
+        _library.impl(operator._opname, cast_and_call, key)
