@@ -226,10 +226,13 @@ struct Contraction {
   A* out; // [M, D]
   bool accumulate;
 
-  static constexpr int64_t M_TILE = 256, N_TILE = 512, D_TILE = 128;
+  static constexpr int64_t M_TILE = 256, N_TILE = 512, D_TILE = 512;
 
   int64_t d_tile(bool whole) const {
-    return whole ? D : std::min(D_TILE, divide_up(D, 2));
+    if (whole)
+      return D;
+    // Few rows: more threads find work in narrow pieces. Many rows: wide pieces read d_logits less often.
+    return M <= M_TILE ? std::min<int64_t>(128, divide_up(D, 2)) : std::min(D, D_TILE);
   }
   int64_t tasks(bool whole) const {
     const int64_t d = d_tile(whole);
@@ -288,10 +291,11 @@ template <class T, class A = accumulate_t<T>>
 void backward(
     const Problem<T>& problem, const std::vector<A>& upstream, const A* lse, const A* image_norm, const A* text_norm,
     T* d_image, T* d_text, double* d_logit_scale) {
-  constexpr int64_t PANEL = int64_t(1) << 22; // 16 MiB in fp32
+  constexpr int64_t PANEL = int64_t(1) << 23; // 32 MiB in fp32
   const int64_t B = problem.B, K = problem.K, D = problem.D;
-  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / B_TILE * B_TILE, 64));
-  const auto d_logits = scratch<A>(panel * K);
+  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / 64, 1) * 64);
+  const int64_t stride = divide_up(K, 16) * 16; // rows of d_logits start on a cache line
+  const auto d_logits = scratch<A>(panel * stride);
   Scratch<A> own_image, own_text;
   A* const d_unit_image = unit_gradient(d_image, problem.image, B, D, own_image);
   A* const d_unit_text = unit_gradient(d_text, problem.text, K, D, own_text);
@@ -311,24 +315,24 @@ void backward(
           const int64_t b_count = std::min(B_TILE, b1 - b);
           for (int64_t i = 0; i < b_count; ++i)
             load_unit_row(&tile.image[i * D], problem.image[p + b + i], image_norm[p + b + i], D);
-          tile.multiply(&d_logits[b * K + k], K, b_count, k_count, D);
+          tile.multiply(&d_logits[b * stride + k], stride, b_count, k_count, D);
           for (int64_t i = b; i < b + b_count; ++i)
             along[k_index * p_count + i] +=
-                logits_gradient(problem, upstream[p + i], lse[p + i], p + i, k, k_count, &d_logits[i * K + k]);
+                logits_gradient(problem, upstream[p + i], lse[p + i], p + i, k, k_count, &d_logits[i * stride + k]);
         }
       }
     });
     if (d_logit_scale)
       *d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * p_count], *d_logit_scale);
 
-    const Contraction<T> images{d_logits.get(), K, 1, d_image ? p_count : 0, K, D, problem.text, text_norm,
+    const Contraction<T> images{d_logits.get(), stride, 1, d_image ? p_count : 0, K, D, problem.text, text_norm,
                                 d_unit_image + p * D, false};
-    const Contraction<T> texts{d_logits.get(), 1, K, d_text ? K : 0, p_count, D, problem.image.from(p), image_norm + p,
+    const Contraction<T> texts{d_logits.get(), 1, stride, d_text ? K : 0, p_count, D, problem.image.from(p), image_norm + p,
                                d_unit_text, p > 0};
     const bool whole = plan.tasks() == 1; // a small problem: not worth a second thread
     const int64_t image_tasks = images.tasks(whole), tasks = image_tasks + texts.tasks(whole);
     torch::stable::parallel_for(0, tasks, whole ? tasks + 1 : 1, [&](int64_t begin, int64_t end) {
-      const int64_t width = images.d_tile(whole);
+      const int64_t width = std::max(images.d_tile(whole), texts.d_tile(whole));
       const auto tile = scratch<A>(std::min(std::max(K, p_count), images.N_TILE) * width);
       const auto product = scratch<A>(whole ? 0 : images.M_TILE * width);
       for (int64_t task = begin; task < end; ++task)

@@ -181,12 +181,24 @@ BODY void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, i
   }
 }
 
+// max(start, scale · x): a lane for each position in a vector, since compilers differ on reductions by maximum.
+template <class A>
+BODY A largest(A start, const A* x, A scale, int64_t n) {
+  constexpr int64_t W = Vector<A>::width;
+  A lanes[W];
+  std::fill(lanes, lanes + W, start);
+  int64_t k = 0;
+  for (; k + W <= n; k += W)
+    for (int64_t i = 0; i < W; ++i)
+      lanes[i] = scale * x[k + i] > lanes[i] ? scale * x[k + i] : lanes[i];
+  for (; k < n; ++k)
+    lanes[0] = scale * x[k] > lanes[0] ? scale * x[k] : lanes[0];
+  return *std::max_element(lanes, lanes + W);
+}
+
 template <class A>
 BODY void online_softmax_body(A* max, A* sum, const A* cosine, A scale, int64_t n) {
-  A top = *max;
-#pragma omp simd reduction(max : top)
-  for (int64_t k = 0; k < n; ++k)
-    top = std::max(top, scale * cosine[k]);
+  const A top = largest(*max, cosine, scale, n);
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t k = 0; k < n; ++k)
