@@ -118,24 +118,21 @@ struct Problem {
 
 template <class T, class A = accumulate_t<T>>
 void forward(
-    const Problem<T>& problem, const std::string& reduction, A* loss, A* lse, A* image_norm, A* text_norm) {
-  const int64_t B = problem.B, K = problem.K, D = problem.D;
-  const Plan plan(B, K, D);
+    const Problem<T>& problem, const std::string& reduction, A* loss, double* lse, A* image_norm, A* text_norm) {
+  const int64_t B = problem.B, D = problem.D;
+  const Plan plan(B, problem.K, D);
   const bool smooth = problem.smoothing != 0;
-  // For each block of classes and image: running maximum and sum, and Σ_k w_k z_bk where it is needed.
-  const auto max = scratch<A>(plan.k_blocks * B), sum = scratch<A>(plan.k_blocks * B);
+  // For each block of classes and image: top cosine, sum (see Softmax), and Σ_k w_k cosine_bk where it is needed.
+  const auto top = scratch<A>(plan.k_blocks * B), sum = scratch<A>(plan.k_blocks * B);
   const auto weighted = scratch<A>(smooth ? plan.k_blocks * B : 0);
-  const auto target_logit = scratch<A>(B);
+  const auto target_cosine = scratch<A>(B);
 
   parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
     const auto [b_index, k_index, b0, b1, k0, k1] = block;
-    A *block_max = &max[k_index * B], *block_sum = &sum[k_index * B], *block_weighted = &weighted[k_index * B * smooth];
-    for (int64_t b = b0; b < b1; ++b) {
-      block_max[b] = -std::numeric_limits<A>::infinity();
-      block_sum[b] = 0;
-      if (smooth)
-        block_weighted[b] = 0;
-    }
+    A *block_top = &top[k_index * B], *block_sum = &sum[k_index * B], *block_weighted = &weighted[k_index * B * smooth];
+    std::fill(block_sum + b0, block_sum + b1, A(0));
+    if (smooth)
+      std::fill(block_weighted + b0, block_weighted + b1, A(0));
     for (int64_t k = k0; k < k1; k += K_TILE) {
       const int64_t k_count = std::min(K_TILE, k1 - k);
       for (int64_t i = 0; i < k_count; ++i) {
@@ -153,64 +150,73 @@ void forward(
         tile.multiply(tile.cosine.get(), k_count, b_count, k_count, D);
         for (int64_t i = b; i < b + b_count; ++i) {
           const A* cosine = &tile.cosine[(i - b) * k_count];
-          online_softmax(&block_max[i], &block_sum[i], cosine, problem.scale, k_count);
-          const int64_t target = problem.target[i];
-          if (target >= k && target < k + k_count)
-            target_logit[i] = problem.scale * cosine[target - k];
+          online_softmax(&block_top[i], &block_sum[i], cosine, problem.scale, k_count);
+          const int64_t y = problem.target[i] - k;
+          if (y >= 0 && y < k_count)
+            target_cosine[i] = cosine[y];
           if (smooth)
-            block_weighted[i] += problem.scale * dot(cosine, &problem.weight[k], k_count);
+            block_weighted[i] += dot(cosine, &problem.weight[k], k_count);
         }
       }
     }
   });
 
+  const double scale = problem.scale, smoothing = problem.smoothing;
   double total = 0;
   for (int64_t b = 0; b < B; ++b) {
-    A top = max[b];
-    for (int64_t i = 1; i < plan.k_blocks; ++i)
-      top = std::max(top, max[i * B + b]);
-    A exp_sum = 0, weighted_logits = 0;
-    for (int64_t i = 0; i < plan.k_blocks; ++i) {
-      exp_sum += sum[i * B + b] * std::exp(max[i * B + b] - top);
-      if (smooth)
-        weighted_logits += weighted[i * B + b];
+    double best = top[b], exp_sum = 0, weighted_cosines = 0;
+    for (int64_t i = b + B; i < plan.k_blocks * B; i += B)
+      best = scale * top[i] > scale * best ? top[i] : best;
+    for (int64_t i = b; i < plan.k_blocks * B; i += B) {
+      exp_sum += sum[i] * std::exp(scale * (top[i] - best));
+      weighted_cosines += smooth ? weighted[i] : 0;
     }
-    lse[b] = top + std::log(exp_sum);
-    A loss_b = 0;
+    lse[b] = scale * best + std::log(exp_sum);
+    double loss_b = 0;
     if (problem.target[b] >= 0) {
-      // (top − z_y) first: it is small where the loss is small, and lse_b would round it away.
-      loss_b = (1 - problem.smoothing) * problem.target_weight(b) * ((top - target_logit[b]) + std::log(exp_sum));
+      // Not lse − z_y: the difference is small where the loss is.
+      loss_b = problem.target_weight(b) * (scale * (best - target_cosine[b]) + std::log(exp_sum));
       if (smooth)
-        loss_b += problem.smoothing / K * (problem.total_weight * lse[b] - weighted_logits);
+        loss_b = (1 - smoothing) * loss_b +
+            smoothing / problem.K * (problem.total_weight * lse[b] - scale * weighted_cosines);
     }
     total += loss_b;
     if (reduction == "none")
-      loss[b] = loss_b;
+      loss[b] = A(loss_b);
   }
   if (reduction != "none")
     *loss = A(reduction == "mean" ? total / problem.denominator : total);
 }
 
+// The softmax of an image whose lse is known, in fp64: the top cosine may be any that is near lse/scale.
+template <class A>
+Softmax<A> softmax_of(double lse, A scale) {
+  const A top = scale == 0 ? A(0) : A(lse / scale);
+  return {scale, top, A(lse - double(scale) * double(top))};
+}
+
 // The tile's row of cosines of one image → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is d_loss/d_loss_b.
 template <class T, class A = accumulate_t<T>>
-A logits_gradient(const Problem<T>& problem, A upstream, A lse, int64_t b, int64_t k, int64_t k_count, A* cosine) {
+A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, int64_t k, int64_t k_count, A* cosine) {
   if (problem.target[b] < 0) {
     std::fill(cosine, cosine + k_count, A(0));
     return 0;
   }
+  const Softmax<A> softmax = softmax_of(lse, problem.scale);
   const A hit = upstream * (1 - problem.smoothing) * problem.target_weight(b);
   const A spread = upstream * problem.smoothing / A(problem.K);
   const A factor = hit + spread * problem.total_weight;
   const A* weight = problem.smoothing != 0 ? &problem.weight[k] : nullptr;
   const int64_t y = problem.target[b] - k;
   if (y < 0 || y >= k_count)
-    return softmax_gradient(cosine, problem.scale, lse, factor, spread, weight, k_count);
+    return softmax_gradient(cosine, softmax, factor, spread, weight, k_count);
   // The true class by itself: p − 1 is formed before anything rounds it.
-  const A cosine_y = cosine[y], p = std::exp(problem.scale * cosine_y - lse);
-  const A d_logit = hit * (p - 1) + spread * (problem.total_weight * p - (weight ? weight[y] : 0));
-  A along = softmax_gradient(cosine, problem.scale, lse, factor, spread, weight, y);
+  const A cosine_y = cosine[y], log_p = softmax.scale * (cosine_y - softmax.top) - softmax.log_sum;
+  const A d_logit =
+      hit * std::expm1(log_p) + spread * (problem.total_weight * std::exp(log_p) - (weight ? weight[y] : 0));
+  A along = softmax_gradient(cosine, softmax, factor, spread, weight, y);
   const A* rest = weight ? weight + y + 1 : nullptr;
-  along += softmax_gradient(cosine + y + 1, problem.scale, lse, factor, spread, rest, k_count - y - 1);
+  along += softmax_gradient(cosine + y + 1, softmax, factor, spread, rest, k_count - y - 1);
   cosine[y] = d_logit;
   return along + d_logit * cosine_y;
 }
@@ -289,7 +295,7 @@ void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t
 // The gradients that are wanted; a null pointer stands for one that is not.
 template <class T, class A = accumulate_t<T>>
 void backward(
-    const Problem<T>& problem, const std::vector<A>& upstream, const A* lse, const A* image_norm, const A* text_norm,
+    const Problem<T>& problem, const std::vector<A>& upstream, const double* lse, const A* image_norm, const A* text_norm,
     T* d_image, T* d_text, double* d_logit_scale) {
   constexpr int64_t PANEL = int64_t(1) << 23; // 32 MiB in fp32
   const int64_t B = problem.B, K = problem.K, D = problem.D;
@@ -360,9 +366,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_sampled_ce(
     const Problem<T> problem(
         image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
     Tensor loss = reduction == "none" ? vector_of<A>(problem.B) : scalar_of<A>();
-    Tensor lse = vector_of<A>(problem.B), image_norm = vector_of<A>(problem.B), text_norm = vector_of<A>(problem.K);
+    Tensor lse = vector_of<double>(problem.B);
+    Tensor image_norm = vector_of<A>(problem.B), text_norm = vector_of<A>(problem.K);
     forward(
-        problem, reduction, loss.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>(), image_norm.mutable_data_ptr<A>(),
+        problem, reduction, loss.mutable_data_ptr<A>(), lse.mutable_data_ptr<double>(), image_norm.mutable_data_ptr<A>(),
         text_norm.mutable_data_ptr<A>());
     outputs.emplace(loss, lse, image_norm, text_norm);
   });
@@ -395,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
       std::memset(d_text.mutable_data_ptr(), 0, d_text.numel() * sizeof(T));
     double d_scale = 0;
     backward(
-        problem, upstream, lse.const_data_ptr<A>(), image_norm.const_data_ptr<A>(), text_norm.const_data_ptr<A>(),
+        problem, upstream, lse.const_data_ptr<double>(), image_norm.const_data_ptr<A>(), text_norm.const_data_ptr<A>(),
         need_image ? d_image.mutable_data_ptr<T>() : nullptr, need_text ? d_text.mutable_data_ptr<T>() : nullptr,
         need_logit_scale ? &d_scale : nullptr);
     if (need_logit_scale)

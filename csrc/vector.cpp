@@ -181,46 +181,50 @@ BODY void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, i
   }
 }
 
-// max(start, scale · x): a lane for each position in a vector, since compilers differ on reductions by maximum.
+// The x whose scale · x is largest. A lane for each position in a vector: compilers differ on reductions by maximum.
 template <class A>
-BODY A largest(A start, const A* x, A scale, int64_t n) {
+BODY A top_of(A start, const A* x, A scale, int64_t n) {
   constexpr int64_t W = Vector<A>::width;
   A lanes[W];
   std::fill(lanes, lanes + W, start);
   int64_t k = 0;
   for (; k + W <= n; k += W)
     for (int64_t i = 0; i < W; ++i)
-      lanes[i] = scale * x[k + i] > lanes[i] ? scale * x[k + i] : lanes[i];
+      lanes[i] = scale * x[k + i] > scale * lanes[i] ? x[k + i] : lanes[i];
   for (; k < n; ++k)
-    lanes[0] = scale * x[k] > lanes[0] ? scale * x[k] : lanes[0];
-  return *std::max_element(lanes, lanes + W);
+    lanes[0] = scale * x[k] > scale * lanes[0] ? x[k] : lanes[0];
+  for (int64_t i = 1; i < W; ++i)
+    lanes[0] = scale * lanes[i] > scale * lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
 }
 
 template <class A>
-BODY void online_softmax_body(A* max, A* sum, const A* cosine, A scale, int64_t n) {
-  const A top = largest(*max, cosine, scale, n);
+BODY void online_softmax_body(A* top, A* sum, const A* cosine, A scale, int64_t n) {
+  const bool first = *sum == 0;
+  const A higher = top_of(first ? cosine[0] : *top, cosine, scale, n);
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t k = 0; k < n; ++k)
-    total += exp_nonpositive(scale * cosine[k] - top);
-  *sum = *sum * exp_nonpositive(*max - top) + total;
-  *max = top;
+    total += exp_nonpositive(scale * (cosine[k] - higher));
+  *sum = first ? total : *sum * exp_nonpositive(scale * (*top - higher)) + total;
+  *top = higher;
 }
 
 template <class A>
-BODY A softmax_gradient_body(A* cosine, A scale, A lse, A factor, A spread, const A* weight, int64_t n) {
+BODY A softmax_gradient_body(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {
+  const auto [scale, top, log_sum] = softmax;
   A along = 0;
   if (weight != nullptr) {
 #pragma omp simd reduction(+ : along)
     for (int64_t k = 0; k < n; ++k) {
-      const A d_logit = factor * exp_nonpositive(scale * cosine[k] - lse) - spread * weight[k];
+      const A d_logit = factor * exp_nonpositive(scale * (cosine[k] - top) - log_sum) - spread * weight[k];
       along += d_logit * cosine[k];
       cosine[k] = d_logit;
     }
   } else {
 #pragma omp simd reduction(+ : along)
     for (int64_t k = 0; k < n; ++k) {
-      const A d_logit = factor * exp_nonpositive(scale * cosine[k] - lse);
+      const A d_logit = factor * exp_nonpositive(scale * (cosine[k] - top) - log_sum);
       along += d_logit * cosine[k];
       cosine[k] = d_logit;
     }
@@ -274,12 +278,12 @@ DEFINE_FEATURE_LOOPS(Half, float)
     dot_block<A, 1, 1>(&product, 1, x, y, n);                                                                          \
     return product;                                                                                                    \
   }                                                                                                                    \
-  MULTIVERSION void online_softmax(A* max, A* sum, const A* cosine, A scale, int64_t n) {                              \
-    online_softmax_body<A>(max, sum, cosine, scale, n);                                                                \
+  MULTIVERSION void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n) {                              \
+    online_softmax_body<A>(top, sum, cosine, scale, n);                                                                \
   }                                                                                                                    \
   MULTIVERSION A softmax_gradient(                                                                                     \
-      A* cosine, A scale, A lse, A factor, A spread, const A* weight, int64_t n) {                                  \
-    return softmax_gradient_body<A>(cosine, scale, lse, factor, spread, weight, n);                                 \
+      A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {                          \
+    return softmax_gradient_body<A>(cosine, softmax, factor, spread, weight, n);                                       \
   }
 
 DEFINE_LOOPS(float)

@@ -3,9 +3,9 @@
     z_bk   = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
     loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
-Forward also returns what backward needs besides the inputs: lse [B] and the lengths of the rows, [B] and [K]. Backward
-computes the logits again, a bounded panel at a time; it computes only the gradients that are asked for, the others come
-back empty. CPU kernel: csrc/class_sampled_ce.cpp.
+Forward also returns what backward needs besides the inputs: lse [B], in fp64 (fp32 would round it by 4e-6 at a scale of
+100, and every probability with it), and the lengths of the rows, [B] and [K]. Backward computes the logits again, a
+bounded panel at a time; it computes only the gradients that are asked for, the others come back empty. CPU kernel: csrc/class_sampled_ce.cpp.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _serve(
     if image.device.type == "cpu":  # a GPU is not made to wait: there a bad label ends in a device-side assertion
         _check_values(labels, text.shape[0], logit_scale, class_ids, ignore_index)
     loss = reference.class_sampled_ce(image, text, labels, logit_scale, class_ids, *options)
-    lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).logsumexp(dim=1)
+    lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
     rows = text if class_ids is None else text.index_select(0, class_ids)
-    image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=lse.dtype) for x in (image, rows))
+    image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=loss.dtype) for x in (image, rows))
     return loss, lse, image_norm, text_norm
 
 
@@ -56,7 +56,7 @@ def _serve_backward(
         image, text, logit_scale = (given.get(i, x) for i, x in enumerate(inputs))
         return reference.class_sampled_ce(image, text, labels, logit_scale, *options)
 
-    _, pull_back = torch.func.vjp(loss, *(inputs[i] for i in wanted))
+    pull_back = torch.func.vjp(loss, *(inputs[i] for i in wanted))[1]
     gradients = dict(zip(wanted, pull_back(d_loss), strict=True))
     return tuple(gradients.get(i, _nothing(x)) for i, x in enumerate(inputs))
 
@@ -98,7 +98,7 @@ def _fake(
     B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     loss = image.new_empty((B,) if reduction == "none" else (), dtype=dtype)
-    return loss, loss.new_empty(B), loss.new_empty(B), loss.new_empty(K)
+    return loss, loss.new_empty(B, dtype=torch.float64), loss.new_empty(B), loss.new_empty(K)
 
 
 def _fake_backward(
