@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from skipkernels import reference
-from skipkernels.ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
-from skipkernels.ops.class_scores import class_scores as _class_scores
+from . import reference
+from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
+from .ops.class_scores import class_scores as _class_scores
 
 __all__ = ["class_sampled_cross_entropy", "class_sampled_logits", "class_scores"]
 

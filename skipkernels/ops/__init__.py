@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from skipkernels import _extension
+from .. import _extension
 
 __all__ = ["OPERATORS", "Backend", "backends"]
 

@@ -5,7 +5,9 @@
 
 Forward also returns what backward needs besides the inputs: lse [B], in fp64 (fp32 would round it by 4e-6 at a scale of
 100, and every probability with it), and the lengths of the rows, [B] and [K]. Backward computes the logits again, a
-bounded panel at a time; it computes only the gradients that are asked for, the others come back empty. CPU kernel: csrc/class_sampled_ce.cpp.
+bounded panel at a time; it computes only the gradients that are asked for, the others come back empty.
+
+CPU kernel: csrc/class_sampled_ce.cpp.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipkernels import reference
-from skipkernels.ops import registration
+from .. import reference
+from . import registration
 
 # What follows image, text, labels and logit_scale in both schemas.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, str reduction"
@@ -44,21 +46,53 @@ def _serve_backward(
     lse: Tensor,
     image_norm: Tensor,
     text_norm: Tensor,
-    *options_and_needs: Any,
-) -> tuple[Tensor, ...]:
-    *options, need_image, need_text, need_logit_scale = options_and_needs
-    needs = (need_image, need_text, need_logit_scale)
-    inputs = [image, text, logit_scale]
-    wanted = [i for i, need in enumerate(needs) if need]
+    class_ids: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, C = image_norm.dtype, text.shape[0]
+    rows = torch.arange(C, device=text.device) if class_ids is None else class_ids
+    K = rows.shape[0]
+    place = rows.new_zeros(C).scatter(0, rows, torch.arange(K, device=rows.device))
+    ignored = labels == ignore_index
+    target = place[labels.masked_fill(ignored, 0)]
+    weight = text_norm.new_ones(K) if class_weight is None else class_weight.to(wide)[rows]
+    target_weight = weight[target].masked_fill(ignored, 0)
 
-    def loss(*values: Tensor) -> Tensor:
-        given = dict(zip(wanted, values, strict=True))
-        image, text, logit_scale = (given.get(i, x) for i, x in enumerate(inputs))
-        return reference.class_sampled_ce(image, text, labels, logit_scale, *options)
+    # d_z = up · ((1 − ε) · w_y · (p − [k = y]) + ε/K · (W p − w_k)),   W = Σ_k w_k
+    upstream = d_loss / target_weight.sum() if reduction == "mean" else d_loss
+    upstream = upstream.expand(labels.shape).masked_fill(ignored, 0)
+    hit = (1 - label_smoothing) * upstream * target_weight
+    spread = label_smoothing / K * upstream
+    unit_image = image.to(wide) / image_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
+    unit_text = text.to(wide)[rows] / text_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
+    cosine, scale = unit_image @ unit_text.T, logit_scale.reshape(()).to(wide)
+    probability = (scale * cosine - lse[:, None]).exp().to(wide)
+    d_logits = (hit + spread * weight.sum())[:, None] * probability - spread[:, None] * weight
+    d_logits.scatter_add_(1, target[:, None], -hit[:, None])
 
-    pull_back = torch.func.vjp(loss, *(inputs[i] for i in wanted))[1]
-    gradients = dict(zip(wanted, pull_back(d_loss), strict=True))
-    return tuple(gradients.get(i, _nothing(x)) for i, x in enumerate(inputs))
+    d_image, d_text, d_logit_scale = _nothing(image), _nothing(text), _nothing(logit_scale)
+    if need_image:
+        d_image = _through_unit_norm(scale * (d_logits @ unit_text), unit_image, image_norm).to(image.dtype)
+    if need_text:
+        d_rows = _through_unit_norm(scale * (d_logits.T @ unit_image), unit_text, text_norm)
+        d_text = torch.zeros_like(text, memory_format=torch.contiguous_format)
+        d_text[rows] = d_rows.to(text.dtype)
+    if need_logit_scale:
+        d_logit_scale = (d_logits * cosine).sum().to(logit_scale.dtype).reshape(logit_scale.shape)
+    return d_image, d_text, d_logit_scale
+
+
+def _through_unit_norm(d_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """d_x = (d_unit − unit · ⟨unit, d_unit⟩)/|x|; a row shorter than eps was divided by a constant: d_unit/eps."""
+    norm = norm[:, None]
+    along = (unit * d_unit).sum(dim=1, keepdim=True).masked_fill(norm < reference.UNIT_NORM_EPS, 0)
+    return (d_unit - unit * along) / norm.clamp_min(reference.UNIT_NORM_EPS)
 
 
 def _nothing(like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from skipkernels import _extension
+from .. import _extension
 
 NAMESPACE = "skipkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -58,6 +58,18 @@ def refuse_double_backward(operator: torch._ops.OpOverload, instead: str) -> Non
         )
 
     torch.library.register_autograd(operator, backward, lib=_library)
+
+
+def not_differentiable(operator: torch._ops.OpOverload) -> None:
+    """Make an operator with one result a constant to autograd."""
+
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        return (None,) * len(operator._schema.arguments)
+
+    def mark(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    torch.library.register_autograd(operator, backward, setup_context=mark, lib=_library)
 
 
 def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:

@@ -1,0 +1,358 @@
+"""The operator against fp64 and against eager, through the public function and by itself."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skipkernels import reference
+from skipkernels.functional import class_sampled_cross_entropy
+from skipkernels.ops.class_sampled_ce import class_sampled_ce, class_sampled_ce_backward
+from tests.tolerances import COSINE, SLACK, relative_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Case(NamedTuple):
+    image: Tensor
+    text: Tensor
+    labels: Tensor
+    logit_scale: Tensor
+    options: dict
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """Fresh leaves; the scale stays in fp32, as a model has it, unless the features are fp64."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        image, text = (x.detach().to(dtype).requires_grad_() for x in (self.image, self.text))
+        return self._replace(image=image, text=text, logit_scale=self.logit_scale.detach().to(wide).requires_grad_())
+
+
+def make(B, C, K, D, dtype=torch.float32, *, scale=100.0, noise=2.0, ignored=0.0, seed=0, **options) -> Case:
+    """Every other image is near the text of its label, the others near none: confident and not, in one batch."""
+    rng = torch.Generator().manual_seed(seed)
+    text = torch.randn(C, D, generator=rng) + torch.randn(D, generator=rng)
+    if K is not None:
+        options["class_ids"] = torch.randperm(C, generator=rng)[:K]
+    kept = options.get("class_ids", torch.arange(C))
+    labels = kept[torch.randint(0, len(kept), (B,), generator=rng)]
+    image = text[labels] * (torch.arange(B) % 2)[:, None] + noise * torch.randn(B, D, generator=rng)
+    ignore_index = options.get("ignore_index", -100)
+    labels = torch.where(torch.rand(B, generator=rng) < ignored, ignore_index, labels)
+    # Rounded to the dtype, so that all three start from the same numbers.
+    return Case(image.to(dtype), text.to(dtype), labels, torch.tensor(scale), options).to(dtype)
+
+
+def eager(case: Case) -> Tensor:
+    """What a user writes, all in the dtype of the features."""
+    options = dict(case.options)
+    class_ids, weight = options.pop("class_ids", None), options.pop("class_weight", None)
+    text = case.text if class_ids is None else case.text[class_ids]
+    logits = F.normalize(case.image, dim=-1) @ F.normalize(text, dim=-1).T * case.logit_scale.to(case.image.dtype)
+    labels, ignore_index = case.labels, options.pop("ignore_index", -100)
+    ignored = labels == ignore_index
+    if class_ids is not None:
+        labels = (labels[:, None] == class_ids).int().argmax(dim=1)
+        weight = None if weight is None else weight[class_ids]
+    labels = torch.where(ignored, -100, labels)
+    return F.cross_entropy(logits, labels, weight=None if weight is None else weight.to(logits.dtype), **options)
+
+
+def kernel(case: Case) -> Tensor:
+    return class_sampled_cross_entropy(case.image, case.text, case.labels, case.logit_scale, **case.options)
+
+
+def truth(case: Case) -> Tensor:
+    return reference.class_sampled_ce(case.image, case.text, case.labels, case.logit_scale, **case.options)
+
+
+def loss_and_gradients(function, case: Case) -> list[Tensor]:
+    loss = function(case)
+    d_loss = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return [loss, *torch.autograd.grad(loss, (case.image, case.text, case.logit_scale), d_loss)]
+
+
+def check_three_ways(case: Case) -> None:
+    dtype = case.image.dtype
+    exact = loss_and_gradients(truth, case.to(torch.float64))
+    ours, theirs = loss_and_gradients(kernel, case), loss_and_gradients(eager, case)
+    logits = case.logit_scale.item() * COSINE[dtype]  # what a logit, and so a log-probability, is known to
+    for name, value, other, right in zip(("loss", "image", "text", "logit_scale"), ours, theirs, exact, strict=True):
+        slack = SLACK[dtype if name in ("image", "text") else value.dtype] + logits
+        if name in ("loss", "logit_scale"):
+            slack += logits / max(right.abs().max().item(), 1e-30)  # known to that absolutely, however small it is
+        error, bound = relative_error(value, right), relative_error(other, right)
+        assert error <= bound + slack, f"{name}: {error:.2e} against eager's {bound:.2e}"
+
+
+SHAPES = [
+    (1, 1, None, 1),
+    (1, 7, None, 7),
+    (4, 100, 50, 512),
+    (4, 50, 50, 512),
+    (3, 17, 5, 128),
+    (5, 31, 29, 640),
+    (2, 13, 3, 1280),
+    (33, 65, 33, 127),
+    (257, 37, None, 129),  # one more than a tile of images
+    (5, 1200, 513, 64),  # one more than a tile of classes
+    (300, 1031, 1029, 96),  # several blocks, products by the library
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"B{s[0]}-C{s[1]}-K{s[2] or s[1]}-D{s[3]}")
+def test_no_worse_than_eager(shape, dtype):
+    check_three_ways(make(*shape, dtype))
+
+
+@st.composite
+def cases(draw) -> Case:
+    B, C, D = draw(st.integers(1, 40)), draw(st.integers(1, 60)), draw(st.sampled_from([1, 2, 7, 16, 31, 64, 100]))
+    options: dict = {"reduction": draw(st.sampled_from(["mean", "sum", "none"]))}
+    if draw(st.booleans()):
+        options["label_smoothing"] = draw(st.sampled_from([0.1, 0.5, 1.0]))
+    if draw(st.booleans()):
+        options["class_weight"] = torch.rand(C, generator=torch.Generator().manual_seed(C)) + 0.1
+    if draw(st.booleans()):
+        options["ignore_index"] = draw(st.sampled_from([-1, 0]))
+    return make(
+        B,
+        C,
+        draw(st.none() | st.integers(1, C)),
+        D,
+        draw(st.sampled_from(DTYPES)),
+        scale=draw(st.sampled_from([0.0, 1.0, 14.3, 100.0, -20.0])),
+        ignored=draw(st.sampled_from([0.0, 0.3])),
+        seed=draw(st.integers(0, 99)),
+        **options,
+    )
+
+
+@given(cases())
+def test_every_option_and_shape(case):
+    if case.options["reduction"] == "mean":  # all ignored is 0/0, in eager as well
+        case = case._replace(labels=case.labels.clone())
+        case.labels[0] = case.options.get("class_ids", torch.arange(case.text.shape[0]))[0]
+        if case.labels[0] == case.options.get("ignore_index", -100):
+            return
+    dtype = case.image.dtype
+    exact, ours = loss_and_gradients(truth, case.to(torch.float64)), loss_and_gradients(kernel, case)
+    # Absolute, for a gradient may cancel to nothing: what its terms are known to, each at most 1 times scale/|row|.
+    logits = (1 + abs(case.logit_scale.item())) * (COSINE[dtype] * 20)
+    lengths = [1.0, case.image.norm(dim=1).min().item(), case.text.norm(dim=1).min().item(), 1.0]
+    for value, right, length in zip(ours, exact, lengths, strict=True):
+        terms = max(right.abs().max().item(), 1.0) * (1 + abs(case.logit_scale.item())) / min(length, 1.0)
+        assert (value.double() - right).abs().max() <= SLACK[value.dtype] * right.abs().max() + logits * terms
+
+
+def test_all_ignored_is_what_cross_entropy_makes_of_it():
+    case = make(4, 9, 5, 16, ignored=2.0)
+    loss, *gradients = loss_and_gradients(kernel, case)
+    assert loss.isnan() and eager(case).isnan()
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other column", "every other row", "unaligned", "expanded"])
+def test_any_strides(layout):
+    case = make(6, 20, 11, 32)
+
+    def lay_out(x: Tensor) -> Tensor:
+        if layout == "transposed":
+            return x.T.contiguous().T
+        if layout == "every other column":
+            return torch.stack([x, x * torch.nan], dim=2).flatten(1)[:, ::2]
+        if layout == "every other row":
+            return torch.stack([x, x * torch.nan], dim=1).flatten(0, 1)[::2]
+        if layout == "unaligned":
+            return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+        return x[:1].expand(x.shape)
+
+    image, text = lay_out(case.image.detach()), lay_out(case.text.detach())
+    strided = case._replace(image=image.requires_grad_(), text=text.requires_grad_())
+    plain = case._replace(
+        image=image.detach().clone(memory_format=torch.contiguous_format).requires_grad_(),
+        text=text.detach().clone(memory_format=torch.contiguous_format).requires_grad_(),
+    )
+    for ours, theirs in zip(loss_and_gradients(kernel, strided), loss_and_gradients(kernel, plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 700, None, 128), (400, 30, 20, 256), (3, 5000, 4000, 64), (300, 1100, 1029, 96)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(loss_and_gradients(kernel, make(*shape, dtype, label_smoothing=0.1)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("scale", [100.0, 1000.0, 1e4])
+@pytest.mark.parametrize("image_is", ["on its text", "opposite to its text"])
+def test_large_scale_neither_overflows_nor_underflows(scale, image_is):
+    """A fixed maximum of 1/τ would underflow for the second: every logit is 2 · scale below it."""
+    text = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    text = text * 0.01 + text[:1]  # all near one direction
+    image = text[:4] if image_is == "on its text" else -text[:4]
+    case = Case(image, text, torch.arange(4), torch.tensor(scale), {"reduction": "none"}).to(torch.float32)
+    loss, *gradients = loss_and_gradients(kernel, case)
+    right = truth(case.to(torch.float64))
+    assert torch.allclose(loss.double(), right, rtol=1e-5, atol=scale * COSINE[torch.float32] * 4)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_zero_rows_are_the_references():
+    """x/max(|x|, 1e-12): a zero row has cosine 0 and passes its gradient on, times 1e12."""
+    case = make(4, 9, None, 16)
+    case.image.data[1] = 0
+    case.text.data[[2, 5]] = 0
+    case.text.data[3] *= 1e-20  # shorter than eps, but not zero
+    for ours, right in zip(
+        loss_and_gradients(kernel, case), loss_and_gradients(truth, case.to(torch.float64)), strict=True
+    ):
+        assert relative_error(ours, right) < 1e-4
+    assert case.image.grad is None  # autograd.grad leaves the leaves alone
+
+
+def test_gradcheck():
+    for options in ({}, {"label_smoothing": 0.2, "class_weight": torch.rand(9) + 0.1, "reduction": "none"}):
+        case = make(3, 9, 6, 5, torch.float64, scale=7.0, ignored=0.3, **options)
+        assert torch.autograd.gradcheck(
+            lambda image, text, scale, case=case: kernel(case._replace(image=image, text=text, logit_scale=scale)),
+            (case.image, case.text, case.logit_scale),
+        )
+
+
+def arguments(case: Case) -> tuple:
+    defaults = {"class_ids": None, "class_weight": None, "label_smoothing": 0.0, "ignore_index": -100}
+    options = {**defaults, "reduction": "mean", **case.options}
+    return case.image, case.text, case.labels, case.logit_scale, *options.values()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "class_weight": torch.ones(9), "reduction": "none"}], ids=["plain", "all"]
+)
+@pytest.mark.parametrize("K", [None, 6])
+def test_opcheck(K, options):
+    case = make(3, 9, K, 5, **options)
+    torch.library.opcheck(class_sampled_ce, arguments(case))
+    with torch.no_grad():
+        loss, *statistics = class_sampled_ce(*arguments(case))
+        image, text, labels, scale, *rest = arguments(case)
+        for needs in itertools.product([True, False], repeat=3):
+            torch.library.opcheck(
+                class_sampled_ce_backward,
+                (
+                    torch.ones_like(loss),
+                    image.detach(),
+                    text.detach(),
+                    labels,
+                    scale.detach(),
+                    *statistics,
+                    *rest,
+                    *needs,
+                ),
+            )
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1)])
+def test_only_the_gradients_that_are_asked_for(wanted, monkeypatch):
+    case = make(4, 9, 6, 16)
+    everything = loss_and_gradients(kernel, case)[1:]
+    inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((case.image, case.text, case.logit_scale))]
+    calls = []
+    monkeypatch.setattr(
+        "skipkernels.ops.class_sampled_ce.class_sampled_ce_backward",
+        lambda *args: calls.append(class_sampled_ce_backward(*args)) or calls[-1],
+    )
+    kernel(case._replace(image=inputs[0], text=inputs[1], logit_scale=inputs[2])).backward(torch.tensor(0.5))
+    for i, x in enumerate(inputs):
+        assert (x.grad is not None) == (i in wanted)
+        assert (calls[0][i].numel() > 0) == (i in wanted)
+        if i in wanted:
+            assert torch.equal(x.grad, everything[i])
+
+
+def test_two_backward_passes_give_the_same_gradients():
+    case = make(4, 30, 20, 64, label_smoothing=0.1)
+    loss = kernel(case)
+    once, twice = (
+        torch.autograd.grad(loss, (case.image, case.text, case.logit_scale), retain_graph=True) for _ in "ab"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_saves_the_inputs_and_three_rows_of_statistics():
+    case = make(16, 300, 200, 64)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        kernel(case)
+    inputs = {x.data_ptr() for x in (case.image, case.text, case.labels, case.logit_scale, case.options["class_ids"])}
+    own = [x for x in saved if x.data_ptr() not in inputs]
+    assert sorted(x.numel() for x in own) == [16, 16, 200]
+
+
+def test_gradient_of_a_gradient_is_an_error():
+    case = make(4, 9, 6, 16)
+    (d_image,) = torch.autograd.grad(kernel(case), case.image, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"class_sampled_ce_backward: the gradient of a gradient is not implemented"):
+        d_image.sum().backward()
+
+
+def test_bank_rows_out_of_the_sample_get_zero():
+    case = make(4, 30, 10, 16)
+    _, _, d_text, _ = loss_and_gradients(kernel, case)
+    absent = torch.ones(30, dtype=torch.bool)
+    absent[case.options["class_ids"]] = False
+    assert torch.equal(d_text[absent], torch.zeros(20, 16))
+    assert (d_text[~absent] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_casts_features_and_not_the_scale(dtype):
+    case = make(4, 30, 20, 64, scale=100.3)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = kernel(case)
+    assert loss.dtype == torch.float32
+    rounded = case._replace(image=case.image.detach().to(dtype), text=case.text.detach().to(dtype))
+    assert torch.equal(loss, kernel(rounded))
+    loss.backward()
+    assert case.image.grad.dtype == torch.float32 and case.image.grad.abs().sum() > 0
+
+    in_fp64 = make(4, 30, 20, 64, torch.float64)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(kernel(in_fp64), kernel(in_fp64.to(torch.float64)))
+        assert kernel(in_fp64).dtype == torch.float64
+
+
+def test_compiles_into_one_graph():
+    def step(image, text, labels, scale, class_ids):
+        return class_sampled_cross_entropy(image * 2, text, labels, scale.exp(), class_ids=class_ids)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 30, 20, 16), (7, 31, 11, 16)):
+        case = make(*shape)
+        inputs = (case.image, case.text, case.labels, torch.tensor(3.0, requires_grad=True), case.options["class_ids"])
+        ours, theirs = compiled(*inputs), step(*inputs)
+        assert torch.equal(ours, theirs)
+        wanted = (inputs[0], inputs[1], inputs[3])
+        for a, b in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_never_writes_the_logits():
+    """Peak memory of forward and backward, from the operators' allocations and by the process: see bench/ for the
+    latter; here, that nothing of [B, K] leaves the operator."""
+    case = make(64, 500, None, 8)
+    shapes = [tuple(x.shape) for x in class_sampled_ce(*arguments(case))]
+    assert (64, 500) not in shapes

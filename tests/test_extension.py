@@ -1,0 +1,146 @@
+"""How the C++ kernels get into the process: prebuilt, built on first use, refused, or impossible."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import skipkernels
+from skipkernels import _extension
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+# A process that has no prebuilt library: it looks for one in an empty folder.
+WITHOUT_PREBUILT = """
+import pathlib, sys, torch, skipkernels as sk
+from skipkernels import _extension
+sources = _extension.source_dir()
+_extension.source_dir = lambda: sources
+_extension._PACKAGE = pathlib.Path(sys.argv[1])
+"""
+USE = """
+image = torch.eye(3).requires_grad_()
+loss = sk.functional.class_sampled_cross_entropy(image, torch.eye(3), torch.arange(3), 2.0)
+loss.backward()
+print(f"{loss:.6f} {image.grad.norm():.6f} {sk.backends()['class_sampled_ce']['cpu'].kernel}")
+"""
+LOSS = "0.239545"  # log(e² + 2) − 2
+
+
+def start(code: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
+    empty = tmp_path / "empty"
+    empty.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(empty)],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_built_once_on_first_use_by_two_processes_at_once(tmp_path):
+    both = [finish(process) for process in [start(WITHOUT_PREBUILT + USE, tmp_path) for _ in "ab"]]
+    messages = [err.count("skipkernels: building the C++ kernels, once") for _, err in both]
+    assert sorted(messages) == [0, 1]
+    third, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path))
+    assert err == ""
+    for out in (third, both[0][0], both[1][0]):
+        assert out.split()[0] == LOSS and out.split()[-1] == "C++"
+    (library,) = (tmp_path / "cache" / "skipkernels").glob("*/*.so")
+    assert {path.name for path in library.parent.iterdir()} == {"_C.so", "lock"}
+
+
+def test_turned_off(tmp_path):
+    out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, SKIPKERNELS_CPP="0"))
+    assert out.split()[0] == LOSS and out.split()[-1] == "reference"
+    assert err == ""
+    assert not (tmp_path / "cache").exists()
+
+
+def test_no_compiler_is_one_warning(tmp_path):
+    out, err = finish(start(WITHOUT_PREBUILT + USE + USE, tmp_path, CXX="/no/such/compiler"))
+    assert out.splitlines()[0].split()[0] == LOSS and out.split()[-1] == "reference"
+    assert err.count("RuntimeWarning: skipkernels: no C++ kernels: no C++ compiler found (CXX=/no/such/compiler)") == 1
+    assert "Install a C++17 compiler" in err
+
+
+def test_compiler_that_fails_is_one_warning_with_its_words(tmp_path):
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'the disk is upside down' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, CXX=str(broken)))
+    assert out.split()[-1] == "reference"
+    assert "failed with exit code 3" in err and "the disk is upside down" in err
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_reference_serves_with_the_same_checks_and_gradients(tmp_path):
+    """Without the library the operators still have opcheck's blessing, the C++ errors, and their gradients."""
+    code = """
+import pytest
+from tests.ops import test_class_sampled_ce as cases, test_class_scores as scores
+for needs in (None, 6):
+    cases.test_opcheck(needs, {"label_smoothing": 0.1})
+scores.test_opcheck()
+cases.test_gradcheck()
+cases.test_two_backward_passes_give_the_same_gradients()
+cases.test_gradient_of_a_gradient_is_an_error()
+cases.test_autocast_casts_features_and_not_the_scale(torch.bfloat16)
+cases.test_compiles_into_one_graph()
+scores.test_not_differentiable()
+from tests import test_functional
+for bad in test_functional.CROSS_ENTROPY:
+    test_functional.test_cross_entropy_refuses(*bad)
+for bad in test_functional.SCORES:
+    test_functional.test_scores_refuse(*bad)
+"""
+    out, err = finish(start(WITHOUT_PREBUILT + USE + code, tmp_path, SKIPKERNELS_CPP="0"))
+    assert out.split()[-1] == "reference", err
+
+
+def test_links_to_stable_symbols_only():
+    """One binary for every torch from 2.10: nothing of at:: or c10::, only the C functions of the stable ABI."""
+    path = _extension.load().path
+    if path is None or shutil.which("nm") is None:
+        pytest.skip("no library, or no nm")
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], check=True, capture_output=True, text=True).stdout
+    names = [line.split()[-1].partition("@") for line in symbols.splitlines()]
+    torchs = [
+        name for name, at, _ in names if not at and not name.startswith(("aoti_torch_", "torch_", "_ITM", "__gmon"))
+    ]
+    assert torchs == ["__cxa_finalize"] or torchs == []
+    assert not [name for name, _, _ in names if "c10" in name or "2at" in name or name.startswith("Py")]
+
+
+def test_every_source_is_listed():
+    folder = Path(skipkernels.__file__).parents[1] / "csrc"
+    if not folder.is_dir():
+        pytest.skip("not a checkout")
+    assert {p.name for p in folder.iterdir()} == {*_extension.SOURCES, *_extension.HEADERS}
+
+
+def test_backends_tell_the_truth():
+    table = skipkernels.backends()
+    loaded = _extension.load().path is not None
+    for name, devices in table.items():
+        registered = hasattr(torch.ops.skipkernels, name)
+        cpp = registered and torch._C._dispatch_has_kernel_for_dispatch_key(f"skipkernels::{name}", "CPU")
+        assert devices["cpu"].kernel == ("C++" if cpp else "reference")
+        assert bool(devices["cpu"].reason) != bool(cpp)
+        assert devices["cuda"].kernel == "reference" and devices["cuda"].reason
+        assert callable(getattr(skipkernels.reference, name))
+    assert (table["class_sampled_ce"]["cpu"].kernel == "C++") == loaded

@@ -1,0 +1,107 @@
+"""Bad input: each error names the function, the argument, what it wanted, what it got, and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipkernels import functional
+
+B, C, D = 4, 9, 16
+
+
+def good() -> dict:
+    return {
+        "image": torch.randn(B, D),
+        "text": torch.randn(C, D),
+        "labels": torch.tensor([0, 3, 5, 8]),
+        "logit_scale": 100.0,
+        "class_ids": torch.tensor([8, 0, 3, 5]),
+        "class_weight": torch.ones(C),
+    }
+
+
+CROSS_ENTROPY = [
+    ({"image": torch.randn(D)}, ValueError, r"image must be \[B, D\] with B, D ≥ 1; got \[16\]"),
+    ({"image": torch.randn(0, D)}, ValueError, r"image must be \[B, D\] with B, D ≥ 1; got \[0, 16\]"),
+    ({"image": torch.ones(B, D, dtype=torch.int64)}, TypeError, r"image must be float32, .* got torch.int64"),
+    ({"text": torch.randn(C, 7)}, ValueError, r"text must be \[C, D=16\] to match image \[4, 16\]; got \[9, 7\]"),
+    ({"text": torch.randn(0, D)}, ValueError, r"text must be \[C, D=16\]"),
+    ({"text": torch.randn(C, D).double()}, TypeError, r"text must be torch.float32 to match image; got torch.float64"),
+    ({"text": torch.randn(C, D, device="meta")}, ValueError, r"text must be on cpu, where image is; got meta"),
+    ({"labels": torch.tensor([0, 3])}, ValueError, r"labels must be \[B=4\] to match image \[4, 16\]; got \[2\]"),
+    ({"labels": torch.zeros(B, 1).long()}, ValueError, r"labels must be \[B\] with B ≥ 1; got \[4, 1\]"),
+    ({"labels": torch.zeros(B)}, TypeError, r"labels must be int64; got torch.float32. Use labels.long\(\)"),
+    ({"labels": torch.tensor([0, 3, 5, 9])}, ValueError, r"labels must be rows of text, 0 to 8, .*; got 9"),
+    ({"labels": torch.tensor([0, 3, 5, -1])}, ValueError, r"labels must be rows of text, 0 to 8, .*\(-100\); got -1"),
+    ({"labels": torch.tensor([0, 3, 5, 7])}, ValueError, r"labels must be among class_ids; got 7"),
+    ({"class_ids": torch.tensor([]).long()}, ValueError, r"class_ids must be \[K\] with K ≥ 1; got \[0\]"),
+    ({"class_ids": torch.tensor([8, 0, 3, 5]).int()}, TypeError, r"class_ids must be int64; got torch.int32"),
+    ({"class_ids": torch.tensor([8, 0, 3, 5, 3])}, ValueError, r"class_ids must have no duplicates; got"),
+    ({"class_ids": torch.tensor([8, 0, 3, 5, 9])}, ValueError, r"class_ids must be rows of text, 0 to 8; got"),
+    ({"class_ids": torch.tensor([8, 0, 3, 5, -1])}, ValueError, r"class_ids must be rows of text, 0 to 8; got"),
+    ({"class_weight": torch.ones(C - 1)}, ValueError, r"class_weight must be \[C=9\], one for each row .*; got \[8\]"),
+    ({"class_weight": torch.ones(C).long()}, TypeError, r"class_weight must be floating point; got torch.int64"),
+    ({"class_weight": torch.ones(C, requires_grad=True)}, ValueError, r"class_weight is a constant; .*detach\(\)"),
+    ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale must be a number, \[\] or \[1\]; got \[2\]"),
+    ({"logit_scale": torch.tensor(3)}, TypeError, r"logit_scale must be floating point; got torch.int64"),
+    ({"logit_scale": torch.tensor(torch.inf)}, ValueError, r"logit_scale must be finite; got inf"),
+    ({"logit_scale": float("nan")}, ValueError, r"logit_scale must be finite; got -?nan"),
+    ({"logit_scale": torch.tensor(1.0, device="meta")}, ValueError, r"logit_scale must be on cpu, .* got meta"),
+    ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]; got 1.5"),
+    ({"reduction": "max"}, ValueError, r'reduction must be "mean", "sum" or "none"; got \'max\''),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), CROSS_ENTROPY, ids=lambda x: x if isinstance(x, str) else "")
+def test_cross_entropy_refuses(bad, error, message):
+    functional.class_sampled_cross_entropy(**good())
+    with pytest.raises(error, match=rf"^class_sampled_cross_entropy: {message}"):
+        functional.class_sampled_cross_entropy(**{**good(), **bad})
+
+
+SCORES = [
+    ({"prototypes": torch.randn(C, 7)}, ValueError, r"prototypes must be \[C, D=16\] to match image \[4, 16\]"),
+    ({"labels": torch.tensor([0, 3, 5])}, ValueError, r"labels must be \[B=4\] to match image"),
+    ({"labels": torch.tensor([0, 3, 5, 9])}, ValueError, r"labels must be rows of prototypes, 0 to 8; got"),
+    ({"labels": torch.tensor([0, 3, 5, -100])}, ValueError, r"labels must be rows of prototypes, 0 to 8; got"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), SCORES, ids=lambda x: x if isinstance(x, str) else "")
+def test_scores_refuse(bad, error, message):
+    arguments = {"image": torch.randn(B, D), "prototypes": torch.randn(C, D), "labels": torch.tensor([0, 3, 5, 8])}
+    functional.class_scores(**arguments)
+    with pytest.raises(error, match=rf"^class_scores: {message}"):
+        functional.class_scores(**{**arguments, **bad})
+
+
+def test_logits_refuse():
+    with pytest.raises(ValueError, match=r"^class_sampled_logits: text must be \[C, D=16\]"):
+        functional.class_sampled_logits(torch.randn(B, D), torch.randn(C, 7), 1.0)
+    with pytest.raises(TypeError, match=r"^class_sampled_logits: class_ids must be int64"):
+        functional.class_sampled_logits(torch.randn(B, D), torch.randn(C, D), 1.0, class_ids=torch.ones(2))
+
+
+def test_a_number_and_a_tensor_are_the_same_scale():
+    numbers = {**good(), "logit_scale": 14.25}
+    for scale in (torch.tensor(14.25), torch.tensor([14.25]), torch.tensor(14.25, dtype=torch.float64)):
+        assert torch.equal(
+            functional.class_sampled_cross_entropy(**numbers),
+            functional.class_sampled_cross_entropy(**{**numbers, "logit_scale": scale}),
+        )
+
+
+def test_gradient_of_the_scale_has_its_shape_and_dtype():
+    for scale in (torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.bfloat16), torch.tensor(3.0, dtype=torch.float64)):
+        scale.requires_grad_()
+        functional.class_sampled_cross_entropy(**{**good(), "logit_scale": scale}).backward()
+        assert scale.grad.shape == scale.shape and scale.grad.dtype == scale.dtype
+
+
+def test_logits_are_fp32_under_autocast():
+    arguments = torch.randn(B, D), torch.randn(C, D), 100.0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = functional.class_sampled_logits(*arguments)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, functional.class_sampled_logits(*arguments))

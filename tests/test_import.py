@@ -1,0 +1,124 @@
+"""What importing the package does and doesn't, and which way the imports flow."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import skipkernels
+
+PACKAGE = Path(skipkernels.__file__).parent
+
+# DESIGN §8: a module may import from its own layer and from those before it.
+LAYERS = [
+    ("_extension", "reference"),
+    ("ops",),
+    ("functional",),
+    ("boundary", "selection", "towers"),
+    ("clip",),
+    ("cache", "data", "tuning"),
+    ("integrations", "cli", "__main__"),
+]
+LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+LIGHT = ("triton", "open_clip", "torchvision", "matplotlib", "xformers", "transformers", "skipkernels.ops")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_is_light():
+    out = run(
+        "import torch, sys, time, json\n"
+        "start = time.perf_counter(); import skipkernels; seconds = time.perf_counter() - start\n"
+        "print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(sys.modules)]))"
+    )
+    seconds, cuda, modules = json.loads(out)
+    assert seconds < 0.3
+    assert not cuda
+    assert not [name for name in LIGHT if name in modules]
+
+
+def test_functional_needs_no_triton_and_no_gpu():
+    out = run(
+        "import sys, torch, skipkernels as sk\n"
+        "sk.functional.class_scores(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([0]))\n"
+        "print('triton' in sys.modules, torch.cuda.is_initialized())"
+    )
+    assert out.split() == ["False", "False"]
+
+
+def test_public_names():
+    assert set(skipkernels.__all__) <= set(dir(skipkernels))
+    for name in skipkernels.__all__:
+        assert getattr(skipkernels, name) is not None
+    with pytest.raises(AttributeError, match="module 'skipkernels' has no attribute 'nothing'"):
+        _ = skipkernels.nothing
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def layer_of(module: str) -> int:
+    """The layer of `skipkernels.a.b.c`, which is that of `a`."""
+    return LAYER_OF[module.split(".")[1]]
+
+
+def imports(path: Path) -> list[str]:
+    """Every module of the package that a file imports, at its head or anywhere else, except for types only."""
+    folder = path.relative_to(PACKAGE.parent).parent.parts
+    names: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            start = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join((*start, *filter(None, [node.module])))
+            names.extend([f"{module}.{a.name}" for a in node.names] if module == "skipkernels" else [module])
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return [name for name in names if name.startswith("skipkernels.")]
+
+
+def test_imports_are_read_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "skipkernels")
+    file = tmp_path / "skipkernels" / "towers" / "one.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import skipkernels.cli, os\nfrom skipkernels import clip\nfrom ..data.task import x\nfrom . import two\n"
+        "from .. import functional\nif TYPE_CHECKING:\n    from skipkernels import cache\n"
+        "def f():\n    from .three import y\n"
+    )
+    assert [name.removeprefix("skipkernels.") for name in imports(file)] == [
+        "cli",
+        "clip",
+        "data.task",
+        "towers",
+        "functional",
+        "towers.three",
+    ]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path):
+    own = layer_of(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    for name in imports(path):
+        if name.split(".")[1] in LAYER_OF:
+            assert layer_of(name) <= own, f"{path.name} imports {name}, which is built on it"
+        else:
+            assert name in {f"skipkernels.{public}" for public in skipkernels.__all__}
+
+
+def test_no_junk_drawer():
+    assert not [path for path in modules() if path.stem in {"utils", "util", "helpers", "common", "misc"}]

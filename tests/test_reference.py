@@ -1,0 +1,154 @@
+"""The specification against PyTorch's own functions, in fp64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from skipkernels import reference
+
+torch_double = {"dtype": torch.float64}
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_is_torchs_on_the_gathered_logits(rng, reduction, label_smoothing, weighted):
+    image, text = torch.randn(5, 8, generator=rng, **torch_double), torch.randn(9, 8, generator=rng, **torch_double)
+    class_ids, labels = torch.tensor([7, 2, 4, 0]), torch.tensor([4, 7, -1, 2, 4])
+    weight = torch.rand(9, generator=rng, **torch_double) if weighted else None
+    ours = reference.class_sampled_ce(image, text, labels, 5.0, class_ids, weight, label_smoothing, -1, reduction)
+    logits = 5.0 * F.normalize(image) @ F.normalize(text[class_ids]).T
+    theirs = F.cross_entropy(
+        logits,
+        torch.tensor([2, 0, -100, 1, 2]),
+        weight=None if weight is None else weight[class_ids],
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+    assert torch.allclose(ours, theirs, rtol=1e-14)
+
+
+@pytest.mark.parametrize("label", [3, -1, 9])
+def test_cross_entropy_refuses_a_label_outside_the_sample(label):
+    with pytest.raises(IndexError):
+        reference.class_sampled_ce(torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label]), 1.0, torch.tensor([0, 8]))
+
+
+def test_half_precision_is_computed_in_fp32(rng):
+    image, text = torch.randn(4, 8, generator=rng), torch.randn(9, 8, generator=rng)
+    for dtype in (torch.bfloat16, torch.float16):
+        logits = reference.class_sampled_logits(image.to(dtype), text.to(dtype), 100.0)
+        assert logits.dtype == torch.float32
+        assert torch.equal(
+            logits, reference.class_sampled_logits(image.to(dtype).float(), text.to(dtype).float(), 100.0)
+        )
+
+
+def test_add_layer_norm_is_torchs(rng):
+    x, residual = (torch.randn(3, 5, 16, generator=rng, **torch_double) for _ in "xr")
+    weight, bias = (torch.randn(16, generator=rng, **torch_double) for _ in "wb")
+    hidden, normed = reference.add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(hidden, x + residual)
+    assert torch.equal(normed, F.layer_norm(x + residual, (16,), weight, bias))
+    hidden, normed = reference.add_layer_norm(x.bfloat16(), residual.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert hidden.dtype == normed.dtype == torch.bfloat16
+
+
+def test_mlp_activation(rng):
+    x, bias = torch.randn(3, 16, generator=rng, **torch_double), torch.randn(16, generator=rng, **torch_double)
+    u = x + bias
+    assert torch.allclose(reference.mlp_activation(x, bias), u / (1 + torch.exp(-1.702 * u)), rtol=1e-13)
+    assert torch.equal(reference.mlp_activation(x, bias, "gelu"), F.gelu(u))
+    assert torch.equal(reference.mlp_activation(u, None, "gelu_tanh"), F.gelu(u, approximate="tanh"))
+    with pytest.raises(ValueError, match=r"^mlp_activation: kind must be .* got 'relu'"):
+        reference.mlp_activation(x, bias, "relu")
+
+
+def test_suffix_attention_is_sdpa_on_the_whole_sequence(rng):
+    K, P, S, H, E = 3, 4, 5, 2, 8
+    prefix = [torch.randn(P, H, E, generator=rng, **torch_double, requires_grad=True) for _ in "kv"]
+    query, *suffix = (torch.randn(K, S, H, E, generator=rng, **torch_double, requires_grad=True) for _ in "qkv")
+    ours = reference.suffix_attention(query, *prefix, *suffix)
+    key, value = (torch.cat([p.expand(K, P, H, E), s], dim=1) for p, s in zip(prefix, suffix, strict=True))
+    whole = torch.cat([torch.zeros(K, P, H, E, **torch_double), query], dim=1)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (whole, key, value)), is_causal=True)
+    theirs = theirs.transpose(1, 2)[:, P:]
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+    inputs = (query, *prefix, *suffix)
+    d_out = torch.randn(ours.shape, generator=rng, **torch_double)
+    for a, b in zip(torch.autograd.grad(ours, inputs, d_out), torch.autograd.grad(theirs, inputs, d_out), strict=True):
+        assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_pooled_attention_is_one_row_of_sdpa(rng):
+    B, N, H, E = 3, 6, 2, 8
+    query = torch.randn(B, H, E, generator=rng, **torch_double)
+    key, value = (torch.randn(B, N, H, E, generator=rng, **torch_double) for _ in "kv")
+    theirs = F.scaled_dot_product_attention(query[:, :, None], key.transpose(1, 2), value.transpose(1, 2))[:, :, 0]
+    assert torch.allclose(reference.pooled_attention(query, key, value), theirs, rtol=1e-12, atol=1e-14)
+    lengths = torch.tensor([1, 4, 6])
+    ours = reference.pooled_attention(query, key, value, lengths)
+    for b, length in enumerate(lengths):
+        alone = reference.pooled_attention(query[b : b + 1], key[b : b + 1, :length], value[b : b + 1, :length])
+        assert torch.allclose(ours[b], alone[0], rtol=1e-13)
+
+
+def test_gather_rows_dequantises(rng):
+    rows = torch.randint(-127, 128, (5, 3, 4), generator=rng, dtype=torch.int8)
+    scale, index = torch.rand(5, 3, generator=rng), torch.tensor([4, 0, 4])
+    ours = reference.gather_rows(rows, index, scale, torch.bfloat16)
+    assert torch.equal(ours, (rows[index] * scale[index][..., None]).bfloat16())
+    assert torch.equal(reference.gather_rows(rows.half(), index), rows[index].half())
+    with pytest.raises(ValueError, match=r"^gather_rows: token_scale must be given for int8 rows .* without"):
+        reference.gather_rows(rows, index)
+    with pytest.raises(ValueError, match=r"^gather_rows: token_scale .* with token_scale"):
+        reference.gather_rows(rows.float(), index, scale)
+
+
+def test_sgd_momentum_is_torchs(rng):
+    start, grads = torch.randn(7, generator=rng), torch.randn(3, 7, generator=rng)
+    theirs = start.clone().requires_grad_()
+    optimizer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
+    ours, buffer = start.clone(), torch.zeros(7)
+    for grad in grads:
+        theirs.grad = grad.clone()
+        optimizer.step()
+        reference.sgd_momentum_(ours, grad, buffer, lr=0.1, momentum=0.9, weight_decay=0.01)
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+def test_stochastic_rounding_keeps_updates_that_rounding_to_nearest_loses():
+    n, steps, lr = 4096, 64, 1e-5  # bf16 steps above 1 are 2⁻⁷: a hundredth of a half step each time
+
+    def descend(seeds) -> float:
+        weight, buffer = torch.ones(n, dtype=torch.bfloat16), torch.zeros(n)
+        for seed in seeds:
+            reference.sgd_momentum_(weight, torch.full((n,), -1.0), buffer, lr, momentum=0.0, seed=seed)
+        return weight.double().mean().item()
+
+    assert descend(itertools.repeat(None, steps)) == 1.0
+    # The mean of n·steps coin throws of size 2⁻⁷: its deviation is at most 2⁻⁷·sqrt(steps·p(1−p)/n), p = lr·2⁷.
+    deviation = 2**-7 * (steps * lr * 2**7 / n) ** 0.5
+    assert abs(descend(range(steps)) - (1.0 + steps * lr)) < 4 * deviation
+    with pytest.raises(TypeError, match=r"^sgd_momentum_: seed is for bfloat16 weights; got torch.float32"):
+        reference.sgd_momentum_(torch.ones(2), torch.ones(2), torch.zeros(2), 0.1, seed=0)
+
+
+def test_the_random_bits_are_splitmix64():
+    """The first numbers that the published generator gives for seed 1234567."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    mask = (1 << 64) - 1
+    bits, expected = 0x3F800000, []  # 1.0
+    for number in known:
+        expected.append(((bits + (number >> 48)) & 0xFFFF0000) & mask)
+    rounded = reference._round_at_random(torch.ones(5), seed=1234567)
+    assert rounded.view(torch.int32).tolist() == expected
