@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, MemoryError) as error:
         err.print(f"[red]error[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         err.print(f"[red]failed[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -135,6 +135,8 @@ def _doctor(out: Console) -> None:
     kernels = Table("operator", "device", "kernel", "why not a faster one")
     for operator, devices in skipkernels.backends().items():
         for device, backend in devices.items():
+            if device == "cuda" and not torch.cuda.is_available():
+                continue
             kernels.add_row(operator, device, backend.kernel, backend.reason)
     out.print(kernels)
 

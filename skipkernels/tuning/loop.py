@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..cache import replace_file
 from ..clip import SkipCLIP
-from ..data import InputError
+from ..data import BaseToNew, InputError
 from ..data.samplers import BatchSampler
 from .config import TuneConfig
 from .evaluation import CHECKPOINT, CONFIG, Accuracy, Evaluator, load_task
@@ -112,56 +112,64 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         run.begin()
         bar = progress.add_task("tuning", total=config.epochs * math.ceil(len(train) / config.batch_size), state="")
         trainer = _Trainer(config, model, evaluator, train)
-        metrics: dict[str, Any] = {
-            "status": "interrupted",
-            "method": config.method,
-            "classes": {"base": len(task.base.classes), "new": len(task.new.classes)},
-            "zero_shot": zero_shot.as_dict(),
-            "tuned": None,
-            "epochs": 0,
-            "steps": 0,
-            "kept_classes": None,
-            "parameters": {
-                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "all": sum(p.numel() for p in model.parameters()),
-            },
-            "cost": {"device": str(device), "baseline_memory_mib": _mib(baseline_memory)},
-        }
         memory.reset()
-        interrupted: BaseException | None = None
+        tuned_predictions, stopped = zero_shot_predictions, None
         try:
             for epoch in range(config.epochs):
                 row = trainer.epoch(epoch, on_step=lambda: progress.advance(bar))
-                tuned = evaluator.accuracy()
-                run.complete_epoch(model, row | {"accuracy": tuned.as_dict()})
-                metrics |= {
-                    "tuned": tuned.as_dict(),
-                    "epochs": epoch + 1,
-                    "steps": metrics["steps"] + row["steps"],
-                    "kept_classes": row["kept_classes"],
-                }
+                predictions = evaluator.predictions()
+                tuned = evaluator.accuracy(predictions)
+                with _interrupt_deferred():
+                    run.complete_epoch(model, row | {"accuracy": tuned.as_dict()})
+                    tuned_predictions = predictions
                 progress.update(bar, state=_accuracy_text(f"loss {row['loss']:.3f}", tuned))
-            metrics["status"] = "complete"
         except (KeyboardInterrupt, FloatingPointError) as error:
-            interrupted = error
-        seconds = [row["seconds"] for row in run.rows]
-        metrics["cost"] |= {
-            "seconds_total": time.perf_counter() - started,
-            "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if seconds else None,
-            "milliseconds_per_step": 1000 * sum(seconds) / metrics["steps"] if seconds else None,
-            "peak_memory_mib": _mib(memory.read()),
-        }
-        run.finish(metrics, lambda: _examples(config, evaluator, zero_shot_predictions))
-    if interrupted is not None:
-        raise interrupted
+            stopped = error
+    cost = {
+        "device": str(device),
+        "seconds_total": time.perf_counter() - started,
+        "baseline_memory_mib": _mib(baseline_memory),
+        "peak_memory_mib": _mib(memory.read()),
+    }
+    metrics = _summary(config, task, zero_shot, trainer.parameter_counts, run.rows, cost)
+    run.finish(metrics, _examples(load_task(config), evaluator, zero_shot_predictions, tuned_predictions))
+    if stopped is not None:
+        raise stopped
     return metrics
+
+
+def _summary(
+    config: TuneConfig,
+    task: BaseToNew,
+    zero_shot: Accuracy,
+    parameters: dict[str, int],
+    rows: list[dict[str, Any]],
+    cost: dict[str, Any],
+) -> dict[str, Any]:
+    """What metrics.json holds, from the epochs that are complete."""
+    seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
+    return {
+        "status": "complete" if len(rows) == config.epochs else "interrupted",
+        "method": config.method,
+        "classes": {"base": len(task.base.classes), "new": len(task.new.classes)},
+        "zero_shot": zero_shot.as_dict(),
+        "tuned": rows[-1]["accuracy"] if rows else None,
+        "epochs": len(rows),
+        "steps": steps,
+        "kept_classes": rows[-1]["kept_classes"] if rows else None,
+        "parameters": parameters,
+        "cost": cost
+        | {
+            "seconds_per_epoch": sorted(seconds)[len(seconds) // 2] if rows else None,
+            "milliseconds_per_step": 1000 * sum(seconds) / steps if rows else None,
+        },
+    }
 
 
 class _Trainer:
     """Model, optimizer, order of images and schedule."""
 
     def __init__(self, config: TuneConfig, model: nn.Module, evaluator: Evaluator, train):
-        self.config = config
         self.inputs, labels = train.tensors
         self.labels = labels.to(self.inputs.device)
         clip = evaluator.base
@@ -177,6 +185,10 @@ class _Trainer:
         device = torch.device(config.device)
         bf16 = config.precision == "bf16"
         self.precision = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.parameter_counts = {
+            "trained": sum(p.numel() for group in groups for p in group["params"]),
+            "all": sum(p.numel() for p in model.parameters()),
+        }
 
     def epoch(self, number: int, on_step: Callable[[], None]) -> dict[str, Any]:
         """One pass over the training images."""
@@ -240,17 +252,16 @@ class _RunFolder:
         replace_file(self.folder / name, lambda temporary: temporary.write_text(text))
 
     def complete_epoch(self, model: nn.Module, row: dict[str, Any]) -> None:
-        """Keep an epoch: its checkpoint and its metrics, both or neither."""
+        """Keep an epoch: its checkpoint, then its metrics."""
         state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-        with _interrupt_deferred():
-            replace_file(self.folder / CHECKPOINT, lambda temporary: save_file(state, temporary))
-            self.rows.append(row)
-            self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
+        replace_file(self.folder / CHECKPOINT, lambda temporary: save_file(state, temporary))
+        self.rows.append(row)
+        self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def finish(self, metrics: dict[str, Any], examples: Callable[[], list[Example]]) -> None:
+    def finish(self, metrics: dict[str, Any], examples: list[Example]) -> None:
         """Write the report and then the metrics."""
         if self.rows:
-            self._write(REPORT, report_html(self.config, metrics, self.rows, examples()))
+            self._write(REPORT, report_html(self.config, metrics, self.rows, examples))
         self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
 
 
@@ -270,9 +281,11 @@ def _interrupt_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _examples(config: TuneConfig, evaluator: Evaluator, zero_shot: dict[str, Tensor]) -> list[Example]:
+def _examples(
+    task: BaseToNew, evaluator: Evaluator, zero_shot: dict[str, Tensor], tuned: dict[str, Tensor]
+) -> list[Example]:
     """Test images that were right before and wrong after tuning, or the other way round: one of each class."""
-    tuned, task, found = evaluator.predictions(), load_task(config), []
+    found = []
     for name, split in (("base", task.base), ("new", task.new)):
         labels = evaluator.labels(name)
         flipped = (zero_shot[name] == labels) != (tuned[name] == labels)
