@@ -5,9 +5,11 @@
 //   d_z_bk = up_b · ((1 − ε) w_y (p_bk − [k = y]) + ε/K (W p_bk − w_k)),   p_bk = exp(z_bk − lse_b),  W = Σ_k w_k
 //
 // Map of the forward pass: the B × K plane is cut into blocks (Plan), a task each; a task goes through its block in
-// tiles, so that only tiles of z are ever written, and leaves the running maximum and sum of each image; these are
-// combined at the end. Map of the backward pass: a panel of images at a time, z is computed again and turned into d_z
-// in place, [panel, K], bounded by PANEL numbers; then d_z · t/|t| and d_zᵀ · x/|x|, a task for each piece of a result.
+// tiles, so that only tiles of z are ever written, and leaves the running top and sum of each image (vector.h,
+// Softmax); these are combined at the end.
+//
+// Map of the backward pass: a panel of images at a time, z is computed again and turned into d_z in place, [panel, K];
+// then d_z · t/|t| and d_zᵀ · x/|x|, a task for each piece of a result; at the end, back through the unit norm.
 #include "tensor.h"
 
 #include <cmath>
@@ -34,8 +36,7 @@ void check_shapes(
       ": labels must be int64 [B].");
   STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, NAME, ": logit_scale must have one element.");
   STD_TORCH_CHECK(
-      !class_ids ||
-          (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
+      !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
       NAME, ": class_ids must be int64 [K] with K at least 1.");
   STD_TORCH_CHECK(
       !class_weight || (class_weight->dim() == 1 && class_weight->size(0) == text.size(0)), NAME,
@@ -61,19 +62,27 @@ struct Problem {
       const Tensor& image_, const Tensor& text_, const Tensor& labels, const Tensor& logit_scale,
       const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
       int64_t ignore_index)
-      : B(image_.size(0)), K(class_ids ? class_ids->size(0) : text_.size(0)), C(text_.size(0)), D(image_.size(1)),
-        image_storage(with_contiguous_rows(image_)), text_storage(with_contiguous_rows(text_)),
-        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()), image(rows_of<T>(image_storage)),
-        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)), target(integers(labels)),
-        scale(A(number(logit_scale))), smoothing(A(label_smoothing)) {
+      : B(image_.size(0)),
+        K(class_ids ? class_ids->size(0) : text_.size(0)),
+        C(text_.size(0)),
+        D(image_.size(1)),
+        image_storage(with_contiguous_rows(image_)),
+        text_storage(with_contiguous_rows(text_)),
+        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()),
+        image(rows_of<T>(image_storage)),
+        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)),
+        target(integers(labels)),
+        scale(A(numbers(logit_scale)[0])),
+        smoothing(A(label_smoothing)) {
     if (!std::isfinite(scale))
       refuse(NAME, ": logit_scale must be finite; got ", scale, ".");
     find_targets(ignore_index);
-    if (class_weight || smoothing != 0)
-      weight.assign(K, A(1));
-    if (class_weight)
+    if (class_weight || smoothing != 0) {
+      const std::vector<double> given = class_weight ? numbers(*class_weight) : std::vector<double>(C, 1.0);
+      weight.resize(K);
       for (int64_t k = 0; k < K; ++k)
-        weight[k] = A(number(*class_weight, ids.empty() ? k : ids[k]));
+        weight[k] = A(given[ids.empty() ? k : ids[k]]);
+    }
     total_weight = A(weight.empty() ? double(K) : std::accumulate(weight.begin(), weight.end(), 0.0));
     for (int64_t b = 0; b < B; ++b)
       denominator += target[b] >= 0 ? target_weight(b) : 0;
@@ -178,7 +187,7 @@ void forward(
       loss_b = problem.target_weight(b) * (scale * (best - target_cosine[b]) + std::log(exp_sum));
       if (smooth)
         loss_b = (1 - smoothing) * loss_b +
-            smoothing / problem.K * (problem.total_weight * lse[b] - scale * weighted_cosines);
+                 smoothing / problem.K * (problem.total_weight * lse[b] - scale * weighted_cosines);
     }
     total += loss_b;
     if (reduction == "none")
@@ -195,7 +204,8 @@ Softmax<A> softmax_of(double lse, A scale) {
   return {scale, top, A(lse - double(scale) * double(top))};
 }
 
-// The tile's row of cosines of one image → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is d_loss/d_loss_b.
+// The tile's row of cosines of one image → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is the gradient of
+// its loss.
 template <class T, class A = accumulate_t<T>>
 A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, int64_t k, int64_t k_count, A* cosine) {
   if (problem.target[b] < 0) {
@@ -221,51 +231,53 @@ A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, 
   return along + d_logit * cosine_y;
 }
 
-// out[m, d] (+)= Σ_n d_logits[m, n] · unit row n, a tile of n at a time; a piece of the sum, columns d0 to d1, is one task.
+// out[m, d] (+)= Σ_n factors[m, n] · unit row n, a tile of n at a time. A piece of the sum, some m and some columns, is
+// a task; none where there is no `out`. `whole` stands for a problem too small to divide: one piece, and no library.
 template <class T, class A = accumulate_t<T>>
 struct Contraction {
-  const A* d_logits;
-  int64_t stride_m, stride_n;
-  int64_t M, N, D;
+  Matrix<A> factors; // [M, N]
   Rows<T> rows; // N of them
-  const A* norm;
+  const A* norm; // [N]
+  int64_t D;
   A* out; // [M, D]
   bool accumulate;
 
   static constexpr int64_t M_TILE = 256, N_TILE = 512, D_TILE = 512;
 
-  int64_t d_tile(bool whole) const {
+  int64_t width(bool whole) const {
     if (whole)
       return D;
-    // Few rows: more threads find work in narrow pieces. Many rows: wide pieces read d_logits less often.
-    return M <= M_TILE ? std::min<int64_t>(128, divide_up(D, 2)) : std::min(D, D_TILE);
-  }
-  int64_t tasks(bool whole) const {
-    const int64_t d = d_tile(whole);
-    return divide_up(M, M_TILE) * divide_up(D, d);
+    // Few rows: more threads find work in narrow pieces. Many rows: wide pieces read the factors less often.
+    return factors.rows <= M_TILE ? std::min<int64_t>(128, divide_up(D, 2)) : std::min(D, D_TILE);
   }
 
+  int64_t tasks(bool whole) const {
+    return out == nullptr ? 0 : divide_up(factors.rows, M_TILE) * divide_up(D, width(whole));
+  }
+
+  // `tile` has room for N_TILE rows of the width, `product` for M_TILE.
   void run(int64_t task, bool whole, A* tile, A* product) const {
-    const int64_t width = d_tile(whole), d_pieces = divide_up(D, width);
-    const int64_t m0 = task / d_pieces * M_TILE, m_count = std::min(M_TILE, M - m0);
-    const int64_t d0 = task % d_pieces * width, d_count = std::min(width, D - d0);
+    const int64_t N = factors.columns, pieces = divide_up(D, width(whole));
+    const int64_t m0 = task / pieces * M_TILE, m_count = std::min(M_TILE, factors.rows - m0);
+    const int64_t d0 = task % pieces * width(whole), d_count = std::min(width(whole), D - d0);
     A* piece = out + m0 * D + d0;
     for (int64_t n = 0; n < N; n += N_TILE) {
       const int64_t n_count = std::min(N_TILE, N - n);
-      const bool add_to = accumulate || n > 0;
+      const bool first = !accumulate && n == 0;
       for (int64_t i = 0; i < n_count; ++i)
         load_unit_row(tile + i * d_count, rows[n + i] + d0, norm[n + i], d_count);
-      A* factors = const_cast<A*>(d_logits) + m0 * stride_m + n * stride_n;
+      const Matrix<A> a = factors.block(m0, n, m_count, n_count), b{tile, n_count, d_count, d_count};
       if (whole || !is_large(m_count, n_count, d_count)) {
-        for (int64_t i = 0; i < m_count && !add_to; ++i)
+        for (int64_t i = 0; i < m_count && first; ++i)
           std::fill(piece + i * D, piece + i * D + d_count, A(0));
-        small_matmul_add(piece, D, factors, stride_m, stride_n, tile, m_count, n_count, d_count);
-        continue;
+        small_matmul_add(piece, D, a.data, a.stride_row, a.stride_column, b.data, m_count, n_count, d_count);
+      } else if (first) {
+        library_matmul({piece, m_count, d_count, D}, a, b);
+      } else {
+        library_matmul({product, m_count, d_count, d_count}, a, b);
+        for (int64_t i = 0; i < m_count; ++i)
+          add(piece + i * D, product + i * d_count, d_count);
       }
-      const Matrix<A> a{factors, m_count, n_count, stride_m, stride_n}, b{tile, n_count, d_count, d_count};
-      library_matmul(add_to ? Matrix<A>{product, m_count, d_count, d_count} : Matrix<A>{piece, m_count, d_count, D}, a, b);
-      for (int64_t i = 0; i < m_count && add_to; ++i)
-        add(piece + i * D, product + i * d_count, d_count);
     }
   }
 };
@@ -273,10 +285,12 @@ struct Contraction {
 // Where the gradient of the unit rows is summed up: in the result itself if that has the type and the order for it.
 template <class T, class A = accumulate_t<T>>
 A* unit_gradient(T* d_rows, const Rows<T>& rows, int64_t n, int64_t D, Scratch<A>& own) {
+  if (d_rows == nullptr)
+    return nullptr;
   if constexpr (std::is_same_v<T, A>)
     if (rows.ids == nullptr)
       return d_rows;
-  own = scratch<A>(d_rows != nullptr ? n * D : 0);
+  own = scratch<A>(n * D);
   return own.get();
 }
 
@@ -295,11 +309,11 @@ void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t
 // The gradients that are wanted; a null pointer stands for one that is not.
 template <class T, class A = accumulate_t<T>>
 void backward(
-    const Problem<T>& problem, const std::vector<A>& upstream, const double* lse, const A* image_norm, const A* text_norm,
-    T* d_image, T* d_text, double* d_logit_scale) {
+    const Problem<T>& problem, const std::vector<A>& upstream, const double* lse, const A* image_norm,
+    const A* text_norm, T* d_image, T* d_text, double* d_logit_scale) {
   constexpr int64_t PANEL = int64_t(1) << 23; // 32 MiB in fp32
   const int64_t B = problem.B, K = problem.K, D = problem.D;
-  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / 64, 1) * 64);
+  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / 16, 1) * 16);
   const int64_t stride = divide_up(K, 16) * 16; // rows of d_logits start on a cache line
   const auto d_logits = scratch<A>(panel * stride);
   Scratch<A> own_image, own_text;
@@ -331,21 +345,22 @@ void backward(
     if (d_logit_scale)
       *d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * p_count], *d_logit_scale);
 
-    const Contraction<T> images{d_logits.get(), stride, 1, d_image ? p_count : 0, K, D, problem.text, text_norm,
-                                d_unit_image + p * D, false};
-    const Contraction<T> texts{d_logits.get(), 1, stride, d_text ? K : 0, p_count, D, problem.image.from(p), image_norm + p,
-                               d_unit_text, p > 0};
+    const Matrix<A> d_z{d_logits.get(), p_count, K, stride};
+    A* const panel_image = d_image ? d_unit_image + p * D : nullptr;
+    const Contraction<T> images{d_z, problem.text, text_norm, D, panel_image, false};
+    const Contraction<T> texts{d_z.transposed(), problem.image.from(p), image_norm + p, D, d_unit_text, p > 0};
     const bool whole = plan.tasks() == 1; // a small problem: not worth a second thread
     const int64_t image_tasks = images.tasks(whole), tasks = image_tasks + texts.tasks(whole);
     torch::stable::parallel_for(0, tasks, whole ? tasks + 1 : 1, [&](int64_t begin, int64_t end) {
-      const int64_t width = std::max(images.d_tile(whole), texts.d_tile(whole));
+      const int64_t width = std::max(images.width(whole), texts.width(whole));
       const auto tile = scratch<A>(std::min(std::max(K, p_count), images.N_TILE) * width);
       const auto product = scratch<A>(whole ? 0 : images.M_TILE * width);
-      for (int64_t task = begin; task < end; ++task)
+      for (int64_t task = begin; task < end; ++task) {
         if (task < image_tasks)
           images.run(task, whole, tile.get(), product.get());
         else
           texts.run(task - image_tasks, whole, tile.get(), product.get());
+      }
     });
   }
   if (d_image)
@@ -363,14 +378,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_sampled_ce(
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const Problem<T> problem(
-        image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
+    const Problem<T> problem(image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
     Tensor loss = reduction == "none" ? vector_of<A>(problem.B) : scalar_of<A>();
     Tensor lse = vector_of<double>(problem.B);
     Tensor image_norm = vector_of<A>(problem.B), text_norm = vector_of<A>(problem.K);
     forward(
-        problem, reduction, loss.mutable_data_ptr<A>(), lse.mutable_data_ptr<double>(), image_norm.mutable_data_ptr<A>(),
-        text_norm.mutable_data_ptr<A>());
+        problem, reduction, loss.mutable_data_ptr<A>(), lse.mutable_data_ptr<double>(),
+        image_norm.mutable_data_ptr<A>(), text_norm.mutable_data_ptr<A>());
     outputs.emplace(loss, lse, image_norm, text_norm);
   });
   return *outputs;
@@ -386,13 +400,16 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const Problem<T> problem(
-        image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
-    std::vector<A> upstream(problem.B); // d_loss/d_loss_b
-    for (int64_t b = 0; b < problem.B; ++b) {
-      const double given = number(d_loss, reduction == "none" ? b : 0);
-      upstream[b] = A(reduction == "mean" ? given / problem.denominator : given);
-    }
+    const Problem<T> problem(image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index);
+    STD_TORCH_CHECK(
+        d_loss.numel() == (reduction == "none" ? problem.B : 1) && d_loss.dim() <= 1 && lse.numel() == problem.B &&
+            image_norm.numel() == problem.B && text_norm.numel() == problem.K && lse.is_contiguous() &&
+            image_norm.is_contiguous() && text_norm.is_contiguous(),
+        NAME, ": backward must be given what forward returned.");
+    const std::vector<double> given = numbers(d_loss);
+    std::vector<A> upstream(problem.B); // the gradient of each image's loss
+    for (int64_t b = 0; b < problem.B; ++b)
+      upstream[b] = A(reduction == "none" ? given[b] : reduction == "sum" ? given[0] : given[0] / problem.denominator);
     Tensor d_image = torch::stable::empty({need_image ? problem.B : 0, problem.D}, image.scalar_type());
     Tensor d_text = torch::stable::empty({need_text ? problem.C : 0, problem.D}, image.scalar_type());
     Tensor d_logit_scale = torch::stable::empty({0}, logit_scale.scalar_type());

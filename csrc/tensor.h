@@ -69,14 +69,17 @@ void dispatch_features(const Tensor& features, const char* name, const F& f) {
   }
 }
 
-// Number i of a small floating-point tensor, whatever its type.
-inline double number(const Tensor& tensor, int64_t i = 0) {
-  double value = 0;
-  i *= tensor.dim() > 0 ? tensor.stride(0) : 0;
+// The numbers of a floating-point tensor of at most one dimension, whatever its type.
+inline std::vector<double> numbers(const Tensor& tensor) {
+  std::vector<double> values(tensor.numel());
+  const int64_t stride = tensor.dim() > 0 ? tensor.stride(0) : 0;
   dispatch_features(tensor, "skipkernels", [&](auto type) {
-    value = double(accumulate_t<decltype(type)>(tensor.const_data_ptr<decltype(type)>()[i]));
+    using T = decltype(type);
+    const T* data = tensor.const_data_ptr<T>();
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = double(accumulate_t<T>(data[i * stride]));
   });
-  return value;
+  return values;
 }
 
 inline void set_number(Tensor& tensor, double value) {
@@ -128,13 +131,13 @@ struct Matrix {
   Matrix transposed() const {
     return {data, columns, rows, stride_column, stride_row};
   }
+  Matrix block(int64_t row, int64_t column, int64_t block_rows, int64_t block_columns) const {
+    return {data + row * stride_row + column * stride_column, block_rows, block_columns, stride_row, stride_column};
+  }
   Tensor tensor() const {
     return torch::stable::from_blob(
-        data,
-        std::array<int64_t, 2>{rows, columns},
-        std::array<int64_t, 2>{stride_row, stride_column},
-        torch::stable::Device(torch::headeronly::DeviceType::CPU),
-        scalar_type_of<A>);
+        data, std::array<int64_t, 2>{rows, columns}, std::array<int64_t, 2>{stride_row, stride_column},
+        torch::stable::Device(torch::headeronly::DeviceType::CPU), scalar_type_of<A>);
   }
 };
 
@@ -220,14 +223,15 @@ struct Tile {
     if (!may_use_library || !is_large(b_count, k_count, D))
       return small_matmul_nt(out, stride_out, image.get(), text.get(), b_count, k_count, D);
     library_matmul(
-        Matrix<A>{out, b_count, k_count, stride_out},
-        Matrix<A>{image.get(), b_count, D, D},
+        Matrix<A>{out, b_count, k_count, stride_out}, Matrix<A>{image.get(), b_count, D, D},
         Matrix<A>{text.get(), k_count, D, D}.transposed());
   }
 
  private:
   Tile(bool may_use_library_, int64_t D, int64_t b_count, int64_t k_count)
-      : may_use_library(may_use_library_), image(scratch<A>(b_count * D)), text(scratch<A>(k_count * D)),
+      : may_use_library(may_use_library_),
+        image(scratch<A>(b_count * D)),
+        text(scratch<A>(k_count * D)),
         cosine(scratch<A>(b_count * k_count)) {}
 };
 

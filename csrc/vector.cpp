@@ -151,8 +151,7 @@ BODY void dot_columns(A* out, int64_t stride_out, const A* a, const A* b, int64_
 }
 
 template <class A>
-BODY void small_matmul_nt_body(
-    A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {
+BODY void small_matmul_nt_body(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4)
     dot_columns<A, 4>(out + j, stride_out, a, b + j * d, m, d);
@@ -212,7 +211,7 @@ BODY void online_softmax_body(A* top, A* sum, const A* cosine, A scale, int64_t 
 
 template <class A>
 BODY A softmax_gradient_body(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {
-  const auto [scale, top, log_sum] = softmax;
+  const A scale = softmax.scale, top = softmax.top, log_sum = softmax.log_sum;
   A along = 0;
   if (weight != nullptr) {
 #pragma omp simd reduction(+ : along)
@@ -234,21 +233,20 @@ BODY A softmax_gradient_body(A* cosine, const Softmax<A>& softmax, A factor, A s
 
 } // namespace
 
-#define DEFINE_FEATURE_LOOPS(T, A)                                                                                     \
-  MULTIVERSION A load_unit_row(A* unit, const T* x, int64_t D) {                                                       \
-    const A norm = length<T, A>(x, D);                                                                                 \
-    load_scaled<T, A>(unit, x, 1 / std::max(norm, A(UNIT_NORM_EPS)), D);                                               \
-    return norm;                                                                                                       \
-  }                                                                                                                    \
-  MULTIVERSION void load_unit_row(A* unit, const T* x, A norm, int64_t D) {                                            \
-    load_scaled<T, A>(unit, x, 1 / std::max(norm, A(UNIT_NORM_EPS)), D);                                               \
-  }                                                                                                                    \
-  MULTIVERSION void load_row(A* out, const T* x, int64_t D) {                                                          \
-    load_scaled<T, A>(out, x, A(1), D);                                                                                \
-  }                                                                                                                    \
-  MULTIVERSION void store_unit_row_gradient(                                                                           \
-      T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D) {                                               \
-    store_unit_row_gradient_body<T, A>(d_x, d_unit, scale, x, norm, D);                                                \
+#define DEFINE_FEATURE_LOOPS(T, A)                                                                             \
+  MULTIVERSION A load_unit_row(A* unit, const T* x, int64_t D) {                                               \
+    const A norm = length<T, A>(x, D);                                                                         \
+    load_scaled<T, A>(unit, x, 1 / std::max(norm, A(UNIT_NORM_EPS)), D);                                       \
+    return norm;                                                                                               \
+  }                                                                                                            \
+  MULTIVERSION void load_unit_row(A* unit, const T* x, A norm, int64_t D) {                                    \
+    load_scaled<T, A>(unit, x, 1 / std::max(norm, A(UNIT_NORM_EPS)), D);                                       \
+  }                                                                                                            \
+  MULTIVERSION void load_row(A* out, const T* x, int64_t D) {                                                  \
+    load_scaled<T, A>(out, x, A(1), D);                                                                        \
+  }                                                                                                            \
+  MULTIVERSION void store_unit_row_gradient(T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D) { \
+    store_unit_row_gradient_body<T, A>(d_x, d_unit, scale, x, norm, D);                                        \
   }
 
 DEFINE_FEATURE_LOOPS(float, float)
@@ -256,34 +254,34 @@ DEFINE_FEATURE_LOOPS(double, double)
 DEFINE_FEATURE_LOOPS(BFloat16, float)
 DEFINE_FEATURE_LOOPS(Half, float)
 
-#define DEFINE_LOOPS(A)                                                                                                \
-  MULTIVERSION void small_matmul_nt(                                                                                   \
-      A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {                           \
-    small_matmul_nt_body<A>(out, stride_out, a, b, m, n, d);                                                           \
-  }                                                                                                                    \
-  MULTIVERSION void small_matmul_add(                                                                                  \
-      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m,           \
-      int64_t n, int64_t d) {                                                                                          \
-    for (int64_t i = 0; i < m; ++i)                                                                                    \
-      add_scaled_rows<A>(out + i * stride_out, a + i * stride_a_m, stride_a_n, b, n, d);                               \
-  }                                                                                                                    \
-  MULTIVERSION void add(A* out, const A* x, int64_t n) {                                                               \
-    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] += x[i];                                                \
-  }                                                                                                                    \
-  MULTIVERSION void maximum(A* out, const A* x, int64_t n) {                                                           \
-    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] || x[i] != x[i] ? x[i] : out[i];        \
-  }                                                                                                                    \
-  MULTIVERSION A dot(const A* x, const A* y, int64_t n) {                                                              \
-    A product;                                                                                                         \
-    dot_block<A, 1, 1>(&product, 1, x, y, n);                                                                          \
-    return product;                                                                                                    \
-  }                                                                                                                    \
-  MULTIVERSION void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n) {                              \
-    online_softmax_body<A>(top, sum, cosine, scale, n);                                                                \
-  }                                                                                                                    \
-  MULTIVERSION A softmax_gradient(                                                                                     \
-      A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {                          \
-    return softmax_gradient_body<A>(cosine, softmax, factor, spread, weight, n);                                       \
+#define DEFINE_LOOPS(A)                                                                                         \
+  MULTIVERSION void small_matmul_nt(                                                                            \
+      A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {                    \
+    small_matmul_nt_body<A>(out, stride_out, a, b, m, n, d);                                                    \
+  }                                                                                                             \
+  MULTIVERSION void small_matmul_add(                                                                           \
+      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m,    \
+      int64_t n, int64_t d) {                                                                                   \
+    for (int64_t i = 0; i < m; ++i)                                                                             \
+      add_scaled_rows<A>(out + i * stride_out, a + i * stride_a_m, stride_a_n, b, n, d);                        \
+  }                                                                                                             \
+  MULTIVERSION void add(A* out, const A* x, int64_t n) {                                                        \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] += x[i];                                         \
+  }                                                                                                             \
+  MULTIVERSION void maximum(A* out, const A* x, int64_t n) {                                                    \
+    _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] || x[i] != x[i] ? x[i] : out[i]; \
+  }                                                                                                             \
+  MULTIVERSION A dot(const A* x, const A* y, int64_t n) {                                                       \
+    A product;                                                                                                  \
+    dot_block<A, 1, 1>(&product, 1, x, y, n);                                                                   \
+    return product;                                                                                             \
+  }                                                                                                             \
+  MULTIVERSION void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n) {                       \
+    online_softmax_body<A>(top, sum, cosine, scale, n);                                                         \
+  }                                                                                                             \
+  MULTIVERSION A softmax_gradient(                                                                              \
+      A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {                   \
+    return softmax_gradient_body<A>(cosine, softmax, factor, spread, weight, n);                                \
   }
 
 DEFINE_LOOPS(float)

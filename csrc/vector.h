@@ -22,14 +22,14 @@ using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float
 // As torch.nn.functional.normalize: a row is divided by max(length, eps). The same number is in reference.py.
 constexpr double UNIT_NORM_EPS = 1e-12;
 
-#define SKIPKERNELS_DECLARE_FEATURE_LOOPS(T, A)                                                                        \
-  /* unit = x / max(|x|, eps); returns |x|. */                                                                         \
-  A load_unit_row(A* unit, const T* x, int64_t D);                                                                     \
-  /* unit = x / max(norm, eps). */                                                                                     \
-  void load_unit_row(A* unit, const T* x, A norm, int64_t D);                                                          \
-  /* out = x. */                                                                                                       \
-  void load_row(A* out, const T* x, int64_t D);                                                                        \
-  /* d_x from d_unit, the gradient of the unit row up to the factor scale. May be in place. */                         \
+#define SKIPKERNELS_DECLARE_FEATURE_LOOPS(T, A)                                                \
+  /* unit = x / max(|x|, eps); returns |x|. */                                                 \
+  A load_unit_row(A* unit, const T* x, int64_t D);                                             \
+  /* unit = x / max(norm, eps). */                                                             \
+  void load_unit_row(A* unit, const T* x, A norm, int64_t D);                                  \
+  /* out = x. */                                                                               \
+  void load_row(A* out, const T* x, int64_t D);                                                \
+  /* d_x from d_unit, the gradient of the unit row up to the factor scale. May be in place. */ \
   void store_unit_row_gradient(T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D)
 
 SKIPKERNELS_DECLARE_FEATURE_LOOPS(float, float);
@@ -47,13 +47,14 @@ struct Softmax {
 };
 
 #define SKIPKERNELS_DECLARE_LOOPS(A)                                                                                   \
-  /* Small matrix products; the large ones go to the library (tensor.h). a and b are contiguous unless strides say so. */\
-  /* out[m, n] = a[m, d] · b[n, d]ᵀ */                                                                                 \
+  /* Small matrix products; the large ones go to the library (tensor.h). a and b are contiguous unless strides say so. \
+   */                                                                                                                  \
+  /* out[m, n] = a[m, d] · b[n, d]ᵀ */                                                                              \
   void small_matmul_nt(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d);           \
-  /* out[m, d] += a[m, n] · b[n, d] */                                                                                 \
+  /* out[m, d] += a[m, n] · b[n, d] */                                                                                \
   void small_matmul_add(                                                                                               \
-      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m, int64_t n, \
-      int64_t d);                                                                                                      \
+      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m,           \
+      int64_t n, int64_t d);                                                                                           \
   /* out += x */                                                                                                       \
   void add(A* out, const A* x, int64_t n);                                                                             \
   /* out = max(out, x), NaN if either is. */                                                                           \
@@ -61,7 +62,7 @@ struct Softmax {
   A dot(const A* x, const A* y, int64_t n);                                                                            \
   /* Takes n more cosines into the running top and sum (0 before the first); see Softmax. */                           \
   void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n);                                            \
-  /* cosine → d_logit = factor · p − spread · weight, in place; returns Σ d_logit · cosine. */                         \
+  /* cosine → d_logit = factor · p − spread · weight, in place; returns Σ d_logit · cosine. */                 \
   /* Without weights, without the second term. */                                                                      \
   A softmax_gradient(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n)
 
