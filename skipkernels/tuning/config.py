@@ -34,7 +34,7 @@ class Recipe:
 PUBLISHED = Recipe(epochs=20, text_lr=2e-5, image_lr=5e-6, warmup_lr=1e-6)
 # glyph-tiny has a hundredth of a ViT-B/16's width times depth and saw half a million small images: at the published
 # rates it does not move in 20 epochs.
-GLYPHS = Recipe(epochs=8, text_lr=2e-3, image_lr=2e-3, warmup_lr=1e-4)
+GLYPHS = Recipe(epochs=8, text_lr=4e-3, image_lr=2e-3, warmup_lr=1e-4)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TuneConfig:
     tail: Tail = "resample"
     """resample: draw the other classes anew in each step. fixed: once, as published."""
     text_lr: float | None = None
-    """Learning rate of the text tower; by default 2e-3 for glyph-tiny, 2e-5 for others."""
+    """Learning rate of the text tower; by default 4e-3 for glyph-tiny, 2e-5 for others."""
     image_lr: float | None = None
     """Learning rate of the image tower; by default 2e-3 for glyph-tiny, 5e-6 for others."""
     warmup_epochs: int = 1
