@@ -51,4 +51,4 @@ class PublishedStep:
         ends = self.tokens[class_ids].argmax(dim=-1)
         text = F.normalize(model.ln_final(text)[torch.arange(len(ends)), ends] @ model.text_projection, dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
-        return F.cross_entropy(logits, torch.searchsorted(class_ids, labels)), class_ids
+        return F.cross_entropy(logits, torch.searchsorted(class_ids, labels.contiguous())), class_ids

@@ -2,7 +2,7 @@
 
     python -m bench.step --model ViT-B-16 --batch 4 --classes 50
 
-Checks the loss and every gradient first, then times forward and backward in turn, and counts the bytes saved for
+Checks every gradient first, then times forward and backward in turn, and counts the bytes saved for
 backward. Appends to bench/results/step.csv.
 """
 
@@ -21,8 +21,10 @@ from skipkernels.selection import RankSampler
 from . import measure
 from .published import PublishedStep
 
-# fp32: two orders of summation through six blocks. bf16: each product is rounded to 8 bits on both sides.
-_GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15}
+# Error of a gradient against the published step in fp32, relative to the gradient's norm. Ours may be as wrong as the
+# published step in the same precision, and this much more: another order of summation through six blocks in fp32; in
+# bf16, where each product is rounded to 8 bits, another draw of the same rounding.
+_SLACK = {"fp32": 1e-3, "bf16": 0.05}
 
 
 def main() -> None:
@@ -72,21 +74,33 @@ def main() -> None:
             parameter.grad = None
         forward()[0].backward()
 
-    # The gate: same classes, same loss, same gradients, or no number.
+    # The gate: same classes, and gradients no further from fp32 than the published step's, or no number.
+    def gradients(loss, model) -> dict[str, torch.Tensor]:
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
     out, (loss, class_ids) = forward_ours(), forward_theirs()
-    out.loss.backward()
-    loss.backward()
-    worst = max(
-        ((p.grad - q.grad).norm() / q.grad.norm()).item()
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
-        if q.grad is not None
+    if not out.class_ids.equal(class_ids):
+        raise SystemExit("the two steps chose other classes: no timing")
+    in_ours, in_theirs = gradients(out.loss, ours), gradients(loss, theirs)
+    published.sampler = sampler()  # the same draw again
+    truth = gradients(published(published.image_features(images), labels)[0], theirs)
+    errors = {
+        name: [((step[name] - truth[name]).norm() / truth[name].norm()).item() for step in (in_ours, in_theirs)]
+        for name in truth
+    }
+    name, (ours_off, theirs_off) = max(errors.items(), key=lambda item: item[1][0] - item[1][1])
+    print(
+        f"loss {out.loss.item():.6f} against {loss.item():.6f}; worst gradient, of {name}: off by {ours_off:.1e} of its"
     )
-    print(f"loss {out.loss.item():.6f} against {loss.item():.6f}; worst gradient differs by {worst:.1e} of its norm")
-    if not out.class_ids.equal(class_ids) or not worst < _GRADIENT_TOLERANCE[args.precision]:
+    print(f"norm from fp32, the published step by {theirs_off:.1e}")
+    if in_ours.keys() != truth.keys() or not ours_off <= theirs_off + _SLACK[args.precision]:
         raise SystemExit("the two steps do not agree: no timing")
     kept = len(class_ids)
 
-    # The tail is drawn anew in each step, so K stays what it is; the gate has used one draw of both samplers.
+    # The tail is drawn anew in each step, but K stays what it is.
     saved = {"published": measure.saved_bytes(forward_theirs), "skipkernels": measure.saved_bytes(forward_ours)}
     seconds = measure.time_alternately(
         {"published": lambda: step(forward_theirs, theirs), "skipkernels": lambda: step(forward_ours, ours)},

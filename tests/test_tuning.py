@@ -18,7 +18,7 @@ from skipkernels.tuning import Accuracy, TuneConfig, evaluate_run, tune
 from skipkernels.tuning.config import PUBLISHED
 from skipkernels.tuning.model import load_model
 
-SMALL = TuneConfig(shots=4, classes=12, epochs=2, warmup_epochs=0, device="cpu")
+SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html"}
 
 

@@ -60,7 +60,7 @@ def full_step(model: Any, tokens: Tensor) -> Step:
 
 def epoch_factor(epoch: int, config: TuneConfig, base_lr: float) -> float:
     """What a base learning rate is multiplied by in an epoch, counted from 0: constant warm-up, then a cosine."""
-    assert config.epochs is not None and config.warmup_lr is not None
+    assert config.epochs is not None and config.warmup_epochs is not None and config.warmup_lr is not None
     if epoch < config.warmup_epochs:
         return min(1.0, config.warmup_lr / base_lr) if base_lr > 0 else 1.0
     return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
