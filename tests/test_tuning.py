@@ -42,9 +42,18 @@ def test_files_and_metrics(run):
     assert metrics["status"] == "complete" and metrics["steps"] == 12
     assert metrics["kept_classes"] == 5  # four labels fit, and one of two in the tail
     assert metrics["cost"]["peak_memory_mib"] > metrics["cost"]["baseline_memory_mib"] * 0.5 > 50
-    assert rows[0]["loss"] > rows[1]["loss"]
     html = (folder / "report.html").read_text()
     assert "<svg" in html and not re.search(r"""(src|href)=["']?(https?:|//)""", html), "the report stands alone"
+
+
+def test_skip_tuning_beats_zero_shot_on_characters_never_seen(tmp_path):
+    metrics = tune(TuneConfig(shots=8, epochs=4, device="cpu", out=tmp_path))
+    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
+    assert zero_shot["base"] > 20, "ten times chance over 50 classes"
+    assert tuned["base"] > zero_shot["base"] + 15
+    assert tuned["new"] > zero_shot["new"] - 2
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
 
 
 def test_eval_gives_the_reported_accuracy_to_the_digit(run, capsys):
