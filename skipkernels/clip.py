@@ -108,10 +108,10 @@ class SkipCLIP(nn.Module):
         self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
         self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
-        self._class_embeddings: tuple[Any, Tensor] | None = None
+        self._class_embeddings: tuple[Tensor, tuple[Tensor, bool]] | None = None
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
 
-        with _evaluating(model):
+        with _evaluating(model), torch.autocast(device.type, enabled=False):
             features = LSkipBoundary.apply(self._text.lower, self._text.tokens, chunk)
             self.register_buffer("_text_features", features if self._text.skip else None, persistent=False)
             prototypes = self._encode_all_classes(features)
@@ -144,7 +144,7 @@ class SkipCLIP(nn.Module):
         generator = torch.Generator().manual_seed(0)
         weight = next(self._image.upper_parameters())
         image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(weight)
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad():
             pairs = {
                 "encode_text": (self.model.encode_text(tokens[ids]), self.prototypes[ids]),
                 "encode_image": (self.model.encode_image(image), self.encode_upper(self.encode_lower(image))),
@@ -269,15 +269,19 @@ class SkipCLIP(nn.Module):
     def class_embeddings(self) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes with the weights as they are, without gradient.
 
-        They are kept, and computed again only when a weight of the text tower has changed.
+        They are kept, and computed again only when the text tower's weights have changed, by whatever means.
         """
-        state = tuple((p.data_ptr(), p._version, p.device) for p in self._text.upper_parameters())
-        if self._class_embeddings is None or self._class_embeddings[0] != state:
-            features = self._text_features
-            if features is None:
-                features = LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
-            self._class_embeddings = state, self._encode_all_classes(features)
-        return self._class_embeddings[1]
+        weights = [torch.hash_tensor(p.detach()) for p in self._text.upper_parameters()]
+        state = torch.stack(weights), torch.is_autocast_enabled(weights[0].device.type)
+        if self._class_embeddings is not None:
+            embeddings, (kept_weights, kept_autocast) = self._class_embeddings
+            if kept_autocast == state[1] and kept_weights.equal(state[0]):
+                return embeddings
+        features = self._text_features
+        if features is None:
+            features = LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
+        self._class_embeddings = self._encode_all_classes(features), state
+        return self._class_embeddings[0]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

@@ -159,8 +159,7 @@ def test_predict_equals_the_models_own_logits_and_follows_its_weights():
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(clip.predict(clip.encode_lower(images)), own.detach(), rtol=1e-10, atol=1e-10)
     assert clip.class_embeddings() is clip.class_embeddings(), "computed once while the weights stay"
-    with torch.no_grad():
-        model.transformer.resblocks[2].mlp.c_fc.weight.add_(0.1)
+    model.transformer.resblocks[2].mlp.c_fc.weight.data[0, 0] += 0.5  # past autograd's version counter
     moved = model.get_logits(images, tokens)[0]
     assert not torch.allclose(moved, own)
     torch.testing.assert_close(clip.predict(images), moved.detach(), rtol=1e-10, atol=1e-10)
@@ -201,6 +200,14 @@ def test_works_under_autocast():
     full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
     # bf16 keeps 8 bits: cosines are off by about 2^-8, and the temperature multiplies that by 14.
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
+
+
+def test_can_be_made_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1)
+        half = clip.class_embeddings()
+    torch.testing.assert_close(clip.prototypes, clip.class_embeddings())
+    assert not half.equal(clip.class_embeddings()), "what autocast computed is not kept for fp32"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
