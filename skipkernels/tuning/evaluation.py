@@ -110,7 +110,8 @@ class Evaluator:
         predictions = self.predictions() if predictions is None else predictions
 
         def of(name: str, clip: SkipCLIP) -> float:
-            correct = multiclass_accuracy(predictions[name], self.labels(name), len(clip.prototypes), average="micro")
+            classes = max(2, len(clip.prototypes))  # torchmetrics knows no task of one class
+            correct = multiclass_accuracy(predictions[name], self.labels(name), classes, average="micro")
             return round(100.0 * correct.item(), 4)
 
         return Accuracy(of("base", self.base), of("new", self.new))
