@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         err.print(f"[red]failed[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
-        err.print("interrupted: what was complete is in the run's folder", highlight=False)
+        err.print("interrupted: complete epochs, if any, are in the folder of the run", highlight=False)
         return 130
     return 0
 
