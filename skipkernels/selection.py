@@ -1,7 +1,8 @@
 """CSkip: which classes take part in a step.
 
 Classes are ranked by their score for the batch. The first m always stay; of the tail, few do, and ever fewer with
-falling rank: rank m + j stays with probability q_j, where q falls exponentially from 1 to 0. K, the number of classes
+falling rank: by weights q_j, for rank m + j, that fall exponentially from 1 to 0. With the published policy q_j is the
+probability to stay; drawing an exact number, the default, follows it only roughly. K, the number of classes
 kept, is the same in every step. Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
