@@ -18,6 +18,7 @@ from rich.table import Table
 import skipkernels
 from skipkernels.data import InputError
 from skipkernels.tuning import TuneConfig, evaluate_run, tune
+from skipkernels.tuning.evaluation import CHECKPOINT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,10 @@ def _tune(command: TuneConfig, out: Console, err: Console) -> None:
 
 
 def _eval(command: EvalConfig, out: Console) -> None:
-    folder = command.checkpoint if command.checkpoint.suffix != ".safetensors" else command.checkpoint.parent
+    named = command.checkpoint.suffix == ".safetensors"
+    if named and command.checkpoint.name != CHECKPOINT:
+        raise InputError(f"--checkpoint must be the folder of a run or its {CHECKPOINT}; got {command.checkpoint}.")
+    folder = command.checkpoint.parent if named else command.checkpoint
     accuracy = evaluate_run(folder, device=command.device)
     if command.json:
         print(json.dumps(accuracy.as_dict()))

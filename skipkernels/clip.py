@@ -289,8 +289,10 @@ class SkipCLIP(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, height, width] or features at the cut [B, N, W] over all classes."""
         classes = self.class_embeddings()
-        image = nn.functional.normalize(self.encode_image(x).to(classes.dtype), dim=-1)
-        return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
+        image = self.encode_image(x)
+        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+            image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
+            return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
 
 
 def _blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:

@@ -197,6 +197,8 @@ def test_works_under_autocast():
         out = clip(images, labels)
     out.loss.backward()
     assert out.loss.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert clip.predict(images).dtype == torch.float32
     full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
     # bf16 keeps 8 bits: cosines are off by about 2^-8, and the temperature multiplies that by 14.
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)

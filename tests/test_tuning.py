@@ -266,6 +266,22 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
     assert not (tmp_path / "boom").exists()
 
 
+@pytest.mark.parametrize("content", [[1], "text", {"state_dict": {}}], ids=["list", "text", "empty"])
+def test_files_that_are_no_weights(tmp_path, content, capsys):
+    torch.save(content, tmp_path / "model.pt")
+    assert "not usable as weights" in fails(["tune", "--pretrained", tmp_path / "model.pt"], capsys)
+
+
+def test_eval_takes_the_runs_own_checkpoint_only(run, capsys):
+    assert "folder of a run" in fails(["eval", "--checkpoint", run[0] / "other.safetensors"], capsys)
+
+
+def test_the_transform_of_a_tag_does_not_need_its_weights():
+    tag = "laion2b_s32b_b82k"  # normalised with 0.5, where OpenAI's models take 0.48145466
+    _, transform, _ = load_model("ViT-L-14", tag, torch.device("cpu"), architecture_only=True)
+    assert "0.5, 0.5, 0.5" in str(transform)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("model: [", "not readable as YAML"), ("just text", "expected a mapping"), ("colour: red", "unknown setting"),

@@ -132,7 +132,7 @@ def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracy:
     if not (folder / CHECKPOINT).is_file():
         raise InputError(f"{folder / CHECKPOINT}: no such file; the run stopped before its first epoch was complete.")
     on = torch.device(config.device)
-    model, transform, tokenizer = load_model(config.model, "random", on)
+    model, transform, tokenizer = load_model(config.model, config.pretrained, on, architecture_only=True)
     load_weights(model, folder / CHECKPOINT)
     evaluator = Evaluator(model, tokenizer, load_task(config, transform), config)
     evaluator.prepare()

@@ -132,7 +132,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         "peak_memory_mib": _mib(memory.read()),
     }
     metrics = _summary(config, task, zero_shot, trainer.parameter_counts, run.rows, cost)
-    run.finish(metrics, _examples(load_task(config), evaluator, zero_shot_predictions, tuned_predictions))
+    with _interrupt_deferred():
+        run.finish(metrics, _examples(load_task(config), evaluator, zero_shot_predictions, tuned_predictions))
     if stopped is not None:
         raise stopped
     return metrics

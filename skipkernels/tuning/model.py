@@ -18,10 +18,15 @@ from torch import nn
 from ..data import InputError, glyph_tiny
 
 RANDOM = "random"
+# What open_clip raises for a file that is damaged, empty, of another structure, or another model's.
+_UNUSABLE: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
+_UNUSABLE += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def load_model(name: str, pretrained: str | None, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
+def load_model(
+    name: str, pretrained: str | None, device: torch.device, *, architecture_only: bool = False
+) -> tuple[nn.Module, Callable, Callable]:
     """A model in evaluation mode, its image transform, and its tokenizer.
 
     Args:
@@ -29,6 +34,7 @@ def load_model(name: str, pretrained: str | None, device: torch.device) -> tuple
         pretrained: A tag of open_clip, the path of a state dict (safetensors, or what `torch.load` reads with
             `weights_only=True`), "random", or None for the weights that come with glyph-tiny.
         device: Where the model goes.
+        architecture_only: Leave the weights random. The image transform is still that of the tag, if it has its own.
 
     Raises:
         InputError: If there is no such model or weights, or the file does not fit.
@@ -52,18 +58,30 @@ def load_model(name: str, pretrained: str | None, device: torch.device) -> tuple
         )
     if file:
         assert pretrained is not None
-        if not Path(pretrained).is_file():
+        if not architecture_only and not Path(pretrained).is_file():
             raise InputError(f"--pretrained: no file {pretrained}.")
     with _quiet():
         try:
-            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag)
+            model, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
+            )
         except (OSError, RuntimeError) as error:  # the download failed
             raise InputError(f"--pretrained: could not load {name} {tag}: {_first_line(error)}") from error
-        if file:
+        if architecture_only:
+            pass
+        elif file:
             load_weights(model, Path(str(pretrained)))
         elif pretrained is None:
             model.load_state_dict(glyph_tiny.state_dict())
     return model.to(device).eval(), transform, open_clip.get_tokenizer(name)
+
+
+def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
+    """What a tag of open_clip says of the image transform, so that it holds without the tag's weights too."""
+    settings = {"mean": "image_mean", "std": "image_std"}
+    settings |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+    known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
+    return {argument: known[key] for key, argument in settings.items() if key in known}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -74,7 +92,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     try:
         open_clip.load_checkpoint(model, str(path), weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
+        raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
+    except _UNUSABLE as error:
         raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
 
 
