@@ -46,6 +46,16 @@ def test_files_and_metrics(run):
     assert "<svg" in html and not re.search(r"""(src|href)=["']?(https?:|//)""", html), "the report stands alone"
 
 
+def test_skip_tuning_beats_zero_shot_on_characters_never_seen(tmp_path):
+    metrics = tune(TuneConfig(shots=8, epochs=4, device="cpu", out=tmp_path))
+    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
+    assert zero_shot["base"] > 20, "ten times chance over 50 classes"
+    assert tuned["base"] > zero_shot["base"] + 15
+    assert tuned["new"] > zero_shot["new"] - 2
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+
+
 def test_eval_gives_the_reported_accuracy_to_the_digit(run, capsys):
     folder, metrics = run
     assert evaluate_run(folder).as_dict() == metrics["tuned"]
