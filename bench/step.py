@@ -51,7 +51,7 @@ def main() -> None:
     def sampler() -> RankSampler:
         return RankSampler(generator=torch.Generator().manual_seed(0))
 
-    clip = sk.SkipCLIP(ours, tokens, skip_layers=args.skip_layers, generator=torch.Generator().manual_seed(0))
+    clip = sk.SkipCLIP(ours, tokens, skip_layers=args.skip_layers, generator=sampler().generator)
     published = PublishedStep(theirs, tokens, args.skip_layers, sampler())
     features, their_features = clip.encode_lower(images), published.image_features(images)
     trainable = {name for name, p in ours.named_parameters() if p.requires_grad}
@@ -70,8 +70,7 @@ def main() -> None:
             return published(their_features, labels)
 
     def step(forward, model) -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         forward()[0].backward()
 
     # The gate: same classes, and gradients no further from fp32 than the published step's, or no number.

@@ -108,7 +108,7 @@ class SkipCLIP(nn.Module):
         self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
         self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
-        self._class_embeddings: tuple[Tensor, tuple[Any, Tensor]] | None = None  # and of which weights
+        self._class_embeddings: tuple[Tensor, Any, Tensor] | None = None  # and of which weights
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
 
         with _evaluating(model), torch.autocast(device.type, enabled=False):
@@ -274,15 +274,15 @@ class SkipCLIP(nn.Module):
         weights = list(self._text.upper_parameters())
         # The version counter misses a change through .data, the hash one that only moves numbers about or flips signs.
         seen = [(p.data_ptr(), p._version) for p in weights], torch.is_autocast_enabled(weights[0].device.type)
-        state = seen, torch.stack([torch.hash_tensor(p.detach()) for p in weights])
+        hashes = torch.stack([torch.hash_tensor(p.detach()) for p in weights])
         if self._class_embeddings is not None:
-            embeddings, (kept_seen, kept_hashes) = self._class_embeddings
-            if kept_seen == seen and kept_hashes.equal(state[1]):
+            embeddings, kept_seen, kept_hashes = self._class_embeddings
+            if kept_seen == seen and kept_hashes.equal(hashes):
                 return embeddings
         features = self._text_features
         if features is None:
             features = LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
-        self._class_embeddings = self._encode_all_classes(features), state
+        self._class_embeddings = self._encode_all_classes(features), seen, hashes
         return self._class_embeddings[0]
 
     @torch.no_grad()

@@ -74,12 +74,7 @@ def class_sampled_cross_entropy(
     """
     name = "class_sampled_cross_entropy"
     _check_features(name, image, "text", text)
-    _check_ids(name, "labels", labels, "B", image)
-    if labels.shape[0] != image.shape[0]:
-        raise ValueError(
-            f"{name}: labels must be [B={image.shape[0]}] to match image {list(image.shape)}; "
-            f"got {list(labels.shape)}. Pass one label for each image."
-        )
+    _check_labels(name, labels, image)
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, "K", image)
     if class_weight is not None:
@@ -164,12 +159,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     """
     name = "class_scores"
     _check_features(name, image, "prototypes", prototypes)
-    _check_ids(name, "labels", labels, "B", image)
-    if labels.shape[0] != image.shape[0]:
-        raise ValueError(
-            f"{name}: labels must be [B={image.shape[0]}] to match image {list(image.shape)}; "
-            f"got {list(labels.shape)}. Pass one label for each image."
-        )
+    _check_labels(name, labels, image)
     return _class_scores(image, prototypes, labels)
 
 
@@ -198,6 +188,15 @@ def _check_ids(name: str, argument: str, ids: Tensor, size: str, image: Tensor) 
     if ids.dim() != 1 or ids.shape[0] == 0:
         raise ValueError(f"{name}: {argument} must be [{size}] with {size} ≥ 1; got {list(ids.shape)}.")
     _check_device(name, argument, ids, image)
+
+
+def _check_labels(name: str, labels: Tensor, image: Tensor) -> None:
+    _check_ids(name, "labels", labels, "B", image)
+    if labels.shape[0] != image.shape[0]:
+        raise ValueError(
+            f"{name}: labels must be [B={image.shape[0]}] to match image {list(image.shape)}; "
+            f"got {list(labels.shape)}. Pass one label for each image."
+        )
 
 
 def _check_class_weight(name: str, class_weight: Tensor, text: Tensor) -> None:

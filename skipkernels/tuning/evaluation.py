@@ -50,11 +50,12 @@ class Evaluator:
         base: SkipCLIP over the base classes, the one that is tuned.
         new: SkipCLIP over the new classes, on the same model.
         base_tokens: [C, L], the prompts of the base classes.
+        autocast: The precision of the run, for its steps too.
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer, task: BaseToNew, config: TuneConfig):
         self.device = torch.device(config.device)
-        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         skip_layers = config.skip_layers if config.method == "skip" else 0
 
         def over(tokens: Tensor) -> SkipCLIP:
@@ -87,7 +88,7 @@ class Evaluator:
 
         def encode(images: Tensor) -> Tensor:
             images = images.to(self.device)
-            with self._autocast:
+            with self.autocast:
                 return self.base.encode_lower(images) if frozen else images
 
         return collect(dataset, encode, batch_size=_BATCH, on_batch=on_batch)
@@ -97,7 +98,7 @@ class Evaluator:
         found = {}
         for name, clip in (("base", self.base), ("new", self.new)):
             inputs = self._test[name].tensors[0]
-            with self._autocast:
+            with self.autocast:
                 found[name] = torch.cat([clip.predict(batch).argmax(dim=1).cpu() for batch in inputs.split(_BATCH)])
         return found
 

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -183,9 +183,7 @@ class _Trainer:
         self.batches = BatchSampler(
             labels, config.batch_size, config.sampler, torch.Generator().manual_seed(config.seed)
         )
-        device = torch.device(config.device)
-        bf16 = config.precision == "bf16"
-        self.precision = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.autocast = evaluator.autocast
         self.parameter_counts = {
             "trained": sum(p.numel() for group in groups for p in group["params"]),
             "all": sum(p.numel() for p in model.parameters()),
@@ -197,7 +195,7 @@ class _Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         for batch in self.batches:
-            with self.precision:
+            with self.autocast:
                 loss, classes = self.step(self.inputs[batch], self.labels[batch])
             loss.backward()
             self.optimizer.step()

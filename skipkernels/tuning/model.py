@@ -44,22 +44,19 @@ def load_model(
         close = difflib.get_close_matches(name, open_clip.list_models(), 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
         raise InputError(f"--model: open_clip has no model {name!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and name != glyph_tiny.NAME:
-        tags = open_clip.list_pretrained_tags_by_model(name)
         raise InputError(
             f"--pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
         )
-    file = pretrained is not None and Path(pretrained).suffix in _FILE_TYPES
-    tag = None if pretrained is None or pretrained == RANDOM or file else pretrained
-    if tag is not None and tag not in open_clip.list_pretrained_tags_by_model(name):
-        tags = open_clip.list_pretrained_tags_by_model(name)
+    file = Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
+    tag = pretrained if file is None and pretrained != RANDOM else None
+    if tag is not None and tag not in tags:
         raise InputError(
             f"--pretrained: {name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}."
         )
-    if file:
-        assert pretrained is not None
-        if not architecture_only and not Path(pretrained).is_file():
-            raise InputError(f"--pretrained: no file {pretrained}.")
+    if file is not None and not architecture_only and not file.is_file():
+        raise InputError(f"--pretrained: no file {file}.")
     with _quiet():
         try:
             model, _, transform = open_clip.create_model_and_transforms(
@@ -67,10 +64,9 @@ def load_model(
             )
         except (OSError, RuntimeError) as error:  # the download failed
             raise InputError(f"--pretrained: could not load {name} {tag}: {_first_line(error)}") from error
-        if architecture_only:
-            pass
-        elif file:
-            load_weights(model, Path(str(pretrained)))
+    if not architecture_only:
+        if file is not None:
+            load_weights(model, file)
         elif pretrained is None:
             model.load_state_dict(glyph_tiny.state_dict())
     return model.to(device).eval(), transform, open_clip.get_tokenizer(name)
