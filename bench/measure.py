@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from skipkernels.tuning.memory import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -46,6 +51,36 @@ def time_alternately(
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """How far resident memory rises above its start during one call (on Linux; 0 where it cannot be told)."""
+    function()  # what is allocated once and kept is not the call's
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    if not Path("/proc/self/status").exists():
+        return 0
+    gc.collect()
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.read()
+    function()
+    return memory.read() - before
+
+
+class Copy:
+    """The rate at which this machine copies memory: a ceiling for what reads and writes and does little else."""
+
+    def __init__(self) -> None:
+        self._rates: dict[int, float] = {}
+
+    def bytes_per_second(self, moved: int) -> float:
+        """Bytes read and written a second by a copy that moves `moved` bytes in all, half of them each way."""
+        size = 1 << max(moved // 2, 4096).bit_length()  # powers of two: measured once for each
+        if size not in self._rates:
+            source, target = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+            times = time_alternately({"copy": lambda: target.copy_(source)}, 20, torch.device("cpu"))["copy"]
+            self._rates[size] = 2 * size / quantile(times, 0.5)
+        return self._rates[size]
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,44 +1,11 @@
-// The inner loops, written once for every type and compiled once for every instruction set. See vector.h.
+// The inner loops of rows, cosines and softmax, written once for every type. See vector.h.
 #include "vector.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
-
-// Function multiversioning needs ifunc, which glibc has. Elsewhere the compiler's default target is all there is: on
-// 64-bit ARM that has its vectors (NEON) in the base instruction set.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
-#define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
-#endif
-#ifndef MULTIVERSION
-#define MULTIVERSION
-#endif
-
-// A body is inlined into each version, and so is compiled with the instructions of that version.
-#define BODY [[gnu::always_inline]] inline
 
 namespace skipkernels {
 namespace {
-
-// 64 bytes: one register with AVX-512, two with AVX2, four else. The compiler splits it as needed.
-template <class A>
-struct Vector {
-  typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
-  static constexpr int64_t width = 64 / sizeof(A);
-};
-
-template <class A>
-BODY A horizontal_sum(const typename Vector<A>::type& x) {
-  A half[Vector<A>::width];
-  std::memcpy(half, &x, sizeof(x));
-  for (int64_t width = Vector<A>::width / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i)
-      half[i] += half[i + width];
-  return half[0];
-}
 
 // I × J dot products at once: I · J independent chains of FMAs, and each value loaded serves several of them.
 template <class A, int I, int J>
@@ -58,55 +25,6 @@ BODY void dot_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t 
         total += a[i * d + rest] * b[j * d + rest];
       out[i * stride_out + j] = total;
     }
-}
-
-// exp for arguments up to about 0, which is all a softmax needs: 0 below −87, where fp32 would turn denormal.
-BODY float exp_nonpositive(float x) {
-  const float rounder = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer, in the low bits of the sum
-  const float shifted = x * 1.44269504f + rounder;
-  const float n = shifted - rounder;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts: n · 0.693359375 is exact
-  float p = 1.0f / 5040.0f; // Taylor to r⁷: |r| ≤ ln(2)/2, so what is left out is below 2⁻²⁷
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23; // the exponent field of 2ⁿ
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? 0.0f : p * power;
-}
-
-BODY double exp_nonpositive(double x) {
-  return std::exp(x);
-}
-
-template <class T>
-BODY accumulate_t<T> widen(T x) {
-  return x;
-}
-BODY float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-template <class T>
-BODY T narrow(accumulate_t<T> x) {
-  return T(x);
-}
-template <>
-BODY BFloat16 narrow<BFloat16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return BFloat16(uint16_t(x != x ? 0x7fc0u : nearest_even), BFloat16::from_bits());
 }
 
 template <class T, class A>

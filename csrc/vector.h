@@ -1,23 +1,9 @@
 // The inner loops: rows of numbers in, rows of numbers out. No tensors, no threads, no allocation.
-//
-// T is the type of the features in memory, A the type that arithmetic is done in: double for double, float for all
-// else. vector.cpp compiles each function for AVX-512, for AVX2 with FMA and for the plain machine, and the loader
-// picks one when the library is loaded; so one binary runs anywhere and is fast where it can be.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
-#include <type_traits>
+#include "simd.h"
 
 namespace skipkernels {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-template <class T>
-using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // As torch.nn.functional.normalize: a row is divided by max(length, eps). The same number is in reference.py.
 constexpr double UNIT_NORM_EPS = 1e-12;

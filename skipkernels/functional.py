@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_scores import class_scores as _class_scores
 
 __all__ = ["class_sampled_cross_entropy", "class_sampled_logits", "class_scores"]
 
-_FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -74,9 +74,9 @@ def class_sampled_cross_entropy(
     """
     name = "class_sampled_cross_entropy"
     _check_features(name, image, "text", text)
-    _check_labels(name, labels, image)
+    _check_ids(name, "labels", labels, image, B=image.shape[0])
     if class_ids is not None:
-        _check_ids(name, "class_ids", class_ids, "K", image)
+        _check_ids(name, "class_ids", class_ids, image, K=None)
     if class_weight is not None:
         _check_class_weight(name, class_weight, text)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -124,7 +124,7 @@ def class_sampled_logits(
     name = "class_sampled_logits"
     _check_features(name, image, "text", text)
     if class_ids is not None:
-        _check_ids(name, "class_ids", class_ids, "K", image)
+        _check_ids(name, "class_ids", class_ids, image, K=None)
     scale = _scale_tensor(name, logit_scale, image)
     with torch.autocast(image.device.type, enabled=False):
         return reference.class_sampled_logits(image, text, scale, class_ids)
@@ -159,65 +159,31 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     """
     name = "class_scores"
     _check_features(name, image, "prototypes", prototypes)
-    _check_labels(name, labels, image)
+    _check_ids(name, "labels", labels, image, B=image.shape[0])
     return _class_scores(image, prototypes, labels)
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:
-    if image.dim() != 2 or image.shape[0] == 0 or image.shape[1] == 0:
-        raise ValueError(f"{name}: image must be [B, D] with B, D ≥ 1; got {list(image.shape)}.")
-    if image.dtype not in _FEATURE_DTYPES:
-        raise TypeError(
-            f"{name}: image must be float32, bfloat16, float16 or float64; got {image.dtype}. Convert it first."
-        )
-    if bank.dim() != 2 or bank.shape[0] == 0 or bank.shape[1] != image.shape[1]:
-        raise ValueError(
-            f"{name}: {bank_name} must be [C, D={image.shape[1]}] to match image {list(image.shape)}; "
-            f"got {list(bank.shape)}."
-        )
-    if bank.dtype != image.dtype and not torch.is_autocast_enabled(image.device.type):
-        raise TypeError(
-            f"{name}: {bank_name} must be {image.dtype} to match image; got {bank.dtype}. Convert one of them."
-        )
-    _check_device(name, bank_name, bank, image)
+    check_shape(name, "image", image, B=None, D=None)
+    check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
+    check_shape(name, bank_name, bank, ("image", image), C=None, D=image.shape[1])
+    if not torch.is_autocast_enabled(image.device.type):
+        check_dtype(name, bank_name, bank, [image.dtype], "Convert one of them: image is in another.")
+    check_device(name, bank_name, bank, ("image", image))
 
 
-def _check_ids(name: str, argument: str, ids: Tensor, size: str, image: Tensor) -> None:
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name}: {argument} must be int64; got {ids.dtype}. Use {argument}.long().")
-    if ids.dim() != 1 or ids.shape[0] == 0:
-        raise ValueError(f"{name}: {argument} must be [{size}] with {size} ≥ 1; got {list(ids.shape)}.")
-    _check_device(name, argument, ids, image)
-
-
-def _check_labels(name: str, labels: Tensor, image: Tensor) -> None:
-    _check_ids(name, "labels", labels, "B", image)
-    if labels.shape[0] != image.shape[0]:
-        raise ValueError(
-            f"{name}: labels must be [B={image.shape[0]}] to match image {list(image.shape)}; "
-            f"got {list(labels.shape)}. Pass one label for each image."
-        )
+def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int | None) -> None:
+    check_dtype(name, argument, ids, [torch.int64], f"Use {argument}.long().")
+    check_shape(name, argument, ids, ("image", image) if all(size.values()) else None, **size)
+    check_device(name, argument, ids, ("image", image))
 
 
 def _check_class_weight(name: str, class_weight: Tensor, text: Tensor) -> None:
-    if class_weight.dim() != 1 or class_weight.shape[0] != text.shape[0]:
-        raise ValueError(
-            f"{name}: class_weight must be [C={text.shape[0]}], one for each row of text {list(text.shape)}; "
-            f"got {list(class_weight.shape)}."
-        )
-    if not class_weight.is_floating_point():
-        raise TypeError(f"{name}: class_weight must be floating point; got {class_weight.dtype}.")
+    check_shape(name, "class_weight", class_weight, ("text", text), C=text.shape[0])
+    check_dtype(name, "class_weight", class_weight, FEATURE_DTYPES, "Use class_weight.float().")
     if class_weight.requires_grad:
         raise ValueError(f"{name}: class_weight is a constant; got one that requires grad. Use class_weight.detach().")
-    _check_device(name, "class_weight", class_weight, text)
-
-
-def _check_device(name: str, argument: str, tensor: Tensor, image: Tensor) -> None:
-    if tensor.device != image.device:
-        raise ValueError(
-            f"{name}: {argument} must be on {image.device}, where image is; got {tensor.device}. "
-            f"Use {argument}.to({str(image.device)!r})."
-        )
+    check_device(name, "class_weight", class_weight, ("text", text))
 
 
 def _scale_tensor(name: str, logit_scale: Tensor | float, image: Tensor) -> Tensor:
@@ -227,7 +193,6 @@ def _scale_tensor(name: str, logit_scale: Tensor | float, image: Tensor) -> Tens
         return torch.full((), logit_scale, dtype=dtype, device=image.device)
     if logit_scale.numel() != 1 or logit_scale.dim() > 1:
         raise ValueError(f"{name}: logit_scale must be a number, [] or [1]; got {list(logit_scale.shape)}.")
-    if not logit_scale.is_floating_point():
-        raise TypeError(f"{name}: logit_scale must be floating point; got {logit_scale.dtype}.")
-    _check_device(name, "logit_scale", logit_scale, image)
+    check_dtype(name, "logit_scale", logit_scale, FEATURE_DTYPES, "Use logit_scale.float().")
+    check_device(name, "logit_scale", logit_scale, ("image", image))
     return logit_scale

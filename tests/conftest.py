@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run on the CPU
+
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
-import torch
 
 # No deadline: two busy cores. The same examples each time: a failure is everybody's failure.
 hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=40)
@@ -23,3 +29,11 @@ def _threads_as_before() -> Iterator[None]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for a GPU are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))

@@ -13,6 +13,7 @@ import torch
 
 import skipkernels
 from skipkernels import _extension
+from skipkernels.ops import registration
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 # A process that has no prebuilt library: it looks for one in an empty folder.
@@ -137,10 +138,11 @@ def test_backends_tell_the_truth():
     table = skipkernels.backends()
     loaded = _extension.load().path is not None
     for name, devices in table.items():
-        registered = hasattr(torch.ops.skipkernels, name)
-        cpp = registered and torch._C._dispatch_has_kernel_for_dispatch_key(f"skipkernels::{name}", "CPU")
+        cpp = registration.has_cpp(name)
         assert devices["cpu"].kernel == ("C++" if cpp else "reference")
-        assert bool(devices["cpu"].reason) != bool(cpp)
-        assert devices["cuda"].kernel == "reference" and devices["cuda"].reason
+        assert bool(devices["cpu"].reason) != cpp
+        triton = name in registration.definitions and registration.definitions[name].launch is not None
+        assert devices["cuda"].kernel == ("Triton" if triton else "reference")
+        assert bool(devices["cuda"].reason) != (triton and torch.cuda.is_available())
         assert callable(getattr(skipkernels.reference, name))
     assert (table["class_sampled_ce"]["cpu"].kernel == "C++") == loaded

@@ -16,7 +16,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # DESIGN §8: a module may import from its own layer and from those before it.
 LAYERS = [
-    ("_extension", "reference"),
+    ("_extension", "checks", "reference"),
     ("ops",),
     ("functional",),
     ("boundary", "selection", "towers"),
@@ -44,13 +44,16 @@ def test_import_is_light():
     assert not [name for name in LIGHT if name in modules]
 
 
-def test_functional_needs_no_triton_and_no_gpu():
-    out = run(
+def test_functional_touches_no_gpu_and_needs_no_triton():
+    code = (
         "import sys, torch, skipkernels as sk\n"
-        "sk.functional.class_scores(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([0]))\n"
-        "print('triton' in sys.modules, torch.cuda.is_initialized())"
+        "print(sk.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist(), "
+        "torch.cuda.is_initialized(), sk.backends()['class_scores']['cuda'].reason)"
     )
-    assert out.split() == ["False", "False"]
+    assert run(code).startswith("[inf, 0.707")
+    assert "False" in run(code)
+    without = "import sys; sys.modules['triton'] = None\n" + code
+    assert "Triton is not installed" in run(without) or "no Triton kernel" in run(without)
 
 
 def test_public_names():

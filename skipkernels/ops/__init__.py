@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import NamedTuple
 
 import torch
 
 from .. import _extension
+from . import launching, registration
 
 __all__ = ["OPERATORS", "Backend", "backends"]
 
@@ -21,7 +24,6 @@ OPERATORS = (
     "gather_rows",
     "sgd_momentum_",
 )
-_CPP = ("class_sampled_ce", "class_scores")
 
 
 class Backend(NamedTuple):
@@ -37,24 +39,30 @@ def backends() -> dict[str, dict[str, Backend]]:
     Loads the C++ kernels, and builds them if that was never done.
 
     Returns:
-        For each operator, for "cpu" and "cuda": the kernel ("C++" or "reference", which is plain PyTorch) and the
-        reason why it is not a faster one; empty where it is the fastest there is.
+        For each operator, for "cpu" and "cuda" (ROCm devices too): the kernel ("C++", "Triton", or "reference", which
+        is plain PyTorch) and the reason why it is not a faster one; empty where it is the fastest there is.
 
     Example:
         >>> sorted(backends()["class_scores"])
         ['cpu', 'cuda']
-        >>> backends()["class_scores"]["cuda"].kernel
-        'reference'
     """
+    for name in OPERATORS:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(f"{__name__}.{name.rstrip('_')}")
     extension = _extension.load()
-    loaded = extension.path is not None
-    no_gpu = "" if torch.cuda.is_available() else "; there is no CUDA device here"
-    return {
-        name: {
-            "cpu": Backend("C++")
-            if loaded and name in _CPP
-            else Backend("reference", "no C++ kernel yet" if name not in _CPP else extension.reason),
-            "cuda": Backend("reference", f"no Triton kernel yet{no_gpu}"),
-        }
-        for name in OPERATORS
-    }
+    return {name: {"cpu": _on_cpu(name, extension), "cuda": _on_cuda(name)} for name in OPERATORS}
+
+
+def _on_cpu(name: str, extension: _extension.Extension) -> Backend:
+    if registration.has_cpp(name):
+        return Backend("C++")
+    return Backend("reference", extension.reason or "no C++ kernel yet")
+
+
+def _on_cuda(name: str) -> Backend:
+    definition = registration.definitions.get(name)
+    if definition is None or definition.launch is None:
+        return Backend("reference", "no Triton kernel yet")
+    if not launching.installed:
+        return Backend("reference", "Triton is not installed")
+    return Backend("Triton", "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here")

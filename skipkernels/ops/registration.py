@@ -1,30 +1,48 @@
 """How an operator comes to be: one name and one schema for every device, whoever serves it.
 
 The schemas are defined here, from Python, because they must exist where the C++ kernels do not. The C++ library only
-adds kernels for the CPU under the same names; a Triton kernel adds itself for CUDA. What nobody serves, the reference
-does.
+adds kernels for the CPU under the same names; Triton kernels serve CUDA and ROCm devices. What nobody serves, the
+reference does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _extension
+from . import launching
 
 NAMESPACE = "skipkernels"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def define(schema: str, *, serve: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+class Definition(NamedTuple):
+    """Who can serve an operator, besides the C++ kernels."""
+
+    serve: Callable[..., Any]
+    launch: Callable[..., Any] | None
+
+
+definitions: dict[str, Definition] = {}
+
+
+def define(
+    schema: str,
+    *,
+    serve: Callable[..., Any],
+    fake: Callable[..., Any],
+    launch: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
     """Define an operator.
 
     Args:
         schema: `name(arguments) -> results`.
         serve: computes it in plain PyTorch on any device, with no autograd; answers where there is no kernel.
         fake: gives results of the right shape, dtype and device, without computing.
+        launch: computes it with Triton kernels; fp64 is not for them and goes to `serve`.
 
     Returns:
         The operator, to be called with positional arguments.
@@ -34,13 +52,30 @@ def define(schema: str, *, serve: Callable[..., Any], fake: Callable[..., Any]) 
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def serve_or_load(*args: Any) -> Any:
-        if args[0].device.type == "cpu" and _extension.load().path is not None:
+        if args[0].device.type == "cpu" and _extension.load().path is not None and has_cpp(name):
             return operator(*args)  # loading has put the C++ kernel before this one
         return serve(*args)
 
     _library.impl(name, serve_or_load, "CompositeExplicitAutograd")
+    if launch is not None:
+        launch = _or_serve_double(launch, serve)
+        if launching.installed:
+            _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    definitions[name] = Definition(serve, launch)
     return operator
+
+
+def has_cpp(name: str) -> bool:
+    """Whether the C++ library, once loaded, serves an operator on the CPU."""
+    return name in definitions and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+
+
+def _or_serve_double(launch: Callable[..., Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+    def launch_or_serve(*args: Any) -> Any:
+        return (serve if args[0].dtype == torch.float64 else launch)(*args)
+
+    return launch_or_serve
 
 
 def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]) -> None:

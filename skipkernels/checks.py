@@ -1,0 +1,60 @@
+"""What a public function refuses: an error names the function, the argument, what it wanted and got, and a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FEATURE_DTYPES", "check_device", "check_dtype", "check_shape"]
+
+FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_shape(
+    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor] | None = None, **sizes: int | None
+) -> None:
+    """Refuse a tensor of another shape with a ValueError.
+
+    Args:
+        function: who asks.
+        argument: the tensor's name.
+        tensor: what was passed.
+        like: name and tensor of the argument that gave the sizes.
+        sizes: of each dimension, under its name in the shape alphabet; None for any size from 1 on. The name `rest`
+            stands for leading dimensions of any number and size.
+    """
+    leading = "rest" in sizes
+    wanted = {name: size for name, size in sizes.items() if name != "rest"}
+    got = tensor.shape[tensor.dim() - len(wanted) :] if leading else tensor.shape
+    if len(got) == len(wanted) and all(
+        size == want or (want is None and size > 0) for size, want in zip(got, wanted.values(), strict=True)
+    ):
+        return
+    names = [name if size is None else f"{name}={size}" for name, size in wanted.items()]
+    free = [name for name, size in wanted.items() if size is None]
+    raise ValueError(
+        f"{function}: {argument} must be [{', '.join(['...'] * leading + names)}]"
+        + (f" with {', '.join(free)} ≥ 1" if free else "")
+        + (f" to match {like[0]} {list(like[1].shape)}" if like is not None else "")
+        + f"; got {list(tensor.shape)}."
+    )
+
+
+def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype], remedy: str) -> None:
+    """Refuse a tensor of another dtype with a TypeError."""
+    if tensor.dtype not in dtypes:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        names = f"{', '.join(most)} or {last}" if most else last
+        raise TypeError(f"{function}: {argument} must be {names}; got {tensor.dtype}. {remedy}")
+
+
+def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
+    """Refuse a tensor that is not where another is with a ValueError."""
+    name, other = like
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{function}: {argument} must be on {other.device}, where {name} is; got {tensor.device}. "
+            f"Use {argument}.to({str(other.device)!r})."
+        )

@@ -1,0 +1,57 @@
+"""Who serves the operators in a test: the same tests run on each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from skipkernels import _extension
+from skipkernels.ops import registration
+
+
+class Backend(NamedTuple):
+    """`cpp`, `reference`, `interpreter` (Triton's kernels and launchers on the CPU) or `gpu` (the same on a device)."""
+
+    name: str
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+
+    def skip_unless_supported(self, dtype: torch.dtype) -> None:
+        if dtype not in self.dtypes:
+            pytest.skip(f"{dtype} is not for {self.name}")
+
+
+CPU = torch.device("cpu")
+ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = {
+    "cpp": Backend("cpp", CPU, ALL),
+    "reference": Backend("reference", CPU, ALL),
+    # Its bf16 arithmetic is not that of bf16, and fp64 is the reference's.
+    "interpreter": Backend("interpreter", CPU, (torch.float32, torch.float16)),
+    "gpu": Backend("gpu", torch.device("cuda", 0), (torch.float32, torch.bfloat16, torch.float16)),
+}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "gpu")) for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each of the four in turn; the operators of the test are served by it."""
+    chosen = BACKENDS[request.param]
+    if chosen.name == "cpp" and _extension.load().path is None:
+        pytest.skip(f"no C++ kernels: {_extension.load().reason}")
+    if chosen.name not in ("reference", "interpreter"):
+        yield chosen
+        return
+    _extension.load()  # later it would put the C++ kernels first again
+    library = torch.library.Library(registration.NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for name, definition in registration.definitions.items():
+            function = definition.serve if chosen.name == "reference" else definition.launch
+            if function is not None:
+                library.impl(name, function, "CPU", allow_override=True)
+    yield chosen
+    library._destroy()
