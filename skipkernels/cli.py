@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
-import sys
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +49,7 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns 0, 2 for input that can't be used, 1 for a run that failed, 130 for Ctrl-C."""
+    """Run a command. Returns 0, 2 for input that can't be used, 1 for a run that failed, 130 if interrupted."""
     out, err = Console(), Console(stderr=True)
     command = tyro.cli(
         Command,
@@ -56,12 +59,13 @@ def main(arguments: list[str] | None = None) -> int:
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     try:
-        if isinstance(command, TuneConfig):
-            _tune(command, out, err)
-        elif isinstance(command, EvalConfig):
-            _eval(command, out)
-        else:
-            _doctor(out)
+        with _termination_as_interrupt():
+            if isinstance(command, TuneConfig):
+                _tune(command, out, err)
+            elif isinstance(command, EvalConfig):
+                _eval(command, out)
+            else:
+                _doctor(out)
     except (InputError, MemoryError) as error:
         err.print(f"[red]error[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 2
@@ -72,6 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
         err.print("interrupted: complete epochs, if any, are in the folder of the run", highlight=False)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """What ends a job on a cluster leaves as much behind as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _escape(error: BaseException) -> str:
@@ -143,7 +160,3 @@ def _doctor(out: Console) -> None:
                 continue
             kernels.add_row(operator, device, backend.kernel, backend.reason)
     out.print(kernels)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

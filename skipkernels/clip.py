@@ -105,16 +105,18 @@ class SkipCLIP(nn.Module):
         device = next(model.parameters()).device
         self._image, self._text = build_towers(model, tokens.to(device, torch.int64))
         pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
+        if len(pair) != 2:
+            raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
         self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
         self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
         self._class_embeddings: tuple[Tensor, Any, Tensor] | None = None  # and of which weights
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
 
+        self.register_buffer("_text_features", None, persistent=False)
+        self._features_of: list[tuple[int, int]] = []  # the lower weights that gave _text_features
         with _evaluating(model), torch.autocast(device.type, enabled=False):
-            features = LSkipBoundary.apply(self._text.lower, self._text.tokens, chunk)
-            self.register_buffer("_text_features", features if self._text.skip else None, persistent=False)
-            prototypes = self._encode_all_classes(features)
+            prototypes = self._encode_all_classes(self._features_of_all_classes())
             self.register_buffer("prototypes", prototypes, persistent=False)
             self._check_against_model(tokens.to(device))
 
@@ -122,6 +124,7 @@ class SkipCLIP(nn.Module):
             self._lower_device = torch.device(lower_device)
             for parameter in (*self._image.lower_parameters(), *self._text.lower_parameters()):
                 parameter.data = parameter.data.to(self._lower_device)
+            self._features_of = self._lower_text_weights()
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -168,9 +171,14 @@ class SkipCLIP(nn.Module):
     def reductions(self) -> dict[str, str | None]:
         """Each exact reduction: None where it is on, else the reason why it is off."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
+        all_cut = {"pooled_last_block": "every block is skipped, so the last runs once, for every token"}
+        images, texts = (
+            tower.reductions | (all_cut if tower.skip == len(tower.blocks) else {})
+            for tower in (self._image, self._text)
+        )
         return {
-            **{f"image.{name}": reason for name, reason in self._image.reductions.items()},
-            **{f"text.{name}": reason for name, reason in self._text.reductions.items()},
+            **{f"image.{name}": reason for name, reason in images.items()},
+            **{f"text.{name}": reason for name, reason in texts.items()},
             "image.no_input_gradient": None if self._image.skip else no_cut,
             "text.no_input_gradient": None if self._text.skip else no_cut,
             "text.features_kept": None if self._text.skip else no_cut,
@@ -207,9 +215,27 @@ class SkipCLIP(nn.Module):
             )
         return self.encode_upper(x.to(next(self._image.upper_parameters()).dtype))
 
+    def _lower_text_weights(self) -> list[tuple[int, int]]:
+        """Changes when weights are loaded or moved; a look at each step costs microseconds."""
+        return [(p.data_ptr(), p._version) for p in self._text.lower_parameters()]
+
+    def _features_of_all_classes(self) -> Tensor:
+        """Text features at the cut [C, L, W], kept for as long as the weights below it are the same."""
+        if self._text.skip == 0:
+            return LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
+        weights = self._lower_text_weights()
+        if self._text_features is None or weights != self._features_of:
+            tokens = self._text.tokens
+            with _evaluating(self.model), torch.autocast(tokens.device.type, enabled=False):
+                features = LSkipBoundary.apply(
+                    self._text.lower, tokens.to(self._lower_device or tokens.device), self.chunk
+                )
+            self._text_features, self._features_of = features.to(tokens.device), weights
+        return self._text_features
+
     def _encode_classes(self, class_ids: Tensor) -> Tensor:
-        if self._text_features is not None:
-            return self._text.upper(self._text_features[class_ids], class_ids)
+        if self._text.skip > 0:
+            return self._text.upper(self._features_of_all_classes()[class_ids], class_ids)
         return self._text.upper(self._text.lower(self._text.tokens[class_ids]), class_ids)
 
     def _encode_all_classes(self, features: Tensor) -> Tensor:
@@ -273,16 +299,17 @@ class SkipCLIP(nn.Module):
         """
         weights = list(self._text.upper_parameters())
         # The version counter misses a change through .data, the hash one that only moves numbers about or flips signs.
-        seen = [(p.data_ptr(), p._version) for p in weights], torch.is_autocast_enabled(weights[0].device.type)
+        seen = (
+            [(p.data_ptr(), p._version) for p in weights],
+            torch.is_autocast_enabled(weights[0].device.type),
+            self._lower_text_weights(),
+        )
         hashes = torch.stack([torch.hash_tensor(p.detach()) for p in weights])
         if self._class_embeddings is not None:
             embeddings, kept_seen, kept_hashes = self._class_embeddings
             if kept_seen == seen and kept_hashes.equal(hashes):
                 return embeddings
-        features = self._text_features
-        if features is None:
-            features = LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
-        self._class_embeddings = self._encode_all_classes(features), seen, hashes
+        self._class_embeddings = self._encode_all_classes(self._features_of_all_classes()), seen, hashes
         return self._class_embeddings[0]
 
     @torch.no_grad()
@@ -296,8 +323,9 @@ class SkipCLIP(nn.Module):
 
 
 def _blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
-    blocks = round(skip * depth) if isinstance(skip, float) and skip <= 1.0 else skip
-    if blocks != int(blocks) or not 0 <= blocks <= depth:
+    number = not isinstance(skip, bool) and isinstance(skip, (int, float))
+    blocks = round(skip * depth) if isinstance(skip, float) and 0.0 <= skip <= 1.0 else skip
+    if not (number and 0 <= blocks <= depth and blocks == int(blocks)):
         raise ValueError(
             f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "
             f"its blocks such as 0.5; got {skip!r}."

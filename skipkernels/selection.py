@@ -98,10 +98,10 @@ class RankSampler:
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
         """m raised so that every label of a batch fits, and q of the tail behind it.
 
-        The largest batch seen decides, so a smaller last batch of an epoch keeps as many classes as the others.
+        The largest batch drawn for decides, so a smaller last batch of an epoch keeps as many classes as the others.
         """
-        self._min_keep = max(self._min_keep, batch_size)
-        keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, self._min_keep))
+        min_keep = max(self._min_keep, batch_size)
+        keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, min_keep))
         if self._plan is None or self._plan[0] != keep or len(self._plan[1]) != num_classes - keep:
             self._plan = keep, tail_probabilities(num_classes - keep, self.decay)
         return self._plan
@@ -119,6 +119,7 @@ class RankSampler:
         """Ranks [K] that stay in this step, ascending, int64, on the generator's device."""
         assert self.generator is not None
         keep, q = self.plan(num_classes, batch_size)
+        self._min_keep = max(self._min_keep, batch_size)
         count = self.expected_keep(num_classes, batch_size) - keep  # q stays on the host: no synchronisation
         q = q.to(self.generator.device)
         top = torch.arange(keep, device=q.device)

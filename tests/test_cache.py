@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import TensorDataset
 
 from skipkernels.cache import collect, memory, replace_file
@@ -54,3 +55,9 @@ def test_replace_file_keeps_the_old_one_when_writing_fails(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"], "no temporary file is left"
     replace_file(file, lambda temporary: temporary.write_text("new"))
     assert file.read_text() == "new"
+
+
+def test_a_file_has_the_permissions_that_new_files_have(tmp_path):
+    (tmp_path / "plain").touch()
+    replace_file(tmp_path / "ours", lambda temporary: save_file({"x": torch.ones(1)}, temporary))
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -321,6 +321,9 @@ def test_models_it_cannot_handle_are_refused(model, message):
         ({"skip_layers": 4}, "skip_layers must be a whole number from 0 to 3"),
         ({"skip_layers": -1}, "skip_layers must be"),
         ({"skip_layers": 1.5}, "skip_layers must be"),
+        ({"skip_layers": float("nan")}, "skip_layers must be"),
+        ({"skip_layers": True}, "skip_layers must be"),
+        ({"skip_layers": (1, 2, 3)}, "skip_layers must be one number or a pair"),
         ({"skip_layers": 1, "keep_ratio": 0.0}, "keep_ratio must be above 0"),
         ({"skip_layers": 1, "max_keep": 0}, "max_keep must be at least 1"),
         ({"skip_layers": 1, "decay": 0.0}, "decay must be above 0"),
@@ -367,3 +370,19 @@ def test_open_clip_loads_what_was_tuned(tmp_path):
     fresh = tiny_clip(seed=5)
     open_clip.load_checkpoint(fresh, str(tmp_path / "model.pt"))
     assert all(a.equal(b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
+def test_other_lower_weights_give_other_text_features():
+    """A state dict loaded after construction, by whoever loads it, counts from the next step on."""
+    model, tokens, (images, labels) = tiny_clip(torch.float64), tiny_tokens(6), tiny_batch(2, 6, torch.float64)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    before, embeddings = clip(images, labels).loss, clip.class_embeddings()
+    other = tiny_clip(torch.float64)
+    for parameter in other.parameters():
+        parameter.data.mul_(1.1)
+    model.load_state_dict(other.state_dict())
+    fresh = sk.SkipCLIP(other, tokens, skip_layers=1, keep_ratio=1.0)
+    assert not torch.allclose(before, clip(images, labels).loss)
+    assert torch.equal(clip(images, labels).loss, fresh(images, labels).loss)
+    assert torch.equal(clip.class_embeddings(), fresh.class_embeddings())
+    assert not torch.allclose(embeddings, clip.class_embeddings())

@@ -44,6 +44,12 @@ def test_kept_classes_of_the_published_setting(classes, kept):
     assert len(RankSampler().draw(classes, 1)) == kept
 
 
+def test_asking_changes_nothing():
+    sampler = RankSampler()
+    assert sampler.expected_keep(1000, 200) > 200
+    assert sampler.state_dict()["min_keep"] == RankSampler().state_dict()["min_keep"]
+
+
 @pytest.mark.parametrize(
     ("classes", "ratio", "max_keep", "m"),
     [(10, 0.5, 50, 5), (11, 0.5, 50, 6), (1000, 0.5, 50, 50), (7, 1.0, 2, 7), (100, 0.07, 50, 7), (9, 3, 50, 3),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 
 import open_clip
 import pytest
@@ -161,8 +163,26 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(tmp_path,
     assert main(["tune", *arguments, "--text-lr", "1e18", "--image-lr", "1e18", "--out", str(out)]) == 1
     assert "the loss of epoch" in capsys.readouterr().err
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["status"] == "interrupted" and metrics["epochs"] == 1
+    assert metrics["status"] == "diverged" and metrics["epochs"] == 1
     assert evaluate_run(out).as_dict() == metrics["tuned"]
+
+
+def test_termination_leaves_what_ctrl_c_leaves(tmp_path, monkeypatch):
+    def terminated(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "skip_step", lambda clip: terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["tune", "--shots", "2", "--classes", "12", "--epochs", "1", "--out", str(tmp_path / "run")]) == 130
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_random_weights_are_those_of_the_seed():
+    first, again, other = (
+        load_model("glyph-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_config_survives_yaml(tmp_path):
@@ -246,6 +266,11 @@ def test_an_earlier_run_is_not_overwritten_unasked(run, capsys):
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "is a file" in fails(["tune", "--out", tmp_path / "file"], capsys)
+
+
+def test_out_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "not a folder that can be written to" in fails(["tune", "--out", tmp_path / "file" / "run"], capsys)
 
 
 def test_eval_without_a_run(tmp_path, capsys):

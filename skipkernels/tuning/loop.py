@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -90,7 +91,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     run = _RunFolder(config)
     memory = PeakMemory(device)
     baseline_memory = memory.read()
-    model, transform, tokenizer = load_model(config.model, config.pretrained, device)
+    model, transform, tokenizer = load_model(config.model, config.pretrained, device, seed=config.seed)
     task = load_task(config, transform)
     evaluator = Evaluator(model, tokenizer, task, config)
     columns = (
@@ -131,7 +132,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         "baseline_memory_mib": _mib(baseline_memory),
         "peak_memory_mib": _mib(memory.read()),
     }
-    metrics = _summary(config, task, zero_shot, trainer.parameter_counts, run.rows, cost)
+    status = {type(None): "complete", KeyboardInterrupt: "interrupted", FloatingPointError: "diverged"}[type(stopped)]
+    metrics = {"status": status} | _summary(config, task, zero_shot, trainer.parameter_counts, run.rows, cost)
     with _interrupt_deferred():
         run.finish(metrics, _examples(load_task(config), evaluator, zero_shot_predictions, tuned_predictions))
     if stopped is not None:
@@ -150,7 +152,6 @@ def _summary(
     """What metrics.json holds, from the epochs that are complete."""
     seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
     return {
-        "status": "complete" if len(rows) == config.epochs else "interrupted",
         "method": config.method,
         "classes": {"base": len(task.base.classes), "new": len(task.new.classes)},
         "zero_shot": zero_shot.as_dict(),
@@ -230,6 +231,9 @@ class _RunFolder:
         self.rows: list[dict[str, Any]] = []
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"--out: {self.folder} is a file; choose a folder.")
+        parent = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            raise InputError(f"--out: {self.folder} can't be made: {parent} is not a folder that can be written to.")
         earlier = [name for name in _FILES if (self.folder / name).exists()]
         if earlier and not config.overwrite:
             raise InputError(
@@ -266,18 +270,20 @@ class _RunFolder:
 
 @contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """Ctrl-C waits until the block is done. Outside the main thread there is none to wait for."""
+    """Ctrl-C or termination waits until the block is done. Outside the main thread there is none to wait for."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if received:
-        raise KeyboardInterrupt
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if received:  # again, now that it does no harm
+        signal.raise_signal(received[0])
 
 
 def _examples(

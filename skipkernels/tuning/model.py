@@ -25,7 +25,7 @@ _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def load_model(
-    name: str, pretrained: str | None, device: torch.device, *, architecture_only: bool = False
+    name: str, pretrained: str | None, device: torch.device, *, architecture_only: bool = False, seed: int = 0
 ) -> tuple[nn.Module, Callable, Callable]:
     """A model in evaluation mode, its image transform, and its tokenizer.
 
@@ -35,6 +35,7 @@ def load_model(
             `weights_only=True`), "random", or None for the weights that come with glyph-tiny.
         device: Where the model goes.
         architecture_only: Leave the weights random. The image transform is still that of the tag, if it has its own.
+        seed: Of random weights.
 
     Raises:
         InputError: If there is no such model or weights, or the file does not fit.
@@ -57,7 +58,8 @@ def load_model(
         )
     if file is not None and not architecture_only and not file.is_file():
         raise InputError(f"--pretrained: no file {file}.")
-    with _quiet():
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         try:
             model, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
