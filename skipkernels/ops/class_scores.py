@@ -13,6 +13,119 @@ from torch import Tensor
 
 from .. import reference
 from . import registration
+from .launching import dot_precision, launch, tl, triton
+
+# Tiles of the product. A batch has few images, so 16 of them, the least that the matrix units take; few classes, so
+# that a thousand of them still occupy a GPU; 128 bytes of every row at a time.
+BLOCK_B = 16
+BLOCK_C = 32
+BYTES_D = 128
+NUM_WARPS = 4
+NUM_STAGES = 4
+BLOCK_CHECK = 256  # labels that one program checks
+
+
+@triton.jit
+def _class_scores_kernel(
+    image_ptr,
+    prototypes_ptr,
+    labels_ptr,
+    scores_ptr,
+    B,
+    C,
+    D,
+    stride_image_b,
+    stride_prototypes_c,
+    stride_labels,
+    eps,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels.
+
+    One program: BLOCK_C classes, a loop over blocks of images, for each a loop over D that sums the products and the
+    squares together. The maximum is kept for every column of the tile and reduced once, at the end.
+    """
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    prototypes_row = prototypes_ptr + offs_c.to(tl.int64)[:, None] * stride_prototypes_c
+    best = tl.full([BLOCK_C, BLOCK_B], float("-inf"), tl.float32)
+    labelled = tl.zeros([BLOCK_C, BLOCK_B], tl.int1)
+    for start_b in range(0, B, BLOCK_B):
+        offs_b = start_b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < B
+        image_row = image_ptr + offs_b.to(tl.int64)[None, :] * stride_image_b
+        product = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
+        squares = tl.zeros([BLOCK_D, BLOCK_B], tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            prototypes = tl.load(prototypes_row + offs_d[None, :], mask=mask_c[:, None] & mask_d[None, :], other=0.0)
+            image = tl.load(image_row + offs_d[:, None], mask=mask_d[:, None] & mask_b[None, :], other=0.0)
+            product = tl.dot(prototypes, image, product, input_precision=PRECISION)
+            squares += image.to(tl.float32) * image.to(tl.float32)
+        norm = tl.sqrt(tl.sum(squares, axis=0))
+        cosine = product / tl.maximum(norm, eps, propagate_nan=tl.PropagateNan.ALL)[None, :]
+        cosine = tl.where(mask_b[None, :], cosine, float("-inf"))
+        best = tl.maximum(best, cosine, propagate_nan=tl.PropagateNan.ALL)
+        labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)
+        labelled |= labels[None, :] == offs_c[:, None]
+    # tl.max drops NaN, an image that is NaN must not pass for a score.
+    nan = tl.max((best != best).to(tl.int32), axis=1) > 0
+    score = tl.where(nan, float("nan"), tl.max(best, axis=1))
+    score = tl.where(tl.max(labelled.to(tl.int32), axis=1) > 0, float("inf"), score)
+    tl.store(scores_ptr + offs_c, score, mask=mask_c)
+
+
+@triton.jit
+def _check_labels_kernel(labels_ptr, B, C, stride_labels, BLOCK: tl.constexpr):
+    """0 ≤ y_b < C, or the device stops. One program: BLOCK labels."""
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    labels = tl.load(labels_ptr + offs_b * stride_labels, mask=offs_b < B, other=0)
+    tl.device_assert((labels >= 0) & (labels < C), "class_scores: labels must be rows of prototypes")
+
+
+def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    image, prototypes = (x if x.stride(1) == 1 else x.contiguous() for x in (image, prototypes))
+    (B, D), C, device = image.shape, prototypes.shape[0], image.device
+    launch(
+        _check_labels_kernel,
+        (triton.cdiv(B, BLOCK_CHECK),),
+        device=device,
+        num_warps=1,
+        debug=True,
+        labels_ptr=labels,
+        B=B,
+        C=C,
+        stride_labels=labels.stride(0),
+        BLOCK=BLOCK_CHECK,
+    )
+    scores = torch.empty(C, dtype=torch.float32, device=device)
+    launch(
+        _class_scores_kernel,
+        (triton.cdiv(C, BLOCK_C),),
+        device=device,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+        image_ptr=image,
+        prototypes_ptr=prototypes,
+        labels_ptr=labels,
+        scores_ptr=scores,
+        B=B,
+        C=C,
+        D=D,
+        stride_image_b=image.stride(0),
+        stride_prototypes_c=prototypes.stride(0),
+        stride_labels=labels.stride(0),
+        eps=reference.UNIT_NORM_EPS,
+        BLOCK_B=BLOCK_B,
+        BLOCK_C=BLOCK_C,
+        BLOCK_D=BYTES_D // image.element_size(),
+        PRECISION=dot_precision(image.dtype, device),
+    )
+    return scores
 
 
 def _serve(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
@@ -28,7 +141,10 @@ def _fake(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 
 
 class_scores = registration.define(
-    "class_scores(Tensor image, Tensor prototypes, Tensor labels) -> Tensor scores", serve=_serve, fake=_fake
+    "class_scores(Tensor image, Tensor prototypes, Tensor labels) -> Tensor scores",
+    serve=_serve,
+    fake=_fake,
+    launch=_launch,
 )
 registration.not_differentiable(class_scores)
 registration.autocast_features(class_scores, features=2)

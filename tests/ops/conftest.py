@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -53,5 +56,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
             function = definition.serve if chosen.name == "reference" else definition.launch
             if function is not None:
                 library.impl(name, function, "CPU", allow_override=True)
-    yield chosen
+    with _device_assertions() if chosen.name == "interpreter" else contextlib.nullcontext():
+        yield chosen
     library._destroy()
+
+
+@contextlib.contextmanager
+def _device_assertions() -> Iterator[None]:
+    """Let `tl.device_assert` fail in Triton's interpreter, which does not look at the option of a launch."""
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    before = builder.options
+    builder.options = dataclasses.replace(before, debug=True, sanitize_overflow=False)
+    yield
+    builder.options = before
