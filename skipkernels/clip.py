@@ -171,14 +171,12 @@ class SkipCLIP(nn.Module):
     def reductions(self) -> dict[str, str | None]:
         """Each exact reduction: None where it is on, else the reason why it is off."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
-        all_cut = {"pooled_last_block": "every block is skipped, so the last runs once, for every token"}
-        images, texts = (
-            tower.reductions | (all_cut if tower.skip == len(tower.blocks) else {})
-            for tower in (self._image, self._text)
-        )
-        return {
-            **{f"image.{name}": reason for name, reason in images.items()},
-            **{f"text.{name}": reason for name, reason in texts.items()},
+        reasons: dict[str, str | None] = {}
+        for prefix, tower in (("image", self._image), ("text", self._text)):
+            reasons |= {f"{prefix}.{name}": reason for name, reason in tower.reductions.items()}
+            if tower.skip == len(tower.blocks):
+                reasons[f"{prefix}.pooled_last_block"] = "every block is skipped: the last runs once, for every token"
+        return reasons | {
             "image.no_input_gradient": None if self._image.skip else no_cut,
             "text.no_input_gradient": None if self._text.skip else no_cut,
             "text.features_kept": None if self._text.skip else no_cut,
