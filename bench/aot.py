@@ -1,0 +1,437 @@
+"""Every Triton kernel compiled to machine code, for GPUs that need not be here.
+
+    python -m bench.aot                                 compile all and write bench/results/aot.csv
+    python -m bench.aot --check                         compile all and compare with the table; write nothing
+    python -m bench.aot --op class_scores --no-save     print only; also --target sm_90 gfx942, --dtype bf16, --quick
+    python -m bench.aot --plot                          bench/results/aot.svg from the table
+
+The launchers themselves are run, forward and backward, on the calls of `bench.launches`, with a recorder in the place
+of the launch and with `launching.target` answering for each GPU in turn; Triton's own binder then says what would be
+compiled for such a launch. So what is compiled is what a user gets: the same constants, types, divisibility, warps and
+stages. From the machine code are read: registers of a thread, bytes that spill, bytes of shared memory, and which
+matrix instruction a kernel with a `tl.dot` uses.
+
+`--check` fails where a kernel does not compile, spills, asks for more shared memory than a block may have, has a
+`tl.dot` but no matrix instruction, is not reached by any call, is missing from the table or there without being
+compiled, or needs more registers or shared memory than in the table: any at all where the table was made by the
+installed Triton, else more than ALLOWANCE times.
+
+`--quick` takes the first call of every operator only: every kernel and dtype, but not every entry of the block tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rich.progress
+import rich.table
+from rich.console import Console
+
+from skipkernels.ops import OPERATORS, launching, registration
+
+from . import measure
+from .launches import CALLS, DTYPES, DTYPES_OF
+from .targets import ARCHITECTURES, Architecture
+
+TABLE = measure.RESULTS / "aot.csv"
+PLOT = measure.RESULTS / "aot.svg"
+# Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions
+# schedule loads and place layouts differently. Spills and the limits of the hardware are never allowed for.
+ALLOWANCE = 1.25
+
+_MATRIX_INSTRUCTIONS = {
+    "ptx": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*"),
+    "amdgcn": re.compile(r"\b(v_mfma)_\w+"),
+}
+
+
+class Launch(NamedTuple):
+    """What `launching.launch` was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+class Job(NamedTuple):
+    """A kernel to compile: where it was launched, and what Triton's compiler is given."""
+
+    op: str
+    shape: str
+    dtype: str
+    number: int
+    """Of the launch, within the call."""
+    target: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    op: str
+    shape: str
+    dtype: str
+    launch: int
+    kernel: str
+    target: str
+    constants: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix_instruction: str
+    triton: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str, str]:
+        return self[:6]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} ({self.op}, {self.shape}, {self.dtype}, {self.target})"
+
+
+class Result(NamedTuple):
+    row: Row
+    has_dot: bool
+
+
+@contextlib.contextmanager
+def recording(architecture: Architecture) -> Iterator[list[Launch]]:
+    """Launches on the meta device are put into the list, as they would be made for this architecture."""
+    launches: list[Launch] = []
+    run, target = launching._run, launching._target_of_gpu
+    launching._run = lambda *launch: launches.append(Launch(*launch))
+    launching._target_of_gpu = lambda index: launching.Target(architecture.backend, architecture.arch)
+    try:
+        yield launches
+    finally:
+        launching._run, launching._target_of_gpu = run, target
+
+
+def record(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
+    """The launches of one call of an operator."""
+    importlib.import_module(f"skipkernels.ops.{op.removesuffix('_backward').rstrip('_')}")
+    with recording(architecture) as launches:
+        registration.definitions[op].launch(*arguments)
+    return launches
+
+
+def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
+    """What has to be compiled: for an operator, dtype and target, what several calls launch is compiled once."""
+    for target, op in itertools.product(targets, ops):
+        backend = importlib.import_module("triton.compiler.compiler").make_backend(gpu_target(target))
+        for dtype, torch_dtype in DTYPES_OF.get(op, DTYPES).items():
+            seen = set()
+            for call in itertools.islice(CALLS[op](torch_dtype), 1 if quick else None) if dtype in dtypes else ():
+                for number, launch in enumerate(record(op, call.arguments, ARCHITECTURES[target])):
+                    job = Job(op, call.shape, dtype, number, target, launch.kernel, *specialise(launch, backend))
+                    what = (job.kernel.fn.__qualname__, *map(repr, job[6:]))
+                    if what not in seen:
+                        seen.add(what)
+                        yield job
+
+
+def specialise(launch: Launch, backend: Any) -> tuple[dict, dict, dict, dict]:
+    """Signature, constants, attributes and options, as `JITFunction.run` would hand them to the compiler."""
+    kernel = launch.kernel
+    bind = importlib.import_module("triton.runtime.jit").create_function_from_signature(
+        kernel.signature, kernel.params, backend
+    )
+    given = {**launch.arguments, **launch.options}
+    options, signature, constants, attributes = kernel._pack_args(backend, given, *bind(**given))
+    return signature, constants, attributes, dict(options.__dict__)
+
+
+def gpu_target(target: str) -> Any:
+    architecture = ARCHITECTURES[target]
+    GPUTarget = importlib.import_module("triton.backends.compiler").GPUTarget
+    return GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+
+
+def compile_job(job: Job) -> Result:
+    """Compile, or take from Triton's cache, which knows a kernel by its source, and read the machine code."""
+    triton = launching.triton
+    source = triton.compiler.ASTSource(job.kernel, job.signature, job.constants, job.attributes)
+    compiled = triton.compile(source, target=gpu_target(job.target), options=job.options)
+    if "cubin" in compiled.asm:
+        assembly = "ptx"
+        registers, spilled = resources_of_cubin(compiled.asm["cubin"])
+    else:
+        assembly = "amdgcn"
+        registers, spilled = resources_of_amdgcn(compiled.asm["amdgcn"])
+    instructions = {match[0] for match in _MATRIX_INSTRUCTIONS[assembly].finditer(compiled.asm[assembly])}
+    row = Row(
+        op=job.op,
+        shape=job.shape,
+        dtype=job.dtype,
+        launch=job.number,
+        kernel=job.kernel.fn.__name__,
+        target=job.target,
+        constants=constants_of(job),
+        num_warps=compiled.metadata.num_warps,
+        num_stages=compiled.metadata.num_stages,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+        matrix_instruction=" ".join(sorted(instructions)),
+        triton=triton.__version__,
+    )
+    return Result(row, has_dot="tt.dot" in compiled.asm["ttir"])
+
+
+def constants_of(job: Job) -> str:
+    """The constants by name; numbers that are constants because they are 1 as well."""
+    names = list(job.signature)
+    return " ".join(f"{names[place]}={value}" for (place,), value in sorted(job.constants.items()))
+
+
+def resources_of_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack and local memory: a kernel without spills has none."""
+    tool = Path(launching.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def resources_of_amdgcn(assembly: str) -> tuple[int, int]:
+    """Vector registers of a lane, and bytes of scratch memory, or those of the spilled registers if they are more."""
+    usage = {name: int(n) for name, n in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
+    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
+    return usage["vgpr_count"], max(spilled, usage["private_segment_fixed_size"])
+
+
+def compile_all(jobs: Sequence[Job], console: Console) -> tuple[list[Result], list[str]]:
+    """Results in the order of the jobs, and what did not compile; one process for each core."""
+    results, failures = [], []
+    # Forked, since kernels cannot be pickled. The processes take every n-th job, so that none waits for a slow one.
+    context = multiprocessing.get_context("fork")
+    with context.Pool(os.cpu_count(), _start_worker, (jobs,)) as pool:
+        outcomes = pool.imap(_compile_numbered, range(len(jobs)))
+        for outcome in rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True):
+            (failures if isinstance(outcome, str) else results).append(outcome)
+    return results, failures
+
+
+_jobs: Sequence[Job] = ()
+
+
+def _start_worker(jobs: Sequence[Job]) -> None:
+    global _jobs
+    _jobs = jobs
+
+
+def _compile_numbered(number: int) -> Result | str:
+    job = _jobs[number]
+    try:
+        return compile_job(job)
+    except Exception as error:  # of any kind: it is reported, and the others go on
+        reason = str(error).strip().splitlines() or [""]
+        return (
+            f"{job.kernel.fn.__name__} ({job.op}, {job.shape}, {job.dtype}, {job.target}) does not compile: "
+            f"{type(error).__name__}: {reason[-1]}"
+        )
+
+
+def problems_of(result: Result) -> Iterator[str]:
+    """What is wrong with a kernel, whatever the table says."""
+    row, limits = result.row, ARCHITECTURES[result.row.target]
+    if row.spilled_bytes:
+        yield f"{row.name} spills {row.spilled_bytes} bytes"
+    if row.shared_bytes > limits.block_shared:
+        yield f"{row.name} wants {row.shared_bytes} bytes of shared memory; a block may have {limits.block_shared}"
+    if result.has_dot and not row.matrix_instruction:
+        yield f"{row.name} has a tl.dot but uses no matrix instruction"
+
+
+def worse_than(committed: Row, row: Row) -> Iterator[str]:
+    """Where a kernel needs more than in the table."""
+    allowance = 1.0 if committed.triton == row.triton else ALLOWANCE
+    for what in ("registers", "shared_bytes"):
+        before, now = getattr(committed, what), getattr(row, what)
+        if now > allowance * before:
+            yield f"{row.name}: {what} {before} → {now}"
+
+
+def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
+    """Where what was compiled is not what is committed; `table` is the part of it that was asked for."""
+    committed = {row.key: row for row in table}
+    for row in rows:
+        if row.key not in committed:
+            yield f"{row.name} is missing from {TABLE.name}"
+        else:
+            yield from worse_than(committed[row.key], row)
+    for key in committed.keys() - {row.key for row in rows}:
+        yield f"{committed[key].name} is in {TABLE.name} but nothing compiles it"
+
+
+def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
+    """Kernels and launchers that no call reaches."""
+    for name, definition in registration.definitions.items():
+        if definition.launch is not None and name not in CALLS:
+            yield f"{name} has Triton kernels but no calls in bench/launches.py"
+    reached = {job.kernel.fn.__name__ for job in jobs}
+    for module in [module for name, module in sys.modules.items() if name.startswith("skipkernels.ops.")]:
+        for name in vars(module):
+            if name.endswith("_kernel") and name not in reached:
+                yield f"{module.__name__}.{name} is reached by no call in bench/launches.py"
+
+
+def read_table() -> list[Row]:
+    if not TABLE.exists():
+        return []
+    integers = {name for name, kind in typing.get_type_hints(Row).items() if kind is int}
+    with TABLE.open(newline="") as file:
+        return [
+            Row(**{name: int(value) if name in integers else value for name, value in line.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def write_table(rows: Sequence[Row]) -> None:
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """A line for each kernel and target: the range over dtypes and shapes."""
+    columns = (
+        "operator",
+        "kernel",
+        "target",
+        "compiled",
+        "warps",
+        "registers",
+        "spilled",
+        "shared",
+        "matrix instruction",
+    )
+    table = rich.table.Table(*columns)
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (list(CALLS).index(row.op), row.kernel)):
+        groups.setdefault((row.op, row.kernel, row.target), []).append(row)
+    for key, group in groups.items():
+        ranges = []
+        for name in ("num_warps", "registers", "spilled_bytes", "shared_bytes"):
+            values = [getattr(row, name) for row in group]
+            ranges.append("–".join(map(str, dict.fromkeys((min(values), max(values))))))
+        instructions = {name.partition(".")[0] for row in group for name in row.matrix_instruction.split()}
+        table.add_row(*key, str(len(group)), *ranges, " ".join(sorted(instructions)))
+    console.print(table)
+
+
+def plot(rows: Sequence[Row]) -> None:
+    """For each kernel and target the range over dtypes and shapes, as a share of what a thread or block may have."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    grey = "#888888"  # readable on white and on black, as the other colours are
+    colors = dict(zip(ARCHITECTURES, ("#4c8ed9", "#3aa17e", "#a77bd1", "#d9793a"), strict=True))
+    matplotlib.rcParams.update(
+        {name: grey for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+        | {"svg.hashsalt": "aot"}
+    )
+    kernels = list(dict.fromkeys(row.kernel for row in rows))
+    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(11, 1.2 + 0.36 * len(kernels)), layout="constrained")
+    for axes, what, limit in zip(
+        panels, ("registers", "shared_bytes"), ("thread_registers", "block_shared"), strict=True
+    ):
+        for place, (target, color) in enumerate(colors.items()):
+            most = getattr(ARCHITECTURES[target], limit)
+            for line, kernel in enumerate(kernels):
+                values = [getattr(row, what) / most for row in rows if (row.kernel, row.target) == (kernel, target)]
+                if values:
+                    y = line + (place - 1.5) / 6
+                    label = target if line == 0 else None
+                    axes.plot([min(values), max(values)], [y, y], color=color, lw=3, marker="o", ms=4, label=label)
+        axes.set_xlim(-0.02, 1.02)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        axes.grid(axis="x", color=grey, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(kernels)), [kernel.strip("_").removesuffix("_kernel") for kernel in kernels])
+    panels[0].invert_yaxis()
+    panels[0].set_xlabel("registers of a thread, of what it may have")
+    panels[1].set_xlabel("shared memory of a block, of what it may have")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+    figure.savefig(PLOT, transparent=True, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="forward and backward of these")
+    parser.add_argument("--target", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, "int8"], default=[*DTYPES, "int8"])
+    parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
+    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--plot", action="store_true", help="draw the table, compile nothing")
+    args = parser.parse_args()
+    console = Console()
+    console.width = max(console.width, 170)  # a cut figure is none, also in a file
+    if args.plot:
+        plot(read_table())
+        console.print(f"wrote {PLOT}")
+        return
+    if not launching.installed:
+        parser.error("Triton is not installed: pip install triton")
+    if launching.triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the kernels would be interpreted. Unset it.")
+
+    for op in OPERATORS:
+        with contextlib.suppress(ModuleNotFoundError):  # not yet written
+            importlib.import_module(f"skipkernels.ops.{op.rstrip('_')}")
+    ops = [op for op in CALLS if op.removesuffix("_backward") in args.op]
+    jobs = list(jobs_of(ops, args.target, args.dtype, args.quick))
+    results, problems = compile_all(jobs, console)
+    rows = [result.row for result in results]
+    problems += [problem for result in results for problem in problems_of(result)]
+    everything = set(args.op) == set(OPERATORS) and set(args.dtype) >= set(DTYPES)
+    if everything:
+        problems += not_reached(jobs)
+    if args.check:
+        table = [row for row in read_table() if row.op in ops and row.target in args.target and row.dtype in args.dtype]
+        if args.quick:
+            shapes = {(job.op, job.dtype, job.shape) for job in jobs}
+            table = [row for row in table if (row.op, row.dtype, row.shape) in shapes]
+        problems += compare(rows, table)
+    else:
+        print_rows(rows, console)
+    for problem in problems:
+        console.print(problem, style="red", highlight=False)
+    console.print(f"{len(rows)} kernels, {len(problems)} problems")
+    if problems:
+        raise SystemExit(1)
+    if everything and not (args.check or args.no_save or args.quick) and set(args.target) == set(ARCHITECTURES):
+        write_table(rows)
+        console.print(f"wrote {TABLE}")
+
+
+if __name__ == "__main__":
+    main()

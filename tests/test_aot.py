@@ -1,0 +1,115 @@
+"""Every Triton kernel compiles to machine code for GPUs that are not here, without spills, on the matrix units.
+
+The suite compiles the first call of every operator, which reaches every kernel in every dtype; all calls, with every
+entry of the block tables, are for `python -m bench.aot --check`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench import aot
+from skipkernels.ops import launching
+
+pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m …` in a process whose kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_kernels_are_sound_and_no_worse_than_the_table():
+    done = run("bench.aot", "--check", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_faults_are_found_in_machine_code():
+    done = run("tests.faulty_kernels")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "sound, sm_80: []" and lines[1] == "sound, gfx942: []"
+    assert "has a tl.dot but uses no matrix instruction" in lines[2]
+    assert "spills" in lines[3] and "spills" in lines[4]
+
+
+ROW = aot.Row(
+    op="class_scores",
+    shape="B4-C1000-D512",
+    dtype="bf16",
+    launch=1,
+    kernel="_class_scores_kernel",
+    target="gfx942",
+    constants="BLOCK_C=32",
+    num_warps=4,
+    num_stages=2,
+    registers=80,
+    spilled_bytes=0,
+    shared_bytes=14336,
+    matrix_instruction="v_mfma_f32_16x16x16_bf16",
+    triton="3.6.0",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"shared_bytes": 64 * 1024}, None),
+        ({"shared_bytes": 64 * 1024 + 1}, "wants 65537 bytes of shared memory; a block may have 65536"),
+        ({"shared_bytes": 64 * 1024 + 1, "target": "sm_80"}, None),
+        ({"spilled_bytes": 4}, "spills 4 bytes"),
+        ({"matrix_instruction": ""}, "no matrix instruction"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_limits(changes, problem):
+    found = list(aot.problems_of(aot.Result(ROW._replace(**changes), has_dot=True)))
+    assert len(found) == (problem is not None)
+    assert problem is None or problem in found[0]
+
+
+def test_kernels_without_a_dot_need_no_matrix_units():
+    assert not list(aot.problems_of(aot.Result(ROW._replace(matrix_instruction=""), has_dot=False)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"registers": 79}, None),
+        ({"registers": 81}, "registers 80 → 81"),
+        ({"shared_bytes": 14337}, "shared_bytes 14336 → 14337"),
+        ({"registers": 100, "triton": "3.7.0"}, None),
+        ({"registers": 101, "triton": "3.7.0"}, "registers 80 → 101"),
+        ({"launch": 2}, "is missing from aot.csv"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_worse_than_the_table(changes, problem):
+    found = list(aot.compare([ROW._replace(**changes)], [ROW]))
+    assert (problem is None and not found) or problem in found[0]
+
+
+def test_a_stale_line_of_the_table_is_found():
+    assert "nothing compiles it" in next(aot.compare([], [ROW]))
+
+
+def test_kernels_that_no_call_reaches_are_found(monkeypatch):
+    importlib.import_module("skipkernels.ops.class_scores")
+    assert "skipkernels.ops.class_scores._class_scores_kernel is reached by no call" in "\n".join(aot.not_reached([]))
+    monkeypatch.setattr(aot, "CALLS", {})
+    assert "class_scores has Triton kernels but no calls" in "\n".join(aot.not_reached([]))
+
+
+def test_table_survives_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.csv")
+    assert aot.read_table() == []
+    aot.write_table([ROW])
+    assert aot.read_table() == [ROW]
