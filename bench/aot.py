@@ -13,8 +13,8 @@ matrix instruction a kernel with a `tl.dot` uses.
 
 `--check` fails where a kernel does not compile, spills, asks for more shared memory than a block may have, has a
 `tl.dot` but no matrix instruction, is not reached by any call, is missing from the table or there without being
-compiled, or needs more registers or shared memory than in the table: any at all where the table was made by the
-installed Triton, else more than ALLOWANCE times.
+compiled, or needs more registers or shared memory than in the table or another matrix instruction: exactly where the
+table was made by the installed Triton, else only more than ALLOWANCE times the registers or shared memory.
 
 `--quick` takes the first call of every operator only: every kernel and dtype, but not every entry of the block tables.
 """
@@ -22,6 +22,7 @@ installed Triton, else more than ALLOWANCE times.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import importlib
@@ -227,10 +228,10 @@ def resources_of_amdgcn(assembly: str) -> tuple[int, int]:
 def compile_all(jobs: Sequence[Job], console: Console) -> tuple[list[Result], list[str]]:
     """Results in the order of the jobs, and what did not compile; one process for each core."""
     results, failures = [], []
-    # Forked, since kernels cannot be pickled. The processes take every n-th job, so that none waits for a slow one.
-    context = multiprocessing.get_context("fork")
-    with context.Pool(os.cpu_count(), _start_worker, (jobs,)) as pool:
-        outcomes = pool.imap(_compile_numbered, range(len(jobs)))
+    # Forked, since kernels cannot be pickled. A compiler that aborts breaks the pool, which says so and does not wait.
+    fork = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), fork, _start_worker, (jobs,)) as pool:
+        outcomes = pool.map(_compile_numbered, range(len(jobs)))
         for outcome in rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True):
             (failures if isinstance(outcome, str) else results).append(outcome)
     return results, failures
@@ -274,6 +275,8 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
         before, now = getattr(committed, what), getattr(row, what)
         if now > allowance * before:
             yield f"{row.name}: {what} {before} → {now}"
+    if committed.triton == row.triton and committed.matrix_instruction != row.matrix_instruction:
+        yield f"{row.name}: matrix instruction {committed.matrix_instruction} → {row.matrix_instruction}"
 
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:

@@ -36,3 +36,25 @@ ARCHITECTURES = {
     "sm_100": Architecture("cuda", 100, 32, 227 * KIB, 228 * KIB, KIB, 65536, 255, 256, 64, 32),
     "gfx942": Architecture("hip", "gfx942", 64, 64 * KIB, 64 * KIB, 0, 131072, 512, 512, 32, 32),
 }
+
+
+class Gpu(NamedTuple):
+    """What the vendor publishes; dense, without sparsity."""
+
+    architecture: str
+    multiprocessors: int
+    bandwidth: float
+    """Bytes a second of device memory."""
+    half: float
+    """Operations a second of the matrix units in fp16 or bf16, sums in fp32."""
+    tf32: float
+
+
+# NVIDIA's data sheets: A100 80 GB SXM; H100 SXM; H200 SXM; HGX B200, per GPU. Where a sheet gives rates "with
+# sparsity" only, half of them.
+GPUS = {
+    "A100": Gpu("sm_80", 108, 2.039e12, 312e12, 156e12),
+    "H100": Gpu("sm_90", 132, 3.35e12, 989.4e12, 494.7e12),
+    "H200": Gpu("sm_90", 132, 4.8e12, 989.4e12, 494.7e12),
+    "B200": Gpu("sm_100", 148, 7.7e12, 2250e12, 1100e12),
+}

@@ -88,6 +88,8 @@ def test_kernels_without_a_dot_need_no_matrix_units():
         ({"shared_bytes": 14337}, "shared_bytes 14336 → 14337"),
         ({"registers": 100, "triton": "3.7.0"}, None),
         ({"registers": 101, "triton": "3.7.0"}, "registers 80 → 101"),
+        ({"matrix_instruction": "v_mfma_f32_16x16x4_f32"}, "matrix instruction v_mfma_f32_16x16x16_bf16 → v_mfma_f32"),
+        ({"matrix_instruction": "v_mfma_f32_16x16x4_f32", "triton": "3.7.0"}, None),
         ({"launch": 2}, "is missing from aot.csv"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

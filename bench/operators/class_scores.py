@@ -31,7 +31,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                 "eager": eager,
             },
             truth=lambda i=image, p=prototypes, y=labels: [reference.class_scores(i.double(), p.double(), y)],
-            moved=(B + C) * D * dtype.itemsize + 4 * C,
+            moved=(B + C) * D * dtype.itemsize + 8 * B + 4 * C,
             flops=2 * B * C * D,
             target="≥ 1",
         )
