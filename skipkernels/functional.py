@@ -1,6 +1,7 @@
 """The operators as public functions: inputs checked, then handed to the fastest kernel for their device.
 
-Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding.
+Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding; N image tokens, P tokens of
+the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H the width of one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from . import reference
 from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_scores import class_scores as _class_scores
+from .ops.suffix_attention import suffix_attention as _suffix_attention
 
-__all__ = ["class_sampled_cross_entropy", "class_sampled_logits", "class_scores"]
+__all__ = ["class_sampled_cross_entropy", "class_sampled_logits", "class_scores", "suffix_attention"]
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -163,6 +165,82 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     return _class_scores(image, prototypes, labels)
 
 
+def suffix_attention(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    *,
+    scale: float | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """Causal attention of many short class suffixes over one prefix that they share, and over themselves.
+
+    Token s of class k attends to the P tokens of the prefix and to tokens 0…s of its own suffix:
+
+        out_ks = softmax_j(scale · ⟨q_ks, key_kj⟩, j ≤ P + s) · value_k,   key_k = [prefix_key; suffix_key_k]
+
+    The prefix is never copied for each class, and its gradient is the sum over classes, in an order that depends on the
+    shapes alone. Suffixes of one length are [K, S, …]. Others are packed, the tokens of all in a row, [T, …]: suffix k
+    has the rows offsets[k] to offsets[k + 1], the end not included.
+
+    Args:
+        query: [K, S, H, E], or packed: [T, H, E]; in fp32, bf16, fp16 or fp64. Views with gaps between heads or tokens,
+            such as a part of a packed projection, are read where they are.
+        prefix_key: [P, H, E] in the dtype of `query`, P ≥ 1.
+        prefix_value: [P, H, E].
+        suffix_key: like `query`.
+        suffix_value: like `query`.
+        scale: of the products, 1/sqrt(E) by default.
+        offsets: int64 [K + 1], from 0 to T, never falling, where suffixes are packed. On a GPU nobody reads it but the
+            kernel, so nobody checks it.
+        max_length: of the longest suffix, in tokens; required with `offsets`, and only there.
+
+    Returns:
+        Like `query`, contiguous.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device or option that does not fit; on the CPU also for offsets that do not go from 0
+            to T in steps of 0 to `max_length`.
+
+    Example:
+        >>> query = torch.zeros(2, 1, 1, 1)                    # [K=2, S=1, H=1, E=1]: equal weights
+        >>> prefix = torch.tensor([1.0, 2.0]).view(2, 1, 1)    # [P=2, H=1, E=1]
+        >>> suffix = torch.tensor([3.0, 6.0]).view(2, 1, 1, 1)
+        >>> suffix_attention(query, prefix, prefix, suffix, suffix).flatten()
+        tensor([2., 3.])
+        >>> query, suffix = torch.zeros(3, 1, 1), torch.tensor([3.0, 6.0, 1.0]).view(3, 1, 1)  # [T=3, H=1, E=1]
+        >>> offsets = torch.tensor([0, 1, 3])                  # suffixes of 1 and of 2 tokens
+        >>> suffix_attention(query, prefix, prefix, suffix, suffix, offsets=offsets, max_length=2).flatten()
+        tensor([2.0000, 3.0000, 2.5000])
+    """
+    name = "suffix_attention"
+    sizes: dict[str, int | None] = dict.fromkeys("KSHE" if offsets is None else "THE")
+    check_shape(name, "query", query, None, **sizes)
+    check_dtype(name, "query", query, FEATURE_DTYPES, "Convert it first.")
+    H, E = query.shape[-2:]
+    _check_like(name, query, "prefix_key", prefix_key, P=None, H=H, E=E)
+    _check_like(name, query, "prefix_value", prefix_value, P=prefix_key.shape[0], H=H, E=E)
+    sizes = dict(zip(sizes, query.shape, strict=True))
+    _check_like(name, query, "suffix_key", suffix_key, **sizes)
+    _check_like(name, query, "suffix_value", suffix_value, **sizes)
+    if (offsets is None) != (max_length is None):
+        raise ValueError(
+            f"{name}: offsets and max_length go together; got {'max_length' if offsets is None else 'offsets'} alone."
+        )
+    scale = E**-0.5 if scale is None else scale
+    if offsets is not None and max_length is not None:
+        _check_offsets(name, offsets, max_length, query)
+        return _suffix_attention(query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length, scale)[
+            0
+        ]
+    q, k, v = (x.flatten(0, 1) for x in (query, suffix_key, suffix_value))
+    return _suffix_attention(q, prefix_key, prefix_value, k, v, None, query.shape[1], scale)[0].view(query.shape)
+
+
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:
     check_shape(name, "image", image, B=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
@@ -170,6 +248,22 @@ def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> N
     if not torch.is_autocast_enabled(image.device.type):
         check_dtype(name, bank_name, bank, [image.dtype], "Convert one of them: image is in another.")
     check_device(name, bank_name, bank, ("image", image))
+
+
+def _check_like(name: str, query: Tensor, argument: str, tensor: Tensor, **sizes: int | None) -> None:
+    check_shape(name, argument, tensor, ("query", query), **sizes)
+    if not torch.is_autocast_enabled(query.device.type):
+        check_dtype(name, argument, tensor, [query.dtype], "Convert one of them: query is in another.")
+    check_device(name, argument, tensor, ("query", query))
+
+
+def _check_offsets(name: str, offsets: Tensor, max_length: int, query: Tensor) -> None:
+    check_dtype(name, "offsets", offsets, [torch.int64], "Use offsets.long().")
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"{name}: offsets must be [K + 1] with K ≥ 1; got {list(offsets.shape)}.")
+    check_device(name, "offsets", offsets, ("query", query))
+    if max_length < 1:
+        raise ValueError(f"{name}: max_length must be at least 1; got {max_length}.")
 
 
 def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int | None) -> None:

@@ -5,7 +5,7 @@ well, and are differentiable by autograd unless they say otherwise. Where the in
 done in fp32, as the kernels do it.
 
 Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding, W width of a tower, N image
-tokens, P tokens of the shared prompt prefix, S tokens of the longest class suffix, H heads.
+tokens, P tokens of the shared prompt prefix, S tokens of the longest class suffix, H heads, E = W/H the width of one.
 """
 
 from __future__ import annotations
@@ -234,6 +234,8 @@ def suffix_attention(
     suffix_key: Tensor,
     suffix_value: Tensor,
     scale: float | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Causal attention of many short class suffixes over one prefix that they share, and over themselves.
 
@@ -241,33 +243,59 @@ def suffix_attention(
 
         out_ks = softmax_j(scale · ⟨q_ks, key_kj⟩, j ≤ P + s) · value_k,   key_k = [prefix_key; suffix_key_k]
 
-    The gradient of the prefix is the sum over classes. Suffixes shorter than S are padded at the end: no real token
-    attends to the padding, and what the padding gives is to be ignored.
+    The gradient of the prefix is the sum over classes. Suffixes of one length are [K, S, …]. Others are packed, the
+    tokens of all in a row, [T, …]: suffix k has the rows offsets[k] to offsets[k + 1], the end not included.
 
     Args:
-        query: [K, S, H, W/H].
-        prefix_key: [P, H, W/H].
-        prefix_value: [P, H, W/H].
-        suffix_key: [K, S, H, W/H].
-        suffix_value: [K, S, H, W/H].
-        scale: 1/sqrt(W/H) by default.
+        query: [K, S, H, E], or packed: [T, H, E].
+        prefix_key: [P, H, E].
+        prefix_value: [P, H, E].
+        suffix_key: like `query`.
+        suffix_value: like `query`.
+        scale: 1/sqrt(E) by default.
+        offsets: int64 [K + 1], from 0 to T, never falling, where suffixes are packed.
+        max_length: of the longest suffix, given with `offsets`: nobody has to read them to know it.
 
     Returns:
-        [K, S, H, W/H] in the dtype of `query`.
+        Like `query`.
 
     Example:
-        >>> query = torch.zeros(2, 1, 1, 1)                    # [K=2, S=1, H=1, 1]: equal weights
-        >>> prefix = torch.tensor([1.0, 2.0]).view(2, 1, 1)    # [P=2, H=1, 1]
+        >>> query = torch.zeros(2, 1, 1, 1)                    # [K=2, S=1, H=1, E=1]: equal weights
+        >>> prefix = torch.tensor([1.0, 2.0]).view(2, 1, 1)    # [P=2, H=1, E=1]
         >>> suffix = torch.tensor([3.0, 6.0]).view(2, 1, 1, 1)
         >>> suffix_attention(query, prefix, prefix, suffix, suffix).flatten()
         tensor([2., 3.])
+        >>> query, suffix = torch.zeros(3, 1, 1), torch.tensor([3.0, 6.0, 1.0]).view(3, 1, 1)  # [T=3, H=1, E=1]
+        >>> offsets = torch.tensor([0, 1, 3])                  # suffixes of 1 and of 2 tokens
+        >>> suffix_attention(query, prefix, prefix, suffix, suffix, offsets=offsets, max_length=2).flatten()
+        tensor([2.0000, 3.0000, 2.5000])
     """
+    if offsets is not None:
+        assert max_length is not None
+        T = query.shape[0]
+        padded = (padded_suffixes(x, offsets, max_length) for x in (query, suffix_key, suffix_value))
+        query, suffix_key, suffix_value = padded
     K, S, H, head_width = query.shape
     P = prefix_key.shape[0]
     key = torch.cat([prefix_key.expand(K, P, H, head_width), suffix_key], dim=1)
     value = torch.cat([prefix_value.expand(K, P, H, head_width), suffix_value], dim=1)
     visible = torch.ones(S, P + S, dtype=torch.bool, device=query.device).tril(diagonal=P)
-    return _attention(query, key, value, visible, scale)
+    out = _attention(query, key, value, visible, scale)
+    return out if offsets is None else packed_suffixes(out, offsets, T)
+
+
+def padded_suffixes(packed: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    """[T, …] → [K, max_length, …], zeros behind each suffix."""
+    rows = offsets[:-1, None] + torch.arange(max_length, device=offsets.device)
+    padding = (rows >= offsets[1:, None]).view(*rows.shape, *[1] * (packed.dim() - 1))
+    return packed[rows.clamp_max(packed.shape[0] - 1)].masked_fill(padding, 0)
+
+
+def packed_suffixes(padded: Tensor, offsets: Tensor, T: int) -> Tensor:
+    """[K, S, …] → [T, …], T the number of tokens without the padding."""
+    rows = torch.arange(T, device=offsets.device)
+    suffix = torch.searchsorted(offsets, rows, right=True) - 1
+    return padded[suffix, rows - offsets[suffix]]
 
 
 def pooled_attention(
@@ -282,18 +310,18 @@ def pooled_attention(
         out_b = softmax_n(scale · ⟨q_b, k_bn⟩, n < length_b) · v_bn
 
     Args:
-        query: [B, H, W/H].
-        key: [B, N, H, W/H].
-        value: [B, N, H, W/H].
+        query: [B, H, E].
+        key: [B, N, H, E].
+        value: [B, N, H, E].
         lengths: int64 [B], how many keys count, at least 1; all N by default.
-        scale: 1/sqrt(W/H) by default.
+        scale: 1/sqrt(E) by default.
 
     Returns:
-        [B, H, W/H] in the dtype of `query`.
+        [B, H, E] in the dtype of `query`.
 
     Example:
-        >>> query = torch.zeros(1, 1, 1)                             # [B=1, H=1, 1]: equal weights
-        >>> value = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)   # [B=1, N=3, H=1, 1]
+        >>> query = torch.zeros(1, 1, 1)                             # [B=1, H=1, E=1]: equal weights
+        >>> value = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)   # [B=1, N=3, H=1, E=1]
         >>> pooled_attention(query, value, value).item()
         3.0
         >>> pooled_attention(query, value, value, lengths=torch.tensor([2])).item()
@@ -410,7 +438,7 @@ def _unit_norm(x: Tensor) -> Tensor:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """Softmax attention of [B, queries, H, W/H] over [B, keys, H, W/H]."""
+    """Softmax attention of [B, queries, H, E] over [B, keys, H, E]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * torch.einsum("bqhe,bkhe->bhqk", _wide(query), _wide(key))
     if visible is not None:

@@ -89,6 +89,19 @@ def test_suffix_attention_is_sdpa_on_the_whole_sequence(rng):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_packed_suffixes_are_each_by_itself(rng):
+    lengths, P, H, E = [3, 0, 1, 5], 2, 2, 4
+    prefix = [torch.randn(P, H, E, generator=rng, **torch_double) for _ in "kv"]
+    query, key, value = (torch.randn(sum(lengths), H, E, generator=rng, **torch_double) for _ in "qkv")
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    ours = reference.suffix_attention(query, *prefix, key, value, offsets=offsets, max_length=5)
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        alone = reference.suffix_attention(
+            query[None, begin:end], *prefix, key[None, begin:end], value[None, begin:end]
+        )
+        assert torch.allclose(ours[begin:end], alone[0], rtol=1e-13)
+
+
 def test_pooled_attention_is_one_row_of_sdpa(rng):
     B, N, H, E = 3, 6, 2, 8
     query = torch.randn(B, H, E, generator=rng, **torch_double)

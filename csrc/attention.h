@@ -1,0 +1,225 @@
+// What the attention operators share: tokens of heads in memory, tiles of them in scratch, and the products of tiles.
+//
+// A tile is n rows of E numbers, widened to the type of arithmetic and padded with zeros to `width`, whole vectors: no
+// inner loop has a rest, whatever E is. Everything here is inlined into the MULTIVERSION functions of the operators.
+#pragma once
+
+#include <limits>
+
+#include "tensor.h"
+
+namespace skipkernels {
+
+// [tokens, H, E] in memory; the E numbers of a token's head are contiguous.
+template <class T>
+struct Tokens {
+  T* data;
+  int64_t stride_token, stride_head;
+
+  BODY T* at(int64_t token, int64_t head) const {
+    return data + token * stride_token + head * stride_head;
+  }
+};
+
+inline Tensor with_contiguous_heads(const Tensor& tokens) {
+  const int64_t last = tokens.dim() - 1;
+  return tokens.size(last) == 1 || tokens.stride(last) == 1 ? tokens : torch::stable::contiguous(tokens);
+}
+
+// The last three dimensions; what is in front of them is the caller's.
+template <class T>
+Tokens<const T> tokens_of(const Tensor& tokens) {
+  return {tokens.const_data_ptr<T>(), tokens.stride(tokens.dim() - 3), tokens.stride(tokens.dim() - 2)};
+}
+template <class T>
+Tokens<T> mutable_tokens_of(Tensor& tokens) {
+  return {tokens.mutable_data_ptr<T>(), tokens.stride(tokens.dim() - 3), tokens.stride(tokens.dim() - 2)};
+}
+
+template <class A>
+constexpr int64_t whole_vectors(int64_t n) {
+  return (n + Vector<A>::width - 1) / Vector<A>::width * Vector<A>::width;
+}
+
+template <class A>
+Scratch<A> zeros(int64_t n) {
+  Scratch<A> numbers = scratch<A>(n);
+  std::fill(numbers.get(), numbers.get() + n, A(0));
+  return numbers;
+}
+
+template <class A>
+using Vec = typename Vector<A>::type;
+
+template <class A>
+BODY const Vec<A>& vec(const A* x) {
+  return *reinterpret_cast<const Vec<A>*>(x);
+}
+template <class A>
+BODY Vec<A>& vec(A* x) {
+  return *reinterpret_cast<Vec<A>*>(x);
+}
+
+// One head of `rows` tokens → a tile. The padding stays what it is: zero.
+template <class T, class A = accumulate_t<T>>
+BODY void load_rows(
+    A* tile, int64_t width, const Tokens<const T>& x, int64_t token, int64_t head, int64_t rows, int64_t E) {
+  constexpr int64_t W = Vector<A>::width;
+  for (int64_t i = 0; i < rows; ++i) {
+    A* out = tile + i * width;
+    const T* in = x.at(token + i, head);
+    int64_t e = 0;
+    for (; e + W <= E; e += W)
+      for (int64_t lane = 0; lane < W; ++lane)
+        out[e + lane] = widen(in[e + lane]);
+    for (; e < E; ++e)
+      out[e] = widen(in[e]);
+  }
+}
+
+template <class T, class A = accumulate_t<T>>
+BODY void store_rows(
+    const Tokens<T>& x, int64_t token, int64_t head, const A* tile, int64_t width, A factor, int64_t rows, int64_t E) {
+  constexpr int64_t W = Vector<A>::width;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* out = x.at(token + i, head);
+    const A* in = tile + i * width;
+    int64_t e = 0;
+    for (; e + W <= E; e += W)
+      for (int64_t lane = 0; lane < W; ++lane)
+        out[e + lane] = narrow<T>(factor * in[e + lane]);
+    for (; e < E; ++e)
+      out[e] = narrow<T>(factor * in[e]);
+  }
+}
+
+// out[i, j] = ⟨a_i, b_j⟩ for I × 4 pairs of rows.
+template <class A, int I>
+BODY void multiply_nt_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t width) {
+  Vec<A> sum[I][4] = {};
+  for (int64_t e = 0; e < width; e += Vector<A>::width)
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < 4; ++j)
+        sum[i][j] += vec(a + i * width + e) * vec(b + j * width + e);
+  for (int i = 0; i < I; ++i)
+    horizontal_sums<A>(out + i * stride_out, sum[i]);
+}
+
+// out[m, n] = a[m, width] · b[n, width]ᵀ, and up to three columns more: out and b must have room for n in fours.
+template <class A>
+BODY void multiply_nt(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t width) {
+  for (int64_t j = 0; j < n; j += 4) {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4)
+      multiply_nt_block<A, 4>(out + i * stride_out + j, stride_out, a + i * width, b + j * width, width);
+    for (; i < m; ++i)
+      multiply_nt_block<A, 1>(out + i * stride_out + j, stride_out, a + i * width, b + j * width, width);
+  }
+}
+
+// A matrix of numbers in a product, of any strides, so that it may be transposed.
+template <class A>
+struct Factor {
+  const A* data;
+  int64_t stride_row, stride_column;
+
+  BODY Factor from(int64_t row) const {
+    return {data + row * stride_row, stride_row, stride_column};
+  }
+};
+
+// I rows and J vectors of columns of the product below, in registers.
+template <class A, int I, int J, bool ADD>
+BODY void multiply_block(A* out, const Factor<A>& factor, const A* b, int64_t n, int64_t width) {
+  constexpr int64_t W = Vector<A>::width;
+  Vec<A> sum[I][J] = {};
+  if constexpr (ADD)
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < J; ++j)
+        sum[i][j] = vec(out + i * width + j * W);
+  for (int64_t k = 0; k < n; ++k)
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < J; ++j)
+        sum[i][j] += factor.data[i * factor.stride_row + k * factor.stride_column] * vec(b + k * width + j * W);
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j)
+      vec(out + i * width + j * W) = sum[i][j];
+}
+
+template <class A, int I, bool ADD>
+BODY void multiply_rows(A* out, const Factor<A>& factor, const A* b, int64_t n, int64_t width) {
+  constexpr int64_t W = Vector<A>::width;
+  constexpr int J = 8 / I; // eight sums: as many chains as hide the latency of a multiply-add
+  int64_t e = 0;
+  for (; e + J * W <= width; e += J * W)
+    multiply_block<A, I, J, ADD>(out + e, factor, b + e, n, width);
+  for (; e < width; e += W)
+    multiply_block<A, I, 1, ADD>(out + e, factor, b + e, n, width);
+}
+
+// out[m, width] (+)= factor[m, n] · b[n, width]
+template <bool ADD, class A>
+BODY void multiply(A* out, const Factor<A>& factor, const A* b, int64_t m, int64_t n, int64_t width) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4)
+    multiply_rows<A, 4, ADD>(out + i * width, factor.from(i), b, n, width);
+  for (; i < m; ++i)
+    multiply_rows<A, 1, ADD>(out + i * width, factor.from(i), b, n, width);
+}
+
+template <class A>
+BODY A highest(const A* x, int64_t end) {
+  constexpr int64_t W = Vector<A>::width;
+  Vec<A> tops = vec(x);
+  for (int64_t j = W; j < end; j += W)
+    tops = vec(x + j) > tops ? vec(x + j) : tops;
+  A top[W];
+  std::memcpy(top, &tops, sizeof(top));
+  for (int64_t half = W / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i)
+      top[i] = top[i + half] > top[i] ? top[i + half] : top[i];
+  return top[0];
+}
+
+// x_j → exp(scale · x_j − shift) for j < n and 0 up to `end`, which is whole vectors; returns the sum.
+template <class A>
+BODY A exp_row(A* x, A scale, A shift, int64_t n, int64_t end) {
+  constexpr int64_t W = Vector<A>::width;
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < end; j += W) {
+    for (int64_t i = 0; i < W; ++i)
+      x[j + i] = int32_t(j + i) < int32_t(n) ? exp_nonpositive(scale * x[j + i] - shift) : A(0);
+    sum += vec(x + j);
+  }
+  return horizontal_sum<A>(sum);
+}
+
+// Of a row of products x_j, of which the first n count: x_j → weight_j = exp(scale · x_j − lse), 0 for the others up to
+// `end`, which is whole vectors. Returns lse.
+template <class A>
+BODY A softmax_row(A* x, A scale, int64_t n, int64_t end) {
+  constexpr int64_t W = Vector<A>::width;
+  for (int64_t j = 0; j < end; ++j)
+    x[j] = int32_t(j) < int32_t(n) ? scale * x[j] : -std::numeric_limits<A>::infinity();
+  const A top = highest(x, end), sum = exp_row(x, A(1), top, n, end);
+  for (int64_t j = 0; j < end; j += W)
+    vec(x + j) *= 1 / sum;
+  return top + std::log(sum);
+}
+
+// d_weight_j → d_score_j = weight_j (d_weight_j − Σ_j weight_j d_weight_j), in place, for j < n and 0 up to `end`.
+template <class A>
+BODY void score_gradient_row(A* d_weight, const A* weight, int64_t n, int64_t end) {
+  constexpr int64_t W = Vector<A>::width;
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < end; j += W) {
+    for (int64_t i = 0; i < W; ++i)
+      d_weight[j + i] = int32_t(j + i) < int32_t(n) ? d_weight[j + i] : A(0);
+    sum += vec(weight + j) * vec(d_weight + j);
+  }
+  const A mean = horizontal_sum<A>(sum);
+  for (int64_t j = 0; j < end; j += W)
+    vec(d_weight + j) = vec(weight + j) * (vec(d_weight + j) - mean);
+}
+
+} // namespace skipkernels
