@@ -11,10 +11,11 @@ compiled for such a launch. So what is compiled is what a user gets: the same co
 stages. From the machine code are read: registers of a thread, bytes that spill, bytes of shared memory, and which
 matrix instruction a kernel with a `tl.dot` uses.
 
-`--check` fails where a kernel does not compile, spills, asks for more shared memory than a block may have, has a
-`tl.dot` but no matrix instruction, is not reached by any call, is missing from the table or there without being
-compiled, or needs more registers or shared memory than in the table or another matrix instruction: exactly where the
-table was made by the installed Triton, else only more than ALLOWANCE times the registers or shared memory.
+`--check` fails where a kernel does not compile, spills, asks for more shared memory than a block may have or a larger
+grid than there is, has a `tl.dot` but no matrix instruction, is reached by no call, is missing from the table, is there
+without being compiled, needs more registers or shared memory than in the table, or uses another matrix instruction:
+exactly where the table was made by the installed Triton, else only where registers or shared memory grow beyond
+ALLOWANCE.
 
 `--quick` takes the first call of every operator only: every kernel and dtype, but not every entry of the block tables.
 """
@@ -27,6 +28,7 @@ import contextlib
 import csv
 import importlib
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -53,6 +55,7 @@ PLOT = measure.RESULTS / "aot.svg"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions
 # schedule loads and place layouts differently. Spills and the limits of the hardware are never allowed for.
 ALLOWANCE = 1.25
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
 _MATRIX_INSTRUCTIONS = {
     "ptx": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*"),
@@ -78,6 +81,7 @@ class Job(NamedTuple):
     number: int
     """Of the launch, within the call."""
     target: str
+    grid: tuple[int, ...]
     kernel: Any
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -95,6 +99,7 @@ class Row(NamedTuple):
     kernel: str
     target: str
     constants: str
+    programs: int
     num_warps: int
     num_stages: int
     registers: int
@@ -114,6 +119,7 @@ class Row(NamedTuple):
 
 class Result(NamedTuple):
     row: Row
+    grid: tuple[int, ...]
     has_dot: bool
 
 
@@ -146,8 +152,9 @@ def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], q
             seen = set()
             for call in itertools.islice(CALLS[op](torch_dtype), 1 if quick else None) if dtype in dtypes else ():
                 for number, launch in enumerate(record(op, call.arguments, ARCHITECTURES[target])):
-                    job = Job(op, call.shape, dtype, number, target, launch.kernel, *specialise(launch, backend))
-                    what = (job.kernel.fn.__qualname__, *map(repr, job[6:]))
+                    built = specialise(launch, backend)
+                    job = Job(op, call.shape, dtype, number, target, launch.grid, launch.kernel, *built)
+                    what = (job.kernel.fn.__qualname__, *map(repr, built))
                     if what not in seen:
                         seen.add(what)
                         yield job
@@ -190,6 +197,7 @@ def compile_job(job: Job) -> Result:
         kernel=job.kernel.fn.__name__,
         target=job.target,
         constants=constants_of(job),
+        programs=math.prod(job.grid),
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         registers=registers,
@@ -198,7 +206,7 @@ def compile_job(job: Job) -> Result:
         matrix_instruction=" ".join(sorted(instructions)),
         triton=triton.__version__,
     )
-    return Result(row, has_dot="tt.dot" in compiled.asm["ttir"])
+    return Result(row, job.grid, has_dot="tt.dot" in compiled.asm["ttir"])
 
 
 def constants_of(job: Job) -> str:
@@ -264,6 +272,8 @@ def problems_of(result: Result) -> Iterator[str]:
         yield f"{row.name} spills {row.spilled_bytes} bytes"
     if row.shared_bytes > limits.block_shared:
         yield f"{row.name} wants {row.shared_bytes} bytes of shared memory; a block may have {limits.block_shared}"
+    if any(size > most for size, most in zip(result.grid, LARGEST_GRID, strict=False)):
+        yield f"{row.name} is launched with a grid of {result.grid}; the largest is {LARGEST_GRID}"
     if result.has_dot and not row.matrix_instruction:
         yield f"{row.name} has a tl.dot but uses no matrix instruction"
 
@@ -343,7 +353,9 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         for name in ("num_warps", "registers", "spilled_bytes", "shared_bytes"):
             values = [getattr(row, name) for row in group]
             ranges.append("–".join(map(str, dict.fromkeys((min(values), max(values))))))
-        instructions = {name.partition(".")[0] for row in group for name in row.matrix_instruction.split()}
+        instructions = {
+            name for row in group for name in re.findall(r"\b(?:wg)?mma|tcgen05|v_mfma", row.matrix_instruction)
+        }
         table.add_row(*key, str(len(group)), *ranges, " ".join(sorted(instructions)))
     console.print(table)
 

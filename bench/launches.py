@@ -32,7 +32,7 @@ def ids(*shape: int) -> Tensor:
 
 
 def class_scores(dtype: torch.dtype) -> Iterator[Call]:
-    for B, C, D in ((4, 1000, 512), (5, 1001, 100)):
+    for B, C, D in ((4, 1000, 512), (4, 21841, 512), (5, 1001, 100)):
         yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))
 
 

@@ -190,6 +190,7 @@ def occupancies(rows: Sequence[aot.Row]) -> Iterator[dict[str, Any]]:
             "dtype": row.dtype,
             "shape": row.shape,
             "constants": row.constants,
+            "programs": row.programs,
             "num_warps": row.num_warps,
             "registers": row.registers,
             "shared_bytes": row.shared_bytes,

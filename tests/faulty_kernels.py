@@ -34,7 +34,7 @@ def main() -> None:
         with aot.recording(aot.ARCHITECTURES[target]) as launches:
             launch(product_kernel, (1,), device=x.device, x_ptr=x, y_ptr=x, **options)
         backend = triton.compiler.compiler.make_backend(aot.gpu_target(target))
-        job = aot.Job("product", "1", "fp32", 0, target, product_kernel, *aot.specialise(launches[0], backend))
+        job = aot.Job("product", "1", "fp32", 0, target, (1,), product_kernel, *aot.specialise(launches[0], backend))
         problems = list(aot.problems_of(aot.compile_job(job)))
         print(f"{case}, {target}: {problems}")  # noqa: T201
 

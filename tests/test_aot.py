@@ -47,6 +47,7 @@ ROW = aot.Row(
     kernel="_class_scores_kernel",
     target="gfx942",
     constants="BLOCK_C=32",
+    programs=32,
     num_warps=4,
     num_stages=2,
     registers=80,
@@ -70,13 +71,18 @@ ROW = aot.Row(
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_limits(changes, problem):
-    found = list(aot.problems_of(aot.Result(ROW._replace(**changes), has_dot=True)))
+    found = list(aot.problems_of(aot.Result(ROW._replace(**changes), (32,), has_dot=True)))
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]
 
 
+def test_grids_that_no_gpu_takes_are_found():
+    assert not list(aot.problems_of(aot.Result(ROW, (2**31 - 1, 65535), has_dot=True)))
+    assert "grid" in next(aot.problems_of(aot.Result(ROW, (1, 65536), has_dot=True)))
+
+
 def test_kernels_without_a_dot_need_no_matrix_units():
-    assert not list(aot.problems_of(aot.Result(ROW._replace(matrix_instruction=""), has_dot=False)))
+    assert not list(aot.problems_of(aot.Result(ROW._replace(matrix_instruction=""), (32,), has_dot=False)))
 
 
 @pytest.mark.parametrize(

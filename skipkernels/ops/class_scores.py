@@ -15,12 +15,11 @@ from .. import reference
 from . import registration
 from .launching import dot_precision, launch, tl, triton
 
-# Tiles of the product. A batch has few images, so 16 of them, the least that the matrix units take; few classes, so
-# that a thousand of them still occupy a GPU; 128 bytes of every row at a time.
-BLOCK_B = 16
-BLOCK_C = 32
-BYTES_D = 128
-NUM_WARPS = 4
+BLOCK_B = 16  # images: a batch has few, and this is the least that the matrix units take
+BYTES_D = 128  # of every row at a time
+# Classes of a program, and its warps. Of few classes 16, so that a thousand of them still occupy 63 multiprocessors; of
+# many 64, for which the images are read a quarter as often, by wgmma on sm_90 and tcgen05 on sm_100.
+FEW, MANY, MANY_FROM = (16, 2), (64, 4), 4096
 NUM_STAGES = 4
 BLOCK_CHECK = 256  # labels that one program checks
 
@@ -90,6 +89,7 @@ def _check_labels_kernel(labels_ptr, B, C, stride_labels, BLOCK: tl.constexpr):
 def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     image, prototypes = (x if x.stride(1) == 1 else x.contiguous() for x in (image, prototypes))
     (B, D), C, device = image.shape, prototypes.shape[0], image.device
+    block_c, num_warps = FEW if C < MANY_FROM else MANY
     launch(
         _check_labels_kernel,
         (triton.cdiv(B, BLOCK_CHECK),),
@@ -105,9 +105,9 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     scores = torch.empty(C, dtype=torch.float32, device=device)
     launch(
         _class_scores_kernel,
-        (triton.cdiv(C, BLOCK_C),),
+        (triton.cdiv(C, block_c),),
         device=device,
-        num_warps=NUM_WARPS,
+        num_warps=num_warps,
         num_stages=NUM_STAGES,
         image_ptr=image,
         prototypes_ptr=prototypes,
@@ -121,7 +121,7 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
         stride_labels=labels.stride(0),
         eps=reference.UNIT_NORM_EPS,
         BLOCK_B=BLOCK_B,
-        BLOCK_C=BLOCK_C,
+        BLOCK_C=block_c,
         BLOCK_D=BYTES_D // image.element_size(),
         PRECISION=dot_precision(image.dtype, device),
     )

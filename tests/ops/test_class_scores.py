@@ -46,6 +46,7 @@ SHAPES = [
     (17, 33, 129),  # one more than a block of Triton's in every size
     (257, 31, 128),  # one more than a block of images
     (40, 71, 300),
+    (2, 4097, 16),  # many classes: other blocks
     (300, 1031, 96),
 ]
 
