@@ -14,6 +14,7 @@ import sys
 import pytest
 
 from bench import aot
+from bench.launches import CALLS
 from skipkernels.ops import launching
 
 pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
@@ -31,12 +32,19 @@ def test_kernels_are_sound_and_no_worse_than_the_table():
 
 
 def test_faults_are_found_in_machine_code():
-    done = run("tests.faulty_kernels")
+    done = run("tests.ahead_of_time", "faults")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "sound, sm_80: []" and lines[1] == "sound, gfx942: []"
     assert "has a tl.dot but uses no matrix instruction" in lines[2]
     assert "spills" in lines[3] and "spills" in lines[4]
+
+
+def test_what_is_compiled_is_what_a_launch_compiles():
+    done = run("tests.ahead_of_time", "differences")
+    assert done.returncode == 0, done.stderr
+    (summary,) = done.stdout.splitlines()
+    assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)
 
 
 ROW = aot.Row(
