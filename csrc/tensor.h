@@ -46,7 +46,9 @@ Scratch<A> scratch(int64_t n) {
 }
 
 template <class A>
-constexpr ScalarType scalar_type_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType scalar_type_of = std::is_same_v<A, double>     ? ScalarType::Double
+                                      : std::is_same_v<A, BFloat16> ? ScalarType::BFloat16
+                                                                    : ScalarType::Float;
 
 template <class A>
 Tensor vector_of(int64_t n) {
@@ -196,16 +198,28 @@ inline Plan::Plan(int64_t B_, int64_t K_, int64_t D_) : B(B_), K(K_), D(D_), b_b
   }
 }
 
+inline Block block_of(const Plan& plan, int64_t task) {
+  const int64_t b_index = task / plan.k_blocks, k_index = task % plan.k_blocks;
+  const int64_t b = b_index * plan.b_block, k = k_index * plan.k_block;
+  return {b_index, k_index, b, std::min(b + plan.b_block, plan.B), k, std::min(k + plan.k_block, plan.K)};
+}
+
 // Calls f for every block of the plan, on as many threads as torch.set_num_threads allows; each has a tile of its own.
 template <class Tile, class F>
 void parallel_blocks(const Plan& plan, const F& f) {
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     Tile tile(plan);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b_index = task / plan.k_blocks, k_index = task % plan.k_blocks;
-      const int64_t b = b_index * plan.b_block, k = k_index * plan.k_block;
-      f(tile, Block{b_index, k_index, b, std::min(b + plan.b_block, plan.B), k, std::min(k + plan.k_block, plan.K)});
-    }
+    for (int64_t task = begin; task < end; ++task)
+      f(tile, block_of(plan, task));
+  });
+}
+
+// The same where no tile is needed.
+template <class F>
+void parallel_blocks(const Plan& plan, const F& f) {
+  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      f(block_of(plan, task));
   });
 }
 

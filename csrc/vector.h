@@ -56,4 +56,8 @@ SKIPKERNELS_DECLARE_LOOPS(float);
 SKIPKERNELS_DECLARE_LOOPS(double);
 #undef SKIPKERNELS_DECLARE_LOOPS
 
+// out += x; out = x
+void add(float* out, const BFloat16* x, int64_t n);
+void narrow_row(BFloat16* out, const float* x, int64_t n);
+
 } // namespace skipkernels

@@ -86,8 +86,19 @@ def class_sampled_cross_entropy(
     if reduction not in _REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
+    # On the CPU gradients cost less in the forward pass; with "none", what they are summed up with is not known there.
+    keep = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return _class_sampled_ce(
-        image, text, labels, scale, class_ids, class_weight, label_smoothing, ignore_index, reduction
+        image,
+        text,
+        labels,
+        scale,
+        class_ids,
+        class_weight,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        *(keep and x.requires_grad for x in (image, text, scale)),
     )[0]
 
 

@@ -4,8 +4,14 @@
     loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
 Forward also returns what backward needs besides the inputs: lse [B], in fp64 (fp32 would round it by 4e-6 at a scale of
-100, and every probability with it), and the lengths of the rows, [B] and [K]. Backward computes the logits again, a
-bounded panel at a time; it computes only the gradients that are asked for, the others come back empty.
+100, and every probability with it), the lengths of the rows, [B] and [K], and what the sum of the losses was divided
+by. Backward computes the logits again, a bounded panel at a time; it computes only the gradients that are asked for,
+the others come back empty.
+
+On the CPU a matrix product costs more than anything else, and one of four is saved if the gradients are computed while
+the logits are there: with `keep_…`, which a mean or a sum allows, forward returns the gradients of the unit rows, up to
+the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64), and backward only takes them through the
+unit norm. What is not kept comes back empty.
 
 CPU kernel: csrc/class_sampled_ce.cpp.
 """
@@ -25,16 +31,79 @@ _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int 
 
 
 def _serve(
-    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, ignore_index, _ = options
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    class_ids: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    keep_image: bool,
+    keep_text: bool,
+    keep_logit_scale: bool,
+) -> tuple[Tensor, ...]:
     if image.device.type == "cpu":  # a GPU is not made to wait: there a bad label ends in a device-side assertion
         _check_values(labels, text.shape[0], logit_scale, class_ids, ignore_index)
-    loss = reference.class_sampled_ce(image, text, labels, logit_scale, class_ids, *options)
+    options = class_ids, class_weight, label_smoothing, ignore_index, reduction
+    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options)
     lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
     rows = text if class_ids is None else text.index_select(0, class_ids)
     image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=loss.dtype) for x in (image, rows))
-    return loss, lse, image_norm, text_norm
+    denominator = loss.new_ones(())
+    if reduction == "mean":
+        weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
+        ignored = labels == ignore_index
+        denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
+    keep = keep_image, keep_text, keep_logit_scale
+    saved = image, text, labels, logit_scale, lse, image_norm, text_norm, denominator
+    return loss, *saved[4:], *_unit_gradients(torch.ones_like(loss), *saved, *options, *keep)
+
+
+def _unit_gradients(
+    d_loss: Tensor,
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    lse: Tensor,
+    image_norm: Tensor,
+    text_norm: Tensor,
+    denominator: Tensor,
+    class_ids: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the unit rows, up to the factor logit_scale, and of the scale, in fp64."""
+    wide, C = image_norm.dtype, text.shape[0]
+    rows = torch.arange(C, device=text.device) if class_ids is None else class_ids
+    K = rows.shape[0]
+    place = rows.new_zeros(C).scatter(0, rows, torch.arange(K, device=rows.device))
+    ignored = labels == ignore_index
+    target = place[labels.masked_fill(ignored, 0)]
+    weight = text_norm.new_ones(K) if class_weight is None else class_weight.to(wide)[rows]
+
+    # d_z = up · ((1 − ε) · w_y · (p − [k = y]) + ε/K · (W p − w_k)),   W = Σ_k w_k
+    upstream = (d_loss / denominator).expand(labels.shape).masked_fill(ignored, 0)
+    hit = (1 - label_smoothing) * upstream * weight[target]
+    spread = label_smoothing / K * upstream
+    unit_image = image.to(wide) / image_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
+    unit_text = text.to(wide)[rows] / text_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
+    cosine, scale = unit_image @ unit_text.T, logit_scale.reshape(()).to(wide)
+    probability = (scale * cosine - lse[:, None]).exp().to(wide)
+    d_logits = (hit + spread * weight.sum())[:, None] * probability - spread[:, None] * weight
+    d_logits.scatter_add_(1, target[:, None], -hit[:, None])
+    return (
+        d_logits @ unit_text if need_image else image_norm.new_empty(0, image.shape[1]),
+        d_logits.T @ unit_image if need_text else image_norm.new_empty(0, image.shape[1]),
+        (d_logits * cosine).sum(dtype=torch.float64).view(1) if need_logit_scale else lse.new_empty(0),
+    )
 
 
 def _serve_backward(
@@ -46,53 +115,42 @@ def _serve_backward(
     lse: Tensor,
     image_norm: Tensor,
     text_norm: Tensor,
+    denominator: Tensor,
+    kept_image: Tensor,
+    kept_text: Tensor,
+    kept_logit_scale: Tensor,
     class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, C = image_norm.dtype, text.shape[0]
-    rows = torch.arange(C, device=text.device) if class_ids is None else class_ids
-    K = rows.shape[0]
-    place = rows.new_zeros(C).scatter(0, rows, torch.arange(K, device=rows.device))
-    ignored = labels == ignore_index
-    target = place[labels.masked_fill(ignored, 0)]
-    weight = text_norm.new_ones(K) if class_weight is None else class_weight.to(wide)[rows]
-    target_weight = weight[target].masked_fill(ignored, 0)
-
-    # d_z = up · ((1 − ε) · w_y · (p − [k = y]) + ε/K · (W p − w_k)),   W = Σ_k w_k
-    upstream = d_loss / target_weight.sum() if reduction == "mean" else d_loss
-    upstream = upstream.expand(labels.shape).masked_fill(ignored, 0)
-    hit = (1 - label_smoothing) * upstream * target_weight
-    spread = label_smoothing / K * upstream
-    unit_image = image.to(wide) / image_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
-    unit_text = text.to(wide)[rows] / text_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
-    cosine, scale = unit_image @ unit_text.T, logit_scale.reshape(()).to(wide)
-    probability = (scale * cosine - lse[:, None]).exp().to(wide)
-    d_logits = (hit + spread * weight.sum())[:, None] * probability - spread[:, None] * weight
-    d_logits.scatter_add_(1, target[:, None], -hit[:, None])
-
+    needs = need_image, need_text, need_logit_scale = rest[-3:]
+    kept = kept_image, kept_text, kept_logit_scale
+    factor = d_loss
+    if any(need and x.numel() == 0 for need, x in zip(needs, kept, strict=True)):
+        saved = image, text, labels, logit_scale, lse, image_norm, text_norm, denominator
+        kept = _unit_gradients(d_loss, *saved, class_ids, *rest)
+        factor = torch.ones_like(denominator)
+    scale = logit_scale.reshape(()).to(image_norm.dtype)
     d_image, d_text, d_logit_scale = _nothing(image), _nothing(text), _nothing(logit_scale)
     if need_image:
-        d_image = _through_unit_norm(scale * (d_logits @ unit_text), unit_image, image_norm).to(image.dtype)
+        d_image = _through_unit_norm(factor * scale * kept[0], image, image_norm)
     if need_text:
-        d_rows = _through_unit_norm(scale * (d_logits.T @ unit_image), unit_text, text_norm)
-        d_text = torch.zeros_like(text, memory_format=torch.contiguous_format)
-        d_text[rows] = d_rows.to(text.dtype)
+        rows = text if class_ids is None else text[class_ids]
+        d_rows = _through_unit_norm(factor * scale * kept[1], rows, text_norm)
+        d_text = d_rows if class_ids is None else torch.zeros_like(text, memory_format=torch.contiguous_format)
+        if class_ids is not None:
+            d_text[class_ids] = d_rows
     if need_logit_scale:
-        d_logit_scale = (d_logits * cosine).sum().to(logit_scale.dtype).reshape(logit_scale.shape)
+        d_logit_scale = (factor * kept[2]).to(logit_scale.dtype).reshape(logit_scale.shape)
     return d_image, d_text, d_logit_scale
 
 
-def _through_unit_norm(d_unit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+def _through_unit_norm(d_unit: Tensor, rows: Tensor, norm: Tensor) -> Tensor:
     """d_x = (d_unit − unit · ⟨unit, d_unit⟩)/|x|; a row shorter than eps was divided by a constant: d_unit/eps."""
     norm = norm[:, None]
+    length = norm.clamp_min(reference.UNIT_NORM_EPS)
+    unit = rows.to(norm.dtype) / length
     along = (unit * d_unit).sum(dim=1, keepdim=True).masked_fill(norm < reference.UNIT_NORM_EPS, 0)
-    return (d_unit - unit * along) / norm.clamp_min(reference.UNIT_NORM_EPS)
+    return ((d_unit - unit * along) / length).to(rows.dtype)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -127,12 +185,14 @@ def _check_values(labels: Tensor, C: int, logit_scale: Tensor, class_ids: Tensor
 
 def _fake(
     image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, reduction = options
-    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
+) -> tuple[Tensor, ...]:
+    *_, reduction, keep_image, keep_text, keep_logit_scale = options
+    (B, D), K = image.shape, (text if class_ids is None else class_ids).shape[0]
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     loss = image.new_empty((B,) if reduction == "none" else (), dtype=dtype)
-    return loss, loss.new_empty(B, dtype=torch.float64), loss.new_empty(B), loss.new_empty(K)
+    lse = image.new_empty(B, dtype=torch.float64)
+    kept = loss.new_empty(B * keep_image, D), loss.new_empty(K * keep_text, D), lse.new_empty(int(keep_logit_scale))
+    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *kept
 
 
 def _fake_backward(
@@ -143,14 +203,17 @@ def _fake_backward(
 
 
 class_sampled_ce = registration.define(
-    f"class_sampled_ce(Tensor image, Tensor text, Tensor labels, Tensor logit_scale, {_OPTIONS})"
-    " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm)",
+    f"class_sampled_ce(Tensor image, Tensor text, Tensor labels, Tensor logit_scale, {_OPTIONS},"
+    " bool keep_image, bool keep_text, bool keep_logit_scale)"
+    " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
+    " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
     serve=_serve,
     fake=_fake,
 )
 class_sampled_ce_backward = registration.define(
     "class_sampled_ce_backward(Tensor d_loss, Tensor image, Tensor text, Tensor labels, Tensor logit_scale,"
-    f" Tensor lse, Tensor image_norm, Tensor text_norm, {_OPTIONS},"
+    " Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
+    f" Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale, {_OPTIONS},"
     " bool need_image, bool need_text, bool need_logit_scale)"
     " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
     serve=_serve_backward,
@@ -159,7 +222,8 @@ class_sampled_ce_backward = registration.define(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, text, labels, logit_scale, class_ids, class_weight, *ctx.options = inputs
+    image, text, labels, logit_scale, class_ids, class_weight, *options = inputs
+    ctx.options = options[:3]
     _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
@@ -172,7 +236,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
     if d_loss is not None:
         gradients = class_sampled_ce_backward(d_loss, *ctx.saved_tensors, *ctx.options, *needs)
         d_image, d_text, d_logit_scale = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_image, d_text, None, d_logit_scale, None, None, None, None, None
+    return d_image, d_text, None, d_logit_scale, *[None] * 8
 
 
 registration.differentiate(class_sampled_ce, _backward, _save)

@@ -235,10 +235,10 @@ def test_gradcheck():
         )
 
 
-def arguments(case: Case) -> tuple:
+def arguments(case: Case, keep: bool = False) -> tuple:
     defaults = {"class_ids": None, "class_weight": None, "label_smoothing": 0.0, "ignore_index": -100}
     options = {**defaults, "reduction": "mean", **case.options}
-    return case.image, case.text, case.labels, case.logit_scale, *options.values()
+    return case.image, case.text, case.labels, case.logit_scale, *options.values(), *[keep] * 3
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,11 @@ def arguments(case: Case) -> tuple:
 def test_opcheck(K, options):
     case = make(3, 9, K, 5, **options)
     torch.library.opcheck(class_sampled_ce, arguments(case))
+    if "reduction" not in options:
+        torch.library.opcheck(class_sampled_ce, arguments(case, keep=True))
     with torch.no_grad():
         loss, *statistics = class_sampled_ce(*arguments(case))
-        image, text, labels, scale, *rest = arguments(case)
+        image, text, labels, scale, *rest = arguments(case)[:-3]
         for needs in itertools.product([True, False], repeat=3):
             torch.library.opcheck(
                 class_sampled_ce_backward,
@@ -294,14 +296,17 @@ def test_two_backward_passes_give_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-def test_saves_the_inputs_and_three_rows_of_statistics():
-    case = make(16, 300, 200, 64)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saves_what_the_docstring_says(reduction):
+    """Three rows of statistics and what the mean divides by; with a mean also the gradients of the unit rows."""
+    case = make(16, 300, 200, 64, reduction=reduction)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         kernel(case)
     inputs = {x.data_ptr() for x in (case.image, case.text, case.labels, case.logit_scale, case.options["class_ids"])}
-    own = [x for x in saved if x.data_ptr() not in inputs]
-    assert sorted(x.numel() for x in own) == [16, 16, 200]
+    own = [x.numel() for x in saved if x.data_ptr() not in inputs and x.numel() > 0]
+    gradients = [1, 16 * 64, 200 * 64] if reduction == "mean" else []
+    assert sorted(own) == sorted([16, 16, 200, 1, *gradients])
 
 
 def test_gradient_of_a_gradient_is_an_error():

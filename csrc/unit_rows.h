@@ -1,0 +1,171 @@
+// What the operators on unit rows share: which rows of the bank take part, and the way back from d_logits to the rows.
+//
+//   d_x_b = s · P_b Σ_k d_z_bk t_k/|t_k|,   d_t_k = s · P_k Σ_b d_z_bk x_b/|x_b|,   P the gradient of the unit norm
+#pragma once
+
+#include "tensor.h"
+
+namespace skipkernels {
+
+// The place of each row of the bank among the sampled ones, −1 for those that are not.
+inline std::vector<int64_t> places_of(const char* name, const std::vector<int64_t>& ids, int64_t C) {
+  std::vector<int64_t> place(C, -1);
+  for (size_t k = 0; k < ids.size(); ++k) {
+    const int64_t id = ids[k];
+    if (id < 0 || id >= C)
+      refuse(name, ": class_ids must be rows of text, 0 to ", C - 1, "; got ", id, " at position ", k, ".");
+    if (place[id] >= 0)
+      refuse(name, ": class_ids must have no duplicates; got ", id, " at positions ", place[id], " and ", k, ".");
+    place[id] = int64_t(k);
+  }
+  return place;
+}
+
+// Whether the library's product of bf16 is faster than that of fp32: without these instructions it emulates.
+inline bool has_bf16_products() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
+// out[m, d] (+)= Σ_n factors[m, n] · unit row n, a tile of n at a time. A piece of the sum, some m and some columns, is
+// a task; none where there is no `out`. `whole` stands for a problem too small to divide: one piece, and no library.
+//
+// Large products of bf16 rows have both operands rounded to bf16, as plain PyTorch has them, and so is each tile's
+// product; tiles are summed up in fp32.
+template <class T, class A = accumulate_t<T>>
+struct Contraction {
+  Matrix<A> factors; // [M, N]
+  Rows<T> rows; // N of them
+  const A* norm; // [N]
+  int64_t D;
+  A* out; // [M, D]
+  bool accumulate;
+
+  static constexpr int64_t M_TILE = 256, N_TILE = 512, D_TILE = 512;
+  static constexpr bool IS_BF16 = std::is_same_v<T, BFloat16>;
+
+  // A thread's own memory for pieces of a width.
+  struct Workspace {
+    Scratch<A> tile, product;
+    Scratch<BFloat16> tile_bf16, factors_bf16, product_bf16;
+
+    Workspace(int64_t n_count, int64_t width, bool whole)
+        : tile(scratch<A>(n_count * width)), product(scratch<A>(whole ? 0 : M_TILE * width)) {
+      if (IS_BF16 && !whole) {
+        tile_bf16 = scratch<BFloat16>(n_count * width);
+        factors_bf16 = scratch<BFloat16>(M_TILE * n_count);
+        product_bf16 = scratch<BFloat16>(M_TILE * width);
+      }
+    }
+  };
+
+  int64_t width(bool whole) const {
+    if (whole)
+      return D;
+    // Few rows: more threads find work in narrow pieces. Many rows: wide pieces read the factors less often.
+    return factors.rows <= M_TILE ? std::min<int64_t>(128, divide_up(D, 2)) : std::min(D, D_TILE);
+  }
+
+  int64_t tasks(bool whole) const {
+    return out == nullptr ? 0 : divide_up(factors.rows, M_TILE) * divide_up(D, width(whole));
+  }
+
+  void run(int64_t task, bool whole, Workspace& own) const {
+    const int64_t N = factors.columns, pieces = divide_up(D, width(whole));
+    const int64_t m0 = task / pieces * M_TILE, m_count = std::min(M_TILE, factors.rows - m0);
+    const int64_t d0 = task % pieces * width(whole), d_count = std::min(width(whole), D - d0);
+    A* piece = out + m0 * D + d0;
+    for (int64_t n = 0; n < N; n += N_TILE) {
+      const int64_t n_count = std::min(N_TILE, N - n);
+      for (int64_t i = 0; i < n_count; ++i)
+        load_unit_row(&own.tile[i * d_count], rows[n + i] + d0, norm[n + i], d_count);
+      const Matrix<A> a = factors.block(m0, n, m_count, n_count), b{own.tile.get(), n_count, d_count, d_count};
+      const bool large = !whole && is_large(m_count, n_count, d_count);
+      const bool first = !accumulate && n == 0;
+      if (large && first && !(IS_BF16 && has_bf16_products())) {
+        library_matmul({piece, m_count, d_count, D}, a, b);
+        continue;
+      }
+      for (int64_t i = 0; i < m_count && first; ++i)
+        std::fill(piece + i * D, piece + i * D + d_count, A(0));
+      if (!large)
+        small_matmul_add(piece, D, a.data, a.stride_row, a.stride_column, b.data, m_count, n_count, d_count);
+      else if (IS_BF16 && has_bf16_products())
+        add_product_bf16(piece, a, b, own);
+      else
+        add_product(piece, own.product.get(), a, b);
+    }
+  }
+
+ private:
+  template <class P>
+  void add_product(A* piece, P* product, const Matrix<P>& a, const Matrix<P>& b) const {
+    library_matmul({product, a.rows, b.columns, b.columns}, a, b);
+    for (int64_t i = 0; i < a.rows; ++i)
+      add(piece + i * D, product + i * b.columns, b.columns);
+  }
+
+  void add_product_bf16(A* piece, const Matrix<A>& a, const Matrix<A>& b, Workspace& own) const {
+    if constexpr (IS_BF16) {
+      narrow_row(own.tile_bf16.get(), b.data, b.rows * b.columns);
+      // In the order of memory: d_logits is the one factor as it is and the other transposed.
+      const bool by_rows = a.stride_column == 1;
+      const Matrix<A> in = by_rows ? a : a.transposed();
+      for (int64_t i = 0; i < in.rows; ++i)
+        narrow_row(&own.factors_bf16[i * in.columns], in.data + i * in.stride_row, in.columns);
+      const Matrix<BFloat16> narrow{own.factors_bf16.get(), in.rows, in.columns, in.columns};
+      add_product<BFloat16>(
+          piece, own.product_bf16.get(), by_rows ? narrow : narrow.transposed(),
+          {own.tile_bf16.get(), b.rows, b.columns, b.columns});
+    }
+  }
+};
+
+// The unit rows of images and of classes: what both contractions read.
+template <class T, class A = accumulate_t<T>>
+struct UnitRows {
+  Rows<T> image, text;
+  const A *image_norm, *text_norm;
+  int64_t D;
+};
+
+// Both contractions of images b0… with d_logits [panel, K]: d_image [panel, D] is overwritten, d_text [K, D] too or, if
+// `accumulate`, added to; either may be null.
+template <class T, class A = accumulate_t<T>>
+void contract(
+    const Matrix<A>& d_logits, const UnitRows<T>& unit, int64_t b0, A* d_image, A* d_text, bool accumulate,
+    bool whole) {
+  const int64_t D = unit.D;
+  const Contraction<T> images{d_logits, unit.text, unit.text_norm, D, d_image, false};
+  const Contraction<T> texts{d_logits.transposed(), unit.image.from(b0), unit.image_norm + b0, D, d_text, accumulate};
+  const int64_t image_tasks = images.tasks(whole), tasks = image_tasks + texts.tasks(whole);
+  torch::stable::parallel_for(0, tasks, whole ? tasks + 1 : 1, [&](int64_t begin, int64_t end) {
+    const int64_t n_count = std::min(std::max(d_logits.rows, d_logits.columns), images.N_TILE);
+    typename Contraction<T>::Workspace own(n_count, std::max(images.width(whole), texts.width(whole)), whole);
+    for (int64_t task = begin; task < end; ++task) {
+      if (task < image_tasks)
+        images.run(task, whole, own);
+      else
+        texts.run(task - image_tasks, whole, own);
+    }
+  });
+}
+
+// Back through the unit norm: rows of d_rows from the gradient of the n unit rows, times scale. d_rows is zero where no
+// row takes part.
+template <class T, class A = accumulate_t<T>>
+void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t n, int64_t D, A scale, T* d_rows) {
+  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / D);
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* d_row = d_rows + (rows.ids == nullptr ? i : rows.ids[i]) * D;
+      store_unit_row_gradient(d_row, d_unit + i * D, scale, rows[i], norm[i], D);
+    }
+  });
+}
+
+} // namespace skipkernels
