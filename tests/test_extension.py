@@ -89,20 +89,9 @@ def test_compiler_that_fails_is_one_warning_with_its_words(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_reference_serves_with_the_same_checks_and_gradients(tmp_path):
-    """Without the library the operators still have opcheck's blessing, the C++ errors, and their gradients."""
+def test_reference_serves_with_the_same_errors(tmp_path):
+    """Without the library too; that its numbers and gradients are right is for `reference` among the backends."""
     code = """
-import pytest
-from tests.ops import test_class_sampled_ce as cases, test_class_scores as scores
-for needs in (None, 6):
-    cases.test_opcheck(needs, {"label_smoothing": 0.1})
-scores.test_opcheck()
-cases.test_gradcheck()
-cases.test_two_backward_passes_give_the_same_gradients()
-cases.test_gradient_of_a_gradient_is_an_error()
-cases.test_autocast_casts_features_and_not_the_scale(torch.bfloat16)
-cases.test_compiles_into_one_graph()
-scores.test_not_differentiable()
 from tests import test_functional
 for bad in test_functional.CROSS_ENTROPY:
     test_functional.test_cross_entropy_refuses(*bad)
