@@ -36,6 +36,21 @@ Tokens<T> mutable_tokens_of(Tensor& tokens) {
   return {tokens.mutable_data_ptr<T>(), tokens.stride(tokens.dim() - 3), tokens.stride(tokens.dim() - 2)};
 }
 
+// A gradient to be written: contiguous, and empty where nobody wants it.
+inline Tensor empty_if(bool need, const Tensor& like) {
+  std::vector<int64_t> sizes{0};
+  if (need) {
+    sizes.clear();
+    for (int64_t i = 0; i < like.dim(); ++i)
+      sizes.push_back(like.size(i));
+  }
+  return torch::stable::empty(sizes, like.scalar_type());
+}
+template <class T>
+Tokens<T> tokens_if(bool need, Tensor& tokens) {
+  return need ? mutable_tokens_of<T>(tokens) : Tokens<T>{};
+}
+
 template <class A>
 constexpr int64_t whole_vectors(int64_t n) {
   return (n + Vector<A>::width - 1) / Vector<A>::width * Vector<A>::width;
@@ -77,6 +92,14 @@ BODY void load_rows(
   }
 }
 
+// Heads h0 to h1 of one token → a tile.
+template <class T, class A = accumulate_t<T>>
+BODY void load_heads(
+    A* tile, int64_t width, const Tokens<const T>& x, int64_t token, int64_t h0, int64_t h1, int64_t E) {
+  for (int64_t h = h0; h < h1; ++h)
+    load_rows(tile + (h - h0) * width, width, x, token, h, 1, E);
+}
+
 template <class T, class A = accumulate_t<T>>
 BODY void store_rows(
     const Tokens<T>& x, int64_t token, int64_t head, const A* tile, int64_t width, A factor, int64_t rows, int64_t E) {
@@ -93,28 +116,51 @@ BODY void store_rows(
   }
 }
 
-// out[i, j] = ⟨a_i, b_j⟩ for I × 4 pairs of rows.
-template <class A, int I>
-BODY void multiply_nt_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t width) {
-  Vec<A> sum[I][4] = {};
+// Rows of whole vectors, in a tile or where a tensor has them.
+template <class A>
+struct TileRows {
+  const A* data;
+  int64_t stride;
+
+  BODY TileRows from(int64_t row) const {
+    return {data + row * stride, stride};
+  }
+};
+
+// out[i, j] = ⟨a_i, b_j⟩ for I × J pairs of rows.
+template <class A, int I, int J>
+BODY void multiply_nt_block(A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t width) {
+  Vec<A> sum[I][J] = {};
   for (int64_t e = 0; e < width; e += Vector<A>::width)
     for (int i = 0; i < I; ++i)
-      for (int j = 0; j < 4; ++j)
-        sum[i][j] += vec(a + i * width + e) * vec(b + j * width + e);
+      for (int j = 0; j < J; ++j)
+        sum[i][j] += vec(a + i * width + e) * vec(b.data + j * b.stride + e);
   for (int i = 0; i < I; ++i)
-    horizontal_sums<A>(out + i * stride_out, sum[i]);
+    if constexpr (J == 4)
+      horizontal_sums<A>(out + i * stride_out, sum[i]);
+    else
+      for (int j = 0; j < J; ++j)
+        out[i * stride_out + j] = horizontal_sum<A>(sum[i][j]);
 }
 
-// out[m, n] = a[m, width] · b[n, width]ᵀ, and up to three columns more: out and b must have room for n in fours.
+template <class A, int J>
+BODY void multiply_nt_columns(
+    A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t m, int64_t width) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4)
+    multiply_nt_block<A, 4, J>(out + i * stride_out, stride_out, a + i * width, b, width);
+  for (; i < m; ++i)
+    multiply_nt_block<A, 1, J>(out + i * stride_out, stride_out, a + i * width, b, width);
+}
+
+// out[m, n] = a[m, width] · b[n, width]ᵀ; fastest where n is a multiple of four.
 template <class A>
-BODY void multiply_nt(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t width) {
-  for (int64_t j = 0; j < n; j += 4) {
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4)
-      multiply_nt_block<A, 4>(out + i * stride_out + j, stride_out, a + i * width, b + j * width, width);
-    for (; i < m; ++i)
-      multiply_nt_block<A, 1>(out + i * stride_out + j, stride_out, a + i * width, b + j * width, width);
-  }
+BODY void multiply_nt(A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t m, int64_t n, int64_t width) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4)
+    multiply_nt_columns<A, 4>(out + j, stride_out, a, b.from(j), m, width);
+  for (; j < n; ++j)
+    multiply_nt_columns<A, 1>(out + j, stride_out, a, b.from(j), m, width);
 }
 
 // A matrix of numbers in a product, of any strides, so that it may be transposed.
@@ -130,7 +176,7 @@ struct Factor {
 
 // I rows and J vectors of columns of the product below, in registers.
 template <class A, int I, int J, bool ADD>
-BODY void multiply_block(A* out, const Factor<A>& factor, const A* b, int64_t n, int64_t width) {
+BODY void multiply_block(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> sum[I][J] = {};
   if constexpr (ADD)
@@ -140,26 +186,26 @@ BODY void multiply_block(A* out, const Factor<A>& factor, const A* b, int64_t n,
   for (int64_t k = 0; k < n; ++k)
     for (int i = 0; i < I; ++i)
       for (int j = 0; j < J; ++j)
-        sum[i][j] += factor.data[i * factor.stride_row + k * factor.stride_column] * vec(b + k * width + j * W);
+        sum[i][j] += factor.data[i * factor.stride_row + k * factor.stride_column] * vec(b.data + k * b.stride + j * W);
   for (int i = 0; i < I; ++i)
     for (int j = 0; j < J; ++j)
       vec(out + i * width + j * W) = sum[i][j];
 }
 
 template <class A, int I, bool ADD>
-BODY void multiply_rows(A* out, const Factor<A>& factor, const A* b, int64_t n, int64_t width) {
+BODY void multiply_rows(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
   constexpr int64_t W = Vector<A>::width;
-  constexpr int J = 8 / I; // eight sums: as many chains as hide the latency of a multiply-add
+  constexpr int J = I == 1 ? 4 : 2; // four sums and more: as many chains as hide the latency of a multiply-add
   int64_t e = 0;
   for (; e + J * W <= width; e += J * W)
-    multiply_block<A, I, J, ADD>(out + e, factor, b + e, n, width);
+    multiply_block<A, I, J, ADD>(out + e, factor, {b.data + e, b.stride}, n, width);
   for (; e < width; e += W)
-    multiply_block<A, I, 1, ADD>(out + e, factor, b + e, n, width);
+    multiply_block<A, I, 1, ADD>(out + e, factor, {b.data + e, b.stride}, n, width);
 }
 
 // out[m, width] (+)= factor[m, n] · b[n, width]
 template <bool ADD, class A>
-BODY void multiply(A* out, const Factor<A>& factor, const A* b, int64_t m, int64_t n, int64_t width) {
+BODY void multiply(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t m, int64_t n, int64_t width) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4)
     multiply_rows<A, 4, ADD>(out + i * width, factor.from(i), b, n, width);

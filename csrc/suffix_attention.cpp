@@ -17,6 +17,11 @@ constexpr const char* NAME = "suffix_attention";
 constexpr int64_t GROUP = 8; // queries at a time: of the keys that causality hides, few are multiplied all the same
 constexpr int64_t WINDOW = 32; // tokens for which one head's scratch is used before the next head's
 
+// Products with keys are fastest by fours; what the surplus keys of a tile give is hidden as future keys are.
+constexpr int64_t whole_fours(int64_t keys) {
+  return (keys + 3) / 4 * 4;
+}
+
 template <class T>
 struct Problem {
   int64_t K, H, E, P, longest;
@@ -55,7 +60,7 @@ struct Workspace {
 
   Workspace(const Problem<T>& problem, bool backward)
       : width(whole_vectors<A>(problem.E)),
-        keys(divide_up(problem.P + problem.longest, 4) * 4),
+        keys(whole_fours(problem.P + problem.longest)),
         columns(whole_vectors<A>(keys)),
         key(zeros<A>(problem.H * keys * width)),
         value(zeros<A>(problem.H * keys * width)),
@@ -80,16 +85,17 @@ template <class T, class A = accumulate_t<T>>
 BODY void attend(
     const Problem<T>& problem, const Forward<T>& result, Workspace<T>& tile, int64_t begin, int64_t length, int64_t h) {
   const int64_t width = tile.width, head = h * tile.keys * width;
+  const TileRows<A> key{&tile.key[head], width}, value{&tile.value[head], width};
   load_suffix(problem, tile, begin, length, h);
   for (int64_t s = 0; s < length; s += GROUP) {
     const int64_t token = begin + s, rows = std::min(GROUP, length - s), keys = problem.P + s + rows;
     load_rows(tile.query.get(), width, problem.query, token, h, rows, problem.E);
-    multiply_nt(tile.weight.get(), tile.columns, tile.query.get(), &tile.key[head], rows, keys, width);
+    multiply_nt(tile.weight.get(), tile.columns, tile.query.get(), key, rows, whole_fours(keys), width);
     for (int64_t i = 0; i < rows; ++i)
       result.lse[(token + i) * problem.H + h] = softmax_row(
           &tile.weight[i * tile.columns], problem.scale, problem.P + s + i + 1, whole_vectors<A>(keys));
     const Factor<A> weight{tile.weight.get(), tile.columns, 1};
-    multiply<false>(tile.out.get(), weight, &tile.value[head], rows, keys, width);
+    multiply<false>(tile.out.get(), weight, value, rows, keys, width);
     store_rows(result.out, token, h, tile.out.get(), width, A(1), rows, problem.E);
   }
 }
@@ -101,8 +107,8 @@ BODY void add_key_gradient(
     int64_t width) {
   const Factor<A> transposed{factor, 1, columns};
   const int64_t old = keys - fresh;
-  multiply<true>(d_keys, transposed, queries, old, rows, width);
-  multiply<false>(d_keys + old * width, transposed.from(old), queries, fresh, rows, width);
+  multiply<true>(d_keys, transposed, {queries, width}, old, rows, width);
+  multiply<false>(d_keys + old * width, transposed.from(old), {queries, width}, fresh, rows, width);
 }
 
 template <class T, class A = accumulate_t<T>>
@@ -110,13 +116,14 @@ BODY void attend_backward(
     const Problem<T>& problem, const Backward<T>& result, Workspace<T>& tile, int64_t begin, int64_t length,
     int64_t h) {
   const int64_t width = tile.width, head = h * tile.keys * width, suffix = head + problem.P * width;
+  const TileRows<A> key{&tile.key[head], width}, value{&tile.value[head], width};
   load_suffix(problem, tile, begin, length, h);
   for (int64_t s = 0; s < length; s += GROUP) {
     const int64_t token = begin + s, rows = std::min(GROUP, length - s), keys = problem.P + s + rows;
     load_rows(tile.query.get(), width, problem.query, token, h, rows, problem.E);
     load_rows(tile.out.get(), width, result.d_out, token, h, rows, problem.E);
-    multiply_nt(tile.weight.get(), tile.columns, tile.query.get(), &tile.key[head], rows, keys, width);
-    multiply_nt(tile.d_weight.get(), tile.columns, tile.out.get(), &tile.value[head], rows, keys, width);
+    multiply_nt(tile.weight.get(), tile.columns, tile.query.get(), key, rows, whole_fours(keys), width);
+    multiply_nt(tile.d_weight.get(), tile.columns, tile.out.get(), value, rows, whole_fours(keys), width);
     for (int64_t i = 0; i < rows; ++i) {
       A *weight = &tile.weight[i * tile.columns], *d_weight = &tile.d_weight[i * tile.columns];
       const int64_t visible = problem.P + s + i + 1, end = whole_vectors<A>(keys);
@@ -131,7 +138,7 @@ BODY void attend_backward(
           &tile.d_key[head], tile.d_weight.get(), tile.columns, tile.query.get(), keys, rows, rows, width);
     if (result.d_query.data != nullptr) {
       const Factor<A> d_score{tile.d_weight.get(), tile.columns, 1};
-      multiply<false>(tile.d_query.get(), d_score, &tile.key[head], rows, keys, width);
+      multiply<false>(tile.d_query.get(), d_score, key, rows, keys, width);
       store_rows(result.d_query, token, h, tile.d_query.get(), width, problem.scale, rows, problem.E);
     }
   }
@@ -335,25 +342,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> suffix_attention_backward(
       lse.dim() == 2 && lse.size(0) == query.size(0) && lse.size(1) == query.size(1) && lse.is_contiguous(), NAME,
       ": lse must be a contiguous [T, H].");
   const Tensor d_out_rows = with_contiguous_heads(d_out);
-  const auto gradient = [](const Tensor& x, bool need) {
-    return need ? torch::stable::empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type())
-                : torch::stable::empty({0}, x.scalar_type());
-  };
-  Tensor d_query = gradient(query, need_query), d_prefix_key = gradient(prefix_key, need_prefix_key),
-         d_prefix_value = gradient(prefix_value, need_prefix_value),
-         d_suffix_key = gradient(suffix_key, need_suffix_key),
-         d_suffix_value = gradient(suffix_value, need_suffix_value);
+  Tensor d_query = empty_if(need_query, query);
+  Tensor d_prefix_key = empty_if(need_prefix_key, prefix_key), d_suffix_key = empty_if(need_suffix_key, suffix_key);
+  Tensor d_prefix_value = empty_if(need_prefix_value, prefix_value);
+  Tensor d_suffix_value = empty_if(need_suffix_value, suffix_value);
   dispatch_features(query, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Problem<T> problem = inputs.problem<T>(scale);
-    const auto tokens_if = [](Tensor& x, bool need) { return need ? mutable_tokens_of<T>(x) : Tokens<T>{}; };
     const Backward<T> result{
         tokens_of<T>(d_out_rows),
         lse.const_data_ptr<A>(),
-        tokens_if(d_query, need_query),
-        tokens_if(d_suffix_key, need_suffix_key),
-        tokens_if(d_suffix_value, need_suffix_value),
+        tokens_if<T>(need_query, d_query),
+        tokens_if<T>(need_suffix_key, d_suffix_key),
+        tokens_if<T>(need_suffix_value, d_suffix_value),
         need_prefix_key || need_suffix_key,
         need_prefix_value || need_suffix_value};
     const int64_t tasks = tasks_of(problem, query.size(0), 5), width = whole_vectors<A>(problem.E);

@@ -22,7 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = ("class_sampled_ce.cpp", "class_scores.cpp", "suffix_attention.cpp", "vector.cpp")
+SOURCES = (
+    "class_sampled_ce.cpp",
+    "class_scores.cpp",
+    "pooled_attention.cpp",
+    "suffix_attention.cpp",
+    "vector.cpp",
+)
 HEADERS = ("attention.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")
 
 # The oldest torch whose stable ABI the binary needs: 2.10, as 0xMMmm and twelve zeros.

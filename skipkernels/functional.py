@@ -13,9 +13,16 @@ from . import reference
 from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_scores import class_scores as _class_scores
+from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.suffix_attention import suffix_attention as _suffix_attention
 
-__all__ = ["class_sampled_cross_entropy", "class_sampled_logits", "class_scores", "suffix_attention"]
+__all__ = [
+    "class_sampled_cross_entropy",
+    "class_sampled_logits",
+    "class_scores",
+    "pooled_attention",
+    "suffix_attention",
+]
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -250,6 +257,55 @@ def suffix_attention(
         ]
     q, k, v = (x.flatten(0, 1) for x in (query, suffix_key, suffix_value))
     return _suffix_attention(q, prefix_key, prefix_value, k, v, None, query.shape[1], scale)[0].view(query.shape)
+
+
+def pooled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of one query per sequence, that of the pooled token, over all keys of the sequence.
+
+        out_b = softmax_n(scale · ⟨q_b, k_bn⟩, n < length_b) · v_bn
+
+    Args:
+        query: [B, H, E], in fp32, bf16, fp16 or fp64.
+        key: [B, N, H, E] in the dtype of `query`. Views with gaps between heads or tokens, such as a part of a packed
+            projection, are read where they are.
+        value: [B, N, H, E].
+        lengths: int64 [B], how many keys count, 1 to N; all N by default. On a GPU nobody reads it but the kernel, so
+            nobody checks it.
+        scale: of the products, 1/sqrt(E) by default.
+
+    Returns:
+        [B, H, E] in the dtype of `query`.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape or device that does not fit; on the CPU also for lengths that are not 1 to N.
+
+    Example:
+        >>> query = torch.zeros(1, 1, 1)                             # [B=1, H=1, E=1]: equal weights
+        >>> value = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)   # [B=1, N=3, H=1, E=1]
+        >>> pooled_attention(query, value, value).item()
+        3.0
+        >>> pooled_attention(query, value, value, lengths=torch.tensor([2])).item()
+        1.5
+    """
+    name = "pooled_attention"
+    check_shape(name, "query", query, B=None, H=None, E=None)
+    check_dtype(name, "query", query, FEATURE_DTYPES, "Convert it first.")
+    B, H, E = query.shape
+    _check_like(name, query, "key", key, B=B, N=None, H=H, E=E)
+    _check_like(name, query, "value", value, B=B, N=key.shape[1], H=H, E=E)
+    if lengths is not None:
+        check_dtype(name, "lengths", lengths, [torch.int64], "Use lengths.long().")
+        check_shape(name, "lengths", lengths, ("query", query), B=B)
+        check_device(name, "lengths", lengths, ("query", query))
+    return _pooled_attention(query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:

@@ -329,8 +329,10 @@ def pooled_attention(
     """
     visible = None
     if lengths is not None:
-        N = key.shape[1]
-        visible = (torch.arange(N, device=key.device) < lengths[:, None])[:, None, None, :]
+        visible = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
+        # No weight and no number: 0 · NaN would be NaN.
+        key, value = (x.masked_fill(~visible[:, :, None, None], 0) for x in (key, value))
+        visible = visible[:, None, None]
     return _attention(query[:, None], key, value, visible, scale).squeeze(1)
 
 
