@@ -50,6 +50,10 @@ from . import measure
 from .launches import CALLS, DTYPES, DTYPES_OF
 from .targets import ARCHITECTURES, Architecture
 
+for _op in OPERATORS:
+    with contextlib.suppress(ModuleNotFoundError):  # not yet written
+        importlib.import_module(f"skipkernels.ops.{_op.rstrip('_')}")
+
 TABLE = measure.RESULTS / "aot.csv"
 PLOT = measure.RESULTS / "aot.svg"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions
@@ -136,9 +140,13 @@ def recording(architecture: Architecture) -> Iterator[list[Launch]]:
         launching._run, launching._target_of_gpu = run, target
 
 
+def family(op: str) -> str:
+    """The operator that a name like class_sampled_ce_backward or gather_rows_out belongs to."""
+    return max((name for name in OPERATORS if op.startswith(name)), key=len)
+
+
 def record(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
     """The launches of one call of an operator."""
-    importlib.import_module(f"skipkernels.ops.{op.removesuffix('_backward').rstrip('_')}")
     with recording(architecture) as launches:
         registration.definitions[op].launch(*arguments)
     return launches
@@ -419,10 +427,7 @@ def main() -> None:
     if launching.triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the kernels would be interpreted. Unset it.")
 
-    for op in OPERATORS:
-        with contextlib.suppress(ModuleNotFoundError):  # not yet written
-            importlib.import_module(f"skipkernels.ops.{op.rstrip('_')}")
-    ops = [op for op in CALLS if op.removesuffix("_backward") in args.op]
+    ops = [op for op in CALLS if family(op) in args.op]
     jobs = list(jobs_of(ops, args.target, args.dtype, args.quick))
     results, problems = compile_all(jobs, console)
     rows = [result.row for result in results]

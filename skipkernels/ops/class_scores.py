@@ -21,7 +21,6 @@ BYTES_D = 128  # of every row at a time
 # many 64, for which the images are read a quarter as often, by wgmma on sm_90 and tcgen05 on sm_100.
 FEW, MANY, MANY_FROM = (16, 2), (64, 4), 4096
 NUM_STAGES = 4
-BLOCK_CHECK = 256  # labels that one program checks
 
 
 @triton.jit
@@ -42,7 +41,7 @@ def _class_scores_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels.
+    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels, which have to be classes.
 
     One program: BLOCK_C classes, a loop over blocks of images, for each a loop over D that sums the products and the
     squares together. The maximum is kept for every column of the tile and reduced once, at the end.
@@ -70,6 +69,7 @@ def _class_scores_kernel(
         cosine = tl.where(mask_b[None, :], cosine, float("-inf"))
         best = tl.maximum(best, cosine, propagate_nan=tl.PropagateNan.ALL)
         labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)
+        tl.device_assert((labels >= 0) & (labels < C) | ~mask_b, "class_scores: labels must be rows of prototypes")
         labelled |= labels[None, :] == offs_c[:, None]
     # tl.max drops NaN, an image that is NaN must not pass for a score.
     nan = tl.max((best != best).to(tl.int32), axis=1) > 0
@@ -78,36 +78,17 @@ def _class_scores_kernel(
     tl.store(scores_ptr + offs_c, score, mask=mask_c)
 
 
-@triton.jit
-def _check_labels_kernel(labels_ptr, B, C, stride_labels, BLOCK: tl.constexpr):
-    """0 ≤ y_b < C, or the device stops. One program: BLOCK labels."""
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    labels = tl.load(labels_ptr + offs_b * stride_labels, mask=offs_b < B, other=0)
-    tl.device_assert((labels >= 0) & (labels < C), "class_scores: labels must be rows of prototypes")
-
-
 def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     image, prototypes = (x if x.stride(1) == 1 else x.contiguous() for x in (image, prototypes))
     (B, D), C, device = image.shape, prototypes.shape[0], image.device
     block_c, num_warps = FEW if C < MANY_FROM else MANY
-    launch(
-        _check_labels_kernel,
-        (triton.cdiv(B, BLOCK_CHECK),),
-        device=device,
-        num_warps=1,
-        debug=True,
-        labels_ptr=labels,
-        B=B,
-        C=C,
-        stride_labels=labels.stride(0),
-        BLOCK=BLOCK_CHECK,
-    )
     scores = torch.empty(C, dtype=torch.float32, device=device)
     launch(
         _class_scores_kernel,
         (triton.cdiv(C, block_c),),
         device=device,
         num_warps=num_warps,
+        debug=True,  # for the assertion
         num_stages=NUM_STAGES,
         image_ptr=image,
         prototypes_ptr=prototypes,
