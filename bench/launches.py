@@ -36,6 +36,35 @@ def class_scores(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))
 
 
+def layer_norm_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Shape, rows, weight: the image tower, then a width for every other entry of the tile table; also fp32 weights."""
+    for T, W, weight_dtype in (
+        (788, 768, dtype),
+        (690, 512, torch.float32),
+        (33, 64, dtype),
+        (33, 2048, dtype),
+        (33, 4096, dtype),
+    ):
+        yield f"T{T}-W{W}", on_meta(T, W, dtype=dtype), on_meta(W, dtype=weight_dtype)
+
+
+def add_layer_norm(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, x, weight in layer_norm_rows(dtype):
+        yield Call(shape, (x, x, weight, weight, 1e-5))
+    yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5))
+
+
+def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, x, weight in layer_norm_rows(dtype):
+        statistic = on_meta(x.shape[0], dtype=torch.float32)
+        saved = (x, statistic, statistic, weight)
+        yield Call(shape, (x, x, *saved, True, True, True))
+    yield Call(f"{shape}-frozen", (x, x, *saved, True, False, False))
+    yield Call(f"{shape}-first", (x, None, *saved, False, True, True))
+
+
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "class_scores": class_scores,
+    "add_layer_norm": add_layer_norm,
+    "add_layer_norm_backward": add_layer_norm_backward,
 }

@@ -42,6 +42,16 @@ struct Vector {
   typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
   static constexpr int64_t width = 64 / sizeof(A);
 };
+template <class T>
+using vector_t = typename Vector<accumulate_t<T>>::type;
+
+template <class To, class From>
+BODY To bits_as(const From& x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
 
 // N numbers → N/2: the upper half added to the lower.
 template <class A, int N>
@@ -93,11 +103,7 @@ BODY float exp_nonpositive(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23; // the exponent field of 2ⁿ
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
+  const float power = bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23); // 2ⁿ: n + 127 is its exponent field
   return x < -87.0f ? 0.0f : p * power;
 }
 
@@ -105,15 +111,54 @@ BODY double exp_nonpositive(double x) {
   return std::exp(x);
 }
 
+// Conversions by their bits. F is float and U uint32_t, or both are vectors of them. There are no conditions in it:
+// with one in an inner loop the compiler may give up on vectors, and does.
+template <class U>
+BODY U one_if_greater(const U& a, const U& b) { // both below 2³¹
+  return (b - a) >> 31;
+}
+template <class U>
+BODY U choose(const U& one, const U& a, const U& b) { // a where `one` is 1, b where it is 0
+  return b ^ ((a ^ b) & (0u - one));
+}
+
+// To the nearest, even: the high half is the bfloat16, the low half is left as it comes. Not for a NaN whose low half
+// has bits, which a computation on bfloat16 numbers does not make.
+template <class U>
+BODY U round_to_bfloat16(const U& bits) {
+  return bits + (0x7fffu + ((bits >> 16) & 1u));
+}
+
+template <class F, class U>
+BODY F from_half_bits(const U& half) {
+  const U magnitude = (half & 0x7fffu) << 13, largest_finite = 0u * half + 0x0f7fffffu;
+  // Read as fp32, the exponent is 112 too small. The product mends that, for denormal numbers as well; infinity and NaN
+  // have the largest exponent in both formats.
+  const U bits = bits_as<U>(F(bits_as<F>(magnitude) * 0x1p112f));
+  return bits_as<F>(U(bits | (half & 0x8000u) << 16 | one_if_greater(magnitude, largest_finite) * 0x7f800000u));
+}
+
+template <class F, class U>
+BODY U half_bits(const F& x) {
+  const U bits = bits_as<U>(x), magnitude = bits & 0x7fffffffu, zero = 0u * bits;
+  // Adding 0.5 rounds to a multiple of 2⁻²⁴, the smallest fp16, and leaves that multiple in the low bits.
+  const U denormal = bits_as<U>(F(bits_as<F>(magnitude) + 0.5f)) - 0x3f000000u;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13; // to the nearest, even
+  const U finite = choose(one_if_greater(U(zero + 0x38800000u), magnitude), denormal, normal); // below 2⁻¹⁴
+  const U special = 0x7c00u + (one_if_greater(magnitude, U(zero + 0x7f800000u)) << 9); // infinity, or NaN
+  const U half = choose(one_if_greater(U(zero + 0x47800000u), magnitude), finite, special); // below 2¹⁶
+  return half | ((bits >> 16) & 0x8000u);
+}
+
 template <class T>
 BODY accumulate_t<T> widen(T x) {
   return x;
 }
 BODY float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return bits_as<float>(uint32_t(x.x) << 16);
+}
+BODY float widen(Half x) {
+  return from_half_bits<float>(uint32_t(x.x));
 }
 
 template <class T>
@@ -122,10 +167,148 @@ BODY T narrow(accumulate_t<T> x) {
 }
 template <>
 BODY BFloat16 narrow<BFloat16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return BFloat16(uint16_t(x != x ? 0x7fc0u : nearest_even), BFloat16::from_bits());
+  const uint32_t rounded = round_to_bfloat16(bits_as<uint32_t>(x)) >> 16;
+  return BFloat16(uint16_t(x != x ? 0x7fc0u : rounded), BFloat16::from_bits());
+}
+template <>
+BODY Half narrow<Half>(float x) {
+  return Half(uint16_t(half_bits<float, uint32_t>(x)), Half::from_bits());
+}
+
+// As many numbers of a row as fit in two vectors. Of a 16-bit type the first holds those at even places and the second
+// those at odd places: that takes one or two operations, where putting them in order would take shuffles.
+template <class T>
+struct Columns {
+  using A = accumulate_t<T>;
+  using V = typename Vector<A>::type;
+  static constexpr int64_t count = 2 * Vector<A>::width;
+  V first, second;
+
+  BODY Columns operator+(const Columns& other) const {
+    return {first + other.first, second + other.second};
+  }
+  BODY Columns operator*(const Columns& other) const {
+    return {first * other.first, second * other.second};
+  }
+  BODY Columns operator-(A other) const {
+    return {first - other, second - other};
+  }
+  BODY Columns operator*(A other) const {
+    return {first * other, second * other};
+  }
+  BODY A sum() const {
+    return horizontal_sum<A>(first + second);
+  }
+};
+
+template <class T>
+constexpr bool is_16_bit = sizeof(T) == 2;
+
+// Where a row of A's that goes with rows of T has the number of column i, and how long it is.
+template <class T>
+BODY int64_t slot(int64_t i) {
+  constexpr int64_t N = Columns<T>::count;
+  return is_16_bit<T> ? i / N * N + i % 2 * (N / 2) + i % N / 2 : i;
+}
+template <class T>
+BODY int64_t slots(int64_t W) {
+  constexpr int64_t N = Columns<T>::count;
+  return (W + N - 1) / N * N;
+}
+template <class T>
+BODY Columns<T> load_slots(const accumulate_t<T>* row) {
+  using V = typename Columns<T>::V;
+  return {*reinterpret_cast<const V*>(row), *reinterpret_cast<const V*>(row + Columns<T>::count / 2)};
+}
+template <class T>
+BODY void store_slots(accumulate_t<T>* row, const Columns<T>& x) {
+  using V = typename Columns<T>::V;
+  *reinterpret_cast<V*>(row) = x.first;
+  *reinterpret_cast<V*>(row + Columns<T>::count / 2) = x.second;
+}
+
+// Numbers of a row of T's, from and to memory of any alignment.
+typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
+
+template <class T>
+BODY Columns<T> load_columns(const T* x) {
+  using V = typename Columns<T>::V;
+  if constexpr (!is_16_bit<T>) {
+    return load_slots<T>(x);
+  } else {
+    const Words words = *reinterpret_cast<const Words*>(x);
+    if constexpr (std::is_same_v<T, BFloat16>)
+      return {bits_as<V>(Words(words << 16)), bits_as<V>(Words(words & 0xffff0000u))};
+    else
+      return {from_half_bits<V>(Words(words & 0xffffu)), from_half_bits<V>(Words(words >> 16))};
+  }
+}
+
+// Rounds x as it is stored.
+template <class T>
+BODY void store_columns(T* out, Columns<T>& x) {
+  using V = typename Columns<T>::V;
+  if constexpr (!is_16_bit<T>) {
+    store_slots<T>(out, x);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const Words even = round_to_bfloat16(bits_as<Words>(x.first)) & 0xffff0000u;
+    const Words odd = round_to_bfloat16(bits_as<Words>(x.second)) & 0xffff0000u;
+    *reinterpret_cast<Words*>(out) = even >> 16 | odd;
+    x = {bits_as<V>(even), bits_as<V>(odd)};
+  } else {
+    const Words even = half_bits<V, Words>(x.first), odd = half_bits<V, Words>(x.second);
+    *reinterpret_cast<Words*>(out) = even | odd << 16;
+    x = {from_half_bits<V>(even), from_half_bits<V>(odd)};
+  }
+}
+
+// Goes through a row: f(i, n) with i the first column and n how many there are, Whole but for the last if W is no
+// multiple. The functions below take n; what lies beyond the row is read as zero and not written.
+struct Whole {};
+
+template <class T, class F>
+BODY void for_columns(int64_t W, const F& f) {
+  int64_t i = 0;
+  for (; i + Columns<T>::count <= W; i += Columns<T>::count)
+    f(i, Whole());
+  if (i < W)
+    f(i, W - i);
+}
+// Marks the function that is given to it, which must be inlined as well.
+#define COLUMNS_BODY __attribute__((always_inline))
+
+template <class T>
+BODY Columns<T> load_columns(const T* x, Whole) {
+  return load_columns(x);
+}
+template <class T>
+BODY Columns<T> load_columns(const T* x, int64_t n) {
+  T row[Columns<T>::count] = {};
+  std::memcpy(row, x, n * sizeof(T));
+  return load_columns(row);
+}
+template <class T>
+BODY void store_columns(T* out, Columns<T>& x, Whole) {
+  store_columns(out, x);
+}
+template <class T>
+BODY void store_columns(T* out, Columns<T>& x, int64_t n) {
+  T row[Columns<T>::count];
+  store_columns(row, x);
+  std::memcpy(out, row, n * sizeof(T));
+}
+// x, with zero in what lies beyond the row.
+template <class T>
+BODY Columns<T> only(const Columns<T>& x, Whole) {
+  return x;
+}
+template <class T>
+BODY Columns<T> only(const Columns<T>& x, int64_t n) {
+  accumulate_t<T> row[Columns<T>::count];
+  store_slots(row, x);
+  for (int64_t i = n; i < Columns<T>::count; ++i)
+    row[slot<T>(i)] = 0;
+  return load_slots<T>(row);
 }
 
 } // namespace skipkernels

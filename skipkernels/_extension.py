@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = (
+    "add_layer_norm.cpp",
     "class_sampled_ce.cpp",
     "class_scores.cpp",
     "pooled_attention.cpp",
     "suffix_attention.cpp",
     "vector.cpp",
 )
-HEADERS = ("attention.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")
+HEADERS = ("attention.h", "rows.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")
 
 # The oldest torch whose stable ABI the binary needs: 2.10, as 0xMMmm and twelve zeros.
 DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_DTYPES", "check_device", "check_dtype", "check_shape"]
+__all__ = ["FEATURE_DTYPES", "check_alike", "check_device", "check_dtype", "check_shape"]
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -58,3 +58,15 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
             f"{function}: {argument} must be on {other.device}, where {name} is; got {tensor.device}. "
             f"Use {argument}.to({str(other.device)!r})."
         )
+
+
+def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
+    """Refuse a tensor that differs from another in shape, device or (but for what autocast will cast) dtype."""
+    name, other = like
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
+        )
+    if not torch.is_autocast_enabled(other.device.type):
+        check_dtype(function, argument, tensor, [other.dtype], f"Convert one of them: {name} is in another.")
+    check_device(function, argument, tensor, like)

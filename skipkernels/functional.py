@@ -1,7 +1,7 @@
 """The operators as public functions: inputs checked, then handed to the fastest kernel for their device.
 
-Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding; N image tokens, P tokens of
-the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H the width of one.
+Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding, W width of a tower; N image
+tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H the width of one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
+from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_shape
+from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_scores import class_scores as _class_scores
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.suffix_attention import suffix_attention as _suffix_attention
 
 __all__ = [
+    "add_layer_norm",
     "class_sampled_cross_entropy",
     "class_sampled_logits",
     "class_scores",
@@ -181,6 +183,54 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     _check_features(name, image, "prototypes", prototypes)
     _check_ids(name, "labels", labels, image, B=image.shape[0])
     return _class_scores(image, prototypes, labels)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Residual addition and LayerNorm of the sum, in one pass.
+
+        hidden = x + residual,   normed = (hidden − mean(hidden)) / sqrt(var(hidden) + eps) · weight + bias
+
+    For backward it keeps `hidden`, which the model keeps anyway, and two numbers a row. Under autocast `x` and
+    `residual` are cast, and the weight and bias are not.
+
+    Args:
+        x: [..., W], what the sub-layer gave, in fp32, bf16, fp16 or fp64.
+        residual: like `x`, what the sub-layer was given; or None, which makes it a plain LayerNorm of x.
+        weight: [W], in any of these dtypes: fp32 beside bf16 features is usual.
+        bias: [W] in the dtype of `weight`.
+        eps: added to the variance.
+
+    Returns:
+        `hidden` and `normed`, both [..., W] in the dtype of `x`; statistics in fp32 (fp64 for fp64). `normed` is that
+        of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape or device that does not fit.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0, 3.0, 2.0]])                 # [1, W=4]
+        >>> hidden, normed = add_layer_norm(x, x, torch.ones(4), torch.zeros(4))
+        >>> hidden, normed
+        (tensor([[2., 4., 6., 4.]]), tensor([[-1.4142,  0.0000,  1.4142,  0.0000]]))
+    """
+    name = "add_layer_norm"
+    check_shape(name, "x", x, rest=None, W=None)
+    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
+    if residual is not None:
+        check_alike(name, "residual", residual, ("x", x))
+    check_shape(name, "weight", weight, ("x", x), W=x.shape[-1])
+    check_dtype(name, "weight", weight, FEATURE_DTYPES, "Use weight.float().")
+    check_device(name, "weight", weight, ("x", x))
+    check_alike(name, "bias", bias, ("weight", weight))
+    hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
+    return x if residual is None else hidden, normed
 
 
 def suffix_attention(

@@ -161,7 +161,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 
 def add_layer_norm(
     x: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-5,
@@ -172,14 +172,14 @@ def add_layer_norm(
 
     Args:
         x: [..., W], what the sub-layer gave.
-        residual: [..., W], what it was given.
+        residual: [..., W], what it was given; or None, which makes it a plain LayerNorm of x.
         weight: [W].
         bias: [W].
         eps: added to the variance.
 
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`; statistics in fp32 (fp64 for fp64). `normed` is that
-        of the sum as rounded to the dtype of `x`.
+        of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 3.0, 2.0]])                 # [1, W=4]
@@ -187,7 +187,7 @@ def add_layer_norm(
         >>> hidden, normed
         (tensor([[2., 4., 6., 4.]]), tensor([[-1.4142,  0.0000,  1.4142,  0.0000]]))
     """
-    hidden = x + residual
+    hidden = x if residual is None else x + residual
     wide = _wide(hidden)
     normed = F.layer_norm(wide, (wide.shape[-1],), weight.to(wide.dtype), bias.to(wide.dtype), eps)
     return hidden, normed.to(hidden.dtype)

@@ -27,6 +27,17 @@ def _threads_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory is NaN until it is written."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

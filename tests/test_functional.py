@@ -76,6 +76,30 @@ def test_scores_refuse(bad, error, message):
         functional.class_scores(**{**arguments, **bad})
 
 
+W = 16
+LAYER_NORM = [
+    ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[\.\.\., W\] with W ≥ 1; got \[\]"),
+    ({"x": torch.randn(B, 0)}, ValueError, r"x must be \[\.\.\., W\] with W ≥ 1; got \[4, 0\]"),
+    ({"x": torch.ones(B, W, dtype=torch.int64)}, TypeError, r"x must be float32, .* got torch.int64"),
+    ({"residual": torch.randn(W)}, ValueError, r"residual must be \[4, 16\], the shape of x; got \[16\]"),
+    ({"residual": torch.randn(B, W).half()}, TypeError, r"residual must be float32; got torch.float16. Convert one"),
+    ({"residual": torch.randn(B, W, device="meta")}, ValueError, r"residual must be on cpu, where x is; got meta"),
+    ({"weight": torch.randn(7)}, ValueError, r"weight must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
+    ({"weight": torch.ones(W).long()}, TypeError, r"weight must be float32, .* got torch.int64. Use weight.float"),
+    ({"weight": torch.randn(W, device="meta")}, ValueError, r"weight must be on cpu, where x is; got meta"),
+    ({"bias": torch.randn(7)}, ValueError, r"bias must be \[16\], the shape of weight; got \[7\]"),
+    ({"bias": torch.randn(W).double()}, TypeError, r"bias must be float32; got torch.float64. Convert one of them"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), LAYER_NORM, ids=lambda x: x if isinstance(x, str) else "")
+def test_layer_norm_refuses(bad, error, message):
+    arguments = {"x": torch.randn(B, W), "residual": torch.randn(B, W), "weight": torch.ones(W), "bias": torch.ones(W)}
+    functional.add_layer_norm(**arguments)
+    with pytest.raises(error, match=rf"^add_layer_norm: {message}"):
+        functional.add_layer_norm(**{**arguments, **bad})
+
+
 def test_logits_refuse():
     with pytest.raises(ValueError, match=r"^class_sampled_logits: text must be \[C, D=16\]"):
         functional.class_sampled_logits(torch.randn(B, D), torch.randn(C, 7), 1.0)

@@ -116,7 +116,7 @@ def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:
     def cast_and_call(*args: Any) -> Any:
         device_type = args[0].device.type
         dtype = torch.get_autocast_dtype(device_type)
-        cast = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:features]]
+        cast = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args[:features]]
         with torch.autocast(device_type, enabled=False):
             return operator(*cast, *args[features:])
 

@@ -1,0 +1,41 @@
+"""`add_layer_norm` at the sizes of the main job: tokens of four images in ViT-B/16, suffixes of five tokens of its text
+tower, and a wider tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipkernels import functional, reference
+
+from . import Case, with_gradients
+
+SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 512), (788 * 5, 512), (788 * 5, 2048))
+
+
+def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = x + residual
+    return hidden, F.layer_norm(hidden, hidden.shape[-1:], weight, bias)
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    rng = torch.Generator().manual_seed(0)
+    for T, W in SHAPES:
+        inputs = [torch.randn(*size, generator=rng).to(dtype).requires_grad_() for size in ((T, W), (T, W), (W,), (W,))]
+        upstream = [torch.randn(T, W, generator=rng).to(dtype) for _ in range(2)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+
+        def run(function, inputs=inputs, upstream=upstream):
+            return with_gradients(lambda: list(function(*inputs)), inputs, upstream)
+
+        yield Case(
+            shape=f"T{T}-W{W}",
+            runs={"skipkernels": run(functional.add_layer_norm), "eager": run(eager)},
+            truth=run(reference.add_layer_norm, exact, [x.double() for x in upstream]),
+            # Forward reads two and writes two, backward reads three and writes one; weight, bias and their gradients.
+            moved=(8 * T + 5) * W * dtype.itemsize,
+            target="≥ 1.5" if dtype == torch.float32 else "≥ 2.5",
+        )

@@ -1,0 +1,100 @@
+// What the operators on rows of features share: [..., W] as rows, blocks of rows as tasks, sums over all rows.
+#pragma once
+
+#include "tensor.h"
+
+namespace skipkernels {
+
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// The numbers of a vector in the type of arithmetic and in the order that loops over rows of T load them in (simd.h,
+// slot); zeros follow.
+template <class T>
+class Slots {
+ public:
+  using A = accumulate_t<T>;
+
+  explicit Slots(const Tensor& vector) : slots_(scratch<A>(slots<T>(vector.size(0)))) {
+    const int64_t W = vector.size(0), stride = vector.stride(0);
+    std::fill(&slots_[0], &slots_[slots<T>(W)], A(0));
+    dispatch_features(vector, "skipkernels", [&](auto type) {
+      const auto* data = vector.const_data_ptr<decltype(type)>();
+      for (int64_t i = 0; i < W; ++i) {
+        const A number = A(widen(data[i * stride]));
+        slots_[slot<T>(i)] = std::isnan(number) ? std::numeric_limits<A>::quiet_NaN() : number; // round_to_bfloat16
+      }
+    });
+  }
+  operator const A*() const {
+    return slots_.get();
+  }
+
+ private:
+  Scratch<A> slots_;
+};
+
+// How R rows of W numbers are cut into blocks, a task each. It depends on the shape alone, and each block is done by
+// one thread in one order: that is why any number of threads gives the same bits.
+struct RowPlan {
+  int64_t R, W, block, blocks;
+
+  RowPlan(int64_t R_, int64_t W_) : R(R_), W(W_) {
+    constexpr int64_t TASK = 1 << 15; // numbers: some 10 µs, several times what a thread costs to wake
+    constexpr int64_t MAX_BLOCKS = 64; // each has sums of its own
+    block = std::max(divide_up(TASK, W), divide_up(R, MAX_BLOCKS));
+    blocks = std::max<int64_t>(1, divide_up(R, block)); // no rows: one block without any
+  }
+};
+
+// Calls f(index of the block, first row, row after the last) for every block of the plan.
+template <class F>
+void parallel_rows(const RowPlan& plan, const F& f) {
+  torch::stable::parallel_for(0, plan.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      f(i, i * plan.block, std::min((i + 1) * plan.block, plan.R));
+  });
+}
+
+// Sums over all rows, one for each column: every block of rows adds up its own; these are added in their order.
+template <class T>
+class ColumnSums {
+ public:
+  using A = accumulate_t<T>;
+
+  ColumnSums(const RowPlan& plan, bool wanted)
+      : W_(plan.W), blocks_(plan.blocks), wanted_(wanted), sums_(scratch<A>(wanted ? plan.blocks * slots<T>(W_) : 0)) {}
+
+  // The sums of a block, zero at first, in slots; a null pointer where nobody wants them.
+  A* start(int64_t block) const {
+    if (!wanted_)
+      return nullptr;
+    A* sums = &sums_[block * slots<T>(W_)];
+    std::fill(sums, sums + slots<T>(W_), A(0));
+    return sums;
+  }
+
+  // [W] in the dtype of `like`; empty if that is not wanted.
+  Tensor total(const Tensor& like, bool wanted) const {
+    Tensor out = torch::stable::empty({wanted ? W_ : 0}, like.scalar_type());
+    if (!wanted)
+      return out;
+    for (int64_t block = 1; block < blocks_; ++block)
+      add(&sums_[0], &sums_[block * slots<T>(W_)], slots<T>(W_));
+    dispatch_features(out, "skipkernels", [&](auto type) {
+      using Out = decltype(type);
+      Out* data = out.mutable_data_ptr<Out>();
+      for (int64_t i = 0; i < W_; ++i)
+        data[i] = narrow<Out>(accumulate_t<Out>(sums_[slot<T>(i)]));
+    });
+    return out;
+  }
+
+ private:
+  int64_t W_, blocks_;
+  bool wanted_;
+  Scratch<A> sums_;
+};
+
+} // namespace skipkernels

@@ -1,0 +1,340 @@
+"""`add_layer_norm`: residual addition and LayerNorm of the sum.
+
+    hidden = x + residual, rounded to the dtype of x;   x̂ = (hidden − mean) · rstd;   normed = x̂ · weight + bias
+    g = d_normed · weight
+    d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
+    d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
+
+Without a residual hidden is x itself. An operator must not return what it was given: it returns an empty `hidden`, and
+the public function hands back x.
+
+Forward also returns the mean and rstd of each row, in fp32 (fp64 for fp64). Saved for backward: hidden, which the model
+keeps anyway, these two numbers a row, and the weight. Backward computes only the gradients that are asked for; the
+others come back empty.
+
+On a GPU backward is two kernels: sums over all rows come from fixed blocks of rows, added in their order by the second.
+CPU kernel: csrc/add_layer_norm.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import registration
+from .launching import launch, tl, triton
+from .row_sums import sum_in_order
+
+TILE = 1024  # numbers in a tile: one row, or as many as fit
+ROWS_PER_SUM = (
+    8  # rows, at least, that one program of the backward pass adds up; fewer would be more to write than to read
+)
+MAX_SUMS = 512  # programs of the backward pass: they fill every GPU, and the second kernel has little to add
+BLOCK_SUMS = 64  # partial sums that the second kernel adds at a time
+BLOCK_COLUMNS = 32  # columns of one program of it: 128 bytes
+
+
+@triton.jit
+def _add_layer_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    hidden_ptr,
+    normed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    R,
+    eps,
+    W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """hidden = x + residual, normed = (hidden − mean) · rstd · weight + bias. One program: BLOCK_R whole rows."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_r, mask_w = offs_r < R, offs_w < W
+    offs, mask = offs_r[:, None] * W + offs_w[None, :], mask_r[:, None] & mask_w[None, :]
+    wide = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        wide += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        hidden = wide.to(hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + offs, hidden, mask=mask)
+        wide = hidden.to(tl.float32)
+    mean = tl.sum(wide, axis=1) / W
+    centred = tl.where(mask_w[None, :], wide - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / W + eps)
+    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + offs_r, mean, mask=mask_r)
+    tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
+
+
+@triton.jit
+def _add_layer_norm_bwd_rows_kernel(
+    d_normed_ptr,
+    d_hidden_ptr,
+    hidden_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    d_x_ptr,
+    d_weight_sums_ptr,
+    d_bias_sums_ptr,
+    R,
+    rows,
+    W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)), and Σ d_normed · x̂ and Σ d_normed over some rows.
+
+    One program: `rows` rows, BLOCK_R at a time, and its own row of both sums [P, W]. A null pointer stands for a
+    gradient that is not there or not wanted.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    offs_w = tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        offs_r = program * rows + start + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        offs, mask = offs_r[:, None] * W + offs_w[None, :], mask_r[:, None] & mask_w[None, :]
+        d_normed = tl.load(d_normed_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
+        unit = (hidden - mean[:, None]) * rstd[:, None]
+        if d_x_ptr is not None:
+            g = d_normed * weight[None, :]  # zero beyond the row
+            mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W
+            d_row = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]
+            if d_hidden_ptr is not None:
+                d_row += tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
+        d_weight += d_normed * unit
+        d_bias += d_normed
+    if d_weight_sums_ptr is not None:
+        tl.store(d_weight_sums_ptr + program * W + offs_w, tl.sum(d_weight, axis=0), mask=mask_w)
+    if d_bias_sums_ptr is not None:
+        tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)
+
+
+@triton.jit
+def _add_layer_norm_bwd_sums_kernel(
+    d_weight_sums_ptr,
+    d_bias_sums_ptr,
+    d_weight_ptr,
+    d_bias_ptr,
+    P,
+    W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """d_weight = Σ_p d_weight_sums, and the same for d_bias. One program: BLOCK_W columns of both."""
+    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    if d_weight_ptr is not None:
+        d_weight = sum_in_order(d_weight_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        tl.store(d_weight_ptr + offs_w, d_weight.to(d_weight_ptr.dtype.element_ty), mask=offs_w < W)
+    if d_bias_ptr is not None:
+        d_bias = sum_in_order(d_bias_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)
+
+
+def _tile(W: int) -> dict[str, Any]:
+    BLOCK_W = triton.next_power_of_2(W)
+    BLOCK_R = max(1, TILE // BLOCK_W)
+    return {"BLOCK_W": BLOCK_W, "BLOCK_R": BLOCK_R, "num_warps": min(max(BLOCK_R * BLOCK_W // 256, 4), 16)}
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    W, device = x.shape[-1], x.device
+    hidden = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=device)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=device)
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+    R, tile = mean.numel(), _tile(W)
+    launch(
+        _add_layer_norm_fwd_kernel,
+        (triton.cdiv(R, tile["BLOCK_R"]),),
+        device=device,
+        x_ptr=x.contiguous(),
+        residual_ptr=None if residual is None else residual.contiguous(),
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        hidden_ptr=None if residual is None else hidden,
+        normed_ptr=normed,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        R=R,
+        eps=eps,
+        W=W,
+        **tile,
+    )
+    return hidden, normed, mean, rstd
+
+
+def _launch_backward(
+    d_normed: Tensor,
+    d_hidden: Tensor | None,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    W, R, device = hidden.shape[-1], mean.numel(), hidden.device
+    tile = _tile(W)
+    blocks = triton.cdiv(R, tile["BLOCK_R"])
+    blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
+    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows: sums of nothing
+
+    def sums(need: bool) -> Tensor | None:
+        return torch.empty(P, W, dtype=torch.float32, device=device) if need else None
+
+    def result(like: Tensor, need: bool) -> Tensor:
+        return torch.empty(like.shape if need else 0, dtype=like.dtype, device=device)
+
+    d_x, d_weight, d_bias = result(hidden, need_x), result(weight, need_weight), result(weight, need_bias)
+    d_weight_sums, d_bias_sums = sums(need_weight), sums(need_bias)
+    launch(
+        _add_layer_norm_bwd_rows_kernel,
+        (P,),
+        device=device,
+        d_normed_ptr=d_normed.contiguous(),
+        d_hidden_ptr=None if d_hidden is None else d_hidden.contiguous(),
+        hidden_ptr=hidden.contiguous(),
+        mean_ptr=mean.contiguous(),
+        rstd_ptr=rstd.contiguous(),
+        weight_ptr=weight.contiguous(),
+        d_x_ptr=d_x if need_x else None,
+        d_weight_sums_ptr=d_weight_sums,
+        d_bias_sums_ptr=d_bias_sums,
+        R=R,
+        rows=blocks_per_sum * tile["BLOCK_R"],
+        W=W,
+        **tile,
+    )
+    if need_weight or need_bias:
+        launch(
+            _add_layer_norm_bwd_sums_kernel,
+            (triton.cdiv(W, BLOCK_COLUMNS),),
+            device=device,
+            num_warps=4,
+            d_weight_sums_ptr=d_weight_sums,
+            d_bias_sums_ptr=d_bias_sums,
+            d_weight_ptr=d_weight if need_weight else None,
+            d_bias_ptr=d_bias if need_bias else None,
+            P=P,
+            W=W,
+            BLOCK_P=BLOCK_SUMS,
+            BLOCK_W=BLOCK_COLUMNS,
+        )
+    return d_x, d_weight, d_bias
+
+
+def _serve(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = (x if residual is None else x + residual).contiguous()
+    wide = hidden.to(_wide(x))
+    mean = wide.mean(dim=-1)
+    rstd = ((wide - mean[..., None]).square().mean(dim=-1) + eps).rsqrt()
+    normed = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+    return x.new_empty(0) if residual is None else hidden, normed, mean, rstd
+
+
+def _serve_backward(
+    d_normed: Tensor,
+    d_hidden: Tensor | None,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, hidden = mean.dtype, hidden.contiguous()
+    upstream = d_normed.contiguous().to(wide)
+    unit = (hidden.to(wide) - mean[..., None]) * rstd[..., None]
+    d_x, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if need_x:
+        g = upstream * weight.to(wide)
+        d_row = g - g.mean(dim=-1, keepdim=True) - unit * (g * unit).mean(dim=-1, keepdim=True)
+        d_row = rstd[..., None] * d_row
+        if d_hidden is not None:
+            d_row = d_row + d_hidden.to(wide)
+        d_x = d_row.to(hidden.dtype)
+    if need_weight:
+        d_weight = (upstream * unit).flatten(0, -2).sum(dim=0).to(weight.dtype)
+    if need_bias:
+        d_bias = upstream.flatten(0, -2).sum(dim=0).to(weight.dtype)
+    return d_x, d_weight, d_bias
+
+
+def _fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_wide(x)) for _ in range(2))
+    return x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape), mean, rstd
+
+
+def _fake_backward(
+    d_normed: Tensor, d_hidden: Tensor | None, hidden: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
+    like = (hidden, weight, weight)
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+add_layer_norm = registration.define(
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
+    serve=_serve,
+    fake=_fake,
+    launch=_launch,
+)
+add_layer_norm_backward = registration.define(
+    "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
+    serve=_serve_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _, _ = inputs
+    hidden, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd, *([hidden] if residual is None else []))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if residual is None else hidden, mean, rstd, weight)
+
+
+def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+    d_x, d_weight, d_bias = d_hidden, None, None
+    if d_normed is not None:
+        needs = (need_x or need_residual, need_weight, need_bias)
+        gradients = add_layer_norm_backward(d_normed, d_hidden, *ctx.saved_tensors, *needs)
+        d_x, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return d_x if need_x else None, d_x if need_residual else None, d_weight, d_bias, None
+
+
+registration.differentiate(add_layer_norm, _backward, _save)
+registration.refuse_double_backward(add_layer_norm_backward, instead="skipkernels.reference.add_layer_norm")
+registration.autocast_features(add_layer_norm, features=2)

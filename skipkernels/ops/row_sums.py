@@ -1,0 +1,16 @@
+"""Sums over rows that are the same every time: partial sums of blocks of rows, added in the order of the blocks."""
+
+from __future__ import annotations
+
+from .launching import tl, triton
+
+
+@triton.jit
+def sum_in_order(sums_ptr, P, offs_w, W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Σ_p sums[p, w] of fp32 sums [P, W] for BLOCK_W columns w, BLOCK_P rows at a time."""
+    total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
+    for start in range(0, P, BLOCK_P):
+        offs_p = start + tl.arange(0, BLOCK_P)
+        mask = (offs_p < P)[:, None] & (offs_w < W)[None, :]
+        total += tl.load(sums_ptr + offs_p[:, None] * W + offs_w[None, :], mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
