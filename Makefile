@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup tune test lint types format bench clean
+.PHONY: help setup tune test lint types format bench aot clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -42,6 +42,9 @@ format: $(READY) ## Put the code in the house style.
 
 bench: $(READY) ## Compare a training step with the published one; appends to bench/results.
 	$(BIN)/python -m bench.step
+
+aot: $(READY) ## Compile every Triton kernel for GPUs that need not be here; compare with the table in bench/results.
+	$(BIN)/python -m bench.aot --check
 
 clean: ## Remove .venv and what was built.
 	rm -rf .venv build dist *.egg-info skipkernels/*.so
