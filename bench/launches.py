@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES_OF = {"gather_rows": DTYPES | {"int8": torch.int8}}
+DTYPES_OF = dict.fromkeys(("gather_rows", "gather_rows_out"), DTYPES | {"int8": torch.int8})
 
 
 class Call(NamedTuple):
@@ -63,8 +63,40 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     yield Call(f"{shape}-first", (x, None, *saved, False, True, True))
 
 
+def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
+    """A batch of ViT-B/16's features; one that is narrower and of another type than the store."""
+    for R, N, W, B, to in ((800, 197, 768, 4, None), (9, 5, 67, 3, torch.float16)):
+        yield Call(f"R{R}-N{N}-W{W}-B{B}", (*_stored(R, N, W, B, dtype), to, False))
+
+
+def gather_rows_out(dtype: torch.dtype) -> Iterator[Call]:
+    """Into the batch buffer of a training in bf16."""
+    R, N, W, B = 800, 197, 768, 4
+    out = on_meta(B, N, W, dtype=torch.bfloat16)
+    yield Call(f"R{R}-N{N}-W{W}-B{B}-to-bf16", (*_stored(R, N, W, B, dtype), out))
+
+
+def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    token_scale = on_meta(R, N, dtype=torch.float32) if dtype == torch.int8 else None
+    return on_meta(R, N, W, dtype=dtype), ids(B), token_scale
+
+
+def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
+    """A block's two largest weights and a bias, rounded to nearest, and bf16 at random; buffers in fp32."""
+    lr = on_meta(dtype=torch.float64)
+    for buffer in (dtype, torch.float32):
+        for seed in (None, ids()) if dtype == torch.bfloat16 else (None,):
+            sizes = ((3072, 768), (768, 3072), (768,), (67,))
+            lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
+            how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
+            yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed))
+
+
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "class_scores": class_scores,
     "add_layer_norm": add_layer_norm,
     "add_layer_norm_backward": add_layer_norm_backward,
+    "gather_rows": gather_rows,
+    "gather_rows_out": gather_rows_out,
+    "sgd_momentum_": sgd_momentum_,
 }

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from skipkernels.ops import OPERATORS
 from tests.tolerances import SLACK, relative_error
@@ -59,7 +58,7 @@ def main() -> None:
 
 def rows_of(case: Case, seconds: float, copy: measure.Copy) -> list[dict[str, Any]]:
     """A row for everyone: times, how many times faster ours is, memory; or why there is no time."""
-    wrong = {name: reason for name, run in case.runs.items() if (reason := error_of(case, name, run()))}
+    wrong = {name: reason for name in case.runs if (reason := error_of(case, name))}
     runs = {name: run for name, run in case.runs.items() if name not in wrong}
     once = sum(times[0] for times in measure.time_alternately(runs, 1, CPU).values())
     times = measure.time_alternately(runs, max(5, min(int(seconds / once), 2000)), CPU)
@@ -84,9 +83,11 @@ def rows_of(case: Case, seconds: float, copy: measure.Copy) -> list[dict[str, An
     return rows
 
 
-def error_of(case: Case, name: str, results: list[Tensor]) -> str:
+def error_of(case: Case, name: str) -> str:
     """Why the results are wrong, or nothing."""
-    for number, (value, truth, eager) in enumerate(zip(results, case.truth(), case.runs["eager"](), strict=True)):
+    case.prepare()
+    results = zip(case.runs[name](), case.truth(), case.runs["eager"](), strict=True)
+    for number, (value, truth, eager) in enumerate(results):
         if not value.is_floating_point():
             continue
         error, bound = relative_error(value, truth), relative_error(eager, truth)

@@ -58,6 +58,14 @@ BODY void store_unit_row_gradient_body(T* d_x, const A* d_unit, A scale, const T
     d_x[d] = narrow<T>((d_unit[d] - widen(x[d]) * inverse * along) * (scale * inverse));
 }
 
+template <class Out, class In>
+BODY void convert_row_body(Out* out, const In* x, float scale, int64_t n) {
+  using A = accumulate_t<In>;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = narrow<Out>(accumulate_t<Out>(widen(x[i]) * A(scale)));
+}
+
 // J rows of b against all rows of a: the rows of b, which may be many, are read once.
 template <class A, int J>
 BODY void dot_columns(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t d) {
@@ -171,6 +179,13 @@ DEFINE_FEATURE_LOOPS(float, float)
 DEFINE_FEATURE_LOOPS(double, double)
 DEFINE_FEATURE_LOOPS(BFloat16, float)
 DEFINE_FEATURE_LOOPS(Half, float)
+
+#define DEFINE_CONVERSION(Out, In)                                              \
+  MULTIVERSION void convert_row(Out* out, const In* x, float scale, int64_t n) { \
+    convert_row_body(out, x, scale, n);                                          \
+  }
+
+SKIPKERNELS_FOR_CONVERSIONS(DEFINE_CONVERSION)
 
 #define DEFINE_LOOPS(A)                                                                                         \
   MULTIVERSION void small_matmul_nt(                                                                            \

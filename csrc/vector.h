@@ -24,6 +24,15 @@ SKIPKERNELS_DECLARE_FEATURE_LOOPS(BFloat16, float);
 SKIPKERNELS_DECLARE_FEATURE_LOOPS(Half, float);
 #undef SKIPKERNELS_DECLARE_FEATURE_LOOPS
 
+// out = x · scale, from any type to another; int8 is for what is read only.
+#define SKIPKERNELS_FOR_CONVERSIONS(F)                                                             \
+  F(float, int8_t) F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, int8_t)          \
+  F(BFloat16, float) F(BFloat16, Half) F(BFloat16, double) F(Half, int8_t) F(Half, float)          \
+  F(Half, BFloat16) F(Half, double) F(double, int8_t) F(double, float) F(double, BFloat16) F(double, Half)
+#define SKIPKERNELS_DECLARE_CONVERSION(Out, In) void convert_row(Out* out, const In* x, float scale, int64_t n);
+SKIPKERNELS_FOR_CONVERSIONS(SKIPKERNELS_DECLARE_CONVERSION)
+#undef SKIPKERNELS_DECLARE_CONVERSION
+
 // p_k = exp(scale · (cosine_k − top) − log_sum), where top is the cosine with the largest logit and log_sum the
 // logarithm of Σ_k exp(scale · (cosine_k − top)). The difference of the cosines is taken before it is scaled: that is
 // exact where they are close, while logits of 100 are only known to 4e-6 in fp32.

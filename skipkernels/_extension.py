@@ -26,7 +26,9 @@ SOURCES = (
     "add_layer_norm.cpp",
     "class_sampled_ce.cpp",
     "class_scores.cpp",
+    "gather_rows.cpp",
     "pooled_attention.cpp",
+    "sgd_momentum.cpp",
     "suffix_attention.cpp",
     "vector.cpp",
 )

@@ -6,6 +6,8 @@ tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,10 @@ from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, chec
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_scores import class_scores as _class_scores
+from .ops.gather_rows import gather_rows as _gather_rows
+from .ops.gather_rows import gather_rows_out as _gather_rows_out
 from .ops.pooled_attention import pooled_attention as _pooled_attention
+from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
 from .ops.suffix_attention import suffix_attention as _suffix_attention
 
 __all__ = [
@@ -24,6 +29,8 @@ __all__ = [
     "class_scores",
     "pooled_attention",
     "suffix_attention",
+    "gather_rows",
+    "sgd_momentum_",
 ]
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -358,6 +365,172 @@ def pooled_attention(
     return _pooled_attention(query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
 
 
+def gather_rows(
+    rows: Tensor,
+    index: Tensor,
+    token_scale: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    pin_memory: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A batch of cached features: rows of a store, dequantised.
+
+        out_b = rows[index_b] · token_scale[index_b]
+
+    Every number is read once, where it is (a memory-mapped file will do), and written once. Not differentiable: the
+    cache is a constant.
+
+    Args:
+        rows: [R, N, W], one row of features per sample; fp32, bf16, fp16, fp64, or int8.
+        index: int64 [B], which rows, in any order, with or without repeats.
+        token_scale: fp32 [R, N], what one step of int8 is worth, one for each token; required for int8 and only there.
+        dtype: that of the result; by default that of `rows`, and fp32 for int8.
+        pin_memory: put the result in page-locked memory, so that it can go to a GPU on a side stream.
+        out: contiguous [B, N, W], where to put the result instead of new memory; its dtype counts.
+
+    Returns:
+        [B, N, W]: `out`, if there is one.
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device or option that does not fit, and, on the CPU, for an index that is no row.
+
+    Example:
+        >>> rows = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)   # [R=2, N=1, W=2]
+        >>> scale = torch.tensor([[0.5], [2.0]])                          # [R=2, N=1]
+        >>> gather_rows(rows, torch.tensor([1, 1, 0]), scale).flatten(1)  # [B=3, N·W=2]
+        tensor([[6.0000, 8.0000],
+                [6.0000, 8.0000],
+                [0.5000, 1.0000]])
+    """
+    name = "gather_rows"
+    check_shape(name, "rows", rows, R=None, N=None, W=None)
+    check_dtype(name, "rows", rows, (*FEATURE_DTYPES, torch.int8), "Convert them first.")
+    if index.dim() != 1 or index.numel() > 0:  # no rows at all is a batch, too
+        check_shape(name, "index", index, B=None)
+    check_dtype(name, "index", index, [torch.int64], "Use index.long().")
+    check_device(name, "index", index, ("rows", rows))
+    R, N, W = rows.shape
+    if (rows.dtype == torch.int8) != (token_scale is not None):
+        raise ValueError(
+            f"{name}: token_scale must be given for int8 rows and only for them; got rows of {rows.dtype} "
+            f"{'without' if token_scale is None else 'with'} token_scale."
+        )
+    if token_scale is not None:
+        check_shape(name, "token_scale", token_scale, ("rows", rows), R=R, N=N)
+        check_dtype(name, "token_scale", token_scale, [torch.float32], "Use token_scale.float().")
+        check_device(name, "token_scale", token_scale, ("rows", rows))
+    if dtype is not None and dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
+    if out is None:
+        if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
+            raise ValueError(
+                f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"
+                f"{'' if torch.cuda.is_available() else ' and no GPU'}. Leave it out."
+            )
+        return _gather_rows(rows, index, token_scale, dtype, pin_memory)
+    if dtype is not None or pin_memory:
+        raise ValueError(f"{name}: dtype and pin_memory are those of out; got both. Leave them out.")
+    if not out.is_contiguous() or out.shape != (index.shape[0], N, W):
+        raise ValueError(
+            f"{name}: out must be contiguous [B={index.shape[0]}, N={N}, W={W}]; got {list(out.shape)} with strides "
+            f"{list(out.stride())}."
+        )
+    check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
+    check_device(name, "out", out, ("rows", rows))
+    with torch.no_grad():
+        _gather_rows_out(rows, index, token_scale, out)
+    return out
+
+
+def sgd_momentum_(
+    weight: Tensor | Sequence[Tensor],
+    grad: Tensor | Sequence[Tensor],
+    momentum_buffer: Tensor | Sequence[Tensor],
+    lr: Tensor | float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> None:
+    """One step of SGD with momentum, in place.
+
+        g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
+
+    It is `torch.optim.SGD`'s step for a buffer that starts at zero, in one pass over memory. Give the parameters of a
+    model as lists: that is one call for all of them. Every number is rounded as in `skipkernels.reference`, to the
+    same bits on any device and with any number of threads.
+
+    With a seed, bf16 weights are rounded at random, up with the probability of the part that is lost, so that updates
+    smaller than half a step survive on average. The random bits depend on the seed and on the place of a weight in the
+    list, on nothing else. Use another seed for every step.
+
+    Args:
+        weight: any shape, in fp32, bf16, fp16 or fp64, changed; or a list of such tensors of one dtype and device.
+        grad: the shape of `weight`, in any floating-point dtype; or a list as long.
+        momentum_buffer: the shape of `weight`, in any floating-point dtype, changed; or a list as long. Zeros before
+            the first step.
+        lr: learning rate: a number, or a tensor of one element on the device of `weight`, which is read there: a
+            captured CUDA graph takes what it holds at each replay.
+        momentum: share of the buffer that stays, at least 0.
+        weight_decay: L2 penalty, at least 0.
+        seed: for stochastic rounding of bf16 weights: a number, or an int64 tensor of one element as `lr`. Without it
+            they are rounded to nearest.
+
+    Raises:
+        TypeError: for a dtype that does not fit, and for a seed where weights are not bf16.
+        ValueError: for a shape, device, length or rate that does not fit.
+
+    Example:
+        >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])
+        >>> for _ in range(2):
+        ...     sgd_momentum_(weight, torch.tensor([0.5]), buffer, lr=0.1)
+        >>> weight, buffer
+        (tensor([0.8550]), tensor([0.9500]))
+    """
+    name = "sgd_momentum_"
+    weights, grads, buffers = ([x] if isinstance(x, Tensor) else list(x) for x in (weight, grad, momentum_buffer))
+    if not len(weights) == len(grads) == len(buffers):
+        raise ValueError(
+            f"{name}: weight, grad and momentum_buffer must be lists of one length; got {len(weights)}, {len(grads)} "
+            f"and {len(buffers)}."
+        )
+    for option, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: {option} must be at least 0; got {value}.")
+    if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
+        raise ValueError(f"{name}: lr must be at least 0; got {lr}.")
+    if not weights:
+        return
+    first = weights[0]
+    check_dtype(name, "weight", first, FEATURE_DTYPES, "Only floating-point weights can be trained.")
+    if seed is not None:
+        check_dtype(name, "weight", first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
+    for i, (w, g, b) in enumerate(zip(weights, grads, buffers, strict=True)):
+        if w.dtype != first.dtype or w.device != first.device:
+            raise ValueError(
+                f"{name}: the weights of a list must have one dtype and device; got {first.dtype} on {first.device} "
+                f"and {w.dtype} on {w.device}. Make a call for each."
+            )
+        for argument, x in (("grad", g), ("momentum_buffer", b)):
+            if x.shape != w.shape:
+                raise ValueError(
+                    f"{name}: {argument} must be {list(w.shape)} to match weight"
+                    f"{f' number {i}' if len(weights) > 1 else ''}; got {list(x.shape)}."
+                )
+            if x.dtype != w.dtype:
+                check_dtype(name, argument, x, FEATURE_DTYPES, "It has to be a number with a fraction.")
+            if x.device != w.device:
+                check_device(name, argument, x, ("weight", w))
+    lr = _number_tensor(name, "lr", lr, ("weight", first), FEATURE_DTYPES, torch.float64)
+    if seed is not None:
+        seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
+        seed = _number_tensor(name, "seed", seed, ("weight", first), [torch.int64], torch.int64)
+    with torch.no_grad():
+        _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed)
+
+
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:
     check_shape(name, "image", image, B=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
@@ -398,12 +571,23 @@ def _check_class_weight(name: str, class_weight: Tensor, text: Tensor) -> None:
 
 
 def _scale_tensor(name: str, logit_scale: Tensor | float, image: Tensor) -> Tensor:
-    """The logit scale as a tensor on the device of the images, without the host waiting for it."""
-    if not isinstance(logit_scale, Tensor):
-        dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-        return torch.full((), logit_scale, dtype=dtype, device=image.device)
-    if logit_scale.numel() != 1 or logit_scale.dim() > 1:
-        raise ValueError(f"{name}: logit_scale must be a number, [] or [1]; got {list(logit_scale.shape)}.")
-    check_dtype(name, "logit_scale", logit_scale, FEATURE_DTYPES, "Use logit_scale.float().")
-    check_device(name, "logit_scale", logit_scale, ("image", image))
-    return logit_scale
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    return _number_tensor(name, "logit_scale", logit_scale, ("image", image), FEATURE_DTYPES, dtype)
+
+
+def _number_tensor(
+    name: str,
+    argument: str,
+    value: Tensor | float,
+    like: tuple[str, Tensor],
+    dtypes: Sequence[torch.dtype],
+    dtype: torch.dtype,
+) -> Tensor:
+    """A number as a tensor on the device of another, without the host waiting for it: in `dtype`, or as it is given."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=like[1].device)
+    if value.numel() != 1 or value.dim() > 1:
+        raise ValueError(f"{name}: {argument} must be a number, [] or [1]; got {list(value.shape)}.")
+    check_dtype(name, argument, value, dtypes, f"Use {argument}.to({dtype}).")
+    check_device(name, argument, value, like)
+    return value

@@ -11,6 +11,7 @@ tokens, P tokens of the shared prompt prefix, S tokens of the longest class suff
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -351,9 +352,9 @@ def gather_rows(
     Not differentiable: the cache is a constant.
 
     Args:
-        rows: [..., N, W] with one row of features per sample in front; fp32, fp16, bf16, or int8.
+        rows: [R, N, W], one row of features per sample; fp32, fp16, bf16, fp64, or int8.
         index: int64 [B], which rows, in any order, with or without repeats.
-        token_scale: [..., N], what one step of int8 is worth, one for each token; required for int8 and only there.
+        token_scale: [R, N], what one step of int8 is worth, one for each token; required for int8 and only there.
         dtype: that of the result; by default that of `rows`, and fp32 for int8.
         pin_memory: put the result in page-locked memory, so that it can go to a GPU on a side stream.
 
@@ -385,31 +386,36 @@ def gather_rows(
 
 @torch.no_grad()
 def sgd_momentum_(
-    weight: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: float,
+    weight: Tensor | Sequence[Tensor],
+    grad: Tensor | Sequence[Tensor],
+    momentum_buffer: Tensor | Sequence[Tensor],
+    lr: Tensor | float,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    seed: int | None = None,
+    seed: Tensor | int | None = None,
 ) -> None:
     """One step of SGD with momentum, in place.
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    It is `torch.optim.SGD`'s step for a buffer that starts at zero. With a seed, bf16 weights are rounded at random,
-    up with the probability of the part that is lost, so that updates smaller than half a step survive on average. The
-    random bits of element i are the top 16 of splitmix64(seed, i): they depend on nothing else, so that a step gives
-    the same weights on any device and with any number of threads. Use another seed for every step.
+    It is `torch.optim.SGD`'s step for a buffer that starts at zero. Every product and every sum is rounded by itself:
+    the kernels give the same bits. A list of tensors is one tensor, cut in pieces.
+
+    With a seed, bf16 weights are rounded at random, up with the probability of the part that is lost, so that updates
+    smaller than half a step survive on average. Four elements share a hash: the random bits of element i, counted
+    through the list, are bits 16 · (i mod 4) and the 15 above of splitmix64(seed, i div 4). They depend on nothing
+    else, so that a step gives the same weights on any device and with any number of threads. Use another seed for
+    every step.
 
     Args:
-        weight: any shape, changed.
-        grad: the shape of `weight`.
-        momentum_buffer: the shape of `weight`, changed; zeros before the first step.
-        lr: learning rate.
+        weight: any shape, changed; or a list of such tensors.
+        grad: the shape of `weight`, or a list as long.
+        momentum_buffer: the shape of `weight`, changed, or a list as long; zeros before the first step.
+        lr: learning rate: a number, or a tensor of one element.
         momentum: share of the buffer that stays.
         weight_decay: L2 penalty.
-        seed: for stochastic rounding of bf16 weights; rounded to nearest without it.
+        seed: for stochastic rounding of bf16 weights: a number, or an int64 tensor of one element; rounded to nearest
+            without it.
 
     Raises:
         TypeError: if there is a seed and the weights are not bf16.
@@ -421,13 +427,18 @@ def sgd_momentum_(
         >>> weight, buffer
         (tensor([0.8550]), tensor([0.9500]))
     """
-    if seed is not None and weight.dtype != torch.bfloat16:
-        raise TypeError(f"sgd_momentum_: seed is for bfloat16 weights; got {weight.dtype}. Leave it out.")
-    wide = _wide(weight)
-    buffer = momentum * momentum_buffer.to(wide.dtype) + (grad.to(wide.dtype) + weight_decay * wide)
-    updated = wide - lr * buffer
-    momentum_buffer.copy_(buffer)
-    weight.copy_(updated if seed is None else _round_at_random(updated, seed))
+    lists = ([x] if isinstance(x, Tensor) else x for x in (weight, grad, momentum_buffer))
+    first = 0
+    for w, g, b in zip(*lists, strict=True):
+        if seed is not None and w.dtype != torch.bfloat16:
+            raise TypeError(f"sgd_momentum_: seed is for bfloat16 weights; got {w.dtype}. Leave it out.")
+        wide = _wide(w)
+        rate = lr.reshape(()).to(wide.dtype) if isinstance(lr, Tensor) else lr
+        buffer = momentum * b.to(wide.dtype) + (g.to(wide.dtype) + weight_decay * wide)
+        updated = wide - rate * buffer
+        b.copy_(buffer)
+        w.copy_(updated if seed is None else _round_at_random(updated, seed, first))
+        first += w.numel()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -448,18 +459,20 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
     return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(dim=-1), _wide(value)).to(query.dtype)
 
 
-def _round_at_random(x: Tensor, seed: int) -> Tensor:
+def _round_at_random(x: Tensor, seed: Tensor | int, first: int) -> Tensor:
     """Round fp32 to bf16: add 16 random bits below the last one that stays, then cut."""
-    bits = torch.arange(1, x.numel() + 1, device=x.device).view(x.shape) * _int64(0x9E3779B97F4A7C15) + _int64(seed)
-    bits = (bits ^ _shift_right(bits, 30)) * _int64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ _shift_right(bits, 27)) * _int64(0x94D049BB133111EB)
+    i = torch.arange(first, first + x.numel(), device=x.device).view(x.shape)
+    start = seed.reshape(()) if isinstance(seed, Tensor) else signed64(seed)
+    bits = (i // 4 + 1) * signed64(0x9E3779B97F4A7C15) + start
+    bits = (bits ^ _shift_right(bits, 30)) * signed64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shift_right(bits, 27)) * signed64(0x94D049BB133111EB)
     bits = bits ^ _shift_right(bits, 31)
-    noise = _shift_right(bits, 48).to(torch.int32)
+    noise = (bits >> (16 * (i % 4)) & 0xFFFF).to(torch.int32)
     rounded = ((x.contiguous().view(torch.int32) + noise) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x)
 
 
-def _int64(value: int) -> int:
+def signed64(value: int) -> int:
     """The signed number with the same 64 bits: PyTorch multiplies int64 modulo 2⁶⁴, as uint64 does."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value

@@ -100,6 +100,103 @@ def test_layer_norm_refuses(bad, error, message):
         functional.add_layer_norm(**{**arguments, **bad})
 
 
+def stored() -> dict:
+    return {
+        "rows": torch.ones(5, 3, 4, dtype=torch.int8),
+        "index": torch.tensor([0, 4]),
+        "token_scale": torch.ones(5, 3),
+    }
+
+
+GATHER = [
+    (
+        {"rows": torch.ones(5, 4, dtype=torch.int8)},
+        ValueError,
+        r"rows must be \[R, N, W\] with .* ≥ 1; got \[5, 4\]",
+    ),
+    ({"rows": torch.ones(5, 3, 4).long()}, TypeError, r"rows must be float32, .* or int8; got torch.int64"),
+    ({"index": torch.tensor(3)}, ValueError, r"index must be \[B\] with B ≥ 1; got \[\]"),
+    ({"index": torch.tensor([3.0])}, TypeError, r"index must be int64; got torch.float32. Use index.long\(\)"),
+    ({"index": torch.tensor([0, 5])}, ValueError, r"index must be rows of rows, 0 to 4; got 5"),
+    ({"index": torch.tensor([0], device="meta")}, ValueError, r"index must be on cpu, where rows is; got meta"),
+    ({"token_scale": None}, ValueError, r"token_scale must be given for int8 .* got rows of torch.int8 without"),
+    (
+        {"rows": torch.ones(5, 3, 4)},
+        ValueError,
+        r"token_scale must be given .* torch.float32 with token_scale",
+    ),
+    ({"token_scale": torch.ones(5, 4)}, ValueError, r"token_scale must be \[R=5, N=3\] to match rows .*; got \[5, 4\]"),
+    ({"token_scale": torch.ones(5, 3).half()}, TypeError, r"token_scale must be float32; got torch.float16. Use"),
+    ({"dtype": torch.int8}, TypeError, r"dtype must be float32, bfloat16, float16 or float64; got torch.int8"),
+    ({"out": torch.ones(2, 3, 5)}, ValueError, r"out must be contiguous \[B=2, N=3, W=4\]; got \[2, 3, 5\]"),
+    ({"out": torch.ones(2, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
+    ({"out": torch.ones(2, 3, 4).long()}, TypeError, r"out must be float32, .* got torch.int64"),
+    ({"out": torch.ones(2, 3, 4), "dtype": torch.float32}, ValueError, r"dtype and pin_memory are those of out"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), GATHER, ids=lambda x: x if isinstance(x, str) else "")
+def test_gather_refuses(bad, error, message):
+    functional.gather_rows(**stored())
+    with pytest.raises(error, match=rf"^gather_rows: {message}"):
+        functional.gather_rows(**{**stored(), **bad})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_pinned_memory_needs_a_gpu():
+    with pytest.raises(ValueError, match=r"^gather_rows: pin_memory is for .* on cpu and no GPU. Leave it out"):
+        functional.gather_rows(**stored(), pin_memory=True)
+
+
+def trained() -> dict:
+    return {
+        "weight": [torch.ones(3), torch.ones(2, 2)],
+        "grad": [torch.ones(3), torch.ones(2, 2)],
+        "momentum_buffer": [torch.zeros(3), torch.zeros(2, 2)],
+        "lr": 0.1,
+    }
+
+
+SGD = [
+    ({"grad": [torch.ones(3)]}, ValueError, r"weight, grad and momentum_buffer must be lists .*; got 2, 1 and 2"),
+    ({"weight": [torch.ones(3).long(), torch.ones(2, 2)]}, TypeError, r"weight must be float32, .* got torch.int64"),
+    ({"weight": [torch.ones(3), torch.ones(2, 2).half()]}, ValueError, r"the weights of a list must have one dtype"),
+    (
+        {"grad": [torch.ones(3), torch.ones(4)]},
+        ValueError,
+        r"grad must be \[2, 2\] to match weight number 1; got",
+    ),
+    (
+        {"momentum_buffer": [torch.ones(1), torch.ones(2, 2)]},
+        ValueError,
+        r"momentum_buffer must be \[3\].*; got \[1\]",
+    ),
+    ({"grad": [torch.ones(3), torch.ones(2, 2).long()]}, TypeError, r"grad must be float32, .* got torch.int64"),
+    ({"grad": [torch.ones(3), torch.ones(2, 2, device="meta")]}, ValueError, r"grad must be on cpu, where weight is"),
+    ({"lr": -0.1}, ValueError, r"lr must be at least 0; got -0.1"),
+    ({"lr": float("nan")}, ValueError, r"lr must be at least 0; got nan"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr must be a number, \[\] or \[1\]; got \[2\]"),
+    ({"lr": torch.tensor(1)}, TypeError, r"lr must be float32, .* got torch.int64"),
+    ({"lr": torch.tensor(0.1, device="meta")}, ValueError, r"lr must be on cpu, where weight is; got meta"),
+    ({"momentum": -1.0}, ValueError, r"momentum must be at least 0; got -1.0"),
+    ({"weight_decay": -1.0}, ValueError, r"weight_decay must be at least 0; got -1.0"),
+    ({"seed": 3}, TypeError, r"weight must be bfloat16; got torch.float32. Leave out seed"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), SGD, ids=lambda x: x if isinstance(x, str) else "")
+def test_sgd_refuses(bad, error, message):
+    functional.sgd_momentum_(**trained())
+    with pytest.raises(error, match=rf"^sgd_momentum_: {message}"):
+        functional.sgd_momentum_(**{**trained(), **bad})
+
+
+def test_sgd_refuses_a_seed_that_is_no_integer():
+    bf16 = {name: torch.ones(2).bfloat16() for name in ("weight", "grad", "momentum_buffer")}
+    with pytest.raises(TypeError, match=r"^sgd_momentum_: seed must be int64; got torch.float32. Use seed.to"):
+        functional.sgd_momentum_(**bf16, lr=0.1, seed=torch.tensor(1.0))
+
+
 def test_logits_refuse():
     with pytest.raises(ValueError, match=r"^class_sampled_logits: text must be \[C, D=16\]"):
         functional.class_sampled_logits(torch.randn(B, D), torch.randn(C, 7), 1.0)

@@ -157,11 +157,11 @@ def test_stochastic_rounding_keeps_updates_that_rounding_to_nearest_loses():
 
 
 def test_the_random_bits_are_splitmix64():
-    """The first numbers that the published generator gives for seed 1234567."""
+    """The first numbers that the published generator gives for seed 1234567, 16 bits for each element."""
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    mask = (1 << 64) - 1
-    bits, expected = 0x3F800000, []  # 1.0
-    for number in known:
-        expected.append(((bits + (number >> 48)) & 0xFFFF0000) & mask)
-    rounded = reference._round_at_random(torch.ones(5), seed=1234567)
+    sixteenths = [(number >> 16 * lane) & 0xFFFF for number in known for lane in range(4)]
+    expected = [(0x3F800000 + bits) & 0xFFFF0000 for bits in sixteenths]  # 1.0
+    rounded = reference._round_at_random(torch.ones(20), seed=1234567, first=0)
     assert rounded.view(torch.int32).tolist() == expected
+    later = reference._round_at_random(torch.ones(17), seed=torch.tensor([1234567]), first=3)
+    assert later.view(torch.int32).tolist() == expected[3:]

@@ -27,6 +27,8 @@ class Case(NamedTuple):
     """Operations of the matrix products, forward and backward, at least."""
     absent: dict[str, str] = {}
     """Peers that cannot run here, each with the reason."""
+    prepare: Callable[[], object] = lambda: None
+    """Called before each run whose results are looked at: puts back what an in-place operator has changed."""
     target: str = ""
     """What the ratio is wanted to be, for instance "≥ 2.5"; empty where nothing is promised."""
 

@@ -65,6 +65,7 @@ def launch(
     device: torch.device,
     num_warps: int,
     num_stages: int = 2,
+    fp_fusion: bool = True,
     debug: bool = False,
     **arguments: Tensor | int | float | bool | str | None,
 ) -> None:
@@ -76,6 +77,7 @@ def launch(
         device: that of the tensors.
         num_warps: of 32 threads (64 on AMD) a program.
         num_stages: of the software pipeline of its loops.
+        fp_fusion: whether a · b + c may be rounded once, as the libraries do it; not where PyTorch's bits are wanted.
         debug: whether its `tl.device_assert`s are compiled in. They stop the device without the host waiting.
         arguments: the kernel's, by name.
     """
@@ -88,7 +90,7 @@ def launch(
             dict(
                 num_warps=num_warps,
                 num_stages=num_stages,
-                enable_fp_fusion=True,  # a · b + c in one rounding, as the CPU kernels and the libraries do
+                enable_fp_fusion=fp_fusion,
                 debug=debug,
                 sanitize_overflow=False,  # of every sum and product of integers, which debug would check too
             ),

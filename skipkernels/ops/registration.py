@@ -52,7 +52,7 @@ def define(
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def serve_or_load(*args: Any) -> Any:
-        if args[0].device.type == "cpu" and _extension.load().path is not None and has_cpp(name):
+        if _first(args).device.type == "cpu" and _extension.load().path is not None and has_cpp(name):
             return operator(*args)  # loading has put the C++ kernel before this one
         return serve(*args)
 
@@ -73,9 +73,14 @@ def has_cpp(name: str) -> bool:
 
 def _or_serve_double(launch: Callable[..., Any], serve: Callable[..., Any]) -> Callable[..., Any]:
     def launch_or_serve(*args: Any) -> Any:
-        return (serve if args[0].dtype == torch.float64 else launch)(*args)
+        return (serve if _first(args).dtype == torch.float64 else launch)(*args)
 
     return launch_or_serve
+
+
+def _first(args: tuple[Any, ...]) -> torch.Tensor:
+    """The tensor that decides who serves a call: the first, also that of a list."""
+    return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
 
 
 def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
@@ -105,6 +110,21 @@ def not_differentiable(operator: torch._ops.OpOverload) -> None:
         ctx.mark_non_differentiable(output)
 
     torch.library.register_autograd(operator, backward, setup_context=mark, lib=_library)
+
+
+def mutates(operator: torch._ops.OpOverload) -> None:
+    """Let an operator that changes its arguments count up their versions, as every in-place operator must."""
+    arguments = operator._schema.arguments
+    changed = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def count_and_call(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        for i in changed:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & below, *args)
+
+    _library.impl(operator._opname, count_and_call, "ADInplaceOrView", with_keyset=True)
 
 
 def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:

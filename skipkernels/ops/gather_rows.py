@@ -1,0 +1,146 @@
+"""`gather_rows`: rows of a feature store → a batch.
+
+    out_b = rows[index_b] · token_scale[index_b]
+
+Every number is read once and written once. `gather_rows_out` writes into a buffer that the caller has, which may be
+pinned and used again. Not differentiable: the store is a constant. CPU kernel: csrc/gather_rows.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import registration
+from .launching import launch, tl, triton
+
+BLOCK_N = 4  # tokens of a program
+MAX_BLOCK_W = 1024  # columns that it reads at once: with 4 tokens in bf16, 8 KiB in flight
+NUM_WARPS = 4
+
+
+@triton.jit
+def _gather_rows_kernel(
+    rows_ptr,
+    index_ptr,
+    token_scale_ptr,
+    out_ptr,
+    R,
+    N,
+    W,
+    stride_rows_r,
+    stride_rows_n,
+    stride_rows_w,
+    stride_index,
+    stride_scale_r,
+    stride_scale_n,
+    QUANTISED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """out_bn = rows[index_b, n] · token_scale[index_b, n]. One program: BLOCK_N tokens of one image, all columns."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.load(index_ptr + b * stride_index)
+    tl.device_assert((row >= 0) & (row < R), "gather_rows: index must be rows of rows")
+
+    offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_n = offs_n < N
+    rows_ptrs = rows_ptr + row * stride_rows_r + offs_n[:, None] * stride_rows_n
+    out_ptrs = out_ptr + (b * N + offs_n[:, None]) * W
+    if QUANTISED:
+        scale = tl.load(token_scale_ptr + row * stride_scale_r + offs_n * stride_scale_n, mask=mask_n, other=0.0)
+    for start in range(0, W, BLOCK_W):
+        offs_w = start + tl.arange(0, BLOCK_W)
+        mask = mask_n[:, None] & (offs_w < W)[None, :]
+        tokens = tl.load(rows_ptrs + offs_w[None, :].to(tl.int64) * stride_rows_w, mask=mask)
+        if QUANTISED:
+            tokens = tokens.to(tl.float32) * scale[:, None]
+        tl.store(out_ptrs + offs_w[None, :], tokens.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Tensor) -> None:
+    (B,), (R, N, W) = index.shape, rows.shape
+    launch(
+        _gather_rows_kernel,
+        (B * triton.cdiv(N, BLOCK_N),),
+        device=rows.device,
+        num_warps=NUM_WARPS,
+        debug=True,  # for the assertion
+        rows_ptr=rows,
+        index_ptr=index,
+        token_scale_ptr=token_scale,
+        out_ptr=out,
+        R=R,
+        N=N,
+        W=W,
+        stride_rows_r=rows.stride(0),
+        stride_rows_n=rows.stride(1),
+        stride_rows_w=rows.stride(2),
+        stride_index=index.stride(0),
+        stride_scale_r=0 if token_scale is None else token_scale.stride(0),
+        stride_scale_n=0 if token_scale is None else token_scale.stride(1),
+        QUANTISED=token_scale is not None,
+        BLOCK_N=BLOCK_N,
+        BLOCK_W=min(triton.next_power_of_2(W), MAX_BLOCK_W),
+    )
+
+
+def _launch(
+    rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
+) -> Tensor:
+    out = _empty(rows, index, dtype, pin_memory)
+    _launch_out(rows, index, token_scale, out)
+    return out
+
+
+def _serve(
+    rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
+) -> Tensor:
+    _check_values(rows, index)
+    return reference.gather_rows(rows, index, token_scale, dtype, pin_memory)
+
+
+def _serve_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Tensor) -> None:
+    _check_values(rows, index)
+    out.copy_(reference.gather_rows(rows, index, token_scale, out.dtype))
+
+
+def _check_values(rows: Tensor, index: Tensor) -> None:
+    """Refuse what the C++ kernel refuses; a GPU is not made to wait: there it is a device-side assertion."""
+    R = rows.shape[0]
+    if index.device.type == "cpu" and (wrong := index[(index < 0) | (index >= R)]).numel() > 0:
+        raise ValueError(f"gather_rows: index must be rows of rows, 0 to {R - 1}; got {wrong[0]}.")
+
+
+def _fake(
+    rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
+) -> Tensor:
+    return _empty(rows, index, dtype, pin_memory)
+
+
+def _fake_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Tensor) -> None:
+    pass
+
+
+def _empty(rows: Tensor, index: Tensor, dtype: torch.dtype | None, pin_memory: bool) -> Tensor:
+    dtype = dtype or (torch.float32 if rows.dtype == torch.int8 else rows.dtype)
+    return rows.new_empty((index.shape[0], *rows.shape[1:]), dtype=dtype, pin_memory=pin_memory)
+
+
+gather_rows = registration.define(
+    "gather_rows(Tensor rows, Tensor index, Tensor? token_scale, ScalarType? dtype, bool pin_memory) -> Tensor out",
+    serve=_serve,
+    fake=_fake,
+    launch=_launch,
+)
+registration.not_differentiable(gather_rows)
+
+gather_rows_out = registration.define(
+    "gather_rows_out(Tensor rows, Tensor index, Tensor? token_scale, Tensor(a!) out) -> ()",
+    serve=_serve_out,
+    fake=_fake_out,
+    launch=_launch_out,
+)
+registration.mutates(gather_rows_out)

@@ -1,0 +1,223 @@
+"""The gathered rows against the reference, to the bit: nothing here is summed."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skipkernels import reference
+from skipkernels.functional import gather_rows
+from skipkernels.ops.gather_rows import gather_rows as operator
+from skipkernels.ops.gather_rows import gather_rows_out
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STORED = (*FLOATS, torch.int8)
+SHAPES = [(1, 1, 1, 1), (7, 5, 67, 4), (3, 197, 33, 2), (2, 1, 1025, 5)]  # the last: one more than a block of columns
+
+
+def make(R, N, W, B, dtype=torch.float32, device="cpu", seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    rows = (20 * torch.randn(R, N, W, generator=rng)).to(dtype)
+    index = torch.randint(0, R, (B,), generator=rng)
+    scale = torch.rand(R, N, generator=rng) if dtype == torch.int8 else None
+    return rows.to(device), index.to(device), None if scale is None else scale.to(device)
+
+
+def same(batch, right):
+    return batch.dtype == right.dtype and torch.equal(batch, right)
+
+
+@pytest.mark.parametrize("to", FLOATS, ids=lambda dtype: f"to-{str(dtype)[6:]}")
+@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "R{}-N{}-W{}-B{}".format(*s))
+def test_is_the_reference(backend, shape, dtype, to):
+    if backend.name == "interpreter" and torch.bfloat16 in (dtype, to):
+        pytest.skip("the interpreter's bf16 is not that of bf16")
+    rows, index, scale = make(*shape, dtype, backend.device)
+    right = reference.gather_rows(rows, index, scale, to)
+    assert same(gather_rows(rows, index, scale, dtype=to), right)
+    out = torch.full_like(right, torch.nan)
+    assert gather_rows(rows, index, scale, out=out) is out
+    assert same(out, right)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype)[6:])
+def test_dtype_is_that_of_the_rows_or_fp32(backend, dtype):
+    if backend.name == "interpreter" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 is not that of bf16")
+    rows, index, scale = make(3, 2, 5, 2, dtype, backend.device)
+    assert gather_rows(rows, index, scale).dtype == (torch.float32 if dtype == torch.int8 else dtype)
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.integers(0, 9),
+    st.sampled_from(STORED),
+    st.sampled_from(FLOATS),
+    st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]),
+    st.booleans(),
+)
+def test_every_shape_and_stride(R, N, W, B, dtype, to, steps, transposed):
+    rows, index, scale = make(R, N, W, B, dtype, seed=R + N)
+    rows = rows[:, :: steps[0], :: steps[1]]
+    scale = None if scale is None else scale[:, :: steps[0]]
+    if transposed:
+        rows = rows.mT.contiguous().mT
+    assert same(gather_rows(rows, index, scale, dtype=to), reference.gather_rows(rows, index, scale, to))
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype)[6:])
+def test_any_strides(backend, dtype):
+    if backend.name == "interpreter" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 is not that of bf16")
+    rows, index, scale = make(6, 7, 40, 5, dtype, backend.device)
+    right = reference.gather_rows(rows, index, scale)
+    assert same(gather_rows(rows.mT.contiguous().mT, index, scale), right)
+    assert same(gather_rows(torch.stack([rows, -rows], dim=3).flatten(2)[:, :, ::2], index, scale), right)
+    assert same(gather_rows(torch.cat([rows, -rows], dim=1)[:, :7], index, scale), right)
+    unaligned = torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(rows.shape)
+    assert same(gather_rows(unaligned, index.repeat_interleave(2)[::2], scale), right)
+    if scale is not None:
+        assert same(gather_rows(rows, index, scale.T.contiguous().T), right)
+    one = rows[:1].expand(6, 7, 40)
+    assert same(gather_rows(one, index, scale), reference.gather_rows(one, index, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+def test_straight_from_a_file(tmp_path, dtype):
+    """As a safetensors shard has them: some bytes into the file, at no multiple of anything."""
+    rows, index, scale = make(9, 5, 64, 6, dtype)
+    path = tmp_path / "shard"
+    path.write_bytes(b"head!!" + rows.view(torch.uint8).numpy().tobytes())
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[6:]
+    view = mapped.view(torch.int8) if dtype == torch.int8 else torch.frombuffer(mapped.numpy(), dtype=dtype)
+    view = view.view(rows.shape)
+    assert view.data_ptr() % 4 != 0
+    assert same(gather_rows(view, index, scale), reference.gather_rows(rows, index, scale))
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16], ids=["to-fp32", "to-bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+def test_any_number_of_threads_and_past_the_caches(dtype, to):
+    """A batch large enough to be streamed, whose rows are no multiple of a cache line."""
+    rows, index, scale = make(5, 97, 771, 120, dtype)
+    right = reference.gather_rows(rows, index, scale, to)
+    out = torch.empty(right.numel() + 1, dtype=to)[1:].view(right.shape)  # unaligned
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert same(gather_rows(rows, index, scale, out=out.fill_(torch.nan)), right)
+
+
+def test_empty_batch(backend):
+    rows, _, _ = make(3, 2, 5, 1, device=backend.device)
+    index = torch.empty(0, dtype=torch.int64, device=backend.device)
+    assert gather_rows(rows, index).shape == (0, 2, 5)
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_index_out_of_range_is_named(backend, wrong):
+    if backend.name not in ("cpp", "reference"):
+        pytest.skip("a device-side assertion")
+    rows, _, _ = make(7, 2, 5, 1)
+    for out in (None, torch.empty(2, 2, 5)):
+        with pytest.raises(ValueError, match=rf"^gather_rows: index must be rows of rows, 0 to 6; got {wrong}\.$"):
+            gather_rows(rows, torch.tensor([3, wrong]), out=out)
+
+
+def test_not_differentiable(backend):
+    rows, index, _ = make(3, 2, 5, 2, device=backend.device)
+    rows.requires_grad_()
+    assert not gather_rows(rows, index).requires_grad
+    assert not gather_rows(rows, index, out=torch.empty(2, 2, 5, device=backend.device)).requires_grad
+
+
+def test_opcheck(backend):
+    for dtype in (torch.float32, torch.int8):
+        rows, index, scale = make(3, 2, 5, 2, dtype, backend.device)
+        torch.library.opcheck(operator, (rows, index, scale, torch.float16, False))
+        out = torch.empty(2, 2, 5, dtype=torch.float16, device=backend.device)
+        torch.library.opcheck(gather_rows_out, (rows, index, scale, out))
+
+
+def test_out_counts_up_its_version():
+    rows, index, _ = make(3, 2, 5, 2)
+    out = torch.empty(2, 2, 5)
+    before = out._version
+    gather_rows(rows, index, out=out)
+    assert out._version > before
+
+
+def test_compiles_into_one_graph():
+    def step(rows, index, scale, out):
+        gather_rows(rows, index, scale, out=out)
+        return gather_rows(rows, index, scale, dtype=torch.bfloat16).float() + out
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 3, 16, 2), (9, 5, 31, 7)):
+        rows, index, scale = make(*shape, torch.int8)
+        outs = torch.empty(2, shape[3], *shape[1:3])
+        assert torch.equal(compiled(rows, index, scale, outs[0]), step(rows, index, scale, outs[1]))
+        assert torch.equal(outs[0], outs[1])
+
+
+def test_another_thread_runs_meanwhile():
+    """The interpreter's lock is not held: while a large batch is gathered, a thread of Python counts on."""
+    torch.set_num_threads(1)
+    rows = torch.zeros(64, 197, 768, dtype=torch.int8)
+    scale, index = torch.zeros(64, 197), torch.zeros(400, dtype=torch.int64)
+    out = torch.empty(400, 197, 768)
+    gather_rows(rows, index, scale, out=out)
+    ticks, done = [], threading.Event()
+
+    def count():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-4)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    while not ticks:
+        time.sleep(1e-3)
+    start = time.perf_counter()
+    gather_rows(rows, index, scale, out=out)
+    end = time.perf_counter()
+    done.set()
+    counter.join()
+    # 60 million numbers take tens of milliseconds. With the lock held there would be no tick well inside.
+    margin = (end - start) / 4
+    assert any(start + margin < tick < end - margin for tick in ticks)
+
+
+@pytest.mark.gpu
+def test_pinned():
+    rows, index, _ = make(3, 2, 5, 2)
+    batch = gather_rows(rows, index, pin_memory=True)
+    assert batch.is_pinned() and torch.equal(batch, rows[index])
+    assert gather_rows(rows, index, out=batch).is_pinned()
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph():
+    rows, index, scale = make(9, 5, 31, 4, torch.int8, "cuda")
+    out = torch.empty(4, 5, 31, device="cuda")
+    gather_rows(rows, index, scale, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gather_rows(rows, index, scale, out=out)
+    index.copy_(torch.tensor([8, 0, 0, 3]))
+    graph.replay()
+    assert torch.equal(out, reference.gather_rows(rows, index, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_on_the_device_of_its_tensors():
+    rows, index, scale = make(9, 5, 31, 4, torch.int8, "cuda:1")
+    assert same(gather_rows(rows, index, scale), reference.gather_rows(rows, index, scale))
