@@ -272,10 +272,11 @@ def _pooled_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Ten
     return F.scaled_dot_product_attention(query[:, :, None], key.transpose(1, 2), value.transpose(1, 2))[:, :, 0]
 
 
-def _sgd_momentum_(weight: Tensor, grad: Tensor, momentum_buffer: Tensor, *_: Any) -> None:
-    weight = torch.nn.Parameter(weight)
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True)
-    optimizer.state[weight]["momentum_buffer"], weight.grad = momentum_buffer, grad
+def _sgd_momentum_(weights: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *_: Any) -> None:
+    parameters = [torch.nn.Parameter(weight) for weight in weights]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True)
+    for parameter, grad, momentum_buffer in zip(parameters, grads, momentum_buffers, strict=True):
+        optimizer.state[parameter]["momentum_buffer"], parameter.grad = momentum_buffer, grad
     optimizer.step()
 
 

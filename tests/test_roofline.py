@@ -83,6 +83,12 @@ def test_backward_is_counted():
     assert roofline.eager_launches("add_layer_norm", (x, x, torch.ones(3), torch.zeros(3))) == 4
 
 
+def test_every_operator_is_counted():
+    rows = {row["what"]: row for row in roofline.launches_by_operator()}
+    assert rows.keys() == {aot.family(op) for op in CALLS}
+    assert all(row["plain_pytorch"] >= 1 and row["ours"] >= 1 for row in rows.values())
+
+
 def test_the_fewest_warps_are_shown():
     row = dict(op="a", kernel="k", target="sm_80", dtype="bf16")
     assert roofline.worst([row | {"warps": 8}, row | {"warps": 4}, row | {"warps": 6}]) == [row | {"warps": 4}]
