@@ -63,6 +63,25 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     yield Call(f"{shape}-first", (x, None, *saved, False, True, True))
 
 
+def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, str]]:
+    """Shape, rows, bias and kind: the image tower with every kind, then narrow rows, and rows without a bias."""
+    x, bias = on_meta(788, 3072, dtype=dtype), on_meta(3072, dtype=dtype)
+    for kind in ("quick_gelu", "gelu", "gelu_tanh"):
+        yield f"T788-W3072-{kind}", x, bias, kind
+    yield "T33-W64-quick_gelu", on_meta(33, 64, dtype=dtype), on_meta(64, dtype=torch.float32), "quick_gelu"
+    yield "T788-W3072-quick_gelu-plain", x, None, "quick_gelu"
+
+
+def mlp_activation(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, *arguments in activation_rows(dtype):
+        yield Call(shape, tuple(arguments))
+
+
+def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, x, bias, kind in activation_rows(dtype):
+        yield Call(shape, (x, x, bias, kind, True, bias is not None))
+
+
 def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
     """A batch of ViT-B/16's features; one that is narrower and of another type than the store."""
     for R, N, W, B, to in ((800, 197, 768, 4, None), (9, 5, 67, 3, torch.float16)):
@@ -96,6 +115,8 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "class_scores": class_scores,
     "add_layer_norm": add_layer_norm,
     "add_layer_norm_backward": add_layer_norm_backward,
+    "mlp_activation": mlp_activation,
+    "mlp_activation_backward": mlp_activation_backward,
     "gather_rows": gather_rows,
     "gather_rows_out": gather_rows_out,
     "sgd_momentum_": sgd_momentum_,

@@ -39,10 +39,13 @@ template <class T, class A>
 BODY void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
   const int64_t W = f.W;
   for (int64_t r = begin; r < end; ++r) {
-    const T *x = f.x + r * W, *residual = f.residual + r * W;
-    T *hidden = f.hidden + r * W, *normed = f.normed + r * W;
+    const T *x = f.x + r * W, *row = x;
+    T* normed = f.normed + r * W;
     Columns<T> sum = {}, squares = {};
     if (f.residual != nullptr) {
+      const T* residual = f.residual + r * W;
+      T* hidden = f.hidden + r * W;
+      row = hidden;
       for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
         Columns<T> added = load_columns(x + i, n) + load_columns(residual + i, n);
         store_columns(hidden + i, added, n);
@@ -51,7 +54,6 @@ BODY void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
     } else {
       for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY { sum = sum + load_columns(x + i, n); });
     }
-    const T* row = f.residual != nullptr ? hidden : x;
     const A mean = sum.sum() / A(W);
     // The variance is that of the centred row: a difference of squares would lose it where the mean is large.
     for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
@@ -74,8 +76,7 @@ template <bool D_X, bool D_HIDDEN, bool SUMS, class T, class A>
 BODY void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, A* d_weight, A* d_bias) {
   const int64_t W = b.W;
   for (int64_t r = begin; r < end; ++r) {
-    const T *d_normed = b.d_normed + r * W, *d_hidden = b.d_hidden + r * W, *hidden = b.hidden + r * W;
-    T* d_x = b.d_x + r * W;
+    const T *d_normed = b.d_normed + r * W, *hidden = b.hidden + r * W;
     const A mean = b.mean[r], rstd = b.rstd[r];
     Columns<T> sum_g = {}, sum_gx = {};
     if constexpr (D_X)
@@ -95,8 +96,8 @@ BODY void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, A
       if constexpr (D_X) {
         Columns<T> d_row = (upstream * load_slots<T>(b.weight + i) - mean_g + unit * -mean_gx) * rstd;
         if constexpr (D_HIDDEN)
-          d_row = d_row + load_columns(d_hidden + i, n);
-        store_columns(d_x + i, d_row, n);
+          d_row = d_row + load_columns(b.d_hidden + r * W + i, n);
+        store_columns(b.d_x + r * W + i, d_row, n);
       }
     });
   }
@@ -125,13 +126,6 @@ DEFINE_ROW_LOOPS(BFloat16, float)
 DEFINE_ROW_LOOPS(Half, float)
 
 // Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
-void check_like(const Tensor& x, const Tensor& other, const char* argument) {
-  bool same = other.dim() == x.dim() && other.scalar_type() == x.scalar_type();
-  for (int64_t i = 0; same && i < x.dim(); ++i)
-    same = other.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, NAME, ": ", argument, " must have the shape and the dtype of the first argument.");
-}
-
 void check_vector(const Tensor& vector, int64_t W, const char* argument) {
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == W, NAME, ": ", argument, " must be [W].");
 }
@@ -141,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
   STD_TORCH_CHECK(x_.dim() > 0 && x_.size(x_.dim() - 1) > 0, NAME, ": x must be [..., W] with W at least 1.");
   const int64_t W = x_.size(x_.dim() - 1), R = x_.numel() / W;
   if (residual_)
-    check_like(x_, *residual_, "residual");
+    check_like(NAME, x_, *residual_, "residual");
   check_vector(weight_, W, "weight");
   check_vector(bias_, W, "bias");
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> outputs;
@@ -149,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Tensor x = as_contiguous(x_), residual = residual_ ? as_contiguous(*residual_) : x;
-    const Slots<T> weight(weight_), bias(bias_);
+    const Slots<T> weight(weight_, W), bias(bias_, W);
     const auto sizes = x.sizes();
     Tensor hidden = residual_ ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
     Tensor normed = torch::stable::empty_like(x);
@@ -178,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
   STD_TORCH_CHECK(
       hidden_.dim() > 0 && hidden_.size(hidden_.dim() - 1) > 0, NAME, ": hidden must be [..., W] with W at least 1.");
   const int64_t W = hidden_.size(hidden_.dim() - 1), R = hidden_.numel() / W;
-  check_like(hidden_, d_normed_, "d_normed");
+  check_like(NAME, hidden_, d_normed_, "d_normed");
   if (d_hidden_)
-    check_like(hidden_, *d_hidden_, "d_hidden");
+    check_like(NAME, hidden_, *d_hidden_, "d_hidden");
   check_vector(weight_, W, "weight");
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_features(hidden_, NAME, [&](auto type) {
@@ -192,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
         NAME, ": backward must be given what forward returned.");
     const Tensor hidden = as_contiguous(hidden_), d_normed = as_contiguous(d_normed_), mean = as_contiguous(mean_);
     const Tensor d_hidden = d_hidden_ ? as_contiguous(*d_hidden_) : d_normed, rstd = as_contiguous(rstd_);
-    const Slots<T> weight(weight_);
+    const Slots<T> weight(weight_, W);
     Tensor d_x = need_x ? torch::stable::empty_like(hidden) : torch::stable::empty({0}, hidden.scalar_type());
     const Backward<T> b{
         W,

@@ -9,6 +9,13 @@ inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
+inline void check_like(const char* function, const Tensor& x, const Tensor& other, const char* argument) {
+  bool same = other.dim() == x.dim() && other.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; same && i < x.dim(); ++i)
+    same = other.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, function, ": ", argument, " must have the shape and the dtype of the other features.");
+}
+
 // The numbers of a vector in the type of arithmetic and in the order that loops over rows of T load them in (simd.h,
 // slot); zeros follow.
 template <class T>
@@ -16,11 +23,14 @@ class Slots {
  public:
   using A = accumulate_t<T>;
 
-  explicit Slots(const Tensor& vector) : slots_(scratch<A>(slots<T>(vector.size(0)))) {
-    const int64_t W = vector.size(0), stride = vector.stride(0);
+  // Without a vector: all zeros.
+  Slots(const std::optional<Tensor>& vector, int64_t W) : slots_(scratch<A>(slots<T>(W))) {
     std::fill(&slots_[0], &slots_[slots<T>(W)], A(0));
-    dispatch_features(vector, "skipkernels", [&](auto type) {
-      const auto* data = vector.const_data_ptr<decltype(type)>();
+    if (!vector)
+      return;
+    const int64_t stride = vector->stride(0);
+    dispatch_features(*vector, "skipkernels", [&](auto type) {
+      const auto* data = vector->template const_data_ptr<decltype(type)>();
       for (int64_t i = 0; i < W; ++i) {
         const A number = A(widen(data[i * stride]));
         slots_[slot<T>(i)] = std::isnan(number) ? std::numeric_limits<A>::quiet_NaN() : number; // round_to_bfloat16
@@ -47,6 +57,12 @@ struct RowPlan {
     blocks = std::max<int64_t>(1, divide_up(R, block)); // no rows: one block without any
   }
 };
+
+// [..., W], contiguous, as rows.
+inline RowPlan rows_of_width(const Tensor& x) {
+  const int64_t W = x.size(x.dim() - 1);
+  return RowPlan(x.numel() / W, W);
+}
 
 // Calls f(index of the block, first row, row after the last) for every block of the plan.
 template <class F>

@@ -27,6 +27,7 @@ SOURCES = (
     "class_sampled_ce.cpp",
     "class_scores.cpp",
     "gather_rows.cpp",
+    "mlp_activation.cpp",
     "pooled_attention.cpp",
     "sgd_momentum.cpp",
     "suffix_attention.cpp",

@@ -18,6 +18,7 @@ from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_scores import class_scores as _class_scores
 from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
+from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
 from .ops.suffix_attention import suffix_attention as _suffix_attention
@@ -27,6 +28,7 @@ __all__ = [
     "class_sampled_cross_entropy",
     "class_sampled_logits",
     "class_scores",
+    "mlp_activation",
     "pooled_attention",
     "suffix_attention",
     "gather_rows",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _REDUCTIONS = ("mean", "sum", "none")
+_KINDS = ("quick_gelu", "gelu", "gelu_tanh")
 
 
 def class_sampled_cross_entropy(
@@ -238,6 +241,43 @@ def add_layer_norm(
     check_alike(name, "bias", bias, ("weight", weight))
     hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
     return x if residual is None else hidden, normed
+
+
+def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
+    """Bias and activation of a CLIP block's MLP, in one pass.
+
+    With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is the tanh form of the latter.
+
+    For backward it keeps `x` and `bias`, and computes the rest again. Under autocast `x` is cast and the bias is not.
+
+    Args:
+        x: [..., W], before the bias, in fp32, bf16, fp16 or fp64.
+        bias: [W], in any of these dtypes; or None, nothing to add.
+        kind: "quick_gelu" (OpenAI's weights), "gelu" (exact) or "gelu_tanh".
+
+    Returns:
+        [..., W] in the dtype of `x`; computed in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: for a dtype that does not fit.
+        ValueError: for a shape, device or kind that does not fit.
+
+    Example:
+        >>> mlp_activation(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.1542,  0.0000,  0.8458])
+        >>> mlp_activation(torch.tensor([-2.0, -1.0, 0.0]), bias=torch.ones(3), kind="gelu")
+        tensor([-0.1587,  0.0000,  0.8413])
+    """
+    name = "mlp_activation"
+    check_shape(name, "x", x, rest=None, W=None)
+    check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
+    if bias is not None:
+        check_shape(name, "bias", bias, ("x", x), W=x.shape[-1])
+        check_dtype(name, "bias", bias, FEATURE_DTYPES, "Use bias.float().")
+        check_device(name, "bias", bias, ("x", x))
+    if kind not in _KINDS:
+        raise ValueError(f'{name}: kind must be "quick_gelu", "gelu" or "gelu_tanh"; got {kind!r}.')
+    return _mlp_activation(x, bias, kind)
 
 
 def suffix_attention(

@@ -100,6 +100,24 @@ def test_layer_norm_refuses(bad, error, message):
         functional.add_layer_norm(**{**arguments, **bad})
 
 
+ACTIVATION = [
+    ({"x": torch.randn(B, 0)}, ValueError, r"x must be \[\.\.\., W\] with W ≥ 1; got \[4, 0\]"),
+    ({"x": torch.ones(B, W, dtype=torch.int64)}, TypeError, r"x must be float32, .* got torch.int64"),
+    ({"bias": torch.randn(7)}, ValueError, r"bias must be \[W=16\] to match x \[4, 16\]; got \[7\]"),
+    ({"bias": torch.ones(W).long()}, TypeError, r"bias must be float32, .* got torch.int64. Use bias.float"),
+    ({"bias": torch.randn(W, device="meta")}, ValueError, r"bias must be on cpu, where x is; got meta"),
+    ({"kind": "relu"}, ValueError, r'kind must be "quick_gelu", "gelu" or "gelu_tanh"; got \'relu\''),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), ACTIVATION, ids=lambda x: x if isinstance(x, str) else "")
+def test_activation_refuses(bad, error, message):
+    arguments = {"x": torch.randn(B, W), "bias": torch.ones(W)}
+    functional.mlp_activation(**arguments)
+    with pytest.raises(error, match=rf"^mlp_activation: {message}"):
+        functional.mlp_activation(**{**arguments, **bad})
+
+
 def stored() -> dict:
     return {
         "rows": torch.ones(5, 3, 4, dtype=torch.int8),

@@ -1,0 +1,43 @@
+"""`mlp_activation` at the sizes of the main job: the MLPs of both towers of ViT-B/16, and narrower ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipkernels import functional, reference
+
+from . import Case, with_gradients
+
+SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))
+TARGETS = {"quick_gelu": "≥ 2.5", "gelu": "≥ 1.3", "gelu_tanh": "≥ 1.3"}
+
+
+def eager(x: Tensor, bias: Tensor, kind: str) -> Tensor:
+    u = x + bias
+    if kind == "quick_gelu":
+        return u * torch.sigmoid(1.702 * u)
+    return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    rng = torch.Generator().manual_seed(0)
+    for (T, W), kind in ((shape, kind) for shape in SHAPES for kind in TARGETS):
+        inputs = [torch.randn(*size, generator=rng).to(dtype).requires_grad_() for size in ((T, W), (W,))]
+        upstream = [torch.randn(T, W, generator=rng).to(dtype)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+
+        def run(function, inputs=inputs, upstream=upstream, kind=kind):
+            return with_gradients(lambda: [function(*inputs, kind)], inputs, upstream)
+
+        yield Case(
+            shape=f"T{T}-W{W}-{kind}",
+            runs={"skipkernels": run(functional.mlp_activation), "eager": run(eager)},
+            truth=run(reference.mlp_activation, exact, [x.double() for x in upstream]),
+            # Forward reads one and writes one, backward reads two and writes one; the bias twice, and its gradient.
+            moved=(5 * T + 3) * W * dtype.itemsize,
+            target=TARGETS[kind],
+        )

@@ -1,0 +1,268 @@
+"""`mlp_activation`: bias and activation of an MLP.
+
+    u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
+    quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
+
+Saved for backward are x and bias, and nothing else: backward computes g again. It computes only the gradients that are
+asked for; the others come back empty.
+
+On a GPU the gradient of the bias takes a second kernel: fixed blocks of rows have sums of their own, which it adds in
+their order. CPU kernel: csrc/mlp_activation.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import registration
+from .launching import launch, tl, triton
+from .row_sums import sum_in_order
+
+TILE = 2048  # numbers in a tile: 16 a thread
+NUM_WARPS = 4
+BLOCK_COLUMNS = 256  # columns of a tile, at most
+ROWS_PER_SUM = 32  # rows, at least, that one program of the backward pass adds up; fewer would be much more to write
+MAX_SUMS = 256  # such blocks of rows, at most: with the blocks of columns they fill every GPU
+BLOCK_SUMS = 64  # partial sums that the second kernel adds at a time
+BLOCK_SUMS_COLUMNS = 32  # columns of one program of it: 128 bytes
+
+
+@triton.jit
+def _sigmoid(z, scale):
+    """σ(z) and scale · σ'(z). With the exponential of −|z| nothing overflows and nothing cancels."""
+    e = tl.exp(-tl.abs(z))
+    upper = 1.0 / (1.0 + e)
+    return tl.where(z < 0, e * upper, upper), scale * (e * upper * upper)
+
+
+@triton.jit
+def _gate(u, KIND: tl.constexpr):
+    """g(u) and g'(u)."""
+    if KIND == "quick_gelu":
+        value, slope = _sigmoid(1.702 * u, 1.702)
+    elif KIND == "gelu":
+        value = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+        slope = tl.exp(-0.5 * u * u) * 0.3989422804014327
+    else:
+        # Beyond 30 the sigmoid is 0 or 1, while u³ may be infinite. 2 √(2/π) = 1.5957691216057308.
+        inner = tl.where(u < -30, -30.0, tl.where(u > 30, 30.0, u))
+        square = inner * inner
+        value, slope = _sigmoid(
+            1.5957691216057308 * inner * (1.0 + 0.044715 * square), 1.5957691216057308 * (1.0 + 0.134145 * square)
+        )
+    return value, slope
+
+
+@triton.jit
+def _mlp_activation_fwd_kernel(
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    R,
+    W: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """out = u · g(u) with u = x + bias. One program: BLOCK_R rows, BLOCK_W columns."""
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
+    u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
+    value, _ = _gate(u, KIND)
+    tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mlp_activation_bwd_rows_kernel(
+    d_out_ptr,
+    x_ptr,
+    bias_ptr,
+    d_x_ptr,
+    d_bias_sums_ptr,
+    R,
+    rows,
+    W: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """d_x = d_out · (g(u) + u · g'(u)), and Σ d_x over some rows.
+
+    One program: BLOCK_W columns of `rows` rows, BLOCK_R at a time, and these columns of its own row of the sums [P, W].
+    A null pointer stands for a gradient that is not wanted.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < W
+    bias = tl.zeros([BLOCK_W], tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+    d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        offs_r = program * rows + start + tl.arange(0, BLOCK_R)
+        offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
+        u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        value, slope = _gate(u, KIND)
+        d_x = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32) * (value + u * slope)
+        if d_x_ptr is not None:
+            tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        d_bias += tl.where(mask, d_x, 0.0)  # a row that is not there: 0 · g, and g of an infinite bias is NaN
+    if d_bias_sums_ptr is not None:
+        tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)
+
+
+@triton.jit
+def _mlp_activation_bwd_sums_kernel(
+    d_bias_sums_ptr,
+    d_bias_ptr,
+    P,
+    W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """d_bias = Σ_p d_bias_sums. One program: BLOCK_W columns."""
+    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    d_bias = sum_in_order(d_bias_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+    tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)
+
+
+def _tile(W: int) -> dict[str, Any]:
+    BLOCK_W = min(triton.next_power_of_2(W), BLOCK_COLUMNS)
+    return {"BLOCK_W": BLOCK_W, "BLOCK_R": TILE // BLOCK_W, "num_warps": NUM_WARPS}
+
+
+def _launch(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    W, tile = x.shape[-1], _tile(x.shape[-1])
+    R = x.numel() // W
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(
+        _mlp_activation_fwd_kernel,
+        (triton.cdiv(R, tile["BLOCK_R"]), triton.cdiv(W, tile["BLOCK_W"])),
+        device=x.device,
+        x_ptr=x.contiguous(),
+        bias_ptr=None if bias is None else bias.contiguous(),
+        out_ptr=out,
+        R=R,
+        W=W,
+        KIND=kind,
+        **tile,
+    )
+    return out
+
+
+def _launch_backward(
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
+    R = x.numel() // W
+    blocks = triton.cdiv(R, tile["BLOCK_R"])
+    blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
+    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows: sums of nothing
+    d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=device)
+    d_bias = torch.empty(W if need_bias else 0, dtype=x.dtype if bias is None else bias.dtype, device=device)
+    d_bias_sums = torch.empty(P, W, dtype=torch.float32, device=device) if need_bias else None
+    launch(
+        _mlp_activation_bwd_rows_kernel,
+        (P, triton.cdiv(W, tile["BLOCK_W"])),
+        device=device,
+        d_out_ptr=d_out.contiguous(),
+        x_ptr=x.contiguous(),
+        bias_ptr=None if bias is None else bias.contiguous(),
+        d_x_ptr=d_x if need_x else None,
+        d_bias_sums_ptr=d_bias_sums,
+        R=R,
+        rows=blocks_per_sum * tile["BLOCK_R"],
+        W=W,
+        KIND=kind,
+        **tile,
+    )
+    if need_bias:
+        launch(
+            _mlp_activation_bwd_sums_kernel,
+            (triton.cdiv(W, BLOCK_SUMS_COLUMNS),),
+            device=device,
+            num_warps=4,
+            d_bias_sums_ptr=d_bias_sums,
+            d_bias_ptr=d_bias,
+            P=P,
+            W=W,
+            BLOCK_P=BLOCK_SUMS,
+            BLOCK_W=BLOCK_SUMS_COLUMNS,
+        )
+    return d_x, d_bias
+
+
+def _serve(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return reference.mlp_activation(x.contiguous(), bias, kind)
+
+
+def _serve_backward(
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    u = x.contiguous().to(wide)
+    if bias is not None:
+        u = u + bias.to(wide)
+    if kind == "gelu":
+        value, slope = 0.5 * torch.special.erfc(u * -(0.5**0.5)), (-0.5 * u * u).exp() / math.sqrt(2 * math.pi)
+    else:
+        factor, cubic = (1.702, 0.0) if kind == "quick_gelu" else (2 * math.sqrt(2 / math.pi), 0.044715)
+        inner = u if kind == "quick_gelu" else u.clamp(-30, 30)  # beyond it σ is 0 or 1, while u³ may be infinite
+        z = factor * inner * (1 + cubic * inner * inner)
+        value = z.sigmoid()
+        slope = factor * (1 + 3 * cubic * inner * inner) * (value * (-z).sigmoid())
+    d_wide = d_out.contiguous().to(wide) * (value + u * slope)
+    d_x, d_bias = x.new_empty(0), (x if bias is None else bias).new_empty(0)
+    if need_x:
+        d_x = d_wide.to(x.dtype)
+    if need_bias and bias is not None:
+        d_bias = d_wide.reshape(-1, x.shape[-1]).sum(dim=0).to(bias.dtype)
+    return d_x, d_bias
+
+
+def _fake(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    d_bias = (x if bias is None else bias).new_empty(x.shape[-1] if need_bias else 0)
+    return x.new_empty(x.shape if need_x else 0), d_bias
+
+
+mlp_activation = registration.define(
+    "mlp_activation(Tensor x, Tensor? bias, str kind) -> Tensor out", serve=_serve, fake=_fake, launch=_launch
+)
+mlp_activation_backward = registration.define(
+    "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, str kind, bool need_x, bool need_bias)"
+    " -> (Tensor d_x, Tensor d_bias)",
+    serve=_serve_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.kind = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, need_bias, _ = ctx.needs_input_grad
+    d_x, d_bias = mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias)
+    return d_x if need_x else None, d_bias if need_bias else None, None
+
+
+registration.differentiate(mlp_activation, _backward, _save)
+registration.refuse_double_backward(mlp_activation_backward, instead="skipkernels.reference.mlp_activation")
+registration.autocast_features(mlp_activation, features=1)
