@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup tune test lint types format bench aot clean
+.PHONY: help setup tune test sanitize race lint types format bench aot clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -28,6 +28,25 @@ tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, 
 
 test: $(READY) ## Run all tests and doctests, with coverage.
 	$(BIN)/python -m pytest --cov
+
+# The library has a name of its own in the cache. It is built first: a compiler need not run under the sanitizers.
+sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1
+sanitize: export SKIPKERNELS_CPP = build
+sanitize: $(READY) ## Run the operators' tests on C++ kernels with AddressSanitizer and UBSan (g++).
+	$(BIN)/python -c 'from skipkernels import _extension; _extension.build()'
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest tests/ops -k "(cpp or not (interpreter or reference)) and not compile" -q
+
+# SIMULATOR is the Python of an environment that has it; .venv may have an older one. Left out is what needs a driver
+# (torch.compile, autocast, and opcheck, which compiles), and what is meant to fail or fills memory as the simulator does.
+SIMULATOR ?= $(BIN)/python
+race: $(READY) ## Run the Triton kernels in ttsem, which checks each access to memory and every pair of programs.
+	@$(SIMULATOR) -c 'import hypothesis, pytest, triton, ttsem' 2>/dev/null || { \
+	  echo "make race: $(SIMULATOR) has no ttsem, which needs Python 3.12 or later. In such an environment:"; \
+	  echo "    pip install ttsem torch triton pytest hypothesis safetensors"; \
+	  echo "    make race SIMULATOR=/path/to/its/bin/python"; exit 2; }
+	$(SIMULATOR) -m ttsem.sanitize pytest tests/ops -k "simulator and not (opcheck or compile or autocast or refuse or written)" -q
 
 lint: $(READY) ## Check style and layout.
 	$(BIN)/ruff check .

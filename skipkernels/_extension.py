@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,14 +88,15 @@ def _find_or_build() -> Extension:
     import torch
 
     reason = ""
-    for path in sorted(_PACKAGE.glob("_C*.so")):
+    prebuilt = [] if os.environ.get("SKIPKERNELS_CPP") == "build" else sorted(_PACKAGE.glob("_C*.so"))
+    for path in prebuilt:
         try:
             torch.ops.load_library(path)
             return Extension(path)
         except OSError as error:
             reason = f"{path.name} does not load ({error}); "
     try:
-        path = _build()
+        path = build()
         torch.ops.load_library(path)
         return Extension(path)
     except (OSError, _BuildError) as error:
@@ -113,40 +115,68 @@ class _BuildError(Exception):
     pass
 
 
-def _build() -> Path:
-    """Path of the library in the user's cache, built if it is not there."""
+def build() -> Path:
+    """Path of the library in the user's cache, built if it is not there.
+
+    The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
+    """
     compiler = _compiler()
-    library = _cache_dir() / _key(compiler) / "_C.so"
-    if library.exists():
+    folder = _cache_dir() / _key(compiler)
+    library = _whole_library(folder)
+    if library is not None:
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with _only_process(library.parent / "lock"):
-        if library.exists():  # another process has built it while this one waited
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_process(folder / "lock"):
+        library = _whole_library(folder)
+        if library is not None:  # another process has built it while this one waited
             return library
-        sys.stderr.write(f"skipkernels: building the C++ kernels, once (under a minute), in {library.parent}\n")
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            _compile(compiler, Path(scratch), library)
+        for damaged in folder.glob("_C.*.so"):
+            damaged.unlink()
+        sys.stderr.write(f"skipkernels: building the C++ kernels, once (under a minute), in {folder}\n")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            return _keep(_compile(compiler, Path(scratch)), folder)
+
+
+def _whole_library(folder: Path) -> Path | None:
+    """The library in a folder, if it is as it was written: a truncated one would crash the process that loads it."""
+    return next((path for path in folder.glob("_C.*.so") if path.name == f"_C.{_digest(path)}.so"), None)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _keep(built: Path, folder: Path) -> Path:
+    """Put a library into a folder: on the disk first, then under its name, whole or not at all."""
+    with built.open("rb+") as file:
+        os.fsync(file.fileno())
+    library = folder / f"_C.{_digest(built)}.so"
+    os.replace(built, library)
     return library
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """The command that compiles, with its flags; CXX may have some of its own, as in `ccache g++`."""
     asked = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [asked] if asked else ["c++", "g++", "clang++"])), None)
-    if compiler is None:
-        raise _BuildError(f"no C++ compiler found ({f'CXX={asked}' if asked else 'tried c++, g++, clang++'})")
-    return compiler
+    for candidate in [asked] if asked else ["c++", "g++", "clang++"]:
+        program, *arguments = shlex.split(candidate)
+        found = shutil.which(program)
+        if found is not None:
+            return [found, *arguments, *COMPILE_FLAGS, *DEFINES, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    raise _BuildError(f"no C++ compiler found ({f'CXX={asked}' if asked else 'tried c++, g++, clang++'})")
 
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipkernels"
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """Changes with everything that the binary depends on."""
     import torch
 
     digest = hashlib.sha256()
-    for part in (torch.__version__, platform.machine(), compiler, *DEFINES, *COMPILE_FLAGS):
+    version = _run([*compiler, "--version"])
+    for part in (torch.__version__, platform.machine(), version, *compiler):
         digest.update(part.encode() + b"\0")
     for name in (*SOURCES, *HEADERS):
         digest.update((source_dir() / name).read_bytes() + b"\0")
@@ -168,26 +198,27 @@ def _only_process(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, scratch: Path, library: Path) -> None:
+def _compile(compiler: list[str], scratch: Path) -> Path:
     import torch
 
     torch_dir = Path(torch.__file__).parent
     sources = [source_dir() / name for name in SOURCES]
     objects = [scratch / f"{source.stem}.o" for source in sources]
-    compile_one = [compiler, *COMPILE_FLAGS, *DEFINES, "-fPIC", "-isystem", str(torch_dir / "include"), "-c"]
+    compile_one = [*compiler, "-fPIC", "-isystem", str(torch_dir / "include"), "-c"]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(
             pool.map(
                 lambda pair: _run([*compile_one, str(pair[0]), "-o", str(pair[1])]), zip(sources, objects, strict=True)
             )
         )
-    built = scratch / library.name
-    _run([compiler, "-shared", *map(str, objects), "-o", str(built), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"])
-    os.replace(built, library)
+    built = scratch / "_C.so"
+    _run([*compiler, "-shared", *map(str, objects), "-o", str(built), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"])
+    return built
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         last_lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-20:])
         raise _BuildError(f"`{' '.join(command)}` failed with exit code {result.returncode}:\n{last_lines}\n")
+    return result.stdout

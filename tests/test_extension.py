@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,65 @@ def test_built_once_on_first_use_by_two_processes_at_once(tmp_path):
     for out in (third, both[0][0], both[1][0]):
         assert out.split()[0] == LOSS and out.split()[-1] == "C++"
     (library,) = (tmp_path / "cache" / "skipkernels").glob("*/*.so")
-    assert {path.name for path in library.parent.iterdir()} == {"_C.so", "lock"}
+    assert {path.name for path in library.parent.iterdir()} == {library.name, "lock"}
+
+
+# A compiler that makes files with nothing but its arguments in them, so that a build is cheap.
+PRETENDED = """#!/bin/sh
+for argument; do test "$last" = -o && echo "$@" > "$argument"; last=$argument; done
+echo "${VERSION:-1}"
+"""
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch) -> Path:
+    compiler = tmp_path / "a compiler"
+    compiler.write_text(PRETENDED)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", shlex.quote(str(compiler)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    return compiler
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damaged_library_is_built_again(pretended, capfd, damage):
+    """Loading it would end the process with a bus error or worse."""
+    library = _extension.build()
+    whole = library.read_bytes()
+    bad = {"truncated": whole[:-1], "flipped": b"?" + whole[1:], "empty": b""}[damage]
+    library.write_bytes(bad)
+    again = _extension.build()
+    assert len(list(library.parent.glob("*.so"))) == 1
+    assert again.read_bytes() != bad and again == _extension.build()
+    assert capfd.readouterr().err.count("building the C++ kernels") == 2
+
+
+def test_library_is_on_the_disk_before_it_has_its_name(pretended, monkeypatch):
+    """Else a crash of the machine may leave the name and not what is in it."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    _extension.build()
+    assert events == ["fsync", "replace"]
+
+
+def test_another_version_of_the_compiler_builds_again(pretended, monkeypatch):
+    first = _extension.build()
+    monkeypatch.setenv("VERSION", "2")
+    second = _extension.build()
+    assert first.parent != second.parent and first.exists()
+
+
+def test_compiler_with_arguments_and_further_flags(pretended, monkeypatch):
+    plain = _extension.build()
+    monkeypatch.setenv("CXX", f"{shlex.quote(str(pretended))} --first 'of two'")
+    monkeypatch.setenv("CXXFLAGS", "-g -O1")
+    library = _extension.build()
+    assert library.parent != plain.parent
+    words = library.read_text()
+    assert words.startswith("--first of two ") and words.index("-O3") < words.index("-O1")
 
 
 def test_turned_off(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from skipkernels.ops import registration
 
 
 class Backend(NamedTuple):
-    """`cpp`, `reference`, `interpreter` (Triton's kernels and launchers on the CPU) or `gpu` (the same on a device)."""
+    """`cpp`, `reference`, `interpreter` (Triton's kernels and launchers on the CPU) or `gpu` (the same on a device); or
+    `simulator` (the same on the CPU, where each access to memory is checked: see `make race`)."""
 
     name: str
     device: torch.device
@@ -39,13 +41,17 @@ BACKENDS = {
 }
 
 
+if "ttsem" in sys.modules:  # it runs the tests, and every launch goes to it; the tensors are on the CPU and deny it
+    BACKENDS = {"simulator": Backend("simulator", CPU, (torch.float32, torch.bfloat16, torch.float16))}
+
+
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "gpu")) for name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each of the four in turn; the operators of the test are served by it."""
+    """Each of them in turn; the operators of the test are served by it."""
     chosen = BACKENDS[request.param]
     if chosen.name == "cpp" and _extension.load().path is None:
         pytest.skip(f"no C++ kernels: {_extension.load().reason}")
-    if chosen.name not in ("reference", "interpreter"):
+    if chosen.name in ("cpp", "gpu"):
         yield chosen
         return
     _extension.load()  # later it would put the C++ kernels first again
