@@ -59,6 +59,8 @@ def test_add_layer_norm_is_torchs(rng):
     hidden, normed = reference.add_layer_norm(x, residual, weight, bias)
     assert torch.equal(hidden, x + residual)
     assert torch.equal(normed, F.layer_norm(x + residual, (16,), weight, bias))
+    hidden, normed = reference.add_layer_norm(x, None, weight, bias)
+    assert hidden is x and torch.equal(normed, F.layer_norm(x, (16,), weight, bias))
     hidden, normed = reference.add_layer_norm(x.bfloat16(), residual.bfloat16(), weight.bfloat16(), bias.bfloat16())
     assert hidden.dtype == normed.dtype == torch.bfloat16
 

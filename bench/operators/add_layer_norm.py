@@ -23,6 +23,7 @@ def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
+    compiled = torch.compile(reference.add_layer_norm, dynamic=True)
     for T, W in SHAPES:
         inputs = [torch.randn(*size, generator=rng).to(dtype).requires_grad_() for size in ((T, W), (T, W), (W,), (W,))]
         upstream = [torch.randn(T, W, generator=rng).to(dtype) for _ in range(2)]
@@ -33,7 +34,11 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
         yield Case(
             shape=f"T{T}-W{W}",
-            runs={"skipkernels": run(functional.add_layer_norm), "eager": run(eager)},
+            runs={
+                "skipkernels": run(functional.add_layer_norm),
+                "eager": run(eager),
+                "compiled reference": run(compiled),
+            },
             truth=run(reference.add_layer_norm, exact, [x.double() for x in upstream]),
             # Forward reads two and writes two, backward reads three and writes one; weight, bias and their gradients.
             moved=(8 * T + 5) * W * dtype.itemsize,

@@ -25,6 +25,7 @@ def eager(x: Tensor, bias: Tensor, kind: str) -> Tensor:
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
+    compiled = torch.compile(reference.mlp_activation, dynamic=True)
     for (T, W), kind in ((shape, kind) for shape in SHAPES for kind in TARGETS):
         inputs = [torch.randn(*size, generator=rng).to(dtype).requires_grad_() for size in ((T, W), (W,))]
         upstream = [torch.randn(T, W, generator=rng).to(dtype)]
@@ -35,7 +36,11 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 
         yield Case(
             shape=f"T{T}-W{W}-{kind}",
-            runs={"skipkernels": run(functional.mlp_activation), "eager": run(eager)},
+            runs={
+                "skipkernels": run(functional.mlp_activation),
+                "eager": run(eager),
+                "compiled reference": run(compiled),
+            },
             truth=run(reference.mlp_activation, exact, [x.double() for x in upstream]),
             # Forward reads one and writes one, backward reads two and writes one; the bias twice, and its gradient.
             moved=(5 * T + 3) * W * dtype.itemsize,
