@@ -32,11 +32,12 @@ test: $(READY) ## Run all tests and doctests, with coverage.
 # The library has a name of its own in the cache. It is built first: a compiler need not run under the sanitizers.
 sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1
 sanitize: export SKIPKERNELS_CPP = build
+sanitize: export CXX := $(CXX)
 sanitize: $(READY) ## Run the operators' tests on C++ kernels with AddressSanitizer and UBSan (g++).
 	$(BIN)/python -c 'from skipkernels import _extension; _extension.build()'
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest tests/ops -k "(cpp or not (interpreter or reference)) and not compile" -q
+	  $(BIN)/python -m pytest tests/ops -k "(cpp or not (interpreter or reference)) and not compile" -q --capture=sys
 
 # SIMULATOR is the Python of an environment that has it; .venv may have an older one. Left out is what needs a driver
 # (torch.compile, autocast, and opcheck, which compiles), and what is meant to fail or fills memory as the simulator does.

@@ -17,8 +17,8 @@
 #include <type_traits>
 
 // Function multiversioning needs ifunc, which glibc has. Elsewhere the compiler's default target is all there is: on
-// 64-bit ARM that has its vectors (NEON) in the base instruction set.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+// 64-bit ARM that has its vectors (NEON) in the base instruction set. To a sanitizer all versions are the same source.
+#if !defined(__SANITIZE_ADDRESS__) && defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
 #define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define MULTIVERSION_256 __attribute__((target_clones("arch=x86-64-v3", "default")))
