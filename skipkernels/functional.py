@@ -479,8 +479,7 @@ def gather_rows(
         )
     check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
     check_device(name, "out", out, ("rows", rows))
-    with torch.no_grad():
-        _gather_rows_out(rows, index, token_scale, out)
+    _gather_rows_out(rows, index, token_scale, out)
     return out
 
 
@@ -547,28 +546,28 @@ def sgd_momentum_(
     check_dtype(name, "weight", first, FEATURE_DTYPES, "Only floating-point weights can be trained.")
     if seed is not None:
         check_dtype(name, "weight", first, [torch.bfloat16], "Leave out seed, which is for bfloat16.")
+    dtype, device = first.dtype, first.device
     for i, (w, g, b) in enumerate(zip(weights, grads, buffers, strict=True)):
-        if w.dtype != first.dtype or w.device != first.device:
+        if w.dtype != dtype or w.device != device:
             raise ValueError(
-                f"{name}: the weights of a list must have one dtype and device; got {first.dtype} on {first.device} "
-                f"and {w.dtype} on {w.device}. Make a call for each."
+                f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and {w.dtype} "
+                f"on {w.device}. Make a call for each."
             )
-        for argument, x in (("grad", g), ("momentum_buffer", b)):
-            if x.shape != w.shape:
-                raise ValueError(
-                    f"{name}: {argument} must be {list(w.shape)} to match weight"
-                    f"{f' number {i}' if len(weights) > 1 else ''}; got {list(x.shape)}."
-                )
-            if x.dtype != w.dtype:
-                check_dtype(name, argument, x, FEATURE_DTYPES, "It has to be a number with a fraction.")
-            if x.device != w.device:
+        # A model has hundreds: most are done with one look.
+        if not (g.shape == w.shape == b.shape and g.dtype == dtype == b.dtype and g.device == device == b.device):
+            for argument, x in (("grad", g), ("momentum_buffer", b)):
+                if x.shape != w.shape:
+                    raise ValueError(
+                        f"{name}: {argument} must be {list(w.shape)} to match weight"
+                        f"{f' number {i}' if len(weights) > 1 else ''}; got {list(x.shape)}."
+                    )
+                check_dtype(name, argument, x, FEATURE_DTYPES, f"Use {argument}.float().")
                 check_device(name, argument, x, ("weight", w))
     lr = _number_tensor(name, "lr", lr, ("weight", first), FEATURE_DTYPES, torch.float64)
     if seed is not None:
         seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
         seed = _number_tensor(name, "seed", seed, ("weight", first), [torch.int64], torch.int64)
-    with torch.no_grad():
-        _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed)
+    _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed)
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from skipkernels import functional, reference
 
@@ -65,9 +66,7 @@ def random_lists(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> list[list[
 
 
 def fused(weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float, **options: float) -> None:
-    torch.optim.sgd.sgd(
-        weights, grads, buffers, fused=True, lr=lr, dampening=0, nesterov=False, maximize=False, **options
-    )
+    sgd(weights, grads, buffers, fused=True, lr=lr, dampening=0, nesterov=False, maximize=False, **options)
 
 
 def upper_half() -> list[tuple[int, ...]]:

@@ -143,4 +143,5 @@ gather_rows_out = registration.define(
     fake=_fake_out,
     launch=_launch_out,
 )
+registration.not_differentiable(gather_rows_out)
 registration.mutates(gather_rows_out)

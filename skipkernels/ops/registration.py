@@ -101,15 +101,8 @@ def refuse_double_backward(operator: torch._ops.OpOverload, instead: str) -> Non
 
 
 def not_differentiable(operator: torch._ops.OpOverload) -> None:
-    """Make an operator with one result a constant to autograd."""
-
-    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
-        return (None,) * len(operator._schema.arguments)
-
-    def mark(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    torch.library.register_autograd(operator, backward, setup_context=mark, lib=_library)
+    """Make the results of an operator constants to autograd, which then costs nothing."""
+    _library.impl(operator._opname, torch.library.fallthrough_kernel, "Autograd")
 
 
 def mutates(operator: torch._ops.OpOverload) -> None:

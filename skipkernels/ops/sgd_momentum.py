@@ -126,4 +126,5 @@ sgd_momentum_ = registration.define(
     fake=_fake,
     launch=_launch,
 )
+registration.not_differentiable(sgd_momentum_)
 registration.mutates(sgd_momentum_)
