@@ -41,9 +41,6 @@ BODY uint32_t round_at_random(float x, uint32_t random) {
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
   return finite ? bits + random : bits; // up with the probability of what is cut
 }
-BODY uint32_t round_to_nearest(float x) {
-  return uint32_t(narrow<BFloat16>(x).x) << 16;
-}
 
 // Each product is rounded by itself before it is added, as PyTorch's operators and the Triton kernel do it: so all agree
 // to the last bit.
@@ -94,8 +91,18 @@ BODY float number(uint32_t upper_half) {
   return value;
 }
 
+BODY uint32_t word_of(float x) {
+  return load_word(&x);
+}
+// Rounded to bf16, ties to even, in the upper half.
+BODY uint32_t to_nearest(float x) {
+  const uint32_t bits = word_of(x);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // All in bf16: two neighbours in one word are taken apart by a shift and a mask, so that no number has to change its
-// lane of a vector.
+// lane of a vector. Nothing has to be done about infinities and NaN: coming from bf16 they have zeros in the lower half,
+// and no carry leaves it.
 template <bool RANDOM>
 BODY void paired_steps_body(
     BFloat16* weight, const BFloat16* grad, BFloat16* buffer, const Rates<float> rates, const uint16_t* random,
@@ -107,12 +114,12 @@ BODY void paired_steps_body(
     const float b0 = moved(number(w << 16), number(g << 16), number(b << 16), rates);
     const float b1 = moved(number(w & UPPER), number(g & UPPER), number(b & UPPER), rates);
     const float w0 = number(w << 16) - rates.lr * b0, w1 = number(w & UPPER) - rates.lr * b1;
-    store_word(buffer + 2 * i, round_to_nearest(b0) >> 16 | (round_to_nearest(b1) & UPPER));
+    store_word(buffer + 2 * i, to_nearest(b0) >> 16 | (to_nearest(b1) & UPPER));
     if constexpr (RANDOM) {
       const uint32_t r = load_word(random + 2 * i);
-      store_word(weight + 2 * i, round_at_random(w0, r & 0xffffu) >> 16 | (round_at_random(w1, r >> 16) & UPPER));
+      store_word(weight + 2 * i, (word_of(w0) + (r & 0xffffu)) >> 16 | ((word_of(w1) + (r >> 16)) & UPPER));
     } else {
-      store_word(weight + 2 * i, round_to_nearest(w0) >> 16 | (round_to_nearest(w1) & UPPER));
+      store_word(weight + 2 * i, to_nearest(w0) >> 16 | (to_nearest(w1) & UPPER));
     }
   }
   if constexpr (RANDOM)

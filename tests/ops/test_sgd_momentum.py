@@ -180,6 +180,10 @@ def test_values_that_are_not_finite_stay_so(backend):
             sgd_momentum_(weight, -special.to(dtype), buffer, 1.0, seed=seed)
             assert weight.tolist()[:2] == [torch.inf, -torch.inf] and weight[2].isnan()
             assert weight.tolist()[3:] == [0.0, 0.0]
+        every_bit = torch.tensor([0x7FFF, -1] * 9, dtype=torch.int16, device=backend.device).view(torch.bfloat16)
+        weight, buffer = torch.zeros_like(every_bit), torch.zeros_like(every_bit)
+        sgd_momentum_(weight, every_bit, buffer, 1.0, seed=seed)
+        assert weight.isnan().all() and buffer.isnan().all()
 
 
 def test_random_rounding_keeps_what_rounding_to_nearest_loses():
