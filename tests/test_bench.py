@@ -31,13 +31,13 @@ def doubling(factor: float, moved: int = 4096) -> Case:
 
 
 def test_a_wrong_result_gets_no_time():
-    rows = {row["who"]: row for row in run.rows_of(doubling(2.001), 0.01, measure.Copy())}
+    rows = {row["who"]: row for row in run.rows_of(doubling(2.001), 0.01)}
     assert rows["skipkernels"]["p50_ms"] == "" and "wrong: result 0 is off by 5.0e-04" in rows["skipkernels"]["wanted"]
     assert float(rows["eager"]["p50_ms"]) > 0 and rows["eager"]["faster"] == ""
 
 
 def test_a_right_result_gets_times_a_ratio_and_memory():
-    rows = {row["who"]: row for row in run.rows_of(doubling(2.0), 0.01, measure.Copy())}
+    rows = {row["who"]: row for row in run.rows_of(doubling(2.0), 0.01)}
     ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
     assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
     assert float(eager["faster"]) > 0 and eager["wanted"] == "≥ 1" and ours["faster"] == ""
