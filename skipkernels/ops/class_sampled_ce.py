@@ -13,6 +13,10 @@ the logits are there: with `keep_…`, which a mean or a sum allows, forward ret
 the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64), and backward only takes them through the
 unit norm. What is not kept comes back empty.
 
+On a GPU, forward cuts the [B, K] plane into tiles, and into splits of the classes where there are few images; each
+split leaves the running top and sum of its images, and a second kernel combines them in order. Backward writes a panel
+of d_z over the lengths of its rows, bounded in size, and hands the two contractions to the library (unit_rows.py).
+
 CPU kernel: csrc/class_sampled_ce.cpp.
 """
 
@@ -24,10 +28,526 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import registration
+from . import registration, unit_rows
+from .launching import launch, tl, triton
+from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, nothing, upstream_of, with_contiguous_rows
+
+# Programs that fill a large GPU twice. It is the same for all, so that all split, and round, alike.
+PROGRAMS = 256
+BLOCK_COMBINE = 256  # images, or classes, that the combining program takes at once
+BLOCK_SUM = 1024
 
 # What follows image, text, labels and logit_scale in both schemas.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, str reduction"
+
+
+@triton.jit
+def _class_sampled_ce_fwd_kernel(
+    image_ptr,
+    text_ptr,
+    labels_ptr,
+    logit_scale_ptr,
+    class_ids_ptr,
+    class_weight_ptr,
+    image_norm_ptr,
+    text_norm_ptr,
+    top_ptr,
+    sum_ptr,
+    target_ptr,
+    found_ptr,
+    weighted_ptr,
+    B,
+    K,
+    C,
+    D,
+    SPLIT,
+    stride_image_b,
+    stride_text_k,
+    eps,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """top_b = max_k ±cosine_bk,   sum_b = Σ_k exp(|s| · (±cosine_bk − top_b)),   with the sign of s.
+
+    One program: BLOCK_B images, a loop over the tiles of a split of the classes with an online maximum of each image.
+    It also leaves ±cosine_by, how often y was found, and, unless weighted_ptr is None, Σ_k w_k ±cosine_bk.
+    """
+    split = tl.program_id(1)
+    offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < B
+    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
+    scale = tl.load(logit_scale_ptr).to(tl.float32)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+
+    top = tl.full([BLOCK_B], -2.0, tl.float32)  # below every cosine, and finite: 0 · inf is NaN
+    exp_sum = tl.zeros([BLOCK_B], tl.float32)
+    target = tl.zeros([BLOCK_B], tl.float32)
+    found = tl.zeros([BLOCK_B], tl.int32)
+    weighted = tl.zeros([BLOCK_B], tl.float32)
+    for start_k in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, K), BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        rows_k = offs_k.to(tl.int64)
+        if class_ids_ptr is not None:
+            rows_k = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)
+        # Ids out of range stop the device, in the combining kernel; until then nothing is read for them.
+        mask_k = (offs_k < K) & (rows_k >= 0) & (rows_k < C)
+        cosine, image_norm, text_norm = cosine_tile(
+            image_ptr,
+            text_ptr,
+            offs_b,
+            rows_k,
+            mask_b,
+            mask_k,
+            D,
+            stride_image_b,
+            stride_text_k,
+            eps,
+            BLOCK_B,
+            BLOCK_K,
+            BLOCK_D,
+            PRECISION,
+        )
+        if tl.program_id(0) == 0:
+            tl.store(text_norm_ptr + offs_k, text_norm, mask=offs_k < K)
+        if start_k == 0:
+            tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
+        cosine = sign * cosine
+        higher = tl.maximum(top, tl.max(tl.where(mask_k[None, :], cosine, -2.0), axis=1))
+        terms = tl.where(mask_k[None, :], tl.exp(sign * scale * (cosine - higher[:, None])), 0.0)
+        exp_sum = exp_sum * tl.exp(sign * scale * (top - higher)) + tl.sum(terms, axis=1)
+        top = higher
+        hit = (rows_k[None, :] == labels[:, None]) & mask_k[None, :]
+        target += tl.sum(tl.where(hit, cosine, 0.0), axis=1)
+        found += tl.sum(hit.to(tl.int32), axis=1)
+        if weighted_ptr is not None:
+            weight = mask_k.to(tl.float32)
+            if class_weight_ptr is not None:
+                weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
+            weighted += tl.sum(weight[None, :] * cosine, axis=1)
+
+    place = split * B + offs_b  # small: there are few splits where there are many images
+    tl.store(top_ptr + place, top, mask=mask_b)
+    tl.store(sum_ptr + place, exp_sum, mask=mask_b)
+    tl.store(target_ptr + place, target, mask=mask_b)
+    tl.store(found_ptr + place, found, mask=mask_b)
+    if weighted_ptr is not None:
+        tl.store(weighted_ptr + place, weighted, mask=mask_b)
+
+
+@triton.jit
+def _class_sampled_ce_fwd_combine_kernel(
+    labels_ptr,
+    logit_scale_ptr,
+    class_ids_ptr,
+    class_weight_ptr,
+    total_weight_ptr,
+    top_ptr,
+    sum_ptr,
+    target_ptr,
+    found_ptr,
+    weighted_ptr,
+    loss_ptr,
+    lse_ptr,
+    denominator_ptr,
+    B,
+    K,
+    C,
+    splits,
+    label_smoothing,
+    ignore_index,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b from it, and their sum or mean.
+
+    One program in all: it goes through the images in order, and checks labels and class ids.
+    """
+    scale = tl.load(logit_scale_ptr).to(tl.float32)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    magnitude = sign * scale
+    if class_ids_ptr is not None:
+        for start_k in range(0, K, BLOCK):
+            offs_k = start_k + tl.arange(0, BLOCK)
+            ids = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)
+            tl.device_assert((ids >= 0) & (ids < C), "class_sampled_cross_entropy: class_ids must be rows of text")
+    total_weight = 0.0 + K
+    if total_weight_ptr is not None:
+        total_weight = tl.load(total_weight_ptr)
+
+    total = tl.zeros([BLOCK], tl.float64)
+    total_target_weight = tl.zeros([BLOCK], tl.float64)
+    for start_b in range(0, B, BLOCK):
+        offs_b = start_b + tl.arange(0, BLOCK)
+        mask_b = offs_b < B
+        top = tl.full([BLOCK], -2.0, tl.float32)
+        for split in range(0, splits):
+            place = split * B + offs_b
+            top = tl.maximum(top, tl.load(top_ptr + place, mask=mask_b, other=-2.0))
+        exp_sum = tl.zeros([BLOCK], tl.float32)
+        target = tl.zeros([BLOCK], tl.float32)
+        found = tl.zeros([BLOCK], tl.int32)
+        weighted = tl.zeros([BLOCK], tl.float32)
+        for split in range(0, splits):
+            place = split * B + offs_b
+            factor = tl.exp(magnitude * (tl.load(top_ptr + place, mask=mask_b, other=-2.0) - top))
+            exp_sum += factor * tl.load(sum_ptr + place, mask=mask_b, other=1.0)
+            target += tl.load(target_ptr + place, mask=mask_b, other=0.0)
+            found += tl.load(found_ptr + place, mask=mask_b, other=0)
+            if weighted_ptr is not None:
+                weighted += tl.load(weighted_ptr + place, mask=mask_b, other=0.0)
+
+        labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
+        counts = mask_b & (labels != ignore_index)
+        tl.device_assert(
+            (found == 1) | ~counts,
+            "class_sampled_cross_entropy: labels must be rows of text and among class_ids, which have no duplicates",
+        )
+        log_sum = tl.log(exp_sum)
+        lse = magnitude.to(tl.float64) * top.to(tl.float64) + log_sum.to(tl.float64)
+        tl.store(lse_ptr + offs_b, lse, mask=mask_b)
+        target_weight = counts.to(tl.float32)
+        if class_weight_ptr is not None:
+            target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)
+        # Not lse − z_y: the difference is small where the loss is.
+        loss = target_weight * (magnitude * (top - target) + log_sum)
+        if weighted_ptr is not None:
+            spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted
+            loss = (1 - label_smoothing) * loss + label_smoothing / K * spread
+        loss = tl.where(counts, loss, 0.0)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + offs_b, loss, mask=mask_b)
+        total += loss.to(tl.float64)
+        total_target_weight += target_weight.to(tl.float64)
+
+    denominator = 1.0
+    if REDUCTION == "mean":
+        denominator = tl.sum(total_target_weight, axis=0).to(tl.float32)
+    tl.store(denominator_ptr, denominator)
+    if REDUCTION != "none":
+        tl.store(loss_ptr, (tl.sum(total, axis=0) / denominator).to(tl.float32))
+
+
+@triton.jit
+def _class_sampled_ce_bwd_logits_kernel(
+    d_loss_ptr,
+    image_ptr,
+    text_ptr,
+    labels_ptr,
+    logit_scale_ptr,
+    class_ids_ptr,
+    class_weight_ptr,
+    total_weight_ptr,
+    lse_ptr,
+    factors_ptr,
+    d_scale_ptr,
+    B,
+    K,
+    D,
+    stride_image_b,
+    stride_text_k,
+    stride_d_loss,
+    stride_factors,
+    label_smoothing,
+    ignore_index,
+    eps,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """factor_bk = d_z_bk/(|x_b| |t_k|) unless factors_ptr is None; Σ d_z_bk · cosine_bk unless d_scale_ptr is.
+
+    d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)), where up_b is 1 without d_loss_ptr.
+    One program: a tile of BLOCK_B images and BLOCK_K classes, of B images that the pointers start at.
+    """
+    offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_b, mask_k = offs_b < B, offs_k < K
+    rows_k = offs_k.to(tl.int64)
+    if class_ids_ptr is not None:
+        rows_k = tl.load(class_ids_ptr + offs_k, mask=mask_k, other=0)
+    cosine, image_norm, text_norm = cosine_tile(
+        image_ptr,
+        text_ptr,
+        offs_b,
+        rows_k,
+        mask_b,
+        mask_k,
+        D,
+        stride_image_b,
+        stride_text_k,
+        eps,
+        BLOCK_B,
+        BLOCK_K,
+        BLOCK_D,
+        PRECISION,
+    )
+    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
+    counts = mask_b & (labels != ignore_index)
+    upstream = counts.to(tl.float32)
+    if d_loss_ptr is not None:
+        upstream = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0).to(tl.float32)
+    hit = (1 - label_smoothing) * upstream
+    weight = tl.full([BLOCK_K], 1.0, tl.float32)
+    total_weight = 0.0 + K
+    if class_weight_ptr is not None:
+        hit *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)
+        weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
+    if total_weight_ptr is not None:
+        total_weight = tl.load(total_weight_ptr)
+    spread = label_smoothing / K * upstream
+
+    # The softmax from lse, in fp64: the top cosine may be any that is near lse/s.
+    scale = tl.load(logit_scale_ptr).to(tl.float32)
+    lse = tl.load(lse_ptr + offs_b, mask=mask_b, other=0.0)
+    top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)
+    log_sum = (lse - scale.to(tl.float64) * top.to(tl.float64)).to(tl.float32)
+    p = tl.exp(scale * (cosine - top[:, None]) - log_sum[:, None])
+    miss = p - (rows_k[None, :] == labels[:, None]).to(tl.float32)  # p − 1 for the true class, in fp32
+    d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
+    d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
+
+    if factors_ptr is not None:
+        factors = d_logits / tl.maximum(image_norm, eps)[:, None] / tl.maximum(text_norm, eps)[None, :]
+        factors_row = factors_ptr + offs_b.to(tl.int64)[:, None] * stride_factors
+        tl.store(factors_row + offs_k[None, :], factors, mask=mask_b[:, None] & mask_k[None, :])
+    if d_scale_ptr is not None:
+        place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
+
+
+@triton.jit
+def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    """d_s = factor/divisor · Σ of the partial sums, in order. One program in all."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)
+    tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
+
+
+def _launch(
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    class_ids: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    keep_image: bool,
+    keep_text: bool,
+    keep_logit_scale: bool,
+) -> tuple[Tensor, ...]:
+    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
+    B, C, device = image.shape[0], text.shape[0], image.device
+    options = class_ids, class_weight, label_smoothing, ignore_index
+    common = _arguments(labels, logit_scale, class_ids, class_weight, label_smoothing)
+    total_weight = common.pop("total_weight_ptr")
+    K = C if class_ids is None else class_ids.shape[0]
+
+    blocks = blocks_for(B, image.dtype, device)
+    b_blocks, tiles = triton.cdiv(B, blocks.BLOCK_B), triton.cdiv(K, blocks.BLOCK_K)
+    split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
+    splits = triton.cdiv(tiles, split_tiles)
+
+    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
+    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
+    lse = torch.empty(B, dtype=torch.float64, device=device)
+    denominator = torch.empty((), dtype=torch.float32, device=device)
+    partial = dict(
+        top_ptr=torch.empty(splits, B, dtype=torch.float32, device=device),
+        sum_ptr=torch.empty(splits, B, dtype=torch.float32, device=device),
+        target_ptr=torch.empty(splits, B, dtype=torch.float32, device=device),
+        found_ptr=torch.empty(splits, B, dtype=torch.int32, device=device),
+        weighted_ptr=torch.empty(splits, B, dtype=torch.float32, device=device) if label_smoothing else None,
+    )
+    launch(
+        _class_sampled_ce_fwd_kernel,
+        (b_blocks, splits),
+        device=device,
+        **blocks._asdict(),
+        **common,
+        **cosine_arguments(image, text),
+        **partial,
+        image_norm_ptr=image_norm,
+        text_norm_ptr=text_norm,
+        B=B,
+        K=K,
+        C=C,
+        SPLIT=split_tiles * blocks.BLOCK_K,
+    )
+    launch(
+        _class_sampled_ce_fwd_combine_kernel,
+        (1,),
+        device=device,
+        num_warps=4,
+        debug=True,
+        **common,
+        **partial,
+        total_weight_ptr=total_weight,
+        loss_ptr=loss,
+        lse_ptr=lse,
+        denominator_ptr=denominator,
+        B=B,
+        K=K,
+        C=C,
+        splits=splits,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        REDUCTION=reduction,
+        BLOCK=BLOCK_COMBINE,
+    )
+    keep = keep_image, keep_text, keep_logit_scale
+    *sums, d_scale = _launch_sums(None, image, text, labels, logit_scale, lse, *options, *keep)
+    kept_scale = _launch_scale(d_scale, lse.new_empty(1)) if keep_logit_scale else lse.new_empty(0)
+    return loss, lse, image_norm, text_norm, denominator, *sums, kept_scale
+
+
+def _launch_sums(
+    d_loss: Tensor | None,
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    lse: Tensor,
+    class_ids: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the factors (see unit_rows.py), in fp32 [B, D] and [K, D], and partial sums of d_logit_scale.
+
+    They are those of a sum of the losses, weighted by d_loss [B] if it is given: a mean's divisor comes later.
+    """
+    (B, D), device = image.shape, image.device
+    K = text.shape[0] if class_ids is None else class_ids.shape[0]
+    d_image = torch.empty(B * need_image, D, dtype=torch.float32, device=device)
+    d_text = torch.empty(0, D, dtype=torch.float32, device=device)
+    blocks = blocks_for(B, image.dtype, device)
+    panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
+    k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
+    b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
+    # A last panel of fewer images leaves the rest as it is.
+    d_scale = torch.zeros(panels * need_logit_scale, b_blocks * k_blocks, dtype=torch.float32, device=device)
+    if not (need_image or need_text or need_logit_scale):
+        return d_image, d_text, d_scale
+    common = _arguments(labels, logit_scale, class_ids, class_weight, label_smoothing)
+    factors = None
+    if need_image or need_text:
+        factors = torch.empty(min(panel, B), K, dtype=unit_rows.factors_dtype(image.dtype), device=device)
+    sampled = text if class_ids is None or not need_image else text.index_select(0, class_ids)
+    for number, start in enumerate(range(0, B, panel)):
+        images = slice(start, start + panel)
+        count = min(panel, B - start)
+        launch(
+            _class_sampled_ce_bwd_logits_kernel,
+            (k_blocks, triton.cdiv(count, blocks.BLOCK_B)),
+            device=device,
+            **blocks._asdict(),
+            **{**common, "labels_ptr": common["labels_ptr"][images]},
+            **cosine_arguments(image[images], text),
+            d_loss_ptr=None if d_loss is None else d_loss[images],
+            lse_ptr=lse[images],
+            factors_ptr=factors,
+            d_scale_ptr=d_scale[number] if need_logit_scale else None,
+            B=count,
+            K=K,
+            stride_d_loss=0 if d_loss is None else d_loss.stride(0),
+            stride_factors=K,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+        if factors is not None and need_image:
+            d_image[images] = contract(factors[:count], sampled)
+        if factors is not None and need_text:
+            product = contract(factors[:count].T, image[images])
+            d_text = product if number == 0 else d_text.add_(product)
+    return d_image, d_text, d_scale.flatten()
+
+
+def _arguments(
+    labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, class_weight: Tensor | None, label_smoothing: float
+) -> dict[str, Any]:
+    """What the kernels take besides the rows; W, the weight of all classes, only where there is smoothing."""
+    total_weight = None
+    if class_weight is not None:
+        class_weight = class_weight.float().contiguous()
+        if label_smoothing:
+            total_weight = (class_weight if class_ids is None else class_weight[class_ids]).sum()
+    return dict(
+        labels_ptr=labels.contiguous(),
+        logit_scale_ptr=logit_scale,
+        class_ids_ptr=None if class_ids is None else class_ids.contiguous(),
+        class_weight_ptr=class_weight,
+        total_weight_ptr=total_weight,
+    )
+
+
+def _launch_scale(
+    partial: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None
+) -> Tensor:
+    """factor/divisor · Σ of the partial sums, put into `total`."""
+    launch(
+        _class_sampled_ce_bwd_scale_kernel,
+        (1,),
+        device=partial.device,
+        num_warps=4,
+        partial_ptr=partial,
+        factor_ptr=factor,
+        divisor_ptr=divisor,
+        total_ptr=total,
+        n=partial.numel(),
+        BLOCK=BLOCK_SUM,
+    )
+    return total
+
+
+def _launch_backward(
+    d_loss: Tensor,
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor,
+    lse: Tensor,
+    image_norm: Tensor,
+    text_norm: Tensor,
+    denominator: Tensor,
+    kept_image: Tensor,
+    kept_text: Tensor,
+    kept_logit_scale: Tensor,
+    class_ids: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
+    needs = need_image, need_text, need_logit_scale
+    sums = kept_image, kept_text, kept_logit_scale
+    upstream = (None, None) if reduction == "none" else (d_loss, denominator)
+    if any(need and x.numel() == 0 for need, x in zip(needs, sums, strict=True)):
+        options = class_ids, class_weight, label_smoothing, ignore_index
+        each = d_loss if reduction == "none" else None
+        sums = _launch_sums(each, image, text, labels, logit_scale, lse, *options, *needs)
+    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    if need_image:
+        d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
+    if need_text:
+        ids = None if class_ids is None else class_ids.contiguous()
+        d_text = unit_rows.through_unit_norm(text, ids, sums[1], logit_scale, *upstream)
+    if need_logit_scale:
+        d_logit_scale = _launch_scale(sums[2], torch.empty_like(logit_scale), *upstream)
+    return d_image, d_text, d_logit_scale
 
 
 def _serve(
@@ -130,7 +650,7 @@ def _serve_backward(
         kept = _unit_gradients(d_loss, *saved, class_ids, *rest)
         factor = torch.ones_like(denominator)
     scale = logit_scale.reshape(()).to(image_norm.dtype)
-    d_image, d_text, d_logit_scale = _nothing(image), _nothing(text), _nothing(logit_scale)
+    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
     if need_image:
         d_image = _through_unit_norm(factor * scale * kept[0], image, image_norm)
     if need_text:
@@ -151,11 +671,6 @@ def _through_unit_norm(d_unit: Tensor, rows: Tensor, norm: Tensor) -> Tensor:
     unit = rows.to(norm.dtype) / length
     along = (unit * d_unit).sum(dim=1, keepdim=True).masked_fill(norm < reference.UNIT_NORM_EPS, 0)
     return ((d_unit - unit * along) / length).to(rows.dtype)
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """Stands for a gradient that nobody needs: an operator must return a tensor."""
-    return like.new_empty((0, like.shape[1]) if like.dim() == 2 else (0,))
 
 
 def _check_values(labels: Tensor, C: int, logit_scale: Tensor, class_ids: Tensor | None, ignore_index: int) -> None:
@@ -199,7 +714,7 @@ def _fake_backward(
     d_loss: Tensor, image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     inputs, needs = (image, text, logit_scale), rest[-3:]
-    return tuple(x.new_empty(x.shape) if need else _nothing(x) for x, need in zip(inputs, needs, strict=True))
+    return tuple(x.new_empty(x.shape) if need else nothing(x) for x, need in zip(inputs, needs, strict=True))
 
 
 class_sampled_ce = registration.define(
@@ -208,6 +723,7 @@ class_sampled_ce = registration.define(
     " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
     " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
     serve=_serve,
+    launch=_launch,
     fake=_fake,
 )
 class_sampled_ce_backward = registration.define(
@@ -217,6 +733,7 @@ class_sampled_ce_backward = registration.define(
     " bool need_image, bool need_text, bool need_logit_scale)"
     " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
     serve=_serve_backward,
+    launch=_launch_backward,
     fake=_fake_backward,
 )
 
