@@ -31,6 +31,51 @@ def ids(*shape: int) -> Tensor:
     return on_meta(*shape, dtype=torch.int64)
 
 
+# B, C, K, D, and what follows: whether there are class weights and smoothing, and the reduction.
+_CLASS_SAMPLED = (
+    (4, 100, 50, 512, False, "mean"),
+    (4096, 21841, 21841, 512, False, "mean"),
+    (33, 101, 51, 640, True, "none"),
+)
+
+
+def _class_sampled_ce(
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Any, ...], tuple[int, int, int]]]:
+    """Shape, the four tensors that stand first in both schemas, the options after them, and B, K, D."""
+    for B, C, K, D, all_options, reduction in _CLASS_SAMPLED:
+        tensors = on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B), on_meta(dtype=torch.float32)
+        weight = on_meta(C, dtype=torch.float32) if all_options else None
+        options = ids(K) if K < C else None, weight, 0.1 if all_options else 0.0, -100, reduction
+        yield f"B{B}-C{C}-K{K}-D{D}", tensors, options, (B, K, D)
+
+
+def class_sampled_ce(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, tensors, options, _ in _class_sampled_ce(dtype):
+        yield Call(shape, (*tensors, *options, False, False, False))
+
+
+def class_sampled_ce_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, tensors, options, (B, K, D) in _class_sampled_ce(dtype):
+        each = (B,) if options[-1] == "none" else ()
+        wide, lse = (on_meta(*s, dtype=torch.float32) for s in (each, (B,), (K,), ())), on_meta(B, dtype=torch.float64)
+        d_loss, image_norm, text_norm, denominator = wide
+        kept = *[on_meta(0, D, dtype=torch.float32)] * 2, on_meta(0, dtype=torch.float64)
+        saved = lse, image_norm, text_norm, denominator, *kept
+        yield Call(shape, (d_loss, *tensors, *saved, *options, True, True, True))
+
+
+def class_sampled_logits(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (image, text, _, scale), (class_ids, *_), _ in _class_sampled_ce(dtype):
+        yield Call(shape, (image, text, scale, class_ids))
+
+
+def class_sampled_logits_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in _class_sampled_ce(dtype):
+        d_logits, *norms = (on_meta(*s, dtype=torch.float32) for s in ((B, K), (B,), (K,)))
+        yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
+
+
 def class_scores(dtype: torch.dtype) -> Iterator[Call]:
     for B, C, D in ((4, 1000, 512), (4, 21841, 512), (5, 1001, 100)):
         yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))
@@ -112,6 +157,10 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
 
 
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
+    "class_sampled_ce": class_sampled_ce,
+    "class_sampled_ce_backward": class_sampled_ce_backward,
+    "class_sampled_logits": class_sampled_logits,
+    "class_sampled_logits_backward": class_sampled_logits_backward,
     "class_scores": class_scores,
     "add_layer_norm": add_layer_norm,
     "add_layer_norm_backward": add_layer_norm_backward,

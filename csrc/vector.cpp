@@ -201,6 +201,9 @@ SKIPKERNELS_FOR_CONVERSIONS(DEFINE_CONVERSION)
   MULTIVERSION void add(A* out, const A* x, int64_t n) {                                                        \
     _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] += x[i];                                         \
   }                                                                                                             \
+  MULTIVERSION void multiply(A* out, const A* x, A factor, int64_t n) {                                          \
+    load_scaled<A, A>(out, x, factor, n);                                                                       \
+  }                                                                                                             \
   MULTIVERSION void maximum(A* out, const A* x, int64_t n) {                                                    \
     _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] || x[i] != x[i] ? x[i] : out[i]; \
   }                                                                                                             \

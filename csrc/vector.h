@@ -52,6 +52,8 @@ struct Softmax {
       int64_t n, int64_t d);                                                                                           \
   /* out += x */                                                                                                       \
   void add(A* out, const A* x, int64_t n);                                                                             \
+  /* out = x · factor */                                                                                              \
+  void multiply(A* out, const A* x, A factor, int64_t n);                                                              \
   /* out = max(out, x), NaN if either is. */                                                                           \
   void maximum(A* out, const A* x, int64_t n);                                                                         \
   A dot(const A* x, const A* y, int64_t n);                                                                            \

@@ -26,6 +26,7 @@ from typing import NamedTuple
 SOURCES = (
     "add_layer_norm.cpp",
     "class_sampled_ce.cpp",
+    "class_sampled_logits.cpp",
     "class_scores.cpp",
     "gather_rows.cpp",
     "mlp_activation.cpp",

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
 from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_shape
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
+from .ops.class_sampled_logits import class_sampled_logits as _class_sampled_logits
 from .ops.class_scores import class_scores as _class_scores
 from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
@@ -137,14 +137,16 @@ def class_sampled_logits(
         text: [C, D] in the dtype of `image`, the class bank, rows of any length.
         logit_scale: the factor itself, not its logarithm: a number, or a tensor of one element on the device of
             `image`.
-        class_ids: int64 [K], the rows of the bank that take part; all of them by default.
+        class_ids: int64 [K], the rows of the bank that take part, without duplicates; all of them by default.
 
     Returns:
         [B, K] logits: fp64 for fp64 features, else fp32 (at a scale of 100, bf16 logits are half a unit apart).
+        Gradients flow to `image`, `text` and `logit_scale`.
 
     Raises:
         TypeError: for a dtype that does not fit.
-        ValueError: for a shape or device that does not fit.
+        ValueError: for a shape or device that does not fit; on the CPU also for `class_ids` out of range or with
+            duplicates.
 
     Example:
         >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
@@ -158,8 +160,7 @@ def class_sampled_logits(
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=None)
     scale = _scale_tensor(name, logit_scale, image)
-    with torch.autocast(image.device.type, enabled=False):
-        return reference.class_sampled_logits(image, text, scale, class_ids)
+    return _class_sampled_logits(image, text, scale, class_ids)[0]
 
 
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:

@@ -30,7 +30,16 @@ from torch import Tensor
 from .. import reference
 from . import registration, unit_rows
 from .launching import launch, tl, triton
-from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, nothing, upstream_of, with_contiguous_rows
+from .unit_rows import (
+    blocks_for,
+    contract,
+    cosine_arguments,
+    cosine_tile,
+    lengths,
+    nothing,
+    upstream_of,
+    with_contiguous_rows,
+)
 
 # Programs that fill a large GPU twice. It is the same for all, so that all split, and round, alike.
 PROGRAMS = 256
@@ -51,11 +60,7 @@ def _class_sampled_ce_fwd_kernel(
     class_weight_ptr,
     image_norm_ptr,
     text_norm_ptr,
-    top_ptr,
-    sum_ptr,
-    target_ptr,
-    found_ptr,
-    weighted_ptr,
+    partial_ptr,
     B,
     K,
     C,
@@ -63,43 +68,49 @@ def _class_sampled_ce_fwd_kernel(
     SPLIT,
     stride_image_b,
     stride_text_k,
+    stride_partial,
     eps,
+    SMOOTH: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr,
 ):
     """top_b = max_k ±cosine_bk,   sum_b = Σ_k exp(|s| · (±cosine_bk − top_b)),   with the sign of s.
 
     One program: BLOCK_B images, a loop over the tiles of a split of the classes with an online maximum of each image.
-    It also leaves ±cosine_by, how often y was found, and, unless weighted_ptr is None, Σ_k w_k ±cosine_bk.
+    It leaves both, ±cosine_by, how often y was found and, with smoothing, Σ_k w_k ±cosine_bk, one after the other; and
+    the lengths of the rows if it measures them.
     """
     split = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
-    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
+    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
 
     top = tl.full([BLOCK_B], -2.0, tl.float32)  # below every cosine, and finite: 0 · inf is NaN
     exp_sum = tl.zeros([BLOCK_B], tl.float32)
     target = tl.zeros([BLOCK_B], tl.float32)
-    found = tl.zeros([BLOCK_B], tl.int32)
+    found = tl.zeros([BLOCK_B], tl.float32)
     weighted = tl.zeros([BLOCK_B], tl.float32)
     for start_k in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, K), BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        rows_k = offs_k.to(tl.int64)
+        mask_k = offs_k < K
+        places_k = tl.minimum(offs_k, K - 1)
+        rows_k = places_k
         if class_ids_ptr is not None:
-            rows_k = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)
-        # Ids out of range stop the device, in the combining kernel; until then nothing is read for them.
-        mask_k = (offs_k < K) & (rows_k >= 0) & (rows_k < C)
+            # Those out of range stop the device later; until then they must be rows.
+            rows_k = tl.minimum(tl.maximum(tl.load(class_ids_ptr + places_k).to(tl.int32), 0), C - 1)
         cosine, image_norm, text_norm = cosine_tile(
             image_ptr,
             text_ptr,
-            offs_b,
+            image_norm_ptr,
+            text_norm_ptr,
+            tl.minimum(offs_b, B - 1),
+            places_k,
             rows_k,
-            mask_b,
-            mask_k,
             D,
             stride_image_b,
             stride_text_k,
@@ -108,32 +119,36 @@ def _class_sampled_ce_fwd_kernel(
             BLOCK_K,
             BLOCK_D,
             PRECISION,
+            MEASURE,
         )
-        if tl.program_id(0) == 0:
-            tl.store(text_norm_ptr + offs_k, text_norm, mask=offs_k < K)
-        if start_k == 0:
-            tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
+        if MEASURE:
+            if tl.program_id(0) == 0:
+                tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)
+            if start_k == 0:
+                tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
         cosine = sign * cosine
-        higher = tl.maximum(top, tl.max(tl.where(mask_k[None, :], cosine, -2.0), axis=1))
-        terms = tl.where(mask_k[None, :], tl.exp(sign * scale * (cosine - higher[:, None])), 0.0)
+        # Beyond K the last class comes again: that leaves the top as it is, and it is taken out of the sum.
+        higher = tl.maximum(top, tl.max(cosine, axis=1))
+        absent = tl.where(mask_k, 0.0, float("-inf"))
+        terms = tl.exp(sign * scale * (cosine - higher[:, None]) + absent[None, :])
         exp_sum = exp_sum * tl.exp(sign * scale * (top - higher)) + tl.sum(terms, axis=1)
         top = higher
-        hit = (rows_k[None, :] == labels[:, None]) & mask_k[None, :]
+        hit = tl.where(mask_k, rows_k, -1)[None, :] == labels[:, None]
         target += tl.sum(tl.where(hit, cosine, 0.0), axis=1)
-        found += tl.sum(hit.to(tl.int32), axis=1)
-        if weighted_ptr is not None:
+        found += tl.sum(hit.to(tl.float32), axis=1)
+        if SMOOTH:
             weight = mask_k.to(tl.float32)
             if class_weight_ptr is not None:
                 weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
             weighted += tl.sum(weight[None, :] * cosine, axis=1)
 
-    place = split * B + offs_b  # small: there are few splits where there are many images
-    tl.store(top_ptr + place, top, mask=mask_b)
-    tl.store(sum_ptr + place, exp_sum, mask=mask_b)
-    tl.store(target_ptr + place, target, mask=mask_b)
-    tl.store(found_ptr + place, found, mask=mask_b)
-    if weighted_ptr is not None:
-        tl.store(weighted_ptr + place, weighted, mask=mask_b)
+    partial = partial_ptr + split * B + offs_b  # 32 bits: there are few splits where there are many images
+    tl.store(partial, top, mask=mask_b)
+    tl.store(partial + stride_partial, exp_sum, mask=mask_b)
+    tl.store(partial + 2 * stride_partial, target, mask=mask_b)
+    tl.store(partial + 3 * stride_partial, found, mask=mask_b)
+    if SMOOTH:
+        tl.store(partial + 4 * stride_partial, weighted, mask=mask_b)
 
 
 @triton.jit
@@ -143,11 +158,7 @@ def _class_sampled_ce_fwd_combine_kernel(
     class_ids_ptr,
     class_weight_ptr,
     total_weight_ptr,
-    top_ptr,
-    sum_ptr,
-    target_ptr,
-    found_ptr,
-    weighted_ptr,
+    partial_ptr,
     loss_ptr,
     lse_ptr,
     denominator_ptr,
@@ -155,8 +166,10 @@ def _class_sampled_ce_fwd_combine_kernel(
     K,
     C,
     splits,
+    stride_partial,
     label_smoothing,
     ignore_index,
+    SMOOTH: tl.constexpr,
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -183,25 +196,25 @@ def _class_sampled_ce_fwd_combine_kernel(
         mask_b = offs_b < B
         top = tl.full([BLOCK], -2.0, tl.float32)
         for split in range(0, splits):
-            place = split * B + offs_b
-            top = tl.maximum(top, tl.load(top_ptr + place, mask=mask_b, other=-2.0))
+            partial = partial_ptr + split * B + offs_b
+            top = tl.maximum(top, tl.load(partial, mask=mask_b, other=-2.0))
         exp_sum = tl.zeros([BLOCK], tl.float32)
         target = tl.zeros([BLOCK], tl.float32)
-        found = tl.zeros([BLOCK], tl.int32)
+        found = tl.zeros([BLOCK], tl.float32)
         weighted = tl.zeros([BLOCK], tl.float32)
         for split in range(0, splits):
-            place = split * B + offs_b
-            factor = tl.exp(magnitude * (tl.load(top_ptr + place, mask=mask_b, other=-2.0) - top))
-            exp_sum += factor * tl.load(sum_ptr + place, mask=mask_b, other=1.0)
-            target += tl.load(target_ptr + place, mask=mask_b, other=0.0)
-            found += tl.load(found_ptr + place, mask=mask_b, other=0)
-            if weighted_ptr is not None:
-                weighted += tl.load(weighted_ptr + place, mask=mask_b, other=0.0)
+            partial = partial_ptr + split * B + offs_b
+            factor = tl.exp(magnitude * (tl.load(partial, mask=mask_b, other=-2.0) - top))
+            exp_sum += factor * tl.load(partial + stride_partial, mask=mask_b, other=1.0)
+            target += tl.load(partial + 2 * stride_partial, mask=mask_b, other=0.0)
+            found += tl.load(partial + 3 * stride_partial, mask=mask_b, other=0.0)
+            if SMOOTH:
+                weighted += tl.load(partial + 4 * stride_partial, mask=mask_b, other=0.0)
 
         labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
         counts = mask_b & (labels != ignore_index)
         tl.device_assert(
-            (found == 1) | ~counts,
+            ((labels >= 0) & (labels < C) & (found == 1)) | ~counts,
             "class_sampled_cross_entropy: labels must be rows of text and among class_ids, which have no duplicates",
         )
         log_sum = tl.log(exp_sum)
@@ -212,7 +225,7 @@ def _class_sampled_ce_fwd_combine_kernel(
             target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)
         # Not lse − z_y: the difference is small where the loss is.
         loss = target_weight * (magnitude * (top - target) + log_sum)
-        if weighted_ptr is not None:
+        if SMOOTH:
             spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted
             loss = (1 - label_smoothing) * loss + label_smoothing / K * spread
         loss = tl.where(counts, loss, 0.0)
@@ -240,6 +253,8 @@ def _class_sampled_ce_bwd_logits_kernel(
     class_weight_ptr,
     total_weight_ptr,
     lse_ptr,
+    image_norm_ptr,
+    text_norm_ptr,
     factors_ptr,
     d_scale_ptr,
     B,
@@ -265,16 +280,18 @@ def _class_sampled_ce_bwd_logits_kernel(
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_b, mask_k = offs_b < B, offs_k < K
-    rows_k = offs_k.to(tl.int64)
+    rows_b, places_k = tl.minimum(offs_b, B - 1), tl.minimum(offs_k, K - 1)
+    rows_k = places_k
     if class_ids_ptr is not None:
-        rows_k = tl.load(class_ids_ptr + offs_k, mask=mask_k, other=0)
+        rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)
     cosine, image_norm, text_norm = cosine_tile(
         image_ptr,
         text_ptr,
-        offs_b,
+        image_norm_ptr,
+        text_norm_ptr,
+        rows_b,
+        places_k,
         rows_k,
-        mask_b,
-        mask_k,
         D,
         stride_image_b,
         stride_text_k,
@@ -283,6 +300,7 @@ def _class_sampled_ce_bwd_logits_kernel(
         BLOCK_K,
         BLOCK_D,
         PRECISION,
+        MEASURE=False,
     )
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
     counts = mask_b & (labels != ignore_index)
@@ -294,18 +312,19 @@ def _class_sampled_ce_bwd_logits_kernel(
     total_weight = 0.0 + K
     if class_weight_ptr is not None:
         hit *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)
-        weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
+        weight = tl.load(class_weight_ptr + rows_k)
     if total_weight_ptr is not None:
         total_weight = tl.load(total_weight_ptr)
     spread = label_smoothing / K * upstream
 
     # The softmax from lse, in fp64: the top cosine may be any that is near lse/s.
     scale = tl.load(logit_scale_ptr).to(tl.float32)
-    lse = tl.load(lse_ptr + offs_b, mask=mask_b, other=0.0)
+    lse = tl.load(lse_ptr + rows_b)
     top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)
     log_sum = (lse - scale.to(tl.float64) * top.to(tl.float64)).to(tl.float32)
     p = tl.exp(scale * (cosine - top[:, None]) - log_sum[:, None])
-    miss = p - (rows_k[None, :] == labels[:, None]).to(tl.float32)  # p − 1 for the true class, in fp32
+    hits = rows_k[None, :] == labels.to(tl.int32)[:, None]
+    miss = p - hits.to(tl.float32)  # p − 1 for the true class, in fp32
     d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
     d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
 
@@ -354,27 +373,26 @@ def _launch(
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
 
-    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
+    measure = unit_rows.measures(B)
+    if measure:
+        image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
+    else:
+        image_norm, text_norm = lengths(image), lengths(text, common["class_ids_ptr"])
     loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
-    partial = dict(
-        top_ptr=torch.empty(splits, B, dtype=torch.float32, device=device),
-        sum_ptr=torch.empty(splits, B, dtype=torch.float32, device=device),
-        target_ptr=torch.empty(splits, B, dtype=torch.float32, device=device),
-        found_ptr=torch.empty(splits, B, dtype=torch.int32, device=device),
-        weighted_ptr=torch.empty(splits, B, dtype=torch.float32, device=device) if label_smoothing else None,
-    )
+    smooth = label_smoothing != 0
+    partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
+    split = dict(partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth)
     launch(
         _class_sampled_ce_fwd_kernel,
         (b_blocks, splits),
         device=device,
         **blocks._asdict(),
         **common,
-        **cosine_arguments(image, text),
-        **partial,
-        image_norm_ptr=image_norm,
-        text_norm_ptr=text_norm,
+        **cosine_arguments(image, text, image_norm, text_norm),
+        **split,
+        MEASURE=measure,
         B=B,
         K=K,
         C=C,
@@ -387,7 +405,7 @@ def _launch(
         num_warps=4,
         debug=True,
         **common,
-        **partial,
+        **split,
         total_weight_ptr=total_weight,
         loss_ptr=loss,
         lse_ptr=lse,
@@ -402,7 +420,8 @@ def _launch(
         BLOCK=BLOCK_COMBINE,
     )
     keep = keep_image, keep_text, keep_logit_scale
-    *sums, d_scale = _launch_sums(None, image, text, labels, logit_scale, lse, *options, *keep)
+    saved = image, text, labels, logit_scale, lse, image_norm, text_norm
+    *sums, d_scale = _launch_sums(None, *saved, *options, *keep)
     kept_scale = _launch_scale(d_scale, lse.new_empty(1)) if keep_logit_scale else lse.new_empty(0)
     return loss, lse, image_norm, text_norm, denominator, *sums, kept_scale
 
@@ -414,6 +433,8 @@ def _launch_sums(
     labels: Tensor,
     logit_scale: Tensor,
     lse: Tensor,
+    image_norm: Tensor,
+    text_norm: Tensor,
     class_ids: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
@@ -452,7 +473,7 @@ def _launch_sums(
             device=device,
             **blocks._asdict(),
             **{**common, "labels_ptr": common["labels_ptr"][images]},
-            **cosine_arguments(image[images], text),
+            **cosine_arguments(image[images], text, image_norm[images], text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
             lse_ptr=lse[images],
             factors_ptr=factors,
@@ -538,7 +559,8 @@ def _launch_backward(
     if any(need and x.numel() == 0 for need, x in zip(needs, sums, strict=True)):
         options = class_ids, class_weight, label_smoothing, ignore_index
         each = d_loss if reduction == "none" else None
-        sums = _launch_sums(each, image, text, labels, logit_scale, lse, *options, *needs)
+        saved = image, text, labels, logit_scale, lse, image_norm, text_norm
+        sums = _launch_sums(each, *saved, *options, *needs)
     d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
     if need_image:
         d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
@@ -613,8 +635,7 @@ def _unit_gradients(
     upstream = (d_loss / denominator).expand(labels.shape).masked_fill(ignored, 0)
     hit = (1 - label_smoothing) * upstream * weight[target]
     spread = label_smoothing / K * upstream
-    unit_image = image.to(wide) / image_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
-    unit_text = text.to(wide)[rows] / text_norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
+    unit_image, unit_text = unit_rows.unit(image, image_norm), unit_rows.unit(text[rows], text_norm)
     cosine, scale = unit_image @ unit_text.T, logit_scale.reshape(()).to(wide)
     probability = (scale * cosine - lse[:, None]).exp().to(wide)
     d_logits = (hit + spread * weight.sum())[:, None] * probability - spread[:, None] * weight
@@ -652,25 +673,12 @@ def _serve_backward(
     scale = logit_scale.reshape(()).to(image_norm.dtype)
     d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
     if need_image:
-        d_image = _through_unit_norm(factor * scale * kept[0], image, image_norm)
+        d_image = unit_rows.serve_through_unit_norm(image, None, factor * scale * kept[0], image_norm)
     if need_text:
-        rows = text if class_ids is None else text[class_ids]
-        d_rows = _through_unit_norm(factor * scale * kept[1], rows, text_norm)
-        d_text = d_rows if class_ids is None else torch.zeros_like(text, memory_format=torch.contiguous_format)
-        if class_ids is not None:
-            d_text[class_ids] = d_rows
+        d_text = unit_rows.serve_through_unit_norm(text, class_ids, factor * scale * kept[1], text_norm)
     if need_logit_scale:
         d_logit_scale = (factor * kept[2]).to(logit_scale.dtype).reshape(logit_scale.shape)
     return d_image, d_text, d_logit_scale
-
-
-def _through_unit_norm(d_unit: Tensor, rows: Tensor, norm: Tensor) -> Tensor:
-    """d_x = (d_unit − unit · ⟨unit, d_unit⟩)/|x|; a row shorter than eps was divided by a constant: d_unit/eps."""
-    norm = norm[:, None]
-    length = norm.clamp_min(reference.UNIT_NORM_EPS)
-    unit = rows.to(norm.dtype) / length
-    along = (unit * d_unit).sum(dim=1, keepdim=True).masked_fill(norm < reference.UNIT_NORM_EPS, 0)
-    return ((d_unit - unit * along) / length).to(rows.dtype)
 
 
 def _check_values(labels: Tensor, C: int, logit_scale: Tensor, class_ids: Tensor | None, ignore_index: int) -> None:
@@ -679,10 +687,7 @@ def _check_values(labels: Tensor, C: int, logit_scale: Tensor, class_ids: Tensor
     if not logit_scale.isfinite().item():
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")
     if class_ids is not None:
-        if class_ids.amin() < 0 or class_ids.amax() >= C:
-            raise ValueError(f"{name}: class_ids must be rows of text, 0 to {C - 1}; got {class_ids.tolist()}.")
-        if class_ids.unique().numel() != class_ids.numel():
-            raise ValueError(f"{name}: class_ids must have no duplicates; got {class_ids.tolist()}.")
+        unit_rows.check_class_ids(name, class_ids, C)
     labels = labels[labels != ignore_index]
     wrong = labels[(labels < 0) | (labels >= C)]
     if wrong.numel() > 0:

@@ -31,32 +31,36 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# BLOCK_D is 128 bytes of a row, a line of the cache. Up to FEW images take the 16 rows that the matrix units ask for,
-# and small tiles, so that 1,000 classes occupy some of the GPU; more take square tiles, which read each row less often.
+# Up to FEW images take the 16 rows that the matrix units ask for, and few classes, so that 1,000 of them occupy some of
+# the GPU; more take squarer tiles, which read each row less often, as large as registers allow beside the softmax
+# (bench.aot). BLOCK_D is 128 bytes of a row, a line of the cache.
 FEW = 32
 _BLOCKS = {
-    ("few", 4): Blocks(16, 32, 32, num_warps=2, num_stages=4),
-    ("few", 2): Blocks(16, 32, 64, num_warps=2, num_stages=4),
-    ("many", 4): Blocks(64, 64, 32, num_warps=4, num_stages=3),
-    ("many", 2): Blocks(128, 128, 64, num_warps=8, num_stages=3),
+    ("cuda", "few", 4): Blocks(16, 32, 32, num_warps=4, num_stages=4),
+    ("cuda", "few", 2): Blocks(16, 32, 64, num_warps=4, num_stages=4),
+    ("cuda", "many", 4): Blocks(64, 32, 32, num_warps=4, num_stages=3),
+    ("cuda", "many", 2): Blocks(64, 64, 64, num_warps=8, num_stages=3),
+    ("hip", "few", 4): Blocks(16, 32, 32, num_warps=2, num_stages=2),
+    ("hip", "few", 2): Blocks(16, 32, 64, num_warps=2, num_stages=2),
+    ("hip", "many", 4): Blocks(64, 32, 32, num_warps=4, num_stages=2),
+    ("hip", "many", 2): Blocks(64, 64, 64, num_warps=8, num_stages=2),
 }
 
 
 def blocks_for(B: int, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Tiles for so many images of a dtype."""
-    blocks = _BLOCKS["few" if B <= FEW else "many", dtype.itemsize]
-    # 64 KiB of shared memory there, and the loop keeps one tile of each operand in registers.
-    return blocks if target(device).backend == "cuda" else blocks._replace(num_stages=2)
+    return _BLOCKS[target(device).backend, "few" if B <= FEW else "many", dtype.itemsize]
 
 
 @triton.jit
 def cosine_tile(
     image_ptr,
     text_ptr,
-    offs_b,
+    image_norm_ptr,
+    text_norm_ptr,
+    rows_b,
+    places_k,
     rows_k,
-    mask_b,
-    mask_k,
     D,
     stride_image_b,
     stride_text_k,
@@ -65,28 +69,54 @@ def cosine_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr,
 ):
     """Cosines [BLOCK_B, BLOCK_K] of images and rows of the bank, and the lengths of both.
 
-    The rows themselves are multiplied, their products exact in 16 bits, and the cosines divided in fp32.
+    All rows must exist: beyond the last one it comes again, which costs nothing, where masks would cost registers.
+    places_k are those of rows_k among the sampled ones. The rows
+    themselves are multiplied, their products exact in 16 bits, and the cosines divided in fp32. The lengths are loaded,
+    or summed up on the way if they are to be measured.
     """
-    image_row = image_ptr + offs_b.to(tl.int64)[:, None] * stride_image_b
+    image_row = image_ptr + rows_b.to(tl.int64)[:, None] * stride_image_b
     text_row = text_ptr + rows_k.to(tl.int64)[None, :] * stride_text_k
     product = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    image_squares = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    text_squares = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
+    if MEASURE:
+        image_squares = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        text_squares = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        image = tl.load(image_row + offs_d[None, :], mask=mask_b[:, None] & mask_d[None, :], other=0.0)
-        text = tl.load(text_row + offs_d[:, None], mask=mask_d[:, None] & mask_k[None, :], other=0.0)
+        image = tl.load(image_row + offs_d[None, :], mask=mask_d[None, :], other=0.0)
+        text = tl.load(text_row + offs_d[:, None], mask=mask_d[:, None], other=0.0)
         product = tl.dot(image, text, product, input_precision=PRECISION)
-        image_squares += image.to(tl.float32) * image.to(tl.float32)
-        text_squares += text.to(tl.float32) * text.to(tl.float32)
-    image_norm = tl.sqrt(tl.sum(image_squares, axis=1))
-    text_norm = tl.sqrt(tl.sum(text_squares, axis=0))
+        if MEASURE:
+            image_squares += image.to(tl.float32) * image.to(tl.float32)
+            text_squares += text.to(tl.float32) * text.to(tl.float32)
+    if MEASURE:
+        image_norm = tl.sqrt(tl.sum(image_squares, axis=1))
+        text_norm = tl.sqrt(tl.sum(text_squares, axis=0))
+    else:
+        image_norm = tl.load(image_norm_ptr + rows_b)
+        text_norm = tl.load(text_norm_ptr + places_k)
     cosine = product / tl.maximum(image_norm, eps)[:, None] / tl.maximum(text_norm, eps)[None, :]
     return cosine, image_norm, text_norm
+
+
+@triton.jit
+def _lengths_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: tl.constexpr):
+    """|x|. One program: one row; without ids they are in order.
+
+    Ids out of range stand for row 0 until they are refused.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid
+    if ids_ptr is not None:
+        row = tl.load(ids_ptr + pid)
+        row = tl.where((row >= 0) & (row < C), row, 0)
+    offs_d = tl.arange(0, BLOCK_D)
+    x = tl.load(rows_ptr + row * stride_rows + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    tl.store(norm_ptr + pid, tl.sqrt(tl.sum(x * x, axis=0)))
 
 
 @triton.jit
@@ -135,11 +165,38 @@ def upstream_of(factor_ptr, divisor_ptr):
     return factor
 
 
-def cosine_arguments(image: Tensor, text: Tensor) -> dict[str, Any]:
-    """Arguments that every kernel with a `cosine_tile` takes; both have contiguous rows."""
+def measures(B: int) -> bool:
+    """Whether the product itself is to measure the rows: it saves two launches, and costs registers."""
+    return B <= FEW
+
+
+def lengths(rows: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Lengths of the rows, in fp32."""
+    n, D = (rows if ids is None else ids).shape[0], rows.shape[1]
+    norm = torch.empty(n, dtype=torch.float32, device=rows.device)
+    launch(
+        _lengths_kernel,
+        (n,),
+        device=rows.device,
+        num_warps=1,
+        rows_ptr=rows,
+        ids_ptr=ids,
+        norm_ptr=norm,
+        C=rows.shape[0],
+        D=D,
+        stride_rows=rows.stride(0),
+        BLOCK_D=triton.next_power_of_2(D),
+    )
+    return norm
+
+
+def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
+    """Arguments that every kernel with a `cosine_tile` takes; image and text have contiguous rows."""
     return dict(
         image_ptr=image,
         text_ptr=text,
+        image_norm_ptr=image_norm,
+        text_norm_ptr=text_norm,
         D=image.shape[1],
         stride_image_b=image.stride(0),
         stride_text_k=text.stride(0),
@@ -200,3 +257,31 @@ def through_unit_norm(
 def nothing(like: Tensor) -> Tensor:
     """Stands for a gradient that nobody needs: an operator must return a tensor."""
     return like.new_empty((0, like.shape[1]) if like.dim() == 2 else (0,))
+
+
+def unit(rows: Tensor, norm: Tensor) -> Tensor:
+    """The rows over their lengths, in the dtype of these."""
+    return rows.to(norm.dtype) / norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
+
+
+def serve_through_unit_norm(rows: Tensor, ids: Tensor | None, d_unit: Tensor, norm: Tensor) -> Tensor:
+    """In plain PyTorch, from the gradient of the unit rows: d_x = (d_unit − unit · ⟨unit, d_unit⟩)/|x|.
+
+    A row shorter than eps was divided by a constant: d_x = d_unit/eps. Rows that are not among the ids get zero.
+    """
+    sampled = unit(rows if ids is None else rows[ids], norm)
+    along = (sampled * d_unit).sum(dim=1, keepdim=True).masked_fill(norm[:, None] < reference.UNIT_NORM_EPS, 0)
+    d_rows = unit(d_unit - sampled * along, norm).to(rows.dtype)
+    return (
+        d_rows
+        if ids is None
+        else torch.zeros_like(rows, memory_format=torch.contiguous_format).index_copy(0, ids, d_rows)
+    )
+
+
+def check_class_ids(name: str, class_ids: Tensor, C: int) -> None:
+    """Refuse what the C++ kernels refuse."""
+    if class_ids.amin() < 0 or class_ids.amax() >= C:
+        raise ValueError(f"{name}: class_ids must be rows of text, 0 to {C - 1}; got {class_ids.tolist()}.")
+    if class_ids.unique().numel() != class_ids.numel():
+        raise ValueError(f"{name}: class_ids must have no duplicates; got {class_ids.tolist()}.")

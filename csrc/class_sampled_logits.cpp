@@ -1,0 +1,164 @@
+// class_sampled_logits: scaled cosines of images and a sample of the rows of a class bank.
+//
+//   z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
+//
+// Map: the B × K plane is cut into blocks (Plan), a task each, which goes through its block in tiles. Backward contracts
+// d_z with the rows (unit_rows.h); the gradient of s, Σ d_z_bk · cosine_bk, computes the cosines again if it is wanted.
+#include "unit_rows.h"
+
+#include <numeric>
+#include <tuple>
+
+namespace skipkernels {
+namespace {
+
+constexpr const char* NAME = "class_sampled_logits";
+
+void check_shapes(
+    const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& class_ids) {
+  STD_TORCH_CHECK(
+      image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1) && image.scalar_type() == text.scalar_type(),
+      NAME, ": image must be [B, D], text [C, D], of one dtype.");
+  STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, NAME, ": B, C and D must be at least 1.");
+  STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, NAME, ": logit_scale must have one element.");
+  STD_TORCH_CHECK(
+      !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
+      NAME, ": class_ids must be int64 [K] with K at least 1.");
+}
+
+// The rows that take part.
+template <class T>
+struct Sample {
+  int64_t B, K, C, D;
+  Tensor image_storage, text_storage; // what the rows point into
+  std::vector<int64_t> ids;
+  Rows<T> image, text;
+
+  Sample(const Tensor& image_, const Tensor& text_, const std::optional<Tensor>& class_ids)
+      : B(image_.size(0)),
+        K(class_ids ? class_ids->size(0) : text_.size(0)),
+        C(text_.size(0)),
+        D(image_.size(1)),
+        image_storage(with_contiguous_rows(image_)),
+        text_storage(with_contiguous_rows(text_)),
+        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()),
+        image(rows_of<T>(image_storage)),
+        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)) {
+    places_of(NAME, ids, C);
+  }
+};
+
+// Calls f(cosines, b, k, b_count, k_count, k_index) for every tile; the cosines are f's to change, [b_count, k_count].
+// Leaves the lengths of the rows.
+template <class T, class F, class A = accumulate_t<T>>
+void for_each_tile(const Sample<T>& sample, const Plan& plan, A* image_norm, A* text_norm, const F& f) {
+  const int64_t D = sample.D;
+  parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
+    const auto [b_index, k_index, b0, b1, k0, k1] = block;
+    for (int64_t k = k0; k < k1; k += K_TILE) {
+      const int64_t k_count = std::min(K_TILE, k1 - k);
+      for (int64_t i = 0; i < k_count; ++i) {
+        const A norm = load_unit_row(&tile.text[i * D], sample.text[k + i], D);
+        if (b_index == 0)
+          text_norm[k + i] = norm;
+      }
+      for (int64_t b = b0; b < b1; b += B_TILE) {
+        const int64_t b_count = std::min(B_TILE, b1 - b);
+        for (int64_t i = 0; i < b_count; ++i) {
+          const A norm = load_unit_row(&tile.image[i * D], sample.image[b + i], D);
+          if (k == 0)
+            image_norm[b + i] = norm;
+        }
+        tile.multiply(tile.cosine.get(), k_count, b_count, k_count, D);
+        f(tile.cosine.get(), b, k, b_count, k_count, k_index);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
+    const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& class_ids) {
+  check_shapes(image, text, logit_scale, class_ids);
+  std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
+  dispatch_features(image, NAME, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    const Sample<T> sample(image, text, class_ids);
+    const A scale = A(numbers(logit_scale)[0]);
+    Tensor logits = torch::stable::empty({sample.B, sample.K}, scalar_type_of<A>);
+    Tensor image_norm = vector_of<A>(sample.B), text_norm = vector_of<A>(sample.K);
+    A* const out = logits.mutable_data_ptr<A>();
+    for_each_tile(
+        sample, Plan(sample.B, sample.K, sample.D), image_norm.mutable_data_ptr<A>(), text_norm.mutable_data_ptr<A>(),
+        [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, int64_t) {
+          for (int64_t i = 0; i < b_count; ++i)
+            multiply(out + (b + i) * sample.K + k, cosine + i * k_count, scale, k_count);
+        });
+    outputs.emplace(logits, image_norm, text_norm);
+  });
+  return *outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
+    const Tensor& d_logits_, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+    const Tensor& image_norm, const Tensor& text_norm, const std::optional<Tensor>& class_ids, bool need_image,
+    bool need_text, bool need_logit_scale) {
+  check_shapes(image, text, logit_scale, class_ids);
+  std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
+  dispatch_features(image, NAME, [&](auto type) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    const Sample<T> sample(image, text, class_ids);
+    const int64_t B = sample.B, K = sample.K, C = sample.C, D = sample.D;
+    STD_TORCH_CHECK(
+        d_logits_.dim() == 2 && d_logits_.size(0) == B && d_logits_.size(1) == K && image_norm.numel() == B &&
+            text_norm.numel() == K && image_norm.is_contiguous() && text_norm.is_contiguous(),
+        NAME, ": backward must be given what forward returned.");
+    const Tensor d_logits = with_contiguous_rows(d_logits_);
+    const A* const d_z = d_logits.const_data_ptr<A>();
+    const int64_t stride = d_logits.stride(0);
+    const Plan plan(B, K, D);
+    const A* const norms[] = {image_norm.const_data_ptr<A>(), text_norm.const_data_ptr<A>()};
+
+    const auto unit_image = scratch<A>(need_image ? B * D : 0), unit_text = scratch<A>(need_text ? K * D : 0);
+    contract<T>(
+        {const_cast<A*>(d_z), B, K, stride}, // only read
+        {sample.image, sample.text, norms[0], norms[1], D}, 0, need_image ? unit_image.get() : nullptr,
+        need_text ? unit_text.get() : nullptr, false, plan.tasks() == 1);
+
+    const A scale = A(numbers(logit_scale)[0]);
+    Tensor d_image = torch::stable::empty({need_image ? B : 0, D}, image.scalar_type());
+    Tensor d_text = torch::stable::empty({need_text ? C : 0, D}, image.scalar_type());
+    Tensor d_logit_scale = torch::stable::empty({0}, logit_scale.scalar_type());
+    if (need_image)
+      store_gradient<T>(sample.image, norms[0], unit_image.get(), B, D, scale, d_image.mutable_data_ptr<T>());
+    if (need_text) {
+      if (class_ids)
+        std::memset(d_text.mutable_data_ptr(), 0, d_text.numel() * sizeof(T));
+      store_gradient<T>(sample.text, norms[1], unit_text.get(), K, D, scale, d_text.mutable_data_ptr<T>());
+    }
+    if (need_logit_scale) {
+      std::vector<double> along(plan.k_blocks * B, 0); // Σ_k d_z_bk · cosine_bk over the classes of a block
+      std::vector<A> image_again(B), text_again(K);
+      for_each_tile(
+          sample, plan, image_again.data(), text_again.data(),
+          [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, int64_t k_index) {
+            for (int64_t i = 0; i < b_count; ++i)
+              along[k_index * B + b + i] += dot(cosine + i * k_count, d_z + (b + i) * stride + k, k_count);
+          });
+      d_logit_scale = torch::stable::empty_like(logit_scale);
+      set_number(d_logit_scale, std::accumulate(along.begin(), along.end(), 0.0));
+    }
+    outputs.emplace(d_image, d_text, d_logit_scale);
+  });
+  return *outputs;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(skipkernels, CPU, m) {
+  m.impl("class_sampled_logits", TORCH_BOX(&class_sampled_logits));
+  m.impl("class_sampled_logits_backward", TORCH_BOX(&class_sampled_logits_backward));
+}
+
+} // namespace skipkernels

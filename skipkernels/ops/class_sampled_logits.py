@@ -1,0 +1,231 @@
+"""`class_sampled_logits`: scaled cosines of images and a sample of the rows of a class bank.
+
+    z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
+
+The logits are fp32 whatever the features are (fp64 for fp64). Forward also returns what backward needs besides the
+inputs: the lengths of the rows, [B] and [K]. Backward computes only the gradients that are asked for, the others come
+back empty; that of the scale, Σ d_z_bk · cosine_bk, computes the cosines again.
+
+CPU kernel: csrc/class_sampled_logits.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import registration, unit_rows
+from .launching import launch, tl, triton
+from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, lengths, nothing, with_contiguous_rows
+
+
+@triton.jit
+def _class_sampled_logits_fwd_kernel(
+    image_ptr,
+    text_ptr,
+    logit_scale_ptr,
+    class_ids_ptr,
+    image_norm_ptr,
+    text_norm_ptr,
+    logits_ptr,
+    B,
+    K,
+    C,
+    D,
+    stride_image_b,
+    stride_text_k,
+    eps,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr,
+):
+    """z_bk = s · cosine_bk. One program: a tile of BLOCK_B images and BLOCK_K classes.
+
+    It also leaves the lengths of the rows if it measures them.
+    """
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b, mask_k = offs_b < B, offs_k < K
+    rows_b, places_k = tl.minimum(offs_b, B - 1), tl.minimum(offs_k, K - 1)
+    rows_k = places_k
+    if class_ids_ptr is not None:
+        ids = tl.load(class_ids_ptr + places_k)
+        tl.device_assert((ids >= 0) & (ids < C), "class_sampled_logits: class_ids must be rows of text")
+        rows_k = tl.minimum(tl.maximum(ids.to(tl.int32), 0), C - 1)  # the device stops, but not at once
+    cosine, image_norm, text_norm = cosine_tile(
+        image_ptr,
+        text_ptr,
+        image_norm_ptr,
+        text_norm_ptr,
+        rows_b,
+        places_k,
+        rows_k,
+        D,
+        stride_image_b,
+        stride_text_k,
+        eps,
+        BLOCK_B,
+        BLOCK_K,
+        BLOCK_D,
+        PRECISION,
+        MEASURE,
+    )
+    if MEASURE:
+        if tl.program_id(1) == 0:
+            tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)
+        if tl.program_id(0) == 0:
+            tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
+    logits = tl.load(logit_scale_ptr).to(tl.float32) * cosine
+    logits_row = logits_ptr + offs_b.to(tl.int64)[:, None] * K
+    tl.store(logits_row + offs_k[None, :], logits, mask=mask_b[:, None] & mask_k[None, :])
+
+
+def _launch(
+    image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
+    class_ids = None if class_ids is None else class_ids.contiguous()
+    B, K, device = image.shape[0], (text if class_ids is None else class_ids).shape[0], image.device
+    measure = unit_rows.measures(B)
+    if measure:
+        image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
+    else:
+        image_norm, text_norm = lengths(image), lengths(text, class_ids)
+    logits = torch.empty(B, K, dtype=torch.float32, device=device)
+    blocks = blocks_for(B, image.dtype, device)
+    launch(
+        _class_sampled_logits_fwd_kernel,
+        (triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, blocks.BLOCK_B)),
+        device=device,
+        debug=True,
+        **blocks._asdict(),
+        **cosine_arguments(image, text, image_norm, text_norm),
+        logit_scale_ptr=logit_scale,
+        class_ids_ptr=class_ids,
+        logits_ptr=logits,
+        B=B,
+        K=K,
+        C=text.shape[0],
+        MEASURE=measure,
+    )
+    return logits, image_norm, text_norm
+
+
+def _launch_backward(
+    d_logits: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    image_norm: Tensor,
+    text_norm: Tensor,
+    class_ids: Tensor | None,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
+    class_ids = None if class_ids is None else class_ids.contiguous()
+    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    if need_image or need_text:
+        image_length, text_length = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
+        factors = (d_logits / image_length[:, None] / text_length).to(unit_rows.factors_dtype(image.dtype))
+        if need_image:
+            sums = contract(factors, text if class_ids is None else text.index_select(0, class_ids))
+            d_image = unit_rows.through_unit_norm(image, None, sums, logit_scale)
+        if need_text:
+            d_text = unit_rows.through_unit_norm(text, class_ids, contract(factors.T, image), logit_scale)
+    if need_logit_scale:
+        cosine, *_ = _launch(image, text, torch.ones_like(logit_scale), class_ids)
+        d_logit_scale = (d_logits * cosine).sum().to(logit_scale.dtype).reshape(logit_scale.shape)
+    return d_image, d_text, d_logit_scale
+
+
+def _serve(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if image.device.type == "cpu" and class_ids is not None:
+        unit_rows.check_class_ids("class_sampled_logits", class_ids, text.shape[0])
+    logits = reference.class_sampled_logits(image, text, logit_scale, class_ids)
+    rows = text if class_ids is None else text.index_select(0, class_ids)
+    image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=logits.dtype) for x in (image, rows))
+    return logits, image_norm, text_norm
+
+
+def _serve_backward(
+    d_logits: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    image_norm: Tensor,
+    text_norm: Tensor,
+    class_ids: Tensor | None,
+    need_image: bool,
+    need_text: bool,
+    need_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = text if class_ids is None else text.index_select(0, class_ids)
+    unit_image, unit_text = unit_rows.unit(image, image_norm), unit_rows.unit(rows, text_norm)
+    d_cosine = d_logits * logit_scale.reshape(()).to(d_logits.dtype)
+    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    if need_image:
+        d_image = unit_rows.serve_through_unit_norm(image, None, d_cosine @ unit_text, image_norm)
+    if need_text:
+        d_text = unit_rows.serve_through_unit_norm(text, class_ids, d_cosine.T @ unit_image, text_norm)
+    if need_logit_scale:
+        d_logit_scale = (d_logits * (unit_image @ unit_text.T)).sum().to(logit_scale.dtype).reshape(logit_scale.shape)
+    return d_image, d_text, d_logit_scale
+
+
+def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    logits = image.new_empty(B, K, dtype=dtype)
+    return logits, logits.new_empty(B), logits.new_empty(K)
+
+
+def _fake_backward(
+    d_logits: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    inputs, needs = (image, text, logit_scale), rest[-3:]
+    return tuple(x.new_empty(x.shape) if need else nothing(x) for x, need in zip(inputs, needs, strict=True))
+
+
+class_sampled_logits = registration.define(
+    "class_sampled_logits(Tensor image, Tensor text, Tensor logit_scale, Tensor? class_ids)"
+    " -> (Tensor logits, Tensor image_norm, Tensor text_norm)",
+    serve=_serve,
+    fake=_fake,
+    launch=_launch,
+)
+class_sampled_logits_backward = registration.define(
+    "class_sampled_logits_backward(Tensor d_logits, Tensor image, Tensor text, Tensor logit_scale,"
+    " Tensor image_norm, Tensor text_norm, Tensor? class_ids, bool need_image, bool need_text, bool need_logit_scale)"
+    " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
+    serve=_serve_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, logit_scale, class_ids = inputs
+    _, *norms = output
+    ctx.mark_non_differentiable(*norms)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image, text, logit_scale, *norms, class_ids)
+
+
+def _backward(ctx: Any, d_logits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    if d_logits is None:
+        return None, None, None, None
+    gradients = class_sampled_logits_backward(d_logits, *ctx.saved_tensors, *needs)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+
+
+registration.differentiate(class_sampled_logits, _backward, _save)
+registration.refuse_double_backward(class_sampled_logits_backward, instead="skipkernels.reference.class_sampled_logits")
+registration.autocast_features(class_sampled_logits, features=2)
