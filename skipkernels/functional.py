@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import reference
 from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_shape
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
