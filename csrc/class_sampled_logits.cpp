@@ -2,8 +2,10 @@
 //
 //   z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
 //
-// Map: the B × K plane is cut into blocks (Plan), a task each, which goes through its block in tiles. Backward contracts
-// d_z with the rows (unit_rows.h); the gradient of s, Σ d_z_bk · cosine_bk, computes the cosines again if it is wanted.
+// Map: the B × K plane is cut into blocks (Plan), a task each, which goes through its block in tiles. Backward
+// contracts d_z with the rows (unit_rows.h). The gradient of s, Σ_bk d_z_bk · cosine_bk, is the sum over images of
+// ⟨x_b/|x_b|, Σ_k d_z_bk t_k/|t_k|⟩, most of which the image's gradient has computed; where it has not, or has rounded to
+// bf16, the cosines are computed again.
 #include "unit_rows.h"
 
 #include <numeric>
@@ -138,16 +140,26 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
       store_gradient<T>(sample.text, norms[1], unit_text.get(), K, D, scale, d_text.mutable_data_ptr<T>());
     }
     if (need_logit_scale) {
-      std::vector<double> along(plan.k_blocks * B, 0); // Σ_k d_z_bk · cosine_bk over the classes of a block
-      std::vector<A> image_again(B), text_again(K);
-      for_each_tile(
-          sample, plan, image_again.data(), text_again.data(),
-          [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, int64_t k_index) {
-            for (int64_t i = 0; i < b_count; ++i)
-              along[k_index * B + b + i] += dot(cosine + i * k_count, d_z + (b + i) * stride + k, k_count);
-          });
+      double d_scale = 0;
+      if (need_image && !std::is_same_v<T, BFloat16>) {
+        const auto unit = scratch<A>(D);
+        for (int64_t b = 0; b < B; ++b) {
+          load_unit_row(unit.get(), sample.image[b], norms[0][b], D);
+          d_scale += dot(unit.get(), unit_image.get() + b * D, D);
+        }
+      } else {
+        std::vector<double> along(plan.k_blocks * B, 0); // Σ_k d_z_bk · cosine_bk over the classes of a block
+        std::vector<A> image_again(B), text_again(K);
+        for_each_tile(
+            sample, plan, image_again.data(), text_again.data(),
+            [&](const A* cosine, int64_t b, int64_t k, int64_t b_count, int64_t k_count, int64_t k_index) {
+              for (int64_t i = 0; i < b_count; ++i)
+                along[k_index * B + b + i] += dot(cosine + i * k_count, d_z + (b + i) * stride + k, k_count);
+            });
+        d_scale = std::accumulate(along.begin(), along.end(), 0.0);
+      }
       d_logit_scale = torch::stable::empty_like(logit_scale);
-      set_number(d_logit_scale, std::accumulate(along.begin(), along.end(), 0.0));
+      set_number(d_logit_scale, d_scale);
     }
     outputs.emplace(d_image, d_text, d_logit_scale);
   });

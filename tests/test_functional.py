@@ -239,8 +239,9 @@ def test_gradient_of_the_scale_has_its_shape_and_dtype():
 
 
 def test_logits_are_fp32_under_autocast():
-    arguments = torch.randn(B, D), torch.randn(C, D), 100.0
+    """Which casts the features and nothing else: logits of bf16 would be half a unit apart."""
+    image, text, scale = torch.randn(B, D), torch.randn(C, D), 100.3
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = functional.class_sampled_logits(*arguments)
+        logits = functional.class_sampled_logits(image, text, scale)
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, functional.class_sampled_logits(*arguments))
+    assert torch.equal(logits, functional.class_sampled_logits(image.bfloat16(), text.bfloat16(), scale))

@@ -1,4 +1,4 @@
-"""`class_sampled_logits` from a few-shot step (4 images, 50 classes of 100) to an evaluation over all of ImageNet-21k."""
+"""`class_sampled_logits` from a few-shot step (4 images, 50 classes of 100) to evaluation on all of ImageNet-21k."""
 
 from __future__ import annotations
 
@@ -52,5 +52,4 @@ def case(B: int, C: int, K: int, D: int, dtype: torch.dtype) -> Case:
         # class ids, lengths, and the logits and their gradient besides.
         moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * K + 8 * B * K,
         flops=6 * B * K * D,
-        target="≥ 1",
     )

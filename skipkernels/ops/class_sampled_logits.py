@@ -4,7 +4,7 @@
 
 The logits are fp32 whatever the features are (fp64 for fp64). Forward also returns what backward needs besides the
 inputs: the lengths of the rows, [B] and [K]. Backward computes only the gradients that are asked for, the others come
-back empty; that of the scale, Σ d_z_bk · cosine_bk, computes the cosines again.
+back empty; that of the scale, Σ d_z_bk · cosine_bk, may compute the cosines again.
 
 CPU kernel: csrc/class_sampled_logits.cpp.
 """

@@ -178,8 +178,10 @@ def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, monkeyp
     for i, x in enumerate(leaves):
         assert (x.grad is not None) == (i in wanted)
         assert (calls[0][i].numel() > 0) == (i in wanted)
-        if i in wanted:
+        if i in wanted and i < 2:
             assert torch.equal(x.grad, everything[i])
+        elif i in wanted:  # it may come from the image's gradient, where that is computed
+            assert torch.allclose(x.grad, everything[i], rtol=1e-4)
 
 
 def test_two_backward_passes_and_none_of_a_gradient(backend: Backend):
