@@ -66,12 +66,13 @@ def class_sampled_ce_backward(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def class_sampled_logits(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, (image, text, _, scale), (class_ids, *_), _ in _class_sampled_ce(dtype):
+    """It is used to evaluate, on batches of more than a few images: these come first."""
+    for shape, (image, text, _, scale), (class_ids, *_), _ in reversed(list(_class_sampled_ce(dtype))):
         yield Call(shape, (image, text, scale, class_ids))
 
 
 def class_sampled_logits_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in _class_sampled_ce(dtype):
+    for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in reversed(list(_class_sampled_ce(dtype))):
         d_logits, *norms = (on_meta(*s, dtype=torch.float32) for s in ((B, K), (B,), (K,)))
         yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
 
