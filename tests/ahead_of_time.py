@@ -6,6 +6,7 @@ python -m tests.ahead_of_time differences     where it would compile something e
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -77,5 +78,13 @@ def differences() -> None:
     print(f"{compared} compared")  # noqa: T201
 
 
+def paths() -> None:
+    aot.forget_paths()
+    (job,) = aot.jobs_of(["class_scores"], ["gfx942"], ["bf16"], quick=True)
+    source = triton.compiler.ASTSource(job.kernel, job.signature, job.constants, job.attributes)
+    assembly = triton.compile(source, target=aot.gpu_target(job.target), options=job.options).asm["amdgcn"]
+    print([path in assembly for path in (inspect.getsourcefile(job.kernel.fn), job.kernel.file_name)])  # noqa: T201
+
+
 if __name__ == "__main__":
-    {"faults": faults, "differences": differences}[sys.argv[1]]()
+    {"faults": faults, "differences": differences, "paths": paths}[sys.argv[1]]()

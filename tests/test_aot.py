@@ -47,6 +47,11 @@ def test_what_is_compiled_is_what_a_launch_compiles():
     assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)
 
 
+def test_machine_code_is_the_same_in_every_folder():
+    done = run("tests.ahead_of_time", "paths")
+    assert done.stdout == "[False, True]\n", done.stdout + done.stderr
+
+
 ROW = aot.Row(
     op="class_scores",
     shape="B4-C1000-D512",
