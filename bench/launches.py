@@ -157,6 +157,25 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed))
 
 
+# A tile of each kind, of suffixes of one length and of many.
+_SUFFIXES = ((1380, 5, 6, 8, 64), (50, 40, 70, 12, 80))
+
+
+def suffix_attention(dtype: torch.dtype) -> Iterator[Call]:
+    for K, S, P, H, E in _SUFFIXES:
+        suffix, prefix = on_meta(K * S, H, E, dtype=dtype), on_meta(P, H, E, dtype=dtype)
+        for offsets in (None, ids(K + 1)):
+            form = "" if offsets is None else "-packed"
+            yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (suffix, prefix, prefix, suffix, suffix, offsets, S, E**-0.5))
+
+
+def suffix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (suffix, prefix, *_, offsets, S, scale) in suffix_attention(dtype):
+        T, H, E = suffix.shape
+        inputs = (suffix, prefix, prefix, suffix, suffix)
+        yield Call(shape, (suffix, *inputs, suffix, on_meta(T, H, dtype=torch.float32), offsets, S, scale, *[True] * 5))
+
+
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "class_sampled_ce": class_sampled_ce,
     "class_sampled_ce_backward": class_sampled_ce_backward,
@@ -170,4 +189,6 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "gather_rows": gather_rows,
     "gather_rows_out": gather_rows_out,
     "sgd_momentum_": sgd_momentum_,
+    "suffix_attention": suffix_attention,
+    "suffix_attention_backward": suffix_attention_backward,
 }

@@ -13,7 +13,10 @@ Forward also returns lse [T, H] in fp32 (fp64 for fp64); backward gets it, the i
 that are asked for are computed, the others come back empty. The gradient of the prefix is a sum over all suffixes, in
 an order that the shapes alone decide.
 
-CPU kernel: csrc/suffix_attention.cpp.
+On a GPU a tile is some whole suffixes packed to BLOCK_T tokens: their attention over themselves is a block-diagonal
+causal one, over the prefix it is dense. Backward is a kernel each for the queries, for the suffixes' keys and values,
+and for the prefix's, which are summed over a chunk of tokens; then, where there are several, over the chunks. CPU
+kernel: csrc/suffix_attention.cpp.
 """
 
 from __future__ import annotations
@@ -26,6 +29,532 @@ from torch import Tensor
 
 from ..reference import packed_suffixes, padded_suffixes
 from . import registration
+from .attention import BYTES_E, in_one_layout, load_rows, products, row_products, store_rows
+from .launching import dot_precision, launch, tl, triton
+
+# Tokens of a tile: the first that holds the longest suffix. Longer ones are the reference's.
+TILES = (32, 64)
+WARPS = 4
+WARPS_SUFFIX = {32: 4, 64: 8}  # of the suffixes' gradient, by the tile
+BLOCK_P = 16  # prefix tokens at a time; a prompt's prefix has 5 to 8
+# Of the prefix's gradient: tokens at a time, warps, tokens that one program sums over, and how many such chunks there
+# are at most.
+BLOCK_T_PREFIX, WARPS_PREFIX, CHUNK, MAX_CHUNKS = 16, 2, 256, 128
+BLOCK_CHUNKS, BLOCK_SUM = 16, 128  # of the sum over chunks: chunks at a time, and numbers of one program
+
+
+@triton.jit
+def _tile_of_suffixes(tile, offsets_ptr, K, max_length, BLOCK_T: tl.constexpr, HAS_OFFSETS: tl.constexpr):
+    """First token and end of a tile's suffixes, and for each of its tokens the one that its suffix starts with."""
+    suffixes = BLOCK_T // max_length
+    first = tile.to(tl.int64) * suffixes
+    last = tl.minimum(first + suffixes, K)
+    offs = tl.arange(0, BLOCK_T)
+    if HAS_OFFSETS:
+        begin = tl.load(offsets_ptr + first)
+        end = tl.load(offsets_ptr + last)
+        starts = (tl.load(offsets_ptr + first + offs, mask=first + offs < last, other=begin) - begin).to(tl.int32)
+        started = starts[None, :] <= offs[:, None]
+        start = tl.max(tl.where(started, starts[None, :], 0), axis=1)
+    else:
+        begin = first * max_length
+        end = last * max_length
+        start = offs - offs % max_length
+    return begin, end, start
+
+
+@triton.jit
+def _visible(start, BLOCK_T: tl.constexpr):
+    """Which tokens of a tile see which, [BLOCK_T, BLOCK_T]: those from the start of their suffix on to themselves.
+
+    (Past the end a token sees itself, so that no row of the softmax is empty.)
+    """
+    offs = tl.arange(0, BLOCK_T)
+    return (start[:, None] <= offs[None, :]) & (offs[None, :] <= offs[:, None])
+
+
+@triton.jit
+def _suffix_attention_fwd_kernel(
+    query_ptr,
+    prefix_key_ptr,
+    prefix_value_ptr,
+    suffix_key_ptr,
+    suffix_value_ptr,
+    offsets_ptr,
+    out_ptr,
+    lse_ptr,
+    K,
+    P,
+    H,
+    E,
+    max_length,
+    stride_suffix_t,
+    stride_suffix_h,
+    stride_prefix_p,
+    stride_prefix_h,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out_i = Σ_j exp(s_ij − lse_i) v_j,   lse_i = log Σ_j exp(s_ij),   s_ij = scale · ⟨q_i, k_j⟩.
+
+    One program: one head of a tile of suffixes. Their scores over themselves, which stay; a loop over the prefix for
+    lse, with a running maximum and sum; then the result, BLOCK_E numbers at a time, with the prefix's scores again.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    query_ptr += head * stride_suffix_h
+    prefix_key_ptr += head * stride_prefix_h
+    prefix_value_ptr += head * stride_prefix_h
+    suffix_key_ptr += head * stride_suffix_h
+    suffix_value_ptr += head * stride_suffix_h
+    begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+
+    score = scale * products(
+        query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
+        E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    score = tl.where(_visible(start, BLOCK_T), score, float("-inf"))
+    top = tl.max(score, axis=1)
+    total = tl.sum(tl.exp(score - top[:, None]), axis=1)
+    for start_p in range(0, P, BLOCK_P):
+        offs_p = start_p + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < P
+        over_prefix = scale * products(
+            query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
+            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        over_prefix = tl.where(mask_p[None, :], over_prefix, float("-inf"))
+        higher = tl.maximum(top, tl.max(over_prefix, axis=1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(over_prefix - higher[:, None]), axis=1)
+        top = higher
+    lse = top + tl.log(total)
+    tl.store(lse_ptr + offs_t * H + head, lse, mask=mask_t)
+
+    weight = tl.exp(score - lse[:, None]).to(suffix_value_ptr.dtype.element_ty)
+    for start_e in range(0, E, BLOCK_E):
+        value = load_rows(suffix_value_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
+        out = tl.dot(weight, value, input_precision=PRECISION)
+        for start_p in range(0, P, BLOCK_P):
+            offs_p = start_p + tl.arange(0, BLOCK_P)
+            mask_p = offs_p < P
+            over_prefix = scale * products(
+                query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
+                E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+            )  # fmt: skip
+            over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+            prefix_value = load_rows(prefix_value_ptr, offs_p, mask_p, stride_prefix_p, start_e, E, BLOCK_E)
+            out = tl.dot(over_prefix.to(prefix_value.dtype), prefix_value, out, input_precision=PRECISION)
+        store_rows(out_ptr + head * E, out, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
+
+
+@triton.jit
+def _suffix_attention_bwd_query_kernel(
+    d_out_ptr,
+    query_ptr,
+    prefix_key_ptr,
+    prefix_value_ptr,
+    suffix_key_ptr,
+    suffix_value_ptr,
+    offsets_ptr,
+    out_ptr,
+    lse_ptr,
+    d_query_ptr,
+    K,
+    P,
+    H,
+    E,
+    max_length,
+    stride_d_out_t,
+    stride_d_out_h,
+    stride_suffix_t,
+    stride_suffix_h,
+    stride_prefix_p,
+    stride_prefix_h,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_q_i = scale Σ_j d_score_ij k_j.
+
+    One program: one head of a tile of suffixes. Their d_scores over themselves, which stay; then the result, BLOCK_E
+    numbers at a time, with a loop over the prefix.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    d_out_ptr += head * stride_d_out_h
+    query_ptr += head * stride_suffix_h
+    prefix_key_ptr += head * stride_prefix_h
+    prefix_value_ptr += head * stride_prefix_h
+    suffix_key_ptr += head * stride_suffix_h
+    suffix_value_ptr += head * stride_suffix_h
+    begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+    lse = tl.load(lse_ptr + offs_t * H + head, mask=mask_t, other=float("inf"))  # no weight past the end
+    mean = row_products(d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E)
+    score = scale * products(
+        query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
+        E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None])
+    d_weight = products(
+        d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
+        E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    d_score = (weight * (d_weight - mean[:, None])).to(suffix_key_ptr.dtype.element_ty)
+    for start_e in range(0, E, BLOCK_E):
+        key = load_rows(suffix_key_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
+        d_query = tl.dot(d_score, key, input_precision=PRECISION)
+        for start_p in range(0, P, BLOCK_P):
+            offs_p = start_p + tl.arange(0, BLOCK_P)
+            mask_p = offs_p < P
+            over_prefix = scale * products(
+                query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
+                E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+            )  # fmt: skip
+            over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+            d_over_prefix = products(
+                d_out_ptr, offs_t, mask_t, stride_d_out_t, prefix_value_ptr, offs_p, mask_p, stride_prefix_p,
+                E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+            )  # fmt: skip
+            d_over_prefix = over_prefix * (d_over_prefix - mean[:, None])
+            prefix_key = load_rows(prefix_key_ptr, offs_p, mask_p, stride_prefix_p, start_e, E, BLOCK_E)
+            d_query = tl.dot(d_over_prefix.to(prefix_key.dtype), prefix_key, d_query, input_precision=PRECISION)
+        store_rows(d_query_ptr + head * E, scale * d_query, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
+
+
+@triton.jit
+def _suffix_attention_bwd_suffix_kernel(
+    d_out_ptr,
+    query_ptr,
+    suffix_key_ptr,
+    suffix_value_ptr,
+    offsets_ptr,
+    out_ptr,
+    lse_ptr,
+    d_key_ptr,
+    d_value_ptr,
+    K,
+    H,
+    E,
+    max_length,
+    stride_d_out_t,
+    stride_d_out_h,
+    stride_suffix_t,
+    stride_suffix_h,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For suffixes d_k_j = scale Σ_i d_score_ij q_i, d_v_j = Σ_i weight_ij d_out_i.
+
+    One program: one head of a tile of suffixes, which has all queries that see these keys. Their weights and d_scores;
+    then the results, BLOCK_E numbers at a time.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    d_out_ptr += head * stride_d_out_h
+    query_ptr += head * stride_suffix_h
+    suffix_key_ptr += head * stride_suffix_h
+    suffix_value_ptr += head * stride_suffix_h
+    begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+    lse = tl.load(lse_ptr + offs_t * H + head, mask=mask_t, other=float("inf"))  # no weight past the end
+    score = scale * products(
+        query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
+        E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None])
+    if NEED_VALUE:
+        factor = tl.trans(weight.to(suffix_value_ptr.dtype.element_ty))
+        for start_e in range(0, E, BLOCK_E):
+            d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
+            d_value = tl.dot(factor, d_out, input_precision=PRECISION)
+            store_rows(d_value_ptr + head * E, d_value, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
+    if NEED_KEY:
+        mean = row_products(d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E)
+        d_weight = products(
+            d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
+            E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        d_score = weight * (d_weight - mean[:, None])
+        factor = tl.trans(d_score.to(suffix_key_ptr.dtype.element_ty))
+        for start_e in range(0, E, BLOCK_E):
+            query = load_rows(query_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
+            d_key = scale * tl.dot(factor, query, input_precision=PRECISION)
+            store_rows(d_key_ptr + head * E, d_key, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
+
+
+@triton.jit
+def _suffix_attention_bwd_prefix_kernel(
+    d_out_ptr,
+    query_ptr,
+    prefix_key_ptr,
+    prefix_value_ptr,
+    out_ptr,
+    lse_ptr,
+    d_key_ptr,
+    d_value_ptr,
+    T,
+    P,
+    H,
+    E,
+    chunk,
+    stride_d_out_t,
+    stride_d_out_h,
+    stride_suffix_t,
+    stride_suffix_h,
+    stride_prefix_p,
+    stride_prefix_h,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For the prefix d_k_j = scale Σ_i d_score_ij q_i, d_v_j = Σ_i weight_ij d_out_i over a chunk of the tokens.
+
+    One program: BLOCK_E numbers of one head of BLOCK_P prefix tokens, and a chunk; a loop over its tokens. Every token
+    sees the prefix, so suffixes do not matter here. d_key and d_value are [chunks, P, H, E].
+    """
+    head = tl.program_id(1).to(tl.int64)
+    d_out_ptr += head * stride_d_out_h
+    query_ptr += head * stride_suffix_h
+    prefix_key_ptr += head * stride_prefix_h
+    prefix_value_ptr += head * stride_prefix_h
+    blocks_e = tl.cdiv(E, BLOCK_E)
+    start_e = tl.program_id(2) % blocks_e * BLOCK_E
+    offs_p = tl.program_id(2) // blocks_e * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < P
+    begin = tl.program_id(0).to(tl.int64) * chunk
+    tokens = tl.minimum(T - begin, chunk).to(tl.int32)
+    d_key = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
+    d_value = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
+    for start_t in range(0, tokens, BLOCK_T):
+        offs = start_t + tl.arange(0, BLOCK_T)
+        offs_t, mask_t = begin + offs, offs < tokens
+        lse = tl.load(lse_ptr + offs_t * H + head, mask=mask_t, other=float("inf"))  # no weight past the end
+        score = scale * products(
+            prefix_key_ptr, offs_p, mask_p, stride_prefix_p, query_ptr, offs_t, mask_t, stride_suffix_t,
+            E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        weight = tl.exp(score - lse[None, :])
+        if NEED_VALUE:
+            d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
+            d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
+        if NEED_KEY:
+            mean = row_products(
+                d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E
+            )
+            d_weight = products(
+                prefix_value_ptr, offs_p, mask_p, stride_prefix_p, d_out_ptr, offs_t, mask_t, stride_d_out_t,
+                E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
+            )  # fmt: skip
+            query = load_rows(query_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
+            d_score = weight * (d_weight - mean[None, :])
+            d_key = tl.dot(d_score.to(query.dtype), query, d_key, input_precision=PRECISION)
+    of_chunk = (tl.program_id(0).to(tl.int64) * P * H + head) * E
+    if NEED_KEY:
+        store_rows(d_key_ptr + of_chunk, scale * d_key, offs_p, mask_p, H * E, start_e, E, BLOCK_E)
+    if NEED_VALUE:
+        store_rows(d_value_ptr + of_chunk, d_value, offs_p, mask_p, H * E, start_e, E, BLOCK_E)
+
+
+@triton.jit
+def _suffix_attention_bwd_sum_kernel(
+    partial_ptr, out_ptr, chunks, N, BLOCK_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out_n = Σ_c partial_cn. One program: BLOCK_N numbers, a loop over the chunks."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    total = tl.zeros([BLOCK_CHUNKS, BLOCK_N], tl.float32)
+    for start_c in range(0, chunks, BLOCK_CHUNKS):
+        offs_c = start_c + tl.arange(0, BLOCK_CHUNKS)
+        partial = partial_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :]
+        total += tl.load(partial, mask=(offs_c < chunks)[:, None] & mask_n[None, :], other=0.0)
+    tl.store(out_ptr + offs_n, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=mask_n)
+
+
+def _launch(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    offsets: Tensor | None,
+    max_length: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    inputs = (query, prefix_key, prefix_value, suffix_key, suffix_value)
+    T, H, _ = query.shape
+    if max_length > TILES[-1]:
+        return _serve(*inputs, offsets, max_length, scale)
+    out, lse = query.new_empty(query.shape), query.new_empty((T, H), dtype=torch.float32)
+    query, suffix_key, suffix_value = in_one_layout(query, suffix_key, suffix_value)
+    prefix_key, prefix_value = in_one_layout(prefix_key, prefix_value)
+    packing = _packing(T, offsets, max_length)
+    launch(
+        _suffix_attention_fwd_kernel,
+        (triton.cdiv(packing["K"], packing["BLOCK_T"] // max_length), H),
+        num_warps=WARPS,
+        **_arguments(query, scale),
+        **_prefix_arguments(prefix_key, prefix_value),
+        **packing,
+        suffix_key_ptr=suffix_key,
+        suffix_value_ptr=suffix_value,
+        out_ptr=out,
+        lse_ptr=lse,
+    )
+    return out, lse
+
+
+def _launch_backward(
+    d_out: Tensor,
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    max_length: int,
+    scale: float,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    inputs = (query, prefix_key, prefix_value, suffix_key, suffix_value)
+    T, H, E = query.shape
+    P = prefix_key.shape[0]
+    if max_length > TILES[-1]:
+        return _serve_backward(d_out, *inputs, out, lse, offsets, max_length, scale, *needs)
+    need_query, need_prefix_key, need_prefix_value, need_suffix_key, need_suffix_value = needs
+    d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value = (
+        x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs, strict=True)
+    )
+    (d_out,) = in_one_layout(d_out)
+    query, suffix_key, suffix_value = in_one_layout(query, suffix_key, suffix_value)
+    prefix_key, prefix_value = in_one_layout(prefix_key, prefix_value)
+    shared = _arguments(query, scale) | dict(
+        d_out_ptr=d_out, stride_d_out_t=d_out.stride(0), stride_d_out_h=d_out.stride(1), out_ptr=out, lse_ptr=lse
+    )
+    prefix = _prefix_arguments(prefix_key, prefix_value)
+    packing = _packing(T, offsets, max_length)
+    tiles = triton.cdiv(packing["K"], packing["BLOCK_T"] // max_length)
+    if need_query:
+        launch(
+            _suffix_attention_bwd_query_kernel,
+            (tiles, H),
+            num_warps=WARPS,
+            **shared,
+            **packing,
+            **prefix,
+            suffix_key_ptr=suffix_key,
+            suffix_value_ptr=suffix_value,
+            d_query_ptr=d_query,
+        )
+    if need_suffix_key or need_suffix_value:
+        launch(
+            _suffix_attention_bwd_suffix_kernel,
+            (tiles, H),
+            num_warps=WARPS_SUFFIX[packing["BLOCK_T"]],
+            **shared,
+            **packing,
+            suffix_key_ptr=suffix_key,
+            suffix_value_ptr=suffix_value,
+            d_key_ptr=d_suffix_key,
+            d_value_ptr=d_suffix_value,
+            NEED_KEY=need_suffix_key,
+            NEED_VALUE=need_suffix_value,
+        )
+    if need_prefix_key or need_prefix_value:
+        chunk = max(CHUNK, triton.cdiv(T, MAX_CHUNKS))
+        chunks = triton.cdiv(T, chunk)
+        totals = (d_prefix_key, d_prefix_value)
+        # A single chunk is the sum.
+        sums = [x if chunks == 1 else x.new_empty((chunks, *x.shape), dtype=torch.float32) for x in totals]
+        launch(
+            _suffix_attention_bwd_prefix_kernel,
+            (chunks, H, triton.cdiv(P, BLOCK_P) * triton.cdiv(E, shared["BLOCK_E"])),
+            num_warps=WARPS_PREFIX,
+            **shared,
+            **prefix,
+            d_key_ptr=sums[0],
+            d_value_ptr=sums[1],
+            T=T,
+            chunk=chunk,
+            BLOCK_T=BLOCK_T_PREFIX,
+            NEED_KEY=need_prefix_key,
+            NEED_VALUE=need_prefix_value,
+        )
+        for partial, total in zip(sums, totals, strict=True) if chunks > 1 else ():
+            launch(
+                _suffix_attention_bwd_sum_kernel,
+                (triton.cdiv(total.numel(), BLOCK_SUM),),
+                device=query.device,
+                num_warps=WARPS,
+                num_stages=1,
+                partial_ptr=partial,
+                out_ptr=total,
+                chunks=chunks,
+                N=total.numel(),
+                BLOCK_CHUNKS=BLOCK_CHUNKS,
+                BLOCK_N=BLOCK_SUM,
+            )
+    return d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value
+
+
+def _packing(T: int, offsets: Tensor | None, max_length: int) -> dict[str, Any]:
+    """Tiles of suffixes, and how they are packed."""
+    block_t = next(tile for tile in TILES if max_length <= tile)
+    return dict(
+        offsets_ptr=offsets,
+        K=T // max_length if offsets is None else offsets.shape[0] - 1,
+        max_length=max_length,
+        BLOCK_T=block_t,
+        HAS_OFFSETS=offsets is not None,
+    )
+
+
+def _arguments(query: Tensor, scale: float) -> dict[str, Any]:
+    """What all kernels but the sum take. Query, suffix_key and suffix_value are in one layout."""
+    _, H, E = query.shape
+    return dict(
+        device=query.device,
+        num_stages=1,
+        query_ptr=query,
+        H=H,
+        E=E,
+        stride_suffix_t=query.stride(0),
+        stride_suffix_h=query.stride(1),
+        scale=scale,
+        BLOCK_E=BYTES_E // query.element_size(),
+        PRECISION=dot_precision(query.dtype, query.device),
+    )
+
+
+def _prefix_arguments(prefix_key: Tensor, prefix_value: Tensor) -> dict[str, Any]:
+    """Keys and values are in one layout."""
+    return dict(
+        prefix_key_ptr=prefix_key,
+        prefix_value_ptr=prefix_value,
+        P=prefix_key.shape[0],
+        stride_prefix_p=prefix_key.stride(0),
+        stride_prefix_h=prefix_key.stride(1),
+        BLOCK_P=BLOCK_P,
+    )
 
 
 def _weights(query: Tensor, prefix_key: Tensor, suffix_key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +667,7 @@ _INPUTS = "Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor suffix_k
 _OPTIONS = "Tensor? offsets, SymInt max_length, float scale"
 
 suffix_attention = registration.define(
-    f"suffix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", serve=_serve, fake=_fake
+    f"suffix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", serve=_serve, fake=_fake, launch=_launch
 )
 suffix_attention_backward = registration.define(
     f"suffix_attention_backward(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool need_query,"
@@ -146,6 +675,7 @@ suffix_attention_backward = registration.define(
     " -> (Tensor d_query, Tensor d_prefix_key, Tensor d_prefix_value, Tensor d_suffix_key, Tensor d_suffix_value)",
     serve=_serve_backward,
     fake=_fake_backward,
+    launch=_launch_backward,
 )
 
 
