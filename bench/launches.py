@@ -176,6 +176,20 @@ def suffix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (suffix, *inputs, suffix, on_meta(T, H, dtype=torch.float32), offsets, S, scale, *[True] * 5))
 
 
+def pooled_attention(dtype: torch.dtype) -> Iterator[Call]:
+    for B, N, H, E in ((4, 197, 12, 64), (4, 577, 16, 80), (26, 11, 8, 32), (4, 50, 4, 256)):
+        query, key = on_meta(B, H, E, dtype=dtype), on_meta(B, N, H, E, dtype=dtype)
+        for lengths in (None, ids(B)):
+            form = "" if lengths is None else "-lengths"
+            yield Call(f"B{B}-N{N}-H{H}-E{E}{form}", (query, key, key, lengths, E**-0.5))
+
+
+def pooled_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (query, key, value, lengths, scale) in pooled_attention(dtype):
+        lse = on_meta(*query.shape[:2], dtype=torch.float32)
+        yield Call(shape, (query, query, key, value, query, lse, lengths, scale, True, True, True))
+
+
 CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "class_sampled_ce": class_sampled_ce,
     "class_sampled_ce_backward": class_sampled_ce_backward,
@@ -191,4 +205,6 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
     "sgd_momentum_": sgd_momentum_,
     "suffix_attention": suffix_attention,
     "suffix_attention_backward": suffix_attention_backward,
+    "pooled_attention": pooled_attention,
+    "pooled_attention_backward": pooled_attention_backward,
 }

@@ -9,7 +9,8 @@
 Forward also returns lse [B, H] in fp32 (fp64 for fp64); backward gets it, the inputs and the result. Only the gradients
 that are asked for are computed, the others come back empty. Those of keys and values past the length are zero.
 
-CPU kernel: csrc/pooled_attention.cpp.
+With one query there is no matrix product to speak of: keys and values are read, that is all. On a GPU a program has one
+head of one sequence. CPU kernel: csrc/pooled_attention.cpp.
 """
 
 from __future__ import annotations
@@ -21,6 +22,223 @@ import torch
 from torch import Tensor
 
 from . import registration
+from .attention import in_one_layout, load_rows, store_rows
+from .launching import launch, tl, triton
+
+TILE = 4096  # numbers of keys or values at a time: 64 keys of 64
+WIDEST = 1024  # a tile has whole rows; wider heads are the reference's
+WARPS = 8
+
+
+@triton.jit
+def _pooled_attention_fwd_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    lengths_ptr,
+    out_ptr,
+    lse_ptr,
+    N,
+    H,
+    E,
+    stride_query_b,
+    stride_query_h,
+    stride_key_b,
+    stride_key_n,
+    stride_key_h,
+    stride_lengths,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+):
+    """out = Σ_n exp(s_n − lse) v_n,   lse = log Σ_n exp(s_n),   s_n = scale · ⟨q, k_n⟩,   n < length.
+
+    One program: one head of one sequence, a loop over its keys with a running maximum and sum.
+    """
+    b, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    key_ptr += b * stride_key_b + head * stride_key_h
+    value_ptr += b * stride_key_b + head * stride_key_h
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
+    query = scale * query.to(tl.float32)
+    length = N
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
+    top = float("-inf")
+    total = 0.0
+    out = tl.zeros([BLOCK_E], tl.float32)
+    for start_n in range(0, length, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < length
+        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
+        value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
+        score = tl.where(mask_n, tl.sum(query[None, :] * key.to(tl.float32), axis=1), float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=0))
+        weight = tl.exp(score - higher)
+        shrink = tl.exp(top - higher)
+        total = total * shrink + tl.sum(weight, axis=0)
+        out = out * shrink + tl.sum(weight[:, None] * value.to(tl.float32), axis=0)
+        top = higher
+    of_head = b * H + head
+    tl.store(out_ptr + of_head * E + offs_e, (out / total).to(out_ptr.dtype.element_ty), mask=mask_e)
+    tl.store(lse_ptr + of_head, top + tl.log(total))
+
+
+@triton.jit
+def _pooled_attention_bwd_kernel(
+    d_out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    lengths_ptr,
+    out_ptr,
+    lse_ptr,
+    d_query_ptr,
+    d_key_ptr,
+    d_value_ptr,
+    N,
+    H,
+    E,
+    stride_d_out_b,
+    stride_d_out_h,
+    stride_query_b,
+    stride_query_h,
+    stride_key_b,
+    stride_key_n,
+    stride_key_h,
+    stride_lengths,
+    scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    NEED_QUERY: tl.constexpr,
+    NEED_KEY: tl.constexpr,
+    NEED_VALUE: tl.constexpr,
+):
+    """d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out; 0 past the length.
+
+    One program: one head of one sequence, a loop over all N rows.
+    """
+    b, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    key_ptr += b * stride_key_b + head * stride_key_h
+    value_ptr += b * stride_key_b + head * stride_key_h
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    of_head = b * H + head
+    query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
+    query = scale * query.to(tl.float32)
+    d_out = tl.load(d_out_ptr + b * stride_d_out_b + head * stride_d_out_h + offs_e, mask=mask_e, other=0.0)
+    d_out = d_out.to(tl.float32)
+    out = tl.load(out_ptr + of_head * E + offs_e, mask=mask_e, other=0.0)
+    mean = tl.sum(d_out * out.to(tl.float32), axis=0)
+    lse = tl.load(lse_ptr + of_head)
+    length = N
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
+    gradient = (b * N * H + head) * E
+    d_query = tl.zeros([BLOCK_E], tl.float32)
+    for start_n in range(0, N, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        counts = offs_n < length
+        key = load_rows(key_ptr, offs_n, counts, stride_key_n, 0, E, BLOCK_E).to(tl.float32)
+        score = tl.where(counts, tl.sum(query[None, :] * key, axis=1), float("-inf"))
+        weight = tl.exp(score - lse)
+        if NEED_VALUE:
+            d_value = weight[:, None] * d_out[None, :]
+            store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
+        if NEED_QUERY or NEED_KEY:
+            value = load_rows(value_ptr, offs_n, counts, stride_key_n, 0, E, BLOCK_E)
+            d_score = weight * (tl.sum(d_out[None, :] * value.to(tl.float32), axis=1) - mean)
+            d_query += tl.sum(d_score[:, None] * key, axis=0)
+            if NEED_KEY:
+                d_key = d_score[:, None] * query[None, :]  # which is scaled
+                store_rows(d_key_ptr + gradient, d_key, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
+    if NEED_QUERY:
+        d_query = (scale * d_query).to(d_query_ptr.dtype.element_ty)
+        tl.store(d_query_ptr + of_head * E + offs_e, d_query, mask=mask_e)
+
+
+def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    B, H, E = query.shape
+    if E > WIDEST:
+        return _serve(query, key, value, lengths, scale)
+    out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float32)
+    launch(
+        _pooled_attention_fwd_kernel,
+        (B, H),
+        **_arguments(query, key, value, lengths, scale),
+        out_ptr=out,
+        lse_ptr=lse,
+    )
+    return out, lse
+
+
+def _launch_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, E = query.shape
+    if E > WIDEST:
+        return _serve_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
+    d_query, d_key, d_value = (
+        x.new_empty(x.shape if need else 0) for x, need in ((query, need_query), (key, need_key), (value, need_value))
+    )
+    (d_out,) = in_one_layout(d_out)
+    launch(
+        _pooled_attention_bwd_kernel,
+        (B, H),
+        **_arguments(query, key, value, lengths, scale),
+        d_out_ptr=d_out,
+        stride_d_out_b=d_out.stride(0),
+        stride_d_out_h=d_out.stride(1),
+        out_ptr=out,
+        lse_ptr=lse,
+        d_query_ptr=d_query,
+        d_key_ptr=d_key,
+        d_value_ptr=d_value,
+        NEED_QUERY=need_query,
+        NEED_KEY=need_key,
+        NEED_VALUE=need_value,
+    )
+    return d_query, d_key, d_value
+
+
+def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> dict[str, Any]:
+    """What both kernels take."""
+    (query,), (key, value) = in_one_layout(query), in_one_layout(key, value)
+    block_e = triton.next_power_of_2(query.shape[2])
+    return dict(
+        device=query.device,
+        num_warps=WARPS,
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        lengths_ptr=lengths,
+        N=key.shape[1],
+        H=query.shape[1],
+        E=query.shape[2],
+        stride_query_b=query.stride(0),
+        stride_query_h=query.stride(1),
+        stride_key_b=key.stride(0),
+        stride_key_n=key.stride(1),
+        stride_key_h=key.stride(2),
+        stride_lengths=0 if lengths is None else lengths.stride(0),
+        scale=scale,
+        BLOCK_N=min(TILE // block_e, 64),
+        BLOCK_E=block_e,
+        HAS_LENGTHS=lengths is not None,
+    )
 
 
 def _weights(query: Tensor, key: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -95,6 +313,7 @@ pooled_attention = registration.define(
     " -> (Tensor out, Tensor lse)",
     serve=_serve,
     fake=_fake,
+    launch=_launch,
 )
 pooled_attention_backward = registration.define(
     "pooled_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
@@ -102,6 +321,7 @@ pooled_attention_backward = registration.define(
     " -> (Tensor d_query, Tensor d_key, Tensor d_value)",
     serve=_serve_backward,
     fake=_fake_backward,
+    launch=_launch_backward,
 )
 
 
