@@ -15,6 +15,7 @@ from skipkernels import reference
 from skipkernels.functional import pooled_attention
 from skipkernels.ops.pooled_attention import pooled_attention as operator
 from skipkernels.ops.pooled_attention import pooled_attention_backward as backward_operator
+from tests.ops import gpu
 from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -304,3 +305,27 @@ def test_refuses(backend, bad, error, message):
     pooled_attention(**good)
     with pytest.raises(error, match=rf"^pooled_attention: {message}"):
         pooled_attention(**{**good, **bad})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, "drawn"], ids=["whole", "lengths"])
+def test_graph_replays(lengths):
+    """So nobody reads the lengths on the host."""
+    cases = [make(4, 197, 12, 64, torch.bfloat16, "cuda", lengths=lengths, seed=seed) for seed in (0, 1)]
+    gpu.check_replays(
+        lambda *inputs: result_and_gradients(kernel, cases[0]._replace(inputs=inputs)), *(case.inputs for case in cases)
+    )
+
+
+@pytest.mark.gpu
+def test_inductor_compiles_with_any_shape():
+    compiled = torch.compile(pooled_attention, fullgraph=True, dynamic=True)
+    for shape in ((4, 197, 12, 64), (7, 50, 12, 64)):
+        case = make(*shape, torch.bfloat16, "cuda")
+        ours = result_and_gradients(lambda case: compiled(*case.inputs), case)
+        assert all(torch.equal(a, b) for a, b in zip(ours, result_and_gradients(kernel, case), strict=True))
+
+
+@pytest.mark.gpu
+def test_runs_on_the_device_of_its_tensors():
+    check_three_ways(make(4, 197, 12, 64, device=gpu.second_device()))

@@ -16,6 +16,7 @@ from skipkernels import reference
 from skipkernels.functional import suffix_attention
 from skipkernels.ops.suffix_attention import suffix_attention as operator
 from skipkernels.ops.suffix_attention import suffix_attention_backward as backward_operator
+from tests.ops import gpu
 from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -376,3 +377,40 @@ def test_refuses(backend, bad, error, message):
     suffix_attention(**{**good, **PACKED})
     with pytest.raises(error, match=rf"^suffix_attention: {message}"):
         suffix_attention(**{**good, **bad})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [None, LENGTHS["any"]], ids=["padded", "packed"])
+def test_graph_replays(lengths):
+    """So nobody reads the offsets on the host."""
+    cases = [make(90, 9, 6, 8, 64, torch.bfloat16, "cuda", lengths=lengths, seed=seed) for seed in (0, 1)]
+    gpu.check_replays(
+        lambda *inputs: result_and_gradients(kernel, cases[0]._replace(inputs=inputs)), *(case.inputs for case in cases)
+    )
+
+
+@pytest.mark.gpu
+def test_inductor_compiles_with_any_shape():
+    compiled = torch.compile(suffix_attention, fullgraph=True, dynamic=True)
+    for shape in ((26, 5, 6, 8, 64), (77, 7, 5, 8, 64)):
+        case = make(*shape, torch.bfloat16, "cuda")
+        ours = result_and_gradients(lambda case: compiled(*case.inputs), case)
+        assert all(torch.equal(a, b) for a, b in zip(ours, result_and_gradients(kernel, case), strict=True))
+
+
+@pytest.mark.gpu
+def test_runs_on_the_device_of_its_tensors():
+    check_three_ways(make(26, 5, 6, 8, 64, device=gpu.second_device()))
+
+
+@pytest.mark.gpu
+def test_more_suffixes_than_32_bits_count_numbers():
+    """4.3 billion numbers of a strided query: offsets pass 2³¹."""
+    K, S, H, E = 1 << 17, 8, 1, 16
+    projection = torch.zeros(K * S, 256, H, E, dtype=torch.bfloat16, device="cuda")
+    query, key, value = (projection[:, i].unflatten(0, (K, S)) for i in range(3))
+    projection[-S:, :3] = torch.randn(S, 3, H, E, dtype=torch.bfloat16, device="cuda")
+    prefix = torch.randn(2, 5, H, E, dtype=torch.bfloat16, device="cuda")
+    whole = suffix_attention(query, *prefix, key, value)
+    last = suffix_attention(query[-1:], *prefix, key[-1:], value[-1:])
+    assert torch.equal(whole[-1:], last)
