@@ -240,14 +240,9 @@ def count(function: Callable[[], Any]) -> Counted:
 
 
 def launches_of(op: str, arguments: Sequence[Any]) -> int:
-    """Kernels that an operator launches on a GPU: its own, and PyTorch's within its launcher.
-
-    An operator without Triton kernels is served by the reference there.
-    """
+    """Kernels that an operator launches on a GPU: its own, and PyTorch's within its launcher."""
     arguments = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(arguments))
     definition = registration.definitions[op]
-    if definition.launch is None:
-        return count(lambda: definition.serve(*arguments)).torch
     with aot.recording(ARCHITECTURES["sm_80"]) as recorded:
         counted = count(lambda: definition.launch(*arguments))
     return counted.torch + len(recorded)

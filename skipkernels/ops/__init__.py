@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import NamedTuple
 
@@ -47,8 +46,7 @@ def backends() -> dict[str, dict[str, Backend]]:
         ['cpu', 'cuda']
     """
     for name in OPERATORS:
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(f"{__name__}.{name.rstrip('_')}")
+        importlib.import_module(f"{__name__}.{name.rstrip('_')}")
     extension = _extension.load()
     return {name: {"cpu": _on_cpu(name, extension), "cuda": _on_cuda(name)} for name in OPERATORS}
 
@@ -56,13 +54,10 @@ def backends() -> dict[str, dict[str, Backend]]:
 def _on_cpu(name: str, extension: _extension.Extension) -> Backend:
     if registration.has_cpp(name):
         return Backend("C++")
-    return Backend("reference", extension.reason or "no C++ kernel yet")
+    return Backend("reference", extension.reason or f"{extension.path} is older than this operator; install again")
 
 
 def _on_cuda(name: str) -> Backend:
-    definition = registration.definitions.get(name)
-    if definition is None or definition.launch is None:
-        return Backend("reference", "no Triton kernel yet")
     if not launching.installed:
         return Backend("reference", "Triton is not installed")
     return Backend("Triton", "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here")

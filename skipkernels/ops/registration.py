@@ -23,7 +23,7 @@ class Definition(NamedTuple):
     """Who can serve an operator, besides the C++ kernels."""
 
     serve: Callable[..., Any]
-    launch: Callable[..., Any] | None
+    launch: Callable[..., Any]
 
 
 definitions: dict[str, Definition] = {}
@@ -34,7 +34,7 @@ def define(
     *,
     serve: Callable[..., Any],
     fake: Callable[..., Any],
-    launch: Callable[..., Any] | None = None,
+    launch: Callable[..., Any],
 ) -> torch._ops.OpOverload:
     """Define an operator.
 
@@ -57,10 +57,9 @@ def define(
         return serve(*args)
 
     _library.impl(name, serve_or_load, "CompositeExplicitAutograd")
-    if launch is not None:
-        launch = _or_serve_double(launch, serve)
-        if launching.installed:
-            _library.impl(name, launch, "CUDA")
+    launch = _or_serve_double(launch, serve)
+    if launching.installed:
+        _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     definitions[name] = Definition(serve, launch)
     return operator

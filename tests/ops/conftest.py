@@ -60,8 +60,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for name, definition in registration.definitions.items():
             function = definition.serve if chosen.name == "reference" else definition.launch
-            if function is not None:
-                library.impl(name, function, "CPU", allow_override=True)
+            library.impl(name, function, "CPU", allow_override=True)
     with _device_assertions() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen
     library._destroy()
