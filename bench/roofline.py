@@ -253,10 +253,18 @@ def _class_sampled_ce(*arguments: Any) -> Tensor:
 
 
 def _suffix_attention(
-    query: Tensor, prefix_key: Tensor, prefix_value: Tensor, suffix_key: Tensor, suffix_value: Tensor, *_: Any
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    offsets: Tensor | None,
+    S: int,
+    *_: Any,
 ) -> Tensor:
-    (K, S), P = query.shape[:2], prefix_key.shape[0]
+    K, P = query.shape[0] // S, prefix_key.shape[0]
     visible = query.new_ones(S, P + S).tril(P).bool()
+    query, suffix_key, suffix_value = (x.unflatten(0, (K, S)) for x in (query, suffix_key, suffix_value))
     key = torch.cat([prefix_key.expand(K, *prefix_key.shape), suffix_key], dim=1)
     value = torch.cat([prefix_value.expand(K, *prefix_value.shape), suffix_value], dim=1)
     mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=visible)
