@@ -8,6 +8,7 @@ import ctypes
 import gc
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable
@@ -40,13 +41,18 @@ def saved_bytes(step: Callable[[], Any]) -> int:
 def time_alternately(
     functions: dict[str, Callable[[], Any]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round, in turn, after one round that is not counted."""
+    """Seconds of each function in each round, in turn, after one round that is not counted.
+
+    Every round has an order of its own: who comes second finds the inputs in the cache where they are shared.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(functions), random.Random(0).shuffle
     for number in range(rounds + 1):
-        for name, function in functions.items():
+        shuffle(order)
+        for name in order:
             synchronize(device)
             start = time.perf_counter()
-            function()
+            functions[name]()
             synchronize(device)
             if number:
                 seconds[name].append(time.perf_counter() - start)
