@@ -29,9 +29,7 @@ from .launching import launch, tl, triton
 from .row_sums import sum_in_order
 
 TILE = 1024  # numbers in a tile: one row, or as many as fit
-ROWS_PER_SUM = (
-    8  # rows, at least, that one program of the backward pass adds up; fewer would be more to write than to read
-)
+ROWS_PER_SUM = 8  # rows, at least, that a program of the backward pass adds up: fewer would be more to write than read
 MAX_SUMS = 512  # programs of the backward pass: they fill every GPU, and the second kernel has little to add
 BLOCK_SUMS = 64  # partial sums that the second kernel adds at a time
 BLOCK_COLUMNS = 32  # columns of one program of it: 128 bytes

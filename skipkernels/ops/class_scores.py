@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import reference
 from . import registration
 from .launching import dot_precision, launch, tl, triton
+from .unit_rows import with_contiguous_rows
 
 BLOCK_B = 16  # images: a batch has few, and this is the least that the matrix units take
 BYTES_D = 128  # of every row at a time
@@ -79,7 +80,7 @@ def _class_scores_kernel(
 
 
 def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    image, prototypes = (x if x.stride(1) == 1 else x.contiguous() for x in (image, prototypes))
+    image, prototypes = with_contiguous_rows(image), with_contiguous_rows(prototypes)
     (B, D), C, device = image.shape, prototypes.shape[0], image.device
     block_c, num_warps = FEW if C < MANY_FROM else MANY
     scores = torch.empty(C, dtype=torch.float32, device=device)

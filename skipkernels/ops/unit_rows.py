@@ -74,9 +74,8 @@ def cosine_tile(
     """Cosines [BLOCK_B, BLOCK_K] of images and rows of the bank, and the lengths of both.
 
     All rows must exist: beyond the last one it comes again, which costs nothing, where masks would cost registers.
-    places_k are those of rows_k among the sampled ones. The rows
-    themselves are multiplied, their products exact in 16 bits, and the cosines divided in fp32. The lengths are loaded,
-    or summed up on the way if they are to be measured.
+    places_k are those of rows_k among the sampled ones. The rows themselves are multiplied, their products exact in 16
+    bits, and the cosines divided in fp32. The lengths are loaded, or summed up on the way if they are to be measured.
     """
     image_row = image_ptr + rows_b.to(tl.int64)[:, None] * stride_image_b
     text_row = text_ptr + rows_k.to(tl.int64)[None, :] * stride_text_k

@@ -214,17 +214,11 @@ def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_every_element_is_written(backend: Backend):
+def test_every_element_is_written(backend: Backend, request: pytest.FixtureRequest):
     inputs = make(37, 61, 40, 33, device=backend.device)
     plain = logits_and_gradients(kernel, inputs)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        poisoned = logits_and_gradients(kernel, inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
+    request.getfixturevalue("poisoned_memory")
+    poisoned = logits_and_gradients(kernel, inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain, poisoned, strict=True))
 
 
