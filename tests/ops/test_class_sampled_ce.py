@@ -16,6 +16,7 @@ from torch import Tensor
 from skipkernels import reference
 from skipkernels.functional import class_sampled_cross_entropy
 from skipkernels.ops.class_sampled_ce import class_sampled_ce, class_sampled_ce_backward
+from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, Backend
 from tests.tolerances import COSINE, SLACK, relative_error
 
@@ -184,22 +185,11 @@ def test_all_ignored_is_what_cross_entropy_makes_of_it(backend: Backend):
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every other column", "every other row", "unaligned", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(backend: Backend, layout):
     case = make(6, 20, 11, 32, device=backend.device)
 
-    def lay_out(x: Tensor) -> Tensor:
-        if layout == "transposed":
-            return x.T.contiguous().T
-        if layout == "every other column":
-            return torch.stack([x, x * torch.nan], dim=2).flatten(1)[:, ::2]
-        if layout == "every other row":
-            return torch.stack([x, x * torch.nan], dim=1).flatten(0, 1)[::2]
-        if layout == "unaligned":
-            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-        return x[:1].expand(x.shape)
-
-    image, text = lay_out(case.image.detach()), lay_out(case.text.detach())
+    image, text = laid_out(case.image.detach(), layout), laid_out(case.text.detach(), layout)
     strided = case._replace(image=image.requires_grad_(), text=text.requires_grad_())
     plain = case._replace(
         image=image.detach().clone(memory_format=torch.contiguous_format).requires_grad_(),

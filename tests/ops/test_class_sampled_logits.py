@@ -15,6 +15,7 @@ from skipkernels import reference
 from skipkernels.functional import class_sampled_logits
 from skipkernels.ops.class_sampled_logits import class_sampled_logits as operator
 from skipkernels.ops.class_sampled_logits import class_sampled_logits_backward
+from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, Backend
 from tests.tolerances import COSINE, SLACK, relative_error
 
@@ -107,22 +108,11 @@ def test_every_shape_and_scale(backend: Backend, B, C, data):
         assert (value.double() - right).abs().max() <= bound
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every other column", "every other row", "unaligned", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(backend: Backend, layout):
     image, text, scale, class_ids = make(6, 20, 11, 32, device=backend.device)
 
-    def lay_out(x: Tensor) -> Tensor:
-        if layout == "transposed":
-            return x.T.contiguous().T
-        if layout == "every other column":
-            return torch.stack([x, x * torch.nan], dim=2).flatten(1)[:, ::2]
-        if layout == "every other row":
-            return torch.stack([x, x * torch.nan], dim=1).flatten(0, 1)[::2]
-        if layout == "unaligned":
-            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-        return x[:1].expand(x.shape)
-
-    strided = [lay_out(x.detach()).requires_grad_() for x in (image, text)]
+    strided = [laid_out(x.detach(), layout).requires_grad_() for x in (image, text)]
     plain = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in strided]
     for ours, theirs in zip(
         logits_and_gradients(kernel, (*strided, scale, class_ids.repeat_interleave(2)[::2])),

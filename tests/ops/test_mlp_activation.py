@@ -16,6 +16,7 @@ from skipkernels import reference
 from skipkernels.functional import mlp_activation
 from skipkernels.ops.mlp_activation import mlp_activation as operator
 from skipkernels.ops.mlp_activation import mlp_activation_backward
+from tests.layouts import LAYOUTS, laid_out
 from tests.ops import gpu
 from tests.ops.conftest import Backend
 from tests.tolerances import SLACK, relative_error
@@ -186,22 +187,9 @@ def test_no_rows(backend: Backend):
     assert out.shape == d_x.shape == (0, 40) and not d_bias.any()
 
 
-@pytest.mark.parametrize("layout", ["transposed", "every other column", "every other row", "unaligned", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(backend: Backend, layout):
-    def lay_out(x: Tensor) -> Tensor:
-        if x.dim() == 1:
-            return torch.stack([x, x * torch.nan], dim=1).flatten()[::2]
-        if layout == "transposed":
-            return x.T.contiguous().T
-        if layout == "every other column":
-            return torch.stack([x, x * torch.nan], dim=2).flatten(1)[:, ::2]
-        if layout == "every other row":
-            return torch.stack([x, x * torch.nan], dim=1).flatten(0, 1)[::2]
-        if layout == "unaligned":
-            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-        return x[:1].expand(x.shape)
-
-    strided = Case(*(leaf(lay_out(x.detach())) for x in make(6, 70, device=backend.device)[:3]))
+    strided = Case(*(leaf(laid_out(x.detach(), layout)) for x in make(6, 70, device=backend.device)[:3]))
     plain = Case(*(leaf(x.detach().clone(memory_format=torch.contiguous_format)) for x in strided[:3]))
     for ours, theirs in zip(run(mlp_activation, strided), run(mlp_activation, plain), strict=True):
         assert torch.equal(ours, theirs) and ours.is_contiguous()
