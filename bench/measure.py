@@ -103,11 +103,15 @@ def quantile(values: list[float], q: float) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Commit, versions and device, for every row of a result."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")  # but for results
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
