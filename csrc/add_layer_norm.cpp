@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     const Tensor x = as_contiguous(x_), residual = residual_ ? as_contiguous(*residual_) : x;
     const Slots<T> weight(weight_, W), bias(bias_, W);
     const auto sizes = x.sizes();
-    Tensor hidden = residual_ ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
+    Tensor hidden = empty_if(residual_.has_value(), x);
     Tensor normed = torch::stable::empty_like(x);
     Tensor mean = torch::stable::empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
     Tensor rstd = torch::stable::empty_like(mean);
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor hidden = as_contiguous(hidden_), d_normed = as_contiguous(d_normed_), mean = as_contiguous(mean_);
     const Tensor d_hidden = d_hidden_ ? as_contiguous(*d_hidden_) : d_normed, rstd = as_contiguous(rstd_);
     const Slots<T> weight(weight_, W);
-    Tensor d_x = need_x ? torch::stable::empty_like(hidden) : torch::stable::empty({0}, hidden.scalar_type());
+    Tensor d_x = empty_if(need_x, hidden);
     const Backward<T> b{
         W,
         d_normed.const_data_ptr<T>(),

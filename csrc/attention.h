@@ -36,16 +36,6 @@ Tokens<T> mutable_tokens_of(Tensor& tokens) {
   return {tokens.mutable_data_ptr<T>(), tokens.stride(tokens.dim() - 3), tokens.stride(tokens.dim() - 2)};
 }
 
-// A gradient to be written: contiguous, and empty where nobody wants it.
-inline Tensor empty_if(bool need, const Tensor& like) {
-  std::vector<int64_t> sizes{0};
-  if (need) {
-    sizes.clear();
-    for (int64_t i = 0; i < like.dim(); ++i)
-      sizes.push_back(like.size(i));
-  }
-  return torch::stable::empty(sizes, like.scalar_type());
-}
 template <class T>
 Tokens<T> tokens_if(bool need, Tensor& tokens) {
   return need ? mutable_tokens_of<T>(tokens) : Tokens<T>{};

@@ -360,9 +360,8 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     }
     const double factor = each ? 1 : upstream[0], scale = numbers(logit_scale)[0];
 
-    Tensor d_image = torch::stable::empty({need_image ? B : 0, D}, image.scalar_type());
-    Tensor d_text = torch::stable::empty({need_text ? C : 0, D}, image.scalar_type());
-    Tensor d_logit_scale = torch::stable::empty({0}, logit_scale.scalar_type());
+    Tensor d_image = empty_if(need_image, image), d_text = empty_if(need_text, text);
+    Tensor d_logit_scale = empty_if(need_logit_scale, logit_scale);
     if (need_image) {
       const Tensor rows = with_contiguous_rows(image);
       store_gradient<T>(
@@ -379,10 +378,8 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
           rows_of<T>(rows, class_ids ? ids.data() : nullptr), text_norm.const_data_ptr<A>(),
           unit_text.const_data_ptr<A>(), K, D, A(factor * scale), d_text.mutable_data_ptr<T>());
     }
-    if (need_logit_scale) {
-      d_logit_scale = torch::stable::empty_like(logit_scale);
+    if (need_logit_scale)
       set_number(d_logit_scale, factor * unit_scale);
-    }
     outputs.emplace(d_image, d_text, d_logit_scale);
   });
   return *outputs;

@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Sample<T> sample(image, text, class_ids);
-    const int64_t B = sample.B, K = sample.K, C = sample.C, D = sample.D;
+    const int64_t B = sample.B, K = sample.K, D = sample.D;
     STD_TORCH_CHECK(
         d_logits_.dim() == 2 && d_logits_.size(0) == B && d_logits_.size(1) == K && image_norm.numel() == B &&
             text_norm.numel() == K && image_norm.is_contiguous() && text_norm.is_contiguous(),
@@ -129,9 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
         need_text ? unit_text.get() : nullptr, false, plan.tasks() == 1);
 
     const A scale = A(numbers(logit_scale)[0]);
-    Tensor d_image = torch::stable::empty({need_image ? B : 0, D}, image.scalar_type());
-    Tensor d_text = torch::stable::empty({need_text ? C : 0, D}, image.scalar_type());
-    Tensor d_logit_scale = torch::stable::empty({0}, logit_scale.scalar_type());
+    Tensor d_image = empty_if(need_image, image), d_text = empty_if(need_text, text);
+    Tensor d_logit_scale = empty_if(need_logit_scale, logit_scale);
     if (need_image)
       store_gradient<T>(sample.image, norms[0], unit_image.get(), B, D, scale, d_image.mutable_data_ptr<T>());
     if (need_text) {
@@ -158,7 +157,6 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
             });
         d_scale = std::accumulate(along.begin(), along.end(), 0.0);
       }
-      d_logit_scale = torch::stable::empty_like(logit_scale);
       set_number(d_logit_scale, d_scale);
     }
     outputs.emplace(d_image, d_text, d_logit_scale);

@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor> mlp_activation_backward(
   STD_TORCH_CHECK(bias_ || !need_bias, NAME, ": without a bias there is no gradient of it.");
   const Kind kind = kind_of(kind_);
   const Tensor x = as_contiguous(x_), d_out = as_contiguous(d_out_);
-  Tensor d_x = need_x ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
+  Tensor d_x = empty_if(need_x, x);
   std::optional<Tensor> d_bias;
   dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);

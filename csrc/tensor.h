@@ -58,6 +58,16 @@ template <class A>
 Tensor scalar_of() {
   return torch::stable::empty({}, scalar_type_of<A>);
 }
+// A result to be written: contiguous, and empty where nobody wants it.
+inline Tensor empty_if(bool need, const Tensor& like) {
+  std::vector<int64_t> sizes{0};
+  if (need) {
+    sizes.clear();
+    for (int64_t i = 0; i < like.dim(); ++i)
+      sizes.push_back(like.size(i));
+  }
+  return torch::stable::empty(sizes, like.scalar_type());
+}
 
 // Calls f with a value of the features' type.
 template <class F>

@@ -153,10 +153,10 @@ def _doctor(out: Console) -> None:
     if not torch.cuda.is_available():
         versions.add_row("cuda", "no device")
     out.print(versions)
-    kernels = Table("operator", "device", "kernel", "why not a faster one")
+    kernels = Table("operator", "device", "kernel", "why not a faster one", "leaves to plain PyTorch")
     for operator, devices in skipkernels.backends().items():
         for device, backend in devices.items():
             if device == "cuda" and not torch.cuda.is_available():
                 continue
-            kernels.add_row(operator, device, backend.kernel, backend.reason)
+            kernels.add_row(operator, device, backend.kernel, backend.reason, backend.leaves)
     out.print(kernels)

@@ -26,10 +26,11 @@ OPERATORS = (
 
 
 class Backend(NamedTuple):
-    """Who serves an operator on a device, and why nobody faster does."""
+    """Who serves an operator on a device, why nobody faster does, and what is left to plain PyTorch all the same."""
 
     kernel: str
     reason: str = ""
+    leaves: str = ""
 
 
 def backends() -> dict[str, dict[str, Backend]]:
@@ -39,7 +40,8 @@ def backends() -> dict[str, dict[str, Backend]]:
 
     Returns:
         For each operator, for "cpu" and "cuda" (ROCm devices too): the kernel ("C++", "Triton", or "reference", which
-        is plain PyTorch) and the reason why it is not a faster one; empty where it is the fastest there is.
+        is plain PyTorch), the reason why it is not a faster one (empty where it is the fastest there is), and the calls
+        that it leaves to plain PyTorch.
 
     Example:
         >>> sorted(backends()["class_scores"])
@@ -60,4 +62,5 @@ def _on_cpu(name: str, extension: _extension.Extension) -> Backend:
 def _on_cuda(name: str) -> Backend:
     if not launching.installed:
         return Backend("reference", "Triton is not installed")
-    return Backend("Triton", "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here")
+    reason = "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here"
+    return Backend("Triton", reason, leaves=registration.definitions[name].leaves)

@@ -200,10 +200,8 @@ def _launch_backward(
     def sums(need: bool) -> Tensor | None:
         return torch.empty(P, W, dtype=torch.float32, device=device) if need else None
 
-    def result(like: Tensor, need: bool) -> Tensor:
-        return torch.empty(like.shape if need else 0, dtype=like.dtype, device=device)
-
-    d_x, d_weight, d_bias = result(hidden, need_x), result(weight, need_weight), result(weight, need_bias)
+    needs = need_x, need_weight, need_bias
+    d_x, d_weight, d_bias = registration.gradients_like((hidden, weight, weight), needs)
     d_weight_sums, d_bias_sums = sums(need_weight), sums(need_bias)
     launch(
         _add_layer_norm_bwd_rows_kernel,
@@ -291,8 +289,7 @@ def _fake(
 def _fake_backward(
     d_normed: Tensor, d_hidden: Tensor | None, hidden: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *needs: bool
 ) -> tuple[Tensor, ...]:
-    like = (hidden, weight, weight)
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True))
+    return registration.gradients_like((hidden, weight, weight), needs)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -325,12 +322,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
-    d_x, d_weight, d_bias = d_hidden, None, None
-    if d_normed is not None:
-        needs = (need_x or need_residual, need_weight, need_bias)
-        gradients = add_layer_norm_backward(d_normed, d_hidden, *ctx.saved_tensors, *needs)
-        d_x, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_x if need_x else None, d_x if need_residual else None, d_weight, d_bias, None
+    if d_normed is None:
+        return d_hidden, d_hidden
+    needs = need_x or need_residual, need_weight, need_bias
+    d_x, d_weight, d_bias = add_layer_norm_backward(d_normed, d_hidden, *ctx.saved_tensors, *needs)
+    return d_x, d_x, d_weight, d_bias
 
 
 registration.differentiate(add_layer_norm, _backward, _save)

@@ -36,7 +36,6 @@ from .unit_rows import (
     cosine_arguments,
     cosine_tile,
     lengths,
-    nothing,
     upstream_of,
     with_contiguous_rows,
 )
@@ -561,7 +560,7 @@ def _launch_backward(
         each = d_loss if reduction == "none" else None
         saved = image, text, labels, logit_scale, lse, image_norm, text_norm
         sums = _launch_sums(each, *saved, *options, *needs)
-    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if need_image:
         d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
     if need_text:
@@ -671,7 +670,7 @@ def _serve_backward(
         kept = _unit_gradients(d_loss, *saved, class_ids, *rest)
         factor = torch.ones_like(denominator)
     scale = logit_scale.reshape(()).to(image_norm.dtype)
-    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if need_image:
         d_image = unit_rows.serve_through_unit_norm(image, None, factor * scale * kept[0], image_norm)
     if need_text:
@@ -718,8 +717,7 @@ def _fake(
 def _fake_backward(
     d_loss: Tensor, image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    inputs, needs = (image, text, logit_scale), rest[-3:]
-    return tuple(x.new_empty(x.shape) if need else nothing(x) for x, need in zip(inputs, needs, strict=True))
+    return registration.gradients_like((image, text, logit_scale), rest[-3:])
 
 
 class_sampled_ce = registration.define(
@@ -753,12 +751,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return ()
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    d_image = d_text = d_logit_scale = None
-    if d_loss is not None:
-        gradients = class_sampled_ce_backward(d_loss, *ctx.saved_tensors, *ctx.options, *needs)
-        d_image, d_text, d_logit_scale = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_image, d_text, None, d_logit_scale, *[None] * 8
+    saved = ctx.saved_tensors
+    d_image, d_text, d_logit_scale = class_sampled_ce_backward(d_loss, *saved, *ctx.options, *needs)
+    return d_image, d_text, None, d_logit_scale
 
 
 registration.differentiate(class_sampled_ce, _backward, _save)

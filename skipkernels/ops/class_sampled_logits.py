@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from . import registration, unit_rows
 from .launching import launch, tl, triton
-from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, lengths, nothing, with_contiguous_rows
+from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, lengths, with_contiguous_rows
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     class_ids = None if class_ids is None else class_ids.contiguous()
-    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if need_image or need_text:
         image_length, text_length = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
         factors = (d_logits / image_length[:, None] / text_length).to(unit_rows.factors_dtype(image.dtype))
@@ -169,7 +169,7 @@ def _serve_backward(
     rows = text if class_ids is None else text.index_select(0, class_ids)
     unit_image, unit_text = unit_rows.unit(image, image_norm), unit_rows.unit(rows, text_norm)
     d_cosine = d_logits * logit_scale.reshape(()).to(d_logits.dtype)
-    d_image, d_text, d_logit_scale = nothing(image), nothing(text), nothing(logit_scale)
+    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if need_image:
         d_image = unit_rows.serve_through_unit_norm(image, None, d_cosine @ unit_text, image_norm)
     if need_text:
@@ -189,8 +189,7 @@ def _fake(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | 
 def _fake_backward(
     d_logits: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    inputs, needs = (image, text, logit_scale), rest[-3:]
-    return tuple(x.new_empty(x.shape) if need else nothing(x) for x, need in zip(inputs, needs, strict=True))
+    return registration.gradients_like((image, text, logit_scale), rest[-3:])
 
 
 class_sampled_logits = registration.define(
@@ -218,12 +217,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(image, text, logit_scale, *norms, class_ids)
 
 
-def _backward(ctx: Any, d_logits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
+def _backward(ctx: Any, d_logits: Tensor | None, *_: None) -> tuple[Tensor, ...]:
     if d_logits is None:
-        return None, None, None, None
-    gradients = class_sampled_logits_backward(d_logits, *ctx.saved_tensors, *needs)
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+        return ()
+    return class_sampled_logits_backward(d_logits, *ctx.saved_tensors, *ctx.needs_input_grad[:3])
 
 
 registration.differentiate(class_sampled_logits, _backward, _save)

@@ -167,8 +167,7 @@ def _launch_backward(
     blocks = triton.cdiv(R, tile["BLOCK_R"])
     blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
     P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows: sums of nothing
-    d_x = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=device)
-    d_bias = torch.empty(W if need_bias else 0, dtype=x.dtype if bias is None else bias.dtype, device=device)
+    d_x, d_bias = _fake_backward(d_out, x, bias, kind, need_x, need_bias)
     d_bias_sums = torch.empty(P, W, dtype=torch.float32, device=device) if need_bias else None
     launch(
         _mlp_activation_bwd_rows_kernel,
@@ -257,10 +256,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, bias)
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
     need_x, need_bias, _ = ctx.needs_input_grad
-    d_x, d_bias = mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias)
-    return d_x if need_x else None, d_bias if need_bias else None, None
+    return mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias)
 
 
 registration.differentiate(mlp_activation, _backward, _save)

@@ -191,9 +191,8 @@ def _launch_backward(
     B, H, E = query.shape
     if E > WIDEST:
         return _serve_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
-    d_query, d_key, d_value = (
-        x.new_empty(x.shape if need else 0) for x, need in ((query, need_query), (key, need_key), (value, need_value))
-    )
+    needs = need_query, need_key, need_value
+    d_query, d_key, d_value = registration.gradients_like((query, key, value), needs)
     (d_out,) = in_one_layout(d_out)
     launch(
         _pooled_attention_bwd_kernel,
@@ -304,8 +303,7 @@ def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    inputs, needs = rest[:3], rest[-3:]
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs, strict=True))
+    return registration.gradients_like(rest[:3], rest[-3:])
 
 
 pooled_attention = registration.define(
@@ -314,6 +312,7 @@ pooled_attention = registration.define(
     serve=_serve,
     fake=_fake,
     launch=_launch,
+    leaves=f"fp64, heads of more than {WIDEST}",
 )
 pooled_attention_backward = registration.define(
     "pooled_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
@@ -333,12 +332,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(query, key, value, out, lse, lengths)
 
 
-def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor, ...]:
     if d_out is None:
-        return (None,) * 5
-    needs = ctx.needs_input_grad[:3]
-    gradients = pooled_attention_backward(d_out, *ctx.saved_tensors, ctx.scale, *needs)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+        return ()
+    return pooled_attention_backward(d_out, *ctx.saved_tensors, ctx.scale, *ctx.needs_input_grad[:3])
 
 
 registration.differentiate(pooled_attention, _backward, _save)

@@ -7,7 +7,7 @@ reference does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Definition(NamedTuple):
 
     serve: Callable[..., Any]
     launch: Callable[..., Any]
+    leaves: str
 
 
 definitions: dict[str, Definition] = {}
@@ -35,6 +36,7 @@ def define(
     serve: Callable[..., Any],
     fake: Callable[..., Any],
     launch: Callable[..., Any],
+    leaves: str = "fp64",
 ) -> torch._ops.OpOverload:
     """Define an operator.
 
@@ -43,6 +45,7 @@ def define(
         serve: computes it in plain PyTorch on any device, with no autograd; answers where there is no kernel.
         fake: gives results of the right shape, dtype and device, without computing.
         launch: computes it with Triton kernels; fp64 is not for them and goes to `serve`.
+        leaves: in words, the calls for which `serve` answers also where `launch` could.
 
     Returns:
         The operator, to be called with positional arguments.
@@ -61,7 +64,7 @@ def define(
     if launching.installed:
         _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    definitions[name] = Definition(serve, launch)
+    definitions[name] = Definition(serve, launch, leaves)
     return operator
 
 
@@ -90,7 +93,8 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
 
     Args:
         operator: gets the gradient. It takes no lists of tensors that have one.
-        backward: (ctx, gradients of the results) → gradients of the arguments.
+        backward: (ctx, gradients of the results) → gradients of the first arguments, of as many as can have one. What
+            it gives where `ctx.needs_input_grad` is False is dropped.
         setup: (ctx, arguments, results): saves what backward needs.
     """
     below, arity = torch._C._after_autograd_keyset, len(operator._schema.arguments)
@@ -105,9 +109,11 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             return output
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            ctx.needs_input_grad = ctx.needs_input_grad[:arity]  # without the keyset's
-            return *backward(ctx, *gradients), None
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            needs = ctx.needs_input_grad = ctx.needs_input_grad[:arity]  # without the keyset's
+            gradients = backward(ctx, *upstream)
+            wanted = [x if need else None for x, need in zip(gradients, needs, strict=False)]
+            return *wanted, *[None] * (arity + 1 - len(wanted))
 
     def record_or_call(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -116,6 +122,11 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             return operator.redispatch(keyset & below, *args)
 
     _library.impl(operator._opname, record_or_call, "Autograd", with_keyset=True)
+
+
+def gradients_like(inputs: Sequence[torch.Tensor], needs: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    """Memory for the gradients of `inputs`: empty where not needed, since an operator's result cannot be absent."""
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs, strict=True))
 
 
 def refuse_double_backward(operator: torch._ops.OpOverload, instead: str) -> None:

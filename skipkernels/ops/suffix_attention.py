@@ -31,6 +31,7 @@ from ..reference import packed_suffixes, padded_suffixes
 from . import registration
 from .attention import BYTES_E, in_one_layout, load_rows, products, row_products, store_rows
 from .launching import dot_precision, launch, tl, triton
+from .row_sums import sum_in_order
 
 # Tokens of a tile: the first that holds the longest suffix. Longer ones are the reference's.
 TILES = (32, 64)
@@ -379,13 +380,8 @@ def _suffix_attention_bwd_sum_kernel(
 ):
     """out_n = Σ_c partial_cn. One program: BLOCK_N numbers, a loop over the chunks."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    total = tl.zeros([BLOCK_CHUNKS, BLOCK_N], tl.float32)
-    for start_c in range(0, chunks, BLOCK_CHUNKS):
-        offs_c = start_c + tl.arange(0, BLOCK_CHUNKS)
-        partial = partial_ptr + offs_c.to(tl.int64)[:, None] * N + offs_n[None, :]
-        total += tl.load(partial, mask=(offs_c < chunks)[:, None] & mask_n[None, :], other=0.0)
-    tl.store(out_ptr + offs_n, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=mask_n)
+    total = sum_in_order(partial_ptr, chunks, offs_n, N, BLOCK_CHUNKS, BLOCK_N)
+    tl.store(out_ptr + offs_n, total.to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 def _launch(
@@ -441,8 +437,8 @@ def _launch_backward(
     if max_length > TILES[-1]:
         return _serve_backward(d_out, *inputs, out, lse, offsets, max_length, scale, *needs)
     need_query, need_prefix_key, need_prefix_value, need_suffix_key, need_suffix_value = needs
-    d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value = (
-        x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs, strict=True)
+    gradients = d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value = registration.gradients_like(
+        inputs, needs
     )
     (d_out,) = in_one_layout(d_out)
     query, suffix_key, suffix_value = in_one_layout(query, suffix_key, suffix_value)
@@ -513,7 +509,7 @@ def _launch_backward(
                 BLOCK_CHUNKS=BLOCK_CHUNKS,
                 BLOCK_N=BLOCK_SUM,
             )
-    return d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value
+    return gradients
 
 
 def _packing(T: int, offsets: Tensor | None, max_length: int) -> dict[str, Any]:
@@ -659,15 +655,18 @@ def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    inputs, needs = rest[:5], rest[-5:]
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs, strict=True))
+    return registration.gradients_like(rest[:5], rest[-5:])
 
 
 _INPUTS = "Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor suffix_key, Tensor suffix_value"
 _OPTIONS = "Tensor? offsets, SymInt max_length, float scale"
 
 suffix_attention = registration.define(
-    f"suffix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", serve=_serve, fake=_fake, launch=_launch
+    f"suffix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    serve=_serve,
+    fake=_fake,
+    launch=_launch,
+    leaves=f"fp64, suffixes of more than {TILES[-1]} tokens",
 )
 suffix_attention_backward = registration.define(
     f"suffix_attention_backward(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool need_query,"
@@ -687,12 +686,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*features, out, lse, offsets)
 
 
-def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor, ...]:
     if d_out is None:
-        return (None,) * 8
+        return ()
     needs = ctx.needs_input_grad[:5]
-    gradients = suffix_attention_backward(d_out, *ctx.saved_tensors, ctx.max_length, ctx.scale, *needs)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
+    return suffix_attention_backward(d_out, *ctx.saved_tensors, ctx.max_length, ctx.scale, *needs)
 
 
 registration.differentiate(suffix_attention, _backward, _save)

@@ -253,11 +253,6 @@ def through_unit_norm(
     return d_rows
 
 
-def nothing(like: Tensor) -> Tensor:
-    """Stands for a gradient that nobody needs: an operator must return a tensor."""
-    return like.new_empty((0, like.shape[1]) if like.dim() == 2 else (0,))
-
-
 def unit(rows: Tensor, norm: Tensor) -> Tensor:
     """The rows over their lengths, in the dtype of these."""
     return rows.to(norm.dtype) / norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
