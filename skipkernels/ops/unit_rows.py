@@ -216,8 +216,9 @@ def factors_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def contract(factors: Tensor, rows: Tensor) -> Tensor:
     """factors · rows, summed and returned in fp32."""
-    if factors.dtype == torch.float32:
-        return factors @ rows.float()
+    # On the CPU, where the kernels run only to be checked (interpreter, simulator), `mm` has no out_dtype.
+    if factors.dtype == torch.float32 or factors.device.type == "cpu":
+        return factors.float() @ rows.float()
     return torch.mm(factors, rows, out_dtype=torch.float32)
 
 
