@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .boundary import DEFAULT_CHUNK, LSkipBoundary
 from .selection import RankSampler, Tail, select_ranks
-from .towers import build_towers
+from .towers import Memory, build_towers
 
 # Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
 # the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32 over twelve blocks, and in half
@@ -49,6 +49,9 @@ class SkipCLIP(nn.Module):
         lower_device: Where the parameters below the cut live, if not with the rest.
         train_logit_scale: Also train the temperature.
         chunk: Most samples that run below the cut at once.
+        memory: What a block above the cut keeps for backward: "fast" all but what is cheap to compute again (about ten
+            widths a token), "min" its input alone, and runs again in backward; "auto" is "fast" as long as that takes
+            less than half of the free memory. Results are the same.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
@@ -92,6 +95,7 @@ class SkipCLIP(nn.Module):
         lower_device: torch.device | str | None = None,
         train_logit_scale: bool = False,
         chunk: int = DEFAULT_CHUNK,
+        memory: Memory = "auto",
     ):
         super().__init__()
         if tokens.ndim != 2 or len(tokens) == 0 or tokens.dtype not in (torch.int64, torch.int32):
@@ -107,6 +111,9 @@ class SkipCLIP(nn.Module):
         pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
         if len(pair) != 2:
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
+        if memory not in get_args(Memory):
+            raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
+        self._image.memory = self._text.memory = memory
         self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
         self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
@@ -218,9 +225,9 @@ class SkipCLIP(nn.Module):
         return [(p.data_ptr(), p._version) for p in self._text.lower_parameters()]
 
     def _features_of_all_classes(self) -> Tensor:
-        """Text features at the cut [C, L, W], kept for as long as the weights below it are the same."""
+        """Text features at the cut, rows [R, W], kept for as long as the weights below it are the same."""
         if self._text.skip == 0:
-            return LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk)
+            return self._text.rows(LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk))
         weights = self._lower_text_weights()
         if self._text_features is None or weights != self._features_of:
             tokens = self._text.tokens
@@ -228,20 +235,21 @@ class SkipCLIP(nn.Module):
                 features = LSkipBoundary.apply(
                     self._text.lower, tokens.to(self._lower_device or tokens.device), self.chunk
                 )
-            self._text_features, self._features_of = features.to(tokens.device), weights
+            self._text_features, self._features_of = self._text.rows(features.to(tokens.device)), weights
         return self._text_features
 
     def _encode_classes(self, class_ids: Tensor) -> Tensor:
         if self._text.skip > 0:
-            return self._text.upper(self._features_of_all_classes()[class_ids], class_ids)
-        return self._text.upper(self._text.lower(self._text.tokens[class_ids]), class_ids)
+            return self._text.upper(self._features_of_all_classes(), class_ids)
+        hidden = self._text.lower(self._text.tokens[class_ids])
+        return self._text.upper(self._text.rows(hidden, class_ids), class_ids, of_all=False)
 
     def _encode_all_classes(self, features: Tensor) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes from their features at the cut, without gradient, in chunks."""
         wide = torch.promote_types(features.dtype, torch.float32)
         with torch.no_grad():
-            ids = torch.arange(len(features), device=features.device).split(self.chunk)
-            embeddings = [self._text.upper(features[chunk], chunk) for chunk in ids]
+            ids = torch.arange(len(self._text.tokens), device=features.device).split(self.chunk)
+            embeddings = [self._text.upper(features, chunk) for chunk in ids]
             return nn.functional.normalize(torch.cat(embeddings).to(wide), dim=-1)
 
     # ---- training ----------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import ImageTower, TextTower, UnsupportedModel
+from .base import ImageTower, Memory, TextTower, UnsupportedModel
 from .open_clip import OpenClipImageTower, OpenClipTextTower
 
-__all__ = ["ImageTower", "TextTower", "UnsupportedModel", "build_towers"]
+__all__ = ["ImageTower", "Memory", "TextTower", "UnsupportedModel", "build_towers"]
 
 
 def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+
+Memory = Literal["auto", "fast", "min"]
 
 
 class UnsupportedModel(ValueError):
@@ -20,11 +25,13 @@ class Tower(ABC):
     Attributes:
         blocks: The caller's blocks, in order.
         skip: Blocks below the cut. Set by SkipCLIP.
+        memory: What an upper block keeps for backward. Set by SkipCLIP.
         reductions: Name → None where an exact reduction is on, else the reason why it is off.
     """
 
     blocks: nn.ModuleList
     skip: int = 0
+    memory: Memory = "fast"
     reductions: dict[str, str | None]
 
     @abstractmethod
@@ -33,7 +40,7 @@ class Tower(ABC):
 
     @abstractmethod
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """One block over every token."""
+        """One block over every token, as the caller's module does it."""
 
     @abstractmethod
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
@@ -50,6 +57,11 @@ class Tower(ABC):
             hidden = self.run_block(block, hidden)
         return hidden
 
+    @property
+    def upper_blocks(self) -> list[Any]:
+        """Blocks above the cut."""
+        return list(self.blocks[self.skip :])
+
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut; none at skip = 0, where the embedding trains too."""
         if self.skip > 0:
@@ -63,6 +75,17 @@ class Tower(ABC):
         yield from self.blocks[self.skip :].parameters()
         yield from self.head_parameters()
 
+    def keeps_little(self, hidden: Tensor, widths: int) -> bool:
+        """Whether the upper blocks keep their input alone.
+
+        With `memory="auto"` they do where `widths` numbers for each of those in `hidden` and each block would take more
+        than half of the memory that is free.
+        """
+        if self.memory != "auto" or not torch.is_grad_enabled():
+            return self.memory == "min"
+        wanted = hidden.numel() * hidden.element_size() * widths * (len(self.blocks) - self.skip)
+        return wanted > _free_bytes(hidden.device) / 2
+
 
 class ImageTower(Tower):
     """A tower over images [n, 3, height, width]."""
@@ -71,11 +94,13 @@ class ImageTower(Tower):
 
     @abstractmethod
     def upper(self, hidden: Tensor) -> Tensor:
-        """Hidden states at the cut to image embeddings [n, D], not normalised."""
+        """Hidden states at the cut [n, tokens, W] to image embeddings [n, D], not normalised."""
 
 
 class TextTower(Tower):
     """A tower over the prompts of the task's classes.
+
+    Above the cut tokens are rows: the prefix that all prompts share, once, then what follows it in each class.
 
     Attributes:
         tokens: [C, L] int64, cropped where that is exact.
@@ -86,5 +111,26 @@ class TextTower(Tower):
     pooled: Tensor
 
     @abstractmethod
-    def upper(self, hidden: Tensor, class_ids: Tensor | None) -> Tensor:
-        """Hidden states at the cut of `class_ids` (None: of all classes) to text embeddings [n, D], not normalised."""
+    def rows(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
+        """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all classes) to rows [R, W]."""
+
+    @abstractmethod
+    def upper(self, rows: Tensor, class_ids: Tensor | None = None, *, of_all: bool = True) -> Tensor:
+        """Rows at the cut to the text embeddings [K, D] of `class_ids` (None: of all classes), not normalised.
+
+        Args:
+            rows: [R, W] of all classes, or, unless `of_all`, of `class_ids` alone.
+            class_ids: [K] int64.
+            of_all: Whose rows they are.
+        """
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return float("inf")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024

@@ -1,0 +1,250 @@
+"""Upper towers: a block as one node against the caller's own module, every layout of prompts against the naive step."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import naive
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_batch, tiny_clip, tiny_tokens
+
+import skipkernels as sk
+from bench.measure import saved_bytes
+from skipkernels.towers.attend import pooled, sequences
+from skipkernels.towers.block import KEPT
+from skipkernels.towers.open_clip import OpenClipTextTower, _run
+from skipkernels.towers.prompts import SharedPrefix
+from tests.tolerances import relative_error
+
+N, TOKENS, W = 3, 5, 24
+
+# fp64: two orders of summation. fp32: the same, 2^29 times larger. bf16: the module's own error against fp64 is 1e-2
+# for the smallest gradients, of a few roundings to 8 bits; ours may be as large.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 4e-2}
+
+
+def a_block(dtype=torch.float64, **vision):
+    return tiny_clip(dtype, vision=vision).visual.transformer.resblocks[0].requires_grad_(True)
+
+
+def gradients(out, block, hidden):
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
+    named = dict(block.named_parameters()) | ({"hidden": hidden} if hidden.requires_grad else {})
+    found = torch.autograd.grad(out, list(named.values()), upstream)
+    return dict(zip(named, found, strict=True))
+
+
+def in_rows(block, hidden, minimal=False, rows=None):
+    heads = block.attn.num_heads
+    attend = (
+        partial(sequences, n=N, heads=heads, mask=None) if rows is None else partial(pooled, heads=heads, mask=None)
+    )
+    return _run(block, hidden.flatten(0, 1), attend, minimal=minimal, rows=rows)
+
+
+def hidden_states(dtype=torch.float64, requires_grad=True):
+    hidden = torch.randn(N, TOKENS, W, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return hidden.requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("minimal", [False, True], ids=["fast", "min"])
+@pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
+@pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
+@pytest.mark.parametrize("layer_scale", [None, 0.3], ids=["plain", "layer_scale"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
+def test_a_block_equals_the_callers_module(dtype, layer_scale, pool, constant, minimal):
+    block, hidden = a_block(dtype, ls_init_value=layer_scale), hidden_states(dtype, not constant)
+    exact, exact_hidden = copy.deepcopy(block).double(), hidden.detach().double().requires_grad_(not constant)
+    rows = torch.arange(N) * TOKENS if pool else None
+    expected = exact(exact_hidden).flatten(0, 1)
+    expected = expected if rows is None else expected[rows]
+    out = in_rows(block, hidden, minimal, rows)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    truth = gradients(expected, exact, exact_hidden)
+    for name, gradient in gradients(out, block, hidden).items():
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, truth[name]) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
+@pytest.mark.parametrize("frozen", ["ln_1", "attn.in_proj_weight", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
+def test_only_what_trains_gets_a_gradient(frozen, pool, constant):
+    block, hidden = a_block(), hidden_states(requires_grad=not constant)
+    rows = torch.arange(N) * TOKENS if pool else None
+    everything = gradients(in_rows(block, hidden, rows=rows), block, hidden)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    out = in_rows(block, hidden, rows=rows)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    out.backward(upstream)
+    for name, parameter in block.named_parameters():
+        assert (parameter.grad is None) == name.startswith(frozen), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, everything[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_whose_weight_is_zero_has_a_gradient():
+    """It follows from that of the weights behind it, without a division."""
+    block, hidden = a_block(), hidden_states(requires_grad=False)
+    with torch.no_grad():
+        block.ln_1.weight[::2] = 0
+    expected = gradients(block(hidden).flatten(0, 1), block, hidden)
+    for name, gradient in gradients(in_rows(block, hidden), block, hidden).items():
+        assert relative_error(gradient, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("minimal", [False, True], ids=["fast", "min"])
+def test_two_backward_passes_give_the_same_gradients(minimal):
+    block, hidden = a_block(), hidden_states()
+    out = in_rows(block, hidden, minimal)
+    first = torch.autograd.grad(out.sum(), [hidden, *block.parameters()], retain_graph=True)
+    second = torch.autograd.grad(out.sum(), [hidden, *block.parameters()])
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_block_keeps_what_it_says():
+    block, hidden = a_block(), hidden_states()
+    width = hidden.numel() * hidden.element_size()
+    small = 2 * N * TOKENS * 8 * (2 + block.attn.num_heads)  # statistics of the norms, log-sum-exp
+    assert saved_bytes(lambda: in_rows(block, hidden)) <= KEPT * width + small
+    assert saved_bytes(lambda: in_rows(block, hidden, minimal=True)) == width
+
+
+def test_other_saved_tensor_hooks_change_nothing():
+    """Saved tensors may come back as others, as from an offload to the host."""
+    block, hidden = a_block(), hidden_states()
+    expected = gradients(in_rows(block, hidden), block, hidden)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+        out = in_rows(block, hidden)
+    for name, gradient in gradients(out, block, hidden).items():
+        assert gradient.equal(expected[name]), name
+
+
+def test_a_hook_that_comes_later_is_an_error():
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(5), tiny_batch(2, 5)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    handle = model.visual.transformer.resblocks[1].mlp.c_fc.register_forward_hook(lambda mod, args, out: out * 2)
+    with pytest.raises(RuntimeError, match="a block got a hook"):
+        clip(images, labels)
+    handle.remove()
+    clip(images, labels)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda block: block.register_forward_hook(lambda mod, args, out: out),
+        lambda block: block.mlp.c_fc.register_full_backward_hook(lambda mod, d_in, d_out: None),
+        lambda block: setattr(block.mlp, "gelu", torch.nn.SiLU()),
+        lambda block: setattr(block, "ls_1", torch.nn.Dropout(0.1)),
+        lambda block: setattr(block.attn, "dropout", 0.1),
+        lambda block: setattr(block.ln_1, "forward", lambda x: x),
+        lambda block: torch.nn.utils.parametrizations.weight_norm(block.mlp.c_fc),
+        lambda block: block.mlp.append(torch.nn.ReLU()),
+    ],
+    ids=["hook", "backward_hook", "silu", "dropout", "attention_dropout", "forward", "weight_norm", "extra_layer"],
+)
+def test_an_altered_block_is_left_to_its_module(alter):
+    model = tiny_clip()
+    alter(model.transformer.resblocks[1])
+    tower = OpenClipTextTower(model, tiny_tokens(5))
+    assert tower.reductions["one_node_a_block"] is not None
+    assert tower.reductions["shared_prefix"] is not None
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def prompts(draw):
+    """Tokens [C, 77]: a shared prefix of 0 to 4, names of 1 to 30, or the same prompt for all."""
+    C, prefix = draw(st.integers(1, 7)), draw(st.integers(0, 4))
+    same_length, identical = draw(st.booleans()), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    tokens = torch.zeros(C, 77, dtype=torch.int64)
+    length = 0
+    for i, row in enumerate(tokens):
+        if i == 0 or not (same_length or identical):
+            length = draw(st.integers(1, 30))
+        row[:prefix] = torch.arange(50, 50 + prefix)
+        row[prefix : prefix + length] = torch.randint(1, 50, (length,), generator=generator)
+        row[prefix + length] = 59
+        if identical:
+            row[:] = tokens[0]
+    return tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=prompts(),
+    batch=st.integers(1, 5),
+    skip=st.sampled_from([0, 1, 2, 3, (0, 2), (2, 0)]),
+    keep=st.sampled_from([1, 0.5, 1.0]),
+    memory=st.sampled_from(["fast", "min"]),
+    quick=st.booleans(),
+)
+def test_every_template_equals_the_naive_step(tokens, batch, skip, keep, memory, quick):
+    """Loss and every gradient in fp64, whatever the prompts share, however long they are."""
+    model = tiny_clip(quick_gelu=quick)
+    reference = copy.deepcopy(model).requires_grad_(True)
+    images, labels = tiny_batch(batch, len(tokens))
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=keep, memory=memory)
+    out = clip(images, labels)
+    out.loss.backward()
+    pair = skip if isinstance(skip, tuple) else (skip, skip)
+    loss = naive.step_loss(reference, images, tokens[out.class_ids], out.targets, pair, quick)
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-11, abs=1e-12)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            expected = reference.get_parameter(name).grad
+            bound = 1e-9 * expected.norm() + 1e-12
+            assert (parameter.grad - expected).norm() <= bound, name
+
+
+def test_prompts_share_their_prefix_and_are_packed():
+    tower = OpenClipTextTower(tiny_clip(), tiny_tokens(9))
+    assert tower.reductions == dict.fromkeys(tower.reductions)
+    assert tower.prompts.length >= 2
+    rows = tower.rows(tower.embed(tower.tokens))
+    assert len(rows) == tower.prompts.length + int((tower.pooled + 1 - tower.prompts.length).sum())
+
+
+def test_padded_suffixes_equal_packed_ones(monkeypatch):
+    """On a GPU nothing may wait for the number of tokens, so suffixes are as long as the longest there."""
+    model, tokens = tiny_clip(), tiny_tokens(9)
+    tower = OpenClipTextTower(model, tokens)
+    rows, ids = tower.rows(tower.embed(tower.tokens)), torch.tensor([1, 4, 8])
+    expected = tower.upper(rows, ids)
+    monkeypatch.setattr(SharedPrefix, "_packs", lambda self, device: False)
+    part = tower.rows(tower.embed(tower.tokens[ids]), ids)
+    torch.testing.assert_close(tower.upper(rows, ids), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tower.upper(rows), torch.cat([tower.upper(rows, i) for i in torch.arange(9).split(1)]))
+    torch.testing.assert_close(tower.upper(part, ids, of_all=False), expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_memory_modes_give_the_same_step_and_keep_what_they_say(monkeypatch):
+    images, labels = tiny_batch(4, 9)
+    losses, saved = {}, {}
+    for memory in ("fast", "min", "auto"):
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1, memory=memory)
+        features = clip.encode_lower(images)
+        saved[memory] = saved_bytes(lambda clip=clip, features=features: clip(features, labels))
+        losses[memory] = clip(features, labels).loss
+    assert losses["fast"] == losses["min"] == losses["auto"]
+    assert saved["auto"] == saved["fast"] > 3 * saved["min"]
+    monkeypatch.setattr("skipkernels.towers.base._free_bytes", lambda device: 1000)
+    assert saved_bytes(lambda: clip(features, labels)) == saved["min"]
+
+
+def test_memory_must_be_a_mode():
+    with pytest.raises(ValueError, match='memory must be "auto", "fast" or "min"; got "low"'.replace('"low"', "'low'")):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, memory="low")
