@@ -85,6 +85,9 @@ struct Problem {
         weight[k] = A(given[ids.empty() ? k : ids[k]]);
     }
     total_weight = A(weight.empty() ? double(K) : std::accumulate(weight.begin(), weight.end(), 0.0));
+    STD_TORCH_CHECK(
+        reduction == "mean" || reduction == "sum" || reduction == "none", NAME,
+        ": reduction must be mean, sum or none; got ", reduction, ".");
     if (reduction == "mean") {
       denominator = 0;
       for (int64_t b = 0; b < B; ++b)

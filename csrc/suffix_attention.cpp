@@ -281,11 +281,13 @@ struct Inputs {
       refuse(
           NAME, ": offsets must go from 0 to ", tokens, ", the tokens of query; got ", offsets[0], " to ", offsets[K],
           ".");
+    longest = 1; // max_length may be any number above it: scratch is for what is there
     for (int64_t k = 0; k < K; ++k) {
       const int64_t length = offsets[k + 1] - offsets[k];
       if (length < 0 || length > max_length)
         refuse(
             NAME, ": offsets must rise by 0 to max_length (", max_length, "); got a suffix of ", length, " tokens.");
+      longest = std::max(longest, length);
     }
   }
 

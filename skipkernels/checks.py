@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_DTYPES", "check_alike", "check_device", "check_dtype", "check_shape"]
+__all__ = ["FEATURE_DTYPES", "check_alike", "check_device", "check_dtype", "check_one_dtype", "check_shape"]
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,11 +43,28 @@ def check_shape(
 
 
 def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype], remedy: str) -> None:
-    """Refuse a tensor of another dtype with a TypeError."""
+    """Refuse a tensor of another dtype, or one that is sparse, with a TypeError."""
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{function}: {argument} must be a dense tensor; got {tensor.layout}. Use {argument}.to_dense()."
+        )
     if tensor.dtype not in dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         names = f"{', '.join(most)} or {last}" if most else last
         raise TypeError(f"{function}: {argument} must be {names}; got {tensor.dtype}. {remedy}")
+
+
+def check_one_dtype(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
+    """Refuse a tensor of another dtype than another's with a TypeError; under autocast only what it would not cast."""
+    name, other = like
+    dtypes, remedy = [other.dtype], f"Convert one of them: {name} is in another."
+    if tensor.dtype != other.dtype and other.dtype != torch.float64 and _autocasts(other.device.type):
+        dtypes = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
+    check_dtype(function, argument, tensor, dtypes, remedy)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
@@ -67,6 +84,5 @@ def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, T
         raise ValueError(
             f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
         )
-    if not torch.is_autocast_enabled(other.device.type):
-        check_dtype(function, argument, tensor, [other.dtype], f"Convert one of them: {name} is in another.")
+    check_one_dtype(function, argument, tensor, like)
     check_device(function, argument, tensor, like)

@@ -6,13 +6,14 @@ tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H head
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_shape
+from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_one_dtype, check_shape
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_sampled_logits import class_sampled_logits as _class_sampled_logits
@@ -60,7 +61,9 @@ def class_sampled_cross_entropy(
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
     The same numbers as `torch.nn.functional.cross_entropy` gives for the gathered logits, but the [B, K] logits are
-    never written. Gradients flow to `image`, `text` (to the rows that took part; zero elsewhere) and `logit_scale`.
+    never in memory as a whole: without gradients tiles of them are, with gradients a panel of some images at a time, of
+    32 MiB or, where K is above half a million, of 16 images. Gradients flow to `image`, `text` (to the rows that took
+    part; zero elsewhere) and `logit_scale`.
 
     Args:
         image: [B, D], image embeddings of any length, in fp32, bf16, fp16 or fp64. A row shorter than 1e-12 is divided
@@ -216,11 +219,12 @@ def add_layer_norm(
         residual: like `x`, what the sub-layer was given; or None, which makes it a plain LayerNorm of x.
         weight: [W], in any of these dtypes: fp32 beside bf16 features is usual.
         bias: [W] in the dtype of `weight`.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
 
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`; statistics in fp32 (fp64 for fp64). `normed` is that
-        of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself.
+        of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself, and
+        is not cast under autocast.
 
     Raises:
         TypeError: for a dtype that does not fit.
@@ -241,6 +245,8 @@ def add_layer_norm(
     check_dtype(name, "weight", weight, FEATURE_DTYPES, "Use weight.float().")
     check_device(name, "weight", weight, ("x", x))
     check_alike(name, "bias", bias, ("weight", weight))
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{name}: eps must be a number, at least 0; got {eps}.")
     hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
     return x if residual is None else hidden, normed
 
@@ -351,6 +357,7 @@ def suffix_attention(
     scale = E**-0.5 if scale is None else scale
     if offsets is not None and max_length is not None:
         _check_offsets(name, offsets, max_length, query)
+        max_length = min(max_length, query.shape[0])
         return _suffix_attention(query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length, scale)[
             0
         ]
@@ -429,7 +436,7 @@ def gather_rows(
         token_scale: fp32 [R, N], what one step of int8 is worth, one for each token; required for int8 and only there.
         dtype: that of the result; by default that of `rows`, and fp32 for int8.
         pin_memory: put the result in page-locked memory, so that it can go to a GPU on a side stream.
-        out: contiguous [B, N, W], where to put the result instead of new memory; its dtype counts.
+        out: contiguous [B, N, W], where to put the result instead of new memory, not that of `rows`; its dtype counts.
 
     Returns:
         [B, N, W]: `out`, if there is one.
@@ -481,6 +488,9 @@ def gather_rows(
         )
     check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
     check_device(name, "out", out, ("rows", rows))
+    # In a graph that is being compiled nobody knows addresses.
+    if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
+        raise ValueError(f"{name}: out must have memory of its own; got a view of that of rows.")
     _gather_rows_out(rows, index, token_scale, out)
     return out
 
@@ -499,7 +509,8 @@ def sgd_momentum_(
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    It is `torch.optim.SGD`'s step for a buffer that starts at zero, in one pass over memory. Give the parameters of a
+    It is `torch.optim.SGD`'s step for a buffer that starts at zero, in one pass over memory. As under `torch.no_grad`,
+    nothing is recorded. No two of the tensors may share memory. Give the parameters of a
     model as lists: that is one call for all of them. Every number is rounded as in `skipkernels.reference`, to the
     same bits on any device and with any number of threads.
 
@@ -556,7 +567,8 @@ def sgd_momentum_(
                 f"on {w.device}. Make a call for each."
             )
         # A model has hundreds: most are done with one look.
-        if not (g.shape == w.shape == b.shape and g.dtype == dtype == b.dtype and g.device == device == b.device):
+        alike = g.shape == w.shape == b.shape and g.dtype == dtype == b.dtype and g.device == device == b.device
+        if not (alike and g.layout == torch.strided == b.layout):
             for argument, x in (("grad", g), ("momentum_buffer", b)):
                 if x.shape != w.shape:
                     raise ValueError(
@@ -576,15 +588,13 @@ def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> N
     check_shape(name, "image", image, B=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
     check_shape(name, bank_name, bank, ("image", image), C=None, D=image.shape[1])
-    if not torch.is_autocast_enabled(image.device.type):
-        check_dtype(name, bank_name, bank, [image.dtype], "Convert one of them: image is in another.")
+    check_one_dtype(name, bank_name, bank, ("image", image))
     check_device(name, bank_name, bank, ("image", image))
 
 
 def _check_like(name: str, query: Tensor, argument: str, tensor: Tensor, **sizes: int | None) -> None:
     check_shape(name, argument, tensor, ("query", query), **sizes)
-    if not torch.is_autocast_enabled(query.device.type):
-        check_dtype(name, argument, tensor, [query.dtype], "Convert one of them: query is in another.")
+    check_one_dtype(name, argument, tensor, ("query", query))
     check_device(name, argument, tensor, ("query", query))
 
 
@@ -626,6 +636,8 @@ def _number_tensor(
 ) -> Tensor:
     """A number as a tensor on the device of another, without the host waiting for it: in `dtype`, or as it is given."""
     if not isinstance(value, Tensor):
+        if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:  # a NaN is the kernel's to refuse
+            value = math.copysign(math.inf, value)
         return torch.full((), value, dtype=dtype, device=like[1].device)
     if value.numel() != 1 or value.dim() > 1:
         raise ValueError(f"{name}: {argument} must be a number, [] or [1]; got {list(value.shape)}.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from skipkernels import functional
+from skipkernels.ops import registration
 
 B, C, D = 4, 9, 16
 
@@ -245,3 +248,72 @@ def test_logits_are_fp32_under_autocast():
         logits = functional.class_sampled_logits(image, text, scale)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, functional.class_sampled_logits(image.bfloat16(), text.bfloat16(), scale))
+
+
+# ---- what no kernel is for ---------------------------------------------------------------------------------------
+
+
+def test_forward_mode_is_refused():
+    """A tangent of zero would be silently wrong."""
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+        torch.func.jvp(lambda x: functional.mlp_activation(x), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        functional.mlp_activation(x)  # without a tangent it is a call like any other
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            functional.class_sampled_logits(torch.autograd.forward_ad.make_dual(x, x), x, 1.0)
+
+
+def test_sparse_tensors_are_refused():
+    x = torch.eye(3)
+    with pytest.raises(TypeError, match=r"image must be a dense tensor; got torch.sparse_coo. Use image.to_dense\(\)"):
+        functional.class_scores(x.to_sparse(), x, torch.tensor([0, 1, 2]))
+    with pytest.raises(TypeError, match="grad must be a dense tensor"):
+        functional.sgd_momentum_(x, x.to_sparse(), torch.zeros(3, 3), 0.1)
+
+
+def test_autocast_casts_no_integers_and_no_fp64():
+    x, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        functional.class_scores(x, x.bfloat16(), labels)
+        for other in (x.long(), x.double()):
+            with pytest.raises(TypeError, match="prototypes must be"):
+                functional.class_scores(x, other, labels)
+            with pytest.raises(TypeError, match="residual must be"):
+                functional.add_layer_norm(x, other, torch.ones(4), torch.zeros(4))
+
+
+def test_meta_tensors_have_shapes():
+    x, labels = torch.empty(3, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    assert functional.class_sampled_cross_entropy(x, x, labels, 10.0).shape == ()
+    assert functional.class_scores(x, x, labels).shape == (3,)
+    assert functional.add_layer_norm(x, x, x[0], x[0])[1].shape == (3, 4)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, math.nan, math.inf])
+def test_add_layer_norm_refuses_such_an_eps(eps):
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="eps must be a number, at least 0"):
+        functional.add_layer_norm(x, x, torch.ones(4), torch.zeros(4), eps)
+
+
+def test_a_logit_scale_beyond_fp32_is_not_finite():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="logit_scale must be finite"):
+        functional.class_sampled_cross_entropy(x, x, torch.tensor([0, 1, 2]), 1e39)
+
+
+def test_gather_rows_does_not_gather_into_its_rows():
+    rows = torch.randn(4, 2, 3)
+    with pytest.raises(ValueError, match="out must have memory of its own"):
+        functional.gather_rows(rows, torch.tensor([3, 2, 1, 0]), out=rows)
+
+
+def test_max_length_may_be_any_number():
+    """Scratch is for the suffixes that are there."""
+    q, p, offsets = torch.randn(6, 2, 4), torch.randn(5, 2, 4), torch.tensor([0, 2, 6])
+    exact = functional.suffix_attention(q, p, p, q, q, offsets=offsets, max_length=4)
+    assert functional.suffix_attention(q, p, p, q, q, offsets=offsets, max_length=2**58).equal(exact)
+    if registration.has_cpp("suffix_attention"):
+        direct, _ = torch.ops.skipkernels.suffix_attention(q, p, p, q, q, offsets, 2**58, 0.5)
+        assert direct.equal(exact)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _extension
 from . import launching
@@ -55,8 +56,10 @@ def define(
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def serve_or_load(*args: Any) -> Any:
-        if _first(args).device.type == "cpu" and _extension.load().path is not None and has_cpp(name):
-            return operator(*args)  # loading has put the C++ kernel before this one
+        # Once loaded, the C++ kernel stands before this one; who comes here then has tensors that are not for it.
+        on_cpu = _first(args).device.type == "cpu" and not has_cpp(name)
+        if on_cpu and _extension.load().path is not None and has_cpp(name):
+            return operator(*args)
         return serve(*args)
 
     _library.impl(name, serve_or_load, "CompositeExplicitAutograd")
@@ -116,12 +119,23 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             return *wanted, *[None] * (arity + 1 - len(wanted))
 
     def record_or_call(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:  # silence would be a tangent of zero
+            _refuse_tangents(operator._opname, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Differentiated.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & below, *args)
 
     _library.impl(operator._opname, record_or_call, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: forward-mode derivatives are not implemented. Use backward, or skipkernels.reference, which "
+                "is plain PyTorch."
+            )
 
 
 def gradients_like(inputs: Sequence[torch.Tensor], needs: Sequence[bool]) -> tuple[torch.Tensor, ...]:
