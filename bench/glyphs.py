@@ -32,7 +32,7 @@ def main() -> None:
     for seed in range(args.seeds):  # methods in turn, so that a slow hour of the machine hits them alike
         for method in args.methods:
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "skipkernels.cli", "tune", "--method", method, "--seed", str(seed)]
+                command = [sys.executable, "-m", "skipkernels", "tune", "--method", method, "--seed", str(seed)]
                 subprocess.run([*command, "--out", f"{folder}/run", *args.arguments], check=True)
                 metrics = json.loads(Path(folder, "run", "metrics.json").read_text())
             rows.append(machine | row(metrics, seed, " ".join(args.arguments)))
