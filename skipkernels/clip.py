@@ -37,7 +37,7 @@ class SkipCLIP(nn.Module):
     `logit_scale`: that is full fine-tuning with class skipping.
 
     Args:
-        model: An open_clip `CLIP`.
+        model: An open_clip `CLIP`, or `CustomTextCLIP` with its own transformers.
         tokens: [C, L] int64, the tokenised prompt of each class.
         skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the tower's blocks, or a pair of either
             (image, text).

@@ -16,10 +16,11 @@ def tiny_clip(
     seed: int = 0,
     vision: dict | None = None,
     text: dict | None = None,
-) -> open_clip.CLIP:
-    """An open_clip CLIP of three blocks a tower, every parameter drawn at random (biases and norms too)."""
+    family: type = open_clip.CLIP,
+) -> torch.nn.Module:
+    """An open_clip model of three blocks a tower, every parameter drawn at random (biases and norms too)."""
     torch.manual_seed(seed)
-    model = open_clip.CLIP(12, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, quick_gelu=quick_gelu)
+    model = family(12, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, quick_gelu=quick_gelu)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "logit_scale":

@@ -303,10 +303,30 @@ def test_variants_of_open_clips_own_towers(vision, text):
 
 
 @pytest.mark.parametrize(
+    "text", [{}, {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}], ids=["causal", "siglip"]
+)
+def test_a_model_with_its_text_tower_in_one_module(text):
+    """SigLIP's: no mask, the last token, padded prompts as they are."""
+    model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(9)
+    images, labels = tiny_batch(3, 9)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert (clip.reductions["text.shared_prefix"] is None) == (not text)
+    clip(images, labels).loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in got)
+    torch.nn.functional.cross_entropy(model.get_logits(images, tokens)[0], labels).backward()
+    for name, gradient in got.items():
+        assert relative_error(gradient, model.get_parameter(name).grad) < GRADIENT_TOLERANCE[torch.float64], name
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         (lambda: torch.nn.Linear(2, 2), "must be an open_clip CLIP"),
         (lambda: tiny_clip(vision={"patch_dropout": 0.5}), "patch dropout"),
+        (lambda: tiny_clip(family=open_clip.CustomTextCLIP, text={"embed_cls": True}), "class embedding"),
         (lambda: tiny_clip(vision={"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}), "VisionTransformer"),
     ],
 )

@@ -14,7 +14,7 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTowe
     """The image and text tower of a model, nothing skipped yet.
 
     Args:
-        model: An open_clip `CLIP`.
+        model: An open_clip `CLIP` or `CustomTextCLIP`.
         tokens: [C, L] int64, the tokenised prompt of each class.
 
     Raises:

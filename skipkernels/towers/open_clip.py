@@ -1,4 +1,4 @@
-"""open_clip's own `CLIP`: a vision transformer with a class token, a causal text transformer pooled at end-of-text."""
+"""open_clip's `CLIP` and `CustomTextCLIP` with its own vision transformer and its own text transformer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
@@ -16,6 +16,7 @@ from open_clip.transformer import (
     PatchDropout,
     QuickGELU,
     ResidualAttentionBlock,
+    TextTransformer,
     VisionTransformer,
 )
 from torch import Tensor, nn
@@ -28,13 +29,27 @@ from .block import KEPT, Attend, Spec, Weights, run_block
 from .prompts import SharedPrefix
 
 
-def _require_clip(model: nn.Module) -> CLIP:
-    if not isinstance(model, CLIP):
+def _require_clip(model: nn.Module) -> CLIP | CustomTextCLIP:
+    if not isinstance(model, (CLIP, CustomTextCLIP)):
         raise UnsupportedModel(
-            f"SkipCLIP: model must be an open_clip CLIP; got {type(model).__module__}.{type(model).__qualname__}. "
-            "Other families (CustomTextCLIP, CoCa, OpenAI's clip, Hugging Face) are not handled yet."
+            f"SkipCLIP: model must be an open_clip CLIP or CustomTextCLIP; got {type(model).__module__}."
+            f"{type(model).__qualname__}. Other families (CoCa, OpenAI's clip, Hugging Face) are not handled yet."
         )
     return model
+
+
+def _text_part(model: CLIP | CustomTextCLIP) -> tuple[Any, str, int]:
+    """What has the text tower's modules, how it pools, and its end-of-text token."""
+    if isinstance(model, CLIP):
+        return model, model.text_pool_type, model.text_eos_id
+    text = model.text
+    if not isinstance(text, TextTransformer):
+        raise UnsupportedModel(
+            f"SkipCLIP: the text tower must be open_clip's TextTransformer; got {type(text).__qualname__}."
+        )
+    if text.cls_emb is not None or text.use_pad_mask:
+        raise UnsupportedModel("SkipCLIP: a text tower with a class embedding or a padding mask is not handled yet.")
+    return text, text.pool_type, text.eos_id
 
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
@@ -113,7 +128,7 @@ def _run(
 
 
 class OpenClipImageTower(ImageTower):
-    """`model.visual` of an open_clip CLIP."""
+    """`model.visual` of such a model."""
 
     blocks: Any
 
@@ -182,15 +197,15 @@ class OpenClipImageTower(ImageTower):
 
 
 class OpenClipTextTower(TextTower):
-    """The text half of an open_clip CLIP, over the tokens of the task's classes."""
+    """The text half of such a model, over the tokens of the task's classes."""
 
     blocks: Any
 
     def __init__(self, model: nn.Module, tokens: Tensor):
-        self.model = _require_clip(model)
-        self.blocks = self.model.transformer.resblocks
+        self.text, self._pool_type, self._eos_id = _text_part(_require_clip(model))
+        self.blocks = self.text.transformer.resblocks
         self.tokens, self.pooled = tokens, self._pooled_positions(tokens)
-        length, mask = int(self.pooled.max()) + 1, self.model.attn_mask
+        length, mask = int(self.pooled.max()) + 1, self.text.attn_mask
         crop = causal = None
         if mask is None or (mask[:length, length:] != -math.inf).any():
             length, crop = tokens.shape[1], "the attention mask lets a token see later ones"
@@ -210,37 +225,37 @@ class OpenClipTextTower(TextTower):
 
     def _pooled_positions(self, tokens: Tensor) -> Tensor:
         """Position [C] that open_clip's `text_global_pool` takes for each prompt."""
-        pool_type = self.model.text_pool_type
+        pool_type = self._pool_type
         if pool_type == "argmax":
             return tokens.argmax(dim=-1)
         if pool_type == "eos":
-            return (tokens == self.model.text_eos_id).int().argmax(dim=-1)
+            return (tokens == self._eos_id).int().argmax(dim=-1)
         if pool_type in ("first", "last"):
             return tokens.new_full((len(tokens),), 0 if pool_type == "first" else tokens.shape[1] - 1)
         raise UnsupportedModel(f"SkipCLIP: text pooling {pool_type!r} is not handled; expected one token per prompt.")
 
     def _mask(self, hidden: Tensor) -> Tensor | None:
-        length, mask = hidden.shape[1], self.model.attn_mask
+        length, mask = hidden.shape[1], self.text.attn_mask
         return None if mask is None else mask[:length, :length].to(hidden)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        dtype = self.model.transformer.get_cast_dtype()
-        positions = self.model.positional_embedding[: inputs.shape[1]]
-        return self.model.token_embedding(inputs).to(dtype) + positions.to(dtype)
+        dtype = self.text.transformer.get_cast_dtype()
+        positions = self.text.positional_embedding[: inputs.shape[1]]
+        return self.text.token_embedding(inputs).to(dtype) + positions.to(dtype)
 
     def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:  # noqa: D102
         return block(hidden, attn_mask=self._mask(hidden))
 
     def embedding_parameters(self) -> Iterator[nn.Parameter]:  # noqa: D102
-        yield from self.model.token_embedding.parameters()
-        yield self.model.positional_embedding
+        yield from self.text.token_embedding.parameters()
+        yield self.text.positional_embedding
 
     def head_parameters(self) -> Iterator[nn.Parameter]:  # noqa: D102
-        yield from self.model.ln_final.parameters()
-        if isinstance(self.model.text_projection, nn.Module):
-            yield from self.model.text_projection.parameters()
-        elif self.model.text_projection is not None:
-            yield self.model.text_projection
+        yield from self.text.ln_final.parameters()
+        if isinstance(self.text.text_projection, nn.Module):
+            yield from self.text.text_projection.parameters()
+        elif self.text.text_projection is not None:
+            yield self.text.text_projection
 
     def rows(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:  # noqa: D102
         return hidden.flatten(0, 1) if self.prompts is None else self.prompts.rows(hidden, class_ids)
@@ -250,8 +265,8 @@ class OpenClipTextTower(TextTower):
             hidden = self._run_alone(rows, class_ids, of_all)
         else:
             hidden = self._run_behind_prefix(self.prompts, rows, class_ids, of_all)
-        hidden = self.model.ln_final(hidden)
-        projection = self.model.text_projection
+        hidden = self.text.ln_final(hidden)
+        projection = self.text.text_projection
         if projection is None:
             return hidden
         return projection(hidden) if isinstance(projection, nn.Module) else hidden @ projection
