@@ -248,3 +248,16 @@ def test_memory_modes_give_the_same_step_and_keep_what_they_say(monkeypatch):
 def test_memory_must_be_a_mode():
     with pytest.raises(ValueError, match='memory must be "auto", "fast" or "min"; got "low"'.replace('"low"', "'low'")):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, memory="low")
+
+
+def test_a_compiled_step_has_the_same_gradients():
+    images, labels = tiny_batch(3, 9)
+    gradients = []
+    for compiled in (False, True):
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
+        step = torch.compile(clip, backend="aot_eager") if compiled else clip
+        step(clip.encode_lower(images), labels).loss.backward()
+        gradients.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-11, atol=1e-12)

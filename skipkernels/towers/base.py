@@ -75,6 +75,7 @@ class Tower(ABC):
         yield from self.blocks[self.skip :].parameters()
         yield from self.head_parameters()
 
+    @torch.compiler.disable  # it asks the system
     def keeps_little(self, hidden: Tensor, widths: int) -> bool:
         """Whether the upper blocks keep their input alone.
 

@@ -62,6 +62,7 @@ class Spec(NamedTuple):
     minimal: bool = False
 
 
+@torch.compiler.disable  # the node holds a graph of its own, which a compiler would cut to pieces
 def run_block(spec: Spec, hidden: Tensor, weights: Weights, rows: Tensor | None = None) -> Tensor:
     """One block over tokens.
 
