@@ -112,7 +112,7 @@ def test_full_fine_tuning_moves_everything_and_is_compared_over_all_classes(tmp_
 
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "bf16"}, {"skip_layers": 0}, {"skip_layers": 1.0}, {"tail": "fixed"},
+    [{"precision": "bf16"}, {"skip_layers": 0}, {"skip_layers": 1.0}, {"tail": "fixed"}, {"memory": "min"},
      {"sampler": "random", "batch_size": 5}, {"classes": 2}, {"classes": 3}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from ..data import InputError
 from ..data.glyph_tiny import NAME as GLYPH_TINY
 from ..data.samplers import SamplerKind
 from ..selection import Tail
+from ..towers import Memory
 
 Method = Literal["skip", "full"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -88,6 +89,8 @@ class TuneConfig:
     """Of SGD."""
     precision: Precision = "auto"
     """bf16 computes in bf16 and keeps weights in fp32; auto is bf16 on a GPU that has it, else fp32."""
+    memory: Memory = "auto"
+    """What a block keeps for backward. fast: all but what is cheap. min: its input. auto: fast where that fits."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
     seed: int = 0

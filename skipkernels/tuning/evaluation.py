@@ -68,6 +68,7 @@ class Evaluator:
                     max_keep=config.max_keep,
                     decay=config.decay,
                     tail=config.tail,
+                    memory=config.memory,
                     generator=torch.Generator().manual_seed(config.seed),
                 )
             except (ValueError, RuntimeError) as error:
