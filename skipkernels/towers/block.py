@@ -96,8 +96,8 @@ def _attention(spec: Spec, projected: Sequence[Tensor], record: bool) -> _Attent
 
 def _forward(
     spec: Spec, hidden: Tensor, rows: Tensor | None, w: Weights, record: bool
-) -> tuple[Tensor, _Attention, list[Tensor]]:
-    """The result, attention, and what else `_backward` reads."""
+) -> tuple[Tensor, _Attention | None, list[Tensor]]:
+    """The result, attention, what else `_backward` reads. Unless recorded, all but the result is freed on the way."""
     _, normed, *statistics = add_layer_norm(hidden, None, w.norm_1, w.norm_1_bias, spec.eps[0])
     normed = normed.to(spec.dtype)
     if rows is None:
@@ -107,14 +107,21 @@ def _forward(
         query = F.linear(normed[rows], w.in_proj[:W], w.in_proj_bias[:W])
         key_value = F.linear(normed, w.in_proj[W:], w.in_proj_bias[W:])
         residual, projected = hidden[rows], (query, *key_value.chunk(2, dim=1))
+        del query, key_value
+    del normed
     attention = _attention(spec, projected, record)
+    del projected
     branch = F.linear(attention.result.detach(), w.out_proj, w.out_proj_bias).to(hidden.dtype)
+    recorded = attention if record else None
+    del attention
     mid, normed, *more = add_layer_norm(residual, branch, w.norm_2, w.norm_2_bias, spec.eps[1])
     del branch
     inner = normed.to(spec.dtype) @ w.fc.T
     del normed
-    out = mid + F.linear(mlp_activation(inner, w.fc_bias, spec.kind), w.proj, w.proj_bias)
-    return out, attention, [mid, inner, *statistics, *more]
+    kept = [mid, inner, *statistics, *more] if record else []
+    active = mlp_activation(inner, w.fc_bias, spec.kind)
+    del inner
+    return mid + F.linear(active, w.proj, w.proj_bias), recorded, kept
 
 
 class _Block(torch.autograd.Function):
@@ -122,8 +129,8 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, hidden: Tensor, rows: Tensor | None, *weights: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             out, attention, kept = _forward(spec, hidden, rows, _cast(spec, weights), record=not spec.minimal)
-        ctx.spec, ctx.attention = spec, None if spec.minimal else attention
-        ctx.save_for_backward(hidden, rows, *weights, *([] if spec.minimal else (*attention.projected, *kept)))
+        ctx.spec, ctx.attention = spec, attention
+        ctx.save_for_backward(hidden, rows, *weights, *(attention.projected if attention else ()), *kept)
         return out
 
     @staticmethod
