@@ -144,10 +144,21 @@ def test_a_hook_that_comes_later_is_an_error():
         lambda block: setattr(block, "ls_1", torch.nn.Dropout(0.1)),
         lambda block: setattr(block.attn, "dropout", 0.1),
         lambda block: setattr(block.ln_1, "forward", lambda x: x),
+        lambda block: setattr(block, "attention", lambda q_x, **rest: q_x),
         lambda block: torch.nn.utils.parametrizations.weight_norm(block.mlp.c_fc),
         lambda block: block.mlp.append(torch.nn.ReLU()),
     ],
-    ids=["hook", "backward_hook", "silu", "dropout", "attention_dropout", "forward", "weight_norm", "extra_layer"],
+    ids=[
+        "hook",
+        "backward_hook",
+        "silu",
+        "dropout",
+        "attention_dropout",
+        "forward",
+        "attention",
+        "weight_norm",
+        "extra_layer",
+    ],
 )
 def test_an_altered_block_is_left_to_its_module(alter):
     model = tiny_clip()

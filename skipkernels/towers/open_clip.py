@@ -75,7 +75,7 @@ def _obstacle(block: Any) -> str | None:
     for module in block.modules():
         if module not in (block, attention, *norms) and type(module) not in _PLAIN:
             return f"a block has a {type(module).__name__}"
-        if "forward" in vars(module) or parametrize.is_parametrized(module):
+        if not {"forward", "attention"}.isdisjoint(vars(module)) or parametrize.is_parametrized(module):
             return f"a {type(module).__name__} of a block was altered"
     if list(block._modules) != ["ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"] or list(block.mlp._modules) != [
         "c_fc",
