@@ -304,7 +304,8 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
 @pytest.mark.parametrize("content", [[1], "text", {"state_dict": {}}], ids=["list", "text", "empty"])
 def test_files_that_are_no_weights(tmp_path, content, capsys):
     torch.save(content, tmp_path / "model.pt")
-    assert "not usable as weights" in fails(["tune", "--pretrained", tmp_path / "model.pt"], capsys)
+    arguments = ["tune", "--pretrained", tmp_path / "model.pt", "--out", tmp_path / "run"]
+    assert "not usable as weights" in fails(arguments, capsys)
 
 
 def test_eval_takes_the_runs_own_checkpoint_only(run, capsys):
