@@ -6,8 +6,10 @@ tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H head
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,10 +39,30 @@ __all__ = [
     "sgd_momentum_",
 ]
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _refuses_values(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let what a C++ kernel refuses be a ValueError also where PyTorch makes a RuntimeError of it (2.15 does)."""
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if type(error) is RuntimeError and str(error).startswith(f"{function.__name__}: "):
+                raise ValueError(str(error)) from None
+            raise
+
+    return call
+
+
 _REDUCTIONS = ("mean", "sum", "none")
 _KINDS = ("quick_gelu", "gelu", "gelu_tanh")
 
 
+@_refuses_values
 def class_sampled_cross_entropy(
     image: Tensor,
     text: Tensor,
@@ -125,6 +147,7 @@ def class_sampled_cross_entropy(
     )[0]
 
 
+@_refuses_values
 def class_sampled_logits(
     image: Tensor,
     text: Tensor,
@@ -167,6 +190,7 @@ def class_sampled_logits(
     return _class_sampled_logits(image, text, scale, class_ids)[0]
 
 
+@_refuses_values
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     """Score of every class for a batch: its best cosine with an image; the classes in the batch come first of all.
 
@@ -288,6 +312,7 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     return _mlp_activation(x, bias, kind)
 
 
+@_refuses_values
 def suffix_attention(
     query: Tensor,
     prefix_key: Tensor,
@@ -365,6 +390,7 @@ def suffix_attention(
     return _suffix_attention(q, prefix_key, prefix_value, k, v, None, query.shape[1], scale)[0].view(query.shape)
 
 
+@_refuses_values
 def pooled_attention(
     query: Tensor,
     key: Tensor,
@@ -414,6 +440,7 @@ def pooled_attention(
     return _pooled_attention(query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
 
 
+@_refuses_values
 def gather_rows(
     rows: Tensor,
     index: Tensor,

@@ -317,3 +317,21 @@ def test_max_length_may_be_any_number():
     if registration.has_cpp("suffix_attention"):
         direct, _ = torch.ops.skipkernels.suffix_attention(q, p, p, q, q, offsets, 2**58, 0.5)
         assert direct.equal(exact)
+
+
+def test_what_a_kernel_refuses_is_a_value_error_under_every_pytorch(monkeypatch):
+    """2.15 makes a RuntimeError of every exception in a C++ kernel."""
+
+    def refuse(*args):
+        raise RuntimeError("class_scores: labels must be rows of prototypes, 0 to 2; got 3 for image 0.")
+
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    x, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    monkeypatch.setattr(functional, "_class_scores", refuse)
+    with pytest.raises(ValueError, match="^class_scores: labels must be rows of prototypes"):
+        functional.class_scores(x, x, labels)
+    monkeypatch.setattr(functional, "_class_scores", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        functional.class_scores(x, x, labels)
