@@ -167,7 +167,7 @@ def _launch_backward(
     blocks = triton.cdiv(R, tile["BLOCK_R"])
     blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
     P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows: sums of nothing
-    d_x, d_bias = _fake_backward(d_out, x, bias, kind, need_x, need_bias)
+    d_x, d_bias = registration.gradients_like((x, x if bias is None else bias), (need_x, need_bias))
     d_bias_sums = torch.empty(P, W, dtype=torch.float32, device=device) if need_bias else None
     launch(
         _mlp_activation_bwd_rows_kernel,
@@ -234,9 +234,8 @@ def _fake(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 def _fake_backward(
     d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
-) -> tuple[Tensor, Tensor]:
-    d_bias = (x if bias is None else bias).new_empty(x.shape[-1] if need_bias else 0)
-    return x.new_empty(x.shape if need_x else 0), d_bias
+) -> tuple[Tensor, ...]:
+    return registration.gradients_like((x, x if bias is None else bias), (need_x, need_bias))
 
 
 mlp_activation = registration.define(

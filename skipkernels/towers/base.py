@@ -133,5 +133,6 @@ def _free_bytes(device: torch.device) -> float:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return float("inf")
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024
+    with meminfo.open() as lines:  # at each step: no further than to the third line
+        available = next((line for line in lines if line.startswith("MemAvailable")), "MemAvailable: 0 kB")
+    return int(available.split()[1]) * 1024

@@ -115,11 +115,11 @@ def _run(
             "SkipCLIP: a block got a hook after SkipCLIP was made, which runs it as one node and would not call it. "
             "Register hooks first; SkipCLIP then runs the modules themselves."
         )
-    device, act = hidden.device.type, block.mlp.gelu
-    kind = _ACTIVATIONS[type(act)]
+    device, activation = hidden.device.type, block.mlp.gelu
+    tanh = getattr(activation, "approximate", "none") == "tanh"
     spec = Spec(
         attend,
-        "gelu_tanh" if isinstance(act, nn.GELU) and act.approximate == "tanh" else kind,
+        "gelu_tanh" if tanh else _ACTIVATIONS[type(activation)],
         (block.ln_1.eps, block.ln_2.eps),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else block.mlp.c_fc.weight.dtype,
         minimal,

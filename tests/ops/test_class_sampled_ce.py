@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.measure import peak_bytes
 from skipkernels import reference
 from skipkernels.functional import class_sampled_cross_entropy
 from skipkernels.ops.class_sampled_ce import class_sampled_ce, class_sampled_ce_backward
@@ -376,6 +377,14 @@ def test_compiles_into_one_graph(backend: Backend):
         wanted = (inputs[0], inputs[1], inputs[3])
         for a, b in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_memory_is_a_panel_not_the_logits(backend: Backend):
+    """[B, K] would be 160 MB."""
+    case = make(2000, 20_000, None, 8)
+    peak = peak_bytes(lambda: loss_and_gradients(kernel, case))
+    assert peak < 80e6  # a panel of 34 MB, the gradients, and what the allocator rounds up
 
 
 def test_every_element_is_written(backend: Backend, request: pytest.FixtureRequest):
