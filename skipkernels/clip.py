@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 from . import functional
 from .boundary import DEFAULT_CHUNK, LSkipBoundary
 from .selection import RankSampler, Tail, select_ranks
-from .towers import Memory, build_towers
+from .towers import Memory, build_towers, evaluating, training_without_chance, xformers
+from .towers.attend import SDPA, Attention, Backend
 
 # Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
 # the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32 over twelve blocks, and in half
-# precision by a few units of the last place of the hidden states. A wrong activation or mask is off by 1e-2 and more.
-_SELF_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# precision by a few units of the last place of the hidden states. Some models take a softmax in fp32 though all else is
+# in fp64. A wrong activation or mask is off by 1e-2 and more.
+_SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class SkipOutput(NamedTuple):
@@ -52,6 +53,8 @@ class SkipCLIP(nn.Module):
         memory: What a block above the cut keeps for backward: "fast" all but what is cheap to compute again (about ten
             widths a token), "min" its input alone, and runs again in backward; "auto" is "fast" as long as that takes
             less than half of the free memory. Results are the same.
+        attention: Who computes it: "sdpa" is PyTorch, with our own operators for texts behind a shared prefix and for
+            pooled tokens. "xformers" takes the place of the first two on a GPU; where it cannot, that is an error.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
@@ -96,6 +99,7 @@ class SkipCLIP(nn.Module):
         train_logit_scale: bool = False,
         chunk: int = DEFAULT_CHUNK,
         memory: Memory = "auto",
+        attention: Attention = "sdpa",
     ):
         super().__init__()
         if tokens.ndim != 2 or len(tokens) == 0 or tokens.dtype not in (torch.int64, torch.int32):
@@ -114,6 +118,7 @@ class SkipCLIP(nn.Module):
         if memory not in get_args(Memory):
             raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
         self._image.memory = self._text.memory = memory
+        self._image.attention = self._text.attention = self._backend(attention)
         self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
         self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
@@ -122,10 +127,13 @@ class SkipCLIP(nn.Module):
 
         self.register_buffer("_text_features", None, persistent=False)
         self._features_of: list[tuple[int, int]] = []  # the lower weights that gave _text_features
-        with _evaluating(model), torch.autocast(device.type, enabled=False):
-            prototypes = self._encode_all_classes(self._features_of_all_classes())
-            self.register_buffer("prototypes", prototypes, persistent=False)
-            self._check_against_model(tokens.to(device))
+        with torch.autocast(device.type, enabled=False):
+            with evaluating([model]):
+                prototypes = self._encode_all_classes(self._features_of_all_classes())
+                self.register_buffer("prototypes", prototypes, persistent=False)
+                self._check_against_model(tokens.to(device))
+            with training_without_chance(model):
+                self._check_against_model(tokens.to(device))
 
         if lower_device is not None:
             self._lower_device = torch.device(lower_device)
@@ -136,37 +144,56 @@ class SkipCLIP(nn.Module):
     # ---- construction ------------------------------------------------------------------------------------------
 
     def _freeze(self, train_logit_scale: bool) -> None:
+        # All that is not above a cut: what is below, a bias of all logits, which a softmax doesn't see, CoCa's decoder.
+        self.model.requires_grad_(False)
         for tower in (self._image, self._text):
-            for parameter in tower.lower_parameters():
-                parameter.requires_grad_(False)
             for parameter in tower.upper_parameters():
                 parameter.requires_grad_(True)
         self.model.logit_scale.requires_grad_(train_logit_scale)
-        if getattr(self.model, "logit_bias", None) is not None:
-            self.model.logit_bias.requires_grad_(False)  # the softmax over classes doesn't see it
+
+    def _backend(self, attention: Attention) -> Backend:
+        if attention not in get_args(Attention):
+            raise ValueError(f'SkipCLIP: attention must be "sdpa" or "xformers"; got {attention!r}.')
+        if attention == "sdpa":
+            return SDPA
+        device = self.model.logit_scale.device
+        for tower in (self._image, self._text):
+            if tower.as_nodes:
+                weight = tower.parts(tower.blocks[0]).weights.fc
+                reason = xformers.unusable(device, weight.dtype, weight.shape[1] // tower.heads)
+                if reason is not None:
+                    raise ValueError(
+                        f'SkipCLIP: attention="xformers" cannot serve here: {reason} Leave it at "sdpa", or use a GPU '
+                        "and an xformers that was built for this PyTorch."
+                    )
+        return xformers.backend()
 
     def _check_against_model(self, tokens: Tensor) -> None:
-        """Raise if an embedding differs from the one that the caller's model gives itself."""
+        """Raise if an embedding differs from that which the caller's model, in its present mode, gives itself."""
         ends = self._text.pooled
         ids = torch.unique(
             torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)])
         )
         generator = torch.Generator().manual_seed(0)
-        weight = next(self._image.upper_parameters())
-        image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(weight)
+        image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(tokens.device, self._image.dtype)
         with torch.no_grad():
+            features = self.encode_lower(image)
+            self._features = features.shape[1:], features.dtype
             pairs = {
-                "encode_text": (self.model.encode_text(tokens[ids]), self.prototypes[ids]),
-                "encode_image": (self.model.encode_image(image), self.encode_upper(self.encode_lower(image))),
+                "texts": (self._text.own(tokens[ids]), self._encode_classes(ids)),
+                "an image": (self._image.own(image), self.encode_upper(features)),
             }
+        dtype = max((p.dtype for p in self.trainable_parameters()), key=lambda dtype: torch.finfo(dtype).eps)
         for name, (expected, got) in pairs.items():
             expected, got = (nn.functional.normalize(x.to(self.prototypes.dtype), dim=-1) for x in (expected, got))
-            distance, allowed = (expected - got).norm(dim=-1).max().item(), _SELF_CHECK_TOLERANCE[weight.dtype]
+            distance, allowed = (expected - got).norm(dim=-1).max().item(), _SELF_CHECK_TOLERANCE[dtype]
             if not distance <= allowed:
+                mode = "training" if self.model.training else "evaluation"
                 raise RuntimeError(
-                    f"SkipCLIP: the model's own {name} gives another embedding: unit-norm distance {distance:.2e}, "
-                    f"allowed {allowed:.0e} for {weight.dtype}. Something in this model (a hook, a changed forward, "
-                    "another mask or activation) is not what its type promises, and tuning it would be silently wrong."
+                    f"SkipCLIP: the model itself embeds {name} differently in {mode} mode: unit-norm distance "
+                    f"{distance:.2e}, allowed {allowed:.0e} for {dtype}. Something in this model (a hook, a changed "
+                    "forward, another mask or activation) is not what its type promises, and tuning it would be "
+                    "silently wrong."
                 )
 
     @property
@@ -191,12 +218,18 @@ class SkipCLIP(nn.Module):
 
     # ---- towers ------------------------------------------------------------------------------------------------
 
-    def encode_lower(self, images: Tensor) -> Tensor:
-        """Images [B, 3, height, width] to features at the cut [B, N, W], the constants that a cache may keep."""
+    def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
+        """Images [B, 3, height, width] to features at the cut, [B, N, W], the constants that a cache may keep.
+
+        Of a convolutional tower they are maps, as its blocks pass them on. Below the cut nothing is in training mode:
+        no dropout, batch norms as they are. Patches are dropped only if asked for, from a model in training mode whose
+        image tower does that; such features are a sample, and not for a cache.
+        """
+        lower = partial(self._image.lower, draw=drop_patches)
         if self._image.skip == 0:
-            return self._image.lower(images)
+            return lower(images)
         device = images.device
-        return LSkipBoundary.apply(self._image.lower, images.to(self._lower_device or device), self.chunk).to(device)
+        return LSkipBoundary.apply(lower, images.to(self._lower_device or device), self.chunk).to(device)
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
@@ -205,20 +238,24 @@ class SkipCLIP(nn.Module):
     def encode_image(self, x: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
 
+        From images of a model in training mode patches are dropped, if its image tower does that.
+
         Raises:
             ValueError: If x is neither, or is features although nothing is skipped.
         """
-        if x.ndim == 4:
-            return self.encode_upper(self.encode_lower(x))
-        if x.ndim != 3:
-            raise ValueError(
-                f"SkipCLIP: x must be images [B, 3, height, width] or features [B, N, W]; got {list(x.shape)}."
-            )
+        shape, dtype = self._features
+        if x.ndim == 4 and x.shape[1] == 3:
+            return self.encode_upper(self.encode_lower(x, drop_patches=True))
         if self._image.skip == 0:
             raise ValueError(
                 "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images."
             )
-        return self.encode_upper(x.to(next(self._image.upper_parameters()).dtype))
+        if x.ndim != len(shape) + 1 or (x.shape[2:] != shape[1:] if x.ndim == 3 else x.shape[1:] != shape):
+            raise ValueError(
+                "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
+                f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."
+            )
+        return self.encode_upper(x.to(dtype))
 
     def _lower_text_weights(self) -> list[tuple[int, int]]:
         """Changes when weights are loaded or moved; a look at each step costs microseconds."""
@@ -231,7 +268,7 @@ class SkipCLIP(nn.Module):
         weights = self._lower_text_weights()
         if self._text_features is None or weights != self._features_of:
             tokens = self._text.tokens
-            with _evaluating(self.model), torch.autocast(tokens.device.type, enabled=False):
+            with torch.autocast(tokens.device.type, enabled=False):
                 features = LSkipBoundary.apply(
                     self._text.lower, tokens.to(self._lower_device or tokens.device), self.chunk
                 )
@@ -337,15 +374,3 @@ def _blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
             f"its blocks such as 0.5; got {skip!r}."
         )
     return int(blocks)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,9 +14,9 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from bench.measure import saved_bytes
-from skipkernels.towers.attend import pooled, sequences
-from skipkernels.towers.block import KEPT
-from skipkernels.towers.open_clip import OpenClipTextTower, _run
+from skipkernels.towers.attend import SDPA, pooled, sequences
+from skipkernels.towers.block import KEPT, Spec, run_block
+from skipkernels.towers.open_clip import OpenClipTextTower, parts
 from skipkernels.towers.prompts import SharedPrefix
 from tests.tolerances import relative_error
 
@@ -41,9 +41,10 @@ def gradients(out, block, hidden):
 def in_rows(block, hidden, minimal=False, rows=None):
     heads = block.attn.num_heads
     attend = (
-        partial(sequences, n=N, heads=heads, mask=None) if rows is None else partial(pooled, heads=heads, mask=None)
+        partial(sequences, by=SDPA, n=N, heads=heads, mask=None) if rows is None else partial(pooled, heads=heads, mask=None)
     )
-    return _run(block, hidden.flatten(0, 1), attend, minimal=minimal, rows=rows)
+    weights, kind, eps = parts(block)
+    return run_block(Spec(attend, kind, eps, hidden.dtype, minimal), hidden.flatten(0, 1), weights, rows)
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):

@@ -1,16 +1,29 @@
-"""What SkipCLIP needs of a tower: embed, a list of blocks, a last block that may be pooled, a head."""
+"""What SkipCLIP needs of a tower: embed, a list of blocks, a last block that may be pooled, a head.
+
+A family of models says how it embeds, what its blocks are and how it ends; how blocks run is the same for all of them.
+Where a block is the pre-norm transformer block of `block.py` it is one autograd node, above the cut and below it; any
+other block is called as the module that it is.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from . import attend
+from .block import KEPT, Attend, Parts, Spec, run_block
+from .modes import evaluating
+from .plain import has_hooks
+from .prompts import SharedPrefix
+
 Memory = Literal["auto", "fast", "min"]
+Part = nn.Module | nn.Parameter | None
 
 
 class UnsupportedModel(ValueError):
@@ -20,42 +33,83 @@ class UnsupportedModel(ValueError):
 class Tower(ABC):
     """A stack of blocks between an embedding and a head, cut below block `skip`.
 
-    A tower holds no parameters of its own: it calls the caller's modules. Hidden states are [n, tokens, W].
+    A tower holds no parameters of its own: it calls the caller's modules. Hidden states are [n, tokens, W], or what
+    else the blocks of a family pass on, [n, …].
 
     Attributes:
-        blocks: The caller's blocks, in order.
+        blocks: The caller's blocks, in order; a sequence of modules.
+        embedding: What is in front of the first block: modules and single parameters.
+        head: What is behind the last block.
+        fixed: Parameters that the model never trains.
+        heads: H, of every block that runs as a node.
         skip: Blocks below the cut. Set by SkipCLIP.
         memory: What an upper block keeps for backward. Set by SkipCLIP.
+        attention: Who computes attention in blocks that run as nodes. Set by SkipCLIP.
         reductions: Name → None where an exact reduction is on, else the reason why it is off.
     """
 
-    blocks: nn.ModuleList
+    blocks: Any
+    embedding: Sequence[Part]
+    head: Sequence[Part]
+    fixed: Sequence[nn.Parameter] = ()
+    heads: int = 1
     skip: int = 0
     memory: Memory = "fast"
+    attention: attend.Backend = attend.SDPA
     reductions: dict[str, str | None]
 
     @abstractmethod
+    def own(self, inputs: Tensor) -> Tensor:
+        """The embeddings [n, D] that the caller's model gives itself, normalised or not."""
+
+    @abstractmethod
     def embed(self, inputs: Tensor) -> Tensor:
-        """Inputs to the hidden states in front of the first block, [n, tokens, W]."""
+        """Inputs to the hidden states in front of the first block."""
 
     @abstractmethod
-    def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """One block over every token, as the caller's module does it."""
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """One block over every token, by the caller's module."""
 
-    @abstractmethod
-    def embedding_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters in front of the first block."""
+    @staticmethod
+    def parts(block: Any) -> Parts:
+        """What a block is made of; asked only where `one_node_a_block` is on."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters behind the last block."""
+    def mask(self, inputs: Tensor) -> Tensor | None:
+        """What is added to the attention's logits, [1 or n, 1, tokens, tokens], or None."""
+        return None
 
-    def lower(self, inputs: Tensor) -> Tensor:
-        """Inputs to the hidden states at the cut, [n, tokens, W]."""
-        hidden = self.embed(inputs)
-        for block in self.blocks[: self.skip]:
-            hidden = self.run_block(block, hidden)
+    def lower(self, inputs: Tensor, *, draw: bool = False) -> Tensor:
+        """Inputs to the hidden states at the cut.
+
+        Below the cut everything is in evaluation mode: what a cache keeps is no sample of a dropout, and the statistics
+        of batch norms stay what they are. With `draw` patches are dropped as in training, if the model does that.
+        """
+        still = [part for part in (*self.embedding, *self.blocks[: self.skip]) if isinstance(part, nn.Module)]
+        with evaluating(still if self.skip > 0 else [], except_for=self.patch_dropout if draw else None):
+            hidden, mask = self.embed(inputs), self.mask(inputs)
+            for block in self.blocks[: self.skip]:
+                if self.as_nodes:
+                    rows = self._node(block, hidden.flatten(0, 1), self._among(hidden, mask), minimal=False)
+                    hidden = rows.view_as(hidden)
+                else:
+                    hidden = self.call_block(block, hidden, mask)
         return hidden
+
+    @property
+    def patch_dropout(self) -> nn.Module | None:
+        """The module that drops patches of images in training, if there is one."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs, if they are numbers."""
+        return next(parameter for parameter in _parameters(self.embedding) if parameter.ndim > 1).dtype
+
+    @property
+    def as_nodes(self) -> bool:
+        """Whether blocks run as nodes."""
+        return self.reductions["one_node_a_block"] is None
 
     @property
     def upper_blocks(self) -> list[Any]:
@@ -65,26 +119,41 @@ class Tower(ABC):
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut; none at skip = 0, where the embedding trains too."""
         if self.skip > 0:
-            yield from self.embedding_parameters()
-            yield from self.blocks[: self.skip].parameters()
+            yield from _parameters((*self.embedding, *self.blocks[: self.skip]))
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""
-        if self.skip == 0:
-            yield from self.embedding_parameters()
-        yield from self.blocks[self.skip :].parameters()
-        yield from self.head_parameters()
+        upper = (*(self.embedding if self.skip == 0 else ()), *self.blocks[self.skip :], *self.head)
+        fixed = {id(parameter) for parameter in self.fixed}
+        yield from (parameter for parameter in _parameters(upper) if id(parameter) not in fixed)
+
+    def _among(self, hidden: Tensor, mask: Tensor | None) -> Attend:
+        """Attention inside each of the sequences of `hidden` [n, tokens, W]."""
+        return partial(attend.sequences, by=self.attention, n=len(hidden), heads=self.heads, mask=mask)
+
+    def _node(
+        self, block: Any, rows: Tensor, attention: Attend, *, minimal: bool, wanted: Tensor | None = None
+    ) -> Tensor:
+        if has_hooks(block):
+            raise RuntimeError(
+                "SkipCLIP: a block got a hook after SkipCLIP was made, and would not call it. Put hooks on a block "
+                "before: it then runs as your module."
+            )
+        weights, kind, eps = self.parts(block)
+        dtype = weights.fc.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        return run_block(Spec(attention, kind, eps, dtype, minimal), rows, weights, wanted)
 
     @torch.compiler.disable  # it asks the system
-    def keeps_little(self, hidden: Tensor, widths: int) -> bool:
+    def keeps_little(self, hidden: Tensor) -> bool:
         """Whether the upper blocks keep their input alone.
 
-        With `memory="auto"` they do where `widths` numbers for each of those in `hidden` and each block would take more
-        than half of the memory that is free.
+        With `memory="auto"` they do where all they keep would take more than half of the memory that is free.
         """
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"
-        wanted = hidden.numel() * hidden.element_size() * widths * (len(self.blocks) - self.skip)
+        wanted = hidden.numel() * hidden.element_size() * KEPT * (len(self.blocks) - self.skip)
         return wanted > _free_bytes(hidden.device) / 2
 
 
@@ -94,28 +163,93 @@ class ImageTower(Tower):
     image_size: tuple[int, int]
 
     @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states behind the last block to embeddings [n, D].
+
+        They are those of every token, or of the first alone where `pooled_last_block` is on.
+        """
+
     def upper(self, hidden: Tensor) -> Tensor:
-        """Hidden states at the cut [n, tokens, W] to image embeddings [n, D], not normalised."""
+        """Hidden states at the cut to image embeddings [n, D], not normalised."""
+        blocks = self.upper_blocks
+        if not self.as_nodes:
+            for block in blocks:
+                hidden = self.call_block(block, hidden, None)
+            return self.finish(hidden)
+        rows, minimal = hidden.flatten(0, 1), self.keeps_little(hidden)
+        pools = bool(blocks) and self.reductions["pooled_last_block"] is None
+        for block in blocks[:-1] if pools else blocks:
+            rows = self._node(block, rows, self._among(hidden, None), minimal=minimal)
+        if not pools:
+            return self.finish(rows.view_as(hidden))
+        n, tokens, _ = hidden.shape
+        first = torch.arange(n, device=rows.device) * tokens
+        attention = partial(attend.pooled, heads=self.heads, mask=None)
+        return self.finish(self._node(blocks[-1], rows, attention, minimal=minimal, wanted=first)[:, None])
 
 
 class TextTower(Tower):
-    """A tower over the prompts of the task's classes.
+    """A tower over the prompts of the task's classes, each of which becomes an embedding at one of its tokens.
 
     Above the cut tokens are rows: the prefix that all prompts share, once, then what follows it in each class.
 
     Attributes:
         tokens: [C, L] int64, cropped where that is exact.
         pooled: [C] int64, the position in each prompt that becomes the embedding.
+        prompts: Where the tokens of the prompts are, if their prefix runs once.
     """
 
     tokens: Tensor
     pooled: Tensor
+    prompts: SharedPrefix | None = None
+
+    def take(
+        self,
+        tokens: Tensor,
+        pooled: Tensor,
+        one_node: str | None,
+        *,
+        causal: str | None = None,
+        crop: str | None = None,
+        length: int | None = None,
+        blind: bool = False,
+    ) -> None:
+        """Take the prompts, with every reduction that holds.
+
+        Args:
+            tokens: [C, L] int64.
+            pooled: [C] int64.
+            one_node: Why blocks cannot be nodes, or None.
+            causal: Why the mask is not the causal one.
+            crop: Why what comes last may not be left out.
+            length: Tokens that are seen by any pooled one; by default as far as the last of those.
+            blind: The pooled token sees what is in front of it and not itself.
+        """
+        self.pooled = pooled
+        self.tokens = tokens if crop else tokens[:, : length or int(pooled.max()) + 1].contiguous()
+        prompts = SharedPrefix(self.tokens, pooled, blind=blind)
+        alone = causal or one_node or (None if prompts.length else "the prompts begin with different tokens")
+        self.prompts = prompts if alone is None else None
+        self.reductions = {
+            "text_crop": crop,
+            "shared_prefix": alone,
+            "one_node_a_block": one_node,
+            "pooled_last_block": one_node,
+        }
+
+    def mask(self, inputs: Tensor) -> Tensor | None:
+        """The causal one, unless a family has another."""
+        length = inputs.shape[1]
+        return torch.full((1, 1, length, length), -torch.inf, device=inputs.device).triu(1)
 
     @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
+
     def rows(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
         """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all classes) to rows [R, W]."""
+        return hidden.flatten(0, 1) if self.prompts is None else self.prompts.rows(hidden, class_ids)
 
-    @abstractmethod
     def upper(self, rows: Tensor, class_ids: Tensor | None = None, *, of_all: bool = True) -> Tensor:
         """Rows at the cut to the text embeddings [K, D] of `class_ids` (None: of all classes), not normalised.
 
@@ -124,6 +258,64 @@ class TextTower(Tower):
             class_ids: [K] int64.
             of_all: Whose rows they are.
         """
+        run = self._run_alone if self.prompts is None else self._run_behind_prefix
+        return self.finish(run(rows, class_ids, of_all))
+
+    def prompts_of(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states [K, L, W] and tokens [K, L] of some classes, where each prompt stands by itself in `rows`."""
+        tokens, there = self.tokens, len(self.tokens) if class_ids is None or of_all else len(class_ids)
+        hidden = rows.unflatten(0, (there, -1))
+        if class_ids is not None:
+            hidden, tokens = hidden[class_ids] if of_all else hidden, tokens[class_ids]
+        return hidden, tokens.to(rows.device)
+
+    def _run_alone(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> Tensor:
+        """Hidden states [K, W] of the pooled tokens behind the last block, each prompt by itself."""
+        hidden, tokens = self.prompts_of(rows, class_ids, of_all)
+        ends, mask = (self.pooled if class_ids is None else self.pooled[class_ids]).to(rows.device), self.mask(tokens)
+        n, L, _ = hidden.shape
+        at_end, blocks = torch.arange(n, device=rows.device) * L + ends, self.upper_blocks
+        if not self.as_nodes or not blocks:
+            for block in blocks:
+                hidden = self.call_block(block, hidden, mask)
+            return hidden.flatten(0, 1)[at_end]
+        rows, minimal = hidden.flatten(0, 1), self.keeps_little(hidden)
+        for block in blocks[:-1]:
+            rows = self._node(block, rows, self._among(hidden, mask), minimal=minimal)
+        if mask is not None:
+            mask = mask.expand(n, 1, L, L)[torch.arange(n, device=rows.device), 0, ends]
+        attention = partial(attend.pooled, heads=self.heads, mask=mask)
+        return self._node(blocks[-1], rows, attention, minimal=minimal, wanted=at_end)
+
+    def _run_behind_prefix(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> Tensor:
+        """Hidden states [K, W] of the pooled tokens behind the last block, the prefix computed once for all."""
+        assert self.prompts is not None
+        chosen = self.prompts.choose(rows, class_ids, of_all)
+        rows = rows.index_select(0, chosen.picked)
+        blocks, minimal = self.upper_blocks, self.keeps_little(rows)
+        if not blocks:
+            return rows[chosen.ends]
+        attention = partial(
+            attend.suffixes,
+            by=self.attention,
+            heads=self.heads,
+            prefix=self.prompts.length,
+            offsets=chosen.offsets,
+            max_length=self.prompts.longest,
+            blind=chosen.ends if self.prompts.blind else None,
+        )
+        for block in blocks[:-1]:
+            rows = self._node(block, rows, attention, minimal=minimal)
+        last = partial(attention, queries=chosen.ends)
+        return self._node(blocks[-1], rows, last, minimal=minimal, wanted=chosen.ends)
+
+
+def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
+    for part in parts:
+        if isinstance(part, nn.Parameter):
+            yield part
+        elif part is not None:
+            yield from part.parameters()
 
 
 def _free_bytes(device: torch.device) -> float:

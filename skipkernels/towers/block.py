@@ -32,8 +32,8 @@ class Weights(NamedTuple):
 
     norm_1: Tensor
     norm_1_bias: Tensor
-    in_proj: Tensor  # [3W, W]: query, key, value
-    in_proj_bias: Tensor
+    in_proj: Any  # [3W, W]: query, key, value; or a tuple of these three, which are put together for each pass
+    in_proj_bias: Any
     out_proj: Tensor
     out_proj_bias: Tensor
     norm_2: Tensor
@@ -42,6 +42,20 @@ class Weights(NamedTuple):
     fc_bias: Tensor
     proj: Tensor
     proj_bias: Tensor
+
+
+class Parts(NamedTuple):
+    """What is read off the caller's block.
+
+    Attributes:
+        weights: Its parameters.
+        kind: Activation, as in `functional.mlp_activation`.
+        eps: Of the two norms.
+    """
+
+    weights: Weights
+    kind: str
+    eps: tuple[float, float]
 
 
 class Spec(NamedTuple):
@@ -75,10 +89,11 @@ def run_block(spec: Spec, hidden: Tensor, weights: Weights, rows: Tensor | None 
     Returns:
         [Q, W] in the dtype of `hidden`.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *weights)):
-        return _Block.apply(spec, hidden, rows, *weights)
+    flat = [x for field in weights for x in (field if isinstance(field, tuple) else (field,))]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *flat)):
+        return _Block.apply(spec, hidden, rows, *flat)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _forward(spec, hidden, rows, _cast(spec, weights), record=False)[0]
+        return _forward(spec, hidden, rows, _cast(spec, flat), record=False)[0]
 
 
 class _Attention(NamedTuple):
@@ -129,7 +144,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, hidden: Tensor, rows: Tensor | None, *weights: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             out, attention, kept = _forward(spec, hidden, rows, _cast(spec, weights), record=not spec.minimal)
-        ctx.spec, ctx.attention = spec, attention
+        ctx.spec, ctx.attention, ctx.count = spec, attention, len(weights)
         ctx.save_for_backward(hidden, rows, *weights, *(attention.projected if attention else ()), *kept)
         return out
 
@@ -138,8 +153,9 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         spec: Spec = ctx.spec
         hidden, rows, *rest = ctx.saved_tensors
-        weights, kept = rest[: len(Weights._fields)], rest[len(Weights._fields) :]
-        need_hidden, needs = ctx.needs_input_grad[1], Weights(*ctx.needs_input_grad[3:])
+        weights, kept = rest[: ctx.count], rest[ctx.count :]
+        need_hidden, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
+        needs = Weights(*_joined(needed, any))
         with torch.autocast(hidden.device.type, enabled=False):
             cast = _cast(spec, weights)
             attention, ctx.attention = ctx.attention, None  # its graph is freed here; a second backward makes another
@@ -148,16 +164,26 @@ class _Block(torch.autograd.Function):
             else:
                 attention, kept = attention or _attention(spec, kept[:3], record=True), kept[3:]
             d_hidden, gradients = _backward(spec, d_out, hidden, rows, cast, attention, kept, need_hidden, needs)
+        if len(weights) > len(gradients):
+            thirds = (None if g is None else g.chunk(3) for g in gradients[2:4])
+            gradients = (*gradients[:2], *(part for third in thirds for part in third or [None] * 3), *gradients[4:])
         wanted = (
             None if g is None or not need else g.to(x.dtype)
-            for g, x, need in zip(gradients, weights, needs, strict=True)
+            for g, x, need in zip(gradients, weights, needed, strict=True)
         )
         return None, d_hidden if need_hidden else None, None, *wanted
 
 
-def _cast(spec: Spec, weights: Any) -> Weights:
+def _joined(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequence[Any]:
+    """The fields of `Weights`, whether query, key and value came as one or as three."""
+    if len(flat) == len(Weights._fields):
+        return flat
+    return (*flat[:2], join(flat[2:5]), join(flat[5:8]), *flat[8:])
+
+
+def _cast(spec: Spec, flat: Sequence[Tensor]) -> Weights:
     """Weights of the products in their dtype; norms and the bias of the activation are the operators' to widen."""
-    w = Weights(*weights)
+    w = Weights(*_joined(flat, lambda third: torch.cat(list(third))))
     names = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
     return w._replace(**{name: getattr(w, name).to(spec.dtype) for name in names})
 

@@ -31,15 +31,17 @@ class SharedPrefix:
     Args:
         tokens: int64 [C, L].
         pooled: int64 [C], the position of each prompt's pooled token.
+        blind: The pooled token sees what is in front of it and not itself.
 
     Attributes:
         length: P, tokens of the prefix; 0 if the prompts share none. The pooled token is never part of it.
         longest: S, tokens of the longest suffix.
     """
 
-    def __init__(self, tokens: Tensor, pooled: Tensor):
+    def __init__(self, tokens: Tensor, pooled: Tensor, *, blind: bool = False):
         same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
-        self.length = min(int(same), int(pooled.min()))
+        self.blind = blind  # it then asks from the row in front, which has to be in the suffix as well
+        self.length = max(min(int(same), int(pooled.min()) - blind), 0)
         self._lengths = pooled + 1 - self.length
         self.longest = int(self._lengths.max())
         self._of_one_length = bool((self._lengths == self.longest).all())

@@ -1,0 +1,161 @@
+"""Hugging Face's `CLIPModel` and `SiglipModel`.
+
+CLIP: as OpenAI's, with query, key and value projected apart. SigLIP: no class token, no norm in front of the blocks;
+images are pooled by attention of a learned probe, texts at their last token, without a mask, through a linear layer.
+Blocks run alike whatever `attn_implementation` the model was made with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPModel, SiglipModel
+from transformers.activations import GELUActivation, QuickGELUActivation
+from transformers.models.clip import modeling_clip
+from transformers.models.siglip import modeling_siglip
+
+from .base import ImageTower, TextTower, UnsupportedModel
+from .block import Parts, Weights
+from .plain import lacks, unlike
+
+_TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name is another in each major version
+_ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
+
+
+def _block(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
+    linears = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["mlp.fc1", "mlp.fc2"]
+    return {
+        "self_attn": (attention,),
+        "layer_norm1": (nn.LayerNorm,),
+        "mlp": (mlp,),
+        "mlp.activation_fn": tuple(_ACTIVATIONS),
+        "layer_norm2": (nn.LayerNorm,),
+        **dict.fromkeys(linears, (nn.Linear,)),
+    }
+
+
+_KINDS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
+    CLIPModel: (modeling_clip.CLIPEncoderLayer, _block(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)),
+    SiglipModel: (
+        modeling_siglip.SiglipEncoderLayer,
+        _block(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP),
+    ),
+}
+
+
+def _require(model: nn.Module) -> Any:
+    if type(model) not in _KINDS:
+        raise UnsupportedModel(
+            f"SkipCLIP: of transformers' models CLIPModel and SiglipModel are handled; got {type(model).__qualname__}."
+        )
+    return model
+
+
+def _obstacle(model: nn.Module, block: Any) -> str | None:
+    """Why a block cannot be run as one node, which sees its weights alone, or None."""
+    reason = unlike(block, *_KINDS[type(model)])
+    if reason is not None:
+        return reason
+    if block.self_attn.dropout > 0:
+        return "a block's attention has dropout"
+    return lacks(_parts(block).weights)
+
+
+def _parts(block: Any) -> Parts:
+    attention, mlp = block.self_attn, block.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weights = Weights(
+        block.layer_norm1.weight, block.layer_norm1.bias,
+        tuple(layer.weight for layer in projections), tuple(layer.bias for layer in projections),
+        attention.out_proj.weight, attention.out_proj.bias, block.layer_norm2.weight, block.layer_norm2.bias,
+        mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+    )  # fmt: skip
+    return Parts(weights, _ACTIVATIONS[type(mlp.activation_fn)], (block.layer_norm1.eps, block.layer_norm2.eps))
+
+
+def _tensor(output: Any) -> Tensor:
+    """What transformers returned: a tensor before version 5, an output with the pooled embedding since; or a tuple."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class HuggingFaceImageTower(ImageTower):
+    """`model.vision_model` of such a model, and the projection of CLIP."""
+
+    parts = staticmethod(_parts)
+
+    def __init__(self, model: nn.Module):
+        self.model = _require(model)
+        self.vision = self.model.vision_model
+        config = self.vision.config
+        self.blocks, self.heads = self.vision.encoder.layers, config.num_attention_heads
+        self.image_size = (config.image_size, config.image_size)
+        one_node = pooled = next((reason for block in self.blocks if (reason := _obstacle(model, block))), None)
+        if isinstance(model, CLIPModel):
+            self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
+            self.head = (self.vision.post_layernorm, self.model.visual_projection)
+        else:
+            if not self.vision.use_head:
+                raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
+            self.embedding = (self.vision.embeddings,)
+            self.head = (self.vision.post_layernorm, self.vision.head)
+            pooled = pooled or "the tower pools over all tokens"
+        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
+
+    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return _tensor(self.model.get_image_features(pixel_values=inputs))
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        hidden = self.vision.embeddings(inputs)
+        return self.vision.pre_layrnorm(hidden) if isinstance(self.model, CLIPModel) else hidden
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        return _tensor(block(hidden, attention_mask=None))
+
+    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        if isinstance(self.model, CLIPModel):
+            return self.model.visual_projection(self.vision.post_layernorm(hidden[:, 0]))
+        return self.vision.head(self.vision.post_layernorm(hidden))
+
+
+class HuggingFaceTextTower(TextTower):
+    """`model.text_model` of such a model, over the tokens of the task's classes."""
+
+    parts = staticmethod(_parts)
+
+    def __init__(self, model: nn.Module, tokens: Tensor):
+        self.model = _require(model)
+        self.text = self.model.text_model
+        self.blocks, self.heads = self.text.encoder.layers, self.text.config.num_attention_heads
+        self.embedding = (self.text.embeddings,)
+        one_node = next((reason for block in self.blocks if (reason := _obstacle(model, block))), None)
+        if isinstance(model, CLIPModel):
+            self.head = (self.text.final_layer_norm, self.model.text_projection)
+            self.take(tokens, self._ends(tokens), one_node)
+        else:
+            self.head = (self.text.final_layer_norm, self.text.head)
+            last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+            self.take(tokens, last, one_node, causal="there is no mask", crop="every token sees every other")
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        end = self.text.config.eos_token_id
+        # Configs from before transformers 4.31 say 2 whatever the vocabulary; end-of-text is the largest id there.
+        return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
+
+    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return _tensor(self.model.get_text_features(input_ids=inputs))
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.text.embeddings(input_ids=inputs)
+
+    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+        return super().mask(inputs) if isinstance(self.model, CLIPModel) else None
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        return _tensor(block(hidden, attention_mask=None if mask is None else mask.to(hidden)))
+
+    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        hidden = self.text.final_layer_norm(hidden)
+        return self.model.text_projection(hidden) if isinstance(self.model, CLIPModel) else self.text.head(hidden)

@@ -1,0 +1,55 @@
+"""A step by the caller's own model: every layer, every class, the gradients that autograd finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import skipkernels as sk
+
+# Relative to the gradient's norm: two orders of summation through a few blocks at a temperature of 14. What is far
+# smaller than the largest gradient is rounding alone: a key's bias, for one, has none. fp32 is 2^29 times coarser.
+GRADIENT = {torch.float64: 1e-9, torch.float32: 2e-3}
+NEGLIGIBLE = {torch.float64: 1e-10, torch.float32: 1e-5}
+LOSS = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+def own_gradients(
+    clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss over all classes and the gradients of what SkipCLIP trains, by the model's own two embeddings."""
+    clip.model.zero_grad()
+    torch.manual_seed(0)
+    image, text = clip._image.own(images), clip._text.own(tokens)
+    image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
+    loss = nn.functional.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
+    loss.backward()
+    found = {name: p.grad for name, p in clip.model.named_parameters() if p.grad is not None}
+    clip.model.zero_grad()
+    return loss.detach(), found
+
+
+def assert_is_the_own_step(clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+    """Loss and every gradient of SkipCLIP's step over all classes are those of the caller's own model.
+
+    Both begin at the same seed: what the model draws in training, it draws twice.
+    """
+    dtype = images.dtype
+    loss, expected = own_gradients(clip, images, tokens, labels)
+    torch.manual_seed(0)
+    out = clip(images, labels)
+    assert len(out.class_ids) == len(tokens)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=LOSS[dtype])
+    out.loss.backward()
+    trained = {name: p for name, p in clip.model.named_parameters() if p.requires_grad}
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, parameter in trained.items():
+        if name not in expected:  # a parameter that the model itself does not use
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert (got - expected[name]).norm() <= GRADIENT[dtype] * expected[name].norm() + NEGLIGIBLE[dtype] * largest, (
+            name
+        )
+    clip.model.zero_grad()

@@ -1,0 +1,254 @@
+"""Text and image transformers of every family: the step is the caller's own, whatever is cut off and left out."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import transformers
+from models import TEXT, VISION, tiny_batch, tiny_clip, tiny_tokens
+from own_step import assert_is_the_own_step
+from torch import nn
+
+import skipkernels as sk
+from skipkernels.towers import UnsupportedModel
+
+CLASSES = 7
+SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+def random_weights(model: nn.Module) -> nn.Module:
+    """Every parameter of its own, biases and norms too, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("logit"):
+                parameter.fill_(2.5)
+            else:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.double()
+
+
+def openai_clip() -> nn.Module:
+    """OpenAI's model, in fp32, as its norms compute. From its file: its package asks for what setuptools lost."""
+    if "clip.model" not in sys.modules:
+        package = importlib.util.find_spec("clip")
+        assert package is not None and package.submodule_search_locations
+        file = Path(package.submodule_search_locations[0]) / "model.py"
+        spec = importlib.util.spec_from_file_location("clip.model", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["clip.model"] = module
+        spec.loader.exec_module(module)
+    kind = sys.modules["clip.model"].CLIP
+    torch.manual_seed(0)
+    return random_weights(kind(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()
+
+
+def hugging_face_clip(end: int = 2, activation: str = "quick_gelu", **attention) -> nn.Module:
+    text = {
+        **SMALL,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "vocab_size": 60,
+        "eos_token_id": end,
+        "projection_dim": 12,
+    }
+    vision = {**SMALL, "image_size": 16, "patch_size": 8, "projection_dim": 12}
+    config = transformers.CLIPConfig(
+        text_config={**text, "hidden_act": activation},
+        vision_config={**vision, "hidden_act": activation},
+        projection_dim=12,
+    )
+    torch.manual_seed(0)
+    return random_weights(transformers.AutoModel.from_config(config, **attention))
+
+
+def siglip(**attention) -> nn.Module:
+    text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24}
+    vision = {**SMALL, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    return random_weights(transformers.AutoModel.from_config(config, **attention))
+
+
+def coca(correct: bool = False, **vision) -> nn.Module:
+    pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 76}
+    decoder = {"context_length": 76, "width": 16, "heads": 2, "layers": 1, "vocab_size": 60}
+    torch.manual_seed(0)
+    width = VISION["width"] if vision else 12  # the poolers named in a config want the width of the tower
+    model = open_clip.CoCa(width, decoder, text, {**VISION, **pooler, **vision})
+    model.text.correct_cls_mask = correct  # no config has it
+    return random_weights(model)
+
+
+def with_encoder(tmp_path: Path, config: transformers.PretrainedConfig, pooler: str, projection: str = "linear"):
+    config.save_pretrained(tmp_path)
+    text = {
+        "hf_model_name": str(tmp_path),
+        "hf_model_pretrained": False,
+        "hf_pooler_type": pooler,
+        "hf_proj_type": projection,
+    }
+    torch.manual_seed(0)
+    return random_weights(open_clip.CustomTextCLIP(12, VISION, text))
+
+
+def encoder_tokens(padding: int = 1) -> torch.Tensor:
+    tokens = torch.full((CLASSES, 20), padding)
+    for i, row in enumerate(tokens):
+        row[: 4 + i % 4] = torch.tensor([0, 5, *range(10 + i, 11 + i + i % 4), 2])
+    return tokens
+
+
+# ---- one module a tower, two projections, a class token behind the padding -------------------------------------
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2, 3, (0, 3), (2, 1)], ids=lambda skip: f"skip{skip}")
+@pytest.mark.parametrize(
+    "make",
+    [
+        openai_clip,
+        hugging_face_clip,
+        lambda: hugging_face_clip(end=59, activation="gelu"),
+        lambda: hugging_face_clip(attn_implementation="eager").float(),  # its softmax is in fp32
+        siglip,
+        lambda: siglip(attn_implementation="eager").float(),
+        coca,
+        lambda: coca(correct=True),
+    ],
+    ids=["openai", "hf", "hf_eos", "hf_eager", "siglip", "siglip_eager", "coca", "coca_correct"],
+)
+def test_the_step_is_the_models_own(make, skip):
+    model = make()
+    images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
+    tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
+    assert_is_the_own_step(clip, images, tokens, labels)
+    assert clip.reductions["text.one_node_a_block"] is clip.reductions["image.one_node_a_block"] is None
+    if not type(model).__name__.startswith("Siglip"):
+        assert clip.reductions["text.text_crop"] is clip.reductions["text.shared_prefix"] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "pooler", "projection"),
+    [
+        (transformers.RobertaConfig, "mean_pooler", "mlp"),
+        (transformers.XLMRobertaConfig, "mean_pooler", "linear"),
+        (transformers.XLMRobertaConfig, "cls_pooler", "linear"),
+        (transformers.BertConfig, "cls_last_hidden_state_pooler", "linear"),
+    ],
+    ids=["roberta", "xlm_roberta", "xlm_roberta_cls", "bert"],
+)
+@pytest.mark.parametrize("skip", [0, 2, (1, 3)], ids=lambda skip: f"skip{skip}")
+def test_text_encoders_of_transformers(tmp_path, config, pooler, projection, skip):
+    chosen = config(**SMALL, vocab_size=60, max_position_embeddings=30, pad_token_id=1, type_vocab_size=1)
+    model = with_encoder(tmp_path, chosen, pooler, projection).eval()
+    check_encoder(model, skip)
+
+
+@pytest.mark.parametrize("skip", [0, 2, (1, 3)], ids=lambda skip: f"skip{skip}")
+@pytest.mark.parametrize("kind", ["mt5", "nllb"])
+def test_encoders_of_translators(tmp_path, kind, skip):
+    if kind == "mt5":
+        config = transformers.MT5Config(
+            d_model=24, d_kv=8, d_ff=48, num_layers=3, num_heads=3, vocab_size=60, pad_token_id=1
+        )
+        model = with_encoder(tmp_path, config, "mean_pooler")
+    else:
+        config = transformers.M2M100Config(
+            d_model=24, encoder_layers=3, decoder_layers=1, encoder_attention_heads=3, decoder_attention_heads=3,
+            encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60, max_position_embeddings=30, pad_token_id=1,
+            encoder_layerdrop=0.0,
+        )  # fmt: skip
+        model = with_encoder(tmp_path, config, "cls_pooler")
+    check_encoder(model.eval(), skip)
+
+
+def check_encoder(model, skip):
+    tokens, (images, labels) = encoder_tokens(), tiny_batch(3, CLASSES)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
+    assert clip._text.tokens.shape[1] == 7 < tokens.shape[1]
+    assert "runs as your module" in clip.reductions["text.one_node_a_block"]
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
+def test_an_encoder_that_skips_blocks_at_random_is_refused(tmp_path):
+    config = transformers.M2M100Config(
+        d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3, decoder_attention_heads=3,
+        vocab_size=60, pad_token_id=1, encoder_layerdrop=0.1,
+    )  # fmt: skip
+    model = with_encoder(tmp_path, config, "cls_pooler")
+    with pytest.raises(UnsupportedModel, match="encoder_layerdrop"):
+        sk.SkipCLIP(model, encoder_tokens(), skip_layers=1)
+
+
+# ---- prompts that are not as CoCa's mask expects them ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("kind", ["padding_inside", "full"])
+def test_coca_with_prompts_whose_padding_is_elsewhere(kind, correct):
+    model, tokens, (images, labels) = coca(correct), tiny_tokens(CLASSES, context=76), tiny_batch(3, CLASSES)
+    if kind == "full":
+        tokens[2, 2:] = torch.arange(74) % 50 + 1
+    else:
+        tokens[2, 2] = 0  # "!" of open_clip's vocabulary
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    full_but_plain = kind == "full" and correct
+    assert (clip.reductions["text.shared_prefix"] is None) == full_but_plain
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
+def test_a_mask_of_the_padding_alone():
+    text = {"no_causal_mask": True, "pool_type": "argmax"}
+    model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(CLASSES)
+    model.text.use_pad_mask = True  # no config has it
+    images, labels = tiny_batch(3, CLASSES)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert clip.reductions["text.text_crop"] is None and clip._text.tokens.shape[1] < 10
+    assert "later ones" in clip.reductions["text.shared_prefix"]
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
+# ---- altered models --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip, coca], ids=["openai", "hf", "siglip", "coca"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_hook_on_a_block_is_followed(make, tower):
+    model = make()
+    images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
+    tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
+    plain = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    block = getattr(plain, f"_{tower}").blocks[2]
+    norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
+    norm.register_forward_hook(lambda mod, args, out: out * 1.01)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert "hooks" in clip.reductions[f"{tower}.one_node_a_block"]
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
+def test_openai_in_half_precision_keeps_its_norms_in_fp32():
+    """As `clip.load` leaves a model on a GPU."""
+    model = openai_clip()
+    sys.modules["clip.model"].convert_weights(model)
+    tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    out = clip(images, labels)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in clip.trainable_parameters())
+
+
+def test_what_no_family_handles_is_refused():
+    with pytest.raises(UnsupportedModel, match=r"parallel attentional pooler leaves an axis"):
+        sk.SkipCLIP(coca(attentional_pool="parallel"), tiny_tokens(4), skip_layers=1)
+    with pytest.raises(UnsupportedModel, match="of open_clip, of OpenAI's clip or of Hugging Face's"):
+        sk.SkipCLIP(nn.Linear(2, 2), tiny_tokens(4), skip_layers=1)
+    bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=60))
+    with pytest.raises(UnsupportedModel, match="CLIPModel and SiglipModel are handled; got BertModel"):
+        sk.SkipCLIP(bert, tiny_tokens(4), skip_layers=1)

@@ -1,0 +1,93 @@
+"""xformers as a backend of attention. Without a GPU its masks are materialised and put into plain attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import xformers.ops
+from models import tiny_batch, tiny_clip, tiny_tokens
+
+import skipkernels as sk
+from skipkernels.towers import xformers as towers_xformers
+from skipkernels.towers.prompts import SharedPrefix
+
+CLASSES = 9
+
+
+def by_its_mask(query, key, value, attn_bias=None):
+    """What `memory_efficient_attention` promises: softmax(query · key / √E + bias) · value, over [n, tokens, H, E]."""
+    logits = torch.einsum("nqhe,nkhe->nhqk", query, key) / query.shape[-1] ** 0.5
+    if attn_bias is not None:
+        logits = logits + attn_bias.materialize((query.shape[1], key.shape[1]), logits.dtype)
+    return torch.einsum("nhqk,nkhe->nqhe", logits.softmax(-1), value)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = []
+
+    def attention(query, key, value, attn_bias=None):
+        seen.append(type(attn_bias).__name__)
+        return by_its_mask(query, key, value, attn_bias)
+
+    monkeypatch.setattr(xformers.ops, "memory_efficient_attention", attention)
+    return seen
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "of_one_length"])
+@pytest.mark.parametrize("memory", ["fast", "min"])
+def test_the_same_step(calls, monkeypatch, memory, packed):
+    if not packed:
+        monkeypatch.setattr(SharedPrefix, "_packs", lambda self, device: False)
+    images, labels = tiny_batch(4, CLASSES)
+    losses, gradients = [], []
+    for attention in ("sdpa", "xformers"):
+        model = tiny_clip()
+        clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1, attention=attention, memory=memory)
+        loss = clip(images, labels).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert bool(calls) == (attention == "xformers")
+    assert {"NoneType", "LowerTriangularMask", "BlockDiagonalCausalFromBottomRightMask"} == set(calls)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask():
+    """A prefix of no tokens: xformers' two masks are then one."""
+    masks = xformers.ops.fmha.attn_bias
+    for lengths in ([3, 1, 4], [1], [2, 2]):
+        ours = masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(lengths, lengths)
+        theirs = masks.BlockDiagonalCausalMask.from_seqlens(lengths)
+        shape = (sum(lengths), sum(lengths))
+        assert ours.materialize(shape).equal(theirs.materialize(shape))
+
+
+def test_asked_for_where_it_cannot_serve():
+    reason = towers_xformers.unusable(torch.device("cpu"), torch.float32, 8)
+    assert "No operator found" in reason
+    with pytest.raises(ValueError, match='attention="xformers" cannot serve here: No operator found'):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="xformers")
+    with pytest.raises(ValueError, match="attention must be"):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="flash")
+
+
+def test_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "xformers", None)
+    assert "xformers" in towers_xformers.unusable(torch.device("cpu"), torch.float32, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_the_same_step_on_a_gpu(dtype):
+    """Another order of summation in half precision, through three blocks: a few units of the last place of 8 bits."""
+    images, labels = tiny_batch(4, CLASSES, dtype)
+    losses = []
+    for attention in ("sdpa", "xformers"):
+        model = tiny_clip(dtype, vision={"head_width": 8}).cuda()
+        clip = sk.SkipCLIP(model, tiny_tokens(CLASSES).cuda(), skip_layers=1, attention=attention)
+        losses.append(clip(images.cuda(), labels.cuda()).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
