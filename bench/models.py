@@ -1,24 +1,31 @@
-"""Which of open_clip's models SkipCLIP handles, and how exactly: docs/models.md.
+"""Which models SkipCLIP handles, and how exactly: docs/models.md.
 
     python -m bench.models
     python -m bench.models --model ViT-B-32 coca_base
 
-Builds every config of `open_clip.list_models()` with random weights and at most three blocks a tower, everything else
-as it is, cuts it below the second block, and compares the loss of a batch over all classes and the gradient of every
-weight above the cut with those of the model's own forward. Configs that name a timm image tower or a Hugging Face text
-tower are refused by their type and are not built.
+Builds every config of `open_clip.list_models()`, and OpenAI's and Hugging Face's own models, with random weights and
+few blocks, everything else as it is, cuts them below the second block, and compares the loss of a batch over all
+classes and the gradient of every weight above the cut with those of the model's own forward.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import importlib.util
 import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import open_clip
+import timm
 import torch
+import transformers
 from open_clip.factory import get_model_config
 from rich.progress import track
 
@@ -30,10 +37,32 @@ from . import measure
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 BLOCKS = 3
 NAME_LENGTHS = (1, 2, 3, 1)  # tokens of each class's name
+VOCABULARY = 3000  # of text encoders, whose own of 250,000 would be all that takes time here
+
+# What the configs of these text encoders say, as published with them; layers and vocabulary are reduced.
+_ROBERTA = {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY, "max_position_embeddings": 514, "pad_token_id": 1}
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+_MT5 = {"num_layers": BLOCKS, "vocab_size": VOCABULARY, "d_kv": 64}
+_NLLB = {
+    "d_model": 1024,
+    "encoder_layers": BLOCKS,
+    "decoder_layers": 1,
+    "vocab_size": VOCABULARY,
+    "encoder_layerdrop": 0,
+}
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "roberta-base": lambda: transformers.RobertaConfig(**_ROBERTA, type_vocab_size=1),
+    "xlm-roberta-base": lambda: transformers.XLMRobertaConfig(**_ROBERTA, type_vocab_size=1),
+    "xlm-roberta-large": lambda: transformers.XLMRobertaConfig(**_ROBERTA, **_LARGE, type_vocab_size=1),
+    "google/mt5-base": lambda: transformers.MT5Config(**_MT5, d_model=768, d_ff=2048, num_heads=12),
+    "google/mt5-xl": lambda: transformers.MT5Config(**_MT5, d_model=2048, d_ff=5120, num_heads=32),
+    "facebook/nllb-200-distilled-600M": lambda: transformers.M2M100Config(**_NLLB, encoder_ffn_dim=4096),
+    "facebook/nllb-200-distilled-1.3B": lambda: transformers.M2M100Config(**_NLLB, encoder_ffn_dim=8192),
+}
 
 
 class Row(NamedTuple):
-    """What became of a config."""
+    """What became of a model."""
 
     name: str
     refused: str = ""
@@ -44,7 +73,8 @@ class Row(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=open_clip.list_models(), help="configs; all by default")
+    names = [*open_clip.list_models(), *OTHERS]
+    parser.add_argument("--model", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # open_clip warns of random weights
@@ -56,38 +86,98 @@ def main() -> None:
 
 
 def row_of(name: str) -> Row:
-    """Build a config, reduced, and compare."""
-    config = get_model_config(name)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision:
-        return Row(name, f"the image tower is timm's {vision['timm_model_name']}")
-    if "hf_model_name" in text:
-        return Row(name, f"the text tower is Hugging Face's {text['hf_model_name']}")
-    for part in (vision, text):
-        if isinstance(part.get("layers", 12), int):
-            part["layers"] = min(part.get("layers", 12), BLOCKS)
+    """Build a model, reduced, and compare."""
+    torch.manual_seed(0)
     try:
-        return compare(name, config)
+        model, tokens = OTHERS[name]() if name in OTHERS else of_open_clip(name)
+        return compare(name, model.eval(), tokens)
     except UnsupportedModel as error:
         return Row(name, str(error).removeprefix("SkipCLIP: "))
     finally:
         gc.collect()
 
 
-def compare(name: str, config: dict[str, Any]) -> Row:
-    """Loss and gradients over all classes, against the model's own forward."""
-    torch.manual_seed(0)
-    custom = config.pop("custom_text", False)
+def of_open_clip(name: str) -> tuple[Any, torch.Tensor]:
+    """A config of open_clip as a model with few blocks, and prompts for it."""
+    config = get_model_config(name)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    for part in (vision, text):
+        layers = part.get("layers", 12)
+        part["layers"] = [1] * len(layers) if isinstance(layers, list) else min(layers, BLOCKS)
+    custom = config.pop("custom_text", False) or "timm_model_name" in vision or "hf_model_name" in text
     kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    model = kind(**config)
-    tokens = prompts(config["text_cfg"])
+    tokens = prompts(text)
+    with few_blocks_of_timm(), tempfile.TemporaryDirectory() as folder:
+        if "hf_model_name" in text:
+            encoder = ENCODERS[text["hf_model_name"]]()
+            encoder.save_pretrained(folder)  # a folder for a name: nothing is downloaded
+            text |= {"hf_model_name": folder, "hf_model_pretrained": False}
+            tokens = encoder_prompts(encoder.pad_token_id)
+        return kind(**config), tokens
+
+
+@contextlib.contextmanager
+def few_blocks_of_timm() -> Iterator[None]:
+    """timm makes its models with few blocks meanwhile: open_clip passes no more than their names."""
+    create = timm.create_model
+
+    def create_small(name: str, **rest: Any) -> Any:
+        with torch.device("meta"):
+            whole = create(name)
+        stages = getattr(whole, "stages", getattr(whole, "layers", None))
+        if stages is None:
+            return create(name, **rest, depth=BLOCKS)
+        each = (1,) * (len(stages) - 1) + (2,)
+        return create(name, **rest, **{"layers" if type(whole).__name__ == "FastVit" else "depths": each})
+
+    with mock.patch.object(timm, "create_model", create_small):
+        yield
+
+
+def of_openai(vision_layers: Any, width: int, patch: int | None, heads: int) -> tuple[Any, torch.Tensor]:
+    """OpenAI's own class, from its file: its package reads its vocabulary with what setuptools no longer has."""
+    package = importlib.util.find_spec("clip")
+    assert package is not None and package.submodule_search_locations, "pip install clip-anytorch"
+    spec = importlib.util.spec_from_file_location(
+        "clip.model", Path(package.submodule_search_locations[0]) / "model.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules.setdefault("clip.model", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    model = module.CLIP(512, 224, vision_layers, width, patch, 77, 49408, 512, heads, BLOCKS)
+    return model, prompts({})
+
+
+def of_hugging_face(config: Any, **changes: Any) -> tuple[Any, torch.Tensor]:
+    """Their own class with the config that it has by default, which is that of the base model."""
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = BLOCKS
+    text = config.text_config
+    tokens = prompts({"vocab_size": text.vocab_size, "context_length": text.max_position_embeddings})
+    return transformers.AutoModel.from_config(config, **changes), tokens
+
+
+OTHERS: dict[str, Callable[[], tuple[Any, torch.Tensor]]] = {
+    "OpenAI clip, ViT-B/32": lambda: of_openai(BLOCKS, 768, 32, 8),
+    "OpenAI clip, RN50": lambda: of_openai((1, 1, 1, 1), 64, None, 8),
+    "transformers CLIPModel, ViT-B/32": lambda: of_hugging_face(transformers.CLIPConfig()),
+    "transformers CLIPModel, eager attention": lambda: of_hugging_face(
+        transformers.CLIPConfig(), attn_implementation="eager"
+    ),
+    "transformers SiglipModel, ViT-B/16": lambda: of_hugging_face(transformers.SiglipConfig()),
+}
+
+
+def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
+    """Loss and gradients over all classes, against the model's own forward."""
+    with torch.no_grad():
+        model.logit_scale.fill_(2.7)  # that of CLIP in the beginning, whatever the model's
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     images, labels = torch.randn(2, 3, *clip._image.image_size), torch.tensor([1, 3])
     out = clip(images, labels)
     out.loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    image, text = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+    image, text = (torch.nn.functional.normalize(x, dim=-1) for x in (clip._image.own(images), clip._text.own(tokens)))
     loss = torch.nn.functional.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
     loss.backward()
     # A gradient is compared where it is more than rounding: a key's bias, for one, changes nothing.
@@ -113,18 +203,26 @@ def prompts(text: dict[str, Any]) -> torch.Tensor:
     return tokens
 
 
+def encoder_prompts(padding: int) -> torch.Tensor:
+    """The same for a text encoder of transformers."""
+    tokens = prompts({"vocab_size": VOCABULARY})
+    return torch.where(tokens == 0, padding, tokens)
+
+
 def markdown(rows: list[Row]) -> str:
     """The page."""
-    handled = [row for row in rows if not row.refused]
+    handled, of_configs = [row for row in rows if not row.refused], [row for row in rows if row.name not in OTHERS]
     machine = measure.machine(torch.device("cpu"))
     lines = [
         "# Models",
         "",
-        f"Written by `python -m bench.models` (open_clip {open_clip.__version__}, PyTorch {machine['torch']}): "
-        f"{len(handled)} of {len(rows)} configs are handled, the others are refused when SkipCLIP is made, with the "
-        "reason. Random weights, at most three blocks a tower, everything else as the config has it; fp32, the cut "
-        "below the second block, all classes kept. Errors are relative, against the model's own forward; of gradients "
-        "the largest of any weight.",
+        f"Written by `python -m bench.models` (open_clip {open_clip.__version__}, timm {timm.__version__}, "
+        f"transformers {transformers.__version__}, PyTorch {machine['torch']}): of open_clip's {len(of_configs)} configs "
+        f"{sum(not row.refused for row in of_configs)} are handled, the others are refused when SkipCLIP is made, with "
+        "the reason. Random weights, three transformer blocks a tower or one or two in each stage of others, text "
+        f"encoders of transformers with {VOCABULARY:,} tokens, everything else as the config has it; fp32, evaluation "
+        "mode, the cut below the second block, all classes kept. Errors are relative, against the model's own forward; "
+        "of gradients the largest of any weight.",
         "",
         "| handled | reductions that are off | error of the loss | of a gradient |",
         "|---|---|---|---|",

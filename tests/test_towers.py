@@ -40,9 +40,8 @@ def gradients(out, block, hidden):
 
 def in_rows(block, hidden, minimal=False, rows=None):
     heads = block.attn.num_heads
-    attend = (
-        partial(sequences, by=SDPA, n=N, heads=heads, mask=None) if rows is None else partial(pooled, heads=heads, mask=None)
-    )
+    every = partial(sequences, by=SDPA, n=N, heads=heads, mask=None)
+    attend = every if rows is None else partial(pooled, heads=heads, mask=None)
     weights, kind, eps = parts(block)
     return run_block(Spec(attend, kind, eps, hidden.dtype, minimal), hidden.flatten(0, 1), weights, rows)
 

@@ -36,9 +36,9 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTowe
     if package == "open_clip":
         return _open_clip(model, tokens)
     if package == "clip":
-        from .openai import OpenAIImageTower, OpenAITextTower
+        from .openai import OpenAITextTower, openai_image_tower
 
-        return OpenAIImageTower(model), OpenAITextTower(model, tokens)
+        return openai_image_tower(model), OpenAITextTower(model, tokens)
     if package == "transformers":
         from .hugging_face import HuggingFaceImageTower, HuggingFaceTextTower
 

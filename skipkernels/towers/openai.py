@@ -1,4 +1,4 @@
-"""OpenAI's `clip.model.CLIP`, as `clip.load` gives it (not scripted): vision transformer and causal text transformer.
+"""OpenAI's `clip.model.CLIP`, as `clip.load` gives it (not scripted): vision transformer, causal text transformer.
 
 Its blocks take [tokens, n, W] and bring their own mask, of the first tokens or of no tokens.
 """
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .base import ImageTower, TextTower
+from .base import ImageTower, TextTower, UnsupportedModel
 from .block import Parts, Weights
 from .plain import lacks, unlike
+from .staged import ResNetTower
 
 
 def _obstacle(block: Any) -> str | None:
@@ -47,6 +48,16 @@ def _parts(block: Any) -> Parts:
 
 def _call(block: nn.Module, hidden: Tensor) -> Tensor:
     return block(hidden.transpose(0, 1)).transpose(0, 1)
+
+
+def openai_image_tower(model: Any) -> ImageTower:
+    """The image tower of such a model: a vision transformer or a ResNet."""
+    kind = type(model.visual).__name__
+    if kind not in ("VisionTransformer", "ModifiedResNet"):
+        raise UnsupportedModel(
+            f"SkipCLIP: the image tower must be a VisionTransformer or a ModifiedResNet; got {kind}."
+        )
+    return OpenAIImageTower(model) if kind == "VisionTransformer" else ResNetTower(model)
 
 
 class OpenAIImageTower(ImageTower):
