@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from skipkernels.tuning.memory import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
+CPU = torch.device("cpu")
 
 
 def saved_bytes(step: Callable[[], Any]) -> int:
@@ -36,6 +38,40 @@ def saved_bytes(step: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep_alive = step()  # noqa: F841  a freed storage's address may be used again
     return sum(storages.values())
+
+
+def gradient_bytes(loss: torch.Tensor) -> int:
+    """Most bytes of gradients of leaves that are alive at once during `loss.backward()`, which is done here.
+
+    Counted from the node that computes a gradient on, each storage once, until it is freed.
+    """
+    alive: dict[StorageWeakRef, int] = {}
+    peak = 0
+
+    def watch(node: torch.autograd.graph.Node) -> None:
+        into_leaf = [hasattr(following, "variable") for following, _ in node.next_functions]
+
+        def count(gradients: tuple[torch.Tensor | None, ...], _: Any) -> None:
+            nonlocal peak
+            for gradient, wanted in zip(gradients, into_leaf, strict=True):
+                if gradient is not None and wanted:
+                    storage = gradient.untyped_storage()
+                    alive[StorageWeakRef(storage)] = storage.nbytes()
+            peak = max(peak, sum(size for storage, size in alive.items() if not storage.expired()))
+
+        node.register_hook(count)
+
+    found: set[torch.autograd.graph.Node | None] = {None}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            watch(node)
+            waiting += [following for following, _ in node.next_functions]
+    del found, waiting, node  # they would keep what backward frees
+    loss.backward()
+    return peak
 
 
 def time_alternately(
@@ -59,15 +95,18 @@ def time_alternately(
     return seconds
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """How far resident memory rises above its start during one call (on Linux; 0 where it cannot be told)."""
+def peak_bytes(function: Callable[[], Any], device: torch.device = CPU) -> int:
+    """How far memory rises above its start during one call: what is allocated on a GPU; else resident memory.
+
+    That is told on Linux; 0 where it cannot be.
+    """
     function()  # what is allocated once and kept is not the call's
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    if not Path("/proc/self/status").exists():
+    if device.type == "cpu" and not Path("/proc/self/status").exists():
         return 0
     gc.collect()
-    memory = PeakMemory(torch.device("cpu"))
+    memory = PeakMemory(device)
     before = memory.read()
     function()
     return memory.read() - before
@@ -99,6 +138,21 @@ def synchronize(device: torch.device) -> None:
 def quantile(values: list[float], q: float) -> float:
     """Of a sample, by linear interpolation."""
     return torch.tensor(values, dtype=torch.float64).quantile(q).item()
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    """The columns of a row that say how long something takes."""
+    return {f"p{q}_ms": round(1000 * quantile(seconds, q / 100), 1) for q in (20, 50, 80)}
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Those columns, to print."""
+    return f"{row['p50_ms']:9.1f} ms  (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})"
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Of what was measured in the same rounds."""
+    return quantile([above / below for above, below in zip(numerators, denominators, strict=True)], 0.5)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

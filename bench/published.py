@@ -15,7 +15,10 @@ from skipkernels.selection import RankSampler
 
 
 class PublishedStep:
-    """(features at the cut [B, N, W], labels [B]) → (loss, class ids)."""
+    """(features at the cut [B, N, W], labels [B]) → (loss, class ids).
+
+    The classes are drawn, unless they are given: another precision may choose others, and the two be compared.
+    """
 
     def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int, sampler: RankSampler):
         self.model, self.tokens, self.skip, self.sampler = model, tokens, skip, sampler
@@ -34,17 +37,13 @@ class PublishedStep:
                 hidden = block(hidden)
         return hidden
 
-    def __call__(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, features: Tensor, labels: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         model, visual = self.model, self.model.visual
         hidden = features
         for block in visual.transformer.resblocks[self.skip :]:
             hidden = block(hidden)
         image = F.normalize(visual._pool(hidden)[0] @ visual.proj, dim=-1)
-        with torch.no_grad():
-            scores = (image @ self.prototypes.T).amax(dim=0)
-            scores[labels] = torch.inf
-            order = scores.argsort(descending=True, stable=True)
-            class_ids = order[self.sampler.draw(len(scores), len(labels))].sort().values
+        class_ids = self.choose(image, labels) if class_ids is None else class_ids
         text = self.text_features[class_ids]
         for block in model.transformer.resblocks[self.skip :]:
             text = block(text, attn_mask=model.attn_mask)
@@ -52,3 +51,11 @@ class PublishedStep:
         text = F.normalize(model.ln_final(text)[torch.arange(len(ends)), ends] @ model.text_projection, dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
         return F.cross_entropy(logits, torch.searchsorted(class_ids, labels.contiguous())), class_ids
+
+    @torch.no_grad()
+    def choose(self, image: Tensor, labels: Tensor) -> Tensor:
+        """The classes of a step, [K] in ascending order."""
+        scores = (image @ self.prototypes.T).amax(dim=0)
+        scores[labels] = torch.inf
+        order = scores.argsort(descending=True, stable=True)
+        return order[self.sampler.draw(len(scores), len(labels))].sort().values

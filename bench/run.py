@@ -78,8 +78,7 @@ def rows_of(case: Case, seconds: float) -> list[dict[str, Any]]:
         for q in (20, 50, 80):
             row[f"p{q}_ms"] = f"{1000 * measure.quantile(times[name], q / 100):.3f}"
         if name != "skipkernels" and "skipkernels" in runs:
-            ratios = [theirs / ours for theirs, ours in zip(times[name], times["skipkernels"], strict=True)]
-            row["faster"] = f"{measure.quantile(ratios, 0.5):.2f}"
+            row["faster"] = f"{measure.median_ratio(times[name], times['skipkernels']):.2f}"
             row["wanted"] = case.target if name == "eager" else ""
         row["peak_mib"] = f"{measure.peak_bytes(case.runs[name]) / 2**20:.1f}"
         row["of_copy"] = f"{measure.quantile(times['copy'], 0.5) / measure.quantile(times[name], 0.5):.2f}"

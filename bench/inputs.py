@@ -1,0 +1,69 @@
+"""What the benchmarks of a whole model run on: their common options, and random inputs of the size that these name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from skipkernels.tuning.model import RANDOM, load_model
+
+PRECISIONS = ("fp32", "bf16")
+
+
+class Inputs(NamedTuple):
+    """A CLIP with random weights, and what it is asked about.
+
+    Attributes:
+        model: An open_clip `CLIP`.
+        tokens: [C, L], the prompts of all classes.
+        images: [B, 3, height, width].
+        labels: [B], one class for all images: with the published sampler a batch holds images of one class.
+    """
+
+    model: Any
+    tokens: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that all have, to which a command adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random")
+    parser.add_argument("--batch", type=int, help="images in a batch")
+    parser.add_argument("--classes", type=int)
+    parser.add_argument("--skip-layers", type=int, default=6)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
+    """The same on each call."""
+    clip, _, tokenizer = load_model(model, RANDOM, device)
+    tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
+    torch.manual_seed(0)
+    pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)
+    return Inputs(clip, tokens, pixels, torch.randint(classes, (1,), device=device).expand(images))
+
+
+def class_names(count: int) -> list[str]:
+    """Names of one to three words, as real class names are."""
+    words = "red small old wild great common northern striped golden spotted river mountain".split()
+    things = "dog cat bird car house tree fish boat chair lamp".split()
+    pairs = [f"{a} {thing}" for a in words for thing in things]
+    names = [*things, *pairs, *(f"{a} {pair}" for a in words for pair in pairs)]
+    if count > len(names):
+        raise SystemExit(f"--classes: there are names for {len(names)}; got {count}.")
+    return names[:count]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """In which a model computes in this precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
