@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.ops import backends
+    from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClassSelection",
+    "FusedSGD",
     "LSkipBoundary",
     "SkipCLIP",
     "SkipOutput",
@@ -32,6 +34,7 @@ __all__ = [
 _SUBMODULES = ("functional", "reference")
 _HOME = {  # public name → the module it is in
     "ClassSelection": "selection",
+    "FusedSGD": "optimizer",
     "LSkipBoundary": "boundary",
     "SkipCLIP": "clip",
     "SkipOutput": "clip",

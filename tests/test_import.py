@@ -19,7 +19,7 @@ LAYERS = [
     ("_extension", "checks", "reference"),
     ("ops",),
     ("functional",),
-    ("boundary", "selection", "towers"),
+    ("boundary", "optimizer", "selection", "towers"),
     ("clip",),
     ("cache", "data", "tuning"),
     ("integrations", "cli", "__main__"),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import skipkernels.tuning.loop as loop
 from skipkernels.cli import main
 from skipkernels.data import InputError
+from skipkernels.optimizer import FusedSGD
 from skipkernels.tuning import Accuracy, TuneConfig, evaluate_run, tune
 from skipkernels.tuning.config import PUBLISHED
 from skipkernels.tuning.model import load_model
@@ -85,6 +86,18 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     assert {k: v for k, v in again.items() if k != "cost"} == {k: v for k, v in metrics.items() if k != "cost"}
     other = tune(small(tmp_path / "other", seed=1))
     assert other["tuned"] != metrics["tuned"] or other["zero_shot"] != metrics["zero_shot"]
+
+
+def test_the_fused_optimizer_gives_the_same_numbers(run, tmp_path, monkeypatch):
+    folder, metrics = run
+    made = []
+    monkeypatch.setattr(loop, "FusedSGD", lambda *args, **kwargs: made.append(args) or FusedSGD(*args, **kwargs))
+    fused = tune(small(tmp_path, fused_optimizer=True))
+    assert len(made) == 1
+    assert {k: v for k, v in fused.items() if k != "cost"} == {k: v for k, v in metrics.items() if k != "cost"}
+    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (folder, tmp_path)]
+    expected, losses = ([json.loads(line)["loss"] for line in epochs] for epochs in lines)
+    assert losses == pytest.approx(expected, rel=1e-5), "the two round in other places"
 
 
 def test_below_the_cut_nothing_moves_and_above_it_does(run):
@@ -236,7 +249,7 @@ def fails(arguments, capsys) -> str:
         (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
         (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
         (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
-        (["--model", "RN50", "--pretrained", "random"], "VisionTransformer"),
+        (["--attention", "xformers"], 'attention="xformers" cannot serve here'),
         (["--skip-layers", "7"], "whole number from 0 to 6"),
         (["--keep-ratio", "0"], "keep_ratio must be above 0"),
         (["--decay", "-1"], "decay must be above 0"),
@@ -310,6 +323,15 @@ def test_files_that_are_no_weights(tmp_path, content, capsys):
 
 def test_eval_takes_the_runs_own_checkpoint_only(run, capsys):
     assert "folder of a run" in fails(["eval", "--checkpoint", run[0] / "other.safetensors"], capsys)
+
+
+def test_a_tokenizer_that_cannot_be_had(monkeypatch, tmp_path, capsys):
+    def get_tokenizer(name):
+        raise OSError("We couldn't connect to load the files.")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", get_tokenizer)
+    error = fails(["tune", "--out", tmp_path / "run"], capsys)
+    assert "tokenizer of glyph-tiny" in error and "couldn't connect" in error and "pip install" in error
 
 
 def test_the_transform_of_a_tag_does_not_need_its_weights():

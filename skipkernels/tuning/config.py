@@ -16,6 +16,7 @@ from ..data.glyph_tiny import NAME as GLYPH_TINY
 from ..data.samplers import SamplerKind
 from ..selection import Tail
 from ..towers import Memory
+from ..towers.attend import Attention
 
 Method = Literal["skip", "full"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -91,6 +92,10 @@ class TuneConfig:
     """bf16 computes in bf16 and keeps weights in fp32; auto is bf16 on a GPU that has it, else fp32."""
     memory: Memory = "auto"
     """What a block keeps for backward. fast: all but what is cheap. min: its input. auto: fast where that fits."""
+    attention: Attention = "sdpa"
+    """Who computes attention. sdpa: PyTorch. xformers: on a GPU, where it is installed."""
+    fused_optimizer: bool = False
+    """Update each weight inside backward and free its gradient: gradients never add up to a copy of the model."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
     seed: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,6 +69,7 @@ class Evaluator:
                     decay=config.decay,
                     tail=config.tail,
                     memory=config.memory,
+                    attention=config.attention,
                     generator=torch.Generator().manual_seed(config.seed),
                 )
             except (ValueError, RuntimeError) as error:
@@ -130,7 +131,9 @@ def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracy:
         InputError: If the folder is not a run's, or its checkpoint is damaged.
     """
     config = TuneConfig.from_yaml(folder / CONFIG)
-    config = TuneConfig(**{**vars(config), "device": device or config.device}).resolved()
+    if device is not None:  # on which xformers may not serve
+        config = replace(config, device=device, attention="sdpa")
+    config = config.resolved()
     if not (folder / CHECKPOINT).is_file():
         raise InputError(f"{folder / CHECKPOINT}: no such file; the run stopped before its first epoch was complete.")
     on = torch.device(config.device)

@@ -24,6 +24,7 @@ from ..cache import replace_file
 from ..clip import SkipCLIP
 from ..data import BaseToNew, InputError
 from ..data.samplers import BatchSampler
+from ..optimizer import FusedSGD
 from .config import TuneConfig
 from .evaluation import CHECKPOINT, CONFIG, Accuracy, Evaluator, load_task
 from .memory import PeakMemory
@@ -177,7 +178,8 @@ class _Trainer:
         clip = evaluator.base
         self.step = skip_step(clip) if config.method == "skip" else full_step(model, evaluator.base_tokens)
         groups = clip.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
-        self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        sgd = FusedSGD if config.fused_optimizer else torch.optim.SGD
+        self.optimizer = sgd(groups, momentum=config.momentum, weight_decay=config.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, [partial(epoch_factor, config=config, base_lr=group["lr"]) for group in groups]
         )

@@ -1,0 +1,443 @@
+"""FusedSGD against `torch.optim.SGD`, what it keeps alive, what a checkpoint continues, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import warnings
+
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+from torch import nn
+
+import skipkernels as sk
+from bench.measure import gradient_bytes
+from skipkernels import functional
+
+HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+# Largest difference of a weight of size 1 after a few steps: the two round in other places, and the next gradient sees
+# it. fp64 and fp32: some units of the last place. bf16: a unit or two, of 2⁻⁸, in each of the steps.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+class Net(nn.Module):
+    """A few weights of any shape, one of them not contiguous, one used twice, one in no loss."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
+
+        self.first, self.twice, self.scale, self.unused = weight(5, 7), weight(7, 7), weight(1), weight(3)
+        self.first.data = self.first.data.T.contiguous().T
+
+    def loss(self, seed: int) -> torch.Tensor:
+        inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        hidden = (inputs.to(self.first.dtype) @ self.first).tanh() @ self.twice
+        return (self.scale * (hidden.tanh() @ self.twice)).square().mean()
+
+    def groups(self) -> list[dict]:
+        return [{"params": [self.first, self.unused]}, {"params": [self.twice, self.scale], "lr": 0.03}]
+
+
+def train(net: Net, optimizer: torch.optim.Optimizer, steps: range = range(4), schedule=None) -> Net:
+    for step in steps:
+        net.loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
+    return net
+
+
+def trained_by_torch(dtype: torch.dtype = torch.float64, **options) -> Net:
+    net = Net(dtype)
+    return train(net, torch.optim.SGD(net.groups(), **{**HYPER, **options}))
+
+
+def equal(ours: nn.Module, theirs: nn.Module) -> bool:
+    return all(a.equal(b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def assert_close(ours: nn.Module, theirs: nn.Module) -> None:
+    for (name, weight), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (weight - expected).abs().max() <= TOLERANCE[weight.dtype], name
+
+
+@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"weight_decay": 0.0}], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+def test_is_torchs(dtype, options, in_backward):
+    net = Net(dtype)
+    train(net, sk.FusedSGD(net.groups(), **{**HYPER, **options}, in_backward=in_backward))
+    assert_close(net, trained_by_torch(dtype, **options))
+    assert not torch.allclose(net.first, Net(dtype).first, atol=2 * TOLERANCE[dtype]), "they moved"
+
+
+def test_defaults_are_torchs():
+    net, theirs = Net(), Net()
+    optimizer = sk.FusedSGD(net.parameters())
+    train(net, optimizer)
+    assert_close(net, train(theirs, torch.optim.SGD(theirs.parameters())))
+    assert not optimizer.state, "without momentum no buffers"
+
+
+@pytest.mark.parametrize("memory", ["fast", "min"])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_step_of_skipclip_with_layer_scale(skip, memory):
+    """A layer scale is multiplied into weights that are updated while other nodes have still to run."""
+    scaled = {"ls_init_value": 0.3}
+    models = [tiny_clip(vision=scaled, text=scaled) for _ in range(2)]
+    before, tokens = copy.deepcopy(models[0]), tiny_tokens(9)
+    for model, sgd in zip(models, (sk.FusedSGD, torch.optim.SGD), strict=True):
+        clip = sk.SkipCLIP(model, tokens, skip_layers=skip, memory=memory, train_logit_scale=True)
+        optimizer = sgd(clip.parameter_groups(text_lr=0.1, image_lr=0.03), momentum=0.9, weight_decay=0.01)
+        for step in range(3):
+            clip(*tiny_batch(4, 9, seed=step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ours, theirs = models
+    for name, weight in ours.named_parameters():
+        expected, start = theirs.get_parameter(name), before.get_parameter(name)
+        # Measured 1e-14: rounding in fp64, which three steps of random blocks make larger.
+        assert (weight - expected).norm() <= 1e-10 * expected.norm(), name
+        assert weight.requires_grad != weight.equal(start), name
+
+
+def test_a_weight_used_twice_is_updated_once_by_its_whole_gradient():
+    weight = nn.Parameter(torch.tensor([2.0]))
+    _optimizer = sk.FusedSGD([weight], lr=0.5)
+    (3 * weight + 5 * weight).backward()
+    assert weight.tolist() == [2.0 - 0.5 * 8.0]
+
+
+def test_a_changed_weight_that_backward_still_needs_is_an_error():
+    """Never a wrong gradient: the update counts up the weight's version."""
+    weight, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    _optimizer = sk.FusedSGD([weight, other])
+    loss = (other * weight.detach()).sum() + weight.sum()  # the right summand's gradient comes first
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", ["fast", "min"])
+def test_gradients_alive_are_those_of_a_block_not_of_the_model(memory):
+    model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
+    clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, memory=memory)
+    weights = clip.trainable_parameters()
+    assert gradient_bytes(clip(images, labels).loss) == sum(p.nbytes for p in weights), "they add up without it"
+    model.zero_grad()
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in model.visual.transformer.resblocks)
+    optimizer = sk.FusedSGD(weights)
+    assert gradient_bytes(clip(images, labels).loss) == largest
+    assert all(p.grad is None for p in weights)
+    optimizer.close()
+
+
+@pytest.mark.gpu
+def test_gradients_do_not_add_up_on_a_gpu_and_nothing_waits():
+    layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(8)))
+    inputs = torch.randn(4, 1024, device="cuda")
+    optimizer = sk.FusedSGD(layers.parameters(), lr=torch.tensor(1e-3, device="cuda"), momentum=0.9)
+    layers(inputs).sum().backward()  # compiles the kernel, makes the buffers
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layers(inputs).sum().backward()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - held < 3 * layers[0].weight.nbytes
+
+
+# ---- a loop like any other ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=4),
+    ],
+    ids=["lr", "lr_and_momentum"],
+)
+def test_schedulers_work_and_do_not_warn(schedule, in_backward):
+    nets = Net(), Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for net, optimizer in zip(
+            nets,
+            (
+                sk.FusedSGD(nets[0].groups(), **HYPER, in_backward=in_backward),
+                torch.optim.SGD(nets[1].groups(), **HYPER),
+            ),
+            strict=True,
+        ):
+            train(net, optimizer, schedule=schedule(optimizer))
+    assert_close(*nets)
+    assert not torch.allclose(nets[0].first, trained_by_torch().first)
+
+
+def test_a_rate_may_be_a_tensor():
+    net = Net()
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    optimizer = sk.FusedSGD([net.first, net.twice, net.scale], lr, momentum=0.9)
+    train(net, optimizer, range(1))
+    lr.zero_()
+    still = copy.deepcopy(net)
+    assert equal(train(net, optimizer, range(1, 2)), still)
+
+
+def test_step_takes_a_closure():
+    net, theirs = Net(), trained_by_torch()
+    optimizer = sk.FusedSGD(net.groups(), **HYPER)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = net.loss(next(steps))
+        loss.backward()
+        return loss
+
+    steps = itertools.count()
+    losses = [optimizer.step(closure) for _ in range(4)]
+    assert_close(net, theirs)
+    assert losses[0].equal(Net().loss(0))
+
+
+def test_groups_can_be_added():
+    net, theirs = Net(), trained_by_torch()
+    optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
+    optimizer.add_param_group(net.groups()[1])
+    assert_close(train(net, optimizer), theirs)
+
+
+@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+def test_a_weight_that_was_frozen_when_it_was_given_trains_once_it_is_not(in_backward):
+    net, theirs = Net(), Net()
+    net.twice.requires_grad_(False)
+    optimizer = sk.FusedSGD(net.groups(), **HYPER, in_backward=in_backward)
+    train(net, optimizer, range(1))
+    assert net.twice.equal(Net().twice)
+    net.twice.requires_grad_(True)
+    train(net, optimizer, range(1, 4))
+
+    theirs.twice.requires_grad_(False)
+    optimizer = torch.optim.SGD(theirs.groups(), **HYPER)
+    train(theirs, optimizer, range(1))
+    theirs.twice.requires_grad_(True)
+    assert_close(net, train(theirs, optimizer, range(1, 4)))
+
+
+def test_step_makes_one_call_for_weights_alike(monkeypatch):
+    calls = []
+    monkeypatch.setattr(functional, "sgd_momentum_", lambda weights, *_, **__: calls.append(len(weights)))
+    net, half = Net(), Net(torch.bfloat16)
+    optimizer = sk.FusedSGD([{"params": [*net.parameters(), *half.parameters()]}], in_backward=False)
+    (net.loss(0) + half.loss(0)).backward()
+    optimizer.step()
+    assert calls == [3, 3], "but for the unused one, of each dtype"
+
+
+# ---- hooks ----------------------------------------------------------------------------------------------------------
+
+
+def test_after_close_gradients_stay_and_step_updates():
+    net = Net()
+    optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
+    optimizer.close()
+    optimizer.close()
+    optimizer.add_param_group(net.groups()[1])
+    net.loss(0).backward()
+    assert net.first.grad is not None and net.twice.grad is not None and equal(net, Net())
+    optimizer.zero_grad()
+    assert_close(train(net, optimizer), trained_by_torch())
+
+
+def test_weights_do_not_keep_the_optimizer_alive():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = sk.FusedSGD([weight], lr=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    gc.disable()  # no cycle either, which would hold the buffers until the next collection
+    try:
+        del optimizer, schedule
+        weight.sum().backward()
+    finally:
+        gc.enable()
+    assert weight.tolist() == [1.0, 1.0] and weight.grad is not None
+
+
+def test_a_second_gradient_before_step_is_an_error():
+    net = Net()
+    optimizer = sk.FusedSGD(net.groups())
+    net.loss(0).backward()
+    with pytest.raises(RuntimeError, match=r"FusedSGD: a weight must get one gradient a step; .* in_backward=False"):
+        net.loss(1).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    net.loss(2).backward()
+
+
+def test_a_second_backward_through_a_graph_is_an_error():
+    net = Net()
+    optimizer = sk.FusedSGD(net.groups())
+    loss = net.loss(0)
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_add_up_over_several_passes_where_they_should():
+    net, theirs = Net(), Net()
+    for each, optimizer in (
+        (net, sk.FusedSGD(net.groups(), **HYPER, in_backward=False)),
+        (theirs, torch.optim.SGD(theirs.groups(), **HYPER)),
+    ):
+        each.loss(0).backward()
+        train(each, optimizer, range(1, 2))
+    assert_close(net, theirs)
+
+
+def test_two_optimizers_in_one_backward():
+    weight = nn.Parameter(torch.ones(2))
+    first, _second = sk.FusedSGD([weight]), sk.FusedSGD([weight])
+    with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was taken .* Call close\(\)"):
+        weight.sum().backward()
+    first.close()
+    weight.sum().backward()
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+@pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
+def test_a_loaded_state_continues_the_run_to_the_bit(stochastic, in_backward):
+    def start(net: Net) -> sk.FusedSGD:
+        return sk.FusedSGD(net.groups(), **HYPER, in_backward=in_backward, stochastic_rounding=stochastic, seed=5)
+
+    net = Net(torch.bfloat16)
+    optimizer = start(net)
+    train(net, optimizer, range(2))
+    resumed, state = copy.deepcopy(net), copy.deepcopy(optimizer.state_dict())
+    train(net, optimizer, range(2, 4))
+    again = start(resumed)
+    forgetful = copy.deepcopy(resumed)
+    again.load_state_dict(state)
+    assert equal(train(resumed, again, range(2, 4)), net)
+    assert not equal(train(forgetful, start(forgetful), range(2, 4)), net)
+
+
+def test_the_state_of_torchs_sgd_can_be_loaded():
+    net = Net()
+    theirs = torch.optim.SGD(net.groups(), **HYPER)
+    train(net, theirs, range(2))
+    ours = sk.FusedSGD(net.groups())
+    ours.load_state_dict(theirs.state_dict())
+    assert_close(train(net, ours, range(2, 4)), trained_by_torch())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_copies_are_refused(copied):
+    with pytest.raises(TypeError, match=r"FusedSGD: it can't be copied or pickled: .* Use state_dict\(\)"):
+        copied(sk.FusedSGD([nn.Parameter(torch.ones(2))]))
+
+
+# ---- stochastic rounding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
+def test_random_bits_are_others_for_each_weight_step_group_and_seed(in_backward):
+    """A step of a third of a unit leaves a weight at 1 or takes it a unit down: which, shows the bits."""
+    unit = 2**-8  # of bf16 below 1
+
+    def rounded(seed: int) -> tuple[tuple[bool, ...], ...]:
+        weights = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(4)]
+        optimizer = sk.FusedSGD(
+            [{"params": weights[:2]}, {"params": weights[2:]}],
+            lr=unit / 3,
+            in_backward=in_backward,
+            stochastic_rounding=True,
+            seed=seed,
+        )
+        found = []
+        for _ in range(2):
+            for weight in weights:
+                weight.data.fill_(1.0)
+            sum(weight.sum() for weight in weights).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found += [tuple((weight < 1).tolist()) for weight in weights]
+        return tuple(found)
+
+    bits = rounded(0)
+    assert bits == rounded(0)
+    assert len({*bits, *rounded(1)}) == 16, "four weights, two steps, two seeds"
+    share = torch.tensor(bits).double().mean().item()
+    assert abs(share - 1 / 3) < 5 * (2 / 9 / (8 * 64)) ** 0.5  # five deviations of the mean of 512 coins
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be at least 0; got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be at least 0; got nan"),
+        ({"momentum": -0.1}, ValueError, "momentum must be at least 0; got -0.1"),
+        ({"weight_decay": float("inf")}, ValueError, "weight_decay must be at least 0; got inf"),
+        ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
+        ({"stochastic_rounding": True}, TypeError, "params must be bfloat16; got torch.float32. Leave out stochastic"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_options(options, error, message):
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=f"^FusedSGD: {message}"):
+        sk.FusedSGD([weight], **options)
+    good = nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=f"^FusedSGD: {message}") as refused:
+        sk.FusedSGD([{"params": [good]}, {"params": [weight], **options}])
+    good.sum().backward()
+    assert good.grad is not None and refused.tb is not None, "no hook of what was not made, though its frames live"
+    with pytest.raises(error, match=f"^FusedSGD: {message}"):
+        sk.FusedSGD([good]).add_param_group({"params": [weight], **options})
+
+
+def test_bad_params():
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match="^FusedSGD: params must be float32, .*; got torch.complex64"):
+        sk.FusedSGD([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="^FusedSGD: params must be different weights"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns, too
+        sk.FusedSGD([weight, weight])
+
+
+@pytest.mark.parametrize(("option", "value"), [("nesterov", True), ("dampening", 0.1), ("maximize", True)])
+def test_options_of_torchs_sgd_that_are_not_here(option, value):
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"^FusedSGD: there is no {option}; got {value}. Use torch.optim.SGD"):
+        sk.FusedSGD([{"params": [weight], option: value}])
+    optimizer = sk.FusedSGD([weight])
+    state = optimizer.state_dict()
+    state["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=f"^FusedSGD: there is no {option}"):
+        optimizer.load_state_dict(state)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    before = copy.deepcopy(embedding)
+    _optimizer = sk.FusedSGD(embedding.parameters())
+    with pytest.raises(TypeError, match="grad must be a dense tensor; got torch.sparse_coo"):
+        embedding(torch.tensor([1])).sum().backward()
+    assert equal(embedding, before)
