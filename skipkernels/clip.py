@@ -225,10 +225,10 @@ class SkipCLIP(nn.Module):
         no dropout, batch norms as they are. Patches are dropped only if asked for, from a model in training mode whose
         image tower does that; such features are a sample, and not for a cache.
         """
-        lower = partial(self._image.lower, draw=drop_patches)
+        lower, device = partial(self._image.lower, draw=drop_patches), images.device
+        images = images.to(self._image.dtype)
         if self._image.skip == 0:
             return lower(images)
-        device = images.device
         return LSkipBoundary.apply(lower, images.to(self._lower_device or device), self.chunk).to(device)
 
     def encode_upper(self, features: Tensor) -> Tensor:

@@ -1,31 +1,53 @@
-"""Small open_clip models whose image tower is one of timm's, for tests: real classes, few blocks."""
+"""Small open_clip models whose image tower is timm's or a ResNet, and what a cut of any of them has to keep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import open_clip
+import pytest
 import torch
-from models import tiny_clip
+from models import tiny_clip, tiny_tokens
 from open_clip.timm_model import TimmModel
-from timm.layers import HybridEmbed
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
-from torch import nn
+from own_step import assert_is_the_own_step
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from skipkernels.towers import ImageTower
+import skipkernels as sk
 
-VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+TOKENS = tiny_tokens(7)
+LABELS = torch.tensor([1, 5, 2])
 
 
-def timm_clip(trunk: nn.Module, image_size: int = 16, head: nn.Module | None = None) -> nn.Module:
-    """An open_clip model in fp64 around a trunk, which ends in 12 numbers or in as many as `head` takes."""
-    visual = TimmModel.__new__(TimmModel)  # its constructor knows timm's models by name alone
+class Family(NamedTuple):
+    """How to make a model, the side of its images, and how many blocks its image tower has."""
+
+    make: Callable[[], nn.Module]
+    size: int
+    depth: int
+
+    def images(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(3, 3, self.size, self.size, generator=generator, dtype=torch.float64)
+
+
+def each_cut(families: Mapping[str, Family], lowest: int = 0) -> Any:
+    """Every family at every cut, from `lowest` blocks skipped to all of them."""
+    cases = [
+        pytest.param(family, skip, id=f"{name}-skip{skip}")
+        for name, family in families.items()
+        for skip in range(lowest, family.depth + 1)
+    ]
+    return pytest.mark.parametrize(("family", "skip"), cases)
+
+
+def timm_clip(trunk: nn.Module, size: int = 16, head: nn.Module | None = None) -> nn.Module:
+    """An open_clip model in fp64 around a trunk, which gives 12 numbers, or what `head` makes 12 of."""
+    visual = TimmModel.__new__(TimmModel)  # its constructor takes a name and no sizes
     nn.Module.__init__(visual)
-    visual.trunk, visual.head = trunk, nn.Sequential() if head is None else head
-    visual.image_size = (image_size, image_size)
+    visual.trunk, visual.head, visual.image_size = trunk, head or nn.Sequential(), (size, size)
     model = tiny_clip(family=open_clip.CustomTextCLIP)
     model.visual = randomise(visual)
     return model.double().eval()
@@ -47,17 +69,79 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
-def modules_below(tower: ImageTower) -> Iterator[nn.Module]:
-    """What is below the cut, if there is one."""
+def below(clip: sk.SkipCLIP) -> Iterator[nn.Module]:
+    """The modules below the cut of the image tower, if there is one."""
+    tower = clip._image
     if tower.skip:
         yield from (part for part in (*tower.embedding, *tower.blocks[: tower.skip]) if isinstance(part, nn.Module))
 
 
-def vitamin(**rest) -> nn.Module:
-    """Two stages of convolutions, of one and two blocks, and a transformer of two."""
-    backbone = MbConvStages(VitCfg(embed_dim=(8, 16, 24), depths=(1, 2, 1), stem_width=8))
-    shape = {"img_size": 32, "patch_size": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 12}
-    mlp = {"mlp_layer": GeGluMlp, "mlp_ratio": 2.0}
-    pooled = {"class_token": False, "global_pool": "avg"}
-    embed = partial(HybridEmbed, backbone=backbone, proj=False)
-    return VisionTransformer(embed_layer=embed, **{**shape, **mlp, **pooled, **rest})
+def cut(model: nn.Module, skip: int, **arguments: Any) -> sk.SkipCLIP:
+    return sk.SkipCLIP(model, TOKENS, skip_layers=(skip, 1), keep_ratio=1.0, **arguments)
+
+
+def assert_own_step(family: Family, skip: int) -> sk.SkipCLIP:
+    clip = cut(family.make(), skip)
+    assert len(clip._image.blocks) == family.depth
+    assert_is_the_own_step(clip, family.images(), TOKENS, LABELS)
+    return clip
+
+
+def assert_features_are_constants(family: Family, skip: int) -> None:
+    """What is kept of images gives the same step as they do, twice, and nobody writes into it or into them."""
+    images = family.images()
+    clip = cut(family.make(), skip, chunk=2)
+    expected = clip(images, LABELS).loss
+    assert images.equal(family.images())
+    features = clip.encode_lower(images)
+    kept = features.clone()
+    for _ in range(2):
+        loss = clip(features, LABELS).loss
+        loss.backward()
+        assert loss.equal(expected) and features.equal(kept)
+
+
+def assert_nothing_is_added(family: Family, skip: int) -> None:
+    """The caller's model has the modules, the modes and the entries of its state dict that it had."""
+    model = family.make()
+    model.visual.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = copy.deepcopy(model.state_dict())
+    clip = cut(model, skip)
+    if skip:  # else it is the model's own embedding, which counts what it sees
+        clip.encode_lower(family.images())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    after = model.state_dict()
+    assert list(after) == list(before) and all(after[name].equal(value) for name, value in before.items())
+
+
+def assert_batch_norms_know_their_side(family: Family, skip: int) -> None:
+    """In training mode those above the cut normalise by the batch and count it, those below do neither."""
+    model = family.make().train()
+    clip, images = cut(model, skip), family.images()
+    frozen = {norm for part in below(clip) for norm in batch_norms(part)}
+    before = {norm: (norm.running_mean.clone(), norm.num_batches_tracked.clone()) for norm in batch_norms(model)}
+    loss = clip(images, LABELS).loss
+    for norm, (mean, batches) in before.items():
+        same = norm.running_mean.equal(mean) and norm.num_batches_tracked.equal(batches)
+        assert same == (norm in frozen)
+    for part in below(clip):
+        part.eval()
+    assert_is_the_own_step(clip, images, TOKENS, LABELS)
+    torch.testing.assert_close(clip(images, LABELS).loss, loss, rtol=1e-11, atol=0)
+
+
+def assert_draws_as_the_model(family: Family, skip: int) -> None:
+    """In training mode what is dropped above the cut, and patches on either side, are those of the model itself."""
+    model = family.make().train()
+    clip, images = cut(model, skip), family.images()
+    for part in below(clip):
+        part.eval()
+    if clip._image.patch_dropout is not None:
+        clip._image.patch_dropout.train()
+    embeddings = []
+    for encode in (model.encode_image, clip.encode_image):
+        torch.manual_seed(3)
+        embeddings.append(encode(images))
+    torch.testing.assert_close(*embeddings, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(clip.encode_image(images), embeddings[1]), "nothing was drawn"

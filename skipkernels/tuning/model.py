@@ -71,7 +71,17 @@ def load_model(
             load_weights(model, file)
         elif pretrained is None:
             model.load_state_dict(glyph_tiny.state_dict())
-    return model.to(device).eval(), transform, open_clip.get_tokenizer(name)
+    return model.to(device).eval(), transform, _tokenizer(name)
+
+
+def _tokenizer(name: str) -> Callable:
+    try:
+        return open_clip.get_tokenizer(name)
+    except (OSError, ImportError) as error:
+        raise InputError(
+            f"--model: the tokenizer of {name} is one of Hugging Face's and could not be loaded: {_first_line(error)} "
+            "It is downloaded once, and needs the package transformers (pip install 'skipkernels[hugging-face]')."
+        ) from error
 
 
 def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:

@@ -244,6 +244,27 @@ def test_openai_in_half_precision_keeps_its_norms_in_fp32():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in clip.trainable_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
+    """As `open_clip.create_model(precision="bf16")` makes it. Three blocks of bf16 are worth two or three digits."""
+    exact, tokens = tiny_clip(torch.float32), tiny_tokens(CLASSES)
+    images, labels = tiny_batch(3, CLASSES, torch.float32)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(12, VISION, TEXT, cast_dtype=dtype)
+    model.load_state_dict(exact.state_dict())
+    open_clip.model.convert_weights_to_lp(model, dtype)
+    assert model.visual.ln_post.weight.dtype == torch.float32 != model.visual.conv1.weight.dtype
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert clip.reductions["image.one_node_a_block"] is clip.reductions["text.one_node_a_block"] is None
+    loss = clip(images, labels).loss
+    loss.backward()
+    expected = sk.SkipCLIP(exact, tokens, skip_layers=1, keep_ratio=1.0)(images, labels).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-2)
+    assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in clip.trainable_parameters())
+    assert clip.encode_lower(images.to(dtype)).dtype == dtype
+    torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
+
+
 def test_what_no_family_handles_is_refused():
     with pytest.raises(UnsupportedModel, match=r"parallel attentional pooler leaves an axis"):
         sk.SkipCLIP(coca(attentional_pool="parallel"), tiny_tokens(4), skip_layers=1)
