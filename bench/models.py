@@ -217,12 +217,12 @@ def markdown(rows: list[Row]) -> str:
         "# Models",
         "",
         f"Written by `python -m bench.models` (open_clip {open_clip.__version__}, timm {timm.__version__}, "
-        f"transformers {transformers.__version__}, PyTorch {machine['torch']}): of open_clip's {len(of_configs)} configs "
-        f"{sum(not row.refused for row in of_configs)} are handled, the others are refused when SkipCLIP is made, with "
-        "the reason. Random weights, three transformer blocks a tower or one or two in each stage of others, text "
-        f"encoders of transformers with {VOCABULARY:,} tokens, everything else as the config has it; fp32, evaluation "
-        "mode, the cut below the second block, all classes kept. Errors are relative, against the model's own forward; "
-        "of gradients the largest of any weight.",
+        f"transformers {transformers.__version__}, PyTorch {machine['torch']}): of the {len(of_configs)} configs of "
+        f"open_clip {sum(not row.refused for row in of_configs)} are handled, the others are refused when SkipCLIP is "
+        "made, with the reason. Random weights, three transformer blocks a tower or one or two in each stage of "
+        f"others, text encoders of transformers with {VOCABULARY:,} tokens, everything else as the config has it; "
+        "fp32, evaluation mode, the cut below the second block, all classes kept. Errors are relative, against the "
+        "model's own forward; of gradients the largest of any weight.",
         "",
         "| handled | reductions that are off | error of the loss | of a gradient |",
         "|---|---|---|---|",
