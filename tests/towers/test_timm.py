@@ -1,0 +1,229 @@
+"""timm's transformers as image towers: the step is the caller's own at every cut, or the model is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import timm_models
+import torch
+from own_step import assert_is_the_own_step
+from timm.layers import HybridEmbed, LayerNorm
+from timm.models.eva import Eva
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm_models import LABELS, TOKENS, Family, cut, each_cut, timm_clip
+from torch import nn
+
+from skipkernels.towers import UnsupportedModel
+
+SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 12}
+CLIP = {"pre_norm": True, "norm_layer": partial(LayerNorm, eps=1e-5)}
+SIGLIP = {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh", "num_classes": 0}
+ROTARY = {"use_rot_pos_emb": True, "global_pool": "token"}
+EVA02 = {**ROTARY, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+PE = {**ROTARY, "attn_type": "rope", "global_pool": "map", "attn_pool_num_heads": 4, "use_pre_transformer_norm": True}
+GRID = {"ref_feat_shape": (4, 4), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # tensors this small wait longer for a second thread than they take
+
+
+def vit(**rest) -> nn.Module:
+    return timm_clip(VisionTransformer(**{**SHAPE, **rest}))
+
+
+def projected(trunk: nn.Module) -> nn.Module:
+    """As with timm_proj="linear" in a config of open_clip."""
+    return timm_clip(trunk, head=nn.Sequential(nn.Dropout(0.0), nn.Linear(24, 12, bias=False)))
+
+
+def mobile_clip() -> nn.Module:
+    stem = ConvStem(depth=2, channels=(8, 24), stride=(4, 2), kernel_size=(4, 2), padding=0, act_layer=nn.GELU)
+    return vit(patch_size=1, no_embed_class=True, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))
+
+
+def eva(**rest) -> nn.Module:
+    return timm_clip(Eva(**{**SHAPE, **rest}))
+
+
+def relative(**rest) -> nn.Module:
+    return timm_clip(VisionTransformerRelPos(**{**SHAPE, **rest}))
+
+
+AS_NODES = {
+    "clip": Family(partial(vit, **CLIP), 16, 3),
+    "layer_scale": Family(partial(vit, init_values=0.1, act_layer="quick_gelu", reg_tokens=2), 16, 3),
+    "siglip": Family(lambda: projected(VisionTransformer(**{**SHAPE, **SIGLIP})), 16, 3),
+    "mean": Family(partial(vit, global_pool="avg", class_token=False), 16, 3),
+    "mobile_clip": Family(mobile_clip, 16, 3),
+}
+AS_MODULES = {
+    "qk_norm": Family(partial(vit, qk_norm=True), 16, 3),
+    "eva": Family(partial(eva, global_pool="token"), 16, 3),
+    "eva_post_norm": Family(partial(eva, global_pool="token", use_post_norm=True), 16, 3),
+    "eva02": Family(partial(eva, **EVA02), 16, 3),
+    "perception_encoder": Family(partial(eva, **PE, **GRID), 16, 3),
+    "rope_mixed": Family(partial(eva, **ROTARY, rope_type="mixed"), 16, 3),
+    "rope_dinov3": Family(partial(eva, **ROTARY, attn_type="rope", rope_type="dinov3"), 16, 3),
+    "mrope": Family(partial(eva, **ROTARY, attn_type="rope", rope_type="mrope", rope_mrope_section=(2, 1, 1)), 16, 3),
+    "relpos": Family(partial(relative, global_pool="avg"), 16, 3),
+    "relpos_bias": Family(partial(relative, global_pool="token", class_token=True, rel_pos_type="bias"), 16, 3),
+}
+
+
+@each_cut(AS_NODES | AS_MODULES)
+def test_the_step_is_the_models_own(family, skip):
+    reductions = timm_models.assert_own_step(family, skip).reductions
+    assert (reductions["image.one_node_a_block"] is None) == (family in AS_NODES.values())
+    if skip < family.depth:
+        pools = family in (AS_NODES["clip"], AS_NODES["layer_scale"], AS_NODES["mobile_clip"])
+        assert (reductions["image.pooled_last_block"] is None) == pools
+
+
+@pytest.mark.parametrize("family", (AS_NODES | AS_MODULES).values(), ids=AS_NODES | AS_MODULES)
+def test_features_are_constants(family):
+    for skip in (1, family.depth):
+        timm_models.assert_features_are_constants(family, skip)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3], ids=lambda skip: f"skip{skip}")
+def test_batch_norms_of_a_convolutional_stem(skip):
+    timm_models.assert_batch_norms_know_their_side(AS_NODES["mobile_clip"], skip)
+
+
+@pytest.mark.parametrize("skip", [0, 2], ids=lambda skip: f"skip{skip}")
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(vit, drop_path_rate=0.5),
+        partial(vit, patch_size=2, patch_drop_rate=0.5),
+        partial(vit, attn_drop_rate=0.5),
+        partial(eva, patch_size=2, global_pool="token", patch_drop_rate=0.5),
+    ],
+    ids=["drop_path", "patches", "attention", "eva_patches"],
+)
+def test_what_is_dropped_in_training(make, skip):
+    timm_models.assert_draws_as_the_model(Family(make, 16, 3), skip)
+
+
+def test_blocks_that_drop_at_random_say_what_would_help():
+    reason = cut(vit(drop_path_rate=0.1), 1).reductions["image.one_node_a_block"]
+    assert "drop path" in reason and "set their rates to 0" in reason
+    model = vit(drop_path_rate=0.1)
+    for module in model.visual.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    assert cut(model, 1).reductions["image.one_node_a_block"] is None
+
+
+@pytest.mark.parametrize("make", [vit, partial(eva, **EVA02), mobile_clip], ids=["vit", "eva02", "mobile_clip"])
+def test_the_models_own_checkpointing_changes_nothing(make):
+    model = make()
+    model.visual.set_grad_checkpointing(True)
+    images = Family(make, 16, 3).images()
+    for skip in (0, 2):
+        assert_is_the_own_step(cut(model, skip), images, TOKENS, LABELS)
+
+
+def test_images_of_another_size():
+    model = vit(patch_size=4, dynamic_img_size=True)
+    clip = cut(model, 1)
+    assert_is_the_own_step(clip, torch.randn(3, 3, 24, 8, dtype=torch.float64), TOKENS, LABELS)
+    resized = vit()
+    resized.visual.set_input_size(24)
+    assert_is_the_own_step(cut(resized, 1), torch.randn(3, 3, 24, 24, dtype=torch.float64), TOKENS, LABELS)
+
+
+def test_learned_rotary_positions_are_below_the_cut():
+    model = eva(**ROTARY, rope_type="mixed")
+    for skip in (0, 1, 3):
+        clip = cut(model, skip)
+        clip(Family(eva, 16, 3).images(), LABELS).loss.backward()
+        freqs = model.visual.trunk.rope.freqs
+        assert freqs.requires_grad == (freqs.grad is not None) == (skip == 0)
+        model.zero_grad()
+
+
+# ---- altered models ------------------------------------------------------------------------------------------------
+
+
+def _set(owner: nn.Module, name: str, value) -> None:
+    setattr(owner, name, value.double() if isinstance(value, nn.Module) else value)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda block: block.register_forward_hook(lambda mod, args, out: out * 1.01),
+        lambda block: block.mlp.fc1.register_full_backward_hook(lambda mod, d_in, d_out: None),
+        lambda block: _set(block.mlp, "act", nn.SiLU()),
+        lambda block: _set(block, "ls1", nn.Linear(24, 24)),
+        lambda block: _set(block.attn, "norm", nn.LayerNorm(24)),
+        lambda block: _set(block.attn, "gate", nn.Linear(24, 24)),
+        lambda block: _set(block.norm1, "forward", lambda x: x),
+        lambda block: _set(block.attn, "forward", lambda x, **rest: 2 * x),
+        lambda block: _set(block.attn.proj, "bias", None),
+        lambda block: torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1),
+    ],
+    ids=["hook", "backward_hook", "silu", "scale", "norm", "gate", "forward", "attention", "no_bias", "weight_norm"],
+)
+@pytest.mark.parametrize("place", [0, 2], ids=["below", "above"])
+def test_an_altered_block_is_left_to_its_module(alter, place):
+    model = vit()
+    alter(model.visual.trunk.blocks[place])
+    clip = cut(model, 1)
+    assert clip.reductions["image.one_node_a_block"] is not None
+    assert_is_the_own_step(clip, Family(vit, 16, 3).images(), TOKENS, LABELS)
+
+
+@pytest.mark.parametrize("rest", [{"block_fn": ParallelScalingBlock}, {"attn_layer": "diff"}], ids=["parallel", "diff"])
+def test_blocks_of_other_types_are_modules(rest):
+    family = Family(partial(vit, **rest), 16, 3)
+    assert timm_models.assert_own_step(family, 1).reductions["image.one_node_a_block"] is not None
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda trunk: trunk.register_forward_hook(lambda mod, args, out: out + 1),
+        lambda trunk: trunk.blocks.register_forward_hook(lambda mod, args, out: out * 1.5),
+        lambda trunk: setattr(trunk, "forward_features", lambda x, **rest: trunk.patch_embed(x)),
+    ],
+    ids=["trunk_hook", "blocks_hook", "forward_features"],
+)
+def test_an_altered_trunk_is_refused(alter):
+    model = vit()
+    alter(model.visual.trunk)
+    with pytest.raises(RuntimeError, match="embeds an image differently"):
+        cut(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: timm_clip(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=12)), "timm's ResNet; handled are Vision"),
+        (partial(relative, shared_rel_pos=True), "shared_rel_pos"),
+        (partial(eva, **ROTARY, patch_drop_rate=0.5), "patch_drop_rate"),
+        (partial(eva, **ROTARY, dynamic_img_size=True), "dynamic_img_size"),
+        (partial(eva, **ROTARY, rope_shift_coords=0.1), "rope_shift_coords"),
+    ],
+    ids=["resnet", "shared", "patches", "dynamic", "augmented"],
+)
+def test_models_it_cannot_cut_exactly_are_refused(make, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        cut(make(), 1)
+
+
+@pytest.mark.parametrize("make", [vit, partial(eva, **EVA02), relative], ids=["vit", "eva02", "relpos"])
+def test_half_precision_and_autocast(make):
+    images = Family(make, 16, 3).images()
+    clip = cut(make().bfloat16(), 1)
+    clip(images.bfloat16(), LABELS).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in clip.trainable_parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cut(make().float(), 1)(images.float(), LABELS).loss.isfinite()
