@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.util
 import logging
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +29,7 @@ from rich.progress import track
 
 import skipkernels as sk
 from skipkernels.towers import UnsupportedModel
+from tests.models import openai_models
 
 from . import measure
 
@@ -135,16 +134,8 @@ def few_blocks_of_timm() -> Iterator[None]:
 
 
 def of_openai(vision_layers: Any, width: int, patch: int | None, heads: int) -> tuple[Any, torch.Tensor]:
-    """OpenAI's own class, from its file: its package reads its vocabulary with what setuptools no longer has."""
-    package = importlib.util.find_spec("clip")
-    assert package is not None and package.submodule_search_locations, "pip install clip-anytorch"
-    spec = importlib.util.spec_from_file_location(
-        "clip.model", Path(package.submodule_search_locations[0]) / "model.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault("clip.model", importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    model = module.CLIP(512, 224, vision_layers, width, patch, 77, 49408, 512, heads, BLOCKS)
+    """OpenAI's own class."""
+    model = openai_models().CLIP(512, 224, vision_layers, width, patch, 77, 49408, 512, heads, BLOCKS)
     return model, prompts({})
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import functional
 from .boundary import DEFAULT_CHUNK, LSkipBoundary
 from .selection import RankSampler, Tail, select_ranks
-from .towers import Memory, build_towers, evaluating, training_without_chance, xformers
+from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
 from .towers.attend import SDPA, Attention, Backend
 
 # Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
@@ -38,7 +38,8 @@ class SkipCLIP(nn.Module):
     `logit_scale`: that is full fine-tuning with class skipping.
 
     Args:
-        model: An open_clip `CLIP`, or `CustomTextCLIP` with its own transformers.
+        model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
+            `CLIPModel` or `SiglipModel`.
         tokens: [C, L] int64, the tokenised prompt of each class.
         skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the tower's blocks, or a pair of either
             (image, text).
@@ -47,12 +48,13 @@ class SkipCLIP(nn.Module):
         decay: λ, how slowly the chance to stay falls over the other classes.
         tail: "resample" draws the tail of every step anew, "fixed" once per run, as published.
         generator: Source of the draws; seeded with 0 if not given.
-        lower_device: Where the parameters below the cut live, if not with the rest.
+        lower_device: Where what is below the cut lives, parameters and buffers, if not with the rest.
         train_logit_scale: Also train the temperature.
         chunk: Most samples that run below the cut at once.
         memory: What a block above the cut keeps for backward: "fast" all but what is cheap to compute again (about ten
             widths a token), "min" its input alone, and runs again in backward; "auto" is "fast" as long as that takes
-            less than half of the free memory. Results are the same.
+            less than half of the free memory. Blocks that run as modules keep what autograd keeps, unless it is "min".
+            Results are the same.
         attention: Who computes it: "sdpa" is PyTorch, with our own operators for texts behind a shared prefix and for
             pooled tokens. "xformers" takes the place of the first two on a GPU; where it cannot, that is an error.
 
@@ -137,8 +139,8 @@ class SkipCLIP(nn.Module):
 
         if lower_device is not None:
             self._lower_device = torch.device(lower_device)
-            for parameter in (*self._image.lower_parameters(), *self._text.lower_parameters()):
-                parameter.data = parameter.data.to(self._lower_device)
+            for tower in (self._image, self._text):
+                tower.move_lower(self._lower_device)
             self._features_of = self._lower_text_weights()
 
     # ---- construction ------------------------------------------------------------------------------------------
@@ -146,9 +148,16 @@ class SkipCLIP(nn.Module):
     def _freeze(self, train_logit_scale: bool) -> None:
         # All that is not above a cut: what is below, a bias of all logits, which a softmax doesn't see, CoCa's decoder.
         self.model.requires_grad_(False)
-        for tower in (self._image, self._text):
-            for parameter in tower.upper_parameters():
-                parameter.requires_grad_(True)
+        towers = (self._image, self._text)
+        lower = {id(parameter) for tower in towers for parameter in tower.lower_parameters()}
+        for parameter in (parameter for tower in towers for parameter in tower.upper_parameters()):
+            if id(parameter) in lower:
+                name = next(name for name, other in self.model.named_parameters() if other is parameter)
+                raise UnsupportedModel(
+                    f"SkipCLIP: parameter {name} is used on both sides of the cut, so it would change what is cached. "
+                    "Untie it, or use skip_layers=0."
+                )
+            parameter.requires_grad_(True)
         self.model.logit_scale.requires_grad_(train_logit_scale)
 
     def _backend(self, attention: Attention) -> Backend:
@@ -244,13 +253,15 @@ class SkipCLIP(nn.Module):
             ValueError: If x is neither, or is features although nothing is skipped.
         """
         shape, dtype = self._features
-        if x.ndim == 4 and x.shape[1] == 3:
+        tokens = x.ndim == len(shape) + 1 == 3 and x.shape[2] == shape[1]  # of which some may have been dropped
+        are_features = tokens or x.shape[1:] == shape
+        if x.ndim == 4 and x.shape[1] == 3 and not are_features:
             return self.encode_upper(self.encode_lower(x, drop_patches=True))
         if self._image.skip == 0:
             raise ValueError(
                 "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images."
             )
-        if x.ndim != len(shape) + 1 or (x.shape[2:] != shape[1:] if x.ndim == 3 else x.shape[1:] != shape):
+        if not are_features:
             raise ValueError(
                 "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
                 f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."

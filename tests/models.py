@@ -1,6 +1,11 @@
-"""Small open_clip models with random weights, for tests."""
+"""Small open_clip models with random weights, for tests; and OpenAI's file of models."""
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import open_clip
 import torch
@@ -45,3 +50,17 @@ def tiny_batch(batch: int, classes: int, dtype: torch.dtype = torch.float64, *, 
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
     return images, torch.randint(classes, (batch,), generator=generator)
+
+
+def openai_models() -> ModuleType:
+    """The module `clip.model`, from its file: its package asks for what setuptools no longer has."""
+    if "clip.model" not in sys.modules:
+        package = importlib.util.find_spec("clip")
+        assert package is not None and package.submodule_search_locations, "pip install clip-anytorch"
+        file = Path(package.submodule_search_locations[0]) / "model.py"
+        spec = importlib.util.spec_from_file_location("clip.model", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["clip.model"] = module
+    return sys.modules["clip.model"]

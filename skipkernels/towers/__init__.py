@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +21,35 @@ __all__ = [
     "training_without_chance",
 ]
 
+# Type of the caller's module → file here and what makes its tower. None of these is imported before it is needed: a
+# model brings its own package, and an old timm is no obstacle to who has no model of timm.
+_IMAGE = {
+    "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
+    "open_clip.timm_model.TimmModel": "timm:timm_tower",
+    "open_clip.modified_resnet.ModifiedResNet": "staged:ResNetTower",
+    "clip.model.VisionTransformer": "openai:OpenAIImageTower",
+    "clip.model.ModifiedResNet": "staged:ResNetTower",
+    "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceImageTower",
+    "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceImageTower",
+}
+_TEXT = {
+    "open_clip.model.CLIP": "open_clip:OpenClipTextTower",
+    "open_clip.transformer.TextTransformer": "coca:text_tower",
+    "open_clip.hf_model.HFTextEncoder": "encoders:encoder_tower",
+    "clip.model.CLIP": "openai:OpenAITextTower",
+    "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceTextTower",
+    "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceTextTower",
+}
+# The models, and where their halves are: an attribute, or the model itself.
+_MODELS = {
+    "open_clip.model.CLIP": ("visual", None),
+    "open_clip.model.CustomTextCLIP": ("visual", "text"),
+    "open_clip.coca_model.CoCa": ("visual", "text"),
+    "clip.model.CLIP": ("visual", None),
+    "transformers.models.clip.modeling_clip.CLIPModel": (None, None),
+    "transformers.models.siglip.modeling_siglip.SiglipModel": (None, None),
+}
+
 
 def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
     """The image and text tower of a model, nothing skipped yet.
@@ -31,57 +62,21 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTowe
     Raises:
         UnsupportedModel: If no adapter handles the model, with the reason.
     """
-    # By the names of modules: none of these packages is imported unless a model of its own is here.
-    package = type(model).__module__.partition(".")[0]
-    if package == "open_clip":
-        return _open_clip(model, tokens)
-    if package == "clip":
-        from .openai import OpenAITextTower, openai_image_tower
-
-        return openai_image_tower(model), OpenAITextTower(model, tokens)
-    if package == "transformers":
-        from .hugging_face import HuggingFaceImageTower, HuggingFaceTextTower
-
-        return HuggingFaceImageTower(model), HuggingFaceTextTower(model, tokens)
-    raise UnsupportedModel(
-        "SkipCLIP: model must be a CLIP of open_clip, of OpenAI's clip or of Hugging Face's transformers; got "
-        f"{type(model).__module__}.{type(model).__qualname__}. If it wraps one of these, pass what it wraps."
-    )
-
-
-def _open_clip(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
-    from open_clip.hf_model import HFTextEncoder
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import TextTransformer, VisionTransformer
-
-    from .coca import CoCaTextTower
-    from .encoders import encoder_tower
-    from .open_clip import MODELS, OpenClipImageTower, OpenClipTextTower
-    from .staged import ResNetTower
-    from .timm import timm_tower
-
-    if not isinstance(model, MODELS):
+    if _name(model) not in _MODELS:
         raise UnsupportedModel(
-            "SkipCLIP: of open_clip's models CLIP, CustomTextCLIP and CoCa are handled; got "
-            f"{type(model).__qualname__}."
+            f"SkipCLIP: model must be one of {', '.join(_MODELS)}; got {_name(model)}. If it wraps one of these, pass "
+            "what it wraps."
         )
-    visual, text = model.visual, getattr(model, "text", model)
-    of_image: dict[type, Callable[..., ImageTower]] = {
-        VisionTransformer: OpenClipImageTower,
-        ModifiedResNet: ResNetTower,
-        TimmModel: timm_tower,
-    }
-    with_class_token = getattr(text, "cls_emb", None) is not None
-    of_text: dict[type, Callable[..., TextTower]] = {
-        type(model): OpenClipTextTower,
-        TextTransformer: CoCaTextTower if with_class_token else OpenClipTextTower,
-        HFTextEncoder: encoder_tower,
-    }
-    for half, known, name in ((visual, [*of_image], "image"), (text, [*of_text], "text")):
-        if type(half) not in known:
-            raise UnsupportedModel(
-                f"SkipCLIP: the {name} tower is a {type(half).__qualname__}; handled are "
-                f"{', '.join(kind.__name__ for kind in known)}."
-            )
-    return of_image[type(visual)](model), of_text[type(text)](model, tokens)
+    visual, text = (model if part is None else getattr(model, part) for part in _MODELS[_name(model)])
+    return _adapter(visual, _IMAGE, "image")(model), _adapter(text, _TEXT, "text")(model, tokens)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _adapter(half: nn.Module, known: dict[str, str], tower: str) -> Callable[..., Any]:
+    if _name(half) not in known:
+        raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(known)}; got {_name(half)}.")
+    file, _, make = known[_name(half)].partition(":")
+    return getattr(importlib.import_module(f".{file}", __name__), make)

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import attend
 from .block import KEPT, Attend, Parts, Spec, run_block
-from .modes import evaluating
+from .modes import counts, evaluating
 from .plain import has_hooks
 from .prompts import SharedPrefix
 
@@ -85,8 +86,8 @@ class Tower(ABC):
         Below the cut everything is in evaluation mode: what a cache keeps is no sample of a dropout, and the statistics
         of batch norms stay what they are. With `draw` patches are dropped as in training, if the model does that.
         """
-        still = [part for part in (*self.embedding, *self.blocks[: self.skip]) if isinstance(part, nn.Module)]
-        with evaluating(still if self.skip > 0 else [], except_for=self.patch_dropout if draw else None):
+        still = [part for part in self.lower_parts if isinstance(part, nn.Module)]
+        with evaluating(still, except_for=self.patch_dropout if draw else None):
             hidden, mask = self.embed(inputs), self.mask(inputs)
             for block in self.blocks[: self.skip]:
                 if self.as_nodes:
@@ -116,14 +117,26 @@ class Tower(ABC):
         """Blocks above the cut."""
         return list(self.blocks[self.skip :])
 
+    @property
+    def lower_parts(self) -> Sequence[Part]:
+        """What is below the cut; nothing at skip = 0, where the embedding trains too."""
+        return (*self.embedding, *self.blocks[: self.skip]) if self.skip > 0 else ()
+
     def lower_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters below the cut; none at skip = 0, where the embedding trains too."""
-        if self.skip > 0:
-            yield from _parameters((*self.embedding, *self.blocks[: self.skip]))
+        """Parameters below the cut."""
+        return _parameters(self.lower_parts)
+
+    def move_lower(self, device: torch.device) -> None:
+        """Move what is below the cut, parameters and buffers, to another device."""
+        for part in self.lower_parts:
+            if isinstance(part, nn.Parameter):
+                part.data = part.data.to(device)
+            elif part is not None:
+                part.to(device)
 
     def upper_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters above the cut."""
-        upper = (*(self.embedding if self.skip == 0 else ()), *self.blocks[self.skip :], *self.head)
+        upper = (*(() if self.skip > 0 else self.embedding), *self.blocks[self.skip :], *self.head)
         fixed = {id(parameter) for parameter in self.fixed}
         yield from (parameter for parameter in _parameters(upper) if id(parameter) not in fixed)
 
@@ -144,6 +157,15 @@ class Tower(ABC):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         return run_block(Spec(attention, kind, eps, dtype, minimal), rows, weights, wanted)
+
+    def _module(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """One block above the cut by the caller's module; with `memory="min"` it runs once more in backward.
+
+        A batch norm that counts what it sees would count it twice, and keeps what it keeps.
+        """
+        if self.memory == "min" and torch.is_grad_enabled() and not counts(block):
+            return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
+        return self.call_block(block, hidden, mask)
 
     @torch.compiler.disable  # it asks the system
     def keeps_little(self, hidden: Tensor) -> bool:
@@ -174,7 +196,7 @@ class ImageTower(Tower):
         blocks = self.upper_blocks
         if not self.as_nodes:
             for block in blocks:
-                hidden = self.call_block(block, hidden, None)
+                hidden = self._module(block, hidden, None)
             return self.finish(hidden)
         rows, minimal = hidden.flatten(0, 1), self.keeps_little(hidden)
         pools = bool(blocks) and self.reductions["pooled_last_block"] is None
@@ -277,7 +299,7 @@ class TextTower(Tower):
         at_end, blocks = torch.arange(n, device=rows.device) * L + ends, self.upper_blocks
         if not self.as_nodes or not blocks:
             for block in blocks:
-                hidden = self.call_block(block, hidden, mask)
+                hidden = self._module(block, hidden, mask)
             return hidden.flatten(0, 1)[at_end]
         rows, minimal = hidden.flatten(0, 1), self.keeps_little(hidden)
         for block in blocks[:-1]:

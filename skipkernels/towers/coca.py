@@ -57,10 +57,15 @@ class CoCaTextTower(OpenClipTextTower):
         if not self._moved:
             return hidden_padding(self.text, inputs)
         length = inputs.shape[1] + 1
-        mask = self.text.attn_mask[None, None, :length, :length]
+        mask = self.text.attn_mask[None, None, :length, :length].to(inputs.device)
         if not self._blind:
             return mask
         ends = self._pooled_positions(inputs)
         mask = mask.repeat(len(inputs), 1, 1, 1)
         mask[torch.arange(len(inputs), device=mask.device), 0, ends, ends] = -torch.inf
         return mask
+
+
+def text_tower(model: Any, tokens: Tensor) -> OpenClipTextTower:
+    """The text tower of a model whose `text` is a `TextTransformer`, with a class token or without."""
+    return (OpenClipTextTower if model.text.cls_emb is None else CoCaTextTower)(model, tokens)

@@ -44,7 +44,7 @@ class EncoderTextTower(TextTower):
         hidden, tokens = self.prompts_of(rows, class_ids, of_all)
         mask = self.mask(tokens)
         for block in self.upper_blocks:
-            hidden = self.call_block(block, hidden, mask)
+            hidden = self._module(block, hidden, mask)
         hidden = self.end(hidden)
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
@@ -87,8 +87,8 @@ class MT5TextTower(EncoderTextTower):
         return self.encoder.dropout(self.encoder.embed_tokens(inputs))
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        length = hidden.shape[1]
-        bias = self.blocks[0].layer[0].SelfAttention.compute_bias(length, length, device=hidden.device)
+        length, first = hidden.shape[1], self.blocks[0].layer[0].SelfAttention
+        bias = first.compute_bias(length, length, device=first.relative_attention_bias.weight.device).to(hidden)
         return _first(block(hidden, None if mask is None else mask.to(hidden), bias))
 
     def end(self, hidden: Tensor) -> Tensor:  # noqa: D102

@@ -44,14 +44,6 @@ _KINDS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
 }
 
 
-def _require(model: nn.Module) -> Any:
-    if type(model) not in _KINDS:
-        raise UnsupportedModel(
-            f"SkipCLIP: of transformers' models CLIPModel and SiglipModel are handled; got {type(model).__qualname__}."
-        )
-    return model
-
-
 def _obstacle(model: nn.Module, block: Any) -> str | None:
     """Why a block cannot be run as one node, which sees its weights alone, or None."""
     reason = unlike(block, *_KINDS[type(model)])
@@ -86,8 +78,8 @@ class HuggingFaceImageTower(ImageTower):
 
     parts = staticmethod(_parts)
 
-    def __init__(self, model: nn.Module):
-        self.model = _require(model)
+    def __init__(self, model: Any):
+        self.model: Any = model
         self.vision = self.model.vision_model
         config = self.vision.config
         self.blocks, self.heads = self.vision.encoder.layers, config.num_attention_heads
@@ -125,8 +117,8 @@ class HuggingFaceTextTower(TextTower):
 
     parts = staticmethod(_parts)
 
-    def __init__(self, model: nn.Module, tokens: Tensor):
-        self.model = _require(model)
+    def __init__(self, model: Any, tokens: Tensor):
+        self.model: Any = model
         self.text = self.model.text_model
         self.blocks, self.heads = self.text.encoder.layers, self.text.config.num_attention_heads
         self.embedding = (self.text.embeddings,)

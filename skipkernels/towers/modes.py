@@ -28,6 +28,11 @@ def training_without_chance(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def counts(module: nn.Module) -> bool:
+    """Whether a batch norm in it, in training mode, keeps statistics of what it sees."""
+    return any(isinstance(part, _NormBase) and part.training for part in module.modules())
+
+
 def _drops(module: nn.Module) -> bool:
     chances = (getattr(module, name, None) for name in _CHANCES)
     return any(isinstance(chance, float) and chance > 0 for chance in chances)

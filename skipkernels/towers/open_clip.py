@@ -11,8 +11,7 @@ import math
 from typing import Any
 
 import torch
-from open_clip.coca_model import CoCa
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
@@ -28,9 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .base import ImageTower, TextTower, UnsupportedModel
 from .block import Parts, Weights
-from .plain import lacks, unlike
-
-MODELS = (CLIP, CustomTextCLIP, CoCa)
+from .plain import lacks, scaled, unlike
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
@@ -62,15 +59,10 @@ def _obstacle(block: Any) -> str | None:
 def parts(block: Any) -> Parts:
     """An open_clip block as `block.py` runs it."""
     attention, mlp = block.attn, block.mlp
-    out_proj, out_proj_bias = attention.out_proj.weight, attention.out_proj.bias
-    proj, proj_bias = mlp.c_proj.weight, mlp.c_proj.bias
-    if isinstance(block.ls_1, LayerScale):
-        out_proj, out_proj_bias = block.ls_1.gamma[:, None] * out_proj, block.ls_1.gamma * out_proj_bias
-    if isinstance(block.ls_2, LayerScale):
-        proj, proj_bias = block.ls_2.gamma[:, None] * proj, block.ls_2.gamma * proj_bias
     weights = Weights(
-        block.ln_1.weight, block.ln_1.bias, attention.in_proj_weight, attention.in_proj_bias, out_proj, out_proj_bias,
-        block.ln_2.weight, block.ln_2.bias, mlp.c_fc.weight, mlp.c_fc.bias, proj, proj_bias,
+        block.ln_1.weight, block.ln_1.bias, attention.in_proj_weight, attention.in_proj_bias,
+        *scaled(attention.out_proj, block.ls_1), block.ln_2.weight, block.ln_2.bias,
+        mlp.c_fc.weight, mlp.c_fc.bias, *scaled(mlp.c_proj, block.ls_2),
     )  # fmt: skip
     tanh = getattr(mlp.gelu, "approximate", "none") == "tanh"
     return Parts(weights, "gelu_tanh" if tanh else _ACTIVATIONS[type(mlp.gelu)], (block.ln_1.eps, block.ln_2.eps))
@@ -182,7 +174,7 @@ class OpenClipTextTower(TextTower):
         if getattr(self.text, "use_pad_mask", False):
             return hidden_padding(self.text, inputs)
         length, mask = inputs.shape[1], self.text.attn_mask
-        return None if mask is None else mask[None, None, :length, :length]
+        return None if mask is None else mask[None, None, :length, :length].to(inputs.device)
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
         if mask is None:
@@ -202,4 +194,4 @@ def hidden_padding(text: TextTransformer, tokens: Tensor) -> Tensor:
     """The mask [n, 1, T, T] by which a text transformer keeps every token from seeing padding, causal or not."""
     length = tokens.shape[1] + (text.cls_emb is not None)
     mask = text._build_additive_mask(tokens, length, torch.float32)[:: text.heads, None]
-    return mask if text.attn_mask is None else mask + text.attn_mask[:length, :length]
+    return mask if text.attn_mask is None else mask + text.attn_mask[:length, :length].to(mask)

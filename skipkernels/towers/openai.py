@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .base import ImageTower, TextTower, UnsupportedModel
+from .base import ImageTower, TextTower
 from .block import Parts, Weights
 from .plain import lacks, unlike
-from .staged import ResNetTower
 
 
 def _obstacle(block: Any) -> str | None:
@@ -48,16 +47,6 @@ def _parts(block: Any) -> Parts:
 
 def _call(block: nn.Module, hidden: Tensor) -> Tensor:
     return block(hidden.transpose(0, 1)).transpose(0, 1)
-
-
-def openai_image_tower(model: Any) -> ImageTower:
-    """The image tower of such a model: a vision transformer or a ResNet."""
-    kind = type(model.visual).__name__
-    if kind not in ("VisionTransformer", "ModifiedResNet"):
-        raise UnsupportedModel(
-            f"SkipCLIP: the image tower must be a VisionTransformer or a ModifiedResNet; got {kind}."
-        )
-    return OpenAIImageTower(model) if kind == "VisionTransformer" else ResNetTower(model)
 
 
 class OpenAIImageTower(ImageTower):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .block import Weights
@@ -39,6 +40,13 @@ def unlike(block: nn.Module, kind: type, parts: Mapping[str, tuple[type, ...]]) 
 def has_hooks(block: nn.Module) -> bool:
     """Whether anything waits for a module of the block to be called."""
     return any(getattr(module, hooks) for module in block.modules() for hooks in _HOOKS)
+
+
+def scaled(layer: nn.Linear, scale: Any) -> tuple[Tensor, Any]:
+    """Weight and bias of a layer, with the layer scale behind it, if it is one, multiplied in."""
+    if isinstance(scale, nn.Identity) or layer.bias is None:
+        return layer.weight, layer.bias
+    return scale.gamma[:, None] * layer.weight, scale.gamma * layer.bias
 
 
 def lacks(weights: Weights) -> str | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .base import ImageTower, Part, UnsupportedModel
 from .block import Parts, Weights
-from .plain import lacks, unlike
+from .plain import lacks, scaled, unlike
 from .staged import AS_MODULES, convnext_tower, fastvit_tower, in_order, swin_tower
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
@@ -101,20 +101,13 @@ def _parts(block: Any) -> Parts:
     """A block of a `VisionTransformer` as `block.py` runs it."""
     weights = Weights(
         block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias,
-        *_scaled(block.attn.proj, block.ls1), block.norm2.weight, block.norm2.bias,
-        block.mlp.fc1.weight, block.mlp.fc1.bias, *_scaled(block.mlp.fc2, block.ls2),
+        *scaled(block.attn.proj, block.ls1), block.norm2.weight, block.norm2.bias,
+        block.mlp.fc1.weight, block.mlp.fc1.bias, *scaled(block.mlp.fc2, block.ls2),
     )  # fmt: skip
     activation = block.mlp.act
     tanh = getattr(activation, "approximate", "none") == "tanh"
     kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(activation)]
     return Parts(weights, kind, (block.norm1.eps, block.norm2.eps))
-
-
-def _scaled(layer: nn.Linear, scale: nn.Module) -> tuple[Tensor, Any]:
-    """Weight and bias of a layer, with the layer scale behind it multiplied in."""
-    if not isinstance(scale, LayerScale) or layer.bias is None:
-        return layer.weight, layer.bias
-    return scale.gamma[:, None] * layer.weight, scale.gamma * layer.bias
 
 
 class TransformerTower(ImageTower):

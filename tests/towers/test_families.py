@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 import transformers
-from models import TEXT, VISION, tiny_batch, tiny_clip, tiny_tokens
+from models import TEXT, VISION, openai_models, tiny_batch, tiny_clip, tiny_tokens
 from own_step import assert_is_the_own_step
 from torch import nn
 
@@ -34,18 +32,9 @@ def random_weights(model: nn.Module) -> nn.Module:
 
 
 def openai_clip() -> nn.Module:
-    """OpenAI's model, in fp32, as its norms compute. From its file: its package asks for what setuptools lost."""
-    if "clip.model" not in sys.modules:
-        package = importlib.util.find_spec("clip")
-        assert package is not None and package.submodule_search_locations
-        file = Path(package.submodule_search_locations[0]) / "model.py"
-        spec = importlib.util.spec_from_file_location("clip.model", file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["clip.model"] = module
-        spec.loader.exec_module(module)
-    kind = sys.modules["clip.model"].CLIP
+    """OpenAI's model, in fp32, as its norms compute."""
     torch.manual_seed(0)
-    return random_weights(kind(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()
+    return random_weights(openai_models().CLIP(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()
 
 
 def hugging_face_clip(end: int = 2, activation: str = "quick_gelu", **attention) -> nn.Module:
@@ -233,10 +222,63 @@ def test_a_hook_on_a_block_is_followed(make, tower):
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
+@pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip], ids=["openai", "hf", "siglip"])
+def test_another_activation_is_followed(make):
+    model, name = make(), "activation_fn"
+    mlps = ("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp")
+    if make is openai_clip:
+        mlps, name = ("transformer.resblocks.2.mlp", "visual.transformer.resblocks.1.mlp"), "gelu"
+    for mlp in mlps:
+        setattr(model.get_submodule(mlp), name, nn.SiLU())
+    tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, model.logit_scale.dtype)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert "SiLU" in clip.reductions["text.one_node_a_block"] and "SiLU" in clip.reductions["image.one_node_a_block"]
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (openai_clip, "visual"),
+        (openai_clip, "transformer"),
+        (hugging_face_clip, "vision_model"),
+        (hugging_face_clip, "text_model.encoder"),
+        (siglip, "vision_model.encoder"),
+        (siglip, "text_model"),
+    ],
+)
+def test_a_tower_that_was_altered_is_refused(make, part):
+    model = make()
+    tower = model.get_submodule(part)
+    forward = tower.forward
+
+    def other(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out.flip(-1)
+        name = "pooler_output" if "pooler_output" in out else "last_hidden_state"
+        out[name] = out[name].flip(-1)
+        return out
+
+    tower.forward = other
+    with pytest.raises(RuntimeError, match="the model itself embeds"):
+        sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
+
+
+def test_openai_with_another_mask_is_followed():
+    model, tokens, (images, labels) = openai_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
+    for block in model.transformer.resblocks:
+        block.attn_mask = torch.zeros(77, 77)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert "not the causal one" in clip.reductions["text.shared_prefix"]
+    assert clip.reductions["text.text_crop"] is not None
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
 def test_openai_in_half_precision_keeps_its_norms_in_fp32():
     """As `clip.load` leaves a model on a GPU."""
     model = openai_clip()
-    sys.modules["clip.model"].convert_weights(model)
+    openai_models().convert_weights(model)
     tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
     out = clip(images, labels)
@@ -265,11 +307,31 @@ def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
     torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
 
 
+def test_a_parameter_on_both_sides_of_the_cut_is_refused():
+    model = tiny_clip()
+    blocks = model.visual.transformer.resblocks
+    blocks[2].mlp.c_fc.weight = blocks[0].mlp.c_fc.weight
+    with pytest.raises(UnsupportedModel, match=r"resblocks.0.mlp.c_fc.weight is used on both sides of the cut"):
+        sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
+    sk.SkipCLIP(model, tiny_tokens(4), skip_layers=0)
+
+
+@pytest.mark.parametrize("memory", ["fast", "min"])
+def test_an_altered_block_with_little_memory(memory):
+    """It runs as a module, which a checkpoint runs again in backward."""
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    for stack in (model.transformer, model.visual.transformer):
+        stack.resblocks[2].ls_1 = nn.Hardtanh()
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, memory=memory)
+    assert "Hardtanh" in clip.reductions["image.one_node_a_block"]
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
 def test_what_no_family_handles_is_refused():
     with pytest.raises(UnsupportedModel, match=r"parallel attentional pooler leaves an axis"):
         sk.SkipCLIP(coca(attentional_pool="parallel"), tiny_tokens(4), skip_layers=1)
-    with pytest.raises(UnsupportedModel, match="of open_clip, of OpenAI's clip or of Hugging Face's"):
+    with pytest.raises(UnsupportedModel, match=r"must be one of open_clip.model.CLIP, .*; got torch.nn"):
         sk.SkipCLIP(nn.Linear(2, 2), tiny_tokens(4), skip_layers=1)
     bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=60))
-    with pytest.raises(UnsupportedModel, match="CLIPModel and SiglipModel are handled; got BertModel"):
+    with pytest.raises(UnsupportedModel, match="got transformers.models.bert.modeling_bert.BertModel"):
         sk.SkipCLIP(bert, tiny_tokens(4), skip_layers=1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import timm_models
 import torch
-from models import tiny_clip
+from models import openai_models, tiny_clip
 from own_step import assert_is_the_own_step
 from timm.layers import HybridEmbed
 from timm.models.convnext import ConvNeXt
@@ -18,9 +16,11 @@ from timm.models.fastvit import FastVit, RepConditionalPosEnc
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
-from timm_models import LABELS, TOKENS, Family, cut, each_cut, randomise, timm_clip
+from timm_models import LABELS, TOKENS, Family, batch_norms, cut, each_cut, randomise, timm_clip
 from torch import nn
 
+import skipkernels as sk
+from bench.measure import saved_bytes
 from skipkernels.towers.staged import ResNetTower
 
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
@@ -34,11 +34,6 @@ FASTVIT = {
 }
 SWIN = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4, "num_classes": 12}
 RESNET = {"layers": [1, 2, 1, 1], "width": 8, "image_size": 32, "patch_size": None}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # tensors this small wait longer for a second thread than they take
 
 
 def convnext(**rest) -> nn.Module:
@@ -158,20 +153,9 @@ def test_an_altered_block_is_followed_and_an_altered_stage_refused(name):
         cut(model, 1)
 
 
-def _openais_file() -> ModuleType:
-    """Its package asks for what setuptools lost."""
-    package = importlib.util.find_spec("clip")
-    assert package is not None and package.submodule_search_locations
-    spec = importlib.util.spec_from_file_location("_clip", Path(package.submodule_search_locations[0]) / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("skip", range(6), ids=lambda skip: f"skip{skip}")
 def test_openais_resnet(skip):
-    visual = randomise(_openais_file().ModifiedResNet((1, 2, 1, 1), 12, 8, 32, 8)).double().eval()
+    visual = randomise(openai_models().ModifiedResNet((1, 2, 1, 1), 12, 8, 32, 8)).double().eval()
     tower = ResNetTower(SimpleNamespace(visual=visual, encode_image=visual))
     tower.skip = skip
     assert len(tower.blocks) == 5 and tower.image_size == (32, 32)
@@ -185,6 +169,51 @@ def test_openais_resnet(skip):
     )
     assert features.equal(kept)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["convnext", "swin", "vitamin", "resnet"])
+def test_with_little_memory_the_step_is_the_same(name):
+    family = FAMILIES[name]
+    model = family.make()
+    images, saved = family.images(), {}
+    for memory in ("fast", "min"):
+        clip = sk.SkipCLIP(model, TOKENS, skip_layers=(1, 1), keep_ratio=1.0, memory=memory)
+        features = clip.encode_lower(images)
+        saved[memory] = saved_bytes(lambda clip=clip, features=features: clip.encode_upper(features))
+        assert_is_the_own_step(clip, images, TOKENS, LABELS)
+    assert saved["min"] < saved["fast"] / 2
+
+
+def test_with_little_memory_a_batch_norm_counts_once():
+    counted = []
+    for memory in ("fast", "min"):
+        model = resnet().train()
+        clip = sk.SkipCLIP(model, TOKENS, skip_layers=(1, 1), memory=memory)
+        clip(FAMILIES["resnet"].images(), LABELS).loss.backward()
+        counted.append([norm.num_batches_tracked.item() for norm in batch_norms(model)])
+    assert counted[0] == counted[1] and set(counted[0]) == {0, 1}
+
+
+@pytest.mark.gpu
+def test_what_is_below_the_cut_lives_elsewhere_with_its_statistics():
+    model = resnet().cuda()
+    clip = sk.SkipCLIP(model, TOKENS, skip_layers=(2, 1), keep_ratio=1.0)
+    images, labels = FAMILIES["resnet"].images().cuda(), LABELS.cuda()
+    expected = clip(images, labels).loss
+    clip = sk.SkipCLIP(model, TOKENS, skip_layers=(2, 1), keep_ratio=1.0, lower_device="cpu")
+    visual = model.visual
+    assert not any(tensor.is_cuda for part in (visual.bn1, visual.layer1) for tensor in part.state_dict().values())
+    assert all(tensor.is_cuda for tensor in visual.layer3.state_dict().values())
+    torch.testing.assert_close(clip(images, labels).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_maps_of_three_rows_are_no_images():
+    model = swin(img_size=(12, 16), patch_size=4, window_size=2, depths=(1, 1))  # maps [3, 4, 8] in front of the second
+    clip = sk.SkipCLIP(model, TOKENS, skip_layers=(1, 1), keep_ratio=1.0)
+    images = torch.randn(2, 3, 12, 16, dtype=torch.float64)
+    features = clip.encode_lower(images)
+    assert features.shape[1:] == (3, 4, 8)
+    assert clip(features, LABELS[:2]).loss.equal(clip(images, LABELS[:2]).loss)
 
 
 @pytest.mark.parametrize("name", ["convnext", "swin", "vitamin", "resnet"])

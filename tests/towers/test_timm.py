@@ -28,11 +28,6 @@ PE = {**ROTARY, "attn_type": "rope", "global_pool": "map", "attn_pool_num_heads"
 GRID = {"ref_feat_shape": (4, 4), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # tensors this small wait longer for a second thread than they take
-
-
 def vit(**rest) -> nn.Module:
     return timm_clip(VisionTransformer(**{**SHAPE, **rest}))
 
