@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from open_clip.model import CLIP
+from open_clip.pos_embed import get_2d_sincos_pos_embed
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
@@ -68,6 +69,14 @@ def parts(block: Any) -> Parts:
     return Parts(weights, "gelu_tanh" if tanh else _ACTIVATIONS[type(mlp.gelu)], (block.ln_1.eps, block.ln_2.eps))
 
 
+def _are_sines_and_cosines(positions: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether they are those that open_clip never trains; `requires_grad` does not tell, which SkipCLIP sets."""
+    if grid[0] != grid[1] or positions.shape[1] % 4:
+        return False
+    table = torch.from_numpy(get_2d_sincos_pos_embed(positions.shape[1], grid[0], cls_token=True)).float()
+    return positions.detach().cpu().equal(table.to(positions.dtype))
+
+
 class OpenClipImageTower(ImageTower):
     """`model.visual` of such a model, where it is a `VisionTransformer`."""
 
@@ -87,8 +96,8 @@ class OpenClipImageTower(ImageTower):
         self.embedding = (
             visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre
         )  # fmt: skip
-        if visual.conv1.weight.requires_grad and not visual.positional_embedding.requires_grad:
-            self.fixed = (visual.positional_embedding,)  # sines and cosines
+        if _are_sines_and_cosines(visual.positional_embedding, visual.grid_size):
+            self.fixed = (visual.positional_embedding,)
         self.head = (visual.attn_pool, visual.ln_post, visual.proj)
         one_node = pooled = next(filter(None, map(_obstacle, self.blocks)), None)
         if visual.attn_pool is not None or visual.pool_type != "tok":

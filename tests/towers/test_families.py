@@ -193,6 +193,18 @@ def test_coca_with_prompts_whose_padding_is_elsewhere(kind, correct):
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
+@pytest.mark.parametrize("skip", [0, 1])
+def test_sines_and_cosines_never_train(skip):
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    model.visual = open_clip.CLIP(12, {**VISION, "pos_embed_type": "sin_cos_2d"}, TEXT).visual.double()
+    assert not model.visual.positional_embedding.requires_grad
+    for _ in range(2):  # the second finds what the first has left
+        clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+        clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
+    assert not model.visual.positional_embedding.requires_grad
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
 def test_a_mask_of_the_padding_alone():
     text = {"no_causal_mask": True, "pool_type": "argmax"}
     model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(CLASSES)
