@@ -79,4 +79,11 @@ def _adapter(half: nn.Module, known: dict[str, str], tower: str) -> Callable[...
     if _name(half) not in known:
         raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(known)}; got {_name(half)}.")
     file, _, make = known[_name(half)].partition(":")
+    if file in ("hugging_face", "encoders"):  # whose blocks take other arguments in each major version
+        version = importlib.import_module("transformers").__version__
+        if int(version.split(".")[0]) < 5:
+            raise UnsupportedModel(
+                f"SkipCLIP: {_name(half)} is handled with transformers 5 or later; got {version}. Update it: "
+                "pip install 'skipkernels[hugging-face]'."
+            )
     return getattr(importlib.import_module(f".{file}", __name__), make)

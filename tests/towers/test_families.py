@@ -319,6 +319,12 @@ def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
     torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
 
 
+def test_an_older_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(UnsupportedModel, match="SiglipModel is handled with transformers 5 or later; got 4.57.6"):
+        sk.SkipCLIP(siglip(), tiny_tokens(4), skip_layers=1)
+
+
 def test_a_parameter_on_both_sides_of_the_cut_is_refused():
     model = tiny_clip()
     blocks = model.visual.transformer.resblocks
