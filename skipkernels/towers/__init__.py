@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ def _adapter(half: nn.Module, known: dict[str, str], tower: str) -> Callable[...
         raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(known)}; got {_name(half)}.")
     file, _, make = known[_name(half)].partition(":")
     if file in ("hugging_face", "encoders"):  # whose blocks take other arguments in each major version
-        version = importlib.import_module("transformers").__version__
+        version = importlib.metadata.version("transformers")
         if int(version.split(".")[0]) < 5:
             raise UnsupportedModel(
                 f"SkipCLIP: {_name(half)} is handled with transformers 5 or later; got {version}. Update it: "

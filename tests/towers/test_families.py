@@ -320,9 +320,10 @@ def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
 
 
 def test_an_older_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    model = siglip()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
     with pytest.raises(UnsupportedModel, match="SiglipModel is handled with transformers 5 or later; got 4.57.6"):
-        sk.SkipCLIP(siglip(), tiny_tokens(4), skip_layers=1)
+        sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
 
 
 def test_a_parameter_on_both_sides_of_the_cut_is_refused():
