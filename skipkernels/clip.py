@@ -104,16 +104,23 @@ class SkipCLIP(nn.Module):
         attention: Attention = "sdpa",
     ):
         super().__init__()
-        if tokens.ndim != 2 or len(tokens) == 0 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"SkipCLIP: tokens must be int64 [C, L] with C ≥ 1; got {tokens.dtype} {list(tokens.shape)}. "
-                "Tokenise one prompt for each class with open_clip.get_tokenizer."
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"SkipCLIP: tokens must be an int64 tensor [C, L]; got {type(tokens).__name__}. Tokenise one prompt "
+                "for each class; of what a tokenizer of transformers returns take input_ids."
             )
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"SkipCLIP: tokens must be int64 [C, L] with C ≥ 1 and L ≥ 1; got {tokens.dtype} {list(tokens.shape)}. "
+                "Tokenise one prompt for each class with the model's own tokenizer."
+            )
+        if chunk < 1:
+            raise ValueError(f"SkipCLIP: chunk must be at least 1; got {chunk}.")
         self.model = model
         self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
         self.chunk = chunk
-        device = next(model.parameters()).device
-        self._image, self._text = build_towers(model, tokens.to(device, torch.int64))
+        self._image, self._text = build_towers(model, tokens)
+        device = self._text.tokens.device
         pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
         if len(pair) != 2:
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
@@ -124,7 +131,7 @@ class SkipCLIP(nn.Module):
         self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
         self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
-        self._class_embeddings: tuple[Tensor, Any, Tensor] | None = None  # and of which weights
+        self._class_embeddings: tuple[Tensor, Any, list[Tensor]] | None = None  # and of which weights
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
 
         self.register_buffer("_text_features", None, persistent=False)
@@ -253,13 +260,14 @@ class SkipCLIP(nn.Module):
             ValueError: If x is neither, or is features although nothing is skipped.
         """
         shape, dtype = self._features
-        tokens = x.ndim == len(shape) + 1 == 3 and x.shape[2] == shape[1]  # of which some may have been dropped
-        are_features = tokens or x.shape[1:] == shape
+        sample = self._image.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
+        are_features = x.shape[1:] == shape or sample
         if x.ndim == 4 and x.shape[1] == 3 and not are_features:
             return self.encode_upper(self.encode_lower(x, drop_patches=True))
         if self._image.skip == 0:
             raise ValueError(
-                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images."
+                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images "
+                f"[B, 3, height, width]; got {list(x.shape)}."
             )
         if not are_features:
             raise ValueError(
@@ -335,42 +343,54 @@ class SkipCLIP(nn.Module):
         """Groups for a `torch.optim` optimizer: the text tower and the image tower, each at its own learning rate.
 
         The temperature, if it trains, is in the text tower's group.
+
+        Raises:
+            RuntimeError: If parameters are no longer the model's.
         """
-        text = list(self._text.upper_parameters())
+        text, image = list(self._text.upper_parameters()), list(self._image.upper_parameters())
         if self.model.logit_scale.requires_grad:
             text.append(self.model.logit_scale)
-        return [
-            {"name": "text", "params": text, "lr": text_lr},
-            {"name": "image", "params": list(self._image.upper_parameters()), "lr": image_lr},
-        ]
+        if not {id(p) for p in (*text, *image)} <= {id(p) for p in self.model.parameters()}:
+            raise RuntimeError(
+                "SkipCLIP: the model's parameters were replaced by others (load_state_dict with assign=True does "
+                "that), so they would not train. Make SkipCLIP anew, or load without assign."
+            )
+        return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 
     # ---- inference ---------------------------------------------------------------------------------------------
 
     def class_embeddings(self) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes with the weights as they are, without gradient.
 
-        They are kept, and computed again only when the text tower's weights have changed, by whatever means.
+        They are those of evaluation mode, are kept, and computed again only when the text tower's weights have changed,
+        by whatever means.
         """
-        weights = list(self._text.upper_parameters())
+        upper, lower = list(self._text.upper_parameters()), list(self._text.lower_parameters())
+        device = upper[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # The version counter misses a change through .data, the hash one that only moves numbers about or flips signs.
-        seen = (
-            [(p.data_ptr(), p._version) for p in weights],
-            torch.is_autocast_enabled(weights[0].device.type),
-            self._lower_text_weights(),
-        )
-        hashes = torch.stack([torch.hash_tensor(p.detach()) for p in weights])
+        seen = [(p.data_ptr(), p._version) for p in upper], autocast, self._lower_text_weights()
+        hashes = [torch.stack([torch.hash_tensor(p.detach()) for p in part]) for part in (upper, lower) if part]
         if self._class_embeddings is not None:
             embeddings, kept_seen, kept_hashes = self._class_embeddings
-            if kept_seen == seen and kept_hashes.equal(hashes):
+            same = [kept.equal(hashed) for kept, hashed in zip(kept_hashes, hashes, strict=True)]
+            if kept_seen == seen and all(same):
                 return embeddings
-        self._class_embeddings = self._encode_all_classes(self._features_of_all_classes()), seen, hashes
+            if not same[-1]:
+                self._text_features = None
+        with evaluating([self.model]):
+            self._class_embeddings = self._encode_all_classes(self._features_of_all_classes()), seen, hashes
         return self._class_embeddings[0]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Logits [B, C] of images [B, 3, height, width] or features at the cut [B, N, W] over all classes."""
+        """Logits [B, C] of images [B, 3, height, width] or features at the cut [B, N, W] over all classes.
+
+        They are those of evaluation mode, whatever mode the model is in.
+        """
         classes = self.class_embeddings()
-        image = self.encode_image(x)
+        with evaluating([self.model]):
+            image = self.encode_image(x)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
             image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
             return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
@@ -382,6 +402,6 @@ def _blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
     if not (number and 0 <= blocks <= depth and blocks == int(blocks)):
         raise ValueError(
             f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "
-            f"its blocks such as 0.5; got {skip!r}."
+            f"its blocks such as 0.5, or a tuple (image, text) of either; got {skip!r}."
         )
     return int(blocks)

@@ -354,6 +354,47 @@ def test_bad_inputs():
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=0)(torch.randn(3, 5, 24).double(), labels)
 
 
+def test_features_of_other_tokens_are_refused():
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
+    features = clip.encode_lower(images)
+    with pytest.raises(ValueError, match=r"features at the cut \[B, 5, 24\]; got \[3, 4, 24\]"):
+        clip(features[:, :4], labels)
+    with pytest.raises(ValueError, match=r"got \[3, 24, 24\]"):  # an image by itself, as wide as the tower
+        clip(torch.zeros(3, 24, 24).double(), labels)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([[1, 2]], TypeError, "tokens must be an int64 tensor .* got list"),
+        (tiny_tokens(4)[:, :0], ValueError, "L ≥ 1"),
+        (tiny_tokens(4, context=80), ValueError, r"must be \[C, L=77\], as long as the model's context; got \[4, 80\]"),
+        (tiny_tokens(4)[:, :20], ValueError, r"tokens must be \[C, L=77\]"),
+    ],
+    ids=["list", "empty", "long", "short"],
+)  # fmt: skip
+def test_tokens_that_cannot_be_used(tokens, error, message):
+    with pytest.raises(error, match=message):
+        sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1)
+
+
+def test_parameters_that_were_replaced_are_not_trained_in_vain():
+    model = tiny_clip()
+    clip = sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="parameters were replaced by others"):
+        clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+
+
+@pytest.mark.parametrize("block", [0, 2], ids=["below", "above"])
+def test_a_weight_changed_through_data_is_seen(block):
+    model, tokens, (images, _) = tiny_clip(), tiny_tokens(6), tiny_batch(2, 6)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    clip.predict(images)
+    model.transformer.resblocks[block].mlp.c_fc.weight.data.mul_(3)
+    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
+
+
 def test_fraction_and_pair_of_skip_layers():
     clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
     assert (clip._image.skip, clip._text.skip) == (2, 1)

@@ -129,10 +129,29 @@ def test_a_hook_that_comes_later_is_an_error():
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(5), tiny_batch(2, 5)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
     handle = model.visual.transformer.resblocks[1].mlp.c_fc.register_forward_hook(lambda mod, args, out: out * 2)
-    with pytest.raises(RuntimeError, match="a block got a hook"):
+    with pytest.raises(RuntimeError, match="a block was altered after SkipCLIP was made: a block has hooks"):
         clip(images, labels)
     handle.remove()
     clip(images, labels)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda block: setattr(block.mlp, "gelu", torch.nn.ReLU()),
+        lambda block: setattr(block.mlp, "c_fc", type("LoRA", (torch.nn.Linear,), {})(W, 4 * W).double()),
+        lambda block: setattr(block.mlp.c_fc, "__class__", type("Sub", (torch.nn.Linear,), {})),
+        lambda block: setattr(block, "forward", lambda hidden, **rest: hidden),
+        lambda block: setattr(block, "ln_1", torch.nn.RMSNorm(W).double()),
+    ],
+    ids=["activation", "layer", "class", "forward", "norm"],
+)
+def test_a_block_that_is_altered_later_is_an_error(alter):
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(5), tiny_batch(2, 5)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    alter(model.visual.transformer.resblocks[1])
+    with pytest.raises(RuntimeError, match="a block was altered after SkipCLIP was made"):
+        clip(images, labels)
 
 
 @pytest.mark.parametrize(

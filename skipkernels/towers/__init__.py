@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import ImageTower, Memory, TextTower, UnsupportedModel
@@ -66,8 +67,9 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTowe
     if _name(model) not in _MODELS:
         raise UnsupportedModel(
             f"SkipCLIP: model must be one of {', '.join(_MODELS)}; got {_name(model)}. If it wraps one of these, pass "
-            "what it wraps."
+            "what it wraps; of a class derived from one, nothing is known."
         )
+    tokens = tokens.to(next(model.parameters()).device, torch.int64)
     visual, text = (model if part is None else getattr(model, part) for part in _MODELS[_name(model)])
     return _adapter(visual, _IMAGE, "image")(model), _adapter(text, _TEXT, "text")(model, tokens)
 

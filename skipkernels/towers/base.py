@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from . import attend
 from .block import KEPT, Attend, Parts, Spec, run_block
 from .modes import counts, evaluating
-from .plain import has_hooks
 from .prompts import SharedPrefix
 
 Memory = Literal["auto", "fast", "min"]
@@ -75,6 +74,11 @@ class Tower(ABC):
     def parts(block: Any) -> Parts:
         """What a block is made of; asked only where `one_node_a_block` is on."""
         raise NotImplementedError
+
+    @staticmethod
+    def obstacle(block: Any) -> str | None:
+        """Why a block cannot be run as one node, which sees its weights alone, or None."""
+        return "a block runs as your module"
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """What is added to the attention's logits, [1 or n, 1, tokens, tokens], or None."""
@@ -147,10 +151,11 @@ class Tower(ABC):
     def _node(
         self, block: Any, rows: Tensor, attention: Attend, *, minimal: bool, wanted: Tensor | None = None
     ) -> Tensor:
-        if has_hooks(block):
+        reason = self.obstacle(block)
+        if reason is not None:
             raise RuntimeError(
-                "SkipCLIP: a block got a hook after SkipCLIP was made, and would not call it. Put hooks on a block "
-                "before: it then runs as your module."
+                f"SkipCLIP: a block was altered after SkipCLIP was made: {reason}. Alter it before: it then runs as "
+                "your module."
             )
         weights, kind, eps = self.parts(block)
         dtype = weights.fc.dtype

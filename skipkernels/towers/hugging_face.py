@@ -44,9 +44,10 @@ _KINDS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
 }
 
 
-def _obstacle(model: nn.Module, block: Any) -> str | None:
+def _obstacle(block: Any) -> str | None:
     """Why a block cannot be run as one node, which sees its weights alone, or None."""
-    reason = unlike(block, *_KINDS[type(model)])
+    kind = SiglipModel if isinstance(block, modeling_siglip.SiglipEncoderLayer) else CLIPModel
+    reason = unlike(block, *_KINDS[kind])
     if reason is not None:
         return reason
     if block.self_attn.dropout > 0:
@@ -76,7 +77,7 @@ def _tensor(output: Any) -> Tensor:
 class HuggingFaceImageTower(ImageTower):
     """`model.vision_model` of such a model, and the projection of CLIP."""
 
-    parts = staticmethod(_parts)
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any):
         self.model: Any = model
@@ -84,7 +85,7 @@ class HuggingFaceImageTower(ImageTower):
         config = self.vision.config
         self.blocks, self.heads = self.vision.encoder.layers, config.num_attention_heads
         self.image_size = (config.image_size, config.image_size)
-        one_node = pooled = next((reason for block in self.blocks if (reason := _obstacle(model, block))), None)
+        one_node = pooled = next(filter(None, map(_obstacle, self.blocks)), None)
         if isinstance(model, CLIPModel):
             self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
             self.head = (self.vision.post_layernorm, self.model.visual_projection)
@@ -115,14 +116,14 @@ class HuggingFaceImageTower(ImageTower):
 class HuggingFaceTextTower(TextTower):
     """`model.text_model` of such a model, over the tokens of the task's classes."""
 
-    parts = staticmethod(_parts)
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model: Any = model
         self.text = self.model.text_model
         self.blocks, self.heads = self.text.encoder.layers, self.text.config.num_attention_heads
         self.embedding = (self.text.embeddings,)
-        one_node = next((reason for block in self.blocks if (reason := _obstacle(model, block))), None)
+        one_node = next(filter(None, map(_obstacle, self.blocks)), None)
         if isinstance(model, CLIPModel):
             self.head = (self.text.final_layer_norm, self.model.text_projection)
             self.take(tokens, self._ends(tokens), one_node)

@@ -80,7 +80,7 @@ def _are_sines_and_cosines(positions: Tensor, grid: tuple[int, int]) -> bool:
 class OpenClipImageTower(ImageTower):
     """`model.visual` of such a model, where it is a `VisionTransformer`."""
 
-    parts = staticmethod(parts)
+    parts, obstacle = staticmethod(parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual
@@ -128,12 +128,18 @@ class OpenClipTextTower(TextTower):
     `text` has its modules: the model itself or, in `CustomTextCLIP` and `CoCa`, a `TextTransformer`.
     """
 
-    parts = staticmethod(parts)
+    parts, obstacle = staticmethod(parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model = model
         self.text: Any = model if isinstance(model, CLIP) else model.text
         self.blocks = self.text.transformer.resblocks
+        context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
+        if tokens.shape[1] > context or (self.text is model and tokens.shape[1] != context):
+            raise ValueError(
+                f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
+                "Use the model's own tokenizer: open_clip.get_tokenizer(its name)."
+            )
         self.heads = self.blocks[0].attn.num_heads if len(self.blocks) else 1
         self.embedding = (self.text.token_embedding, self.text.positional_embedding)
         self.head = (self.text.ln_final, self.text.text_projection)

@@ -19,9 +19,7 @@ from .plain import lacks, unlike
 
 def _obstacle(block: Any) -> str | None:
     """Why a block cannot be run as one node, which sees its weights alone, or None."""
-    module: Any = sys.modules[type(block).__module__]  # OpenAI's file, or a copy of it in another package
-    if not hasattr(module, "ResidualAttentionBlock"):
-        return f"a block is a {type(block).__name__}, not a ResidualAttentionBlock"
+    module: Any = sys.modules["clip.model"]  # which made the model, and so is imported
     expected: dict[str, tuple[type, ...]] = {
         "attn": (nn.MultiheadAttention,),
         "attn.out_proj": (NonDynamicallyQuantizableLinear,),
@@ -52,7 +50,7 @@ def _call(block: nn.Module, hidden: Tensor) -> Tensor:
 class OpenAIImageTower(ImageTower):
     """`model.visual` of such a model, where it is a vision transformer."""
 
-    parts = staticmethod(_parts)
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any):
         visual = model.visual
@@ -83,7 +81,7 @@ class OpenAIImageTower(ImageTower):
 class OpenAITextTower(TextTower):
     """The text half of such a model, over the tokens of the task's classes."""
 
-    parts = staticmethod(_parts)
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model, self.blocks = model, model.transformer.resblocks

@@ -34,12 +34,8 @@ def unlike(block: nn.Module, kind: type, parts: Mapping[str, tuple[type, ...]]) 
     for module in (block, *modules.values()):
         if not _ALTERED.isdisjoint(vars(module)) or parametrize.is_parametrized(module):
             return f"a {type(module).__name__} of a block was altered"
-    return "a block has hooks" if has_hooks(block) else None
-
-
-def has_hooks(block: nn.Module) -> bool:
-    """Whether anything waits for a module of the block to be called."""
-    return any(getattr(module, hooks) for module in block.modules() for hooks in _HOOKS)
+    hooked = any(getattr(module, hooks) for module in (block, *modules.values()) for hooks in _HOOKS)
+    return "a block has hooks" if hooked else None
 
 
 def scaled(layer: nn.Linear, scale: Any) -> tuple[Tensor, Any]:

@@ -113,7 +113,7 @@ def _parts(block: Any) -> Parts:
 class TransformerTower(ImageTower):
     """`model.visual` where its trunk is a `VisionTransformer`."""
 
-    parts = staticmethod(_parts)
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
 
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual

@@ -6,6 +6,8 @@ its mask is causal as counted from the end of both. The copies of the prefix are
 
 from __future__ import annotations
 
+import textwrap
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,7 @@ def unusable(device: torch.device, dtype: torch.dtype, head_width: int) -> str |
         full = backend().full(query, key, value)
         (full + backend().behind_prefix(query, prefix, prefix, key, value)).sum().backward()
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        return " ".join(lines)[:300]
+        return textwrap.shorten(str(error), 300, placeholder=" ….")
     return None
 
 

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import logging
 import pickle
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines: list[Any] = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])[:200]}"
+    return f"{type(error).__name__}: {textwrap.shorten(' '.join(lines[:2]), 250, placeholder=' ….')}"
 
 
 @contextlib.contextmanager

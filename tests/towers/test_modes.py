@@ -55,6 +55,19 @@ def test_what_only_training_shows_is_found(part):
             sk.SkipCLIP(model, tokens, skip_layers=1)
 
 
+def test_predictions_are_those_of_evaluation_mode():
+    """No dropout, whatever the model's mode; and none that is kept from it."""
+    model, tokens, (images, _) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    for stack in (model.visual.transformer, model.transformer):
+        stack.resblocks[2].attn.dropout = 0.5
+    clip = sk.SkipCLIP(model.train(), tokens, skip_layers=1)
+    got = clip.predict(images)
+    assert model.visual.training and model.transformer.resblocks[2].attn.training
+    model.eval()
+    torch.testing.assert_close(got, model.get_logits(images, tokens)[0].detach())
+    assert clip.predict(images).equal(got)
+
+
 def test_every_module_keeps_its_mode():
     model, tokens, (images, labels) = tiny_clip().train(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.visual.transformer.resblocks[0].mlp.eval()
