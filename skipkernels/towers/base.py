@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from . import attend
 from .block import KEPT, Attend, Parts, Spec, run_block
 from .modes import counts, evaluating
+from .plain import lacks
 from .prompts import SharedPrefix
 
 Memory = Literal["auto", "fast", "min"]
@@ -79,6 +80,18 @@ class Tower(ABC):
     def obstacle(block: Any) -> str | None:
         """Why a block cannot be run as one node, which sees its weights alone, or None."""
         return "a block runs as your module"
+
+    def read(self, block: Any) -> Parts | str:
+        """What a block is made of, or why it cannot be run as one node."""
+        reason = self.obstacle(block)
+        if reason is not None:
+            return reason
+        parts = self.parts(block)
+        return lacks(parts.weights) or parts
+
+    def why_no_nodes(self) -> str | None:
+        """Why blocks cannot be nodes, or None."""
+        return next((reason for reason in map(self.read, self.blocks) if isinstance(reason, str)), None)
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """What is added to the attention's logits, [1 or n, 1, tokens, tokens], or None."""
@@ -151,13 +164,13 @@ class Tower(ABC):
     def _node(
         self, block: Any, rows: Tensor, attention: Attend, *, minimal: bool, wanted: Tensor | None = None
     ) -> Tensor:
-        reason = self.obstacle(block)
-        if reason is not None:
+        read = self.read(block)
+        if isinstance(read, str):
             raise RuntimeError(
-                f"SkipCLIP: a block was altered after SkipCLIP was made: {reason}. Alter it before: it then runs as "
+                f"SkipCLIP: a block was altered after SkipCLIP was made: {read}. Alter it before: it then runs as "
                 "your module."
             )
-        weights, kind, eps = self.parts(block)
+        weights, kind, eps = read
         dtype = weights.fc.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)

@@ -17,7 +17,7 @@ from transformers.models.siglip import modeling_siglip
 
 from .base import ImageTower, TextTower, UnsupportedModel
 from .block import Parts, Weights
-from .plain import lacks, unlike
+from .plain import unlike
 
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name is another in each major version
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
@@ -52,7 +52,7 @@ def _obstacle(block: Any) -> str | None:
         return reason
     if block.self_attn.dropout > 0:
         return "a block's attention has dropout"
-    return lacks(_parts(block).weights)
+    return None
 
 
 def _parts(block: Any) -> Parts:
@@ -85,7 +85,7 @@ class HuggingFaceImageTower(ImageTower):
         config = self.vision.config
         self.blocks, self.heads = self.vision.encoder.layers, config.num_attention_heads
         self.image_size = (config.image_size, config.image_size)
-        one_node = pooled = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = pooled = self.why_no_nodes()
         if isinstance(model, CLIPModel):
             self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
             self.head = (self.vision.post_layernorm, self.model.visual_projection)
@@ -123,7 +123,7 @@ class HuggingFaceTextTower(TextTower):
         self.text = self.model.text_model
         self.blocks, self.heads = self.text.encoder.layers, self.text.config.num_attention_heads
         self.embedding = (self.text.embeddings,)
-        one_node = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = self.why_no_nodes()
         if isinstance(model, CLIPModel):
             self.head = (self.text.final_layer_norm, self.model.text_projection)
             self.take(tokens, self._ends(tokens), one_node)

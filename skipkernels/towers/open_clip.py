@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .base import ImageTower, TextTower, UnsupportedModel
 from .block import Parts, Weights
-from .plain import lacks, scaled, unlike
+from .plain import scaled, unlike
 
 _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
@@ -54,7 +54,7 @@ def _obstacle(block: Any) -> str | None:
     attention = block.attn
     if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
         return "a block's attention has dropout or a key of its own"
-    return lacks(parts(block).weights)
+    return None
 
 
 def parts(block: Any) -> Parts:
@@ -99,7 +99,7 @@ class OpenClipImageTower(ImageTower):
         if _are_sines_and_cosines(visual.positional_embedding, visual.grid_size):
             self.fixed = (visual.positional_embedding,)
         self.head = (visual.attn_pool, visual.ln_post, visual.proj)
-        one_node = pooled = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = pooled = self.why_no_nodes()
         if visual.attn_pool is not None or visual.pool_type != "tok":
             pooled = pooled or "the tower pools over all tokens"
         self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
@@ -143,7 +143,7 @@ class OpenClipTextTower(TextTower):
         self.heads = self.blocks[0].attn.num_heads if len(self.blocks) else 1
         self.embedding = (self.text.token_embedding, self.text.positional_embedding)
         self.head = (self.text.ln_final, self.text.text_projection)
-        one_node = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = self.why_no_nodes()
         self.take(tokens, one_node=one_node, **self._seen(tokens))
 
     def _seen(self, tokens: Tensor) -> dict[str, Any]:

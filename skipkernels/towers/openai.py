@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .base import ImageTower, TextTower
 from .block import Parts, Weights
-from .plain import lacks, unlike
+from .plain import unlike
 
 
 def _obstacle(block: Any) -> str | None:
@@ -30,7 +30,7 @@ def _obstacle(block: Any) -> str | None:
         "mlp.c_proj": (nn.Linear,),
         "ln_2": (module.LayerNorm,),
     }
-    return unlike(block, module.ResidualAttentionBlock, expected) or lacks(_parts(block).weights)
+    return unlike(block, module.ResidualAttentionBlock, expected)
 
 
 def _parts(block: Any) -> Parts:
@@ -59,7 +59,7 @@ class OpenAIImageTower(ImageTower):
         self.image_size = (visual.input_resolution, visual.input_resolution)
         self.embedding = (visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
         self.head = (visual.ln_post, visual.proj)
-        one_node = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = self.why_no_nodes()
         self.reductions = {"one_node_a_block": one_node, "pooled_last_block": one_node}
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
@@ -88,7 +88,7 @@ class OpenAITextTower(TextTower):
         self.heads = self.blocks[0].attn.num_heads
         self.embedding = (model.token_embedding, model.positional_embedding)
         self.head = (model.ln_final, model.text_projection)
-        one_node = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = self.why_no_nodes()
         length = tokens.shape[1]
         triangle = torch.full((length, length), -torch.inf).triu(1)
         masks = [getattr(block, "attn_mask", None) for block in self.blocks]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .base import ImageTower, Part, UnsupportedModel
 from .block import Parts, Weights
-from .plain import lacks, scaled, unlike
+from .plain import scaled, unlike
 from .staged import AS_MODULES, convnext_tower, fastvit_tower, in_order, swin_tower
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
@@ -94,7 +94,7 @@ def _obstacle(block: Any) -> str | None:
         return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
     if block.attn.qkv.out_features != 3 * block.attn.qkv.in_features:
         return "the heads of a block are not as wide as the block"
-    return lacks(_parts(block).weights)
+    return None
 
 
 def _parts(block: Any) -> Parts:
@@ -124,7 +124,7 @@ class TransformerTower(ImageTower):
         back = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
         self.embedding: tuple[Part, ...] = tuple(getattr(trunk, name, None) for name in front)
         self.head = (*(getattr(trunk, name, None) for name in back), self.visual.head)
-        one_node = pooled = next(filter(None, map(_obstacle, self.blocks)), None)
+        one_node = pooled = self.why_no_nodes()
         if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "token":
             pooled = pooled or "the tower pools over all tokens"
         if one_node is None and len(self.blocks):
