@@ -135,10 +135,12 @@ def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def gather_rows_out(dtype: torch.dtype) -> Iterator[Call]:
-    """Into the batch buffer of a training in bf16."""
+    """Into the batch buffer of a training in bf16; the part of a batch of 32 that is in one of several stores."""
     R, N, W, B = 800, 197, 768, 4
-    out = on_meta(B, N, W, dtype=torch.bfloat16)
-    yield Call(f"R{R}-N{N}-W{W}-B{B}-to-bf16", (*_stored(R, N, W, B, dtype), out))
+    for M, out_index in ((B, None), (32, ids(B))):
+        out = on_meta(M, N, W, dtype=torch.bfloat16)
+        form = "" if out_index is None else f"-of-{M}"
+        yield Call(f"R{R}-N{N}-W{W}-B{B}{form}-to-bf16", (*_stored(R, N, W, B, dtype), out_index, out))
 
 
 def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

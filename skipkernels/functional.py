@@ -449,13 +449,15 @@ def gather_rows(
     dtype: torch.dtype | None = None,
     pin_memory: bool = False,
     out: Tensor | None = None,
+    out_index: Tensor | None = None,
 ) -> Tensor:
     """A batch of cached features: rows of a store, dequantised.
 
-        out_b = rows[index_b] · token_scale[index_b]
+        out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 
     Every number is read once, where it is (a memory-mapped file will do), and written once. Not differentiable: the
-    cache is a constant.
+    cache is a constant. From a store of several shards a batch is gathered shard by shard: `out_index` says which rows
+    of the batch are those of a shard.
 
     Args:
         rows: [R, N, W], one row of features per sample; fp32, bf16, fp16, fp64, or int8.
@@ -464,13 +466,18 @@ def gather_rows(
         dtype: that of the result; by default that of `rows`, and fp32 for int8.
         pin_memory: put the result in page-locked memory, so that it can go to a GPU on a side stream.
         out: contiguous [B, N, W], where to put the result instead of new memory, not that of `rows`; its dtype counts.
+            With `out_index` it is [M, N, W], M ≥ 1.
+        out_index: int64 [B], the rows of `out` to write, in any order, none of them twice: on a GPU, where nobody
+            looks, such a row would hold anything. The other rows keep what they hold. Only with `out`; by default 0 to
+            B − 1.
 
     Returns:
         [B, N, W]: `out`, if there is one.
 
     Raises:
         TypeError: for a dtype that does not fit.
-        ValueError: for a shape, device or option that does not fit, and, on the CPU, for an index that is no row.
+        ValueError: for a shape, device or option that does not fit, and, on the CPU, for an index that is no row, or an
+            `out_index` that names a row twice; nothing is written then.
 
     Example:
         >>> rows = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)   # [R=2, N=1, W=2]
@@ -479,6 +486,13 @@ def gather_rows(
         tensor([[6.0000, 8.0000],
                 [6.0000, 8.0000],
                 [0.5000, 1.0000]])
+        >>> batch = torch.zeros(3, 1, 2)                                  # [M=3, N=1, W=2]
+        >>> other = torch.tensor([[[10.0, 20.0]]])                        # another shard, [R=1, N=1, W=2]
+        >>> _ = gather_rows(rows, torch.tensor([1, 0]), scale, out=batch, out_index=torch.tensor([2, 0]))
+        >>> gather_rows(other, torch.tensor([0]), out=batch, out_index=torch.tensor([1])).flatten(1)
+        tensor([[ 0.5000,  1.0000],
+                [10.0000, 20.0000],
+                [ 6.0000,  8.0000]])
     """
     name = "gather_rows"
     check_shape(name, "rows", rows, R=None, N=None, W=None)
@@ -500,6 +514,8 @@ def gather_rows(
     if dtype is not None and dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
     if out is None:
+        if out_index is not None:
+            raise ValueError(f"{name}: out_index must come with out, whose rows it names; got no out. Pass it, too.")
         if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
             raise ValueError(
                 f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"
@@ -508,17 +524,23 @@ def gather_rows(
         return _gather_rows(rows, index, token_scale, dtype, pin_memory)
     if dtype is not None or pin_memory:
         raise ValueError(f"{name}: dtype and pin_memory are those of out; got both. Leave them out.")
-    if not out.is_contiguous() or out.shape != (index.shape[0], N, W):
+    B = index.shape[0]
+    if out_index is not None:
+        check_shape(name, "out_index", out_index, ("index", index), B=B)
+        check_dtype(name, "out_index", out_index, [torch.int64], "Use out_index.long().")
+        check_device(name, "out_index", out_index, ("rows", rows))
+    right = out.shape[1:] == (N, W) and (out.shape[0] == B if out_index is None else out.shape[0] >= 1)
+    if not right or not out.is_contiguous():
+        wanted = f"[B={B}, N={N}, W={W}]" if out_index is None else f"[M, N={N}, W={W}] with M ≥ 1"
         raise ValueError(
-            f"{name}: out must be contiguous [B={index.shape[0]}, N={N}, W={W}]; got {list(out.shape)} with strides "
-            f"{list(out.stride())}."
+            f"{name}: out must be contiguous {wanted}; got {list(out.shape)} with strides {list(out.stride())}."
         )
     check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
     check_device(name, "out", out, ("rows", rows))
     # In a graph that is being compiled nobody knows addresses.
     if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         raise ValueError(f"{name}: out must have memory of its own; got a view of that of rows.")
-    _gather_rows_out(rows, index, token_scale, out)
+    _gather_rows_out(rows, index, token_scale, out_index, out)
     return out
 
 

@@ -153,6 +153,33 @@ GATHER = [
     ({"out": torch.ones(2, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
     ({"out": torch.ones(2, 3, 4).long()}, TypeError, r"out must be float32, .* got torch.int64"),
     ({"out": torch.ones(2, 3, 4), "dtype": torch.float32}, ValueError, r"dtype and pin_memory are those of out"),
+    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index must come with out, .* got no out\. Pass it, too"),
+    *(
+        ({"out": torch.ones(7, 3, 4), "out_index": torch.tensor([6, 0])} | bad, error, message)
+        for bad, error, message in (
+            (
+                {"out_index": torch.tensor([6])},
+                ValueError,
+                r"out_index must be \[B=2\] to match index \[2\]; got \[1\]",
+            ),
+            (
+                {"out_index": torch.tensor([6, 0]).int()},
+                TypeError,
+                r"out_index must be int64; .* Use out_index.long\(\)",
+            ),
+            ({"out_index": torch.tensor([6, 0], device="meta")}, ValueError, r"out_index must be on cpu, .* got meta"),
+            ({"out_index": torch.tensor([6, 7])}, ValueError, r"out_index must be rows of out, 0 to 6; got 7"),
+            (
+                {"out_index": torch.tensor([6, 6])},
+                ValueError,
+                r"out_index must have no duplicates; got 6 more than once",
+            ),
+            ({"out": torch.ones(7, 3, 5)}, ValueError, r"out must be contiguous \[M, N=3, W=4\] .* got \[7, 3, 5\]"),
+            ({"out": torch.ones(0, 3, 4)}, ValueError, r"out must be contiguous .* with M ≥ 1; got \[0, 3, 4\]"),
+            ({"out": torch.ones(())}, ValueError, r"out must be contiguous \[M, N=3, W=4\] with M ≥ 1; got \[\]"),
+            ({"out": torch.ones(7, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
+        )
+    ),
 ]
 
 
@@ -307,6 +334,8 @@ def test_gather_rows_does_not_gather_into_its_rows():
     rows = torch.randn(4, 2, 3)
     with pytest.raises(ValueError, match="out must have memory of its own"):
         functional.gather_rows(rows, torch.tensor([3, 2, 1, 0]), out=rows)
+    with pytest.raises(ValueError, match="out must have memory of its own"):
+        functional.gather_rows(rows[:2], torch.tensor([1]), out=rows[2:], out_index=torch.tensor([0]))
 
 
 def test_max_length_may_be_any_number():

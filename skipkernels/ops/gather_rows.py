@@ -3,7 +3,8 @@
     out_b = rows[index_b] · token_scale[index_b]
 
 Every number is read once and written once. `gather_rows_out` writes into a buffer that the caller has, which may be
-pinned and used again. Not differentiable: the store is a constant. CPU kernel: csrc/gather_rows.cpp.
+pinned and used again; with `out_index` into its rows out_index_b, so that a batch can be gathered from several stores.
+Not differentiable: the store is a constant. CPU kernel: csrc/gather_rows.cpp.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ def _gather_rows_kernel(
     rows_ptr,
     index_ptr,
     token_scale_ptr,
+    out_index_ptr,
     out_ptr,
     R,
+    M,
     N,
     W,
     stride_rows_r,
@@ -35,20 +38,28 @@ def _gather_rows_kernel(
     stride_index,
     stride_scale_r,
     stride_scale_n,
+    stride_out_index,
     QUANTISED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """out_bn = rows[index_b, n] · token_scale[index_b, n]. One program: BLOCK_N tokens of one image, all columns."""
+    """out_bn = rows[index_b, n] · token_scale[index_b, n]. One program: BLOCK_N tokens of one image, all columns.
+
+    With out_index it is out[out_index_b, n].
+    """
     blocks = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.load(index_ptr + b * stride_index)
     tl.device_assert((row >= 0) & (row < R), "gather_rows: index must be rows of rows")
+    out_row = b
+    if out_index_ptr is not None:
+        out_row = tl.load(out_index_ptr + b * stride_out_index)
+        tl.device_assert((out_row >= 0) & (out_row < M), "gather_rows: out_index must be rows of out")
 
     offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
     rows_ptrs = rows_ptr + row * stride_rows_r + offs_n[:, None] * stride_rows_n
-    out_ptrs = out_ptr + (b * N + offs_n[:, None]) * W
+    out_ptrs = out_ptr + (out_row * N + offs_n[:, None]) * W
     if QUANTISED:
         scale = tl.load(token_scale_ptr + row * stride_scale_r + offs_n * stride_scale_n, mask=mask_n, other=0.0)
     for start in range(0, W, BLOCK_W):
@@ -60,7 +71,7 @@ def _gather_rows_kernel(
         tl.store(out_ptrs + offs_w[None, :], tokens.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Tensor) -> None:
+def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:
     (B,), (R, N, W) = index.shape, rows.shape
     launch(
         _gather_rows_kernel,
@@ -71,8 +82,10 @@ def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Te
         rows_ptr=rows,
         index_ptr=index,
         token_scale_ptr=token_scale,
+        out_index_ptr=out_index,
         out_ptr=out,
         R=R,
+        M=0 if out_index is None else out.shape[0],
         N=N,
         W=W,
         stride_rows_r=rows.stride(0),
@@ -81,6 +94,7 @@ def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Te
         stride_index=index.stride(0),
         stride_scale_r=0 if token_scale is None else token_scale.stride(0),
         stride_scale_n=0 if token_scale is None else token_scale.stride(1),
+        stride_out_index=0 if out_index is None else out_index.stride(0),
         QUANTISED=token_scale is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_W=min(triton.next_power_of_2(W), MAX_BLOCK_W),
@@ -91,7 +105,7 @@ def _launch(
     rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
 ) -> Tensor:
     out = _empty(rows, index, dtype, pin_memory)
-    _launch_out(rows, index, token_scale, out)
+    _launch_out(rows, index, token_scale, None, out)
     return out
 
 
@@ -102,9 +116,15 @@ def _serve(
     return reference.gather_rows(rows, index, token_scale, dtype, pin_memory)
 
 
-def _serve_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Tensor) -> None:
+def _serve_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:
     _check_values(rows, index)
-    out.copy_(reference.gather_rows(rows, index, token_scale, out.dtype))
+    if out_index is not None:
+        _check_out_values(out_index, out)
+    batch = reference.gather_rows(rows, index, token_scale, out.dtype)
+    if out_index is None:
+        out.copy_(batch)
+    else:
+        out.index_copy_(0, out_index, batch)
 
 
 def _check_values(rows: Tensor, index: Tensor) -> None:
@@ -114,13 +134,25 @@ def _check_values(rows: Tensor, index: Tensor) -> None:
         raise ValueError(f"gather_rows: index must be rows of rows, 0 to {R - 1}; got {wrong[0]}.")
 
 
+def _check_out_values(out_index: Tensor, out: Tensor) -> None:
+    """The same; but on a GPU nobody sees that a row is named twice."""
+    if out_index.device.type != "cpu":
+        return
+    M = out.shape[0]
+    if (wrong := out_index[(out_index < 0) | (out_index >= M)]).numel() > 0:
+        raise ValueError(f"gather_rows: out_index must be rows of out, 0 to {M - 1}; got {wrong[0]}.")
+    row, times = out_index.unique(return_counts=True)
+    if (twice := row[times > 1]).numel() > 0:
+        raise ValueError(f"gather_rows: out_index must have no duplicates; got {twice[0]} more than once.")
+
+
 def _fake(
     rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
 ) -> Tensor:
     return _empty(rows, index, dtype, pin_memory)
 
 
-def _fake_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out: Tensor) -> None:
+def _fake_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:
     pass
 
 
@@ -138,7 +170,7 @@ gather_rows = registration.define(
 registration.not_differentiable(gather_rows)
 
 gather_rows_out = registration.define(
-    "gather_rows_out(Tensor rows, Tensor index, Tensor? token_scale, Tensor(a!) out) -> ()",
+    "gather_rows_out(Tensor rows, Tensor index, Tensor? token_scale, Tensor? out_index, Tensor(a!) out) -> ()",
     serve=_serve_out,
     fake=_fake_out,
     launch=_launch_out,

@@ -28,6 +28,18 @@ def make(R, N, W, B, dtype=torch.float32, device="cpu", seed=0):
     return rows.to(device), index.to(device), None if scale is None else scale.to(device)
 
 
+def make_places(B, M, device="cpu", seed=0):
+    """B of M rows of a buffer, in any order."""
+    return torch.randperm(M, generator=torch.Generator().manual_seed(seed))[:B].to(device)
+
+
+def put(out, out_index, batch):
+    """The truth for `out_index`."""
+    out = out.clone()
+    out[out_index] = batch
+    return out
+
+
 def same(batch, right):
     return batch.dtype == right.dtype and torch.equal(batch, right)
 
@@ -46,6 +58,34 @@ def test_is_the_reference(backend, shape, dtype, to):
     assert same(out, right)
 
 
+@pytest.mark.parametrize("to", FLOATS, ids=lambda dtype: f"to-{str(dtype)[6:]}")
+@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "R{}-N{}-W{}-B{}".format(*s))
+def test_out_index_leaves_the_other_rows(backend, shape, dtype, to):
+    if backend.name == "interpreter" and torch.bfloat16 in (dtype, to):
+        pytest.skip("the interpreter's bf16 is not that of bf16")
+    rows, index, scale = make(*shape, dtype, backend.device)
+    right = reference.gather_rows(rows, index, scale, to)
+    for M in (len(index), len(index) + 1, 3 * len(index) + 7):
+        out_index = make_places(len(index), M, backend.device)
+        out = torch.full((M, *right.shape[1:]), -7, dtype=to, device=backend.device)
+        expected = put(out, out_index, right)
+        assert gather_rows(rows, index, scale, out=out, out_index=out_index) is out
+        assert same(out, expected)
+
+
+def test_a_batch_from_several_shards(backend):
+    """Shard by shard into a buffer of NaN: every row is written once, also where a shard has nothing of the batch."""
+    rows, index, scale = make(12, 5, 67, 9, torch.int8, backend.device)
+    index = index.masked_fill(index // 4 == 1, 0)  # the second of three shards has nothing
+    out = torch.full((9, 5, 67), torch.nan, device=backend.device)
+    for shard in range(3):
+        of_shard = slice(4 * shard, 4 * shard + 4)
+        out_index = (index // 4 == shard).nonzero()[:, 0]
+        gather_rows(rows[of_shard], index[out_index] % 4, scale[of_shard], out=out, out_index=out_index)
+    assert same(out, reference.gather_rows(rows, index, scale))
+
+
 @pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype)[6:])
 def test_dtype_is_that_of_the_rows_or_fp32(backend, dtype):
     if backend.name == "interpreter" and dtype == torch.bfloat16:
@@ -59,18 +99,24 @@ def test_dtype_is_that_of_the_rows_or_fp32(backend, dtype):
     st.integers(1, 9),
     st.integers(1, 70),
     st.integers(0, 9),
+    st.integers(1, 9),
     st.sampled_from(STORED),
     st.sampled_from(FLOATS),
     st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]),
     st.booleans(),
 )
-def test_every_shape_and_stride(R, N, W, B, dtype, to, steps, transposed):
+def test_every_shape_and_stride(R, N, W, B, more, dtype, to, steps, transposed):
     rows, index, scale = make(R, N, W, B, dtype, seed=R + N)
     rows = rows[:, :: steps[0], :: steps[1]]
     scale = None if scale is None else scale[:, :: steps[0]]
     if transposed:
         rows = rows.mT.contiguous().mT
-    assert same(gather_rows(rows, index, scale, dtype=to), reference.gather_rows(rows, index, scale, to))
+    right = reference.gather_rows(rows, index, scale, to)
+    assert same(gather_rows(rows, index, scale, dtype=to), right)
+    out = torch.full((B + more, *right.shape[1:]), -7, dtype=to)
+    out_index = make_places(B, B + more, seed=R + N)
+    expected = put(out, out_index, right)
+    assert same(gather_rows(rows, index, scale, out=out, out_index=out_index), expected)
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: str(dtype)[6:])
@@ -89,6 +135,13 @@ def test_any_strides(backend, dtype):
     one = rows[:1].expand(6, 7, 40)
     assert same(gather_rows(one, index, scale), reference.gather_rows(one, index, scale))
 
+    expected = right.new_zeros(9, 7, 40, dtype=torch.float64)
+    out_index = make_places(5, 9, backend.device)
+    expected[out_index] = right.double()
+    out = torch.zeros(9 * 7 * 40 + 1, dtype=right.dtype, device=backend.device)[1:].view(9, 7, 40)  # unaligned
+    gather_rows(rows.mT.contiguous().mT, index, scale, out=out, out_index=out_index.repeat_interleave(2)[::2])
+    assert torch.equal(out.double(), expected)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 def test_straight_from_a_file(tmp_path, dtype):
@@ -106,19 +159,24 @@ def test_straight_from_a_file(tmp_path, dtype):
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16], ids=["to-fp32", "to-bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 def test_any_number_of_threads_and_past_the_caches(dtype, to):
-    """A batch large enough to be streamed, whose rows are no multiple of a cache line."""
+    """A batch large enough to be streamed, whose rows are no multiple of a cache line; a row of the buffer is left."""
     rows, index, scale = make(5, 97, 771, 120, dtype)
     right = reference.gather_rows(rows, index, scale, to)
     out = torch.empty(right.numel() + 1, dtype=to)[1:].view(right.shape)  # unaligned
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert same(gather_rows(rows, index, scale, out=out.fill_(torch.nan)), right)
+        out_index = make_places(119, 120)
+        expected = put(out.fill_(-7), out_index, right[:119])
+        assert same(gather_rows(rows, index[:119], scale, out=out, out_index=out_index), expected)
 
 
 def test_empty_batch(backend):
     rows, _, _ = make(3, 2, 5, 1, device=backend.device)
     index = torch.empty(0, dtype=torch.int64, device=backend.device)
     assert gather_rows(rows, index).shape == (0, 2, 5)
+    out = torch.ones(4, 2, 5, device=backend.device)
+    assert gather_rows(rows, index, out=out, out_index=index).eq(1).all()
 
 
 @pytest.mark.parametrize("wrong", [-1, 7])
@@ -129,6 +187,33 @@ def test_index_out_of_range_is_named(backend, wrong):
     for out in (None, torch.empty(2, 2, 5)):
         with pytest.raises(ValueError, match=rf"^gather_rows: index must be rows of rows, 0 to 6; got {wrong}\.$"):
             gather_rows(rows, torch.tensor([3, wrong]), out=out)
+
+
+@pytest.mark.parametrize(
+    ("out_index", "message"),
+    [
+        ([3, -1], "must be rows of out, 0 to 6; got -1"),
+        ([7, 3], "must be rows of out, 0 to 6; got 7"),
+        ([3, 3], "must have no duplicates; got 3 more than once"),
+    ],
+    ids=["negative", "too large", "twice"],
+)
+def test_out_index_that_cannot_be_is_named(backend, out_index, message):
+    if backend.name not in ("cpp", "reference"):
+        pytest.skip("a device-side assertion, or undefined")
+    rows, index, _ = make(4, 2, 5, 2)
+    out = torch.zeros(7, 2, 5)
+    with pytest.raises(ValueError, match=rf"^gather_rows: out_index {message}\.$"):
+        gather_rows(rows, index, out=out, out_index=torch.tensor(out_index))
+    assert out.eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["interpreter"], indirect=True)
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_the_device_stops_at_an_out_index_out_of_range(backend, wrong):
+    rows, index, _ = make(4, 2, 5, 2)
+    with pytest.raises(Exception, match="gather_rows: out_index must be rows of out"):
+        gather_rows(rows, index, out=torch.zeros(7, 2, 5), out_index=torch.tensor([3, wrong]))
 
 
 def test_not_differentiable(backend):
@@ -143,7 +228,9 @@ def test_opcheck(backend):
         rows, index, scale = make(3, 2, 5, 2, dtype, backend.device)
         torch.library.opcheck(operator, (rows, index, scale, torch.float16, False))
         out = torch.empty(2, 2, 5, dtype=torch.float16, device=backend.device)
-        torch.library.opcheck(gather_rows_out, (rows, index, scale, out))
+        torch.library.opcheck(gather_rows_out, (rows, index, scale, None, out))
+        out = torch.zeros(7, 2, 5, dtype=torch.float16, device=backend.device)
+        torch.library.opcheck(gather_rows_out, (rows, index, scale, make_places(2, 7, backend.device), out))
 
 
 def test_out_counts_up_its_version():
@@ -155,16 +242,19 @@ def test_out_counts_up_its_version():
 
 
 def test_compiles_into_one_graph():
-    def step(rows, index, scale, out):
+    def step(rows, index, scale, out, wide, places):
         gather_rows(rows, index, scale, out=out)
+        gather_rows(rows, index, scale, out=wide, out_index=places)
         return gather_rows(rows, index, scale, dtype=torch.bfloat16).float() + out
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((4, 3, 16, 2), (9, 5, 31, 7)):
         rows, index, scale = make(*shape, torch.int8)
-        outs = torch.empty(2, shape[3], *shape[1:3])
-        assert torch.equal(compiled(rows, index, scale, outs[0]), step(rows, index, scale, outs[1]))
-        assert torch.equal(outs[0], outs[1])
+        outs, wides = torch.empty(2, shape[3], *shape[1:3]), torch.ones(2, shape[3] + 3, *shape[1:3])
+        places = make_places(shape[3], shape[3] + 3)
+        right = step(rows, index, scale, outs[1], wides[1], places)
+        assert torch.equal(compiled(rows, index, scale, outs[0], wides[0], places), right)
+        assert torch.equal(outs[0], outs[1]) and torch.equal(wides[0], wides[1])
 
 
 def test_another_thread_runs_meanwhile():
@@ -214,6 +304,20 @@ def test_captured_in_a_graph():
     index.copy_(torch.tensor([8, 0, 0, 3]))
     graph.replay()
     assert torch.equal(out, reference.gather_rows(rows, index, scale))
+
+
+@pytest.mark.gpu
+def test_places_are_read_when_a_graph_is_replayed():
+    rows, index, scale = make(9, 5, 31, 4, torch.int8, "cuda")
+    out, out_index = torch.zeros(11, 5, 31, device="cuda"), make_places(4, 11, "cuda")
+    gather_rows(rows, index, scale, out=out, out_index=out_index)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gather_rows(rows, index, scale, out=out, out_index=out_index)
+    out_index.copy_(torch.tensor([10, 0, 7, 3]))
+    out.zero_()
+    graph.replay()
+    assert same(out, put(torch.zeros_like(out), out_index, reference.gather_rows(rows, index, scale)))
 
 
 @pytest.mark.gpu
