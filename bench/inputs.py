@@ -58,7 +58,8 @@ def class_names(count: int) -> list[str]:
     words = "red small old wild great common northern striped golden spotted river mountain".split()
     things = "dog cat bird car house tree fish boat chair lamp".split()
     pairs = [f"{a} {thing}" for a in words for thing in things]
-    names = [*things, *pairs, *(f"{a} {pair}" for a in words for pair in pairs)]
+    triples = [f"{a} {pair}" for a in words for pair in pairs]
+    names = [*things, *pairs, *triples, *(f"{a} {triple}" for a in words for triple in triples)]
     if count > len(names):
         raise SystemExit(f"--classes: there are names for {len(names)}; got {count}.")
     return names[:count]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from skipkernels.tuning.memory import PeakMemory
+from skipkernels.memory import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")

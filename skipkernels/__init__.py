@@ -11,19 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipkernels import functional, reference
     from skipkernels.boundary import LSkipBoundary
+    from skipkernels.cache import FeatureCache
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
+    from skipkernels.store import StoreError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClassSelection",
+    "FeatureCache",
     "FusedSGD",
     "LSkipBoundary",
     "SkipCLIP",
     "SkipOutput",
+    "StoreError",
     "__version__",
     "backends",
     "functional",
@@ -34,10 +38,12 @@ __all__ = [
 _SUBMODULES = ("functional", "reference")
 _HOME = {  # public name → the module it is in
     "ClassSelection": "selection",
+    "FeatureCache": "cache",
     "FusedSGD": "optimizer",
     "LSkipBoundary": "boundary",
     "SkipCLIP": "clip",
     "SkipOutput": "clip",
+    "StoreError": "store",
     "backends": "ops",
     "select_classes": "selection",
 }

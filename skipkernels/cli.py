@@ -1,4 +1,4 @@
-"""The command line: `skipkernels tune`, `eval` and `doctor`. Arguments only; the work is done in `tuning`."""
+"""The command line: `skipkernels tune`, `eval`, `cache` and `doctor`. Arguments only; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 import skipkernels
+from skipkernels import cli_cache
 from skipkernels.data import InputError
+from skipkernels.store import StoreError
 from skipkernels.tuning import TuneConfig, evaluate_run, tune
 from skipkernels.tuning.evaluation import CHECKPOINT
 
@@ -44,6 +46,7 @@ class DoctorConfig:
 Command = (
     Annotated[TuneConfig, tyro.conf.subcommand("tune")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[cli_cache.CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
 )
 
@@ -64,9 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
                 _tune(command, out, err)
             elif isinstance(command, EvalConfig):
                 _eval(command, out)
+            elif isinstance(command, cli_cache.CacheConfig):
+                return cli_cache.run(command.action, out, err)
             else:
                 _doctor(out)
-    except (InputError, MemoryError) as error:
+    except (InputError, StoreError, MemoryError) as error:
         err.print(f"[red]error[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 2
     except (FloatingPointError, OSError) as error:

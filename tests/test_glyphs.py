@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import open_clip
 import pytest
-import torch
 
 from skipkernels.data import InputError, glyph_tiny, glyphs, load_base_to_new
-from skipkernels.data.samplers import BatchSampler
 from skipkernels.data.task import split_base_new
 
 
@@ -110,34 +108,6 @@ def test_shots_by_seed():
 def test_bad_tasks(arguments, message):
     with pytest.raises(InputError, match=message):
         load_base_to_new(**{"data": "glyphs", "shots": 1, "classes": 4, "seed": 0, **arguments})
-
-
-# ---- order of images ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["class_pure", "random"])
-@pytest.mark.parametrize("counts", [[16] * 5, [1], [3, 1, 9], [2, 2, 2]], ids=str)
-def test_every_image_once_an_epoch(counts, kind):
-    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    sampler = BatchSampler(labels, 4, kind, torch.Generator().manual_seed(0))
-    for _ in range(2):
-        batches = list(sampler)
-        assert sorted(index for batch in batches for index in batch) == list(range(len(labels)))
-        assert len(batches) == len(sampler)
-        if kind == "class_pure":
-            pure = sum(len(batch) == 4 and len(set(labels[batch].tolist())) == 1 for batch in batches)
-            assert pure >= sum(count // 4 for count in counts)
-
-
-def test_epochs_differ_and_seeds_repeat():
-    labels = torch.arange(20) // 4
-
-    def epochs(seed):
-        sampler = BatchSampler(labels, 4, "class_pure", torch.Generator().manual_seed(seed))
-        return [list(sampler), list(sampler)]
-
-    first, second = epochs(0)
-    assert first != second and epochs(0) == [first, second]
 
 
 # ---- glyph-tiny --------------------------------------------------------------------------------------------------

@@ -16,13 +16,16 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # DESIGN §8: a module may import from its own layer and from those before it.
 LAYERS = [
-    ("_extension", "checks", "reference"),
+    ("_extension", "checks", "memory", "reference"),
     ("ops",),
     ("functional",),
+    ("store",),
     ("boundary", "optimizer", "selection", "towers"),
     ("clip",),
-    ("cache", "data", "tuning"),
-    ("integrations", "cli", "__main__"),
+    ("cache",),
+    ("data",),
+    ("tuning",),
+    ("integrations", "cli", "cli_cache", "__main__"),
 ]
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LIGHT = ("triton", "open_clip", "torchvision", "matplotlib", "xformers", "transformers", "skipkernels.ops")

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+import threading
 
 import open_clip
 import pytest
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import skipkernels.tuning.loop as loop
+from skipkernels.cache import build
 from skipkernels.cli import main
 from skipkernels.data import InputError
 from skipkernels.optimizer import FusedSGD
@@ -133,6 +136,120 @@ def test_options(tmp_path, changes):
     metrics = tune(small(tmp_path, epochs=1, **changes))
     assert metrics["status"] == "complete"
     assert evaluate_run(tmp_path).as_dict() == metrics["tuned"]
+
+
+# ---- features on the disk ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A run whose features are kept, and where."""
+    folder = tmp_path_factory.mktemp("cached")
+    return folder, tune(small(folder / "run", cache=folder / "cache", cache_dtype="fp32"))
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_cost(metrics) -> dict:
+    return {name: value for name, value in metrics.items() if name != "cost"}
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many images at once were encoded for a store, call by call."""
+    calls, encode = [], build.Encoder.__call__
+
+    def counted(encoder, images):
+        calls.append(len(images))
+        return encode(encoder, images)
+
+    monkeypatch.setattr(build.Encoder, "__call__", counted)
+    return calls
+
+
+def test_features_on_the_disk_give_the_same_numbers(run, cached):
+    (in_memory, expected), (folder, metrics) = run, cached
+    assert without_cost(metrics) == without_cost(expected)
+    assert losses(folder / "run") == losses(in_memory)
+    assert {"train", "test-base", "test-new"} <= {path.name for path in (folder / "cache").iterdir()}
+    first, second = (load_file(path / "model.safetensors") for path in (in_memory, folder / "run"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_a_second_run_encodes_no_image_again(cached, tmp_path, encoded):
+    folder, metrics = cached
+    again = tune(small(tmp_path / "again", cache=folder / "cache", cache_dtype="fp32"))
+    assert max(encoded) == 1, "the one image that tells how features lie"
+    assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder / "run")
+    encoded.clear()
+    tune(small(tmp_path / "another", cache=tmp_path / "cache", cache_dtype="fp32", epochs=1))
+    assert sum(encoded) >= 12 // 2 * 4 + 12 * 12, "all training and test images"
+
+
+def test_eval_of_a_run_with_a_cache(cached, encoded):
+    folder, metrics = cached
+    assert evaluate_run(folder / "run").as_dict() == metrics["tuned"]
+    assert max(encoded) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_features_that_are_kept_in_fewer_bits_are_as_good(run, tmp_path, dtype):
+    _, expected = run
+    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype=dtype))
+    # 72 images of each kind: one of them is 1.4 %.
+    assert metrics["tuned"]["base"] == pytest.approx(expected["tuned"]["base"], abs=6)
+    assert metrics["tuned"]["new"] == pytest.approx(expected["tuned"]["new"], abs=6)
+
+
+@pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])
+def test_crops_are_drawn_for_training_images_alone(run, cached, tmp_path, changes):
+    _, plain = run
+    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32", **changes))
+    assert metrics["status"] == "complete" and metrics["zero_shot"] == plain["zero_shot"]
+    assert losses(tmp_path / "run") != losses(cached[0] / "run")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("skipkernels")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--pretrained", "random"], "another|differs in"),
+        (["--skip-layers", "2"], "another|differs in"),
+        (["--cache-dtype", "bf16"], r"differs in dtype \(fp32 there, bf16 here\)"),
+        (["--shots", "3"], "differs in"),
+    ],
+    ids=["weights", "cut", "dtype", "images"],
+)
+def test_a_cache_of_something_else_is_refused(cached, tmp_path, capsys, changes, message):
+    folder, _ = cached
+    arguments = ["tune", "--shots", 4, "--classes", 12, "--epochs", 1, "--cache", folder / "cache"]
+    arguments += ["--cache-dtype", "fp32", "--out", tmp_path / "run", *changes]
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # below the bar of what was done before
+    assert error.startswith("error") and re.search(message, error) and str(folder / "cache") in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_is_damaged_is_mended(cached, tmp_path):
+    folder, metrics = cached
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    shard = tmp_path / "cache" / "train" / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="its contents have changed.* It is made again"):
+        again = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32"))
+    assert without_cost(again) == without_cost(metrics)
+
+
+def test_a_cache_survives_yaml(tmp_path):
+    config = small(tmp_path, cache=tmp_path / "cache", cache_dtype="int8", views=2, workers=1).resolved()
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    read = TuneConfig.from_yaml(tmp_path / "config.yaml")
+    assert read == config and read.cache == tmp_path / "cache"
+
+
+# ---- what ends a run before its time -----------------------------------------------------------------------------
 
 
 def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, monkeypatch):
@@ -255,6 +372,12 @@ def fails(arguments, capsys) -> str:
         (["--decay", "-1"], "decay must be above 0"),
         (["--max-keep", "0"], "max_keep must be at least 1"),
         (["--device", "cuda:99"], "can't be used"),
+        (["--method", "full", "--cache", "c"], "nothing below a cut is kept where every layer trains"),
+        (["--skip-layers", "0", "--cache", "c"], "nothing below a cut is kept where every layer trains"),
+        (["--views", "2"], "add --cache PATH"),
+        (["--refresh", "epoch"], "add --cache PATH"),
+        (["--views", "0"], "--views must be at least 1; got 0"),
+        (["--workers", "-1"], "--workers must be at least 0; got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,6 +1,7 @@
-"""Features at the LSkip cut, computed once and kept; and how files are written."""
+"""Features of images at the LSkip cut: computed once, kept in a store or in memory, and read in batches."""
 
-from .atomic import replace_file
-from .memory import collect
+from .feature_cache import FeatureCache, Progress, Refresh
+from .loader import FeatureLoader
+from .samplers import BatchSampler, SamplerKind
 
-__all__ = ["collect", "replace_file"]
+__all__ = ["BatchSampler", "FeatureCache", "FeatureLoader", "Progress", "Refresh", "SamplerKind"]

@@ -13,7 +13,7 @@ import open_clip
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..cache import replace_file
+from ..store import replace_file
 from . import glyphs
 
 NAME = "glyph-tiny"

@@ -59,7 +59,15 @@ def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return list(classes[:middle]), list(classes[middle:])
 
 
-def load_base_to_new(data: str, *, shots: int, classes: int, seed: int, transform: Callable | None = None) -> BaseToNew:
+def load_base_to_new(
+    data: str,
+    *,
+    shots: int,
+    classes: int,
+    seed: int,
+    transform: Callable | None = None,
+    train_transform: Callable | None = None,
+) -> BaseToNew:
     """The base-to-new task of a dataset.
 
     Args:
@@ -69,6 +77,7 @@ def load_base_to_new(data: str, *, shots: int, classes: int, seed: int, transfor
         classes: Most classes, base and new together; evenly spaced ones of the dataset are taken.
         seed: Chooses the training images.
         transform: Applied to every image.
+        train_transform: Applied to training images in its place.
 
     Raises:
         InputError: If there is no such dataset, or too little of it.
@@ -102,11 +111,13 @@ def load_base_to_new(data: str, *, shots: int, classes: int, seed: int, transfor
 
     base, new = split_base_new(codepoints)
 
-    def draw(chosen: list[int], per_class: int, seed: int) -> glyphs.GlyphDataset:
-        return glyphs.GlyphDataset(chosen, glyphs.HELD_OUT_FONTS, per_class=per_class, seed=seed, transform=transform)
+    def draw(chosen: list[int], per_class: int, seed: int, how: Callable | None = transform) -> glyphs.GlyphDataset:
+        return glyphs.GlyphDataset(chosen, glyphs.HELD_OUT_FONTS, per_class=per_class, seed=seed, transform=how)
 
     def split(chosen: list[int]) -> ClassSplit:
         test = draw(chosen, _TEST_IMAGES, _TEST_SEED)
         return ClassSplit(test.classes, [glyphs.TEMPLATE.format(name) for name in test.classes], test)
 
-    return BaseToNew(f"glyphs:{'+'.join(blocks)}", draw(base, shots, seed), split(base), split(new))
+    return BaseToNew(
+        f"glyphs:{'+'.join(blocks)}", draw(base, shots, seed, train_transform or transform), split(base), split(new)
+    )

@@ -7,16 +7,18 @@ other block is called as the module that it is.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..memory import free_bytes
+from ..store import digest_tensors
 from . import attend
 from .block import KEPT, Attend, Parts, Spec, run_block
 from .modes import counts, evaluating
@@ -143,6 +145,15 @@ class Tower(ABC):
         """Parameters below the cut."""
         return _parameters(self.lower_parts)
 
+    def lower_identity(self) -> dict[str, str | int]:
+        """What features at the cut depend on, by name: digests of parameters and buffers, and the cut itself."""
+        return {
+            "tower": type(self).__qualname__,
+            "skipped blocks": self.skip,
+            "embedding": digest_tensors(_named_tensors(self.embedding)),
+            "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
+        }
+
     def move_lower(self, device: torch.device) -> None:
         """Move what is below the cut, parameters and buffers, to another device."""
         for part in self.lower_parts:
@@ -194,7 +205,7 @@ class Tower(ABC):
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"
         wanted = hidden.numel() * hidden.element_size() * KEPT * (len(self.blocks) - self.skip)
-        return wanted > _free_bytes(hidden.device) / 2
+        return wanted > free_bytes(hidden.device) / 2
 
 
 class ImageTower(Tower):
@@ -286,9 +297,24 @@ class TextTower(Tower):
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
-    def rows(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
-        """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all classes) to rows [R, W]."""
-        return hidden.flatten(0, 1) if self.prompts is None else self.prompts.rows(hidden, class_ids)
+    def rows(self, hidden: Tensor, class_ids: Tensor | None = None, *, packed: bool = False) -> Tensor:
+        """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all classes) to rows [R, W].
+
+        With `packed` they lie as among those of all classes.
+        """
+        return hidden.flatten(0, 1) if self.prompts is None else self.prompts.rows(hidden, class_ids, packed=packed)
+
+    @property
+    def row_count(self) -> int:
+        """R, rows of all classes."""
+        return self.tokens.numel() if self.prompts is None else self.prompts.count
+
+    def places(self, class_ids: Tensor) -> Tensor:
+        """Which of the rows of all classes are those of `class_ids` alone, int64, as `upper` takes them."""
+        if self.prompts is not None:
+            return self.prompts.choose(self.row_count, class_ids.device, class_ids, of_all=True).picked
+        L = self.tokens.shape[1]
+        return (L * class_ids[:, None] + torch.arange(L, device=class_ids.device)).flatten()
 
     def upper(self, rows: Tensor, class_ids: Tensor | None = None, *, of_all: bool = True) -> Tensor:
         """Rows at the cut to the text embeddings [K, D] of `class_ids` (None: of all classes), not normalised.
@@ -330,7 +356,7 @@ class TextTower(Tower):
     def _run_behind_prefix(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> Tensor:
         """Hidden states [K, W] of the pooled tokens behind the last block, the prefix computed once for all."""
         assert self.prompts is not None
-        chosen = self.prompts.choose(rows, class_ids, of_all)
+        chosen = self.prompts.choose(len(rows), rows.device, class_ids, of_all)
         rows = rows.index_select(0, chosen.picked)
         blocks, minimal = self.upper_blocks, self.keeps_little(rows)
         if not blocks:
@@ -358,13 +384,10 @@ def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
             yield from part.parameters()
 
 
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return float("inf")
-    with meminfo.open() as lines:  # at each step: no further than to the third line
-        available = next((line for line in lines if line.startswith("MemAvailable")), "MemAvailable: 0 kB")
-    return int(available.split()[1]) * 1024
+def _named_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+    for number, part in enumerate(parts):
+        if isinstance(part, nn.Parameter):
+            yield f"{number}", part
+        elif part is not None:
+            for name, tensor in itertools.chain(part.named_parameters(), part.named_buffers()):
+                yield f"{number}.{name}", tensor

@@ -11,15 +11,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from ..cache import Refresh, SamplerKind
 from ..data import InputError
 from ..data.glyph_tiny import NAME as GLYPH_TINY
-from ..data.samplers import SamplerKind
 from ..selection import Tail
 from ..towers import Memory
 from ..towers.attend import Attention
 
 Method = Literal["skip", "full"]
 Precision = Literal["auto", "fp32", "bf16"]
+CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]  # the keys of store.DTYPES
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,16 @@ class TuneConfig:
     """What a block keeps for backward. fast: all but what is cheap. min: its input. auto: fast where that fits."""
     attention: Attention = "sdpa"
     """Who computes attention. sdpa: PyTorch. xformers: on a GPU, where it is installed."""
+    cache: Path | None = None
+    """Folder to keep the images' features at the cut in, for the next run too; by default they are in memory."""
+    cache_dtype: CacheDtype = "bf16"
+    """How they are kept there; int8 is lossy."""
+    views: int = 1
+    """Random crops of each training image that epochs go round, with --cache; 1: the image as it is tested."""
+    refresh: Refresh = "never"
+    """epoch: a new random crop in each epoch, made in the background of the one before, with --cache."""
+    workers: int = 0
+    """Processes that load images."""
     fused_optimizer: bool = False
     """Update each weight inside backward and free its gradient: gradients never add up to a copy of the model."""
     device: str = "auto"
@@ -125,11 +136,21 @@ class TuneConfig:
         chosen |= {"device": device, "precision": half if self.precision == "auto" else self.precision}
         out = self.out or Path("runs", f"{self.data.replace(':', '-')}-{self.method}")
         config = dataclasses.replace(self, out=out, **chosen)
-        least_values = {"epochs": 1, "batch_size": 1, "warmup_epochs": 0, "momentum": 0, "weight_decay": 0}
-        for name, least in (least_values | {"text_lr": 0, "image_lr": 0, "warmup_lr": 0}).items():
-            if not getattr(config, name) >= least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(config, name)}.")
+        if config.cache is not None and (config.method == "full" or config.skip_layers == 0):
+            raise InputError("--cache: nothing below a cut is kept where every layer trains; leave it out.")
+        if config.cache is None and config.augments:
+            raise InputError("--views and --refresh: several views of an image are kept on the disk; add --cache PATH.")
+        least = {"epochs": 1, "batch_size": 1, "views": 1, "workers": 0, "warmup_epochs": 0, "momentum": 0}
+        least |= {"weight_decay": 0, "text_lr": 0, "image_lr": 0, "warmup_lr": 0}
+        for name, bound in least.items():
+            if not getattr(config, name) >= bound:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {bound}; got {getattr(config, name)}.")
         return config
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are random crops."""
+        return self.views > 1 or self.refresh == "epoch"
 
     def to_yaml(self) -> str:
         """As `from_yaml` reads it."""
@@ -157,8 +178,8 @@ class TuneConfig:
                 raise InputError(f"{path}: unknown setting {name!r}.")
             if not _fits(value, hints[name]):
                 raise InputError(f"{path}: {name} must be {hints[name]}; got {value!r}.")
-        out = values.get("out")
-        return cls(**{**values, "out": None if out is None else Path(out)})
+        paths = {name: values[name] and Path(values[name]) for name in ("out", "cache") if name in values}
+        return cls(**(values | paths))
 
 
 def _fits(value: Any, hint: Any) -> bool:

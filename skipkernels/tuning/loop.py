@@ -20,14 +20,14 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemaining
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..cache import replace_file
+from ..cache import FeatureCache
 from ..clip import SkipCLIP
 from ..data import BaseToNew, InputError
-from ..data.samplers import BatchSampler
+from ..memory import PeakMemory
 from ..optimizer import FusedSGD
+from ..store import replace_file
 from .config import TuneConfig
 from .evaluation import CHECKPOINT, CONFIG, Accuracy, Evaluator, load_task
-from .memory import PeakMemory
 from .model import load_model
 from .report import Example, report_html
 
@@ -93,8 +93,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     memory = PeakMemory(device)
     baseline_memory = memory.read()
     model, transform, tokenizer = load_model(config.model, config.pretrained, device, seed=config.seed)
-    task = load_task(config, transform)
-    evaluator = Evaluator(model, tokenizer, task, config)
+    evaluator = Evaluator.of(config, model, transform, tokenizer)
+    task = evaluator.task
     columns = (
         *Progress.get_default_columns()[:2],
         TextColumn("{task.percentage:>3.0f}%"),
@@ -103,10 +103,9 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         TextColumn("{task.fields[state]}"),
     )
     with Progress(*columns, console=console) as progress:
-        total = sum(map(len, (task.train, task.base.test, task.new.test)))
-        bar = progress.add_task("features", total=total, state="")
+        bar = progress.add_task("features", total=evaluator.images, state="")
         evaluator.prepare(lambda images: progress.advance(bar, images))
-        train = evaluator.keep(task.train, lambda images: progress.advance(bar, images))
+        train = evaluator.training_images(lambda images: progress.advance(bar, images))
         zero_shot_predictions = evaluator.predictions()
         zero_shot = evaluator.accuracy(zero_shot_predictions)
         progress.update(bar, state=_accuracy_text("zero-shot", zero_shot))
@@ -172,9 +171,8 @@ def _summary(
 class _Trainer:
     """Model, optimizer, order of images and schedule."""
 
-    def __init__(self, config: TuneConfig, model: nn.Module, evaluator: Evaluator, train):
-        self.inputs, labels = train.tensors
-        self.labels = labels.to(self.inputs.device)
+    def __init__(self, config: TuneConfig, model: nn.Module, evaluator: Evaluator, train: FeatureCache):
+        self.images = len(train)
         clip = evaluator.base
         self.step = skip_step(clip) if config.method == "skip" else full_step(model, evaluator.base_tokens)
         groups = clip.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
@@ -183,9 +181,9 @@ class _Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, [partial(epoch_factor, config=config, base_lr=group["lr"]) for group in groups]
         )
-        self.batches = BatchSampler(
-            labels, config.batch_size, config.sampler, torch.Generator().manual_seed(config.seed)
-        )
+        order = torch.Generator().manual_seed(config.seed)
+        self.batches = train.loader(config.batch_size, config.sampler, generator=order, device=evaluator.device)
+        self.device = evaluator.device
         self.autocast = evaluator.autocast
         self.parameter_counts = {
             "trained": sum(p.numel() for group in groups for p in group["params"]),
@@ -195,19 +193,20 @@ class _Trainer:
     def epoch(self, number: int, on_step: Callable[[], None]) -> dict[str, Any]:
         """One pass over the training images."""
         started, compared = time.perf_counter(), 0
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.inputs.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        for batch in self.batches:
+        waited = self.batches.seconds_waited
+        for inputs, labels in self.batches:
             with self.autocast:
-                loss, classes = self.step(self.inputs[batch], self.labels[batch])
+                loss, classes = self.step(inputs, labels)
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            loss_sum += loss.detach() * len(batch)  # read once an epoch: reading waits for the device
+            loss_sum += loss.detach() * len(labels)  # read once an epoch: reading waits for the device
             compared += classes
             on_step()
         self.schedule.step()
-        loss_mean = loss_sum.item() / len(self.labels)
+        loss_mean = loss_sum.item() / self.images
         if not math.isfinite(loss_mean):
             raise FloatingPointError(
                 f"tune: the loss of epoch {number + 1} is {loss_mean}; lower --text-lr and --image-lr, or use "
@@ -221,6 +220,7 @@ class _Trainer:
             "steps": steps,
             "kept_classes": compared / steps,
             "seconds": time.perf_counter() - started,
+            "seconds_waiting_for_features": self.batches.seconds_waited - waited,
         }
 
 

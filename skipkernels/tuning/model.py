@@ -13,6 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import nn
 
@@ -73,6 +74,11 @@ def load_model(
         elif pretrained is None:
             model.load_state_dict(glyph_tiny.state_dict())
     return model.to(device).eval(), transform, _tokenizer(name)
+
+
+def augmentation(model: Any) -> Callable:
+    """The image transform that open_clip trains a model with: a random crop of most of the image."""
+    return open_clip.image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=True)
 
 
 def _tokenizer(name: str) -> Callable:

@@ -1,4 +1,4 @@
-"""Peak memory, measured: of the device if there is one, else of the process."""
+"""Memory of a device, or of the process: how much is free, and how much was held at the peak."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ import torch
 
 _CLEAR = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water mark of resident memory
 _STATUS = Path("/proc/self/status")
+_INFO = Path("/proc/meminfo")  # Linux
+
+
+def free_bytes(device: torch.device) -> float:
+    """What is free on a device, memory that PyTorch holds and does not use included; infinity where nobody says."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if not _INFO.exists():
+        return float("inf")
+    with _INFO.open() as lines:  # asked at each step: no further than to the third line
+        available = next((line for line in lines if line.startswith("MemAvailable")), "MemAvailable: 0 kB")
+    return int(available.split()[1]) * 1024
 
 
 class PeakMemory:

@@ -1,0 +1,26 @@
+"""Rows of numbers in a folder: written so that a crash loses little, checked before they are believed, read from a map.
+
+The format is in docs/cache.md. Nothing here knows what the rows are.
+"""
+
+from .atomic import replace_file
+from .digest import digest_json, digest_tensors
+from .manifest import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError
+from .reader import Store
+from .writer import Writer, leftovers, prune
+
+__all__ = [
+    "COMPUTED",
+    "DTYPES",
+    "MANIFEST",
+    "Layout",
+    "Manifest",
+    "Store",
+    "StoreError",
+    "Writer",
+    "digest_json",
+    "digest_tensors",
+    "leftovers",
+    "prune",
+    "replace_file",
+]

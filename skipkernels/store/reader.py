@@ -1,0 +1,179 @@
+"""Reading a store: rows out of maps of its shards, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import functional
+from .manifest import COMPUTED, DTYPES, Layout, Manifest, StoreError
+from .shards import MappedShard, damages, map_shard
+
+# Bytes of maps that may be in memory before all are let go of. They stay in the system's cache, and mapping them again
+# costs nothing that could be measured; but they no longer count as this process's.
+_MAPPED = 64 << 20
+_READ_AHEAD = 128 << 10  # bytes that the system reads ahead at a time, by default; of more it reads no more
+
+
+def _system_call() -> Callable[[int, int, int], int] | None:
+    """madvise, where there is one."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        call = ctypes.CDLL(None).madvise
+        call.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        return call
+    return None
+
+
+_madvise = _system_call()
+
+
+class Store:
+    """A complete store.
+
+    Args:
+        folder: Where it is.
+        verify: Read all of it, and compare digests.
+
+    Raises:
+        StoreError: If it is none, incomplete, or damaged. Without `verify` damage is found that changes a file's size
+            or header.
+
+    Example:
+        >>> import tempfile
+        >>> from skipkernels.store import Writer
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with Writer(folder, Layout(3, (1, 2), "fp32", "fp32", 2, False, {}, {})) as writer:
+        ...     writer.write(0, {"rows": torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])})
+        ...     writer.write(1, {"rows": torch.tensor([[[5.0, 6.0]]])})
+        >>> Store(folder).gather(torch.tensor([2, 0])).tolist()
+        [[[5.0, 6.0]], [[1.0, 2.0]]]
+    """
+
+    def __init__(self, folder: Path, *, verify: bool = False):
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        if not self.manifest.complete:
+            done = sum(shard is not None for shard in self.manifest.shards)
+            raise StoreError(
+                f"{folder}: incomplete: {done} of {self.layout.shards} shards are there. Go on building it with "
+                "resume=True (--resume)."
+            )
+        for number in range(self.layout.shards):
+            self._map(number)
+        if verify and (found := self.verify()):
+            raise StoreError(found[0])
+        self._kept_shape, self._row_bytes = self.layout.kept_shape, self.layout.row_bytes
+        self._token_rows_bytes = math.prod(self._kept_shape) * DTYPES[self.layout.dtype].itemsize
+        self._maps: dict[int, MappedShard] = {}
+        self._read = 0  # bytes of these maps
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows lie."""
+        return self.manifest.layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a row."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a row, as it was computed and comes out."""
+        return COMPUTED[self.layout.computed]
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows come out."""
+        return torch.device("cpu")
+
+    @property
+    def bytes(self) -> int:
+        """On disk, without the manifest."""
+        return sum(shard.bytes for shard in self.manifest.shards if shard is not None)
+
+    def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
+        """Read all of it; says what is damaged, file by file. `on_bytes` is told how many bytes were read."""
+        return [reason for _, reason in damages(self.folder, self.manifest, on_bytes)]
+
+    def labels(self) -> Tensor:
+        """The classes of all rows, int64 [rows]."""
+        parts = [self._map(number).labels for number in range(self.layout.shards)]
+        return torch.cat([part for part in parts if part is not None])
+
+    def expect(self, index: Tensor) -> None:
+        """Have the system read rows by number [B] that will be asked for soon, if they are not in memory.
+
+        All of them at once and each as a whole. Left to itself it reads page by page what is touched in random order:
+        measured, at a fiftieth of the rate.
+        """
+        if _madvise is None:
+            return
+        size, page = self._token_rows_bytes, mmap.PAGESIZE
+        for number, place in (divmod(row, self.layout.shard_rows) for row in index.tolist()):
+            begin = self._mapped(number).rows.data_ptr() + place * size
+            for start in range(begin - begin % page, begin + size, _READ_AHEAD):
+                _madvise(start, min(_READ_AHEAD, begin + size - start), mmap.MADV_WILLNEED)
+
+    def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Rows by number.
+
+        Args:
+            index: int64 [B], from 0 on.
+            out: [B, *shape], contiguous, where they go, in its dtype; by default new memory, in the dtype in which they
+                were computed.
+
+        Returns:
+            [B, *shape]: `out`, if there is one.
+
+        Raises:
+            IndexError: If there is no such row.
+            StoreError: If a shard has gone or changed its size.
+        """
+        layout = self.layout
+        if out is None:
+            out = torch.empty(len(index), *layout.shape, dtype=self.dtype)
+        if len(index) == 0:
+            return out
+        rows = out.view(len(index), *self._kept_shape)
+        wanted = index.numpy()
+        least, most = int(wanted.min()), int(wanted.max())
+        if not 0 <= least <= most < layout.rows:
+            wrong = least if least < 0 else most
+            raise IndexError(f"gather: rows are numbered from 0 to {layout.rows - 1}; got {wrong}.")
+        first, last = least // layout.shard_rows, most // layout.shard_rows
+        if first == last:
+            self._gather(first, index, rows, None)
+        else:
+            shard_of = wanted // layout.shard_rows
+            for number in np.unique(shard_of).tolist():
+                places = torch.from_numpy(np.flatnonzero(shard_of == number))
+                self._gather(number, index[places], rows, places)
+        self._read += len(index) * self._row_bytes
+        if self._read > _MAPPED:
+            self._maps, self._read = {}, 0
+        return out
+
+    def _gather(self, number: int, index: Tensor, rows: Tensor, places: Tensor | None) -> None:
+        """Rows `index` of a shard into `places` of `rows`."""
+        shard = self._mapped(number)
+        local = index - number * self.layout.shard_rows if number else index
+        functional.gather_rows(shard.rows, local, shard.token_scale, out=rows, out_index=places)
+
+    def _mapped(self, number: int) -> MappedShard:
+        if number not in self._maps:
+            self._maps[number] = self._map(number)
+        return self._maps[number]
+
+    def _map(self, number: int) -> MappedShard:
+        shard = self.manifest.shards[number]
+        assert shard is not None
+        return map_shard(self.folder, self.layout, number, shard)

@@ -1,0 +1,147 @@
+"""A shard: a safetensors file of some rows, their classes, and what a step of int8 is worth.
+
+rows         [n, N, W], in the dtype of the store
+token_scale  [n, N] fp32, for int8
+labels       [n] int64, if the store has them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .atomic import replace_file
+from .digest import digest_bytes, digest_file
+from .manifest import DTYPES, Layout, Manifest, Shard, StoreError
+
+_LEVELS = 127  # int8 without −128: the scale is the same on both sides
+_NAME = "shard"  # the one key of a header's metadata: of several, safetensors writes the order at random
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int64: "I64"}
+
+
+class MappedShard(NamedTuple):
+    """A shard in memory as far as it is read: views of a private map of its file."""
+
+    rows: Tensor
+    token_scale: Tensor | None
+    labels: Tensor | None
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """The file of a shard."""
+    return folder / f"{number:05d}.safetensors"
+
+
+def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, N, W] to int8 [n, N, W] and the worth of a step, fp32 [n, N]: the largest of a token is ±127 steps.
+
+    >>> quantise(torch.tensor([[[0.5, -2.0]]]))[0].tolist()
+    [[[32, -127]]]
+    """
+    features = features.float()
+    scale = features.abs().amax(dim=-1) / _LEVELS
+    steps = features / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return steps.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
+
+
+def _name(layout: Layout, number: int) -> str:
+    return f"{number} of {layout.digest}"
+
+
+def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Tensor]) -> Shard:
+    """Write a shard into place and say how it can be told; the digest is of what was meant to be written."""
+    data = save(tensors, metadata={_NAME: _name(layout, number)})
+    replace_file(path_of(folder, number), lambda temporary: temporary.write_bytes(data))
+    return Shard(len(data), digest_bytes(data))
+
+
+def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> MappedShard:
+    """Map a shard after its size and header were checked against the manifest.
+
+    Raises:
+        StoreError: If the file is missing, or is not this shard of this store.
+    """
+    path = path_of(folder, number)
+
+    def damaged(what: str) -> StoreError:
+        return StoreError(f"{path}: {what}. Build it again with resume=True (--resume).")
+
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise damaged("missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}") from None
+    if size != shard.bytes:
+        raise damaged(f"damaged: {size} bytes in place of {shard.bytes}")
+    wanted = _tensors(layout, len(layout.rows_of(number)))
+    try:
+        with safe_open(path, "pt") as file:  # checks that offsets are inside the file and fit shapes
+            metadata, names = file.metadata() or {}, set(file.keys())
+            slices = {name: file.get_slice(name) for name in names & set(wanted)}
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(f"damaged: its header is not readable ({str(error).splitlines()[0]})") from None
+    if found != {name: (shape, _NAMES[dtype]) for name, (shape, dtype) in wanted.items()} or names != set(wanted):
+        raise damaged("damaged: it holds other tensors than the manifest says")
+    if (name := metadata.get(_NAME, "")) != _name(layout, number):
+        other, _, store = name.partition(" of ")
+        raise damaged(f"the file of shard {other}" if store == layout.digest else "of another store")
+    start, offsets = _offsets(path)
+    if any((start + offsets[name][0]) % dtype.itemsize for name, (_, dtype) in wanted.items()):
+        raise damaged("damaged: its numbers are not aligned")
+    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    views = {
+        name: whole[start + offsets[name][0] : start + offsets[name][1]].view(dtype).view(shape)
+        for name, (shape, dtype) in wanted.items()
+    }
+    return MappedShard(views["rows"], views.get("token_scale"), views.get("labels"))
+
+
+def damages(
+    folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None
+) -> list[tuple[int, str]]:
+    """Shards that are not what the manifest says, each with the reason. All bytes are read."""
+    found = []
+    for number, shard in enumerate(manifest.shards):
+        if shard is not None and (reason := _damage(folder, manifest.layout, number, shard, on_bytes)):
+            found.append((number, reason))
+    return found
+
+
+def _damage(folder: Path, layout: Layout, number: int, shard: Shard, on_bytes: Callable[[int], None]) -> str | None:
+    try:
+        map_shard(folder, layout, number, shard)
+        if digest_file(path_of(folder, number), on_bytes) == shard.xxh3:
+            return None
+        what = "its contents have changed"
+    except StoreError as error:
+        return str(error)
+    except OSError as error:
+        what = f"unreadable: {error.strerror}"
+    return f"{path_of(folder, number)}: damaged: {what}. Build it again with resume=True (--resume)."
+
+
+def _tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of a shard of `count` rows."""
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "rows": ((count, *layout.kept_shape), DTYPES[layout.dtype])
+    }
+    if layout.dtype == "int8":
+        tensors["token_scale"] = (count, layout.kept_shape[0]), torch.float32
+    if layout.labelled:
+        tensors["labels"] = (count,), torch.int64
+    return tensors
+
+
+def _offsets(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Where the tensors of a file begin, and where each is behind that; of a header that safetensors has accepted."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return 8 + length, {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}

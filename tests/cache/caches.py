@@ -1,0 +1,50 @@
+"""A small model, some images, and a cache of their features."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import tiny_clip, tiny_tokens
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+import skipkernels as sk
+
+CLASSES = 4
+
+
+def skip_clip(model: nn.Module | None = None, skip: int = 1) -> sk.SkipCLIP:
+    return sk.SkipCLIP(tiny_clip(torch.float32) if model is None else model, tiny_tokens(7), skip_layers=(skip, 1))
+
+
+def pictures(count: int, size: int = 16, *, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count: int = 23, size: int = 16, *, seed: int = 0) -> TensorDataset:
+    return TensorDataset(pictures(count, size, seed=seed), torch.arange(count) % CLASSES)
+
+
+class Drawn(Dataset):
+    """Images that a transform moves at random, by each of the generators that transforms draw from."""
+
+    def __init__(self, count: int = 8, *, seed: int = 0):
+        self.pictures = pictures(count, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        moved = torch.rand(3, 1, 1) + random.random() + np.random.rand()
+        return self.pictures[item] + moved.float(), item % CLASSES
+
+
+def build(path: Path, dataset: Any = None, clip: sk.SkipCLIP | None = None, **arguments: Any) -> sk.FeatureCache:
+    """A store in fp32 of shards of four images of the small model, unless something else is asked for."""
+    dataset = images() if dataset is None else dataset
+    arguments = {"dtype": "fp32", "batch_size": 4, "shard_bytes": 1, "progress": False} | arguments
+    return sk.FeatureCache.build(path, skip_clip() if clip is None else clip, dataset, **arguments)

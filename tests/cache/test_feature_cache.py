@@ -1,0 +1,579 @@
+"""What is kept of images is what the model computes of them, of every family; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import timm_models
+import torch
+import transformers
+from caches import CLASSES, Drawn, build, images, pictures, skip_clip
+from models import openai_models, tiny_clip
+from PIL import Image
+from timm.models.convnext import ConvNeXt
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+from torchvision.transforms import v2
+
+import skipkernels as sk
+from skipkernels.store import StoreError, digest_json
+
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
+SIGLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+def siglip() -> nn.Module:
+    text = {**SIGLIP, "vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24}
+    vision = {**SIGLIP, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+
+
+def openai_clip() -> nn.Module:
+    torch.manual_seed(0)
+    return openai_models().CLIP(12, 16, 3, 64, 8, 77, 60, 16, 2, 3).float()
+
+
+def pooled_by_attention() -> nn.Module:
+    """As timm has SigLIP's image tower."""
+    torch.manual_seed(0)
+    trunk = VisionTransformer(**VIT, class_token=False, global_pool="map", act_layer="gelu_tanh", num_classes=12)
+    return timm_models.timm_clip(trunk).float()
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return timm_models.timm_clip(ConvNeXt(**CONVNEXT), 32).float()
+
+
+def half(dtype: torch.dtype) -> nn.Module:
+    model = open_clip.CLIP(12, tiny_vision(), tiny_text(), cast_dtype=dtype)
+    model.load_state_dict(tiny_clip(torch.float32).state_dict())
+    open_clip.model.convert_weights_to_lp(model, dtype)
+    return model
+
+
+def tiny_vision() -> dict:
+    return {"image_size": 16, "patch_size": 8, "width": 24, "layers": 3, "head_width": 8}
+
+
+def tiny_text() -> dict:
+    return {"context_length": 77, "vocab_size": 60, "width": 16, "heads": 2, "layers": 3}
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # how to make it, blocks skipped, size of images
+    "open_clip": (partial(tiny_clip, torch.float32), 1, 16),
+    "open_clip, all": (partial(tiny_clip, torch.float32, quick_gelu=True), 3, 16),
+    "openai": (openai_clip, 2, 16),
+    "siglip": (siglip, 1, 16),
+    "timm": (pooled_by_attention, 2, 16),
+    "maps": (convolutions, 2, 32),
+    "fp64": (tiny_clip, 1, 16),
+    "bf16": (partial(half, torch.bfloat16), 1, 16),
+    "fp16": (partial(half, torch.float16), 1, 16),
+}
+
+
+def rows(cache: sk.FeatureCache) -> torch.Tensor:
+    assert cache.store is not None
+    return cache.store.gather(torch.arange(cache.store.layout.rows))
+
+
+def by_hand(clip: sk.SkipCLIP, pixels: torch.Tensor, batch_size: int = 4) -> torch.Tensor:
+    return torch.cat([clip.encode_lower(part) for part in pixels.split(batch_size)])
+
+
+# ---- what is kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_features_are_those_of_the_model(tmp_path, family):
+    make, skip, size = family
+    dataset, clip = images(10, size), skip_clip(make(), skip)
+    cache = build(tmp_path, dataset, clip)
+    right = by_hand(clip, dataset.tensors[0])
+    assert cache.shape == right.shape[1:] and cache.dtype == right.dtype and len(cache) == 10
+    expected = right.float().to(right.dtype)  # fp64 is kept as fp32
+    assert rows(cache).equal(expected)
+    assert cache.labels.equal(dataset.tensors[1])
+    reopened = sk.FeatureCache.open(tmp_path, clip, dataset, verify=True)
+    assert reopened.verify() == []
+    for features, labels in reopened.loader(4, "sequential"):
+        assert features.dtype == right.dtype and clip(features, labels).loss.isfinite()
+        break
+    assert sk.FeatureCache.open(tmp_path, skip_clip(make(), skip)).shape == cache.shape
+
+
+@pytest.mark.parametrize("family", ["open_clip", "maps"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("fp16", 2**-11),  # half a step of 10 bits, of each number
+        ("bf16", 2**-8),  # of 7 bits
+        ("int8", 1 / 254),  # half a step of 127 levels, of the largest number of a token
+    ],
+)
+def test_features_are_kept_as_closely_as_the_dtype_can(tmp_path, family, dtype, tolerance):
+    make, skip, size = FAMILIES[family]
+    dataset, clip = images(10, size), skip_clip(make(), skip)
+    got, right = rows(build(tmp_path, dataset, clip, dtype=dtype)), by_hand(clip, dataset.tensors[0])
+    assert got.dtype == torch.float32
+    scale = right.flatten(2).abs().amax(dim=2).view(*right.shape[:2], *[1] * (right.ndim - 2))
+    allowed = tolerance * (scale if dtype == "int8" else right.abs() + 2**-14)  # below which fp16 has fewer bits
+    assert ((got - right).abs() <= allowed * (1 + 1e-6)).all()
+    assert not got.equal(right)
+
+
+def test_under_autocast_features_are_those_of_autocast(tmp_path):
+    dataset, clip = images(10), skip_clip()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = build(tmp_path, dataset, clip)
+        right = by_hand(clip, dataset.tensors[0])
+    assert rows(cache).equal(right.to(cache.dtype)) and cache.dtype == right.dtype
+    assert not by_hand(clip, dataset.tensors[0]).equal(right), "it rounds"
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(StoreError, match=r"differs in autocast \(bf16 there, none here\)"):
+        build(tmp_path, dataset, clip, resume=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        sk.FeatureCache.open(tmp_path, clip, dataset)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_size_of_a_batch_is_no_part_of_the_numbers(tmp_path, batch_size):
+    cache = build(tmp_path, batch_size=batch_size)
+    torch.testing.assert_close(rows(cache), by_hand(skip_clip(), images().tensors[0]), rtol=1e-5, atol=1e-5)
+
+
+def dropping() -> nn.Module:
+    """A model in training mode that would drop numbers below the cut and count what it sees."""
+    torch.manual_seed(0)
+    model = timm_models.timm_clip(VisionTransformer(**VIT, num_classes=12, pos_drop_rate=0.5)).float()
+    return model.train()
+
+
+@pytest.mark.parametrize(
+    ("make", "skip", "size"),
+    [(dropping, 1, 16), (lambda: tiny_clip(torch.float32, vision={"patch_dropout": 0.5}).train(), 1, 16),
+     (lambda: timm_models.timm_clip(batch_norm_stem()).float().train(), 1, 16)],
+    ids=["dropout", "patches", "batch norm"],
+)  # fmt: skip
+def test_below_the_cut_nothing_trains(tmp_path, make, skip, size):
+    model = make()
+    clip = skip_clip(model, skip)
+    modes = {name: module.training for name, module in model.named_modules()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cache = build(tmp_path, images(8, size), clip)
+    assert modes == {name: module.training for name, module in model.named_modules()} and model.training
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    model.eval()
+    assert rows(cache).equal(by_hand(clip, images(8, size).tensors[0]))
+
+
+def batch_norm_stem() -> nn.Module:
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    stem = ConvStem(depth=2, channels=(8, 24), stride=(4, 2), kernel_size=(4, 2), padding=0, act_layer=nn.GELU)
+    embed = partial(HybridEmbed, backbone=stem, proj=False)
+    shape = {**VIT, "patch_size": 1, "num_classes": 12}
+    return VisionTransformer(**shape, no_embed_class=True, embed_layer=embed)
+
+
+# ---- labels and items ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [int, np.int64, np.uint8, torch.tensor, np.array], ids=["int", "int64", "uint8", "tensor", "array"]
+)
+def test_labels_are_whole_numbers_of_any_kind(tmp_path, kind):
+    cache = build(tmp_path, [(image, kind(7 - n)) for n, image in enumerate(pictures(6))])
+    assert cache.labels.tolist() == [7, 6, 5, 4, 3, 2] and cache.labels.dtype == torch.int64
+
+
+def test_items_by_number(tmp_path):
+    cache = build(tmp_path)
+    everything = rows(cache)
+    for item in (0, 5, 22, -1, -23):
+        features, label = cache[item]
+        assert features.equal(everything[item]) and label == (item % 23) % CLASSES and isinstance(label, int)
+    for item in (23, -24):
+        with pytest.raises(IndexError, match=rf"^FeatureCache: image {item} is outside 0…22\.$"):
+            cache[item]
+    assert len(list(cache)) == 23, "a loop ends where the images do"
+
+
+def test_in_memory_is_the_same(tmp_path):
+    clip, done = skip_clip(), []
+    cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
+    assert sum(done) == len(cache) == 23 and cache.store is None and cache.verify() == []
+    right = by_hand(clip, images().tensors[0])
+    assert torch.stack([features for features, _ in cache]).equal(right)
+    assert cache[-1][0].equal(right[22]) and cache[-1][1] == 22 % CLASSES
+    assert cache.shape == right.shape[1:] and cache.dtype == torch.float32
+    with pytest.raises(IndexError, match="image 23 is outside"):
+        cache[23]
+    assert torch.cat([features for features, _ in cache.loader(5, "sequential", dtype=torch.bfloat16)]).equal(
+        right.bfloat16()
+    )
+
+
+class Stream(IterableDataset):
+    """Images one after the other, fewer than it says if so wanted."""
+
+    def __init__(self, count: int = 23, given: int | None = None):
+        self.count, self.given = count, count if given is None else given
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        return iter(list(images(self.count))[: self.given])
+
+
+class Old:
+    """Iterable and no more."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        return iter(Stream(self.count))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("make", [Stream, Old])
+def test_an_iterable_gives_the_same_store(tmp_path, make, workers):
+    right = rows(build(tmp_path / "map"))
+    cache = build(tmp_path / "stream", make(23), workers=workers)
+    assert rows(cache).equal(right) and cache.labels.equal(images().tensors[1])
+
+
+def test_an_iterable_is_taken_up_where_it_was_left(tmp_path):
+    right = rows(build(tmp_path, Stream(), views=2))
+    for number in (1, 7, 11):
+        (tmp_path / f"{number:05d}.safetensors").unlink()
+    with pytest.warns(UserWarning, match="missing"):
+        cache = build(tmp_path, Stream(), views=2, resume=True)
+    assert rows(cache).equal(right)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterable_that_is_shorter_than_it_says(tmp_path, workers):
+    with pytest.raises(StoreError, match="the dataset has a length of 23, and ended after 10 items"):
+        build(tmp_path, Stream(given=10), workers=workers)
+
+
+# ---- views ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_drawn_anew_and_the_same_again(tmp_path, workers):
+    cache = build(tmp_path / "one", Drawn(8), views=3)
+    views = rows(cache).view(3, 8, *cache.shape)
+    assert len(cache) == 8 and cache.views == 3 and cache.labels.equal(torch.arange(8) % CLASSES)
+    for one in range(3):
+        for other in range(one):
+            assert not (views[one] == views[other]).flatten(1).all(dim=1).any(), "every image was drawn again"
+    again = build(tmp_path / "two", Drawn(8), views=3, workers=workers)
+    assert rows(again).equal(rows(cache))
+    other_seed = build(tmp_path / "three", Drawn(8), views=3, seed=1)
+    assert not rows(other_seed).equal(rows(cache))
+    assert cache[2][0].equal(views[0, 2])
+    reopened = sk.FeatureCache.open(tmp_path / "one")
+    assert reopened.views == 3 and len(reopened) == 8
+
+
+def test_transforms_of_torchvision_are_drawn_for_each_view(tmp_path):
+    class Cropped(TensorDataset):
+        transform = v2.RandomResizedCrop(16, scale=(0.3, 0.6))
+
+        def __getitem__(self, item):
+            image, label = super().__getitem__(item)
+            return self.transform(image), label
+
+    dataset = Cropped(*images(4, 32).tensors)
+    first, second = rows(build(tmp_path, dataset, views=2)).split(4)
+    assert not (first == second).flatten(1).all(dim=1).any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nobodys_random_numbers_change(tmp_path, workers):
+    def state() -> tuple:
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    clip = skip_clip()
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    before = state()
+    for draw in (lambda: None, torch.rand, np.random.rand, random.random):
+        draw() if draw is not torch.rand else draw(1)
+    expected = state()
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    build(tmp_path, Drawn(8), clip, workers=workers)
+    assert state() == before != expected
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache") / "store"
+    build(path)
+    return path
+
+
+def test_weights_above_the_cut_do_not_matter(folder):
+    model = tiny_clip(torch.float32)
+    clip = skip_clip(model)
+    with torch.no_grad():
+        for parameter in clip.trainable_parameters():
+            parameter.add_(1)
+        model.token_embedding.weight.add_(1)
+    sk.FeatureCache.open(folder, clip, images())
+
+
+def changed(name: str) -> nn.Module:
+    model = tiny_clip(torch.float32)
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[3] += 1e-3
+    return model
+
+
+def hooked() -> nn.Module:
+    model = tiny_clip(torch.float32)
+    model.visual.transformer.resblocks[0].mlp.register_forward_hook(lambda module, args, out: out * 1.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "skip", "message"),
+    [
+        (partial(changed, "visual.conv1.weight"), 1, "made with another image embedding"),
+        (partial(changed, "visual.positional_embedding"), 1, "made with another image embedding"),
+        (partial(changed, "visual.transformer.resblocks.0.mlp.c_fc.bias"), 1, "made with another image lower blocks"),
+        (partial(tiny_clip, torch.float32), 2, r"made with another image skipped blocks \(1 there, 2 here\)"),
+        (partial(tiny_clip, torch.float32, quick_gelu=True), 1, "computes other features from the same weights"),
+        (partial(tiny_clip, torch.float32, vision={"head_width": 12}), 1, "computes other features from the same"),
+        (hooked, 1, "computes other features from the same weights"),
+        (tiny_clip, 1, "made with another image embedding"),
+        (siglip, 1, "made with another image tower"),
+    ],
+    ids=["patches", "positions", "block", "cut", "activation", "heads", "hook", "dtype", "family"],
+)
+def test_another_model_below_the_cut_is_refused_by_name(folder, make, skip, message):
+    with pytest.raises(StoreError, match=f"^{folder}: .*{message}"):
+        sk.FeatureCache.open(folder, skip_clip(make(), skip))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_model_in_half_precision_may_round_otherwise(tmp_path, dtype):
+    """As it does on another device; its norms and positions are in fp32."""
+    clip = skip_clip(half(dtype))
+    build(tmp_path, images(4), clip)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    probe = torch.tensor(manifest["layout"]["notes"]["probe"])
+    step = torch.finfo(dtype).eps
+    for off, refused in ((2 * step, False), (0.2, True)):
+        values = manifest | {"layout": manifest["layout"] | {"notes": {"probe": (probe * (1 + off)).tolist()}}}
+        del values["xxh3"]
+        values["xxh3"] = digest_json(values)
+        (tmp_path / "manifest.json").write_text(json.dumps(values))
+        with pytest.raises(StoreError, match="computes other features") if refused else contextlib.nullcontext():
+            sk.FeatureCache.open(tmp_path, clip)
+
+
+def test_the_weights_that_trained_below_no_cut_are_refused(folder):
+    """A cache that was made before, and a model that was fully tuned since."""
+    model = tiny_clip(torch.float32)
+    sk.FeatureCache.open(folder, skip_clip(model))
+    with torch.no_grad():
+        model.visual.transformer.resblocks[0].attn.in_proj_weight.mul_(1.001)
+    with pytest.raises(StoreError, match="image lower blocks"):
+        sk.FeatureCache.open(folder, skip_clip(model))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (images(seed=1), "made with another images"),
+        (images(22), "made with another images"),
+        (Stream(), "made with another images"),
+    ],
+    ids=["pixels", "count", "type"],
+)
+def test_another_dataset_is_refused_by_name(folder, dataset, message):
+    with pytest.raises(StoreError, match=f"^{folder}: {message}.*Build another one"):
+        sk.FeatureCache.open(folder, dataset=dataset)
+
+
+def test_a_dataset_that_was_given_a_name_is_known_by_it(tmp_path):
+    class Nameless:
+        def __len__(self) -> int:
+            return 23
+
+        def __getitem__(self, item: int) -> Any:
+            return images()[item]
+
+    with pytest.raises(StoreError, match=r"dataset is a .*Nameless, which has no attributes.* Pass identity="):
+        build(tmp_path, Nameless())
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+    cache = build(tmp_path, Nameless(), identity="mine")
+    assert rows(cache).equal(by_hand(skip_clip(), images().tensors[0]))
+    sk.FeatureCache.open(tmp_path, skip_clip(), Nameless(), identity="mine")
+    with pytest.raises(StoreError, match=r"made with another images \(named mine there, named yours here\)"):
+        sk.FeatureCache.open(tmp_path, dataset=Nameless(), identity="yours")
+    with pytest.raises(StoreError, match=r"made with another number of images \(23 there, 22 here\)"):
+        sk.FeatureCache.open(tmp_path, dataset=images(22), identity="mine")
+    with pytest.raises(StoreError, match=r"differs in images \(named mine there, named yours here\)"):
+        build(tmp_path, Nameless(), identity="yours", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"views": 2}, r"number of views \(1 there, 2 here\)"),
+        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"batch_size": 5}, r"batch size \(4 there, 5 here\)"),
+        ({"dtype": "bf16"}, r"dtype \(fp32 there, bf16 here\)"),
+        ({"dataset": images(seed=1)}, "images"),
+        ({"files": "contents"}, None),
+        ({"shard_bytes": 10**6}, None),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_build_is_not_taken_up(folder, changes, message):
+    if message is None:
+        assert rows(build(folder, resume=True, **changes)).equal(by_hand(skip_clip(), images().tensors[0]))
+        return
+    with pytest.raises(StoreError, match=f"holds a store that differs in {message}"):
+        build(folder, resume=True, **changes)
+
+
+def test_a_store_that_is_there_is_not_replaced_unasked(tmp_path):
+    build(tmp_path)
+    with pytest.raises(StoreError, match="holds a store"):
+        build(tmp_path, images(seed=1))
+    cache = build(tmp_path, images(seed=1), overwrite=True)
+    assert rows(cache).equal(by_hand(skip_clip(), images(seed=1).tensors[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "fp8"}, "dtype must be one of fp32, fp16, bf16, int8; got 'fp8'"),
+        ({"refresh": "always"}, "refresh must be"),
+        ({"views": 0}, "views must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"shard_bytes": 0}, "shard_bytes must be at least 1; got 0"),
+        ({"workers": -1}, "seed and workers must be at least 0; got 0 and -1"),
+        ({"seed": -1}, "seed and workers must be at least 0; got -1 and 0"),
+        ({"views": 2, "refresh": "epoch"}, "views must be 1 with refresh"),
+        ({"dataset": []}, "the dataset is empty"),
+        ({"dataset": iter([])}, "the dataset has no length"),
+        ({"clip": skip_clip(skip=0)}, "with skip_layers=0 the image embedding trains"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_an_argument_that_cannot_be_is_named(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=f"^FeatureCache.build: {message}"):
+        build(tmp_path / "store", **arguments)
+    assert not (tmp_path / "store").exists()
+
+
+# ---- bad items -----------------------------------------------------------------------------------------------------
+
+
+class Broken(TensorDataset):
+    """Images of which one is something else."""
+
+    def __init__(self, item: Any, number: int = 5):
+        super().__init__(*images(9).tensors)
+        self.number, self._item = number, item
+
+    def __getitem__(self, number: int) -> Any:
+        if number != self.number:
+            return super().__getitem__(number)
+        if isinstance(self._item, Exception):
+            raise self._item
+        return self._item
+
+
+GOOD = pictures(1)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((Image.new("RGB", (16, 16)), 1), r"image of item 5 .* must be a tensor .*; got Image.*preprocessing"),
+        ((GOOD[0], 1), r"image of item 5 .* must be a tensor \[3, height, width\]; got \[16, 16\]"),
+        ((pictures(1, 8)[0], 1), r"item 5 .*\[3, 8, 8\]"),
+        ((GOOD, 1.0), r"label of item 5 .* must be a whole number; got 1\.0"),
+        ((GOOD, True), r"label of item 5 .* must be a whole number; got True"),
+        ((GOOD, "cat"), r"label of item 5 .* must be a whole number; got 'cat'"),
+        ((GOOD, torch.tensor([1])), r"label of item 5 .* must be a whole number; got tensor\(\[1\]\)"),
+        (GOOD, r"item 5 of the dataset must be \(image, label\); got Tensor"),
+        ((GOOD, 1, 2), r"item 5 of the dataset must be \(image, label\); got tuple"),
+        (OSError("no such disk"), r"item 5 of the dataset can't be loaded: OSError\('no such disk'\)"),
+    ],
+    ids=["picture", "grey", "small", "fraction", "bool", "text", "vector", "alone", "three", "error"],
+)  # fmt: skip
+def test_an_item_that_cannot_be_used_is_named(tmp_path, item, message, workers):
+    with pytest.raises(StoreError, match=f"^FeatureCache: .*{message}") as caught:
+        build(tmp_path, Broken(item), identity="broken", workers=workers)
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_images_of_another_size_than_the_models_are_refused(tmp_path, size):
+    message = rf"images must be \[3, 16, 16\], as the model takes them; got \[3, {size}, {size}\]"
+    with pytest.raises(StoreError, match=message):
+        build(tmp_path, images(9, size))
+
+
+def test_features_that_are_no_numbers_are_named(tmp_path):
+    item = torch.full_like(GOOD, torch.nan), 1
+    with pytest.raises(StoreError, match=r"features of item 5 reach nan, which fp32 can't hold\. Look at it"):
+        build(tmp_path, Broken(item), identity="nan")
+
+
+def test_features_that_fp16_cannot_hold_are_named(tmp_path):
+    model = tiny_clip(torch.float32)
+    model.visual.ln_pre = nn.Identity()  # else the size of an image does not show
+    clip, item = skip_clip(model), (GOOD * 1e6, 1)
+    with pytest.raises(StoreError, match=r"features of item 5 reach .*e\+.*, which fp16 can't hold\. Use bf16"):
+        build(tmp_path, Broken(item), clip, identity="large", dtype="fp16")
+    build(tmp_path, Broken(item), clip, identity="large", dtype="bf16", overwrite=True)
+
+
+def test_what_was_made_before_a_bad_item_stays(tmp_path):
+    with pytest.raises(StoreError, match="item 5"):
+        build(tmp_path, Broken(OSError("away")), identity="same")
+    assert (tmp_path / "00000.safetensors").exists()
+    done = []
+    cache = build(tmp_path, images(9), identity="same", resume=True, progress=done.append)
+    assert rows(cache).equal(by_hand(skip_clip(), images(9).tensors[0]))
+    assert done[0] == 4 and sum(done) == 9, "four images were there"
+
+
+def test_a_folder_of_something_else_is_no_cache(tmp_path):
+    with pytest.raises(StoreError, match="no manifest.json: not a store"):
+        sk.FeatureCache.open(tmp_path)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreError, match=r"holds other things \(thesis.tex\)"):
+        build(tmp_path)

@@ -1,0 +1,257 @@
+"""Features drawn anew for each epoch: the same as those of views, made while the epoch before is trained on."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from caches import Drawn, build, images, skip_clip
+
+import skipkernels as sk
+from skipkernels.store import StoreError
+
+COUNT, EPOCHS = 8, 4
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    """What epochs 0 to 3 have to give."""
+    cache = build(tmp_path_factory.mktemp("views") / "store", Drawn(COUNT), views=EPOCHS)
+    return cache.store.gather(torch.arange(EPOCHS * COUNT)).split(COUNT)
+
+
+def refreshed(folder: Path, dataset=None, **arguments) -> sk.FeatureCache:
+    return build(folder, Drawn(COUNT) if dataset is None else dataset, refresh="epoch", **arguments)
+
+
+def epoch(loader: sk.FeatureLoader) -> torch.Tensor:
+    return torch.cat([features for features, _ in loader])
+
+
+def extractions() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "skipkernels extraction"]
+
+
+def made(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("epoch-*"))
+
+
+def wait(what) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.005)
+
+
+class Slow(Drawn):
+    """Takes its time for each image of an extraction in the background, which loads them in another process."""
+
+    def __init__(self, seconds: float):
+        super().__init__(COUNT)
+        self._home, self._seconds = os.getpid(), seconds
+
+    def __getitem__(self, item):
+        if os.getpid() != self._home:
+            time.sleep(self._seconds)
+        return super().__getitem__(item)
+
+
+class Failing(Drawn):
+    """Fails in the epochs behind the first, as long as a file is there."""
+
+    def __init__(self, file: Path):
+        super().__init__(COUNT)
+        self._file = file
+
+    def __getitem__(self, item):
+        if item == 5 and self._file.exists():
+            raise OSError("the disk has gone")
+        return super().__getitem__(item)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_every_epoch_is_the_view_of_its_number_and_two_are_kept(tmp_path, views, prefetch):
+    with refreshed(tmp_path) as cache:
+        loader = cache.loader(3, "sequential", prefetch=prefetch)
+        for number in range(EPOCHS):
+            assert epoch(loader).equal(views[number])
+            assert f"epoch-{number:05d}" in made(tmp_path)
+            assert set(made(tmp_path)) <= {f"epoch-{number:05d}", f"epoch-{number + 1:05d}"}
+    assert not extractions()
+
+
+def test_the_next_epoch_is_made_while_this_one_is_trained_on(tmp_path):
+    with refreshed(tmp_path) as cache:
+        loader = cache.loader(3, "sequential")
+        for step, _ in enumerate(loader):
+            if step == 0:
+                wait(lambda: not extractions())
+                sk.FeatureCache.open(tmp_path / "epoch-00001", verify=True)
+
+
+def test_training_and_extraction_draw_from_other_generators(tmp_path, views):
+    """What a loop draws is the same whether or not images are drawn in the background, and so are those."""
+
+    def draws(while_: threading.Event | None) -> list:
+        torch.manual_seed(5), np.random.seed(5), random.seed(5)
+        found = []
+        while len(found) < 200 or (while_ is not None and not while_.is_set()):
+            found.append((torch.rand(1).item(), np.random.rand(), random.random()))
+            time.sleep(0.0005)
+        return found
+
+    alone = draws(None)
+    done = threading.Event()
+    with refreshed(tmp_path, Slow(0.02)) as cache:
+
+        def watch():
+            wait(lambda: not extractions())
+            done.set()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        both = draws(done)
+        watcher.join()
+        assert both[:200] == alone
+        loader = cache.loader(3, "sequential")
+        assert epoch(loader).equal(views[0]) and epoch(loader).equal(views[1])
+
+
+def test_an_error_in_the_background_comes_in_the_loop_and_can_be_mended(tmp_path, views):
+    file = tmp_path / "fails"
+    with refreshed(tmp_path / "cache", Failing(file), identity="failing", workers=0) as cache:
+        loader = cache.loader(3, "sequential")
+        wait(lambda: not extractions())
+        assert epoch(loader).equal(views[0])
+        file.touch()
+        assert epoch(loader).equal(views[1]), "it was made before"
+        with pytest.raises(StoreError, match=r"item 5 of the dataset can't be loaded: OSError\('the disk has gone'\)"):
+            epoch(loader)
+        file.unlink()
+        assert epoch(loader).equal(views[2])
+
+
+def test_closing_ends_an_extraction_in_the_middle_and_another_one_goes_on(tmp_path, views):
+    cache = refreshed(tmp_path, Slow(0.3), identity="slow", batch_size=1)
+    wait(lambda: (tmp_path / "epoch-00001" / "00000.safetensors").exists())
+    before = time.monotonic()
+    cache.close()
+    assert time.monotonic() - before < 1.2, "eight images take twice as long"
+    assert not extractions() and not (tmp_path / "epoch-00001" / "00007.safetensors").exists()
+    cache.close()
+    kept = (tmp_path / "epoch-00001" / "00000.safetensors").stat().st_mtime_ns
+    with refreshed(tmp_path, identity="slow", batch_size=1) as cache:
+        wait(lambda: not extractions())
+        assert (tmp_path / "epoch-00001" / "00000.safetensors").stat().st_mtime_ns == kept
+        loader = cache.loader(3, "sequential")
+        for number in range(2):  # of batches of another size, which may round otherwise
+            torch.testing.assert_close(epoch(loader), views[number], rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_one_in_the_folder_is_refused_and_harms_nothing(tmp_path, views):
+    with refreshed(tmp_path) as cache:
+        for overwrite in (False, True):
+            with pytest.raises(StoreError, match=f"process {os.getpid()} on .* is at work in it"):
+                refreshed(tmp_path, overwrite=overwrite)
+        loader = cache.loader(3, "sequential")
+        assert epoch(loader).equal(views[0]) and epoch(loader).equal(views[1])
+    refreshed(tmp_path).close()
+
+
+def test_a_build_that_fails_lets_go_of_the_folder(tmp_path):
+    refreshed(tmp_path).close()
+    with pytest.raises(StoreError, match="holds a store that differs in seed") as kept:
+        refreshed(tmp_path, seed=1)
+    with refreshed(tmp_path, seed=1, overwrite=True) as cache:
+        assert made(tmp_path)[0] == "epoch-00000" and len(cache) == COUNT
+    assert kept.value.__traceback__ is not None, "who keeps the error keeps what was at work"
+
+
+def test_it_goes_on_at_the_epoch_of_a_loaders_state(tmp_path, views):
+    with refreshed(tmp_path / "first") as cache:
+        loader = cache.loader(3, "random")
+        for _ in range(2):
+            epoch(loader)
+        for step, _ in enumerate(loader):  # of the third epoch one batch
+            if step == 0:
+                state = loader.state_dict()
+                break
+        expected = [cache._rows.gather(torch.arange(COUNT))]
+        assert expected[0].equal(views[2])
+    for name in ("first", "second"):  # what was left is there, and it is not
+        with refreshed(tmp_path / name) as cache:
+            loader = cache.loader(3, "random", generator=torch.Generator().manual_seed(9))
+            loader.load_state_dict(state)
+            assert loader.epoch == 2
+            got, order = [], []
+            for features, labels in loader:
+                got.append(features)
+                order.append(labels)
+            reference = cache.loader(3, "random")
+            reference.load_state_dict(state)
+            for features, batch in zip(got, reference.sampler, strict=True):
+                assert features.equal(views[2][batch])
+            assert len(got) == 2
+            assert set(made(tmp_path / name)) <= {"epoch-00002", "epoch-00003"}
+            assert epoch(cache.loader(sampler=[[0]])).equal(views[0][:1]), "an earlier one is made again"
+            assert set(made(tmp_path / name)) <= {"epoch-00000", "epoch-00001"}
+
+
+def test_another_epoch_than_the_next_does_not_wait_for_it(tmp_path, views):
+    with refreshed(tmp_path, Slow(0.4), batch_size=1) as cache:
+        loader = cache.loader(3, "sequential")
+        loader.load_state_dict(loader.state_dict() | {"epoch": 3})
+        before = time.monotonic()
+        torch.testing.assert_close(epoch(loader), views[3], rtol=1e-5, atol=1e-5)  # batches of another size
+        assert time.monotonic() - before < 2, "eight images take 3.2 seconds; those that are under way, 0.8"
+        assert "epoch-00003" in made(tmp_path) and "epoch-00001" not in made(tmp_path)
+
+
+def test_images_that_stay_the_same_do_so(tmp_path):
+    with refreshed(tmp_path, images(COUNT)) as cache:
+        loader = cache.loader(3, "sequential")
+        assert epoch(loader).equal(epoch(loader))
+
+
+def test_an_extraction_leaves_the_modes_of_the_model_alone(tmp_path, views):
+    """Not even for a moment: whoever trains may change them meanwhile."""
+    clip, touched = skip_clip(), set()
+    conv1 = clip.model.visual.conv1
+
+    class Watched(type(conv1)):
+        def __setattr__(self, name, value):
+            if name == "training" and self is conv1:
+                touched.add(threading.current_thread().name)
+            super().__setattr__(name, value)
+
+    conv1.__class__ = Watched
+    clip.model.train()
+    assert touched == {threading.current_thread().name}
+    with refreshed(tmp_path, clip=clip) as cache:
+        loader = cache.loader(3, "sequential")
+        assert epoch(loader).equal(views[0]) and epoch(loader).equal(views[1])
+    assert touched == {threading.current_thread().name}
+
+
+def test_a_program_may_end_without_closing(tmp_path):
+    here = [str(path) for path in (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2])]
+    code = f"""
+import pathlib, test_refresh as t
+cache = t.refreshed(pathlib.Path({str(tmp_path)!r}), t.Slow(0.2), identity="slow", batch_size=1)
+batches = iter(cache.loader(1, "sequential"))
+next(batches)
+assert t.extractions()
+print("done")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(here)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    refreshed(tmp_path, identity="slow", batch_size=1).close()

@@ -1,0 +1,76 @@
+"""Small stores of random rows, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipkernels.store import COMPUTED, DTYPES, MANIFEST, Layout, Writer, digest_json
+from skipkernels.store.lock import LOCK, OWNER
+from skipkernels.store.shards import quantise
+
+
+def layout_of(
+    dtype: str = "fp32",
+    *,
+    rows: int = 18,
+    shape: tuple[int, ...] = (3, 5),
+    computed: str = "fp32",
+    shard_rows: int = 4,
+    labelled: bool = True,
+    weights: str = "these",
+) -> Layout:
+    """Five shards, the last of two rows."""
+    notes = {"probe": [0.1, -2.5e-7], "by": "a test"}
+    return Layout(rows, shape, dtype, computed, shard_rows, labelled, {"weights": weights, "seed": 7}, notes)
+
+
+def labels_of(layout: Layout) -> Tensor:
+    return torch.arange(layout.rows) * 3 % 7
+
+
+def tensors_of(layout: Layout, number: int) -> dict[str, Tensor]:
+    """Of a shard."""
+    generator = torch.Generator().manual_seed(0)
+    features = 5 * torch.randn(layout.rows, *layout.kept_shape, generator=generator)
+    part = features[layout.rows_of(number).start : layout.rows_of(number).stop]
+    tensors = {"rows": part.to(DTYPES[layout.dtype])}
+    if layout.dtype == "int8":
+        tensors["rows"], tensors["token_scale"] = quantise(part)
+    if layout.labelled:
+        tensors["labels"] = labels_of(layout)[layout.rows_of(number).start : layout.rows_of(number).stop]
+    return tensors
+
+
+def truth_of(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+    """What all rows have to come out as."""
+    parts = [tensors_of(layout, number) for number in range(layout.shards)]
+    rows = torch.cat([part["rows"] for part in parts])
+    if layout.dtype == "int8":
+        rows = rows.float() * torch.cat([part["token_scale"] for part in parts]).unsqueeze(-1)
+    return rows.to(dtype or COMPUTED[layout.computed]).view(layout.rows, *layout.shape)
+
+
+def fill(folder: Path, layout: Layout, **options: Any) -> list[int]:
+    """Build a store, or what is missing of it; gives the shards that were made."""
+    with Writer(folder, layout, **options) as writer:
+        made = writer.missing
+        for number in made:
+            writer.write(number, tensors_of(writer.manifest.layout, number))
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files of a folder, without those of the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (LOCK, OWNER)}
+
+
+def write_manifest(folder: Path, values: Any) -> None:
+    """Put values in place of a manifest, with a digest that fits."""
+    if isinstance(values, dict):
+        values = {**values, "xxh3": digest_json({name: value for name, value in values.items() if name != "xxh3"})}
+    (folder / MANIFEST).write_text(json.dumps(values))

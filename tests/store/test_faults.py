@@ -1,0 +1,213 @@
+"""A build that fails or is killed at any of its writes, flushes and renames: nothing wrong is believed, and it goes on.
+
+`tests/cache/test_crash.py` kills real processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipkernels.store import Store, StoreError, Writer
+from skipkernels.store.lock import OWNER
+from skipkernels.store.manifest import Manifest
+from skipkernels.store.shards import damages
+from tests.store.stores import contents, fill, layout_of, truth_of
+
+pytestmark = pytest.mark.filterwarnings("error")  # what was written is sound: nothing has to be mended
+
+LAYOUT = layout_of("int8")
+WHERE = {"write": [(Path, "write_bytes"), (Path, "write_text")], "fsync": [(os, "fsync")], "replace": [(os, "replace")]}
+CLEANING = [(Path, "unlink")]
+
+
+class Killed(BaseException):
+    """A kill: what comes later does not happen."""
+
+
+class Fault:
+    """The call numbered `at` of some functions raises an error.
+
+    What is written is cut off in the middle. After a kill all calls raise it, also those that would clean up.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, at: int, error: BaseException):
+        self.at, self.error, self.calls, self.raised = at, error, 0, False
+        for name, functions in {**WHERE, "clean": CLEANING}.items():
+            for owner, function in functions:
+                monkeypatch.setattr(owner, function, self._failing(getattr(owner, function), name == where))
+
+    def _failing(self, function, counted):
+        def call(*arguments, **options):
+            if self.raised and isinstance(self.error, Killed):
+                raise self.error
+            if counted:
+                self.calls += 1
+                if self.calls == self.at + 1:
+                    self.raised = True
+                    if function.__name__.startswith("write_"):
+                        path, data = arguments
+                        function(path, data[: len(data) // 2])
+                    raise self.error
+            return function(*arguments, **options)
+
+        return call
+
+
+def interrupted(folder: Path, where: str, at: int, error: BaseException) -> BaseException | None:
+    """What a build raises that fails there; None if it is done before."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fault = Fault(monkeypatch, where, at, error)
+        try:
+            fill(folder, LAYOUT)
+        except (OSError, StoreError, Killed) as raised:
+            assert fault.raised
+            return raised.with_traceback(None)
+    assert not fault.raised
+    return None
+
+
+def shards_there(folder: Path) -> int:
+    """Shards that are listed, all of which are sound."""
+    try:
+        manifest = Manifest.read(folder)
+    except StoreError as error:
+        assert "no manifest.json" in str(error)
+        return 0
+    assert damages(folder, manifest) == []
+    return sum(shard is not None for shard in manifest.shards)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    """What a build leaves that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    fill(folder, LAYOUT)
+    return contents(folder)
+
+
+ERRORS = {
+    "error": lambda: OSError(errno.EIO, "Input/output error"),
+    "full": lambda: OSError(errno.ENOSPC, "No space left on device"),
+    "killed": lambda: Killed(),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", WHERE)
+def test_it_goes_on_from_wherever_it_stopped(tmp_path, whole, where, error):
+    progress = []
+    for at in itertools.count():
+        folder = tmp_path / f"{at}"
+        raised = interrupted(folder, where, at, ERRORS[error]())
+        if raised is None:
+            break
+        left = [path.name for path in folder.iterdir() if path.suffix == ".partial"]
+        assert len(left) == (error == "killed" and not _renamed(where, at)), "only a kill leaves a temporary file"
+        there = shards_there(folder)
+        if error == "full":
+            assert isinstance(raised, StoreError) and "resume=True" in str(raised)
+            assert re.search(f"the disk is full. {there} of 5 shards are there and stay; make room", str(raised))
+        try:
+            assert Store(folder, verify=True).gather(torch.arange(LAYOUT.rows)).equal(truth_of(LAYOUT)) and there == 5
+        except StoreError as reason:
+            assert str(folder) in str(reason) and there < 5
+        assert len(fill(folder, LAYOUT, resume=True)) == 5 - there
+        assert contents(folder) == whole
+        progress.append(there)
+    assert progress == sorted(progress) and set(progress) >= set(range(5)), "it fails at every stage"
+
+
+def _renamed(where: str, at: int) -> bool:
+    """Whether a call comes after a rename: every other flush is of the folder."""
+    return where == "fsync" and at % 2 == 1
+
+
+def test_a_kill_leaves_its_name_and_lets_go_of_the_lock(tmp_path):
+    assert isinstance(interrupted(tmp_path, "replace", 5, Killed()), Killed)
+    assert (tmp_path / OWNER).exists()
+    fill(tmp_path, LAYOUT, resume=True)
+    assert not (tmp_path / OWNER).exists()
+
+
+def test_a_lock_is_let_go_of_when_the_owner_cannot_be_deleted(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, LAYOUT)
+    with monkeypatch.context() as patch, writer:
+        patch.setattr(Path, "unlink", _read_only)
+        with pytest.raises(OSError, match="Read-only"):
+            writer.__exit__(None, None, None)
+    with Writer(tmp_path, LAYOUT, resume=True) as again:
+        assert again.missing == [0, 1, 2, 3, 4]
+
+
+def _read_only(*arguments, **options):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_any_failure_leaves_the_lock_open(tmp_path):
+    for times in range(3):
+        with pytest.raises(ZeroDivisionError), Writer(tmp_path, LAYOUT, resume=times > 0):
+            raise ZeroDivisionError
+    assert len(fill(tmp_path, LAYOUT, resume=True)) == 5
+
+
+# ---- a disk that is too small ------------------------------------------------------------------------------------
+
+
+def free_bytes(monkeypatch: pytest.MonkeyPatch, *free: int) -> None:
+    """What the system says is free, one answer after the other."""
+    usage, answers = namedtuple("usage", "total used free"), iter(free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**50, 0, next(answers)))
+
+
+ENOUGH = LAYOUT.rows * LAYOUT.row_bytes + (1 << 24)  # with what stays free
+
+
+def test_a_disk_that_is_too_small_is_seen_before_it_starts(tmp_path, monkeypatch):
+    free_bytes(monkeypatch, ENOUGH - 1)
+    with pytest.raises(StoreError, match=r"0\.02 GiB are needed and 0\.02 GiB are free. 0 of 5 shards .* resume=True"):
+        fill(tmp_path, LAYOUT)
+    assert contents(tmp_path) == {}
+    free_bytes(monkeypatch, *[ENOUGH] * 6)
+    assert len(fill(tmp_path, LAYOUT)) == 5
+
+
+def test_a_disk_that_is_too_small_to_overwrite_does_not_count_what_is_gone(tmp_path, monkeypatch):
+    fill(tmp_path, layout_of())
+    free_bytes(monkeypatch, 0)
+    with pytest.raises(StoreError, match="0 of 5 shards are there and stay"):
+        fill(tmp_path, LAYOUT, overwrite=True)
+    assert shards_there(tmp_path) == 0
+
+
+def test_a_disk_that_fills_up_stops_it_and_resume_needs_only_the_rest(tmp_path, monkeypatch, whole):
+    free_bytes(monkeypatch, ENOUGH, ENOUGH, ENOUGH, 1 << 24)
+    with pytest.raises(StoreError, match="2 of 5 shards are there and stay; make room.* resume=True"):
+        fill(tmp_path, LAYOUT)
+    assert shards_there(tmp_path) == 2
+    rest = ENOUGH - 8 * LAYOUT.row_bytes
+    free_bytes(monkeypatch, rest - 1)
+    with pytest.raises(StoreError, match="2 of 5 shards are there and stay"):
+        fill(tmp_path, LAYOUT, resume=True)
+    free_bytes(monkeypatch, *[rest] * 4)
+    assert fill(tmp_path, LAYOUT, resume=True) == [2, 3, 4]
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_disk_that_is_full_while_it_goes_on_says_how_much_is_there(tmp_path, where):
+    interrupted(tmp_path, "replace", 6, Killed())
+    there = shards_there(tmp_path)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        Fault(monkeypatch, where, 0, ERRORS["full"]())
+        with pytest.raises(StoreError, match=f"the disk is full. {there} of 5 shards are there and stay"):
+            fill(tmp_path, LAYOUT, resume=True)
+    assert there == 2 and shards_there(tmp_path) == there

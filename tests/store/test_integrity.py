@@ -1,0 +1,389 @@
+"""Whatever is done to the files of a store: it is found, named and mended, and nothing is deleted that is not ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from skipkernels.store import MANIFEST, Manifest, Store, StoreError, Writer
+from tests.store.stores import contents, fill, layout_of, truth_of, write_manifest
+
+DTYPES = ["fp32", "bf16", "int8"]
+SHARD = "00001.safetensors"
+
+
+@pytest.fixture(params=DTYPES)
+def layout(request):
+    return layout_of(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path, layout) -> Path:
+    """A store that is sound."""
+    fill(tmp_path / "store", layout)
+    return tmp_path / "store"
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def header_of(path: Path) -> tuple[int, dict]:
+    """Where the data of a shard begin, and what is said of them."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    return start, json.loads(data[8:start])
+
+
+def flip_in(tensor: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        start, header = header_of(folder / SHARD)
+        flip(folder / SHARD, start + header[tensor]["data_offsets"][1] - 2, bit=3)
+
+    return damage
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def swap(folder: Path) -> None:
+    (folder / SHARD).rename(folder / "aside")
+    (folder / "00002.safetensors").rename(folder / SHARD)
+    (folder / "aside").rename(folder / "00002.safetensors")
+
+
+def from_another_store(folder: Path) -> None:
+    other = layout_of(Manifest.read(folder).layout.dtype, weights="other")
+    fill(folder.with_name("other"), other)
+    shutil.copy(folder.with_name("other") / SHARD, folder / SHARD)
+
+
+def other_rows(folder: Path) -> None:
+    """A shard whose header is the same."""
+    with safe_open(folder / SHARD, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    (folder / SHARD).write_bytes(save({name: tensor.flip(0) for name, tensor in tensors.items()}, metadata))
+
+
+def other_tensors(folder: Path) -> None:
+    """A shard with another name in its header."""
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data.replace(b'"labels"', b'"levels"'))
+
+
+class Damage(NamedTuple):
+    """What is done, what is said of it, and whether reading all is what finds it."""
+
+    do: Callable[[Path], object]
+    said: str
+    deep: bool = False
+
+
+DAMAGES = {
+    "bit-of-the-rows": Damage(flip_in("rows"), "its contents have changed", deep=True),
+    "bit-of-the-labels": Damage(flip_in("labels"), "its contents have changed", deep=True),
+    "bit-of-a-scale": Damage(flip_in("token_scale"), "its contents have changed", deep=True),
+    "bit-of-the-header": Damage(lambda folder: flip(folder / SHARD, 8), "its header is not readable"),
+    "bit-of-its-length": Damage(lambda folder: flip(folder / SHARD, 6), "its header is not readable"),
+    "other-rows": Damage(other_rows, "its contents have changed", deep=True),
+    "other-tensors": Damage(other_tensors, "it holds other tensors than the manifest says"),
+    "truncated": Damage(lambda folder: shorten(folder / SHARD), r"\d+ bytes in place of \d+"),
+    "empty": Damage(lambda folder: (folder / SHARD).write_bytes(b""), r"0 bytes in place of \d+"),
+    "longer": Damage(lambda folder: lengthen(folder / SHARD), r"\d+ bytes in place of \d+"),
+    "missing": Damage(lambda folder: (folder / SHARD).unlink(), "missing"),
+    "swapped": Damage(swap, "the file of shard 2"),
+    "of-another-store": Damage(from_another_store, "of another store"),
+}
+
+
+@pytest.mark.parametrize(
+    "layout, damage",
+    [(dtype, damage) for dtype in DTYPES for damage in DAMAGES if dtype == "int8" or damage != "bit-of-a-scale"],
+    indirect=["layout"],
+)
+def test_a_damaged_shard_is_found_named_and_mended(folder, layout, damage):
+    sound, (do, said, deep) = contents(folder), DAMAGES[damage]
+    opened = Store(folder)
+    do(folder)
+    said = f"{SHARD}: .*{said}.* Build it again with resume=True"
+
+    found = opened.verify()
+    assert len(found) == (2 if damage == "swapped" else 1)
+    assert re.search(said, found[0])
+    if deep:
+        Store(folder).gather(torch.arange(layout.rows))
+    else:
+        with pytest.raises(StoreError, match=said):
+            Store(folder)
+    with pytest.raises(StoreError, match=said):
+        Store(folder, verify=True)
+
+    with pytest.warns(UserWarning, match="It is made again") as warned:
+        made = fill(folder, layout, resume=True)
+    assert made == ([1, 2] if damage == "swapped" else [1]) and len(warned) == len(made)
+    assert re.search(said, str(warned[0].message))
+    assert contents(folder) == sound
+    assert Store(folder, verify=True).gather(torch.arange(layout.rows)).equal(truth_of(layout))
+
+
+def test_every_bit_of_a_header_counts(folder, layout):
+    path = folder / SHARD
+    data = path.read_bytes()
+    start, _ = header_of(path)
+    for at in range(start):
+        for bit in range(8):
+            flip(path, at, bit)
+            try:
+                assert Store(folder).verify() != [], f"bit {bit} of byte {at}"
+            except StoreError as error:
+                assert SHARD in str(error)
+            path.write_bytes(data)
+    assert Store(folder).verify() == []
+
+
+def test_several_damages_are_all_found_and_only_they_are_mended(folder, layout):
+    sound = contents(folder)
+    (folder / "00000.safetensors").unlink()
+    flip(folder / "00003.safetensors", -1)
+    with pytest.warns(UserWarning) as warned:
+        assert fill(folder, layout, resume=True) == [0, 3]
+    assert ["00000" in str(warned[0].message), "00003" in str(warned[1].message)] == [True, True]
+    assert contents(folder) == sound
+
+
+def test_a_shard_that_vanishes_after_opening_is_told(folder, layout):
+    store = Store(folder)
+    (folder / SHARD).unlink()
+    with pytest.raises(StoreError, match=f"{SHARD}: missing"):
+        store.gather(torch.arange(layout.rows))
+
+
+def test_a_folder_in_place_of_a_shard_is_found_and_left(folder, layout):
+    sound = contents(folder)
+    (folder / SHARD).unlink()
+    (folder / SHARD).mkdir()
+    (folder / SHARD / "theirs").touch()
+    with pytest.raises(StoreError, match=f"{SHARD}: damaged: "):
+        Store(folder)
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(StoreError, match=rf"holds other things \({SHARD}\)"):
+            fill(folder, layout, **options)
+    assert (folder / SHARD / "theirs").exists()
+    shutil.rmtree(folder / SHARD)
+    with pytest.warns(UserWarning, match=f"{SHARD}: missing"):
+        fill(folder, layout, resume=True)
+    assert contents(folder) == sound
+
+
+# ---- the manifest ------------------------------------------------------------------------------------------------
+
+
+def newer(folder: Path) -> None:
+    values = json.loads((folder / MANIFEST).read_text())
+    write_manifest(folder, {"format": 2, "rows": "elsewhere", "shards": values["shards"]})
+
+
+def write(data: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / MANIFEST).write_bytes(data)
+
+
+MANIFESTS = {
+    "newer": (newer, "of format 2, made by a newer skipkernels; this one reads format 1. Update"),
+    "empty": (write(b""), "damaged: not JSON"),
+    "text": (write(b"rows: 18"), "damaged: not JSON"),
+    "binary": (write(bytes(range(256))), "damaged: not JSON"),
+    "deep": (write(b"[" * 100_000), "damaged: not JSON"),
+    "long-number": (write(b'{"format": ' + b"9" * 5000 + b"}"), "damaged: not JSON"),
+    "list": (write(b"[]"), "damaged: no mapping"),
+    "no-format": (write(b"{}"), "damaged: format must be a whole number from 1 on"),
+    "huge": (lambda folder: os.truncate(folder / MANIFEST, 1 << 40), f"damaged: {1 << 40} bytes"),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+def test_a_damaged_manifest_is_found_named_and_mended(folder, layout, damage):
+    sound, (do, said) = contents(folder), MANIFESTS[damage]
+    do(folder)
+    with pytest.raises(StoreError, match=f"{MANIFEST}: {said}"):
+        Store(folder)
+    with pytest.warns(UserWarning, match=f"{MANIFEST}: {said}.* All of it is made again"):
+        assert len(fill(folder, layout, resume=True)) == 5
+    assert contents(folder) == sound
+
+
+@pytest.mark.parametrize("layout", ["fp32"], indirect=True)
+def test_every_bit_and_every_length_of_a_manifest_counts(folder, layout):
+    path, manifest = folder / MANIFEST, Manifest.read(folder)
+    data = path.read_bytes()
+
+    def changed(text: bytes) -> bool:
+        path.write_bytes(text)
+        try:
+            return Manifest.read(folder) != manifest
+        except StoreError as error:
+            assert MANIFEST in str(error)
+            return False
+
+    assert not changed(data)
+    for length in range(len(data)):
+        assert not changed(data[:length]), f"{length} bytes"
+    for at in range(len(data)):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << bit
+            assert not changed(bytes(flipped)), f"bit {bit} of byte {at}"
+
+
+def test_a_manifest_that_was_deleted_leaves_the_shards_alone(folder, layout):
+    (folder / MANIFEST).unlink()
+    before = contents(folder)
+    with pytest.raises(StoreError, match="store: no manifest.json: not a store. Build it first"):
+        Store(folder)
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(StoreError, match=r"holds other things \(00000.safetensors\); choose an empty folder"):
+            fill(folder, layout, **options)
+    assert contents(folder) == before
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may read everything")
+def test_a_manifest_that_may_not_be_read_is_told(folder):
+    (folder / MANIFEST).chmod(0)
+    with pytest.raises(StoreError, match=f"{MANIFEST}: unreadable: Permission denied"):
+        Store(folder)
+
+
+@pytest.mark.parametrize("reading", ["stat", "read_bytes"])
+def test_a_manifest_that_cannot_be_read_is_told(folder, monkeypatch, reading):
+    def fail(path, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, reading, fail)
+    with pytest.raises(StoreError, match=f"{MANIFEST}: unreadable: Input/output error"):
+        Store(folder)
+
+
+# ---- what is not ours --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other, difference",
+    [
+        ({"weights": "others"}, r"weights \(these there, others here\)"),
+        ({"rows": 17}, r"rows \(18 there, 17 here\)"),
+        ({"shape": (15,)}, r"shape \(\(3, 5\) there, \(15,\) here\)"),
+        ({"dtype": "fp16"}, r"dtype \(\w+ there, fp16 here\)"),
+        ({"computed": "fp64"}, r"computed \(fp32 there, fp64 here\)"),
+        ({"labelled": False}, r"labelled \(True there, False here\)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_a_store_of_something_else_is_refused_and_left(folder, layout, other, difference):
+    before = contents(folder)
+    with pytest.raises(StoreError, match=f"holds a store that differs in {difference}. Choose another folder, or"):
+        fill(folder, layout_of(**{"dtype": layout.dtype, **other}), resume=True)
+    assert contents(folder) == before
+
+
+def test_a_component_that_only_one_of_them_has_is_named(folder, layout):
+    fewer = layout_of(layout.dtype)
+    del fewer.fingerprint["seed"]
+    with pytest.raises(StoreError, match=r"differs in seed \(7 there, nothing here\)"):
+        fill(folder, fewer, resume=True)
+    more = layout_of(layout.dtype)
+    more.fingerprint["mask"] = "causal"
+    with pytest.raises(StoreError, match=r"differs in mask \(nothing there, causal here\)"):
+        fill(folder, more, resume=True)
+
+
+def test_a_store_of_something_else_without_a_shard_is_replaced(tmp_path):
+    with Writer(tmp_path, layout_of(weights="others")):
+        pass
+    assert len(fill(tmp_path, layout_of(), resume=True)) == 5
+    assert Store(tmp_path).layout == layout_of()
+
+
+def test_a_store_that_is_there_is_refused_without_resume_or_overwrite(folder, layout):
+    before = contents(folder)
+    with pytest.raises(StoreError, match="holds a store. Open it; or complete and mend it with resume=True"):
+        fill(folder, layout)
+    assert contents(folder) == before
+
+
+def test_resume_of_what_is_sound_makes_nothing(folder, layout):
+    before = contents(folder)
+    assert fill(folder, layout, resume=True) == []
+    assert contents(folder) == before
+
+
+def test_shards_of_another_size_stay_and_decide_what_is_made(folder, layout):
+    sound = contents(folder)
+    (folder / SHARD).unlink()
+    with pytest.warns(UserWarning, match=f"{SHARD}: missing"):
+        assert fill(folder, layout_of(layout.dtype, shard_rows=7), resume=True) == [1]
+    assert contents(folder) == sound
+    assert Store(folder, verify=True).layout == layout
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_overwrite_replaces_whatever_store_is_there(folder, layout, resume, tmp_path):
+    other = layout_of("fp16", rows=5, weights="others")
+    assert fill(folder, other, overwrite=True, resume=resume) == [0, 1]
+    fill(tmp_path / "alone", other)
+    assert contents(folder) == contents(tmp_path / "alone")
+
+
+def test_overwrite_that_is_stopped_at_once_can_be_done_again(folder, layout):
+    with pytest.raises(ZeroDivisionError), Writer(folder, layout_of("fp16"), overwrite=True):
+        raise ZeroDivisionError
+    with pytest.raises(StoreError, match="incomplete: 0 of 5 shards are there"):
+        Store(folder)
+    fill(folder, layout, overwrite=True)
+    assert Store(folder, verify=True).layout == layout
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "00000.tar", "model.safetensors", ".hidden"])
+def test_a_folder_that_holds_other_things_is_refused_and_left(folder, layout, name, tmp_path):
+    for place in (folder, tmp_path / "others"):
+        place.mkdir(exist_ok=True)
+        (place / name).write_text("mine")
+        before = contents(place)
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(StoreError, match=rf"holds other things \({name}\); choose an empty folder"):
+                fill(place, layout, **options)
+        assert contents(place) == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, layout):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="file: a file; choose a folder"):
+        fill(tmp_path / "file", layout)
+    with pytest.raises(StoreError, match=r"store: can't be written to \(Not a directory\); choose another"):
+        fill(tmp_path / "file" / "store", layout)
+    for path in (tmp_path / "file", tmp_path / "nowhere"):
+        with pytest.raises(StoreError, match="no manifest.json: not a store. Build it first"):
+            Store(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, layout):
+    (tmp_path / "store").mkdir(mode=0o500)
+    with pytest.raises(StoreError, match=r"store: can't be written to \(Permission denied\); choose another"):
+        fill(tmp_path / "store", layout)

@@ -1,0 +1,293 @@
+"""Rows come out as they went in, whatever the shards, the dtype and the order in which they are asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skipkernels.store import (
+    COMPUTED,
+    DTYPES,
+    MANIFEST,
+    Layout,
+    Manifest,
+    Store,
+    StoreError,
+    Writer,
+    digest_json,
+    digest_tensors,
+    leftovers,
+    prune,
+    reader,
+)
+from skipkernels.store.lock import OWNER, locked
+from skipkernels.store.shards import map_shard, quantise
+from tests.store.stores import contents, fill, labels_of, layout_of, truth_of
+
+# ---- gather ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw) -> Layout:
+    return layout_of(
+        draw(st.sampled_from(sorted(DTYPES))),
+        rows=draw(st.integers(1, 20)),
+        shape=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))),
+        computed=draw(st.sampled_from(sorted(COMPUTED))),
+        shard_rows=draw(st.integers(1, 25)),
+        labelled=draw(st.booleans()),
+    )
+
+
+@given(layouts(), st.data())
+def test_rows_come_out_in_any_order_as_often_as_asked(layout, data):
+    index = torch.tensor(data.draw(st.lists(st.integers(0, layout.rows - 1), max_size=12)), dtype=torch.int64)
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder), layout)
+        store = Store(Path(folder), verify=True)
+        batch = store.gather(index)
+        assert batch.dtype == store.dtype == COMPUTED[layout.computed]
+        assert batch.shape == (len(index), *store.shape)
+        assert batch.equal(truth_of(layout)[index])
+        to = data.draw(st.sampled_from(sorted(COMPUTED)))
+        out = torch.full((len(index), *layout.shape), torch.nan, dtype=COMPUTED[to])
+        assert store.gather(index, out=out) is out
+        assert out.equal(truth_of(layout, COMPUTED[to])[index])
+        if layout.labelled:
+            assert store.labels().equal(labels_of(layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps_are_let_go_of_and_rows_stay_right(tmp_path, monkeypatch, dtype):
+    layout, mapped = layout_of(dtype), []
+
+    def counting(*arguments):
+        mapped.append(arguments[2])
+        return map_shard(*arguments)
+
+    fill(tmp_path, layout)
+    store, truth = Store(tmp_path), truth_of(layout)
+    monkeypatch.setattr(reader, "map_shard", counting)
+    everything = torch.arange(layout.rows)
+    for _ in range(2):
+        assert store.gather(everything).equal(truth)
+    assert mapped == [0, 1, 2, 3, 4], "once each"
+    monkeypatch.setattr(reader, "_MAPPED", layout.rows * layout.row_bytes - 1)
+    kept = store.gather(everything)
+    for _ in range(2):
+        assert store.gather(everything).equal(truth)
+    assert mapped == [0, 1, 2, 3, 4] * 3
+    assert kept.equal(truth), "a batch is no view of a map"
+
+
+@pytest.mark.parametrize("index, wrong", [([0, 18], 18), ([-1, 3], -1), ([-2, 99], -2), ([2**62], 2**62)])
+def test_a_row_that_is_not_there_is_named(tmp_path, index, wrong):
+    fill(tmp_path, layout_of())
+    with pytest.raises(IndexError, match=rf"^gather: rows are numbered from 0 to 17; got {wrong}\.$"):
+        Store(tmp_path).gather(torch.tensor(index))
+
+
+def test_a_store_tells_what_it_is(tmp_path):
+    layout = layout_of("int8", computed="bf16")
+    fill(tmp_path, layout)
+    store = Store(tmp_path)
+    assert (store.layout, store.shape, store.dtype) == (layout, (3, 5), torch.bfloat16)
+    assert store.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    read: list[int] = []
+    assert store.verify(read.append) == [] and sum(read) == store.bytes
+
+
+@pytest.mark.parametrize("done", range(5))
+def test_a_store_that_is_incomplete_is_refused(tmp_path, done):
+    layout = layout_of()
+    fill(tmp_path / "whole", layout)
+    manifest = Manifest.read(tmp_path / "whole")
+    for number in range(done, 5):
+        manifest = manifest.with_shard(number, None)
+    manifest.write(tmp_path / "whole")
+    with pytest.raises(StoreError, match=rf"incomplete: {done} of 5 shards are there. Go on .* resume=True"):
+        Store(tmp_path / "whole")
+    assert not manifest.complete
+
+
+# ---- int8 --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 99), st.floats(-30, 30), st.sampled_from(sorted(COMPUTED)))
+def test_int8_is_off_by_half_a_step_at_most(seed, magnitude, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(4, 3, 17, generator=generator) * 10**magnitude
+    features = features.clamp(-6e4, 6e4).to(COMPUTED[dtype])
+    rows, scale = quantise(features)
+    features = features.double()
+    largest = features.abs().amax(dim=-1)
+    normal = largest > 127 * torch.finfo(torch.float32).tiny  # a step that fp32 holds with all its digits
+    off = (rows.double() * scale.double().unsqueeze(-1) - features).abs().amax(dim=-1)
+    # Beside the half step: the scale, the quotient and an fp64 number are rounded to 24 bits, 127 steps from 0 at most.
+    assert (off <= scale.double() * (0.5 + 127 * 2**-22))[normal].all()
+    assert (rows.abs().amax(dim=-1) == 127)[normal].all() and rows.min() >= -127
+
+
+def test_a_token_of_zeros_stays_one():
+    rows, scale = quantise(torch.tensor([[[0.0, 0.0], [1.0, -4.0], [-0.0, 1e-45]]]))
+    assert rows.tolist() == [[[0, 0], [32, -127], [0, 0]]]
+    assert scale[0, 0] == 0 and scale[0, 1] == torch.tensor(4.0) / 127 and scale.isfinite().all()
+
+
+# ---- layouts and digests -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, labelled, size",
+    [("fp32", True, 68), ("fp32", False, 60), ("fp16", True, 38), ("bf16", True, 38), ("int8", True, 15 + 12 + 8)],
+)
+def test_a_layout_knows_what_a_row_takes(tmp_path, dtype, labelled, size):
+    layout = layout_of(dtype, labelled=labelled)
+    assert layout.row_bytes == size
+    fill(tmp_path, layout)
+    header = 8 + int.from_bytes((tmp_path / "00000.safetensors").read_bytes()[:8], "little")
+    assert (tmp_path / "00000.safetensors").stat().st_size == header + 4 * size
+
+
+@given(st.integers(1, 200), st.integers(1, 220))
+def test_the_shards_are_all_the_rows(rows, shard_rows):
+    layout = layout_of(rows=rows, shard_rows=shard_rows)
+    parts = [layout.rows_of(number) for number in range(layout.shards)]
+    assert [row for part in parts for row in part] == list(range(rows))
+    assert all(len(part) == shard_rows for part in parts[:-1]) and 1 <= len(parts[-1]) <= shard_rows
+
+
+def test_a_layout_is_another_where_its_rows_are():
+    layout = layout_of()
+    changes = {
+        "rows": 17,
+        "shape": (5, 3),
+        "dtype": "fp16",
+        "computed": "fp64",
+        "shard_rows": 5,
+        "labelled": False,
+        "fingerprint": {"weights": "those"},
+    }
+    digests = {layout.digest, *(replace(layout, **{name: value}).digest for name, value in changes.items())}
+    assert len(digests) == len(changes) + 1
+    assert replace(layout, notes={"by": "someone else"}).digest == layout.digest
+    reordered = replace(layout, fingerprint=dict(reversed(layout.fingerprint.items())))
+    assert reordered.digest == layout.digest
+
+
+def test_a_manifest_reads_as_it_was_written(tmp_path):
+    fill(tmp_path, layout_of("int8"))
+    manifest = Manifest.read(tmp_path).with_shard(2, None)
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest and manifest.layout == layout_of("int8")
+
+
+def test_digests_of_tensors_tell_names_shapes_dtypes_and_numbers_apart():
+    x = torch.arange(6, dtype=torch.int32)
+    different = [
+        [("x", x)],
+        [("y", x)],
+        [("x", x.view(2, 3))],
+        [("x", x.view(3, 2))],
+        [("x", x.view(torch.float32))],
+        [("x", x.flip(0))],
+        [("x", x[:3]), ("x", x[3:])],
+        [("x", x), ("x", x[:0])],
+        [],
+    ]
+    assert len({digest_tensors(named) for named in different}) == len(different)
+    assert digest_tensors([("x", x.view(2, 3).T)]) == digest_tensors([("x", x.view(2, 3).T.contiguous())])
+    assert digest_tensors([("x", torch.tensor(-0.0))]) != digest_tensors([("x", torch.tensor(0.0))])
+    assert digest_json([1, 2]) != digest_json([2, 1])
+
+
+# ---- what is left ------------------------------------------------------------------------------------------------
+
+
+def test_leftovers_are_what_nobody_lists(tmp_path):
+    layout = layout_of()
+    fill(tmp_path, layout)
+    for name in (".00001.safetensors.77.partial", "00005.safetensors", "notes.txt", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "00009.safetensors").mkdir()
+    manifest = Manifest.read(tmp_path)
+    assert [path.name for path in leftovers(tmp_path, manifest)] == [
+        ".00001.safetensors.77.partial",
+        "00005.safetensors",
+    ]
+    assert "00002.safetensors" in [path.name for path in leftovers(tmp_path, manifest.with_shard(2, None))]
+    assert len(leftovers(tmp_path, None)) == 7
+
+
+def test_a_build_that_goes_on_deletes_leftovers(tmp_path):
+    layout = layout_of()
+    fill(tmp_path, layout)
+    sound = contents(tmp_path)
+    for name in (".00001.safetensors.77.partial", ".manifest.json.77.partial", "00005.safetensors"):
+        (tmp_path / name).touch()
+    fill(tmp_path, layout, resume=True)
+    assert contents(tmp_path) == sound
+
+
+def test_prune_deletes_leftovers_and_what_is_unfinished_if_it_is_asked_to(tmp_path):
+    layout = layout_of()
+    fill(tmp_path, layout)
+    sound = contents(tmp_path)
+    (tmp_path / "00005.safetensors").write_text("left")
+    for dry_run in (True, False):
+        assert prune(tmp_path, dry_run=dry_run) == [(tmp_path / "00005.safetensors", 4)]
+    assert prune(tmp_path, unfinished=True) == [] and contents(tmp_path) == sound
+    Manifest.read(tmp_path).with_shard(0, None).write(tmp_path)
+    assert prune(tmp_path) == [(tmp_path / "00000.safetensors", len(sound["00000.safetensors"]))]
+    gone = {path.name for path, _ in prune(tmp_path, unfinished=True)}
+    assert gone == set(sound) - {"00000.safetensors"}
+    assert contents(tmp_path) == {}
+
+
+def test_a_prune_that_is_stopped_can_be_done_again(tmp_path, monkeypatch):
+    fill(tmp_path, layout_of())
+    Manifest.read(tmp_path).with_shard(0, None).write(tmp_path)
+    unlink = Path.unlink
+
+    def stop(path, missing_ok=False):
+        if path.name == "00003.safetensors":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", stop)
+        prune(tmp_path, unfinished=True)
+    assert (tmp_path / MANIFEST).exists() and len(contents(tmp_path)) == 3
+    prune(tmp_path, unfinished=True)
+    assert contents(tmp_path) == {}
+
+
+# ---- the lock ----------------------------------------------------------------------------------------------------
+
+
+def test_one_at_a_time(tmp_path):
+    with Writer(tmp_path, layout_of()):
+        for second in (lambda: fill(tmp_path, layout_of(), resume=True), lambda: prune(tmp_path)):
+            with pytest.raises(StoreError, match=r"process \d+ on \S+, since 0 seconds, is at work in it. Wait for it"):
+                second()
+    assert not (tmp_path / OWNER).exists()
+    fill(tmp_path, layout_of(), resume=True)
+
+
+OWNERS = ["", "[]", "{", '{"pid": 1}', '{"pid": 1e999, "host": 1, "since": 1}', "\0\xff", None]
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_an_owner_that_cannot_be_read_is_another_process(tmp_path, owner):
+    with locked(tmp_path):
+        (tmp_path / OWNER).unlink()
+        if owner is not None:
+            (tmp_path / OWNER).write_text(owner, "latin-1")
+        with pytest.raises(StoreError, match="another process is at work in it"), locked(tmp_path):
+            pass
