@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from .boundary import DEFAULT_CHUNK, LSkipBoundary
 from .selection import RankSampler, Tail, select_ranks
 from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
 from .towers.attend import SDPA, Attention, Backend
+from .towers.base import ImageTower
+from .towers.text_store import TextStore, kept_prototypes
 
 # Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
 # the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32 over twelve blocks, and in half
@@ -57,6 +62,8 @@ class SkipCLIP(nn.Module):
             Results are the same.
         attention: Who computes it: "sdpa" is PyTorch, with our own operators for texts behind a shared prefix and for
             pooled tokens. "xformers" takes the place of the first two on a GPU; where it cannot, that is an error.
+        text_cache: Folder to keep the texts' features at the cut in, and not in memory, for very many classes; filled
+            the first time, opened the next. On a GPU each step then waits for the classes that it has drawn.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
@@ -66,6 +73,7 @@ class SkipCLIP(nn.Module):
         UnsupportedModel: If no adapter handles the model.
         ValueError: If an argument is out of range.
         RuntimeError: If SkipCLIP's embeddings differ from the model's own.
+        StoreError: If `text_cache` holds the features of other prompts or weights, or is damaged.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
@@ -102,6 +110,7 @@ class SkipCLIP(nn.Module):
         chunk: int = DEFAULT_CHUNK,
         memory: Memory = "auto",
         attention: Attention = "sdpa",
+        text_cache: str | Path | None = None,
     ):
         super().__init__()
         if not isinstance(tokens, Tensor):
@@ -135,10 +144,13 @@ class SkipCLIP(nn.Module):
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
 
         self.register_buffer("_text_features", None, persistent=False)
-        self._features_of: list[tuple[int, int]] = []  # the lower weights that gave _text_features
+        self._text_store: TextStore | None = None
+        self._features_of: list[tuple[int, int]] = []  # the lower weights that gave either
         with torch.autocast(device.type, enabled=False):
             with evaluating([model]):
-                prototypes = self._encode_all_classes(self._features_of_all_classes())
+                if text_cache is not None:
+                    self._keep_texts(Path(text_cache))
+                prototypes = self._prototypes(text_cache)
                 self.register_buffer("prototypes", prototypes, persistent=False)
                 self._check_against_model(tokens.to(device))
             with training_without_chance(model):
@@ -232,7 +244,25 @@ class SkipCLIP(nn.Module):
             "text.features_kept": None if self._text.skip else no_cut,
         }
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model takes."""
+        return self._image.image_size
+
     # ---- towers ------------------------------------------------------------------------------------------------
+
+    def lower_identity(self, tower: Literal["image", "text"]) -> dict[str, str | int]:
+        """What the features of a tower at the cut depend on, by name; it changes when what is below the cut does."""
+        return (self._image if tower == "image" else self._text).lower_identity()
+
+    def lower_copy(self) -> Callable[[Tensor], Tensor]:
+        """`encode_lower` for another thread: on copies of the modules that share the weights and stay in evaluation."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        tower = copy.deepcopy(self._image, shared)
+        for part in tower.lower_parts:
+            if isinstance(part, nn.Module):
+                part.eval()
+        return partial(self._encode_lower, tower)
 
     def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut, [B, N, W], the constants that a cache may keep.
@@ -241,9 +271,12 @@ class SkipCLIP(nn.Module):
         no dropout, batch norms as they are. Patches are dropped only if asked for, from a model in training mode whose
         image tower does that; such features are a sample, and not for a cache.
         """
-        lower, device = partial(self._image.lower, draw=drop_patches), images.device
-        images = images.to(self._image.dtype)
-        if self._image.skip == 0:
+        return self._encode_lower(self._image, images, drop_patches)
+
+    def _encode_lower(self, tower: ImageTower, images: Tensor, drop_patches: bool = False) -> Tensor:
+        lower, device = partial(tower.lower, draw=drop_patches), images.device
+        images = images.to(tower.dtype)
+        if tower.skip == 0:
             return lower(images)
         return LSkipBoundary.apply(lower, images.to(self._lower_device or device), self.chunk).to(device)
 
@@ -276,37 +309,61 @@ class SkipCLIP(nn.Module):
             )
         return self.encode_upper(x.to(dtype))
 
+    def _keep_texts(self, folder: Path) -> None:
+        """Keep the texts' features at the cut in a folder."""
+        if self._text.skip == 0:
+            raise ValueError("SkipCLIP: text_cache is for what is below a cut; with skip_layers=0 there is nothing.")
+        self._text_store = TextStore(folder / "features", self._text, self._lower_texts, self.chunk)
+        self._features_of = self._lower_text_weights()
+
+    def _prototypes(self, folder: str | Path | None) -> Tensor:
+        """Embeddings [C, D] of all classes from before tuning."""
+        if folder is None:
+            return self._encode_all_classes()
+        return kept_prototypes(Path(folder, "prototypes"), self._text, self._encode_all_classes)
+
     def _lower_text_weights(self) -> list[tuple[int, int]]:
         """Changes when weights are loaded or moved; a look at each step costs microseconds."""
         return [(p.data_ptr(), p._version) for p in self._text.lower_parameters()]
 
-    def _features_of_all_classes(self) -> Tensor:
-        """Text features at the cut, rows [R, W], kept for as long as the weights below it are the same."""
-        if self._text.skip == 0:
-            return self._text.rows(LSkipBoundary.apply(self._text.lower, self._text.tokens, self.chunk))
-        weights = self._lower_text_weights()
+    def _lower_texts(self, class_ids: Tensor | None = None) -> Tensor:
+        """Hidden states [n, L, W] at the cut of the prompts of some classes, or of all, without autocast."""
+        tokens = self._text.tokens if class_ids is None else self._text.tokens[class_ids]
+        with torch.autocast(tokens.device.type, enabled=False):
+            lower_tokens = tokens.to(self._lower_device or tokens.device)
+            return LSkipBoundary.apply(self._text.lower, lower_tokens, self.chunk).to(tokens.device)
+
+    def _encode_kept(self) -> Callable[[Tensor], Tensor]:
+        """Class ids [K] to embeddings [K, D], from text features at the cut that are kept.
+
+        They are rows [R, W] of all classes, for as long as the weights below the cut are the same, or a folder.
+        """
+        text, weights = self._text, self._lower_text_weights()
+        if self._text_store is not None:
+            if weights != self._features_of:
+                self._text_store.check(text.lower_identity())
+                self._features_of = weights
+            kept = self._text_store
+            return lambda class_ids: text.upper(kept.gather(text.places(class_ids)), class_ids, of_all=False)
         if self._text_features is None or weights != self._features_of:
-            tokens = self._text.tokens
-            with torch.autocast(tokens.device.type, enabled=False):
-                features = LSkipBoundary.apply(
-                    self._text.lower, tokens.to(self._lower_device or tokens.device), self.chunk
-                )
-            self._text_features, self._features_of = self._text.rows(features.to(tokens.device)), weights
-        return self._text_features
+            self._text_features, self._features_of = text.rows(self._lower_texts()), weights
+        rows = self._text_features
+        return lambda class_ids: text.upper(rows, class_ids)
 
     def _encode_classes(self, class_ids: Tensor) -> Tensor:
         if self._text.skip > 0:
-            return self._text.upper(self._features_of_all_classes(), class_ids)
+            return self._encode_kept()(class_ids)
         hidden = self._text.lower(self._text.tokens[class_ids])
         return self._text.upper(self._text.rows(hidden, class_ids), class_ids, of_all=False)
 
-    def _encode_all_classes(self, features: Tensor) -> Tensor:
-        """Unit-norm embeddings [C, D] of all classes from their features at the cut, without gradient, in chunks."""
-        wide = torch.promote_types(features.dtype, torch.float32)
+    def _encode_all_classes(self) -> Tensor:
+        """Unit-norm embeddings [C, D] of all classes, without gradient, in chunks."""
         with torch.no_grad():
-            ids = torch.arange(len(self._text.tokens), device=features.device).split(self.chunk)
-            embeddings = [self._text.upper(features, chunk) for chunk in ids]
-            return nn.functional.normalize(torch.cat(embeddings).to(wide), dim=-1)
+            encode = self._encode_classes if self._text.skip == 0 else self._encode_kept()
+            ids = torch.arange(len(self._text.tokens), device=self._text.tokens.device).split(self.chunk)
+            embeddings = torch.cat([encode(chunk) for chunk in ids])
+            wide = torch.promote_types(embeddings.dtype, torch.float32)
+            return nn.functional.normalize(embeddings.to(wide), dim=-1)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -377,9 +434,9 @@ class SkipCLIP(nn.Module):
             if kept_seen == seen and all(same):
                 return embeddings
             if not same[-1]:
-                self._text_features = None
+                self._text_features, self._features_of = None, []
         with evaluating([self.model]):
-            self._class_embeddings = self._encode_all_classes(self._features_of_all_classes()), seen, hashes
+            self._class_embeddings = self._encode_all_classes(), seen, hashes
         return self._class_embeddings[0]
 
     @torch.no_grad()

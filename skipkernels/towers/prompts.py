@@ -53,19 +53,27 @@ class SharedPrefix:
         lengths = self._lengths.to(device)
         return lengths if class_ids is None else lengths[class_ids]
 
-    def rows(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
-        """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all) to rows [R, W]."""
+    def rows(self, hidden: Tensor, class_ids: Tensor | None = None, *, packed: bool = False) -> Tensor:
+        """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all) to rows [R, W].
+
+        With `packed` they lie as among those of all classes.
+        """
         prefix, suffixes = hidden[0, : self.length], hidden[:, self.length : self.length + self.longest]
-        if class_ids is None or self._packs(hidden.device):
+        if packed or class_ids is None or self._packs(hidden.device):
             lengths = self._lengths_of(class_ids, hidden.device)
             suffixes = suffixes[torch.arange(self.longest, device=hidden.device) < lengths[:, None]]
         else:
             suffixes = suffixes.flatten(0, 1)
         return torch.cat([prefix, suffixes])
 
-    def choose(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> Chosen:
-        """Where the tokens of `class_ids` are in `rows`, those of all classes or, unless `of_all`, of these alone."""
-        P, S, device = self.length, self.longest, rows.device
+    @property
+    def count(self) -> int:
+        """R, rows of all classes."""
+        return self.length + int(self._lengths.sum())
+
+    def choose(self, count: int, device: torch.device, class_ids: Tensor | None, of_all: bool) -> Chosen:
+        """Where the tokens of `class_ids` are in `count` rows, those of all or, unless `of_all`, of these alone."""
+        P, S = self.length, self.longest
         lengths, places = self._lengths_of(class_ids, device), torch.arange(S, device=device)
         ends = lengths.cumsum(0)
         starts = ends - lengths
@@ -80,6 +88,6 @@ class SharedPrefix:
             if not of_all and class_ids is not None:
                 starts = grid
             # Behind a suffix comes the next one, and behind the last one its last token again.
-            index = (P + starts[:, None] + places).clamp(max=len(rows) - 1).flatten()
+            index = (P + starts[:, None] + places).clamp(max=count - 1).flatten()
             offsets, at_end = None, grid + lengths - 1
         return Chosen(torch.cat([torch.arange(P, device=device), index]), offsets, P + at_end)

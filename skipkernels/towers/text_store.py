@@ -1,0 +1,147 @@
+"""Text features at the cut in a folder, for so many classes that memory is not the place for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ..store import COMPUTED, DTYPES, Layout, Store, StoreError, Writer, digest_tensors
+from .base import TextTower
+
+_SHARD_BYTES = 64 << 20
+_NAME_OF = {dtype: name for name, dtype in COMPUTED.items() if name in DTYPES}
+
+Lower = Callable[[Tensor], Tensor]
+"""Class ids [n] to hidden states at the cut [n, L, W]."""
+
+
+class TextStore:
+    """Rows of all classes at the cut, as they were computed, in a store that is made if it is not there.
+
+    Args:
+        folder: Where.
+        text: Whose rows.
+        lower: Below its cut.
+        chunk: Classes that run at once.
+
+    Raises:
+        StoreError: If the folder holds something else, or is damaged.
+    """
+
+    def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
+        self._folder, self._device = folder, text.tokens.device
+        self._wanted = _identity(text)
+        hidden = lower(torch.zeros(1, dtype=torch.int64, device=self._device))
+        shape = 1, hidden.shape[-1]
+        with _store(folder, text.row_count, shape, hidden.dtype, self._wanted) as writer:
+            rows = _Joined(_rows(text, lower, chunk, writer, folder))
+            for number in writer.missing:
+                of_shard = writer.layout.rows_of(number)
+                writer.write(number, {"rows": rows.take(of_shard).unsqueeze(1)})
+        self._store = Store(folder)
+
+    def check(self, lower_identity: dict[str, str | int]) -> None:
+        """Refuse weights below the cut other than those that the rows are of.
+
+        Raises:
+            StoreError: If they are.
+        """
+        if lower_identity.items() <= self._wanted.items():
+            return
+        raise StoreError(
+            f"{self._folder}: the weights below the cut of the text tower have changed since its features were made. "
+            "Make SkipCLIP anew, with another text_cache."
+        )
+
+    def gather(self, places: Tensor) -> Tensor:
+        """Rows [R, W] by number [R], on the device of the tower."""
+        return self._store.gather(places.cpu()).squeeze(1).to(self._device)
+
+
+def kept_prototypes(folder: Path, text: TextTower, encode: Callable[[], Tensor]) -> Tensor:
+    """Embeddings [C, D] of all classes as they are, from a store; if they are not those of the weights, made again."""
+    weights = digest_tensors((str(number), p) for number, p in enumerate(text.upper_parameters()))
+    wanted = _identity(text) | {"upper weights": weights}
+    try:
+        store = Store(folder)
+    except StoreError:
+        store = None
+    if store is None or store.layout.fingerprint != wanted:
+        prototypes = encode()
+        with _store(
+            folder, len(prototypes), (1, prototypes.shape[1]), prototypes.dtype, wanted, overwrite=True
+        ) as writer:
+            for number in writer.missing:
+                of_shard = writer.layout.rows_of(number)
+                writer.write(number, {"rows": prototypes[of_shard.start : of_shard.stop].cpu().unsqueeze(1)})
+        return prototypes
+    index = torch.arange(store.layout.rows)
+    return store.gather(index).squeeze(1).to(text.tokens.device)
+
+
+def _identity(text: TextTower) -> dict[str, str | int]:
+    """What rows of texts depend on."""
+    prompts = digest_tensors([("tokens", text.tokens), ("pooled", text.pooled)])
+    return text.lower_identity() | {"prompts": prompts, "number of classes": len(text.tokens)}
+
+
+def _store(
+    folder: Path,
+    rows: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    fingerprint: dict[str, str | int],
+    *,
+    overwrite: bool = False,
+) -> Writer:
+    if dtype not in _NAME_OF:
+        raise StoreError(f"SkipCLIP: text_cache keeps {', '.join(_NAME_OF.values())}; this model computes in {dtype}.")
+    name = _NAME_OF[dtype]
+    shard_rows = max(_SHARD_BYTES // (shape[1] * dtype.itemsize), 1)
+    layout = Layout(rows, shape, name, name, shard_rows, False, fingerprint, {})
+    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite)
+
+
+def _rows(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, rows [n, W]) of chunks of classes, those left out that no missing shard needs."""
+    missing = [writer.layout.rows_of(number) for number in writer.missing]
+    if not missing:
+        return
+    prefix = 0 if text.prompts is None else text.prompts.length
+    lengths = torch.full_like(text.pooled, text.tokens.shape[1]) if text.prompts is None else text.pooled + 1 - prefix
+    ends = prefix + lengths.cumsum(0).cpu()
+    chunks = torch.arange(len(text.tokens)).split(chunk)
+    shown = track(chunks, f"texts → {folder}", console=Console(stderr=True), transient=True)
+    start = 0
+    for ids in shown:
+        end = int(ends[ids[-1]])
+        if any(part.start < end and start < part.stop for part in missing):
+            ids = ids.to(text.tokens.device)
+            yield start, text.rows(lower(ids), ids, packed=True)[prefix if start else 0 :].cpu()
+        start = end
+
+
+class _Joined:
+    """Ranges of rows that come in pieces, in order."""
+
+    def __init__(self, pieces: Iterator[tuple[int, Tensor]]):
+        self._pieces = pieces
+        self._start, self._rows = 0, torch.empty(0)
+
+    def take(self, wanted: range) -> Tensor:
+        """Rows [n, W] of a range that begins behind the one taken before."""
+        parts: list[Tensor] = []
+        at = wanted.start
+        while at < wanted.stop:
+            if at >= self._start + len(self._rows):
+                self._start, self._rows = next(self._pieces)
+                continue
+            part = self._rows[at - self._start : wanted.stop - self._start]
+            parts.append(part)
+            at += len(part)
+        return torch.cat(parts)
