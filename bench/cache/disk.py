@@ -1,0 +1,176 @@
+"""Reading a store that is four times as large as the memory that there is for it.
+
+    python -m bench.cache.disk --memory 1024 --batch 32
+
+A store of features of ViT-B/16 in bf16 is written, then read in random order, an epoch, by a process of its own in a
+control group with so many MiB (Linux, and the right to make one; else the system is told after each batch that its
+pages won't be needed again, and the row says so). Beside it, in groups as small: `read` the same rows one by one in the
+same order, and the whole of the files from begin to end, which is what the disk can give.
+
+Each starts from a cold cache. Reports the rate, and the most memory that was resident in the process, maps included.
+Appends to bench/results/cache_disk.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from skipkernels.cache import BatchSampler, FeatureCache
+from skipkernels.memory import PeakMemory
+from skipkernels.store.shards import path_of
+
+from .. import measure
+from . import random_store
+
+_TIMES = 4  # as large as memory
+_BLOCK = 4 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", type=int, default=1024, help="MiB")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; by default where temporary files are")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        images = (_TIMES * args.memory << 20) // (197 * 768 * 2)
+        layout = random_store(folder, images, "bf16")
+        total = images * layout.row_bytes
+        print(f"{images} images, {total / 2**30:.1f} GiB")
+        ways = {"loader": read_epoch, "rows by read()": read_rows, "files by read()": read_files}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        peaks: dict[str, int] = {}
+        for _ in range(args.rounds):
+            for way, function in ways.items():
+                drop(folder)
+                took, peaks[way], limited = in_little_memory(function, folder, args.batch, args.memory)
+                seconds[way].append(took)
+        for way, times in seconds.items():
+            rate = total / measure.quantile(times, 0.5) / 1e9
+            rows.append(
+                measure.machine(measure.CPU)
+                | {"way": way, "images": images, "store_mib": total >> 20, "memory_mib": args.memory, "B": args.batch}
+                | {"limited": limited, "gb_s": round(rate, 3), "peak_resident_mib": peaks[way] >> 20}
+                | {"of_files": round(measure.median_ratio(seconds["files by read()"], times), 3)}
+            )
+            print(f"{way:16} {rate:6.2f} GB/s, {peaks[way] >> 20} MiB resident at most")
+    print("memory was limited by " + ("a control group" if limited else "advice to the system alone"))
+    if not args.no_save:
+        print(f"appended to {measure.append_rows(rows, 'cache_disk')}")
+
+
+def drop(folder: Path) -> None:
+    """Take the files of a folder out of the page cache."""
+    os.sync()
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def in_little_memory(
+    function: Callable[[Path, int, bool], None], folder: Path, batch: int, mebibytes: int
+) -> tuple[float, int, bool]:
+    """Seconds and peak of resident bytes of a call in a process of its own, and whether its memory was limited."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_limited, args=(function, folder, batch, mebibytes, results))
+    process.start()
+    while process.is_alive() and results.empty():
+        process.join(0.1)
+    if results.empty():
+        raise SystemExit(f"{function.__name__} ended with {process.exitcode} in {mebibytes} MiB")
+    result = results.get()
+    process.join()
+    return result
+
+
+def _limited(function: Callable[[Path, int, bool], None], folder: Path, batch: int, mebibytes: int, results) -> None:
+    memory = PeakMemory(measure.CPU)
+    with group(mebibytes) as limited:
+        started = time.perf_counter()
+        function(folder, batch, not limited)
+        seconds = time.perf_counter() - started
+        results.put((seconds, memory.read(), limited))
+        results.close()
+        results.join_thread()
+
+
+@contextmanager
+def group(mebibytes: int):
+    """This process in a memory control group of its own, if that can be made. Gives whether it could."""
+    own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    if "memory" in own:
+        parent, limit = Path("/sys/fs/cgroup/memory" + own["memory"]), "memory.limit_in_bytes"
+    else:
+        parent, limit = Path("/sys/fs/cgroup" + own.get("", "/")), "memory.max"
+    made = parent / f"skipkernels-{os.getpid()}"
+    try:
+        made.mkdir()
+        (made / limit).write_text(str(mebibytes << 20))
+        (made / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError:
+        with suppress(OSError):
+            made.rmdir()
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        (parent / "cgroup.procs").write_text(str(os.getpid()))
+        with suppress(OSError):
+            made.rmdir()
+
+
+def read_epoch(folder: Path, batch: int, give_back: bool) -> None:
+    """By the loader, in random order."""
+    cache = FeatureCache.open(folder)
+    total = torch.zeros(())
+    for features, _ in cache.loader(batch, "random"):
+        total += features[:, 0, 0].sum()  # someone reads it
+        if give_back:
+            drop(folder)
+
+
+def read_rows(folder: Path, batch: int, give_back: bool) -> None:
+    """The same rows in the same order, one call each."""
+    cache = FeatureCache.open(folder)
+    layout = cache.store.layout
+    buffer = bytearray(layout.row_bytes)
+    files = [os.open(path_of(folder, number), os.O_RDONLY) for number in range(layout.shards)]
+    for numbers in BatchSampler(cache.labels, batch, "random"):
+        for row in numbers:
+            number, place = divmod(row, layout.shard_rows)
+            os.preadv(files[number], [buffer], place * layout.row_bytes)
+        if give_back:
+            drop(folder)
+    for file in files:
+        os.close(file)
+
+
+def read_files(folder: Path, batch: int, give_back: bool) -> None:
+    """Every file from its begin to its end."""
+    buffer = bytearray(_BLOCK)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+        if give_back:
+            drop(folder)
+
+
+if __name__ == "__main__":
+    main()
