@@ -40,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
 
-    measure.keep_freed_memory()  # else the list's stack is half page faults
     rows = []
     for case, (dtype, out) in _CASES.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,11 +39,29 @@ class Rows(Protocol):
     def device(self) -> torch.device:
         """Where it comes out."""
 
+    @property
+    def ahead(self) -> int:
+        """How many rows to read at once while more are expected; 0 for any number."""
+
     def expect(self, index: Tensor) -> None:
         """Rows by number [B] will be asked for."""
 
     def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Rows [B, *shape] by number [B], into `out` if there is one."""
+
+
+class _Piece(NamedTuple):
+    """Some rows of a batch.
+
+    Attributes:
+        batch: Images [B] of the batch.
+        rows: Numbers of these rows.
+        start: Where they begin in the batch.
+    """
+
+    batch: Tensor
+    rows: Tensor
+    start: int
 
 
 class FeatureLoader:
@@ -132,17 +150,32 @@ class FeatureLoader:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}
 
     def _read_all(self, rows: Rows, offset: int) -> Generator[Pair, None, None]:
-        """The batches, one behind what the disk has been told of."""
-        expected: Tensor | None = None
-        for batch in self.sampler:
-            index = self._checked(batch)
-            if self.prefetch > 0:
-                rows.expect(index + offset)
-            if expected is not None:
-                yield self._read(rows, offset, expected)
-            expected = index
-        if expected is not None:
-            yield self._read(rows, offset, expected)
+        """The batches, read piece by piece; what is read ahead of the training is told to the disk one piece before."""
+        pieces = self._pieces(offset, rows.ahead if self.prefetch > 0 else 0)
+        out: Tensor | None = None
+        piece = next(pieces, None)
+        while piece is not None:
+            following = next(pieces, None)
+            if self.prefetch > 0 and following is not None:
+                rows.expect(following.rows)
+            if piece.start == 0:
+                out = self._buffer(rows, len(piece.batch))
+            stop = piece.start + len(piece.rows)
+            features = rows.gather(piece.rows, out=None if out is None else out[piece.start : stop])
+            if stop == len(piece.batch):
+                features = features.to(self.dtype or rows.dtype) if out is None else out
+                yield features, self.cache.labels[piece.batch].to(rows.device)
+            piece = following
+
+    def _pieces(self, offset: int, most: int) -> Iterator[_Piece]:
+        """Pieces of at most so many rows of the batches, or whole batches."""
+        own = isinstance(self.sampler, BatchSampler)  # its numbers need no look
+        for numbers in self.sampler:
+            batch = torch.tensor(numbers) if own else self._checked(numbers)
+            index = batch + offset if offset else batch
+            size = most or len(index) or 1
+            for start in range(0, len(index) or 1, size):
+                yield _Piece(batch, index[start : start + size], start)
 
     def _checked(self, batch: list[int]) -> Tensor:
         numbers = np.asarray(batch, dtype=np.int64)
@@ -151,13 +184,11 @@ class FeatureLoader:
             raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self.cache) - 1}; got {wrong}.")
         return torch.from_numpy(numbers)
 
-    def _read(self, rows: Rows, offset: int, index: Tensor) -> Pair:
-        labels = self.cache.labels[index].to(rows.device)
+    def _buffer(self, rows: Rows, count: int) -> Tensor | None:
+        """Memory for a batch; none where rows are on a device that has its own."""
         if rows.device.type != "cpu":
-            features = rows.gather(index + offset)
-            return features if self.dtype is None else features.to(self.dtype), labels
-        out = self._buffers.take((len(index), *rows.shape), self.dtype or rows.dtype)
-        return rows.gather(index + offset, out=out), labels
+            return None
+        return self._buffers.take((count, *rows.shape), self.dtype or rows.dtype)
 
     def _to_device(self, batches: Iterator[Pair]) -> Generator[tuple[Tensor, Tensor, Any], None, None]:
         """Batches where they are wanted; on a GPU with the event after which they are there."""

@@ -74,7 +74,8 @@ class BatchSampler(Sampler[list[int]]):
         self._begin, self._given, self._skip = self.generator.get_state(), self._skip, 0
         for batch in self._order()[self._given :]:
             self._given += 1
-            yield batch.tensor_split(self.world_size)[self.rank].tolist()
+            part = batch if self.world_size == 1 else batch.tensor_split(self.world_size)[self.rank]
+            yield part.tolist()
         self.epoch, self._begin, self._given = self.epoch + 1, None, 0
 
     def abandon(self) -> None:

@@ -9,17 +9,18 @@ import mmap
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .. import functional
+from ..memory import free_bytes
+from ..ops.gather_rows import gather_rows_out
 from .manifest import COMPUTED, DTYPES, Layout, Manifest, StoreError
 from .shards import MappedShard, damages, map_shard
 
-# Bytes of maps that may be in memory before all are let go of. They stay in the system's cache, and mapping them again
-# costs nothing that could be measured; but they no longer count as this process's.
+# Bytes of maps that may be in memory before all are let go of, of a store that is not small beside what is free. They
+# stay in the system's cache, but no longer count as this process's.
 _MAPPED = 64 << 20
+_AHEAD = 8 << 20  # bytes that the disk is told of: where memory is short it forgets more before it was asked for
 _READ_AHEAD = 128 << 10  # bytes that the system reads ahead at a time, by default; of more it reads no more
 
 
@@ -72,6 +73,7 @@ class Store:
             raise StoreError(found[0])
         self._kept_shape, self._row_bytes = self.layout.kept_shape, self.layout.row_bytes
         self._token_rows_bytes = math.prod(self._kept_shape) * DTYPES[self.layout.dtype].itemsize
+        self._limit = math.inf if self.bytes < free_bytes(self.device) / 32 else _MAPPED
         self._maps: dict[int, MappedShard] = {}
         self._read = 0  # bytes of these maps
 
@@ -109,13 +111,19 @@ class Store:
         parts = [self._map(number).labels for number in range(self.layout.shards)]
         return torch.cat([part for part in parts if part is not None])
 
+    @property
+    def ahead(self) -> int:
+        """Rows to read at once while others are expected."""
+        return max(_AHEAD // self._row_bytes, 1)
+
     def expect(self, index: Tensor) -> None:
         """Have the system read rows by number [B] that will be asked for soon, if they are not in memory.
 
-        All of them at once and each as a whole. Left to itself it reads page by page what is touched in random order:
-        measured, at a fiftieth of the rate.
+        Each as a whole, all at once. Left to itself it reads page by page what is touched in random order: measured, at
+        a fortieth of the rate. A small store that was read once is in memory.
         """
-        if _madvise is None:
+        small_and_read = self._limit == math.inf and self._read >= self.layout.rows * self._row_bytes
+        if _madvise is None or small_and_read:
             return
         size, page = self._token_rows_bytes, mmap.PAGESIZE
         for number, place in (divmod(row, self.layout.shard_rows) for row in index.tolist()):
@@ -143,30 +151,25 @@ class Store:
             out = torch.empty(len(index), *layout.shape, dtype=self.dtype)
         if len(index) == 0:
             return out
-        rows = out.view(len(index), *self._kept_shape)
-        wanted = index.numpy()
-        least, most = int(wanted.min()), int(wanted.max())
-        if not 0 <= least <= most < layout.rows:
-            wrong = least if least < 0 else most
+        rows, numbers = out.view(len(index), *self._kept_shape), index.tolist()
+        if not 0 <= min(numbers) <= max(numbers) < layout.rows:
+            wrong = next(number for number in numbers if not 0 <= number < layout.rows)
             raise IndexError(f"gather: rows are numbered from 0 to {layout.rows - 1}; got {wrong}.")
-        first, last = least // layout.shard_rows, most // layout.shard_rows
-        if first == last:
-            self._gather(first, index, rows, None)
-        else:
-            shard_of = wanted // layout.shard_rows
-            for number in np.unique(shard_of).tolist():
-                places = torch.from_numpy(np.flatnonzero(shard_of == number))
-                self._gather(number, index[places], rows, places)
+        of_shard: dict[int, tuple[list[int], list[int]]] = {}  # shard → rows of it, and where they go
+        for place, number in enumerate(numbers):
+            shard, row = divmod(number, layout.shard_rows)
+            chosen, places = of_shard.setdefault(shard, ([], []))
+            chosen.append(row)
+            places.append(place)
+        for shard, (chosen, places) in of_shard.items():
+            there = self._mapped(shard)
+            where = None if len(of_shard) == 1 else torch.tensor(places)
+            # What `functional.gather_rows` looks at first is known here.
+            gather_rows_out(there.rows, torch.tensor(chosen), there.token_scale, where, rows)
         self._read += len(index) * self._row_bytes
-        if self._read > _MAPPED:
+        if self._read > self._limit:
             self._maps, self._read = {}, 0
         return out
-
-    def _gather(self, number: int, index: Tensor, rows: Tensor, places: Tensor | None) -> None:
-        """Rows `index` of a shard into `places` of `rows`."""
-        shard = self._mapped(number)
-        local = index - number * self.layout.shard_rows if number else index
-        functional.gather_rows(shard.rows, local, shard.token_scale, out=rows, out_index=places)
 
     def _mapped(self, number: int) -> MappedShard:
         if number not in self._maps:

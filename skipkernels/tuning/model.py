@@ -13,7 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from torch import nn
 
@@ -78,7 +78,7 @@ def load_model(
 
 def augmentation(model: Any) -> Callable:
     """The image transform that open_clip trains a model with: a random crop of most of the image."""
-    return open_clip.image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=True)
+    return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=True)
 
 
 def _tokenizer(name: str) -> Callable:

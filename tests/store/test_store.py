@@ -72,17 +72,19 @@ def test_maps_are_let_go_of_and_rows_stay_right(tmp_path, monkeypatch, dtype):
         return map_shard(*arguments)
 
     fill(tmp_path, layout)
-    store, truth = Store(tmp_path), truth_of(layout)
-    monkeypatch.setattr(reader, "map_shard", counting)
-    everything = torch.arange(layout.rows)
-    for _ in range(2):
-        assert store.gather(everything).equal(truth)
-    assert mapped == [0, 1, 2, 3, 4], "once each"
+    everything, truth = torch.arange(layout.rows), truth_of(layout)
     monkeypatch.setattr(reader, "_MAPPED", layout.rows * layout.row_bytes - 1)
-    kept = store.gather(everything)
+    small = Store(tmp_path)
+    monkeypatch.setattr(reader, "free_bytes", lambda device: 32 * small.bytes)
+    large = Store(tmp_path)
+    monkeypatch.setattr(reader, "map_shard", counting)
     for _ in range(2):
-        assert store.gather(everything).equal(truth)
-    assert mapped == [0, 1, 2, 3, 4] * 3
+        assert small.gather(everything).equal(truth)
+    assert mapped == [0, 1, 2, 3, 4], "once each where there is room"
+    kept = large.gather(everything)
+    for _ in range(2):
+        assert large.gather(everything).equal(truth)
+    assert mapped == [0, 1, 2, 3, 4] * 4
     assert kept.equal(truth), "a batch is no view of a map"
 
 
