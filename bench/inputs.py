@@ -54,14 +54,13 @@ def random_inputs(model: str, images: int, classes: int, device: torch.device) -
 
 
 def class_names(count: int) -> list[str]:
-    """Names of one to three words, as real class names are."""
+    """Names of one to three words, as real class names are; of more, if there are very many."""
     words = "red small old wild great common northern striped golden spotted river mountain".split()
     things = "dog cat bird car house tree fish boat chair lamp".split()
-    pairs = [f"{a} {thing}" for a in words for thing in things]
-    triples = [f"{a} {pair}" for a in words for pair in pairs]
-    names = [*things, *pairs, *triples, *(f"{a} {triple}" for a in words for triple in triples)]
-    if count > len(names):
-        raise SystemExit(f"--classes: there are names for {len(names)}; got {count}.")
+    names = longest = things
+    while len(names) < count:
+        longest = [f"{a} {name}" for a in words for name in longest]
+        names = [*names, *longest]
     return names[:count]
 
 
