@@ -4,8 +4,8 @@
 
 A store of features of ViT-B/16 in bf16 is written, then read in random order, an epoch, by a process of its own in a
 control group with so many MiB (Linux, and the right to make one; else the system is told after each batch that its
-pages won't be needed again, and the row says so). Beside it, in groups as small: `read` the same rows in the same order,
-one by one and by sixteen threads, which is what the disk gives for rows in that order; and the whole of the files from
+pages won't be needed again, and the row says so). Beside it, in groups as small: `read` the same rows in that order,
+one by one and by sixteen threads, which is what the disk gives for them; and the whole of the files from
 begin to end, which is the most it gives.
 
 Each starts from a cold cache. Reports the rate, and the most memory that was resident in the process, maps included.
