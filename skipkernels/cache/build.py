@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,7 @@ class Source:
         )
         # A shard is whole batches, so that those of a build that is taken up again are the same.
         batches = max(self.shard_bytes // layout.row_bytes // self.batch_size, 1)
-        return Layout(**{**vars(layout), "shard_rows": batches * self.batch_size})
+        return replace(layout, shard_rows=batches * self.batch_size)
 
 
 def of_dataset(identity: Identity) -> dict[str, str | int]:
@@ -130,7 +130,7 @@ def identity_of(dataset: Any, files: Files, name: str | None) -> Identity:
         return identify(dataset, files)
     except (Unidentifiable, OSError) as error:
         raise StoreError(
-            f"FeatureCache: this dataset can't be told from another: {error}. Pass identity= (--identity), a name that "
+            f"FeatureCache: this dataset can't be told from another: {error}. Pass identity=, a name that "
             "you change when its images or its transform change."
         ) from error
 
