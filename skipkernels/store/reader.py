@@ -19,7 +19,7 @@ from .shards import MappedShard, damages, map_shard
 
 # Bytes of maps that may be in memory before all are let go of, of a store that is not small beside what is free. They
 # stay in the system's cache, but no longer count as this process's.
-_MAPPED = 64 << 20
+_MAPPED = 32 << 20
 _AHEAD = 8 << 20  # bytes that the disk is told of: where memory is short it forgets more before it was asked for
 _READ_AHEAD = 128 << 10  # bytes that the system reads ahead at a time, by default; of more it reads no more
 
