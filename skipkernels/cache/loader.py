@@ -165,6 +165,8 @@ class FeatureLoader:
             if stop == len(piece.batch):
                 features = features.to(self.dtype or rows.dtype) if out is None else out
                 yield features, self.cache.labels[piece.batch].to(rows.device)
+                out = None
+            del features  # a batch that is given away is not held here while the next one is read
             piece = following
 
     def _pieces(self, offset: int, most: int) -> Iterator[_Piece]:
