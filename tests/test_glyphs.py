@@ -6,8 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 
-from skipkernels.data import InputError, glyph_tiny, glyphs, load_base_to_new
-from skipkernels.data.task import split_base_new
+from skipkernels.data import glyph_tiny, glyphs, open_source
 
 
 def test_over_five_thousand_classes_in_one_font():
@@ -69,47 +68,6 @@ def test_unknown_blocks_and_fonts_are_named(call):
         call()
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------------
-
-
-def test_base_to_new_by_coops_rule():
-    assert split_base_new(list("abcde")) == (list("abc"), list("de"))
-    task = load_base_to_new("glyphs:greek", shots=2, classes=21, seed=0)
-    assert (len(task.base.classes), len(task.new.classes)) == (11, 10)
-    assert not set(task.base.classes) & set(task.new.classes)
-    assert len(task.train) == 22
-    assert sorted({label for _, label in task.new.test}) == list(range(10))
-
-
-def test_training_images_are_no_test_images():
-    task = load_base_to_new("glyphs", shots=4, classes=10, seed=0)
-    train, test = ({image.tobytes() for image, _ in split} for split in (task.train, task.base.test))
-    assert len(train) == 20 and not train & test
-
-
-def test_shots_by_seed():
-    def pixels(seed):
-        return [image.tobytes() for image, _ in load_base_to_new("glyphs", shots=2, classes=6, seed=seed).train]
-
-    assert pixels(1) == pixels(1) != pixels(2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"data": "imagenet"}, "no dataset 'imagenet'"),
-        ({"data": "glyphs:klingon"}, "no block 'klingon'"),
-        ({"data": "glyphs:emoticons"}, "draw only 0 distinct characters"),
-        ({"shots": 0}, "every base class needs a training image"),
-        ({"classes": 1}, "at least 2"),
-        ({"seed": -1}, "--seed must be from 0"),
-    ],
-)
-def test_bad_tasks(arguments, message):
-    with pytest.raises(InputError, match=message):
-        load_base_to_new(**{"data": "glyphs", "shots": 1, "classes": 4, "seed": 0, **arguments})
-
-
 # ---- glyph-tiny --------------------------------------------------------------------------------------------------
 
 
@@ -127,5 +85,5 @@ def test_saving_and_loading_keeps_every_row_in_use(tmp_path):
     state, used = glyph_tiny.state_dict(tmp_path / "model.safetensors"), glyph_tiny.used_token_ids()
     assert state["token_embedding.weight"][used].equal(model.token_embedding.weight[used])
     assert state["visual.proj"].equal(model.visual.proj)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(load_base_to_new("glyphs", shots=1, classes=9, seed=0).new.prompts)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(open_source("glyphs").prompts[0])
     assert set(tokens.unique().tolist()) <= set(used.tolist())

@@ -1,5 +1,30 @@
 """Datasets and protocols: from the name of a dataset to the images and classes of a task."""
 
-from .task import BaseToNew, ClassSplit, InputError, SizedDataset, load_base_to_new
+from .base import InputError, LabelledDataset, SizedDataset
+from .few_shot import few_shot, load_few_shot, save_few_shot, shortfall
+from .images import Images, LabelledImages, PickedImages
+from .protocols import Protocol, Task, TestSet, load_task, split_base_new, summarise
+from .source import Source, Split, from_datasets, open_source
 
-__all__ = ["BaseToNew", "ClassSplit", "InputError", "SizedDataset", "load_base_to_new"]
+__all__ = [
+    "Images",
+    "InputError",
+    "LabelledDataset",
+    "LabelledImages",
+    "PickedImages",
+    "Protocol",
+    "SizedDataset",
+    "Source",
+    "Split",
+    "Task",
+    "TestSet",
+    "few_shot",
+    "from_datasets",
+    "load_few_shot",
+    "load_task",
+    "open_source",
+    "save_few_shot",
+    "shortfall",
+    "split_base_new",
+    "summarise",
+]

@@ -1,0 +1,324 @@
+"""Where images come from: a dataset by its name on the command line, with classes, prompts and splits.
+
+A dataset of one's own in Python needs little: see `from_datasets`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from . import glyphs
+from .base import InputError, LabelledDataset, SizedDataset
+from .few_shot import few_shot
+from .files import shown
+from .images import Images, PickedImages, Transform
+from .templates import Templates, prompt, templates_of
+
+Split = Literal["train", "val", "test"]
+Same = TypeVar("Same", bound="Source")
+
+CHOICES = (
+    "glyphs, glyphs:BLOCK such as glyphs:greek, imagefolder:PATH, coop:NAME such as coop:dtd (with --root), or "
+    "torchvision:NAME such as torchvision:food101 (with --root)"
+)
+_TEST_IMAGES = 12  # of each glyph class: three in each of four fonts
+_TEST_SEED = 2**31  # training seeds are below it, so that no image is in both sets
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Images of some classes, in splits.
+
+    Attributes:
+        name: As `open_source` takes it.
+        classes: Names by label, as they go into a prompt.
+        templates: The first is for training; with others, embeddings can be averaged in evaluation.
+        notes: What a user should be told of how the dataset was read.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    @property
+    def prompts(self) -> tuple[list[str], ...]:
+        """For each template, one for each class."""
+        return tuple([prompt(template, name) for name in self.classes] for template in self.templates)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What tells a class from the others in another dataset too, by label: its name, in any case of letters."""
+        return tuple(name.casefold() for name in self.classes)
+
+    @abstractmethod
+    def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
+        """The images of a split.
+
+        Raises:
+            InputError: If there are none; says why.
+        """
+
+    @abstractmethod
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> LabelledDataset:
+        """Some training images of each class, class by class; all of a class that has fewer.
+
+        Raises:
+            InputError: If there are none of a class, or an argument is out of its range.
+        """
+
+    @abstractmethod
+    def of_classes(self: Same, labels: Sequence[int]) -> Same:
+        """Some of the classes, labelled from 0 in this order, with their images."""
+
+
+@dataclass(frozen=True)
+class SplitSource(Source):
+    """Images that are there, such as files.
+
+    Attributes:
+        parts: Of each split that there is: what gives its images.
+        absent: Of a split that there isn't: why, and what to do.
+        ids: By label, what a class has in place of its name as its key.
+    """
+
+    parts: Mapping[Split, Callable[[], Images]] = field(repr=False)
+    absent: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
+    ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Its ids, if it has some; see `Source`."""
+        return super().keys if self.ids is None else self.ids
+
+    def images(self, split: Split, transform: Transform | None = None) -> Images:
+        """The images of a split; see `Source`."""
+        if split not in self.parts:
+            why = self.absent.get(split, f"it has {', '.join(self.parts)} images.")
+            raise InputError(f"--data: {self.name} has no {split} images: {why}")
+        return self.parts[split]().with_transform(transform)
+
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
+        """Some training images of each class; see the function `few_shot` for which."""
+        images = self.images("train", transform)
+        labels = images.labels
+        there = set(labels)
+        without = [name for label, name in enumerate(self.classes) if label not in there]
+        if without:
+            raise InputError(f"--data: {self.name} has no training images of {shown(without)}. Add some.")
+        return images.subset(few_shot(labels, images.names, shots, seed))
+
+    def of_classes(self, labels: Sequence[int]) -> SplitSource:
+        """Some of the classes; see `Source`."""
+
+        def some(part: Callable[[], Images]) -> Images:
+            return part().of_classes(labels)
+
+        return replace(
+            self,
+            classes=tuple(self.classes[label] for label in labels),
+            parts={split: partial(some, part) for split, part in self.parts.items()},
+            ids=None if self.ids is None else tuple(self.ids[label] for label in labels),
+        )
+
+
+def at_hand(images: Images) -> Callable[[], Images]:
+    """Images, as a part of a `SplitSource`."""
+    return lambda: images
+
+
+@dataclass(frozen=True)
+class GlyphSource(Source):
+    """Characters, drawn in the fonts held out of `glyph-tiny`'s pre-training.
+
+    There are as many training images as one asks for: `few_shot` draws them, and `images("train")` is 16 of each class
+    with seed 0. Test images have a seed of their own, as those of val, so that no image is in two sets.
+
+    Attributes:
+        codepoints: The characters, by label.
+        fonts: That they are drawn in.
+    """
+
+    codepoints: tuple[int, ...] = field(repr=False)
+    fonts: tuple[str, ...] = glyphs.HELD_OUT_FONTS
+
+    def images(self, split: Split, transform: Transform | None = None) -> glyphs.GlyphDataset:
+        """The images of a split; see `GlyphSource`."""
+        drawn = {"train": (16, 0), "val": (_TEST_IMAGES, _TEST_SEED + 1), "test": (_TEST_IMAGES, _TEST_SEED)}
+        if split not in drawn:
+            raise InputError(f"--data: {self.name} has no {split} images: it has {', '.join(drawn)} images.")
+        return self._draw(*drawn[split], transform)
+
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> glyphs.GlyphDataset:
+        """Training images of each class, drawn with a seed."""
+        if not 1 <= shots <= 1000:
+            raise InputError(f"--shots must be from 1 to 1000; got {shots}: every class needs a training image.")
+        if not 0 <= seed < _TEST_SEED:
+            raise InputError(f"--seed must be from 0 to {_TEST_SEED - 1}; got {seed}.")
+        return self._draw(shots, seed, transform)
+
+    def _draw(self, per_class: int, seed: int, transform: Transform | None) -> glyphs.GlyphDataset:
+        return glyphs.GlyphDataset(self.codepoints, self.fonts, per_class=per_class, seed=seed, transform=transform)
+
+    def of_classes(self, labels: Sequence[int]) -> GlyphSource:
+        """Some of the classes; see `Source`."""
+        chosen = tuple(self.codepoints[label] for label in labels)
+        return replace(self, classes=tuple(self.classes[label] for label in labels), codepoints=chosen)
+
+
+def open_source(
+    spec: str, root: str | Path | None = None, templates: Templates = None, *, download: bool = False
+) -> Source:
+    """A dataset by its name.
+
+    Args:
+        spec: "glyphs" or "glyphs:BLOCK[+BLOCK…]" with blocks of `glyphs.BLOCKS`, plain "glyphs" being the block
+            "latin-extended-additional"; "imagefolder:PATH" (see `image_folder`); "coop:NAME", a dataset in the layout
+            of CoOp below `root` (see `coop`); "torchvision:NAME", one of torchvision's in `root`.
+        root: The folder of the datasets.
+        templates: One's own, of which the first is for training; or "paper" or "coop", the sets of those papers. By
+            default the paper's.
+        download: Let torchvision fetch what is not there.
+
+    Raises:
+        InputError: If there is no such dataset, or it can't be used; one line that says why.
+
+    Example:
+        >>> source = open_source("glyphs:greek")
+        >>> len(source.classes), source.prompts[0][0]
+        (120, 'the character greek capital letter heta.')
+        >>> source.of_classes([1, 0]).images("test").labels[:13]
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "glyphs":
+        return _open_glyphs(rest, templates)
+    # Imported on demand: a run on glyphs needs no torchvision.
+    if kind == "imagefolder":
+        from .image_folder import open_image_folder
+
+        return open_image_folder(rest, templates)
+    if kind == "coop":
+        from .coop import open_coop
+
+        return open_coop(rest, root, templates)
+    if kind == "torchvision":
+        from .torchvision_sets import open_torchvision
+
+        return open_torchvision(rest, root, templates, download=download)
+    raise InputError(f"--data: no dataset {spec!r}; choose {CHOICES}.")
+
+
+def _open_glyphs(selection: str, templates: Templates) -> GlyphSource:
+    blocks = selection.split("+") if selection else ["latin-extended-additional"]
+    unknown = [block for block in blocks if block not in glyphs.BLOCKS]
+    if unknown:
+        raise InputError(f"--data: no block {unknown[0]!r}; choose from {', '.join(glyphs.BLOCKS)}.")
+    codepoints = tuple(glyphs.block_characters(blocks, glyphs.HELD_OUT_FONTS))
+    if len(codepoints) < 2:
+        raise InputError(
+            f"--data: the fonts {', '.join(glyphs.HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
+            f"{'+'.join(blocks)}; choose another block."
+        )
+    return GlyphSource(
+        f"glyphs:{'+'.join(blocks)}",
+        tuple(glyphs.character_name(codepoint) for codepoint in codepoints),
+        templates_of(None, templates, glyphs.TEMPLATE),
+        codepoints,
+    )
+
+
+def from_datasets(
+    name: str,
+    *,
+    train: SizedDataset | None = None,
+    val: SizedDataset | None = None,
+    test: SizedDataset | None = None,
+    classes: Sequence[str] | None = None,
+    templates: Templates = None,
+) -> Source:
+    """A source of datasets of one's own, for `load_task`.
+
+    What a dataset needs:
+
+    - `len(dataset)` and `dataset[i]`, which gives (image, label): map-style. `sk.FeatureCache.build` takes it as it is,
+      if its images are tensors [3, height, width] as the model takes them, so with the model's own preprocessing as
+      its transform.
+    - labels that are whole numbers from 0 to classes − 1.
+    - here, images of any kind that the transform takes, such as Pillow's: the source applies it. Images that are
+      tensors already are left as they are.
+
+    What it may have:
+
+    - `labels` (or `targets`): the label of every item. Without it, all images are loaded to find out.
+    - `classes`: their names by label. Without it, give them here.
+    - `names`: one for each image, such as its path. By them `few_shot` chooses, whatever the order; without them it
+      chooses by number.
+    - public attributes that say what it is: a cache knows a dataset by them, such as `root`, `samples` and `transform`.
+      Those that begin with an underscore are taken for its own business.
+
+    Args:
+        name: Of the dataset, for messages and results.
+        train: Images to train on.
+        val: Images to choose settings by.
+        test: Images to test on.
+        classes: Names by label; by default the `classes` of a dataset.
+        templates: As for `open_source`.
+
+    Raises:
+        InputError: If there is no dataset, there are no class names, or a label has none.
+
+    Example:
+        >>> from PIL import Image
+        >>> from skipkernels.data import load_task
+        >>> class Squares:
+        ...     classes = ["black_square", "white_square"]
+        ...
+        ...     def __init__(self, count):
+        ...         self.labels = [number % 2 for number in range(count)]
+        ...
+        ...     def __len__(self):
+        ...         return len(self.labels)
+        ...
+        ...     def __getitem__(self, item):
+        ...         return Image.new("RGB", (32, 32), self.classes[self.labels[item]].split("_")[0]), self.labels[item]
+        >>> squares = from_datasets("squares", train=Squares(32), test=Squares(10))
+        >>> task = load_task(squares, protocol="few-shot", shots=4, classes=None, seed=0)
+        >>> len(task.train), task.tests[0].prompts[0]
+        (8, ['a photo of a black square.', 'a photo of a white square.'])
+    """
+    choices: dict[Split, SizedDataset | None] = {"train": train, "val": val, "test": test}
+    given = {split: dataset for split, dataset in choices.items() if dataset is not None}
+    if not given:
+        raise InputError(f"from_datasets: {name} must have a dataset; got none. Give train=, val= or test=.")
+    if classes is None:
+        classes = next((found for d in given.values() if (found := getattr(d, "classes", None)) is not None), None)
+    if classes is None:
+        raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.")
+    parts: dict[Split, Callable[[], Images]] = {}
+    for split, dataset in given.items():
+        own = getattr(dataset, "names", None)
+        images = PickedImages(dataset, names=own if isinstance(own, (list, tuple)) else None)
+        outside = [(i, label) for i, label in enumerate(images.labels) if not 0 <= label < len(classes)]
+        if outside:
+            raise InputError(
+                f"from_datasets: labels of {name} must be from 0 to {len(classes) - 1}, as there are {len(classes)} "
+                f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel."
+            )
+        parts[split] = at_hand(images)
+    return SplitSource(name, tuple(map(tidy, classes)), templates_of(None, templates), parts)
+
+
+def tidy(name: str) -> str:
+    """The name of a class as it goes into a prompt; letters with accents are one character, as tokenizers know them.
+
+    >>> tidy("sea_lion ")
+    'sea lion'
+    """
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())

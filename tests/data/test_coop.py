@@ -1,0 +1,268 @@
+"""Datasets in CoOp's layout: each of the fifteen at a few images, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from pictures import IMAGENET_NAMES, JSON_SETS, SPLITS, WNIDS, class_of, coop, draw, refused
+
+from skipkernels.data import open_source
+from skipkernels.data.coop import DATASETS, VARIANTS
+
+ELEVEN = [name for name in DATASETS if name not in VARIANTS]
+
+
+def counts(source, split):
+    """Images of each class name; every picture is seen to be of its class."""
+    images, found = source.images(split), {}
+    for index, label in enumerate(images.labels):
+        image, itself = images[index]
+        assert class_of(image) == label == itself
+        found[source.classes[label]] = found.get(source.classes[label], 0) + 1
+    return found
+
+
+def test_eleven_and_four():
+    assert set(ELEVEN) == {"imagenet", "fgvc_aircraft", *JSON_SETS} and len(ELEVEN) == 11 and len(VARIANTS) == 4
+
+
+# ---- as they should be -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*JSON_SETS, "fgvc_aircraft"])
+def test_datasets_with_lists(tmp_path, name):
+    source = open_source(f"coop:{name}", coop(tmp_path, name))
+    names = ["apple pie", "baby back ribs", "crème brûlée"]
+    assert source.classes == tuple(names) and source.name == f"coop:{name}" and source.notes == ()
+    for split, count in SPLITS.items():
+        assert counts(source, split) == dict.fromkeys(names, count)
+    few = source.few_shot(2, seed=1)
+    assert few.labels == [0, 0, 1, 1, 2, 2] and not set(few.names) & set(source.images("test").names)
+
+
+def test_imagenet(tmp_path):
+    source = open_source("coop:imagenet", coop(tmp_path, "imagenet"))
+    assert source.classes == tuple(IMAGENET_NAMES) and source.keys == tuple(WNIDS)
+    assert counts(source, "train") == dict.fromkeys(IMAGENET_NAMES, 4)
+    assert counts(source, "test") == dict.fromkeys(IMAGENET_NAMES, 2)
+    with refused("coop:imagenet has no val images", "Choose test"):
+        source.images("val")
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["own names", "names of imagenet"])
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("imagenetv2", [0, 1, 2, 3]),
+        ("imagenet_sketch", [0, 1, 2, 3]),
+        ("imagenet_a", [1, 3]),
+        ("imagenet_r", [0, 1, 2]),
+    ],
+)
+def test_variants_of_imagenet(tmp_path, name, labels, beside):
+    coop(tmp_path, name)
+    if not beside:
+        names = tmp_path / DATASETS[name].folder / "classnames.txt"
+        (tmp_path / "imagenet").mkdir()
+        shutil.move(names, tmp_path / "imagenet" / "classnames.txt")
+    source = open_source(f"coop:{name}", tmp_path)
+    assert source.classes == tuple(IMAGENET_NAMES[label] for label in labels)
+    assert source.keys == tuple(WNIDS[label] for label in labels)
+    assert counts(source, "test") == dict.fromkeys(source.classes, 2)
+    for split in ("train", "val"):
+        with refused(f"coop:{name} has no {split} images", "variant of ImageNet", "coop:imagenet"):
+            source.images(split)
+
+
+def test_folders_of_imagenetv2_are_numbers(tmp_path):
+    """Not names: as text, 10 comes before 2."""
+    names = [f"n{number:08d}" for number in range(12)]
+    folder = tmp_path / "imagenetv2"
+    for label in range(12):
+        draw(folder / "imagenetv2-matched-frequency-format-val" / str(label) / "a.jpeg", label)
+    (folder / "classnames.txt").write_text("".join(f"{wnid} class {wnid[-2:]}\n" for wnid in names))
+    source = open_source("coop:imagenetv2", tmp_path)
+    assert counts(source, "test") == {f"class {number:02d}": 1 for number in range(12)}
+
+
+@pytest.mark.parametrize(
+    "name", ["oxford_pets", "Oxford-Pets", "OxfordPets", "OXFORDPETS", "DescribableTextures", "FGVCAircraft"]
+)
+def test_names_as_people_write_them(tmp_path, name):
+    key = {"d": "dtd", "f": "fgvc_aircraft", "o": "oxford_pets"}[name[0].lower()]
+    assert open_source(f"coop:{name}", str(coop(tmp_path, key))).name == f"coop:{key}"
+
+
+def test_templates_are_the_papers_or_coops(tmp_path):
+    coop(tmp_path, "ucf101")
+    assert open_source("coop:ucf101", tmp_path).prompts[0][0] == "a photo of a apple pie, a type of sport."
+    assert open_source("coop:ucf101", tmp_path, "coop").prompts[0][0] == "a photo of a person doing apple pie."
+    both = open_source("coop:ucf101", tmp_path, ["{}.", "the {}."])
+    assert [texts[1] for texts in both.prompts] == ["baby back ribs.", "the baby back ribs."]
+
+
+def test_one_name_of_two_classes_is_told(tmp_path):
+    """As ImageNet has it: two are cranes."""
+    coop(tmp_path, "imagenet")
+    (tmp_path / "imagenet/classnames.txt").write_text("".join(f"{wnid} crane\n" for wnid in WNIDS))
+    source = open_source("coop:imagenet", tmp_path)
+    assert source.notes == (
+        "coop:imagenet: several classes are named crane, as published; no prompt tells them apart.",
+    )
+    assert len(set(source.keys)) == 4
+
+
+def test_a_split_is_read_when_it_is_asked_for(tmp_path):
+    """Who tests on a dataset need not have its training images."""
+    coop(tmp_path, "dtd")
+    paths = open_source("coop:dtd", tmp_path).images("train").names
+    (tmp_path / "dtd/images" / paths[0]).unlink()
+    source = open_source("coop:dtd", tmp_path)
+    assert len(source.images("test")) == 6
+    with refused("--root: coop:dtd: train: 1 of 12 files are missing", paths[0], tmp_path / "dtd/images"):
+        source.images("train")
+
+
+# ---- as they should not be -------------------------------------------------------------------------------------------
+
+
+def test_no_such_dataset_or_root(tmp_path):
+    with refused("--data", "'cub'", *DATASETS):
+        open_source("coop:cub", tmp_path)
+    with refused("--root: coop:dtd needs the folder of all datasets, in which dtd is"):
+        open_source("coop:dtd")
+    with refused(f"--root: no folder {tmp_path / 'none'}", "with food-101 in it"):
+        open_source("coop:food101", tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_what_is_not_there_is_named(tmp_path, name):
+    folder = DATASETS[name].folder
+    with refused(f"--root: coop:{name}: no folder {tmp_path / folder}", "DATASETS.md"):
+        open_source(f"coop:{name}", tmp_path)
+    coop(tmp_path, name)
+    for inner in sorted((tmp_path / folder).iterdir()):
+        if inner.name.startswith("images_variant") or name == "stanford_cars" and inner.is_dir():
+            continue
+        inner.rename(tmp_path / "away")
+        with refused("--root", f"coop:{name}", inner, "DATASETS.md"):
+            open_source(f"coop:{name}", tmp_path)
+        (tmp_path / "away").rename(inner)
+    open_source(f"coop:{name}", tmp_path)
+
+
+def entry(path="a.jpg", label=0, name="one"):
+    return [path, label, name]
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("no list", ['expected {"train"']),
+        ([["a.jpg", 0]], ["entry 0 of train must be [path, label, class name]"]),
+        ([entry(), {"a": 1}], ["entry 1 of train"]),
+        ([entry(label="0")], ["a whole number from 0 on", "'0'"]),
+        ([entry(label=-1)], ["a whole number from 0 on", "-1"]),
+        ([entry(label=True)], ["a whole number from 0 on"]),
+        ([entry(path="../../etc/passwd.jpg")], ["leads out of the folder"]),
+        ([entry(path="/etc/passwd.jpg")], ["leads out of the folder"]),
+        ([entry(), entry(name="two")], ["label 0 is 'one' and 'two'"]),
+        ([entry(), entry(label=2, name="three")], ["no image of label 1"]),
+        ([], ["no image of label 0"]),
+    ],
+)
+def test_split_files_that_can_not_be_used(tmp_path, train, words):
+    file = coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
+    file.write_text(json.dumps({"train": train, "val": [], "test": []}))
+    with refused(file, *words):
+        open_source("coop:eurosat", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"train": []}', "not json", '{"train": [], "train": []}'])
+def test_split_files_that_are_none(tmp_path, text):
+    file = coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
+    file.write_text(text)
+    with refused(file):
+        open_source("coop:eurosat", tmp_path)
+
+
+def test_a_split_without_images(tmp_path):
+    file = coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "val": []}))
+    with refused("coop:eurosat has no val images: it has train, test images"):
+        open_source("coop:eurosat", tmp_path).images("val")
+
+
+def test_a_class_without_training_images(tmp_path):
+    file = coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
+    content = json.loads(file.read_text())
+    content["train"] = [item for item in content["train"] if item[1] != 1]
+    file.write_text(json.dumps(content))
+    with refused("coop:eurosat has no training images of baby back ribs"):
+        open_source("coop:eurosat", tmp_path).few_shot(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("classnames", "words"),
+    [
+        ("n01440764 tench\n", ["has no name for n01443537, n01484850, n01491361"]),
+        ("n01440764 tench\nn01440764 carp\n", ["line 2", "'n01440764' is there twice"]),
+        ("n01440764 tench\n\nn01443537\n", ["line 3", "'n01443537' has no name"]),
+    ],
+)
+def test_classnames_that_can_not_be_used(tmp_path, classnames, words):
+    (coop(tmp_path, "imagenet") / "imagenet/classnames.txt").write_text(classnames)
+    with refused("classnames.txt", *words):
+        open_source("coop:imagenet", tmp_path)
+
+
+def test_imagenet_that_is_not_whole(tmp_path):
+    images = coop(tmp_path, "imagenet") / "imagenet/images"
+    shutil.rmtree(images / "val" / WNIDS[2])
+    with refused("--root: coop:imagenet", f"only one of images/train and images/val has {WNIDS[2]}"):
+        open_source("coop:imagenet", tmp_path)
+    shutil.rmtree(images / "val")
+    source = open_source("coop:imagenet", tmp_path)
+    with refused("coop:imagenet has no test images: no folder", images / "val"):
+        source.images("test")
+    for file in (images / "train" / WNIDS[1]).iterdir():
+        file.unlink()
+    with refused("--root: coop:imagenet", f"no images in {WNIDS[1]} of {images / 'train'}"):
+        source.images("train")
+    shutil.rmtree(images / "train")
+    (images / "train").mkdir()
+    with refused(f"no folders n… in {images / 'train'}"):
+        open_source("coop:imagenet", tmp_path)
+
+
+def test_imagenetv2_that_is_not_whole(tmp_path):
+    images = coop(tmp_path, "imagenetv2") / "imagenetv2/imagenetv2-matched-frequency-format-val"
+    shutil.rmtree(images / "2")
+    with refused(f"--root: coop:imagenetv2: no folder 2 in {images}", "one belongs to each class"):
+        open_source("coop:imagenetv2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("variants.txt", "", ["a name in each line"]),
+        ("variants.txt", "707\n707\n", ["none twice"]),
+        ("images_variant_val.txt", "0000001 707-320\n", ["line 1: '707-320' is not in variants.txt"]),
+        ("images_variant_val.txt", "\n../../x apple_pie\n", ["line 2", "leads out of the folder"]),
+    ],
+)
+def test_lists_of_aircraft_that_can_not_be_used(tmp_path, file, text, words):
+    path = coop(tmp_path, "fgvc_aircraft") / "fgvc_aircraft" / file
+    path.write_text(text)
+    with refused(path, *words):
+        open_source("coop:fgvc_aircraft", tmp_path)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_list_of_aircraft_that_is_not_there(tmp_path, split):
+    path = coop(tmp_path, "fgvc_aircraft") / f"fgvc_aircraft/images_variant_{split}.txt"
+    path.unlink()
+    with refused("--root: coop:fgvc_aircraft", f"no file {path}"):
+        open_source("coop:fgvc_aircraft", tmp_path)

@@ -1,0 +1,285 @@
+"""A user's own folder of images: splits, class names, what is left out and said, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import unicodedata
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from pictures import class_of, draw, folders, refused, shuffle_listings
+
+from skipkernels.data import open_source
+from skipkernels.data.image_folder import divide, open_image_folder
+
+
+def open_folder(root):
+    return open_source(f"imagefolder:{root}")
+
+
+def contents(source, split):
+    """Names by class name, once every picture has been seen to be of its class."""
+    images, found = source.images(split), {}
+    for index, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
+        image, itself = images[index]
+        assert class_of(image) == label == itself
+        found.setdefault(source.classes[label], []).append(name)
+    return found
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_classes_are_divided(tmp_path):
+    source = open_folder(folders(tmp_path, {"dog": 10, "cat": 7, "sea_lion": 2}))
+    assert source.classes == ("cat", "dog", "sea lion")
+    assert source.prompts == (["a photo of a cat.", "a photo of a dog.", "a photo of a sea lion."],)
+    parts = {split: contents(source, split) for split in ("train", "val", "test")}
+    counts = {split: {name: len(found) for name, found in part.items()} for split, part in parts.items()}
+    assert counts == {
+        "train": {"cat": 4, "dog": 5, "sea lion": 1},
+        "val": {"cat": 1, "dog": 2},
+        "test": {"cat": 2, "dog": 3, "sea lion": 1},
+    }
+    names = [name for part in parts.values() for found in part.values() for name in found]
+    assert sorted(names) == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert [note for note in source.notes if "divided by a hash of their paths: 10 train, 3 val, 6 test" in note]
+
+
+def test_the_division_is_the_same_on_every_disk(tmp_path, monkeypatch):
+    folders(tmp_path / "a", {"dog": 9, "cat": 7})
+    before = {split: contents(open_folder(tmp_path / "a"), split) for split in ("train", "val", "test")}
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    shuffle_listings(monkeypatch, 1)
+    assert os.listdir(tmp_path / "b" / "dog") != sorted(os.listdir(tmp_path / "b" / "dog"))
+    assert {split: contents(open_folder(tmp_path / "b"), split) for split in ("train", "val", "test")} == before
+    # Of another machine: these may never change, or what was tested on is trained on.
+    assert before["test"] == {"cat": ["cat/00.png", "cat/04.png"], "dog": ["dog/00.png", "dog/03.png", "dog/08.png"]}
+
+
+@hypothesis.given(st.lists(st.lists(st.text(min_size=1), min_size=2, max_size=30, unique=True), min_size=1, max_size=4))
+def test_every_image_is_in_one_split(classes):
+    paths = {str(number): of_class for number, of_class in enumerate(classes)}
+    parts = divide("data", paths)
+    assert divide("data", {folder: of_class[::-1] for folder, of_class in paths.items()}) == parts
+    for folder, of_class in paths.items():
+        assert sorted(path for part in parts.values() for path in part[folder]) == sorted(of_class)
+        assert parts["train"][folder] and parts["test"][folder]
+        assert abs(len(parts["test"][folder]) - 0.3 * len(of_class)) <= 0.5
+        assert abs(len(parts["val"][folder]) - 0.2 * len(of_class)) <= 0.5
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Valid", "TESTING"),
+                                   ("train", "validation", "test")])  # fmt: skip
+def test_splits_that_are_there_are_used(tmp_path, names):
+    train, val, test = names
+    source = open_folder(folders(tmp_path, {f"{train}/cat": 3, f"{train}/dog": 2, f"{val}/cat": 1, f"{val}/dog": 1,
+                                            f"{test}/cat": 1, f"{test}/dog": 4}))  # fmt: skip
+    assert {split: len(source.images(split)) for split in ("train", "val", "test")} == {"train": 5, "val": 2, "test": 5}
+    assert contents(source, "test")["cat"] == [f"{test}/cat/00.png"]
+    assert source.notes == ()
+
+
+def test_val_is_tested_on_where_there_is_no_test(tmp_path):
+    source = open_folder(folders(tmp_path, {"train/cat": 3, "train/dog": 2, "valid/cat": 1, "valid/dog": 1}))
+    assert contents(source, "test") == {"cat": ["valid/cat/00.png"], "dog": ["valid/dog/00.png"]}
+    assert "valid/ is tested on" in source.notes[0]
+    with refused("no val images", "valid/ is tested on", "Add test/"):
+        source.images("val")
+
+
+def test_train_alone_is_divided(tmp_path):
+    source = open_folder(folders(tmp_path, {"train/cat": 10, "train/dog": 10}))
+    assert [len(source.images(split)) for split in ("train", "val", "test")] == [10, 4, 6]
+    assert contents(source, "val")["cat"][0].startswith("train/cat/")
+
+
+def test_test_alone_is_a_target(tmp_path):
+    source = open_folder(folders(tmp_path, {"test/cat": 2, "test/dog": 1}))
+    assert len(source.images("test")) == 3
+    with refused("no train images", "no folder train/ in", tmp_path):
+        source.images("train")
+
+
+def test_no_val_of_two_images(tmp_path):
+    with refused("no val images", "too few"):
+        open_folder(folders(tmp_path, {"cat": 2, "dog": 2})).images("val")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    assert open_folder(folders(tmp_path, {"train": 2, "tram": 2})).classes == ("train", "tram")
+
+
+def test_a_relative_path_and_home(tmp_path, monkeypatch):
+    folders(tmp_path / "pets", {"cat": 2, "dog": 2})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("pets", "~/pets"):
+        source = open_folder(path)
+        monkeypatch.chdir("/")
+        assert len(contents(source, "test")) == 2 and source.name == f"imagefolder:{path}"
+        monkeypatch.chdir(tmp_path)
+
+
+# ---- what is left out, and said --------------------------------------------------------------------------------------
+
+
+def test_what_is_no_image_is_counted(tmp_path):
+    folders(tmp_path, {"cat": 2, "dog": 2, "cat/more": 1})
+    for name in ("cat/notes.txt", "dog/labels.csv", "dog/Thumbs.db", "dog/other.TXT", "cat/.DS_Store", "readme.md"):
+        (tmp_path / name).write_text("x")
+    draw(tmp_path / "stray.png")
+    source = open_folder(tmp_path)
+    assert sum(len(source.images(split)) for split in source.parts) == 5
+    assert f"imagefolder:{tmp_path}: skipped, as they are no images: .csv 1, .db 1, .txt 2." in source.notes
+    assert f"imagefolder:{tmp_path}: skipped, as they are beside the class folders: images 1." in source.notes
+
+
+def test_an_unreadable_image_is_named_when_it_is_read(tmp_path):
+    folders(tmp_path, {"test/cat": 1, "test/dog": 1})
+    (tmp_path / "test/dog/00.png").write_bytes(b"no image")
+    images = open_folder(tmp_path).images("test")
+    with refused(tmp_path / "test/dog/00.png", "can't be read as an image"):
+        [images[index] for index in range(2)]
+
+
+def test_a_circle_of_links(tmp_path):
+    folders(tmp_path, {"cat": 3, "dog": 3})
+    (tmp_path / "cat" / "all").symlink_to(tmp_path)
+    (tmp_path / "cat" / "self").symlink_to("self")
+    with refused("cat/self", "a link to"):
+        open_folder(tmp_path)
+    (tmp_path / "cat" / "self").unlink()
+    assert sum(len(open_folder(tmp_path).images(split)) for split in ("train", "val", "test")) == 6
+
+
+# ---- class names -----------------------------------------------------------------------------------------------------
+
+COMPOSED = "Küche"
+APART = unicodedata.normalize("NFD", COMPOSED)  # as some file systems have it
+
+
+def test_unicode_names_are_composed(tmp_path):
+    assert COMPOSED != APART
+    source = open_folder(folders(tmp_path, {APART: 2, "日本_語": 2, "naïve": 2}))
+    assert source.classes == (COMPOSED, "naïve", "日本 語")
+    assert contents(source, "test")[COMPOSED][0].startswith(f"{APART}/")
+
+
+FOLDERS = {"n01": 2, "n02": 2, "n03": 2}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("classes.json", json.dumps({"n02": "dog", "n01": "sea_lion", "n03": "owl", "n99": "not here"})),
+        ("classes.txt", "n02\tdog\nn01\tsea_lion\nn99\tnot here\n\nn03\towl"),
+        ("classes.txt", "\ufeffn01\tsea lion\r\nn02\tdog\r\nn03\towl\r\n"),
+        ("classes.txt", "sea lion\ndog\n  owl  \n"),
+    ],
+)
+def test_names_in_a_file(tmp_path, file, text):
+    folders(tmp_path, FOLDERS)
+    (tmp_path / file).write_bytes(text.encode())
+    source = open_folder(tmp_path)
+    assert source.classes == ("sea lion", "dog", "owl")
+    assert contents(source, "test")["dog"][0].startswith("n02/")
+
+
+def test_a_name_may_begin_as_a_folder_does(tmp_path):
+    folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "classes.txt").write_text("cat of Pallas\nhound\n")
+    assert open_folder(tmp_path).classes == ("cat of Pallas", "hound")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("classes.json", "[]", ['expected {"folder": "name"']),
+        ("classes.json", '{"n01": 1, "n02": "a", "n03": "b"}', ['expected {"folder": "name"']),
+        ("classes.json", '{"n01": "a"}', ["no name for folder n02, n03", "Add"]),
+        ("classes.json", '{"n01": "a", "n02": "A", "n03": "b"}', ["n01 and n02 have the same class name", "Rename"]),
+        ("classes.json", '{"n01": " ", "n02": "a", "n03": "b"}', ["'n01' can't be named ''"]),
+        ("classes.json", '{"n01": "a", "n01": "b"}', ["'n01' is there twice"]),
+        ("classes.txt", "n01\ta\nn02\tb", ["no name for folder n03"]),
+        ("classes.txt", "n01\ta\nn01\tb\nn02\tc\nn03\td", ["named twice"]),
+        ("classes.txt", "a\nb", ["a name for each of 3 class folders; got 2 lines", "tab"]),
+        ("classes.txt", "", ["got 0 lines"]),
+        ("classes.txt", "n01 a\nn02 b\nn03 c", ["'n01 a' is a name, or a folder and its name", "tab"]),
+        ("classes.txt", "a\nn01\nb", ["by its place 'n01' is the name of folder n02", "Sort"]),
+        ("classes.txt", "a\na\nb", ["n01 and n02 have the same class name"]),
+    ],
+)
+def test_names_that_can_not_be_used(tmp_path, file, text, words):
+    folders(tmp_path, FOLDERS)
+    (tmp_path / file).write_text(text)
+    with refused(tmp_path if "same class name" in words[0] or "can't be named" in words[0] else file, *words):
+        open_folder(tmp_path)
+
+
+def test_one_file_of_names(tmp_path):
+    folders(tmp_path, FOLDERS)
+    (tmp_path / "classes.txt").touch()
+    (tmp_path / "classes.json").touch()
+    with refused("both classes.txt and classes.json", "Remove one"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("twice", [("sea_lion", "sea lion"), ("Cat", "cat"), (COMPOSED, APART)])
+def test_one_name_of_two_folders(tmp_path, twice):
+    with refused("have the same class name", *twice, "Rename one"):
+        open_folder(folders(tmp_path, dict.fromkeys(twice, 2)))
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    folders(tmp_path, {"cat": 2, "dog": 2})
+    os.rename(os.fsencode(tmp_path / "dog"), os.fsencode(tmp_path) + b"/K\xfcche")
+    with refused("can't be named", r"K\udcfcche", "classes.json"):
+        open_folder(tmp_path)
+
+
+def test_an_image_whose_name_is_no_text(tmp_path):
+    folders(tmp_path, {"cat": 4, "dog": 4})
+    os.rename(os.fsencode(tmp_path / "dog/00.png"), os.fsencode(tmp_path) + b"/dog/\xfc.png")
+    source = open_folder(tmp_path)
+    assert sum(len(contents(source, split)) for split in ("train", "test")) == 4
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, ["no folders in", "one for each class"]),
+        ({"cat": 2, "dog": 0}, ["no images in dog", "Add some"]),
+        ({"cat": 2, "dog": 1}, ["class dog has 1 image", "make train/ and test/"]),
+        ({"train/cat": 1, "train/dog": 1, "test/cat": 1}, ["test/ has no folder dog, which another split has"]),
+        ({"train/cat": 1, "test/cat": 1, "test/dog": 1}, ["train/ has no folder dog"]),
+        ({"train/cat": 1, "train/dog": 1, "test/cat": 1, "test/dog": 0}, ["no images in test/dog"]),
+        ({"train/cat": 1, "test": 1}, ["test/ has no folder cat"]),
+        ({"train": 3, "test": 3}, ["test/ has no folders in it"]),
+        ({"train/cat": 1, "other/cat": 1}, ["train and other are side by side", "Move"]),
+        ({"train": 1, "test": 1, "other": 1}, ["test, train and other are side by side"]),
+        ({"test/cat": 1, "testing/cat": 1}, ["test/ and testing/ are both test images", "Merge"]),
+        ({"val/cat": 1, "val/dog": 1}, ["val/ alone", "add train/ or test/"]),
+    ],
+)
+def test_folders_that_can_not_be_used(tmp_path, counts, words):
+    for folder in counts:
+        (tmp_path / folder).mkdir(parents=True)
+    with refused("--data", f"imagefolder:{tmp_path}", *words):
+        open_folder(folders(tmp_path, counts))
+
+
+def test_no_folder_at_all(tmp_path):
+    with refused("--data", "imagefolder:", "no folder given"):
+        open_source("imagefolder:")
+    with refused("--data", f"no folder {tmp_path / 'none'}", "one folder for each class"):
+        open_image_folder(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with refused(f"no folder {tmp_path / 'file'}"):
+        open_image_folder(tmp_path / "file")
