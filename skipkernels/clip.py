@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .boundary import DEFAULT_CHUNK, LSkipBoundary
-from .selection import RankSampler, Tail, select_ranks
+from .selection import ClassSelection, RankSampler, Tail, select_ranks
 from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
 from .towers.attend import SDPA, Attention, Backend
 from .towers.base import ImageTower
-from .towers.text_store import TextStore, kept_prototypes
+from .towers.text_store import TextStore, kept_prototypes, telling
 
 # Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
 # the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32 over twelve blocks, and in half
@@ -42,6 +42,9 @@ class SkipCLIP(nn.Module):
     the cut is frozen (`requires_grad` False), what is above is set to train. At `skip_layers=0` nothing is frozen but
     `logit_scale`: that is full fine-tuning with class skipping.
 
+    `torch.compile(clip)` computes the same. In `DistributedDataParallel(clip, broadcast_buffers=False)` each process
+    chooses classes for its part of a batch. With `keep_ratio=1` and equal parts the gradients are those of the whole.
+
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
             `CLIPModel` or `SiglipModel`.
@@ -63,7 +66,8 @@ class SkipCLIP(nn.Module):
         attention: Who computes it: "sdpa" is PyTorch, with our own operators for texts behind a shared prefix and for
             pooled tokens. "xformers" takes the place of the first two on a GPU; where it cannot, that is an error.
         text_cache: Folder to keep the texts' features at the cut in, and not in memory, for very many classes; filled
-            the first time, opened the next. On a GPU each step then waits for the classes that it has drawn.
+            the first time, while other processes wait, and opened the next. On a GPU each step then waits for the
+            classes that it has drawn.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
@@ -73,7 +77,7 @@ class SkipCLIP(nn.Module):
         UnsupportedModel: If no adapter handles the model.
         ValueError: If an argument is out of range.
         RuntimeError: If SkipCLIP's embeddings differ from the model's own.
-        StoreError: If `text_cache` holds the features of other prompts or weights, or is damaged.
+        StoreError: If `text_cache` holds the features of other prompts, weights or another model.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
@@ -198,17 +202,14 @@ class SkipCLIP(nn.Module):
 
     def _check_against_model(self, tokens: Tensor) -> None:
         """Raise if an embedding differs from that which the caller's model, in its present mode, gives itself."""
-        ends = self._text.pooled
-        ids = torch.unique(
-            torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)])
-        )
+        ids = telling(self._text)
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(tokens.device, self._image.dtype)
         with torch.no_grad():
             features = self.encode_lower(image)
             self._features = features.shape[1:], features.dtype
             pairs = {
-                "texts": (self._text.own(tokens[ids]), self._encode_classes(ids)),
+                "texts": (self._text.own(tokens[ids]), self.encode_classes(ids)),
                 "an image": (self._image.own(image), self.encode_upper(features)),
             }
         dtype = max((p.dtype for p in self.trainable_parameters()), key=lambda dtype: torch.finfo(dtype).eps)
@@ -320,7 +321,7 @@ class SkipCLIP(nn.Module):
         """Embeddings [C, D] of all classes from before tuning."""
         if folder is None:
             return self._encode_all_classes()
-        return kept_prototypes(Path(folder, "prototypes"), self._text, self._encode_all_classes)
+        return kept_prototypes(Path(folder, "prototypes"), self._text, self._unit_embeddings)
 
     def _lower_text_weights(self) -> list[tuple[int, int]]:
         """Changes when weights are loaded or moved; a look at each step costs microseconds."""
@@ -350,18 +351,22 @@ class SkipCLIP(nn.Module):
         rows = self._text_features
         return lambda class_ids: text.upper(rows, class_ids)
 
-    def _encode_classes(self, class_ids: Tensor) -> Tensor:
+    def encode_classes(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] to text embeddings [K, D], not normalised."""
         if self._text.skip > 0:
             return self._encode_kept()(class_ids)
         hidden = self._text.lower(self._text.tokens[class_ids])
         return self._text.upper(self._text.rows(hidden, class_ids), class_ids, of_all=False)
 
     def _encode_all_classes(self) -> Tensor:
-        """Unit-norm embeddings [C, D] of all classes, without gradient, in chunks."""
+        """Unit-norm embeddings [C, D] of all classes, without gradient."""
+        return self._unit_embeddings(torch.arange(len(self._text.tokens), device=self._text.tokens.device))
+
+    def _unit_embeddings(self, class_ids: Tensor) -> Tensor:
+        """Class ids [n] to unit-norm embeddings [n, D], without gradient, in chunks."""
         with torch.no_grad():
-            encode = self._encode_classes if self._text.skip == 0 else self._encode_kept()
-            ids = torch.arange(len(self._text.tokens), device=self._text.tokens.device).split(self.chunk)
-            embeddings = torch.cat([encode(chunk) for chunk in ids])
+            encode = self.encode_classes if self._text.skip == 0 else self._encode_kept()
+            embeddings = torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)])
             wide = torch.promote_types(embeddings.dtype, torch.float32)
             return nn.functional.normalize(embeddings.to(wide), dim=-1)
 
@@ -382,15 +387,18 @@ class SkipCLIP(nn.Module):
             ValueError: If shapes don't fit or a label is out of range.
         """
         image = self.encode_image(x)
-        with torch.no_grad():
-            scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
-            ranks = self.sampler.draw(len(self.prototypes), len(labels))
-            class_ids, targets = select_ranks(scores, labels, ranks)
-        text = self._encode_classes(class_ids)
+        class_ids, targets = self.select(image, labels)
+        text = self.encode_classes(class_ids)
         scale = self.model.logit_scale.exp()
         loss = functional.class_sampled_cross_entropy(image, text, targets, scale)
         logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
         return SkipOutput(loss, logits, class_ids, targets)
+
+    @torch.no_grad()
+    def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
+        """The classes that take part in a step of image embeddings [B, D] with labels [B]; draws the tail."""
+        scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
+        return select_ranks(scores, labels, self.sampler.draw(len(self.prototypes), len(labels)))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that tuning changes."""

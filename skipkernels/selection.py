@@ -162,7 +162,7 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
     """
     forced = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).scatter(0, labels, math.inf)
     order = forced.argsort(descending=True, stable=True)
-    class_ids = order[ranks.to(order.device)].sort().values
+    class_ids = order[ranks.to(order.device, non_blocking=True)].sort().values  # the host goes on
     return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))
 
 
