@@ -14,7 +14,6 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.selection import RankSampler
-from skipkernels.tuning.loop import full_step
 from tests.tolerances import relative_error
 
 from .inputs import Inputs, autocast, parser
@@ -111,8 +110,19 @@ def agreeing_steps(
     )
 
 
+def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
+    """The step of full fine-tuning, as one would write it: (images, labels) → (loss, classes compared)."""
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        image = model.encode_image(images, normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+        return F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels), len(tokens)
+
+    return step
+
+
 def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
-    """Full fine-tuning as one would write it: every layer trains, on images, over all tokens of all classes.
+    """Full fine-tuning: every layer trains, on images, over all tokens of all classes.
 
     Raises:
         SystemExit: If its loss is not the cross-entropy of the model's own logits.

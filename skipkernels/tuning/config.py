@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,61 +14,65 @@ import torch
 import yaml
 
 from ..cache import Refresh, SamplerKind
-from ..data import InputError
+from ..data import InputError, open_source
 from ..data.glyph_tiny import NAME as GLYPH_TINY
+from ..data.protocols import Protocol
+from ..methods import METHODS, Recipe
 from ..selection import Tail
 from ..towers import Memory
 from ..towers.attend import Attention
+from . import optimizers
+from .precision import Precision
 
-Method = Literal["skip", "full"]
-Precision = Literal["auto", "fp32", "bf16"]
+Method = Literal["skip", "full", "zero-shot", "linear-probe", "coop", "clip-adapter", "lora"]  # the keys of METHODS
+Preset = Literal["default", "reference"]
 CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]  # the keys of store.DTYPES
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Learning rates and schedule that suit a model."""
-
-    epochs: int
-    text_lr: float
-    image_lr: float
-    warmup_epochs: int
-    warmup_lr: float
-
-
-# Base-to-new, Wu et al. 2025: for CLIPs that were trained on hundreds of millions of images.
-PUBLISHED = Recipe(epochs=20, text_lr=2e-5, image_lr=5e-6, warmup_epochs=1, warmup_lr=1e-6)
-# glyph-tiny saw half a million small images: at the published rates it does not move in 20 epochs, and with rates that
-# move it, it needs no warm-up. Full fine-tuning moves the lower blocks too, and does best at a twentieth of the rate.
-# Both were chosen on seed 10, from six and four pairs of rates.
-GLYPHS = {
-    "skip": Recipe(epochs=8, text_lr=4e-3, image_lr=2e-3, warmup_epochs=0, warmup_lr=0.0),
-    "full": Recipe(epochs=8, text_lr=2e-4, image_lr=1e-4, warmup_epochs=0, warmup_lr=0.0),
-}
+_GLYPH_CLASSES = 100
+# At least so much, where there is a value.
+_LEAST = {"classes": 1, "batch_size": 1, "views": 1, "workers": 0, "warmup_epochs": 0, "momentum": 0, "log_every": 1}
+_LEAST |= {"weight_decay": 0, "text_lr": 0, "image_lr": 0, "warmup_lr": 0}
+# Of those whose recipe is that of Wu et al., CVPR 2025, which has a quarter of the epochs on large datasets.
+_SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
+# What does not change the results of a run, or only by rounding: it may go on with another value.
+_FREE = {"root", "download", "cache", "workers", "memory", "attention", "device", "log_every", "out"}
+_FREE |= {"overwrite", "resume"}
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Tune a CLIP on some images of the base classes of a dataset, and test it on base and new classes."""
+    """Tune a CLIP on some images of a dataset, and test it, also on classes or images of another kind."""
 
     data: str = "glyphs"
-    """glyphs, or glyphs:BLOCK with a block of the Unicode standard, such as glyphs:greek."""
+    """glyphs, glyphs:BLOCK of the Unicode standard, imagefolder:PATH, coop:NAME or torchvision:NAME."""
+    root: Path | None = None
+    """Folder of the datasets, for coop: and torchvision:."""
+    download: bool = False
+    """Let torchvision fetch what is not there."""
+    protocol: Protocol = "base-to-new"
+    """base-to-new: half of the classes train. few-shot: all. The others test on targets too."""
+    targets: tuple[str, ...] | None = None
+    """Datasets to test on, with cross-dataset and domain-generalization; by default those of the paper."""
+    template: tuple[str, ...] | None = None
+    """Prompts such as "a photo of a {}.", or paper or coop. The first trains; embeddings of several are averaged."""
     model: str = GLYPH_TINY
     """Any open_clip model, such as ViT-B-16-quickgelu."""
     pretrained: str | None = None
     """Weights: a tag of open_clip, a file, or "random". glyph-tiny brings its own."""
     method: Method = "skip"
-    """skip: Skip Tuning. full: full fine-tuning on all base classes, for comparison."""
+    """skip: Skip Tuning. full: full fine-tuning on all classes. The others are for comparison too."""
+    preset: Preset = "default"
+    """reference: as published, with one mask for the tail of classes and the paper's schedule."""
     shots: int = 16
-    """Training images of each base class."""
-    classes: int = 100
-    """Most classes, base and new together."""
+    """Training images of each class."""
+    classes: int | None = None
+    """Most classes, base and new together; by default all, and 100 of glyphs."""
     epochs: int | None = None
-    """Passes over the training images; by default 8 for glyph-tiny, 20 for others."""
-    batch_size: int = 4
-    """Images in a step."""
-    sampler: SamplerKind = "class_pure"
-    """class_pure: images of one class where it has enough. random: any."""
+    """Passes over the training images; by default the method's: 8 for skip on glyph-tiny, 20 on other models."""
+    batch_size: int | None = None
+    """Images in a step; by default 4, or as the method's paper has it."""
+    sampler: SamplerKind | None = None
+    """class_pure: images of one class where it has enough. random: any. By default the method's."""
     skip_layers: int | float = 0.5
     """Blocks of each tower that are skipped: a number, or a fraction such as 0.5."""
     keep_ratio: float = 0.5
@@ -75,22 +81,28 @@ class TuneConfig:
     """Most classes that always stay."""
     decay: float = 0.3
     """How slowly the chance to stay falls over the other classes."""
-    tail: Tail = "resample"
-    """resample: draw the other classes anew in each step. fixed: once, as published."""
+    tail: Tail | None = None
+    """resample: draw the other classes anew in each step, the default. fixed: once, as published."""
+    keep_embeddings: bool = False
+    """coop and clip-adapter: run the frozen image tower once for each image, and not in every step as published."""
+    optimizer: str | None = None
+    """sgd: ours, in one pass. torch-sgd, or a class of torch.optim such as AdamW. By default the method's."""
     text_lr: float | None = None
-    """Learning rate of the text tower; by default 2e-5; 4e-3 for glyph-tiny, 2e-4 with method full."""
+    """Learning rate of the text tower; by default the method's: 2e-5 for skip, 4e-3 on glyph-tiny."""
     image_lr: float | None = None
-    """Learning rate of the image tower; by default 5e-6; 2e-3 for glyph-tiny, 1e-4 with method full."""
+    """Learning rate of the image tower; by default the method's: 5e-6 for skip, 2e-3 on glyph-tiny."""
     warmup_epochs: int | None = None
-    """Epochs at the warm-up rate before the cosine; by default 1, none for glyph-tiny."""
+    """Epochs at the warm-up rate before the cosine; by default the method's."""
     warmup_lr: float | None = None
-    """Learning rate of the warm-up; by default 1e-6."""
-    momentum: float = 0.9
-    """Of SGD."""
-    weight_decay: float = 5e-4
-    """Of SGD."""
+    """Learning rate of the warm-up; by default the method's."""
+    momentum: float | None = None
+    """Of optimizers that have it; by default the method's."""
+    weight_decay: float | None = None
+    """Of the optimizer; by default the method's."""
+    clip_grad_norm: float | None = None
+    """Scale the gradients of a step down to this norm where they are longer."""
     precision: Precision = "auto"
-    """bf16 computes in bf16 and keeps weights in fp32; auto is bf16 on a GPU that has it, else fp32."""
+    """bf16: fp32 weights. bf16-sr: bf16 weights, rounded at random. auto: bf16 on a GPU that has it, else fp32."""
     memory: Memory = "auto"
     """What a block keeps for backward. fast: all but what is cheap. min: its input. auto: fast where that fits."""
     attention: Attention = "sdpa"
@@ -111,51 +123,114 @@ class TuneConfig:
     """cpu, cuda, cuda:1, …; auto is cuda where there is one."""
     seed: int = 0
     """Chooses training images, their order, and the classes drawn."""
+    log_every: int = 50
+    """Steps after which the loss is shown, and looked at."""
     out: Path | None = None
     """Folder for the results; by default runs/DATA-METHOD."""
     overwrite: bool = False
     """Replace the results of an earlier run in that folder."""
+    resume: bool = False
+    """Go on after the last complete epoch in that folder, to the same bits; begin where there is none."""
+    delta: bool = False
+    """Keep only those weights that tuning changed, in delta.safetensors."""
 
     def resolved(self) -> TuneConfig:
         """The same run with every default of the recipe written out.
 
         Raises:
-            InputError: If a value is out of its range.
+            InputError: If a value is out of its range, or two don't go together.
         """
-        recipe = GLYPHS[self.method] if self.model == GLYPH_TINY else PUBLISHED
-        chosen: dict[str, Any] = {
-            name: getattr(recipe, name) if getattr(self, name) is None else getattr(self, name)
-            for name in (field.name for field in dataclasses.fields(Recipe))
-        }
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device: {device!r} can't be used: {str(error).splitlines()[0]}") from None
-        half = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
-        chosen |= {"device": device, "precision": half if self.precision == "auto" else self.precision}
-        out = self.out or Path("runs", f"{self.data.replace(':', '-')}-{self.method}")
-        config = dataclasses.replace(self, out=out, **chosen)
-        if config.cache is not None and (config.method == "full" or config.skip_layers == 0):
-            raise InputError("--cache: nothing below a cut is kept where every layer trains; leave it out.")
-        if config.cache is None and config.augments:
-            raise InputError("--views and --refresh: several views of an image are kept on the disk; add --cache PATH.")
-        least = {"epochs": 1, "batch_size": 1, "views": 1, "workers": 0, "warmup_epochs": 0, "momentum": 0}
-        least |= {"weight_decay": 0, "text_lr": 0, "image_lr": 0, "warmup_lr": 0}
-        for name, bound in least.items():
-            if not getattr(config, name) >= bound:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {bound}; got {getattr(config, name)}.")
+        half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        config = dataclasses.replace(
+            self,
+            device=device,
+            precision=half if self.precision == "auto" else self.precision,
+            out=self.out or Path("runs", f"{self.data.replace(':', '-').replace('/', '-')}-{self.method}"),
+            **{name: value for name, value in self._defaults().items() if getattr(self, name) is None},
+        )
+        config._check()
         return config
+
+    def _defaults(self) -> dict[str, Any]:
+        """Of settings whose default is None."""
+        reference = self.preset == "reference"
+        recipe = dataclasses.asdict(self._recipe())
+        if self.method in _SCHEDULED and self.data.rpartition(":")[2] in _LARGE:
+            recipe["epochs"] //= 4
+        if reference and self.method == "skip" and self.shots < 4:
+            recipe["sampler"] = "random"
+        glyphs = self.data.partition(":")[0] == "glyphs"
+        recipe |= {"tail": "fixed" if reference else "resample", "classes": _GLYPH_CLASSES if glyphs else None}
+        return recipe
+
+    def _recipe(self) -> Recipe:
+        """What the method trains with here."""
+        name = "" if self.preset == "reference" else self.model  # that of no model is as published
+        recipe = partial(METHODS[self.method].recipe, name, self.protocol, self.shots)
+        if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
+            return recipe()
+        there = len(open_source(self.data, self.root, download=self.download).classes)
+        classes = min(there, self.classes or there)
+        return recipe(classes=math.ceil(classes / 2) if self.protocol == "base-to-new" else classes)
+
+    def _check(self) -> None:
+        for name, bound in _LEAST.items():
+            if getattr(self, name) is not None and not getattr(self, name) >= bound:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {bound}; got {getattr(self, name)}.")
+        assert self.epochs is not None
+        steps = METHODS[self.method].recipe(self.model, self.protocol, self.shots).epochs > 0
+        if steps and self.epochs < 1:
+            raise InputError(f"--epochs must be at least 1; got {self.epochs}.")
+        if self.epochs > 0 and not steps:
+            raise InputError(f"--epochs: {self.method} has none, it has no steps; got {self.epochs}. Leave it out.")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise InputError(f"--clip-grad-norm must be above 0; got {self.clip_grad_norm}.")
+        if self.cache is None and self.augments:
+            raise InputError("--views and --refresh: several views of an image are kept on the disk; add --cache PATH.")
+        if self.resume and self.overwrite:
+            raise InputError("--resume goes on with a run and --overwrite replaces it; give one of them.")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        if self.epochs == 0 or self.optimizer is None:
+            return
+        optimizers.find(self.optimizer)
+        ours = self.optimizer == optimizers.FUSED
+        if self.precision == "bf16-sr" and not ours:
+            raise InputError(f"--precision bf16-sr rounds in --optimizer sgd; got {self.optimizer}. Use bf16 with it.")
+        if self.fused_optimizer:
+            against = {
+                f"--optimizer {self.optimizer} does not; use sgd": not ours,
+                "--clip-grad-norm needs all gradients; leave one of them out": self.clip_grad_norm is not None,
+                "--precision fp16 needs gradients to scale; use bf16": self.precision == "fp16",
+            }
+            for reason, wrong in against.items():
+                if wrong:
+                    raise InputError(f"--fused-optimizer updates weights inside backward, and {reason}.")
 
     @property
     def augments(self) -> bool:
         """Whether training images are random crops."""
         return self.views > 1 or self.refresh == "epoch"
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that a run can't be resumed with others of, as plain values."""
+        values = {name: value for name, value in _plain(self).items() if name not in _FREE}
+        return values | {"cache_dtype": None if self.cache is None else self.cache_dtype}
+
+    def differs_from(self, other: TuneConfig) -> list[str]:
+        """Names of the settings by which the results of two runs differ; both are resolved."""
+        own, others = self.identity(), other.identity()
+        return [name for name in own if own[name] != others[name]]
+
     def to_yaml(self) -> str:
         """As `from_yaml` reads it."""
-        values = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(values, sort_keys=False)
+        return yaml.safe_dump(_plain(self), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, path: Path) -> TuneConfig:
@@ -168,7 +243,7 @@ class TuneConfig:
             values = yaml.safe_load(path.read_text())
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; --checkpoint takes the folder of a run.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
@@ -178,17 +253,35 @@ class TuneConfig:
                 raise InputError(f"{path}: unknown setting {name!r}.")
             if not _fits(value, hints[name]):
                 raise InputError(f"{path}: {name} must be {hints[name]}; got {value!r}.")
-        paths = {name: values[name] and Path(values[name]) for name in ("out", "cache") if name in values}
-        return cls(**(values | paths))
+        return cls(**{name: _made(value, hints[name]) for name, value in values.items()})
+
+
+def _plain(config: TuneConfig) -> dict[str, Any]:
+    """Its settings as YAML has them."""
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML is one of a setting."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is Path:
         return isinstance(value, str)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _made(value: Any, hint: Any) -> Any:
+    """A value of YAML as the setting has it."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in get_args(hint) else value

@@ -1,110 +1,95 @@
-"""Accuracy over the base classes, and over the new ones."""
+"""Accuracy on the tests of a task, as often as asked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import inspect
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from ..cache import FeatureCache, Progress, Refresh
-from ..clip import SkipCLIP
-from ..data import BaseToNew, InputError, SizedDataset, load_base_to_new
+from ..data import InputError
+from ..data.protocols import Task, load_task, summarise
+from ..methods import METHODS, Method, ZeroShot
+from ..methods.base import FrozenModel
+from . import checkpoint, weights
 from .config import TuneConfig
 from .model import augmentation, load_model, load_weights
+from .precision import Arithmetic
+from .run_folder import CONFIG
 
-CHECKPOINT = "model.safetensors"
-CONFIG = "config.yaml"
-_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Per cent of the test images whose class comes first, of the base classes and of the new ones."""
-
-    base: float
-    new: float
-
-    @property
-    def harmonic(self) -> float:
-        """Harmonic mean of base and new.
-
-        >>> Accuracy(base=60.0, new=30.0).harmonic
-        40.0
-        """
-        return 2 * self.base * self.new / (self.base + self.new) if self.base + self.new else 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {"base": self.base, "new": self.new, "harmonic": self.harmonic}
+Accuracies = dict[str, float | None]
+"""Per cent of the test images whose class comes first, by test, and what the protocol reports of that."""
+BATCH = 64
+"""Images at once where nothing trains."""
 
 
 class Evaluator:
-    """Tests a model on base and new classes as often as asked; what is frozen is computed once.
+    """Tests a method on all tests of its task; what is frozen is computed once.
+
+    Args:
+        method: What is tuned.
+        task: The task.
+        config: The run.
+        arithmetic: Its precision.
+        resume: Go on with stores that are in the cache.
+        overwrite: Replace them.
+        zero_shot: The model as it came, if the method before tuning does not answer as that.
 
     Attributes:
-        base: SkipCLIP over the base classes, the one that is tuned.
-        new: SkipCLIP over the new classes, on the same model.
-        base_tokens: [C, L], the prompts of the base classes.
+        method: What is tuned.
         task: The task.
-        autocast: The precision of the run, for its steps too.
+        arithmetic: The precision of the run.
+        device: Where it computes.
+
+    Raises:
+        InputError: If features are to be kept, and the method has none.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        tokenizer,
-        task: BaseToNew,
+        method: Method,
+        task: Task,
         config: TuneConfig,
+        arithmetic: Arithmetic,
         *,
         resume: bool = True,
         overwrite: bool = False,
+        zero_shot: Method | None = None,
     ):
-        self.device = torch.device(config.device)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-        skip_layers = config.skip_layers if config.method == "skip" else 0
-
-        def over(tokens: Tensor, name: str) -> SkipCLIP:
-            try:
-                return SkipCLIP(
-                    model,
-                    tokens,
-                    skip_layers=skip_layers,
-                    keep_ratio=config.keep_ratio,
-                    max_keep=config.max_keep,
-                    decay=config.decay,
-                    tail=config.tail,
-                    memory=config.memory,
-                    attention=config.attention,
-                    generator=torch.Generator().manual_seed(config.seed),
-                    text_cache=None if config.cache is None else config.cache / f"texts-{name}",
-                )
-            except (ValueError, RuntimeError) as error:
-                raise InputError(str(error)) from error
-
-        self.base_tokens, new_tokens = (tokenizer(split.prompts).to(self.device) for split in (task.base, task.new))
-        self.base, self.new = over(self.base_tokens, "base"), over(new_tokens, "new")
-        self._config, self._resume, self._overwrite = config, resume, overwrite
-        self.task = task
-        self._test_sets = {"base": task.base.test, "new": task.new.test}
+        if config.cache is not None and method.cut is None:
+            raise InputError("--cache: nothing below a cut is kept where every layer trains; leave it out.")
+        self.method, self.task, self.device = method, task, torch.device(config.device)
+        self._config, self.arithmetic = config, arithmetic
+        self._resume, self._overwrite, self._zero_shot = resume, overwrite, zero_shot or method
         self._test: dict[str, FeatureCache] = {}
 
     @classmethod
-    def of(cls, config: TuneConfig, model: torch.nn.Module, transform, tokenizer, **how: bool) -> Evaluator:
-        """For the task of a run; `how`: resume and overwrite."""
-        task = load_task(config, transform, augmentation(model) if config.augments else None)
-        return cls(model, tokenizer, task, config, **how)
+    def of(cls, config: TuneConfig, model: nn.Module, transform, tokenizer, **how: bool) -> Evaluator:
+        """For a run and its model, just loaded; `how`: resume and overwrite."""
+        arithmetic = Arithmetic(config.precision, torch.device(config.device))
+        arithmetic.prepare(model)
+        task = task_of(config, transform, augmentation(model, config.preset) if config.augments else None)
+        method = make_method(config, model, tokenizer, task)
+        zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else None
+        return cls(method, task, config, arithmetic, zero_shot=zero_shot, **how)
 
     @property
     def images(self) -> int:
         """How many `prepare` and `training_images` compute together."""
-        return len(self.task.train) * self._config.views + sum(map(len, self._test_sets.values()))
+        return len(self.task.train) * self._config.views + sum(len(test.images) for test in self.task.tests)
 
     def prepare(self, progress: Progress = False) -> None:
         """Compute what is frozen of the test images; progress as for `FeatureCache.build`."""
-        self._test = {name: self._keep(f"test-{name}", data, progress) for name, data in self._test_sets.items()}
+        self._test = {
+            test.name: self._keep(f"test-{quote(test.name, safe=' ')}", test.images, progress)
+            for test in self.task.tests
+        }
 
     def training_images(self, progress: Progress = False) -> FeatureCache:
         """The training images as the steps take them; progress as for `FeatureCache.build`."""
@@ -112,27 +97,18 @@ class Evaluator:
         return self._keep("train", self.task.train, progress, views=config.views, refresh=config.refresh)
 
     def _keep(
-        self,
-        name: str,
-        dataset: SizedDataset,
-        progress: Progress,
-        *,
-        views: int = 1,
-        refresh: Refresh = "never",
+        self, name: str, dataset: Any, progress: Progress, *, views: int = 1, refresh: Refresh = "never"
     ) -> FeatureCache:
-        """A dataset as `predict` takes it: features at the cut, or images where nothing is skipped.
-
-        They are in memory, or in the folder `name` of the run's cache.
-        """
-        frozen, config = self.base.skip_layers[0] > 0, self._config
-        if config.cache is not None:
-            with self.autocast:
+        """A dataset as the method takes it, in memory, or in the folder `name` of the run's cache."""
+        config = self._config
+        if config.cache is not None and self.method.cut is not None:
+            with self.arithmetic.autocast():
                 return FeatureCache.build(
                     config.cache / name,
-                    self.base,
+                    self.method.cut,
                     dataset,
                     dtype=config.cache_dtype,
-                    batch_size=_BATCH,
+                    batch_size=BATCH,
                     views=views,
                     refresh=refresh,
                     workers=config.workers,
@@ -142,38 +118,94 @@ class Evaluator:
                 )
 
         def encode(images: Tensor) -> Tensor:
-            images = images.to(self.device)
-            with self.autocast:
-                return self.base.encode_lower(images) if frozen else images
+            with self.arithmetic.autocast():
+                return self.method.encode_frozen(images.to(self.device))
 
-        return FeatureCache.in_memory(dataset, encode, batch_size=_BATCH, workers=config.workers, progress=progress)
+        return FeatureCache.in_memory(dataset, encode, batch_size=BATCH, workers=config.workers, progress=progress)
+
+    def zero_shot(self) -> dict[str, Tensor]:
+        """As `predictions`, of the model as it came; to be called before tuning."""
+        return self._predictions(self._zero_shot)
 
     def predictions(self) -> dict[str, Tensor]:
-        """For "base" and "new": the class [n] that comes first for each test image."""
-        found = {}
-        for name, clip in (("base", self.base), ("new", self.new)):
-            batches = self._test[name].loader(_BATCH, "sequential", device=self.device)
-            with self.autocast:
-                found[name] = torch.cat([clip.predict(inputs).argmax(dim=1).cpu() for inputs, _ in batches])
-        return found
+        """By test: the class [n] that comes first for each image. Tests that the method can't answer are left out."""
+        return self._predictions(self.method)
 
-    def labels(self, split: str) -> Tensor:
-        """Classes [n] of the test images of "base" or "new"."""
-        return self._test[split].labels
+    def _predictions(self, method: Method) -> dict[str, Tensor]:
+        method.train(False)
+        found = {test.name: self._predicted(method, test.name) for test in self.task.tests}
+        return {name: predicted for name, predicted in found.items() if predicted is not None}
 
-    def accuracy(self, predictions: dict[str, Tensor] | None = None) -> Accuracy:
-        """Of `predictions`, or of the model as it is."""
-        predictions = self.predictions() if predictions is None else predictions
+    @torch.no_grad()
+    def _predicted(self, method: Method, test: str) -> Tensor | None:
+        answers = []
+        for inputs, _ in self._test[test].loader(BATCH, "sequential", device=self.device):
+            with self.arithmetic.autocast():
+                logits = method.logits(test, inputs)
+            if logits is None:
+                return None
+            answers.append(logits.argmax(dim=1))
+        return torch.cat(answers).cpu()
 
-        def of(name: str, clip: SkipCLIP) -> float:
-            classes = max(2, len(clip.prototypes))  # torchmetrics knows no task of one class
-            correct = multiclass_accuracy(predictions[name], self.labels(name), classes, average="micro")
+    def labels(self, test: str) -> Tensor:
+        """Classes [n] of the images of a test."""
+        return self._test[test].labels
+
+    def accuracies(self, predictions: dict[str, Tensor]) -> Accuracies:
+        """Of `predictions`; None for tests without them, and for what is made of those."""
+
+        def of(name: str, classes: int) -> float:  # torchmetrics knows no task of one class
+            correct = multiclass_accuracy(predictions[name], self.labels(name), max(2, classes), average="micro")
             return round(100.0 * correct.item(), 4)
 
-        return Accuracy(of("base", self.base), of("new", self.new))
+        known = {test.name: of(test.name, len(test.classes)) for test in self.task.tests if test.name in predictions}
+        if len(known) == len(self.task.tests):
+            return dict(summarise(self.task.protocol, known))
+        names = summarise(self.task.protocol, {test.name: 0.0 for test in self.task.tests})
+        return {name: known.get(name) for name in names}
 
 
-def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracy:
+def make_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
+    """The method of a run, on a model that is on its device.
+
+    Raises:
+        InputError: If a setting does not suit the model.
+    """
+    made = METHODS[config.method]
+    settings: dict[str, Any] = {
+        "skip_layers": config.skip_layers,
+        "keep_ratio": config.keep_ratio,
+        "max_keep": config.max_keep,
+        "decay": config.decay,
+        "tail": config.tail,
+        "memory": config.memory,
+        "attention": config.attention,
+        "keep_embeddings": config.keep_embeddings,
+        "text_cache": config.cache,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }
+    takes = inspect.signature(made).parameters
+    return made(model, tokenizer, task, **{name: value for name, value in settings.items() if name in takes})
+
+
+def task_of(config: TuneConfig, transform=None, train_transform=None) -> Task:
+    """The task of a run; with several views training images have `train_transform`, all others `transform`."""
+    return load_task(
+        config.data,
+        protocol=config.protocol,
+        shots=config.shots,
+        classes=config.classes,
+        seed=config.seed,
+        root=config.root,
+        templates=config.template,
+        targets=config.targets,
+        transform=transform,
+        train_transform=train_transform,
+        download=config.download,
+    )
+
+
+def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracies:
     """Accuracy of the checkpoint of a run, on the test images of that run.
 
     Args:
@@ -186,24 +218,15 @@ def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracy:
     config = TuneConfig.from_yaml(folder / CONFIG)
     if device is not None:  # on which xformers may not serve
         config = replace(config, device=device, attention="sdpa")
-    config = config.resolved()
-    if not (folder / CHECKPOINT).is_file():
-        raise InputError(f"{folder / CHECKPOINT}: no such file; the run stopped before its first epoch was complete.")
-    on = torch.device(config.device)
-    model, transform, tokenizer = load_model(config.model, config.pretrained, on, architecture_only=True)
-    load_weights(model, folder / CHECKPOINT)
-    evaluator = Evaluator.of(config, model, transform, tokenizer)
-    evaluator.prepare()
-    return evaluator.accuracy()
-
-
-def load_task(config: TuneConfig, transform=None, train_transform=None) -> BaseToNew:
-    """The task of a run; with several views training images have `train_transform`, all others `transform`."""
-    return load_base_to_new(
-        config.data,
-        shots=config.shots,
-        classes=config.classes,
-        seed=config.seed,
-        transform=transform,
-        train_transform=train_transform if config.augments else transform,
+    config, path = config.resolved(), checkpoint.weights_of(folder)
+    whole = weights.header(path).get("holds", weights.MODEL) == weights.MODEL
+    model, transform, tokenizer = load_model(
+        config.model, config.pretrained, torch.device(config.device), architecture_only=whole, seed=config.seed
     )
+    if whole:
+        load_weights(model, path)
+    evaluator = Evaluator.of(config, model, transform, tokenizer)
+    if not whole:
+        weights.Weights(evaluator.method, model, delta=False).load(path)
+    evaluator.prepare()
+    return evaluator.accuracies(evaluator.predictions())

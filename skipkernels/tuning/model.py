@@ -9,13 +9,14 @@ import pickle
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from torch import nn
+from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ..data import InputError, glyph_tiny
 
@@ -76,9 +77,13 @@ def load_model(
     return model.to(device).eval(), transform, _tokenizer(name)
 
 
-def augmentation(model: Any) -> Callable:
-    """The image transform that open_clip trains a model with: a random crop of most of the image."""
-    return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=True)
+def augmentation(model: Any, preset: Literal["default", "reference"] = "default") -> Callable:
+    """A random crop of most of an image, as open_clip trains a model; of Wu et al.: of any part, and flipped or not."""
+    cfg = PreprocessCfg(**model.visual.preprocess_cfg)
+    if preset == "default":
+        return image_transform_v2(cfg, is_train=True)
+    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
+    return Compose([RandomHorizontalFlip(), crop])
 
 
 def _tokenizer(name: str) -> Callable:

@@ -5,139 +5,223 @@ from __future__ import annotations
 import base64
 import html
 import io
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 
+from .answers import Confusion, Example, picture
 from .config import TuneConfig
+from .plots import accuracy_svg, coloured, finite, kept_svg, loss_svg
 
-_BASE, _NEW, _LOSS, _GREY = "#3b7dd8", "#d9822b", "#7a5ccc", "#808080"  # readable on white and on black
+_PIXEL_ART = 64  # up to this side a picture is shown enlarged, pixel by pixel, and kept without loss
+_NOTHING = "–"  # where there is no value
+_SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .9rem; border-bottom: 1px solid #8884; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin-bottom: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+.quiet { opacity: .7; margin-top: .2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.summary td { font-weight: 600; }
 .better { color: #2e9e5b; } .worse { color: #d1495b; }
-.examples { display: flex; flex-wrap: wrap; gap: .8rem; }
-figure { margin: 0; width: 11.5rem; font-size: .8rem; line-height: 1.3; }
-figure img { width: 64px; image-rendering: pixelated; }
-svg { width: 100%; height: auto; }
-details { margin: 1rem 0; } summary { cursor: pointer; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem; }
+.charts figcaption, .above { font-weight: 600; margin: 1rem 0 .4rem; }
+.charts svg { width: 100%; height: auto; max-width: 34rem; }
+.charts text { font-family: inherit !important; }
+.legend > span { margin-right: 1em; white-space: nowrap; }
+.dot::before { content: "●"; margin-right: .35em; }
+.bar { display: flex; height: 1.6rem; border-radius: .3rem; overflow: hidden; }
+.cards { display: flex; flex-wrap: wrap; gap: 1.2rem; padding: .6rem 0; }
+.card { width: 11rem; font-size: .8rem; line-height: 1.35; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; width: 13rem; }
+.pair { background: #8882; border-radius: .4rem; padding: .6rem; }
+figure { margin: 0; min-width: 0; }
+img { display: block; width: 96px; height: 96px; object-fit: contain; object-position: left; margin-bottom: .3rem; }
+.pixels { image-rendering: pixelated; }
+pre { overflow-x: auto; } summary { cursor: pointer; font-weight: 600; } .settings { margin: 2.2rem 0; }
 """
 
 
-class Example(NamedTuple):
-    """A test image, its class, and the classes that came first before and after tuning."""
-
-    split: str
-    image: Image.Image
-    label: str
-    zero_shot: str
-    tuned: str
-
-
 def report_html(
-    config: TuneConfig, metrics: dict[str, Any], rows: list[dict[str, Any]], examples: list[Example]
+    config: TuneConfig,
+    metrics: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    examples: Sequence[Example],
+    confusions: Sequence[Confusion],
 ) -> str:
     """The page.
 
     Args:
         config: The run.
-        metrics: What metrics.json holds; at least one epoch is complete.
-        rows: What metrics.jsonl holds.
+        metrics: What metrics.json holds. What it has no value for is left out, or shown as a dash.
+        rows: What metrics.jsonl holds; none for a method without epochs.
         examples: Test images that tuning mended or broke.
+        confusions: Classes that are often taken for others.
     """
-    zero_shot, tuned, cost = metrics["zero_shot"], metrics["tuned"], metrics["cost"]
-    accuracy = "".join(
-        f"<tr><td>{label}</td><td>{zero_shot[key]:.2f} %</td><td>{tuned[key]:.2f} %</td>"
-        f'<td class="{_verdict(tuned[key] >= zero_shot[key])}">{tuned[key] - zero_shot[key]:+.2f}</td></tr>'
-        for key, label in (
-            ("base", f"{metrics['classes']['base']} base classes, tuned on"),
-            ("new", f"{metrics['classes']['new']} new classes, never seen in tuning"),
-            ("harmonic", "harmonic mean"),
-        )
-    )
-    costs = "".join(
-        f"<tr><td>{label}</td><td>{value}</td></tr>"
-        for label, value in (
-            ("time of an epoch", f"{cost['seconds_per_epoch']:.2f} s"),
-            ("time of a step", f"{cost['milliseconds_per_step']:.2f} ms"),
-            ("time of the run", f"{cost['seconds_total']:.1f} s"),
-            ("peak memory", f"{cost['peak_memory_mib']:.0f} MiB"),
-            ("before the model was loaded", f"{cost['baseline_memory_mib']:.0f} MiB"),
-            ("classes compared in a step", f"{metrics['kept_classes']:.1f} of {metrics['classes']['base']}"),
-            ("trained parameters", f"{metrics['parameters']['trained']:,} of {metrics['parameters']['all']:,}"),
-            ("device", f"{cost['device']}, {config.precision}"),
-        )
-    )
-    unfinished = "" if metrics["status"] == "complete" else f" – {metrics['status']} after {metrics['epochs']} epochs"
-    title = html.escape(f"{config.model} on {config.data}, {config.method}, {config.shots} shots{unfinished}")
+    tests = list(metrics["classes"])
+    epochs = f"{metrics['epochs']} epoch{'' if metrics['epochs'] == 1 else 's'}"
+    state = "" if metrics["status"] == "complete" else f" – {metrics['status']} after {epochs}"
+    title = _text(f"{config.model} on {config.data}, {config.method}, {config.shots} shots{state}")
+    protocol = _text(str(metrics.get("protocol", "")))
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>
-<h1>{title}</h1>
-<table><tr><th>accuracy</th><th>zero-shot</th><th>tuned</th><th></th></tr>{accuracy}</table>
-{_curves(rows, zero_shot)}
-<h2>Cost</h2><table>{costs}</table>
-{_gallery(examples)}
-<details><summary>Settings</summary><pre>{html.escape(config.to_yaml())}</pre></details>
-</html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{_STYLE}</style></head><body>
+<h1>{title}</h1><p class="quiet">{protocol}</p>
+{_accuracy(metrics, tests)}
+{_charts(metrics, rows, coloured(tests))}
+{_budget(metrics, rows)}
+{_cost(config, metrics, rows)}
+{_gallery("What is taken for what", tests, [(each.test, _confusion(each)) for each in confusions])}
+{_gallery("What tuning mended and broke", tests, [(each.test, _example(each)) for each in examples])}
+<details class="settings"><summary>Settings</summary><pre>{_text(config.to_yaml())}</pre></details>
+</body></html>
 """
 
 
-def _verdict(better: bool) -> str:
-    return "better" if better else "worse"
+def _text(text: str) -> str:
+    """As HTML; what no file can hold, such as half of a surrogate pair from a file's name, becomes "?"."""
+    return html.escape(text.encode(errors="replace").decode())
 
 
-def _curves(rows: list[dict[str, Any]], zero_shot: dict[str, float]) -> str:
-    """Loss and accuracy over the epochs, as SVG."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    left.plot(epochs, [row["loss"] for row in rows], marker="o", color=_LOSS)
-    left.set_title("training loss")
-    for key, colour in (("base", _BASE), ("new", _NEW)):
-        values = [zero_shot[key], *(row["accuracy"][key] for row in rows)]
-        right.plot([0, *epochs], values, marker="o", color=colour, label=key)
-        right.axhline(zero_shot[key], color=colour, linestyle=":", linewidth=1)
-    right.set_title("test accuracy, % (dotted: zero-shot)")
-    right.legend(frameon=False, labelcolor=_GREY)
-    for axes in (left, right):
-        axes.set_xlabel("epoch", color=_GREY)
-        axes.title.set_color(_GREY)
-        axes.tick_params(colors=_GREY)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.patch.set_alpha(0)
-        for spine in axes.spines.values():
-            spine.set_color(_GREY)
-    figure.patch.set_alpha(0)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+def _number(value: float | None, how: str, unit: str = "") -> str:
+    return f"{value:{how}}{unit}" if finite(value) else _NOTHING
 
 
-def _gallery(examples: list[Example]) -> str:
-    """Images that tuning mended or broke."""
-    sections = []
-    for split in ("base", "new"):
-        figures = []
-        for example in (example for example in examples if example.split == split):
-            buffer = io.BytesIO()
-            example.image.save(buffer, format="png")
-            source = base64.b64encode(buffer.getvalue()).decode()
-            answers = "".join(
-                f'<br>{when}: <span class="{_verdict(said == example.label)}">{html.escape(said)}</span>'
-                for when, said in (("zero-shot", example.zero_shot), ("tuned", example.tuned))
-            )
-            name = html.escape(example.label)
-            figures.append(
-                f'<figure><img alt="{name}" src="data:image/png;base64,{source}">'
-                f"<figcaption><b>{name}</b>{answers}</figcaption></figure>"
-            )
-        if figures:
-            sections.append(
-                f"<h2>What tuning mended and broke, {split} classes</h2><div class='examples'>{''.join(figures)}</div>"
-            )
-    return "".join(sections)
+def _verdict(before: float, after: float) -> str:
+    return "better" if after > before else "worse" if after < before else ""
+
+
+def _accuracy(metrics: Mapping[str, Any], tests: list[str]) -> str:
+    """Zero-shot and tuned, of every test and of what the protocol reports of them."""
+    zero_shot, tuned, classes = metrics["zero_shot"], metrics["tuned"] or {}, metrics["classes"]
+    lines = []
+    for name in [*tests, *(name for name in zero_shot if name not in tests)]:
+        before, after = zero_shot.get(name), tuned.get(name)
+        label = _text(name if name in tests else _SUMMARIES.get(name, name))
+        label += ", tuned on" if name == tests[0] else ""
+        change = f"<td>{_NOTHING}</td>"
+        if finite(before) and finite(after):
+            change = f'<td class="{_verdict(before, after)}">{after - before:+.2f}</td>'
+        lines.append(
+            f'<tr class="{"test" if name in tests else "summary"}"><td>{label}</td><td>{classes.get(name, "")}</td>'
+            f"<td>{_number(before, '.2f')}</td><td>{_number(after, '.2f')}</td>{change}</tr>"
+        )
+    heads = "".join(f"<th>{head}</th>" for head in ("accuracy, %", "classes", "zero-shot", "tuned", "change"))
+    return f'<div class="wide"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+
+
+def _charts(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
+    """Loss, accuracy, and how many classes were compared, where that varies."""
+    legend = " ".join(f"<span>{_dot(colour)}{_text(name)}</span>" for name, colour in colours.items())
+    kept = _kept(rows)
+    charts = (
+        ("training loss", loss_svg(rows), ""),
+        ("test accuracy, % (dotted: zero-shot)", accuracy_svg(rows, metrics["zero_shot"], colours), legend),
+        ("how many classes were compared", kept_svg(kept) if len(kept) > 1 else "", ""),
+    )
+    figures = "".join(
+        f'<figure><figcaption>{title}</figcaption>{svg}<div class="legend">{below}</div></figure>'
+        for title, svg, below in charts
+        if svg
+    )
+    return f'<h2>Training</h2><div class="charts">{figures}</div>' if figures else ""
+
+
+def _kept(rows: list[dict[str, Any]]) -> Counter[int]:
+    """Steps by the number of classes that were compared."""
+    kept: Counter[int] = Counter()
+    for row in rows:
+        kept.update({int(classes): steps for classes, steps in (row.get("kept_histogram") or {}).items()})
+    return kept
+
+
+def _budget(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Where the time of the epochs went, and that of the forward of a step."""
+    seconds: Counter[str] = Counter()
+    for row in rows:
+        seconds.update(row.get("budget") or {})
+    forward = metrics["cost"].get("forward_milliseconds") or {}
+    bars = _bar("in all epochs", seconds, "s") + _bar("in the forward of a step", forward, "ms")
+    return f"<h2>Where the time went</h2>{bars}" if bars else ""
+
+
+def _bar(title: str, times: Mapping[str, float], unit: str) -> str:
+    """One bar, and what its parts are."""
+    total = sum(times.values())
+    if not total:
+        return ""
+    bar, lines = "", ""
+    for (name, part), colour in zip(times.items(), coloured(times).values(), strict=True):
+        share = f"{100 * part / total:.1f}"
+        bar += f'<span title="{_text(name)}, {share} %" style="flex:{share} 0 0;background:{colour}"></span>'
+        lines += f"<tr><td>{_dot(colour)}{_text(name)}</td><td>{part:,.2f} {unit}</td><td>{share} %</td></tr>"
+    return f'<p class="above">{title}</p><div class="bar">{bar}</div><table>{lines}</table>'
+
+
+def _cost(config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
+    trained_on, how = next(iter(metrics["classes"].values())), ",.0f" if len(_kept(rows)) == 1 else ",.1f"
+    lines = {
+        "time of the run": _number(cost["seconds_total"], ",.1f", " s"),
+        "time of an epoch": _number(cost["seconds_per_epoch"], ",.2f", " s"),
+        "time of a step": _number(cost["milliseconds_per_step"], ",.2f", " ms"),
+        "peak memory": _number(cost["peak_memory_mib"], ",.0f", " MiB"),
+        "before the model was loaded": _number(cost["baseline_memory_mib"], ",.0f", " MiB"),
+        "classes compared in a step": _number(kept, how, f" of {trained_on:,}"),
+        "trained parameters": f"{parameters['trained']:,} of {parameters['all']:,}",
+        "checkpoint": _number(metrics.get("checkpoint", {}).get("mib"), ",.1f", " MiB"),
+        "device": _text(f"{cost['device']}, {config.precision}"),
+    }
+    table = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in lines.items() if value != _NOTHING)
+    return f"<h2>Cost</h2><table>{table}</table>"
+
+
+def _gallery(title: str, tests: list[str], cards: list[tuple[str, str]]) -> str:
+    """Cards (test, HTML) below a heading, those of a test together; two tests are open."""
+    parts = {name: "".join(card for test, card in cards if test == name) for name in tests}
+    shown = "".join(
+        f"<details{' open' if place < 2 else ''}><summary>{_text(name)}</summary>"
+        f'<div class="cards">{part}</div></details>'
+        for place, (name, part) in enumerate(parts.items())
+        if part
+    )
+    return f"<h2>{title}</h2>{shown}" if shown else ""
+
+
+def _confusion(confusion: Confusion) -> str:
+    taken = "" if confusion.taken_image is None else _image(confusion.taken_image, confusion.taken_for)
+    return (
+        f'<div class="card pair"><figure>{_image(confusion.image, confusion.label)}'
+        f"<figcaption><b>{_text(confusion.label)}</b></figcaption></figure>"
+        f"<figure>{taken}<figcaption>{confusion.count} of {confusion.of} as <b>{_text(confusion.taken_for)}</b>"
+        "</figcaption></figure></div>"
+    )
+
+
+def _example(example: Example) -> str:
+    answers = "".join(
+        f'<br>{when}: <span class="{"better" if said == example.label else "worse"}">{_text(said)}</span>'
+        for when, said in (("zero-shot", example.zero_shot), ("tuned", example.tuned))
+    )
+    caption = f"<figcaption><b>{_text(example.label)}</b>{answers}</figcaption>"
+    return f'<figure class="card">{_image(example.image, example.label)}{caption}</figure>'
+
+
+def _dot(colour: str) -> str:
+    return f'<span class="dot" style="color:{colour}"></span>'
+
+
+def _image(image: Image.Image, label: str) -> str:
+    """An <img> that holds its picture."""
+    image, buffer = picture(image), io.BytesIO()
+    pixels = max(image.size) <= _PIXEL_ART
+    image.save(buffer, "png" if pixels else "jpeg", quality=80)
+    kind = 'class="pixels" src="data:image/png' if pixels else 'src="data:image/jpeg'
+    return f'<img alt="{_text(label)}" {kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,0 +1,152 @@
+"""The checkpoint of a run: weights in safetensors, all else in state.pt, and never of two different epochs.
+
+The weights of an epoch are written beside the old ones. Then state.pt is replaced, which names their digest: at that
+moment the new epoch takes the place of the old. Then the weights get their name. Whatever the moment at which a process
+is killed, `find` has both halves of one epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..data import InputError
+from ..store import replace_file
+from ..store.digest import digest_file
+
+MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
+FORMAT = 1
+# What torch.load raises for a file that is damaged.
+_NO_STATE: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
+_NO_STATE += (AttributeError, zipfile.BadZipFile)
+
+
+class Checkpoint(NamedTuple):
+    """What a run left: the file of its weights, and the rest."""
+
+    weights: Path
+    state: dict[str, Any]
+
+
+def save(
+    folder: Path, file: str, weights: Mapping[str, Tensor], notes: Mapping[str, str], state: dict[str, Any]
+) -> None:
+    """Replace the checkpoint of a run as a whole.
+
+    Args:
+        folder: Of the run.
+        file: Name of the file of weights.
+        weights: Tensors by name.
+        notes: For the header of that file.
+        state: What `torch.load` reads with `weights_only=True`.
+
+    Raises:
+        InputError: If there is no room, or the folder can't be written; the old checkpoint stays.
+    """
+    following = folder / _following(file)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    try:
+        replace_file(following, lambda temporary: save_file(tensors, temporary, metadata=dict(notes)))
+        state = state | {"format": FORMAT, "weights": {"file": file, "xxh3": digest_file(following)}}
+        replace_file(folder / STATE, lambda temporary: torch.save(state, temporary))
+        os.replace(following, folder / file)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(
+            f"--out: the checkpoint can't be written to {folder}: {_reason(error)} The one before it, if any, is kept; "
+            "make room and go on with --resume."
+        ) from error
+
+
+def find(folder: Path) -> Checkpoint | None:
+    """The last complete checkpoint of a run; what was begun after it is of no account.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    if not (folder / STATE).exists():
+        return None
+    state = _load_state(folder / STATE)
+    named = state["weights"]
+    for path in (folder / named["file"], folder / _following(named["file"])):
+        if path.is_file() and digest_file(path) == named["xxh3"]:
+            return Checkpoint(path, state)
+    raise InputError(
+        f"{folder / named['file']}: missing or damaged: it is not the one that {STATE} belongs to. Tune again with "
+        "--overwrite."
+    )
+
+
+def settle(folder: Path) -> Checkpoint | None:
+    """`find`, and what a killed process left half-done is done: the weights have their name."""
+    found = find(folder)
+    if found is None:
+        return None
+    named = folder / found.state["weights"]["file"]
+    if found.weights != named:
+        os.replace(found.weights, named)
+    remove_leftovers(folder)
+    return Checkpoint(named, found.state)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of files that they wrote."""
+    for path in (*folder.glob(".*.partial"), *(folder / _following(file) for file in (MODEL, DELTA))):
+        path.unlink(missing_ok=True)
+
+
+def weights_of(folder: Path) -> Path:
+    """The file of the weights of a run that may still go on, or was copied without its state.
+
+    Raises:
+        InputError: If there is none, or it is damaged.
+    """
+    found = find(folder)
+    if found is not None:
+        return found.weights
+    for path in (folder / MODEL, folder / DELTA):
+        if path.is_file():
+            return path
+    raise InputError(f"{folder / MODEL}: no such file; the run stopped before its first epoch was complete.")
+
+
+def _following(file: str) -> str:
+    return f".next.{file}"  # with its suffix, by which open_clip knows how to read it
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()  # torch.load does not compare checksums
+        if wrong is not None:
+            raise zipfile.BadZipFile(f"the checksum of {wrong} is another")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
+        raise InputError(f"{path}: damaged, or it holds more than a state; tune again with --overwrite.") from error
+    except _NO_STATE as error:
+        raise InputError(f"{path}: damaged ({_reason(error)}); tune again with --overwrite.") from error
+    if not (isinstance(state, dict) and "format" in state and _names_weights(state.get("weights"))):
+        raise InputError(f"{path}: not the state of a run; tune again with --overwrite.")
+    if state["format"] != FORMAT:
+        raise InputError(
+            f"{path}: written in format {state['format']}, and this version reads {FORMAT}; use the version that wrote "
+            "it, or tune again with --overwrite."
+        )
+    return state
+
+
+def _names_weights(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("file") in (MODEL, DELTA) and isinstance(value.get("xxh3"), str)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return text if text.endswith(".") else f"{text}."

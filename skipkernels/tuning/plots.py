@@ -1,0 +1,136 @@
+"""Curves and bars of report.html, as SVG that is readable on white and on black, and the same in every run."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import Any, TypeGuard
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# For tests and for parts of the time: each has a contrast of at least 3 with white and with #121212, a browser's black.
+COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0", "#1793a5")
+COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
+LOSS, GREY = "#7a5ccc", "#808080"
+
+_BARS = 60  # of a plot in which each number of classes has its own
+_DOTS = 40  # of a line on which they don't touch
+_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none: the same run gives the same bytes
+
+
+def coloured(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name; after the twelfth they begin again.
+
+    >>> coloured(["base", "new"])
+    {'base': '#3b7dd8', 'new': '#cf7a1f'}
+    """
+    return {name: colour for name, colour in zip(names, cycle(COLOURS), strict=False)}
+
+
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether there is a value to show."""
+    return value is not None and math.isfinite(value)
+
+
+def loss_svg(rows: list[dict[str, Any]]) -> str:
+    """Training loss over the epochs; "" where no epoch has one.
+
+    >>> loss_svg([{"epoch": 1, "loss": None}])
+    ''
+    """
+    points = [(row["epoch"], row["loss"]) for row in rows if finite(row.get("loss"))]
+    return figure_svg("loss", "training loss over the epochs", lambda axes: _line(axes, points, LOSS)) if points else ""
+
+
+def accuracy_svg(rows: list[dict[str, Any]], zero_shot: Mapping[str, float | None], colours: Mapping[str, str]) -> str:
+    """Accuracy of tests over the epochs, zero-shot at 0 and dotted; "" where there is no epoch.
+
+    Args:
+        rows: Of metrics.jsonl.
+        zero_shot: Per cent of each test.
+        colours: For each test that is drawn.
+    """
+    steps = [(0, zero_shot), *((row["epoch"], row["accuracy"]) for row in rows)]
+
+    def draw(axes: Axes) -> None:
+        for name, colour in colours.items():
+            points = [(epoch, accuracy[name]) for epoch, accuracy in steps if finite(accuracy.get(name))]
+            _line(axes, points, colour)
+            if points and points[0][0] == 0:
+                axes.axhline(points[0][1], color=colour, linestyle=":", linewidth=1)
+
+    return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
+
+
+def kept_svg(histogram: Mapping[int, int]) -> str:
+    """Steps by the number of classes that were compared, as bars; where there are many numbers, several share a bar."""
+    least, most = min(histogram), max(histogram)
+    width = math.ceil((most - least + 1) / _BARS)
+    bars = dict.fromkeys(range(least, most + 1, width), 0)
+    for classes, steps in histogram.items():
+        bars[least + (classes - least) // width * width] += steps
+
+    def draw(axes: Axes) -> None:
+        middles = [first + (width - 1) / 2 for first in bars]
+        axes.bar(middles, list(bars.values()), width=0.85 * width, color=COLOURS[0])
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.set_ylabel("steps")
+
+    return figure_svg(
+        "kept", "steps by the number of classes compared in them", draw, over="classes compared in a step"
+    )
+
+
+def _line(axes: Axes, points: list[tuple[int, float]], colour: str) -> None:
+    marker = "o" if len(points) <= _DOTS else None
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker, markersize=4, linewidth=1.6)
+
+
+def figure_svg(name: str, label: str, draw: Callable[[Axes], None], *, over: str = "epoch") -> str:
+    """What `draw` puts on axes over whole numbers, as SVG.
+
+    Args:
+        name: Of the plot, different from those on the same page.
+        label: For those who can't see it.
+        draw: Draws.
+        over: What is along the bottom.
+    """
+
+    def framed(axes: Axes) -> None:
+        draw(axes)
+        axes.set_xlabel(over)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+
+    return panels_svg(name, label, [framed], size=(5.2, 3))
+
+
+def panels_svg(name: str, label: str, panels: Sequence[Callable[[Axes], None]], *, size: tuple[float, float]) -> str:
+    """Plots side by side, as SVG; `size` in inches of all, other arguments as of `figure_svg`."""
+    # Text stays text, in the font of the page. What a user's matplotlibrc says does not hold here.
+    with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.patch.set_alpha(0)
+        for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+            draw(axes)
+            axes.tick_params(colors=GREY)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color(GREY)
+            for part in (axes.xaxis.label, axes.yaxis.label):
+                part.set_color(GREY)
+            axes.patch.set_alpha(0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=_METADATA)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    used = set(re.findall(r"#([\w.-]+)", svg))  # the others, such as figure_1, would stand in every plot of a page
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

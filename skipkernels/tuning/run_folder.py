@@ -1,0 +1,183 @@
+"""The folder of a run: what is written when, and what a process may be killed at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..data import InputError
+from ..store import StoreError, replace_file
+from ..store.lock import locked
+from . import checkpoint
+from .config import TuneConfig
+
+METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
+FEW_SHOT = "few_shot.json"
+# metrics.json says that a run is over: of an earlier one's files it goes first, and comes last.
+_FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, checkpoint.MODEL, checkpoint.DELTA)
+_FILES += (FEW_SHOT, CONFIG)
+
+_EVENTS = "events.out.tfevents.*"  # TensorBoard's
+
+
+class RunFolder:
+    """The files of a run. metrics.json appears last, and says whether the run is complete.
+
+    Args:
+        config: The run. Nothing is written before `held`.
+
+    Attributes:
+        path: The folder.
+        rows: Of the epochs that are complete.
+        resumed: Where the run goes on, or None.
+        finished: The metrics of a run that is complete and was to be resumed, or None.
+
+    Raises:
+        InputError: If the folder can't be written, or holds another run, or one whose checkpoint is damaged.
+    """
+
+    def __init__(self, config: TuneConfig):
+        assert config.out is not None
+        self.path, self._config = config.out, config
+        self.rows: list[dict[str, Any]] = []
+        self.resumed: checkpoint.Checkpoint | None = None
+        self.finished: dict[str, Any] | None = None
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out: {self.path} is a file; choose a folder.")
+        parent = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            raise InputError(f"--out: {self.path} can't be made: {parent} is not a folder that can be written to.")
+        self._disk = parent
+        earlier = [name for name in _FILES if (self.path / name).exists()]
+        if config.resume:
+            self._resume(earlier)
+        elif earlier and not config.overwrite:
+            raise InputError(
+                f"--out: {self.path} holds an earlier run ({', '.join(earlier)}); choose another folder, or add "
+                "--overwrite, or --resume."
+            )
+
+    def _resume(self, earlier: list[str]) -> None:
+        found = checkpoint.find(self.path)
+        if found is None:
+            if METRICS in earlier and self._read_metrics().get("epochs"):
+                raise InputError(
+                    f"--resume: {self.path} holds a run without {checkpoint.STATE}; choose another folder, or use "
+                    "--overwrite."
+                )
+            return
+        before, now = found.state["config"], self._config.identity()
+        for name in now:
+            if before.get(name) != now[name]:
+                raise InputError(
+                    f"--resume: {name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; give "
+                    "the same, or choose another folder."
+                )
+        metrics = self._read_metrics() if METRICS in earlier else {}
+        if metrics.get("status") == "complete":
+            self.finished = metrics
+        self.resumed = found
+
+    def _read_metrics(self) -> dict[str, Any]:
+        try:
+            metrics = json.loads((self.path / METRICS).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / METRICS}: damaged; remove it, and --resume again.") from error
+        return metrics if isinstance(metrics, dict) else {}
+
+    def _check_room(self, size: int) -> None:
+        """Two checkpoints must fit: the old one stays until the new one is there."""
+        there = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
+        free = shutil.disk_usage(self._disk).free + there
+        if free < 2 * size:
+            raise InputError(
+                f"--out: {self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB, and {free / 2**20:.0f} "
+                "MiB are free; make room, choose another disk, or add --delta."
+            )
+
+    @contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Begin a run with checkpoints of so many bytes, about, and keep other processes out until its end.
+
+        Raises:
+            InputError: If the folder can't be written, the disk has no room, or another process is at work there.
+        """
+        self._check_room(size)
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path))
+                self._begin()
+            except StoreError as error:
+                raise InputError(f"--out: {error}") from error
+            except OSError as error:
+                raise InputError(f"--out: {self.path} can't be written: {error.strerror}.") from error
+            yield
+
+    def _begin(self) -> None:
+        """Remove what does not go on, metrics first, and write the configuration."""
+        (self.path / METRICS).unlink(missing_ok=True)
+        (self.path / REPORT).unlink(missing_ok=True)
+        if self.resumed is not None:
+            self.resumed = checkpoint.settle(self.path)
+            self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
+        else:
+            for path in (*(self.path / name for name in _FILES), *self.path.glob(_EVENTS)):
+                path.unlink(missing_ok=True)
+            checkpoint.remove_leftovers(self.path)
+        self._write(CONFIG, self._config.to_yaml())
+        if self.rows:
+            self._write_rows()
+
+    def complete_epoch(self, row: dict[str, Any] | None, weights: dict, notes: dict[str, str], state: dict) -> None:
+        """Keep an epoch: its checkpoint, then its row. A method without steps has no row."""
+        rows = self.rows if row is None else [*self.rows, row]
+        state = state | {"config": self._config.identity(), "rows": rows}
+        checkpoint.save(self.path, self.weights_file, weights, notes, state)
+        self.rows = rows
+        self._write_rows()
+
+    @property
+    def weights_file(self) -> str:
+        """Name of the file of weights."""
+        return checkpoint.DELTA if self._config.delta else checkpoint.MODEL
+
+    def _write_rows(self) -> None:
+        self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def finish(self, metrics: dict[str, Any], report: str | None) -> None:
+        """Write the report and then the metrics."""
+        if report is not None:
+            self._write(REPORT, report)
+        self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            replace_file(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--out: {self.path / name} can't be written: {error.strerror}.") from error
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Ctrl-C or termination waits until the block is done. Outside the main thread there is none to wait for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if received:  # again, now that it does no harm
+        signal.raise_signal(received[0])

@@ -1,0 +1,167 @@
+"""What is wrong with arguments, models, checkpoints and folders: one line each, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from skipkernels.cli import main
+from skipkernels.tuning.model import load_model
+from tests.tuning.runs import fails
+
+
+@pytest.fixture
+def damaged(run, tmp_path):
+    """A run of which two files were copied, to be damaged."""
+    folder, _ = run
+    for name in ("config.yaml", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "imagenet"], "no dataset"),
+        (["--data", "glyphs:emoticons"], "draw only 0"),
+        (["--shots", "0"], "every class needs a training image"),
+        (["--classes", "1"], "--classes must be at least 2"),
+        (["--template", "no place"], "templates with one {} each"),
+        (["--targets", "glyphs:greek"], "base-to-new has none"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--model", "ViT-B-61"], "did you mean"),
+        (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
+        (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
+        (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
+        (["--attention", "xformers"], 'attention="xformers" cannot serve here'),
+        (["--skip-layers", "7"], "whole number from 0 to 6"),
+        (["--keep-ratio", "0"], "keep_ratio must be above 0"),
+        (["--decay", "-1"], "decay must be above 0"),
+        (["--max-keep", "0"], "max_keep must be at least 1"),
+        (["--method", "full", "--cache", "c"], "nothing below a cut is kept where every layer trains"),
+        (["--method", "coop", "--cache", "c"], "nothing below a cut is kept"),
+        (["--skip-layers", "0", "--cache", "c"], "with skip_layers=0 there is nothing"),
+        (["--optimizer", "Muon"], "Muon can't be used here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    assert message in fails(["tune", "--shots", "2", "--classes", "12", "--out", tmp_path / "run", *arguments], capsys)
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_unknown_arguments_exit_with_2():
+    with pytest.raises(SystemExit) as exit_:
+        main(["tune", "--shotz", "3"])
+    assert exit_.value.code == 2
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(run, capsys):
+    folder, _ = run
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert "holds an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_run_that_is_replaced_does_not_look_finished(run, tmp_path, monkeypatch):
+    """Metrics go first: a process that is killed then leaves no run that is complete with another's files."""
+    for file in run[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "events.out.tfevents.1").write_text("an earlier run's")
+    removed, unlink = [], type(tmp_path).unlink
+    monkeypatch.setattr(type(tmp_path), "unlink", lambda path, **how: removed.append(path.name) or unlink(path, **how))
+    arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--overwrite", "--out", str(tmp_path)]
+    assert main(["tune", *arguments]) == 0
+    order = [name for name in removed if (run[0] / name).exists() and not name.startswith(".")]
+    assert order[0] == "metrics.json" and order.index("state.pt") < order.index("model.safetensors")
+    assert "events.out.tfevents.1" in removed
+
+
+def test_out_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails(["tune", "--out", tmp_path / "file"], capsys)
+
+
+def test_out_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "not a folder that can be written to" in fails(["tune", "--out", tmp_path / "file" / "run"], capsys)
+
+
+def test_eval_without_a_run(tmp_path, capsys):
+    assert "no such file" in fails(["eval", "--checkpoint", tmp_path], capsys)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 5000])
+def test_a_truncated_checkpoint(damaged, keep, capsys):
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "not usable as weights" in fails(["eval", "--checkpoint", damaged], capsys)
+
+
+def test_a_checkpoint_of_another_model(damaged, capsys):
+    save_file({"weight": torch.zeros(2)}, damaged / "model.safetensors")
+    assert "not usable as weights" in fails(["eval", "--checkpoint", damaged], capsys)
+
+
+def test_changes_of_other_weights(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--delta", "--out", str(out)]
+    assert main(["tune", *arguments]) == 0
+    config = (out / "config.yaml").read_text().replace("pretrained: null", "pretrained: random")
+    (out / "config.yaml").write_text(config)
+    assert "changes of other first weights" in fails(["eval", "--checkpoint", out], capsys)
+
+
+def test_a_checkpoint_of_another_method(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--batch-size", "24"]
+    assert main(["tune", *arguments, "--method", "clip-adapter", "--out", str(out)]) == 0
+    config = (out / "config.yaml").read_text().replace("method: clip-adapter", "method: coop")
+    (out / "config.yaml").write_text(config)
+    assert "coop: the state has" in fails(["eval", "--checkpoint", out], capsys)
+
+
+def test_a_pickle_is_not_executed(tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "model.pt")
+    assert "not usable as weights" in fails(
+        ["tune", "--pretrained", tmp_path / "model.pt", "--out", tmp_path / "r"], capsys
+    )
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("content", [[1], "text", {"state_dict": {}}], ids=["list", "text", "empty"])
+def test_files_that_are_no_weights(tmp_path, content, capsys):
+    torch.save(content, tmp_path / "model.pt")
+    arguments = ["tune", "--pretrained", tmp_path / "model.pt", "--out", tmp_path / "run"]
+    assert "not usable as weights" in fails(arguments, capsys)
+
+
+def test_eval_takes_the_runs_own_checkpoint_only(run, capsys):
+    assert "folder of a run" in fails(["eval", "--checkpoint", run[0] / "other.safetensors"], capsys)
+
+
+def test_a_tokenizer_that_cannot_be_had(monkeypatch, tmp_path, capsys):
+    def get_tokenizer(name):
+        raise OSError("We couldn't connect to load the files.")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", get_tokenizer)
+    error = fails(["tune", "--out", tmp_path / "run"], capsys)
+    assert "tokenizer of glyph-tiny" in error and "couldn't connect" in error and "pip install" in error
+
+
+def test_the_transform_of_a_tag_does_not_need_its_weights():
+    tag = "laion2b_s32b_b82k"  # normalised with 0.5, where OpenAI's models take 0.48145466
+    _, transform, _ = load_model("ViT-L-14", tag, torch.device("cpu"), architecture_only=True)
+    assert "0.5, 0.5, 0.5" in str(transform)
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "class_sampled_ce" in out

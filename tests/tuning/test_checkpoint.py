@@ -1,0 +1,126 @@
+"""The two files of a checkpoint: never of two epochs, whatever happens while they are written; checked when read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from skipkernels.data import InputError
+from skipkernels.store import atomic
+from skipkernels.tuning import checkpoint
+from skipkernels.tuning.weights import header
+
+
+class Killed(BaseException):
+    """In place of a signal that nothing can catch."""
+
+
+def save(folder: Path, epoch: int, file: str = checkpoint.MODEL) -> None:
+    checkpoint.save(folder, file, {"weight": torch.full((3,), float(epoch))}, {"holds": "model"}, {"epoch": epoch})
+
+
+def there(folder: Path) -> int | None:
+    """The epoch of what is found; weights and state are of the same one."""
+    found = checkpoint.find(folder)
+    if found is None:
+        return None
+    weights = torch.tensor(list(found.weights.read_bytes()[-12:]), dtype=torch.uint8).view(torch.float32)
+    assert weights.tolist() == [found.state["epoch"]] * 3
+    assert header(found.weights) == {"holds": "model"}
+    return found.state["epoch"]
+
+
+def test_what_is_saved_is_found(tmp_path):
+    assert there(tmp_path) is None and checkpoint.settle(tmp_path) is None
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+        assert there(tmp_path) == epoch
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("renaming", [1, 2, 3])
+def test_a_kill_at_each_renaming_leaves_one_epoch_or_the_other(tmp_path, monkeypatch, renaming, after):
+    save(tmp_path, 1)
+    replace, calls = os.replace, iter(range(1, 100))
+
+    def killed(*names):
+        number = next(calls)
+        if number == renaming and not after:
+            raise Killed
+        replace(*names)
+        if number == renaming:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(atomic.Path, "unlink", lambda *args, **kwargs: None)  # a killed process cleans nothing up
+    with pytest.raises(Killed):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    expected = 1 if (renaming, after) < (2, True) else 2
+    assert there(tmp_path) == expected
+    settled = checkpoint.settle(tmp_path)
+    assert settled is not None and settled.weights == tmp_path / "model.safetensors" and there(tmp_path) == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
+    save(tmp_path, 3)
+    assert there(tmp_path) == 3
+
+
+def test_weights_without_a_state_are_used_as_they_are(tmp_path):
+    with pytest.raises(InputError, match="before its first epoch was complete"):
+        checkpoint.weights_of(tmp_path)
+    save(tmp_path, 1, checkpoint.DELTA)
+    (tmp_path / "state.pt").unlink()
+    assert checkpoint.weights_of(tmp_path) == tmp_path / "delta.safetensors"
+
+
+def test_a_state_that_is_damaged_is_named(tmp_path):
+    save(tmp_path, 1)
+    content = (tmp_path / "state.pt").read_bytes()
+    for keep in (0, 1, 100, len(content) // 2, len(content) - 1):
+        (tmp_path / "state.pt").write_bytes(content[:keep])
+        with pytest.raises(InputError, match=r"state\.pt: damaged"):
+            checkpoint.find(tmp_path)
+
+
+def test_a_state_executes_nothing(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    torch.save({"format": 1, "weights": Bomb()}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="holds more than a state"):
+        checkpoint.find(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([1], "not the state of a run"),
+        ({"format": 1}, "not the state of a run"),
+        ({"format": 1, "weights": {"file": "../other.safetensors", "xxh3": ""}}, "not the state of a run"),
+        ({"format": 2, "weights": {"file": "model.safetensors", "xxh3": ""}}, "written in format 2"),
+    ],
+)
+def test_a_state_of_something_else(tmp_path, state, message):
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=message):
+        checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_flipped_bit_does_no_harm(tmp_path, name):
+    save(tmp_path, 1)
+    whole, found = (tmp_path / name).read_bytes(), 0
+    expected = checkpoint.find(tmp_path)
+    for place in range(0, len(whole), 5):
+        (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            assert checkpoint.find(tmp_path) == expected, "a place of the archive that nobody reads"
+        except InputError:
+            found += 1
+    assert found > (0.99 if name == "model.safetensors" else 0.3) * len(whole) / 5

@@ -1,0 +1,174 @@
+"""What ends a run before its time, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+
+from skipkernels.cli import main
+from skipkernels.data import InputError
+from skipkernels.methods import Skip
+from skipkernels.methods.base import StepOutput
+from skipkernels.tuning import checkpoint, evaluate_run, tune
+from skipkernels.tuning.evaluation import task_of
+from tests.tuning.runs import fails, files, rows, small
+
+ARGUMENTS = ["tune", "--shots", "4", "--classes", "12"]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Lets something happen in place of a step, counted from 1."""
+
+    def let(number: int, happen) -> None:
+        step, calls = Skip.step, iter(range(1, 1000))
+
+        def other(self, inputs, labels):
+            return happen(self, inputs, labels) if next(calls) == number else step(self, inputs, labels)
+
+        monkeypatch.setattr(Skip, "step", other)
+
+    return let
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def not_a_number(self, inputs, labels):
+    return StepOutput(self.clip(inputs, labels).loss * torch.tensor(float("nan")), 5)
+
+
+def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, at_step):
+    at_step(10, interrupt)  # in the second epoch of six steps
+    with pytest.raises(KeyboardInterrupt):
+        tune(small(tmp_path))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["status"], metrics["epochs"], metrics["steps"]) == ("interrupted", 1, 6)
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+    assert "interrupted after 1 epoch" in (tmp_path / "report.html").read_text()
+
+
+def test_ctrl_c_before_the_first_epoch_says_so(tmp_path, at_step):
+    at_step(1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tune(small(tmp_path))
+    assert files(tmp_path) == {"config.yaml", "metrics.json"}
+    with pytest.raises(InputError, match="before its first epoch"):
+        evaluate_run(tmp_path)
+
+
+def test_termination_leaves_what_ctrl_c_leaves(tmp_path, at_step):
+    at_step(1, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 130
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 50])
+def test_a_loss_that_is_not_finite_names_its_batch(tmp_path, at_step, log_every):
+    seen = []
+
+    def bad(self, inputs, labels):
+        seen.append(labels.tolist())
+        return not_a_number(self, inputs, labels)
+
+    at_step(9, bad)
+    with pytest.raises(FloatingPointError, match="the loss of batch 3 of epoch 2 is nan") as error:
+        tune(small(tmp_path, log_every=log_every))
+    task = task_of(small(tmp_path).resolved())
+    images, names = re.search(r"training images ([\d, ]+) of (.*)\. Lower", str(error.value)).groups()
+    labels = [task.train[int(image)][1] for image in images.split(", ")]
+    assert labels == seen[0], "the images are those of the step"
+    assert names == ", ".join(dict.fromkeys(task.tests[0].classes[label] for label in labels))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["status"] == "diverged" and metrics["epochs"] == 1 and len(rows(tmp_path)) == 1
+    assert evaluate_run(tmp_path) == metrics["tuned"] == rows(tmp_path)[0]["accuracy"]
+
+
+def test_weights_that_are_not_finite_after_the_last_batch_are_not_kept(tmp_path, at_step):
+    def spoil(self, inputs, labels):
+        loss = self.clip(inputs, labels).loss
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+        return StepOutput(loss, 5)
+
+    at_step(12, spoil)
+    with pytest.raises(FloatingPointError, match="after the last batch of epoch 2 weights are not finite"):
+        tune(small(tmp_path))
+    assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"]
+
+
+def test_rates_that_are_too_high(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*ARGUMENTS, "--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "1e-4"]
+    assert main([*arguments, "--text-lr", "1e18", "--image-lr", "1e18", "--out", str(out)]) == 1
+    assert "the loss of batch" in capsys.readouterr().err
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["status"] == "diverged" and metrics["epochs"] == 1
+    assert evaluate_run(out) == metrics["tuned"]
+
+
+# ---- memory and disk -----------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_in_a_step_is_one_line(tmp_path, at_step, capsys):
+    at_step(2, lambda *args: torch.empty(2**60))
+    message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
+    assert "memory is used up" in message and "--memory min" in message
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# What changed takes three megabytes, and what AdamW keeps of it six.
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [(20 << 20, {}), (5 << 20, {"optimizer": "AdamW", "delta": True}), (100, {})],
+    ids=["the weights", "the state", "all"],
+)
+def test_a_disk_that_is_full_leaves_the_epoch_before(tmp_path, at_step, small_disk, size, changes):
+    def fill(self, inputs, labels):
+        small_disk(size)
+        return StepOutput(self.clip(inputs, labels).loss, 5)
+
+    at_step(9, fill)
+    with pytest.raises(InputError, match="the checkpoint can't be written.* go on with --resume"):
+        tune(small(tmp_path, **changes))
+    small_disk(resource.RLIM_INFINITY)
+    assert not (tmp_path / "metrics.json").exists(), "it does not look finished"
+    assert not list(tmp_path.glob(".*.partial"))
+    assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
+    assert tune(small(tmp_path, resume=True, **changes))["epochs"] == 2
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path, monkeypatch, capsys):
+    usage = type("Usage", (), {"free": 40 << 20})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
+    assert "needs room for two checkpoints of 31 MiB, and 40 MiB are free" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, capsys):
+    from skipkernels.store.lock import locked
+
+    with locked(tmp_path):
+        assert "is at work in it" in fails([*ARGUMENTS, "--out", tmp_path], capsys)
+    assert not (tmp_path / checkpoint.STATE).exists()
