@@ -24,8 +24,10 @@ LAYERS = [
     ("clip",),
     ("cache",),
     ("data",),
+    ("methods",),
     ("tuning",),
-    ("integrations", "cli", "cli_cache", "__main__"),
+    ("analysis", "studies"),
+    ("integrations", "cli", "cli_analyze", "cli_cache", "cli_study", "__main__"),
 ]
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LIGHT = ("triton", "open_clip", "torchvision", "matplotlib", "xformers", "transformers", "skipkernels.ops")

@@ -1,0 +1,121 @@
+"""`skipkernels protocol` and `skipkernels compare`: many runs, one table, one picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+from rich.console import Console
+
+from skipkernels.data import InputError, Protocol
+from skipkernels.studies import SHOTS, Ablated, Study, ablate, compare, picture, run_protocol
+from skipkernels.tuning import TuneConfig
+from skipkernels.tuning.config import Method
+
+# What a study sets itself, run by run.
+_OWN = ("protocol", "seed", "out", "overwrite", "resume")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolConfig:
+    """Run a protocol of the paper over several seeds: a table, a JSON and a picture. All options of tune hold.
+
+    The same command after Ctrl-C goes on; runs that are complete are not run again.
+    """
+
+    name: tyro.conf.Positional[Protocol | Literal["all"]]
+    """base-to-new, cross-dataset, domain-generalization, few-shot, or all four."""
+    run: Annotated[TuneConfig, tyro.conf.arg(name="")]
+    """Settings of every run."""
+    seeds: int = 3
+    """How many: 0, 1, …"""
+    numbers_of_shots: tuple[int, ...] = SHOTS
+    """Training images of each class, for few-shot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Compare methods, or settings of Skip Tuning, on one machine in one run. All options of tune hold.
+
+    What isn't given is each method's own recipe. The same command after Ctrl-C goes on.
+    """
+
+    run: Annotated[TuneConfig, tyro.conf.arg(name="")]
+    """Settings of every run."""
+    methods: tuple[Method, ...] = get_args(Method)
+    """Which."""
+    seeds: int = 3
+    """How many: 0, 1, …"""
+    ablate: Ablated | None = None
+    """Skip Tuning with several values of a setting, in place of methods."""
+    values: tuple[int | float, ...] = ()
+    """Of that setting."""
+
+
+def run_protocols(command: ProtocolConfig, out: Console, err: Console) -> None:
+    """Run `skipkernels protocol`.
+
+    Raises:
+        InputError: For what can't be used.
+    """
+    base, seeds = _checked(command.run, command.seeds)
+    if command.run.protocol != TuneConfig.protocol:
+        raise InputError(f"--protocol: here it is named first: skipkernels protocol {command.run.protocol}.")
+    names: tuple[Protocol, ...] = get_args(Protocol) if command.name == "all" else (command.name,)
+    for name in names:
+        folder = command.run.out or Path("runs", "protocols", _slug(base))
+        study = run_protocol(
+            base,
+            name,
+            seeds,
+            folder / name,
+            err,
+            shots=command.numbers_of_shots,
+            overwrite=command.run.overwrite,
+        )
+        _show(study, folder / name, out)
+
+
+def run_comparison(command: CompareConfig, out: Console, err: Console) -> None:
+    """Run `skipkernels compare`.
+
+    Raises:
+        InputError: For what can't be used.
+    """
+    base, seeds = _checked(command.run, command.seeds)
+    base = dataclasses.replace(base, protocol=command.run.protocol)
+    overwrite = command.run.overwrite
+    if command.ablate is not None:
+        folder = command.run.out or Path("runs", f"ablate-{command.ablate}", _slug(base))
+        study = ablate(base, command.ablate, command.values, seeds, folder, err, overwrite=overwrite)
+    else:
+        if command.values:
+            raise InputError("--values are those of a setting; add --ablate skip_layers, keep_ratio or decay.")
+        folder = command.run.out or Path("runs", "compare", _slug(base))
+        study = compare(base, command.methods, seeds, folder, err, overwrite=overwrite)
+    _show(study, folder, out)
+
+
+def _checked(run: TuneConfig, seeds: int) -> tuple[TuneConfig, range]:
+    """The settings of every run, and the seeds."""
+    if not 1 <= seeds <= 1000:
+        raise InputError(f"--seeds must be from 1 to 1000, how many there are; got {seeds}.")
+    if run.resume:
+        raise InputError("--resume: a study goes on by itself where it was; leave it out.")
+    if run.seed != TuneConfig.seed:
+        raise InputError(f"--seed: the seeds of a study are 0, 1, …; got {run.seed}. Use --seeds.")
+    defaults = {name: getattr(TuneConfig, name) for name in _OWN}
+    return dataclasses.replace(run, **defaults), range(seeds)
+
+
+def _slug(config: TuneConfig) -> str:
+    return f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
+
+
+def _show(study: Study, folder: Path, out: Console) -> None:
+    paths = study.write(folder, picture(study))
+    for table in study.tables():
+        out.print(table)
+    out.print(f"  {'  '.join(map(str, paths))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,137 @@
+"""Many runs of the tuner, one after the other, each in a process of its own, and what they say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from ..data import InputError
+from ..tuning import TuneConfig, tune
+from ..tuning.run_folder import CONFIG, METRICS
+
+RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that are compared with others.
+
+    Attributes:
+        name: As tables have it, and the folder of its runs.
+        config: All but the seed and the folder.
+    """
+
+    name: str
+    config: TuneConfig
+
+
+class Result(NamedTuple):
+    """A run: of which variant, with which seed, and what its metrics.json holds."""
+
+    variant: str
+    seed: int
+    metrics: dict[str, Any]
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (of a sample) of some runs; of a single one there is no deviation."""
+
+    mean: float
+    deviation: float | None
+
+    def text(self, digits: int = 1) -> str:
+        """For a table.
+
+        >>> Spread(75.25, 1.0).text(), Spread(75.25, None).text()
+        ('75.2 ± 1.0', '75.2')
+        """
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{deviation}"
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Of values that are all there; None if one is not.
+
+    >>> spread([1.0, 3.0])
+    Spread(mean=2.0, deviation=1.4142135623730951)
+    >>> spread([1.0, None]) is None
+    True
+    """
+    known = []
+    for value in values:
+        if value is None:
+            return None
+        known.append(value)
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None) if known else None
+
+
+def execute(
+    variants: Sequence[Variant], seeds: Sequence[int], folder: Path, console: Console, *, overwrite: bool = False
+) -> list[Result]:
+    """Run every variant with every seed; variants in turn, so that a slow hour of the machine hits them alike.
+
+    A process of its own makes times and peaks of memory comparable. A run that is complete in the folder is not run
+    again, one that was cut off goes on; so the same command after Ctrl-C goes on, too.
+
+    Args:
+        variants: With different names.
+        seeds: Of training images, order and draws.
+        folder: A run is in `folder/runs/VARIANT-SEED`.
+        console: Where progress is shown.
+        overwrite: Run all again.
+
+    Raises:
+        InputError: If a run's settings can't be used, or its folder holds one with others.
+    """
+    results = []
+    planned = [(variant, seed) for seed in seeds for variant in variants]
+    for number, (variant, seed) in enumerate(planned, 1):
+        out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
+        config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False).resolved()
+        metrics = None if overwrite else _complete(config)
+        if metrics is None:
+            console.print(f"[bold]{number} of {len(planned)}[/bold]  {variant.name}, seed {seed}", highlight=False)
+            resume = not overwrite and (out / CONFIG).exists()
+            metrics = _apart(dataclasses.replace(config, resume=resume))
+        results.append(Result(variant.name, seed, metrics))
+    return results
+
+
+def _complete(config: TuneConfig) -> dict[str, Any] | None:
+    """Metrics of a run that is complete in its folder with these settings."""
+    assert config.out is not None
+    if not (config.out / METRICS).exists():
+        return None
+    kept = TuneConfig.from_yaml(config.out / CONFIG)
+    differing = config.differs_from(kept)
+    if differing:
+        raise InputError(
+            f"--out: {config.out} holds a run with another {' and '.join(differing)}; choose another folder, or add "
+            "--overwrite."
+        )
+    metrics = json.loads((config.out / METRICS).read_text())
+    return metrics if metrics["status"] == "complete" else None
+
+
+def _apart(config: TuneConfig) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_run, config).result()
+
+
+def _run(config: TuneConfig) -> dict[str, Any]:
+    return tune(config, Console(stderr=True))
+
+
+def by_variant(results: Sequence[Result], value: Callable[[dict[str, Any]], float | None]) -> dict[str, Spread | None]:
+    """Of each variant, in order: mean and deviation of a value over its seeds."""
+    names = dict.fromkeys(result.variant for result in results)
+    return {name: spread(value(r.metrics) for r in results if r.variant == name) for name in names}

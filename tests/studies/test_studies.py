@@ -1,0 +1,164 @@
+"""Many runs: what is run, what is not run again, and what is written of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from rich.console import Console
+
+from skipkernels.cli import main
+from skipkernels.data import InputError
+from skipkernels.studies import ablate, compare, picture, run_protocol, runs
+from skipkernels.studies.runs import Spread, Variant, execute, spread
+from skipkernels.studies.study import Column, Study, accuracy, cost
+from skipkernels.tuning import TuneConfig
+
+QUIET = Console(quiet=True)
+TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The configs of runs that would have been run, each of which is complete at once."""
+    found = []
+
+    def complete(config: TuneConfig) -> dict:
+        found.append(config)
+        value = 10.0 * len(found)
+        metrics = {
+            "status": "complete",
+            "protocol": config.protocol,
+            "zero_shot": {"base": 5.0, "new": None},
+            "tuned": {"base": value, "new": None},
+            "kept_classes": 3,
+            "parameters": {"trained": 7},
+            "cost": {"seconds_tuning": value, "milliseconds_per_step": None, "peak_memory_mib": 100.0},
+        }
+        assert config.out is not None
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "config.yaml").write_text(config.to_yaml())
+        (config.out / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(runs, "_apart", complete)
+    return found
+
+
+def two(**changes) -> list[Variant]:
+    changed = dataclasses.replace(TINY, **changes)
+    return [Variant("a", changed), Variant("b", dataclasses.replace(changed, decay=0.5))]
+
+
+def test_variants_take_turns_and_each_run_has_its_folder(ran, tmp_path):
+    results = execute(two(), range(2), tmp_path, QUIET)
+    assert [(result.variant, result.seed) for result in results] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [(config.seed, config.decay) for config in ran] == [(0, 0.3), (0, 0.5), (1, 0.3), (1, 0.5)]
+    assert [config.out for config in ran] == [tmp_path / "runs" / name for name in ("a-0", "b-0", "a-1", "b-1")]
+    assert not any(config.resume or config.overwrite for config in ran)
+
+
+def test_what_is_complete_is_not_run_again_and_what_was_cut_off_goes_on(ran, tmp_path):
+    first = execute(two(), range(2), tmp_path, QUIET)
+    (tmp_path / "runs" / "b-0" / "metrics.json").unlink()
+    del ran[:]
+    again = execute(two(), range(2), tmp_path, QUIET)
+    assert [(config.out.name, config.resume) for config in ran] == [("b-0", True)]
+    assert [result for result in again if (result.variant, result.seed) != ("b", 0)] == [first[0], *first[2:]]
+    del ran[:]
+    execute(two(), range(2), tmp_path, QUIET, overwrite=True)
+    assert len(ran) == 4 and all(config.overwrite and not config.resume for config in ran)
+
+
+def test_runs_with_other_settings_are_refused_by_name(ran, tmp_path):
+    execute(two(), range(1), tmp_path, QUIET)
+    with pytest.raises(InputError, match="a-0 holds a run with another shots; choose another folder, or add"):
+        execute(two(shots=3), range(1), tmp_path, QUIET)
+
+
+def test_mean_and_deviation():
+    assert spread([2.0, 4.0, 6.0]) == Spread(4.0, 2.0)
+    assert spread([2.0]) == Spread(2.0, None)
+    assert spread([]) is None and spread([None, 2.0]) is None
+
+
+def test_a_study_is_a_table_a_json_and_a_picture(ran, tmp_path):
+    study = compare(TINY, ["skip", "zero-shot"], range(2), tmp_path, QUIET)
+    assert [config.method for config in ran] == ["skip", "zero-shot"] * 2
+    summary = study.summary()
+    assert summary["skip"]["accuracy, %"]["base"] == spread([10.0, 30.0])
+    assert summary["zero-shot"]["accuracy, %"]["base"] == spread([20.0, 40.0])
+    assert summary["skip"]["accuracy, %"]["new"] is None and summary["skip"]["cost"]["step, ms"] is None
+    svg = picture(study)
+    assert ElementTree.fromstring(svg).tag.endswith("svg") and svg == picture(study)
+    assert "zero-shot" in svg and "peak, MiB" in svg
+    paths = study.write(tmp_path, svg)
+    assert [path.name for path in paths] == ["compare.json", "compare.svg"]
+    written = json.loads(paths[0].read_text())
+    assert written["seeds"] == [0, 1] and len(written["runs"]) == 4
+    assert written["summary"]["skip"]["accuracy, %"]["base"] == [20.0, 200**0.5]
+    accuracies, costs = study.tables()
+    assert list(accuracies.columns[1].cells) == ["20.0 ± 14.1", "30.0 ± 14.1"]
+    assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100 ± 0", "100 ± 0"]
+
+
+def test_few_shot_goes_through_numbers_of_shots(ran, tmp_path):
+    study = run_protocol(TINY, "few-shot", range(1), tmp_path, QUIET, shots=(1, 4))
+    assert [(config.protocol, config.shots) for config in ran] == [("few-shot", 1), ("few-shot", 4)]
+    assert list(study.summary()) == ["1 shot", "4 shots"]
+    assert ElementTree.fromstring(picture(study)).tag.endswith("svg")
+
+
+def test_other_protocols_have_a_bar_for_each_test(ran, tmp_path):
+    study = run_protocol(TINY, "cross-dataset", range(1), tmp_path, QUIET)
+    assert [config.protocol for config in ran] == ["cross-dataset"]
+    (table,) = study.tables()
+    assert [column.header for column in table.columns] == ["2 shots", "zero-shot", "tuned"]
+    assert [list(column.cells) for column in table.columns] == [["base", "new"], ["5.0", "–"], ["10.0", "–"]]
+    assert ElementTree.fromstring(picture(study)).tag.endswith("svg")
+
+
+def test_ablations_change_one_setting(ran, tmp_path):
+    study = ablate(TINY, "skip_layers", (0, 0.5), range(1), tmp_path, QUIET)
+    assert [config.skip_layers for config in ran] == [0, 0.5]
+    assert study.name == "ablate-skip_layers" and list(study.summary()) == ["skip_layers 0", "skip_layers 0.5"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    study = Study("s", "t", [], [Column("g", "c", cost("x"))])
+    with pytest.raises(InputError, match="--out: .*file can't be written"):
+        study.write(tmp_path / "file", "")
+    assert accuracy("base")({"tuned": {"base": 1.0}}) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--methods", "skip", "skip"], "--methods: got skip skip; name each once"),
+        (["compare", "--seeds", "0"], "--seeds must be from 1 to 1000"),
+        (["compare", "--values", "1"], "--values are those of a setting; add --ablate"),
+        (["compare", "--seed", "3"], "--seed: the seeds of a study are 0, 1, …; got 3"),
+        (["protocol", "few-shot", "--resume"], "--resume: a study goes on by itself"),
+        (["protocol", "few-shot", "--protocol", "cross-dataset"], "here it is named first: skipkernels protocol cross"),
+        (["protocol", "base-to-new", "--shots", "0"], "--shots must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_for_real(tmp_path, capsys):
+    arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --classes 6 --device cpu".split()
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "linear-probe" in capsys.readouterr().out
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["summary"]["linear-probe"]["accuracy, %"]["new"] is None
+    zero_shot = found["summary"]["zero-shot"]["accuracy, %"]["new"]
+    assert zero_shot == [found["runs"][1]["metrics"]["zero_shot"]["new"], None]
+    assert (tmp_path / "runs" / "zero-shot-0" / "report.html").exists()
