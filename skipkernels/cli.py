@@ -1,4 +1,4 @@
-"""The command line: `skipkernels tune`, `eval`, `cache` and `doctor`. Arguments only; the work is done elsewhere."""
+"""The command line: `skipkernels` and its subcommands. Arguments only; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 import skipkernels
-from skipkernels import cli_cache
+from skipkernels import cli_analyze, cli_cache, cli_study
 from skipkernels.data import InputError
 from skipkernels.store import StoreError
 from skipkernels.tuning import TuneConfig, evaluate_run, tune
-from skipkernels.tuning.evaluation import CHECKPOINT
+from skipkernels.tuning.checkpoint import DELTA, MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EvalConfig:
     """Compute the accuracy of a run's checkpoint again."""
 
     checkpoint: Path
-    """Folder of the run, or the model.safetensors in it."""
+    """Folder of the run, or the model.safetensors or delta.safetensors in it."""
     device: str | None = None
     """Where to compute; by default where the run did."""
     json: bool = False
@@ -46,6 +46,9 @@ class DoctorConfig:
 Command = (
     Annotated[TuneConfig, tyro.conf.subcommand("tune")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
+    | Annotated[cli_study.ProtocolConfig, tyro.conf.subcommand("protocol")]
+    | Annotated[cli_study.CompareConfig, tyro.conf.subcommand("compare")]
+    | Annotated[cli_analyze.AnalyzeConfig, tyro.conf.subcommand("analyze")]
     | Annotated[cli_cache.CacheConfig, tyro.conf.subcommand("cache")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
 )
@@ -67,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
                 _tune(command, out, err)
             elif isinstance(command, EvalConfig):
                 _eval(command, out)
+            elif isinstance(command, cli_study.ProtocolConfig):
+                cli_study.run_protocols(command, out, err)
+            elif isinstance(command, cli_study.CompareConfig):
+                cli_study.run_comparison(command, out, err)
+            elif isinstance(command, cli_analyze.AnalyzeConfig):
+                return cli_analyze.run(command, out, err)
             elif isinstance(command, cli_cache.CacheConfig):
                 return cli_cache.run(command.action, out, err)
             else:
@@ -78,7 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
         err.print(f"[red]failed[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 1
     except KeyboardInterrupt:
-        err.print("interrupted: complete epochs, if any, are in the folder of the run", highlight=False)
+        left = "complete epochs, if any, are in the folder of the run"
+        if isinstance(command, cli_cache.CacheConfig):
+            left = "what is complete is in the folder; cache build goes on from there with --resume"
+        err.print(f"interrupted: {left}", highlight=False)
         return 130
     return 0
 
@@ -106,40 +118,46 @@ def _tune(command: TuneConfig, out: Console, err: Console) -> None:
     table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
     for column in ("zero-shot", "tuned", "change"):
         table.add_column(column, justify="right")
-    for key in ("base", "new", "harmonic"):
-        before, after = metrics["zero_shot"][key], metrics["tuned"][key]
-        table.add_row(key, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
+    for key, before in metrics["zero_shot"].items():
+        after = metrics["tuned"][key]
+        change = None if before is None or after is None else after - before
+        table.add_row(key, _number(before, ".2f"), _number(after, ".2f"), _number(change, "+.2f"))
     out.print(table)
-    cost = metrics["cost"]
+    cost, kept, first = metrics["cost"], metrics["checkpoint"], next(iter(metrics["classes"].values()))
     costs = Table(show_header=False)
-    for name, value in (
-        ("time of an epoch", f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms a step"),
-        ("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}"),
-        (
-            "peak memory",
-            f"{cost['peak_memory_mib']:.0f} MiB, of which {cost['baseline_memory_mib']:.0f} before the model",
-        ),
-        ("classes compared", f"{metrics['kept_classes']:.1f} of {metrics['classes']['base']} a step"),
-        ("results", str(config.out)),
-    ):
-        costs.add_row(name, value)
+    if metrics["steps"]:
+        pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms a step"
+        costs.add_row("time of an epoch", pace)
+        costs.add_row("classes compared", f"{metrics['kept_classes']:.1f} of {first} a step")
+    costs.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
+    before_model = f"{cost['baseline_memory_mib']:.0f} before the model"
+    costs.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {before_model}")
+    part = f" of {kept['mib_of_all']}" if config.delta else ""
+    costs.add_row("weights", f"{kept['file']}, {kept['mib']}{part} MiB")
+    costs.add_row("results", str(config.out))
     out.print(costs)
-    out.print("  report.html  metrics.json  metrics.jsonl  model.safetensors  config.yaml", highlight=False)
+    names = ("report.html", "metrics.json", "metrics.jsonl", kept["file"], "state.pt", "config.yaml")
+    there = [name for name in names if config.out is not None and (config.out / name).exists()]
+    out.print("  " + "  ".join(there), highlight=False, soft_wrap=True)
+
+
+def _number(value: float | None, how: str) -> str:
+    return "–" if value is None else f"{value:{how}}"
 
 
 def _eval(command: EvalConfig, out: Console) -> None:
     named = command.checkpoint.suffix == ".safetensors"
-    if named and command.checkpoint.name != CHECKPOINT:
-        raise InputError(f"--checkpoint must be the folder of a run or its {CHECKPOINT}; got {command.checkpoint}.")
+    if named and command.checkpoint.name not in (MODEL, DELTA):
+        raise InputError(f"--checkpoint must be the folder of a run or its {MODEL}; got {command.checkpoint}.")
     folder = command.checkpoint.parent if named else command.checkpoint
-    accuracy = evaluate_run(folder, device=command.device)
+    accuracies = evaluate_run(folder, device=command.device)
     if command.json:
-        print(json.dumps(accuracy.as_dict()))
+        print(json.dumps(accuracies))
         return
     table = Table("accuracy, %", title=str(folder))
     table.add_column("tuned", justify="right")
-    for key, value in accuracy.as_dict().items():
-        table.add_row(key, f"{value:.2f}")
+    for key, value in accuracies.items():
+        table.add_row(key, _number(value, ".2f"))
     out.print(table)
 
 
