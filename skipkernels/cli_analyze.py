@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from skipkernels.store import replace_file
 from skipkernels.tuning import TuneConfig
 from skipkernels.tuning.evaluation import task_of
 from skipkernels.tuning.model import load_model
+from skipkernels.tuning.run_folder import check_can_be_made
 
 ANALYSIS, SHIFT, SPREAD = "analysis.json", "shift.svg", "spread.svg"
 _RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -113,11 +113,7 @@ def run(action: AnalyzeConfig, out: Console, err: Console) -> int:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out: {folder} is a file; choose a folder.")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise InputError(f"--out: {folder} can't be made: {parent} is not a folder that can be written to.")
+    check_can_be_made(folder)
     earlier = [name for name in (ANALYSIS, SHIFT, SPREAD) if (folder / name).exists()]
     if earlier and not overwrite:
         raise InputError(

@@ -141,8 +141,8 @@ class SkipCLIP(nn.Module):
             raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
         self._image.memory = self._text.memory = memory
         self._image.attention = self._text.attention = self._backend(attention)
-        self._image.skip = _blocks_to_skip(pair[0], len(self._image.blocks), "image")
-        self._text.skip = _blocks_to_skip(pair[1], len(self._text.blocks), "text")
+        self._image.skip = blocks_to_skip(pair[0], len(self._image.blocks), "image")
+        self._text.skip = blocks_to_skip(pair[1], len(self._text.blocks), "text")
         self._freeze(train_logit_scale)
         self._class_embeddings: tuple[Tensor, Any, list[Tensor]] | None = None  # and of which weights
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
@@ -461,7 +461,12 @@ class SkipCLIP(nn.Module):
             return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
 
 
-def _blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
+def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
+    """How many of the `depth` blocks of a tower are skipped.
+
+    >>> blocks_to_skip(0.5, 12, "image"), blocks_to_skip(5, 12, "text")
+    (6, 5)
+    """
     number = not isinstance(skip, bool) and isinstance(skip, (int, float))
     blocks = round(skip * depth) if isinstance(skip, float) and 0.0 <= skip <= 1.0 else skip
     if not (number and 0 <= blocks <= depth and blocks == int(blocks)):

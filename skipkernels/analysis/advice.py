@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..clip import _blocks_to_skip as blocks_to_skip
+from ..clip import blocks_to_skip
 from ..data import InputError
 from ..selection import base_keep
 from .shift import FeatureShift

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..data import InputError
@@ -21,10 +22,32 @@ from .config import TuneConfig
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
 # metrics.json says that a run is over: of an earlier one's files it goes first, and comes last.
-_FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, checkpoint.MODEL, checkpoint.DELTA)
-_FILES += (FEW_SHOT, CONFIG)
+_FILES = (
+    METRICS,
+    checkpoint.STATE,
+    REPORT,
+    EPOCHS,
+    checkpoint.MODEL,
+    checkpoint.DELTA,
+    FEW_SHOT,
+    CONFIG,
+)
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
+
+
+def check_can_be_made(folder: Path) -> Path:
+    """Refuse a folder of results that can't be made or written to; returns the folder above it that is there, or it.
+
+    Raises:
+        InputError: If so.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out: {folder} is a file; choose a folder.")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"--out: {folder} can't be made: {there} is not a folder that can be written to.")
+    return there
 
 
 class RunFolder:
@@ -49,12 +72,7 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--out: {self.path} is a file; choose a folder.")
-        parent = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise InputError(f"--out: {self.path} can't be made: {parent} is not a folder that can be written to.")
-        self._disk = parent
+        self._disk = check_can_be_made(self.path)
         earlier = [name for name in _FILES if (self.path / name).exists()]
         if config.resume:
             self._resume(earlier)

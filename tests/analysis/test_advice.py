@@ -7,7 +7,7 @@ import torch
 
 from skipkernels.analysis import FeatureShift, GradientSpread, advise, still_blocks
 from skipkernels.analysis.advice import _ratio as ratio
-from skipkernels.clip import _blocks_to_skip as blocks_to_skip
+from skipkernels.clip import blocks_to_skip as blocks_to_skip
 from skipkernels.data import InputError
 from skipkernels.selection import base_keep
 
