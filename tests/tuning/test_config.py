@@ -67,8 +67,8 @@ def test_large_datasets_have_a_quarter_of_the_epochs(data):
 
 
 def test_a_recipe_of_steps_counts_the_classes_that_there_are():
-    """Of 252 characters 126 are base: 1,600 steps of 16 an epoch, and all of them 32."""
-    config = TuneConfig(method="lora", shots=4, classes=1000)
+    """Of 252 characters 126 are base: 2,000 steps of 16 an epoch, and all of them 32."""
+    config = TuneConfig(model="ViT-B-32", pretrained="random", method="lora", shots=4, classes=1000)
     assert config.resolved().epochs == 125
     assert dataclasses.replace(config, protocol="few-shot").resolved().epochs == 63
 
