@@ -12,10 +12,11 @@ import tyro
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from skipkernels.data import InputError
-from skipkernels.store import MANIFEST, Manifest, Store, StoreError, leftovers, prune
+from skipkernels.store import MANIFEST, Manifest, Store, StoreError, erase, is_store, leftovers, prune
+from skipkernels.store.lock import locked
 from skipkernels.tuning import TuneConfig
 from skipkernels.tuning.config import CacheDtype, Precision
 from skipkernels.tuning.evaluation import Evaluator
@@ -39,7 +40,7 @@ class CacheBuildConfig:
     """As for tune."""
     shots: int = TuneConfig.shots
     """Training images of each base class."""
-    classes: int = TuneConfig.classes
+    classes: int | None = TuneConfig.classes
     """Most classes, base and new together."""
     skip_layers: int | float = TuneConfig.skip_layers
     """Blocks of each tower that are skipped: a number, or a fraction such as 0.5."""
@@ -113,9 +114,9 @@ def run(action: CacheCommand, out: Console, err: Console) -> int:
         InputError, StoreError: For what can't be used.
     """
     if isinstance(action, CacheBuildConfig):
-        _build(action, out)
+        _build(action, out, err)
         return 0
-    folders = sorted(manifest.parent for manifest in action.path.rglob(MANIFEST))
+    folders = _stores(action.path, err)
     if not folders:
         raise InputError(f"{action.path}: no store in it (no {MANIFEST}); make one with skipkernels cache build.")
     if isinstance(action, CacheInfoConfig):
@@ -127,18 +128,33 @@ def run(action: CacheCommand, out: Console, err: Console) -> int:
     return _verify(folders, out, err)
 
 
-def _build(action: CacheBuildConfig, out: Console) -> None:
+def _stores(path: Path, err: Console) -> list[Path]:
+    """Folders of stores in a folder; says what else there is that looks like one."""
+    stores = []
+    for manifest in sorted(path.rglob(MANIFEST)):
+        if is_store(manifest.parent):
+            stores.append(manifest.parent)
+        else:
+            err.print(f"skipped {manifest}: not of a store", soft_wrap=True, highlight=False, markup=False)
+    return stores
+
+
+def _build(action: CacheBuildConfig, out: Console, err: Console) -> None:
     same = {field.name for field in dataclasses.fields(TuneConfig)}
     values = {name: value for name, value in vars(action).items() if name in same}
     config = TuneConfig(cache=action.path, cache_dtype=action.dtype, **values).resolved()
     model, transform, tokenizer = load_model(
         config.model, config.pretrained, torch.device(config.device), seed=config.seed
     )
+    if action.overwrite:  # a store of texts is opened by SkipCLIP, which replaces none
+        for folder in {manifest.parent for manifest in action.path.glob(f"texts-*/*/{MANIFEST}")}:
+            with locked(folder):
+                erase(folder)
     how = {"resume": action.resume, "overwrite": action.overwrite}
     evaluator = Evaluator.of(config, model, transform, tokenizer, **how)
     evaluator.prepare(progress=True)
     evaluator.training_images(progress=True)
-    _info(sorted(manifest.parent for manifest in action.path.rglob(MANIFEST)), False, out)
+    _info(_stores(action.path, err), False, out)
 
 
 def _info(folders: list[Path], as_json: bool, out: Console) -> None:
@@ -146,7 +162,8 @@ def _info(folders: list[Path], as_json: bool, out: Console) -> None:
     if as_json:
         out.print_json(data=described)
         return
-    table = Table("store", "rows", "of", "kept in", "on disk", "state")
+    short = (Column(name, no_wrap=True) for name in ("rows", "of", "kept in", "on disk"))
+    table = Table(Column("store", overflow="fold"), *short, Column("state", overflow="fold"))
     for name, values in described.items():
         if "error" in values:
             table.add_row(name, "", "", "", "", values["error"])
@@ -204,7 +221,8 @@ def _verify(folders: list[Path], out: Console, err: Console) -> int:
                 wrong.append(str(error))
     for message in wrong:
         out.print(f"[red]damaged[/red] {message}", soft_wrap=True, highlight=False)
-    out.print(f"{len(folders)} stores, {len(wrong)} damages" if wrong else f"{len(folders)} stores, all sound")
+    sound = f"{len(folders)} stores, all complete and sound; one that a build has not begun is not seen"
+    out.print(f"{len(folders)} stores, {len(wrong)} damages" if wrong else sound, soft_wrap=True)
     return 1 if wrong else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..store import COMPUTED, DTYPES, Layout, StoreError, Writer
-from ..store.shards import quantise
+from ..store.shards import map_shard, quantise
 from . import fingerprint
-from .extract import Batch, batch_numbers, batches_of
+from .extract import Batch, batch_numbers, batches_of, loading_failed
 from .identity import Files, Identity, Unidentifiable, identify
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class Source:
         workers: Processes that load images.
         seed: Of random transforms.
         identity: Of the dataset.
+        samples: Of the dataset, of `fingerprint.samples`.
         shard_bytes: Of a shard, about.
+        labels: Of the images, where they are known: a view that gives others is refused.
     """
 
     clip: SkipCLIP
@@ -88,7 +90,14 @@ class Source:
     workers: int
     seed: int
     identity: Identity
+    samples: list[dict[str, Any]]
     shard_bytes: int
+    labels: Tensor | None = None
+
+    def load(self, batches: list[range]) -> contextlib.closing[Generator[Batch, None, None]]:
+        """Rows of these numbers; leaving the context ends the processes that load them."""
+        how = {"seed": self.seed, "first_view": self.first_view, "workers": self.workers}
+        return contextlib.closing(batches_of(self.dataset, batches, **how))
 
     def layout(self, encode: Encoder) -> Layout:
         """Of the store."""
@@ -103,10 +112,11 @@ class Source:
             shard_rows=1,
             labelled=True,
             fingerprint=fingerprint.of_model(self.clip)
+            | {"number of images": items}  # which says more than a digest
             | of_dataset(self.identity)
-            | {"number of images": items, "number of views": self.views, "first view": self.first_view}
+            | {"number of views": self.views, "first view": self.first_view}
             | {"seed": self.seed, "batch size": self.batch_size, "autocast": encode.precision},
-            notes={"probe": fingerprint.probe(self.clip)},
+            notes={"probe": fingerprint.probe(self.clip), "samples": self.samples},
         )
         # A shard is whole batches, so that those of a build that is taken up again are the same.
         batches = max(self.shard_bytes // layout.row_bytes // self.batch_size, 1)
@@ -135,6 +145,18 @@ def identity_of(dataset: Any, files: Files, name: str | None) -> Identity:
         ) from error
 
 
+def check_first(source: Source, encode: Encoder) -> None:
+    """Compute the first batch for nothing but to see that it can be, before what is there goes.
+
+    Raises:
+        StoreError: If an item of it, or its features, can't be used.
+    """
+    layout = source.layout(encode)
+    rows = layout.rows_of(0)[: source.batch_size]
+    with source.load([rows]) as loaded:
+        _shard(layout, rows, loaded, encode, _Labels(source), lambda images: None)
+
+
 def write_store(
     folder: Path,
     source: Source,
@@ -143,6 +165,7 @@ def write_store(
     resume: bool,
     overwrite: bool,
     progress: Callable[[int], None] | bool,
+    on_loading: Callable[[], None] = lambda: None,
 ) -> None:
     """Make a store, or what is missing of it.
 
@@ -153,34 +176,83 @@ def write_store(
         resume: Keep what an earlier build left.
         overwrite: Begin anew.
         progress: Called with a number of images that are done, if it is a function; True shows a bar.
+        on_loading: Called when the processes that load images have begun.
 
     Raises:
         StoreError: If that can't be done; what is there stays.
     """
-    with _Shown(folder, source, progress) as shown:
+    with _deaths_told(), _Shown(folder, source, progress) as shown:
         layout = source.layout(encode)
         with (
             Writer(folder, layout, resume=resume, overwrite=overwrite, on_bytes=shown.checked) as writer,
             ThreadPoolExecutor(1) as disk,
         ):
             layout, missing = writer.manifest.layout, writer.missing
+            fingerprint.check_samples(layout, source.samples, folder)
             shown.begin(layout, missing)
+            labels = _Labels(source)
+            for number, there in enumerate(writer.manifest.shards):
+                if there is not None:
+                    labels.add(layout.rows_of(number), map_shard(folder, layout, number, there).labels)
             numbers = batch_numbers([layout.rows_of(number) for number in missing], source.batch_size)
-            loaded = batches_of(
-                source.dataset, numbers, seed=source.seed, first_view=source.first_view, workers=source.workers
-            )
             writing: Future[None] | None = None  # one shard goes to the disk while the next is computed
-            for number in missing:
-                tensors = _shard(layout, layout.rows_of(number), loaded, encode, shown.done)
+            with source.load(numbers) as loaded:
+                on_loading()
+                for number in missing:
+                    tensors = _shard(layout, layout.rows_of(number), loaded, encode, labels, shown.done)
+                    if writing is not None:
+                        writing.result()
+                    writing = disk.submit(writer.write, number, tensors)
                 if writing is not None:
                     writing.result()
-                writing = disk.submit(writer.write, number, tensors)
-            if writing is not None:
-                writing.result()
+
+
+@contextlib.contextmanager
+def _deaths_told() -> Iterator[None]:
+    """When a process that loads images has died, PyTorch raises that wherever the program is then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise loading_failed(error) from error
+
+
+class _Labels:
+    """Labels of the images, which have to be the same in all views: training has one for each image."""
+
+    def __init__(self, source: Source):
+        self._first_view = source.first_view
+        self._known: list[int | None] = [None] * len(source.dataset)
+        if source.labels is not None:
+            self._known[:] = source.labels.tolist()
+
+    def add(self, rows: Sequence[int], labels: Tensor | None) -> None:
+        """Labels of some rows.
+
+        Raises:
+            StoreError: If one is another than in the view that was made first.
+        """
+        assert labels is not None
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            view, item = divmod(row, len(self._known))
+            known = self._known[item]
+            if known is not None and known != label:
+                raise StoreError(
+                    f"FeatureCache.build: view {self._first_view + view} gives other labels than the one that was made "
+                    f"first (item {item}: {label}, not {known}): the dataset's order or labels change from one "
+                    "iteration to the next. Give a map-style dataset whose labels stay, or keep one view."
+                )
+            self._known[item] = label
 
 
 def _shard(
-    layout: Layout, rows: range, loaded: Iterator[Batch], encode: Encoder, on_batch: Callable[[int], None]
+    layout: Layout,
+    rows: range,
+    loaded: Iterator[Batch],
+    encode: Encoder,
+    labels: _Labels,
+    on_batch: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """The tensors of a shard."""
     tensors = {
@@ -192,6 +264,7 @@ def _shard(
     done = 0
     while done < len(rows):
         batch = next(loaded)
+        labels.add(batch.rows, batch.labels)
         features = encode(batch.images).view(len(batch.rows), *layout.kept_shape)
         _check_numbers(features, layout, batch.rows)
         place = slice(done, done + len(batch.rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,13 +35,19 @@ def is_iterable_only(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
+def is_gone_once_read(dataset: Any) -> bool:
+    """Whether an iterable gives what is left of it, and not all of it again, when it is asked again."""
+    with _seeded(0):
+        return iter(dataset) is iter(dataset)
+
+
 def batches_of(
     dataset: Any, batches: Sequence[Sequence[int]], *, seed: int = 0, first_view: int = 0, workers: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Load some rows of a dataset, in order.
 
     Row r is item r mod n, in view r div n. Every view of every item is drawn with a seed of its own, whoever draws it,
-    so that a build that is taken up again makes the same rows.
+    so that a build that is taken up again makes the same rows. The processes that load begin before this returns.
 
     Args:
         dataset: Map-style of (image tensor, label), or an iterable of those with a length.
@@ -59,14 +65,30 @@ def batches_of(
     else:
         data, sampler = _Views(dataset, seed, first_view), batches
     alone: dict[str, Any] = {"batch_size": None, "collate_fn": _as_it_is, "generator": torch.Generator()}
-    loading = iter(DataLoader(data, sampler=sampler, num_workers=workers, **alone))
+    return _loaded(iter(DataLoader(data, sampler=sampler, num_workers=workers, **alone)), workers)
+
+
+def _loaded(loading: Iterator[Batch | StoreError], workers: int) -> Generator[Batch, None, None]:
     try:
         for batch in loading:
             if isinstance(batch, StoreError):
                 raise batch
             yield batch
+    except (RuntimeError, OSError, EOFError) as error:  # what comes of a dataset is a StoreError
+        if workers == 0:
+            raise
+        raise loading_failed(error) from error
     finally:
         del loading  # ends its processes now: whoever has caught an error would keep them
+
+
+def loading_failed(error: Exception) -> StoreError:
+    """What to say when processes that load images have failed, in whatever way that showed."""
+    reason = str(error).partition("\n")[0].strip(" .") or type(error).__name__
+    return StoreError(
+        f"FeatureCache: a process that loads images has died ({reason}). Use fewer workers if memory was short; what "
+        "was begun goes on with resume=True (--resume)."
+    )
 
 
 class _Views(Dataset):
@@ -86,6 +108,9 @@ class _Views(Dataset):
         except Exception as error:
             raise StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}") from error
         return row, *_checked(loaded, item)
+
+
+_END = object()
 
 
 class _Stream(IterableDataset):
@@ -108,18 +133,33 @@ class _Stream(IterableDataset):
         items = len(self.dataset)
         last = self.batches[-1][-1] if self.batches else -1
         for view in range(last // items + 1):
-            stream = iter(self.dataset)
+            stream = self._view(view)
             for item in range(items):
-                try:
-                    with _seeded(self.seed, self.first_view + view, item):
-                        loaded = next(stream)
-                except StopIteration:
+                loaded = next(stream, _END)
+                if loaded is _END:
                     raise StoreError(
                         f"FeatureCache: the dataset has a length of {items}, and ended after {item} items."
-                    ) from None
-                except Exception as error:
-                    raise StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}") from error
+                    )
+                if item == items - 1 and next(stream, _END) is not _END:  # looked at before the last item is kept
+                    raise StoreError(
+                        f"FeatureCache: the dataset has a length of {items}, and goes on after {items} items. Let its "
+                        "length be how many it gives."
+                    )
                 yield view * items + item, loaded, item
+
+    def _view(self, view: int) -> Iterator[Any]:
+        """What the iterable gives, drawn as that view of it: its order, too, is drawn the same again."""
+        stream: Iterator[Any] | None = None
+        for item in itertools.count():
+            try:
+                with _seeded(self.seed, self.first_view + view, item):
+                    stream = iter(self.dataset) if stream is None else stream
+                    loaded = next(stream)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}") from error
+            yield loaded
 
 
 def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
@@ -139,12 +179,19 @@ def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
             f"FeatureCache: the image of item {item} of the dataset must be a tensor [3, height, width]; got {got}. "
             "Give the dataset the model's own preprocessing as its transform."
         )
+    if not image.is_floating_point():  # a model would take it, and give something else
+        raise StoreError(
+            f"FeatureCache: the image of item {item} of the dataset must be floating-point numbers, normalised as the "
+            f"model takes them; got {image.dtype}. Give the dataset the model's own preprocessing as its transform."
+        )
     if isinstance(label, (Tensor, np.generic, np.ndarray)) and getattr(label, "ndim", 0) == 0:
         label = label.item()
     if isinstance(label, bool) or not isinstance(label, int):
         raise StoreError(
             f"FeatureCache: the label of item {item} of the dataset must be a whole number; got {label!r}."
         )
+    if not -(2**63) <= label < 2**63:
+        raise StoreError(f"FeatureCache: the label of item {item} of the dataset must fit 64 bits; got {label}.")
     return image, label
 
 

@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 
 from ..store import DTYPES, Store, StoreError
 from . import fingerprint
-from .build import SHARD_BYTES, Encoder, Source, identity_of, of_dataset, write_store
+from .build import SHARD_BYTES, Encoder, Source, check_first, identity_of, of_dataset, write_store
 from .extract import Encode
 from .identity import Files
 from .loader import FeatureLoader, Rows
 from .memory import collect
-from .refresh import Refresher
+from .refresh import Refresher, make_room
 from .samplers import BatchSampler, SamplerKind
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class FeatureCache(Dataset):
                 [3, height, width] as the model takes them, labels whole numbers.
             dtype: How features are kept: "fp32", "fp16", "bf16", or "int8" with a scale for each token, which is lossy
                 (docs/cache.md has the errors).
-            views: Views of every image, for a dataset whose transform draws at random. Epochs go round them.
+            views: Views of every image, for a dataset whose transform draws at random. Epochs go round them. All have
+                to have the same labels, so an iterable has to keep its order.
             refresh: "epoch" extracts features anew for every epoch, in the background of the epoch before, as the
                 published method does; it keeps two epochs on the disk.
             batch_size: Images encoded at once.
@@ -105,7 +106,7 @@ class FeatureCache(Dataset):
                 changed, "contents" what they hold.
             identity: A name for the dataset and its transform, in place of what can be found out about them.
             resume: Go on with a store that is there, if it is this one; mend it where it is damaged.
-            overwrite: Replace a store that is there.
+            overwrite: Replace a store that is there, after the first batch of the new one was computed.
             shard_bytes: Of a file, about. So much is lost at most when a build is killed; memory holds two of them.
             progress: False for no progress bar, or who is told how many images are done.
 
@@ -122,11 +123,16 @@ class FeatureCache(Dataset):
             raise ValueError(f"FeatureCache.build: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
         if refresh not in get_args(Refresh):
             raise ValueError(f'FeatureCache.build: refresh must be "never" or "epoch"; got {refresh!r}.')
-        for name, value in (("views", views), ("batch_size", batch_size), ("shard_bytes", shard_bytes)):
-            if value < 1:
-                raise ValueError(f"FeatureCache.build: {name} must be at least 1; got {value}.")
-        if seed < 0 or workers < 0:
-            raise ValueError(f"FeatureCache.build: seed and workers must be at least 0; got {seed} and {workers}.")
+        least = {"views": 1, "batch_size": 1, "shard_bytes": 1, "seed": 0, "workers": 0}
+        for name, value in zip(least, (views, batch_size, shard_bytes, seed, workers), strict=True):
+            if not isinstance(value, int):
+                raise ValueError(f"FeatureCache.build: {name} must be a whole number; got {value!r}.")
+            if value < least[name]:
+                raise ValueError(f"FeatureCache.build: {name} must be at least {least[name]}; got {value}.")
+        if resume and overwrite:
+            raise ValueError(
+                "FeatureCache.build: resume goes on with a store and overwrite replaces it; give one of them."
+            )
         if refresh == "epoch" and views != 1:
             raise ValueError(
                 f'FeatureCache.build: views must be 1 with refresh="epoch", which has a new view each; got {views}.'
@@ -149,20 +155,22 @@ class FeatureCache(Dataset):
             workers=workers,
             seed=seed,
             identity=identity_of(dataset, files, identity),
+            samples=[] if identity is not None else fingerprint.samples(dataset, seed, workers),
             shard_bytes=shard_bytes,
         )
         encode = Encoder(clip)
+        if overwrite:
+            check_first(source, encode)
         if refresh == "epoch":
-            refresher = Refresher(folder, source, encode, progress)
+            refresher = Refresher(folder, source, encode, progress, overwrite=overwrite)
+            epoch = refresher.first
             try:
-                if overwrite:
-                    refresher.clear()
-                epoch = refresher.first()
                 store = refresher.store(epoch)
             except BaseException:
                 refresher.close()
                 raise
             return cls(store, store.labels(), refresher=refresher, first_epoch=epoch)
+        make_room(folder, overwrite=overwrite)
         write_store(folder, source, encode, resume=resume, overwrite=overwrite, progress=progress)
         return cls.open(folder)
 
@@ -182,9 +190,10 @@ class FeatureCache(Dataset):
         Args:
             path: Its folder.
             clip: The model that will train on it: it is refused if its features at the cut are others.
-            dataset: What it should have been built from: refused if it is another.
+            dataset: What it should have been built from: refused if what can be told of it differs, or an image of the
+                few that are loaded. docs/cache.md says what that finds.
             files: As it was given to `build`.
-            identity: As it was given to `build`.
+            identity: As it was given to `build`: the name is then all of the dataset that is compared.
             verify: Read all of it, and compare checksums. Otherwise sizes and headers are looked at.
 
         Raises:
@@ -194,15 +203,19 @@ class FeatureCache(Dataset):
         folder = Path(path)
         store = Store(folder, verify=verify)
         layout = store.layout
-        items, views = layout.fingerprint.get("number of images"), layout.fingerprint.get("number of views")
-        if not (isinstance(items, int) and isinstance(views, int) and items * views == layout.rows and layout.labelled):
+        found = [layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed")]
+        items, views, seed = (value if isinstance(value, int) else 0 for value in found)
+        if items * views != layout.rows or not layout.labelled:
             raise StoreError(f"{folder}: a store of something else than the features of images.")
         if clip is not None:
-            fingerprint.check(layout, fingerprint.of_model(clip), folder)
+            wanted = fingerprint.of_model(clip) | {"autocast": Encoder(clip).precision}
+            fingerprint.check(layout, wanted, folder)
             fingerprint.check_probe(layout, clip, folder)
         if dataset is not None:
-            wanted = of_dataset(identity_of(dataset, files, identity)) | {"number of images": len(dataset)}
-            fingerprint.check(layout, wanted, folder)
+            fingerprint.check(layout, {"number of images": len(dataset)}, folder)
+            fingerprint.check(layout, of_dataset(identity_of(dataset, files, identity)), folder)
+            if identity is None:
+                fingerprint.check_samples(layout, fingerprint.samples(dataset, seed), folder)
         return cls(store, store.labels()[:items], views=views)
 
     @classmethod
@@ -277,7 +290,8 @@ class FeatureCache(Dataset):
             sampler: "class_pure", "random" or "sequential", or lists of image numbers, such as a
                 `torch.utils.data.BatchSampler`. See `BatchSampler`.
             generator: Source of the order; seeded with 0 if not given.
-            rank: Which of `world_size` processes asks: it gets its part of every batch of all of them.
+            rank: Which of `world_size` processes asks: it gets its part of every batch of all of them. Lists of image
+                numbers are not divided.
             world_size: Processes that train together.
             dtype: Of the features; by default that in which they were computed.
             device: Where batches go; by default they stay where they are. To a GPU they are copied from pinned memory,
@@ -286,7 +300,18 @@ class FeatureCache(Dataset):
 
         Returns:
             FeatureLoader: its `state_dict` belongs into a checkpoint.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            TypeError: If `dtype` is no torch.dtype.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"FeatureCache.loader: dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}.")
+        if not isinstance(sampler, str) and (rank, world_size) != (0, 1):
+            raise ValueError(
+                f"FeatureCache.loader: lists of image numbers are not divided; got rank={rank} and "
+                f"world_size={world_size}. Give each process lists of its own, or name a sampler."
+            )
         if isinstance(sampler, str):
             sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
         if prefetch is None:
@@ -298,8 +323,10 @@ class FeatureCache(Dataset):
 
     def rows_of_epoch(self, epoch: int) -> tuple[Rows, int]:
         """Where the features of an epoch are, and the number of its first row."""
-        if self._refresher is not None and epoch != self._epoch:
-            self._rows, self._epoch = self._refresher.store(epoch), epoch
+        if self._refresher is not None:
+            self._refresher.check_open()
+            if epoch != self._epoch:
+                self._rows, self._epoch = self._refresher.store(epoch), epoch
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
@@ -307,9 +334,21 @@ class FeatureCache(Dataset):
         return [] if self.store is None else self.store.verify(on_bytes)
 
     def close(self) -> None:
-        """End an extraction that goes on in the background. What it has made stays."""
+        """End an extraction that goes on in the background. What it has made stays; no loader begins another epoch."""
         if self._refresher is not None:
             self._refresher.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, such as one of a DataLoader.
+
+        Raises:
+            TypeError: If its features are drawn anew for each epoch, which one process does.
+        """
+        if self._refresher is not None:
+            raise TypeError(
+                'FeatureCache: with refresh="epoch" it stays in its process; iterate over its loader() here.'
+            )
+        return self.__dict__
 
     def __enter__(self) -> FeatureCache:
         return self

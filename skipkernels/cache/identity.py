@@ -13,7 +13,7 @@ import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -51,11 +51,14 @@ def identify(dataset: Any, files: Files = "times") -> Identity:
 
     Raises:
         Unidentifiable: If some of it cannot be told.
+        ValueError: If `files` is something else.
 
     Example:
         >>> identify([(torch.zeros(3, 2, 2), 1)]) == identify([(torch.zeros(3, 2, 2), 1)])
         True
     """
+    if files not in get_args(Files):
+        raise ValueError(f'FeatureCache: files must be "times" or "contents"; got {files!r}.')
     seen = _Description()
     description = seen.of(dataset)
     root = os.path.commonpath([path.parent for path in seen.files]) if seen.files else ""

@@ -142,9 +142,16 @@ class FeatureLoader:
         return state | {"batches": state["batches"] + self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            TypeError: If the sampler has no `load_state_dict`.
+            ValueError: If the state is of another sampler, batch size, number of processes or images.
+        """
+        if not hasattr(self.sampler, "load_state_dict"):
+            raise TypeError("FeatureLoader.load_state_dict: this sampler has none; use one of FeatureCache.loader's.")
+        self.sampler.load_state_dict(state)
         self._began, self._given = None, 0
-        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
 
     def _sampler_state(self) -> dict[str, Any]:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}

@@ -83,14 +83,40 @@ class BatchSampler(Sampler[list[int]]):
         self._begin, self._given = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches of it that were given, and the generator's state that its order comes from."""
+        """What its batches depend on, epoch, batches of it that were given, and the generator's state before it."""
         begin = self.generator.get_state() if self._begin is None else self._begin
-        return {"epoch": self.epoch, "batches": self._given or self._skip, "generator": begin}
+        return self._settings() | {"epoch": self.epoch, "batches": self._given or self._skip, "generator": begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.epoch, self._skip, self._begin, self._given = state["epoch"], state["batches"], None, 0
-        self.generator.set_state(state["generator"])
+        """Go on from there.
+
+        Raises:
+            ValueError: If the state is of a sampler with other settings, or is none; nothing changes then.
+        """
+        expected = self._settings()
+        if not isinstance(state, dict) or not state.keys() >= expected.keys() | {"epoch", "batches", "generator"}:
+            raise ValueError("BatchSampler.load_state_dict: this is no state of a BatchSampler's state_dict.")
+        for name, here in expected.items():
+            if state[name] != here:
+                raise ValueError(
+                    f"BatchSampler.load_state_dict: the state is of {name}={state[name]!r}, and this sampler has "
+                    f"{here!r}. Go on with the same, or begin anew without the state."
+                )
+        epoch, batches = state["epoch"], state["batches"]
+        if not (isinstance(epoch, int) and epoch >= 0 and isinstance(batches, int) and 0 <= batches <= len(self)):
+            raise ValueError(
+                f"BatchSampler.load_state_dict: epoch must be at least 0, and batches from 0 to {len(self)}; got "
+                f"{epoch!r} and {batches!r}."
+            )
+        try:
+            self.generator.set_state(state["generator"])
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"BatchSampler.load_state_dict: generator is no state of one: {error}") from error
+        self.epoch, self._skip, self._begin, self._given = epoch, batches, None, 0
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {"kind": self.kind, "batch_size": self.batch_size, "world_size": self.world_size}
+        return settings | {"images": len(self.labels)}
 
     def _order(self) -> list[Tensor]:
         """The batches of all processes together."""

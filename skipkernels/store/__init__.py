@@ -5,14 +5,15 @@ The format is in docs/cache.md. Nothing here knows what the rows are.
 
 from .atomic import replace_file
 from .digest import digest_json, digest_tensors
-from .manifest import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError
+from .manifest import COMPUTED, DTYPES, MANIFEST, DifferentStore, Layout, Manifest, StoreError
 from .reader import Store
-from .writer import Writer, leftovers, prune
+from .writer import Writer, erase, is_store, leftovers, prune
 
 __all__ = [
     "COMPUTED",
     "DTYPES",
     "MANIFEST",
+    "DifferentStore",
     "Layout",
     "Manifest",
     "Store",
@@ -20,6 +21,8 @@ __all__ = [
     "Writer",
     "digest_json",
     "digest_tensors",
+    "erase",
+    "is_store",
     "leftovers",
     "prune",
     "replace_file",

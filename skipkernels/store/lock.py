@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,8 +19,12 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a folder's lock. The system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: Which.
+        on_wait: Told who holds it, who is then waited for; None: that is an error.
 
     Raises:
         StoreError: If another process holds it; says which one, and for how long.
@@ -29,12 +33,16 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise StoreError(
-            f"{folder}: {_owner(folder)} is at work in it. Wait for it, or choose another folder."
-        ) from None
+        held = f"{folder}: {_owner(folder)} is at work in it."
+        if on_wait is None:
+            remedy = "Call close() on the FeatureCache that has it" if ": this process" in held else "Wait for it"
+            raise StoreError(f"{held} {remedy}, or choose another folder.") from None
+        on_wait(held)
+        lock.acquire(timeout=-1)
     try:
         mine = {"pid": os.getpid(), "host": platform.node(), "since": time.time()}
-        replace_file(folder / OWNER, lambda temporary: temporary.write_text(json.dumps(mine)))
+        with contextlib.suppress(OSError):  # a full disk has no room for it, and may still be cleared
+            replace_file(folder / OWNER, lambda temporary: temporary.write_text(json.dumps(mine)))
         yield
     finally:
         try:
@@ -47,6 +55,8 @@ def _owner(folder: Path) -> str:
     try:
         owner = json.loads((folder / OWNER).read_text())
         age = time.time() - float(owner["since"])
-        return f"process {int(owner['pid'])} on {owner['host']}, since {age:.0f} seconds,"
+        mine = (owner["pid"], owner["host"]) == (os.getpid(), platform.node())
+        who = "this process" if mine else f"process {int(owner['pid'])} on {owner['host']}"
+        return f"{who}, since {age:.0f} seconds,"
     except (OSError, ValueError, TypeError, KeyError, OverflowError):  # it has only just begun
         return "another process"

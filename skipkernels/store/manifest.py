@@ -33,8 +33,20 @@ class StoreError(ValueError):
     """A store that cannot be used: the message names the file, what is wrong with it, and the remedy."""
 
 
-class UnreadableManifest(StoreError):
-    """A manifest that is damaged or of a newer format: what the shards hold is then unknown."""
+class DifferentStore(StoreError):
+    """A store of something else.
+
+    Attributes:
+        difference: In what it differs.
+    """
+
+    def __init__(self, message: str, difference: str):
+        super().__init__(message)
+        self.difference = difference
+
+
+class LostManifest(StoreError):
+    """A manifest that is damaged or gone: what the shards hold is then unknown."""
 
 
 @dataclass(frozen=True)
@@ -136,20 +148,20 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            UnreadableManifest: If it is damaged, or of a newer format.
-            StoreError: If there is none.
+            LostManifest: If it is damaged, or there is none.
+            StoreError: If it may not be read, or is of a newer format.
         """
         path = folder / MANIFEST
 
         def damaged(what: str) -> NoReturn:
-            raise UnreadableManifest(f"{path}: damaged: {what}. Build it again with resume=True (--resume).")
+            raise LostManifest(f"{path}: damaged: {what}. Build it again with resume=True (--resume).")
 
         try:
             if (size := path.stat().st_size) > _MOST_BYTES:
                 damaged(f"{size} bytes")
             text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{folder}: no {MANIFEST}: not a store. Build it first.") from None
+            raise LostManifest(f"{folder}: no {MANIFEST}: not a store. Build it first.") from None
         except OSError as error:
             raise StoreError(f"{path}: unreadable: {error.strerror}.") from None
         try:
@@ -160,9 +172,9 @@ class Manifest:
         check(isinstance(values, dict), "no mapping")
         version = check.integer(values.get("format"), "format", 1)
         if version > FORMAT:
-            raise UnreadableManifest(
+            raise StoreError(
                 f"{path}: of format {version}, made by a newer skipkernels; this one reads format {FORMAT}. Update "
-                "skipkernels, or build it again with resume=True (--resume)."
+                "skipkernels, or replace it with overwrite=True (--overwrite)."
             )
         digest = values.pop("xxh3", None)
         check(digest == digest_json(values), "its digest does not fit its contents")

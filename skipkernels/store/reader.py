@@ -8,6 +8,7 @@ import math
 import mmap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,10 @@ class Store:
         self._limit = math.inf if self.bytes < free_bytes(self.device) / 32 else _MAPPED
         self._maps: dict[int, MappedShard] = {}
         self._read = 0  # bytes of these maps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: another process makes its own."""
+        return self.__dict__ | {"_maps": {}, "_read": 0}
 
     @property
     def layout(self) -> Layout:
@@ -172,9 +177,10 @@ class Store:
         return out
 
     def _mapped(self, number: int) -> MappedShard:
-        if number not in self._maps:
-            self._maps[number] = self._map(number)
-        return self._maps[number]
+        maps = self._maps  # another thread may let go of them meanwhile
+        if number not in maps:
+            maps[number] = self._map(number)
+        return maps[number]
 
     def _map(self, number: int) -> MappedShard:
         shard = self.manifest.shards[number]

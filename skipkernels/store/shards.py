@@ -8,6 +8,7 @@ labels       [n] int64, if the store has them
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,17 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _name(layout: Layout, number: int) -> str:
     return f"{number} of {layout.digest}"
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is called as a shard is, and says that it is one, of whatever store."""
+    if re.fullmatch(r"[0-9]{5,}\.safetensors", path.name) is None:
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return re.fullmatch("[0-9]+ of [0-9a-f]{32}", (file.metadata() or {}).get(_NAME, "")) is not None
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Tensor]) -> Shard:

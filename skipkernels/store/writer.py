@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from rich.filesize import decimal
 from torch import Tensor
 
 from .lock import LOCK, OWNER, locked
-from .manifest import MANIFEST, Layout, Manifest, StoreError, UnreadableManifest
-from .shards import damages, path_of, write_shard
+from .manifest import MANIFEST, DifferentStore, Layout, LostManifest, Manifest, StoreError
+from .shards import damages, is_shard, path_of, write_shard
 
 _SPARE = 1 << 24  # bytes that stay free on the disk: manifests, and what else a system needs to go on
 
@@ -23,6 +24,7 @@ class Writer:
     """A folder that is being filled. Only one at a time has it.
 
     Used as a context: entering takes the lock and looks at what is there. What was written is whole at every moment.
+    To resume a store that is complete and sound takes no lock and writes nothing: its disk may be read-only.
 
     Args:
         folder: Where; made if it is not there.
@@ -30,10 +32,12 @@ class Writer:
         resume: Keep shards that are there and sound; make the others.
         overwrite: Begin anew, whatever store is there.
         on_bytes: Told how many bytes of shards that are there were read to check them.
+        on_wait: Told who is at work in the folder, who is then waited for; None: that is an error.
 
     Raises:
-        StoreError: On entering, if the folder has another store, someone else is at work in it, or the disk is too
-            small.
+        DifferentStore: On entering, if the folder has another store.
+        StoreError: On entering, if the folder has other things or a store of a newer format, someone else is at work in
+            it, or the disk is too small.
 
     Example:
         >>> import tempfile, torch
@@ -54,19 +58,24 @@ class Writer:
         resume: bool = False,
         overwrite: bool = False,
         on_bytes: Callable[[int], None] = lambda count: None,
+        on_wait: Callable[[str], None] | None = None,
     ):
         self.folder, self.layout = folder, layout
-        self._resume, self._overwrite, self._on_bytes = resume, overwrite, on_bytes
+        self._resume, self._overwrite, self._on_bytes, self._on_wait = resume, overwrite, on_bytes, on_wait
         self._held = contextlib.ExitStack()
         self.manifest = Manifest(layout, (None,) * layout.shards)
 
     def __enter__(self) -> Writer:
         if self.folder.exists() and not self.folder.is_dir():
             raise StoreError(f"{self.folder}: a file; choose a folder.")
+        if self._resume and not self._overwrite and self._is_done():
+            return self
         try:
             with self._disk_may_be_full():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._held.enter_context(locked(self.folder))
+                if not (self.folder / LOCK).exists():  # else someone may be at work, whose files come and go
+                    self._refuse_strangers()  # before there is a lock in it
+                self._held.enter_context(locked(self.folder, on_wait=self._on_wait))
         except OSError as error:
             raise StoreError(f"{self.folder}: can't be written to ({error.strerror}); choose another.") from None
         try:
@@ -102,52 +111,65 @@ class Writer:
             manifest.write(self.folder)
         self.manifest = manifest
 
+    def _is_done(self) -> bool:
+        """Whether the store is there, complete and sound."""
+        manifest, _ = _read(self.folder)
+        if manifest is None or not manifest.complete or manifest.layout.difference(self.layout) is not None:
+            return False
+        if damages(self.folder, manifest, self._on_bytes):
+            return False
+        self.manifest, self.layout = manifest, manifest.layout
+        return True
+
+    def _refuse_strangers(self) -> None:
+        if others := strangers(self.folder):
+            raise StoreError(f"{self.folder}: holds other things ({others[0]}); choose an empty folder.")
+
     def _look(self) -> None:
         """At what is there: nothing, what an earlier build left, or something else."""
-        there = (self.folder / MANIFEST).exists()
-        known = {path for path in self.folder.iterdir() if _is_ours(path)}
-        if not there:  # no build leaves shards without a manifest: these are someone else's
-            known = {path for path in known if path.suffix == ".partial"}
-        known |= {self.folder / name for name in (MANIFEST, LOCK, OWNER)}
-        others = sorted(path.name for path in self.folder.iterdir() if path not in known)
-        if others:
-            raise StoreError(f"{self.folder}: holds other things ({others[0]}); choose an empty folder.")
+        self._refuse_strangers()
+        old, reason = _read(self.folder)
+        ours = _files(self.folder, old)
+        there = (self.folder / MANIFEST).exists() or any(path.suffix == ".safetensors" for path in ours)
         if there and not (self._resume or self._overwrite):
             raise StoreError(
                 f"{self.folder}: holds a store. Open it; or complete and mend it with resume=True (--resume), or "
                 "replace it with overwrite=True (--overwrite)."
             )
         if there and not self._overwrite:
-            self._take_up()
+            self._take_up(old, reason)
         elif there:
             self.manifest.write(self.folder)  # before the shards of the old one go
-        for path in leftovers(self.folder, self.manifest):
+        for path in ours - _used(self.folder, self.manifest):
             path.unlink(missing_ok=True)
 
-    def _take_up(self) -> None:
-        try:
-            manifest = Manifest.read(self.folder)
-        except UnreadableManifest as error:
-            warnings.warn(f"{error} All of it is made again.", stacklevel=6)
+    def _take_up(self, manifest: Manifest | None, reason: StoreError | None) -> None:
+        if isinstance(reason, LostManifest):
+            warnings.warn(f"{reason} All of it is made again.", stacklevel=6)
+        elif reason is not None:
+            raise reason
+        if manifest is None:
             return
         difference = manifest.layout.difference(self.layout)
         if difference is not None:
             if not any(manifest.shards):
                 return  # nothing was made of it yet
-            raise StoreError(
+            raise DifferentStore(
                 f"{self.folder}: holds a store that differs in {difference}. Choose another folder, or replace it with "
-                "overwrite=True (--overwrite)."
+                "overwrite=True (--overwrite).",
+                difference,
             )
         self.manifest, self.layout = manifest, manifest.layout  # whose shards may have another number of rows
-        for number, reason in damages(self.folder, manifest, self._on_bytes):
-            warnings.warn(f"{reason} It is made again.", stacklevel=6)
+        for number, damage in damages(self.folder, manifest, self._on_bytes):
+            warnings.warn(f"{damage} It is made again.", stacklevel=6)
             self.manifest = self.manifest.with_shard(number, None)
 
     def _check_space(self, rows: int) -> None:
         needed = rows * self.layout.row_bytes + _SPARE
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise self._full(f"{needed / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free")
+            lack = f"{decimal(free)} are free, {decimal(needed - free)} too little"
+            raise self._full(f"{decimal(needed)} are needed, of which {decimal(_SPARE)} stay spare; {lack}")
 
     @contextlib.contextmanager
     def _disk_may_be_full(self) -> Iterator[None]:
@@ -188,19 +210,65 @@ def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> l
         manifest = Manifest.read(folder)
         gone = leftovers(folder, manifest)
         if unfinished and not manifest.complete:
-            gone = [*leftovers(folder, None), folder / MANIFEST]  # last what tells that the others are a store's
+            gone = _all_files(folder, manifest)
         sized = [(path, path.stat().st_size) for path in gone]
         for path, _ in [] if dry_run else sized:
             path.unlink(missing_ok=True)
     return sized
 
 
-def leftovers(folder: Path, manifest: Manifest | None) -> list[Path]:
-    """Files in a store's folder that belong to no store: of a build that was killed, or shards that nobody lists."""
-    used = set() if manifest is None else {path_of(folder, n) for n, shard in enumerate(manifest.shards) if shard}
-    return sorted(path for path in folder.iterdir() if _is_ours(path) and path not in used)
+def erase(folder: Path) -> None:
+    """Delete a store's files, and nothing else; its lock stays with whoever holds it.
+
+    Raises:
+        StoreError: If there is a manifest that is no store's: nothing was deleted.
+    """
+    manifest, reason = _read(folder)
+    if reason is not None and (folder / MANIFEST).exists() and not is_store(folder):
+        raise reason
+    for path in _all_files(folder, manifest):
+        path.unlink(missing_ok=True)
 
 
-def _is_ours(path: Path) -> bool:
-    shard = path.suffix == ".safetensors" and path.stem.isdecimal()
-    return path.is_file() and (shard or (path.name.startswith(".") and path.suffix == ".partial"))
+def is_store(folder: Path) -> bool:
+    """Whether a folder has a store, be it damaged, and not something else with a file of that name."""
+    _, reason = _read(folder)
+    return not isinstance(reason, LostManifest) or (folder.is_dir() and any(map(is_shard, folder.iterdir())))
+
+
+def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
+    """Files in a store's folder that are of no use to it: of a build that was killed, or shards that nobody lists."""
+    return sorted(_files(folder, manifest) - _used(folder, manifest))
+
+
+def strangers(folder: Path) -> list[str]:
+    """Names of what is in a folder and is not a store's."""
+    known = {*_files(folder, _read(folder)[0]), *(folder / name for name in (MANIFEST, LOCK, OWNER))}
+    return sorted(path.name for path in folder.iterdir() if path not in known)
+
+
+def _files(folder: Path, manifest: Manifest | None) -> set[Path]:
+    """What builds wrote: shards that the manifest has a place for or whose header says so, and what is not finished."""
+    places = set() if manifest is None else {path_of(folder, number) for number in range(manifest.layout.shards)}
+
+    def ours(path: Path) -> bool:
+        partial = path.name.startswith(".") and path.suffix == ".partial"
+        return path.is_file() and (partial or path in places or is_shard(path))
+
+    return set(filter(ours, folder.iterdir()))
+
+
+def _used(folder: Path, manifest: Manifest) -> set[Path]:
+    return {path_of(folder, number) for number, shard in enumerate(manifest.shards) if shard is not None}
+
+
+def _all_files(folder: Path, manifest: Manifest | None) -> list[Path]:
+    return [*sorted(_files(folder, manifest)), folder / MANIFEST]  # last what tells that the others are a store's
+
+
+def _read(folder: Path) -> tuple[Manifest | None, StoreError | None]:
+    """The manifest of a folder, or why there is none."""
+    try:
+        return Manifest.read(folder), None
+    except StoreError as error:
+        return None, error

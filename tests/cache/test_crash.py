@@ -188,8 +188,11 @@ def test_a_builder_that_was_killed_blocks_nobody(at_work, tmp_path):
 # ---- going on ----------------------------------------------------------------------------------------------------
 
 
+BAD = IMAGES // 2 + 1  # of the shard in the middle, and not of the images that are looked at first
+
+
 class Failing(torch.utils.data.Dataset):
-    """Images, of which the one in the middle can't be loaded the `at`-th time; a file counts, in whatever process."""
+    """Images, of which one can't be loaded the `at`-th time; a file counts, in whatever process."""
 
     def __init__(self, asked: Path, at: int):
         self.images, self._asked, self._at = small_images(), asked, at
@@ -198,7 +201,7 @@ class Failing(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
-        if item == IMAGES // 2:
+        if item == BAD:
             with self._asked.open("a") as file:
                 file.write(".")
             if self._asked.stat().st_size == self._at:
@@ -209,12 +212,34 @@ class Failing(torch.utils.data.Dataset):
 @pytest.mark.parametrize("shard_bytes", [1, 1 << 20], ids=["same-shards", "larger-shards"])
 def test_what_a_bad_image_stopped_goes_on_with_shards_as_large_as_those_that_are_there(tmp_path, shard_bytes):
     dataset = Failing(tmp_path / "asked", at=1)
-    with pytest.raises(StoreError, match=f"item {IMAGES // 2} of the dataset can't be loaded: .*a bad sector"):
+    with pytest.raises(StoreError, match=f"item {BAD} of the dataset can't be loaded: .*a bad sector"):
         build(tmp_path / "store", dataset=dataset)
     assert listed(tmp_path / "store") == SHARDS // 2
     build(tmp_path / "store", dataset=dataset, resume=True, shard_bytes=shard_bytes)
     build(tmp_path / "whole", dataset=dataset)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+class Dying(torch.utils.data.Dataset):
+    """Images, of which one ends the process that loads it, as a system does that is short of memory."""
+
+    def __init__(self):
+        self.images = small_images()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        if item == BAD and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.images[item]
+
+
+def test_a_build_goes_on_after_a_process_that_loads_images_has_died(whole, tmp_path):
+    with pytest.raises(StoreError, match=r"FeatureCache: a process that loads images has died \(.+\)\. .* resume=True"):
+        build(tmp_path / "store", dataset=Dying(), identity="images", workers=1)
+    build(tmp_path / "store", dataset=Dying(), identity="images", resume=True)
+    assert contents(tmp_path / "store").keys() == whole.keys()
 
 
 def test_what_is_mended_is_told_where_build_was_called(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import pickle
 import random
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ from PIL import Image
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
 import skipkernels as sk
@@ -145,6 +146,8 @@ def test_under_autocast_features_are_those_of_autocast(tmp_path):
     assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(StoreError, match=r"differs in autocast \(bf16 there, none here\)"):
         build(tmp_path, dataset, clip, resume=True)
+    with pytest.raises(StoreError, match=r"another autocast \(bf16 there, none here\).* Open it under the same"):
+        sk.FeatureCache.open(tmp_path, clip, dataset)
     with torch.autocast("cpu", torch.bfloat16):
         sk.FeatureCache.open(tmp_path, clip, dataset)
 
@@ -213,6 +216,16 @@ def test_items_by_number(tmp_path):
     assert len(list(cache)) == 23, "a loop ends where the images do"
 
 
+def test_a_cache_that_was_read_goes_into_other_processes(tmp_path):
+    cache = build(tmp_path)
+    right = [cache[item] for item in range(len(cache))]
+    small = len(pickle.dumps(cache))
+    assert small < right[0][0].nbytes * len(cache), "without what it has mapped"
+    loader = DataLoader(cache, batch_size=8, num_workers=1, multiprocessing_context="spawn")
+    features, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert features.equal(torch.stack([one for one, _ in right])) and labels.tolist() == [label for _, label in right]
+
+
 def test_in_memory_is_the_same(tmp_path):
     clip, done = skip_clip(), []
     cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
@@ -275,6 +288,68 @@ def test_an_iterable_is_taken_up_where_it_was_left(tmp_path):
 def test_an_iterable_that_is_shorter_than_it_says(tmp_path, workers):
     with pytest.raises(StoreError, match="the dataset has a length of 23, and ended after 10 items"):
         build(tmp_path, Stream(given=10), workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterable_that_is_longer_than_it_says(tmp_path, workers):
+    with pytest.raises(StoreError, match="the dataset has a length of 10, and goes on after 10 items"):
+        build(tmp_path, Long(10), workers=workers)
+
+
+class Long(Stream):
+    def __iter__(self):
+        return iter(list(images(self.count + 1)))
+
+
+class Shuffled(Stream):
+    """Images in an order that is drawn when the iteration begins."""
+
+    def __iter__(self):
+        return iter([images(self.count)[number] for number in torch.randperm(self.count).tolist()])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterable_that_draws_its_order_is_taken_up_in_the_same(tmp_path, workers):
+    torch.manual_seed(1)
+    whole = build(tmp_path / "whole", Shuffled(), workers=workers)
+    torch.manual_seed(2)
+    right = build(tmp_path / "store", Shuffled())
+    assert rows(whole).equal(rows(right)) and whole.labels.equal(right.labels)
+    for number in (1, 4):
+        (tmp_path / "store" / f"{number:05d}.safetensors").unlink()
+    with pytest.warns(UserWarning, match="missing"):
+        cache = build(tmp_path / "store", Shuffled(), workers=workers, resume=True)
+    assert rows(cache).equal(rows(right)) and cache.labels.equal(right.labels)
+
+
+class Relabelled(Drawn):
+    """Images whose class is drawn."""
+
+    def __getitem__(self, item):
+        return super().__getitem__(item)[0], random.randrange(100)
+
+
+@pytest.mark.parametrize("make", [Shuffled, Relabelled])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_views_that_give_other_labels_are_refused(tmp_path, make, workers):
+    told = r"view 1 gives other labels than the one that was made first \(item \d+: \d+, not \d+\): .*order or labels"
+    with pytest.raises(StoreError, match=told):
+        build(tmp_path / "two", make(23), views=2, workers=workers)
+    with pytest.raises(StoreError, match=told):
+        build(tmp_path / "in one batch", make(5), views=2, batch_size=10, workers=workers)
+    build(tmp_path / "one", make(23), workers=workers)
+
+
+def test_views_that_give_other_labels_than_those_that_are_there_are_refused(tmp_path):
+    """Whichever of them is made again."""
+    labels = [(image, 7) for image in pictures(8)]
+    others = [(image, 8) for image in pictures(8)]
+    for gone, view in ((0, 0), (3, 1)):
+        folder = tmp_path / f"{gone}"
+        build(folder, labels, views=2, identity="same")
+        (folder / f"{gone:05d}.safetensors").unlink()
+        with pytest.warns(UserWarning, match="missing"), pytest.raises(StoreError, match=f"view {view} gives other la"):
+            build(folder, others, views=2, identity="same", resume=True)
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------
@@ -410,7 +485,7 @@ def test_the_weights_that_trained_below_no_cut_are_refused(folder):
     ("dataset", "message"),
     [
         (images(seed=1), "made with another images"),
-        (images(22), "made with another images"),
+        (images(22), r"made with another number of images \(23 there, 22 here\)"),
         (Stream(), "made with another images"),
     ],
     ids=["pixels", "count", "type"],
@@ -471,6 +546,18 @@ def test_a_store_that_is_there_is_not_replaced_unasked(tmp_path):
     assert rows(cache).equal(by_hand(skip_clip(), images(seed=1).tensors[0]))
 
 
+@pytest.mark.parametrize("refresh", ["never", "epoch"])
+def test_a_store_goes_only_when_the_new_one_can_be_begun(tmp_path, refresh):
+    build(tmp_path, refresh=refresh).close()
+    folder = tmp_path if refresh == "never" else tmp_path / "epoch-00000"
+    old = (folder / "manifest.json").read_bytes()
+    for dataset in (images(9, 32), Broken((GOOD * torch.nan, 1), number=1), Broken(OSError("away"), number=2)):
+        with pytest.raises(StoreError, match="images must be|features of item 1|item 2 of the dataset can't be loaded"):
+            build(tmp_path, dataset, identity="other", refresh=refresh, overwrite=True)
+        assert (folder / "manifest.json").read_bytes() == old
+    assert sk.FeatureCache.open(folder, dataset=images(), verify=True).labels.equal(images().tensors[1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -479,8 +566,14 @@ def test_a_store_that_is_there_is_not_replaced_unasked(tmp_path):
         ({"views": 0}, "views must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"shard_bytes": 0}, "shard_bytes must be at least 1; got 0"),
-        ({"workers": -1}, "seed and workers must be at least 0; got 0 and -1"),
-        ({"seed": -1}, "seed and workers must be at least 0; got -1 and 0"),
+        ({"workers": -1}, "workers must be at least 0; got -1"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"views": 2.5}, r"views must be a whole number; got 2\.5"),
+        ({"shard_bytes": 1e6}, r"shard_bytes must be a whole number; got 1000000\.0"),
+        (
+            {"resume": True, "overwrite": True},
+            "resume goes on with a store and overwrite replaces it; give one of them",
+        ),
         ({"views": 2, "refresh": "epoch"}, "views must be 1 with refresh"),
         ({"dataset": []}, "the dataset is empty"),
         ({"dataset": iter([])}, "the dataset has no length"),
@@ -524,13 +617,15 @@ GOOD = pictures(1)[0]
         ((pictures(1, 8)[0], 1), r"item 5 .*\[3, 8, 8\]"),
         ((GOOD, 1.0), r"label of item 5 .* must be a whole number; got 1\.0"),
         ((GOOD, True), r"label of item 5 .* must be a whole number; got True"),
+        ((GOOD, 2**70), r"label of item 5 .* must fit 64 bits; got 1180591620717411303424"),
         ((GOOD, "cat"), r"label of item 5 .* must be a whole number; got 'cat'"),
         ((GOOD, torch.tensor([1])), r"label of item 5 .* must be a whole number; got tensor\(\[1\]\)"),
+        ((GOOD.byte(), 1), r"image of item 5 .* must be floating-point numbers, normalised .*; got torch\.uint8\."),
         (GOOD, r"item 5 of the dataset must be \(image, label\); got Tensor"),
         ((GOOD, 1, 2), r"item 5 of the dataset must be \(image, label\); got tuple"),
         (OSError("no such disk"), r"item 5 of the dataset can't be loaded: OSError\('no such disk'\)"),
     ],
-    ids=["picture", "grey", "small", "fraction", "bool", "text", "vector", "alone", "three", "error"],
+    ids=["picture", "grey", "small", "fraction", "bool", "huge", "text", "vector", "bytes", "alone", "three", "error"],
 )  # fmt: skip
 def test_an_item_that_cannot_be_used_is_named(tmp_path, item, message, workers):
     with pytest.raises(StoreError, match=f"^FeatureCache: .*{message}") as caught:
@@ -540,10 +635,12 @@ def test_an_item_that_cannot_be_used_is_named(tmp_path, item, message, workers):
 
 
 @pytest.mark.parametrize("size", [8, 32])
-def test_images_of_another_size_than_the_models_are_refused(tmp_path, size):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_another_size_than_the_models_are_refused(tmp_path, size, workers):
     message = rf"images must be \[3, 16, 16\], as the model takes them; got \[3, {size}, {size}\]"
-    with pytest.raises(StoreError, match=message):
-        build(tmp_path, images(9, size))
+    with pytest.raises(StoreError, match=message) as kept:
+        build(tmp_path, images(9, size), workers=workers)
+    assert not multiprocessing.active_children() and kept.value, "who keeps the error keeps no processes"
 
 
 def test_features_that_are_no_numbers_are_named(tmp_path):

@@ -7,6 +7,7 @@ import functools
 import json
 import operator
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -19,17 +20,19 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from caches import CLASSES, Drawn, build, images, pictures, skip_clip
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+import skipkernels as sk
 from skipkernels.cache.build import identity_of
 from skipkernels.cache.identity import Unidentifiable, identify
 from skipkernels.data import glyph_tiny
 from skipkernels.data.glyphs import GlyphDataset
-from skipkernels.store import StoreError
+from skipkernels.store import StoreError, digest_json
 
 LONG_AGO = 1_000_000_000_000_000_000  # ns: so that a file that is touched now has another time
 WARM = {"red", "orange", "yellow", "brown"}
@@ -414,3 +417,292 @@ def test_files_that_go_away_while_one_looks_are_an_error_of_the_dataset(root, mo
     monkeypatch.setattr(Path, "stat", gone)
     with pytest.raises(StoreError, match="can't be told from another: .*b.png"):
         identity_of(dataset, "times", None)
+
+
+def test_files_are_told_by_times_or_contents(tmp_path):
+    dataset = images(4)
+    for call in (identify, lambda dataset, files: build(tmp_path, dataset, files=files)):
+        with pytest.raises(ValueError, match='files must be "times" or "contents"; got \'content\''):
+            call(dataset, "content")
+    build(tmp_path, dataset)
+    with pytest.raises(ValueError, match='files must be "times" or "contents"; got \'content\''):
+        sk.FeatureCache.open(tmp_path, dataset=dataset, files="content")
+
+
+# ---- what only the images tell -----------------------------------------------------------------------------------
+
+COUNT = 9  # images, of which 0, 4 and 8 are looked at
+BRIGHTER = 0.0  # a global that a transform reads
+
+
+class Numbered(Dataset):
+    """Images by number through a transform."""
+
+    def __init__(self, transform: Callable | None = None):
+        self.pictures, self.transform = pictures(COUNT), transform
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        image = self.pictures[item]
+        return image if self.transform is None else self.transform(image), item % CLASSES
+
+
+class Named(Numbered):
+    """Files by their bare names in a folder."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root, self.names = str(root), [f"{item}.png" for item in range(COUNT)]
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        return v1.functional.to_tensor(Image.open(os.path.join(self.root, self.names[item]))), item % CLASSES
+
+
+class Private(Numbered):
+    def __init__(self, lighter: float):
+        super().__init__()
+        self._lighter = lighter
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(item)
+        return image + self._lighter, label
+
+
+class ListOf(list):
+    """Of images, with something beside them."""
+
+    def __init__(self, lighter: float):
+        super().__init__([(image, item % CLASSES) for item, image in enumerate(pictures(COUNT))])
+        self.lighter = lighter
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(item)
+        return image + self.lighter, label
+
+
+class Shuffled(Numbered):
+    def __init__(self, seed: int):
+        super().__init__()
+        self.random = random.Random(seed)
+        self._order = self.random.sample(range(COUNT), COUNT)
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        return super().__getitem__(self._order[item])
+
+
+def written_anew(root: Path, change: bool) -> Path:
+    for item in range(COUNT):
+        path = root / f"{item}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 20 * item + 5 * change, np.uint8)).save(path)
+    return root
+
+
+def of_code(root: Path, change: bool) -> Dataset:
+    class Coded(Numbered):
+        def __getitem__(self, item: int) -> tuple[Any, int]:
+            image, label = super().__getitem__(item)
+            return (image.flip(-1) if change else image), label
+
+    return Coded()
+
+
+def of_a_class_attribute(root: Path, change: bool) -> Dataset:
+    class Scaled:
+        factor = 1.1 if change else 1.0
+
+        def __init__(self):
+            self.name = "scaled"
+
+        def __call__(self, image: torch.Tensor) -> torch.Tensor:
+            return image * self.factor
+
+    return Numbered(Scaled())
+
+
+def brighter(image: torch.Tensor) -> torch.Tensor:
+    return image + BRIGHTER
+
+
+def of_a_global(root: Path, change: bool) -> Dataset:
+    globals()["BRIGHTER"] = 0.5 * change
+    return Numbered(brighter)
+
+
+LAMBDAS = (lambda image: image, lambda image: image.flip(-1))
+
+
+def of_a_label(root: Path, change: bool) -> Dataset:
+    class Labelled(Numbered):
+        def __getitem__(self, item: int) -> tuple[Any, int]:
+            return self.pictures[item], item % CLASSES + change
+
+    return Labelled()
+
+
+class Streamed(IterableDataset):
+    def __init__(self, lighter: float):
+        self.count, self._lighter = COUNT, lighter
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self):
+        torch.rand(1)  # as for an order
+        return iter([Private(self._lighter)[item] for item in range(COUNT)])
+
+
+UNTOLD: dict[str, Callable[[Path, bool], Any]] = {  # datasets without and with a change that attributes don't tell
+    "files by name": lambda root, change: Named(written_anew(root, change)),
+    "private attribute": lambda root, change: Private(0.5 * change),
+    "code": of_code,
+    "class attribute": of_a_class_attribute,
+    "global": of_a_global,
+    "lambda": lambda root, change: Numbered(LAMBDAS[change]),
+    "lambda of torchvision": lambda root, change: Numbered(v1.Lambda(LAMBDAS[change])),
+    "attribute of a list": lambda root, change: ListOf(0.5 * change),
+    "random.Random": lambda root, change: Shuffled(int(change)),
+    "label": of_a_label,
+    "iterable": lambda root, change: Streamed(0.5 * change),
+}
+
+
+@pytest.mark.parametrize(("name", "files"), [*((name, "times") for name in UNTOLD), ("files by name", "contents")])
+def test_what_attributes_do_not_tell_the_images_do(tmp_path, name, files):
+    make, root, clip = UNTOLD[name], tmp_path / "images", skip_clip()
+    before = make(root, False)
+    identity = identify(before, files)
+    build(tmp_path / "store", before, clip, files=files)
+    sk.FeatureCache.open(tmp_path / "store", clip, make(root, False), files=files)
+    build(tmp_path / "store", make(root, False), clip, files=files, resume=True)
+    after = make(root, True)
+    assert identify(after, files) == identity, "else this is no case of these"
+    message = r"item \d of the dataset has another image or label than when this was built.* overwrite=True"
+    with pytest.raises(StoreError, match=message):
+        sk.FeatureCache.open(tmp_path / "store", clip, after, files=files)
+    with pytest.raises(StoreError, match=message):
+        build(tmp_path / "store", after, clip, files=files, resume=True)
+    build(tmp_path / "store", after, clip, files=files, overwrite=True)
+
+
+class Moved(Numbered):
+    """Of which some images are off by something."""
+
+    def __init__(self, off: torch.Tensor | float = 0.0, items: tuple[int, ...] = (0, 4, 8)):
+        super().__init__()
+        self._off, self._items = off, items
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(item)
+        return (image + self._off if item in self._items else image), label
+
+
+@pytest.mark.parametrize("item", [0, 4, 8])
+def test_the_first_the_middle_and_the_last_image_are_looked_at(tmp_path, item):
+    build(tmp_path, Moved())
+    with pytest.raises(StoreError, match=f"^{tmp_path}: item {item} of the dataset has another image or label"):
+        sk.FeatureCache.open(tmp_path, dataset=Moved(0.5, (item,)))
+
+
+def test_the_others_are_not(tmp_path):
+    """As docs/cache.md says."""
+    build(tmp_path, Moved())
+    sk.FeatureCache.open(tmp_path, dataset=Moved(0.5, (1, 2, 3, 5, 6, 7)))
+
+
+def test_images_may_be_decoded_a_little_otherwise(tmp_path):
+    build(tmp_path, Moved())
+    unit = (torch.randint(-1, 2, (3, 16, 16), generator=torch.Generator().manual_seed(0))) / 255
+    sk.FeatureCache.open(tmp_path, dataset=Moved(unit))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Drawn(8), Streamed(0.5)], ids=["drawn", "streamed"])
+def test_random_transforms_are_drawn_as_they_were(tmp_path, dataset, workers):
+    build(tmp_path, dataset, views=2, seed=3, workers=workers)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    for _ in range(2):
+        sk.FeatureCache.open(tmp_path, dataset=dataset)
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert before[0].equal(after[0]) and before[1:] == after[1:]
+
+
+class Restless(Numbered):
+    """Which draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self._random = random.Random(0)
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(item)
+        return image + self._random.random(), label
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_are_others_each_time_need_a_name(tmp_path, workers):
+    with pytest.raises(StoreError, match="item 0 of the dataset is another one each time .* pass identity="):
+        build(tmp_path, Restless(), workers=workers)
+    assert not list(tmp_path.iterdir())
+    build(tmp_path, Restless(), workers=workers, identity="restless")
+    sk.FeatureCache.open(tmp_path, dataset=Restless(), identity="restless")
+
+
+def test_an_iterable_that_is_gone_once_it_is_read_is_kept_whole(tmp_path):
+    class Once:
+        def __init__(self):
+            self.count, self._items = COUNT, iter(Numbered())
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __iter__(self):
+            return self._items
+
+    cache = build(tmp_path, Once())
+    assert len(cache) == COUNT
+    sk.FeatureCache.open(tmp_path, dataset=Once())
+
+
+def test_processes_that_load_get_the_dataset_as_it_was(tmp_path):
+    """One that opens a file when it is first asked must do that in each of them."""
+
+    class Opened(Numbered):
+        def __init__(self):
+            super().__init__()
+            self._process: int | None = None
+
+        def __getitem__(self, item: int) -> tuple[Any, int]:
+            self._process = self._process or os.getpid()
+            assert self._process == os.getpid(), "opened elsewhere"
+            return super().__getitem__(item)
+
+    dataset = Opened()
+    build(tmp_path, dataset, workers=1)
+    assert dataset._process is None
+
+
+def test_a_store_without_samples_is_built_again(tmp_path):
+    build(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for samples in (None, [], [{}, {}, {}], {"item": 0}):
+        manifest["layout"]["notes"]["samples"] = samples
+        del manifest["xxh3"]
+        manifest["xxh3"] = digest_json(manifest)
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        sk.FeatureCache.open(tmp_path, skip_clip())
+        with pytest.raises(StoreError, match="its manifest has no samples of such a dataset. Build another one"):
+            sk.FeatureCache.open(tmp_path, dataset=images())
+
+
+def test_what_differs_is_said_in_words(tmp_path):
+    build(tmp_path, images(9))
+    for dataset, message in (
+        (images(8), r"made with another number of images \(9 there, 8 here\), so"),
+        (images(9, seed=1), r"made with another images, so .*a public attribute.* build and open with identity="),
+    ):
+        with pytest.raises(StoreError, match=message) as caught:
+            sk.FeatureCache.open(tmp_path, dataset=dataset)
+        assert len(max(str(caught.value).replace(str(tmp_path), "").split(), key=len)) < 32, "no digests"

@@ -93,6 +93,21 @@ def test_a_sampler_of_torch_has_no_state(cache, rows):
             loader.state_dict()
     with pytest.raises(TypeError, match="this sampler has none"):
         loader.state_dict()
+    with pytest.raises(TypeError, match=r"^FeatureLoader\.load_state_dict: this sampler has none"):
+        loader.load_state_dict(cache.loader(5).state_dict())
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 2), (0, 2), (1, 1)])
+def test_lists_of_numbers_are_not_divided(cache, rank, world_size):
+    message = f"lists of image numbers are not divided; got rank={rank} and world_size={world_size}"
+    with pytest.raises(ValueError, match=f"^FeatureCache.loader: {message}"):
+        cache.loader(sampler=[[0, 1], [2, 3]], rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", float], ids=str)
+def test_a_dtype_is_torchs(cache, dtype):
+    with pytest.raises(TypeError, match=r"^FeatureCache\.loader: dtype must be a torch\.dtype, such as .*; got "):
+        cache.loader(dtype=dtype)
 
 
 @pytest.mark.parametrize("wrong", [COUNT, -1])
@@ -260,6 +275,19 @@ def test_a_state_after_an_epoch_that_was_broken_off(cache, prefetch):
     assert same(given(going_on), batches[4:])
     going_on.load_state_dict(state_of_the_broken)
     assert same(given(going_on), given(cache.loader(2, "random"))[3:])
+
+
+def test_a_state_of_another_loader_is_refused_and_changes_nothing(cache):
+    loader = cache.loader(2, "random")
+    kept = []
+    for features, _ in loader:
+        kept.append(features)
+        if len(kept) == 3:
+            state = loader.state_dict()
+            with pytest.raises(ValueError, match="the state is of batch_size=4, and this sampler has 2"):
+                loader.load_state_dict(cache.loader(4, "random").state_dict())
+            assert loader.state_dict()["batches"] == state["batches"] == 3
+    assert same(kept, given(cache.loader(2, "random")))
 
 
 def test_epochs_go_round_the_views(tmp_path):

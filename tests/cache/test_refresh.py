@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import torch
 from caches import Drawn, build, images, skip_clip
 
 import skipkernels as sk
+from skipkernels.cache import build as building
+from skipkernels.cache.extract import batches_of
 from skipkernels.store import StoreError
 
 COUNT, EPOCHS = 8, 4
@@ -29,7 +33,7 @@ def views(tmp_path_factory):
 
 
 def refreshed(folder: Path, dataset=None, **arguments) -> sk.FeatureCache:
-    return build(folder, Drawn(COUNT) if dataset is None else dataset, refresh="epoch", **arguments)
+    return build(folder, Drawn(COUNT) if dataset is None else dataset, **{"refresh": "epoch", **arguments})
 
 
 def epoch(loader: sk.FeatureLoader) -> torch.Tensor:
@@ -97,6 +101,21 @@ def test_the_next_epoch_is_made_while_this_one_is_trained_on(tmp_path):
                 sk.FeatureCache.open(tmp_path / "epoch-00001", verify=True)
 
 
+def test_processes_begin_before_training_goes_on(tmp_path, monkeypatch):
+    """A process that is forked while the training thread holds a lock of PyTorch's would wait for it forever."""
+    begun = []
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.3)
+        loading = batches_of(*args, **kwargs)
+        begun.append(threading.current_thread().name)
+        return loading
+
+    monkeypatch.setattr(building, "batches_of", slowly)
+    with refreshed(tmp_path):
+        assert begun[-1] == "skipkernels extraction"
+
+
 def test_training_and_extraction_draw_from_other_generators(tmp_path, views):
     """What a loop draws is the same whether or not images are drawn in the background, and so are those."""
 
@@ -159,11 +178,139 @@ def test_closing_ends_an_extraction_in_the_middle_and_another_one_goes_on(tmp_pa
 def test_a_second_one_in_the_folder_is_refused_and_harms_nothing(tmp_path, views):
     with refreshed(tmp_path) as cache:
         for overwrite in (False, True):
-            with pytest.raises(StoreError, match=f"process {os.getpid()} on .* is at work in it"):
+            with pytest.raises(
+                StoreError, match=r"this process, .* is at work in it\. Call close\(\) on the FeatureCache"
+            ):
                 refreshed(tmp_path, overwrite=overwrite)
         loader = cache.loader(3, "sequential")
         assert epoch(loader).equal(views[0]) and epoch(loader).equal(views[1])
     refreshed(tmp_path).close()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            ["epoch-00000/checkpoint.pt", "epoch-00007/checkpoint.pt"],
+            r"epoch-00000: holds other things \(checkpoint.pt\)",
+        ),
+        (["epoch-best/checkpoint.pt"], r"run: holds other things \(epoch-best\)"),
+        (["epoch-1/manifest.json"], r"run: holds other things \(epoch-1\)"),
+        (["epoch-00003/manifest.json"], r"epoch-00003: holds other things \(manifest.json\)"),
+        (["epoch-00003/00000.safetensors"], r"epoch-00003: holds other things \(00000.safetensors\)"),
+        (["epoch-00003"], r"run: holds other things \(epoch-00003\)"),
+        (["thesis.tex"], r"run: holds other things \(thesis.tex\)"),
+        (["manifest.json"], r"run: holds other things \(manifest.json\)"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_someone_else_keeps_in_the_folder_stays(tmp_path, files, told, overwrite):
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("precious")
+    for refresh in ("epoch", "never"):
+        if refresh == "never" and files == ["manifest.json"]:
+            continue  # a store whose manifest is damaged
+        with pytest.raises(StoreError, match=told):
+            refreshed(tmp_path / "run", overwrite=overwrite, refresh=refresh)
+    assert [path for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()] == [
+        tmp_path / "run" / name for name in files
+    ], "and no lock comes to be there"
+
+
+def test_nothing_goes_if_something_is_refused(tmp_path):
+    refreshed(tmp_path).close()
+    (tmp_path / "epoch-00001" / "notes.txt").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    for refresh in ("epoch", "never"):
+        with pytest.raises(StoreError, match=r"epoch-00001: holds other things \(notes.txt\)"):
+            refreshed(tmp_path, overwrite=True, refresh=refresh)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_comes_to_lie_beside_an_epoch_that_is_over_stays(tmp_path, views):
+    with refreshed(tmp_path) as cache:
+        (tmp_path / "epoch-00000" / "notes.txt").write_text("precious")
+        loader = cache.loader(3, "sequential")
+        assert [epoch(loader).equal(views[number]) for number in range(2)] == [True, True]
+    assert [path.name for path in (tmp_path / "epoch-00000").iterdir()] == ["notes.txt"]
+
+
+def test_one_that_was_killed_when_it_began_is_no_strangers(tmp_path, views):
+    (tmp_path / "epoch-00004").mkdir()
+    (tmp_path / "epoch-00004" / ".lock").touch()
+    (tmp_path / "epoch-00009").mkdir()
+    (tmp_path / "epoch-00009" / ".owner.json.7.partial").touch()
+    with refreshed(tmp_path) as cache:
+        loader = cache.loader(3, "sequential")
+        assert epoch(loader).equal(views[0])
+        assert set(made(tmp_path)) <= {"epoch-00000", "epoch-00001"}
+
+
+def test_a_store_for_all_epochs_and_those_of_epochs_replace_each_other_if_asked(tmp_path, views):
+    build(tmp_path, Drawn(COUNT), views=EPOCHS)
+    with pytest.raises(StoreError, match="holds a store that serves every epoch. Choose another .* overwrite=True"):
+        refreshed(tmp_path)
+    sk.FeatureCache.open(tmp_path, verify=True)
+    with refreshed(tmp_path, overwrite=True) as cache:
+        assert epoch(cache.loader(3, "sequential")).equal(views[0])
+        assert not {"manifest.json", "00000.safetensors"} & {path.name for path in tmp_path.iterdir()}
+        with pytest.raises(StoreError, match="this process, .* is at work in it"):
+            refreshed(tmp_path, refresh="never", overwrite=True)
+    for resume in (False, True):
+        with pytest.raises(StoreError, match=r"holds the features of epochs \(epoch-00000\).* overwrite=True"):
+            build(tmp_path, Drawn(COUNT), views=EPOCHS, resume=resume)
+    cache = build(tmp_path, Drawn(COUNT), views=EPOCHS, overwrite=True)
+    assert cache.store.gather(torch.arange(COUNT)).equal(views[0]) and made(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="file: a file; choose a folder"):
+        refreshed(tmp_path / "file")
+    with pytest.raises(StoreError, match=r"below: can't be written to \(Not a directory\); choose another"):
+        refreshed(tmp_path / "file" / "below")
+
+    def read_only(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(StoreError, match=r"new: can't be written to \(Read-only file system\); choose another"):
+        refreshed(tmp_path / "new")
+
+
+def test_a_loader_ends_with_its_cache(tmp_path):
+    cache = refreshed(tmp_path)
+    loader = cache.loader(3, "sequential")
+    epoch(loader)
+    cache.close()
+    before = made(tmp_path)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"{tmp_path}: this FeatureCache was closed. Build it again"):
+            epoch(loader)
+    assert made(tmp_path) == before and not extractions()
+
+
+def test_it_stays_in_its_process(tmp_path):
+    with refreshed(tmp_path) as cache, pytest.raises(TypeError, match='with refresh="epoch" it stays in its process'):
+        pickle.dumps(cache)
+
+
+class Relabelled(Drawn):
+    """Images whose class is drawn."""
+
+    def __getitem__(self, item):
+        return super().__getitem__(item)[0], random.randrange(100)
+
+
+def test_an_epoch_that_gives_other_labels_is_refused(tmp_path):
+    with refreshed(tmp_path, Relabelled(COUNT)) as cache:
+        loader = cache.loader(3, "sequential")
+        epoch(loader)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="view 1 gives other labels than the one that was made first"):
+                epoch(loader)
 
 
 def test_a_build_that_fails_lets_go_of_the_folder(tmp_path):

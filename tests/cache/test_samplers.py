@@ -156,6 +156,56 @@ def test_a_state_survives_a_file_that_may_hold_no_code(tmp_path):
 
 # ---- what can't be -----------------------------------------------------------------------------------------------
 
+OWN = {"labels": [0, 1] * 6, "batch_size": 2, "kind": "class_pure"}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"batch_size": 3}, "batch_size=2, and this sampler has 3"),
+        ({"kind": "random"}, "kind='class_pure', and this sampler has 'random'"),
+        ({"world_size": 2}, "world_size=1, and this sampler has 2"),
+        ({"labels": [0, 1] * 7}, "images=12, and this sampler has 14"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_state_of_another_sampler_is_refused(other, message):
+    begun, here = sampler(**OWN), sampler(**OWN | other)
+    take(begun, 2)
+    with pytest.raises(ValueError, match=rf"^BatchSampler\.load_state_dict: the state is of {message}\. Go on with"):
+        here.load_state_dict(begun.state_dict())
+    assert list(here) == list(sampler(**OWN | other)), "nothing has changed"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": 10**6}, "batches from 0 to 6; got 0 and 1000000"),
+        ({"batches": -1}, "batches from 0 to 6; got 0 and -1"),
+        ({"batches": "2"}, "batches from 0 to 6; got 0 and '2'"),
+        ({"epoch": -1}, "epoch must be at least 0, .*; got -1 and 0"),
+        ({"epoch": None}, "epoch must be at least 0, .*; got None and 0"),
+        ({"generator": torch.zeros(3, dtype=torch.uint8)}, "generator is no state of one: "),
+        ({"generator": "seed"}, "generator is no state of one: "),
+    ],
+    ids=lambda value: "-".join(map(str, next(iter(value.items()))[:1])) if isinstance(value, dict) else "",
+)
+def test_a_state_that_cannot_be_is_refused(change, message):
+    here = sampler(**OWN)
+    with pytest.raises(ValueError, match=rf"^BatchSampler\.load_state_dict: .*{message}"):
+        here.load_state_dict(here.state_dict() | change)
+    assert list(here) == list(sampler(**OWN)), "nothing has changed"
+
+
+@pytest.mark.parametrize("missing", ["kind", "batch_size", "world_size", "images", "epoch", "batches", "generator"])
+def test_a_state_that_lacks_something_is_none(missing):
+    here = sampler(**OWN)
+    state = here.state_dict()
+    del state[missing]
+    for none in (state, {}, None, []):
+        with pytest.raises(ValueError, match="this is no state of a BatchSampler's state_dict"):
+            here.load_state_dict(none)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

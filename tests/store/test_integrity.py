@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from skipkernels.store import MANIFEST, Manifest, Store, StoreError, Writer
+from skipkernels.store import MANIFEST, Manifest, Store, StoreError, Writer, erase, is_store, leftovers, prune, writer
+from skipkernels.store.lock import LOCK
 from tests.store.stores import contents, fill, layout_of, truth_of, write_manifest
 
 DTYPES = ["fp32", "bf16", "int8"]
@@ -205,7 +206,6 @@ def write(data: bytes) -> Callable[[Path], object]:
 
 
 MANIFESTS = {
-    "newer": (newer, "of format 2, made by a newer skipkernels; this one reads format 1. Update"),
     "empty": (write(b""), "damaged: not JSON"),
     "text": (write(b"rows: 18"), "damaged: not JSON"),
     "binary": (write(bytes(range(256))), "damaged: not JSON"),
@@ -225,6 +225,18 @@ def test_a_damaged_manifest_is_found_named_and_mended(folder, layout, damage):
         Store(folder)
     with pytest.warns(UserWarning, match=f"{MANIFEST}: {said}.* All of it is made again"):
         assert len(fill(folder, layout, resume=True)) == 5
+    assert contents(folder) == sound
+
+
+def test_a_manifest_of_a_newer_format_is_refused_and_left_unless_it_is_to_be_replaced(folder, layout):
+    sound = contents(folder)
+    newer(folder)
+    before, said = contents(folder), "of format 2, made by a newer .* reads format 1. Update .* overwrite=True"
+    for attempt in (lambda: Store(folder), lambda: fill(folder, layout, resume=True), lambda: prune(folder)):
+        with pytest.raises(StoreError, match=said):
+            attempt()
+    assert contents(folder) == before
+    fill(folder, layout, overwrite=True)
     assert contents(folder) == sound
 
 
@@ -251,15 +263,21 @@ def test_every_bit_and_every_length_of_a_manifest_counts(folder, layout):
             assert not changed(bytes(flipped)), f"bit {bit} of byte {at}"
 
 
-def test_a_manifest_that_was_deleted_leaves_the_shards_alone(folder, layout):
+def test_a_manifest_that_was_deleted_is_made_again_with_its_shards(folder, layout):
+    sound = contents(folder)
     (folder / MANIFEST).unlink()
     before = contents(folder)
     with pytest.raises(StoreError, match="store: no manifest.json: not a store. Build it first"):
         Store(folder)
-    for options in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(StoreError, match=r"holds other things \(00000.safetensors\); choose an empty folder"):
-            fill(folder, layout, **options)
+    with pytest.raises(StoreError, match="holds a store"):
+        fill(folder, layout)
     assert contents(folder) == before
+    with pytest.warns(UserWarning, match="no manifest.json.* All of it is made again"):
+        assert len(fill(folder, layout, resume=True)) == 5
+    assert contents(folder) == sound
+    (folder / MANIFEST).unlink()
+    fill(folder, layout, overwrite=True)
+    assert contents(folder) == sound
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may read everything")
@@ -358,8 +376,11 @@ def test_overwrite_that_is_stopped_at_once_can_be_done_again(folder, layout):
     assert Store(folder, verify=True).layout == layout
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "00000.tar", "model.safetensors", ".hidden"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "00000.tar", "model.safetensors", ".hidden", "7.safetensors", "00007.safetensors"]
+)
 def test_a_folder_that_holds_other_things_is_refused_and_left(folder, layout, name, tmp_path):
+    Manifest.read(folder).with_shard(1, None).write(folder)
     for place in (folder, tmp_path / "others"):
         place.mkdir(exist_ok=True)
         (place / name).write_text("mine")
@@ -368,6 +389,46 @@ def test_a_folder_that_holds_other_things_is_refused_and_left(folder, layout, na
             with pytest.raises(StoreError, match=rf"holds other things \({name}\); choose an empty folder"):
                 fill(place, layout, **options)
         assert contents(place) == before
+    assert not (tmp_path / "others" / LOCK).exists()
+    assert name not in [path.name for path, _ in prune(folder, unfinished=True)] and (folder / name).exists()
+
+
+def test_shards_of_someone_else_are_told_by_their_header(tmp_path, layout):
+    """A manifest's numbers are its own; what else has such a name is a shard if it says so."""
+    fill(tmp_path, layout)
+    theirs = tmp_path / "00006.safetensors"
+    theirs.write_bytes(save({"weight": torch.ones(2)}, {"format": "pt"}))
+    shutil.copy(tmp_path / SHARD, tmp_path / "00008.safetensors")
+    assert [path.name for path in leftovers(tmp_path, Manifest.read(tmp_path))] == ["00008.safetensors"]
+    (tmp_path / SHARD).write_bytes(b"damaged")
+    with pytest.raises(StoreError, match=r"holds other things \(00006.safetensors\)"):
+        fill(tmp_path, layout, resume=True)
+    erase(tmp_path)
+    assert list(contents(tmp_path)) == [theirs.name]
+
+
+@pytest.mark.parametrize("text", ['{"name": "an app", "icons": []}', "no JSON", "[]"])
+def test_a_manifest_of_something_else_is_no_store(tmp_path, text, layout):
+    (tmp_path / MANIFEST).write_text(text)
+    assert not is_store(tmp_path)
+    with pytest.raises(StoreError, match=f"{MANIFEST}: damaged"):
+        erase(tmp_path)
+    assert (tmp_path / MANIFEST).read_text() == text
+    fill(tmp_path / "store", layout)
+    assert is_store(tmp_path / "store")
+    (tmp_path / "store" / MANIFEST).write_text(text)
+    assert is_store(tmp_path / "store"), "a damaged one"
+
+
+def test_a_store_that_is_complete_is_taken_as_it_is(folder, layout, monkeypatch):
+    """No file is made or changed: its disk may be read-only, or in use by others."""
+    before, read = contents(folder), []
+    (folder / LOCK).unlink()
+    monkeypatch.setattr(writer, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
+    with Writer(folder, layout, resume=True, on_bytes=read.append) as done:
+        assert done.missing == [] and done.manifest == Manifest.read(folder)
+    assert sum(read) == Store(folder).bytes, "all of it was checked"
+    assert contents(folder) == before and not (folder / LOCK).exists()
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path, layout):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import tempfile
+import threading
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -23,12 +27,13 @@ from skipkernels.store import (
     digest_json,
     digest_tensors,
     leftovers,
+    lock,
     prune,
     reader,
 )
 from skipkernels.store.lock import OWNER, locked
 from skipkernels.store.shards import map_shard, quantise
-from tests.store.stores import contents, fill, labels_of, layout_of, truth_of
+from tests.store.stores import contents, fill, labels_of, layout_of, tensors_of, truth_of
 
 # ---- gather ------------------------------------------------------------------------------------------------------
 
@@ -86,6 +91,37 @@ def test_maps_are_let_go_of_and_rows_stay_right(tmp_path, monkeypatch, dtype):
         assert large.gather(everything).equal(truth)
     assert mapped == [0, 1, 2, 3, 4] * 4
     assert kept.equal(truth), "a batch is no view of a map"
+
+
+def test_a_store_goes_to_another_process_without_its_maps(tmp_path):
+    fill(tmp_path, layout_of())
+    store = Store(tmp_path)
+    everything, truth = torch.arange(18), truth_of(layout_of())
+    unread = len(ForkingPickler.dumps(store))
+    store.gather(everything)
+    pickled = ForkingPickler.dumps(store)  # which shares memory where it finds a tensor
+    assert len(pickled) == unread
+    for theirs in (pickle.loads(pickled), store):
+        assert theirs.gather(everything).equal(truth)
+
+
+def test_another_thread_may_let_go_of_the_maps_at_any_moment(tmp_path):
+    fill(tmp_path, layout_of())
+    store = Store(tmp_path)
+
+    class Maps(dict):
+        def __contains__(self, number):
+            there = super().__contains__(number)
+            store._maps = {}  # as a thread does that has read enough
+            return there
+
+    everything, truth = torch.arange(18), truth_of(layout_of())
+    store.gather(everything)
+    for _ in range(2):
+        store._maps = Maps(store._maps)
+        assert store.gather(everything).equal(truth)
+        store._maps = Maps(store._maps)
+        store.expect(everything)
 
 
 @pytest.mark.parametrize("index, wrong", [([0, 18], 18), ([-1, 3], -1), ([-2, 99], -2), ([2**62], 2**62)])
@@ -215,8 +251,9 @@ def test_digests_of_tensors_tell_names_shapes_dtypes_and_numbers_apart():
 def test_leftovers_are_what_nobody_lists(tmp_path):
     layout = layout_of()
     fill(tmp_path, layout)
-    for name in (".00001.safetensors.77.partial", "00005.safetensors", "notes.txt", "model.safetensors"):
+    for name in (".00001.safetensors.77.partial", "notes.txt", "model.safetensors"):
         (tmp_path / name).touch()
+    shutil.copy(tmp_path / "00002.safetensors", tmp_path / "00005.safetensors")
     (tmp_path / "00009.safetensors").mkdir()
     manifest = Manifest.read(tmp_path)
     assert [path.name for path in leftovers(tmp_path, manifest)] == [
@@ -224,15 +261,16 @@ def test_leftovers_are_what_nobody_lists(tmp_path):
         "00005.safetensors",
     ]
     assert "00002.safetensors" in [path.name for path in leftovers(tmp_path, manifest.with_shard(2, None))]
-    assert len(leftovers(tmp_path, None)) == 7
 
 
 def test_a_build_that_goes_on_deletes_leftovers(tmp_path):
     layout = layout_of()
     fill(tmp_path, layout)
     sound = contents(tmp_path)
-    for name in (".00001.safetensors.77.partial", ".manifest.json.77.partial", "00005.safetensors"):
+    for name in (".00001.safetensors.77.partial", ".manifest.json.77.partial"):
         (tmp_path / name).touch()
+    shutil.copy(tmp_path / "00002.safetensors", tmp_path / "00005.safetensors")
+    Manifest.read(tmp_path).with_shard(0, None).write(tmp_path)
     fill(tmp_path, layout, resume=True)
     assert contents(tmp_path) == sound
 
@@ -241,9 +279,9 @@ def test_prune_deletes_leftovers_and_what_is_unfinished_if_it_is_asked_to(tmp_pa
     layout = layout_of()
     fill(tmp_path, layout)
     sound = contents(tmp_path)
-    (tmp_path / "00005.safetensors").write_text("left")
+    shutil.copy(tmp_path / "00002.safetensors", tmp_path / "00005.safetensors")
     for dry_run in (True, False):
-        assert prune(tmp_path, dry_run=dry_run) == [(tmp_path / "00005.safetensors", 4)]
+        assert prune(tmp_path, dry_run=dry_run) == [(tmp_path / "00005.safetensors", len(sound["00002.safetensors"]))]
     assert prune(tmp_path, unfinished=True) == [] and contents(tmp_path) == sound
     Manifest.read(tmp_path).with_shard(0, None).write(tmp_path)
     assert prune(tmp_path) == [(tmp_path / "00000.safetensors", len(sound["00000.safetensors"]))]
@@ -276,10 +314,42 @@ def test_a_prune_that_is_stopped_can_be_done_again(tmp_path, monkeypatch):
 def test_one_at_a_time(tmp_path):
     with Writer(tmp_path, layout_of()):
         for second in (lambda: fill(tmp_path, layout_of(), resume=True), lambda: prune(tmp_path)):
-            with pytest.raises(StoreError, match=r"process \d+ on \S+, since 0 seconds, is at work in it. Wait for it"):
+            with pytest.raises(StoreError, match=r"this process, since 0 seconds, is at work in it\. Call close\(\)"):
                 second()
     assert not (tmp_path / OWNER).exists()
     fill(tmp_path, layout_of(), resume=True)
+
+
+def test_a_second_one_may_wait_for_the_first(tmp_path):
+    """And finds the store done."""
+    began, said, made = threading.Event(), [], []
+
+    def on_wait(who):
+        said.append(who)
+        began.set()
+
+    second = threading.Thread(
+        target=lambda: made.extend(fill(tmp_path, layout_of(), resume=True, on_wait=on_wait)), daemon=True
+    )
+    with Writer(tmp_path, layout_of()) as writer:
+        second.start()
+        assert began.wait(60)
+        for number in writer.missing:
+            writer.write(number, tensors_of(writer.layout, number))
+    second.join(60)
+    assert not second.is_alive() and made == []
+    assert len(said) == 1 and "this process, since 0 seconds, is at work in it." in said[0]
+
+
+def test_a_folder_in_which_nobody_can_say_who_is_at_work_is_locked(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lock, "replace_file", full)
+    with locked(tmp_path):
+        assert not (tmp_path / OWNER).exists()
+        with pytest.raises(StoreError, match="another process is at work in it"), locked(tmp_path):
+            pass
 
 
 OWNERS = ["", "[]", "{", '{"pid": 1}', '{"pid": 1e999, "host": 1, "since": 1}', "\0\xff", None]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+import time
+
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
-from skipkernels.store import Writer
+from skipkernels.store import Writer, writer
+from skipkernels.store.lock import locked
 from skipkernels.towers import text_store
 from skipkernels.towers.prompts import SharedPrefix
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
@@ -129,3 +135,78 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
         made(tmp_path, skip_layers=0)
     with pytest.raises(sk.StoreError, match=r"text_cache keeps fp32, fp16, bf16; .*float64"):
         made(tmp_path, model=tiny_clip(torch.float64))
+
+
+# ---- what is there and does not fit ------------------------------------------------------------------------------
+
+
+def with_another_activation(blocks, dtype=torch.float32):
+    """The same weights."""
+    model = tiny_clip(dtype)
+    for block in model.transformer.resblocks[blocks]:
+        block.mlp.gelu = QuickGELU()
+    return model
+
+
+def test_a_bit_of_the_prototypes_that_was_flipped_is_found_and_mended(tmp_path):
+    theirs = step(made(tmp_path))
+    shard = tmp_path / "prototypes" / "00000.safetensors"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-100] + bytes([sound[-100] ^ 1]) + sound[-99:])
+    with pytest.warns(UserWarning, match=r"prototypes/00000.safetensors: damaged: .* It is made again"):
+        clip = made(tmp_path)
+    assert same(step(clip), theirs) and shard.read_bytes() == sound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_another_activation_above_the_cut_has_other_prototypes(tmp_path, dtype):
+    first = made(tmp_path, model=tiny_clip(dtype)).prototypes
+    theirs = made(model=with_another_activation(slice(1, None), dtype)).prototypes
+    assert not theirs.equal(first)
+    for _ in ("made", "opened"):
+        assert made(tmp_path, model=with_another_activation(slice(1, None), dtype)).prototypes.equal(theirs)
+
+
+def test_another_activation_below_the_cut_is_refused_by_name_of_the_folder(tmp_path):
+    made(tmp_path)
+    said = rf"features: holds a text_cache of another model: .* Give another text_cache .*, or delete {tmp_path};"
+    with pytest.raises(sk.StoreError, match=said):
+        made(tmp_path, model=with_another_activation(slice(None)))
+
+
+def test_what_is_refused_has_a_remedy(tmp_path):
+    made(tmp_path)
+    said = (
+        rf"differs in prompts \(.*\)\. Give another text_cache \(--cache\), or delete {tmp_path}; .* build --overwrite"
+    )
+    with pytest.raises(sk.StoreError, match=said):
+        made(tmp_path, tokens=tiny_tokens(CLASSES, seed=1))
+
+
+def test_what_is_complete_is_opened_without_a_lock(tmp_path, monkeypatch):
+    """Its disk may be read-only, and others may open it at the same time."""
+    theirs = step(made(tmp_path))
+    monkeypatch.setattr(writer, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
+    assert same(step(made(tmp_path)), theirs)
+
+
+def test_who_finds_another_at_work_waits_and_takes_what_it_made(tmp_path, capfd):
+    theirs, ours, errors = step(made(tmp_path / "alone")), [], []
+
+    def second():
+        try:
+            ours.append(made(tmp_path / "shared"))
+        except BaseException as error:
+            errors.append(error)
+
+    (tmp_path / "shared" / "features").mkdir(parents=True)
+    thread = threading.Thread(target=second, daemon=True)
+    with locked(tmp_path / "shared" / "features"):
+        thread.start()
+        while "Waiting for it" not in capfd.readouterr().err:
+            assert thread.is_alive(), errors
+            time.sleep(0.01)
+        for file in (tmp_path / "alone" / "features").glob("[!.]*"):
+            shutil.copy(file, tmp_path / "shared" / "features")
+    thread.join(60)
+    assert not errors and same(step(ours[0]), theirs)
