@@ -147,9 +147,10 @@ def _build(action: CacheBuildConfig, out: Console, err: Console) -> None:
         config.model, config.pretrained, torch.device(config.device), seed=config.seed
     )
     if action.overwrite:  # a store of texts is opened by SkipCLIP, which replaces none
-        for folder in {manifest.parent for manifest in action.path.glob(f"texts-*/*/{MANIFEST}")}:
-            with locked(folder):
-                erase(folder)
+        for texts in sorted(action.path.glob("texts-*")):
+            for folder in _stores(texts, err):
+                with locked(folder):
+                    erase(folder)
     how = {"resume": action.resume, "overwrite": action.overwrite}
     evaluator = Evaluator.of(config, model, transform, tokenizer, **how)
     evaluator.prepare(progress=True)

@@ -35,7 +35,7 @@ class Full(TunedModel):
 
     Example:
         >>> Full.recipe("glyph-tiny", "base-to-new", shots=16).text_lr
-        0.0002
+        0.0005
     """
 
     name = "full"

@@ -132,7 +132,8 @@ class Study:
 
 
 def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str]]) -> Table:
-    table = Table(corner, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column(corner, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     for name, cells in rows.items():

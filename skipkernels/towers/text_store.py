@@ -93,7 +93,7 @@ class TextStore:
         return self._store.gather(places.cpu()).squeeze(1).to(self._device)
 
 
-def kept_prototypes(folder: Path, text: TextTower, encode: Lower) -> Tensor:
+def kept_prototypes(folder: Path, text: TextTower, encode: Callable[[Tensor], Tensor]) -> Tensor:
     """Embeddings [C, D] of all classes as they are, from a store; if they are not this model's, or damaged, made again.
 
     Args:

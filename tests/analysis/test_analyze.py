@@ -46,7 +46,7 @@ def written(done):
 def test_files(done, written):
     folder, _, _ = done
     assert sorted(file.name for file in folder.iterdir()) == FILES
-    assert written["settings"]["text_lr"] == 2e-4, "resolved: that of full fine-tuning"
+    assert written["settings"]["text_lr"] == 5e-4, "resolved: that of full fine-tuning"
     assert written["settings"]["classes"] == 12 and "out" not in written["settings"]
     shift = written["feature_shift"]
     assert [len(shift[name]) for name in ("image", "image_added", "text", "text_added")] == [6, 6, 4, 4]
