@@ -60,9 +60,9 @@ class Recipe:
 
 # What suits glyph-tiny in place of what was published for CLIPs that were trained on hundreds of millions of images.
 # It saw half a million small ones: at the published rates it does not move in 20 epochs, and with rates that move it,
-# it needs no warm-up. Full fine-tuning moves the lower blocks too, and does best at a tenth of the rate. All were chosen
-# on seed 10, by the harmonic mean: of skip and full from six pairs of rates, of the adapter from five rates, of LoRA and
-# CoOp from three. CoOp did best at the published one. LoRA's published 320 epochs are an hour on two cores.
+# it needs no warm-up. Full fine-tuning moves the lower blocks too, and does best at a tenth of the rate. All were
+# chosen on seed 10, by the harmonic mean: of skip and full from six pairs of rates, of the adapter from five rates, of
+# LoRA and CoOp from three. CoOp did best at the published one. LoRA's published 320 epochs are an hour on two cores.
 ON_GLYPH_TINY: dict[str, dict[str, Any]] = {
     "skip": {"epochs": 8, "text_lr": 4e-3, "image_lr": 2e-3, "warmup_epochs": 0, "warmup_lr": 0.0},
     "full": {"epochs": 8, "text_lr": 5e-4, "image_lr": 2e-4, "warmup_epochs": 0, "warmup_lr": 0.0},
