@@ -2,8 +2,8 @@
 
     python -m bench.glyphs --seeds 3 --methods skip full
 
-`skipkernels compare --keep-embeddings`: CoOp and CLIP-Adapter run the frozen image tower once for each image, and not in
-every step as published; that is in their favour, and changes no result. Appends a row for each run to
+`skipkernels compare --keep-embeddings`: CoOp and CLIP-Adapter run the frozen image tower once for each image, and not
+in every step as published; that is in their favour, and changes no result. Appends a row for each run to
 bench/results/glyphs.csv, and prints means.
 """
 
