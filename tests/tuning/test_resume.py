@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import re
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from rich.console import Console
 from skipkernels.cli import main
 from skipkernels.methods import LoRA, Skip
 from skipkernels.tuning import TuneConfig, tune
+from tests.kills import run_for, server
 from tests.tuning.runs import fails, files, results, rows, small
 
 KILLS, SEED = 6, 0
@@ -175,9 +173,7 @@ KILLED = {"epochs": 6}
 @pytest.fixture(scope="module")
 def processes():
     """From a server that has imported everything, so that a process begins at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "skipkernels.tuning", "torchmetrics", "matplotlib.figure"])
-    return context
+    return server("skipkernels.tuning", "torchmetrics", "matplotlib.figure")
 
 
 def work(config: TuneConfig, pipe) -> None:
@@ -188,30 +184,22 @@ def work(config: TuneConfig, pipe) -> None:
     pipe.recv()
 
 
-def run_for(processes, config: TuneConfig, seconds: float) -> float:
-    """Let another process tune, and kill it so many seconds after it began, or when it has ended; gives the time."""
-    ours, theirs = processes.Pipe()
-    process = processes.Process(target=work, args=(config, theirs))
-    process.start()
-    theirs.close()
-    assert ours.recv() == "begins"
-    began = time.perf_counter()
-    ours.poll(seconds)
-    took = time.perf_counter() - began
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    return took
+@pytest.fixture
+def one_thread():
+    """As the processes that are killed: another number adds up otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_changes_no_bit(processes, tmp_path):
-    torch.set_num_threads(1)
+def test_a_kill_at_any_moment_changes_no_bit(processes, one_thread, tmp_path):
     whole, moments, between = tmp_path / "whole", random.Random(SEED), 0
-    duration = run_for(processes, small(whole, **KILLED), seconds=100)
+    duration = run_for(processes, work, (small(whole, **KILLED),), seconds=100)
     for kill in range(KILLS):
         folder = tmp_path / f"{kill}"
-        run_for(processes, small(folder, **KILLED), (kill + moments.random()) / KILLS * duration)
+        run_for(processes, work, (small(folder, **KILLED),), (kill + moments.random()) / KILLS * duration)
         over = (folder / "metrics.json").exists()
         between += (folder / "state.pt").exists() and not over
         tune(small(folder, resume=True, **KILLED))
