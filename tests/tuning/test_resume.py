@@ -184,17 +184,9 @@ def work(config: TuneConfig, pipe) -> None:
     pipe.recv()
 
 
-@pytest.fixture
-def one_thread():
-    """As the processes that are killed: another number adds up otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
-def test_a_kill_at_any_moment_changes_no_bit(processes, one_thread, tmp_path):
+def test_a_kill_at_any_moment_changes_no_bit(processes, tmp_path):
+    torch.set_num_threads(1)  # as the processes that are killed
     whole, moments, between = tmp_path / "whole", random.Random(SEED), 0
     duration = run_for(processes, work, (small(whole, **KILLED),), seconds=100)
     for kill in range(KILLS):
