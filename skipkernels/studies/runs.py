@@ -54,7 +54,7 @@ class Spread(NamedTuple):
         >>> Spread(75.25, 1.0).text(), Spread(75.25, None).text()
         ('75.2 ± 1.0', '75.2')
         """
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        deviation = f" ± {self.deviation:.{digits}f}" if self.deviation else ""
         return f"{self.mean:.{digits}f}{deviation}"
 
 
