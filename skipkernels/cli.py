@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -22,7 +22,7 @@ import skipkernels
 from skipkernels import cli_analyze, cli_cache, cli_study
 from skipkernels.data import InputError
 from skipkernels.store import StoreError
-from skipkernels.tuning import TuneConfig, evaluate_run, tune
+from skipkernels.tuning import TuneConfig, epochs_left, evaluate_run, tune
 from skipkernels.tuning.checkpoint import DELTA, MODEL
 
 
@@ -55,7 +55,11 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Returns 0, 2 for input that can't be used, 1 for a run that failed, 130 if interrupted."""
+    """Run a command.
+
+    Returns:
+        0; 2 for input that can't be used; 1 for a run that failed; 128 and the number of the signal that ended it.
+    """
     out, err = Console(), Console(stderr=True)
     command = tyro.cli(
         Command,
@@ -69,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             if isinstance(command, TuneConfig):
                 _tune(command, out, err)
             elif isinstance(command, EvalConfig):
-                _eval(command, out)
+                _eval(command, out, err)
             elif isinstance(command, cli_study.ProtocolConfig):
                 cli_study.run_protocols(command, out, err)
             elif isinstance(command, cli_study.CompareConfig):
@@ -86,13 +90,23 @@ def main(arguments: list[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:
         err.print(f"[red]failed[/red] {_escape(error)}", soft_wrap=True, highlight=False)
         return 1
-    except KeyboardInterrupt:
-        left = "complete epochs, if any, are in the folder of the run"
+    except KeyboardInterrupt as error:
+        left = str(error) or "nothing was written"
         if isinstance(command, cli_cache.CacheConfig):
             left = "what is complete is in the folder; cache build goes on from there with --resume"
-        err.print(f"interrupted: {left}", highlight=False)
-        return 130
+        elif isinstance(command, (cli_study.ProtocolConfig, cli_study.CompareConfig)):
+            left = "runs that are complete are kept; the same command goes on"
+        err.print(f"interrupted: {_escape(left)}", highlight=False, soft_wrap=True)
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    pass
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 @contextlib.contextmanager
@@ -101,15 +115,15 @@ def _termination_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _escape(error: BaseException) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[")
+def _escape(text: object) -> str:
+    return " ".join(str(text).split()).replace("[", r"\[")
 
 
 def _tune(command: TuneConfig, out: Console, err: Console) -> None:
@@ -145,12 +159,17 @@ def _number(value: float | None, how: str) -> str:
     return "–" if value is None else f"{value:{how}}"
 
 
-def _eval(command: EvalConfig, out: Console) -> None:
+def _eval(command: EvalConfig, out: Console, err: Console) -> None:
     named = command.checkpoint.suffix == ".safetensors"
     if named and command.checkpoint.name not in (MODEL, DELTA):
         raise InputError(f"--checkpoint must be the folder of a run or its {MODEL}; got {command.checkpoint}.")
     folder = command.checkpoint.parent if named else command.checkpoint
-    accuracies = evaluate_run(folder, device=command.device)
+    accuracies, left = evaluate_run(folder, device=command.device), epochs_left(folder)
+    if left:
+        err.print(
+            f"note: the run was cut off, {left} epoch{'s' if left > 1 else ''} before its end; --resume goes on",
+            highlight=False,
+        )
     if command.json:
         print(json.dumps(accuracies))
         return

@@ -14,8 +14,23 @@ from skipkernels.studies import SHOTS, Ablated, Study, ablate, compare, picture,
 from skipkernels.tuning import TuneConfig
 from skipkernels.tuning.config import Method
 
-# What a study sets itself, run by run.
-_OWN = ("protocol", "seed", "out", "overwrite", "resume")
+
+@dataclasses.dataclass(frozen=True)
+class ProtocolRuns(TuneConfig):
+    """Settings of every run of a protocol: not what the study sets itself."""
+
+    protocol: tyro.conf.Suppress[Protocol] = TuneConfig.protocol
+    seed: tyro.conf.Suppress[int] = TuneConfig.seed
+    resume: tyro.conf.Suppress[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedRuns(TuneConfig):
+    """Settings of every run of a comparison: not what the study sets itself."""
+
+    method: tyro.conf.Suppress[Method] = TuneConfig.method
+    seed: tyro.conf.Suppress[int] = TuneConfig.seed
+    resume: tyro.conf.Suppress[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +42,7 @@ class ProtocolConfig:
 
     name: tyro.conf.Positional[Protocol | Literal["all"]]
     """base-to-new, cross-dataset, domain-generalization, few-shot, or all four."""
-    run: Annotated[TuneConfig, tyro.conf.arg(name="")]
+    run: Annotated[ProtocolRuns, tyro.conf.arg(name="")]
     """Settings of every run."""
     seeds: int = 3
     """How many: 0, 1, …"""
@@ -42,7 +57,7 @@ class CompareConfig:
     What isn't given is each method's own recipe. The same command after Ctrl-C goes on.
     """
 
-    run: Annotated[TuneConfig, tyro.conf.arg(name="")]
+    run: Annotated[ComparedRuns, tyro.conf.arg(name="")]
     """Settings of every run."""
     methods: tuple[Method, ...] = get_args(Method)
     """Which."""
@@ -61,8 +76,10 @@ def run_protocols(command: ProtocolConfig, out: Console, err: Console) -> None:
         InputError: For what can't be used.
     """
     base, seeds = _checked(command.run, command.seeds)
-    if command.run.protocol != TuneConfig.protocol:
-        raise InputError(f"--protocol: here it is named first: skipkernels protocol {command.run.protocol}.")
+    if command.name == "few-shot" and command.run.shots != TuneConfig.shots:
+        raise InputError(f"--shots {command.run.shots} has no effect with few-shot; give --numbers-of-shots.")
+    if command.name not in ("few-shot", "all") and command.numbers_of_shots != SHOTS:
+        raise InputError(f"--numbers-of-shots has no effect with {command.name}; give --shots.")
     names: tuple[Protocol, ...] = get_args(Protocol) if command.name == "all" else (command.name,)
     for name in names:
         folder = command.run.out or Path("runs", "protocols", _slug(base))
@@ -85,9 +102,10 @@ def run_comparison(command: CompareConfig, out: Console, err: Console) -> None:
         InputError: For what can't be used.
     """
     base, seeds = _checked(command.run, command.seeds)
-    base = dataclasses.replace(base, protocol=command.run.protocol)
     overwrite = command.run.overwrite
     if command.ablate is not None:
+        if command.methods != get_args(Method):
+            raise InputError("--methods: --ablate has other settings in their place; give one of them.")
         folder = command.run.out or Path("runs", f"ablate-{command.ablate}", _slug(base))
         study = ablate(base, command.ablate, command.values, seeds, folder, err, overwrite=overwrite)
     else:
@@ -102,12 +120,8 @@ def _checked(run: TuneConfig, seeds: int) -> tuple[TuneConfig, range]:
     """The settings of every run, and the seeds."""
     if not 1 <= seeds <= 1000:
         raise InputError(f"--seeds must be from 1 to 1000, how many there are; got {seeds}.")
-    if run.resume:
-        raise InputError("--resume: a study goes on by itself where it was; leave it out.")
-    if run.seed != TuneConfig.seed:
-        raise InputError(f"--seed: the seeds of a study are 0, 1, …; got {run.seed}. Use --seeds.")
-    defaults = {name: getattr(TuneConfig, name) for name in _OWN}
-    return dataclasses.replace(run, **defaults), range(seeds)
+    settings = {field.name: getattr(run, field.name) for field in dataclasses.fields(TuneConfig)}
+    return TuneConfig(**settings | {"out": None, "overwrite": False}), range(seeds)
 
 
 def _slug(config: TuneConfig) -> str:

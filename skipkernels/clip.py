@@ -214,6 +214,11 @@ class SkipCLIP(nn.Module):
             }
         dtype = max((p.dtype for p in self.trainable_parameters()), key=lambda dtype: torch.finfo(dtype).eps)
         for name, (expected, got) in pairs.items():
+            if not expected.isfinite().all():
+                raise RuntimeError(
+                    f"SkipCLIP: the model itself gives {name} an embedding that is not finite. Its weights are "
+                    "damaged, or too large for its dtype; load others."
+                )
             expected, got = (nn.functional.normalize(x.to(self.prototypes.dtype), dim=-1) for x in (expected, got))
             distance, allowed = (expected - got).norm(dim=-1).max().item(), _SELF_CHECK_TOLERANCE[dtype]
             if not distance <= allowed:

@@ -30,7 +30,7 @@ class ClassSelection(NamedTuple):
 def base_keep(num_classes: int, keep_ratio: float, max_keep: int) -> int:
     """m, the number of top-ranked classes that always stay.
 
-    m = min(⌈keep_ratio · C⌉, max_keep) for a ratio below 1, every class for 1, min(⌈keep_ratio⌉, C, max_keep) above.
+    m = min(⌈keep_ratio · C⌉, max_keep) for a ratio below 1, every class for 1, min(keep_ratio, C, max_keep) above.
 
     >>> base_keep(37, 0.5, 50), base_keep(1000, 0.5, 50), base_keep(1000, 1.0, 50), base_keep(1000, 20, 50)
     (19, 50, 1000, 20)
@@ -63,7 +63,7 @@ class RankSampler:
     """Draws the ranks [K] that stay in a step, by one of two policies.
 
     Args:
-        keep_ratio: Share of the classes that always stay if below 1; their number if above; 1 keeps every class.
+        keep_ratio: Share of the classes that always stay if below 1; their whole number if above; 1 keeps every class.
         max_keep: Most classes that always stay.
         decay: λ, how slowly the chance to stay falls over the tail.
         tail: "resample" draws exactly round(Σq) tail ranks without replacement in every step; "fixed" decides about
@@ -81,8 +81,9 @@ class RankSampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        share, number = 0 < self.keep_ratio <= 1, self.keep_ratio > 1 and float(self.keep_ratio).is_integer()
         for name, valid, range_ in (
-            ("keep_ratio", self.keep_ratio > 0, "above 0 (a share up to 1, or a number of classes)"),
+            ("keep_ratio", share or number, "above 0 (a share up to 1, or a whole number of classes)"),
             ("max_keep", self.max_keep >= 1, "at least 1"),
             ("decay", self.decay > 0 and math.isfinite(self.decay), "above 0 and finite"),
             ("tail", self.tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),

@@ -39,7 +39,7 @@ def compare(
 
     Args:
         config: Of every run but for the method; what it leaves open is the method's own recipe.
-        methods: Keys of `METHODS`.
+        methods: Keys of `METHODS`. Settings that one of them has no use for are those of the others.
         seeds: Of the runs.
         folder: Where they are written.
         console: Where progress is shown.
@@ -52,15 +52,9 @@ def compare(
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
         raise InputError(f"--methods: {got}; name each once, of {', '.join(METHODS)}.")
-    variants = [Variant(method, _with_method(config, method)) for method in methods]
+    variants = [Variant(method, config.of_method(method)) for method in methods]
     results = execute(variants, seeds, folder, console, overwrite=overwrite)
     return Study("compare", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results))
-
-
-def _with_method(config: TuneConfig, method: Method) -> TuneConfig:
-    """Epochs that are given are those of methods that have steps."""
-    steps = METHODS[method].recipe(config.model, config.protocol, config.shots).epochs > 0
-    return dataclasses.replace(config, method=method, epochs=config.epochs if steps else None)
 
 
 def ablate(
@@ -79,6 +73,8 @@ def ablate(
         InputError: If something can't be used.
     """
     tried = values or VALUES[setting]
+    if len(set(tried)) < len(tried):
+        raise InputError(f"--values: name each once; got {' '.join(map(str, tried))}.")
     changes: list[dict[str, Any]] = [{setting: value} for value in tried]
     variants = [
         Variant(f"{setting} {value:g}", dataclasses.replace(config, **change))

@@ -16,11 +16,7 @@ _LOGARITHMIC = ("tuning, s", "step, ms")  # they differ by orders of magnitude
 
 def picture(study: Study) -> str:
     """As SVG: accuracy over shots, or of each test, or a panel for each figure of several variants."""
-    if study.name == "few-shot":
-        return _over_shots(study)
-    if len(study.variants) == 1:
-        return _tests(study)
-    return _figures(study)
+    return {"shots": _over_shots, "tests": _tests, "variants": _figures}[study.layout](study)
 
 
 def _over_shots(study: Study) -> str:

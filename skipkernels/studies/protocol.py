@@ -49,7 +49,8 @@ def run_protocol(
     else:
         variants = [Variant(f"{config.shots} shots", config)]
     results = execute(variants, seeds, folder, console, overwrite=overwrite)
-    return Study(protocol, f"{protocol}: {config.model} on {config.data}, {config.method}", results, _columns(results))
+    title = f"{protocol}: {config.model} on {config.data}, {config.method}"
+    return Study(protocol, title, results, _columns(results), "shots" if protocol == "few-shot" else "tests")
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:

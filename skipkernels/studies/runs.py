@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from ..data import InputError
-from ..tuning import TuneConfig, tune
+from ..tuning import TuneConfig, check, tune
 from ..tuning.run_folder import CONFIG, METRICS
 
 RUNS = "runs"
@@ -80,7 +81,8 @@ def execute(
     """Run every variant with every seed; variants in turn, so that a slow hour of the machine hits them alike.
 
     A process of its own makes times and peaks of memory comparable. A run that is complete in the folder is not run
-    again, one that was cut off goes on; so the same command after Ctrl-C goes on, too.
+    again, one that was cut off goes on; so the same command after Ctrl-C goes on, too. All variants are checked before
+    the first one runs.
 
     Args:
         variants: With different names.
@@ -92,18 +94,55 @@ def execute(
     Raises:
         InputError: If a run's settings can't be used, or its folder holds one with others.
     """
+    planned = [_Planned.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
+    first_of = {run.variant: run for run in reversed(planned) if run.metrics is None}
+    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first one checks itself as it begins
     results = []
-    planned = [(variant, seed) for seed in seeds for variant in variants]
-    for number, (variant, seed) in enumerate(planned, 1):
-        out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
-        config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False).resolved()
-        metrics = None if overwrite else _complete(config)
+    for number, run in enumerate(planned, 1):
+        metrics = run.metrics
         if metrics is None:
-            console.print(f"[bold]{number} of {len(planned)}[/bold]  {variant.name}, seed {seed}", highlight=False)
-            resume = not overwrite and (out / CONFIG).exists()
-            metrics = _apart(dataclasses.replace(config, resume=resume))
-        results.append(Result(variant.name, seed, metrics))
+            console.print(f"[bold]{number} of {len(planned)}[/bold]  {run.variant}, seed {run.seed}", highlight=False)
+            metrics = _apart(_run, run.config)
+        results.append(Result(run.variant, run.seed, metrics))
     return results
+
+
+class _Planned(NamedTuple):
+    """A run, and its metrics if it is complete."""
+
+    variant: str
+    seed: int
+    config: TuneConfig
+    metrics: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, variant: Variant, seed: int, folder: Path, overwrite: bool) -> _Planned:
+        out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
+        config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False)
+        with _named(variant.name):
+            config = config.resolved()
+            metrics = None if overwrite else _complete(config)
+        resume = not overwrite and (out / CONFIG).exists()
+        return cls(variant.name, seed, dataclasses.replace(config, resume=resume), metrics)
+
+
+@contextlib.contextmanager
+def _named(variant: str) -> Iterator[None]:
+    """An error says of which variant it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{variant}: {error}") from error
+
+
+def _check(runs: Sequence[_Planned], console: Console) -> None:
+    if runs:
+        console.print(
+            f"[dim]looking at the settings of {', '.join(run.variant for run in runs)}[/dim]", highlight=False
+        )
+    for run in runs:
+        with _named(run.variant):
+            _apart(check, run.config)
 
 
 def _complete(config: TuneConfig) -> dict[str, Any] | None:
@@ -122,9 +161,9 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     return metrics if metrics["status"] == "complete" else None
 
 
-def _apart(config: TuneConfig) -> dict[str, Any]:
+def _apart(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_run, config).result()
+        return process.submit(work, config).result()
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:

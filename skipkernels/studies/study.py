@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -18,6 +18,8 @@ from ..store import replace_file
 from .runs import Result, Spread, by_variant
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
+
+Layout = Literal["variants", "tests", "shots"]
 
 Value = Callable[[dict[str, Any]], float | None]
 
@@ -48,12 +50,14 @@ class Study:
         title: Of its table and picture.
         results: All runs.
         columns: Of its tables.
+        layout: What its table and picture go along: variants that are compared, the tests of a protocol, or shots.
     """
 
     name: str
     title: str
     results: Sequence[Result]
     columns: Sequence[Column]
+    layout: Layout = "variants"
 
     @property
     def variants(self) -> list[str]:
@@ -74,7 +78,7 @@ class Study:
         return found
 
     def tables(self) -> list[Table]:
-        """For the terminal: of one variant a single table with a column for each group, else a table for each."""
+        """For the terminal: along tests a single table with a column for each group, else a table for each."""
         summary, groups = self.summary(), list(dict.fromkeys(column.group for column in self.columns))
         title = f"{self.title}, {len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         digits = {(column.group, column.name): column.digits for column in self.columns}
@@ -83,7 +87,7 @@ class Study:
             figure = summary[variant][group].get(name)
             return "–" if figure is None else figure.text(digits[group, name])
 
-        if len(summary) == 1:
+        if self.layout == "tests":
             (variant,) = summary
             rows = dict.fromkeys(column.name for column in self.columns)
             return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ _GLYPH_CLASSES = 100
 # At least so much, where there is a value.
 _LEAST = {"classes": 1, "batch_size": 1, "views": 1, "workers": 0, "warmup_epochs": 0, "momentum": 0, "log_every": 1}
 _LEAST |= {"weight_decay": 0, "text_lr": 0, "image_lr": 0, "warmup_lr": 0}
+# Below so much, which is more than can be meant.
+_BELOW = {"momentum": 1, "clip_grad_norm": math.inf, "weight_decay": math.inf}
+_BELOW |= {"text_lr": math.inf, "image_lr": math.inf, "warmup_lr": math.inf}
+# What a method takes, or has no use for.
+_OF_METHODS = ("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "memory", "attention", "keep_embeddings")
+# The same, of those parts of a recipe that have no default for all.
+_OF_TOWERS = ("text_lr", "image_lr")
 # Of those whose recipe is that of Wu et al., CVPR 2025, which has a quarter of the epochs on large datasets.
 _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 # What does not change the results of a run, or only by rounding: it may go on with another value.
@@ -165,7 +173,9 @@ class TuneConfig:
         if reference and self.method == "skip" and self.shots < 4:
             recipe["sampler"] = "random"
         glyphs = self.data.partition(":")[0] == "glyphs"
-        recipe |= {"tail": "fixed" if reference else "resample", "classes": _GLYPH_CLASSES if glyphs else None}
+        recipe["classes"] = _GLYPH_CLASSES if glyphs else None
+        if "tail" in inspect.signature(METHODS[self.method]).parameters:
+            recipe["tail"] = "fixed" if reference else "resample"
         return recipe
 
     def _recipe(self) -> Recipe:
@@ -178,16 +188,37 @@ class TuneConfig:
         classes = min(there, self.classes or there)
         return recipe(classes=math.ceil(classes / 2) if self.protocol == "base-to-new" else classes)
 
+    def of_method(self, method: Method) -> TuneConfig:
+        """The same run of another method, without the settings that it has no use for."""
+        config = dataclasses.replace(self, method=method)
+        return dataclasses.replace(config, **{name: getattr(TuneConfig, name) for name in config._without_effect()})
+
+    def _without_effect(self) -> list[str]:
+        """Settings that differ from their default, and that the method has no use for."""
+        made, published = METHODS[self.method], METHODS[self.method].recipe(self.model, self.protocol, self.shots)
+        takes, recipe = inspect.signature(made).parameters, dataclasses.asdict(published)
+        if published.epochs > 0:
+            idle = {name for name in _OF_TOWERS if recipe[name] is None}
+        else:  # without steps
+            idle = {name for name in recipe if getattr(self, name) != recipe[name]}
+            idle |= {"clip_grad_norm", "fused_optimizer"}
+        idle |= {name for name in _OF_METHODS if name not in takes}
+        every = [field.name for field in dataclasses.fields(TuneConfig)]
+        return [name for name in every if name in idle and getattr(self, name) != getattr(TuneConfig, name)]
+
     def _check(self) -> None:
+        for name in self._without_effect():
+            given = f"--{name.replace('_', '-')} {getattr(self, name)}"
+            raise InputError(f"{given} has no effect with --method {self.method}; leave it out.")
         for name, bound in _LEAST.items():
             if getattr(self, name) is not None and not getattr(self, name) >= bound:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {bound}; got {getattr(self, name)}.")
+        for name, limit in _BELOW.items():
+            if getattr(self, name) is not None and not getattr(self, name) < limit:
+                raise InputError(f"--{name.replace('_', '-')} must be below {limit}; got {getattr(self, name)}.")
         assert self.epochs is not None
-        steps = METHODS[self.method].recipe(self.model, self.protocol, self.shots).epochs > 0
-        if steps and self.epochs < 1:
+        if self.epochs < 1 and METHODS[self.method].recipe(self.model, self.protocol, self.shots).epochs > 0:
             raise InputError(f"--epochs must be at least 1; got {self.epochs}.")
-        if self.epochs > 0 and not steps:
-            raise InputError(f"--epochs: {self.method} has none, it has no steps; got {self.epochs}. Leave it out.")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise InputError(f"--clip-grad-norm must be above 0; got {self.clip_grad_norm}.")
         if self.cache is None and self.augments:

@@ -20,7 +20,7 @@ from ..methods.base import FrozenModel
 from . import checkpoint, weights
 from .config import TuneConfig
 from .model import augmentation, load_model, load_weights
-from .precision import Arithmetic
+from .precision import REMEDY, Arithmetic
 from .run_folder import CONFIG
 
 Accuracies = dict[str, float | None]
@@ -125,26 +125,35 @@ class Evaluator:
 
     def zero_shot(self) -> dict[str, Tensor]:
         """As `predictions`, of the model as it came; to be called before tuning."""
-        return self._predictions(self._zero_shot)
+        return self._predictions(self._zero_shot, "as the model came. Look at --pretrained, or use --precision fp32.")
 
     def predictions(self) -> dict[str, Tensor]:
-        """By test: the class [n] that comes first for each image. Tests that the method can't answer are left out."""
-        return self._predictions(self.method)
+        """By test: the class [n] that comes first for each image. Tests that the method can't answer are left out.
 
-    def _predictions(self, method: Method) -> dict[str, Tensor]:
+        Raises:
+            FloatingPointError: If a logit is not finite: then no class comes first.
+        """
+        return self._predictions(
+            self.method, f"with the weights of this epoch, though these and its loss are. {REMEDY}"
+        )
+
+    def _predictions(self, method: Method, when: str) -> dict[str, Tensor]:
         method.train(False)
-        found = {test.name: self._predicted(method, test.name) for test in self.task.tests}
+        found = {test.name: self._predicted(method, test.name, when) for test in self.task.tests}
         return {name: predicted for name, predicted in found.items() if predicted is not None}
 
     @torch.no_grad()
-    def _predicted(self, method: Method, test: str) -> Tensor | None:
-        answers = []
+    def _predicted(self, method: Method, test: str, when: str) -> Tensor | None:
+        answers, finite = [], torch.ones((), dtype=torch.bool, device=self.device)
         for inputs, _ in self._test[test].loader(BATCH, "sequential", device=self.device):
             with self.arithmetic.autocast():
                 logits = method.logits(test, inputs)
             if logits is None:
                 return None
             answers.append(logits.argmax(dim=1))
+            finite &= logits.isfinite().all()
+        if not finite:
+            raise FloatingPointError(f"tune: logits of the test {test!r} are not finite {when}")
         return torch.cat(answers).cpu()
 
     def labels(self, test: str) -> Tensor:
@@ -205,6 +214,16 @@ def task_of(config: TuneConfig, transform=None, train_transform=None) -> Task:
     )
 
 
+def epochs_left(folder: Path) -> int:
+    """Of a run that was cut off; 0 of one whose weights are the last, or were copied without their state.
+
+    Raises:
+        InputError: If the folder is not a run's, or its checkpoint is damaged.
+    """
+    config, found = TuneConfig.from_yaml(folder / CONFIG), checkpoint.find(folder)
+    return (config.epochs or 0) - len(found.state["rows"]) if found is not None else 0
+
+
 def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracies:
     """Accuracy of the checkpoint of a run, on the test images of that run.
 
@@ -214,6 +233,7 @@ def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracies:
 
     Raises:
         InputError: If the folder is not a run's, or its checkpoint is damaged.
+        FloatingPointError: If its answers are not finite.
     """
     config = TuneConfig.from_yaml(folder / CONFIG)
     if device is not None:  # on which xformers may not serve

@@ -45,7 +45,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         InputError: If something in the configuration cannot be used, or the disk is full.
         MemoryError: If there is too little memory.
         FloatingPointError: If the loss is not finite; the checkpoint of the last good epoch stays.
-        KeyboardInterrupt: After what was complete has been written.
+        KeyboardInterrupt: After what was complete has been written; says what that is.
     """
     config, console = config.resolved(), console or Console(quiet=True)
     folder = RunFolder(config)
@@ -54,6 +54,13 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         return folder.finished
     with _memory_errors(), _own_random_numbers(config):
         return _Run(config, console, folder).run()
+
+
+def check(config: TuneConfig) -> None:
+    """Refuse what `tune` would refuse before it begins, without beginning; errors as there."""
+    config = config.resolved()
+    with _memory_errors(), _own_random_numbers(config):
+        _Run(config, Console(quiet=True), RunFolder(config))
 
 
 class _Run:
@@ -88,9 +95,13 @@ class _Run:
                     self._save_few_shot()
                     stopped = self._tune(trainer, train)
                     metrics = self._finish(stopped, {} if stopped else self._forward_parts(train))
-        if stopped is not None:
-            raise stopped
-        return metrics
+        if stopped is None:
+            return metrics
+        if isinstance(stopped, KeyboardInterrupt):
+            epochs = len(self.folder.rows)
+            left = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
+            stopped.args = (f"{left} complete in {self.folder.path}{'; --resume goes on' if epochs else ''}",)
+        raise stopped
 
     def _save_few_shot(self) -> None:
         """Which images are trained on, where they are files or items of a dataset; of glyphs the seed says it."""
@@ -190,8 +201,8 @@ class _Run:
 
     def _finish(self, stopped: BaseException | None, parts: dict[str, float]) -> dict[str, Any]:
         """Write the report and the metrics."""
-        status = {type(None): "complete", KeyboardInterrupt: "interrupted", FloatingPointError: "diverged"}
-        metrics = {"status": status[type(stopped)]} | self._metrics()
+        status = "diverged" if isinstance(stopped, FloatingPointError) else "interrupted" if stopped else "complete"
+        metrics = {"status": status} | self._metrics()
         metrics["cost"]["forward_milliseconds"] = parts
         with interrupt_deferred():
             report = None

@@ -13,6 +13,10 @@ Precision = Literal["auto", "fp32", "bf16", "bf16-sr", "fp16"]
 
 _COMPUTED_IN = {"bf16": torch.bfloat16, "bf16-sr": torch.bfloat16, "fp16": torch.float16}
 _KEPT = ("logit_scale", "logit_bias")  # in fp32: bf16 rounds a temperature of 100 to 98.9
+# What to do where numbers are not finite any more.
+REMEDY = (
+    "Lower --text-lr and --image-lr, or use --precision fp32. The checkpoint of the last good epoch, if any, is kept."
+)
 # PyTorch's 65,536 times CLIP's temperature of 100 overflows: the first steps of a run would be left out until it has
 # been halved often enough, on glyph-tiny down to 8,192.
 _FIRST_SCALE = 2.0**10

@@ -22,12 +22,8 @@ from ..store import digest_tensors
 from . import optimizers
 from .budget import Budget
 from .config import TuneConfig
-from .precision import Arithmetic
+from .precision import REMEDY, Arithmetic
 from .schedule import cosine_with_warmup
-
-_REMEDY = (
-    "Lower --text-lr and --image-lr, or use --precision fp32. The checkpoint of the last good epoch, if any, is kept."
-)
 
 
 class Trainer:
@@ -137,7 +133,7 @@ class Trainer:
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"tune: the loss of batch {step + 1} of epoch {self.epochs + 1} is {value}. It holds "
-                    f"{self._described(step, order)}. {_REMEDY}"
+                    f"{self._described(step, order)}. {REMEDY}"
                 )
         return sum(values) / len(values)
 
@@ -156,7 +152,7 @@ class Trainer:
         if not finite.all():
             raise FloatingPointError(
                 f"tune: after the last batch of epoch {self.epochs + 1} weights are not finite, though its loss is. "
-                f"{_REMEDY}"
+                f"{REMEDY}"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from skipkernels.data import InputError
 from skipkernels.studies import ablate, compare, picture, run_protocol, runs
 from skipkernels.studies.runs import Spread, Variant, execute, spread
 from skipkernels.studies.study import Column, Study, accuracy, cost
-from skipkernels.tuning import TuneConfig
+from skipkernels.tuning import TuneConfig, check
 
 QUIET = Console(quiet=True)
 TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
@@ -25,7 +25,9 @@ def ran(monkeypatch):
     """The configs of runs that would have been run, each of which is complete at once."""
     found = []
 
-    def complete(config: TuneConfig) -> dict:
+    def complete(work, config: TuneConfig) -> dict:
+        if work is check:
+            return {}
         found.append(config)
         value = 10.0 * len(found)
         metrics = {
@@ -104,6 +106,21 @@ def test_a_study_is_a_table_a_json_and_a_picture(ran, tmp_path):
     assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
 
 
+def test_one_method_or_value_is_a_comparison_too(ran, tmp_path):
+    for study in (
+        compare(dataclasses.replace(TINY, protocol="few-shot"), ["skip"], range(1), tmp_path / "a", QUIET),
+        ablate(TINY, "decay", [0.3], range(1), tmp_path / "b", QUIET),
+    ):
+        assert ElementTree.fromstring(picture(study)).tag.endswith("svg")
+        accuracies, costs = study.tables()
+        assert accuracies.columns[0].header == "accuracy, %" and list(costs.columns[4].cells) == ["100"]
+
+
+def test_settings_of_one_method_are_not_refused_by_the_others(ran, tmp_path):
+    compare(dataclasses.replace(TINY, skip_layers=2), ["skip", "full", "zero-shot"], range(1), tmp_path, QUIET)
+    assert [config.skip_layers for config in ran] == [2, 0.5, 0.5]
+
+
 def test_few_shot_goes_through_numbers_of_shots(ran, tmp_path):
     study = run_protocol(TINY, "few-shot", range(1), tmp_path, QUIET, shots=(1, 4))
     assert [(config.protocol, config.shots) for config in ran] == [("few-shot", 1), ("few-shot", 4)]
@@ -140,9 +157,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         (["compare", "--methods", "skip", "skip"], "--methods: got skip skip; name each once"),
         (["compare", "--seeds", "0"], "--seeds must be from 1 to 1000"),
         (["compare", "--values", "1"], "--values are those of a setting; add --ablate"),
-        (["compare", "--seed", "3"], "--seed: the seeds of a study are 0, 1, …; got 3"),
-        (["protocol", "few-shot", "--resume"], "--resume: a study goes on by itself"),
-        (["protocol", "few-shot", "--protocol", "cross-dataset"], "here it is named first: skipkernels protocol cross"),
+        (["compare", "--ablate", "decay", "--methods", "skip"], "--methods: --ablate has other settings"),
+        (["compare", "--ablate", "decay", "--values", "1", "1"], "--values: name each once; got 1 1"),
+        (["compare", "--ablate", "decay", "--values", "1", "0"], "decay 0: select_classes: decay must be above 0"),
+        (["compare", "--ablate", "skip_layers", "--values", "0", "9"], "skip_layers 9: SkipCLIP: skip_layers must be"),
+        (["protocol", "few-shot", "--shots", "4"], "--shots 4 has no effect with few-shot; give --numbers-of-shots"),
+        (["protocol", "base-to-new", "--numbers-of-shots", "4"], "no effect with base-to-new; give --shots"),
         (["protocol", "base-to-new", "--shots", "0"], "--shots must be"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -151,6 +171,21 @@ def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("option", ["--seed", "--resume", "--protocol"])
+def test_what_a_study_sets_itself_is_no_option(option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["protocol", "few-shot", option, "cross-dataset"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "Unrecognized options" in error and option in error
+
+
+def test_all_variants_are_checked_before_the_first_one_runs(tmp_path, capsys):
+    arguments = "compare --ablate keep_ratio --values 0.5 1.5 --seeds 1 --shots 1 --classes 4".split()
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "keep_ratio 1.5: select_classes: keep_ratio must be above 0" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_for_real(tmp_path, capsys):

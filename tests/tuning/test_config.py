@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -60,6 +61,16 @@ def test_few_shots_have_no_batches_of_one_class():
     assert TuneConfig(preset="reference", shots=3, sampler="class_pure").resolved().sampler == "class_pure"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_leaves_out_what_it_has_no_use_for(method):
+    every = dataclasses.replace(SMALL, skip_layers=2, decay=0.5, keep_embeddings=True, text_lr=1.0, image_lr=1.0)
+    config = every.of_method(method)
+    assert config.resolved().method == method and config.shots == every.shots
+    assert (config.skip_layers == 2) == (config.decay == 0.5) == (method == "skip")
+    assert config.keep_embeddings == (method in ("coop", "clip-adapter"))
+    assert config.text_lr == (1.0 if method in ("skip", "full", "coop", "lora") else None)
+
+
 @pytest.mark.parametrize("data", ["coop:imagenet", "coop:sun397", "torchvision:food101"])
 def test_large_datasets_have_a_quarter_of_the_epochs(data):
     assert TuneConfig(data=data, model="ViT-B-16", pretrained="random").resolved().epochs == 5
@@ -86,13 +97,22 @@ def test_what_tells_two_runs_apart():
     ("changes", "message"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"method": "zero-shot", "epochs": 3}, "zero-shot has none"),
+        ({"method": "zero-shot", "epochs": 3}, "--epochs 3 has no effect with --method zero-shot"),
+        ({"method": "zero-shot", "epochs": None, "text_lr": 1.0}, "--text-lr 1.0 has no effect"),
+        ({"method": "linear-probe", "epochs": None, "clip_grad_norm": 1.0}, "--clip-grad-norm 1.0 has no effect"),
+        ({"method": "full", "skip_layers": 2}, "--skip-layers 2 has no effect with --method full; leave it out"),
+        ({"method": "lora", "tail": "fixed"}, "--tail fixed has no effect with --method lora"),
+        ({"method": "coop", "image_lr": 1e-3}, "--image-lr 0.001 has no effect with --method coop"),
+        ({"keep_embeddings": True}, "--keep-embeddings True has no effect with --method skip"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"views": 2}, "add --cache PATH"),
         ({"refresh": "epoch"}, "add --cache PATH"),
         ({"views": 0}, "--views must be at least 1; got 0"),
         ({"workers": -1}, "--workers must be at least 0; got -1"),
         ({"text_lr": float("nan")}, "--text-lr must be at least 0; got nan"),
+        ({"momentum": 1.0}, "--momentum must be below 1; got 1.0"),
+        ({"clip_grad_norm": math.inf}, "--clip-grad-norm must be below inf; got inf"),
+        ({"image_lr": math.inf}, "--image-lr must be below inf"),
         ({"log_every": 0}, "--log-every must be at least 1"),
         ({"clip_grad_norm": 0.0}, "--clip-grad-norm must be above 0"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),

@@ -10,9 +10,10 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from skipkernels.cli import main
-from skipkernels.data import InputError
+from skipkernels.data import InputError, glyph_tiny
 from skipkernels.methods import Skip
 from skipkernels.methods.base import StepOutput
 from skipkernels.tuning import checkpoint, evaluate_run, tune
@@ -45,14 +46,16 @@ def not_a_number(self, inputs, labels):
     return StepOutput(self.clip(inputs, labels).loss * torch.tensor(float("nan")), 5)
 
 
-def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, at_step):
+def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, at_step, capsys):
     at_step(10, interrupt)  # in the second epoch of six steps
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are complete in .*; --resume goes on"):
         tune(small(tmp_path))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["status"], metrics["epochs"], metrics["steps"]) == ("interrupted", 1, 6)
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert "interrupted after 1 epoch" in (tmp_path / "report.html").read_text()
+    assert main(["eval", "--checkpoint", str(tmp_path)]) == 0
+    assert "the run was cut off, 1 epoch before its end; --resume goes on" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_epoch_says_so(tmp_path, at_step):
@@ -67,7 +70,7 @@ def test_ctrl_c_before_the_first_epoch_says_so(tmp_path, at_step):
 def test_termination_leaves_what_ctrl_c_leaves(tmp_path, at_step):
     at_step(1, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 130
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -103,6 +106,27 @@ def test_weights_that_are_not_finite_after_the_last_batch_are_not_kept(tmp_path,
     with pytest.raises(FloatingPointError, match="after the last batch of epoch 2 weights are not finite"):
         tune(small(tmp_path))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"]
+
+
+def test_answers_that_are_not_finite_are_no_accuracy(tmp_path, capsys):
+    """Weights of 1e28 are finite, as the loss before them was; what they answer is not."""
+    rates = ["--epochs", "2", "--warmup-epochs", "1", "--warmup-lr", "1e-4", "--text-lr", "1e30", "--image-lr", "1e30"]
+    steps = ["--shots", "1", "--classes", "6", "--batch-size", "3"]
+    assert main(["tune", *steps, *rates, "--out", str(tmp_path)]) == 1
+    assert "logits of the test 'base' are not finite with the weights of this epoch" in capsys.readouterr().err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["status"] == "diverged" and metrics["epochs"] == 1
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+
+
+def test_weights_whose_answers_are_not_finite_are_refused(tmp_path, capsys):
+    weights = {name: tensor * 1e30 for name, tensor in glyph_tiny.state_dict().items()}
+    save_file(weights, tmp_path / "large.safetensors")
+    arguments = [*ARGUMENTS, "--pretrained", tmp_path / "large.safetensors", "--out", tmp_path / "run"]
+    assert "gives texts an embedding that is not finite" in fails(arguments, capsys)
+    assert main([*map(str, arguments), "--method", "zero-shot"]) == 1
+    assert "logits of the test 'base' are not finite as the model came" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_rates_that_are_too_high(tmp_path, capsys):
