@@ -4,7 +4,7 @@
 
 `skipkernels compare --keep-embeddings`: CoOp and CLIP-Adapter run the frozen image tower once for each image, and not
 in every step as published; that is in their favour, and changes no result. Appends a row for each run to
-bench/results/glyphs.csv, and prints means.
+bench/results/DEVICE/glyphs.csv, and prints means.
 """
 
 from __future__ import annotations

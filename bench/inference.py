@@ -12,7 +12,7 @@ in evaluation mode and without gradients:
     skipkernels, cached     SkipCLIP.predict from features at the cut, as tuning evaluates after each epoch: those of
                             images and texts are kept, and the weights above the cut have changed
 
-Compares all logits first, then times in turn. Appends to bench/results/inference.csv.
+Compares all logits first, then times in turn. Appends to bench/results/DEVICE/inference.csv.
 """
 
 from __future__ import annotations

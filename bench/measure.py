@@ -9,6 +9,7 @@ import gc
 import os
 import platform
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -123,9 +124,9 @@ def keep_freed_memory() -> None:
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: so much may be free at the heap's end
 
 
-def copying(moved: int) -> Callable[[], Any]:
+def copying(moved: int, device: torch.device = CPU) -> Callable[[], Any]:
     """A copy that reads and writes `moved` bytes in all: a ceiling for what does little else."""
-    source, target = (torch.zeros(max(moved // 2, 1), dtype=torch.uint8) for _ in range(2))
+    source, target = (torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
@@ -184,10 +185,19 @@ def cpu_name() -> str:
     return f"{fields.get('model name', platform.processor() or platform.machine())} ({' '.join(extras)})"
 
 
+def slug(device: str) -> str:
+    """A device as the name of a folder.
+
+    >>> slug("AMD EPYC (avx2 avx512_bf16)")
+    'amd-epyc-avx2-avx512_bf16'
+    """
+    return re.sub(r"[^a-z0-9_]+", "-", device.lower()).strip("-")
+
+
 def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
-    """Append rows to bench/results/NAME.csv; the columns are those of the first row ever written."""
-    path = RESULTS / f"{name}.csv"
-    RESULTS.mkdir(exist_ok=True)
+    """Append rows to bench/results/DEVICE/NAME.csv; the columns are those of the first row ever written."""
+    path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if new else path.open().readline().strip().split(","))

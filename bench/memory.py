@@ -4,7 +4,7 @@
 
 Checks first that two steps with either leave the same weights. Then, for each: the bytes saved for backward, the most
 bytes of gradients that are alive at once, how far memory rises during a step (in a process of its own: resident memory,
-on a GPU max_memory_allocated), and the time, taken in turn. Appends to bench/results/memory.csv.
+on a GPU max_memory_allocated), and the time, taken in turn. Appends to bench/results/DEVICE/memory.csv.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Checks the step against the published one first, then runs it under torch.profiler and adds up what each operator takes
 without those that it calls, but with them if it is ours: on the CPU the time in it, on a GPU that of the kernels it
 launches. What Python takes on the CPU is part of the rest, and so are casts and copies. Next to the rate of the matrix
-products stands that of one large square product in the same dtype. Appends to bench/results/profile.csv.
+products stands that of one large square product in the same dtype. Appends to bench/results/DEVICE/profile.csv.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import measure
+from . import ceilings, measure
 from .inputs import random_inputs
 from .training import agreeing_steps, step_parser
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step, _ = agreeing_steps(inputs, args.skip_layers, args.memory, args.precision, args.precision)
     profiles = [profile_of(step, args.device) for _ in range(args.rounds + 1)][1:]  # the first warms up
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    peak = peak_gflops(args.device, dtype, 8192 if args.device.type == "cuda" else 2048)
+    peak = ceilings.matrix_rate(args.device, dtype) / 1e9
 
     rate = measure.quantile([profile.flops / profile.group(MATRIX) / 1e9 for profile in profiles], 0.5)
     of_products = {"gflops": round(rate, 1), "peak_gflops": round(peak, 1)}
@@ -110,13 +110,6 @@ def group_of(operator: str) -> str:
     if operator.startswith("aten::") and "attention" in operator:
         return ATTENTION
     return OURS if operator.startswith("skipkernels::") else REST
-
-
-def peak_gflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Of a square product: the fastest of five."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = measure.time_alternately({"product": lambda: left @ right}, 5, device)["product"]
-    return 2 * size**3 / min(seconds) / 1e9
 
 
 if __name__ == "__main__":

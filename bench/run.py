@@ -5,7 +5,7 @@
 Before anything is timed its results are checked: an error above eager's own (against the reference in fp64) by more
 than the tests' slack is reported in the place of a time. Ratios are medians over rounds in which everyone runs in turn,
 a plain copy of as many bytes among them. The process keeps the memory it frees, as one with jemalloc does;
---system-malloc leaves that to the system. Rows go to bench/results/operators.csv.
+--system-malloc leaves that to the system. Rows go to bench/results/DEVICE/operators.csv.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python -m bench.step --against full --classes 500 --rounds 1          every layer, class and token, from images
 
 Checks every gradient against the published step's first, then times forward and backward in turn, and counts the bytes
-saved for backward. Appends to bench/results/step.csv.
+saved for backward. Appends to bench/results/DEVICE/step.csv.
 """
 
 from __future__ import annotations

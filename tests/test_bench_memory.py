@@ -24,7 +24,7 @@ def results(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_each_optimizer_has_a_row(results, capsys):
     memory.main(SMALL)
-    theirs, ours = csv.DictReader((results / "memory.csv").open())
+    theirs, ours = csv.DictReader(next(results.glob("*/memory.csv")).open())
     assert (theirs["optimizer"], ours["optimizer"]) == ("torch.optim.SGD", "FusedSGD")
     assert theirs["saved_mib"] == ours["saved_mib"] and theirs["K"] == ours["K"] == "11"
     assert float(ours["gradients_mib"]) < float(theirs["gradients_mib"]) / 2

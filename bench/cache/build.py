@@ -6,7 +6,7 @@ The published extraction runs every block of the image tower over the images and
 list (in fp32, in memory). `FeatureCache.build` runs the blocks below the cut alone, checks the numbers, and writes a
 store that is flushed to the disk. Both load the same images, in the same batches.
 
-Compares the features first (the store's in fp32), then times in turn. Appends to bench/results/cache_build.csv.
+Compares the features first (the store's in fp32), then times in turn. Appends to bench/results/DEVICE/cache_build.csv.
 """
 
 from __future__ import annotations

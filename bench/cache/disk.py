@@ -9,7 +9,7 @@ one by one and by sixteen threads, which is what the disk gives for them; and th
 begin to end, which is the most it gives.
 
 Each starts from a cold cache. Reports the rate, and the most memory that was resident in the process, maps included.
-Appends to bench/results/cache_disk.csv.
+Appends to bench/results/DEVICE/cache_disk.csv.
 """
 
 from __future__ import annotations

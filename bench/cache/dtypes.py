@@ -7,7 +7,8 @@
 the error of a token at worst; and of the loss over all classes, against fp32. (Weights that were trained have some
 features that are a hundred times larger than others; int8, which has one scale for a token, then loses more.)
 `tuning`: glyph-tiny on glyphs, as `make tune`, from a store of each type. Accuracy, and the largest difference of an
-epoch's loss, from the same run with an fp32 store. Appends to bench/results/cache_features.csv and cache_tuning.csv.
+epoch's loss, from the same run with an fp32 store. Appends to bench/results/DEVICE/cache_features.csv and
+cache_tuning.csv.
 """
 
 from __future__ import annotations

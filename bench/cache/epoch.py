@@ -4,7 +4,7 @@
 
 ViT-B/16 with random weights, as many images as classes and shots say, all drawn at random; a store in bf16 on the disk,
 out of the page cache when the epoch begins; class-pure batches of 4; forward, backward and `torch.optim.SGD`. What is
-counted is the time that the loop stands in `next()`. Appends to bench/results/cache_epoch.csv.
+counted is the time that the loop stands in `next()`. Appends to bench/results/DEVICE/cache_epoch.csv.
 """
 
 from __future__ import annotations

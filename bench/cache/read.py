@@ -6,7 +6,7 @@ A round is an epoch in random order. Against `FeatureCache.loader`, which gather
 used again: the published way, a list of tensors on which `torch.stack` and `.to(torch.float32)` are called, and a plain
 copy of as many bytes as a batch reads and writes, in memory. All give batches in fp32, but for "bf16 as it is".
 
-Compares the first epoch's batches, then times in turn. Appends to bench/results/cache_read.csv.
+Compares the first epoch's batches, then times in turn. Appends to bench/results/DEVICE/cache_read.csv.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 In processes of their own: in memory; into an empty folder; from that folder. Each constructs SkipCLIP (seconds until it
 is ready) and takes some steps of batch 4 on random features; reported are the most memory that was resident and the
-milliseconds of a step. All must give the same losses. Appends to bench/results/cache_texts.csv.
+milliseconds of a step. All must give the same losses. Appends to bench/results/DEVICE/cache_texts.csv.
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""How long a benchmark may take in all: what does not fit any more is left out, and said to be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Budget:
+    """Seconds that are left, from its making on.
+
+    Example:
+        >>> Budget().left, Budget(60).allows(20), Budget(60).allows(90)
+        (inf, True, False)
+    """
+
+    def __init__(self, seconds: float = math.inf):
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; not below 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    def allows(self, seconds: float) -> bool:
+        """Whether something that takes so long, as one expects, can still be begun."""
+        return seconds <= self.left
+
+
+def budget(text: str) -> Budget:
+    """From the command line: 9m, 90s, 1.5h.
+
+    >>> round(budget("9m").left)
+    540
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a time such as 9m, 90s or 1.5h; got {text!r}")
+    return Budget(float(found[1]) * _UNITS[found[2]])
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """The option --budget."""
+    parser.add_argument(
+        "--budget", type=budget, default=Budget(), help="time for all of it, such as 9m; what is done is kept"
+    )
