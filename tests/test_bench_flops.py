@@ -1,0 +1,66 @@
+"""What is counted as operations, against formulas written out, and against the same in plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import skipkernels as sk
+from bench.flops import flops_of
+from skipkernels import reference
+
+B, C, K, D = 4, 10, 3, 8
+IMAGE, TEXT = (torch.randn(n, D, requires_grad=True) for n in (B, C))
+IDS, LABELS = torch.tensor([1, 2, 5]), torch.tensor([1, 2, 1, 1])
+
+
+def test_classes_that_do_not_take_part_are_not_counted():
+    def loss(class_ids):
+        return sk.functional.class_sampled_cross_entropy(IMAGE, TEXT, LABELS, 100.0, class_ids=class_ids)
+
+    def logits(class_ids):
+        return sk.functional.class_sampled_logits(IMAGE, TEXT, 100.0, class_ids=class_ids).sum()
+
+    for of in (loss, logits):
+        assert flops_of(lambda of=of: of(IDS)) == 2 * B * K * D
+        assert flops_of(lambda of=of: of(IDS).backward()) == 6 * B * K * D
+        assert flops_of(lambda of=of: of(None).backward()) == 6 * B * C * D
+    assert flops_of(lambda: sk.functional.class_scores(IMAGE, TEXT, LABELS)) == 2 * B * C * D
+
+
+def test_attention_of_pytorch():
+    query, key = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7))
+    once = 2 * 2 * 3 * 5 * 7 * 8
+    assert flops_of(lambda: F.scaled_dot_product_attention(query, key, key)) == 2 * once
+    assert flops_of(lambda: F.scaled_dot_product_attention(query, key, key).sum().backward()) == 7 * once
+
+
+def test_pooled_attention_is_attention_of_one_query():
+    query, key = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 7, 3, 8, requires_grad=True)
+    once = 2 * 2 * 3 * 7 * 8
+    assert flops_of(lambda: sk.functional.pooled_attention(query, key, key)) == 2 * once
+    assert flops_of(lambda: sk.functional.pooled_attention(query, key, key).sum().backward()) == 7 * once
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_suffixes_see_the_prefix_and_what_is_before_them(packed):
+    K, S, P, H, E = 6, 3, 4, 2, 8
+    suffix, prefix = torch.randn(K * S, H, E, requires_grad=True), torch.randn(P, H, E, requires_grad=True)
+    offsets = torch.arange(K + 1) * S if packed else None
+    once = 2 * H * E * K * (S * P + 1 + 2 + 3)
+
+    def attend():
+        how = {"offsets": offsets, "max_length": S} if packed else {}
+        shape = suffix if packed else suffix.view(K, S, H, E)
+        return sk.functional.suffix_attention(shape, prefix, prefix, shape, shape, **how)
+
+    assert flops_of(attend) == 2 * once
+    assert flops_of(lambda: attend().sum().backward()) == 7 * once
+
+
+def test_products_of_the_reference_are_those_of_the_operator():
+    def step(function):
+        return flops_of(lambda: function(IMAGE, TEXT, LABELS, torch.tensor(100.0), IDS).backward())
+
+    assert step(reference.class_sampled_ce) == 6 * B * K * D
