@@ -29,14 +29,15 @@ class Inputs(NamedTuple):
     labels: Tensor
 
 
-def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options that all have, to which a command adds its own."""
+def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that all have, to which a command adds its own; with `several`, those of its cases take lists."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random")
-    parser.add_argument("--batch", type=int, help="images in a batch")
-    parser.add_argument("--classes", type=int)
+    count: Any = {"nargs": "+"} if several else {}
+    parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random", **count)
+    parser.add_argument("--batch", type=int, help="images in a batch", **count)
+    parser.add_argument("--classes", type=int, **count)
     parser.add_argument("--skip-layers", type=int, default=6)
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast", **count)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-save", action="store_true", help="print only")

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,6 +23,7 @@ from skipkernels.memory import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
+Key = TypeVar("Key")
 
 
 def saved_bytes(step: Callable[[], Any]) -> int:
@@ -76,15 +77,15 @@ def gradient_bytes(loss: torch.Tensor) -> int:
 
 
 def time_alternately(
-    functions: dict[str, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each function in each round, in turn, after one round that is not counted.
+    functions: dict[Key, Callable[[], Any]], rounds: int, device: torch.device, *, warm_up: bool = True
+) -> dict[Key, list[float]]:
+    """Seconds of each function in each round, in turn, after one round that is not counted, unless all ran before.
 
     Every round has an order of its own: who comes second finds the inputs in the cache where they are shared.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Key, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         shuffle(order)
         for name in order:
             synchronize(device)
@@ -96,12 +97,13 @@ def time_alternately(
     return seconds
 
 
-def peak_bytes(function: Callable[[], Any], device: torch.device = CPU) -> int:
+def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:
     """How far memory rises above its start during one call: what is allocated on a GPU; else resident memory.
 
     That is told on Linux; 0 where it cannot be.
     """
-    function()  # what is allocated once and kept is not the call's
+    if warm_up:
+        function()  # what is allocated once and kept is not the call's
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     if device.type == "cpu" and not Path("/proc/self/status").exists():

@@ -20,32 +20,44 @@ class PublishedStep:
     The classes are drawn, unless they are given: another precision may choose others, and the two be compared.
     """
 
-    def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int, sampler: RankSampler):
-        self.model, self.tokens, self.skip, self.sampler = model, tokens, skip, sampler
+    def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: RankSampler):
+        self.model, self.tokens, self.sampler = model, tokens, sampler
+        self.image_skip, self.text_skip = (skip, skip) if isinstance(skip, int) else skip
+        self._freeze()
         with torch.no_grad():
             hidden = model.token_embedding(tokens) + model.positional_embedding
-            for block in model.transformer.resblocks[:skip]:
+            for block in model.transformer.resblocks[: self.text_skip]:
                 hidden = block(hidden, attn_mask=model.attn_mask)
             self.text_features = hidden
             self.prototypes = model.encode_text(tokens, normalize=True)
+
+    def _freeze(self) -> None:
+        """What is above the cut trains, but for the temperature."""
+        model, visual = self.model, self.model.visual
+        model.requires_grad_(False)
+        blocks = *visual.transformer.resblocks[self.image_skip :], *model.transformer.resblocks[self.text_skip :]
+        for module in (*blocks, visual.ln_post, model.ln_final):
+            module.requires_grad_(True)
+        visual.proj.requires_grad_(True)
+        model.text_projection.requires_grad_(True)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images [B, 3, height, width] to features at the cut."""
         with torch.no_grad():
             hidden = self.model.visual._embeds(images)
-            for block in self.model.visual.transformer.resblocks[: self.skip]:
+            for block in self.model.visual.transformer.resblocks[: self.image_skip]:
                 hidden = block(hidden)
         return hidden
 
     def __call__(self, features: Tensor, labels: Tensor, class_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         model, visual = self.model, self.model.visual
         hidden = features
-        for block in visual.transformer.resblocks[self.skip :]:
+        for block in visual.transformer.resblocks[self.image_skip :]:
             hidden = block(hidden)
         image = F.normalize(visual._pool(hidden)[0] @ visual.proj, dim=-1)
         class_ids = self.choose(image, labels) if class_ids is None else class_ids
         text = self.text_features[class_ids]
-        for block in model.transformer.resblocks[self.skip :]:
+        for block in model.transformer.resblocks[self.text_skip :]:
             text = block(text, attn_mask=model.attn_mask)
         ends = self.tokens[class_ids].argmax(dim=-1)
         text = F.normalize(model.ln_final(text)[torch.arange(len(ends)), ends] @ model.text_projection, dim=-1)

@@ -1,54 +1,216 @@
-"""A training step of SkipCLIP against the published step, or against full fine-tuning, of the same model and batch.
+"""A training step against the number of classes: SkipCLIP, and what one would run in its place, on the same batch.
 
-    python -m bench.step --model ViT-B-16 --batch 4 --classes 50
-    python -m bench.step --precision bf16 --published-precision fp32      ours in bf16 against theirs in fp32
-    python -m bench.step --against full --classes 500 --rounds 1          every layer, class and token, from images
+    python -m bench.step                                                       ViT-B/16, batch 4, 10 to 21,841 classes
+    python -m bench.step --classes 50 --who skipkernels published --precision fp32
+    python -m bench.step --model ViT-L-14 --batch 4 32 --classes 10 1000
 
-Checks every gradient against the published step's first, then times forward and backward in turn, and counts the bytes
-saved for backward. Appends to bench/results/DEVICE/step.csv.
+    published             the published step (bench/published.py), from features at the cut
+    published, compiled   the same by torch.compile
+    full fine-tuning      every layer trains, on all classes and tokens, from images
+    prompt tuning         CoOp: the whole text tower on all classes, the image tower without gradients, from images
+    skipkernels           SkipCLIP, from features at the cut, with memory="fast", or "min"
+
+Each is held against another computation of the same before it is timed. Then forward and backward of everyone run in
+turn, in an order of each round's own. What would not fit into memory, or take longer than --longest, is foreseen from
+two small numbers of classes, and gets a row that says so. The floor of a step is the time of its products at the rate
+of a large one, and of reading its weights twice and writing their gradients at the rate of a copy. A row for each goes
+to bench/results/DEVICE/step.csv as soon as a number of classes is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from . import measure
-from .inputs import PRECISIONS, random_inputs
-from .training import agreeing_steps, full_fine_tuning, step_parser
+import open_clip
+import torch
+
+from skipkernels.memory import free_bytes
+from skipkernels.selection import RankSampler
+
+from . import ceilings, cuda, measure
+from .budget import add_budget
+from .flops import flops_of
+from .foresight import Foresight, Probe
+from .inputs import PRECISIONS, Inputs, parser, random_inputs
+from .training import Published, Skip, Step, full_fine_tuning, prompt_tuning, skip_step
+
+CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)
+OURS, MIN = "skipkernels", "skipkernels, memory=min"
+PUBLISHED, COMPILED, FULL, PROMPTS = "published", "published, compiled", "full fine-tuning", "prompt tuning"
+WHO = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
+_SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
+_PROBES = 12, 24  # classes
+_MANY = 2000  # classes, whose texts are kept on the disk between the steps of one number of classes
+_COMPILING = 240.0  # seconds that torch.compile takes, about
+
+_COLUMNS = "who model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib gflop".split()
+_COLUMNS += "floor_ms above_floor launches graph_ms note".split()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = step_parser(__doc__, rounds=7)
-    options.add_argument("--against", choices=("published", "full"), default="published")
-    options.add_argument("--published-precision", choices=PRECISIONS, help="of the other step; default: --precision")
+    cases = {"model": ["ViT-B-16"], "batch": [4], "classes": list(CLASSES), "precision": list(PRECISIONS)}
+    options = parser(__doc__, several=True, rounds=7, skip_layers=None, **cases)
+    options.add_argument("--who", nargs="+", choices=[*WHO, *_SHORT], default=list(WHO))
+    options.add_argument("--longest", type=float, default=60.0, help="seconds that a step may take")
+    options.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a number of classes, about")
+    add_budget(options)
     args = options.parse_args(arguments)
-    other_precision = args.published_precision or args.precision
+    args.who = list(dict.fromkeys(_SHORT.get(who, who) for who in args.who))
+    for model, batch in itertools.product(args.model, args.batch):
+        Curve(args, model, batch).measure()
 
-    inputs = random_inputs(args.model, args.batch, args.classes, args.device)
-    ours, other = agreeing_steps(inputs, args.skip_layers, args.memory, args.precision, other_precision)
-    if args.against == "full":
-        other = full_fine_tuning(inputs, other_precision)
 
-    steps = {step.name: step for step in (other, ours)}
-    saved = {name: measure.saved_bytes(step.loss) for name, step in steps.items()}
-    seconds = measure.time_alternately(steps, args.rounds, args.device)
-    rows = []
-    for name, step in steps.items():
-        times = measure.milliseconds(seconds[name])
-        rows.append(
-            measure.machine(args.device)
-            | {"step": name, "model": args.model, "B": args.batch, "C": args.classes, "K": step.K}
-            | {"skip_layers": step.skip_layers, "precision": step.precision}
-            | times
-            | {"saved_mib": round(saved[name] / 2**20, 1)}
-        )
-        print(f"{name:23} {step.precision}  {measure.shown(times)}  {saved[name] / 2**20:8.1f} MiB saved")
-    print(
-        f"{measure.median_ratio(seconds[other.name], seconds[ours.name]):.2f} times faster (median of {args.rounds} "
-        f"pairs), {saved[ours.name] / saved[other.name]:.1%} of the bytes; K = {ours.K} of {args.classes}"
-    )
-    if not args.no_save:
-        print(f"appended to {measure.append_rows(rows, 'step')}")
+class Curve:
+    """The steps of a model and a batch, over the number of classes."""
+
+    def __init__(self, args: argparse.Namespace, model: str, batch: int):
+        self.args, self.model, self.batch = args, model, batch
+        self.wanted = [(who, precision) for precision in args.precision for who in args.who]
+        self.foreseen: dict[tuple[str, str], Foresight] = {}
+        self.skip: Skip = args.skip_layers
+
+    def measure(self) -> None:
+        """All of it, row by row."""
+        self._probe()
+        for classes in self.args.classes:
+            started = time.perf_counter()
+            rows = [self._row(**found) for found in self._of(classes)]
+            for row in rows:
+                times = measure.shown(row) if row["p50_ms"] != "" else row["note"]
+                print(f"{row['who']:24} {row['precision']}  C = {classes:5}  {times}")
+            print(f"  {self.model}, batch {self.batch}, {classes} classes: {time.perf_counter() - started:.0f} s")
+            if not self.args.no_save:
+                measure.append_rows([measure.machine(self.args.device) | row for row in rows], "step")
+
+    def _row(self, **found: Any) -> dict[str, Any]:
+        return dict.fromkeys(_COLUMNS, "") | {"model": self.model, "B": self.batch} | found
+
+    # ---- what can't be run ---------------------------------------------------------------------------------------
+
+    def _probe(self) -> None:
+        """Small steps of those whose cost grows with the classes; that also holds each against another computation."""
+        found: dict[tuple[str, str], list[Probe]] = {}
+        keys = dict.fromkeys((PUBLISHED if who == COMPILED else who, precision) for who, precision in self.wanted)
+        for classes in _PROBES:
+            for key, step in self._steps(classes, list(keys), Path()).items():
+                saved = measure.saved_bytes(step.loss)
+                seconds = measure.time_alternately({key: step}, 1, self.args.device)[key][0]
+                found.setdefault(key, []).append(Probe(step.K, seconds, saved))
+        self.foreseen = {key: Foresight.of(*probes) for key, probes in found.items()}
+
+    def _kept(self, classes: int, who: str) -> int:
+        """That take part in a step."""
+        return classes if who in (FULL, PROMPTS) else RankSampler().expected_keep(classes, self.batch)
+
+    def _in_the_way(self, classes: int, who: str, precision: str) -> str:
+        """Why a step can't be run, or nothing."""
+        if who == COMPILED:
+            why = self._in_the_way(classes, PUBLISHED, precision)
+            return why or ("" if self.args.budget.allows(_COMPILING) else "left out: no time left to compile it")
+        line, K = self.foreseen[who, precision], self._kept(classes, who)
+        free, seconds = free_bytes(self.args.device), line.seconds(K)
+        if not line.fits(K, free):
+            of = "" if K == classes else f"{K} of "
+            return (
+                f"does not fit: {of}{classes} classes keep about {line.saved(K) / 2**30:.1f} GiB for backward, "
+                f"{free / 2**30:.1f} are free; up to {line.most_classes(free)} that take part fit"
+            )
+        if seconds > self.args.longest:
+            return f"left out: a step takes about {seconds:.0f} s"
+        # The published step encodes all texts first, without gradients.
+        setup = classes * line.seconds_each / 2 if who == PUBLISHED else 0.0
+        return "" if self.args.budget.allows(setup + 4 * seconds) else "left out: no time left"
+
+    # ---- what can ------------------------------------------------------------------------------------------------
+
+    def _of(self, classes: int) -> list[dict[str, Any]]:
+        """Times and sizes of everyone, or why there are none."""
+        reasons = {key: self._in_the_way(classes, *key) for key in self.wanted}
+        runs = [key for key, reason in reasons.items() if not reason]
+        with tempfile.TemporaryDirectory() as folder:
+            steps = self._steps(classes, runs, Path(folder))
+            found = self._timed(steps) if steps else {}
+        checked = (PUBLISHED, "fp32") in steps or (PUBLISHED, "bf16") in steps
+        rows = []
+        for who, precision in self.wanted:
+            row = {"who": who, "precision": precision, "C": classes, "K": self._kept(classes, who)}
+            note = reasons[who, precision]
+            if not note and who in (OURS, MIN) and not checked:
+                note = f"gradients compared at {_PROBES[1]} classes: the published step is not run here"
+            rows.append(row | found.get((who, precision), {}) | {"note": note})
+        return rows
+
+    def _steps(self, classes: int, keys: Sequence[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Step]:
+        """Those of `keys`, held against another computation of the same."""
+        inputs = random_inputs(self.model, self.batch, classes, self.args.device)
+        self.skip = self.args.skip_layers or half_of(inputs.model)
+        published: Published | None = None
+        if {PUBLISHED, COMPILED} & {who for who, _ in keys}:
+            published = Published(inputs, self.skip)
+        make: dict[str, Callable[[str], Step]] = {
+            OURS: lambda precision: self._ours(inputs, "fast", precision, published, folder),
+            MIN: lambda precision: self._ours(inputs, "min", precision, published, folder),
+            FULL: lambda precision: full_fine_tuning(inputs, precision),
+            PROMPTS: lambda precision: prompt_tuning(inputs, precision, open_clip.get_tokenizer(self.model)),
+        }
+        if published is not None:
+            make |= {PUBLISHED: published.step, COMPILED: published.compiled}
+        return {(who, precision): make[who](precision) for who, precision in keys}
+
+    def _ours(self, inputs: Inputs, memory: str, precision: str, against: Published | None, folder: Path) -> Step:
+        texts = folder / "texts" if len(inputs.tokens) > _MANY else None
+        return skip_step(inputs, self.skip, memory, precision, against, texts)
+
+    def _timed(self, steps: dict[tuple[str, str], Step]) -> dict[tuple[str, str], dict[str, Any]]:
+        """Sizes first, then times in turn."""
+        args, found = self.args, {}
+        started = time.perf_counter()
+        for key in sorted(steps, key=lambda key: key[0] == COMPILED):  # which has the sizes of the published one
+            found[key] = self._sizes(steps[key], found.get((PUBLISHED, key[1]), {}))
+        once = (time.perf_counter() - started) / 2
+        rounds = max(1, min(args.rounds, int(args.seconds / once)))
+        seconds = measure.time_alternately(steps, rounds, args.device, warm_up=args.device.type == "cuda")
+        for key, row in found.items():
+            row |= measure.milliseconds(seconds[key]) | {"rounds": rounds}
+            ours = seconds.get((OURS, key[1]))
+            if ours is not None and key[0] != OURS:
+                row["faster"] = round(measure.median_ratio(seconds[key], ours), 3)
+            if row["gflop"] != "":
+                # Running blocks a second time is nothing that a step has to do.
+                base = found.get((OURS, key[1]), row) if key[0] == MIN else row
+                row["floor_ms"] = round(self._floor(base["gflop"], steps[key]), 1)
+                row["above_floor"] = round(row["p50_ms"] / row["floor_ms"], 3)
+            row["peak_mib"] = round(measure.peak_bytes(steps[key], args.device, warm_up=False) / 2**20, 1)
+            row |= cuda.launches_and_graph(steps[key]) if args.device.type == "cuda" else {}
+        return found
+
+    def _sizes(self, step: Step, of_the_same: dict[str, Any]) -> dict[str, Any]:
+        """What is saved for backward, and the operations: the profiler of operations can't look into compiled code."""
+        saved = of_the_same or {"saved_mib": "", "gflop": ""}
+        if step.name != COMPILED:
+            kept = measure.saved_bytes(step.loss)
+            saved = {"saved_mib": round(kept / 2**20, 1), "gflop": round(flops_of(step) / 1e9, 2)}
+        skipped = step.skip_layers if isinstance(step.skip_layers, int) else "+".join(map(str, step.skip_layers))
+        return {"skip_layers": skipped, "K": step.K} | {name: saved[name] for name in ("saved_mib", "gflop")}
+
+    def _floor(self, gflop: float, step: Step) -> float:
+        """Milliseconds: products, and weights read twice and their gradients written."""
+        device = self.args.device
+        dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
+        weights = sum(weight.nbytes for weight in step.model.parameters() if weight.requires_grad)
+        products = gflop * 1e9 / ceilings.matrix_rate(device, dtype)
+        return 1000 * (products + 3 * weights / ceilings.bandwidth(device))
+
+
+def half_of(model: Any) -> tuple[int, int]:
+    """Blocks of the image and of the text tower."""
+    return len(model.visual.transformer.resblocks) // 2, len(model.transformer.resblocks) // 2
 
 
 if __name__ == "__main__":

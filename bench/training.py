@@ -6,6 +6,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,19 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import skipkernels as sk
+from skipkernels.data import Task, TestSet
+from skipkernels.methods import CoOp
 from skipkernels.selection import RankSampler
 from tests.tolerances import relative_error
 
-from .inputs import Inputs, autocast, parser
+from .inputs import Inputs, autocast, class_names, parser
 from .published import PublishedStep
 
 # Error of a gradient against the published step in fp32, relative to the gradient's norm. Ours may be as wrong as the
 # published step in the same precision, and this much more: another order of summation through six blocks in fp32; in
 # bf16, where each product is rounded to 8 bits, another draw of the same rounding.
 _SLACK = {"fp32": 1e-3, "bf16": 0.05}
-# The loss of full fine-tuning against the cross-entropy of the model's own logits: the same operations in the same
-# order, but for a logit bias, which no softmax sees.
-_FULL_LOSS = 1e-5
+# The loss of full fine-tuning and of prompt tuning against the cross-entropy of the model's own logits: the same
+# operations in the same order, but for a logit bias, which no softmax sees, and for unit norms. Compiled, in another.
+_LOSS = {"fp32": 1e-4, "bf16": 0.05}
+_CONTEXT = "a photo of a"
+
+Skip = int | tuple[int, int]
+"""Blocks skipped in each tower, or in image and text."""
 
 
 class Step(NamedTuple):
@@ -34,7 +41,7 @@ class Step(NamedTuple):
     Attributes:
         name: Who computes it.
         K: Classes that take part.
-        skip_layers: Blocks skipped in each tower.
+        skip_layers: Blocks skipped in each tower, or in image and text.
         precision: "fp32" or "bf16".
         model: Where the gradients arrive.
         loss: The forward.
@@ -42,7 +49,7 @@ class Step(NamedTuple):
 
     name: str
     K: int
-    skip_layers: int
+    skip_layers: Skip
     precision: str
     model: Any
     loss: Callable[[], Tensor]
@@ -59,41 +66,118 @@ def step_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     return options
 
 
-def agreeing_steps(
-    inputs: Inputs, skip_layers: int, memory: str, precision: str, published_precision: str
-) -> tuple[Step, Step]:
-    """SkipCLIP's step and the published one, both from features at the cut.
+class Published:
+    """The published step of some inputs, from features at the cut, and what it finds.
 
-    They have to choose the same classes in fp32: rounded to bf16, scores that are close change places. Over the classes
-    that SkipCLIP chooses in `precision`, its gradients may be no further from fp32 than the published step's, run in
-    that precision as well: `published_precision` is only what the step given back computes in.
+    Attributes:
+        chosen: Classes [K] that it chooses in fp32.
+    """
+
+    def __init__(self, inputs: Inputs, skip_layers: Skip):
+        model, tokens, images, self._labels = inputs
+        self._model = copy.deepcopy(model)  # in which the same parameters train
+        self._step = PublishedStep(self._model, tokens, skip_layers, RankSampler())
+        self._skip_layers, self._features = skip_layers, self._step.image_features(images)
+        with torch.no_grad():
+            self.chosen = self._step(self._features, self._labels)[1]
+
+    def loss(self, precision: str, class_ids: Tensor | None = None) -> Tensor:
+        """Of the batch, over the classes that it chooses, or over these."""
+        with autocast(self._features.device, precision):
+            return self._step(self._features, self._labels, class_ids)[0]
+
+    def gradients(self, precision: str, class_ids: Tensor) -> dict[str, Tensor]:
+        """Of all that trains, by name."""
+        return _gradients(self.loss(precision, class_ids), self._model)
+
+    def step(self, precision: str) -> Step:
+        """To be timed."""
+        return Step(
+            "published", len(self.chosen), self._skip_layers, precision, self._model, lambda: self.loss(precision)
+        )
+
+    def compiled(self, precision: str) -> Step:
+        """The same by torch.compile, which has compiled it when it is given back.
+
+        Raises:
+            SystemExit: If its loss is another one.
+        """
+        function = torch.compile(self._step.__call__)
+
+        def loss(class_ids: Tensor | None = None) -> Tensor:
+            with autocast(self._features.device, precision):
+                return function(self._features, self._labels, class_ids)[0]
+
+        with torch.no_grad():
+            _refuse_another(loss(self.chosen), self.loss(precision, self.chosen), precision, "the compiled step")
+        step = Step("published, compiled", len(self.chosen), self._skip_layers, precision, self._model, loss)
+        step()
+        return step
+
+
+def skip_step(
+    inputs: Inputs,
+    skip_layers: Skip,
+    memory: str,
+    precision: str,
+    against: Published | None = None,
+    text_cache: Path | None = None,
+) -> Step:
+    """SkipCLIP's step, from features at the cut.
+
+    Args:
+        inputs: Model, texts and batch.
+        skip_layers: Blocks skipped in each tower, or in image and text.
+        memory: "fast" or "min".
+        precision: "fp32" or "bf16".
+        against: What it is held against: both have to choose the same classes in fp32 (rounded to bf16, scores that
+            are close change places), and over the classes that SkipCLIP chooses in `precision`, its gradients may be no
+            further from fp32 than the published step's, run in that precision as well.
+        text_cache: Keep the texts' features at the cut there.
 
     Raises:
         SystemExit: If they do not agree.
     """
     model, tokens, images, labels = inputs
-    clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory)
-    their_model = copy.deepcopy(model)  # in which the same parameters train
-    published = PublishedStep(their_model, tokens, skip_layers, RankSampler())
-    features, their_features = clip.encode_lower(images), published.image_features(images)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip_layers, memory=memory, text_cache=text_cache)
+    features = clip.encode_lower(images)
 
-    def ours() -> sk.SkipOutput:
+    def forward() -> sk.SkipOutput:
         with autocast(images.device, precision):
             return clip(features, labels)
 
-    def theirs(precision: str, class_ids: Tensor | None = None) -> Tensor:
-        with autocast(images.device, precision):
-            return published(their_features, labels, class_ids)[0]
-
+    if against is not None:
+        with torch.no_grad():
+            if not clip(features, labels).class_ids.equal(against.chosen):
+                raise SystemExit("the two steps choose other classes: no timing")
+        out = forward()
+        found = _gradients(out.loss, model)
+        _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
     with torch.no_grad():
-        if not clip(features, labels).class_ids.equal(published(their_features, labels)[1]):
-            raise SystemExit("the two steps choose other classes: no timing")
-    out = ours()
-    in_ours = _gradients(out.loss, model)
-    in_theirs, truth = (_gradients(theirs(p, out.class_ids), their_model) for p in (precision, "fp32"))
-    if in_ours.keys() != truth.keys():
+        K = len(forward().class_ids)  # the tail is drawn anew in each step, but K stays what it is
+    name = "skipkernels" if memory == "fast" else f"skipkernels, memory={memory}"
+    return Step(name, K, skip_layers, precision, model, lambda: forward().loss)
+
+
+def agreeing_steps(
+    inputs: Inputs, skip_layers: Skip, memory: str, precision: str, published_precision: str
+) -> tuple[Step, Step]:
+    """SkipCLIP's step and the published one, which agree; see `skip_step`."""
+    published = Published(inputs, skip_layers)
+    return skip_step(inputs, skip_layers, memory, precision, published), published.step(published_precision)
+
+
+def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _refuse_wrong(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor], precision: str) -> None:
+    if ours.keys() != truth.keys():
         raise SystemExit("the two steps train other parameters: no timing")
-    errors = {name: tuple(relative_error(found[name], truth[name]) for found in (in_ours, in_theirs)) for name in truth}
+    errors = {name: tuple(relative_error(found[name], truth[name]) for found in (ours, theirs)) for name in truth}
     name, (ours_off, theirs_off) = max(errors.items(), key=lambda item: item[1][0] - item[1][1])
     print(
         f"worst gradient in {precision}, of {name}: off by {ours_off:.1e} of its norm from fp32, the published step "
@@ -102,12 +186,18 @@ def agreeing_steps(
     if not ours_off <= theirs_off + _SLACK[precision]:
         raise SystemExit("the two steps do not agree: no timing")
 
-    # The tail is drawn anew in each step, but K stays what it is.
-    who, K = "skipkernels" if memory == "fast" else f"skipkernels, memory={memory}", len(out.class_ids)
-    return (
-        Step(who, K, skip_layers, precision, model, lambda: ours().loss),
-        Step("published", K, skip_layers, published_precision, their_model, lambda: theirs(published_precision)),
-    )
+
+def _refuse_another(loss: Tensor, expected: Tensor, precision: str, who: str) -> None:
+    print(f"loss of {who} in {precision} {loss.item():.6f}, expected {expected.item():.6f}")
+    if not (math.isfinite(loss) and math.isclose(loss, expected, rel_tol=_LOSS[precision])):
+        raise SystemExit(f"{who} has another loss: no timing")
+
+
+def _own_loss(inputs: Inputs, precision: str) -> Tensor:
+    """The cross-entropy of the model's own logits."""
+    model, tokens, images, labels = inputs
+    with torch.no_grad(), autocast(images.device, precision):
+        return F.cross_entropy(model.get_logits(images, tokens)[0], labels)
 
 
 def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
@@ -137,17 +227,46 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
             return step(images, labels)[0]
 
     with torch.no_grad():
+        _refuse_another(loss(), _own_loss(inputs, precision), precision, "full fine-tuning")
+    return Step("full fine-tuning", len(tokens), 0, precision, model, loss)
+
+
+def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]], Tensor]) -> Step:
+    """CoOp: four vectors train in the place of words, through the whole text tower of all classes, from images.
+
+    Raises:
+        SystemExit: If with "a photo of a" as its context its loss is not the cross-entropy of the model's own logits.
+    """
+    model, tokens, images, labels = inputs
+    names = class_names(len(tokens))
+    test = TestSet("all", names, ([f"{_CONTEXT} {name}." for name in names],), _NoImages())
+    coop = CoOp(copy.deepcopy(model), tokenizer, Task("random", "few-shot", _NoImages(), (test,)), vectors=4)
+    with torch.no_grad():
+        words = tokenizer([_CONTEXT])[0, 1:5].to(images.device)
+        coop.context.copy_(coop.model.token_embedding(words))
+
+    def loss() -> Tensor:
         with autocast(images.device, precision):
-            expected = F.cross_entropy(model.get_logits(images, tokens)[0], labels).item()
-        found = loss().item()
-    print(f"loss of full fine-tuning {found:.6f}, of the model's own logits {expected:.6f}")
-    if not (math.isfinite(found) and math.isclose(found, expected, rel_tol=_FULL_LOSS)):
-        raise SystemExit("full fine-tuning has another loss: no timing")
-    return Step("full", len(tokens), 0, precision, model, loss)
+            return coop.step(images, labels).loss
+
+    with torch.no_grad():
+        _refuse_another(loss(), _own_loss(inputs, precision), precision, "prompt tuning")
+    return Step("prompt tuning", len(tokens), 0, precision, _Context(coop.context), loss)
 
 
-def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
+class _NoImages:
+    labels: list[int] = []
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, item: int) -> Any:
+        raise IndexError(item)
+
+
+class _Context(torch.nn.Module):
+    """What trains in prompt tuning."""
+
+    def __init__(self, context: torch.nn.Parameter):
+        super().__init__()
+        self.context = context

@@ -1,0 +1,56 @@
+"""What only a GPU has: how many kernels a step launches, and what it takes as a CUDA graph, without any launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+_WARM_UP, _REPLAYS = 3, 20
+
+
+def launches_and_graph(step: Callable[[], Any]) -> dict[str, Any]:
+    """Columns of a row: launches of one call, and milliseconds of a replay; empty, with the reason, if it can't be."""
+    found: dict[str, Any] = {"launches": launches(step)}
+    try:
+        found["graph_ms"] = round(graph_milliseconds(step), 3)
+    except RuntimeError as error:
+        found["note"] = f"no CUDA graph: {str(error).splitlines()[0]}"
+    return found
+
+
+def launches(step: Callable[[], Any]) -> int:
+    """Kernels that one call launches."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if event.key in _LAUNCHES)
+
+
+def graph_milliseconds(step: Callable[[], Any]) -> float:
+    """The median of some replays of a step that was captured.
+
+    Raises:
+        RuntimeError: If it can't be captured, for instance because it waits for the device.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]

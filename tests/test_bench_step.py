@@ -1,0 +1,169 @@
+"""The benchmarks of a step: nobody wrong gets a time, nobody waits for what can't be run, and rows fit the table."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from bench import ceilings, foresight, inputs, measure, profile, step, training
+from bench.budget import Budget
+from bench.foresight import Foresight, Probe
+from bench.published import PublishedStep
+
+SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
+STEP = [*SMALL, "--no-save", "--precision", "fp32"]
+
+
+@pytest.fixture(autouse=True)
+def results(monkeypatch, tmp_path) -> Path:
+    """Where rows would go."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(ceilings, "bandwidth", lambda device: 1e10)
+    return tmp_path
+
+
+@pytest.fixture
+def table(results):
+    """Runs the command, and gives the rows that it left."""
+
+    def run(*options: str) -> dict[tuple[str, str, int], dict[str, str]]:
+        step.main([*SMALL, *options])
+        (file,) = results.glob("*/step.csv")
+        return {(row["who"], row["precision"], int(row["C"])): row for row in csv.DictReader(file.open())}
+
+    return run
+
+
+def test_everyone_has_a_row(table):
+    rows = table("--who", "skipkernels", "min", "published", "full", "prompts")
+    assert len(rows) == 5 * 2
+    for (who, *_), row in rows.items():
+        own = "" if who == "skipkernels" else float(row["faster"])
+        assert own == "" or own > 0
+        assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and row["note"] == ""
+        assert row["skip_layers"] == ("0" if who in ("full fine-tuning", "prompt tuning") else "3+2")
+        assert row["K"] == ("20" if who in ("full fine-tuning", "prompt tuning") else "11")
+        assert float(row["above_floor"]) == pytest.approx(float(row["p50_ms"]) / float(row["floor_ms"]), rel=0.1)
+    for precision in ("fp32", "bf16"):
+        saved = {who: float(rows[who, precision, 20]["saved_mib"]) for who, *_ in rows}
+        assert saved["skipkernels, memory=min"] < saved["skipkernels"] < saved["published"] < saved["full fine-tuning"]
+        floor = {who: float(rows[who, precision, 20]["floor_ms"]) for who, *_ in rows}
+        flop = {who: float(rows[who, precision, 20]["gflop"]) for who, *_ in rows}
+        assert floor["skipkernels, memory=min"] == floor["skipkernels"], "running blocks again is nobody's duty"
+        assert flop["skipkernels"] < flop["skipkernels, memory=min"] and flop["skipkernels"] < flop["published"]
+
+
+def test_the_compiled_step_is_the_published_one(monkeypatch, table):
+    """Compiled by a backend that leaves the operations as they are: what is measured is not what is tested here."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
+    rows = table("--who", "compiled", "published", "skipkernels", "--precision", "fp32")
+    compiled, published = rows["published, compiled", "fp32", 20], rows["published", "fp32", 20]
+    assert compiled["gflop"] == published["gflop"] and compiled["saved_mib"] == published["saved_mib"]
+    assert float(compiled["p50_ms"]) > 0
+
+
+def test_what_would_not_fit_is_not_begun(monkeypatch, table):
+    monkeypatch.setattr(step, "free_bytes", lambda device: 400 * 2**20)
+    rows = table("--who", "skipkernels", "full", "--precision", "fp32", "--classes", "20", "1000")
+    assert rows["full fine-tuning", "fp32", 20]["note"] == ""
+    left = rows["full fine-tuning", "fp32", 1000]
+    assert left["p50_ms"] == "" and left["note"].startswith("does not fit: 1000 classes keep about ")
+    most = int(left["note"].split("up to ")[1].split()[0])
+    assert 20 <= most < 1000
+    assert float(rows["skipkernels", "fp32", 1000]["p50_ms"]) > 0
+    assert "compared at 24 classes" in rows["skipkernels", "fp32", 1000]["note"]
+
+
+def test_what_takes_too_long_is_not_begun(table):
+    rows = table("--who", "skipkernels", "published", "--precision", "fp32", "--longest", "1e-9")
+    assert all(row["note"].startswith("left out: a step takes about") for row in rows.values())
+
+
+def test_a_budget_that_is_used_up_leaves_rows_that_say_so(monkeypatch, table):
+    monkeypatch.setattr(Budget, "left", property(lambda budget: 0.0))
+    rows = table("--who", "skipkernels", "compiled", "--precision", "fp32")
+    assert rows["skipkernels", "fp32", 20]["note"] == "left out: no time left"
+    assert rows["published, compiled", "fp32", 20]["note"].startswith("left out: no time left")
+
+
+def test_foresight_is_a_straight_line():
+    line = Foresight.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
+    assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
+    free = foresight._MARGIN / foresight._MOST * 900
+    assert line.fits(50, free + 1e-6) and not line.fits(51, free) and line.most_classes(free + 1e-6) == 50
+    noisy = Foresight.of(Probe(10, 2.0, 100), Probe(30, 1.0, 100))
+    assert noisy.seconds(1000) == 2.0, "more classes never take less"
+
+
+# ---- who is wrong gets no time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_does_not_agree_gets_no_time(monkeypatch, capsys, precision):
+    right = PublishedStep.__call__
+
+    def wrong(self, features, labels, class_ids=None):
+        loss, class_ids = right(self, features, labels, class_ids)
+        return 1.1 * loss, class_ids
+
+    monkeypatch.setattr(PublishedStep, "__call__", wrong)
+    for main, options in ((step.main, []), (profile.main, ["--skip-layers", "3"])):
+        with pytest.raises(SystemExit, match="do not agree: no timing"):
+            main([*SMALL, "--no-save", *options, "--precision", precision])
+    assert " ms " not in capsys.readouterr().out
+
+
+def test_a_step_on_other_classes_gets_no_time(monkeypatch, capsys):
+    monkeypatch.setattr(PublishedStep, "choose", lambda self, image, labels: torch.arange(7))
+    with pytest.raises(SystemExit, match="choose other classes: no timing"):
+        step.main(STEP)
+    assert " ms " not in capsys.readouterr().out
+
+
+def test_a_published_step_that_trains_something_else_gets_no_time(monkeypatch):
+    monkeypatch.setattr(PublishedStep, "_freeze", lambda self: None)
+    with pytest.raises(SystemExit, match="train other parameters: no timing"):
+        step.main(STEP)
+
+
+@pytest.mark.parametrize("factor", [0.999, math.nan])
+def test_full_fine_tuning_with_another_loss_gets_no_time(monkeypatch, capsys, factor):
+    right = training.full_step
+    monkeypatch.setattr(training, "full_step", lambda *of: lambda *batch: (factor * right(*of)(*batch)[0], 20))
+    with pytest.raises(SystemExit, match="full fine-tuning has another loss: no timing"):
+        step.main([*STEP, "--who", "full"])
+    assert " ms " not in capsys.readouterr().out
+
+
+def test_prompt_tuning_with_another_loss_gets_no_time(monkeypatch):
+    right = training.CoOp.step
+    other = lambda self, *batch: right(self, *batch)._replace(loss=right(self, *batch).loss * 1.01)  # noqa: E731
+    monkeypatch.setattr(training.CoOp, "step", other)
+    with pytest.raises(SystemExit, match="prompt tuning has another loss: no timing"):
+        step.main([*STEP, "--who", "prompts"])
+
+
+def test_full_fine_tuning_trains_every_layer_and_prompt_tuning_the_context():
+    random = inputs.random_inputs("glyph-tiny", 2, 5, measure.CPU)
+    full = training.full_fine_tuning(random, "fp32")
+    full()
+    without = [name for name, parameter in full.model.named_parameters() if parameter.grad is None]
+    assert without == ["logit_scale"]
+    prompts = training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("glyph-tiny"))
+    prompts()
+    (context,) = prompts.model.parameters()
+    assert context.shape == (4, 96) and context.grad is not None and context.grad.abs().sum() > 0
+
+
+def test_class_names_are_different_and_the_first_ones_stay_the_same():
+    names = inputs.class_names(22000)
+    assert len(set(names)) == 22000
+    assert names[:1570] == inputs.class_names(1570)
+    assert names[0] == "dog"
