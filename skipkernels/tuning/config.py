@@ -60,7 +60,7 @@ class TuneConfig:
     protocol: Protocol = "base-to-new"
     """base-to-new: half of the classes train. few-shot: all. The others test on targets too."""
     targets: tuple[str, ...] | None = None
-    """Datasets to test on, with cross-dataset and domain-generalization; by default those of the paper."""
+    """Datasets to test on, with cross-dataset and domain-generalization; coop:imagenet and glyphs bring their own."""
     template: tuple[str, ...] | None = None
     """Prompts such as "a photo of a {}.", or paper or coop. The first trains; embeddings of several are averaged."""
     model: str = GLYPH_TINY
