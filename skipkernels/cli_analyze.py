@@ -95,7 +95,8 @@ def run(action: AnalyzeConfig, out: Console, err: Console) -> int:
         raise InputError(f"--images must be at least 1; got {action.images}.")
     same = {field.name for field in dataclasses.fields(TuneConfig)} - {"out", "overwrite"}
     values = {name: value for name, value in vars(action).items() if name in same}
-    config = TuneConfig(method="full", precision="fp32", **values).resolved()
+    compared = TuneConfig(precision="fp32", **values)
+    config = compared.of_method("full").resolved()
     folder = action.out or Path("runs", f"{action.data.replace(':', '-').replace('/', '-')}-analysis")
     _check_folder(folder, action.overwrite)
     model, transform, tokenizer = load_model(
@@ -104,8 +105,9 @@ def run(action: AnalyzeConfig, out: Console, err: Console) -> int:
     task = task_of(config, transform)
     for note in task.notes:
         err.print(f"note: {note}", highlight=False, markup=False)
-    analysis = analyze(model, tokenizer, task, config, images=action.images, console=err)
-    settings = {name: getattr(config, name, value) for name, value in vars(action).items()}
+    analysis = analyze(model, tokenizer, task, config, compared, images=action.images, console=err)
+    resolved = {name: getattr(config, name) for name, value in values.items() if value in (None, "auto")}
+    settings = vars(action) | resolved
     _write(folder, analysis, settings)
     _print(analysis, f"{config.model} on {task.name}, {config.shots} shots, {config.epochs} epochs", out)
     out.print(f"{folder}: {ANALYSIS} {SHIFT} {SPREAD}", highlight=False, soft_wrap=True)

@@ -54,6 +54,7 @@ def analyze(
     tokenizer: Tokenizer,
     task: Task,
     config: TuneConfig,
+    compared: TuneConfig,
     *,
     images: int = 256,
     console: Console | None = None,
@@ -64,7 +65,8 @@ def analyze(
         model: An open_clip model on the device of `config`; it is fine-tuned.
         tokenizer: Its own.
         task: Of which the classes of the first test are compared.
-        config: Resolved, of method "full": how to fine-tune, and the setting to compare with.
+        config: Resolved, of method "full": how to fine-tune.
+        compared: Of method "skip": the settings to compare with.
         images: Most images that each of both is measured on; evenly spaced ones are taken.
         console: Where progress is shown; nowhere by default.
 
@@ -77,8 +79,8 @@ def analyze(
     test, device = task.tests[0], torch.device(config.device)
     tokens = tokenizer(test.prompts[0]).to(device)
     batches = partial(_batches, device=device, workers=config.workers)
-    names = ("skip_layers", "keep_ratio", "max_keep", "decay", "batch_size")
-    compared = {name: getattr(config, name) for name in names}
+    settings = {name: getattr(compared, name) for name in ("skip_layers", "keep_ratio", "max_keep", "decay")}
+    settings["batch_size"] = config.batch_size
     with Progress(console=console or Console(quiet=True)) as progress:
 
         def bar(name: str, total: int) -> Callable[[int], None]:
@@ -88,14 +90,14 @@ def analyze(
         spread = _spread(model, batches(some), tokens, bar("gradients", len(some)))
         # What would be refused after the fine-tuning is refused before it.
         nothing = feature_shift(model, model, (inputs for inputs, _ in batches(_some(some, 1))), tokens)
-        advise(replace(nothing, image=[1.0] * len(nothing.image), text=[1.0] * len(nothing.text)), spread, **compared)
+        advise(replace(nothing, image=[1.0] * len(nothing.image), text=[1.0] * len(nothing.text)), spread, **settings)
 
         before = copy.deepcopy(model)
         _fine_tune(model, tokenizer, task, config, bar)
         some = _some(test.images, images)
         count = bar("hidden states", len(some) + len(tokens))
         shift = feature_shift(before, model, (inputs for inputs, _ in batches(some)), tokens, progress=count)
-    return Analysis(shift, spread, advise(shift, spread, **compared))
+    return Analysis(shift, spread, advise(shift, spread, **settings))
 
 
 @torch.no_grad()

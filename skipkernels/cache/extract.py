@@ -106,7 +106,7 @@ class _Views(Dataset):
             with _seeded(self.seed, self.first_view + view, item):
                 loaded = self.dataset[item]
         except Exception as error:
-            raise StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}") from error
+            raise _not_loaded(item, error) from error
         return row, *_checked(loaded, item)
 
 
@@ -158,8 +158,15 @@ class _Stream(IterableDataset):
             except StopIteration:
                 return
             except Exception as error:
-                raise StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}") from error
+                raise _not_loaded(item, error) from error
             yield loaded
+
+
+def _not_loaded(item: int, error: Exception) -> StoreError:
+    """What to say of an error of a dataset; one of this package's own names the file and the remedy already."""
+    if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return StoreError(str(error))
+    return StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}")
 
 
 def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:

@@ -29,7 +29,7 @@ from .base import InputError
 from .few_shot import place
 from .files import images_below, is_image_name, read_json, read_text, shown, subfolders
 from .images import LabelledImages
-from .source import Split, SplitSource, at_hand, tidy
+from .source import Split, SplitSource, at_hand, class_names, tidy
 from .templates import Templates, templates_of
 
 _ROLES: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -95,7 +95,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
         paths = [path for folder in folders for path in of_class[folder]]
         labels = [label for label, folder in enumerate(folders) for _ in of_class[folder]]
         parts[split] = at_hand(LabelledImages(root, paths, labels))
-    return SplitSource(name, tuple(names), templates_of(None, templates), parts, notes=tuple(notes), absent=absent)
+    return SplitSource(name, names, templates_of(None, templates), parts, notes=tuple(notes), absent=absent)
 
 
 def _split_folders(name: str, root: Path) -> dict[Split, str]:
@@ -169,7 +169,7 @@ def divide(name: str, paths: Mapping[str, list[str]]) -> dict[Split, dict[str, l
 # ---- class names -----------------------------------------------------------------------------------------------------
 
 
-def _class_names(name: str, root: Path, folders: list[str]) -> list[str]:
+def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
     """Names by label, none twice."""
     text, mapping = root / "classes.txt", root / "classes.json"
     if text.is_file() and mapping.is_file():
@@ -180,21 +180,7 @@ def _class_names(name: str, root: Path, folders: list[str]) -> list[str]:
         names = _names_in_text(text, folders)
     else:
         names = folders
-    names = [tidy(of_class) for of_class in names]
-    seen: dict[str, str] = {}
-    for folder, of_class in zip(folders, names, strict=True):
-        if not of_class or of_class != of_class.encode(errors="ignore").decode():  # of bytes that are no text
-            raise InputError(
-                f"--data: {name}: the class of folder {folder!a} can't be named {of_class!a}. Rename it, or name it in "
-                "classes.json."
-            )
-        other = seen.setdefault(of_class.casefold(), folder)
-        if other != folder:
-            raise InputError(
-                f"--data: {name}: folders {other} and {folder} have the same class name, {of_class!r}, so no prompt "
-                "could tell them apart. Rename one, or name them in classes.json."
-            )
-    return names
+    return class_names(f"--data: {name}", "folder", folders, names, "name them in classes.json")
 
 
 def _of_folders(file: Path, folders: list[str], named: object) -> list[str]:

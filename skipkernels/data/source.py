@@ -272,7 +272,7 @@ def from_datasets(
         templates: As for `open_source`.
 
     Raises:
-        InputError: If there is no dataset, there are no class names, or a label has none.
+        InputError: If there is no dataset, there are no class names, two are the same, or a label has none.
 
     Example:
         >>> from PIL import Image
@@ -301,6 +301,7 @@ def from_datasets(
         classes = next((found for d in given.values() if (found := getattr(d, "classes", None)) is not None), None)
     if classes is None:
         raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.")
+    names = class_names(f"from_datasets: {name}", "label", range(len(classes)), classes, "give others as classes=[…]")
     parts: dict[Split, Callable[[], Images]] = {}
     for split, dataset in given.items():
         own = getattr(dataset, "names", None)
@@ -312,7 +313,47 @@ def from_datasets(
                 f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel."
             )
         parts[split] = at_hand(images)
-    return SplitSource(name, tuple(map(tidy, classes)), templates_of(None, templates), parts)
+    absent: dict[Split, str] = {
+        split: f"it has {', '.join(parts)} images. Give from_datasets {split}= too."
+        for split in choices
+        if split not in parts
+    }
+    return SplitSource(name, names, templates_of(None, templates), parts, absent=absent)
+
+
+def class_names(where: str, kind: str, ids: Sequence[object], names: Sequence[str], instead: str) -> tuple[str, ...]:
+    """Names of classes, `tidy`; none is empty, or another's in any case of letters.
+
+    Args:
+        where: How a message begins.
+        kind: What the classes are told apart by, such as "folder".
+        ids: Of each class, its own.
+        names: Of each class.
+        instead: What else can be done than to rename one.
+
+    Raises:
+        InputError: If a name can't be used; says of which class.
+
+    Example:
+        >>> class_names("--data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
+        ('sea lion', 'owl')
+    """
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"{where}: names of classes must be text; got {list(names)!r:.80}. Write them out, or {instead}."
+        )
+    seen: dict[str, object] = {}
+    found = tuple(map(tidy, names))
+    for own, name in zip(ids, found, strict=True):
+        if not name or name != name.encode(errors="ignore").decode():  # of bytes that are no text
+            raise InputError(f"{where}: the class of {kind} {own!a} can't be named {name!a}. Rename it, or {instead}.")
+        other = seen.setdefault(name.casefold(), own)
+        if other != own:
+            raise InputError(
+                f"{where}: {kind}s {other} and {own} have the same class name, {name!r}, so no prompt could tell them "
+                f"apart. Rename one, or {instead}."
+            )
+    return found
 
 
 def tidy(name: str) -> str:

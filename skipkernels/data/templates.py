@@ -68,7 +68,7 @@ def templates_of(dataset: str | None, templates: Templates = None, default: str 
         default: For a dataset of which neither set has one.
 
     Raises:
-        InputError: If a template does not have exactly one {}, or has other braces.
+        InputError: If a template does not have exactly one {}, has other braces, or stands beside a set.
 
     Example:
         >>> templates_of("dtd"), templates_of("dtd", "coop"), templates_of(None, ["{}!", "a {}."])
@@ -79,6 +79,11 @@ def templates_of(dataset: str | None, templates: Templates = None, default: str 
         return (SETS[chosen[0]].get(dataset or "", default),)
     if not chosen:
         raise InputError(f"--template: there must be at least one, such as {PHOTO!r}; got none.")
+    if any(template in SETS for template in chosen):
+        raise InputError(
+            f"--template: {' and '.join(SETS)} are sets, which can't be combined with other templates; got "
+            f"{', '.join(map(repr, chosen))}. Name one set alone, or give templates of your own alone."
+        )
     for template in chosen:
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise InputError(

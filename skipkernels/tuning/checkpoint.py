@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
 FORMAT = 1
 # What torch.load raises for a file that is damaged.
 _NO_STATE: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
-_NO_STATE += (AttributeError, zipfile.BadZipFile)
+_NO_STATE += (AttributeError, zipfile.BadZipFile, zlib.error)
 
 
 class Checkpoint(NamedTuple):
@@ -46,7 +47,7 @@ def save(
         folder: Of the run.
         file: Name of the file of weights.
         weights: Tensors by name.
-        notes: For the header of that file.
+        notes: Metadata of that file, as `weights.notes` makes them.
         state: What `torch.load` reads with `weights_only=True`.
 
     Raises:
@@ -115,7 +116,10 @@ def weights_of(folder: Path) -> Path:
     for path in (folder / MODEL, folder / DELTA):
         if path.is_file():
             return path
-    raise InputError(f"{folder / MODEL}: no such file; the run stopped before its first epoch was complete.")
+    raise InputError(
+        f"{folder / MODEL}: no such file; the run stopped before its first epoch was complete. Begin it again with "
+        "tune --resume."
+    )
 
 
 def _following(file: str) -> str:
@@ -125,14 +129,17 @@ def _following(file: str) -> str:
 def _load_state(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()  # torch.load does not compare checksums
-        if wrong is not None:
-            raise zipfile.BadZipFile(f"the checksum of {wrong} is another")
+            if archive.testzip() is not None:  # torch.load does not compare checksums
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
         raise InputError(f"{path}: damaged, or it holds more than a state; tune again with --overwrite.") from error
-    except _NO_STATE as error:
-        raise InputError(f"{path}: damaged ({_reason(error)}); tune again with --overwrite.") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}). Is it a file that you may read?") from error
+    except _NO_STATE as error:  # whose texts are about parts of an archive
+        raise InputError(
+            f"{path}: damaged: it was cut short, or changed after it was written; tune again with --overwrite."
+        ) from error
     if not (isinstance(state, dict) and "format" in state and _names_weights(state.get("weights"))):
         raise InputError(f"{path}: not the state of a run; tune again with --overwrite.")
     if state["format"] != FORMAT:

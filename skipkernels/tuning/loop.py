@@ -74,6 +74,7 @@ class _Run:
         self.model, transform, tokenizer = load_model(config.model, config.pretrained, device, seed=config.seed)
         self.evaluator = Evaluator.of(config, self.model, transform, tokenizer)
         self.method, self.task = self.evaluator.method, self.evaluator.task
+        self.folder.check_room(self._checkpoint_bytes())
         self.weights = Weights(self.method, self.model, delta=config.delta)
         for note in (*self.task.notes, *self.method.notes):
             _say(console, f"note: {note}")
@@ -91,7 +92,7 @@ class _Run:
             with self.evaluator.training_images(advance) as train:
                 self.zero_shot = self.evaluator.zero_shot()
                 trainer = self._trainer(train)
-                with self.folder.held(self._checkpoint_bytes()):
+                with self.folder.held():
                     self._save_few_shot()
                     stopped = self._tune(trainer, train)
                     metrics = self._finish(stopped, {} if stopped else self._forward_parts(train))

@@ -36,7 +36,8 @@ def find(name: str) -> type[Optimizer]:
     }
     wanted = "sgd" if name == _TORCH_SGD else name.lower()
     if wanted not in classes:
-        close = difflib.get_close_matches(wanted, [*classes, _TORCH_SGD], 3)
+        spelt = {known: value.__name__ for known, value in classes.items()} | {FUSED: FUSED, _TORCH_SGD: _TORCH_SGD}
+        close = [spelt[known] for known in difflib.get_close_matches(wanted, spelt, 3)]
         hint = f"did you mean {' or '.join(close)}?" if close else "choose sgd, torch-sgd, or a class of torch.optim."
         raise InputError(f"--optimizer: no optimizer {name!r}; {hint}")
     found = classes[wanted]

@@ -7,13 +7,17 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..data import InputError
+from ..data.files import shown
 from ..store import StoreError, replace_file
 from ..store.lock import locked
 from . import checkpoint
@@ -21,7 +25,8 @@ from .config import TuneConfig
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
-# metrics.json says that a run is over: of an earlier one's files it goes first, and comes last.
+# metrics.json says that a run is over: of an earlier one's files it goes first, and comes last. config.yaml says that
+# the others are a run's: it comes first, and goes last.
 _FILES = (
     METRICS,
     checkpoint.STATE,
@@ -34,6 +39,7 @@ _FILES = (
 )
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
+_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # some that every config.yaml of a run has
 
 
 def check_can_be_made(folder: Path) -> Path:
@@ -42,12 +48,30 @@ def check_can_be_made(folder: Path) -> Path:
     Raises:
         InputError: If so.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"--out: {folder} is a file; choose a folder.")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise InputError(f"--out: {folder} can't be made: {there} is not a folder that can be written to.")
-    return there
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=there):  # that /proc takes none shows only so
+            return there
+    except OSError as error:
+        raise InputError(
+            f"--out: {folder} can't be made: {there} is not a folder that can be written to; choose another."
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those of a run that are in a folder, config.yaml last."""
+    return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in _FILES)) if path.exists()]
+
+
+def _is_a_runs(folder: Path) -> bool:
+    """Whether a folder has the config.yaml of a run, of whatever version, and not somebody's own."""
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and settings.keys() >= _SETTINGS
 
 
 class RunFolder:
@@ -63,7 +87,8 @@ class RunFolder:
         finished: The metrics of a run that is complete and was to be resumed, or None.
 
     Raises:
-        InputError: If the folder can't be written, or holds another run, or one whose checkpoint is damaged.
+        InputError: If the folder can't be written, or holds another run, one whose checkpoint is damaged, or files
+            that have the names of a run's and are none.
     """
 
     def __init__(self, config: TuneConfig):
@@ -73,7 +98,12 @@ class RunFolder:
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
         self._disk = check_can_be_made(self.path)
-        earlier = [name for name in _FILES if (self.path / name).exists()]
+        earlier = [path.name for path in _files(self.path)]
+        if earlier and not _is_a_runs(self.path):
+            raise InputError(
+                f"--out: {self.path} holds files that are called as a run's, and no {CONFIG} that a run wrote: "
+                f"{shown(earlier)}; choose another folder, or move them."
+            )
         if config.resume:
             self._resume(earlier)
         elif earlier and not config.overwrite:
@@ -110,8 +140,12 @@ class RunFolder:
             raise InputError(f"{self.path / METRICS}: damaged; remove it, and --resume again.") from error
         return metrics if isinstance(metrics, dict) else {}
 
-    def _check_room(self, size: int) -> None:
-        """Two checkpoints must fit: the old one stays until the new one is there."""
+    def check_room(self, size: int) -> None:
+        """Refuse a disk that two checkpoints of so many bytes, about, don't fit on: the old one stays until the new is.
+
+        Raises:
+            InputError: If so.
+        """
         there = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
         free = shutil.disk_usage(self._disk).free + there
         if free < 2 * size:
@@ -121,13 +155,12 @@ class RunFolder:
             )
 
     @contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        """Begin a run with checkpoints of so many bytes, about, and keep other processes out until its end.
+    def held(self) -> Iterator[None]:
+        """Begin a run, and keep other processes out until its end.
 
         Raises:
-            InputError: If the folder can't be written, the disk has no room, or another process is at work there.
+            InputError: If the folder can't be written, or another process is at work there.
         """
-        self._check_room(size)
         with contextlib.ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -147,7 +180,7 @@ class RunFolder:
             self.resumed = checkpoint.settle(self.path)
             self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
         else:
-            for path in (*(self.path / name for name in _FILES), *self.path.glob(_EVENTS)):
+            for path in _files(self.path):
                 path.unlink(missing_ok=True)
             checkpoint.remove_leftovers(self.path)
         self._write(CONFIG, self._config.to_yaml())

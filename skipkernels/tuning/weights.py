@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..store import digest_json, digest_tensors
 # What the header of the file says that it holds: a whole model, as open_clip loads it; what a method keeps besides the
 # model's first weights; or of either only what tuning changed.
 MODEL, METHOD, CHANGES = "model", "method", "changes"
+_NOTES = "skipkernels"  # the one key of a header's metadata: of several, safetensors writes the order at random
 
 
 class Weights:
@@ -36,8 +38,8 @@ class Weights:
         """Tensors by name, and what the header of the file says."""
         weights = dict(self._method.state_dict())
         if self._first is None:
-            return weights, {"format": "pt", "holds": MODEL if self._whole else METHOD}
-        return self._first.changed(weights), {"format": "pt", "holds": CHANGES, "of": self._first.all()}
+            return weights, notes(holds=MODEL if self._whole else METHOD)
+        return self._first.changed(weights), notes(holds=CHANGES, of=self._first.all())
 
     def load(self, path: Path) -> None:
         """Take what such a file holds.
@@ -82,16 +84,21 @@ class Digests:
         return {name: tensor for name, tensor in weights.items() if self._of[name] != digest_tensors([(name, tensor)])}
 
 
+def notes(**says: str) -> dict[str, str]:
+    """Metadata of a file of weights, as `header` reads them."""
+    return {_NOTES: json.dumps(says, sort_keys=True)}
+
+
 def header(path: Path) -> dict[str, str]:
-    """What the header of a file of weights says.
+    """What the header of a file of weights says; nothing in a file that is not a run's.
 
     Raises:
         InputError: If it can't be read.
     """
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            return dict(json.loads((file.metadata() or {}).get(_NOTES, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise _unusable(path, error) from error
 
 

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
 import skipkernels as sk
+from skipkernels.data import LabelledImages
 from skipkernels.store import StoreError, digest_json
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -632,6 +633,31 @@ def test_an_item_that_cannot_be_used_is_named(tmp_path, item, message, workers):
         build(tmp_path, Broken(item), identity="broken", workers=workers)
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "iterable"])
+def test_what_a_dataset_of_this_package_says_is_passed_on(tmp_path, stream, workers):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
+    with pytest.raises(
+        StoreError, match=rf"^{tmp_path}/b\.png: can't be read as an image .*Mend or remove the file\.$"
+    ):
+        build(tmp_path / "store", OneByOne(files) if stream else files, identity="files", workers=workers)
+
+
+class OneByOne(IterableDataset):
+    """A dataset as an iterable."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self):
+        return (self.dataset[number] for number in range(len(self)))
 
 
 @pytest.mark.parametrize("size", [8, 32])

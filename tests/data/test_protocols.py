@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -378,7 +379,8 @@ def test_domains_that_do_not_fit(tmp_path):
     data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "more"))
     with refused(f"--targets: {target} has classes that {data} doesn't have: owl, yak", "Leave them out"):
         load(data, "domain-generalization", targets=[target])
-    twice = from_datasets("twice", test=[("image", 0), ("image", 1)], classes=["cat", "Cat"])
+    once = from_datasets("twice", test=[("image", 0), ("image", 1)], classes=["cat", "dog"])
+    twice = replace(once, classes=("cat", "Cat"))  # as CoOp's may be, as published
     with refused("--targets: twice has two classes 'cat'", "Rename one"):
         load(data, "domain-generalization", targets=[twice])
 
@@ -433,6 +435,13 @@ def test_a_source_or_target_without_test_images(tmp_path):
     file.write_text(json.dumps({**content, "test": []}))
     with refused("--targets: coop:dtd has no test images", "train, val"):
         load("glyphs", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
+
+
+@pytest.mark.parametrize(("given", "lacking"), [("train", "test"), ("test", "train")])
+def test_ones_own_dataset_with_one_split_alone(given, lacking):
+    source = from_datasets("squares", **{given: [("image", 0), ("image", 1)]}, classes=["black", "grey"])
+    with refused(f"--data: squares has no {lacking} images: it has {given} images. Give from_datasets {lacking}= too."):
+        load(source, "few-shot")
 
 
 def test_one_class(tmp_path):

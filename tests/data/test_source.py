@@ -123,6 +123,10 @@ def test_images_that_are_tensors_are_left_alone():
         ({"train": Squares([0])}, ["no class names", "classes=[…]"]),
         ({"train": Squares([0, 2]), "classes": ["a", "b"]}, ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
         ({"test": Squares([0, 1, -1]), "classes": ["a", "b"]}, ["got -1 for item 2 of test", "relabel"]),
+        ({"train": Squares([0]), "classes": ["a", "b", "A"]}, ["labels 0 and 2 have the same class name, 'A'"]),
+        ({"test": Squares([0], classes=("sea_lion", "sea  lion"))}, ["no prompt could tell them apart", "classes=[…]"]),
+        ({"test": Squares([0]), "classes": [0, 1]}, ["names of classes must be text; got [0, 1]"]),
+        ({"test": Squares([0]), "classes": ["a", "_ "]}, ["the class of label 1 can't be named ''", "classes=[…]"]),
     ],
 )
 def test_datasets_that_can_not_be_used(arguments, words):

@@ -44,10 +44,16 @@ def test_which_are_taken(dataset, templates, wanted):
     assert templates_of(dataset, templates, "the thing {}.") == wanted
 
 
-@pytest.mark.parametrize("wrong", ["none", "", "{} and {}", "{name}", "{0}", "a {} {", "{{}}", "}{", ["a {}", "coop"]])
+@pytest.mark.parametrize("wrong", ["none", "", "{} and {}", "{name}", "{0}", "a {} {", "{{}}", "}{", ["a {}", "b"]])
 def test_what_is_no_template(wrong):
     got = wrong[-1] if isinstance(wrong, list) else wrong
     with refused("--template", "paper or coop", PHOTO, repr(got)):
+        templates_of("dtd", wrong)
+
+
+@pytest.mark.parametrize("wrong", [("paper", "x {}"), ("a {}", "coop"), ("paper", "coop")])
+def test_a_set_stands_alone(wrong):
+    with refused("--template: paper and coop are sets", "can't be combined", f"got {wrong[0]!r}, {wrong[1]!r}."):
         templates_of("dtd", wrong)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
@@ -45,6 +47,9 @@ def damaged(run, tmp_path):
         (["--method", "coop", "--cache", "c"], "nothing below a cut is kept"),
         (["--skip-layers", "0", "--cache", "c"], "with skip_layers=0 there is nothing"),
         (["--optimizer", "Muon"], "Muon can't be used here"),
+        (["--optimizer", "muonn"], "did you mean Muon?"),
+        (["--optimizer", "sgdd"], "did you mean sgd"),
+        (["--template", "paper", "x {}"], "paper and coop are sets, which can't be combined with other templates"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -80,6 +85,28 @@ def test_a_run_that_is_replaced_does_not_look_finished(run, tmp_path, monkeypatc
     assert "events.out.tfevents.1" in removed
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.yaml", "learning_rate: 0.1"), ("config.yaml", "seed: 3"), ("config.yaml", "- a"), ("config.yaml", "a: ["),
+     ("model.safetensors", ""), ("state.pt", ""), ("report.html", "<p>"), ("events.out.tfevents.1.host", "")],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]], ids=lambda flag: " ".join(flag))
+def test_a_file_that_is_no_runs_stays(tmp_path, name, text, flag, capsys):
+    (tmp_path / name).write_text(text)
+    message = fails(["tune", "--shots", "1", "--classes", "6", "--out", tmp_path, *flag], capsys)
+    assert f"{tmp_path} holds files that are called as a run's" in message
+    assert f"and no config.yaml that a run wrote: {name}; choose another folder, or move them." in message
+    assert "--overwrite" not in message and "--resume" not in message
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
+
+
+def test_a_run_of_another_version_is_overwritten(run, tmp_path):
+    config = (run[0] / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("max_keep:", "most_kept:"))
+    assert main(["tune", "--shots", "1", "--classes", "6", "--epochs", "1", "--overwrite", "--out", str(tmp_path)]) == 0
+    assert "max_keep" in (tmp_path / "config.yaml").read_text()
+
+
 def test_out_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "is a file" in fails(["tune", "--out", tmp_path / "file"], capsys)
@@ -88,6 +115,12 @@ def test_out_that_is_a_file(tmp_path, capsys):
 def test_out_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "not a folder that can be written to" in fails(["tune", "--out", tmp_path / "file" / "run"], capsys)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no folder that says it can be written to and can't")
+def test_out_where_nothing_can_be_made(capsys):
+    message = fails(["tune", "--shots", "1", "--classes", "6", "--out", "/proc/x"], capsys)
+    assert "--out: /proc/x can't be made: /proc is not a folder that can be written to" in message
 
 
 def test_eval_without_a_run(tmp_path, capsys):

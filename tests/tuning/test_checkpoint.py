@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from skipkernels.data import InputError
 from skipkernels.store import atomic
-from skipkernels.tuning import checkpoint
+from skipkernels.tuning import checkpoint, weights
 from skipkernels.tuning.weights import header
 
 
@@ -19,7 +21,8 @@ class Killed(BaseException):
 
 
 def save(folder: Path, epoch: int, file: str = checkpoint.MODEL) -> None:
-    checkpoint.save(folder, file, {"weight": torch.full((3,), float(epoch))}, {"holds": "model"}, {"epoch": epoch})
+    tensors, notes = {"weight": torch.full((3,), float(epoch))}, weights.notes(holds="model")
+    checkpoint.save(folder, file, tensors, notes, {"epoch": epoch})
 
 
 def there(folder: Path) -> int | None:
@@ -69,6 +72,35 @@ def test_a_kill_at_each_renaming_leaves_one_epoch_or_the_other(tmp_path, monkeyp
     assert there(tmp_path) == 3
 
 
+@pytest.mark.parametrize(
+    ("method", "delta", "says"),
+    [(nn.Linear, False, {"holds": "model"}), (nn.Sequential, False, {"holds": "method"}),
+     (nn.Linear, True, {"holds": "changes", "of": ...})],
+    ids=["model", "method", "changes"],
+)  # fmt: skip
+def test_the_same_weights_are_the_same_bytes(tmp_path, method, delta, says):
+    """Of several keys of a header, safetensors writes the order at random."""
+    model = nn.Linear(2, 2)
+    tuned = model if method is nn.Linear else nn.Sequential(model)
+    kept = weights.Weights(tuned, model, delta=delta)
+    model.bias.data.add_(1)
+    written = set()
+    for _ in range(20):
+        checkpoint.save(tmp_path, checkpoint.MODEL, *kept.to_save(), {})
+        written.add((tmp_path / "model.safetensors").read_bytes())
+    assert len(written) == 1
+    found = header(tmp_path / "model.safetensors")
+    assert found == says | ({"of": found["of"]} if delta else {})
+
+
+def test_a_file_of_someone_else_says_nothing(tmp_path):
+    save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"format": "pt", "holds": "changes"})
+    assert header(tmp_path / "a.safetensors") == {}
+    save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": "no notes"})
+    with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
+        header(tmp_path / "a.safetensors")
+
+
 def test_weights_without_a_state_are_used_as_they_are(tmp_path):
     with pytest.raises(InputError, match="before its first epoch was complete"):
         checkpoint.weights_of(tmp_path)
@@ -79,11 +111,25 @@ def test_weights_without_a_state_are_used_as_they_are(tmp_path):
 
 def test_a_state_that_is_damaged_is_named(tmp_path):
     save(tmp_path, 1)
-    content = (tmp_path / "state.pt").read_bytes()
-    for keep in (0, 1, 100, len(content) // 2, len(content) - 1):
-        (tmp_path / "state.pt").write_bytes(content[:keep])
-        with pytest.raises(InputError, match=r"state\.pt: damaged"):
+    file = tmp_path / "state.pt"
+    content = file.read_bytes()
+    half = len(content) // 2
+    directory = content.index(b"PK\1\2")  # ten bytes on it says how a part is compressed, which is not at all
+    places = (content.index(b"epoch"), directory, directory + 10)
+    changed = [content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :] for place in places]
+    cut = [content[:keep] for keep in (0, 1, 100, half, len(content) - 1)]
+    for wrong in (*cut, *changed, b"some text", b"PK"):
+        file.write_bytes(wrong)
+        with pytest.raises(InputError) as caught:
             checkpoint.find(tmp_path)
+        expected = "damaged: it was cut short, or changed after it was written; tune again with --overwrite."
+        assert str(caught.value) == f"{file}: {expected}", "of the file, and not of parts of it"
+
+
+def test_a_state_that_can_not_be_read(tmp_path):
+    (tmp_path / "state.pt").mkdir()
+    with pytest.raises(InputError, match=r"state\.pt: can't be read \(Is a directory\)\."):
+        checkpoint.find(tmp_path)
 
 
 def test_a_state_executes_nothing(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import re
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from skipkernels.methods import Skip
 from skipkernels.methods.base import StepOutput
 from skipkernels.tuning import checkpoint, evaluate_run, tune
 from skipkernels.tuning.evaluation import task_of
+from skipkernels.tuning.run_folder import RunFolder
 from tests.tuning.runs import fails, files, rows, small
 
 ARGUMENTS = ["tune", "--shots", "4", "--classes", "12"]
@@ -63,8 +67,45 @@ def test_ctrl_c_before_the_first_epoch_says_so(tmp_path, at_step):
     with pytest.raises(KeyboardInterrupt):
         tune(small(tmp_path))
     assert files(tmp_path) == {"config.yaml", "metrics.json"}
-    with pytest.raises(InputError, match="before its first epoch"):
+    with pytest.raises(InputError, match="before its first epoch was complete. Begin it again with tune --resume"):
         evaluate_run(tmp_path)
+
+
+class Killed(BaseException):
+    """In place of a signal that nothing can catch."""
+
+
+@pytest.mark.parametrize("moment", range(1, 21))
+def test_a_kill_while_a_run_is_replaced_leaves_a_run(tmp_path, monkeypatch, moment):
+    """Nothing is left that --resume or --overwrite would take for somebody else's."""
+    config = small(tmp_path, overwrite=True).resolved()
+    weights, state = {"weight": torch.ones(1)}, {"config": config.identity(), "rows": []}
+    checkpoint.save(tmp_path, checkpoint.MODEL, weights, {}, state)
+    others = ["metrics.json", "metrics.jsonl", "report.html", "few_shot.json", "events.out.tfevents.1"]
+    for name in (*others, ".next.delta.safetensors", ".state.pt.1.partial"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    calls = itertools.count(1)
+
+    def until_killed(work):
+        def until(*args, **named):
+            if next(calls) >= moment:
+                raise Killed  # from here on nothing happens: a killed process cleans nothing up
+            return work(*args, **named)
+
+        return until
+
+    folder = RunFolder(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", until_killed(os.replace))
+        patched.setattr(Path, "unlink", until_killed(Path.unlink))
+        with pytest.raises(Killed), folder.held():
+            raise Killed
+    for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
+        with RunFolder(dataclasses.replace(config, **how)).held():
+            assert "config.yaml" in files(tmp_path)
+    if moment == 20:
+        assert next(calls) < moment, "all moments were looked at"
 
 
 def test_termination_leaves_what_ctrl_c_leaves(tmp_path, at_step):
