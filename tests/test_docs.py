@@ -1,0 +1,513 @@
+"""What the pages show is so: their Python runs, their commands parse, and the files, tests and links they name exist.
+
+- A `python` block runs, after those before it on its page, in one namespace and an empty folder. A `text` block right
+  behind it is what it prints.
+- A `cpp` block with a path is a quotation: its lines stand in that file, in this order.
+- Commands (plain blocks, `console`, `sh`, indented blocks, and what is set in backticks) parse with the parser of the
+  program, which does not run. In the latter "…" at the front stands for the module of the command before it.
+- Files and tests in backticks, options by themselves, links and their anchors exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib
+import importlib.util
+import io
+import itertools
+import re
+import runpy
+import shlex
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import pytest
+import torch
+
+import skipkernels
+from skipkernels import cli
+from skipkernels.ops import OPERATORS, registration
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
+
+# Words of a command that stand for one of several.
+PLACEHOLDERS = {"NAME": "mlp_activation"}
+# What a block uses and its page does not import, yet.
+LENT = {"README.md": {"skipkernels": skipkernels}}
+# Programs that are not ours, whose arguments are not looked at.
+NOT_OURS = ("cd", "git", "pip")
+
+
+class Block(NamedTuple):
+    """Between fences: what stands behind the opening one, and what is in between, whose first line is `line`."""
+
+    kind: str
+    text: str
+    line: int
+
+
+class Page(NamedTuple):
+    path: Path
+    text: str
+
+    @classmethod
+    def read(cls, path: Path) -> Page:
+        return cls(path, path.read_text(encoding="utf-8"))
+
+    @property
+    def blocks(self) -> list[Block]:
+        lines, found, start = self.text.splitlines(keepends=True), [], None
+        for number, line in enumerate(lines):
+            if not line.lstrip().startswith("```"):
+                continue
+            if start is None:
+                start = number
+            else:
+                text = "".join(lines[start + 1 : number])
+                found.append(Block(lines[start].strip().removeprefix("```"), text, start + 2))
+                start = None
+        assert start is None, f"{self.path.name}, line {start}: a block is not closed"
+        return found
+
+    @property
+    def prose(self) -> str:
+        """The page with its blocks blanked out."""
+        lines = self.text.splitlines()
+        for block in self.blocks:
+            for number in range(block.line - 2, block.line + block.text.count("\n")):
+                lines[number] = ""
+        return "\n".join(lines)
+
+    @property
+    def spans(self) -> list[str]:
+        """What stands in backticks, in one line each."""
+        return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.prose)]
+
+
+def pages() -> list[Path]:
+    return [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(params=pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def page(request: pytest.FixtureRequest) -> Page:
+    return Page.read(request.param)
+
+
+# ---- Python ------------------------------------------------------------------------------------------------------
+
+
+def narrow_model(name: str) -> torch.nn.Module:
+    """Of the architecture of an open_clip config, as deep, with random weights."""
+    config = copy.deepcopy(open_clip.get_model_config(name))
+    config["embed_dim"] = 16
+    config["vision_cfg"] |= {"width": 32, "head_width": 16, "image_size": 32, "patch_size": 16}
+    config["text_cfg"] |= {"width": 32, "heads": 2}
+    return open_clip.CLIP(**config)
+
+
+def without_downloads(create: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of one of open_clip's functions: where it would fetch weights the model is a narrow one."""
+
+    def instead(name: str, pretrained: str | None = None, **options: Any) -> Any:
+        if pretrained not in open_clip.list_pretrained_tags_by_model(name):
+            return create(name, pretrained, **options)
+        transform = open_clip.image_transform(32, is_train=False)
+        made = narrow_model(name), transform, transform
+        return made if create.__name__ == "create_model_and_transforms" else made[0]
+
+    return instead
+
+
+def readers_own() -> dict[str, Any]:
+    """What a reader has, and a page does not make: names of classes and images of them."""
+    labels = torch.arange(8) % 4
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {
+        "class_names": ["cat", "dog", "fish", "bird"],
+        "images": images,
+        "labels": labels,
+        "loader": list(zip(images.split(4), labels.split(4), strict=True)),
+        "dataset": [(image, int(label)) for image, label in zip(images, labels, strict=True)],
+    }
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
+    """The namespace of a page in an empty folder. Operators that it defines go with it."""
+    skipkernels.backends()  # those that are there have registered themselves
+    library = torch.library.Library(registration.NAMESPACE, "FRAGMENT")
+    monkeypatch.setattr(registration, "_library", library)
+    monkeypatch.setattr(registration, "definitions", dict(registration.definitions))
+    for create in (open_clip.create_model, open_clip.create_model_and_transforms):
+        monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
+    monkeypatch.chdir(tmp_path)
+    yield {"__name__": "page"} | readers_own()
+    library._destroy()
+
+
+def run_python(page: Page, names: dict[str, Any]) -> None:
+    for block, behind in itertools.pairwise([*page.blocks, Block("", "", 0)]):
+        if block.kind != "python":
+            continue
+        printed = io.StringIO()
+        code = compile("\n" * (block.line - 1) + block.text, page.path, "exec", dont_inherit=True)
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        last = block.line + block.text.count("\n")  # that of the closing fence
+        between = page.text.splitlines()[last : max(last, behind.line - 2)]
+        if behind.kind == "text" and not "".join(between).strip():
+            where = f"{page.path.name}, line {behind.line}: the block before it prints"
+            assert printed.getvalue().split("\n") == behind.text.split("\n"), f"{where}\n{printed.getvalue()}"
+
+
+def test_python_runs(page, reader):
+    run_python(page, reader | LENT.get(page.path.name, {}))
+
+
+def check_quotations(page: Page) -> None:
+    for block in page.blocks:
+        language, _, path = block.kind.partition(" ")
+        if language != "cpp":
+            continue
+        rest = iter((ROOT / path).read_text(encoding="utf-8").splitlines())
+        for line in filter(None, map(str.strip, block.text.splitlines())):
+            if line != "…":
+                assert any(line == other.strip() for other in rest), f"{page.path.name}: {path} has no line {line!r}"
+
+
+def test_quotations_are_in_their_files(page):
+    check_quotations(page)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """Words of a command line; `mention` if it stands in the prose, where its arguments may be left out."""
+
+    words: tuple[str, ...]
+    mention: bool
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+def commands(page: Page) -> list[Command]:
+    lines = [(line, False) for block in page.blocks for line in _command_lines(block)]
+    lines += [(line, False) for line in re.findall(r"^ {4,}(\S.*)$", page.prose, re.MULTILINE)]
+    module = ""  # of the command before
+    for span in page.spans:
+        if found := re.match(r"python -m [\w.]+", span):
+            module = found.group()
+        lines.append((span.replace("…", module, 1) if span.startswith("… ") else span, True))
+    return [
+        Command(tuple(words), mention)
+        for line, mention in lines
+        for part in line.split(" && ")
+        if (words := _words(part))
+    ]
+
+
+def _command_lines(block: Block) -> list[str]:
+    """Lines of a block of commands: those that begin with "$", if there are any, else all."""
+    if block.kind not in ("", "console", "sh"):
+        return []
+    lines = [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line for line in lines if line.startswith("$ ")] or lines
+    programs = [_program(part) for line in lines for part in line.split(" && ")]
+    if block.kind == "" and not CHECKS.keys() & set(programs):
+        return []  # something else, such as a tree of files
+    unknown = set(programs) - {*CHECKS, *NOT_OURS}
+    assert not unknown, f"line {block.line}: not known what {', '.join(unknown)} is"
+    return lines
+
+
+def _program(line: str) -> str:
+    return _without_environment(line).partition(" ")[0]
+
+
+def _without_environment(line: str) -> str:
+    return re.sub(r"^(\$ )?([A-Z_]+=\S+ )*", "", line.strip())
+
+
+def _words(line: str) -> list[str]:
+    """Of a command of a program that is known; nothing of other lines."""
+    line = _without_environment(line)
+    if _program(line) not in CHECKS:
+        return []
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True) if word != "…"]
+    if words[0] == "compute-sanitizer":
+        return words[words.index("python") :] if "python" in words else []
+    return words
+
+
+def check_skipkernels(arguments: tuple[str, ...], mention: bool) -> None:
+    try:
+        run(cli.main, list(arguments))
+    except AssertionError as error:
+        if not (mention and re.search("Missing (subcommand|from|argument)", str(error))):
+            raise
+
+
+def check_python(arguments: tuple[str, ...], mention: bool) -> None:
+    if arguments[:2] == ("-m", "pytest"):
+        return check_pytest(arguments[2:], mention)
+    if arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]) is not None, f"there is no {arguments[1]}"
+        main, rest = importlib.import_module(arguments[1]).main, arguments[2:]
+    else:
+        main, rest = runpy.run_path(str(ROOT / arguments[0]))["main"], arguments[1:]
+    if mention and not rest:
+        rest = ("--help",)
+
+    def parse(parser: argparse.ArgumentParser, *_: Any) -> typing.NoReturn:
+        unknown = parser.parse_known_args(rest)[1]
+        assert not unknown, f"{' '.join(unknown)}: no such option"
+        raise SystemExit(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        run(main)
+
+
+def check_pytest(arguments: tuple[str, ...], mention: bool) -> None:
+    parser = argparse.ArgumentParser("pytest", exit_on_error=False)
+    parser.add_argument("-m")
+    parser.add_argument("-k")
+    parser.add_argument("paths", nargs="*")
+    options = parser.parse_args(arguments)
+    markers = {*re.findall(r'^  "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE), "not", "and", "or"}
+    assert set((options.m or "").split()) <= markers, f"-m {options.m}: no such marker"
+    for path in options.paths:
+        assert (ROOT / path).exists(), f"there is no {path}"
+
+
+def check_make(arguments: tuple[str, ...], mention: bool) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for word in arguments:
+        name, is_variable, _ = word.partition("=")
+        there = rf"^{re.escape(name)} *\??:?=" if is_variable else rf"^{re.escape(name)}:"
+        assert re.search(there, makefile, re.MULTILINE), f"make {word}: the Makefile has no {name}"
+
+
+CHECKS: dict[str, Callable[[tuple[str, ...], bool], None]] = {
+    "skipkernels": check_skipkernels,
+    "python": check_python,
+    "pytest": check_pytest,
+    "make": check_make,
+    "compute-sanitizer": check_python,
+}
+
+
+def run(main: Callable[..., int | None], *arguments: Any) -> None:
+    """A main function; what it says on its way out is the error."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = main(*arguments) or 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    assert code == 0, said.getvalue()
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch) -> None:
+    """What the command line has parsed is checked as far as settings go, and not run."""
+    monkeypatch.setattr(cli, "_tune", lambda command, out, err: command.resolved())
+    monkeypatch.setattr(cli, "_eval", lambda *_: None)
+    monkeypatch.setattr(cli, "_doctor", lambda *_: None)
+    monkeypatch.setattr(cli.cli_study, "run_protocols", lambda *_: None)
+    monkeypatch.setattr(cli.cli_study, "run_comparison", lambda *_: None)
+    for module in (cli.cli_analyze, cli.cli_cache):
+        monkeypatch.setattr(module, "run", lambda *_: 0)
+
+
+def check_commands(page: Page) -> None:
+    wrong = []
+    for command in dict.fromkeys(commands(page)):
+        try:
+            CHECKS[command.words[0]](command.words[1:], command.mention)
+        except (AssertionError, argparse.ArgumentError) as error:
+            wrong.append(f"{page.path.name}: {command}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_commands_parse(page, nothing_runs):
+    check_commands(page)
+
+
+def options() -> set[str]:
+    """Of all our programs."""
+    found: set[str] = set()
+
+    def add(hint: Any) -> None:
+        for part in typing.get_args(hint):
+            add(part)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            for name, its_hint in typing.get_type_hints(hint).items():
+                found.add("--" + name.replace("_", "-"))
+                add(its_hint)
+
+    add(cli.Command)
+    for file in (*ROOT.glob("bench/**/*.py"), *ROOT.glob("examples/*.py")):
+        found |= set(re.findall(r'"(--[a-z-]+)"', file.read_text()))
+    return found
+
+
+def check_options(page: Page) -> None:
+    known = options()
+    for span in page.spans:
+        if span.startswith("--"):
+            unknown = [word for word in span.split() if word.startswith("--") and word not in known]
+            assert not unknown, f"{page.path.name}: {unknown[0]}: no program has this option"
+
+
+def test_options_by_themselves_exist(page):
+    check_options(page)
+
+
+# ---- what pages point at -----------------------------------------------------------------------------------------
+
+
+def check_named(page: Page) -> None:
+    """Files with a folder, and tests."""
+    file = ""  # of the test before
+    for span in page.spans:
+        path, _, test = span.partition("::")
+        if test:
+            file = file if path == "…" else path
+            names = re.findall(r"^ *def (\w+)", "\n".join(p.read_text() for p in _files(page, file)), re.MULTILINE)
+            wanted = test.partition("[")[0]
+            found = any(n.startswith(wanted[:-1]) if wanted.endswith("…") else n == wanted for n in names)
+            assert found, f"{page.path.name}: there is no {file}::{test}"
+        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)+\.(py|h|cpp|md|csv|svg|json|toml)", path):
+            assert _files(page, path), f"{page.path.name}: there is no {path}"
+
+
+def _files(page: Page, path: str) -> list[Path]:
+    """By its name from the root, the page, the package or the tests; NAME is that of any operator."""
+    tails = [path.replace("NAME", name.rstrip("_")) for name in OPERATORS] if "NAME" in path else [path]
+    folders = (ROOT, page.path.parent, ROOT / "skipkernels", ROOT / "tests", ROOT / "tests" / "ops")
+    return [folder / tail for folder in folders for tail in tails if (folder / tail).is_file()]
+
+
+def test_files_and_tests_exist(page):
+    check_named(page)
+
+
+def anchors(page: Page) -> set[str]:
+    """As GitHub makes them of headings."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*)$", page.prose, re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+        again = (f"{slug}-{n}" for n in itertools.count(1))
+        found.add(next(s for s in itertools.chain([slug], again) if s not in found))
+    return found
+
+
+def check_links(page: Page) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", page.prose)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.path.parent / path
+        assert file.exists(), f"{page.path.name}: the link to {target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(Page.read(file) if path else page), f"{page.path.name}: {target}: no heading"
+
+
+def test_links_lead_somewhere(page):
+    check_links(page)
+
+
+# ---- the checks themselves ---------------------------------------------------------------------------------------
+
+
+def broken(text: str) -> Page:
+    return Page(ROOT / "docs" / "broken.md", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("```python\nimport torch\nx = torch.onez(2)\n```\n", AttributeError, "onez"),
+        ("```python\na = 1\n```\n\n```python\nprint(a + b)\n```\n", NameError, "'b'"),
+        ("```python\nprint(1)\n```\n\n```text\n3\n```\n", AssertionError, "line 6: the block before it prints"),
+        (
+            "```python\nimport open_clip\nopen_clip.create_model_and_transforms('ViT-B-16', 'mine')\n```\n",
+            RuntimeError,
+            "mine",
+        ),
+        ("```python\na = 1\n", AssertionError, "not closed"),
+    ],
+    ids=["attribute", "name", "printed", "weights", "open"],
+)
+def test_python_that_is_wrong_is_found(text, error, message, reader):
+    with pytest.raises(error, match=message):
+        run_python(broken(text), reader)
+
+
+def test_an_error_is_at_its_line_of_the_page(reader):
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_python(broken("one\n\n```python\na = 1\na / 0\n```\n"), reader)
+    entry = caught.traceback[-1]
+    assert str(entry.path).endswith("broken.md") and entry.lineno + 1 == 5
+
+
+@pytest.mark.parametrize(
+    ("check", "text", "message"),
+    [
+        (check_commands, "```\nskipkernels tune --shotz 3\n```", "--shotz"),
+        (check_commands, "```console\n$ skipkernels tune --views 4  # without a cache\nbad\n```", "add --cache"),
+        (check_commands, "```\nmake tune\nskipkernel tune\n```", "not known what skipkernel is"),
+        (check_commands, "See `skipkernels tunes`.", "tunes"),
+        (check_commands, "    skipkernels cache verify", "Missing from skipkernels cache verify"),
+        (check_commands, "```\ncd x && make tuna\n```", "the Makefile has no tuna"),
+        (check_commands, "`make race SIMULATED=python`", "the Makefile has no SIMULATED"),
+        (check_commands, "`python -m bench.runs`", "there is no bench.runs"),
+        (check_commands, "`python -m bench.step` or `… --round 3 --no-such`", "--no-such: no such option"),
+        (check_commands, "`python -m bench.run --op NAME --dtype fp8`", "fp8"),
+        (check_commands, "`python examples/pretrain_glyph_tiny.py --no-such`", "--no-such: no such option"),
+        (check_commands, "    pytest -m gpus", "no such marker"),
+        (check_commands, "    compute-sanitizer --tool x python -m pytest tests/opz", "there is no tests/opz"),
+        (check_options, "With `--shots 3 --no-such`.", "--no-such: no program"),
+        (check_quotations, "```cpp csrc/rows.h\n#pragma once\nnamespace skip {\n```", "no line 'namespace skip {'"),
+        (check_named, "In `csrc/NAMES.cpp`.", "there is no csrc/NAMES.cpp"),
+        (check_named, "`tests/test_clip.py::test_predict_…`, `…::test_nothing`", "no tests/test_clip.py::test_nothing"),
+        (check_links, "[a](../README.md) [b](nowhere.md)", "nowhere.md leads nowhere"),
+        (check_links, "# A `b`, c\n[a](#a-b-c) [b](#c)", "#c: no heading"),
+        (check_links, "[a](../README.md#no-such)", "README.md#no-such: no heading"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)  # fmt: skip
+def test_what_is_not_there_is_found(check, text, message, nothing_runs):
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check(broken(text))
+
+
+def test_what_is_there_passes(nothing_runs):
+    text = """# One, two
+
+```cpp csrc/rows.h
+#pragma once
+…
+namespace skipkernels {
+```
+
+    pytest tests/ops -k interpreter
+
+`skipkernels cache`, `skipkernels tune --views 4 --cache features …`, `make race SIMULATOR=python`,
+`python -m bench.step`, `… --rounds 3`, `--views`, `csrc/NAME.cpp`,
+`test_mlp_activation.py::test_no_…`; [a](#one-two), [b](../README.md)
+"""
+    for check in (check_commands, check_options, check_quotations, check_named, check_links):
+        check(broken(text))
+    assert len(commands(broken(text))) == 6
