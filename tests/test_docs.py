@@ -39,8 +39,6 @@ NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
 
 # Words of a command that stand for one of several.
 PLACEHOLDERS = {"NAME": "mlp_activation"}
-# What a block uses and its page does not import, yet.
-LENT = {"README.md": {"skipkernels": skipkernels}}
 # Programs that are not ours, whose arguments are not looked at.
 NOT_OURS = ("cd", "git", "pip")
 
@@ -168,7 +166,7 @@ def run_python(page: Page, names: dict[str, Any]) -> None:
 
 
 def test_python_runs(page, reader):
-    run_python(page, reader | LENT.get(page.path.name, {}))
+    run_python(page, reader)
 
 
 def check_quotations(page: Page) -> None:
