@@ -4,7 +4,7 @@
 
 The operators, a step over the number of classes, inference, and a whole epoch, one after the other, each in a process
 of its own and with its share of the time. Each prints its table and keeps each of its rows as soon as it is measured,
-in bench/results/DEVICE/; what there was no time for gets a row that says so. `python -m bench.report` then makes the
+in bench/results/DEVICE/; what there was no time for is said. `python -m bench.report` then makes the
 tables of README.md and docs/ and the pictures from all rows that are there.
 """
 
@@ -22,7 +22,7 @@ from .budget import Budget, budget
 
 # What is run, and its share of the time.
 JOBS = (
-    ("bench.run --quick", 4),
+    ("bench.run --seconds 1", 4),
     ("bench.step --classes 10 100 1000 21841 --rounds 3 --seconds 30", 9),
     ("bench.infer --classes 10 100 1000 --rounds 2 --longest 30", 2),
     ("bench.epoch --who skipkernels published --shots 2 --tests 100", 2),

@@ -1,104 +1,270 @@
-"""Microbenchmarks: each operator against what a user would write, in one run.
+"""Microbenchmarks: each operator against what a user would write and against peers, in one run.
 
     python -m bench.run --op add_layer_norm --dtype fp32 bf16
+    python -m bench.run --quick
+    python -m bench.run --budget 9m
 
 Before anything is timed its results are checked: an error above eager's own (against the reference in fp64) by more
-than the tests' slack is reported in the place of a time. Ratios are medians over rounds in which everyone runs in turn,
-a plain copy of as many bytes among them. The process keeps the memory it frees, as one with jemalloc does;
---system-malloc leaves that to the system. Rows go to bench/results/DEVICE/operators.csv.
+than the tests' slack is reported in the place of a time. Ratios are medians over rounds in which everyone runs in turn.
+`of_ceiling` is the least time by the measured ceilings of the machine (bench.ceilings) over the time it took: above 1
+the inputs were in a cache, which the copy that is the ceiling has no use for. Peers that cannot be used here are listed
+with the reason (bench.peers).
+
+--quick takes the first shape of each operator, short rounds and no torch.compile, which compiles for longer than all
+the rest takes. With --budget each operator has an equal part of what is left, its shapes in order; what does not fit is
+printed at the end. Rows go to bench/results/DEVICE/operators.csv after each case: who stops it keeps what is done.
+
+The process keeps the memory it frees, as one with jemalloc does; --system-malloc leaves that to the system. The exit
+status is 1 if a result of ours was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from typing import Any
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from skipkernels.ops import OPERATORS
 from tests.tolerances import SLACK, relative_error
 
-from . import measure
-from .operators import Case
+from . import ceilings, measure
+from .budget import Budget, add_budget
+from .operators import COMPILED, Case, Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU = torch.device("cpu")
+OURS = "skipkernels"
+MEASURED = ("p20_ms", "p50_ms", "p80_ms", "faster", "wanted", "peak_mib", "gbytes_s", "gflops_s", "of_ceiling")
+SECONDS, QUICK_SECONDS = 3.0, 0.5
+MOST_ROUNDS = 2000
+MOST_ERROR = 0.25  # of eager, whose own error is the bound for everyone; in bf16 it is up to 0.06
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="which operators; all by default")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="a GPU where there is one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each case, about")
+    parser.add_argument("--seconds", type=float, help=f"for each case, about: {SECONDS}, or {QUICK_SECONDS} if quick")
+    parser.add_argument("--quick", action="store_true", help="one shape of each operator, without torch.compile")
+    parser.add_argument("--without", nargs="+", default=[], metavar="WHO", help="whom to leave out")
     parser.add_argument("--system-malloc", action="store_true", help="freed memory goes back to the system")
     parser.add_argument("--no-save", action="store_true", help="print only")
-    args = parser.parse_args()
+    add_budget(parser)
+    args = parser.parse_args(arguments)
+    if "eager" in args.without:
+        parser.error("--without eager: everyone's results are measured against eager's")
     torch.set_num_threads(args.threads)
     if not args.system_malloc:
         measure.keep_freed_memory()
 
-    console = Console()
-    console.width = max(console.width, 130)  # a cut figure is none, also in a file
-    for op in args.op:
-        cases = importlib.import_module(f"bench.operators.{op.rstrip('_')}").cases
-        table = Table("shape", "dtype", "who", "p20 ms", "p50 ms", "p80 ms", "faster", "wanted", "peak MiB", "of copy")
-        for column in table.columns:
-            column.no_wrap = column.header != "wanted"
-        table.title = f"{op}: forward and backward, {args.threads} threads"
-        rows = []
-        for name in args.dtype:
-            for case in cases(DTYPES[name]):
-                console.print(f"[dim]{op} {case.shape} {name}[/dim]", end="\r", highlight=False)
-                for row in rows_of(case, args.seconds):
-                    rows.append(measure.machine(CPU) | {"op": op, "shape": case.shape, "dtype": name} | row)
-                    table.add_row(case.shape, name, *(str(row[key]) for key in list(row)))
-        console.print(table)
-        if not args.no_save:
-            console.print(f"appended to {measure.append_rows(rows, 'operators')}")
+    session = Session(args)
+    for number, op in enumerate(args.op):
+        session.operator(op, Budget(args.budget.left / (len(args.op) - number)))
+    session.end()
+    if session.wrong:
+        sys.exit(1)
 
 
-def rows_of(case: Case, seconds: float) -> list[dict[str, Any]]:
-    """A row for everyone: times, how many times faster ours is, memory; or why there is no time."""
-    wrong = {name: reason for name in case.runs if (reason := error_of(case, name))}
+class Session:
+    """One run: what the command line asks for, and what is told when it ends."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
+        self.without = dict.fromkeys(args.without, "left out with --without")
+        if args.quick:
+            self.without[COMPILED] = "left out with --quick: it compiles for longer than all the rest takes"
+        self.machine = measure.machine(args.device)
+        self.saved_to: Path | None = None
+        self.left_out: list[str] = []
+        self.wrong: list[str] = []
+        self.console = Console()
+        self.console.width = max(self.console.width, 160)  # a cut figure is none, also in a file
+        self.tell(", ".join(str(value) for value in self.machine.values()))
+        self.tell(ceilings_of(args.device, args.dtype))
+
+    def operator(self, op: str, budget: Budget) -> None:
+        """Its cases in order while the budget allows; their rows are kept one case after the other."""
+        table = table_of(f"{op}: forward and backward, {self.args.device}, {self.args.threads} threads")
+        notes: dict[str, None] = {}  # in order, and once, though in many rows
+        expected = self.seconds  # of the first case; then as long as the one before
+        count = len(self.args.dtype) if self.args.quick else None
+        for dtype, case in itertools.islice(cases_of(op, self.args.dtype, self.args.device), count):
+            if not budget.allows(expected):
+                self.left_out.append(f"{op}, from {case.shape} in {dtype} on")
+                break
+            self.console.print(f"[dim]{op} {case.shape} {dtype}[/dim]", end="\r" if self.console.is_terminal else "\n")
+            start = time.monotonic()
+            rows = rows_of(leaving_out(case, self.without), DTYPES[dtype], self.args.device, self.seconds)
+            expected = time.monotonic() - start
+            if not self.args.no_save:
+                told = self.machine | {"op": op, "shape": case.shape, "dtype": dtype}
+                self.saved_to = measure.append_rows([told | row for row in rows], "operators")
+            for row in rows:
+                who, note = row["who"], row["note"]
+                if row["p50_ms"]:
+                    table.add_row(case.shape, dtype, who, *(row[column] for column in MEASURED))
+                elif who in case.runs and who not in self.without:
+                    who += f", {case.shape} in {dtype}"  # wrong there; the reasons of the absent hold everywhere
+                    if row["who"] == OURS:
+                        self.wrong.append(f"{op}, {case.shape} in {dtype}: {note}")
+                if note:
+                    notes[f"    {who}: {note}"] = None
+        self.console.print(table)
+        for line in notes:
+            self.tell(line)
+
+    def end(self) -> None:
+        """What is not in the tables."""
+        if self.saved_to is not None:
+            self.tell(f"appended to {self.saved_to}")
+        for line in self.left_out:
+            self.tell(f"no time was left for {line}")
+        for line in self.wrong:
+            self.tell(f"{OURS} is wrong: {line}")
+
+    def tell(self, line: str) -> None:
+        """Print as it is."""
+        self.console.print(line, markup=False, highlight=False)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cases_of(op: str, dtypes: list[str], device: torch.device) -> Iterator[tuple[str, Case]]:
+    """Every dtype of a shape before the next shape: what a budget cuts off is the same for all dtypes."""
+    cases = importlib.import_module(f"bench.operators.{op.rstrip('_')}").cases
+    streams = {name: cases(DTYPES[name], device) for name in dtypes}
+    while True:
+        for name, stream in streams.items():
+            case = next(stream, None)
+            if case is None:
+                return
+            yield name, case
+
+
+def leaving_out(case: Case, reasons: dict[str, str]) -> Case:
+    """The case without some, who are listed with the reason."""
+    return case._replace(
+        runs={name: run for name, run in case.runs.items() if name not in reasons},
+        absent=case.absent | {name: reasons[name] for name in case.runs if name in reasons},
+    )
+
+
+def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict[str, str]]:
+    """A row for everyone: times, how many times faster ours is, memory, rates; or a note why there is no time.
+
+    The note of a peer that was timed is its version.
+    """
+    gate = Gate(case, dtype, device)
+    wrong = {name: reason for name in case.runs if (reason := gate.error_of(name))}
+    del gate  # and the truth
+    case.prepare()
     runs = {name: run for name, run in case.runs.items() if name not in wrong}
-    runs |= {"copy": measure.copying(case.moved)}
-    once = sum(times[0] for times in measure.time_alternately(runs, 1, CPU).values())
-    times = measure.time_alternately(runs, max(5, min(int(seconds / once), 2000)), CPU)
+    times = timed(runs, seconds, device)
     rows = []
     for name in case.runs:
-        row: dict[str, Any] = dict.fromkeys(("who", "p20_ms", "p50_ms", "p80_ms", "faster", "wanted", "peak_mib"), "")
-        row |= {"who": name, "of_copy": ""}
-        if name in wrong:
-            rows.append(row | {"wanted": wrong[name]})
-            continue
-        for q in (20, 50, 80):
-            row[f"p{q}_ms"] = f"{1000 * measure.quantile(times[name], q / 100):.3f}"
-        if name != "skipkernels" and "skipkernels" in runs:
-            row["faster"] = f"{measure.median_ratio(times[name], times['skipkernels']):.2f}"
-            row["wanted"] = case.target if name == "eager" else ""
-        row["peak_mib"] = f"{measure.peak_bytes(case.runs[name]) / 2**20:.1f}"
-        row["of_copy"] = f"{measure.quantile(times['copy'], 0.5) / measure.quantile(times[name], 0.5):.2f}"
+        row = {"who": name} | dict.fromkeys(MEASURED, "") | {"note": wrong.get(name) or case.versions.get(name, "")}
+        if name in times:
+            median = measure.quantile(times[name], 0.5)
+            for q in (20, 50, 80):
+                row[f"p{q}_ms"] = f"{1000 * measure.quantile(times[name], q / 100):.3f}"
+            if name != OURS and OURS in times:
+                row["faster"] = f"{measure.median_ratio(times[name], times[OURS]):.2f}"
+                row["wanted"] = case.target if name == "eager" else ""
+            row["peak_mib"] = f"{measure.peak_bytes(case.runs[name], device) / 2**20:.1f}"
+            row["gbytes_s"] = f"{case.moved / median / 1e9:.3f}"
+            row["gflops_s"] = f"{case.flops / median / 1e9:.2f}" if case.flops else ""
+            row["of_ceiling"] = f"{least_seconds(case, dtype, device) / median:.4f}"
         rows.append(row)
     for name, reason in case.absent.items():
-        rows.append(dict.fromkeys(rows[0], "") | {"who": name, "wanted": reason})
+        rows.append({"who": name} | dict.fromkeys(MEASURED, "") | {"note": reason})
     return rows
 
 
-def error_of(case: Case, name: str) -> str:
-    """Why the results are wrong, or nothing."""
-    case.prepare()
-    results = zip(case.runs[name](), case.truth(), case.runs["eager"](), strict=True)
-    for number, (value, truth, eager) in enumerate(results):
-        if not value.is_floating_point():
-            continue
-        error, bound = relative_error(value, truth), relative_error(eager, truth)
-        if not error <= bound + SLACK[value.dtype] * 10:  # ten: the gate catches wrong results; the tests are exact
-            return f"wrong: result {number} is off by {error:.1e}, eager by {bound:.1e}"
-    return ""
+def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each in each round; about `seconds` in all, at least five rounds."""
+    once = sum(times[0] for times in measure.time_alternately(runs, 1, device).values())
+    return measure.time_alternately(runs, max(5, min(int(seconds / once), MOST_ROUNDS)), device) if runs else {}
+
+
+def least_seconds(case: Case, dtype: torch.dtype, device: torch.device) -> float:
+    """What the machine needs for the bytes and for the products, whichever is more, at its measured ceilings."""
+    moving = case.moved / ceilings.bandwidth(device)
+    return max(moving, case.flops / ceilings.matrix_rate(device, dtype)) if case.flops else moving
+
+
+def ceilings_of(device: torch.device, dtypes: list[str]) -> str:
+    rates = [f"{ceilings.matrix_rate(device, DTYPES[name]) / 1e9:.0f} GFLOP/s in {name}" for name in dtypes]
+    return f"ceilings of {device}: {ceilings.bandwidth(device) / 1e9:.1f} GB/s, {', '.join(rates)}"
+
+
+def table_of(title: str) -> Table:
+    units = {"gbytes_s": "GB/s", "gflops_s": "GFLOP/s"}
+    columns = ("shape", "dtype", "who", *MEASURED)
+    table = Table(*(units.get(column, column.replace("_", " ").replace("mib", "MiB")) for column in columns))
+    for column in table.columns:
+        column.no_wrap = column.header != "wanted"
+    table.title = title
+    return table
+
+
+class Gate:
+    """Who gives right results: no worse than eager against the reference in fp64, but for the tests' slack."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device):
+        self.case, self.dtype, self.device = case, dtype, device
+        case.prepare()
+        self.truth = case.truth()
+        self.bounds = [0.0] * len(self.truth)
+        if not isinstance(results := self._results("eager"), str):
+            errors = [_error(value, truth) for value, truth in zip(results, self.truth, strict=True)]
+            self.bounds = [error if error <= MOST_ERROR else 0.0 for error in errors]
+
+    def error_of(self, name: str) -> str:
+        """Why the results are wrong, or that there are none, or nothing."""
+        results = self._results(name)
+        if isinstance(results, str):
+            return results
+        for number, (value, truth, bound) in enumerate(zip(results, self.truth, self.bounds, strict=True)):
+            if not value.is_floating_point():
+                continue
+            # Who computes in bf16 may give an fp32 loss. Ten: the gate catches wrong results; the tests are exact.
+            slack = 10 * max(SLACK[value.dtype], SLACK[self.dtype])
+            if not _error(value, truth) <= bound + slack:
+                return f"wrong: result {number} is off by {_error(value, truth):.1e}, eager by {bound:.1e}"
+        return ""
+
+    def _results(self, name: str) -> list[Tensor] | str:
+        self.case.prepare()
+        try:
+            results = self.case.runs[name]()
+            measure.synchronize(self.device)
+        except torch.AcceleratorError:  # the process has lost its device: nothing that follows would be a result
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            return f"failed: {type(error).__name__}: {lines[0]}"
+        return results
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    """As in the tests; infinite where shapes differ, or what is finite."""
+    if value.shape != truth.shape or not torch.equal(value.isfinite(), truth.isfinite()):
+        return math.inf
+    return relative_error(value, truth)
 
 
 if __name__ == "__main__":

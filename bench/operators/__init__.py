@@ -1,14 +1,22 @@
-"""The cases of the microbenchmarks, a module for each operator: `cases(dtype)` yields what `bench.run` times."""
+"""The cases of the microbenchmarks, a module for each operator: `cases(dtype, device)` yields what `bench.run` times.
+
+Inputs are drawn on the CPU, so that they are the same on every device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..peers import Peer
+
 Run = Callable[[], list[Tensor]]
+
+CPU = torch.device("cpu")
+COMPILED = "compiled reference"
 
 
 class Case(NamedTuple):
@@ -26,11 +34,22 @@ class Case(NamedTuple):
     flops: int = 0
     """Operations of the matrix products, forward and backward, at least."""
     absent: dict[str, str] = {}
-    """Peers that cannot run here, each with the reason."""
+    """Who cannot run here, each with the reason."""
+    versions: dict[str, str] = {}
+    """Of the packages that peers come from, by the peer's name."""
     prepare: Callable[[], object] = lambda: None
     """Called before each run whose results are looked at: puts back what an in-place operator has changed."""
     target: str = ""
     """What the ratio is wanted to be, for instance "≥ 2.5"; empty where nothing is promised."""
+
+    def with_peers(self, peers: dict[str, Peer], run: Callable[[Callable[..., Tensor]], Run]) -> Case:
+        """The same case, with peers: `run` makes of a peer's function what can be timed."""
+        usable = {name: peer.function for name, peer in peers.items() if peer.function is not None}
+        return self._replace(
+            runs=self.runs | {name: run(function) for name, function in usable.items()},
+            absent=self.absent | {name: peer.note for name, peer in peers.items() if name not in usable},
+            versions=self.versions | {name: peers[name].note for name in usable},
+        )
 
 
 def with_gradients(function: Callable[[], list[Tensor]], inputs: list[Tensor], d_outputs: list[Tensor]) -> Run:
@@ -41,3 +60,13 @@ def with_gradients(function: Callable[[], list[Tensor]], inputs: list[Tensor], d
         return [*outputs, *torch.autograd.grad(outputs, inputs, d_outputs)]
 
     return run
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile, for any sizes, as one graph: what falls back to eager PyTorch is an error, and no timing."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def random(rng: torch.Generator, *size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normally distributed."""
+    return torch.randn(*size, generator=rng).to(dtype).to(device)

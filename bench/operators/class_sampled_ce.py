@@ -1,4 +1,8 @@
-"""`class_sampled_ce` from a few-shot step (4 images, 50 classes of 100) to a large batch over all of ImageNet-21k."""
+"""`class_sampled_ce` from a few-shot step (4 images, 50 classes of 100) to a large batch over all of ImageNet-21k.
+
+The last case is a batch of pairs, which is what the contrastive losses of others are for: the mean of both directions,
+two calls of the operator.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import Case, with_gradients
+from .. import peers
+from . import COMPILED, CPU, Case, compiled, with_gradients
 
 # B, C, K, D. At K = C there are no class_ids.
 SHAPES = (
@@ -21,28 +26,34 @@ SHAPES = (
     (4, 21841, 21841, 512),
     (4096, 21841, 21841, 512),
 )
+PAIRS = (1024, 512)  # B, D
 TARGETS = {(4, 50): "≥ 1", (4096, 21841): "≥ 1.2"}
-COMPILED_WORK = 4 * 21841 * 512  # beyond that torch.compile of the reference is eager's time again, and minutes of it
+COMPILED_WORK = 4 * 21841 * 512  # on a CPU: beyond, torch.compile takes minutes to come to eager's time again
+NOT_COMPILED = "not timed here: its matrix products are eager's"
 SCALE = 100.0
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     for shape in SHAPES:
-        yield case(*shape, dtype)
+        yield of_classes(*shape, dtype, device)
+    yield of_pairs(*PAIRS, dtype, device)
 
 
-def case(B: int, C: int, K: int, D: int, dtype: torch.dtype) -> Case:
+def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
     rng = torch.Generator().manual_seed(0)
-    class_ids = torch.randperm(C, generator=rng)[:K] if K < C else None
-    labels = torch.arange(C) if class_ids is None else class_ids
-    labels = labels[torch.randint(0, K, (B,), generator=rng)]
-    text = torch.randn(C, D, generator=rng)
-    image = (0.1 * text[labels] + torch.randn(B, D, generator=rng)).to(dtype).requires_grad_()
-    text = text.to(dtype).requires_grad_()
-    scale = torch.tensor(SCALE, requires_grad=True)
+    sampled = torch.randperm(C, generator=rng)[:K] if K < C else None
+    named = torch.arange(C) if sampled is None else sampled
+    named = named[torch.randint(0, K, (B,), generator=rng)]
+    bank = torch.randn(C, D, generator=rng)
+    image = (0.1 * bank[named] + torch.randn(B, D, generator=rng)).to(dtype).to(device).requires_grad_()
+    text = bank.to(dtype).to(device).requires_grad_()
+    labels = named.to(device)
+    class_ids = None if sampled is None else sampled.to(device)
+    scale = torch.tensor(SCALE, device=device, requires_grad=True)
     inputs = [image, text, scale]
+    d_loss = [torch.ones((), device=device)]
 
-    def sample(text: Tensor) -> tuple[Tensor, Tensor]:
+    def sample() -> tuple[Tensor, Tensor]:
         """The rows that take part and the labels' places among them, as a user writes it."""
         if class_ids is None:
             return text, labels
@@ -52,35 +63,30 @@ def case(B: int, C: int, K: int, D: int, dtype: torch.dtype) -> Case:
         return [functional.class_sampled_cross_entropy(image, text, labels, scale, class_ids=class_ids)]
 
     def eager() -> list[Tensor]:
-        rows, target = sample(text)
+        rows, target = sample()
         logits = F.normalize(image, dim=-1) @ F.normalize(rows, dim=-1).T * scale.to(dtype)
         return [F.cross_entropy(logits, target).float()]
 
-    def chunked() -> list[Tensor]:
-        rows, target = sample(text)
-        unit = scale.to(dtype) * F.normalize(image, dim=-1)
-        options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=False)
-        return [F.linear_cross_entropy(unit, F.normalize(rows, dim=-1), target, options=options).float()]
+    def of_peer(cross_entropy):
+        def loss() -> list[Tensor]:
+            rows, target = sample()
+            unit = scale.to(dtype) * F.normalize(image, dim=-1)
+            return [cross_entropy(unit, F.normalize(rows, dim=-1), target).float()]
+
+        return with_gradients(loss, inputs, d_loss)
 
     def truth() -> list[Tensor]:
         wide = [x.detach().double().requires_grad_() for x in inputs]
         loss = reference.class_sampled_ce(wide[0], wide[1], labels, wide[2], class_ids)
         return [loss.detach(), *torch.autograd.grad(loss, wide)]
 
-    d_loss = [torch.ones(())]
     runs = {"skipkernels": with_gradients(ours, inputs, d_loss), "eager": with_gradients(eager, inputs, d_loss)}
     absent = {}
-    if hasattr(F, "linear_cross_entropy"):
-        runs["linear_cross_entropy"] = with_gradients(chunked, inputs, d_loss)
+    if worth_compiling(B * K * D, device):
+        loss = compiled(reference.class_sampled_ce)
+        runs[COMPILED] = with_gradients(lambda: [loss(image, text, labels, scale, class_ids)], inputs, d_loss)
     else:
-        absent["linear_cross_entropy"] = "F.linear_cross_entropy needs torch 2.13"
-    if B * K * D <= COMPILED_WORK:
-        compiled = torch.compile(reference.class_sampled_ce, dynamic=True)
-        runs["compiled reference"] = with_gradients(
-            lambda: [compiled(image, text, labels, scale, class_ids)], inputs, d_loss
-        )
-    else:
-        absent["compiled reference"] = "not timed here: its matrix products are eager's"
+        absent[COMPILED] = NOT_COMPILED
     return Case(
         shape=f"B{B}-C{C}-K{K}-D{D}",
         runs=runs,
@@ -91,4 +97,52 @@ def case(B: int, C: int, K: int, D: int, dtype: torch.dtype) -> Case:
         flops=3 * 2 * B * K * D,
         absent=absent,
         target=TARGETS.get((B, K), ""),
+    ).with_peers(peers.cross_entropies(device, dtype, B), of_peer)
+
+
+def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Image b belongs to text b. The scale is a number: not everyone has a gradient for it."""
+    rng = torch.Generator().manual_seed(0)
+    bank = torch.randn(B, D, generator=rng)
+    # Cosines of pairs are about 0.3, as CLIP's are.
+    image = (0.3 * bank + torch.randn(B, D, generator=rng)).to(dtype).to(device).requires_grad_()
+    text = bank.to(dtype).to(device).requires_grad_()
+    labels = torch.arange(B, device=device)
+    inputs = [image, text]
+
+    def run(loss, inputs=inputs):
+        d_loss = [torch.ones((), device=device, dtype=torch.float64 if inputs[0].dtype == torch.float64 else None)]
+        return with_gradients(lambda: [loss(*inputs)], inputs, d_loss)
+
+    def both_directions(cross_entropy):
+        def loss(image: Tensor, text: Tensor) -> Tensor:
+            return (cross_entropy(image, text, labels, SCALE) + cross_entropy(text, image, labels, SCALE)) / 2
+
+        return loss
+
+    def eager(image: Tensor, text: Tensor) -> Tensor:
+        logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * SCALE
+        return ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).float()
+
+    runs = {"skipkernels": run(both_directions(functional.class_sampled_cross_entropy)), "eager": run(eager)}
+    absent = {}
+    if worth_compiling(B * B * D, device):
+        runs[COMPILED] = run(compiled(both_directions(reference.class_sampled_ce)))
+    else:
+        absent[COMPILED] = NOT_COMPILED
+    return Case(
+        shape=f"B{B}-D{D}-pairs",
+        runs=runs,
+        truth=run(both_directions(reference.class_sampled_ce), [x.detach().double().requires_grad_() for x in inputs]),
+        # Forward and backward read both and backward writes their gradients; both directions have the same logits.
+        moved=dtype.itemsize * 6 * B * D,
+        flops=3 * 2 * B * B * D,
+        absent=absent,
+    ).with_peers(
+        peers.contrastive_losses(device, dtype, B),
+        lambda loss: run(lambda image, text: loss(image, text, SCALE).float()),
     )
+
+
+def worth_compiling(work: int, device: torch.device) -> bool:
+    return device.type != "cpu" or work <= COMPILED_WORK

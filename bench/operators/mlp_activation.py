@@ -10,7 +10,8 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import Case, with_gradients
+from .. import peers
+from . import COMPILED, CPU, Case, compiled, random, with_gradients
 
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))
 TARGETS = {"quick_gelu": "≥ 2.5", "gelu": "≥ 1.3", "gelu_tanh": "≥ 1.3"}
@@ -23,12 +24,11 @@ def eager(x: Tensor, bias: Tensor, kind: str) -> Tensor:
     return F.gelu(u, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
-    compiled = torch.compile(reference.mlp_activation, dynamic=True)
     for (T, W), kind in ((shape, kind) for shape in SHAPES for kind in TARGETS):
-        inputs = [torch.randn(*size, generator=rng).to(dtype).requires_grad_() for size in ((T, W), (W,))]
-        upstream = [torch.randn(T, W, generator=rng).to(dtype)]
+        inputs = [random(rng, *size, dtype=dtype, device=device).requires_grad_() for size in ((T, W), (W,))]
+        upstream = [random(rng, T, W, dtype=dtype, device=device)]
         exact = [x.detach().double().requires_grad_() for x in inputs]
 
         def run(function, inputs=inputs, upstream=upstream, kind=kind):
@@ -39,10 +39,10 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             runs={
                 "skipkernels": run(functional.mlp_activation),
                 "eager": run(eager),
-                "compiled reference": run(compiled),
+                COMPILED: run(compiled(reference.mlp_activation)),
             },
             truth=run(reference.mlp_activation, exact, [x.double() for x in upstream]),
             # Forward reads one and writes one, backward reads two and writes one; the bias twice, and its gradient.
             moved=(5 * T + 3) * W * dtype.itemsize,
             target=TARGETS[kind],
-        )
+        ).with_peers(peers.activations(), run)

@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import Case, with_gradients
+from .. import peers
+from . import COMPILED, CPU, Case, compiled, random, with_gradients
+
+SHAPES = ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64))  # B, N, H, E
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query[:, :, None], key.transpose(1, 2), value.transpose(1, 2))[:, :, 0]
+
+
+def of_one(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Attention of others, for one query."""
+    return lambda query, key, value: attention(query[:, None], key, value, causal=False)[:, 0]
+
+
+def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
-    for B, N, H, E in ((4, 197, 12, 64), (32, 197, 12, 64), (4, 577, 16, 64), (26, 11, 8, 64), (1380, 11, 8, 64)):
-        query = torch.randn(B, H, E, generator=rng).to(dtype).requires_grad_()
+    for B, N, H, E in SHAPES:
+        query = random(rng, B, H, E, dtype=dtype, device=device)
         # Keys and values as a tower has them: two views of one projection.
-        projection = torch.randn(B, N, 2, H, E, generator=rng).to(dtype)
-        key, value = (x.detach().requires_grad_() for x in projection.unbind(2))
-        d_out = torch.randn(B, H, E, generator=rng).to(dtype)
+        projection = random(rng, B, N, 2, H, E, dtype=dtype, device=device)
+        parts = (query, *projection.unbind(2))
+        inputs = [x.detach().requires_grad_() for x in parts]
+        upstream = [random(rng, B, H, E, dtype=dtype, device=device)]
+        exact = [x.detach().double().requires_grad_() for x in parts]
 
-        def ours(query=query, key=key, value=value):
-            return [functional.pooled_attention(query, key, value)]
+        def run(function, inputs=inputs, upstream=upstream):
+            return with_gradients(lambda: [function(*inputs)], inputs, upstream)
 
-        def eager(query=query, key=key, value=value):
-            return [
-                F.scaled_dot_product_attention(query[:, :, None], key.transpose(1, 2), value.transpose(1, 2))[:, :, 0]
-            ]
+        def of_peer(attention, run=run):
+            return run(of_one(attention))
 
-        def truth(query=query, key=key, value=value, d_out=d_out):
-            inputs = [x.detach().double().requires_grad_() for x in (query, key, value)]
-            return with_gradients(lambda: [reference.pooled_attention(*inputs)], inputs, [d_out.double()])()
-
-        inputs = [query, key, value]
         yield Case(
             shape=f"B{B}-N{N}-H{H}-E{E}",
             runs={
-                name: with_gradients(run, inputs, [d_out]) for name, run in (("skipkernels", ours), ("eager", eager))
+                "skipkernels": run(functional.pooled_attention),
+                "eager": run(eager),
+                COMPILED: run(compiled(reference.pooled_attention)),
             },
-            truth=truth,
+            truth=run(reference.pooled_attention, exact, [x.double() for x in upstream]),
             # Keys and values are read twice and their gradients written; of query and result there is one row each.
             moved=(6 * B * N + 6 * B) * H * E * dtype.itemsize,
             flops=12 * B * N * H * E,
             target="≥ 1",
-        )
+        ).with_peers(peers.attentions(device), of_peer)

@@ -1,8 +1,9 @@
 """`sgd_momentum_` on the parameters that Skip Tuning trains in ViT-B/16 (six blocks of both towers and the heads), on
 one large tensor, and on many small ones.
 
-Against the function in `torch.optim.SGD(fused=True)`, without the optimiser around it. bf16 weights with stochastic
-rounding are measured against its step in fp32, which is what gives the same mean; its plain bf16 is there too.
+Against the function in `torch.optim.SGD(fused=True)`, without the optimiser around it, and that of `foreach=True`. bf16
+weights with stochastic rounding are measured against steps in fp32, which is what gives the same mean; fused in plain
+bf16 is there too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,56 +19,78 @@ from torch.optim.sgd import sgd
 
 from skipkernels import functional, reference
 
-from . import Case
+from . import COMPILED, CPU, Case, Run, compiled, random
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
-    for shape, sizes in (("ViT-B/16-upper", upper_half()), ("32M", [(32 << 20,)]), ("100x768", [(768,)] * 100)):
-        start = functools.cache(functools.partial(random_lists, sizes, dtype))
-        ours = Step(start, dtype, functional.sgd_momentum_, seed=SEED if dtype == torch.bfloat16 else None)
-        steps = {"skipkernels": ours, "eager": Step(start, torch.float32, fused)}
-        if dtype != torch.float32:
-            steps[f"fused {str(dtype)[6:]}"] = Step(start, dtype, fused)
-        truth = Step(start, torch.float64, reference.sgd_momentum_)
-        yield Case(
-            shape=shape,
-            runs=steps,
-            truth=truth,
-            moved=5 * sum(map(math.prod, sizes)) * dtype.itemsize,
-            prepare=functools.partial(restart, [truth, *steps.values()]),
-            target="≥ 1.7" if dtype == torch.bfloat16 else "≥ 1",
-        )
+def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
+    yield case("ViT-B/16-upper", upper_half(), dtype, device)
+    yield case("32M", [(32 << 20,)], dtype, device)
+    yield case("100x768", [(768,)] * 100, dtype, device)
+
+
+def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Case:
+    start = functools.cache(functools.partial(random_lists, sizes, dtype, device))
+    seed = SEED if dtype == torch.bfloat16 else None
+    steps = {
+        "skipkernels": Step(start, dtype, functional.sgd_momentum_, seed=seed),
+        "eager": Step(start, torch.float32, torch_sgd, fused=True),
+        "foreach": Step(start, torch.float32, torch_sgd, foreach=True),
+    }
+    if dtype != torch.float32:
+        steps[f"fused {str(dtype)[6:]}"] = Step(start, dtype, torch_sgd, fused=True)
+    absent = {}
+    if len(sizes) == 1:
+        steps[COMPILED] = Step(start, dtype, compiled(reference.sgd_momentum_), seed=seed)
+    else:
+        absent[COMPILED] = f"not timed here: {len(sizes)} tensors take minutes to compile"
+    truth = Step(start, torch.float64, reference.sgd_momentum_)
+    runs: dict[str, Run] = {**steps}
+
+    def restart() -> None:
+        for step in (truth, *steps.values()):
+            step.restart()
+
+    return Case(
+        shape=shape,
+        runs=runs,
+        truth=truth,
+        moved=5 * sum(map(math.prod, sizes)) * dtype.itemsize,
+        absent=absent,
+        prepare=restart,
+        target="≥ 1.7" if dtype == torch.bfloat16 else "≥ 1",
+    )
 
 
 class Step:
     """A step each time it is called; the first result after `restart` is that of the start."""
 
     def __init__(
-        self, start: Callable[[], list[list[Tensor]]], dtype: torch.dtype, function: Callable[..., None], **options
+        self, start: Callable[[], list[list[Tensor]]], dtype: torch.dtype, function: Callable[..., None], **options: Any
     ):
         self.start, self.dtype, self.function, self.options = start, dtype, function, options
         self.lists: list[list[Tensor]] = []
 
     def __call__(self) -> list[Tensor]:
+        if not self.lists:
+            self.lists = [[x.to(self.dtype, copy=True) for x in tensors] for tensors in self.start()]
         self.function(*self.lists, LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, **self.options)
         return [*self.lists[0], *self.lists[2]]
 
+    def restart(self) -> None:
+        """Forget what was done; copies are made when they are needed: the truth's take as much as all others."""
+        self.lists = []
 
-def restart(steps: list[Step]) -> None:
-    for step in steps:
-        step.lists = [[x.to(step.dtype, copy=True) for x in tensors] for tensors in step.start()]
 
-
-def random_lists(sizes: list[tuple[int, ...]], dtype: torch.dtype) -> list[list[Tensor]]:
+def random_lists(sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
     """Weights, gradients and buffers."""
     rng = torch.Generator().manual_seed(0)
-    return [[torch.randn(size, generator=rng).to(dtype) for size in sizes] for _ in range(3)]
+    return [[random(rng, *size, dtype=dtype, device=device) for size in sizes] for _ in range(3)]
 
 
-def fused(weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float, **options: float) -> None:
-    sgd(weights, grads, buffers, fused=True, lr=lr, dampening=0, nesterov=False, maximize=False, **options)
+def torch_sgd(weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float, **options: Any) -> None:
+    sgd(weights, grads, [*buffers], lr=lr, dampening=0, nesterov=False, maximize=False, **options)
 
 
 def upper_half() -> list[tuple[int, ...]]:

@@ -1,12 +1,13 @@
 """`suffix_attention` at the sizes of the text tower: suffixes of five tokens behind "a photo of a", from 26 to 1,380.
 
 "eager" is what a model does whose mask is causal: every prompt whole, so that the prefix's rows are computed for each
-class. "eager suffixes" has only the suffixes' queries, with an explicit mask; the prefix's keys are still expanded.
+class. "eager suffixes" has only the suffixes' queries, with an explicit mask, and xformers with a mask of its own; the
+prefix's keys are still expanded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import Case, with_gradients
+from .. import peers
+from . import COMPILED, CPU, Case, compiled, random, with_gradients
+
+S, P, H, E = 5, 6, 8, 64
+CLASSES = (26, 77, 500, 1380)
 
 
 def eager(query: Tensor, prefix_key: Tensor, prefix_value: Tensor, suffix_key: Tensor, suffix_value: Tensor) -> Tensor:
@@ -22,7 +27,8 @@ def eager(query: Tensor, prefix_key: Tensor, prefix_value: Tensor, suffix_key: T
     # What queries the prefix has does not matter: its rows are dropped, as is their gradient.
     whole = _behind(prefix_key.detach(), query)
     key, value = _behind(prefix_key, suffix_key), _behind(prefix_value, suffix_value)
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (whole, key, value)), is_causal=True)
+    whole, key, value = (x.transpose(1, 2) for x in (whole, key, value))
+    out = F.scaled_dot_product_attention(whole, key, value, is_causal=True)
     return out.transpose(1, 2)[:, P:]
 
 
@@ -31,30 +37,45 @@ def eager_suffixes(
 ) -> Tensor:
     S, P = query.shape[1], prefix_key.shape[0]
     key, value = _behind(prefix_key, suffix_key), _behind(prefix_value, suffix_value)
-    visible = torch.ones(S, P + S, dtype=torch.bool).tril(P)
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=visible)
+    visible = torch.ones(S, P + S, dtype=torch.bool, device=query.device).tril(P)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
     return out.transpose(1, 2)
+
+
+def behind_prefix(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Attention of others, for the suffixes' queries alone."""
+
+    def function(
+        query: Tensor, prefix_key: Tensor, prefix_value: Tensor, suffix_key: Tensor, suffix_value: Tensor
+    ) -> Tensor:
+        key, value = _behind(prefix_key, suffix_key), _behind(prefix_value, suffix_value)
+        return attention(query, key, value, causal=True)
+
+    return function
 
 
 def _behind(prefix: Tensor, suffix: Tensor) -> Tensor:
     return torch.cat([prefix.expand(suffix.shape[0], *prefix.shape), suffix], dim=1)
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
-    S, P, H, E = 5, 6, 8, 64
-    for K in (26, 77, 500, 1380):
+    for K in CLASSES:
         # As a tower has them: parts of one projection, of the prefix and of the suffixes.
-        prefix = torch.randn(P, 3, H, E, generator=rng).to(dtype)
-        suffix = torch.randn(K, S, 3, H, E, generator=rng).to(dtype)
+        prefix = random(rng, P, 3, H, E, dtype=dtype, device=device)
+        suffix = random(rng, K, S, 3, H, E, dtype=dtype, device=device)
         query, suffix_key, suffix_value = suffix.unbind(2)
         parts = (query, prefix[:, 1], prefix[:, 2], suffix_key, suffix_value)
         inputs = [x.detach().requires_grad_() for x in parts]
-        upstream = [torch.randn(K, S, H, E, generator=rng).to(dtype)]
+        upstream = [random(rng, K, S, H, E, dtype=dtype, device=device)]
         exact = [x.detach().double().requires_grad_() for x in parts]
 
         def run(function, inputs=inputs, upstream=upstream):
             return with_gradients(lambda: [function(*inputs)], inputs, upstream)
+
+        def of_peer(attention, run=run):
+            return run(behind_prefix(attention))
 
         yield Case(
             shape=f"K{K}-S{S}-P{P}-H{H}-E{E}",
@@ -62,12 +83,12 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                 "skipkernels": run(functional.suffix_attention),
                 "eager": run(eager),
                 "eager suffixes": run(eager_suffixes),
+                COMPILED: run(compiled(reference.suffix_attention)),
             },
             truth=run(reference.suffix_attention, exact, [x.double() for x in upstream]),
             # Of the suffixes: forward reads three and writes one, backward reads four and writes three; the prefix's
             # two are read twice, and their gradients written.
             moved=(11 * K * S + 6 * P) * H * E * dtype.itemsize,
             flops=2 * 7 * K * S * (P + (S + 1) // 2) * H * E,
-            absent={"xformers": "its memory_efficient_attention has no CPU kernel"},
             target="≥ 3",
-        )
+        ).with_peers(peers.attentions(device), of_peer)

@@ -1,0 +1,138 @@
+"""Others who do the same job: what to call, or why it can't be called here. None of them is a dependency.
+
+The functions of one job have one signature. They are called as these versions are: cut-cross-entropy 25.1.1,
+inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. What another version makes of that is seen by the check
+of the results that comes before every timing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INF_CL_BLOCK = 64  # images; its backward reads the gradients of a whole block, whether there are as many or not
+
+
+class Peer(NamedTuple):
+    """What to call; or None, and then the note says why. Otherwise the note has the version."""
+
+    function: Callable[..., Tensor] | None
+    note: str = ""
+
+
+def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
+    """Mean cross-entropy of the logits `image @ text.T`: of (image [B, D], text [K, D], labels int64 [B])."""
+    cut = functools.partial(_package, device, "cut-cross-entropy", "cut_cross_entropy")
+    too_wide = "" if dtype in (torch.bfloat16, torch.float16) else "its backward is for bf16 and fp16"
+    torn = "" if B % INF_CL_BLOCK == 0 else f"it reads past its buffers unless B is a multiple of {INF_CL_BLOCK}"
+
+    def exact(module: Any) -> Callable[..., Tensor]:
+        return functools.partial(module.linear_cross_entropy, filter_eps=None)
+
+    def averaged(module: Any) -> Callable[..., Tensor]:
+        return lambda image, text, labels: module.cal_flash_loss(image, text, labels).mean()
+
+    return {
+        "linear_cross_entropy": _linear_cross_entropy(),
+        "cut-cross-entropy": cut(exact, cannot=too_wide),
+        # Its default: gradients below a threshold are left out.
+        "cut-cross-entropy filtered": cut(lambda module: module.linear_cross_entropy, cannot=too_wide),
+        "Liger": _package(
+            device,
+            "liger-kernel",
+            "liger_kernel.transformers.functional",
+            lambda module: module.liger_fused_linear_cross_entropy,
+        ),
+        "inf-cl": _package(device, "inf-cl", "inf_cl", averaged, cannot=torn),
+        "memeff": Peer(None, "another loss: over the pairs of one batch; timed where there are pairs"),
+        "siglip-kernel": Peer(None, "another loss: a sigmoid for each pair, no softmax"),
+    }
+
+
+def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
+    """Mean of both directions' cross-entropies in a batch of pairs: of (image [B, D], text [B, D], scale, a number)."""
+
+    def both_directions(cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
+            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+            pairs = torch.arange(image.shape[0], device=image.device)
+            return (cross_entropy(scale * image, text, pairs) + cross_entropy(scale * text, image, pairs)) / 2
+
+        return loss
+
+    def textbook(module: Any) -> Callable[..., Tensor]:
+        # Its default is to rescale the gradients. A scale is a number there, and gets no gradient.
+        return lambda image, text, scale: module.MemoryEfficientCLIPLoss(temperature=1 / scale, stable=False)(
+            image, text
+        )
+
+    found = {
+        name: peer if peer.function is None else Peer(both_directions(peer.function), peer.note)
+        for name, peer in cross_entropies(device, dtype, B).items()
+    }
+    return found | {"memeff": _package(device, "memeff", "memeff", textbook)}
+
+
+def layer_norms(device: torch.device) -> dict[str, Peer]:
+    """LayerNorm: of (x [T, W], weight [W], bias [W], eps). Nobody adds the residual in the same pass."""
+    return {
+        "add, then Liger": _package(
+            device, "liger-kernel", "liger_kernel.transformers.functional", lambda module: module.liger_layer_norm
+        )
+    }
+
+
+def activations() -> dict[str, Peer]:
+    """Bias and activation of an MLP."""
+    return {"Liger": Peer(None, "another function: its activations are gated (GEGLU, SwiGLU)")}
+
+
+def attentions(device: torch.device) -> dict[str, Peer]:
+    """Attention: of (query [B, M, H, E], key [B, N, H, E], value, causal); causal as counted from the last key."""
+
+    def efficient(module: Any) -> Callable[..., Tensor]:
+        mask = module.fmha.attn_bias.LowerTriangularFromBottomRightMask
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+            return module.memory_efficient_attention(query, key, value, attn_bias=mask() if causal else None)
+
+        return attention
+
+    return {"xformers": _package(device, "xformers", "xformers.ops", efficient)}
+
+
+def _linear_cross_entropy() -> Peer:
+    if not hasattr(F, "linear_cross_entropy"):
+        return Peer(None, "F.linear_cross_entropy needs torch 2.13")
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=False)
+    return Peer(functools.partial(F.linear_cross_entropy, options=options))
+
+
+def _package(
+    device: torch.device,
+    distribution: str,
+    module: str,
+    function_of: Callable[[Any], Callable[..., Tensor]],
+    *,
+    cannot: str = "",
+) -> Peer:
+    """`function_of` the module of a package with kernels for GPUs; `cannot` says what it can't do in this case."""
+    if device.type != "cuda":
+        return Peer(None, "needs a GPU")
+    if cannot:
+        return Peer(None, cannot)
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return Peer(None, f"not installed: pip install {distribution}")
+    try:
+        function = function_of(importlib.import_module(module))
+        return Peer(function, f"{distribution} {metadata.version(distribution)}")
+    except Exception as error:  # whatever an import runs into is the reason
+        return Peer(None, f"cannot be imported: {type(error).__name__}: {error}")

@@ -1,0 +1,60 @@
+"""The cases of `bench.run` under pytest-benchmark: the first shape of each operator, or all.
+
+    pytest bench/ --benchmark-only
+    pytest bench/ --benchmark-only --op add_layer_norm --all-shapes
+    pytest bench/ --benchmark-only --benchmark-save=before; pytest bench/ --benchmark-only --benchmark-compare
+
+On a GPU where there is one. Results are checked before they are timed: ours fail if they are wrong; others who are
+wrong, or cannot run here, are skipped with the reason. Every case is a group of its own in the table. What goes into
+bench/results comes from `python -m bench.run`, where everyone runs in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+
+from skipkernels.ops import OPERATORS
+
+from . import measure, run
+from .operators import Case
+
+DEVICE = run.default_device()
+TIMED_DTYPES = ("fp32", "bf16")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases are built to know their names, and built again when their turn comes: together they fill memory."""
+    count = None if metafunc.config.getoption("--all-shapes") else len(TIMED_DTYPES)
+    found = []
+    for op in metafunc.config.getoption("--op") or OPERATORS:
+        for number, (dtype, case) in enumerate(itertools.islice(run.cases_of(op, [*TIMED_DTYPES], DEVICE), count)):
+            for who in (*case.runs, *case.absent):
+                name = f"{op}-{case.shape}-{dtype}-{who.replace(' ', '-')}"
+                found.append(pytest.param(op, number // len(TIMED_DTYPES), dtype, who, id=name))
+    metafunc.parametrize("op, number, dtype, who", found)
+
+
+def test_operator(benchmark, op: str, number: int, dtype: str, who: str) -> None:
+    case, gate = case_and_gate(op, number, dtype)
+    if who in case.absent:
+        pytest.skip(f"{who}: {case.absent[who]}")
+    if reason := gate.error_of(who):
+        (pytest.fail if who == run.OURS else pytest.skip)(f"{who}: {reason}")
+
+    def call() -> None:
+        case.runs[who]()
+        measure.synchronize(DEVICE)
+
+    benchmark.group = f"{op} {case.shape} {dtype}"
+    benchmark.extra_info |= measure.machine(DEVICE) | {"bytes": case.moved, "flops": case.flops}
+    benchmark(call)
+
+
+@functools.lru_cache(maxsize=1)
+def case_and_gate(op: str, number: int, dtype: str) -> tuple[Case, run.Gate]:
+    """Of the shape with this number; all who take part come one after the other."""
+    _, case = next(itertools.islice(run.cases_of(op, [dtype], DEVICE), number, None))
+    return case, run.Gate(case, run.DTYPES[dtype], DEVICE)
