@@ -13,6 +13,8 @@ from torch import Tensor
 
 from skipkernels.selection import RankSampler
 
+_CHUNK = 256  # texts that are encoded at once, before the first step
+
 
 class PublishedStep:
     """(features at the cut [B, N, W], labels [B]) → (loss, class ids).
@@ -24,12 +26,16 @@ class PublishedStep:
         self.model, self.tokens, self.sampler = model, tokens, sampler
         self.image_skip, self.text_skip = (skip, skip) if isinstance(skip, int) else skip
         self._freeze()
+        chunks = tokens.split(_CHUNK)
         with torch.no_grad():
-            hidden = model.token_embedding(tokens) + model.positional_embedding
-            for block in model.transformer.resblocks[: self.text_skip]:
-                hidden = block(hidden, attn_mask=model.attn_mask)
-            self.text_features = hidden
-            self.prototypes = model.encode_text(tokens, normalize=True)
+            self.text_features = torch.cat([self._lower_text(chunk) for chunk in chunks])
+            self.prototypes = torch.cat([model.encode_text(chunk, normalize=True) for chunk in chunks])
+
+    def _lower_text(self, tokens: Tensor) -> Tensor:
+        hidden = self.model.token_embedding(tokens) + self.model.positional_embedding
+        for block in self.model.transformer.resblocks[: self.text_skip]:
+            hidden = block(hidden, attn_mask=self.model.attn_mask)
+        return hidden
 
     def _freeze(self) -> None:
         """What is above the cut trains, but for the temperature."""

@@ -47,6 +47,7 @@ WHO = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
 _SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
 _PROBES = 12, 24  # classes
 _MANY = 2000  # classes, whose texts are kept on the disk between the steps of one number of classes
+_SETTING_UP = 5  # times as long as a step may take
 _COMPILING = 240.0  # seconds that torch.compile takes, about
 
 _COLUMNS = "who model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib gflop".split()
@@ -125,6 +126,8 @@ class Curve:
             return f"left out: a step takes about {seconds:.0f} s"
         # The published step encodes all texts first, without gradients.
         setup = classes * line.seconds_each / 2 if who == PUBLISHED else 0.0
+        if setup > _SETTING_UP * self.args.longest:
+            return f"left out: encoding all texts, before the first step, takes about {setup:.0f} s"
         return "" if self.args.budget.allows(setup + 4 * seconds) else "left out: no time left"
 
     # ---- what can ------------------------------------------------------------------------------------------------
