@@ -83,8 +83,7 @@ class Curve:
             started = time.perf_counter()
             rows = [self._row(**found) for found in self._of(classes)]
             for row in rows:
-                times = measure.shown(row) if row["p50_ms"] != "" else row["note"]
-                print(f"{row['who']:24} {row['precision']}  C = {classes:5}  {times}")
+                print(f"{row['who']:24} {row['precision']}  C = {classes:5}  {shown(row)}")
             print(f"  {self.model}, batch {self.batch}, {classes} classes: {time.perf_counter() - started:.0f} s")
             if not self.args.no_save:
                 measure.append_rows([measure.machine(self.args.device) | row for row in rows], "step")
@@ -209,6 +208,16 @@ class Curve:
         weights = sum(weight.nbytes for weight in step.model.parameters() if weight.requires_grad)
         products = gflop * 1e9 / ceilings.matrix_rate(device, dtype)
         return 1000 * (products + 3 * weights / ceilings.bandwidth(device))
+
+
+def shown(row: dict[str, Any]) -> str:
+    """What was measured, or why nothing was."""
+    if row["p50_ms"] == "":
+        return str(row["note"])
+    told = f"{measure.shown(row)}  {row['peak_mib']:7.1f} MiB more at the peak"
+    told += f", {row['saved_mib']:.1f} saved" if row["saved_mib"] != "" else ""
+    told += f", {row['above_floor']:.2f} times the floor" if row["above_floor"] != "" else ""
+    return told + (f"; skipkernels is {row['faster']:.2f} times faster" if row["faster"] != "" else "")
 
 
 def half_of(model: Any) -> tuple[int, int]:
