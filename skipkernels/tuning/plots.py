@@ -112,13 +112,30 @@ def figure_svg(name: str, label: str, draw: Callable[[Axes], None], *, over: str
     return panels_svg(name, label, [framed], size=(5.2, 3))
 
 
-def panels_svg(name: str, label: str, panels: Sequence[Callable[[Axes], None]], *, size: tuple[float, float]) -> str:
-    """Plots side by side, as SVG; `size` in inches of all, other arguments as of `figure_svg`."""
+def panels_svg(
+    name: str,
+    label: str,
+    panels: Sequence[Callable[[Axes], None]],
+    *,
+    size: tuple[float, float],
+    columns: int | None = None,
+) -> str:
+    """Plots side by side, or in full rows of `columns`, as SVG.
+
+    Args:
+        name: As of `figure_svg`.
+        label: As of `figure_svg`.
+        panels: Each draws one.
+        size: Of all, in inches.
+        columns: Plots in a row; all by default.
+    """
     # Text stays text, in the font of the page. What a user's matplotlibrc says does not hold here.
     with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        columns = columns or len(panels)
+        places = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat
+        for draw, axes in zip(panels, places, strict=True):
             draw(axes)
             axes.tick_params(colors=GREY)
             axes.set_axisbelow(True)
