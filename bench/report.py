@@ -15,23 +15,38 @@ versions and threads. A file with the columns of an earlier form counts as not t
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 
-from skipkernels.ops import OPERATORS
 from skipkernels.studies.runs import spread
 
 from . import epoch, infer, measure, pictures, step
+from .markdown import (
+    Cell,
+    case_of,
+    classes,
+    count,
+    figure,
+    folded,
+    listed,
+    origin,
+    paragraphs,
+    quantiles,
+    ratio,
+    size,
+    span,
+    table,
+    text,
+    times,
+)
 from .pictures import PRECISIONS, Row, number
+from .stored import KINDS, Device, beside, by_operator, devices, firsts, grouped, ordered
 
 ROOT = Path(__file__).parents[1]
 OURS, EAGER = step.OURS, "eager"
@@ -52,244 +67,6 @@ METHODS = {
     "full": "full fine-tuning",
     "skip": "Skip Tuning",
 }
-
-
-class Kind(NamedTuple):
-    """Of rows: bench/results/DEVICE/NAME.csv.
-
-    Attributes:
-        command: The module that appends them.
-        case: Columns that tell a row from those of something else.
-        measured: The column that is empty where nothing was measured.
-        needed: Others that files of an earlier form lack.
-    """
-
-    command: str
-    case: str
-    measured: str
-    needed: str = ""
-
-
-KINDS = {
-    "step": Kind("bench.step", "model B C precision who", "p50_ms", "K peak_mib above_floor note"),
-    "epoch": Kind("bench.epoch", "model images tests B C skip_layers precision who", "epoch_s", "faster note"),
-    "infer": Kind("bench.infer", "model images B C skip_layers precision who", "p50_ms", "above_floor note"),
-    "operators": Kind("bench.run", "op shape dtype who", "p50_ms", "of_ceiling note"),
-    "profile": Kind("bench.profile", "step model B C skip_layers precision group", "p50_ms", "K share gflops"),
-    "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
-    "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
-    "cache_build": Kind("bench.cache.build", "model images B precision dtype extraction", "images_s", "faster"),
-    "cache_read": Kind("bench.cache.read", "store N W B", "loader_gb_s", "of_list"),
-    "cache_disk": Kind("bench.cache.disk", "way store_mib memory_mib B", "gb_s", "of_threads"),
-    "cache_epoch": Kind("bench.cache.epoch", "model images B C dtype precision", "share"),
-    "cache_texts": Kind("bench.cache.texts", "model B C precision texts", "step_ms", "seconds_ready"),
-}
-
-
-# ---- stored rows -----------------------------------------------------------------------------------------------------
-
-
-class Device:
-    """What was measured on one."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._rows: dict[str, list[Row]] = {}
-
-    def every(self, kind: str) -> list[Row]:
-        """Rows in the order in which they were written."""
-        if kind not in self._rows:
-            self._rows[kind] = read(self.folder / f"{kind}.csv", KINDS[kind])
-        return self._rows[kind]
-
-    def rows(self, kind: str, **where: str) -> list[Row]:
-        """The last of each case, of those where columns hold these values."""
-        return [row for row in latest(self.every(kind), KINDS[kind]) if where.items() <= row.items()]
-
-    @cached_property
-    def name(self) -> str:
-        """As the rows have it; "" where there are none."""
-        return next((row["device"] for kind in KINDS for row in self.every(kind)), "")
-
-    @property
-    def is_cpu(self) -> bool:
-        """A CPU's name ends with its vector instructions (`measure.cpu_name`)."""
-        return self.name.endswith(")")
-
-
-def devices(results: Path) -> list[Device]:
-    """Those with rows, GPUs first."""
-    found = [Device(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    return sorted((device for device in found if device.name), key=lambda device: device.is_cpu)
-
-
-def firsts(found: Sequence[Device]) -> list[Device]:
-    """The first GPU, if there is one, and the first CPU."""
-    by_kind = {device.is_cpu: device for device in reversed(found)}
-    return [by_kind[is_cpu] for is_cpu in (False, True) if is_cpu in by_kind]
-
-
-def read(path: Path, kind: Kind) -> list[Row]:
-    """All rows of a file in today's form, else none."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, restval="")
-        needed = {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()}
-        return list(reader) if needed <= set(reader.fieldnames or ()) else []
-
-
-def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:
-    """The last row of each case; but what was left out counts only where nothing was measured before."""
-    last: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        case = tuple(row[column] for column in kind.case.split())
-        left_out = row.get("note", "").startswith("left out")
-        if not (left_out and case in last and last[case][kind.measured]):
-            last[case] = row
-    return list(last.values())
-
-
-def beside(rows: Sequence[Row], row: Row, **other: str) -> Row | None:
-    """The last row of the same commit, machine and case, but for these columns, in which something was measured."""
-    same = {column: row[column] for column in (*MACHINE, *KINDS["step"].case.split())} | other
-    found = [each for each in rows if same.items() <= each.items() and each["p50_ms"]]
-    return found[-1] if found else None
-
-
-def ordered(rows: Iterable[Row], who: Sequence[str], columns: str) -> list[Row]:
-    """By these columns, then by who: numbers by their value, precisions as everywhere."""
-
-    def place(row: Row) -> tuple:
-        values = [row[column] for column in columns.split()] + [row["who"]]
-        known = [*PRECISIONS, *who]
-        return tuple(
-            (int(value), "") if value.isdigit() else (known.index(value) if value in known else len(known), value)
-            for value in values
-        )
-
-    return sorted(rows, key=place)
-
-
-def grouped(rows: Iterable[Row], columns: str) -> dict[tuple[str, ...], list[Row]]:
-    """By the values of these columns, in the order in which they come."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[column] for column in columns.split()), []).append(row)
-    return found
-
-
-def by_operator(rows: Iterable[Row], columns: str = "") -> list[tuple[tuple[str, ...], list[Row]]]:
-    """Groups of the same operator and columns, operators in the order of the package."""
-    groups = grouped((row for row in rows if row["op"] in OPERATORS), f"op {columns}")
-    return sorted(groups.items(), key=lambda group: OPERATORS.index(group[0][0]))
-
-
-# ---- numbers as text, and Markdown -----------------------------------------------------------------------------------
-
-
-def figure(value: float | None, unit: str = "") -> str:
-    """Three digits, or all of them before the point.
-
-    >>> figure(0.2714), figure(12.71, " ms"), figure(48188.4), figure(0.0), figure(None, " ms")
-    ('0.271', '12.7 ms', '48,188', '0', '')
-    """
-    if value is None:
-        return ""
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{digits}f}{unit}"
-
-
-def times(value: float | None) -> str:
-    """How many times; in bold what is less than once, however little.
-
-    >>> times(2.444), times(38.21), times(0.63), times(0.9971), times(None)
-    ('2.44', '38.2', '**0.63**', '**0.997**', '')
-    """
-    if value is None:
-        return ""
-    if value < 1:
-        return f"**{value:.{3 if value >= 0.995 else 2}f}**"
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def span(values: Iterable[float]) -> str:
-    """From the least to the most.
-
-    >>> span([1.5, 0.63, 1.1]), span([2.0])
-    ('**0.63** to 1.50', '2.00')
-    """
-    found = list(values)
-    return " to ".join(dict.fromkeys(map(times, (min(found), max(found)))))
-
-
-def classes(C: str) -> str:
-    """1,000 classes."""
-    return f"{int(C):,} classes"
-
-
-Cell = Callable[[Row], str]
-
-
-def text(column: str) -> Cell:
-    return lambda row: row[column]
-
-
-def count(column: str) -> Cell:
-    return lambda row: f"{int(row[column]):,}" if row[column] else ""
-
-
-def size(column: str, unit: str = "") -> Cell:
-    return lambda row: figure(number(row, column), unit)
-
-
-def ratio(column: str) -> Cell:
-    return lambda row: times(number(row, column))
-
-
-def quantiles(row: Row) -> str:
-    """Between which the middle three fifths of the times are."""
-    return f"{figure(number(row, 'p20_ms'))} to {figure(number(row, 'p80_ms'))}" if row["p50_ms"] else ""
-
-
-def case_of(known: Mapping[str, str]) -> dict[str, Cell]:
-    """Columns that say which step, but for what is known."""
-    columns: dict[str, Cell] = {"model": text("model"), "B": text("B"), "precision": text("precision")}
-    columns |= {"classes": lambda row: f"{int(row['K']):,} of {int(row['C']):,}"}
-    return {name: cell for name, cell in columns.items() if name not in known}
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Without the columns in which nothing stands."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    kept = [place for place in range(len(header)) if place == 0 or any(line[place] for line in cells)]
-    return "\n".join(
-        f"| {' | '.join(line[place] for place in kept)} |" for line in [header, ["---"] * len(header), *cells]
-    )
-
-
-def listed(rows: Iterable[Row], columns: Mapping[str, Cell]) -> str:
-    """A table with a line for each row."""
-    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
-
-
-def origin(rows: Mapping[str, Sequence[Row]]) -> str:
-    """The small line under a table: where its rows, by their kind, come from."""
-
-    def of(column: str) -> str:
-        return ", ".join(dict.fromkeys(row[column] for each in rows.values() for row in each))
-
-    commands = ", ".join(f"`python -m {KINDS[kind].command}`" for kind, each in rows.items() if each)
-    return f"<sub>{of('device')}, {of('threads')} threads; torch {of('torch')}; commit {of('commit')}; {commands}</sub>"
-
-
-def folded(title: str, content: str) -> str:
-    """Shown on a click."""
-    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
-
-
-def paragraphs(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

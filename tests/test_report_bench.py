@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import pictures, report
-from bench.report import Device, Report, beside, filled, growth_of, latest, read
+from bench import markdown, pictures, report, stored
+from bench.report import Report, filled, growth_of
+from bench.stored import Device, beside, latest, read
 from skipkernels.tuning import plots
 
 CPU, GPU = "CPU (avx2)", "GPU"
@@ -24,8 +25,8 @@ PAGES = {
 
 def row(kind: str, **values: object) -> dict[str, str]:
     """With all columns of its kind, of which these are not empty."""
-    of = report.KINDS[kind]
-    columns = [*report.MACHINE, *of.case.split(), of.measured, *of.needed.split(), *EXTRA.get(kind, "").split()]
+    of = stored.KINDS[kind]
+    columns = [*stored.MACHINE, *of.case.split(), of.measured, *of.needed.split(), *EXTRA.get(kind, "").split()]
     machine = {"commit": "abc", "device": CPU, "threads": 2, "python": "3.11", "torch": "2.13"}
     return {name: str(value) for name, value in (dict.fromkeys(columns, "") | machine | values).items()}
 
@@ -86,7 +87,7 @@ def test_what_is_committed_is_what_the_rows_give(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [report, pictures])
+@pytest.mark.parametrize("module", [markdown, pictures, report, stored])
 def test_the_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
 
@@ -96,13 +97,13 @@ def test_the_examples_in_docstrings(module):
 
 def test_the_last_row_of_a_case_counts():
     rows = [step("published", 10, 1.0), step("published", 50, 2.0), step("published", 10, 3.0)]
-    assert [each["p50_ms"] for each in latest(rows, report.KINDS["step"])] == ["3.0", "2.0"]
+    assert [each["p50_ms"] for each in latest(rows, stored.KINDS["step"])] == ["3.0", "2.0"]
 
 
 def test_want_of_time_replaces_nothing_that_was_measured():
     measured, left_out = step("published", 10, 1.0), step("published", 10, note="left out: no time left")
     does_not_fit = step("published", 10, note="does not fit: 10 classes …")
-    kind = report.KINDS["step"]
+    kind = stored.KINDS["step"]
     assert latest([measured, left_out], kind) == [measured]
     assert latest([left_out, measured], kind) == [measured]
     assert latest([measured, does_not_fit], kind) == [does_not_fit]
@@ -112,7 +113,7 @@ def test_want_of_time_replaces_nothing_that_was_measured():
 def test_a_file_of_an_earlier_form_is_not_there(root):
     old = {name: value for name, value in step("published", 10, 1.0).items() if name != "above_floor"}
     assert save(root, "step", old).every("step") == []
-    assert read(root / "nowhere.csv", report.KINDS["step"]) == []
+    assert read(root / "nowhere.csv", stored.KINDS["step"]) == []
 
 
 def test_only_what_is_of_one_commit_and_machine_is_compared(root):
@@ -129,7 +130,7 @@ def test_only_what_is_of_one_commit_and_machine_is_compared(root):
 
 def test_rows_are_in_order_of_numbers_precisions_and_names():
     rows = [step("published", 50), step("skipkernels", 500), step("x", 50), step("skipkernels", 50, precision="bf16")]
-    found = report.ordered([*rows, step("skipkernels", 50)], ("skipkernels", "published"), "C precision")
+    found = stored.ordered([*rows, step("skipkernels", 50)], ("skipkernels", "published"), "C precision")
     keys = [(each["C"], each["precision"], each["who"]) for each in found]
     fp32 = [("50", "fp32", who) for who in ("skipkernels", "published", "x")]
     assert keys == [*fp32, ("50", "bf16", "skipkernels"), ("500", "fp32", "skipkernels")]
@@ -139,7 +140,7 @@ def test_rows_are_in_order_of_numbers_precisions_and_names():
 
 
 def test_a_table_has_no_empty_columns_and_no_cell_that_breaks_it():
-    assert report.table(["", "a", "b"], [["x", "", "1|2"]]) == "|  | b |\n| --- | --- |\n| x | 1\\|2 |"
+    assert markdown.table(["", "a", "b"], [["x", "", "1|2"]]) == "|  | b |\n| --- | --- |\n| x | 1\\|2 |"
 
 
 def test_a_step_that_can_not_be_run_says_why(root):
