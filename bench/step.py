@@ -14,7 +14,8 @@ Each is held against another computation of the same before it is timed. Then fo
 turn, in an order of each round's own. What would not fit into memory, or take longer than --longest, is foreseen from
 two small numbers of classes, and gets a row that says so. The floor of a step is the time of its products at the rate
 of a large one, and of reading its weights twice and writing their gradients at the rate of a copy. A row for each goes
-to bench/results/DEVICE/step.csv as soon as a number of classes is done.
+to bench/results/DEVICE/step.csv as soon as a number of classes is done; with --skip-layers to a table of its own. By
+default half of the blocks of each tower are skipped.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Curve:
                 print(f"{row['who']:24} {row['precision']}  C = {classes:5}  {shown(row)}")
             print(f"  {self.model}, batch {self.batch}, {classes} classes: {time.perf_counter() - started:.0f} s")
             if not self.args.no_save:
-                measure.append_rows([measure.machine(self.args.device) | row for row in rows], "step")
+                table = "step" if self.args.skip_layers is None else f"step_skip_{self.args.skip_layers}"
+                measure.append_rows([measure.machine(self.args.device) | row for row in rows], table)
 
     def _row(self, **found: Any) -> dict[str, Any]:
         return dict.fromkeys(_COLUMNS, "") | {"model": self.model, "B": self.batch} | found
