@@ -77,13 +77,15 @@ def test_names_are_folded_and_not_cut(built, capsys, monkeypatch):
     assert "…" not in out and "prototypes" in "".join(line[1:].split("│")[0].strip() for line in out.splitlines())
 
 
-@pytest.mark.parametrize("how", [KeyboardInterrupt, signal.SIGTERM], ids=["ctrl-c", "terminated"])
-def test_a_build_that_is_interrupted_says_how_it_goes_on(tmp_path, monkeypatch, capsys, how):
+@pytest.mark.parametrize(
+    ("how", "code"), [(KeyboardInterrupt, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"]
+)
+def test_a_build_that_is_interrupted_says_how_it_goes_on(tmp_path, monkeypatch, capsys, how, code):
     def interrupted(*arguments):
         if how is KeyboardInterrupt:
             raise how
         signal.raise_signal(how)
 
     monkeypatch.setattr(cli_cache, "_build", interrupted)
-    assert main(["cache", "build", str(tmp_path)]) == 130
+    assert main(["cache", "build", str(tmp_path)]) == code
     assert "what is complete is in the folder; cache build goes on from there with --resume" in said(capsys)
