@@ -20,15 +20,39 @@ from skipkernels.ops import launching
 pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m …` in a process whose kernels are compiled and not interpreted."""
+FIRST_CALL = ("class_scores", "B4-C1000-D512", "sm_80", "bf16")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process whose kernels are compiled and not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m …`."""
+    return python("-m", *arguments)
 
 
 def test_kernels_are_sound_and_no_worse_than_the_table():
     done = run("bench.aot", "--check", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("what", ["registers", "shared_bytes"])
+def test_the_check_fails_where_the_table_says_less(tmp_path, monkeypatch, what):
+    rows = [row for row in aot.read_table() if row.triton == launching.triton.__version__]
+    if not rows:
+        pytest.skip("the table was made by another Triton, and what its kernels need may grow a little")
+    monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.csv")
+    less = [row._replace(**{what: getattr(row, what) - 1}) for row in rows]
+    aot.write_table(less)
+    arguments = ["--check", "--quick", "--op", "class_scores", "--target", "sm_80", "--dtype", "bf16"]
+    code = f"from pathlib import Path; from bench import aot; aot.TABLE = Path({str(aot.TABLE)!r}); aot.main()"
+    done = python("-c", code, *arguments)
+    (before,) = [row for row in less if (row.op, row.shape, row.target, row.dtype) == FIRST_CALL]
+    number = getattr(before, what)
+    assert done.returncode == 1 and f"{before.name}: {what} {number} → {number + 1}" in done.stdout, done.stderr
 
 
 def test_faults_are_found_in_machine_code():
