@@ -21,6 +21,7 @@ default half of the blocks of each tower are skipped.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import tempfile
 import time
@@ -152,6 +153,7 @@ class Curve:
 
     def _steps(self, classes: int, keys: Sequence[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Step]:
         """Those of `keys`, held against another computation of the same."""
+        gc.collect()  # models of the steps before: they are in cycles
         inputs = random_inputs(self.model, self.batch, classes, self.args.device)
         self.skip = self.args.skip_layers or half_of(inputs.model)
         published: Published | None = None
