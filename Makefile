@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup tune test coverage sanitize race lint types format bench aot clean
+.PHONY: help setup tune test coverage sanitize race lint types format bench counts aot clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -65,6 +65,9 @@ format: $(READY) ## Put the code in the house style.
 
 bench: $(READY) ## Compare operators, steps, inference and an epoch with their peers, in 18 minutes; rows go to bench/results.
 	$(BIN)/python -m bench
+
+counts: $(READY) ## Count what a step costs on any machine; compare with the table in bench/results.
+	$(BIN)/python -m bench.counts --check
 
 aot: $(READY) ## Compile every Triton kernel for GPUs that need not be here; compare with the table in bench/results.
 	$(BIN)/python -m bench.aot --check

@@ -1,0 +1,304 @@
+"""What a step costs whoever runs it: operations, bytes, calls and launches, the same on every machine.
+
+    python -m bench.counts                     count all and write bench/results/counts.csv
+    python -m bench.counts --check             count all and compare with the table; write nothing
+    python -m bench.counts --check --model glyph-tiny
+
+For training steps of SkipCLIP, the published step, and `predict` from features after the weights have changed:
+
+    flops              of matrix products (bench/flops.py)
+    saved_bytes        that autograd keeps for backward, parameters left out
+    gradient_bytes     of leaves, the most that are alive at once in backward
+    calls              of PyTorch's operators that would launch something on a GPU, and of ours
+    launches           PyTorch's calls, and the kernels that our Triton launchers would launch for ours
+    waits              calls that a GPU's host would have to wait for: a number is read, or a shape depends on values
+
+Matrix products give zeros here and are not computed: shapes decide all of this, values none of it. So bf16 takes no
+longer where a processor has none of it, and no rounding chooses the classes: all scores are equal, and the first ones
+are kept. Processor, threads and who serves our operators change nothing, and torch 2.10 and 2.13 count the same.
+It is the step of a CPU that is counted, though. Its two waits are none on a GPU, where suffixes are not packed, and
+where what the sampler reads lies on the host.
+
+`--check` fails where a count is larger than in the table, and where it is smaller too, so that the table stays true and
+what was won cannot be lost again unseen. Where another minor version of torch made the table it fails only where a
+count is larger by more than ALLOWANCE. The launches of each operator are compared with bench/results/launches.csv as
+well. Rows of the published step are for comparison and not checked: it is not ours to make better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import skipkernels as sk
+from skipkernels.ops import launching, registration
+from skipkernels.selection import RankSampler
+
+from . import measure, roofline
+from .flops import flops_of
+from .inputs import PRECISIONS, Inputs, autocast, random_inputs
+from .published import PublishedStep
+
+TABLE = measure.RESULTS / "counts.csv"
+LAUNCHES = measure.RESULTS / "launches.csv"
+ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
+COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "waits")
+STEP, PREDICT, PUBLISHED = "SkipCLIP, step", "SkipCLIP, predict", "published, step"
+BATCH = 4
+_CPU = torch.device("cpu")
+
+
+class Size(NamedTuple):
+    """A model, how much of it is skipped, and the number of classes; the published step of many is left out: slow."""
+
+    model: str
+    skip_layers: int
+    C: int
+    published: bool
+
+
+SIZES = (Size("glyph-tiny", 3, 20, True), Size("ViT-B-16", 6, 50, True), Size("ViT-B-16", 6, 1000, False))
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    what: str
+    model: str
+    B: int
+    C: int
+    K: int
+    precision: str
+    memory: str
+    flops: int
+    saved_bytes: int
+    gradient_bytes: int
+    calls: int
+    launches: int
+    waits: int
+    torch: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self[:7]
+
+    @property
+    def name(self) -> str:
+        memory = f", memory={self.memory}" if self.memory else ""
+        return f"{self.what} ({self.model}, B{self.B}-C{self.C}-K{self.K}, {self.precision}{memory})"
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+_PRODUCTS = {product.default for product in (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)}
+_INDEXED = (_aten.index, _aten.index_put, _aten.index_put_)
+_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class WithoutProducts(TorchDispatchMode):
+    """Matrix products give zeros."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator in _PRODUCTS:
+            left, right = args[-2:]
+            return left.new_zeros(*left.shape[:-1], right.shape[-1])
+        return operator(*args, **kwargs or {})
+
+
+def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+    """Whether a GPU's host would have to know values to go on."""
+    if operator.overloadpacket in _INDEXED:  # by a mask, whose true elements have to be counted
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return not _DEPENDS_ON_VALUES.isdisjoint(operator.tags)
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch = self.waits = 0
+        self.ours: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == registration.NAMESPACE:
+            self.ours.append((operator._opname, args))
+        else:
+            self.torch += roofline.launches_a_kernel(operator)
+            self.waits += waits(operator, args)
+        return operator(*args, **kwargs or {})
+
+
+def counts_of(function: Callable[[], Any]) -> dict[str, int]:
+    """Operations, calls, launches and waits of one call."""
+    calls = _Calls()
+
+    def counted() -> None:
+        with calls:
+            function()
+
+    flops = flops_of(counted)
+    launches = calls.torch + sum(roofline.launches_of(op, arguments) for op, arguments in calls.ours)
+    return {"flops": flops, "calls": calls.torch + len(calls.ours), "launches": launches, "waits": calls.waits}
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+def rows_of(size: Size, *, published: bool) -> list[Row]:
+    """Everything that is counted of a size, the published step only if asked for."""
+    inputs = random_inputs(size.model, BATCH, size.C, _CPU)
+    # As many classes as by default, all but one of them first in rank and the last one certain: which are drawn from a
+    # tail depends on the machine, and their prompts are of different lengths.
+    K = RankSampler().expected_keep(size.C, BATCH)
+    sampling: dict[str, Any] = {"keep_ratio": K - 1, "max_keep": K - 1, "decay": 1e-6}
+    rows: list[Row] = []
+
+    def add(what: str, precision: str, memory: str, counts: dict[str, int]) -> None:
+        version = ".".join(torch.__version__.split(".")[:2])  # minor
+        rows.append(Row(what, size.model, BATCH, size.C, K, precision, memory, **counts, torch=version))
+
+    with WithoutProducts():
+        for memory in ("fast", "min"):
+            clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=size.skip_layers, memory=memory, **sampling)
+            features = clip.encode_lower(inputs.images)
+            for precision in PRECISIONS:
+                counts = _step(inputs, precision, lambda: clip(features, inputs.labels).loss)  # noqa: B023 called here
+                add(STEP, precision, memory, counts)
+        for precision in PRECISIONS:
+            add(PREDICT, precision, "", _predict(clip, features, precision))
+        if size.published and published:
+            theirs = PublishedStep(inputs.model, inputs.tokens, size.skip_layers, RankSampler(**sampling))
+            features = theirs.image_features(inputs.images)
+            for precision in PRECISIONS:
+                counts = _step(inputs, precision, lambda: theirs(features, inputs.labels)[0])  # noqa: B023
+                add(PUBLISHED, precision, "", counts)
+    return rows
+
+
+def _step(inputs: Inputs, precision: str, forward: Callable[[], Tensor]) -> dict[str, int]:
+    def loss() -> Tensor:
+        with autocast(_CPU, precision):
+            return forward()
+
+    saved, gradients = measure.saved_bytes(loss), []
+    counts = counts_of(lambda: gradients.append(measure.gradient_bytes(loss())))
+    inputs.model.zero_grad()
+    return counts | {"saved_bytes": saved, "gradient_bytes": gradients[0]}
+
+
+def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, int]:
+    def predict() -> Tensor:
+        with autocast(_CPU, precision):
+            return clip.predict(features)
+
+    predict()
+    increment_version(clip.trainable_parameters())  # as a step changes them: class embeddings are made anew
+    return counts_of(predict) | {"saved_bytes": 0, "gradient_bytes": 0}
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def differences(name: str, before: int, now: int, remedy: str, exact: bool = True) -> Iterator[str]:
+    """Of one count from the table's."""
+    if now > (before if exact else ALLOWANCE * before):
+        yield f"{name} {before:,} → {now:,}"
+    elif exact and now < before:
+        yield f"{name} {before:,} → {now:,}, better than in the table: run python -m {remedy}"
+
+
+def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
+    """Where what was counted is not what is committed; `table` is the part of it that was asked for."""
+    committed = {row.key: row for row in table}
+    for row in rows:
+        before = committed.get(row.key)
+        if before is None:
+            yield f"{row.name} is missing from {TABLE.name}"
+        else:
+            for name in COUNTS:
+                pair, exact = (getattr(before, name), getattr(row, name)), before.torch == row.torch
+                for difference in differences(name, *pair, "bench.counts", exact):
+                    yield f"{row.name}: {difference}"
+    for key in committed.keys() - {row.key for row in rows}:
+        yield f"{committed[key].name} is in {TABLE.name} but nothing counts it"
+
+
+def compare_launches() -> Iterator[str]:
+    """Where an operator launches more kernels than in the table of bench.roofline, or fewer."""
+    with LAUNCHES.open(newline="") as file:
+        committed = {(row["what"], row["shape"]): row["ours"] for row in csv.DictReader(file)}
+    for row in roofline.launches_by_operator():
+        key = row["what"], row["shape"]
+        if key not in committed:
+            yield f"{row['what']} ({row['shape']}) is missing from {LAUNCHES.name}"
+        else:
+            for difference in differences("launches", int(committed[key]), row["ours"], "bench.roofline"):
+                yield f"{row['what']} ({row['shape']}): {difference}"
+
+
+def read_table() -> list[Row]:
+    integers = {name for name, kind in typing.get_type_hints(Row).items() if kind is int}
+    with TABLE.open(newline="") as file:
+        return [
+            Row(**{name: int(value) if name in integers else value for name, value in line.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def write_table(rows: Sequence[Row]) -> None:
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    columns = ("what", "model", "C", "K", "precision", "memory", *COUNTS)
+    table = Table(*(name.replace("_", " ") for name in columns))
+    for row in rows:
+        values = (getattr(row, name) for name in columns)
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in values))
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
+    parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args(arguments)
+    if not launching.installed:
+        parser.error("Triton is not installed, and its launches are counted: pip install triton")
+    measure.keep_freed_memory()  # half of the time were pages that are cleared again and again
+    console = Console()
+    console.width = max(console.width, 160)  # a cut figure is none, also in a file
+
+    sizes = [size for size in SIZES if not args.model or size.model in args.model]
+    rows = [row for size in sizes for row in rows_of(size, published=not args.check)]
+    if not args.check:
+        print_rows(rows, console)
+        if not (args.no_save or args.model):
+            write_table(rows)
+            console.print(f"wrote {TABLE}")
+        return
+    table = [row for row in read_table() if row.what != PUBLISHED and (not args.model or row.model in args.model)]
+    problems = [*compare(rows, table), *compare_launches()]
+    for problem in problems:
+        console.print(problem, style="red", highlight=False)
+    console.print(f"{len(rows)} rows, {len(problems)} problems")
+    if problems:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

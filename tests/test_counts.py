@@ -1,0 +1,167 @@
+"""What a step costs on any machine is what the table says, and the counting counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bench import counts
+from skipkernels import SkipCLIP, functional
+from skipkernels.ops import launching
+
+pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which keeps the memory that it frees."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.counts", "--check", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_small_model_costs_what_the_table_says():
+    done = check("--model", "glyph-tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_large_model_costs_what_the_table_says():
+    done = check("--model", "ViT-B-16")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_step_that_does_something_twice_is_found(monkeypatch):
+    right = SkipCLIP.select
+
+    def twice(self, image, labels):
+        right(self, image, labels)
+        return right(self, image, labels)
+
+    monkeypatch.setattr(SkipCLIP, "select", twice)
+    table = [row for row in counts.read_table() if row.model == "glyph-tiny"]
+    found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0], published=False), table))
+    for name in ("flops", "calls", "launches", "waits"):
+        assert f"SkipCLIP, step (glyph-tiny, B4-C20-K11, fp32, memory=fast): {name} " in found
+    assert "saved_bytes" not in found and "predict" not in found
+
+
+def test_products_give_zeros_of_their_shape():
+    a, b = torch.randn(2, 3, dtype=torch.bfloat16), torch.randn(3, 5, dtype=torch.bfloat16)
+    expected = [a @ b, torch.addmm(torch.zeros(5, dtype=a.dtype), a, b), torch.bmm(a[None], b[None]), nn.Linear(3, 5)]
+    expected[-1] = expected[-1].bfloat16()(a[None])
+    with counts.WithoutProducts():
+        found = [a @ b, torch.addmm(torch.zeros(5, dtype=a.dtype), a, b), torch.bmm(a[None], b[None])]
+        found.append(nn.Linear(3, 5).bfloat16()(a[None]))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+        assert not one.any() and other.any()
+
+
+def test_calls_launches_and_operations_are_counted():
+    a, b = torch.randn(2, 3), torch.randn(3, 5)
+    assert counts.counts_of(lambda: (a @ b).relu().T) == {"flops": 60, "calls": 2, "launches": 2, "waits": 0}
+    image, text = torch.randn(2, 8), torch.randn(3, 8)
+    found = counts.counts_of(lambda: functional.class_scores(image, text, torch.tensor([0, 1])))
+    assert (found["flops"], found["waits"]) == (96, 0)
+
+
+@pytest.mark.parametrize(
+    ("wait", "expected"),
+    [
+        (lambda x: x.sum().item(), 1),
+        (lambda x: x.nonzero(), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.equal(x), 1),
+        (lambda x: x.index_put((x > 0,), torch.tensor(1.0)), 1),
+        (lambda x: x[torch.tensor([0, 1])], 0),
+        (lambda x: x.index_put((torch.tensor([0, 1]),), torch.tensor(1.0)), 0),
+        (lambda x: x.sort().values.cumsum(0), 0),
+    ],
+    ids=["item", "nonzero", "mask", "equal", "put by mask", "index", "put", "sort"],
+)
+def test_waits_are_counted(wait, expected):
+    x = torch.arange(-2.0, 3.0)
+    assert counts.counts_of(lambda: wait(x))["waits"] == expected
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+ROW = counts.Row(
+    what=counts.STEP,
+    model="glyph-tiny",
+    B=4,
+    C=20,
+    K=11,
+    precision="bf16",
+    memory="min",
+    flops=1000,
+    saved_bytes=2000,
+    gradient_bytes=3000,
+    calls=400,
+    launches=500,
+    waits=2,
+    torch="2.13",
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"flops": 1001}, "flops 1,000 → 1,001"),
+        ({"saved_bytes": 2001}, "saved_bytes 2,000 → 2,001"),
+        ({"gradient_bytes": 3001}, "gradient_bytes 3,000 → 3,001"),
+        ({"calls": 401}, "calls 400 → 401"),
+        ({"launches": 501}, "launches 500 → 501"),
+        ({"waits": 3}, "waits 2 → 3"),
+        ({"calls": 399}, "calls 400 → 399, better than in the table: run python -m bench.counts"),
+        ({"calls": 420, "torch": "2.14"}, None),
+        ({"calls": 399, "torch": "2.14"}, None),
+        ({"calls": 421, "torch": "2.14"}, "calls 400 → 421"),
+        ({"waits": 3, "torch": "2.14"}, "waits 2 → 3"),
+        ({"K": 12}, "is missing from counts.csv"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_worse_than_the_table(changes, problem):
+    found = list(counts.compare([ROW._replace(**changes)], [ROW]))
+    assert (problem is None and not found) or problem in found[0]
+
+
+def test_a_stale_line_of_the_table_is_found():
+    assert "nothing counts it" in next(counts.compare([], [ROW]))
+
+
+@pytest.mark.parametrize(
+    ("ours", "problem"), [(3, None), (2, "launches 2 → 3"), (4, "launches 4 → 3, better"), (None, "is missing from")]
+)
+def test_launches_of_an_operator_are_compared(monkeypatch, tmp_path, ours, problem):
+    counted = {"what": "add_layer_norm", "shape": "T788-W768", "plain_pytorch": 4, "ours": 3}
+    monkeypatch.setattr(counts.roofline, "launches_by_operator", lambda: iter([counted]))
+    monkeypatch.setattr(counts, "LAUNCHES", tmp_path / "launches.csv")
+    lines = ["what,shape,plain_pytorch,ours"] + ([] if ours is None else [f"add_layer_norm,T788-W768,4,{ours}"])
+    counts.LAUNCHES.write_text("\n".join(lines))
+    found = list(counts.compare_launches())
+    assert (problem is None and not found) or problem in found[0]
+
+
+def test_table_survives_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(counts, "TABLE", tmp_path / "counts.csv")
+    counts.write_table([ROW])
+    assert counts.read_table() == [ROW]
+
+
+def test_check_fails_on_a_table_that_says_less(monkeypatch, capsys):
+    row = ROW._replace(calls=399)
+    monkeypatch.setattr(counts, "rows_of", lambda size, published: [ROW])
+    monkeypatch.setattr(counts, "read_table", lambda: [row])
+    monkeypatch.setattr(counts, "compare_launches", lambda: iter([]))
+    monkeypatch.setattr(counts.measure, "keep_freed_memory", lambda: None)
+    with pytest.raises(SystemExit, match="1"):
+        counts.main(["--check", "--model", "glyph-tiny"])
+    assert "calls 399 → 400" in capsys.readouterr().out
