@@ -35,7 +35,7 @@ def saved_bytes(step: Callable[[], Any]) -> int:
         if not isinstance(base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that kept its own result as it is would keep itself, and the graph, forever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep_alive = step()  # noqa: F841  a freed storage's address may be used again

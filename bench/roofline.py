@@ -303,17 +303,19 @@ _DIFFERENTIABLE = {
 
 def eager_launches(op: str, arguments: Sequence[Any]) -> int:
     """Kernels that the same costs in plain PyTorch, forward and backward."""
-    inputs = [x.detach().requires_grad_() for x in arguments[: _DIFFERENTIABLE.get(op, 0)]]
+    first = arguments[: _DIFFERENTIABLE.get(op, 0)]
+    inputs = [None if x is None else x.detach().requires_grad_() for x in first]
     function = _EAGER.get(op) or getattr(reference, op)
 
     def forward() -> tuple[Tensor, ...]:
         results = function(*inputs, *arguments[len(inputs) :])
         return results if isinstance(results, tuple) else (results,)
 
-    if not inputs:
+    given = [x for x in inputs if x is not None]
+    if not given:
         return count(forward).torch
     d_results = [torch.ones_like(x) for x in forward()]
-    return count(lambda: torch.autograd.grad(forward(), inputs, d_results)).torch
+    return count(lambda: torch.autograd.grad(forward(), given, d_results)).torch
 
 
 def launches_by_operator() -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import weakref
 from pathlib import Path
 
 import open_clip
@@ -167,3 +168,19 @@ def test_class_names_are_different_and_the_first_ones_stay_the_same():
     assert len(set(names)) == 22000
     assert names[:1570] == inputs.class_names(1570)
     assert names[0] == "dog"
+
+
+def test_counting_what_is_saved_keeps_nothing():
+    """A node that saves its own result, such as a softmax, would be in a cycle that nobody collects."""
+    x = torch.randn(8, requires_grad=True)
+    alive = weakref.ref(result := x.softmax(0))
+    del result
+    assert alive() is None
+    kept = []
+
+    def step() -> torch.Tensor:
+        kept.append(weakref.ref(result := x.softmax(0)))
+        return result
+
+    assert measure.saved_bytes(step) == 32
+    assert kept[0]() is None
