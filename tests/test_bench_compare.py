@@ -207,7 +207,8 @@ def test_who_is_stopped_leaves_nothing_behind(folders, number):
     before = compare.git("worktree", "list")
     command = [sys.executable, "-m", "bench.compare", "HEAD", "--jobs", "step/glyph-tiny", "--no-save"]
     environment = os.environ | {"TMPDIR": str(folders)}
-    process = subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  # SIGINT is not, in what `nohup` or "&" started
+    process = subprocess.Popen(command, cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     wait_for(lambda: list(folders.glob("*/head/skipkernels")))
     process.send_signal(number)
     told = process.communicate(timeout=20)[1]
