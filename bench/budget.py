@@ -31,6 +31,25 @@ class Budget:
         return seconds <= self.left
 
 
+class Plan:
+    """What is to be begun one after the other, of the seconds that are left of a budget when the plan is made.
+
+    Example:
+        >>> plan = Plan(Budget(60))
+        >>> plan.takes(40), plan.takes(40), plan.takes(15)
+        (True, False, True)
+    """
+
+    def __init__(self, budget: Budget):
+        self._left = budget.left
+
+    def takes(self, seconds: float) -> bool:
+        """Whether something that takes so long, as one expects, can still be begun behind what was taken before."""
+        fits = seconds <= self._left
+        self._left -= seconds if fits else 0.0
+        return fits
+
+
 def budget(text: str) -> Budget:
     """From the command line: 9m, 90s, 1.5h.
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,7 +34,7 @@ import skipkernels as sk
 from tests.tolerances import relative_error
 
 from . import ceilings, measure
-from .budget import add_budget
+from .budget import Plan, add_budget
 from .flops import flops_of
 from .foresight import Foresight, Probe
 from .inputs import Inputs, autocast, parser, random_inputs
@@ -44,6 +45,8 @@ _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
 PUBLISHED, ONCE, OURS, CACHED = "published", "eager, texts once", "skipkernels", "skipkernels, cached"
 WHO = (PUBLISHED, ONCE, OURS, CACHED)
 _PROBES = 12, 24  # classes
+_PROBED = 8  # images
+_RUNS = 3  # beside the rounds: of everyone the logits are compared, the memory is warmed, and operations are counted
 _COLUMNS = (
     "who model images B C skip_layers precision p20_ms p50_ms p80_ms rounds faster images_s gflop floor_ms".split()
 )
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_budget(options)
     args = options.parse_args(arguments)
     for model, batch, precision in itertools.product(args.model, args.batch, args.precision):
-        foreseen = foresee(args, model, batch, precision)
+        foreseen = foresee(args, model, precision)
         for classes in args.classes:
             rows = rows_of(args, foreseen, model, batch, classes, precision)
             for row in rows:
@@ -70,28 +73,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measure.append_rows([measure.machine(args.device) | row for row in rows], "infer")
 
 
-def foresee(args: argparse.Namespace, model: str, batch: int, precision: str) -> dict[str, Foresight]:
-    """What everyone takes over the number of classes."""
+def foresee(args: argparse.Namespace, model: str, precision: str) -> dict[str, Foresight]:
+    """What everyone takes over the number of classes, for a batch of a few images."""
     found: dict[str, list[Probe]] = {}
     for classes in _PROBES:
-        inputs = random_inputs(model, args.images, classes, args.device)
-        for name, run in runs_of(inputs, batch, args.skip_layers, precision).items():
+        inputs = random_inputs(model, _PROBED, classes, args.device)
+        for name, run in runs_of(inputs, _PROBED, args.skip_layers, precision).items():
+            run()  # the first one sets up what the others have
             started = time.perf_counter()
             run()
             found.setdefault(name, []).append(Probe(classes, time.perf_counter() - started, 0))
     return {name: Foresight.of(*probes) for name, probes in found.items()}
 
 
+def seconds_of(name: str, line: Foresight, images: int, batch: int, classes: int) -> float:
+    """That someone takes for all images: published, texts are encoded for each batch of them.
+
+    >>> line = Foresight.of(Probe(10, 2.0, 0), Probe(20, 3.0, 0))  # a second for 8 images, 0.1 for a class
+    >>> seconds_of(PUBLISHED, line, 32, 16, 10), seconds_of(OURS, line, 32, 16, 10)
+    (6.0, 5.0)
+    """
+    encoded = math.ceil(images / batch) if name == PUBLISHED else 1
+    return line.seconds(0) * images / _PROBED + encoded * classes * line.seconds_each
+
+
 def rows_of(
     args: argparse.Namespace, foreseen: dict[str, Foresight], model: str, batch: int, classes: int, precision: str
 ) -> list[dict[str, Any]]:
     """Everyone's row for so many classes."""
-    notes = {}
+    notes, plan = {}, Plan(args.budget)
     for name, line in foreseen.items():
-        seconds = line.seconds(classes)
+        seconds = seconds_of(name, line, args.images, batch, classes)
         if seconds > args.longest:
             notes[name] = f"left out: it takes about {seconds:.0f} s"
-        elif not args.budget.allows(4 * seconds):
+        elif not plan.takes((_RUNS + args.rounds) * seconds):
             notes[name] = "left out: no time left"
     runs: dict[str, Callable[[], Tensor]] = {}
     if len(notes) < len(foreseen):
@@ -100,13 +115,13 @@ def rows_of(
         if PUBLISHED in runs:
             truth = runs_of(inputs, batch, args.skip_layers, "fp32")[PUBLISHED]() if precision != "fp32" else None
             refuse_if_wrong({name: run() for name, run in runs.items()}, truth, precision)
-    seconds_of = measure.time_alternately(runs, args.rounds, args.device, warm_up=PUBLISHED not in runs)
+    seconds = measure.time_alternately(runs, args.rounds, args.device, warm_up=PUBLISHED not in runs)
     rows = []
     for name in foreseen:
         row = dict.fromkeys(_COLUMNS, "") | {"who": name, "model": model, "images": args.images, "B": batch}
         row |= {"C": classes, "skip_layers": args.skip_layers, "precision": precision, "note": notes.get(name, "")}
         if name in runs:
-            row |= measured(args, seconds_of, name, runs[name], inputs, precision)
+            row |= measured(args, seconds, name, runs[name], inputs, precision)
             if PUBLISHED not in runs:
                 row["note"] = f"logits compared at {_PROBES[1]} classes: the published evaluation is not run here"
         rows.append(row)

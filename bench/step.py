@@ -36,7 +36,7 @@ from skipkernels.memory import free_bytes
 from skipkernels.selection import RankSampler
 
 from . import ceilings, cuda, measure
-from .budget import add_budget
+from .budget import Plan, add_budget
 from .flops import flops_of
 from .foresight import Foresight, Probe
 from .inputs import PRECISIONS, Inputs, parser, random_inputs
@@ -50,7 +50,10 @@ _SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
 _PROBES = 4, 12  # classes
 _MANY = 2000  # classes, whose texts are kept on the disk between the steps of one number of classes
 _SETTING_UP = 5  # times as long as a step may take
-_COMPILING = 240.0  # seconds that torch.compile takes, about
+_RUNS = 6  # of a step, at least: it is compared, counted, timed and weighed
+_COMPILING = 60.0  # seconds that torch.compile takes, about
+_IN_FP32 = {"fp32": 1.0, "bf16": 3.0}  # times as long as in the precision of the step, about
+_NO_TIME = "left out: no time left"
 
 _COLUMNS = "who model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib gflop".split()
 _COLUMNS += "floor_ms above_floor launches graph_ms note".split()
@@ -113,10 +116,7 @@ class Curve:
 
     def _in_the_way(self, classes: int, who: str, precision: str) -> str:
         """Why a step can't be run, or nothing."""
-        if who == COMPILED:
-            why = self._in_the_way(classes, PUBLISHED, precision)
-            return why or ("" if self.args.budget.allows(_COMPILING) else "left out: no time left to compile it")
-        line, K = self.foreseen[who, precision], self._kept(classes, who)
+        line, K = self._foreseen(who, precision), self._kept(classes, who)
         free, seconds = free_bytes(self.args.device), line.seconds(K)
         if not line.fits(K, free):
             of = "" if K == classes else f"{K} of "
@@ -126,17 +126,36 @@ class Curve:
             )
         if seconds > self.args.longest:
             return f"left out: a step takes about {seconds:.0f} s"
-        # The published step encodes all texts first, without gradients.
-        setup = classes * line.seconds_each / 2 if who == PUBLISHED else 0.0
-        if setup > _SETTING_UP * self.args.longest:
-            return f"left out: encoding all texts, before the first step, takes about {setup:.0f} s"
-        return "" if self.args.budget.allows(setup + 4 * seconds) else "left out: no time left"
+        setting_up = self._encoding(classes, who, precision)
+        if setting_up > _SETTING_UP * self.args.longest:
+            return f"left out: encoding all texts, before the first step, takes about {setting_up:.0f} s"
+        return ""
+
+    def _needs(self, classes: int, who: str, precision: str) -> float:
+        """Seconds until a step has its row."""
+        runs = _RUNS * self._foreseen(who, precision).seconds(self._kept(classes, who))
+        return self._encoding(classes, who, precision) + runs + (_COMPILING if who == COMPILED else 0.0)
+
+    def _encoding(self, classes: int, who: str, precision: str) -> float:
+        """Seconds for all texts before the first step: the lower half of their tower and all of it, without gradients
+        and in fp32, which is as much as forward and backward of the upper half."""
+        if who in (FULL, PROMPTS):
+            return 0.0
+        return classes * self._foreseen(who, precision).seconds_each * _IN_FP32[precision]
+
+    def _foreseen(self, who: str, precision: str) -> Foresight:
+        """The compiled step is as the one that it is of."""
+        return self.foreseen[PUBLISHED if who == COMPILED else who, precision]
 
     # ---- what can ------------------------------------------------------------------------------------------------
 
     def _of(self, classes: int) -> list[dict[str, Any]]:
         """Times and sizes of everyone, or why there are none."""
+        plan = Plan(self.args.budget)
         reasons = {key: self._in_the_way(classes, *key) for key in self.wanted}
+        reasons |= {
+            key: _NO_TIME for key in self.wanted if not reasons[key] and not plan.takes(self._needs(classes, *key))
+        }
         runs = [key for key, reason in reasons.items() if not reason]
         with tempfile.TemporaryDirectory() as folder:
             steps = self._steps(classes, runs, Path(folder))

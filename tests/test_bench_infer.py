@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -51,6 +54,15 @@ def test_everyone_who_classifies_has_a_row(results, precision):
 def test_an_evaluation_that_takes_too_long_is_not_begun(results):
     infer.main([*INFER, "--longest", "1e-9"])
     assert {row["note"][:25] for row in rows(results, "infer").values()} == {"left out: it takes about "}
+
+
+def test_a_budget_is_for_all_who_are_begun(monkeypatch, results):
+    """Everyone would fit alone; the seconds of those before count."""
+    line = infer.Foresight.of(infer.Probe(12, 8.0, 0), infer.Probe(24, 8.0, 0))  # 8 s for 8 images: 4 s for 4
+    monkeypatch.setattr(infer, "foresee", lambda args, model, precision: dict.fromkeys(infer.WHO, line))
+    infer.main([*INFER, "--budget", "40s"])  # 16 s each: three runs and a round
+    notes = [row["note"] for row in rows(results, "infer").values()]
+    assert notes == ["", "", *["left out: no time left"] * 2]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -143,12 +155,30 @@ def test_everything_shares_the_time_and_goes_on_where_one_fails(monkeypatch):
         return subprocess.CompletedProcess(command, 1 if command[2] == "bench.infer" else 0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert everything.main(["--budget", "17m", "--no-save"]) == 1
-    assert [command[0] for command in commands] == ["bench.run", "bench.step", "bench.infer", "bench.epoch"]
+    assert everything.main(["--budget", "18m", "--no-save"]) == 1
+    modules = ["bench.step"] * 3 + ["bench.epoch", "bench.infer", "bench.run"]
+    assert [command[0] for command in commands] == modules
     assert all(command[-1] == "--no-save" for command in commands)
     seconds = [budget(command[command.index("--budget") + 1]).left for command in commands]
-    assert seconds[0] == pytest.approx(240, abs=2), "4 of 17 shares"
-    assert seconds[-1] == pytest.approx(1020, abs=2), "what the others left"
+    assert seconds[0] == pytest.approx(300, abs=2), "5 of 18 shares"
+    assert seconds[-1] == pytest.approx(1080, abs=2), "what the others left"
+
+
+@pytest.mark.parametrize("job", [job for job, _ in everything.JOBS])
+def test_every_job_is_a_command(job, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    class Parsed(Exception):
+        pass
+
+    def parse_only(parser, arguments):
+        parse(parser, arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    module, *options = shlex.split(job)
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main(options)
 
 
 def test_a_budget_counts_down(monkeypatch):

@@ -94,6 +94,16 @@ def test_a_budget_that_is_used_up_leaves_rows_that_say_so(monkeypatch, table):
     assert rows["published, compiled", "fp32", 20]["note"].startswith("left out: no time left")
 
 
+def test_a_budget_is_for_all_steps_that_are_begun(monkeypatch, table):
+    monkeypatch.setattr(step.Curve, "_needs", lambda *of: 40.0)
+    rows = table("--who", "skipkernels", "min", "published", "--precision", "fp32", "--budget", "100s")
+    assert [row["note"] for row in rows.values()] == [
+        "gradients compared at 12 classes: the published step is not run here",
+        "gradients compared at 12 classes: the published step is not run here",
+        "left out: no time left",
+    ]
+
+
 def test_foresight_is_a_straight_line():
     line = Foresight.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
