@@ -30,8 +30,8 @@ JOBS = (
     (f"{STEP} --precision fp32 --classes 50", 3.5),
     (f"{STEP} --precision bf16 --classes 50 1000 --who skipkernels published", 1.5),
     ("bench.epoch --shots 2 --tests 100 --who skipkernels published", 1.5),
-    ("bench.infer --images 25 --classes 100 --rounds 2", 1.5),
-    (f"bench.run --seconds 1 --without '{COMPILED}'", 5.0),
+    ("bench.infer --images 25 --classes 100 --rounds 2", 2.5),
+    (f"bench.run --seconds 1 --without '{COMPILED}'", 4.0),
 )
 
 
