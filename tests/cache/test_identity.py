@@ -306,7 +306,7 @@ def written(root: Path) -> None:
         (written, "times", set()),
         (written, "contents", {"files"}),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=lambda value: getattr(value, "__name__", " ".join(sorted(value)) if isinstance(value, set) else value),
 )
 def test_what_is_seen_of_files(root, change, files, seen):
     before = identify(folder(root, as_v1()), files)
