@@ -31,7 +31,7 @@ _STYLES = {  # variants of one have its colour
 # The last point of a line that does not go on to the largest number of classes, by why.
 _ENDS: dict[str, dict[str, Any]] = {
     "does not fit with more classes": {"marker": "x", "markersize": 10, "markeredgewidth": 2},
-    "not run with more: takes too long": {"marker": "D", "markersize": 9, "markeredgewidth": 1.6, "fillstyle": "none"},
+    "not run with more classes": {"marker": "D", "markersize": 9, "markeredgewidth": 1.6, "fillstyle": "none"},
 }
 _SMALL = 8  # points
 _NARROW = 0.05  # of the longest bar: no number has room in a part that is narrower

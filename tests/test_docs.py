@@ -258,8 +258,10 @@ def check_python(arguments: tuple[str, ...], mention: bool) -> None:
     if arguments[:2] == ("-m", "pytest"):
         return check_pytest(arguments[2:], mention)
     if arguments[0] == "-m":
-        assert importlib.util.find_spec(arguments[1]) is not None, f"there is no {arguments[1]}"
-        main, rest = importlib.import_module(arguments[1]).main, arguments[2:]
+        found = importlib.util.find_spec(arguments[1])
+        assert found is not None, f"there is no {arguments[1]}"
+        name = arguments[1] if found.submodule_search_locations is None else f"{arguments[1]}.__main__"
+        main, rest = importlib.import_module(name).main, arguments[2:]
     else:
         main, rest = runpy.run_path(str(ROOT / arguments[0]))["main"], arguments[1:]
     if mention and not rest:
@@ -471,6 +473,7 @@ def test_an_error_is_at_its_line_of_the_page(reader):
         (check_commands, "```\ncd x && make tuna\n```", "the Makefile has no tuna"),
         (check_commands, "`make race SIMULATED=python`", "the Makefile has no SIMULATED"),
         (check_commands, "`python -m bench.runs`", "there is no bench.runs"),
+        (check_commands, "`python -m bench --budget 9x`", "expected a time such as 9m"),
         (check_commands, "`python -m bench.step` or `… --round 3 --no-such`", "--no-such: no such option"),
         (check_commands, "`python -m bench.run --op NAME --dtype fp8`", "fp8"),
         (check_commands, "`python examples/pretrain_glyph_tiny.py --no-such`", "--no-such: no such option"),
