@@ -30,6 +30,7 @@ def flops_of(function: Callable[[], Any]) -> int:
     formulas: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: 2 * _pairs(*shapes),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *shapes, **__: 5 * _pairs(*shapes),
+        aten._native_multi_head_attention: _whole_attention,
         ours.class_sampled_ce: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[3][0],
         ours.class_sampled_ce_backward: lambda _, image, *rest, **__: 4 * image.numel() * rest[5][0],
         ours.class_sampled_logits: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[0][1],
@@ -52,6 +53,12 @@ def flops_of(function: Callable[[], Any]) -> int:
 def _pairs(query: Shape, key: Shape, *_: Any) -> int:
     B, H, Q, E = query
     return 2 * B * H * Q * key[2] * E
+
+
+def _whole_attention(query: Shape, key: Shape, value: Shape, W: int, heads: int, *_: Any, **__: Any) -> int:
+    """What `nn.MultiheadAttention` calls without gradients: three projections, attention and a fourth projection."""
+    B, Q, _ = query
+    return 2 * B * Q * W * 4 * W + 4 * B * Q * key[1] * W
 
 
 def _suffix_pairs(query: Shape, prefix_key: Shape, *rest: Any) -> int:

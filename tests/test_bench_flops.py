@@ -36,6 +36,15 @@ def test_attention_of_pytorch():
     assert flops_of(lambda: F.scaled_dot_product_attention(query, key, key).sum().backward()) == 7 * once
 
 
+def test_attention_of_pytorch_s_module_without_gradients():
+    """It then runs as one call."""
+    module, hidden = torch.nn.MultiheadAttention(24, 3, batch_first=True).eval(), torch.randn(2, 5, 24)
+    attend = lambda: module(hidden, hidden, hidden, need_weights=False)  # noqa: E731
+    with torch.no_grad():
+        assert flops_of(attend) == 2 * 2 * 5 * 24 * (4 * 24 + 2 * 5)
+    assert flops_of(attend) == 2 * 2 * 5 * 24 * (4 * 24 + 2 * 5)
+
+
 def test_pooled_attention_is_attention_of_one_query():
     query, key = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 7, 3, 8, requires_grad=True)
     once = 2 * 2 * 3 * 7 * 8
