@@ -112,7 +112,9 @@ def headline(device: Device) -> str:
         kept.append(" → ".join(sizes))
         growth = growth_of(device, **case)
         used += growth or ()
-        grown.append(str(growth or ""))
+        there = next(iter(device.rows("step", **case, C=str(MANY), who=step.PUBLISHED)), {"note": ""})
+        limit = "; the published one does not fit" if there["note"].startswith("does not fit") else ""
+        grown.append(f"{growth}{limit}" if growth else "")
     if not used:
         return ""
     check = "`python -m bench.step --classes {} --who {}`"

@@ -162,6 +162,9 @@ def test_three_numbers_at_the_top(root):
     assert "| a step at 1,000 classes, against the published one | 5.80 times faster |" in text
     assert "| 1,790 MiB → 100 MiB |" in text
     assert "| a step at 21,841 classes, of one at 10 | 1.40 times the time, 1.00 times the memory |" in text
+    limit = step("published", 21841, "", note="does not fit: 1358 of 21841 classes keep about 19.6 GiB for backward")
+    save(root, "step", *ours, published, limit)
+    assert "| 1.40 times the time, 1.00 times the memory; the published one does not fit |" in page(root)
     # Measured again without the other: the ratio is still that of the run that had both.
     save(root, "step", *ours, published, step("skipkernels", 1000, 10.0, commit="def", saved_mib=7))
     assert "| 5.80 times faster |" in page(root) and "| 1,790 MiB → 100 MiB |" in page(root)
