@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=budget, default=Budget(18 * 60), help="time for all of it, such as 9m")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on its way out subprocess.run ends what runs
     console, failed = Console(), 0
     for number, (job, share) in enumerate(JOBS):
         shares = sum(each for _, each in JOBS[number:])

@@ -22,7 +22,8 @@ David and H. N. Nagaraja, Order Statistics, 2003, section 7.1. "Faster" and "slo
 jobs with no difference, so is one.
 
 Rows are appended to bench/results/DEVICE/compare.csv. The exit status is 1 if a job failed on the head's side, or if an
-interval lies above --fail-above; 2 if nothing could be compared, with the reason.
+interval lies above --fail-above; 2 if nothing could be compared, with the reason. With --fail-above it is 125, which
+`git bisect run` skips, where that cannot be told: a job failed, too few rounds, nothing to compare.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from .budget import Budget, add_budget
 _HERE = Path(__file__).parents[1]
 ROOT = _HERE  # the repository whose commits are compared
 BASE, HEAD = "base", "head"
+_UNTOLD = 125  # of the exit status: git bisect skips such a commit
 _LEAST_SECONDS = 0.05  # a job is repeated until it takes as long, the median counts: another process cuts in for less
 _TURNS = 3  # of each side in a round
 _SAME = 0.02  # norms of what the two sides give may differ by this: bf16, summed in another order
@@ -537,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(args)
     except Refused as refusal:
         print(f"bench.compare: {refusal}", file=sys.stderr)
-        return 2
+        return 2 if args.fail_above is None else _UNTOLD
     except KeyboardInterrupt:
         print("bench.compare: stopped before anything was measured", file=sys.stderr)
         return 130
@@ -571,10 +573,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def status(comparisons: Sequence[Comparison], fail_above: float | None) -> int:
-    """1 if a job failed on the head's side, or is slower than is wanted."""
+    """1 if a job failed on the head's side, or is slower than is wanted; what cannot tell whether it is, _UNTOLD."""
+    failed = any(HEAD in comparison.failures for comparison in comparisons)
+    if fail_above is None:
+        return int(failed)
     intervals = [median_interval(comparison.ratios) for comparison in comparisons if not comparison.failures]
-    slower = fail_above is not None and any(interval and interval.low > fail_above for interval in intervals)
-    return int(slower or any(HEAD in comparison.failures for comparison in comparisons))
+    if any(interval and interval.low > fail_above for interval in intervals):
+        return 1
+    return _UNTOLD if failed or not all(intervals) else 0
 
 
 def show(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:

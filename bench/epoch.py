@@ -31,7 +31,6 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.cache import BatchSampler
-from skipkernels.memory import PeakMemory
 from skipkernels.selection import RankSampler
 from skipkernels.tuning.model import RANDOM, load_model
 
@@ -49,7 +48,7 @@ _SLACK = {"fp32": 1e-3, "bf16": 2e-2}
 PUBLISHED, FULL, OURS, ON_DISK = "published", "full fine-tuning", "skipkernels", "skipkernels, on disk"
 WHO = (OURS, ON_DISK, PUBLISHED, FULL)
 _COLUMNS = "who model images tests B C skip_layers precision steps features_s training_s evaluation_s epoch_s".split()
-_COLUMNS += "step_ms faster loss peak_mib note".split()
+_COLUMNS += "step_ms faster loss note".split()
 
 Parts = tuple[Callable[[Sequence[int]], Tensor], Callable[[], Any], float]
 """A step of a batch, which gives its loss; an evaluation; and the seconds that features took."""
@@ -84,7 +83,7 @@ def shown(row: dict[str, Any]) -> str:
         return f"{row['who']:22} {row['note']}"
     times = f"features {row['features_s']:.1f} s, {row['steps']} steps {row['training_s']:.1f} s, "
     times += f"evaluation {row['evaluation_s']:.1f} s: {row['epoch_s']:.1f} s"
-    return f"{row['who']:22} {times}, loss {row['loss']:.4f}, {row['peak_mib']:.0f} MiB more at the peak"
+    return f"{row['who']:22} {times}, loss {row['loss']:.4f}"
 
 
 def refuse_another_loss(found: dict[str, dict[str, Any]], precision: str) -> None:
@@ -143,8 +142,6 @@ class Task:
 
     def run(self, who: str) -> dict[str, Any]:
         """An epoch; columns of its row."""
-        memory = PeakMemory(self.args.device)
-        before = memory.read()
         with tempfile.TemporaryDirectory() as folder:
             parts = {OURS: self._ours, ON_DISK: self._ours, PUBLISHED: self._published, FULL: self._full}[who]
             train, evaluate, features_s = parts(Path(folder) if who == ON_DISK else None)
@@ -163,8 +160,7 @@ class Task:
         total = features_s + training_s + evaluation_s
         row = {"steps": len(batches), "loss": round(mean, 6), "step_ms": round(1000 * training_s / len(batches), 1)}
         row |= {"features_s": features_s, "training_s": training_s, "evaluation_s": evaluation_s, "epoch_s": total}
-        sizes = {"peak_mib": round((memory.read() - before) / 2**20, 1)}
-        return {key: round(value, 3) if key.endswith("_s") else value for key, value in row.items()} | sizes
+        return {key: round(value, 3) if key.endswith("_s") else value for key, value in row.items()}
 
     def autocast(self) -> torch.autocast:
         """Of the precision."""

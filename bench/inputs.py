@@ -8,9 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from skipkernels.data import InputError
 from skipkernels.tuning.model import RANDOM, load_model
 
 PRECISIONS = ("fp32", "bf16")
+
+
+def positive(text: str) -> int:
+    """From the command line.
+
+    >>> positive("4")
+    4
+    """
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0; got {text!r}")
+    return int(text)
 
 
 class Inputs(NamedTuple):
@@ -34,11 +46,11 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count: Any = {"nargs": "+"} if several else {}
     parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random", **count)
-    parser.add_argument("--batch", type=int, help="images in a batch", **count)
-    parser.add_argument("--classes", type=int, **count)
-    parser.add_argument("--skip-layers", type=int, default=6)
+    parser.add_argument("--batch", type=positive, help="images in a batch", **count)
+    parser.add_argument("--classes", type=positive, help="of the task", **count)
+    parser.add_argument("--skip-layers", type=int, default=6, help="blocks of each tower below the cut")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast", **count)
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=positive, help="at most; everyone runs in each")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.set_defaults(**defaults)
@@ -46,8 +58,15 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
 
 
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
-    """The same on each call."""
-    clip, _, tokenizer = load_model(model, RANDOM, device)
+    """The same on each call.
+
+    Raises:
+        SystemExit: If there is no such model, or it can't be made here.
+    """
+    try:
+        clip, _, tokenizer = load_model(model, RANDOM, device)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
     tokens = tokenizer([f"a photo of a {name}." for name in class_names(classes)]).to(device)
     torch.manual_seed(0)
     pixels = torch.randn(images, 3, *clip.visual.image_size, device=device)

@@ -50,7 +50,6 @@ from .stored import KINDS, Device, beside, by_operator, devices, firsts, grouped
 
 ROOT = Path(__file__).parents[1]
 OURS, EAGER = step.OURS, "eager"
-MACHINE = ("commit", "device", "threads", "python", "torch")
 
 SHOWN = {"model": "ViT-B-16", "B": "4"}  # of the steps, by README.md and the pictures
 HEADLINE = 1000  # classes
@@ -174,7 +173,7 @@ def step_memory(rows: Sequence[Row]) -> str:
     """Kept for backward, and the rise at the peak."""
 
     def cell(row: Row) -> str:
-        return f"{size('saved_mib')(row)} / {size('peak_mib')(row)}" if row["peak_mib"] else ""
+        return " / ".join(filter(None, (size("saved_mib")(row), size("peak_mib")(row))))
 
     header, *lines = over_classes(rows, cell, "MiB kept for backward / at the peak")
     return table(header, lines)
@@ -205,7 +204,7 @@ def steps(device: Device) -> str:
 
 EPOCH: dict[str, Cell] = {"": text("who"), "features": size("features_s", " s"), "steps": size("training_s", " s")}
 EPOCH |= {"evaluation": size("evaluation_s", " s"), "epoch": size("epoch_s", " s"), "a step": size("step_ms", " ms")}
-EPOCH |= {"ours is faster, times": ratio("faster"), "peak": size("peak_mib", " MiB"), "mean loss": text("loss")}
+EPOCH |= {"ours is faster, times": ratio("faster"), "mean loss": text("loss")}
 EPOCH |= {"note": text("note")}
 
 

@@ -182,7 +182,7 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float
             for q in (20, 50, 80):
                 row[f"p{q}_ms"] = f"{1000 * measure.quantile(times[name], q / 100):.3f}"
             if name != OURS and OURS in times:
-                row["faster"] = f"{measure.median_ratio(times[name], times[OURS]):.2f}"
+                row["faster"] = f"{measure.median_ratio(times[name], times[OURS]):.3f}"
                 row["wanted"] = case.target if name == "eager" else ""
             row["peak_mib"] = f"{measure.peak_bytes(case.runs[name], device) / 2**20:.1f}"
             row["gbytes_s"] = f"{case.moved / median / 1e9:.3f}"

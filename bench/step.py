@@ -174,7 +174,7 @@ class Curve:
         """Those of `keys`, held against another computation of the same."""
         gc.collect()  # models of the steps before: they are in cycles
         inputs = random_inputs(self.model, self.batch, classes, self.args.device)
-        self.skip = self.args.skip_layers or half_of(inputs.model)
+        self.skip = half_of(inputs.model) if self.args.skip_layers is None else self.args.skip_layers
         published: Published | None = None
         if {PUBLISHED, COMPILED} & {who for who, _ in keys}:
             published = Published(inputs, self.skip)
@@ -211,6 +211,7 @@ class Curve:
                 base = found.get((OURS, key[1]), row) if key[0] == MIN else row
                 row["floor_ms"] = round(self._floor(base["gflop"], steps[key]), 1)
                 row["above_floor"] = round(row["p50_ms"] / row["floor_ms"], 3)
+            steps[key].model.zero_grad()  # gradients of the rounds: the step that is weighed makes its own
             row["peak_mib"] = round(measure.peak_bytes(steps[key], args.device, warm_up=False) / 2**20, 1)
             row |= cuda.launches_and_graph(steps[key]) if args.device.type == "cuda" else {}
         return found

@@ -35,7 +35,7 @@ EXTRA = {
     "step": "skip_layers p20_ms p80_ms rounds faster saved_mib gflop floor_ms launches graph_ms",
     "operators": "p20_ms p80_ms faster wanted peak_mib gbytes_s gflops_s",
     "infer": "faster",
-    "epoch": "features_s training_s evaluation_s step_ms peak_mib loss",
+    "epoch": "features_s training_s evaluation_s step_ms loss",
     "memory": "K saved_mib peak_mib",
     "profile": "peak_gflops",
     "glyphs": "new step_ms tuning_s peak_mib",
