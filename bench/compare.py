@@ -580,7 +580,7 @@ def status(comparisons: Sequence[Comparison], fail_above: float | None) -> int:
     intervals = [median_interval(comparison.ratios) for comparison in comparisons if not comparison.failures]
     if any(interval and interval.low > fail_above for interval in intervals):
         return 1
-    return _UNTOLD if failed or not all(intervals) else 0
+    return _UNTOLD if failed or not intervals or not all(intervals) else 0
 
 
 def show(rows: Sequence[dict[str, Any]], title: str, console: Console) -> None:

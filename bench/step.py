@@ -174,7 +174,7 @@ class Curve:
         """Those of `keys`, held against another computation of the same."""
         gc.collect()  # models of the steps before: they are in cycles
         inputs = random_inputs(self.model, self.batch, classes, self.args.device)
-        self.skip = half_of(inputs.model) if self.args.skip_layers is None else self.args.skip_layers
+        self.skip = self.args.skip_layers or half_of(inputs.model)
         published: Published | None = None
         if {PUBLISHED, COMPILED} & {who for who, _ in keys}:
             published = Published(inputs, self.skip)

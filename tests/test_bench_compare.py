@@ -187,8 +187,10 @@ def test_what_became_slower_is_found_and_what_one_side_cannot_do_is_told(reposit
 def test_status():
     fine, slow, broken, older = compared(*[1.0] * 6), compared(*[1.06] * 6), compared(), compared()
     broken.failures, older.failures = {"head": "no"}, {"base": "no"}
-    assert [compare.status(found, 1.05) for found in ([fine, older], [slow], [broken])] == [0, 1, 1]
-    assert compare.status([fine, slow, older], None) == 0 and compare.status([compared(1.2)], 1.05) == 0
+    assert [compare.status(found, 1.05) for found in ([fine, older], [slow], [slow, broken])] == [0, 1, 1]
+    assert [compare.status(found, None) for found in ([fine, slow, older], [broken])] == [0, 1]
+    for untold in ([broken], [older], [compared(1.2)], [fine, compared(1.2)]):
+        assert compare.status(untold, 1.05) == 125, "git bisect skips it"
 
 
 @in_a_repository

@@ -104,6 +104,35 @@ def test_a_budget_is_for_all_steps_that_are_begun(monkeypatch, table):
     ]
 
 
+def test_a_step_is_weighed_without_the_gradients_of_the_rounds(monkeypatch, table):
+    held = []
+
+    def peak_bytes(step, device, **_):
+        held.append(any(weight.grad is not None for weight in step.model.parameters()))
+        return 0
+
+    monkeypatch.setattr(measure, "peak_bytes", peak_bytes)
+    table("--who", "skipkernels", "published", "full", "--precision", "fp32")
+    assert held == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "0"], "--classes: expected a whole number above 0; got '0'"),
+        (["--batch", "-4"], "--batch: expected a whole number above 0; got '-4'"),
+        (["--skip-layers", "0"], "--skip-layers: expected a whole number above 0; got '0'"),
+        (["--rounds", "x"], "--rounds: expected a whole number above 0; got 'x'"),
+        (["--model", "ViT-B-61"], "open_clip has no model 'ViT-B-61'"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
+def test_bad_options_are_told_in_a_line(options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        step.main([*SMALL, "--no-save", *options])
+    assert message in capsys.readouterr().err + str(ended.value)
+
+
 def test_foresight_is_a_straight_line():
     line = Foresight.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
