@@ -197,12 +197,19 @@ def slug(device: str) -> str:
 
 
 def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
-    """Append rows to bench/results/DEVICE/NAME.csv; the columns are those of the first row ever written."""
+    """Append rows to bench/results/DEVICE/NAME.csv.
+
+    Where that lacks a column of theirs, as a file of an earlier form does, it is kept under another name.
+    """
     path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if new else path.open().readline().strip().split(","))
+    columns = path.read_text(encoding="utf-8").partition("\n")[0].strip().split(",") if path.exists() else []
+    if new := not rows[0].keys() <= set(columns):
+        if columns:
+            path.replace(path.with_name(f"{name}-until-{time.time_ns()}.csv"))
+        columns = list(rows[0])
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)

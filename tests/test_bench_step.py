@@ -133,6 +133,19 @@ def test_bad_options_are_told_in_a_line(options, message, capsys):
     assert message in capsys.readouterr().err + str(ended.value)
 
 
+def test_a_table_of_other_columns_is_kept_beside_the_new_one(results):
+    def read(path):
+        return [row["who"] for row in csv.DictReader(path.open(encoding="utf-8"))]
+
+    row = {"device": "A CPU", "who": "first", "p50_ms": 1.0}
+    path = measure.append_rows([row], "step")
+    measure.append_rows([{"device": "A CPU", "who": "≥ second"}], "step")
+    assert read(path) == ["first", "≥ second"], "who has fewer columns fits in"
+    assert measure.append_rows([row | {"who": "third", "note": ""}], "step") == path
+    (before,) = path.parent.glob("step-until-*.csv")
+    assert (read(before), read(path)) == (["first", "≥ second"], ["third"])
+
+
 def test_foresight_is_a_straight_line():
     line = Foresight.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
