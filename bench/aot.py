@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import csv
 import importlib
 import itertools
 import math
@@ -35,7 +34,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +44,7 @@ from rich.console import Console
 
 from skipkernels.ops import OPERATORS, launching, registration
 
-from . import measure
+from . import measure, tables
 from .launches import CALLS, DTYPES, DTYPES_OF
 from .targets import ARCHITECTURES, Architecture
 
@@ -316,14 +314,7 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
     """Where what was compiled is not what is committed; `table` is the part of it that was asked for."""
-    committed = {row.key: row for row in table}
-    for row in rows:
-        if row.key not in committed:
-            yield f"{row.name} is missing from {TABLE.name}"
-        else:
-            yield from worse_than(committed[row.key], row)
-    for key in committed.keys() - {row.key for row in rows}:
-        yield f"{committed[key].name} is in {TABLE.name} but nothing compiles it"
+    return tables.compare(rows, table, TABLE, "compiles", worse_than)
 
 
 def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
@@ -339,21 +330,11 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
 
 
 def read_table() -> list[Row]:
-    if not TABLE.exists():
-        return []
-    integers = {name for name, kind in typing.get_type_hints(Row).items() if kind is int}
-    with TABLE.open(newline="") as file:
-        return [
-            Row(**{name: int(value) if name in integers else value for name, value in line.items()})
-            for line in csv.DictReader(file)
-        ]
+    return tables.read(TABLE, Row)
 
 
 def write_table(rows: Sequence[Row]) -> None:
-    with TABLE.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+    tables.write(TABLE, rows)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 import time
 
+NO_TIME = "left out: no time left"  # the note of a row; `stored.latest` knows it by how it begins
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ import skipkernels as sk
 from skipkernels.ops import launching, registration
 from skipkernels.selection import RankSampler
 
-from . import measure, roofline
+from . import measure, roofline, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, Inputs, autocast, random_inputs
 from .published import PublishedStep
@@ -217,20 +216,17 @@ def differences(name: str, before: int, now: int, remedy: str, exact: bool = Tru
         yield f"{name} {before:,} → {now:,}, better than in the table: run python -m {remedy}"
 
 
+def worse_than(committed: Row, row: Row) -> Iterator[str]:
+    """Where a count is not the table's."""
+    for name in COUNTS:
+        pair, exact = (getattr(committed, name), getattr(row, name)), committed.torch == row.torch
+        for difference in differences(name, *pair, "bench.counts", exact):
+            yield f"{row.name}: {difference}"
+
+
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
     """Where what was counted is not what is committed; `table` is the part of it that was asked for."""
-    committed = {row.key: row for row in table}
-    for row in rows:
-        before = committed.get(row.key)
-        if before is None:
-            yield f"{row.name} is missing from {TABLE.name}"
-        else:
-            for name in COUNTS:
-                pair, exact = (getattr(before, name), getattr(row, name)), before.torch == row.torch
-                for difference in differences(name, *pair, "bench.counts", exact):
-                    yield f"{row.name}: {difference}"
-    for key in committed.keys() - {row.key for row in rows}:
-        yield f"{committed[key].name} is in {TABLE.name} but nothing counts it"
+    return tables.compare(rows, table, TABLE, "counts", worse_than)
 
 
 def compare_launches() -> Iterator[str]:
@@ -247,19 +243,11 @@ def compare_launches() -> Iterator[str]:
 
 
 def read_table() -> list[Row]:
-    integers = {name for name, kind in typing.get_type_hints(Row).items() if kind is int}
-    with TABLE.open(newline="") as file:
-        return [
-            Row(**{name: int(value) if name in integers else value for name, value in line.items()})
-            for line in csv.DictReader(file)
-        ]
+    return tables.read(TABLE, Row)
 
 
 def write_table(rows: Sequence[Row]) -> None:
-    with TABLE.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+    tables.write(TABLE, rows)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:

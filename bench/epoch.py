@@ -35,7 +35,7 @@ from skipkernels.selection import RankSampler
 from skipkernels.tuning.model import RANDOM, load_model
 
 from . import measure
-from .budget import add_budget
+from .budget import NO_TIME, add_budget
 from .inputs import autocast, class_names, parser
 from .published import PublishedStep
 from .training import full_step
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     task, found = Task(args), {}
     for who in args.who:
         left = args.budget.allows(2 * found[OURS]["epoch_s"] if OURS in found else 0.0)
-        found[who] = task.run(who) if left else {"note": "left out: no time left"}
+        found[who] = task.run(who) if left else {"note": NO_TIME}
         row = dict.fromkeys(_COLUMNS, "") | {"who": who, "model": args.model, "images": len(task.train)}
         row |= {"tests": args.tests, "B": args.batch, "C": args.classes, "skip_layers": args.skip_layers}
         row |= {"precision": args.precision} | found[who]

@@ -34,7 +34,7 @@ import skipkernels as sk
 from tests.tolerances import relative_error
 
 from . import ceilings, measure
-from .budget import Plan, add_budget
+from .budget import NO_TIME, Plan, add_budget
 from .flops import flops_of
 from .foresight import Foresight, Probe
 from .inputs import Inputs, autocast, parser, random_inputs
@@ -107,7 +107,7 @@ def rows_of(
         if seconds > args.longest:
             notes[name] = f"left out: it takes about {seconds:.0f} s"
         elif not plan.takes((_RUNS + args.rounds) * seconds):
-            notes[name] = "left out: no time left"
+            notes[name] = NO_TIME
     runs: dict[str, Callable[[], Tensor]] = {}
     if len(notes) < len(foreseen):
         inputs = random_inputs(model, args.images, classes, args.device)

@@ -36,7 +36,7 @@ from skipkernels.memory import free_bytes
 from skipkernels.selection import RankSampler
 
 from . import ceilings, cuda, measure
-from .budget import Plan, add_budget
+from .budget import NO_TIME, Plan, add_budget
 from .flops import flops_of
 from .foresight import Foresight, Probe
 from .inputs import PRECISIONS, Inputs, parser, random_inputs
@@ -53,7 +53,6 @@ _SETTING_UP = 5  # times as long as a step may take
 _RUNS = 6  # of a step, at least: it is compared, counted, timed and weighed
 _COMPILING = 60.0  # seconds that torch.compile takes, about
 _IN_FP32 = {"fp32": 1.0, "bf16": 3.0}  # times as long as in the precision of the step, about
-_NO_TIME = "left out: no time left"
 
 _COLUMNS = "who model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib gflop".split()
 _COLUMNS += "floor_ms above_floor launches graph_ms note".split()
@@ -154,7 +153,7 @@ class Curve:
         plan = Plan(self.args.budget)
         reasons = {key: self._in_the_way(classes, *key) for key in self.wanted}
         reasons |= {
-            key: _NO_TIME for key in self.wanted if not reasons[key] and not plan.takes(self._needs(classes, *key))
+            key: NO_TIME for key in self.wanted if not reasons[key] and not plan.takes(self._needs(classes, *key))
         }
         runs = [key for key, reason in reasons.items() if not reason]
         with tempfile.TemporaryDirectory() as folder:
