@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_DTYPES", "check_alike", "check_device", "check_dtype", "check_one_dtype", "check_shape"]
+__all__ = [
+    "FEATURE_DTYPES",
+    "check_alike",
+    "check_device",
+    "check_dtype",
+    "check_one_dtype",
+    "check_shape",
+    "warn_caller",
+]
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -86,3 +96,11 @@ def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, T
         )
     check_one_dtype(function, argument, tensor, like)
     check_device(function, argument, tensor, like)
+
+
+def warn_caller(message: str) -> None:
+    """Issue a UserWarning that names the line outside this package that led to it."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "skipkernels":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

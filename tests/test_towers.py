@@ -42,7 +42,7 @@ def in_rows(block, hidden, minimal=False, rows=None):
     heads = block.attn.num_heads
     every = partial(sequences, by=SDPA, n=N, heads=heads, mask=None)
     attend = every if rows is None else partial(pooled, heads=heads, mask=None)
-    weights, kind, eps = parts(block)
+    weights, kind, eps, _ = parts(block)
     return run_block(Spec(attend, kind, eps, hidden.dtype, minimal), hidden.flatten(0, 1), weights, rows)
 
 

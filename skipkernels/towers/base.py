@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..memory import free_bytes
 from ..store import digest_tensors
 from . import attend
-from .block import KEPT, Attend, Parts, Spec, run_block
+from .block import KEPT, Parts, Spec, flattened, run_block
 from .modes import counts, evaluating
 from .plain import lacks
 from .prompts import SharedPrefix
@@ -40,26 +40,27 @@ class Tower(ABC):
     else the blocks of a family pass on, [n, …].
 
     Attributes:
+        model: The caller's.
         blocks: The caller's blocks, in order; a sequence of modules.
         embedding: What is in front of the first block: modules and single parameters.
         head: What is behind the last block.
         fixed: Parameters that the model never trains.
-        heads: H, of every block that runs as a node.
         skip: Blocks below the cut. Set by SkipCLIP.
         memory: What an upper block keeps for backward. Set by SkipCLIP.
         attention: Who computes attention in blocks that run as nodes. Set by SkipCLIP.
         reductions: Name → None where an exact reduction is on, else the reason why it is off.
     """
 
+    model: Any
     blocks: Any
     embedding: Sequence[Part]
     head: Sequence[Part]
     fixed: Sequence[nn.Parameter] = ()
-    heads: int = 1
     skip: int = 0
     memory: Memory = "fast"
     attention: attend.Backend = attend.SDPA
     reductions: dict[str, str | None]
+    _read: Sequence[Parts | str] = ()  # of each block, or the reason why it is not fused; empty: no block is
 
     @abstractmethod
     def own(self, inputs: Tensor) -> Tensor:
@@ -91,9 +92,28 @@ class Tower(ABC):
         parts = self.parts(block)
         return lacks(parts.weights) or parts
 
-    def why_no_nodes(self) -> str | None:
-        """Why blocks cannot be nodes, or None."""
-        return next((reason for reason in map(self.read, self.blocks) if isinstance(reason, str)), None)
+    def read_blocks(self) -> tuple[str | None, str | None]:
+        """Read every block; return why not all are fused, and why the last one is not, or None."""
+        self._read = [self.read(block) for block in self.blocks]
+        reasons = [read for read in self._read if isinstance(read, str)]
+        if not reasons:
+            return None, None
+        some = "" if len(reasons) == len(self._read) else f"{len(reasons)} of {len(self._read)} blocks: "
+        return some + reasons[0], self._read[-1] if isinstance(self._read[-1], str) else None
+
+    def is_fused(self, index: int) -> bool:
+        """True if block `index` runs as one autograd node."""
+        return index < len(self._read) and not isinstance(self._read[index], str)
+
+    def parts_of(self, index: int) -> Parts:
+        """Weights and settings of fused block `index`. A layer scale is multiplied into them at each call."""
+        parts = self._read[index]
+        assert not isinstance(parts, str)
+        return (
+            parts
+            if all(isinstance(x, nn.Parameter) for x in flattened(parts.weights))
+            else self.parts(self.blocks[index])
+        )
 
     def mask(self, inputs: Tensor) -> Tensor | None:
         """What is added to the attention's logits, [1 or n, 1, tokens, tokens], or None."""
@@ -108,12 +128,11 @@ class Tower(ABC):
         still = [part for part in self.lower_parts if isinstance(part, nn.Module)]
         with evaluating(still, except_for=self.patch_dropout if draw else None):
             hidden, mask = self.embed(inputs), self.mask(inputs)
-            for block in self.blocks[: self.skip]:
-                if self.as_nodes:
-                    rows = self._node(block, hidden.flatten(0, 1), self._among(hidden, mask), minimal=False)
-                    hidden = rows.view_as(hidden)
+            for index in range(self.skip):
+                if self.is_fused(index):
+                    hidden = self._fused(index, hidden, mask, minimal=False)
                 else:
-                    hidden = self.call_block(block, hidden, mask)
+                    hidden = self.call_block(self.blocks[index], hidden, mask)
         return hidden
 
     @property
@@ -127,14 +146,10 @@ class Tower(ABC):
         return next(parameter for parameter in _parameters(self.embedding) if parameter.ndim > 1).dtype
 
     @property
-    def as_nodes(self) -> bool:
-        """Whether blocks run as nodes."""
-        return self.reductions["one_node_a_block"] is None
-
-    @property
-    def upper_blocks(self) -> list[Any]:
-        """Blocks above the cut."""
-        return list(self.blocks[self.skip :])
+    def vocabulary(self) -> int | None:
+        """Number of token ids that the embedding has, or None for images."""
+        modules = (module for part in self.embedding if isinstance(part, nn.Module) for module in part.modules())
+        return next((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), None)
 
     @property
     def lower_parts(self) -> Sequence[Part]:
@@ -144,6 +159,29 @@ class Tower(ABC):
     def lower_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters below the cut."""
         return _parameters(self.lower_parts)
+
+    def summary(self) -> dict[str, Any]:
+        """What is read off the caller's model, by name, in values that two towers of one model can be compared by."""
+        known = {id(module) for module in self.model.modules()}
+
+        def own(block: nn.Module) -> list[int]:
+            """The caller's modules in a block; a chain of them may be ours."""
+            return [id(block)] if id(block) in known else [x for child in block.children() for x in own(child)]
+
+        def read(parts: Parts | str) -> Any:
+            if isinstance(parts, str):
+                return parts
+            weights = [id(x) for x in flattened(parts.weights) if isinstance(x, nn.Parameter)]
+            return weights, parts.kind, parts.eps, parts.heads
+
+        return {
+            "its type": type(self),
+            "its blocks": [own(block) for block in self.blocks],
+            "its embedding": list(map(id, self.embedding)),
+            "its head": list(map(id, self.head)),
+            "the weights or settings of a block": list(map(read, self._read)),
+            "its exact reductions": self.reductions,
+        }
 
     def lower_identity(self) -> dict[str, str | int]:
         """What features at the cut depend on, by name: digests of parameters and buffers, and the cut itself."""
@@ -168,30 +206,29 @@ class Tower(ABC):
         fixed = {id(parameter) for parameter in self.fixed}
         yield from (parameter for parameter in _parameters(upper) if id(parameter) not in fixed)
 
-    def _among(self, hidden: Tensor, mask: Tensor | None) -> Attend:
-        """Attention inside each of the sequences of `hidden` [n, tokens, W]."""
-        return partial(attend.sequences, by=self.attention, n=len(hidden), heads=self.heads, mask=mask)
+    def _fused(self, index: int, hidden: Tensor, mask: Tensor | None, *, minimal: bool) -> Tensor:
+        """One fused block over sequences [n, tokens, W]."""
+        attention = partial(attend.sequences, by=self.attention, n=len(hidden), mask=mask)
+        return self._node(index, hidden.flatten(0, 1), attention, minimal=minimal).view_as(hidden)
 
     def _node(
-        self, block: Any, rows: Tensor, attention: Attend, *, minimal: bool, wanted: Tensor | None = None
+        self, index: int, rows: Tensor, attention: Callable, *, minimal: bool, wanted: Tensor | None = None
     ) -> Tensor:
-        read = self.read(block)
-        if isinstance(read, str):
-            raise RuntimeError(
-                f"SkipCLIP: a block was altered after SkipCLIP was made: {read}. Alter it before: it then runs as "
-                "your module."
-            )
-        weights, kind, eps = read
+        """One fused block over rows [R, W]; `attention` takes the number of heads as `heads`."""
+        weights, kind, eps, heads = self.parts_of(index)
         dtype = weights.fc.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-        return run_block(Spec(attention, kind, eps, dtype, minimal), rows, weights, wanted)
+        return run_block(Spec(partial(attention, heads=heads), kind, eps, dtype, minimal), rows, weights, wanted)
 
-    def _module(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """One block above the cut by the caller's module; with `memory="min"` it runs once more in backward.
+    def _upper_block(self, index: int, hidden: Tensor, mask: Tensor | None, *, minimal: bool) -> Tensor:
+        """One block above the cut, fused or as the caller's module. With `memory="min"` it runs again in backward.
 
-        A batch norm that counts what it sees would count it twice, and keeps what it keeps.
+        A module with a batch norm in training mode is not run again: it would update its statistics twice.
         """
+        if self.is_fused(index):
+            return self._fused(index, hidden, mask, minimal=minimal)
+        block = self.blocks[index]
         if self.memory == "min" and torch.is_grad_enabled() and not counts(block):
             return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
         return self.call_block(block, hidden, mask)
@@ -202,6 +239,8 @@ class Tower(ABC):
 
         With `memory="auto"` they do where all they keep would take more than half of the memory that is free.
         """
+        if not any(map(self.is_fused, range(self.skip, len(self.blocks)))):
+            return False
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"
         wanted = hidden.numel() * hidden.element_size() * KEPT * (len(self.blocks) - self.skip)
@@ -222,21 +261,18 @@ class ImageTower(Tower):
 
     def upper(self, hidden: Tensor) -> Tensor:
         """Hidden states at the cut to image embeddings [n, D], not normalised."""
-        blocks = self.upper_blocks
-        if not self.as_nodes:
-            for block in blocks:
-                hidden = self._module(block, hidden, None)
-            return self.finish(hidden)
-        rows, minimal = hidden.flatten(0, 1), self.keeps_little(hidden)
-        pools = bool(blocks) and self.reductions["pooled_last_block"] is None
-        for block in blocks[:-1] if pools else blocks:
-            rows = self._node(block, rows, self._among(hidden, None), minimal=minimal)
+        depth, minimal = len(self.blocks), self.keeps_little(hidden)
+        pools = self.skip < depth and self.reductions["pooled_last_block"] is None
+        for index in range(self.skip, depth - pools):
+            hidden = self._upper_block(index, hidden, None, minimal=minimal)
         if not pools:
-            return self.finish(rows.view_as(hidden))
+            return self.finish(hidden)
         n, tokens, _ = hidden.shape
-        first = torch.arange(n, device=rows.device) * tokens
-        attention = partial(attend.pooled, heads=self.heads, mask=None)
-        return self.finish(self._node(blocks[-1], rows, attention, minimal=minimal, wanted=first)[:, None])
+        first = torch.arange(n, device=hidden.device) * tokens
+        attention = partial(attend.pooled, mask=None)
+        return self.finish(
+            self._node(depth - 1, hidden.flatten(0, 1), attention, minimal=minimal, wanted=first)[:, None]
+        )
 
 
 class TextTower(Tower):
@@ -259,6 +295,7 @@ class TextTower(Tower):
         tokens: Tensor,
         pooled: Tensor,
         one_node: str | None,
+        last_block: str | None = None,
         *,
         causal: str | None = None,
         crop: str | None = None,
@@ -270,7 +307,8 @@ class TextTower(Tower):
         Args:
             tokens: [C, L] int64.
             pooled: [C] int64.
-            one_node: Why blocks cannot be nodes, or None.
+            one_node: Why not all blocks are fused, or None.
+            last_block: Why the last block is not fused, or None.
             causal: Why the mask is not the causal one.
             crop: Why what comes last may not be left out.
             length: Tokens that are seen by any pooled one; by default as far as the last of those.
@@ -285,7 +323,13 @@ class TextTower(Tower):
             "text_crop": crop,
             "shared_prefix": alone,
             "one_node_a_block": one_node,
-            "pooled_last_block": one_node,
+            "pooled_last_block": last_block if self._read else one_node,
+        }
+
+    def summary(self) -> dict[str, Any]:  # noqa: D102
+        return super().summary() | {
+            "the tokens that are seen": self.tokens.tolist(),
+            "the positions that become embeddings": self.pooled.tolist(),
         }
 
     def mask(self, inputs: Tensor) -> Tensor | None:
@@ -340,40 +384,37 @@ class TextTower(Tower):
         hidden, tokens = self.prompts_of(rows, class_ids, of_all)
         ends, mask = (self.pooled if class_ids is None else self.pooled[class_ids]).to(rows.device), self.mask(tokens)
         n, L, _ = hidden.shape
-        at_end, blocks = torch.arange(n, device=rows.device) * L + ends, self.upper_blocks
-        if not self.as_nodes or not blocks:
-            for block in blocks:
-                hidden = self._module(block, hidden, mask)
+        at_end, depth = torch.arange(n, device=rows.device) * L + ends, len(self.blocks)
+        minimal, pools = self.keeps_little(hidden), self.skip < depth and self.reductions["pooled_last_block"] is None
+        for index in range(self.skip, depth - pools):
+            hidden = self._upper_block(index, hidden, mask, minimal=minimal)
+        if not pools:
             return hidden.flatten(0, 1)[at_end]
-        rows, minimal = hidden.flatten(0, 1), self.keeps_little(hidden)
-        for block in blocks[:-1]:
-            rows = self._node(block, rows, self._among(hidden, mask), minimal=minimal)
         if mask is not None:
             mask = mask.expand(n, 1, L, L)[torch.arange(n, device=rows.device), 0, ends]
-        attention = partial(attend.pooled, heads=self.heads, mask=mask)
-        return self._node(blocks[-1], rows, attention, minimal=minimal, wanted=at_end)
+        attention = partial(attend.pooled, mask=mask)
+        return self._node(depth - 1, hidden.flatten(0, 1), attention, minimal=minimal, wanted=at_end)
 
     def _run_behind_prefix(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> Tensor:
         """Hidden states [K, W] of the pooled tokens behind the last block, the prefix computed once for all."""
         assert self.prompts is not None
         chosen = self.prompts.choose(len(rows), rows.device, class_ids, of_all)
         rows = rows.index_select(0, chosen.picked)
-        blocks, minimal = self.upper_blocks, self.keeps_little(rows)
-        if not blocks:
+        depth, minimal = len(self.blocks), self.keeps_little(rows)
+        if self.skip == depth:
             return rows[chosen.ends]
         attention = partial(
             attend.suffixes,
             by=self.attention,
-            heads=self.heads,
             prefix=self.prompts.length,
             offsets=chosen.offsets,
             max_length=self.prompts.longest,
             blind=chosen.ends if self.prompts.blind else None,
         )
-        for block in blocks[:-1]:
-            rows = self._node(block, rows, attention, minimal=minimal)
+        for index in range(self.skip, depth - 1):
+            rows = self._node(index, rows, attention, minimal=minimal)
         last = partial(attention, queries=chosen.ends)
-        return self._node(blocks[-1], rows, last, minimal=minimal, wanted=chosen.ends)
+        return self._node(depth - 1, rows, last, minimal=minimal, wanted=chosen.ends)
 
 
 def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:

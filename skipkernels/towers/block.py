@@ -44,6 +44,11 @@ class Weights(NamedTuple):
     proj_bias: Tensor
 
 
+def flattened(weights: Weights) -> list[Tensor]:
+    """All tensors of a block, query, key and value projection apart if they are."""
+    return [x for field in weights for x in (field if isinstance(field, tuple) else (field,))]
+
+
 class Parts(NamedTuple):
     """What is read off the caller's block.
 
@@ -51,11 +56,13 @@ class Parts(NamedTuple):
         weights: Its parameters.
         kind: Activation, as in `functional.mlp_activation`.
         eps: Of the two norms.
+        heads: H, number of attention heads.
     """
 
     weights: Weights
     kind: str
     eps: tuple[float, float]
+    heads: int
 
 
 class Spec(NamedTuple):
@@ -89,7 +96,7 @@ def run_block(spec: Spec, hidden: Tensor, weights: Weights, rows: Tensor | None 
     Returns:
         [Q, W] in the dtype of `hidden`.
     """
-    flat = [x for field in weights for x in (field if isinstance(field, tuple) else (field,))]
+    flat = flattened(weights)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *flat)):
         return _Block.apply(spec, hidden, rows, *flat)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -43,8 +43,8 @@ class EncoderTextTower(TextTower):
     def upper(self, rows: Tensor, class_ids: Tensor | None = None, *, of_all: bool = True) -> Tensor:  # noqa: D102
         hidden, tokens = self.prompts_of(rows, class_ids, of_all)
         mask = self.mask(tokens)
-        for block in self.upper_blocks:
-            hidden = self._module(block, hidden, mask)
+        for index in range(self.skip, len(self.blocks)):
+            hidden = self._upper_block(index, hidden, mask, minimal=False)
         hidden = self.end(hidden)
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(

@@ -50,8 +50,11 @@ def _obstacle(block: Any) -> str | None:
     reason = unlike(block, *_KINDS[kind])
     if reason is not None:
         return reason
-    if block.self_attn.dropout > 0:
+    attention = block.self_attn
+    if attention.dropout > 0:
         return "a block's attention has dropout"
+    if attention.is_causal or attention.scale != (attention.embed_dim // attention.num_heads) ** -0.5:
+        return "a block's attention is causal by itself or has a scale of its own"
     return None
 
 
@@ -64,7 +67,8 @@ def _parts(block: Any) -> Parts:
         attention.out_proj.weight, attention.out_proj.bias, block.layer_norm2.weight, block.layer_norm2.bias,
         mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
     )  # fmt: skip
-    return Parts(weights, _ACTIVATIONS[type(mlp.activation_fn)], (block.layer_norm1.eps, block.layer_norm2.eps))
+    eps = block.layer_norm1.eps, block.layer_norm2.eps
+    return Parts(weights, _ACTIVATIONS[type(mlp.activation_fn)], eps, attention.num_heads)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -83,9 +87,9 @@ class HuggingFaceImageTower(ImageTower):
         self.model: Any = model
         self.vision = self.model.vision_model
         config = self.vision.config
-        self.blocks, self.heads = self.vision.encoder.layers, config.num_attention_heads
+        self.blocks = self.vision.encoder.layers
         self.image_size = (config.image_size, config.image_size)
-        one_node = pooled = self.why_no_nodes()
+        one_node, pooled = self.read_blocks()
         if isinstance(model, CLIPModel):
             self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
             self.head = (self.vision.post_layernorm, self.model.visual_projection)
@@ -121,16 +125,17 @@ class HuggingFaceTextTower(TextTower):
     def __init__(self, model: Any, tokens: Tensor):
         self.model: Any = model
         self.text = self.model.text_model
-        self.blocks, self.heads = self.text.encoder.layers, self.text.config.num_attention_heads
+        self.blocks = self.text.encoder.layers
         self.embedding = (self.text.embeddings,)
-        one_node = self.why_no_nodes()
+        one_node, last_block = self.read_blocks()
         if isinstance(model, CLIPModel):
             self.head = (self.text.final_layer_norm, self.model.text_projection)
-            self.take(tokens, self._ends(tokens), one_node)
+            self.take(tokens, self._ends(tokens), one_node, last_block)
         else:
             self.head = (self.text.final_layer_norm, self.text.head)
             last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
-            self.take(tokens, last, one_node, causal="there is no mask", crop="every token sees every other")
+            crop = "every token sees every other"
+            self.take(tokens, last, one_node, last_block, causal="there is no mask", crop=crop)
 
     def _ends(self, tokens: Tensor) -> Tensor:
         end = self.text.config.eos_token_id

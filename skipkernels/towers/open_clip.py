@@ -14,6 +14,7 @@ import torch
 from open_clip.model import CLIP
 from open_clip.pos_embed import get_2d_sincos_pos_embed
 from open_clip.transformer import (
+    Attention,
     LayerNorm,
     LayerNormFp32,
     LayerScale,
@@ -34,8 +35,8 @@ _ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 _NORM, _SCALE = (LayerNorm, LayerNormFp32), (nn.Identity, LayerScale)
 _BLOCK: dict[str, tuple[type, ...]] = {
     "ln_1": _NORM,
-    "attn": (nn.MultiheadAttention,),
-    "attn.out_proj": (NonDynamicallyQuantizableLinear,),
+    "attn": (nn.MultiheadAttention, Attention),
+    "attn.out_proj": (NonDynamicallyQuantizableLinear, nn.Linear),
     "ls_1": _SCALE,
     "ln_2": _NORM,
     "mlp": (nn.Sequential,),
@@ -44,14 +45,24 @@ _BLOCK: dict[str, tuple[type, ...]] = {
     "mlp.c_proj": (nn.Linear,),
     "ls_2": _SCALE,
 }
+# Attention of open_clip 4, in place of PyTorch's.
+_ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
+_ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
 
 
 def _obstacle(block: Any) -> str | None:
     """Why a block cannot be run as one node, which sees its weights alone, or None."""
-    reason = unlike(block, ResidualAttentionBlock, _BLOCK)
+    own = isinstance(getattr(block, "attn", None), Attention)
+    reason = unlike(block, ResidualAttentionBlock, _BLOCK | _ATTENTION if own else _BLOCK)
     if reason is not None:
         return reason
     attention = block.attn
+    if own:
+        plain = attention.logit_scale is None and attention.head_scale is None and attention.in_proj_weight is not None
+        if not plain or attention.attn_drop.p > 0 or attention.out_drop.p > 0:
+            return "a block's attention has dropout, a scale of its own, or projections apart"
+        width = attention.in_proj_weight.shape[1]
+        return None if attention.scale == (width // attention.num_heads) ** -0.5 else "a block's attention is scaled"
     if attention.dropout > 0 or attention.add_zero_attn or attention.bias_k is not None:
         return "a block's attention has dropout or a key of its own"
     return None
@@ -66,7 +77,8 @@ def parts(block: Any) -> Parts:
         mlp.c_fc.weight, mlp.c_fc.bias, *scaled(mlp.c_proj, block.ls_2),
     )  # fmt: skip
     tanh = getattr(mlp.gelu, "approximate", "none") == "tanh"
-    return Parts(weights, "gelu_tanh" if tanh else _ACTIVATIONS[type(mlp.gelu)], (block.ln_1.eps, block.ln_2.eps))
+    kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(mlp.gelu)]
+    return Parts(weights, kind, (block.ln_1.eps, block.ln_2.eps), attention.num_heads)
 
 
 def _are_sines_and_cosines(positions: Tensor, grid: tuple[int, int]) -> bool:
@@ -91,7 +103,6 @@ class OpenClipImageTower(ImageTower):
                 "embeddings, [n, 1, D]; create the model with attentional_pool=True."
             )
         self.blocks = visual.transformer.resblocks
-        self.heads = self.blocks[0].attn.num_heads if len(self.blocks) else 1
         self.image_size = tuple(visual.image_size)
         self.embedding = (
             visual.conv1, visual.class_embedding, visual.positional_embedding, visual.patch_dropout, visual.ln_pre
@@ -99,7 +110,7 @@ class OpenClipImageTower(ImageTower):
         if _are_sines_and_cosines(visual.positional_embedding, visual.grid_size):
             self.fixed = (visual.positional_embedding,)
         self.head = (visual.attn_pool, visual.ln_post, visual.proj)
-        one_node = pooled = self.why_no_nodes()
+        one_node, pooled = self.read_blocks()
         if visual.attn_pool is not None or visual.pool_type != "tok":
             pooled = pooled or "the tower pools over all tokens"
         self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
@@ -140,11 +151,10 @@ class OpenClipTextTower(TextTower):
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's own tokenizer: open_clip.get_tokenizer(its name)."
             )
-        self.heads = self.blocks[0].attn.num_heads if len(self.blocks) else 1
         self.embedding = (self.text.token_embedding, self.text.positional_embedding)
         self.head = (self.text.ln_final, self.text.text_projection)
-        one_node = self.why_no_nodes()
-        self.take(tokens, one_node=one_node, **self._seen(tokens))
+        one_node, last_block = self.read_blocks()
+        self.take(tokens, one_node=one_node, last_block=last_block, **self._seen(tokens))
 
     def _seen(self, tokens: Tensor) -> dict[str, Any]:
         """Which tokens become embeddings and which are seen at all, as `take` wants it."""
@@ -195,7 +205,7 @@ class OpenClipTextTower(TextTower):
         if mask is None:
             return block(hidden)
         mask = mask.to(hidden)
-        each_head = mask[0, 0] if len(mask) == 1 else mask.expand(-1, self.heads, -1, -1).flatten(0, 1)
+        each_head = mask[0, 0] if len(mask) == 1 else mask.expand(-1, block.attn.num_heads, -1, -1).flatten(0, 1)
         return block(hidden, attn_mask=each_head)
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102

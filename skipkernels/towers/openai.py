@@ -40,7 +40,7 @@ def _parts(block: Any) -> Parts:
         attention.out_proj.weight, attention.out_proj.bias, block.ln_2.weight, block.ln_2.bias,
         mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias,
     )  # fmt: skip
-    return Parts(weights, "quick_gelu", (block.ln_1.eps, block.ln_2.eps))
+    return Parts(weights, "quick_gelu", (block.ln_1.eps, block.ln_2.eps), attention.num_heads)
 
 
 def _call(block: nn.Module, hidden: Tensor) -> Tensor:
@@ -55,12 +55,11 @@ class OpenAIImageTower(ImageTower):
     def __init__(self, model: Any):
         visual = model.visual
         self.model, self.visual, self.blocks = model, visual, visual.transformer.resblocks
-        self.heads = self.blocks[0].attn.num_heads
         self.image_size = (visual.input_resolution, visual.input_resolution)
         self.embedding = (visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
         self.head = (visual.ln_post, visual.proj)
-        one_node = self.why_no_nodes()
-        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": one_node}
+        one_node, last_block = self.read_blocks()
+        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": last_block}
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_image(inputs)
@@ -85,18 +84,19 @@ class OpenAITextTower(TextTower):
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model, self.blocks = model, model.transformer.resblocks
-        self.heads = self.blocks[0].attn.num_heads
         self.embedding = (model.token_embedding, model.positional_embedding)
         self.head = (model.ln_final, model.text_projection)
-        one_node = self.why_no_nodes()
+        one_node, last_block = self.read_blocks()
         length = tokens.shape[1]
         triangle = torch.full((length, length), -torch.inf).triu(1)
         masks = [getattr(block, "attn_mask", None) for block in self.blocks]
         causal = all(mask is not None and mask[:length, :length].float().cpu().equal(triangle) for mask in masks)
         reason = None if causal else "a block's mask is not the causal one"
-        one_node = one_node or reason
+        one_node, last_block = one_node or reason, last_block or reason
+        if reason is not None:
+            self._read = [reason] * len(self.blocks)
         crop = None if one_node is None else "a block runs as your module, on the whole context"
-        self.take(tokens, tokens.argmax(dim=-1), one_node, causal=reason, crop=crop)
+        self.take(tokens, tokens.argmax(dim=-1), one_node, last_block, causal=reason, crop=crop)
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_text(inputs)

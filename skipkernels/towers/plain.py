@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .block import Weights
+from .block import Weights, flattened
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALTERED = {"forward", "attention", "__call__"}  # methods that someone may have put on the object itself
@@ -47,7 +47,7 @@ def scaled(layer: nn.Linear, scale: Any) -> tuple[Tensor, Any]:
 
 def lacks(weights: Weights) -> str | None:
     """Why a block with these weights cannot run as one node, or None."""
-    tensors = [x for field in weights for x in (field if isinstance(field, tuple) else (field,))]
+    tensors = flattened(weights)
     if any(x is None for x in tensors):
         return "a layer of a block has no bias, or a norm no weight"
     if len({x.dtype for x in tensors if x.ndim == 2}) > 1:

@@ -94,6 +94,8 @@ def _obstacle(block: Any) -> str | None:
         return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
     if block.attn.qkv.out_features != 3 * block.attn.qkv.in_features:
         return "the heads of a block are not as wide as the block"
+    if block.attn.scale != block.attn.head_dim**-0.5 or getattr(block.attn, "is_causal", False):
+        return "a block's attention is causal or has a scale of its own"
     return None
 
 
@@ -107,7 +109,7 @@ def _parts(block: Any) -> Parts:
     activation = block.mlp.act
     tanh = getattr(activation, "approximate", "none") == "tanh"
     kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(activation)]
-    return Parts(weights, kind, (block.norm1.eps, block.norm2.eps))
+    return Parts(weights, kind, (block.norm1.eps, block.norm2.eps), block.attn.num_heads)
 
 
 class TransformerTower(ImageTower):
@@ -124,11 +126,9 @@ class TransformerTower(ImageTower):
         back = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
         self.embedding: tuple[Part, ...] = tuple(getattr(trunk, name, None) for name in front)
         self.head = (*(getattr(trunk, name, None) for name in back), self.visual.head)
-        one_node = pooled = self.why_no_nodes()
+        one_node, pooled = self.read_blocks()
         if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "token":
             pooled = pooled or "the tower pools over all tokens"
-        if one_node is None and len(self.blocks):
-            self.heads = self.blocks[0].attn.num_heads
         self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
@@ -157,7 +157,7 @@ class ViTaminTower(TransformerTower):
         backbone = self.trunk.patch_embed.backbone
         stages = [((), stage) for stage in backbone.stages]
         self.blocks = in_order([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
-        self.embedding = (backbone.stem,)
+        self._read, self.embedding = (), (backbone.stem,)
         self.reductions = {"one_node_a_block": AS_MODULES, "pooled_last_block": AS_MODULES}
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
