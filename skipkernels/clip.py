@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from .boundary import DEFAULT_CHUNK, LSkipBoundary
+from .checks import warn_caller
+from .classifier import ImageClassifier
 from .selection import ClassSelection, RankSampler, Tail, select_ranks
+from .store import digests
 from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
+from .towers.agreement import Pair, check_agreement
 from .towers.attend import SDPA, Attention, Backend
 from .towers.base import ImageTower
+from .towers.structure import Structure, WeightsSeen, containers, fused_modules, refuse_overrides
 from .towers.text_store import TextStore, kept_prototypes, telling
 
-# Largest distance between a unit-norm embedding of the caller's model and SkipCLIP's of the same input. The two run
-# the same arithmetic in another order, so they differ by rounding: about 1e-6 in fp32 over twelve blocks, and in half
-# precision by a few units of the last place of the hidden states. Some models take a softmax in fp32 though all else is
-# in fp64. A wrong activation or mask is off by 1e-2 and more.
-_SELF_CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+Trainable = Literal["upper", "as_is"]
+_ADAPTERS = ("peft", "loralib", "adapters")  # packages whose modules hold trainable weights beside the model's own
+_STATE_FORMAT = "1"
+# Every SkipCLIP on a model: a later one may freeze or train what an earlier one relies on.
+_on_model: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[SkipCLIP]] = weakref.WeakKeyDictionary()
+_frozen: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # by a SkipCLIP, by identity
 
 
 class SkipOutput(NamedTuple):
-    """What a step gives: the loss, the [B, K] logits if asked for, kept classes [K], and each label's place there."""
+    """Loss, logits, and the classes that they are over.
+
+    Attributes:
+        loss: [], mean cross-entropy over the batch.
+        logits: [B, K]; in training [B, 0] unless asked for.
+        class_ids: [K] int64, ascending. In evaluation all classes, K = C.
+        targets: [B] int64, positions of the labels in `class_ids`.
+    """
 
     loss: Tensor
-    logits: Tensor | None
+    logits: Tensor
     class_ids: Tensor
     targets: Tensor
 
@@ -42,7 +57,18 @@ class SkipCLIP(nn.Module):
     the cut is frozen (`requires_grad` False), what is above is set to train. At `skip_layers=0` nothing is frozen but
     `logit_scale`: that is full fine-tuning with class skipping.
 
-    `torch.compile(clip)` computes the same. In `DistributedDataParallel(clip, broadcast_buffers=False)` each process
+    In evaluation mode (`clip.eval()`) a forward pass compares with all classes, returns [B, C] logits, and changes no
+    state. `clip.state_dict()` holds the model, and as `_extra_state` the sampler and the prototypes, so that a training
+    resumes with the same draws.
+
+    The model must not be altered after construction (a hook, another layer, mask or head count): that is an error at
+    the next call, until `refresh` reads the model again. Weights below the cut are compared by content at each switch
+    between training and evaluation mode, and by version in each step.
+
+    `torch.compile(clip)` runs the step as it is and makes nothing faster. Activation checkpointing around SkipCLIP is
+    refused, since it would draw other classes: use `memory="min"`.
+
+    In `DistributedDataParallel(clip, broadcast_buffers=False)` each process
     chooses classes for its part of a batch. With `keep_ratio=1` and equal parts the gradients are those of the whole.
 
     Args:
@@ -58,6 +84,9 @@ class SkipCLIP(nn.Module):
         generator: Source of the draws; seeded with 0 if not given.
         lower_device: Where what is below the cut lives, parameters and buffers, if not with the rest.
         train_logit_scale: Also train the temperature.
+        trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
+            "as_is" trains those parameters above the cut whose `requires_grad` is set: adapters, norms or biases alone.
+            Either way what is below the cut is frozen.
         chunk: Most samples that run below the cut at once.
         memory: What a block above the cut keeps for backward: "fast" all but what is cheap to compute again (about ten
             widths a token), "min" its input alone, and runs again in backward; "auto" is "fast" as long as that takes
@@ -71,12 +100,12 @@ class SkipCLIP(nn.Module):
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
-        sampler: The `RankSampler`; its `state_dict` belongs into a checkpoint.
+        sampler: The `RankSampler`. Its state is part of `state_dict`.
 
     Raises:
-        UnsupportedModel: If no adapter handles the model.
+        UnsupportedModel: If no tower handles the model, or a module that SkipCLIP does not call has hooks.
         ValueError: If an argument is out of range.
-        RuntimeError: If SkipCLIP's embeddings differ from the model's own.
+        RuntimeError: If SkipCLIP's embeddings or gradients differ from the model's own.
         StoreError: If `text_cache` holds the features of other prompts, weights or another model.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
@@ -97,6 +126,8 @@ class SkipCLIP(nn.Module):
     model: Any  # the caller's, with the attributes of its family
     prototypes: Tensor
     _text_features: Tensor | None
+    _features: tuple[torch.Size, torch.dtype]  # shape of one image's features at the cut, and their dtype
+    _trains: frozenset[int]  # identities of the parameters that train
 
     def __init__(
         self,
@@ -111,6 +142,7 @@ class SkipCLIP(nn.Module):
         generator: torch.Generator | None = None,
         lower_device: torch.device | str | None = None,
         train_logit_scale: bool = False,
+        trainable: Trainable = "upper",
         chunk: int = DEFAULT_CHUNK,
         memory: Memory = "auto",
         attention: Attention = "sdpa",
@@ -129,59 +161,278 @@ class SkipCLIP(nn.Module):
             )
         if chunk < 1:
             raise ValueError(f"SkipCLIP: chunk must be at least 1; got {chunk}.")
-        self.model = model
-        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
-        self.chunk = chunk
-        self._image, self._text = build_towers(model, tokens)
-        device = self._text.tokens.device
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("SkipCLIP: it cannot be made under torch.inference_mode(): its tensors could not train.")
+        if memory not in get_args(Memory):
+            raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
+        if trainable not in get_args(Trainable):
+            raise ValueError(f'SkipCLIP: trainable must be "upper" or "as_is"; got {trainable!r}.')
         pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
         if len(pair) != 2:
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
-        if memory not in get_args(Memory):
-            raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
-        self._image.memory = self._text.memory = memory
-        self._image.attention = self._text.attention = self._backend(attention)
-        self._image.skip = blocks_to_skip(pair[0], len(self._image.blocks), "image")
-        self._text.skip = blocks_to_skip(pair[1], len(self._text.blocks), "text")
-        self._freeze(train_logit_scale)
-        self._class_embeddings: tuple[Tensor, Any, list[Tensor]] | None = None  # and of which weights
+        self.model = model
+        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+        self.chunk = chunk
+        self._settings = _Settings(pair, memory, attention, trainable, train_logit_scale)
+        self._tokens = tokens.to("cpu", torch.int32)
+        self._image, self._text = build_towers(model, tokens)
+        self._set_up_towers()
+        self._class_embeddings: tuple[Tensor, Any] | None = None  # and of which weights
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
+        self._superseded = False
 
         self.register_buffer("_text_features", None, persistent=False)
         self._text_store: TextStore | None = None
-        self._features_of: list[tuple[int, int]] = []  # the lower weights that gave either
-        with torch.autocast(device.type, enabled=False):
+        self._text_weights = self._lower_image = WeightsSeen(())
+        with torch.autocast(self._text.tokens.device.type, enabled=False):
             with evaluating([model]):
                 if text_cache is not None:
                     self._keep_texts(Path(text_cache))
                 prototypes = self._prototypes(text_cache)
                 self.register_buffer("prototypes", prototypes, persistent=False)
-                self._check_against_model(tokens.to(device))
-            with training_without_chance(model):
-                self._check_against_model(tokens.to(device))
+            self._check_against_model()
 
         if lower_device is not None:
             self._lower_device = torch.device(lower_device)
             for tower in (self._image, self._text):
                 tower.move_lower(self._lower_device)
-            self._features_of = self._lower_text_weights()
+        self._accept_weights()
+        self._supersede_others()
 
     # ---- construction ------------------------------------------------------------------------------------------
 
-    def _freeze(self, train_logit_scale: bool) -> None:
-        # All that is not above a cut: what is below, a bias of all logits, which a softmax doesn't see, CoCa's decoder.
-        self.model.requires_grad_(False)
-        towers = (self._image, self._text)
-        lower = {id(parameter) for tower in towers for parameter in tower.lower_parameters()}
-        for parameter in (parameter for tower in towers for parameter in tower.upper_parameters()):
-            if id(parameter) in lower:
-                name = next(name for name, other in self.model.named_parameters() if other is parameter)
-                raise UnsupportedModel(
-                    f"SkipCLIP: parameter {name} is used on both sides of the cut, so it would change what is cached. "
-                    "Untie it, or use skip_layers=0."
+    def _set_up_towers(self) -> None:
+        """Cut the towers, set what trains, and take the snapshot that later calls are compared with."""
+        settings, towers = self._settings, (self._image, self._text)
+        vocabulary, largest = self._text.vocabulary, int(self._tokens.max())
+        if int(self._tokens.min()) < 0 or (vocabulary is not None and largest >= vocabulary):
+            raise ValueError(
+                f"SkipCLIP: tokens must be ids in [0, {vocabulary}), the model's vocabulary; got "
+                f"{int(self._tokens.min())} to {largest}. Use the model's own tokenizer."
+            )
+        for tower, name, skip in zip(towers, ("image", "text"), settings.skip_layers, strict=True):
+            tower.memory, tower.skip = settings.memory, blocks_to_skip(skip, len(tower.blocks), name)
+        self._image.attention = self._text.attention = self._backend(settings.attention)
+        self._structure: tuple[Structure, Structure] | None = None
+        refuse_overrides(self.model, containers(self.model, (self._image, self._text)))
+        self._set_trainable()
+        self._structure = self._take_snapshot()
+        for tower, name in zip(towers, ("image", "text"), strict=True):
+            reason = tower.reductions["one_node_a_block"]
+            if tower.can_fuse and reason is not None and settings.trainable == "upper":
+                warn_caller(
+                    f"SkipCLIP: not every block of the {name} tower is fused ({reason}). It runs as your module: the "
+                    "results are the same, time and memory are not."
                 )
-            parameter.requires_grad_(True)
-        self.model.logit_scale.requires_grad_(train_logit_scale)
+
+    def _set_trainable(self) -> None:
+        """Set `requires_grad` of every parameter of the model."""
+        towers, trainable = (self._image, self._text), self._settings.trainable
+        lower = {id(parameter) for tower in towers for parameter in tower.lower_parameters()}
+        upper = {id(parameter): parameter for tower in towers for parameter in tower.upper_parameters()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        by_us = _frozen.setdefault(self.model, set())
+        for key in upper:
+            if key in lower:
+                raise UnsupportedModel(
+                    f"SkipCLIP: parameter {names[key]} is used on both sides of the cut, so it would change what is "
+                    "cached. Untie it, or use skip_layers=0."
+                )
+        if trainable == "upper":
+            adapter = next((name for name, module in self.model.named_modules() if _is_adapter(module)), None)
+            if adapter is not None:
+                raise UnsupportedModel(
+                    f'SkipCLIP: {adapter} is an adapter, and trainable="upper" would train the weights beside it as '
+                    'well. Pass trainable="as_is".'
+                )
+            frozen = [p for key, p in upper.items() if not p.requires_grad and key not in by_us]
+            if frozen:
+                warn_caller(
+                    f'SkipCLIP: trainable="upper" sets requires_grad of {len(frozen)} parameters above the cut that '
+                    f"were frozen ({sum(p.numel() for p in frozen):,} numbers). "
+                    'Pass trainable="as_is" to leave them frozen.'
+                )
+        else:
+            below = [p for p in self.model.parameters() if id(p) in lower and p.requires_grad]
+            if below and any(not p.requires_grad for p in self.model.parameters()):
+                warn_caller(
+                    f"SkipCLIP: {len(below)} trainable parameters below the cut are frozen "
+                    f"({sum(p.numel() for p in below):,} numbers), {names[id(below[0])]} among them: features at the "
+                    "cut are constants. Put adapters above the cut, or lower skip_layers."
+                )
+        # All else is frozen: a bias of all logits, which a softmax doesn't see, and CoCa's decoder.
+        by_us |= {id(p) for p in self.model.parameters() if p.requires_grad and id(p) not in upper}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in upper and (trainable == "upper" or parameter.requires_grad))
+        self.model.logit_scale.requires_grad_(self._settings.train_logit_scale)
+        if not any(p.requires_grad for p in upper.values()) and not self._settings.train_logit_scale and upper:
+            warn_caller("SkipCLIP: nothing trains: every parameter above the cut is frozen.")
+
+    def _supersede_others(self) -> None:
+        """Mark every earlier SkipCLIP on this model that trains other parameters than this one."""
+        others = _on_model.setdefault(self.model, weakref.WeakSet())
+        own = self._trained_ids()
+        for other in others - {self}:
+            other._superseded = other._superseded or other._trains != own
+        self._trains = own
+        others.add(self)
+
+    def _trained_ids(self) -> frozenset[int]:
+        return frozenset(id(p) for p in self.model.parameters() if p.requires_grad)
+
+    # ---- changes to the model ----------------------------------------------------------------------------------
+
+    def _take_snapshot(self) -> tuple[Structure, Structure]:
+        """Of what each step relies on, and of the fused image blocks below the cut."""
+        image, text = self._image, self._text
+        upper = fused_modules(image, range(image.skip, len(image.blocks)))
+        every_text = fused_modules(text, range(len(text.blocks)))
+        around = containers(self.model, (image, text))
+        return Structure([*around, *upper, *every_text]), Structure(fused_modules(image, range(image.skip)))
+
+    @torch.compiler.disable
+    def _check_structure(self, *, lower_image: bool = False) -> None:
+        """Raise if the model was altered since it was read.
+
+        Raises:
+            RuntimeError: If it was, or if another SkipCLIP has changed what trains.
+        """
+        if self._superseded:
+            raise RuntimeError(
+                "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
+                "wrong ones. Use the later one, or make this one anew."
+            )
+        if self._structure is None:  # a copy, or just unpickled
+            self._structure = self._take_snapshot()
+        if self._structure[0].is_unchanged() and (not lower_image or self._structure[1].is_unchanged()):
+            return
+        try:
+            refuse_overrides(self.model, containers(self.model, (self._image, self._text)))
+            fresh = build_towers(self.model, self._tokens.long())
+        except ValueError as error:
+            raise RuntimeError(f"SkipCLIP: the model was altered after SkipCLIP was made. {error}") from error
+        for name, old, new in (("image", self._image, fresh[0]), ("text", self._text, fresh[1])):
+            was, now = old.summary(), new.summary()
+            for what in was:
+                if was[what] != now[what]:
+                    reason = next((x for x in now[_READ] if isinstance(x, str)), "") if what == _READ else ""
+                    raise RuntimeError(
+                        f"SkipCLIP: the {name} tower was altered after SkipCLIP was made: {what} changed"
+                        f"{f' ({reason})' if reason else ''}. Undo that, or call clip.refresh() to read the model "
+                        "again, and make the optimizer anew if parameters were replaced."
+                    )
+        self._structure = self._take_snapshot()
+
+    def refresh(self) -> None:
+        """Read the model again after it was altered on purpose, or after features at the cut were computed anew.
+
+        Every check of the construction is repeated and `requires_grad` is set again. Prototypes and sampler stay. An
+        optimizer that holds replaced parameters must be made anew.
+        """
+        device = self.prototypes.device
+        self._image, self._text = build_towers(self.model, self._tokens.to(device).long())
+        self._set_up_towers()
+        self._class_embeddings, self._text_features = None, None
+        with torch.autocast(device.type, enabled=False):
+            self._check_against_model()
+        if self._lower_device is not None:
+            for tower in (self._image, self._text):
+                tower.move_lower(self._lower_device)
+        self._accept_weights()
+        self._superseded = False
+        self._supersede_others()
+
+    def _accept_weights(self) -> None:
+        """Take the weights below the cut as those of all features that follow."""
+        self._lower_image = WeightsSeen(self._image.lower_parameters())
+        if self._text_features is not None or self._text_store is not None:
+            self._text_weights = WeightsSeen(self._text.lower_parameters())
+
+    def check_weights(self) -> None:
+        """Compare the weights below the cut with those that gave the features at the cut, by content.
+
+        A step compares versions alone, which a change through `.data` or `numpy()` does not raise. This is called at
+        each switch between training and evaluation mode; `skipkernels tune` calls it once an epoch. Text features are
+        computed again if need be; image features are the caller's, and a later call with them is an error.
+        """
+        self._lower_image.look()
+        if self._text_weights.look():
+            self._text_features = None
+
+    def train(self, mode: bool = True) -> SkipCLIP:
+        """Set training or evaluation mode; at a switch the weights below the cut are compared, see `check_weights`."""
+        switched = mode != self.training
+        super().train(mode)
+        if switched:
+            self.check_weights()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkipCLIP:
+        """Convert or move everything, also what the towers hold; prototypes stay in fp32 at least."""
+        before, dtype, stale = self.prototypes, self._image.dtype, self._lower_image.changed()
+        super()._apply(fn, recurse)
+        if self.prototypes.dtype != before.dtype:
+            self.prototypes = before.to(self.prototypes.device)
+        self._text.apply(fn)
+        if self._image.dtype != dtype:
+            self._features = self._features[0], self._image.dtype
+            if not stale:
+                self._accept_weights()
+        for tower in (self._image, self._text):  # a parameter may be another object now
+            if tower._read:
+                tower.read_blocks()
+        self._structure, self._class_embeddings = None, None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_structure": None}  # it refers to the modules of this process
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """State of the sampler and the prototypes as one uint8 tensor, which holds a safetensors file."""
+        tensors = {"prototypes": self.prototypes.cpu()} | self.sampler.tensors()
+        data = safetensors.torch.save(tensors, metadata={"format": _STATE_FORMAT})
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from what `get_extra_state` returned.
+
+        Raises:
+            ValueError: If it is damaged, or of another number of classes or another width.
+        """
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
+            raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
+        try:
+            tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
+            prototypes = tensors.pop("prototypes")
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
+        if prototypes.shape != self.prototypes.shape:
+            raise ValueError(
+                f"SkipCLIP: the extra state has prototypes {list(prototypes.shape)}, and this model and task have "
+                f"{list(self.prototypes.shape)}. Load it into a SkipCLIP with the same prompts."
+            )
+        self.sampler.load_tensors(tensors)
+        self.prototypes.copy_(prototypes)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        key = f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)
+            warn_caller(
+                "SkipCLIP: the state dict has no sampler and no prototypes (it was saved by an older version, or is "
+                "the model's own); the draws continue from where they are."
+            )
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; the loaded weights below the cut are taken as those of the features."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._accept_weights()
+        return result
 
     def _backend(self, attention: Attention) -> Backend:
         if attention not in get_args(Attention):
@@ -190,9 +441,10 @@ class SkipCLIP(nn.Module):
             return SDPA
         device = self.model.logit_scale.device
         for tower in (self._image, self._text):
-            if tower.as_nodes:
-                weight = tower.parts(tower.blocks[0]).weights.fc
-                reason = xformers.unusable(device, weight.dtype, weight.shape[1] // tower.heads)
+            if tower.is_fused(0):
+                parts = tower.parts_of(0)
+                weight = parts.weights.fc
+                reason = xformers.unusable(device, weight.dtype, weight.shape[1] // parts.heads)
                 if reason is not None:
                     raise ValueError(
                         f'SkipCLIP: attention="xformers" cannot serve here: {reason} Leave it at "sdpa", or use a GPU '
@@ -200,35 +452,38 @@ class SkipCLIP(nn.Module):
                     )
         return xformers.backend()
 
-    def _check_against_model(self, tokens: Tensor) -> None:
-        """Raise if an embedding differs from that which the caller's model, in its present mode, gives itself."""
+    def _check_against_model(self) -> None:
+        """Raise if an embedding or gradient differs from that of the caller's model, in evaluation or training mode."""
+        device = self._text.tokens.device
         ids = telling(self._text)
+        tokens = self._tokens.to(device).long()[ids]
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(tokens.device, self._image.dtype)
-        with torch.no_grad():
-            features = self.encode_lower(image)
+        image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(device, self._image.dtype)
+
+        half = torch.finfo(self.model.logit_scale.dtype).bits < 32 or torch.finfo(self._image.dtype).bits < 32
+
+        def texts() -> Tensor:
+            if not half:
+                return self._encode_classes(ids)
+            lower = self._lower_texts(ids) if self._text.skip else self._text.lower(self._text.tokens[ids])
+            return self._text.upper(self._text.rows(lower, ids), ids, of_all=False)
+
+        def encode_image() -> Tensor:
+            return self._image.upper(self._encode_lower(self._image, image))
+
+        pairs = [
+            Pair("texts", lambda: self._text.own(tokens), texts, list(self._text.upper_parameters())),
+            Pair("an image", lambda: self._image.own(image), encode_image, list(self._image.upper_parameters())),
+        ]
+        with evaluating([self.model]):
+            with torch.no_grad():
+                features = self._encode_lower(self._image, image)
             self._features = features.shape[1:], features.dtype
-            pairs = {
-                "texts": (self._text.own(tokens[ids]), self.encode_classes(ids)),
-                "an image": (self._image.own(image), self.encode_upper(features)),
-            }
-        dtype = max((p.dtype for p in self.trainable_parameters()), key=lambda dtype: torch.finfo(dtype).eps)
-        for name, (expected, got) in pairs.items():
-            if not expected.isfinite().all():
-                raise RuntimeError(
-                    f"SkipCLIP: the model itself gives {name} an embedding that is not finite. Its weights are "
-                    "damaged, or too large for its dtype; load others."
-                )
-            expected, got = (nn.functional.normalize(x.to(self.prototypes.dtype), dim=-1) for x in (expected, got))
-            distance, allowed = (expected - got).norm(dim=-1).max().item(), _SELF_CHECK_TOLERANCE[dtype]
-            if not distance <= allowed:
-                mode = "training" if self.model.training else "evaluation"
-                raise RuntimeError(
-                    f"SkipCLIP: the model itself embeds {name} differently in {mode} mode: unit-norm distance "
-                    f"{distance:.2e}, allowed {allowed:.0e} for {dtype}. Something in this model (a hook, a changed "
-                    "forward, another mask or activation) is not what its type promises, and tuning it would be "
-                    "silently wrong."
-                )
+            for pair in pairs:
+                check_agreement(pair, "evaluation", gradients=False)
+        with training_without_chance(self.model):
+            for pair in pairs:
+                check_agreement(pair, "training", gradients=True)
 
     @property
     def skip_layers(self) -> tuple[int, int]:
@@ -259,6 +514,8 @@ class SkipCLIP(nn.Module):
 
     def lower_identity(self, tower: Literal["image", "text"]) -> dict[str, str | int]:
         """What the features of a tower at the cut depend on, by name; it changes when what is below the cut does."""
+        if tower == "image":  # the features that are asked about are those of these weights
+            self._lower_image = WeightsSeen(self._image.lower_parameters())
         return (self._image if tower == "image" else self._text).lower_identity()
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
@@ -277,6 +534,7 @@ class SkipCLIP(nn.Module):
         no dropout, batch norms as they are. Patches are dropped only if asked for, from a model in training mode whose
         image tower does that; such features are a sample, and not for a cache.
         """
+        self._check_structure(lower_image=True)
         return self._encode_lower(self._image, images, drop_patches)
 
     def _encode_lower(self, tower: ImageTower, images: Tensor, drop_patches: bool = False) -> Tensor:
@@ -288,6 +546,7 @@ class SkipCLIP(nn.Module):
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
+        self._check_structure()
         return self._image.upper(features)
 
     def encode_image(self, x: Tensor) -> Tensor:
@@ -298,11 +557,23 @@ class SkipCLIP(nn.Module):
         Raises:
             ValueError: If x is neither, or is features although nothing is skipped.
         """
+        self._check_structure(lower_image=x.ndim == 4)
+        return self._encode_image(x)
+
+    def _encode_image(self, x: Tensor) -> Tensor:
         shape, dtype = self._features
         sample = self._image.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
         are_features = x.shape[1:] == shape or sample
         if x.ndim == 4 and x.shape[1] == 3 and not are_features:
-            return self.encode_upper(self.encode_lower(x, drop_patches=True))
+            try:
+                return self._image.upper(self._encode_lower(self._image, x, drop_patches=True))
+            except RuntimeError as error:
+                if tuple(x.shape[2:]) == self.image_size:
+                    raise
+                raise ValueError(
+                    f"SkipCLIP: images must be [B, 3, {self.image_size[0]}, {self.image_size[1]}], the size that the "
+                    f"model takes; got {list(x.shape)}. Use the model's image transform."
+                ) from error
         if self._image.skip == 0:
             raise ValueError(
                 "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images "
@@ -313,24 +584,25 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
                 f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."
             )
-        return self.encode_upper(x.to(dtype))
+        if self._lower_image.changed():
+            raise RuntimeError(
+                "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so features at the cut from "
+                "before are of another model. Compute them again, then call clip.refresh()."
+            )
+        return self._image.upper(x.to(dtype))
 
     def _keep_texts(self, folder: Path) -> None:
         """Keep the texts' features at the cut in a folder."""
         if self._text.skip == 0:
             raise ValueError("SkipCLIP: text_cache is for what is below a cut; with skip_layers=0 there is nothing.")
         self._text_store = TextStore(folder / "features", self._text, self._lower_texts, self.chunk)
-        self._features_of = self._lower_text_weights()
+        self._text_weights = WeightsSeen(self._text.lower_parameters())
 
     def _prototypes(self, folder: str | Path | None) -> Tensor:
         """Embeddings [C, D] of all classes from before tuning."""
         if folder is None:
             return self._encode_all_classes()
         return kept_prototypes(Path(folder, "prototypes"), self._text, self._unit_embeddings)
-
-    def _lower_text_weights(self) -> list[tuple[int, int]]:
-        """Changes when weights are loaded or moved; a look at each step costs microseconds."""
-        return [(p.data_ptr(), p._version) for p in self._text.lower_parameters()]
 
     def _lower_texts(self, class_ids: Tensor | None = None) -> Tensor:
         """Hidden states [n, L, W] at the cut of the prompts of some classes, or of all, without autocast."""
@@ -344,20 +616,26 @@ class SkipCLIP(nn.Module):
 
         They are rows [R, W] of all classes, for as long as the weights below the cut are the same, or a folder.
         """
-        text, weights = self._text, self._lower_text_weights()
+        text = self._text
         if self._text_store is not None:
-            if weights != self._features_of:
+            if self._text_weights.changed():
                 self._text_store.check(text.lower_identity())
-                self._features_of = weights
+                self._text_weights = WeightsSeen(text.lower_parameters())
             kept = self._text_store
             return lambda class_ids: text.upper(kept.gather(text.places(class_ids)), class_ids, of_all=False)
-        if self._text_features is None or weights != self._features_of:
-            self._text_features, self._features_of = text.rows(self._lower_texts()), weights
+        if self._text_features is None or self._text_weights.changed():
+            with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's context
+                self._text_features = text.rows(self._lower_texts())
+            self._text_weights = WeightsSeen(text.lower_parameters())
         rows = self._text_features
         return lambda class_ids: text.upper(rows, class_ids)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to text embeddings [K, D], not normalised."""
+        self._check_structure()
+        return self._encode_classes(class_ids)
+
+    def _encode_classes(self, class_ids: Tensor) -> Tensor:
         if self._text.skip > 0:
             return self._encode_kept()(class_ids)
         hidden = self._text.lower(self._text.tokens[class_ids])
@@ -370,34 +648,121 @@ class SkipCLIP(nn.Module):
     def _unit_embeddings(self, class_ids: Tensor) -> Tensor:
         """Class ids [n] to unit-norm embeddings [n, D], without gradient, in chunks."""
         with torch.no_grad():
-            encode = self.encode_classes if self._text.skip == 0 else self._encode_kept()
+            encode = self._encode_classes if self._text.skip == 0 else self._encode_kept()
             embeddings = torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)])
             wide = torch.promote_types(embeddings.dtype, torch.float32)
             return nn.functional.normalize(embeddings.to(wide), dim=-1)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, labels: Tensor, *, return_logits: bool = False) -> SkipOutput:
+    @torch.compiler.disable  # blocks hold graphs of their own, which a compiler would cut to pieces
+    def forward(
+        self,
+        x: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        images: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> SkipOutput:
         """One step: embed the images, choose the classes, embed those, and compare.
+
+        In evaluation mode every class takes part, nothing is drawn, and the logits are [B, C].
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             labels: [B] int64, classes of the images.
-            return_logits: Also give the [B, K] logits; they are not needed for the loss.
+            pixel_values: Another name of x, for trainers that pass their batch by name.
+            images: Another name of x.
+            return_logits: In training, also return the [B, K] logits; the loss does not need them.
 
         Returns:
-            SkipOutput: the mean cross-entropy over the kept classes, and which they were.
+            SkipOutput: the mean cross-entropy over the classes that take part, and which they are.
 
         Raises:
-            ValueError: If shapes don't fit or a label is out of range.
+            TypeError: If x or labels are no tensors, or of the wrong dtype.
+            ValueError: If shapes don't fit, the batch is empty, an image is not finite, or a label is out of range.
+            RuntimeError: If the model was altered, or in training if this is called within a backward pass.
         """
-        image = self.encode_image(x)
-        class_ids, targets = self.select(image, labels)
-        text = self.encode_classes(class_ids)
+        given = [value for value in (x, pixel_values, images) if value is not None]
+        if len(given) != 1:
+            raise TypeError(f"SkipCLIP: pass images or features once, as x, pixel_values or images; got {len(given)}.")
+        (x,) = given
+        self._check_batch(x, labels)
+        assert labels is not None
+        self._check_structure(lower_image=x.ndim == 4)
+        self._follow(x.device)
+        if self.training and torch._C._current_graph_task_id() != -1 and self._draws(len(x)):
+            raise RuntimeError(
+                "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
+                'would draw other classes than the first time. Use memory="min" in its place.'
+            )
+        image = self._encode_image(x)
         scale = self.model.logit_scale.exp()
+        if not self.training:
+            return self._evaluate(image, labels, scale)
+        class_ids, targets = self.select(image, labels)
+        text = self._encode_classes(class_ids)
         loss = functional.class_sampled_cross_entropy(image, text, targets, scale)
-        logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
+        logits = functional.class_sampled_logits(image, text, scale) if return_logits else loss.new_empty(len(x), 0)
         return SkipOutput(loss, logits, class_ids, targets)
+
+    def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
+        """Loss and logits over all classes. Without gradients the class embeddings are computed once."""
+        every = torch.arange(len(self.prototypes), device=image.device)
+        text = self._encode_classes(every) if torch.is_grad_enabled() else self.class_embeddings().to(image.dtype)
+        loss = functional.class_sampled_cross_entropy(image, text, labels, scale)
+        return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), every, labels)
+
+    def _draws(self, batch_size: int) -> bool:
+        classes = len(self.prototypes)
+        return self.sampler.plan(classes, batch_size)[0] < classes
+
+    def _check_batch(self, x: Any, labels: Any) -> None:
+        """Refuse what is no batch. Values are looked at on the CPU alone: elsewhere that would wait for the device."""
+        _check_images(x)
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
+                "clip.predict(x)."
+            )
+        if labels.is_floating_point() or labels.ndim == 2:
+            raise ValueError(
+                f"SkipCLIP: labels must be class ids, int64 [B={len(x)}]; got {labels.dtype} {list(labels.shape)}. "
+                "One-hot, mixed or multiple labels are not handled; of one-hot labels pass labels.argmax(dim=1)."
+            )
+        if labels.shape != (len(x),) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"SkipCLIP: labels must be int64 [B={len(x)}], one for each image; got {labels.dtype} "
+                f"{list(labels.shape)}."
+            )
+        if labels.device.type == "cpu":
+            low, high = (int(x) for x in torch.aminmax(labels))
+            if low < 0 or high >= len(self.prototypes):
+                raise ValueError(
+                    f"SkipCLIP: labels must be in [0, C={len(self.prototypes)}); got {low} to {high}. Leave images "
+                    "without a class out of the batch."
+                )
+
+    def _follow(self, device: torch.device) -> None:
+        """Move what is beside the model to where the images are, after the model alone was moved."""
+        if self.prototypes.device != device and self.model.logit_scale.device == device:
+            self.prototypes = self.prototypes.to(device)
+            self._text.apply(lambda x: x.to(device))
+            self._class_embeddings = self._text_features = None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Set `memory="min"`: every block above the cut keeps its input alone and runs again in backward."""
+        self.set_grad_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Set `memory` back to what it was at construction, or to "auto" if that was "min"."""
+        self.set_grad_checkpointing(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """The same under open_clip's name."""
+        otherwise: Memory = "auto" if self._settings.memory == "min" else self._settings.memory
+        self._image.memory = self._text.memory = "min" if enable else otherwise
 
     @torch.no_grad()
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
@@ -406,7 +771,7 @@ class SkipCLIP(nn.Module):
         return select_ranks(scores, labels, self.sampler.draw(len(self.prototypes), len(labels)))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Every parameter that tuning changes."""
+        """Every parameter that trains."""
         return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
@@ -417,14 +782,18 @@ class SkipCLIP(nn.Module):
         Raises:
             RuntimeError: If parameters are no longer the model's.
         """
-        text, image = list(self._text.upper_parameters()), list(self._image.upper_parameters())
+        text, image = (
+            [p for p in tower.upper_parameters() if p.requires_grad or self._settings.trainable == "upper"]
+            for tower in (self._text, self._image)
+        )
         if self.model.logit_scale.requires_grad:
             text.append(self.model.logit_scale)
         if not {id(p) for p in (*text, *image)} <= {id(p) for p in self.model.parameters()}:
             raise RuntimeError(
                 "SkipCLIP: the model's parameters were replaced by others (load_state_dict with assign=True does "
-                "that), so they would not train. Make SkipCLIP anew, or load without assign."
+                "that), so they would not train. Call clip.refresh(), or load without assign."
             )
+        self._check_structure()
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 
     # ---- inference ---------------------------------------------------------------------------------------------
@@ -435,22 +804,27 @@ class SkipCLIP(nn.Module):
         They are those of evaluation mode, are kept, and computed again only when the text tower's weights have changed,
         by whatever means.
         """
-        upper, lower = list(self._text.upper_parameters()), list(self._text.lower_parameters())
-        device = upper[0].device.type
+        self._check_structure()
+        device = self.model.logit_scale.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # The version counter misses a change through .data, the hash one that only moves numbers about or flips signs.
-        seen = [(p.data_ptr(), p._version) for p in upper], autocast, self._lower_text_weights()
-        hashes = [torch.stack([torch.hash_tensor(p.detach()) for p in part]) for part in (upper, lower) if part]
-        if self._class_embeddings is not None:
-            embeddings, kept_seen, kept_hashes = self._class_embeddings
-            same = [kept.equal(hashed) for kept, hashed in zip(kept_hashes, hashes, strict=True)]
-            if kept_seen == seen and all(same):
-                return embeddings
-            if not same[-1]:
-                self._text_features, self._features_of = None, []
-        with evaluating([self.model]):
-            self._class_embeddings = self._encode_all_classes(), seen, hashes
+        if self._text_weights.look():  # a change past the version counter
+            self._text_features = None
+        parts = (*self._text.upper_parameters(), *self._text.lower_parameters())
+        seen = autocast, digests(x.detach() for x in parts)
+        if self._class_embeddings is None or self._class_embeddings[1] != seen:
+            with torch.inference_mode(False), evaluating([self.model]):
+                self._class_embeddings = self._encode_all_classes(), seen
         return self._class_embeddings[0]
+
+    def classifier(self) -> nn.Module:
+        """A plain module, images [B, 3, height, width] to logits [B, C], with the class embeddings as they are now.
+
+        It shares the weights of the image tower, runs in evaluation mode, and holds no SkipCLIP: `torch.export` and
+        ONNX take it. Make it again after further training.
+        """
+        self._check_structure()
+        with torch.no_grad():
+            return ImageClassifier(self._image.encoder(), self.class_embeddings(), self.model.logit_scale.exp()).eval()
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -458,9 +832,12 @@ class SkipCLIP(nn.Module):
 
         They are those of evaluation mode, whatever mode the model is in.
         """
+        _check_images(x)
+        self._check_structure(lower_image=x.ndim == 4)
+        self._follow(x.device)
         classes = self.class_embeddings()
         with evaluating([self.model]):
-            image = self.encode_image(x)
+            image = self._encode_image(x)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
             image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
             return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
@@ -480,3 +857,42 @@ def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
             f"its blocks such as 0.5, or a tuple (image, text) of either; got {skip!r}."
         )
     return int(blocks)
+
+
+class _Settings(NamedTuple):
+    """Arguments of SkipCLIP that `refresh` needs again."""
+
+    skip_layers: tuple[int | float, int | float]
+    memory: Memory
+    attention: Attention
+    trainable: Trainable
+    train_logit_scale: bool
+
+
+_READ = "the weights or settings of a block"
+
+
+def _check_images(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"SkipCLIP: x must be a tensor, images [B, 3, height, width] or features at the cut; got "
+            f"{type(x).__name__}. Stack a list of images with torch.stack."
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"SkipCLIP: images must be floating-point and normalised as the model's image transform does it; got "
+            f"{x.dtype}. Apply the transform, or (images / 255 − mean) / std."
+        )
+    if x.ndim < 3:
+        raise ValueError(
+            f"SkipCLIP: x must be images [B, 3, height, width] or features at the cut [B, N, W]; got {list(x.shape)}."
+        )
+    if len(x) == 0:
+        raise ValueError(f"SkipCLIP: a batch must have at least one image; got {list(x.shape)}.")
+    if x.ndim == 4 and x.shape[1] == 3 and x.device.type == "cpu" and not x.isfinite().all():
+        bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"SkipCLIP: images must be finite; NaN or infinity in images {bad} of the batch.")
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in _ADAPTERS or any("lora_" in name for name in module._parameters)

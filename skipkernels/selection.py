@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -143,6 +143,38 @@ class RankSampler:
         assert self.generator is not None
         self.generator.set_state(state["generator"])
         self._fixed, self._min_keep = state["fixed"], state["min_keep"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as tensors on the CPU, by name."""
+        state = self.state_dict() | {"min_keep": torch.tensor(self._min_keep)}
+        return {name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what `tensors` returned.
+
+        Raises:
+            ValueError: If it is not the state of a generator of this kind.
+        """
+        assert self.generator is not None
+        try:
+            state = {"generator": tensors["generator"], "min_keep": int(tensors["min_keep"])}
+            fixed = tensors.get("fixed")
+            self.load_state_dict(state | {"fixed": None if fixed is None else fixed.to(self.generator.device)})
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"RankSampler: the state is not that of a generator on {self.generator.device}: {error}."
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator cannot be pickled: its state and device travel in its place.
+        assert self.generator is not None
+        return vars(self) | {"generator": (self.generator.device, self.generator.get_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, numbers = state["generator"]
+        generator = torch.Generator(device)
+        generator.set_state(numbers)
+        vars(self).update(state | {"generator": generator})
 
 
 def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:

@@ -4,7 +4,7 @@ The format is in docs/cache.md. Nothing here knows what the rows are.
 """
 
 from .atomic import replace_file
-from .digest import digest_json, digest_tensors
+from .digest import digest_json, digest_tensors, digests
 from .manifest import COMPUTED, DTYPES, MANIFEST, DifferentStore, Layout, Manifest, StoreError
 from .reader import Store
 from .writer import Writer, erase, is_store, leftovers, prune
@@ -21,6 +21,7 @@ __all__ = [
     "Writer",
     "digest_json",
     "digest_tensors",
+    "digests",
     "erase",
     "is_store",
     "leftovers",

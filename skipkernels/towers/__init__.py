@@ -66,8 +66,13 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTowe
     """
     if _name(model) not in _MODELS:
         raise UnsupportedModel(
-            f"SkipCLIP: model must be one of {', '.join(_MODELS)}; got {_name(model)}. If it wraps one of these, pass "
-            "what it wraps; of a class derived from one, nothing is known."
+            f"SkipCLIP: model must be one of {', '.join(_MODELS)}; got {_name(model)}. "
+            + (
+                "A PeftModel redirects calls: put the adapters into the model itself, by peft.inject_adapter_in_model, "
+                'and pass that with trainable="as_is".'
+                if _name(model).startswith("peft.")
+                else "A wrapper or a derived class may compute something else, so it is not taken for one of these."
+            )
         )
     tokens = tokens.to(next(model.parameters()).device, torch.int64)
     visual, text = (model if part is None else getattr(model, part) for part in _MODELS[_name(model)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -47,6 +48,15 @@ class _InFloat32(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _ConvolutionInFloat32(TorchFunctionMode):
+    """The same for convolutions, which compare the dtypes of their arguments before they dispatch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.conv1d, torch.conv2d, torch.conv3d):
+            args, kwargs = tree_map(_widened, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def _widened(x: Any) -> Any:
     if isinstance(x, Tensor) and x.dtype in _HALF:
         return x.float()
@@ -54,9 +64,20 @@ def _widened(x: Any) -> Any:
 
 
 @contextmanager
-def _wide_enough(dtype: torch.dtype) -> Iterator[None]:
-    with _InFloat32() if dtype in _HALF else nullcontext():
-        yield
+def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Run half-precision arithmetic in fp32, with fp32 gradients of these parameters."""
+    half = [p for p in parameters if p.dtype in _HALF]
+    try:
+        for parameter in half:
+            parameter.grad_dtype = torch.float32
+        with ExitStack() as modes:
+            if half:
+                modes.enter_context(_ConvolutionInFloat32())
+                modes.enter_context(_InFloat32())
+            yield
+    finally:
+        for parameter in half:
+            parameter.grad_dtype = parameter.dtype
 
 
 def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
@@ -74,8 +95,7 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
     """
     trainable = [p for p in pair.parameters if p.requires_grad] if gradients else []
     parameters = [p for p in trainable if p.ndim <= 1] or trainable
-    dtype = next((p.dtype for p in pair.parameters if p.ndim > 1), torch.float32)
-    with _wide_enough(dtype), torch.set_grad_enabled(bool(parameters)):
+    with _in_float32(pair.parameters), torch.set_grad_enabled(bool(parameters)):
         raw = pair.own(), pair.ours()
         wide = torch.promote_types(raw[1].dtype, torch.float32)
         expected, got = (nn.functional.normalize(x.to(wide), dim=-1) for x in raw)
@@ -88,7 +108,9 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
         if parameters:
             generator = torch.Generator().manual_seed(1)
             upstream = torch.randn(expected.shape, generator=generator).to(expected)
-            derived = [torch.autograd.grad((x * upstream).sum(), parameters, allow_unused=True) for x in (got, expected)]
+            derived = [
+                torch.autograd.grad((x * upstream).sum(), parameters, allow_unused=True) for x in (got, expected)
+            ]
             _refuse(pair.what, mode, "relative error of the gradient", _error(*derived), _GRADIENT_TOLERANCE[wide])
 
 
@@ -101,7 +123,9 @@ def _error(got: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) 
     pairs = [(a, b) for a, b in zip(got, expected, strict=True) if a is not None or b is not None]
     if not pairs:
         return 0.0
-    left, right = (torch.cat([_or_zeros(x, other).flatten() for x, other in side]) for side in (pairs, [(b, a) for a, b in pairs]))
+    left, right = (
+        torch.cat([_or_zeros(x, other).flatten() for x, other in side]) for side in (pairs, [(b, a) for a, b in pairs])
+    )
     return ((left - right).norm() / right.norm().clamp_min(torch.finfo(right.dtype).tiny)).item()
 
 
@@ -116,6 +140,6 @@ def _refuse(what: str, mode: str, measure: str, value: float, allowed: float) ->
     if not value <= allowed:
         raise RuntimeError(
             f"SkipCLIP: the model itself embeds {what} differently in {mode} mode: {measure} {value:.2e}, allowed "
-            f"{allowed:.0e}. Something in this model (a hook, a changed forward, another mask or activation) is not what "
-            "its type promises, and tuning it would be silently wrong."
+            f"{allowed:.0e}. Something in this model (a hook, a changed forward, another mask or activation) is not "
+            "what its type promises, and tuning it would be silently wrong."
         )

@@ -101,6 +101,11 @@ class Tower(ABC):
         some = "" if len(reasons) == len(self._read) else f"{len(reasons)} of {len(self._read)} blocks: "
         return some + reasons[0], self._read[-1] if isinstance(self._read[-1], str) else None
 
+    @property
+    def can_fuse(self) -> bool:
+        """True if blocks of this family are fused, unless a block was altered."""
+        return len(self._read) > 0
+
     def is_fused(self, index: int) -> bool:
         """True if block `index` runs as one autograd node."""
         return index < len(self._read) and not isinstance(self._read[index], str)
@@ -252,6 +257,10 @@ class ImageTower(Tower):
 
     image_size: tuple[int, int]
 
+    def encoder(self) -> nn.Module:
+        """The caller's image encoder by itself: images to embeddings [n, D], or a tuple that begins with them."""
+        return self.model.visual
+
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states behind the last block to embeddings [n, D].
@@ -325,6 +334,12 @@ class TextTower(Tower):
             "one_node_a_block": one_node,
             "pooled_last_block": last_block if self._read else one_node,
         }
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move what is beside the model's modules."""
+        self.tokens, self.pooled = fn(self.tokens), fn(self.pooled)
+        if self.prompts is not None:
+            self.prompts.apply(fn)
 
     def summary(self) -> dict[str, Any]:  # noqa: D102
         return super().summary() | {

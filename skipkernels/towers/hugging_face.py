@@ -78,6 +78,17 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+class _ImageEncoder(nn.Module):
+    """The image half of a CLIPModel or SiglipModel as a module."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.vision_model, self.projection = model.vision_model, getattr(model, "visual_projection", nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.vision_model(pixel_values=images).pooler_output)
+
+
 class HuggingFaceImageTower(ImageTower):
     """`model.vision_model` of such a model, and the projection of CLIP."""
 
@@ -103,6 +114,9 @@ class HuggingFaceImageTower(ImageTower):
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return _tensor(self.model.get_image_features(pixel_values=inputs))
+
+    def encoder(self) -> nn.Module:  # noqa: D102
+        return _ImageEncoder(self.model)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         hidden = self.vision.embeddings(inputs)

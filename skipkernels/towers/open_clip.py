@@ -201,7 +201,7 @@ class OpenClipTextTower(TextTower):
         length, mask = inputs.shape[1], self.text.attn_mask
         return None if mask is None else mask[None, None, :length, :length].to(inputs.device)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+    def call_block(self, block: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
         if mask is None:
             return block(hidden)
         mask = mask.to(hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,10 @@ class SharedPrefix:
         self._lengths = pooled + 1 - self.length
         self.longest = int(self._lengths.max())
         self._of_one_length = bool((self._lengths == self.longest).all())
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the lengths of the suffixes."""
+        self._lengths = fn(self._lengths)
 
     def _packs(self, device: torch.device) -> bool:
         return device.type == "cpu" and not self._of_one_length

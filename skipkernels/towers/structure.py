@@ -1,4 +1,4 @@
-"""Detection of changes to the modules that SkipCLIP reads but does not call.
+"""Detection of changes to a model after SkipCLIP was made: to modules that it does not call, and to weights.
 
 A fused block reads the weights and settings of the caller's block and never calls it. The containers around the blocks
 (the model, `visual`, a stack of blocks) are not called either. What is changed in them after SkipCLIP was made (a hook,
@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Part, Tower, UnsupportedModel
+from ..store import digests
+from .base import Tower, UnsupportedModel
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _EMBEDDERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
@@ -31,7 +32,8 @@ class Structure:
     def __init__(self, modules: Iterable[nn.Module]):
         self._modules = list(dict.fromkeys(modules))
         self._dicts = [vars(module) for module in self._modules]
-        self._parts = [x for module in self._modules for x in (module._parameters, module._modules) if x]
+        held = ("_parameters", "_modules", "_buffers")
+        self._parts = [part for module in self._modules for name in held if (part := getattr(module, name))]
         self._hooks = [getattr(module, name) for module in self._modules for name in _HOOKS]
         settings = [(own, [name for name in own if name not in _IGNORED]) for own in self._dicts]
         self._settings = [(itemgetter(*names), own) for own, names in settings if names]
@@ -60,29 +62,26 @@ class Structure:
 _VERSION = attrgetter("_version")
 
 
-def bypassed(model: nn.Module, towers: Sequence[Tower], blocks: Iterable[tuple[Tower, int]]) -> list[nn.Module]:
-    """Modules that SkipCLIP reads or replaces and does not call: containers of the towers, and fused blocks.
-
-    Args:
-        model: The caller's.
-        towers: Both.
-        blocks: (tower, index) of the blocks to include, where they are fused.
-    """
-    called = {id(module) for tower in towers for part in _called(tower) for module in part.modules()}
-    fused = [x for tower, index in blocks if tower.is_fused(index) for x in tower.blocks[index].modules()]
-    every = {id(x) for tower in towers for block in tower.blocks for x in block.modules()} | called
-    parameters = {id(part) for tower in towers for part in (*tower.embedding, *tower.head) if _is_parameter(part)}
+def containers(model: nn.Module, towers: Sequence[Tower]) -> list[nn.Module]:
+    """The model and the modules around its blocks, embeddings and heads, which SkipCLIP does not call."""
+    parts = [part for tower in towers for part in (*tower.embedding, *tower.head, *tower.blocks)]
+    modules = {id(x) for part in parts if isinstance(part, nn.Module) for x in part.modules()}
+    parameters = {id(part) for part in parts if isinstance(part, nn.Parameter)}
 
     def holds_a_part(module: nn.Module) -> bool:
-        inside = any(id(child) in every for child in module.modules())
+        inside = any(id(child) in modules for child in module.modules())
         return inside or any(id(parameter) in parameters for parameter in module.parameters(recurse=False))
 
-    containers = [x for x in model.modules() if id(x) not in every and (x is model or holds_a_part(x))]
-    return [*containers, *fused]
+    return [x for x in model.modules() if id(x) not in modules and (x is model or holds_a_part(x))]
+
+
+def fused_modules(tower: Tower, blocks: Iterable[int]) -> list[nn.Module]:
+    """Every module of those blocks that are fused."""
+    return [module for index in blocks if tower.is_fused(index) for module in tower.blocks[index].modules()]
 
 
 def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Refuse hooks and instance methods on modules that are not called.
+    """Refuse hooks and instance methods on containers, which are not called.
 
     Raises:
         UnsupportedModel: If there is one.
@@ -104,11 +103,23 @@ def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _is_parameter(part: Part) -> bool:
-    return isinstance(part, nn.Parameter)
+class WeightsSeen:
+    """Parameters as they were: changes are seen by version and address, and by content where those differ."""
 
+    def __init__(self, parameters: Iterable[Tensor]):
+        self._parameters = list(parameters)
+        self._seen, self._digests = self._versions(), digests(p.detach() for p in self._parameters)
+        self._differs = False
 
-def _called(tower: Tower) -> list[nn.Module]:
-    """Modules of a tower that SkipCLIP calls: embedding, head, and blocks that are not fused."""
-    blocks = [block for index, block in enumerate(tower.blocks) if not tower.is_fused(index)]
-    return [part for part in (*tower.embedding, *tower.head, *blocks) if isinstance(part, nn.Module)]
+    def _versions(self) -> list[int]:
+        return [*map(_VERSION, self._parameters), *map(Tensor.data_ptr, self._parameters)]
+
+    def changed(self) -> bool:
+        """True if the numbers are others than at construction; a change past the version counter is not seen."""
+        return self.look() if self._differs or self._versions() != self._seen else False
+
+    def look(self) -> bool:
+        """The same by content, whatever the versions say."""
+        self._seen = self._versions()
+        self._differs = digests(p.detach() for p in self._parameters) != self._digests
+        return self._differs

@@ -248,6 +248,15 @@ def test_another_activation_is_followed(make):
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
+def test_attention_with_a_scale_of_its_own_is_not_fused():
+    model, tokens, (images, labels) = hugging_face_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    model.vision_model.encoder.layers[1].self_attn.scale = 0.1
+    model.text_model.encoder.layers[2].self_attn.scale = 0.1
+    with pytest.warns(UserWarning, match="1 of 3 blocks: a block's attention is causal by itself or has a scale"):
+        clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
 @pytest.mark.parametrize(
     ("make", "part"),
     [
@@ -273,7 +282,7 @@ def test_a_tower_that_was_altered_is_refused(make, part):
         return out
 
     tower.forward = other
-    with pytest.raises(RuntimeError, match="the model itself embeds"):
+    with pytest.raises(UnsupportedModel, match=r"has its own forward\(\), and SkipCLIP does not call this module"):
         sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
 
 

@@ -1,0 +1,306 @@
+"""A model that is altered after it was wrapped, frozen in part, or carries adapters: followed, or refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+from own_step import assert_is_the_own_step
+from torch import nn
+
+import skipkernels as sk
+from skipkernels.store import digests
+from skipkernels.store.digest import _digest_there
+from skipkernels.towers import UnsupportedModel
+from skipkernels.towers import open_clip as open_clip_towers
+
+C = 7
+
+
+class LoRA(nn.Module):
+    """A linear layer with a low-rank update, as an adapter library would put it in the layer's place."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2):
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Parameter(0.1 * torch.randn(rank, base.in_features, dtype=base.weight.dtype))
+        self.lora_B = nn.Parameter(0.1 * torch.randn(base.out_features, rank, dtype=base.weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def with_adapters(block: int, tower: str = "both") -> nn.Module:
+    """A frozen model whose MLP layer in one block carries a trainable LoRA."""
+    model = tiny_clip().requires_grad_(False)
+    for stack in {"both": (model.visual.transformer, model.transformer), "image": (model.visual.transformer,)}[tower]:
+        stack.resblocks[block].mlp.c_proj = LoRA(stack.resblocks[block].mlp.c_proj)
+    return model
+
+
+# ---- what trains -----------------------------------------------------------------------------------------------
+
+
+def test_trainable_upper_says_what_it_unfreezes():
+    model = tiny_clip().requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"sets requires_grad of 54 parameters above the cut that were frozen \("):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    assert model.text_projection.requires_grad
+
+
+def test_trainable_upper_says_nothing_of_an_ordinary_model(recwarn):
+    model = tiny_clip()
+    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
+    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    assert not recwarn.list
+
+
+def test_trainable_upper_refuses_adapters():
+    with pytest.raises(UnsupportedModel, match=r'c_proj is an adapter.*Pass trainable="as_is"'):
+        sk.SkipCLIP(with_adapters(1), tiny_tokens(C), skip_layers=1)
+
+
+def test_as_is_trains_adapters_alone_and_keeps_plain_blocks_fused():
+    model, (images, labels) = with_adapters(2), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert len(clip.trainable_parameters()) == 4
+    assert [clip._image.is_fused(i) for i in range(3)] == [True, True, False]
+    assert "1 of 3 blocks" in clip.reductions["image.one_node_a_block"]
+    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+
+
+@pytest.mark.parametrize("kept", ["ln_", "bias"])
+def test_as_is_trains_norms_or_biases_alone(kept, recwarn):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(kept in name and "resblocks.0" not in name)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(kept in name for name in trained) and "visual.proj" not in trained
+    assert clip.reductions["image.one_node_a_block"] is clip.reductions["text.shared_prefix"] is None
+    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+
+
+def test_adapters_below_the_cut_are_not_frozen_in_silence():
+    with pytest.warns(UserWarning, match="4 trainable parameters below the cut are frozen"):
+        sk.SkipCLIP(with_adapters(0), tiny_tokens(C), skip_layers=1, trainable="as_is")
+
+
+def test_a_wrapped_model_is_told_how_to_pass_it():
+    class PeftModel(nn.Module):
+        pass
+
+    PeftModel.__module__ = "peft.peft_model"
+    with pytest.raises(UnsupportedModel, match=r'inject_adapter_in_model, and pass that with trainable="as_is"'):
+        sk.SkipCLIP(PeftModel(), tiny_tokens(C), skip_layers=1)
+
+
+def test_a_second_skipclip_that_trains_other_weights_ends_the_first():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    first = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    same = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    first(images, labels)
+    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
+    for clip in (first, same):
+        with pytest.raises(RuntimeError, match="a later SkipCLIP on the same model trains other parameters"):
+            clip(images, labels)
+        with pytest.raises(RuntimeError, match="a later SkipCLIP"):
+            clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+
+
+# ---- alterations -----------------------------------------------------------------------------------------------
+
+
+def _in_place(model: nn.Module) -> None:
+    model.attn_mask[0, 1] = 0.0
+
+
+ALTERATIONS = {
+    "heads": lambda m: setattr(m.visual.transformer.resblocks[2].attn, "num_heads", 1),
+    "mask": lambda m: setattr(m, "attn_mask", torch.zeros_like(m.attn_mask)),
+    "mask_in_place": _in_place,
+    "eps": lambda m: setattr(m.transformer.resblocks[2].ln_2, "eps", 0.1),
+    "pooling": lambda m: setattr(m, "text_pool_type", "last"),
+    "image_pooling": lambda m: setattr(m.visual, "pool_type", "avg"),
+    "replaced": lambda m: m.transformer.resblocks.__setitem__(2, copy.deepcopy(m.transformer.resblocks[2])),
+    "reordered": lambda m: setattr(m.transformer, "resblocks", m.transformer.resblocks[::-1]),
+    "block_forward": lambda m: setattr(m.visual.transformer.resblocks[2], "forward", lambda x, **rest: x),
+    "tower_forward": lambda m: setattr(m.visual, "forward", lambda x: torch.ones(len(x), 12).double()),
+    "encode_text": lambda m: setattr(m, "encode_text", lambda x, normalize=False: torch.ones(len(x), 12).double()),
+    "projection": lambda m: setattr(m.visual, "proj", nn.Parameter(2 * m.visual.proj.detach())),
+    "norm": lambda m: setattr(m, "ln_final", nn.Identity()),
+    "lower_text_block": lambda m: setattr(m.transformer.resblocks[0].ln_1, "eps", 0.1),
+    "assign": lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+    "hook_on_tower": lambda m: m.visual.register_full_backward_hook(lambda mod, d_in, d_out: (9 * d_in[0],)),
+    "hook_on_blocks": lambda m: m.transformer.register_forward_hook(lambda mod, args, out: 2 * out),
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_an_alteration_is_an_error_at_the_next_step(name):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    features = clip.encode_lower(images)
+    clip(features, labels)
+    ALTERATIONS[name](model)
+    with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
+        clip(features, labels)
+    with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
+        clip.predict(images)
+
+
+@pytest.mark.parametrize(
+    "name", ["heads", "mask", "eps", "pooling", "image_pooling", "replaced", "reordered", "block_forward", "projection"]
+)
+def test_refresh_follows_an_alteration(name):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
+    ALTERATIONS[name](model)
+    clip.refresh()
+    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+
+
+def test_what_changes_nothing_is_no_alteration():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    before = clip.predict(images)
+    model.my_note = "kept"
+    model.visual.transformer.resblocks[2].mlp.name = "mlp"
+    model.train().eval()
+    clip.double()
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    clip(clip.encode_lower(images), labels)
+    assert clip.predict(images).equal(before)
+
+
+@pytest.mark.parametrize("place", ["image", "text"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.data.mul_(1.5),
+        lambda p: p.detach().numpy().__imul__(1.5),
+        lambda p: p.data.neg_(),
+        lambda p: p.data.copy_(p.data.flip(0)),
+    ],
+    ids=["data", "numpy", "sign", "moved"],
+)
+def test_weights_written_past_autograd_are_seen_at_the_next_switch(write, place):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
+    features = clip.encode_lower(images)
+    stack = model.visual.transformer if place == "image" else model.transformer
+    write(stack.resblocks[0].mlp.c_fc.weight)
+    clip.eval().train()
+    if place == "text":
+        assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    else:
+        with pytest.raises(RuntimeError, match="weights below the cut have changed"):
+            clip(features, labels)
+        clip(images, labels)  # images pass the new weights
+        clip.refresh()
+        clip(clip.encode_lower(images), labels)
+
+
+def test_an_average_that_is_copied_in_and_back_is_no_change():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    features, kept = clip.encode_lower(images), copy.deepcopy(model.state_dict())
+    model.load_state_dict({name: 1.1 * value for name, value in kept.items()})
+    with pytest.raises(RuntimeError, match="weights below the cut have changed"):
+        clip(features, labels)
+    model.load_state_dict(kept)
+    clip(features, labels)
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.neg_, lambda p: p.copy_(p.flip(0))], ids=["sign", "moved"])
+def test_predict_sees_signs_and_places(write):
+    model, (images, _) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    clip.predict(images)
+    write(model.text_projection.data)
+    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
+
+
+@pytest.mark.parametrize("function", [lambda x: digests([x])[0], lambda x: _digest_there(x).item()], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_digests_depend_on_signs_and_places(function, dtype):
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    others = [x.clone(), -x, x.flip(0), x.roll(1), x.T.reshape(6, 5)]
+    others[0][2, 3] = -others[0][2, 3]
+    assert len({function(other) for other in [x, *others]}) == 6
+    assert function(x) == function(x.clone())
+
+
+# ---- the comparison with the model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrong_activation_is_refused_in_every_dtype(dtype, tower, monkeypatch):
+    """GELU and QuickGELU are apart by less than half precision rounds over a few blocks."""
+    from open_clip.transformer import QuickGELU
+
+    model = tiny_clip(dtype)
+    (model.visual.transformer if tower == "image" else model.transformer).resblocks[2].mlp.gelu = QuickGELU()
+    sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    monkeypatch.setitem(open_clip_towers._ACTIVATIONS, QuickGELU, "gelu")
+    with pytest.raises(RuntimeError, match=f"embeds {'an image' if tower == 'image' else 'texts'} differently"):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_gradient_is_refused(dtype, monkeypatch):
+    """The embedding is right and the gradient is three times too large."""
+
+    class Tripled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return 3 * upstream
+
+    own = open_clip_towers.OpenClipImageTower.own
+    monkeypatch.setattr(open_clip_towers.OpenClipImageTower, "own", lambda self, x: Tripled.apply(own(self, x)))
+    with pytest.raises(RuntimeError, match="relative error of the gradient"):
+        sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1)
+
+
+def test_a_known_family_that_is_not_fused_is_said_once():
+    model = tiny_clip()
+    model.transformer.resblocks[1].mlp.gelu = nn.SiLU()
+    with pytest.warns(UserWarning, match=r"not every block of the text tower is fused \(1 of 3 blocks: .*SiLU"):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+
+
+def test_attention_of_open_clip_4_is_fused(monkeypatch):
+    """Its blocks call an Attention of their own with the sequences first; today's call PyTorch's."""
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+
+    class Attention(open_clip_towers.Attention):
+        def forward(self, x, k_x=None, v_x=None, attn_mask=None):
+            q, k, v = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, -1)).unbind(-2)
+            q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=self.scale)
+            return self.out_drop(self.out_proj(out.transpose(1, 2).flatten(2)))
+
+    def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
+        return self.attn(q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
+
+    monkeypatch.setattr(open_clip_towers, "Attention", Attention)
+    monkeypatch.setitem(open_clip_towers._BLOCK, "attn", (Attention,))
+    monkeypatch.setattr(open_clip_towers.ResidualAttentionBlock, "attention", attention)
+    for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+        old = block.attn
+        block.attn = Attention(old.embed_dim, old.num_heads).double()
+        block.attn.load_state_dict(old.state_dict())
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
+    assert set(clip.reductions.values()) == {None}
+    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    model.visual.transformer.resblocks[2].attn.scale = 1.0
+    with pytest.raises(RuntimeError, match="a block's attention is scaled"):
+        clip(images, labels)
