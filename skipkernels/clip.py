@@ -290,7 +290,6 @@ class SkipCLIP(nn.Module):
         around = containers(self.model, (image, text))
         return Structure([*around, *upper, *every_text]), Structure(fused_modules(image, range(image.skip)))
 
-    @torch.compiler.disable
     def _check_structure(self, *, lower_image: bool = False) -> None:
         """Raise if the model was altered since it was read.
 

@@ -354,6 +354,47 @@ def test_bad_inputs():
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=0)(torch.randn(3, 5, 24).double(), labels)
 
 
+@pytest.mark.parametrize(
+    ("alter", "error", "message"),
+    [
+        (lambda x, y: ((255 * x).to(torch.uint8), y), TypeError, r"images must be floating-point .*got torch.uint8"),
+        (lambda x, y: (torch.full_like(x, torch.nan), y), ValueError, r"NaN or infinity in images \[0, 1, 2\]"),
+        (lambda x, y: (x[:0], y[:0]), ValueError, r"at least one image; got \[0, 3, 16, 16\]"),
+        (lambda x, y: (x.repeat(1, 1, 2, 2), y), ValueError, r"must be \[B, 3, 16, 16\].*got \[3, 3, 32, 32\]"),
+        (lambda x, y: (list(x), y), TypeError, "got list. Stack a list of images"),
+        (lambda x, y: (x, y.tolist()), TypeError, "labels must be an int64 tensor .*got list"),
+        (lambda x, y: (x, None), TypeError, r"got NoneType. Without labels use clip.predict"),
+        (lambda x, y: (x, torch.eye(4)[y]), ValueError, r"got torch.float32 \[3, 4\]. One-hot.*labels.argmax\(dim=1\)"),
+        (lambda x, y: (x, torch.eye(4).long()[y]), ValueError, r"labels.argmax\(dim=1\)"),
+        (lambda x, y: (x, y.int()), ValueError, r"labels must be int64 \[B=3\]"),
+        (lambda x, y: (x, y - 100), ValueError, r"labels must be in \[0, C=4\); got -"),
+        (lambda x, y: (x, y + 4), ValueError, r"labels must be in \[0, C=4\)"),
+    ],
+    ids=[
+        "uint8", "nan", "empty", "size", "list", "label_list", "no_labels", "one_hot", "one_hot_int", "int32",
+        "minus_100", "large",
+    ],
+)  # fmt: skip
+def test_a_bad_batch_is_one_clear_error(alter, error, message):
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
+    with pytest.raises(error, match=message) as caught:
+        clip(*alter(images, labels))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [60, -1])
+def test_token_ids_beyond_the_vocabulary_are_refused(number):
+    tokens = tiny_tokens(4)
+    tokens[2, 3] = number
+    with pytest.raises(ValueError, match=r"tokens must be ids in \[0, 60\), the model's vocabulary; got "):
+        sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1)
+
+
+def test_it_is_not_made_under_inference_mode():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be made under torch.inference_mode"):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1)
+
+
 def test_features_of_other_tokens_are_refused():
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
     features = clip.encode_lower(images)

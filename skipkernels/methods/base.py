@@ -428,6 +428,11 @@ class TunedModel(Method):
         }
         self.clip = self._clips[self._tuned][0]
 
+    def train(self, training: bool) -> None:
+        """Set the mode of the model, and compare the weights below the cut with those that gave the features."""
+        super().train(training)
+        self.clip.check_weights()
+
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.clip.encode_image(inputs)
 

@@ -20,8 +20,8 @@ from timm_models import LABELS, TOKENS, Family, batch_norms, cut, each_cut, rand
 from torch import nn
 
 import skipkernels as sk
-from skipkernels.towers import UnsupportedModel
 from bench.measure import saved_bytes
+from skipkernels.towers import UnsupportedModel
 from skipkernels.towers.staged import ResNetTower
 
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 24), "num_classes": 12}
