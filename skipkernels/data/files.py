@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
-from collections import Counter
+import stat
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from .base import InputError
 
@@ -57,7 +60,8 @@ def is_image_name(name: str) -> bool:
 def images_below(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
     """The image files of a folder and the folders in it, and how many files of what ending are none.
 
-    Hidden files and folders are left out. Links are followed, but not to a folder that they are in.
+    Hidden files and folders are left out. Links are followed, but a folder that several paths lead to is visited once,
+    by the path without links if there is one, and none that the class folder is in.
 
     Args:
         root: Paths are relative to it.
@@ -67,28 +71,40 @@ def images_below(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
         Paths with "/", sorted; and the number of other files by ending.
 
     Raises:
-        InputError: If a folder can't be listed, or a link leads nowhere.
+        InputError: If a folder can't be listed, a link leads nowhere, or an image is not a regular file.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-
-    def visit(path: Path, name: str, above: frozenset[str]) -> None:
-        here = os.path.realpath(path)
-        if here in above:
-            return
-        for entry in _entries(path):
-            inner = f"{name}/{entry.name}"
+    visited = {_identity(parent) for parent in (root / folder).resolve().parents}
+    folders, links = deque([folder]), deque[str]()
+    while folders or links:
+        here = (folders or links).popleft()  # links come last, so that they change no path that is there without them
+        identity = _identity(root / here)
+        if identity in visited:
+            continue
+        visited.add(identity)
+        for entry in _entries(root / here):
+            inner = f"{here}/{entry.name}"
             if _is_folder(entry):
-                visit(path / entry.name, inner, above | {here})
+                (links if entry.is_symlink() else folders).append(inner)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 raise InputError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there. Remove it.")
-            elif is_image_name(entry.name):
+            elif not is_image_name(entry.name):
+                others[PurePosixPath(entry.name).suffix.lower() or "no ending"] += 1
+            elif entry.is_file():
                 images.append(inner)
             else:
-                others[PurePosixPath(entry.name).suffix.lower() or "no ending"] += 1
-
-    visit(root / folder, folder, frozenset(map(str, (root / folder).resolve().parents)))
+                raise InputError(f"{entry.path}: not a regular file, so it can't be an image. Remove it.")
     return sorted(images), others
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What tells a folder from others, whatever path leads to it."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?") from error
+    return status.st_dev, status.st_ino
 
 
 def check_inside(path: str, where: str) -> None:
@@ -127,6 +143,20 @@ def check_files(root: Path, paths: list[str], where: str) -> None:
         )
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes, without waiting for a FIFO's other end.
+
+    Raises:
+        OSError: If it can't be opened, or is not a regular file: a FIFO would block, and a device might have no end.
+    """
+    # O_NONBLOCK does nothing to a regular file; Windows has no such flag.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
 def read_text(path: Path) -> str:
     """A text file, in UTF-8 with or without its mark.
 
@@ -134,7 +164,8 @@ def read_text(path: Path) -> str:
         InputError: If it can't be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
+            return file.read()
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Is it a file that you may read?") from error
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .base import InputError, SizedDataset
+from .files import open_regular
 
 Transform = Callable[[Any], Any]
 Same = TypeVar("Same", bound="Images")
@@ -23,6 +24,9 @@ Same = TypeVar("Same", bound="Images")
 # What Pillow's decoders raise for a file that is cut short or of another kind than it says.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
 _UNREADABLE += (ArithmeticError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError)
+# Formats of `files.IMAGE_ENDINGS`, whatever the ending of a file is, and GIF: six files of Oxford-IIIT Pet that are
+# called .jpg are GIFs. Not Pillow's others: it runs Ghostscript on PostScript.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _DEEP_MODES = ("I", "F")  # and I;16 and its kin: Pillow cuts what is over 255, so that most of the image turns white
 
 
@@ -141,13 +145,13 @@ class LabelledImages(Images):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB.
+    """An image file as RGB; the first frame of an animation.
 
     Raises:
-        InputError: If it is not there, is damaged, or has more than 8 bits a channel; names it.
+        InputError: If it is not there, is no image file, is damaged, or has more than 8 bits a channel; names it.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
             deep = image.mode.partition(";")[0] in _DEEP_MODES
             if not deep:
                 return image.convert("RGB")

@@ -59,6 +59,33 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert images_below(tmp_path / "link", "cat")[0] == wanted
 
 
+def test_images_below_visits_linked_folders_once(tmp_path):
+    """Sixteen folders with links to each other: there are 16! paths without a circle."""
+    for number in range(16):
+        draw(tmp_path / "cat" / f"{number:02d}" / "a.png")
+        for other in range(16):
+            (tmp_path / "cat" / f"{number:02d}" / f"to{other:02d}").symlink_to(f"../{other:02d}")
+    assert images_below(tmp_path, "cat")[0] == [f"cat/{number:02d}/a.png" for number in range(16)]
+
+
+def test_images_below_prefers_paths_without_links(tmp_path):
+    draw(tmp_path / "cat" / "deep" / "real" / "a.png")
+    draw(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "cat" / "alias").symlink_to("deep/real")
+    (tmp_path / "cat" / "deep" / "x").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cat" / "y").symlink_to(tmp_path / "elsewhere")
+    assert images_below(tmp_path, "cat")[0] == ["cat/deep/real/a.png", "cat/y/b.png"]
+
+
+def test_images_below_refuses_what_is_no_file(tmp_path):
+    draw(tmp_path / "cat" / "a.png")
+    os.mkfifo(tmp_path / "cat" / "pipe")
+    assert images_below(tmp_path, "cat") == (["cat/a.png"], {"no ending": 1})
+    os.mkfifo(tmp_path / "cat" / "b.png")
+    with refused(tmp_path / "cat" / "b.png", "not a regular file", "Remove it"):
+        images_below(tmp_path, "cat")
+
+
 @pytest.mark.parametrize("goal", ["nowhere", "itself.png"])
 def test_a_link_that_leads_nowhere_is_named(tmp_path, goal):
     draw(tmp_path / "cat" / "a.png")
@@ -106,6 +133,14 @@ def test_texts(tmp_path):
         read_text(tmp_path / "b.txt")
     with refused(tmp_path, "can't be read"):
         read_text(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
+def test_read_text_refuses_what_is_no_file(tmp_path, link):
+    path = tmp_path / "a.json"
+    path.symlink_to(link) if link else os.mkfifo(path)
+    with refused(path, "not a regular file"):
+        read_json(path)
 
 
 @pytest.mark.parametrize(

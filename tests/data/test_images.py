@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import class_of, draw, refused
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from skipkernels.data import LabelledImages, PickedImages
@@ -80,6 +81,23 @@ def test_a_camera_held_sideways_is_not_followed(tmp_path):
     assert one(tmp_path / "a.jpg").size == (8, 4)
 
 
+@pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_read_image_ignores_ending(tmp_path, written, ending):
+    """Oxford-IIIT Pet has PNGs and GIFs that are called .jpg, ImageNet a PNG that is called .JPEG."""
+    Image.new("RGB", (3, 2), (0, 0, 200)).save(tmp_path / "a", written)
+    (tmp_path / "a").rename(tmp_path / f"a.{ending}")
+    assert abs(pixel(tmp_path / f"a.{ending}")[2] - 200) < 5
+
+
+@pytest.mark.parametrize("written", ["gif", "webp", "png"])
+def test_read_image_takes_first_frame(tmp_path, written):
+    frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a", written, save_all=True, append_images=frames[1:], lossless=True)
+    (tmp_path / "a").rename(tmp_path / "a.webp")
+    assert pixel(tmp_path / "a.webp") == (255, 0, 0)
+
+
 def test_a_note_that_is_garbage_does_no_harm(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00garbage")
     assert one(tmp_path / "a.jpg").size == (8, 4)
@@ -117,6 +135,22 @@ def test_a_folder_and_nothing_are_named(tmp_path):
         one(tmp_path / "a.png")
     with refused(tmp_path / "b.png", "no such file"):
         one(tmp_path / "b.png")
+
+
+def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "0.png")
+    with refused(tmp_path / "0.png", "can't be read as an image"):
+        one(tmp_path / "0.png")
+
+
+@pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
+def test_read_image_refuses_what_is_no_file(tmp_path, link):
+    path = tmp_path / "a.png"
+    path.symlink_to(link) if link else os.mkfifo(path)
+    with refused(path, "not a regular file"):
+        one(path)
 
 
 def test_a_bomb_is_named(tmp_path, monkeypatch):
