@@ -13,6 +13,7 @@ CoOp's few-shot pickles are not read: a pickle can execute anything.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from .base import InputError
-from .files import check_files, check_inside, images_below, read_json, read_text, shown, subfolders
+from .files import absolute, check_files, check_inside, images_below, read_json, read_text, shown, subfolders
 from .images import Images, LabelledImages
 from .source import Split, SplitSource, tidy
 from .templates import Templates, templates_of
@@ -97,8 +98,8 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     spec, layout = f"coop:{key}", DATASETS[key]
     if root is None:
         raise InputError(f"--root: {spec} needs the folder of all datasets, in which {layout.folder} is.")
-    base = Path(root).expanduser().absolute()
-    if not base.is_dir():
+    base = absolute(root)
+    if not os.path.isdir(base):
         raise InputError(f"--root: no folder {base}; it must be that of all datasets, with {layout.folder} in it.")
     _need_folder(spec, base / layout.folder)
     images = base / layout.folder / layout.images

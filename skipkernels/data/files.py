@@ -28,6 +28,11 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def absolute(path: str | Path) -> Path:
+    """An absolute path; "~" is the home folder, and the name of a user that there isn't is left as it is."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What is in a folder and not hidden, by name."""
     try:

@@ -21,13 +21,14 @@ read either way: if all do, the file is refused.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from .base import InputError
 from .few_shot import place
-from .files import images_below, is_image_name, read_json, read_text, shown, subfolders
+from .files import absolute, images_below, is_image_name, read_json, read_text, shown, subfolders
 from .images import LabelledImages
 from .source import Split, SplitSource, at_hand, class_names, tidy
 from .templates import Templates, templates_of
@@ -49,8 +50,8 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
         InputError: If it is no such folder; one line that says why.
     """
     name = f"imagefolder:{path}"
-    root = Path(path).expanduser().absolute()
-    if not str(path) or not root.is_dir():
+    root = absolute(path)
+    if not str(path) or not os.path.isdir(root):
         raise InputError(
             f"--data: {name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class."
         )
@@ -71,7 +72,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     if others:
         endings = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
         notes.append(f"{name}: skipped, as they are no images: {endings}.")
-    beside = sum(is_image_name(file.name) and file.name[0] != "." and file.is_file() for file in root.iterdir())
+    beside = sum(is_image_name(file.name) and file.name[0] != "." and os.path.isfile(file) for file in root.iterdir())
     if beside:
         notes.append(f"{name}: skipped, as they are beside the class folders: images {beside}.")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .base import InputError, SizedDataset
-from .files import open_regular
+from .files import absolute, open_regular
 
 Transform = Callable[[Any], Any]
 Same = TypeVar("Same", bound="Images")
@@ -110,7 +110,7 @@ class LabelledImages(Images):
             raise ValueError(
                 f"LabelledImages: labels must be as many as paths, {len(paths)}; got {len(labels)}. Give one each."
             )
-        self.root = Path(root).expanduser().absolute()
+        self.root = absolute(root)
         self.samples = [(os.path.join(self.root, path), label) for path, label in zip(paths, labels, strict=True)]
         self.transform = transform
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from . import glyphs
-from .base import InputError, LabelledDataset
+from .base import InputError, LabelledDataset, one_line
 from .coop import DATASETS, VARIANTS
 from .few_shot import shortfall
 from .files import shown
@@ -187,7 +187,7 @@ def load_task(
     notes += [f"{source.name}: {cut}."] * (chosen is not source)
     few = shortfall(train.labels, tuned.classes, shots)
     notes += [f"{source.name}: {few}"] * (few is not None)
-    return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(notes)))
+    return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(map(one_line, notes))))
 
 
 def _evenly_spaced(source: Source, classes: int | None) -> Source:

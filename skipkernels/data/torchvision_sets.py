@@ -13,6 +13,7 @@ from typing import Any
 from torchvision import datasets
 
 from .base import InputError
+from .files import absolute
 from .image_folder import divide
 from .images import Images, LabelledImages, PickedImages, labels_of
 from .source import Split, SplitSource, at_hand, tidy
@@ -112,7 +113,7 @@ def open_torchvision(
     spec, chosen = f"torchvision:{key}", SETS[key]
     if root is None:
         raise InputError(f"--root: {spec} needs the folder where torchvision keeps its datasets.")
-    base = Path(root).expanduser().absolute()
+    base = absolute(root)
 
     @functools.cache
     def dataset(split: Split) -> Any:

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from pictures import class_of, draw, folders, refused, shuffle_listings
 
-from skipkernels.data import open_source
+from skipkernels.data import load_few_shot, load_task, open_source, save_few_shot
 from skipkernels.data.image_folder import divide, open_image_folder
 
 
@@ -246,6 +246,51 @@ def test_an_image_whose_name_is_no_text(tmp_path):
     os.rename(os.fsencode(tmp_path / "dog/00.png"), os.fsencode(tmp_path) + b"/dog/\xfc.png")
     source = open_folder(tmp_path)
     assert sum(len(contents(source, split)) for split in ("train", "test")) == 4
+
+
+ODD = [b"a\nb", b"\x1b[31m", b"-rf", b"[b]", b"\xff\xfe", b"x" * 251, b"\xe2\x80\xae", b" ", b"%s{}", b"'\""]
+
+
+def test_images_of_odd_names(tmp_path):
+    """They are listed, divided, chosen, written and found again."""
+    draw(tmp_path / "one.png")
+    for folder in (b"cat", b"\x1b[2J[b]"):
+        os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
+        for name in ODD:
+            os.link(tmp_path / "one.png", os.fsencode(tmp_path) + b"/" + folder + b"/" + name + b".png")
+    task = load_task(f"imagefolder:{tmp_path}", protocol="few-shot", shots=9, classes=None, seed=0)
+    assert len(task.train) == 10 and all(note.isprintable() for note in task.notes)
+    assert any(r"\x1b[2J[b] (5)" in note for note in task.notes)
+    source = open_folder(tmp_path)
+    few = source.few_shot(9, 0)
+    save_few_shot(tmp_path / "few.json", few, data="odd", classes=source.classes, shots=9, seed=0)
+    train = source.images("train")
+    assert [train.names[i] for i in load_few_shot(tmp_path / "few.json", train, source.classes)] == few.names
+    assert [few[i][0].mode for i in range(10)] == ["RGB"] * 10
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(name) for name in ODD])
+def test_errors_name_odd_names(tmp_path, name):
+    folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "dog" / f"{name}.png").symlink_to("nowhere")
+    with refused("dog", "a link to nowhere"):
+        open_folder(tmp_path)
+    (tmp_path / "dog" / f"{name}.png").unlink()
+    (tmp_path / name).mkdir()
+    with refused(f"imagefolder:{tmp_path}"):
+        open_folder(tmp_path)
+    with refused("no folders in"):
+        open_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", "/" + "a" * 300, "a" * 5000, "a\0b"])
+def test_no_such_path(path):
+    with refused("--data", "no folder"):
+        open_folder(path)
+    with refused("--root", "no folder"):
+        open_source("coop:dtd", path)
+    with refused("--root", "not usable in"):
+        open_source("torchvision:dtd", path)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import pytest
 import torch
 from pictures import class_of, draw, refused
 from PIL import EpsImagePlugin, Image
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from skipkernels.data import LabelledImages, PickedImages
+from skipkernels.data import InputError, LabelledImages, PickedImages
 from skipkernels.data.images import labels_of, read_image
 
 
@@ -176,6 +176,17 @@ def test_a_damaged_file_is_an_image_or_named(tmp_path_factory, kind, data):
         except ValueError:
             with refused(path):
                 read_image(path)
+
+
+def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
+    images = LabelledImages(tmp_path, ["a\nb.png"], [0])
+    with pytest.raises(InputError, match="Original Traceback") as caught:
+        next(iter(DataLoader(images, num_workers=1)))
+    assert (
+        str(caught.value)
+        .splitlines()[-1]
+        .endswith(r"a\nb.png: no such file any more. It was there when the dataset was read.")
+    )
 
 
 # ---- parts of a dataset ----------------------------------------------------------------------------------------------
