@@ -14,9 +14,11 @@ CoOp's few-shot pickles are not read: a pickle can execute anything.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple, get_args
 from .base import InputError
 from .files import absolute, check_files, check_inside, images_below, read_json, read_text, shown, subfolders
 from .images import Images, LabelledImages
-from .source import Split, SplitSource, tidy
+from .source import Split, SplitSource, can_be_named, tidy
 from .templates import Templates, templates_of
 
 
@@ -72,6 +74,7 @@ class _Found(NamedTuple):
     parts: Mapping[Split, Callable[[], Images]]
     absent: Mapping[Split, str] = {}
     ids: tuple[str, ...] | None = None
+    notes: Sequence[str] = ()
 
 
 def _bare(name: str) -> str:
@@ -114,13 +117,13 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
         found = _split_file(spec, images, base / layout.folder / layout.split)
     names = tuple(map(tidy, found.names))
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    notes = (f"{spec}: several classes are named {shown(twice)}, as published; no prompt tells them apart.",)
+    same = (f"{spec}: several classes are named {shown(twice)}, as published; no prompt tells them apart.",)
     return SplitSource(
         spec,
         names,
         templates_of(key, templates),
         found.parts,
-        notes=notes if twice else (),
+        notes=(*(same if twice else ()), *found.notes),
         absent=found.absent,
         ids=found.ids,
     )
@@ -134,6 +137,24 @@ def _need_folder(spec: str, folder: Path) -> None:
 def _need_file(spec: str, file: Path) -> None:
     if not file.is_file():
         raise InputError(f"--root: {spec}: no file {file}. {_HELP}")
+
+
+def _of_lists(spec: str, root: Path, names: list[str], listed: Mapping[Split, tuple[list[str], list[int]]]) -> _Found:
+    """A dataset of lists of (paths, labels), and what is to be told of them."""
+    counts = {split: Counter(map(posixpath.normpath, paths)) for split, (paths, _) in listed.items()}
+    found = {
+        f"listed twice in {split}": [path for path, count in of.items() if count > 1] for split, of in counts.items()
+    }
+    found |= {
+        f"in {one} and in test": [path for path in counts[one] if path in counts["test"]] for one in ("train", "val")
+    }
+    notes = [f"{spec}: {where}: {len(paths)} images, such as {paths[0]}." for where, paths in found.items() if paths]
+    parts: dict[Split, Callable[[], Images]] = {
+        split: partial(_listed, root, paths, labels, f"--root: {spec}: {split}")
+        for split, (paths, labels) in listed.items()
+        if paths
+    }
+    return _Found(names, parts, notes=notes)
 
 
 def _listed(root: Path, paths: list[str], labels: list[int], where: str) -> Images:
@@ -154,31 +175,31 @@ def _split_file(spec: str, root: Path, file: Path) -> _Found:
             f'{file}: expected {{"train": […], "val": […], "test": […]}}, lists of [path, label, class name]. {_HELP}'
         )
     names: dict[int, str] = {}
-    parts: dict[Split, Callable[[], Images]] = {}
+    listed: dict[Split, tuple[list[str], list[int]]] = {}
     for split in get_args(Split):
-        paths, labels = [], []
+        paths, labels = listed[split] = [], []
         for number, item in enumerate(content[split]):
             path, label, name = _item(item, f"{file}: entry {number} of {split}")
             if names.setdefault(label, name) != name:
                 raise InputError(f"{file}: label {label} is {names[label]!r} and {name!r}. One label has one name.")
             paths.append(path)
             labels.append(label)
-        if paths:
-            parts[split] = partial(_listed, root, paths, labels, f"--root: {spec}: {split}")
     lacking = next((label for label in range(len(names)) if label not in names), None)
     if lacking is not None or not names:
         raise InputError(
             f"{file}: labels must be from 0 on without a gap; there is no image of label {lacking or 0}. Renumber them."
         )
-    return _Found([names[label] for label in range(len(names))], parts)
+    return _of_lists(spec, root, [names[label] for label in range(len(names))], listed)
 
 
 def _item(item: Any, where: str) -> tuple[str, int, str]:
     if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and isinstance(item[2], str)):
-        raise InputError(f"{where} must be [path, label, class name]; got {item!r}. {_HELP}")
+        raise InputError(f"{where} must be [path, label, class name]; got {reprlib.repr(item)}. {_HELP}")
     path, label, name = item
     if type(label) is not int or label < 0:
-        raise InputError(f"{where} must have a whole number from 0 on as its label; got {label!r}. {_HELP}")
+        raise InputError(f"{where} must have a whole number from 0 on as its label; got {reprlib.repr(label)}. {_HELP}")
+    if not can_be_named(tidy(name)):
+        raise InputError(f"{where}: the class of label {label} can't be named {name!a:.80}. Rename it.")
     check_inside(path, where)
     return path, label, name
 
@@ -269,11 +290,11 @@ def _aircraft(spec: str, images: Path) -> _Found:
     label_of = {name: label for label, name in enumerate(names)}
     if not names or len(label_of) < len(names):
         raise InputError(f"{variants}: expected a name in each line, none twice. {_HELP}")
-    parts: dict[Split, Callable[[], Images]] = {}
+    listed: dict[Split, tuple[list[str], list[int]]] = {}
     for split in get_args(Split):
         file = images.parent / f"images_variant_{split}.txt"
         _need_file(spec, file)
-        paths, labels = [], []
+        paths, labels = listed[split] = [], []
         for number, line in enumerate(read_text(file).splitlines(), 1):
             if line.strip():
                 image, _, name = line.strip().partition(" ")
@@ -282,5 +303,4 @@ def _aircraft(spec: str, images: Path) -> _Found:
                 check_inside(image, f"{file}: line {number}")
                 paths.append(f"{image}.jpg")
                 labels.append(label_of[name.strip()])
-        parts[split] = partial(_listed, images, paths, labels, f"--root: {spec}: {split}")
-    return _Found(names, parts)
+    return _of_lists(spec, images, names, listed)

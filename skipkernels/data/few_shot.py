@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def load_few_shot(path: str | Path, images: Images, classes: Sequence[str]) -> l
     chosen: dict[int, None] = {}
     for item in listed:
         if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and type(item[1]) is int):
-            raise InputError(f"{path}: every entry must be [path, label, class name]; got {item!r}.")
+            raise InputError(f"{path}: every entry must be [path, label, class name]; got {reprlib.repr(item)}.")
         name, label, of_class = item
         number = numbers.get((name, label))
         if number is None:

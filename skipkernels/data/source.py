@@ -345,7 +345,7 @@ def class_names(where: str, kind: str, ids: Sequence[object], names: Sequence[st
     seen: dict[str, object] = {}
     found = tuple(map(tidy, names))
     for own, name in zip(ids, found, strict=True):
-        if not name or name != name.encode(errors="ignore").decode():  # of bytes that are no text
+        if not can_be_named(name):
             raise InputError(f"{where}: the class of {kind} {own!a} can't be named {name!a}. Rename it, or {instead}.")
         other = seen.setdefault(name.casefold(), own)
         if other != own:
@@ -354,6 +354,11 @@ def class_names(where: str, kind: str, ids: Sequence[object], names: Sequence[st
                 f"apart. Rename one, or {instead}."
             )
     return found
+
+
+def can_be_named(name: str) -> bool:
+    """Whether a class can have a name, once it is `tidy`: not an empty one, or one of bytes that are no text."""
+    return bool(name) and name == name.encode(errors="ignore").decode()
 
 
 def tidy(name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 
 import pytest
@@ -166,6 +168,14 @@ def entry(path="a.jpg", label=0, name="one"):
         ([entry(label="0")], ["a whole number from 0 on", "'0'"]),
         ([entry(label=-1)], ["a whole number from 0 on", "-1"]),
         ([entry(label=True)], ["a whole number from 0 on"]),
+        ([entry(label=float("nan"))], ["a whole number from 0 on", "nan"]),
+        ([entry(), entry(label=10**40)], ["no image of label 1"]),
+        ([entry(name=5)], ["entry 0 of train must be [path, label, class name]"]),
+        ([entry(path=None)], ["entry 0 of train must be [path, label, class name]"]),
+        ([entry(name=" _")], ["label 0 can't be named ' _'", "Rename it"]),
+        ([entry(name="half a pair \ud800")], ["label 0 can't be named", r"\ud800", "Rename it"]),
+        ([entry(label="x" * 10_000)], ["a whole number from 0 on", "xxx...xxx"]),
+        ([["x" * 10_000] * 10_000], ["entry 0 of train", "xxx...xxx"]),
         ([entry(path="../../etc/passwd.jpg")], ["leads out of the folder"]),
         ([entry(path="/etc/passwd.jpg")], ["leads out of the folder"]),
         ([entry(), entry(name="two")], ["label 0 is 'one' and 'two'"]),
@@ -186,6 +196,53 @@ def test_split_files_that_are_none(tmp_path, text):
     file.write_text(text)
     with refused(file):
         open_source("coop:eurosat", tmp_path)
+
+
+def test_open_coop_refuses_deep_entries(tmp_path):
+    file = coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
+    for depth, words in ((300, "entry 0 of train must be"), (100_000, "not usable as JSON")):
+        file.write_text(f'{{"train": [{"[" * depth}{"]" * depth}], "val": [], "test": []}}')
+        with refused(file, words):
+            open_source("coop:eurosat", tmp_path)
+
+
+def test_open_coop_refuses_fifo(tmp_path):
+    file = coop(tmp_path, "eurosat") / "eurosat/split_zhou_EuroSAT.json"
+    file.unlink()
+    os.mkfifo(file)
+    with refused(file, "DATASETS.md"):
+        open_source("coop:eurosat", tmp_path)
+
+
+def test_open_coop_reads_no_pickles(tmp_path, monkeypatch):
+    """CoOp leaves pickles of few-shot samples in split_fewshot/."""
+    folder = coop(tmp_path, "eurosat") / "eurosat/split_fewshot"
+    folder.mkdir()
+    for seed in range(3):
+        (folder / f"shot_1-seed_{seed}.pkl").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("unpickled"))
+    assert len(open_source("coop:eurosat", tmp_path).few_shot(1, seed=1)) == 3
+
+
+@pytest.mark.parametrize("name", ["eurosat", "fgvc_aircraft"])
+def test_open_coop_tells_images_that_are_listed_twice(tmp_path, name):
+    coop(tmp_path, name)
+    assert open_source(f"coop:{name}", tmp_path).notes == ()
+    if name == "eurosat":
+        file = tmp_path / "eurosat/split_zhou_EuroSAT.json"
+        content = json.loads(file.read_text())
+        (path, *rest), again = content["train"][0], content["val"][0]
+        file.write_text(json.dumps({**content, "test": [*content["test"], ["./" + path, *rest]], "val": [again] * 2}))
+    else:
+        folder = tmp_path / "fgvc_aircraft"
+        of = {split: (folder / f"images_variant_{split}.txt").read_text().splitlines(True) for split in SPLITS}
+        path = of["train"][0].split()[0]
+        (folder / "images_variant_test.txt").write_text("".join([*of["test"], of["train"][0]]))
+        (folder / "images_variant_val.txt").write_text(of["val"][0] * 2)
+    twice, both = open_source(f"coop:{name}", tmp_path).notes
+    assert twice.startswith(f"coop:{name}: listed twice in val: 1 images, such as ")
+    assert both.startswith(f"coop:{name}: in train and in test: 1 images, such as {path}") and both.endswith(".")
 
 
 def test_a_split_without_images(tmp_path):
