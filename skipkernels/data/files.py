@@ -12,9 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
+from ..store import MANIFEST
 from .base import InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
+# Of a folder that skipkernels itself has written: what is in it, a file that it has, and others of which it has some.
+_OWN = {
+    ("results", "config.yaml"): {"metrics.json", "metrics.jsonl", "state.pt", "model.safetensors", "delta.safetensors"},
+    ("features", MANIFEST): {"00000.safetensors"},
+}
 _SHOWN = 5  # of the names in a message
 
 
@@ -76,7 +82,8 @@ def images_below(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
         Paths with "/", sorted; and the number of other files by ending.
 
     Raises:
-        InputError: If a folder can't be listed, a link leads nowhere, or an image is not a regular file.
+        InputError: If a folder can't be listed, a link leads nowhere, an image is not a regular file, or one of the
+            folders is of results or features.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
@@ -88,7 +95,12 @@ def images_below(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
         if identity in visited:
             continue
         visited.add(identity)
-        for entry in _entries(root / here):
+        entries = _entries(root / here)
+        names = {entry.name for entry in entries}
+        for (kind, first), more in _OWN.items():
+            if first in names and names & more:
+                raise InputError(f"{root / here}: a folder of {kind}, not of images. Move it out of the dataset.")
+        for entry in entries:
             inner = f"{here}/{entry.name}"
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(inner)

@@ -22,7 +22,7 @@ read either way: if all do, the file is refused.
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,6 +72,13 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     if others:
         endings = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
         notes.append(f"{name}: skipped, as they are no images: {endings}.")
+    paths_of: dict[str, list[str]] = defaultdict(list)
+    for part in found:
+        for folder in folders:
+            paths_of[os.path.realpath(root / part / folder)].append(f"{part}/{folder}".lstrip("/"))
+    same = [" and ".join(sorted(paths)) for paths in paths_of.values() if len(paths) > 1]
+    if same:
+        notes.append(f"{name}: the same folder, so the same images: {shown(same)}.")
     beside = sum(is_image_name(file.name) and file.name[0] != "." and os.path.isfile(file) for file in root.iterdir())
     if beside:
         notes.append(f"{name}: skipped, as they are beside the class folders: images {beside}.")

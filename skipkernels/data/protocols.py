@@ -187,6 +187,12 @@ def load_task(
     notes += [f"{source.name}: {cut}."] * (chosen is not source)
     few = shortfall(train.labels, tuned.classes, shots)
     notes += [f"{source.name}: {few}"] * (few is not None)
+    notes += [
+        f"{source.name}: {test.name} has one class alone, {test.classes[0]}, so all of its images count as right, "
+        "whatever is tuned."
+        for test in tests
+        if len(test.classes) == 1
+    ]
     return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(map(one_line, notes))))
 
 

@@ -156,6 +156,41 @@ def test_a_circle_of_links(tmp_path):
     assert sum(len(open_folder(tmp_path).images(split)) for split in ("train", "val", "test")) == 6
 
 
+def test_one_folder_by_two_paths_is_told(tmp_path):
+    folders(tmp_path, {"train/cat": 3, "train/dog": 3, "test/dog": 1})
+    (tmp_path / "test/cat").symlink_to("../train/cat")
+    (note,) = open_folder(tmp_path).notes
+    assert "the same folder, so the same images: test/cat and train/cat." in note
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["config.yaml", "metrics.json", "report.html"], "a folder of results"),
+        (["config.yaml", "state.pt"], "a folder of results"),
+        (["manifest.json", "00000.safetensors"], "a folder of features"),
+    ],
+)
+@pytest.mark.parametrize("place", ["runs", "runs/first", "runs/deep/er"])
+def test_results_among_class_folders_are_named(tmp_path, names, what, place):
+    folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / place).mkdir(parents=True)
+    for name in names:
+        (tmp_path / place / name).touch()
+    with refused(f"{tmp_path / place}: {what}, not of images", "Move it out of"):
+        open_folder(tmp_path)
+    draw(tmp_path / place / "plot.png")
+    with refused(f"{tmp_path / place}: {what}, not of images"):
+        open_folder(tmp_path)
+
+
+def test_files_of_ones_own_are_no_results(tmp_path):
+    folders(tmp_path, {"cat": 2, "dog": 2})
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / "cat" / name).touch()
+    assert len(open_folder(tmp_path).classes) == 2
+
+
 # ---- class names -----------------------------------------------------------------------------------------------------
 
 COMPOSED = "Küche"

@@ -203,6 +203,7 @@ def test_few_images_are_told(tmp_path):
     assert task.notes == (
         "coop:dtd: fewer than 16 training images, and so all there are, of 2 of 2 classes: apple pie (4), baby back "
         "ribs (4).",
+        "coop:dtd: new has one class alone, crème brûlée, so all of its images count as right, whatever is tuned.",
     )
 
 
@@ -449,6 +450,15 @@ def test_one_class(tmp_path):
         load(f"imagefolder:{folders(tmp_path, {'cat': 4})}", "few-shot")
     with refused("--data: empty has fewer than two classes"):
         load(from_datasets("empty", test=[], classes=[]))
+
+
+def test_load_task_tells_parts_of_one_class(tmp_path):
+    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    assert [note.partition(": ")[2] for note in load(data).notes if "one class alone" in note] == [
+        f"{part} has one class alone, {name}, so all of its images count as right, whatever is tuned."
+        for part, name in (("base", "cat"), ("new", "dog"))
+    ]
+    assert not any("one class alone" in note for note in load(data, "few-shot").notes)
 
 
 # ---- what is reported ------------------------------------------------------------------------------------------------
