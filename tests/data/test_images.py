@@ -160,7 +160,7 @@ def test_a_bomb_is_named(tmp_path, monkeypatch):
         one(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
 def test_a_damaged_file_is_an_image_or_named(tmp_path_factory, kind, data):
