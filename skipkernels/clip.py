@@ -176,21 +176,27 @@ class SkipCLIP(nn.Module):
         self._settings = _Settings(pair, memory, attention, trainable, train_logit_scale)
         self._tokens = tokens.to("cpu", torch.int32)
         self._image, self._text = build_towers(model, tokens)
-        self._set_up_towers()
         self._class_embeddings: tuple[Tensor, Any] | None = None  # and of which weights
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
-        self._superseded = False
+        self._superseded = self._gave_features = False
 
         self.register_buffer("_text_features", None, persistent=False)
         self._text_store: TextStore | None = None
         self._text_weights = self._lower_image = WeightsSeen(())
-        with torch.autocast(self._text.tokens.device.type, enabled=False):
-            with evaluating([model]):
-                if text_cache is not None:
-                    self._keep_texts(Path(text_cache))
-                prototypes = self._prototypes(text_cache)
-                self.register_buffer("prototypes", prototypes, persistent=False)
-            self._check_against_model()
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            self._set_up_towers()
+            with torch.autocast(self._text.tokens.device.type, enabled=False):
+                with evaluating([model]):
+                    if text_cache is not None:
+                        self._keep_texts(Path(text_cache))
+                    prototypes = self._prototypes(text_cache)
+                    self.register_buffer("prototypes", prototypes, persistent=False)
+                self._check_against_model()
+        except BaseException:
+            for parameter, requires_grad in trained:  # the model is the caller's, and stays as it was
+                parameter.requires_grad_(requires_grad)
+            raise
 
         if lower_device is not None:
             self._lower_device = torch.device(lower_device)
@@ -198,6 +204,7 @@ class SkipCLIP(nn.Module):
                 tower.move_lower(self._lower_device)
         self._accept_weights()
         self._supersede_others()
+        self.register_load_state_dict_post_hook(_after_load)
 
     # ---- construction ------------------------------------------------------------------------------------------
 
@@ -299,7 +306,7 @@ class SkipCLIP(nn.Module):
         if self._superseded:
             raise RuntimeError(
                 "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
-                "wrong ones. Use the later one, or make this one anew."
+                "wrong ones. Use the later one, or call refresh() on this one."
             )
         if self._structure is None:  # a copy, or just unpickled
             self._structure = self._take_snapshot()
@@ -314,7 +321,8 @@ class SkipCLIP(nn.Module):
             was, now = old.summary(), new.summary()
             for what in was:
                 if was[what] != now[what]:
-                    reason = next((x for x in now[_READ] if isinstance(x, str)), "") if what == _READ else ""
+                    found = now[what] if isinstance(now[what], list) else []
+                    reason = next((x for x in found if isinstance(x, str)), "")
                     raise RuntimeError(
                         f"SkipCLIP: the {name} tower was altered after SkipCLIP was made: {what} changed"
                         f"{f' ({reason})' if reason else ''}. Undo that, or call clip.refresh() to read the model "
@@ -332,6 +340,8 @@ class SkipCLIP(nn.Module):
         self._image, self._text = build_towers(self.model, self._tokens.to(device).long())
         self._set_up_towers()
         self._class_embeddings, self._text_features = None, None
+        if self._text_store is not None:
+            self._text_store.check(self._text.lower_identity())
         with torch.autocast(device.type, enabled=False):
             self._check_against_model()
         if self._lower_device is not None:
@@ -342,10 +352,8 @@ class SkipCLIP(nn.Module):
         self._supersede_others()
 
     def _accept_weights(self) -> None:
-        """Take the weights below the cut as those of all features that follow."""
+        """Take the image weights below the cut as those of all features that follow."""
         self._lower_image = WeightsSeen(self._image.lower_parameters())
-        if self._text_features is not None or self._text_store is not None:
-            self._text_weights = WeightsSeen(self._text.lower_parameters())
 
     def check_weights(self) -> None:
         """Compare the weights below the cut with those that gave the features at the cut, by content.
@@ -427,12 +435,6 @@ class SkipCLIP(nn.Module):
                 "the model's own); the draws continue from where they are."
             )
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module; the loaded weights below the cut are taken as those of the features."""
-        result = super().load_state_dict(*args, **kwargs)
-        self._accept_weights()
-        return result
-
     def _backend(self, attention: Attention) -> Backend:
         if attention not in get_args(Attention):
             raise ValueError(f'SkipCLIP: attention must be "sdpa" or "xformers"; got {attention!r}.')
@@ -459,11 +461,12 @@ class SkipCLIP(nn.Module):
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(1, 3, *self._image.image_size, generator=generator).to(device, self._image.dtype)
 
-        half = torch.finfo(self.model.logit_scale.dtype).bits < 32 or torch.finfo(self._image.dtype).bits < 32
+        half = any(torch.finfo(parameter.dtype).bits < 32 for parameter in self._text.upper_parameters())
 
         def texts() -> Tensor:
             if not half:
                 return self._encode_classes(ids)
+            # Kept features are rounded to half precision, and the model's own would not be in this comparison.
             lower = self._lower_texts(ids) if self._text.skip else self._text.lower(self._text.tokens[ids])
             return self._text.upper(self._text.rows(lower, ids), ids, of_all=False)
 
@@ -514,11 +517,12 @@ class SkipCLIP(nn.Module):
     def lower_identity(self, tower: Literal["image", "text"]) -> dict[str, str | int]:
         """What the features of a tower at the cut depend on, by name; it changes when what is below the cut does."""
         if tower == "image":  # the features that are asked about are those of these weights
-            self._lower_image = WeightsSeen(self._image.lower_parameters())
+            self._accept_weights()
         return (self._image if tower == "image" else self._text).lower_identity()
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """`encode_lower` for another thread: on copies of the modules that share the weights and stay in evaluation."""
+        self._gave_features = True
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         tower = copy.deepcopy(self._image, shared)
         for part in tower.lower_parts:
@@ -534,6 +538,7 @@ class SkipCLIP(nn.Module):
         image tower does that; such features are a sample, and not for a cache.
         """
         self._check_structure(lower_image=True)
+        self._gave_features = True
         return self._encode_lower(self._image, images, drop_patches)
 
     def _encode_lower(self, tower: ImageTower, images: Tensor, drop_patches: bool = False) -> Tensor:
@@ -583,6 +588,7 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
                 f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."
             )
+        self._gave_features = True
         if self._lower_image.changed():
             raise RuntimeError(
                 "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so features at the cut from "
@@ -868,7 +874,10 @@ class _Settings(NamedTuple):
     train_logit_scale: bool
 
 
-_READ = "the weights or settings of a block"
+def _after_load(clip: SkipCLIP, keys: Any) -> None:
+    """Take the loaded weights below the cut as those of all features, if none were computed with the ones before."""
+    if not clip._gave_features:
+        clip._accept_weights()
 
 
 def _check_images(x: Any) -> None:

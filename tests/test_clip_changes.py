@@ -215,6 +215,31 @@ def test_an_average_that_is_copied_in_and_back_is_no_change():
     clip(features, labels)
 
 
+def test_weights_that_are_loaded_before_any_features_are_those_of_the_features():
+    """A training that is resumed: random weights, then a checkpoint, then features of the checkpoint's weights."""
+    trained, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
+    features, expected = trained.encode_lower(images), trained(images, labels).loss
+    clip = sk.SkipCLIP(tiny_clip(seed=5), tiny_tokens(C), skip_layers=1)
+    clip.load_state_dict(trained.state_dict())
+    clip.sampler.load_state_dict(sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1).sampler.state_dict())
+    assert clip(features, labels).loss.equal(expected)
+    late = sk.SkipCLIP(tiny_clip(seed=5), tiny_tokens(C), skip_layers=1)
+    stale = late.encode_lower(images)
+    late.load_state_dict(trained.state_dict())
+    with pytest.raises(RuntimeError, match="weights below the cut have changed"):
+        late(stale, labels)
+
+
+def test_a_failed_construction_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_clip()
+    model.ln_final.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    monkeypatch.setattr(open_clip_towers.OpenClipImageTower, "own", lambda self, x: torch.ones(len(x), 12).double())
+    with pytest.warns(UserWarning, match="sets requires_grad of 2 parameters"), pytest.raises(RuntimeError):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
 @pytest.mark.parametrize("write", [torch.Tensor.neg_, lambda p: p.copy_(p.flip(0))], ids=["sign", "moved"])
 def test_predict_sees_signs_and_places(write):
     model, (images, _) = tiny_clip(), tiny_batch(3, C)
