@@ -10,17 +10,19 @@ import platform
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 import skipkernels
 from skipkernels import cli_analyze, cli_cache, cli_study
+from skipkernels.console import Terminal, plain, standard_streams
 from skipkernels.data import InputError
+from skipkernels.memory import out_of_memory
 from skipkernels.store import StoreError
 from skipkernels.tuning import TuneConfig, epochs_left, evaluate_run, tune
 from skipkernels.tuning.checkpoint import DELTA, MODEL
@@ -58,9 +60,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for input that can't be used; 1 for a run that failed; 128 and the number of the signal that ended it.
+        0; 2 for input that can't be used; 1 for a run that failed or results that can't be printed; 128 and the number
+        of the signal that ended it.
     """
-    out, err = Console(), Console(stderr=True)
+    with standard_streams() as (out, err):
+        code = _run(arguments, out, err)
+        out.output.flush()
+        if out.output.error is None or out.output.unread:  # who reads no more, such as `head -1`, misses nothing
+            return code
+        _print_error(err, "failed", f"stdout can't be written: {out.output.error}; files of results are complete")
+        return code or 1
+
+
+def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
     command = tyro.cli(
         Command,
         prog="skipkernels",
@@ -85,48 +97,64 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 _doctor(out)
     except (InputError, StoreError, MemoryError) as error:
-        err.print(f"[red]error[/red] {_escape(error)}", soft_wrap=True, highlight=False)
+        _print_error(err, "error", str(error) or "memory is used up")
         return 2
-    except (FloatingPointError, OSError) as error:
-        err.print(f"[red]failed[/red] {_escape(error)}", soft_wrap=True, highlight=False)
+    except (FloatingPointError, OSError, BrokenExecutor) as error:
+        _print_error(err, "failed", error)
+        return 1
+    except RuntimeError as error:
+        if out_of_memory(error):
+            _print_error(err, "error", f"memory is used up ({str(error).splitlines()[0]})")
+            return 2
+        if "DataLoader worker" not in str(error):
+            raise
+        _print_error(err, "failed", error)
         return 1
     except KeyboardInterrupt as error:
-        left = str(error) or "nothing was written"
-        if isinstance(command, cli_cache.CacheConfig):
+        left = str(error)
+        if isinstance(command, cli_cache.CacheConfig) and isinstance(command.action, cli_cache.CacheBuildConfig):
             left = "what is complete is in the folder; cache build goes on from there with --resume"
         elif isinstance(command, (cli_study.ProtocolConfig, cli_study.CompareConfig)):
-            left = "runs that are complete are kept; the same command goes on"
-        err.print(f"interrupted: {_escape(left)}", highlight=False, soft_wrap=True)
-        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
+            again = "the same command without --overwrite" if command.run.overwrite else "the same command"
+            left = f"runs that are complete are kept; {again} goes on"
+        _print_error(err, "", f"interrupted: {left}" if left else "interrupted")
+        return 128 + (error.number if isinstance(error, _Terminated) else signal.SIGINT)
     return 0
 
 
 class _Terminated(KeyboardInterrupt):
-    pass
+    number: int = signal.SIGTERM
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+    error = _Terminated()
+    error.number = number
+    raise error
 
 
 @contextlib.contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """What ends a job on a cluster leaves as much behind as Ctrl-C does."""
+    """SIGTERM, as of a job on a cluster, and SIGHUP, as of a terminal that closes, leave what Ctrl-C leaves."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
+    numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.signal(number, _terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _escape(text: object) -> str:
-    return " ".join(str(text).split()).replace("[", r"\[")
+def _print_error(err: Terminal, kind: str, error: object) -> None:
+    """Print an error as one line."""
+    parts = [plain(kind, style="red")] if kind else []
+    err.print(*parts, plain(" ".join(str(error).split())), soft_wrap=True)
 
 
-def _tune(command: TuneConfig, out: Console, err: Console) -> None:
+def _tune(command: TuneConfig, out: Terminal, err: Terminal) -> None:
     config = command.resolved()
     metrics = tune(config, console=err)
     table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
@@ -152,26 +180,23 @@ def _tune(command: TuneConfig, out: Console, err: Console) -> None:
     out.print(costs)
     names = ("report.html", "metrics.json", "metrics.jsonl", kept["file"], "state.pt", "config.yaml")
     there = [name for name in names if config.out is not None and (config.out / name).exists()]
-    out.print("  " + "  ".join(there), highlight=False, soft_wrap=True)
+    out.print("  " + "  ".join(there), soft_wrap=True)
 
 
 def _number(value: float | None, how: str) -> str:
     return "–" if value is None else f"{value:{how}}"
 
 
-def _eval(command: EvalConfig, out: Console, err: Console) -> None:
+def _eval(command: EvalConfig, out: Terminal, err: Terminal) -> None:
     named = command.checkpoint.suffix == ".safetensors"
     if named and command.checkpoint.name not in (MODEL, DELTA):
         raise InputError(f"--checkpoint must be the folder of a run or its {MODEL}; got {command.checkpoint}.")
     folder = command.checkpoint.parent if named else command.checkpoint
     accuracies, left = evaluate_run(folder, device=command.device), epochs_left(folder)
     if left:
-        err.print(
-            f"note: the run was cut off, {left} epoch{'s' if left > 1 else ''} before its end; --resume goes on",
-            highlight=False,
-        )
+        err.print(f"note: the run was cut off, {left} epoch{'s' if left > 1 else ''} before its end; --resume goes on")
     if command.json:
-        print(json.dumps(accuracies))
+        out.print(json.dumps(accuracies), soft_wrap=True)
         return
     table = Table("accuracy, %", title=str(folder))
     table.add_column("tuned", justify="right")
@@ -180,7 +205,7 @@ def _eval(command: EvalConfig, out: Console, err: Console) -> None:
     out.print(table)
 
 
-def _doctor(out: Console) -> None:
+def _doctor(out: Terminal) -> None:
     versions = Table("part", "version", title="skipkernels doctor")
     versions.add_row("skipkernels", skipkernels.__version__)
     versions.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from skipkernels.analysis import Advice, Analysis, Setting, analyze, shift_svg, spread_svg
 from skipkernels.analysis.advice import ENOUGH, STILL
 from skipkernels.cache import SamplerKind
+from skipkernels.console import Terminal, plain
 from skipkernels.data import InputError
 from skipkernels.store import replace_file
 from skipkernels.tuning import TuneConfig
@@ -84,7 +84,7 @@ class AnalyzeConfig:
     """Replace the results of an earlier analysis in that folder."""
 
 
-def run(action: AnalyzeConfig, out: Console, err: Console) -> int:
+def run(action: AnalyzeConfig, out: Terminal, err: Terminal) -> int:
     """Run the command. Returns 0.
 
     Raises:
@@ -104,13 +104,13 @@ def run(action: AnalyzeConfig, out: Console, err: Console) -> int:
     )
     task = task_of(config, transform)
     for note in task.notes:
-        err.print(f"note: {note}", highlight=False, markup=False)
+        err.print(f"note: {note}", soft_wrap=True)
     analysis = analyze(model, tokenizer, task, config, compared, images=action.images, console=err)
     resolved = {name: getattr(config, name) for name, value in values.items() if value in (None, "auto")}
     settings = vars(action) | resolved
     _write(folder, analysis, settings)
     _print(analysis, f"{config.model} on {task.name}, {config.shots} shots, {config.epochs} epochs", out)
-    out.print(f"{folder}: {ANALYSIS} {SHIFT} {SPREAD}", highlight=False, soft_wrap=True)
+    out.print(f"{folder}: {ANALYSIS} {SHIFT} {SPREAD}", soft_wrap=True)
     return 0
 
 
@@ -142,7 +142,7 @@ def _write(folder: Path, analysis: Analysis, settings: dict[str, Any]) -> None:
         raise InputError(f"--out: {folder} can't be written: {error.strerror}.") from error
 
 
-def _print(analysis: Analysis, title: str, out: Console) -> None:
+def _print(analysis: Analysis, title: str, out: Terminal) -> None:
     shift, spread, advice = analysis.shift, analysis.spread, analysis.advice
     columns = {
         "image: output": (shift.image, 0),
@@ -158,7 +158,7 @@ def _print(analysis: Analysis, title: str, out: Console) -> None:
         cells = []
         for values, tower in columns.values():
             style = "dim" if block < advice.advised.skip_layers[tower] else "bold"
-            cells.append(f"[{style}]{100 * values[block]:.2f} %[/{style}]" if block < len(values) else "")
+            cells.append(plain(f"{100 * values[block]:.2f} %" if block < len(values) else "", style=style))
         moved.add_row(str(block + 1), *cells)
     out.print(moved)
 
@@ -178,7 +178,7 @@ def _print(analysis: Analysis, title: str, out: Console) -> None:
     _print_advice(advice, classes, out)
 
 
-def _print_advice(advice: Advice, classes: int, out: Console) -> None:
+def _print_advice(advice: Advice, classes: int, out: Terminal) -> None:
     table = Table("rule of thumb", title="advice")
     for name in ("advised", "compared with"):
         table.add_column(name, justify="right")
@@ -207,11 +207,10 @@ def _print_advice(advice: Advice, classes: int, out: Console) -> None:
     row("their share of the gradient", {which: f"{100 * s.kept.share:.1f} %" for which, s in settings.items()})
     out.print(table)
     for note in advice.notes:
-        out.print(note, highlight=False, soft_wrap=True)
+        out.print(note, soft_wrap=True)
     advised = advice.advised
     out.print(
         f"to try: skipkernels tune --skip-layers {advice.skip_share:g} --keep-ratio {advised.keep_ratio:g} "
         f"--max-keep {advised.max_keep}",
-        highlight=False,
         soft_wrap=True,
     )

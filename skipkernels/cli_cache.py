@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
 
+from skipkernels.console import Terminal, escaped, plain, progress
 from skipkernels.data import InputError
 from skipkernels.store import MANIFEST, Manifest, Store, StoreError, erase, is_store, leftovers, prune
 from skipkernels.store.lock import locked
@@ -107,7 +107,7 @@ class CacheConfig:
     action: CacheCommand
 
 
-def run(action: CacheCommand, out: Console, err: Console) -> int:
+def run(action: CacheCommand, out: Terminal, err: Terminal) -> int:
     """Run a command. Returns 0, or 1 for a store that is damaged.
 
     Raises:
@@ -128,18 +128,18 @@ def run(action: CacheCommand, out: Console, err: Console) -> int:
     return _verify(folders, out, err)
 
 
-def _stores(path: Path, err: Console) -> list[Path]:
+def _stores(path: Path, err: Terminal) -> list[Path]:
     """Folders of stores in a folder; says what else there is that looks like one."""
     stores = []
     for manifest in sorted(path.rglob(MANIFEST)):
         if is_store(manifest.parent):
             stores.append(manifest.parent)
         else:
-            err.print(f"skipped {manifest}: not of a store", soft_wrap=True, highlight=False, markup=False)
+            err.print(f"skipped {manifest}: not of a store", soft_wrap=True)
     return stores
 
 
-def _build(action: CacheBuildConfig, out: Console, err: Console) -> None:
+def _build(action: CacheBuildConfig, out: Terminal, err: Terminal) -> None:
     same = {field.name for field in dataclasses.fields(TuneConfig)}
     values = {name: value for name, value in vars(action).items() if name in same}
     config = TuneConfig(cache=action.path, cache_dtype=action.dtype, **values).resolved()
@@ -158,7 +158,7 @@ def _build(action: CacheBuildConfig, out: Console, err: Console) -> None:
     _info(_stores(action.path, err), False, out)
 
 
-def _info(folders: list[Path], as_json: bool, out: Console) -> None:
+def _info(folders: list[Path], as_json: bool, out: Terminal) -> None:
     described = {str(folder): _described(folder) for folder in folders}
     if as_json:
         out.print_json(data=described)
@@ -203,34 +203,28 @@ def _described(folder: Path) -> dict[str, Any]:
     }
 
 
-def _verify(folders: list[Path], out: Console, err: Console) -> int:
+def _verify(folders: list[Path], out: Terminal, err: Terminal) -> int:
     wrong: list[str] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with progress(*columns, console=err) as bars:
         for folder in folders:
             try:
                 store = Store(folder)
-                bar = progress.add_task(str(folder), total=store.bytes)
-                wrong += store.verify(partial(progress.advance, bar))
+                bar = bars.add_task(escaped(folder), total=store.bytes)
+                wrong += store.verify(partial(bars.advance, bar))
             except StoreError as error:
                 wrong.append(str(error))
     for message in wrong:
-        out.print(f"[red]damaged[/red] {message}", soft_wrap=True, highlight=False)
+        out.print(plain("damaged", style="red"), plain(message), soft_wrap=True)
     sound = f"{len(folders)} stores, all complete and sound; one that a build has not begun is not seen"
     out.print(f"{len(folders)} stores, {len(wrong)} damages" if wrong else sound, soft_wrap=True)
     return 1 if wrong else 0
 
 
-def _prune(folders: list[Path], action: CachePruneConfig, out: Console) -> None:
+def _prune(folders: list[Path], action: CachePruneConfig, out: Terminal) -> None:
     total = 0
     for folder in folders:
         for path, size in prune(folder, unfinished=action.unfinished, dry_run=action.dry_run):
-            out.print(f"{path}  {decimal(size)}", soft_wrap=True, highlight=False)
+            out.print(f"{path}  {decimal(size)}", soft_wrap=True)
             total += size
     out.print(f"{decimal(total)} {'would be freed' if action.dry_run else 'freed'}")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import tyro
-from rich.console import Console
 
+from skipkernels.console import Terminal
 from skipkernels.data import InputError, Protocol
 from skipkernels.studies import SHOTS, Ablated, Study, ablate, compare, picture, run_protocol
 from skipkernels.tuning import TuneConfig
@@ -69,7 +69,7 @@ class CompareConfig:
     """Of that setting."""
 
 
-def run_protocols(command: ProtocolConfig, out: Console, err: Console) -> None:
+def run_protocols(command: ProtocolConfig, out: Terminal, err: Terminal) -> None:
     """Run `skipkernels protocol`.
 
     Raises:
@@ -95,7 +95,7 @@ def run_protocols(command: ProtocolConfig, out: Console, err: Console) -> None:
         _show(study, folder / name, out)
 
 
-def run_comparison(command: CompareConfig, out: Console, err: Console) -> None:
+def run_comparison(command: CompareConfig, out: Terminal, err: Terminal) -> None:
     """Run `skipkernels compare`.
 
     Raises:
@@ -128,8 +128,8 @@ def _slug(config: TuneConfig) -> str:
     return f"{config.data}-{config.model}".replace(":", "-").replace("/", "-")
 
 
-def _show(study: Study, folder: Path, out: Console) -> None:
+def _show(study: Study, folder: Path, out: Terminal) -> None:
     paths = study.write(folder, picture(study))
     for table in study.tables():
         out.print(table)
-    out.print(f"  {'  '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+    out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)

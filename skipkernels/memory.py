@@ -25,6 +25,11 @@ def free_bytes(device: torch.device) -> float:
     return int(available.split()[1]) * 1024
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch raised an error because too little memory is free."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error).partition("\n")[0]
+
+
 class PeakMemory:
     """High-water mark since `reset`, in bytes.
 

@@ -16,7 +16,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # DESIGN §8: a module may import from its own layer and from those before it.
 LAYERS = [
-    ("_extension", "checks", "memory", "reference"),
+    ("_extension", "checks", "console", "memory", "reference"),
     ("ops",),
     ("functional",),
     ("store",),

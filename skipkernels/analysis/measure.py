@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ..cache import FeatureCache
+from ..console import kept_going, progress
 from ..data import SizedDataset, Task
 from ..methods import METHODS
 from ..methods.base import Tokenizer
@@ -81,10 +81,11 @@ def analyze(
     batches = partial(_batches, device=device, workers=config.workers)
     settings = {name: getattr(compared, name) for name in ("skip_layers", "keep_ratio", "max_keep", "decay")}
     settings["batch_size"] = config.batch_size
-    with Progress(console=console or Console(quiet=True)) as progress:
+    console = console or Console(quiet=True)
+    with kept_going(console), progress(console=console) as bars:
 
         def bar(name: str, total: int) -> Callable[[int], None]:
-            return partial(progress.advance, progress.add_task(name, total=total))
+            return partial(bars.advance, bars.add_task(name, total=total))
 
         some = _some(task.train, images)
         spread = _spread(model, batches(some), tokens, bar("gradients", len(some)))

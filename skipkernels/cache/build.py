@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from .. import console
 from ..store import COMPUTED, DTYPES, Layout, StoreError, Writer
 from ..store.shards import map_shard, quantise
 from . import fingerprint
@@ -297,17 +297,11 @@ class _Shown(contextlib.AbstractContextManager):
     """Progress: images, their rate, the time that is left, and what is on the disk; or a call to whoever shows it."""
 
     def __init__(self, folder: Path, source: Source, progress: Callable[[int], None] | bool):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
-        )
+        columns = (MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
         self._call = progress if callable(progress) else None
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=progress is not True)
+        self._bar = console.progress(*columns, console=console.stderr(), disable=progress is not True)
         self._images = len(source.dataset) * source.views
-        self._task = self._bar.add_task(f"features → {folder}", total=self._images, state="")
+        self._task = self._bar.add_task(f"features → {console.escaped(folder)}", total=self._images, state="")
         self._began, self._encoded = time.perf_counter(), 0
         self._layout: Layout | None = None
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from ..console import plain, stderr
 from ..data import InputError
 from ..tuning import TuneConfig, check, tune
 from ..tuning.run_folder import CONFIG, METRICS
@@ -101,7 +102,7 @@ def execute(
     for number, run in enumerate(planned, 1):
         metrics = run.metrics
         if metrics is None:
-            console.print(f"[bold]{number} of {len(planned)}[/bold]  {run.variant}, seed {run.seed}", highlight=False)
+            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.variant}, seed {run.seed}"))
             metrics = _apart(_run, run.config)
         results.append(Result(run.variant, run.seed, metrics))
     return results
@@ -137,9 +138,7 @@ def _named(variant: str) -> Iterator[None]:
 
 def _check(runs: Sequence[_Planned], console: Console) -> None:
     if runs:
-        console.print(
-            f"[dim]looking at the settings of {', '.join(run.variant for run in runs)}[/dim]", highlight=False
-        )
+        console.print(plain(f"looking at the settings of {', '.join(run.variant for run in runs)}", "dim"))
     for run in runs:
         with _named(run.variant):
             _apart(check, run.config)
@@ -167,7 +166,7 @@ def _apart(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any:
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:
-    return tune(config, Console(stderr=True))
+    return tune(config, stderr())
 
 
 def by_variant(results: Sequence[Result], value: Callable[[dict[str, Any]], float | None]) -> dict[str, Spread | None]:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
+from ..console import escaped, progress, stderr
 from ..store import COMPUTED, DTYPES, DifferentStore, Layout, Store, StoreError, Writer, digest_tensors, is_store
 from .base import TextTower
 
@@ -162,7 +161,7 @@ def _store(
 
 
 def _say(held: str) -> None:
-    Console(stderr=True).print(f"{held} Waiting for it.", soft_wrap=True, highlight=False, markup=False)
+    stderr().print(f"{held} Waiting for it.", soft_wrap=True)
 
 
 def _rows(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
@@ -174,14 +173,14 @@ def _rows(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Pat
     lengths = torch.full_like(text.pooled, text.tokens.shape[1]) if text.prompts is None else text.pooled + 1 - prefix
     ends = prefix + lengths.cumsum(0).cpu()
     chunks = torch.arange(len(text.tokens)).split(chunk)
-    shown = track(chunks, f"texts → {folder}", console=Console(stderr=True), transient=True)
     start = 0
-    for ids in shown:
-        end = int(ends[ids[-1]])
-        if any(part.start < end and start < part.stop for part in missing):
-            ids = ids.to(text.tokens.device)
-            yield start, text.rows(lower(ids), ids, packed=True)[prefix if start else 0 :].cpu()
-        start = end
+    with progress(console=stderr(), transient=True) as bar:
+        for ids in bar.track(chunks, description=f"texts → {escaped(folder)}"):
+            end = int(ends[ids[-1]])
+            if any(part.start < end and start < part.stop for part in missing):
+                ids = ids.to(text.tokens.device)
+                yield start, text.rows(lower(ids), ids, packed=True)[prefix if start else 0 :].cpu()
+            start = end
 
 
 class _Joined:

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..console import escaped, plain
 from ..memory import PeakMemory
 from .plots import finite
 
@@ -50,7 +51,7 @@ class Display:
     """
 
     def __init__(self, console: Console, *, title: str, memory: PeakMemory | None = None):
-        self._console, self._title = console, title
+        self._console, self._title = console, escaped(title)
         self._memory = None if memory is None else _Memory(memory)
         self._features, self._tuning = _Stage("features"), _Stage("tuning")
         self._epochs, self._epoch, self._steps_per_epoch, self._batch_size = 0, 0, 0, 0.0
@@ -144,7 +145,7 @@ class Display:
 
     def _line(self, *parts: str) -> None:
         self._last_line = time.perf_counter()
-        self._console.print(Text("  ".join(filter(None, parts))), soft_wrap=True)
+        self._console.print(plain("  ".join(filter(None, parts))), soft_wrap=True)
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
         """Each with its change; of more than a line holds, the first and the last, which is a mean of the others."""
@@ -191,7 +192,7 @@ class Display:
         for head in ("zero-shot", *([f"epoch {self._epoch}", "change"] if self._accuracy else [])):
             table.add_column(head, justify="right")
         for name, before in self._zero_shot.items():
-            cells = [Text(name), Text(_percent(before))]
+            cells = [plain(name), Text(_percent(before))]
             if self._accuracy:
                 after = self._accuracy.get(name)
                 cells.append(Text(_percent(after)))

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..cache import FeatureCache
+from ..console import kept_going, plain
 from ..data import Images, save_few_shot
-from ..memory import PeakMemory
+from ..memory import PeakMemory, out_of_memory
 from ..methods import Skip
 from . import answers
 from .board import open_board
@@ -52,7 +53,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     if folder.finished is not None:
         _say(console, f"{folder.path}: the run is complete; there is nothing to resume.")
         return folder.finished
-    with _memory_errors(), _own_random_numbers(config):
+    with kept_going(console), _memory_errors(), _own_random_numbers(config):
         return _Run(config, console, folder).run()
 
 
@@ -86,23 +87,25 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         """All of it."""
-        with self.display:
-            advance = self.display.features(self.evaluator.images)
-            self.evaluator.prepare(advance)
-            with self.evaluator.training_images(advance) as train:
-                self.zero_shot = self.evaluator.zero_shot()
-                trainer = self._trainer(train)
-                with self.folder.held():
-                    self._save_few_shot()
-                    stopped = self._tune(trainer, train)
-                    metrics = self._finish(stopped, {} if stopped else self._forward_parts(train))
-        if stopped is None:
+        try:
+            with self.display:
+                advance = self.display.features(self.evaluator.images)
+                self.evaluator.prepare(advance)
+                with self.evaluator.training_images(advance) as train:
+                    self.zero_shot = self.evaluator.zero_shot()
+                    trainer = self._trainer(train)
+                    with self.folder.held():
+                        self._save_few_shot()
+                        stopped = self._tune(trainer, train)
+                        metrics = self._finish(stopped, {} if stopped else self._forward_parts(train))
+            if stopped is not None:
+                raise stopped
             return metrics
-        if isinstance(stopped, KeyboardInterrupt):
-            epochs = len(self.folder.rows)
+        except KeyboardInterrupt as error:  # also a second one, while the first is dealt with
+            epochs = self.folder.epochs
             left = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
-            stopped.args = (f"{left} complete in {self.folder.path}{'; --resume goes on' if epochs else ''}",)
-        raise stopped
+            error.args = (f"{left} complete in {self.folder.path}{'; --resume goes on' if epochs else ''}",)
+            raise
 
     def _save_few_shot(self) -> None:
         """Which images are trained on, where they are files or items of a dataset; of glyphs the seed says it."""
@@ -288,9 +291,9 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in first):
+        if not out_of_memory(error):
             raise
+        first = str(error).splitlines()[0]
         raise MemoryError(
             f"tune: memory is used up ({first}) Use --memory min, --fused-optimizer, a smaller --batch-size, a larger "
             "--skip-layers, or --cache PATH."
@@ -298,7 +301,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(plain(text), soft_wrap=True)
 
 
 def _mib(count: float) -> float:

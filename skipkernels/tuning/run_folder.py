@@ -196,6 +196,11 @@ class RunFolder:
         self._write_rows()
 
     @property
+    def epochs(self) -> int:
+        """Number of completed epochs."""
+        return len(self.rows or (self.resumed.state["rows"] if self.resumed is not None else ()))
+
+    @property
     def weights_file(self) -> str:
         """Name of the file of weights."""
         return checkpoint.DELTA if self._config.delta else checkpoint.MODEL
@@ -223,7 +228,7 @@ def interrupt_deferred() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
     try:
         yield

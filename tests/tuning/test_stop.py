@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import os
 import re
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from skipkernels.cli import main
@@ -237,3 +241,53 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path, capsys):
     with locked(tmp_path):
         assert "is at work in it" in fails([*ARGUMENTS, "--out", tmp_path], capsys)
     assert not (tmp_path / checkpoint.STATE).exists()
+
+
+# ---- terminals -----------------------------------------------------------------------------------------------------
+
+
+class Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["log", "live"])
+def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch, live):
+    monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(f"a thread ended with {args.exc_value!r}"))
+    console = Console(file=Broken(), force_terminal=live)
+    assert tune(small(tmp_path, epochs=1), console)["status"] == "complete"
+    assert not console.quiet
+
+
+def test_a_hangup_leaves_what_ctrl_c_leaves(tmp_path, at_step):
+    at_step(1, lambda *args: signal.raise_signal(signal.SIGHUP))
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 128 + signal.SIGHUP
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
+
+
+def test_a_hangup_that_nohup_ignores_ends_nothing(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("skipkernels.cli._doctor", lambda out: signal.raise_signal(signal.SIGHUP))
+        assert main(["doctor"]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_says_what_is_complete(tmp_path, at_step, monkeypatch, capsys):
+    at_step(10, interrupt)
+    monkeypatch.setattr(RunFolder, "finish", interrupt)
+    out = tmp_path / "run"
+    assert main([*ARGUMENTS, "--epochs", "2", "--out", str(out)]) == 130
+    left = f"interrupted: 1 of 2 epochs are complete in {out}; --resume goes on"
+    assert " ".join(capsys.readouterr().err.split()).endswith(left)
+
+
+def test_ctrl_c_while_a_resumed_run_begins_says_what_is_complete(tmp_path, at_step, monkeypatch):
+    at_step(10, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tune(small(tmp_path))
+    monkeypatch.setattr("skipkernels.tuning.evaluation.Evaluator.zero_shot", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are complete"):
+        tune(small(tmp_path, resume=True))
