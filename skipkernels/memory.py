@@ -2,27 +2,112 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 _CLEAR = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water mark of resident memory
 _STATUS = Path("/proc/self/status")
-_INFO = Path("/proc/meminfo")  # Linux
+_PROC = Path("/proc")
+_GROUPS = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # from here on a limit of version 1 is none
 
 
 def free_bytes(device: torch.device) -> float:
-    """What is free on a device, memory that PyTorch holds and does not use included; infinity where nobody says."""
+    """Free memory of a device, infinity where unknown.
+
+    On a GPU, memory that PyTorch holds and does not use is included. On Linux, the least of what the machine has
+    available, what the control groups of the process leave (a container's limit) and what RLIMIT_AS leaves.
+    """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    if not _INFO.exists():
-        return float("inf")
-    with _INFO.open() as lines:  # asked at each step: no further than to the third line
-        available = next((line for line in lines if line.startswith("MemAvailable")), "MemAvailable: 0 kB")
-    return int(available.split()[1]) * 1024
+    free = _available(f"{_PROC}/meminfo")
+    for group in _limited_groups(_PROC, _GROUPS):
+        free = min(free, group.free(enough=free))
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        used = int((_read(f"{_PROC}/self/statm") or b"0").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        free = min(free, most - used)
+    return max(free, 0)
+
+
+def _available(info: str) -> float:
+    text = _read(info, 256)  # asked at each step: MemAvailable is in the third line
+    return float("inf") if text is None else _field(text, b"MemAvailable:") * 1024
+
+
+class _Group(NamedTuple):
+    """Memory limit of a control group, its files, and the name of the page cache that can be reclaimed."""
+
+    limit: int
+    used: str
+    statistics: str
+    reclaimable: bytes
+
+    def free(self, enough: float) -> float:
+        """Bytes that the limit leaves. Above `enough` the page cache, slow to look up, is left out."""
+        used = _read(self.used)
+        if used is None:
+            return float("inf")  # the group is gone
+        free = self.limit - int(used)
+        return free if free >= enough else free + _field(_read(self.statistics) or b"", self.reclaimable)
+
+
+@functools.cache
+def _limited_groups(proc: Path, root: Path) -> list[_Group]:
+    """Those that have a limit when this is first called: reading the files of all at each step takes too long."""
+    return [group for group in _groups(proc, root) if group.limit < _UNLIMITED]
+
+
+def _groups(proc: Path, root: Path) -> Iterator[_Group]:
+    """Those of this process, of both versions, up to the root.
+
+    In a container the path may be one of the host, and only the root is there.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+    """
+    for line in (_read(f"{proc}/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top, names = root, ("memory.max", "memory.current", b"inactive_file ")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", b"total_inactive_file ")
+        else:
+            continue
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(top):
+                break
+            limit = (_read(f"{folder}/{names[0]}") or b"").strip()
+            if limit.isdigit():
+                yield _Group(int(limit), f"{folder}/{names[1]}", f"{folder}/memory.stat", names[2])
+
+
+def _field(text: bytes, name: bytes) -> int:
+    """The number behind a name; 0 if there is none."""
+    begin = text.find(name) if text.startswith(name) else text.find(b"\n" + name) + 1
+    return int(text[begin + len(name) :].split(None, 1)[0]) if text.startswith(name, begin) else 0
+
+
+def _read(path: str, size: int = 1 << 13) -> bytes | None:
+    """The start of a file; None if it can't be read."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(file, size)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
