@@ -162,7 +162,8 @@ def _curves(rows: Sequence[Row], column: str, title: str, precision: str, axes: 
         width = 2.2 if who == WHO[0] else 1.5
         x, y = list(points[who]), list(points[who].values())
         axes.plot(x, y, color=colour, linestyle=style, linewidth=width, marker="o", markersize=3.5)
-        if x and (end := _end(rows, who, precision)):
+        # A line that ends before the last step that ran, where only earlier ones have this value, has no mark.
+        if x and x[-1] == max(_points(rows, "p50_ms", who, precision)) and (end := _end(rows, who, precision)):
             axes.plot(x[-1], y[-1], color=colour, **_ENDS[end])
     axes.set_xlim(min(classes) / 1.4, max(classes) * 1.6)
     axes.xaxis.set_major_locator(FixedLocator(classes))

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench import markdown, pictures, report, stored
 from bench.report import Report, filled, growth_of
@@ -345,6 +346,19 @@ def test_who_stops_is_marked():
     assert "does not fit with more" not in pictures.step_over_classes(ALONE)
     left_out = [step("published", 10, 30.0), step("published", 50, note="left out: a step takes about 70 s")]
     assert "not run with more" in pictures.step_over_classes(ALONE + left_out)
+
+
+def test_a_line_that_lacks_later_values_has_no_mark():
+    """Steps ran with up to 50 classes, of which one has a peak of memory."""
+    ran = [step("published", 10, 30.0) | {"peak_mib": "5"}, step("published", 50, 90.0) | {"peak_mib": ""}]
+    rows = [*ALONE, *ran, step("published", 500, note="does not fit: …")]
+
+    def marked(column: str) -> list[float]:
+        axes = Figure().subplots()
+        pictures._curves(rows, column, "{}", "fp32", axes)
+        return [x for line in axes.lines if line.get_marker() == "x" for x in line.get_xdata()]
+
+    assert marked("p50_ms") == [50.0] and marked("peak_mib") == []
 
 
 def test_a_bar_has_its_shares_and_its_sum():
