@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import cycle
 
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from ..tuning.plots import COLOURS, GREY, panels_svg
 from .study import ACCURACY, Study
 
 _PANELS = ("tuning, s", "step, ms", "peak, MiB")
+_TICKS = 4  # labels that have room below a panel
 _LOGARITHMIC = ("tuning, s", "step, ms")  # they differ by orders of magnitude
 
 
@@ -75,10 +77,31 @@ def _figures(study: Study) -> str:
             axes.set_yticks(range(len(names)), names if first else [""] * len(names))
             axes.set_ylim(len(names) - 0.5, -0.5)  # a variant without a figure keeps its place; the first is on top
             axes.set_xlabel(f"{column}, %" if group == ACCURACY else column)
-            if column in _LOGARITHMIC:
+            values = [of.mean for name in names if (of := summary[name][group][column]) is not None and of.mean > 0]
+            if column in _LOGARITHMIC and values:
+                ticks = _log_ticks(min(values), max(values))
                 axes.set_xscale("log")
+                axes.set_xlim(0.8 * ticks[0], 1.1 * ticks[-1])
+                axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+                axes.minorticks_off()
 
         return draw
 
     size = 1.0 + 2.0 * len(shown), 1.0 + 0.32 * len(names)
     return panels_svg(study.name, study.title, [panel(*column) for column in shown], size=size)
+
+
+def _log_ticks(least: float, most: float) -> Sequence[float]:
+    """Round values of a logarithmic axis, from below `least` to above `most`: as many as have room in a panel.
+
+    >>> _log_ticks(21.5, 58.2), _log_ticks(1.3, 15.2), _log_ticks(0.5, 1e6)
+    ([20.0, 50.0, 100.0], [1.0, 10.0, 100.0], [0.1, 100.0, 100000.0, 100000000.0])
+    """
+    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    fine = [round_ * 10.0**decade for decade in decades for round_ in (1, 2, 5)]
+    first, last = max(tick for tick in fine if tick <= least), min(tick for tick in fine if tick >= most)
+    ticks = [tick for tick in fine if first <= tick <= last]
+    if len(ticks) <= _TICKS:
+        return ticks
+    stride = math.ceil((len(decades) - 1) / (_TICKS - 1))
+    return [10.0 ** (decades[0] + stride * place) for place in range(math.ceil((len(decades) - 1) / stride) + 1)]

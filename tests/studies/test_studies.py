@@ -197,3 +197,14 @@ def test_the_command_for_real(tmp_path, capsys):
     zero_shot = found["summary"]["zero-shot"]["accuracy, %"]["new"]
     assert zero_shot == [found["runs"][1]["metrics"]["zero_shot"]["new"], None]
     assert (tmp_path / "runs" / "zero-shot-0" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("least", "most"), [(1.3, 15.2), (21.5, 58.2), (0.05, 7000.0), (20.0, 20.0)])
+def test_picture_of_variants_has_ticks_that_do_not_overlap(least, most):
+    """Of a logarithmic axis: between 1 and 15 there were eight labels, written over each other."""
+    metrics = [{"cost": {"seconds_tuning": value}} for value in (least, most)]
+    results = [runs.Result(name, 0, of) for name, of in zip("ab", metrics, strict=True)]
+    svg = picture(Study("few", "few", results, [Column("cost", "tuning, s", cost("seconds_tuning"))]))
+    texts = [text.text or "" for text in ElementTree.fromstring(svg).findall(".//{*}text")]
+    ticks = [float(text.replace(",", "")) for text in texts if text[:1].isdigit()]
+    assert len(ticks) <= 4 and ticks[0] <= least and ticks[-1] >= most
