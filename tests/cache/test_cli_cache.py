@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,44 @@ def test_a_build_that_is_interrupted_says_how_it_goes_on(tmp_path, monkeypatch, 
     monkeypatch.setattr(cli_cache, "_build", interrupted)
     assert main(["cache", "build", str(tmp_path)]) == code
     assert "what is complete is in the folder; cache build goes on from there with --resume" in said(capsys)
+
+
+def test_names_of_folders_are_shown_as_they_are(built, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = Path(shutil.move(built, built.parent / "[/b]:ok:\x1b[2J"))
+    (folder / "train" / ".00000.safetensors.77.partial").write_text("left")
+    for action in (["info"], ["prune", "--dry-run"], ["verify"]):
+        assert main(["cache", *action, str(folder)]) == 0
+    (folder / "train" / MANIFEST).write_text("damaged")
+    assert main(["cache", "verify", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count(r"/[/b]:ok:\x1b[2J/train") == 3 and "\x1b" not in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (MemoryError(), 2, "error memory is used up"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), 2, "error memory is used up (Def"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "failed DataLoader worker (pid 7"),
+        (BrokenExecutor("A child process terminated abruptly"), 1, "failed A child process"),
+    ],
+    ids=["memory", "allocator", "worker", "process"],
+)
+def test_what_ends_any_command_is_one_line(tmp_path, monkeypatch, capsys, error, code, line):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(cli_cache, "_build", fail)
+    assert main(["cache", "build", str(tmp_path)]) == code
+    assert said(capsys).startswith(line)
+
+
+@pytest.mark.parametrize("action", ["info", "verify"])
+def test_a_look_that_is_interrupted_promises_nothing(built, monkeypatch, capsys, action):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_cache, f"_{action}", interrupt)
+    assert main(["cache", action, str(built)]) == 130
+    assert said(capsys) == "interrupted"
