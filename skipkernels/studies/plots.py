@@ -53,7 +53,7 @@ def _tests(study: Study) -> str:
             heights = [figure.mean for figure in found.values()]
             errors = [figure.deviation or 0.0 for figure in found.values()]
             axes.bar(list(found), heights, width=0.38, yerr=errors, color=colour, ecolor=GREY, capsize=3, label=when)
-        axes.set_xticks(range(len(names)), names, rotation=25 if len(names) > 4 else 0)
+        axes.set_xticks(range(len(names)), names, rotation=25 if len(names) > 4 else 0, parse_math=False)
         axes.set_ylabel(ACCURACY)
         axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
 
@@ -74,9 +74,9 @@ def _figures(study: Study) -> str:
                     error = found.deviation or 0.0
                     axes.barh(place, found.mean, xerr=error, color=colour, ecolor=GREY, capsize=3, height=0.7)
             first = (group, column) == shown[0]
-            axes.set_yticks(range(len(names)), names if first else [""] * len(names))
+            axes.set_yticks(range(len(names)), names if first else [""] * len(names), parse_math=False)
             axes.set_ylim(len(names) - 0.5, -0.5)  # a variant without a figure keeps its place; the first is on top
-            axes.set_xlabel(f"{column}, %" if group == ACCURACY else column)
+            axes.set_xlabel(f"{column}, %" if group == ACCURACY else column, parse_math=False)
             values = [of.mean for name in names if (of := summary[name][group][column]) is not None and of.mean > 0]
             if column in _LOGARITHMIC and values:
                 ticks = _log_ticks(min(values), max(values))

@@ -208,3 +208,12 @@ def test_picture_of_variants_has_ticks_that_do_not_overlap(least, most):
     texts = [text.text or "" for text in ElementTree.fromstring(svg).findall(".//{*}text")]
     ticks = [float(text.replace(",", "")) for text in texts if text[:1].isdigit()]
     assert len(ticks) <= 4 and ticks[0] <= least and ticks[-1] >= most
+
+
+@pytest.mark.parametrize("layout", ["tests", "variants"])
+def test_picture_shows_dollar_signs_of_names(layout):
+    """matplotlib reads $…$ as mathematics, and refuses what it can't parse."""
+    metrics = {"tuned": {"a$^$": 50.0}, "zero_shot": {"a$^$": 40.0}}
+    groups = {"zero-shot": "zero_shot", "tuned": "tuned"} if layout == "tests" else {"accuracy, %": "tuned"}
+    columns = [Column(group, "a$^$", accuracy("a$^$", when)) for group, when in groups.items()]
+    assert "a$^$" in picture(Study("few", "few", [runs.Result("b$^$", 0, metrics)], columns, layout))
