@@ -367,8 +367,8 @@ def test_bad_inputs():
         (lambda x, y: (x, torch.eye(4)[y]), ValueError, r"got torch.float32 \[3, 4\]. One-hot.*labels.argmax\(dim=1\)"),
         (lambda x, y: (x, torch.eye(4).long()[y]), ValueError, r"labels.argmax\(dim=1\)"),
         (lambda x, y: (x, y.int()), ValueError, r"labels must be int64 \[B=3\]"),
-        (lambda x, y: (x, y - 100), ValueError, r"labels must be in \[0, C=4\); got -"),
-        (lambda x, y: (x, y + 4), ValueError, r"labels must be in \[0, C=4\)"),
+        (lambda x, y: (x, y - 100), ValueError, r"labels must be rows of prototypes, 0 to 3; got -"),
+        (lambda x, y: (x, y + 4), ValueError, r"labels must be rows of prototypes, 0 to 3; got "),
     ],
     ids=[
         "uint8", "nan", "empty", "size", "list", "label_list", "no_labels", "one_hot", "one_hot_int", "int32",
@@ -380,6 +380,13 @@ def test_a_bad_batch_is_one_clear_error(alter, error, message):
     with pytest.raises(error, match=message) as caught:
         clip(*alter(images, labels))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [-100, 4])
+def test_a_label_that_is_no_class_is_refused_in_evaluation_too(label):
+    clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(1, 4)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, C=4\); got "):
+        clip(images, torch.tensor([label]))
 
 
 @pytest.mark.parametrize("number", [60, -1])

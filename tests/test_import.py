@@ -20,7 +20,7 @@ LAYERS = [
     ("ops",),
     ("functional",),
     ("store",),
-    ("boundary", "optimizer", "selection", "towers"),
+    ("boundary", "classifier", "optimizer", "selection", "towers"),
     ("clip",),
     ("cache",),
     ("data",),
