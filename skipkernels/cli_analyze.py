@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from skipkernels.analysis.advice import ENOUGH, STILL
 from skipkernels.cache import SamplerKind
 from skipkernels.console import Terminal, plain
 from skipkernels.data import InputError
-from skipkernels.store import replace_file
+from skipkernels.store import replace_text
 from skipkernels.tuning import TuneConfig
 from skipkernels.tuning.evaluation import task_of
 from skipkernels.tuning.model import load_model
@@ -137,7 +136,7 @@ def _write(folder: Path, analysis: Analysis, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ANALYSIS).unlink(missing_ok=True)
         for name, text in texts.items():
-            replace_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+            replace_text(folder / name, text)
     except OSError as error:
         raise InputError(f"--out: {folder} can't be written: {error.strerror}.") from error
 

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..store import replace_file
+from ..store import replace_text
 from .base import InputError
 from .files import read_json, shown
 from .images import Images
@@ -97,7 +97,7 @@ def save_few_shot(
     head = {"data": data, "shots": shots, "seed": seed}
     lines = ",\n".join(f"    {json.dumps(item)}" for item in chosen)  # one image a line, to be read and compared
     text = json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "train": [\n{lines}\n  ]\n}}\n'
-    replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(Path(path), text)
 
 
 def load_few_shot(path: str | Path, images: Images, classes: Sequence[str]) -> list[int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import open_clip
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from ..store import replace_file
+from ..store import replace_file, write_tensors
 from . import glyphs
 
 NAME = "glyph-tiny"
@@ -44,7 +44,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     state["token_ids"] = used_token_ids()
     state["token_embedding.weight"] = state["token_embedding.weight"][state["token_ids"]]
-    replace_file(path, lambda temporary: save_file(state, temporary))
+    replace_file(path, lambda file: write_tensors(file, state, {}))
 
 
 def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:

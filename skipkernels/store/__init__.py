@@ -3,10 +3,11 @@
 The format is in docs/cache.md. Nothing here knows what the rows are.
 """
 
-from .atomic import replace_file
+from .atomic import partial_of, replace_file, replace_text
 from .digest import digest_json, digest_tensors, digests
 from .manifest import COMPUTED, DTYPES, MANIFEST, DifferentStore, Layout, Manifest, StoreError
 from .reader import Store
+from .tensor_file import write_tensors
 from .writer import Writer, erase, is_store, leftovers, prune
 
 __all__ = [
@@ -25,6 +26,9 @@ __all__ = [
     "erase",
     "is_store",
     "leftovers",
+    "partial_of",
     "prune",
     "replace_file",
+    "replace_text",
+    "write_tensors",
 ]

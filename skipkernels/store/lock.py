@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .atomic import replace_file
+from .atomic import replace_text
 from .manifest import StoreError
 
 LOCK, OWNER = ".lock", ".owner.json"
@@ -42,7 +42,7 @@ def locked(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Ite
     try:
         mine = {"pid": os.getpid(), "host": platform.node(), "since": time.time()}
         with contextlib.suppress(OSError):  # a full disk has no room for it, and may still be cleared
-            replace_file(folder / OWNER, lambda temporary: temporary.write_text(json.dumps(mine)))
+            replace_text(folder / OWNER, json.dumps(mine))
         yield
     finally:
         try:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .atomic import replace_file
+from .atomic import replace_text
 from .digest import digest_json
 
 FORMAT = 1
@@ -141,7 +141,7 @@ class Manifest:
         """Replace the manifest of a folder."""
         values = {"format": FORMAT, **asdict(self)}
         values["xxh3"] = digest_json(values)
-        replace_file(folder / MANIFEST, lambda temporary: temporary.write_text(json.dumps(values, indent=1) + "\n"))
+        replace_text(folder / MANIFEST, json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

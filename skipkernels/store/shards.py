@@ -11,20 +11,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .atomic import replace_file
-from .digest import digest_bytes, digest_file
+from .digest import digest_file
 from .manifest import DTYPES, Layout, Manifest, Shard, StoreError
+from .tensor_file import DTYPE_NAMES, write_tensors
 
 _LEVELS = 127  # int8 without −128: the scale is the same on both sides
 _NAME = "shard"  # the one key of a header's metadata: of several, safetensors writes the order at random
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int64: "I64"}
 
 
 class MappedShard(NamedTuple):
@@ -56,9 +55,14 @@ def _name(layout: Layout, number: int) -> str:
     return f"{number} of {layout.digest}"
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether `path_of` gives files such names."""
+    return re.fullmatch(r"[0-9]{5,}\.safetensors", name) is not None
+
+
 def is_shard(path: Path) -> bool:
     """Whether a file is called as a shard is, and says that it is one, of whatever store."""
-    if re.fullmatch(r"[0-9]{5,}\.safetensors", path.name) is None:
+    if not is_shard_name(path.name):
         return False
     try:
         with safe_open(path, "pt") as file:
@@ -69,9 +73,13 @@ def is_shard(path: Path) -> bool:
 
 def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Tensor]) -> Shard:
     """Write a shard into place and say how it can be told; the digest is of what was meant to be written."""
-    data = save(tensors, metadata={_NAME: _name(layout, number)})
-    replace_file(path_of(folder, number), lambda temporary: temporary.write_bytes(data))
-    return Shard(len(data), digest_bytes(data))
+    shards: list[Shard] = []
+
+    def write(file: BinaryIO) -> None:
+        shards.append(Shard(*write_tensors(file, tensors, {_NAME: _name(layout, number)})))
+
+    replace_file(path_of(folder, number), write)
+    return shards[0]
 
 
 def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> MappedShard:
@@ -99,7 +107,7 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise damaged(f"damaged: its header is not readable ({str(error).splitlines()[0]})") from None
-    if found != {name: (shape, _NAMES[dtype]) for name, (shape, dtype) in wanted.items()} or names != set(wanted):
+    if found != {name: (shape, DTYPE_NAMES[dtype]) for name, (shape, dtype) in wanted.items()} or names != set(wanted):
         raise damaged("damaged: it holds other tensors than the manifest says")
     if (name := metadata.get(_NAME, "")) != _name(layout, number):
         other, _, store = name.partition(" of ")

@@ -13,9 +13,10 @@ from types import TracebackType
 from rich.filesize import decimal
 from torch import Tensor
 
+from .atomic import partial_of
 from .lock import LOCK, OWNER, locked
 from .manifest import MANIFEST, DifferentStore, Layout, LostManifest, Manifest, StoreError
-from .shards import damages, is_shard, path_of, write_shard
+from .shards import damages, is_shard, is_shard_name, path_of, write_shard
 
 _SPARE = 1 << 24  # bytes that stay free on the disk: manifests, and what else a system needs to go on
 
@@ -252,8 +253,10 @@ def _files(folder: Path, manifest: Manifest | None) -> set[Path]:
     places = set() if manifest is None else {path_of(folder, number) for number in range(manifest.layout.shards)}
 
     def ours(path: Path) -> bool:
-        partial = path.name.startswith(".") and path.suffix == ".partial"
-        return path.is_file() and (partial or path in places or is_shard(path))
+        whole = partial_of(path.name)
+        if whole is not None:
+            return path.is_file() and (whole in (MANIFEST, OWNER) or is_shard_name(whole))
+        return path.is_file() and (path in places or is_shard(path))
 
     return set(filter(ours, folder.iterdir()))
 

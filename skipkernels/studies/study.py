@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from rich.table import Table
 
 from ..data import InputError
-from ..store import replace_file
+from ..store import replace_text
 from .runs import Result, Spread, by_variant
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
@@ -129,7 +128,7 @@ class Study:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path, text in texts.items():
-                replace_file(path, partial(_write_text, text))
+                replace_text(path, text)
         except OSError as error:
             raise InputError(f"--out: {folder} can't be written: {error.strerror}.") from error
         return list(texts)
@@ -143,10 +142,6 @@ def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def accuracy(key: str, when: str = "tuned") -> Value:

@@ -11,17 +11,15 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data import InputError
-from ..store import replace_file
+from ..store import partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
@@ -54,13 +52,17 @@ def save(
         InputError: If there is no room, or the folder can't be written; the old checkpoint stays.
     """
     following = folder / _following(file)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+
+    def write(opened: BinaryIO) -> None:
+        _, digest = write_tensors(opened, weights, notes)
+        state["weights"] = {"file": file, "xxh3": digest}
+
+    state = state | {"format": FORMAT}
     try:
-        replace_file(following, lambda temporary: save_file(tensors, temporary, metadata=dict(notes)))
-        state = state | {"format": FORMAT, "weights": {"file": file, "xxh3": digest_file(following)}}
-        replace_file(folder / STATE, lambda temporary: torch.save(state, temporary))
+        replace_file(following, write)
+        replace_file(folder / STATE, lambda opened: torch.save(state, opened))
         os.replace(following, folder / file)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, TypeError, RuntimeError) as error:
         raise InputError(
             f"--out: the checkpoint can't be written to {folder}: {_reason(error)} The one before it, if any, is kept; "
             "make room and go on with --resume."
@@ -98,9 +100,12 @@ def settle(folder: Path) -> Checkpoint | None:
     return Checkpoint(named, found.state)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left of files that they wrote."""
-    for path in (*folder.glob(".*.partial"), *(folder / _following(file) for file in (MODEL, DELTA))):
+def remove_leftovers(folder: Path, others: Iterable[str] = ()) -> None:
+    """Delete temporary files that killed processes left of a checkpoint and of `others`, files written beside it."""
+    following = [_following(file) for file in (MODEL, DELTA)]
+    written = {*others, MODEL, DELTA, STATE, *following}
+    partial = [path for path in folder.iterdir() if partial_of(path.name) in written]
+    for path in (*partial, *(folder / name for name in following)):
         path.unlink(missing_ok=True)
 
 
@@ -155,5 +160,7 @@ def _names_weights(value: Any) -> bool:
 
 
 def _reason(error: BaseException) -> str:
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):  # torch.save says only that it failed
+        error = error.__context__
     text = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
     return text if text.endswith(".") else f"{text}."

@@ -18,8 +18,8 @@ import yaml
 
 from ..data import InputError
 from ..data.files import shown
-from ..store import StoreError, replace_file
-from ..store.lock import locked
+from ..store import StoreError, replace_text
+from ..store.lock import OWNER, locked
 from . import checkpoint
 from .config import TuneConfig
 
@@ -182,7 +182,7 @@ class RunFolder:
         else:
             for path in _files(self.path):
                 path.unlink(missing_ok=True)
-            checkpoint.remove_leftovers(self.path)
+        checkpoint.remove_leftovers(self.path, (*_FILES, OWNER))
         self._write(CONFIG, self._config.to_yaml())
         if self.rows:
             self._write_rows()
@@ -216,7 +216,7 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         try:
-            replace_file(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            replace_text(self.path / name, text)
         except OSError as error:
             raise InputError(f"--out: {self.path / name} can't be written: {error.strerror}.") from error
 

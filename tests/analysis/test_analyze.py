@@ -114,14 +114,14 @@ def test_an_earlier_analysis_is_replaced_only_if_asked_for(done, written, tmp_pa
 
 def test_a_disk_that_fails_leaves_no_analysis(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "copy")
-    replace_file = cli_analyze.replace_file
+    replace_text = cli_analyze.replace_text
 
-    def full(path, write):
+    def full(path, text):
         if path.name == "spread.svg":
             raise OSError(28, "No space left on device")
-        replace_file(path, write)
+        replace_text(path, text)
 
-    monkeypatch.setattr(cli_analyze, "replace_file", full)
+    monkeypatch.setattr(cli_analyze, "replace_text", full)
     with pytest.raises(InputError, match="can't be written: No space left"):
         analyzed(folder, overwrite=True)
     assert sorted(file.name for file in folder.iterdir()) == ["shift.svg", "spread.svg"], "it would be of other plots"

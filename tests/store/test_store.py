@@ -251,13 +251,16 @@ def test_digests_of_tensors_tell_names_shapes_dtypes_and_numbers_apart():
 def test_leftovers_are_what_nobody_lists(tmp_path):
     layout = layout_of()
     fill(tmp_path, layout)
-    for name in (".00001.safetensors.77.partial", "notes.txt", "model.safetensors"):
+    theirs = (".my-download.partial", ".mine.77.partial", ".mine.0123456789abcdef.skipkernels-partial")
+    ours = ".00003.safetensors.0123456789abcdef.skipkernels-partial"
+    for name in (".00001.safetensors.77.partial", ours, *theirs, "notes.txt", "model.safetensors"):
         (tmp_path / name).touch()
     shutil.copy(tmp_path / "00002.safetensors", tmp_path / "00005.safetensors")
     (tmp_path / "00009.safetensors").mkdir()
     manifest = Manifest.read(tmp_path)
     assert [path.name for path in leftovers(tmp_path, manifest)] == [
         ".00001.safetensors.77.partial",
+        ours,
         "00005.safetensors",
     ]
     assert "00002.safetensors" in [path.name for path in leftovers(tmp_path, manifest.with_shard(2, None))]
@@ -342,10 +345,10 @@ def test_a_second_one_may_wait_for_the_first(tmp_path):
 
 
 def test_a_folder_in_which_nobody_can_say_who_is_at_work_is_locked(tmp_path, monkeypatch):
-    def full(path, write):
+    def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lock, "replace_file", full)
+    monkeypatch.setattr(lock, "replace_text", full)
     with locked(tmp_path):
         assert not (tmp_path / OWNER).exists()
         with pytest.raises(StoreError, match="another process is at work in it"), locked(tmp_path):

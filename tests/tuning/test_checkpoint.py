@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from skipkernels.data import InputError
-from skipkernels.store import atomic
+from skipkernels.store import atomic, replace_file
 from skipkernels.tuning import checkpoint, weights
 from skipkernels.tuning.weights import header
 
@@ -99,6 +100,58 @@ def test_a_file_of_someone_else_says_nothing(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": "no notes"})
     with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
         header(tmp_path / "a.safetensors")
+
+
+OURS = [
+    ".state.pt.0123456789abcdef.skipkernels-partial",
+    "..next.model.safetensors.0123456789abcdef.skipkernels-partial",
+    ".metrics.json.0123456789abcdef.skipkernels-partial",
+    ".state.pt.4711.partial",  # of an older version
+    ".next.delta.safetensors",
+]
+THEIRS = [".my-download.partial", ".mine.partial", ".notes.txt.4711.partial", ".tmpAbCdEf"]
+
+
+def test_remove_leftovers_deletes_only_names_of_ours(tmp_path):
+    for name in (*OURS, *THEIRS):
+        (tmp_path / name).touch()
+    checkpoint.remove_leftovers(tmp_path, ["metrics.json"])
+    assert {path.name for path in tmp_path.iterdir()} == set(THEIRS)
+
+
+class Full(io.RawIOBase):
+    """A file on a disk on which there is room for some bytes."""
+
+    def __init__(self, room: int):
+        self.room = room
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(28, "No space left on device")
+        return len(data)
+
+
+@pytest.mark.parametrize("room", [0, 100, 2000])
+def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path, monkeypatch, room):
+    """Whichever of the two files it is: torch.save raises an error of its own, after that of the system."""
+    save(tmp_path, 1)
+    for name in (checkpoint.MODEL, checkpoint.STATE):
+
+        def full(path, write, name=name):
+            replace_file(path, (lambda file: write(Full(room))) if path.name.endswith(name) else write)
+
+        monkeypatch.setattr(checkpoint, "replace_file", full)
+        if name == checkpoint.MODEL and room == 2000:
+            continue
+        message = "can't be written to .*: No space left on device. The one before it, if any, is kept; make room"
+        with pytest.raises(InputError, match=message):
+            state = {"epoch": 2, "large": torch.zeros(1000)}
+            checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.full((30,), 2.0)}, {}, state)
+        assert there(tmp_path) == 1
 
 
 def test_weights_without_a_state_are_used_as_they_are(tmp_path):
