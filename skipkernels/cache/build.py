@@ -135,6 +135,10 @@ def identity_of(dataset: Any, files: Files, name: str | None) -> Identity:
         StoreError: If it has none.
     """
     if name is not None:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise StoreError(f"FeatureCache: identity must be text in UTF-8; got {name!a}. Give another.") from None
         return Identity(f"named {name}", "", "")
     try:
         return identify(dataset, files)
@@ -145,13 +149,14 @@ def identity_of(dataset: Any, files: Files, name: str | None) -> Identity:
         ) from error
 
 
-def check_first(source: Source, encode: Encoder) -> None:
+def check_first(folder: Path, source: Source, encode: Encoder) -> None:
     """Compute the first batch for nothing but to see that it can be, before what is there goes.
 
     Raises:
         StoreError: If an item of it, or its features, can't be used.
     """
     layout = source.layout(encode)
+    layout.check_manifest(folder)
     rows = layout.rows_of(0)[: source.batch_size]
     with source.load([rows]) as loaded:
         _shard(layout, rows, loaded, encode, _Labels(source), lambda images: None)

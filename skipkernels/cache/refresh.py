@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..store import MANIFEST, Store, StoreError
+from ..store import MANIFEST, Store, StoreError, file_errors
 from ..store.lock import LOCK, OWNER, locked
 from ..store.writer import erase, is_store, strangers
 from .build import Encoder, Source, write_store
@@ -185,7 +185,8 @@ def _held(folder: Path) -> Iterator[None]:
             lock.enter_context(locked(folder))
         except OSError as error:
             raise StoreError(f"{folder}: can't be written to ({error.strerror}); choose another.") from None
-        yield
+        with file_errors(folder, "Look at the disk, and try again."):
+            yield
 
 
 def _epochs_in(folder: Path) -> set[int]:
@@ -215,8 +216,9 @@ def _remove(epoch: Path) -> None:
     """Delete the store of an epoch."""
     if epoch.is_dir():
         erase(epoch)
-        for name in (OWNER, LOCK):
-            (epoch / name).unlink(missing_ok=True)
+        with file_errors(epoch, "Delete it, and go on with resume=True (--resume)."):
+            for name in (OWNER, LOCK):
+                (epoch / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what has come to be there since is not ours
             epoch.rmdir()
 

@@ -5,8 +5,19 @@ The format is in docs/cache.md. Nothing here knows what the rows are.
 
 from .atomic import partial_of, replace_file, replace_text
 from .digest import digest_json, digest_tensors, digests
-from .manifest import COMPUTED, DTYPES, MANIFEST, DifferentStore, Layout, Manifest, StoreError
+from .manifest import (
+    COMPUTED,
+    DTYPES,
+    MANIFEST,
+    DifferentStore,
+    Layout,
+    Manifest,
+    StoreError,
+    file_errors,
+    usable_folder,
+)
 from .reader import Store
+from .regular import open_regular, parse_object, read_object, read_regular
 from .tensor_file import write_tensors
 from .writer import Writer, erase, is_store, leftovers, prune
 
@@ -24,11 +35,17 @@ __all__ = [
     "digest_tensors",
     "digests",
     "erase",
+    "file_errors",
     "is_store",
     "leftovers",
+    "open_regular",
+    "parse_object",
     "partial_of",
     "prune",
+    "read_object",
+    "read_regular",
     "replace_file",
     "replace_text",
+    "usable_folder",
     "write_tensors",
 ]

@@ -11,6 +11,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .regular import open_regular
+
 _BLOCK = 1 << 20  # bytes of a file in memory at once
 _PART = 1 << 22  # numbers of a tensor that are mixed at once
 
@@ -74,7 +76,7 @@ def _digest_there(tensor: Tensor) -> Tensor:
 def digest_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
     """Of a file's contents; `on_bytes` is told how many were read."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             on_bytes(len(block))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -13,9 +14,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .atomic import replace_text
-from .manifest import StoreError
+from .manifest import StoreError, file_errors
+from .regular import read_object
 
 LOCK, OWNER = ".lock", ".owner.json"
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+_MOST_BYTES = 4096  # of OWNER
 
 
 @contextlib.contextmanager
@@ -31,30 +35,46 @@ def locked(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Ite
     """
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False)  # whichever thread closes what holds it
     try:
-        lock.acquire()
+        with _without_locks(folder):
+            lock.acquire()
     except Timeout:
         held = f"{folder}: {_owner(folder)} is at work in it."
         if on_wait is None:
             remedy = "Call close() on the FeatureCache that has it" if ": this process" in held else "Wait for it"
             raise StoreError(f"{held} {remedy}, or choose another folder.") from None
         on_wait(held)
-        lock.acquire(timeout=-1)
+        with _without_locks(folder):
+            lock.acquire(timeout=-1)
     try:
         mine = {"pid": os.getpid(), "host": platform.node(), "since": time.time()}
         with contextlib.suppress(OSError):  # a full disk has no room for it, and may still be cleared
             replace_text(folder / OWNER, json.dumps(mine))
         yield
     finally:
-        try:
-            (folder / OWNER).unlink(missing_ok=True)
-        finally:
-            lock.release()
+        with file_errors(folder, "What was written before stays; delete .owner.json when nobody is at work there."):
+            try:
+                (folder / OWNER).unlink(missing_ok=True)
+            finally:
+                lock.release()
+
+
+@contextlib.contextmanager
+def _without_locks(folder: Path) -> Iterator[None]:
+    """Tell of a file system that has no locks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:  # nor that of a Timeout
+            raise
+        raise StoreError(
+            f"{folder}: can't be locked ({error.strerror}). Choose a folder on a file system that has locks (flock)."
+        ) from error
 
 
 def _owner(folder: Path) -> str:
     try:
-        owner = json.loads((folder / OWNER).read_text())
-        age = time.time() - float(owner["since"])
+        owner = read_object(folder / OWNER, _MOST_BYTES)
+        age = max(time.time() - float(owner["since"]), 0.0)  # the clock may have been set back
         mine = (owner["pid"], owner["host"]) == (os.getpid(), platform.node())
         who = "this process" if mine else f"process {int(owner['pid'])} on {owner['host']}"
         return f"{who}, since {age:.0f} seconds,"

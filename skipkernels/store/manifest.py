@@ -6,9 +6,11 @@ found, and names no file: shard 7 is always `00007.safetensors`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +19,7 @@ import torch
 
 from .atomic import replace_text
 from .digest import digest_json
+from .regular import fits, open_regular, parse_object
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -26,6 +29,7 @@ COMPUTED = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16,
 """How they come and go out."""
 _MOST_ROWS = 2**48  # sizes from a file are multiplied; beyond this they are damage, not data
 _MOST_BYTES = 2**24  # of a manifest: 100,000 shards take nine million, and JSON thirty times that in memory
+_SHARD_TEXT = len(',\n  {\n   "bytes": 281474976710655,\n   "xxh3": ""\n  }') + 32  # bytes of a shard there, at most
 _DEEPEST = 16  # levels of notes
 
 
@@ -43,6 +47,32 @@ class DifferentStore(StoreError):
     def __init__(self, message: str, difference: str):
         super().__init__(message)
         self.difference = difference
+
+
+@contextlib.contextmanager
+def file_errors(path: Path, remedy: str) -> Iterator[None]:
+    """Turn errors of the system into a StoreError: the file, what happened, the remedy."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else path
+        raise StoreError(f"{named}: {error.strerror or error}. {remedy}") from error
+
+
+def usable_folder(folder: Path) -> Path:
+    """The absolute path of a store's folder, which stays the same when the process changes its working folder.
+
+    Raises:
+        StoreError: If it is not UTF-8: safetensors opens no such path.
+    """
+    with file_errors(folder, "Give an absolute path."):
+        folder = folder.absolute()
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        text = str(folder).encode(errors="backslashreplace").decode()
+        raise StoreError(f"{text}: its path is not UTF-8. Rename it, or choose another folder.") from None
+    return folder
 
 
 class LostManifest(StoreError):
@@ -100,6 +130,20 @@ class Layout:
         """The same for the same rows, kept the same way."""
         return digest_json({**asdict(self), "notes": None, "format": FORMAT})
 
+    def check_manifest(self, folder: Path) -> None:
+        """Refuse a store whose manifest, when it is complete, would be larger than one may be.
+
+        Raises:
+            StoreError: If so.
+        """
+        empty = Manifest(replace(self, shard_rows=self.rows), (Shard(_MOST_ROWS - 1, "0" * 32),)).text()
+        size = len(empty) + (self.shards - 1) * _SHARD_TEXT
+        if size > _MOST_BYTES:
+            raise StoreError(
+                f"{folder}: {self.shards} shards need a manifest of up to {size} bytes, and {_MOST_BYTES} are read. "
+                "Make shards larger (shard_bytes=), or images or views fewer."
+            )
+
     def difference(self, other: Layout) -> str | None:
         """In words, the first thing in which another store differs; how many rows a shard has is no difference."""
         for name in (*self.fingerprint, *(name for name in other.fingerprint if name not in self.fingerprint)):
@@ -139,9 +183,13 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the manifest of a folder."""
+        replace_text(folder / MANIFEST, self.text())
+
+    def text(self) -> str:
+        """As `read` takes it."""
         values = {"format": FORMAT, **asdict(self)}
         values["xxh3"] = digest_json(values)
-        replace_text(folder / MANIFEST, json.dumps(values, indent=1) + "\n")
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -157,19 +205,21 @@ class Manifest:
             raise LostManifest(f"{path}: damaged: {what}. Build it again with resume=True (--resume).")
 
         try:
-            if (size := path.stat().st_size) > _MOST_BYTES:
-                damaged(f"{size} bytes")
-            text = path.read_bytes()
+            with open_regular(path) as file:
+                if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
+                    damaged(f"{size} bytes")
+                text = file.read(_MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise LostManifest(f"{folder}: no {MANIFEST}: not a store. Build it first.") from None
         except OSError as error:
-            raise StoreError(f"{path}: unreadable: {error.strerror}.") from None
+            raise StoreError(
+                f"{path}: unreadable: {error.strerror}. Make it readable, or choose another folder."
+            ) from None
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            damaged(f"not JSON ({str(error).splitlines()[0]})")
+            values = parse_object(text, finite=False)  # a sample may have been NaN
+        except ValueError as error:
+            damaged(str(error))
         check = _Check(damaged)
-        check(isinstance(values, dict), "no mapping")
         version = check.integer(values.get("format"), "format", 1)
         if version > FORMAT:
             raise StoreError(
@@ -219,7 +269,7 @@ def _layout(values: Any, check: _Check) -> Layout:
     fingerprint = check.mapping(values["fingerprint"], "fingerprint")
     check(all(isinstance(value, (str, int)) for value in fingerprint.values()), "fingerprint must be numbers and text")
     notes = check.mapping(values["notes"], "notes")
-    check(_fits(notes, _DEEPEST), f"notes must be at most {_DEEPEST} levels deep")
+    check(fits(notes, _DEEPEST), f"notes must be at most {_DEEPEST} levels deep")
     return Layout(
         rows=check.integer(values["rows"], "rows", 1),
         shape=sizes,
@@ -230,11 +280,6 @@ def _layout(values: Any, check: _Check) -> Layout:
         fingerprint=fingerprint,
         notes=notes,
     )
-
-
-def _fits(value: Any, levels: int) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_fits(part, levels - 1) for part in parts)
 
 
 def _shards(values: dict[str, Any], check: _Check) -> tuple[Shard | None, ...]:

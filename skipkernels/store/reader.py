@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..memory import free_bytes
 from ..ops.gather_rows import gather_rows_out
-from .manifest import COMPUTED, DTYPES, Layout, Manifest, StoreError
+from .manifest import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError, usable_folder
 from .shards import MappedShard, damages, map_shard
 
 # Bytes of maps that may be in memory before all are let go of, of a store that is not small beside what is free. They
@@ -60,7 +61,8 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, verify: bool = False):
-        self.folder = folder
+        self.folder = folder = usable_folder(folder)
+        self._version = _version(folder)
         self.manifest = Manifest.read(folder)
         if not self.manifest.complete:
             done = sum(shard is not None for shard in self.manifest.shards)
@@ -185,4 +187,20 @@ class Store:
     def _map(self, number: int) -> MappedShard:
         shard = self.manifest.shards[number]
         assert shard is not None
-        return map_shard(self.folder, self.layout, number, shard)
+        there = map_shard(self.folder, self.layout, number, shard)
+        # A store may be rebuilt while it is open. Its manifest is replaced before its shards are.
+        if (version := _version(self.folder)) != self._version:
+            shards = Manifest.read(self.folder).shards
+            if number >= len(shards) or shards[number] != shard:
+                raise StoreError(f"{self.folder}: was built again since it was opened. Open it again.")
+            self._version = version
+        return there
+
+
+def _version(folder: Path) -> tuple[int, int, int] | None:
+    """What tells a manifest from one that replaces it; None if there is none."""
+    try:
+        status = os.stat(folder / MANIFEST)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

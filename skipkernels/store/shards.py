@@ -7,7 +7,9 @@ labels       [n] int64, if the store has them
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor
 from .atomic import replace_file
 from .digest import digest_file
 from .manifest import DTYPES, Layout, Manifest, Shard, StoreError
+from .regular import open_regular
 from .tensor_file import DTYPE_NAMES, write_tensors
 
 _LEVELS = 127  # int8 without −128: the scale is the same on both sides
@@ -65,6 +68,7 @@ def is_shard(path: Path) -> bool:
     if not is_shard_name(path.name):
         return False
     try:
+        open_regular(path).close()
         with safe_open(path, "pt") as file:
             return re.fullmatch("[0-9]+ of [0-9a-f]{32}", (file.metadata() or {}).get(_NAME, "")) is not None
     except (SafetensorError, OSError, ValueError):
@@ -94,9 +98,11 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
         return StoreError(f"{path}: {what}. Build it again with resume=True (--resume).")
 
     try:
-        size = path.stat().st_size
+        with open_regular(path) as opened:
+            size = os.fstat(opened.fileno()).st_size
     except OSError as error:
-        raise damaged("missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}") from None
+        kind = "damaged" if error.errno in (errno.EISDIR, errno.EINVAL) else "unreadable"
+        raise damaged("missing" if isinstance(error, FileNotFoundError) else f"{kind}: {error.strerror}") from None
     if size != shard.bytes:
         raise damaged(f"damaged: {size} bytes in place of {shard.bytes}")
     wanted = _tensors(layout, len(layout.rows_of(number)))
@@ -112,10 +118,15 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
     if (name := metadata.get(_NAME, "")) != _name(layout, number):
         other, _, store = name.partition(" of ")
         raise damaged(f"the file of shard {other}" if store == layout.digest else "of another store")
-    start, offsets = _offsets(path)
+    try:
+        start, offsets = _offsets(path)
+        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    except OSError as error:
+        raise damaged(f"unreadable: {error.strerror}") from None
+    except RuntimeError as error:  # of torch.from_file
+        raise damaged(f"unreadable: {str(error).splitlines()[0]}") from None
     if any((start + offsets[name][0]) % dtype.itemsize for name, (_, dtype) in wanted.items()):
         raise damaged("damaged: its numbers are not aligned")
-    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     views = {
         name: whole[start + offsets[name][0] : start + offsets[name][1]].view(dtype).view(shape)
         for name, (shape, dtype) in wanted.items()
@@ -161,7 +172,7 @@ def _tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], tor
 
 def _offsets(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
     """Where the tensors of a file begin, and where each is behind that; of a header that safetensors has accepted."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     return 8 + length, {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}

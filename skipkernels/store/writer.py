@@ -15,9 +15,19 @@ from torch import Tensor
 
 from .atomic import partial_of
 from .lock import LOCK, OWNER, locked
-from .manifest import MANIFEST, DifferentStore, Layout, LostManifest, Manifest, StoreError
+from .manifest import (
+    MANIFEST,
+    DifferentStore,
+    Layout,
+    LostManifest,
+    Manifest,
+    StoreError,
+    file_errors,
+    usable_folder,
+)
 from .shards import damages, is_shard, is_shard_name, path_of, write_shard
 
+_AGAIN = "Look at the disk, and try again."
 _SPARE = 1 << 24  # bytes that stay free on the disk: manifests, and what else a system needs to go on
 
 
@@ -61,7 +71,8 @@ class Writer:
         on_bytes: Callable[[int], None] = lambda count: None,
         on_wait: Callable[[str], None] | None = None,
     ):
-        self.folder, self.layout = folder, layout
+        self.folder, self.layout = usable_folder(folder), layout
+        layout.check_manifest(self.folder)
         self._resume, self._overwrite, self._on_bytes, self._on_wait = resume, overwrite, on_bytes, on_wait
         self._held = contextlib.ExitStack()
         self.manifest = Manifest(layout, (None,) * layout.shards)
@@ -80,7 +91,7 @@ class Writer:
         except OSError as error:
             raise StoreError(f"{self.folder}: can't be written to ({error.strerror}); choose another.") from None
         try:
-            with self._disk_may_be_full():
+            with self._failures_told():
                 self._look()
                 self._check_space(sum(len(self.layout.rows_of(number)) for number in self.missing))
                 self.manifest.write(self.folder)
@@ -103,10 +114,10 @@ class Writer:
         """Write a shard, and say in the manifest that it is there.
 
         Raises:
-            StoreError: If the disk is full: what is there stays, and `resume` goes on from it.
+            StoreError: If the disk is full or fails: what is there stays, and `resume` goes on from it.
         """
-        self._check_space(len(self.layout.rows_of(number)))
-        with self._disk_may_be_full():
+        with self._failures_told():
+            self._check_space(len(self.layout.rows_of(number)))
             shard = write_shard(self.folder, self.layout, number, tensors)
             manifest = self.manifest.with_shard(number, shard)
             manifest.write(self.folder)
@@ -181,16 +192,30 @@ class Writer:
                 raise
             raise self._full("the disk is full") from error
 
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            with self._disk_may_be_full():
+                yield
+        except OSError as error:
+            named = error.filename if isinstance(error.filename, str) else self.folder
+            raise StoreError(
+                f"{named}: can't be written or read ({error.strerror or error}). {self._progress()} are there and "
+                "stay; look at the disk, and go on with resume=True (--resume)."
+            ) from error
+
     def _full(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.folder}: {what}. {self._progress()} are there and stay; make room, or use a smaller dtype or fewer "
+            "views, and go on with resume=True (--resume)."
+        )
+
+    def _progress(self) -> str:
         try:
             shards = Manifest.read(self.folder).shards
         except StoreError:  # it has not come that far
             shards = self.manifest.shards
-        done = sum(shard is not None for shard in shards)
-        return StoreError(
-            f"{self.folder}: {what}. {done} of {len(shards)} shards are there and stay; make room, or use a smaller "
-            "dtype or fewer views, and go on with resume=True (--resume)."
-        )
+        return f"{sum(shard is not None for shard in shards)} of {len(shards)} shards"
 
 
 def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
@@ -207,7 +232,7 @@ def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> l
     Raises:
         StoreError: If someone is at work in the folder, or its manifest cannot be read: nothing is known of it then.
     """
-    with locked(folder):
+    with file_errors(folder, _AGAIN), locked(folder):
         manifest = Manifest.read(folder)
         gone = leftovers(folder, manifest)
         if unfinished and not manifest.complete:
@@ -227,19 +252,22 @@ def erase(folder: Path) -> None:
     manifest, reason = _read(folder)
     if reason is not None and (folder / MANIFEST).exists() and not is_store(folder):
         raise reason
-    for path in _all_files(folder, manifest):
-        path.unlink(missing_ok=True)
+    with file_errors(folder, _AGAIN):
+        for path in _all_files(folder, manifest):
+            path.unlink(missing_ok=True)
 
 
 def is_store(folder: Path) -> bool:
     """Whether a folder has a store, be it damaged, and not something else with a file of that name."""
     _, reason = _read(folder)
-    return not isinstance(reason, LostManifest) or (folder.is_dir() and any(map(is_shard, folder.iterdir())))
+    with file_errors(folder, _AGAIN):
+        return not isinstance(reason, LostManifest) or (folder.is_dir() and any(map(is_shard, folder.iterdir())))
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
     """Files in a store's folder that are of no use to it: of a build that was killed, or shards that nobody lists."""
-    return sorted(_files(folder, manifest) - _used(folder, manifest))
+    with file_errors(folder, _AGAIN):
+        return sorted(_files(folder, manifest) - _used(folder, manifest))
 
 
 def strangers(folder: Path) -> list[str]:

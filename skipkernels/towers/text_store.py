@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from ..console import escaped, progress, stderr
-from ..store import COMPUTED, DTYPES, DifferentStore, Layout, Store, StoreError, Writer, digest_tensors, is_store
+from ..store import (
+    COMPUTED,
+    DTYPES,
+    DifferentStore,
+    Layout,
+    Store,
+    StoreError,
+    Writer,
+    digest_tensors,
+    is_store,
+    usable_folder,
+)
 from .base import TextTower
 
 _SHARD_BYTES = 64 << 20
@@ -47,7 +58,8 @@ class TextStore:
     """
 
     def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
-        self._folder, self._device = folder, text.tokens.device
+        self._folder, self._device = usable_folder(folder), text.tokens.device
+        folder = self._folder
         self._wanted = _identity(text)
         first = torch.zeros(1, dtype=torch.int64, device=self._device)
         hidden = lower(first)

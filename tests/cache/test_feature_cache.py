@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import pickle
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -700,3 +702,43 @@ def test_a_folder_of_something_else_is_no_cache(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError, match=r"holds other things \(thesis.tex\)"):
         build(tmp_path)
+
+
+# ---- what is refused before anything is computed -------------------------------------------------------------------
+
+
+class Unread(Drawn):
+    """Images that nothing may load."""
+
+    def __getitem__(self, item: int):
+        pytest.fail("loaded")
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_an_image_is_loaded(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for options in ({}, {"overwrite": True}, {"refresh": "epoch"}):
+        with pytest.raises(StoreError, match=r"caf\\udce9: its path is not UTF-8"):
+            build(folder, Unread(), **options)
+    with pytest.raises(StoreError, match=r"identity must be text in UTF-8; got 'caf\\udce9'"):
+        build(tmp_path / "store", Unread(), identity=folder.name)
+    with pytest.raises(StoreError, match="its path is not UTF-8"):
+        sk.FeatureCache.open(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["new", "overwrite"])
+def test_a_manifest_that_would_be_too_large_is_refused_before_an_image_is_loaded(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("skipkernels.store.manifest._MOST_BYTES", 1000)
+    with pytest.raises(StoreError, match=r"store: 2 shards need a manifest .* Make shards larger \(shard_bytes=\)"):
+        build(tmp_path / "store", Unread(), identity="unread", **options)
+
+
+def test_a_relative_path_stays_when_the_dataset_changes_the_working_folder(tmp_path, monkeypatch):
+    class Moving(Drawn):
+        def __getitem__(self, item: int):
+            os.chdir("/")
+            return super().__getitem__(item)
+
+    monkeypatch.chdir(tmp_path)
+    cache = build(Path("store"), Moving(), identity="moving")
+    assert (tmp_path / "store" / "manifest.json").exists()
+    assert cache.verify() == [] and len([batch for batch in cache.loader(4, "sequential")]) == 2

@@ -241,7 +241,8 @@ def test_one_that_was_killed_when_it_began_is_no_strangers(tmp_path, views):
     (tmp_path / "epoch-00004").mkdir()
     (tmp_path / "epoch-00004" / ".lock").touch()
     (tmp_path / "epoch-00009").mkdir()
-    (tmp_path / "epoch-00009" / ".owner.json.7.partial").touch()
+    (tmp_path / "epoch-00009" / "..owner.json.7.partial").touch()  # of an older version
+    (tmp_path / "epoch-00009" / "..owner.json.0123456789abcdef.skipkernels-partial").touch()
     with refreshed(tmp_path) as cache:
         loader = cache.loader(3, "sequential")
         assert epoch(loader).equal(views[0])

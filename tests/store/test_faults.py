@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import re
@@ -17,7 +18,7 @@ from typing import BinaryIO
 import pytest
 import torch
 
-from skipkernels.store import Store, StoreError, Writer, partial_of, prune
+from skipkernels.store import Store, StoreError, Writer, erase, leftovers, partial_of, prune
 from skipkernels.store.lock import OWNER
 from skipkernels.store.manifest import Manifest
 from skipkernels.store.shards import damages
@@ -137,6 +138,9 @@ def test_it_goes_on_from_wherever_it_stopped(tmp_path, whole, where, error):
         left = [path.name for path in folder.iterdir() if partial_of(path.name)]
         assert len(left) == (error == "killed" and not _renamed(where, at)), "only a kill leaves a temporary file"
         there = shards_there(folder)
+        assert isinstance(raised, (StoreError, Killed)), "never a traceback of the system's errors"
+        if error == "error":
+            assert re.search(f"{folder}.*: can't be written .*Input/output error.*stay|choose another", str(raised))
         if error == "full":
             assert isinstance(raised, StoreError) and "resume=True" in str(raised)
             assert re.search(f"the disk is full. {there} of 5 shards are there and stay; make room", str(raised))
@@ -166,7 +170,7 @@ def test_a_lock_is_let_go_of_when_the_owner_cannot_be_deleted(tmp_path, monkeypa
     writer = Writer(tmp_path, LAYOUT)
     with monkeypatch.context() as patch, writer:
         patch.setattr(Path, "unlink", _read_only)
-        with pytest.raises(OSError, match="Read-only"):
+        with pytest.raises(StoreError, match="Read-only file system. What was written before stays"):
             writer.__exit__(None, None, None)
     with Writer(tmp_path, LAYOUT, resume=True) as again:
         assert again.missing == [0, 1, 2, 3, 4]
@@ -174,6 +178,58 @@ def test_a_lock_is_let_go_of_when_the_owner_cannot_be_deleted(tmp_path, monkeypa
 
 def _read_only(*arguments, **options):
     raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("number", [errno.EINTR, errno.EIO, errno.ENOSPC, errno.ENOLCK, errno.EOPNOTSUPP, errno.ESTALE])
+@pytest.mark.parametrize("owner, function", [(fcntl, "flock"), (os, "scandir"), (os, "listdir"), (os, "fsync")])
+def test_an_error_of_the_system_is_told_in_one_line(tmp_path, monkeypatch, owner, function, number):
+    """Whatever is done to a store, and at whatever of its calls."""
+    fill(tmp_path, LAYOUT)
+    manifest = Manifest.read(tmp_path)
+    original = getattr(owner, function)
+
+    def fail(*arguments, **options):
+        if function == "flock" and arguments[1] == fcntl.LOCK_UN:
+            return original(*arguments, **options)
+        raise OSError(number, os.strerror(number))
+
+    attempts = [
+        lambda: fill(tmp_path, LAYOUT, overwrite=True),
+        lambda: prune(tmp_path),
+        lambda: leftovers(tmp_path, manifest),
+        lambda: erase(tmp_path),
+    ]
+    for attempt in attempts:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, fail)
+            try:
+                attempt()
+            except StoreError as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error)
+                assert re.search("[Cc]hoose|again|go on|Wait", str(error)), "a remedy"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, number):
+    def fail(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    fill(tmp_path, LAYOUT)
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for attempt in (lambda: prune(tmp_path), lambda: fill(tmp_path, LAYOUT, overwrite=True)):
+        with pytest.raises(StoreError, match=rf"can't be locked \({os.strerror(number)}\). Choose .*flock"):
+            attempt()
+
+
+def test_a_map_that_fails_is_told(tmp_path, monkeypatch):
+    fill(tmp_path, LAYOUT)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("unable to mmap 10 bytes from file <x>: Cannot allocate memory (12)\nand more")
+
+    monkeypatch.setattr(torch, "from_file", fail)
+    with pytest.raises(StoreError, match=r"00000.safetensors: unreadable: unable to mmap .*\(12\)\. Build it again"):
+        Store(tmp_path)
 
 
 def test_any_failure_leaves_the_lock_open(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from skipkernels.store import MANIFEST, Manifest, Store, StoreError, Writer, erase, is_store, leftovers, prune, writer
-from skipkernels.store.lock import LOCK
+from skipkernels.store.lock import LOCK, OWNER, locked
+from skipkernels.store.shards import is_shard
 from tests.store.stores import contents, fill, layout_of, truth_of, write_manifest
 
 DTYPES = ["fp32", "bf16", "int8"]
@@ -287,14 +289,56 @@ def test_a_manifest_that_may_not_be_read_is_told(folder):
         Store(folder)
 
 
-@pytest.mark.parametrize("reading", ["stat", "read_bytes"])
+@pytest.mark.parametrize("reading", ["open", "fdopen"])
 def test_a_manifest_that_cannot_be_read_is_told(folder, monkeypatch, reading):
-    def fail(path, **options):
+    def fail(path, *arguments, **options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, reading, fail)
-    with pytest.raises(StoreError, match=f"{MANIFEST}: unreadable: Input/output error"):
+    with monkeypatch.context() as patch, pytest.raises(StoreError) as caught:
+        patch.setattr(os, reading, fail)
         Store(folder)
+    assert re.search(f"{MANIFEST}: unreadable: Input/output error. Make it readable", str(caught.value))
+
+
+# ---- what is no file ---------------------------------------------------------------------------------------------
+
+
+def put_in_place(path: Path, kind: str) -> None:
+    """Put something in place of a file from which reading does not end."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("layout", ["fp32"], indirect=True)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_does_not_hang_a_reader(folder, layout, kind):
+    manifest = Manifest.read(folder)
+    put_in_place(folder / SHARD, kind)
+    with pytest.raises(StoreError, match=rf"{SHARD}: damaged: not a regular file\. Build it again"):
+        Store(folder)
+    assert not is_shard(folder / SHARD) and leftovers(folder, manifest) == []
+    put_in_place(folder / MANIFEST, kind)
+    for attempt in (lambda: Store(folder), lambda: fill(folder, layout), lambda: prune(folder)):
+        with pytest.raises(StoreError, match=rf"{MANIFEST}: unreadable: not a regular file|holds other things"):
+            attempt()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_an_owner_that_is_no_file_does_not_hang(tmp_path, kind):
+    with locked(tmp_path):
+        put_in_place(tmp_path / OWNER, kind)
+        with pytest.raises(StoreError, match="another process is at work in it"), locked(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(("since", "age"), [(time.time() + 1e6, "0"), (float("nan"), None), ("long ago", None)])
+def test_an_owner_of_the_future_began_just_now(tmp_path, since, age):
+    """The clock was set back."""
+    with locked(tmp_path):
+        (tmp_path / OWNER).write_text(json.dumps({"pid": 7, "host": "there", "since": since}))
+        who = "another process" if age is None else f"process 7 on there, since {age} seconds,"
+        with pytest.raises(StoreError, match=f": {who} is at work in it"), locked(tmp_path):
+            pass
 
 
 # ---- what is not ours --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from skipkernels.store import (
     digest_tensors,
     leftovers,
     lock,
+    manifest,
     prune,
     reader,
 )
@@ -152,6 +154,75 @@ def test_a_store_that_is_incomplete_is_refused(tmp_path, done):
     with pytest.raises(StoreError, match=rf"incomplete: {done} of 5 shards are there. Go on .* resume=True"):
         Store(tmp_path / "whole")
     assert not manifest.complete
+
+
+def of_other_numbers(folder: Path) -> None:
+    """Build the store of a folder again: the same layout and sizes, other features."""
+    with Writer(folder, layout_of(), overwrite=True) as writer:
+        for number in writer.missing:
+            tensors = tensors_of(layout_of(), number)
+            writer.write(number, tensors | {"rows": tensors["rows"] + 1})
+
+
+def test_a_store_that_is_built_again_while_it_is_open_is_told(tmp_path):
+    fill(tmp_path, layout_of())
+    store, theirs = Store(tmp_path), pickle.loads(pickle.dumps(Store(tmp_path)))
+    first = torch.arange(4)
+    before = store.gather(first)
+    of_other_numbers(tmp_path)
+    assert store.gather(first).equal(before), "what is mapped stays"
+    for opened in (store, theirs):
+        with pytest.raises(StoreError, match="was built again since it was opened. Open it again"):
+            opened.gather(torch.tensor([17]))
+    assert Store(tmp_path).gather(first).equal(before + 1)
+
+
+def test_a_store_that_is_built_again_with_the_same_rows_stays_open(tmp_path):
+    fill(tmp_path, layout_of())
+    store = Store(tmp_path)
+    fill(tmp_path, layout_of(), overwrite=True)
+    assert store.gather(torch.arange(18)).equal(truth_of(layout_of()))
+
+
+def test_a_relative_path_stays_when_the_working_folder_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Writer(Path("store"), layout_of()) as writer:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for number in writer.missing:
+            writer.write(number, tensors_of(layout_of(), number))
+    monkeypatch.chdir(tmp_path)
+    store = Store(Path("store"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store.gather(torch.arange(18)).equal(truth_of(layout_of())) and store.verify() == []
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_folder_whose_path_is_not_utf8_is_refused_before_anything_is_made(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for attempt in (lambda: Writer(folder, layout_of()), lambda: Store(folder)):
+        with pytest.raises(StoreError, match=r"caf\\udce9: its path is not UTF-8. Rename it, or") as told:
+            attempt()
+        str(told.value).encode()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"rows": 200_000, "shard_rows": 1}, {"weights": "w" * (1 << 24)}])
+def test_a_manifest_that_could_not_be_read_again_is_refused_before_anything_is_made(tmp_path, changes):
+    with pytest.raises(StoreError, match=r"store: \d+ shards need a manifest of up to \d+ bytes, and 16777216 are"):
+        Writer(tmp_path / "store", layout_of(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_manifest_knows_the_size_of_the_complete_one(tmp_path, monkeypatch):
+    layout = layout_of()
+    fill(tmp_path, layout)
+    size = (tmp_path / MANIFEST).stat().st_size
+    monkeypatch.setattr(manifest, "_MOST_BYTES", size + 5 * 15)  # of a shard's size, which has up to 15 digits
+    layout.check_manifest(tmp_path)
+    monkeypatch.setattr(manifest, "_MOST_BYTES", size)
+    with pytest.raises(StoreError, match="5 shards need a manifest"):
+        layout.check_manifest(tmp_path)
 
 
 # ---- int8 --------------------------------------------------------------------------------------------------------
