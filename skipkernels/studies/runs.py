@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from rich.console import Console
 from ..console import plain, stderr
 from ..data import InputError
 from ..tuning import TuneConfig, check, tune
-from ..tuning.run_folder import CONFIG, METRICS
+from ..tuning.run_folder import CONFIG, METRICS, read_metrics
 
 RUNS = "runs"
 
@@ -156,7 +155,7 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
             f"--out: {config.out} holds a run with another {' and '.join(differing)}; choose another folder, or add "
             "--overwrite."
         )
-    metrics = json.loads((config.out / METRICS).read_text())
+    metrics = read_metrics(config.out)
     return metrics if metrics["status"] == "complete" else None
 
 

@@ -19,14 +19,35 @@ import torch
 from torch import Tensor
 
 from ..data import InputError
-from ..store import partial_of, replace_file, write_tensors
+from ..store import open_regular, partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
+from .checked import check_types
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
 FORMAT = 1
 # What torch.load raises for a file that is damaged.
 _NO_STATE: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
 _NO_STATE += (AttributeError, zipfile.BadZipFile, zlib.error)
+
+
+_STATE: dict[str, Any] = {
+    "config": "plain mapping",
+    "rows": "plain list",
+    "seconds": "number",
+    "trainer": ("mapping", "null"),
+}
+_ROW: dict[str, Any] = {
+    "epoch": "whole number",
+    "loss": "number",
+    "lr": "numbers by name",
+    "steps": "whole number",
+    "kept_classes": "number",
+    "kept_histogram": "numbers by name",
+    "seconds": "number",
+    "seconds_waiting_for_features": "number",
+    "budget": "numbers by name",
+    "accuracy": "numbers by name",
+}
 
 
 class Checkpoint(NamedTuple):
@@ -133,14 +154,19 @@ def _following(file: str) -> str:
 
 def _load_state(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not compare checksums
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        opened = open_regular(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}). Is it a file that you may read?") from error
+    try:
+        with opened as file:
+            with zipfile.ZipFile(file) as archive:
+                stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+                if not stored or archive.testzip() is not None:  # torch.load does not compare checksums
+                    raise zipfile.BadZipFile
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
         raise InputError(f"{path}: damaged, or it holds more than a state; tune again with --overwrite.") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}). Is it a file that you may read?") from error
     except _NO_STATE as error:  # whose texts are about parts of an archive
         raise InputError(
             f"{path}: damaged: it was cut short, or changed after it was written; tune again with --overwrite."
@@ -152,6 +178,12 @@ def _load_state(path: Path) -> dict[str, Any]:
             f"{path}: written in format {state['format']}, and this version reads {FORMAT}; use the version that wrote "
             "it, or tune again with --overwrite."
         )
+    try:
+        check_types(state, _STATE)
+        for number, row in enumerate(state["rows"]):
+            check_types(row, _ROW, f"rows[{number}]")
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}; tune again with --overwrite.") from error
     return state
 
 

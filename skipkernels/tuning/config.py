@@ -20,10 +20,13 @@ from ..data.glyph_tiny import NAME as GLYPH_TINY
 from ..data.protocols import Protocol
 from ..methods import METHODS, Recipe
 from ..selection import Tail
+from ..store import read_regular
 from ..towers import Memory
 from ..towers.attend import Attention
 from . import optimizers
 from .precision import Precision
+
+MOST_CONFIG_BYTES = 1 << 20
 
 Method = Literal["skip", "full", "zero-shot", "linear-probe", "coop", "clip-adapter", "lora"]  # the keys of METHODS
 Preset = Literal["default", "reference"]
@@ -271,10 +274,10 @@ class TuneConfig:
             InputError: If the file is not there, is no YAML mapping, or has a field that is unknown or mistyped.
         """
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.safe_load(read_regular(path, MOST_CONFIG_BYTES))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; --checkpoint takes the folder of a run.") from None
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise InputError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")

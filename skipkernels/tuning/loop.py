@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..cache import FeatureCache
 from ..console import kept_going, plain
-from ..data import Images, save_few_shot
+from ..data import Images, InputError, save_few_shot
 from ..memory import PeakMemory, out_of_memory
 from ..methods import Skip
-from . import answers
+from . import answers, checkpoint
 from .board import open_board
 from .config import TuneConfig
 from .display import Display
@@ -143,7 +143,13 @@ class _Run:
         self.weights.load(resumed.weights)
         self.seconds_before = resumed.state["seconds"]
         if trainer is not None:
-            trainer.load_state_dict(resumed.state["trainer"])
+            try:
+                trainer.load_state_dict(resumed.state["trainer"])
+            except InputError:
+                raise
+            except (ValueError, RuntimeError) as error:
+                what = f"{self.folder.path / checkpoint.STATE}: not the state of this run: {str(error).splitlines()[0]}"
+                raise InputError(f"{what}; tune again with --overwrite.") from error
         self.tuned = self.evaluator.predictions()
 
     def _epochs(self, trainer: Trainer) -> None:

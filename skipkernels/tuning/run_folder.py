@@ -18,10 +18,11 @@ import yaml
 
 from ..data import InputError
 from ..data.files import shown
-from ..store import StoreError, replace_text
+from ..store import StoreError, read_object, read_regular, replace_text, usable_folder
 from ..store.lock import OWNER, locked
 from . import checkpoint
-from .config import TuneConfig
+from .checked import check_types
+from .config import MOST_CONFIG_BYTES, TuneConfig
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
@@ -38,8 +39,60 @@ _FILES = (
     CONFIG,
 )
 
+_METRICS: dict[str, Any] = {  # what is read of a metrics.json
+    "status": "text",
+    "classes": "numbers by name",
+    "zero_shot": "numbers by name",
+    "tuned": ("numbers by name", "null"),
+    "epochs": "whole number",
+    "steps": "whole number",
+    "kept_classes": ("number", "null"),
+    "parameters": {"trained": "whole number", "all": "whole number"},
+    "checkpoint": {"file": "text", "mib": "number", "mib_of_all": "number"},
+    "cost": {
+        "device": "text",
+        "seconds_total": "number",
+        "seconds_tuning": "number",
+        "baseline_memory_mib": "number",
+        "peak_memory_mib": "number",
+        "seconds_per_epoch": ("number", "null"),
+        "milliseconds_per_step": ("number", "null"),
+    },
+}
+_MOST_METRICS_BYTES = 1 << 24
+
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
 _SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # some that every config.yaml of a run has
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics.json of a run.
+
+    Raises:
+        InputError: If it can't be read, or is not one.
+    """
+    metrics = _metrics_object(folder)
+    try:
+        check_types(metrics, _METRICS)
+        complete, timed = metrics["status"] == "complete", metrics["steps"] == 0 or metrics["kept_classes"] is not None
+        if complete and not (timed and (metrics["tuned"] or {}).keys() == metrics["zero_shot"].keys()):
+            raise ValueError("tuned or kept_classes is not that of a complete run")
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+    return metrics
+
+
+def _metrics_object(folder: Path) -> dict[str, Any]:
+    """What a metrics.json holds, be it that of a run or not."""
+    try:
+        return read_object(folder / METRICS, _MOST_METRICS_BYTES)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: OSError | ValueError) -> InputError:
+    what = error.strerror if isinstance(error, OSError) else error
+    return InputError(f"{folder / METRICS}: damaged ({what}); remove it, and --resume again.")
 
 
 def check_can_be_made(folder: Path) -> Path:
@@ -48,6 +101,10 @@ def check_can_be_made(folder: Path) -> Path:
     Raises:
         InputError: If so.
     """
+    try:
+        usable_folder(folder)
+    except StoreError as error:
+        raise InputError(f"--out: {error}") from error
     if os.path.exists(folder) and not folder.is_dir():
         raise InputError(f"--out: {folder} is a file; choose a folder.")
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
@@ -68,8 +125,8 @@ def _files(folder: Path) -> list[Path]:
 def _is_a_runs(folder: Path) -> bool:
     """Whether a folder has the config.yaml of a run, of whatever version, and not somebody's own."""
     try:
-        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        settings = yaml.safe_load(read_regular(folder / CONFIG, MOST_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.keys() >= _SETTINGS
 
@@ -115,7 +172,7 @@ class RunFolder:
     def _resume(self, earlier: list[str]) -> None:
         found = checkpoint.find(self.path)
         if found is None:
-            if METRICS in earlier and self._read_metrics().get("epochs"):
+            if METRICS in earlier and _metrics_object(self.path).get("epochs"):
                 raise InputError(
                     f"--resume: {self.path} holds a run without {checkpoint.STATE}; choose another folder, or use "
                     "--overwrite."
@@ -128,17 +185,9 @@ class RunFolder:
                     f"--resume: {name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; give "
                     "the same, or choose another folder."
                 )
-        metrics = self._read_metrics() if METRICS in earlier else {}
-        if metrics.get("status") == "complete":
-            self.finished = metrics
+        if METRICS in earlier and _metrics_object(self.path).get("status") == "complete":
+            self.finished = read_metrics(self.path)
         self.resumed = found
-
-    def _read_metrics(self) -> dict[str, Any]:
-        try:
-            metrics = json.loads((self.path / METRICS).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path / METRICS}: damaged; remove it, and --resume again.") from error
-        return metrics if isinstance(metrics, dict) else {}
 
     def check_room(self, size: int) -> None:
         """Refuse a disk that two checkpoints of so many bytes, about, don't fit on: the old one stays until the new is.

@@ -21,6 +21,7 @@ from ..methods.base import TunedModel
 from ..store import digest_tensors
 from . import optimizers
 from .budget import Budget
+from .checked import check_like, check_optimizer, check_types
 from .config import TuneConfig
 from .precision import REMEDY, Arithmetic
 from .schedule import cosine_with_warmup
@@ -175,8 +176,16 @@ class Trainer:
 
         Raises:
             InputError: If the training images are others.
+            ValueError: If it is not the state of such a trainer.
         """
-        if state["images"] != self.state_dict()["images"]:
+        own = self.state_dict()
+        check_types(state, {name: "mapping" for name in own if name != "images"} | {"images": "text"}, "trainer")
+        check_optimizer(state["optimizer"], own["optimizer"], self.weights)
+        # A run may go on on another device, whose generators have other states.
+        for name in ("schedule", "batches", "draws", "arithmetic"):
+            check_like(state[name], own[name], f"trainer.{name}")
+        check_like(state["random"].get("cpu"), own["random"]["cpu"], "trainer.random.cpu")
+        if state["images"] != own["images"]:
             raise InputError("--resume: the training images are others than those of the run; choose another folder.")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import InputError
 from ..methods import Method
-from ..store import digest_json, digest_tensors
+from ..store import digest_json, digest_tensors, parse_object
 
 # What the header of the file says that it holds: a whole model, as open_clip loads it; what a method keeps besides the
 # model's first weights; or of either only what tuning changed.
@@ -97,7 +97,10 @@ def header(path: Path) -> dict[str, str]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return dict(json.loads((file.metadata() or {}).get(_NOTES, "{}")))
+            says = parse_object((file.metadata() or {}).get(_NOTES, "{}"))
+        if not all(isinstance(value, str) for value in says.values()):
+            raise ValueError("its notes must be texts by name")
+        return says
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise _unusable(path, error) from error
 

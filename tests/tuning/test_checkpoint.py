@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,12 @@ class Killed(BaseException):
     """In place of a signal that nothing can catch."""
 
 
+STATE = {"config": {}, "rows": [], "seconds": 1.0, "trainer": None}  # of a run before its first epoch
+
+
 def save(folder: Path, epoch: int, file: str = checkpoint.MODEL) -> None:
     tensors, notes = {"weight": torch.full((3,), float(epoch))}, weights.notes(holds="model")
-    checkpoint.save(folder, file, tensors, notes, {"epoch": epoch})
+    checkpoint.save(folder, file, tensors, notes, STATE | {"epoch": epoch})
 
 
 def there(folder: Path) -> int | None:
@@ -97,9 +101,10 @@ def test_the_same_weights_are_the_same_bytes(tmp_path, method, delta, says):
 def test_a_file_of_someone_else_says_nothing(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"format": "pt", "holds": "changes"})
     assert header(tmp_path / "a.safetensors") == {}
-    save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": "no notes"})
-    with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
-        header(tmp_path / "a.safetensors")
+    for notes in ("no notes", "[]", '"text"', '{"holds": 1}', '{"holds": ["model"]}', '{"a":' * 50_000, "[" * 50_000):
+        save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": notes})
+        with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
+            header(tmp_path / "a.safetensors")
 
 
 OURS = [
@@ -149,7 +154,7 @@ def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path, monkeypatch
             continue
         message = "can't be written to .*: No space left on device. The one before it, if any, is kept; make room"
         with pytest.raises(InputError, match=message):
-            state = {"epoch": 2, "large": torch.zeros(1000)}
+            state = STATE | {"large": torch.zeros(1000)}
             checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.full((30,), 2.0)}, {}, state)
         assert there(tmp_path) == 1
 
@@ -208,6 +213,55 @@ def test_a_state_executes_nothing(tmp_path):
 def test_a_state_of_something_else(tmp_path, state, message):
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(InputError, match=message):
+        checkpoint.find(tmp_path)
+
+
+ROW = {"epoch": 1, "loss": 1.5, "lr": {"text": 0.1}, "steps": 2, "kept_classes": 3.0, "kept_histogram": {"3": 2}}
+ROW |= {"seconds": 1.0, "seconds_waiting_for_features": 0.0, "budget": {"data": 0.0}, "accuracy": {"base": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": None}, "config must be plain mapping; got NoneType"),
+        ({"config": {"seed": torch.ones(2)}}, "config must be plain mapping; got dict"),
+        ({"rows": {}}, "rows must be plain list; got dict"),
+        ({"rows": [7]}, r"rows\[0\] must be mapping; got int"),
+        ({"rows": [ROW, {"epoch": 1}]}, r"rows\[1\].loss is missing"),
+        ({"rows": [ROW | {"loss": float("nan")}]}, "rows must be plain list"),
+        ({"rows": [ROW | {"steps": "2"}]}, r"rows\[0\].steps must be whole number; got str"),
+        ({"rows": [ROW | {"lr": {"text": [1]}}]}, r"rows\[0\].lr must be numbers by name; got dict"),
+        ({"rows": [ROW | {"extra": torch.ones(1)}]}, "rows must be plain list"),
+        ({"seconds": "long"}, "seconds must be number; got str"),
+        ({"seconds": float("inf")}, "seconds must be number; got float"),
+        ({"trainer": []}, "trainer must be mapping or null; got list"),
+    ],
+)
+def test_a_state_with_a_wrong_value_names_it(tmp_path, changes, message):
+    checkpoint.save(tmp_path, checkpoint.MODEL, {}, {}, STATE | {"rows": [ROW]})
+    assert checkpoint.find(tmp_path) is not None
+    checkpoint.save(tmp_path, checkpoint.MODEL, {}, {}, STATE | {"rows": [ROW]} | changes)
+    with pytest.raises(InputError, match=rf"state\.pt: damaged: {message}.*; tune again with --overwrite\.$"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_state_that_is_compressed_is_not_unpacked(tmp_path):
+    save(tmp_path, 1)
+    file = tmp_path / "state.pt"
+    with zipfile.ZipFile(file) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(InputError, match="state.pt: damaged"):
+        checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_state_that_is_no_file_does_not_hang(tmp_path, kind):
+    path = tmp_path / "state.pt"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"state\.pt: can't be read \(not a regular file\)"):
         checkpoint.find(tmp_path)
 
 

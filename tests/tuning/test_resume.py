@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import re
 import shutil
@@ -11,8 +13,10 @@ import torch
 from rich.console import Console
 
 from skipkernels.cli import main
+from skipkernels.data import InputError
 from skipkernels.methods import LoRA, Skip
 from skipkernels.tuning import TuneConfig, tune
+from skipkernels.tuning.run_folder import RunFolder, read_metrics
 from tests.kills import run_for, server
 from tests.tuning.runs import fails, files, results, rows, small
 
@@ -42,6 +46,53 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(run, tmp_path):
     tune(small(tmp_path, resume=True))
     assert results(tmp_path) == results(run[0])
     assert files(tmp_path) == files(run[0])
+
+
+def test_a_state_of_other_weights_is_refused_in_one_line(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    state = torch.load(folder / "state.pt")
+    state["trainer"]["optimizer"]["state"][0]["momentum_buffer"] = torch.ones(3)
+    torch.save(state, folder / "state.pt")
+    (folder / "metrics.json").unlink()
+    message = r"state\.pt: not the state of this run: trainer\.optimizer\.state\[0\]\.momentum_buffer does not fit"
+    with pytest.raises(InputError, match=message):
+        tune(small(folder, resume=True))
+
+
+BROKEN = {
+    "deep": ("[" * 100_000, "nested too deeply"),
+    "list": ("[]", "no mapping"),
+    "nan": ('{"epochs": NaN}', "NaN is not a finite number"),
+    "infinite": ('{"epochs": 1e999}', "1e999 is not a finite number"),
+    "empty": ("{}", "status is missing"),
+    "binary": (b"\xff\xfe\x00", "not JSON"),
+    "large": (" " * ((1 << 24) + 1), "more than 16777216 bytes"),
+    "epochs": ({"epochs": "2"}, "epochs must be whole number; got str"),
+    "tuned": ({"tuned": None}, "tuned or kept_classes is not that of a complete run"),
+    "cost": ({"cost": {"device": 0}}, "cost.device must be text; got int"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_metrics_that_are_damaged_are_told_in_one_line(run, tmp_path, kind):
+    content, message = BROKEN[kind]
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run[0] / "metrics.json").read_text()) | content)
+    (tmp_path / "metrics.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{message}.*\); remove it") as caught:
+        read_metrics(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.yaml"])
+def test_a_file_of_a_run_that_is_a_pipe_does_not_hang(run, tmp_path, name):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=r"not a regular file" if name == "metrics.json" else "no config.yaml that"):
+        RunFolder(small(folder, resume=True).resolved())
+    with pytest.raises(InputError, match="not a regular file"):
+        read_metrics(folder) if name == "metrics.json" else TuneConfig.from_yaml(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -196,5 +247,5 @@ def test_a_kill_at_any_moment_changes_no_bit(processes, tmp_path):
         between += (folder / "state.pt").exists() and not over
         tune(small(folder, resume=True, **KILLED))
         assert results(folder) == results(whole)
-        assert not list(folder.glob(".*.partial")) and not list(folder.glob(".next.*"))
+        assert not list(folder.glob(".*partial")) and not list(folder.glob(".next.*"))
     assert between, "of the kills one at least came between two epochs"

@@ -222,7 +222,7 @@ def test_a_disk_that_is_full_leaves_the_epoch_before(tmp_path, at_step, small_di
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
     assert not (tmp_path / "metrics.json").exists(), "it does not look finished"
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.glob(".*partial"))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
     assert tune(small(tmp_path, resume=True, **changes))["epochs"] == 2
 
