@@ -35,9 +35,21 @@ def ran(monkeypatch):
             "protocol": config.protocol,
             "zero_shot": {"base": 5.0, "new": None},
             "tuned": {"base": value, "new": None},
+            "classes": {"base": 3, "new": 3},
+            "epochs": 1,
+            "steps": 2,
             "kept_classes": 3,
-            "parameters": {"trained": 7},
-            "cost": {"seconds_tuning": value, "milliseconds_per_step": None, "peak_memory_mib": 100.0},
+            "parameters": {"trained": 7, "all": 9},
+            "checkpoint": {"file": "model.safetensors", "mib": 1.0, "mib_of_all": 1.0},
+            "cost": {
+                "device": "cpu",
+                "seconds_total": value,
+                "seconds_tuning": value,
+                "baseline_memory_mib": 10.0,
+                "peak_memory_mib": 100.0,
+                "seconds_per_epoch": None,
+                "milliseconds_per_step": None,
+            },
         }
         assert config.out is not None
         config.out.mkdir(parents=True, exist_ok=True)
