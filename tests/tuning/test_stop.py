@@ -83,8 +83,8 @@ class Killed(BaseException):
 def test_a_kill_while_a_run_is_replaced_leaves_a_run(tmp_path, monkeypatch, moment):
     """Nothing is left that --resume or --overwrite would take for somebody else's."""
     config = small(tmp_path, overwrite=True).resolved()
-    weights, state = {"weight": torch.ones(1)}, {"config": config.identity(), "rows": []}
-    checkpoint.save(tmp_path, checkpoint.MODEL, weights, {}, state)
+    state = {"config": config.identity(), "rows": [], "seconds": 1.0, "trainer": None}
+    checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.ones(1)}, {}, state)
     others = ["metrics.json", "metrics.jsonl", "report.html", "few_shot.json", "events.out.tfevents.1"]
     for name in (*others, ".next.delta.safetensors", ".state.pt.1.partial"):
         (tmp_path / name).write_text("{}")
