@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
-import stat
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..store import MANIFEST
+from ..store import MANIFEST, open_regular
 from .base import InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
@@ -158,20 +156,6 @@ def check_files(root: Path, paths: list[str], where: str) -> None:
             f"{where}: {len(missing)} of {len(paths)} files are missing, such as {missing[0]!r}: looked for in {root}. "
             "Is the dataset unpacked there as a whole?"
         )
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file to read its bytes, without waiting for a FIFO's other end.
-
-    Raises:
-        OSError: If it can't be opened, or is not a regular file: a FIFO would block, and a device might have no end.
-    """
-    # O_NONBLOCK does nothing to a regular file; Windows has no such flag.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
 
 
 def read_text(path: Path) -> str:

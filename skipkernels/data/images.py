@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..store import open_regular
 from .base import InputError, SizedDataset
-from .files import absolute, open_regular
+from .files import absolute
 
 Transform = Callable[[Any], Any]
 Same = TypeVar("Same", bound="Images")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NoReturn
 _DEEPEST = 64  # levels of JSON; the deepest that is written is a manifest with notes, 19
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading. A pipe or a device, from which reading may never end, is refused.
 
     Raises:
