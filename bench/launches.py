@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from skipkernels.ops.class_sampled_ce import REDUCTIONS
+from skipkernels.ops.mlp_activation import KINDS
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES_OF = dict.fromkeys(("gather_rows", "gather_rows_out"), DTYPES | {"int8": torch.int8})
 
@@ -46,7 +49,7 @@ def _class_sampled_ce(
     for B, C, K, D, all_options, reduction in _CLASS_SAMPLED:
         tensors = on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B), on_meta(dtype=torch.float32)
         weight = on_meta(C, dtype=torch.float32) if all_options else None
-        options = ids(K) if K < C else None, weight, 0.1 if all_options else 0.0, -100, reduction
+        options = ids(K) if K < C else None, weight, 0.1 if all_options else 0.0, -100, REDUCTIONS.index(reduction)
         yield f"B{B}-C{C}-K{K}-D{D}", tensors, options, (B, K, D)
 
 
@@ -57,7 +60,7 @@ def class_sampled_ce(dtype: torch.dtype) -> Iterator[Call]:
 
 def class_sampled_ce_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, tensors, options, (B, K, D) in _class_sampled_ce(dtype):
-        each = (B,) if options[-1] == "none" else ()
+        each = (B,) if REDUCTIONS[options[-1]] == "none" else ()
         wide, lse = (on_meta(*s, dtype=torch.float32) for s in (each, (B,), (K,), ())), on_meta(B, dtype=torch.float64)
         d_loss, image_norm, text_norm, denominator = wide
         kept = *[on_meta(0, D, dtype=torch.float32)] * 2, on_meta(0, dtype=torch.float64)
@@ -109,13 +112,18 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     yield Call(f"{shape}-first", (x, None, *saved, False, True, True))
 
 
-def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, str]]:
+def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
     """Shape, rows, bias and kind: the image tower with every kind, then narrow rows, and rows without a bias."""
     x, bias = on_meta(788, 3072, dtype=dtype), on_meta(3072, dtype=dtype)
-    for kind in ("quick_gelu", "gelu", "gelu_tanh"):
-        yield f"T788-W3072-{kind}", x, bias, kind
-    yield "T33-W64-quick_gelu", on_meta(33, 64, dtype=dtype), on_meta(64, dtype=torch.float32), "quick_gelu"
-    yield "T788-W3072-quick_gelu-plain", x, None, "quick_gelu"
+    for kind, name in enumerate(KINDS):
+        yield f"T788-W3072-{name}", x, bias, kind
+    yield (
+        "T33-W64-quick_gelu",
+        on_meta(33, 64, dtype=dtype),
+        on_meta(64, dtype=torch.float32),
+        KINDS.index("quick_gelu"),
+    )
+    yield "T788-W3072-quick_gelu-plain", x, None, KINDS.index("quick_gelu")
 
 
 def mlp_activation(dtype: torch.dtype) -> Iterator[Call]:

@@ -41,6 +41,8 @@ from torch.utils._pytree import tree_map_only
 import skipkernels as sk
 from skipkernels import reference
 from skipkernels.ops import OPERATORS, registration
+from skipkernels.ops.class_sampled_ce import REDUCTIONS
+from skipkernels.ops.mlp_activation import KINDS
 
 from . import aot, measure
 from .launches import CALLS
@@ -249,7 +251,12 @@ def launches_of(op: str, arguments: Sequence[Any]) -> int:
 
 
 def _class_sampled_ce(*arguments: Any) -> Tensor:
-    return reference.class_sampled_ce(*arguments[:9])  # not which gradients to keep
+    *inputs, reduction = arguments[:9]  # not which gradients to keep
+    return reference.class_sampled_ce(*inputs, REDUCTIONS[reduction])
+
+
+def _mlp_activation(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    return reference.mlp_activation(x, bias, KINDS[kind])
 
 
 def _suffix_attention(
@@ -283,9 +290,10 @@ def _sgd_momentum_(weights: list[Tensor], grads: list[Tensor], momentum_buffers:
     optimizer.step()
 
 
-# What a user calls where PyTorch has something better than the steps of the reference.
+# What a user calls where PyTorch has something better than the steps of the reference, or where its arguments differ.
 _EAGER: dict[str, Callable[..., Any]] = {
     "class_sampled_ce": _class_sampled_ce,
+    "mlp_activation": _mlp_activation,
     "suffix_attention": _suffix_attention,
     "pooled_attention": _pooled_attention,
     "sgd_momentum_": _sgd_momentum_,

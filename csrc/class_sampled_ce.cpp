@@ -16,13 +16,13 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <string>
 #include <tuple>
 
 namespace skipkernels {
 namespace {
 
 constexpr const char* NAME = "class_sampled_cross_entropy";
+enum Reduction : int64_t { MEAN, SUM, NONE }; // as REDUCTIONS of skipkernels/ops/class_sampled_ce.py
 
 // Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
 void check_shapes(
@@ -62,7 +62,7 @@ struct Problem {
   Problem(
       const Tensor& image_, const Tensor& text_, const Tensor& labels, const Tensor& logit_scale,
       const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
-      int64_t ignore_index, const std::string& reduction)
+      int64_t ignore_index, int64_t reduction)
       : B(image_.size(0)),
         K(class_ids ? class_ids->size(0) : text_.size(0)),
         C(text_.size(0)),
@@ -86,9 +86,9 @@ struct Problem {
     }
     total_weight = A(weight.empty() ? double(K) : std::accumulate(weight.begin(), weight.end(), 0.0));
     STD_TORCH_CHECK(
-        reduction == "mean" || reduction == "sum" || reduction == "none", NAME,
-        ": reduction must be mean, sum or none; got ", reduction, ".");
-    if (reduction == "mean") {
+        reduction >= MEAN && reduction <= NONE, NAME, ": reduction must be 0 (mean), 1 (sum) or 2 (none); got ",
+        reduction, ".");
+    if (reduction == MEAN) {
       denominator = 0;
       for (int64_t b = 0; b < B; ++b)
         denominator += target[b] >= 0 ? target_weight(b) : 0;
@@ -285,7 +285,7 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 Forward class_sampled_ce(
     const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
-    int64_t ignore_index, const std::string& reduction, bool keep_image, bool keep_text, bool keep_logit_scale) {
+    int64_t ignore_index, int64_t reduction, bool keep_image, bool keep_text, bool keep_logit_scale) {
   check_shapes(image, text, labels, logit_scale, class_ids, class_weight);
   std::optional<Forward> outputs;
   dispatch_features(image, NAME, [&](auto type) {
@@ -294,7 +294,7 @@ Forward class_sampled_ce(
     const Problem<T> problem(
         image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index, reduction);
     const int64_t B = problem.B, K = problem.K, D = problem.D;
-    const bool each = reduction == "none";
+    const bool each = reduction == NONE;
     STD_TORCH_CHECK(
         !each || !(keep_image || keep_text || keep_logit_scale), NAME,
         ": gradients can be kept only of a mean or a sum.");
@@ -326,14 +326,14 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     const Tensor& /*lse*/, const Tensor& image_norm, const Tensor& text_norm, const Tensor& /*denominator*/,
     const Tensor& kept_image, const Tensor& kept_text, const Tensor& kept_logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
-    int64_t ignore_index, const std::string& reduction, bool need_image, bool need_text, bool need_logit_scale) {
+    int64_t ignore_index, int64_t reduction, bool need_image, bool need_text, bool need_logit_scale) {
   check_shapes(image, text, labels, logit_scale, class_ids, class_weight);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const int64_t B = image.size(0), C = text.size(0), K = class_ids ? class_ids->size(0) : C, D = image.size(1);
-    const bool each = reduction == "none";
+    const bool each = reduction == NONE;
     STD_TORCH_CHECK(
         d_loss.numel() == (each ? B : 1) && d_loss.dim() <= 1 && image_norm.numel() == B && text_norm.numel() == K &&
             image_norm.is_contiguous() && text_norm.is_contiguous() && kept_image.is_contiguous() &&

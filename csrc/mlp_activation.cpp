@@ -5,7 +5,6 @@
 //
 // Map: blocks of rows are tasks (RowPlan). A row goes through a buffer of the type of arithmetic, CHUNK numbers at a
 // time: loaded into it, computed in it, stored from it.
-#include <string>
 #include <tuple>
 
 #include "rows.h"
@@ -16,7 +15,7 @@ namespace {
 constexpr const char* NAME = "mlp_activation";
 constexpr int64_t CHUNK = 512; // 2 KiB in fp32: the L1 cache has room for it beside the rows
 
-enum class Kind { quick_gelu, gelu, gelu_tanh };
+enum class Kind { quick_gelu, gelu, gelu_tanh }; // as KINDS of skipkernels/ops/mlp_activation.py
 
 // Relative errors of what follows, and so of g where it vanishes (for negative u): ROUGH, for results of 16 bits, below
 // 2.6e-5, a tenth of half a step of fp16; else below 1e-8 and roundings: with exp(−t) the size of g, t · 2⁻²³ + 4 ·
@@ -207,16 +206,14 @@ void check_shapes(const Tensor& x, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1)), NAME, ": bias must be [W].");
 }
 
-Kind kind_of(const std::string& name) {
-  if (name == "quick_gelu")
-    return Kind::quick_gelu;
-  if (name == "gelu")
-    return Kind::gelu;
-  STD_TORCH_CHECK(name == "gelu_tanh", NAME, ": kind must be quick_gelu, gelu or gelu_tanh; got ", name, ".");
-  return Kind::gelu_tanh;
+Kind kind_of(int64_t index) {
+  STD_TORCH_CHECK(
+      index >= 0 && index <= int64_t(Kind::gelu_tanh), NAME,
+      ": kind must be 0 (quick_gelu), 1 (gelu) or 2 (gelu_tanh); got ", index, ".");
+  return Kind(index);
 }
 
-Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, const std::string& kind_) {
+Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_) {
   check_shapes(x_, bias_);
   const Kind kind = kind_of(kind_);
   const Tensor x = as_contiguous(x_);
@@ -239,7 +236,7 @@ Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, cons
 }
 
 std::tuple<Tensor, Tensor> mlp_activation_backward(
-    const Tensor& d_out_, const Tensor& x_, const std::optional<Tensor>& bias_, const std::string& kind_, bool need_x,
+    const Tensor& d_out_, const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_, bool need_x,
     bool need_bias) {
   check_shapes(x_, bias_);
   check_like(NAME, x_, d_out_, "d_out");

@@ -17,11 +17,13 @@ from torch import Tensor
 from . import reference
 from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_one_dtype, check_shape
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
+from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_sampled_logits import class_sampled_logits as _class_sampled_logits
 from .ops.class_scores import class_scores as _class_scores
 from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
+from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
@@ -56,10 +58,6 @@ def _refuses_values(function: Callable[_Arguments, _Result]) -> Callable[_Argume
             raise
 
     return call
-
-
-_REDUCTIONS = ("mean", "sum", "none")
-_KINDS = ("quick_gelu", "gelu", "gelu_tanh")
 
 
 @_refuses_values
@@ -128,7 +126,7 @@ def class_sampled_cross_entropy(
         _check_class_weight(name, class_weight, text)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1]; got {label_smoothing}.")
-    if reduction not in _REDUCTIONS:
+    if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
     # On the CPU gradients cost less in the forward pass; with "none", what they are summed up with is not known there.
@@ -142,7 +140,7 @@ def class_sampled_cross_entropy(
         class_weight,
         label_smoothing,
         ignore_index,
-        reduction,
+        REDUCTIONS.index(reduction),
         *(keep and x.requires_grad for x in (image, text, scale)),
     )[0]
 
@@ -307,9 +305,9 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
         check_shape(name, "bias", bias, ("x", x), W=x.shape[-1])
         check_dtype(name, "bias", bias, FEATURE_DTYPES, "Use bias.float().")
         check_device(name, "bias", bias, ("x", x))
-    if kind not in _KINDS:
+    if kind not in KINDS:
         raise ValueError(f'{name}: kind must be "quick_gelu", "gelu" or "gelu_tanh"; got {kind!r}.')
-    return _mlp_activation(x, bias, kind)
+    return _mlp_activation(x, bias, KINDS.index(kind))
 
 
 @_refuses_values

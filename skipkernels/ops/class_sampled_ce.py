@@ -45,8 +45,10 @@ PROGRAMS = 256
 BLOCK_COMBINE = 256  # images, or classes, that the combining program takes at once
 BLOCK_SUM = 1024
 
+REDUCTIONS = ("mean", "sum", "none")  # `reduction` of the schemas is an index: strings leak in the stable ABI
+
 # What follows image, text, labels and logit_scale in both schemas.
-_OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, str reduction"
+_OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
 
 
 @triton.jit
@@ -355,7 +357,7 @@ def _launch(
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    reduction: str,
+    reduction: int,
     keep_image: bool,
     keep_text: bool,
     keep_logit_scale: bool,
@@ -377,7 +379,7 @@ def _launch(
         image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
     else:
         image_norm, text_norm = lengths(image), lengths(text, common["class_ids_ptr"])
-    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
+    loss = torch.empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32, device=device)
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
     smooth = label_smoothing != 0
@@ -415,7 +417,7 @@ def _launch(
         splits=splits,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        REDUCTION=reduction,
+        REDUCTION=REDUCTIONS[reduction],
         BLOCK=BLOCK_COMBINE,
     )
     keep = keep_image, keep_text, keep_logit_scale
@@ -546,7 +548,7 @@ def _launch_backward(
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    reduction: str,
+    reduction: int,
     need_image: bool,
     need_text: bool,
     need_logit_scale: bool,
@@ -554,10 +556,10 @@ def _launch_backward(
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     needs = need_image, need_text, need_logit_scale
     sums = kept_image, kept_text, kept_logit_scale
-    upstream = (None, None) if reduction == "none" else (d_loss, denominator)
+    upstream = (None, None) if REDUCTIONS[reduction] == "none" else (d_loss, denominator)
     if any(need and x.numel() == 0 for need, x in zip(needs, sums, strict=True)):
         options = class_ids, class_weight, label_smoothing, ignore_index
-        each = d_loss if reduction == "none" else None
+        each = d_loss if REDUCTIONS[reduction] == "none" else None
         saved = image, text, labels, logit_scale, lse, image_norm, text_norm
         sums = _launch_sums(each, *saved, *options, *needs)
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
@@ -580,7 +582,7 @@ def _serve(
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    reduction: str,
+    reduction: int,
     keep_image: bool,
     keep_text: bool,
     keep_logit_scale: bool,
@@ -588,12 +590,12 @@ def _serve(
     if image.device.type == "cpu":  # a GPU is not made to wait: there a bad label ends in a device-side assertion
         _check_values(labels, text.shape[0], logit_scale, class_ids, ignore_index)
     options = class_ids, class_weight, label_smoothing, ignore_index, reduction
-    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options)
+    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:-1], REDUCTIONS[reduction])
     lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
     rows = text if class_ids is None else text.index_select(0, class_ids)
     image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=loss.dtype) for x in (image, rows))
     denominator = loss.new_ones(())
-    if reduction == "mean":
+    if REDUCTIONS[reduction] == "mean":
         weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
         ignored = labels == ignore_index
         denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
@@ -616,7 +618,7 @@ def _unit_gradients(
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    reduction: str,
+    reduction: int,
     need_image: bool,
     need_text: bool,
     need_logit_scale: bool,
@@ -708,7 +710,7 @@ def _fake(
     *_, reduction, keep_image, keep_text, keep_logit_scale = options
     (B, D), K = image.shape, (text if class_ids is None else class_ids).shape[0]
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    loss = image.new_empty((B,) if reduction == "none" else (), dtype=dtype)
+    loss = image.new_empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
     lse = image.new_empty(B, dtype=torch.float64)
     kept = loss.new_empty(B * keep_image, D), loss.new_empty(K * keep_text, D), lse.new_empty(int(keep_logit_scale))
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *kept

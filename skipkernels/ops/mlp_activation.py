@@ -23,6 +23,8 @@ from . import registration
 from .launching import launch, tl, triton
 from .row_sums import sum_in_order
 
+KINDS = ("quick_gelu", "gelu", "gelu_tanh")  # `kind` of the schemas is an index: strings leak in the stable ABI
+
 TILE = 2048  # numbers in a tile: 16 a thread
 NUM_WARPS = 4
 BLOCK_COLUMNS = 256  # columns of a tile, at most
@@ -140,7 +142,7 @@ def _tile(W: int) -> dict[str, Any]:
     return {"BLOCK_W": BLOCK_W, "BLOCK_R": TILE // BLOCK_W, "num_warps": NUM_WARPS}
 
 
-def _launch(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     W, tile = x.shape[-1], _tile(x.shape[-1])
     R = x.numel() // W
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -153,14 +155,14 @@ def _launch(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
         out_ptr=out,
         R=R,
         W=W,
-        KIND=kind,
+        KIND=KINDS[kind],
         **tile,
     )
     return out
 
 
 def _launch_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
     R = x.numel() // W
@@ -181,7 +183,7 @@ def _launch_backward(
         R=R,
         rows=blocks_per_sum * tile["BLOCK_R"],
         W=W,
-        KIND=kind,
+        KIND=KINDS[kind],
         **tile,
     )
     if need_bias:
@@ -200,22 +202,24 @@ def _launch_backward(
     return d_x, d_bias
 
 
-def _serve(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return reference.mlp_activation(x.contiguous(), bias, kind)
+def _serve(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    return reference.mlp_activation(x.contiguous(), bias, KINDS[kind])
 
 
 def _serve_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     u = x.contiguous().to(wide)
     if bias is not None:
         u = u + bias.to(wide)
-    if kind == "gelu":
+    if KINDS[kind] == "gelu":
         value, slope = 0.5 * torch.special.erfc(u * -(0.5**0.5)), (-0.5 * u * u).exp() / math.sqrt(2 * math.pi)
     else:
-        factor, cubic = (1.702, 0.0) if kind == "quick_gelu" else (2 * math.sqrt(2 / math.pi), 0.044715)
-        inner = u if kind == "quick_gelu" else u.clamp(-30, 30)  # beyond it σ is 0 or 1, while u³ may be infinite
+        factor, cubic = (1.702, 0.0) if KINDS[kind] == "quick_gelu" else (2 * math.sqrt(2 / math.pi), 0.044715)
+        inner = (
+            u if KINDS[kind] == "quick_gelu" else u.clamp(-30, 30)
+        )  # beyond it σ is 0 or 1, while u³ may be infinite
         z = factor * inner * (1 + cubic * inner * inner)
         value = z.sigmoid()
         slope = factor * (1 + 3 * cubic * inner * inner) * (value * (-z).sigmoid())
@@ -228,21 +232,21 @@ def _serve_backward(
     return d_x, d_bias
 
 
-def _fake(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _fake_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: str, need_x: bool, need_bias: bool
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
 ) -> tuple[Tensor, ...]:
     return registration.gradients_like((x, x if bias is None else bias), (need_x, need_bias))
 
 
 mlp_activation = registration.define(
-    "mlp_activation(Tensor x, Tensor? bias, str kind) -> Tensor out", serve=_serve, fake=_fake, launch=_launch
+    "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out", serve=_serve, fake=_fake, launch=_launch
 )
 mlp_activation_backward = registration.define(
-    "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, str kind, bool need_x, bool need_bias)"
+    "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias)"
     " -> (Tensor d_x, Tensor d_bias)",
     serve=_serve_backward,
     fake=_fake_backward,

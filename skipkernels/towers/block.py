@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
-from ..ops.mlp_activation import mlp_activation, mlp_activation_backward
+from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 
 KEPT = 11  # widths a token that a block keeps, and its own input: an MLP of four widths
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -141,7 +141,7 @@ def _forward(
     inner = normed.to(spec.dtype) @ w.fc.T
     del normed
     kept = [mid, inner, *statistics, *more] if record else []
-    active = mlp_activation(inner, w.fc_bias, spec.kind)
+    active = mlp_activation(inner, w.fc_bias, KINDS.index(spec.kind))
     del inner
     return mid + F.linear(active, w.proj, w.proj_bias), recorded, kept
 
@@ -211,10 +211,11 @@ def _backward(
     d_in_proj: Tensor | None = None
     upstream = d_out.to(spec.dtype)
     # MLP
-    active = mlp_activation(inner, w.fc_bias, spec.kind)
+    active = mlp_activation(inner, w.fc_bias, KINDS.index(spec.kind))
     d_proj, d_proj_bias = _weight_gradient(upstream, active, needs.proj, needs.proj_bias)
     del active
-    d_inner, d_fc_bias = mlp_activation_backward(upstream @ w.proj, inner, w.fc_bias, spec.kind, True, needs.fc_bias)
+    wanted = KINDS.index(spec.kind), True, needs.fc_bias
+    d_inner, d_fc_bias = mlp_activation_backward(upstream @ w.proj, inner, w.fc_bias, *wanted)
     d_fc = None
     if needs.fc:
         _, normed, *_ = add_layer_norm(mid, None, w.norm_2, w.norm_2_bias, spec.eps[1])

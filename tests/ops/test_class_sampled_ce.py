@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.measure import peak_bytes
 from skipkernels import reference
 from skipkernels.functional import class_sampled_cross_entropy
-from skipkernels.ops.class_sampled_ce import class_sampled_ce, class_sampled_ce_backward
+from skipkernels.ops.class_sampled_ce import REDUCTIONS, class_sampled_ce, class_sampled_ce_backward
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, Backend
 from tests.tolerances import COSINE, SLACK, relative_error
@@ -256,6 +256,7 @@ def test_gradcheck(backend: Backend):
 def arguments(case: Case, keep: bool = False) -> tuple:
     defaults = {"class_ids": None, "class_weight": None, "label_smoothing": 0.0, "ignore_index": -100}
     options = {**defaults, "reduction": "mean", **case.options}
+    options["reduction"] = REDUCTIONS.index(options["reduction"])
     return case.image, case.text, case.labels, case.logit_scale, *options.values(), *[keep] * 3
 
 

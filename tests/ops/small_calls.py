@@ -1,0 +1,73 @@
+"""A small call of each public operator, with all of its tensors, for what must hold of every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from skipkernels import functional, reference
+
+
+class SmallCall(NamedTuple):
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    """The first arguments, those that can have a gradient."""
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def total(self, *inputs: Tensor, reference: bool = False) -> Tensor:
+        """Sum of the squares of what the operator, or its reference, returns for these or its own inputs."""
+        function = self.reference if reference else self.function
+        out = function(*(inputs or self.inputs), *self.rest, **self.options)
+        results = out if isinstance(out, tuple) else (out,)
+        return sum((x.square().sum() for x in results if x is not None), start=torch.zeros(()))
+
+
+def _cross_entropy(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return functional.class_sampled_cross_entropy(image, text, labels, scale, **options)
+
+
+def _reference_cross_entropy(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return reference.class_sampled_ce(image, text, labels, scale, **options)
+
+
+def small_call(name: str) -> SmallCall:
+    """Of a name in `functional.__all__`."""
+    rng = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng)
+
+    ids, scale = torch.tensor([0, 2, 3]), torch.tensor(5.0)
+    weight = [x.abs() for x in (randn(4, 3), randn(3))]
+    calls: dict[str, tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]] = {
+        "class_sampled_cross_entropy": (
+            (randn(2, 4), randn(5, 4), scale),
+            (torch.tensor([0, 3]),),
+            {"class_ids": ids, "class_weight": torch.ones(5), "label_smoothing": 0.1},
+        ),
+        "class_sampled_logits": ((randn(2, 4), randn(5, 4), scale), (), {"class_ids": ids}),
+        "class_scores": ((), (randn(2, 4), randn(5, 4), torch.tensor([0, 3])), {}),
+        "add_layer_norm": ((randn(3, 4), randn(3, 4), randn(4), randn(4)), (), {}),
+        "mlp_activation": ((randn(3, 4), randn(4)), ("gelu",), {}),
+        "suffix_attention": (
+            (randn(5, 2, 4), randn(2, 2, 4), randn(2, 2, 4), randn(5, 2, 4), randn(5, 2, 4)),
+            (),
+            {"offsets": torch.tensor([0, 2, 5]), "max_length": 3},
+        ),
+        "pooled_attention": (
+            (randn(2, 2, 4), randn(2, 3, 2, 4), randn(2, 3, 2, 4)),
+            (),
+            {"lengths": torch.tensor([3, 2])},
+        ),
+        "gather_rows": ((), (randn(4, 2, 3), torch.tensor([0, 2])), {"out": randn(2, 2, 3)}),
+        "sgd_momentum_": ((), (weight, [x.clone() for x in weight], [x.clone() for x in weight], 1e-9), {}),
+    }
+    functions = getattr(functional, name), getattr(reference, name, None)
+    if name == "class_sampled_cross_entropy":
+        functions = _cross_entropy, _reference_cross_entropy
+    return SmallCall(*functions, *calls[name])

@@ -1,0 +1,49 @@
+"""No operator keeps memory from call to call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from skipkernels import functional
+from tests.ops.small_calls import small_call
+
+CALLS = 2000
+# What an allocator's own caches may hold more or less of. A leak of 8 bytes a call is 16,000.
+NOISE = 8192
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def bytes_in_use() -> int:
+    """Of all arenas of glibc, to the byte."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="bytes in use are counted by glibc ≥ 2.33")
+@pytest.mark.parametrize("name", functional.__all__)
+def test_no_operator_leaks(name):
+    torch.set_num_threads(1)
+    call = small_call(name)
+    inputs = [x.requires_grad_() for x in call.inputs]
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            total = call.total()
+            if inputs:
+                torch.autograd.grad(total, inputs)
+
+    run(100)
+    before = bytes_in_use()
+    run(CALLS)
+    assert bytes_in_use() - before < NOISE
