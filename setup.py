@@ -30,9 +30,10 @@ class BuildPyWithSources(build_py):
 
 def native() -> dict:
     try:
+        _extension.check_compiler()
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError:
-        print("skipkernels: torch is not installed here; the C++ kernels will be built on first use.")
+    except (ImportError, _extension.BuildError) as error:
+        print(f"skipkernels: {error}. The package has no C++ kernels yet; they will be built on first use.")
         return {}
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))  # torch's default is two more than there are cores
     extension = CppExtension(

@@ -158,7 +158,7 @@ template <class A>
 void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,7 @@ def _find_or_build() -> Extension:
         path = build()
         torch.ops.load_library(path)
         return Extension(path)
-    except (OSError, _BuildError) as error:
+    except (OSError, BuildError) as error:
         reason += str(error)
     warnings.warn(
         f"skipkernels: no C++ kernels: {reason}. The PyTorch reference serves instead: the same numbers, slower. "
@@ -112,8 +113,8 @@ def _find_or_build() -> Extension:
     return Extension(None, reason)
 
 
-class _BuildError(Exception):
-    pass
+class BuildError(Exception):
+    """Why there can be no library."""
 
 
 def build() -> Path:
@@ -123,10 +124,13 @@ def build() -> Path:
     """
     compiler = _compiler()
     folder = _cache_dir() / _key(compiler)
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    for own in (folder.parent, folder):
+        own.mkdir(mode=0o700, exist_ok=True)
+    _check_own(folder)
     library = _whole_library(folder)
     if library is not None:
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     with _only_process(folder / "lock"):
         library = _whole_library(folder)
         if library is not None:  # another process has built it while this one waited
@@ -140,7 +144,22 @@ def build() -> Path:
 
 def _whole_library(folder: Path) -> Path | None:
     """The library in a folder, if it is as it was written: a truncated one would crash the process that loads it."""
-    return next((path for path in folder.glob("_C.*.so") if path.name == f"_C.{_digest(path)}.so"), None)
+    for path in folder.glob("_C.*.so"):
+        _check_own(path)
+        if path.name == f"_C.{_digest(path)}.so":
+            return path
+    return None
+
+
+def _check_own(path: Path) -> None:
+    """Refuse a file or folder that is not this user's or root's, or that others may write: they could plant code."""
+    for status in (path.lstat(), path.stat()):  # a link, and what it points to
+        others_write = status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)
+        if os.name == "posix" and (others_write or status.st_uid not in (0, os.geteuid())):
+            raise BuildError(
+                f"{path} is not loaded: another user (uid {status.st_uid}) owns it or may write to it "
+                f"(mode {stat.S_IMODE(status.st_mode):04o}). Remove it, or let XDG_CACHE_HOME name a folder of your own"
+            )
 
 
 def _digest(path: Path) -> str:
@@ -151,6 +170,7 @@ def _keep(built: Path, folder: Path) -> Path:
     """Put a library into a folder: on the disk first, then under its name, whole or not at all."""
     with built.open("rb+") as file:
         os.fsync(file.fileno())
+    built.chmod(stat.S_IMODE(built.stat().st_mode) & 0o644)
     library = folder / f"_C.{_digest(built)}.so"
     os.replace(built, library)
     return library
@@ -158,17 +178,36 @@ def _keep(built: Path, folder: Path) -> Path:
 
 def _compiler() -> list[str]:
     """The command that compiles, with its flags; CXX may have some of its own, as in `ccache g++`."""
-    asked = os.environ.get("CXX")
-    for candidate in [asked] if asked else ["c++", "g++", "clang++"]:
-        program, *arguments = shlex.split(candidate)
+    asked = os.environ.get("CXX", "").strip()
+    further = _words("CXXFLAGS")
+    for program, *arguments in [_words("CXX")] if asked else [["c++"], ["g++"], ["clang++"]]:
         found = shutil.which(program)
         if found is not None:
-            return [found, *arguments, *COMPILE_FLAGS, *DEFINES, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    raise _BuildError(f"no C++ compiler found ({f'CXX={asked}' if asked else 'tried c++, g++, clang++'})")
+            return [found, *arguments, *COMPILE_FLAGS, *DEFINES, *further]
+    raise BuildError(f"no C++ compiler found ({f'CXX={asked}' if asked else 'tried c++, g++, clang++'})")
+
+
+def _words(variable: str) -> list[str]:
+    """Those of an environment variable, as a shell splits them."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable}={os.environ[variable]} cannot be split into words ({error})") from error
+
+
+def check_compiler() -> None:
+    """Raise a BuildError where there is no C++ compiler that runs."""
+    try:
+        _run([*_compiler(), "--version"])
+    except OSError as error:
+        raise BuildError(str(error)) from error
 
 
 def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipkernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipkernels"
+    except RuntimeError as error:  # no HOME, and no entry in the list of users
+        raise BuildError("no home folder, and no XDG_CACHE_HOME, to keep them in") from error
 
 
 def _key(compiler: list[str]) -> str:
@@ -191,7 +230,7 @@ def _only_process(path: Path) -> Iterator[None]:
     Without locks (Windows, some network disks) two processes may both build: slower, and as right, since the library
     is renamed into place whole.
     """
-    with path.open("w") as file:
+    with open(path, "w", opener=lambda name, flags: os.open(name, flags, mode=0o600)) as file:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
@@ -218,8 +257,8 @@ def _compile(compiler: list[str], scratch: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         last_lines = "\n".join((result.stdout + result.stderr).strip().splitlines()[-20:])
-        raise _BuildError(f"`{' '.join(command)}` failed with exit code {result.returncode}:\n{last_lines}\n")
+        raise BuildError(f"`{' '.join(command)}` failed with exit code {result.returncode}:\n{last_lines}\n")
     return result.stdout

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,113 @@ def test_compiler_with_arguments_and_further_flags(pretended, monkeypatch):
     assert library.parent != plain.parent
     words = library.read_text()
     assert words.startswith("--first of two ") and words.index("-O3") < words.index("-O1")
+
+
+@pytest.fixture
+def umask_0():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_nobody_else_may_write_what_is_built(pretended, umask_0):
+    library = _extension.build()
+    lock = library.parent / "lock"
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (library.parent.parent, library.parent, library, lock)]
+    assert modes == [0o700, 0o700, 0o644, 0o600]
+
+
+def give_away(path: Path, monkeypatch) -> None:
+    """Let another user own it."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+
+@pytest.mark.parametrize(
+    "planted", ["folder of another", "folder all write", "library of another", "library all write"]
+)
+def test_library_that_another_user_may_write_is_not_loaded(pretended, monkeypatch, planted):
+    library = _extension.build()
+    path = library.parent if planted.startswith("folder") else library
+    if planted.endswith("another"):
+        give_away(path, monkeypatch)
+    else:
+        path.chmod(0o777)
+    with pytest.raises(
+        _extension.BuildError, match=rf"{path.name} is not loaded: another user \(uid \d+\) owns it or may"
+    ):
+        _extension.build()
+
+
+def test_link_of_another_user_is_not_followed(pretended, monkeypatch):
+    library = _extension.build()
+    target = library.rename(library.parent / "elsewhere")
+    library.symlink_to(target)
+    assert _extension.build() == library
+    give_away(library, monkeypatch)
+    with pytest.raises(_extension.BuildError, match="is not loaded"):
+        _extension.build()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("CXX", r"CXX=g\+\+ 'x cannot be split into words \(No closing quotation\)"),
+        ("CXXFLAGS", r"CXXFLAGS=\"-g cannot be split into words"),
+        ("home", "no home folder, and no XDG_CACHE_HOME"),
+        ("cache", "Not a directory|File exists"),
+        ("format", "Exec format error"),
+        ("killed", r"failed with exit code -9"),
+        ("words", "failed with exit code 1:\n.?no"),
+        ("nothing", "No such file or directory"),
+        ("no library", "Could not load this library|invalid ELF header"),
+    ],
+)
+def test_what_goes_wrong_is_one_warning(pretended, monkeypatch, tmp_path, case, reason):
+    monkeypatch.setenv("SKIPKERNELS_CPP", "build")
+    scripts = {"format": "\x7f", "killed": "kill -9 $$", "words": "printf '\\377no' >&2; exit 1", "nothing": "exit 0"}
+    if case in scripts:
+        pretended.write_text(("" if case == "format" else "#!/bin/sh\n") + scripts[case])
+    elif case == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    elif case == "cache":
+        (tmp_path / "cache").write_text("a file")
+    elif case in ("CXX", "CXXFLAGS"):
+        monkeypatch.setenv(case, {"CXX": "g++ 'x", "CXXFLAGS": '"-g'}[case])
+    with pytest.warns(RuntimeWarning, match="no C\\+\\+ kernels") as caught:
+        extension = _extension._find_or_build()
+    assert len(caught) == 1 and extension.path is None
+    assert re.search(reason, extension.reason), extension.reason
+
+
+def test_setup_without_a_compiler_is_a_pure_package(tmp_path):
+    setup = Path(skipkernels.__file__).parents[1] / "setup.py"
+    if not setup.is_file():
+        pytest.skip("not a checkout")
+    result = subprocess.run(
+        [sys.executable, setup.name, "egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build"],
+        cwd=setup.parent,
+        env={**os.environ, "CXX": "/no/such/compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler found (CXX=/no/such/compiler)" in result.stdout
+    built = {path.name for path in (tmp_path / "build").rglob("*")}
+    assert {"functional.py", *_extension.SOURCES} <= built and not [name for name in built if name.endswith(".so")]
+
+
+def test_only_names_that_the_oldest_torch_has():
+    """torch 2.10 has the macro with the shorter name, and later ones have both."""
+    for path in _extension.source_dir().iterdir():
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text()
 
 
 def test_turned_off(tmp_path):

@@ -450,14 +450,14 @@ def _launch_sums(
     """
     (B, D), device = image.shape, image.device
     K = text.shape[0] if class_ids is None else class_ids.shape[0]
-    d_image = torch.empty(B * need_image, D, dtype=torch.float32, device=device)
+    d_image = torch.empty(B if need_image else 0, D, dtype=torch.float32, device=device)
     d_text = torch.empty(0, D, dtype=torch.float32, device=device)
     blocks = blocks_for(B, image.dtype, device)
     panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
     k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
     b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
     # A last panel of fewer images leaves the rest as it is.
-    d_scale = torch.zeros(panels * need_logit_scale, b_blocks * k_blocks, dtype=torch.float32, device=device)
+    d_scale = torch.zeros(panels if need_logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
     if not (need_image or need_text or need_logit_scale):
         return d_image, d_text, d_scale
     common = _arguments(labels, logit_scale, class_ids, class_weight, label_smoothing)
@@ -712,7 +712,8 @@ def _fake(
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     loss = image.new_empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
     lse = image.new_empty(B, dtype=torch.float64)
-    kept = loss.new_empty(B * keep_image, D), loss.new_empty(K * keep_text, D), lse.new_empty(int(keep_logit_scale))
+    kept_image, kept_text = (loss.new_empty(n if keep else 0, D) for n, keep in ((B, keep_image), (K, keep_text)))
+    kept = kept_image, kept_text, lse.new_empty(1 if keep_logit_scale else 0)
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *kept
 
 
