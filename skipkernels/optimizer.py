@@ -21,6 +21,16 @@ from .checks import FEATURE_DTYPES, check_dtype
 
 __all__ = ["FusedSGD"]
 
+# What torch.optim.SGD reads of its groups, so that it takes a state dict of ours.
+_TORCHS = {
+    "dampening": 0,
+    "nesterov": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+}
+
 
 class FusedSGD(torch.optim.Optimizer):
     """SGD with momentum that updates each weight inside backward, as soon as its gradient is complete, and frees that.
@@ -31,14 +41,16 @@ class FusedSGD(torch.optim.Optimizer):
     are alive between the node of backward that computes them and the end of their update: those of a block, not those
     of the model. A loop stays as it is, with `step()` after each backward: it updates what still has a gradient (a
     weight that was frozen when it was given, a gradient set by hand), and the next step begins. The options of a group
-    are read at each update, so learning-rate schedulers work. A state dict of `torch.optim.SGD` can be loaded. Keep the
-    optimizer: its hooks go with it.
+    are read at each update, so learning-rate schedulers work. State dicts load into `torch.optim.SGD` and from it. Keep
+    the optimizer: its hooks go with it.
 
     Each backward is an update. What needs all gradients of a step, or changes them before it, wants
-    `in_backward=False`: several backward passes a step, `GradScaler`, clipping of gradients,
-    `DistributedDataParallel`, a weight shared by checkpoints with `use_reentrant=True`. A second gradient of a weight
-    before `step()` is an error, and so, autograd's own, is a second backward through a graph that needs a weight as it
-    was. A backward that ends in an error leaves some weights updated and others not.
+    `in_backward=False`: several backward passes a step, `GradScaler`, `clip_grad_norm_` (after backward there is no
+    gradient left for it: it clips nothing, and cannot say so), `DistributedDataParallel` (which averages gradients that
+    were used up: in a process group of several members, updates in backward are refused), a weight shared by
+    checkpoints with `use_reentrant=True`. A second gradient of a weight before `step()` is an error, and so,
+    autograd's own, is a second backward through a graph that needs a weight as it was. A backward that ends in an error
+    leaves some weights updated and others not.
 
     Args:
         params: parameters, or groups of them with options of their own, as for `torch.optim`; of any shape, in fp32,
@@ -57,7 +69,8 @@ class FusedSGD(torch.optim.Optimizer):
     Raises:
         TypeError: for a weight of a dtype that does not fit; in backward, for a gradient that is sparse.
         ValueError: for an option out of its range, or one of `torch.optim.SGD` that is not here.
-        RuntimeError: in backward, for a second gradient before `step()`, or one that another optimizer took.
+        RuntimeError: in backward, for a second gradient before `step()`, or one that another optimizer took; there and
+            at construction, for updates in backward in a process group of several members.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -84,7 +97,9 @@ class FusedSGD(torch.optim.Optimizer):
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
         self._remove_hooks.atexit = False
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        if in_backward:
+            _refuse_several_processes()
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **_TORCHS}
         super().__init__(params, options | {"stochastic_rounding": stochastic_rounding, "seed": seed, "steps": 0})
         if in_backward:
             self._in_backward = True
@@ -108,6 +123,8 @@ class FusedSGD(torch.optim.Optimizer):
                 self._hooks.append(weight.register_post_accumulate_grad_hook(update))
 
     def _update_in_backward(self, group: int, number: int, weight: Tensor) -> None:
+        if not self._updated:  # the first of a step: the process group may have come later
+            _refuse_several_processes()
         if weight.grad is None:
             raise RuntimeError(
                 "FusedSGD: the gradient of a weight was taken before this optimizer could use it: another one updates "
@@ -181,6 +198,17 @@ class FusedSGD(torch.optim.Optimizer):
         raise TypeError("FusedSGD: it can't be copied or pickled: its hooks are on its parameters. Use state_dict().")
 
 
+def _refuse_several_processes() -> None:
+    """A gradient that is used up in backward is no longer there to be averaged: the weights of the ranks would part."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "FusedSGD: in_backward must be False in a process group of several members; got True in one of "
+            f"{distributed.get_world_size()}. Backward uses gradients up before they are averaged: the weights of the "
+            "ranks would part. Use in_backward=False."
+        )
+
+
 def _check(group: dict[str, Any]) -> None:
     for weight in group["params"]:
         if group["stochastic_rounding"]:
@@ -194,7 +222,7 @@ def _check(group: dict[str, Any]) -> None:
         on_device = option == "lr" and isinstance(value, Tensor)  # to look at it would wait for the device
         if not (on_device or 0 <= value < math.inf):
             raise ValueError(f"FusedSGD: {option} must be at least 0; got {value}.")
-    for option in ("dampening", "nesterov", "maximize"):
+    for option in ("dampening", "nesterov", "maximize", "differentiable"):
         if group.get(option):
             raise ValueError(f"FusedSGD: there is no {option}; got {group[option]}. Use torch.optim.SGD.")
 

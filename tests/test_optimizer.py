@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import itertools
 import warnings
 
@@ -343,6 +344,40 @@ def test_the_state_of_torchs_sgd_can_be_loaded():
     ours = sk.FusedSGD(net.groups())
     ours.load_state_dict(theirs.state_dict())
     assert_close(train(net, ours, range(2, 4)), trained_by_torch())
+
+
+def test_torchs_sgd_takes_our_state():
+    net, expected = Net(), trained_by_torch()
+    ours = sk.FusedSGD(net.groups(), **HYPER)
+    train(net, ours, range(2))
+    theirs = torch.optim.SGD(net.groups(), lr=1.0)
+    ours.close()
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(train(net, theirs, range(2, 4)), expected)
+
+
+@pytest.fixture
+def two_members():
+    """Begins a process group of two members, of which the other does nothing; it ends with the test."""
+    fake = importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    yield lambda: torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_several_processes_are_refused_in_backward(two_members):
+    net = Net()
+    early = sk.FusedSGD(net.groups(), **HYPER)
+    two_members()
+    message = r"FusedSGD: in_backward must be False in a process group of several members; got True in one of 2\."
+    with pytest.raises(RuntimeError, match=message):
+        net.loss(0).backward()
+    early.close()
+    with pytest.raises(RuntimeError, match=message):
+        sk.FusedSGD(net.groups(), **HYPER)
+    net = Net()
+    train(net, sk.FusedSGD(net.groups(), **HYPER, in_backward=False))
+    assert_close(net, trained_by_torch())
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
