@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .. import _extension
@@ -118,10 +119,23 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             wanted = [x if need else None for x, need in zip(gradients, needs, strict=False)]
             return *wanted, *[None] * (arity + 1 - len(wanted))
 
+    class AtOneLevel(Differentiated):
+        """Under torch.func: the dispatcher has chosen the level that this call records; `Function.apply`, which needs a
+        `setup_context`, would choose once more. The levels further out record what forward calls.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch.enable_grad():
+                return Differentiated.forward(ctx, *args)
+
     def record_or_call(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if forward_ad._current_level >= 0:  # silence would be a tangent of zero
             _refuse_tangents(operator._opname, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if torch._C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return super(torch.autograd.Function, AtOneLevel).apply(*args, keyset)
             return Differentiated.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & below, *args)

@@ -1,0 +1,52 @@
+"""The operators under torch.func: gradients, also of each element of a batch; what is not there is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from skipkernels import functional
+from tests.ops.conftest import Backend
+from tests.ops.small_calls import SmallCall, small_call
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+@pytest.fixture(params=[name for name in functional.__all__ if small_call(name).inputs])
+def call(request: pytest.FixtureRequest) -> SmallCall:
+    return small_call(request.param)
+
+
+def test_grad_is_that_of_backward(backend: Backend, call):
+    if backend.device.type != "cpu":
+        pytest.skip("the rules are those of the dispatcher, whatever the device")
+    everyone = tuple(range(len(call.inputs)))
+    leaves = [x.clone().requires_grad_() for x in call.inputs]
+    backward = torch.autograd.grad(call.total(*leaves), leaves)
+    exact = grad(lambda *inputs: call.total(*inputs, reference=True), everyone)(*call.inputs)
+    for ours, same, right in zip(grad(call.total, everyone)(*call.inputs), backward, exact, strict=True):
+        assert torch.equal(ours, same)
+        assert torch.allclose(ours, right, atol=1e-4, rtol=1e-4)
+
+
+def test_leaves_outside_of_the_transform_are_recorded(call):
+    """Forward is recorded at each level: by torch.func for the first input, and by autograd for all."""
+    leaves = [x.clone().requires_grad_() for x in call.inputs]
+    total, _ = torch.func.vjp(lambda x: call.total(x, *leaves[1:]), leaves[0])
+    right = torch.autograd.grad(call.total(*leaves), leaves)
+    for ours, same in zip(torch.autograd.grad(total, leaves), right, strict=True):
+        assert torch.equal(ours, same)
+
+
+def test_vmap_is_a_loop(call):
+    first, *rest = call.inputs
+    of_one = grad(lambda x: call.total(x, *rest))
+    batch = torch.stack([first, 2 * first])
+    assert torch.equal(vmap(of_one)(batch), torch.stack([of_one(x) for x in batch]))
+
+
+def test_gradient_of_a_gradient_is_an_error(call):
+    first, *rest = call.inputs
+    with pytest.raises(RuntimeError, match=r"_backward: the gradient of a gradient is not implemented"):
+        grad(lambda x: grad(call.total)(x, *rest).sum())(first)
