@@ -1,15 +1,18 @@
 """skipkernels: Skip Tuning for CLIP, near what the hardware can do.
 
 Importing this package imports nothing else: each public name below is loaded when it is first asked for.
+`import skipkernels.ops` registers the operators with PyTorch, as `torch.ops.skipkernels.…`; where torch was imported
+before, they are registered when `torch.ops.skipkernels` is first asked for one.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipkernels import functional, reference
+    from skipkernels import functional, ops, reference
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.cache import FeatureCache
     from skipkernels.clip import SkipCLIP, SkipOutput
@@ -31,11 +34,12 @@ __all__ = [
     "__version__",
     "backends",
     "functional",
+    "ops",
     "reference",
     "select_classes",
 ]
 
-_SUBMODULES = ("functional", "reference")
+_SUBMODULES = ("functional", "ops", "reference")
 _HOME = {  # public name → the module it is in
     "ClassSelection": "selection",
     "FeatureCache": "cache",
@@ -47,6 +51,10 @@ _HOME = {  # public name → the module it is in
     "backends": "ops",
     "select_classes": "selection",
 }
+
+
+if hasattr(sys.modules.get("torch"), "ops"):
+    importlib.import_module("skipkernels._namespace")
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # DESIGN §8: a module may import from its own layer and from those before it.
 LAYERS = [
-    ("_extension", "checks", "console", "memory", "reference"),
+    ("_extension", "_namespace", "checks", "console", "memory", "reference"),
     ("ops",),
     ("functional",),
     ("store",),
@@ -47,6 +47,20 @@ def test_import_is_light():
     assert seconds < 0.3
     assert not cuda
     assert not [name for name in LIGHT if name in modules]
+
+
+@pytest.mark.parametrize(
+    "imports", ["import torch, skipkernels", "import skipkernels.ops, torch"], ids=["after torch", "skipkernels.ops"]
+)
+def test_operators_are_registered(imports):
+    """Both for whoever asks the namespace, and for whoever asked it before one of the package's own functions did."""
+    code = (
+        "namespace = torch.ops.skipkernels; print(namespace.class_sampled_ce.default._schema.name)\n"
+        "x = torch.ones(2, 3); torch.library.opcheck(torch.ops.skipkernels.mlp_activation, (x, None, 0))\n"
+        "print(torch.equal(namespace.mlp_activation(x, None, 0), skipkernels.functional.mlp_activation(x)))\n"
+        "print(type(torch.ops.skipkernels) is type(torch.ops.aten), hasattr(namespace, 'nothing'))"
+    )
+    assert run(f"{imports}\n{code}").split() == ["skipkernels::class_sampled_ce", "True", "True", "False"]
 
 
 def test_functional_touches_no_gpu_and_needs_no_triton():

@@ -1,4 +1,4 @@
-"""The operators, one file each, and who serves them."""
+"""The operators, one file each, and who serves them. Importing this package registers all of them."""
 
 from __future__ import annotations
 
@@ -47,8 +47,6 @@ def backends() -> dict[str, dict[str, Backend]]:
         >>> sorted(backends()["class_scores"])
         ['cpu', 'cuda']
     """
-    for name in OPERATORS:
-        importlib.import_module(f"{__name__}.{name.rstrip('_')}")
     extension = _extension.load()
     return {name: {"cpu": _on_cpu(name, extension), "cuda": _on_cuda(name)} for name in OPERATORS}
 
@@ -64,3 +62,7 @@ def _on_cuda(name: str) -> Backend:
         return Backend("reference", "Triton is not installed")
     reason = "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here"
     return Backend("Triton", reason, leaves=registration.definitions[name].leaves)
+
+
+for _name in OPERATORS:
+    importlib.import_module(f"{__name__}.{_name.rstrip('_')}")
