@@ -146,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
     const Slots<T> weight(weight_, W), bias(bias_, W);
     const auto sizes = x.sizes();
     Tensor hidden = empty_if(residual_.has_value(), x);
-    Tensor normed = torch::stable::empty_like(x);
-    Tensor mean = torch::stable::empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
-    Tensor rstd = torch::stable::empty_like(mean);
+    Tensor normed = make_empty_like(x);
+    Tensor mean = make_empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
+    Tensor rstd = make_empty_like(mean);
     const Forward<T> f{
         W,
         x.const_data_ptr<T>(),

@@ -23,7 +23,7 @@ struct Tokens {
 
 inline Tensor with_contiguous_heads(const Tensor& tokens) {
   const int64_t last = tokens.dim() - 1;
-  return tokens.size(last) == 1 || tokens.stride(last) == 1 ? tokens : torch::stable::contiguous(tokens);
+  return tokens.size(last) == 1 || tokens.stride(last) == 1 ? tokens : make_contiguous(tokens);
 }
 
 // The last three dimensions; what is in front of them is the caller's.

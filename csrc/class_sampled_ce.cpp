@@ -271,7 +271,7 @@ void run(const Problem<T>& problem, const std::vector<A>& upstream, const Result
 // Tensors for what is wanted, empty ones for the rest.
 template <class A>
 Tensor rows_if(bool wanted, int64_t n, int64_t D) {
-  return torch::stable::empty({wanted ? n : 0, D}, scalar_type_of<A>);
+  return make_empty({wanted ? n : 0, D}, scalar_type_of<A>);
 }
 
 // A null pointer for an empty tensor.

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
     using A = accumulate_t<T>;
     const Sample<T> sample(image, text, class_ids);
     const A scale = A(numbers(logit_scale)[0]);
-    Tensor logits = torch::stable::empty({sample.B, sample.K}, scalar_type_of<A>);
+    Tensor logits = make_empty({sample.B, sample.K}, scalar_type_of<A>);
     Tensor image_norm = vector_of<A>(sample.B), text_norm = vector_of<A>(sample.K);
     A* const out = logits.mutable_data_ptr<A>();
     for_each_tile(

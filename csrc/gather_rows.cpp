@@ -94,7 +94,7 @@ void gather(
   const bool large = B * N * token_bytes >= LARGE;
   const bool dense = stride_w == 1 && stride_token == W; // tokens of a row lie one after the other
 
-  torch::stable::parallel_for(0, B * N, std::max<int64_t>(1, GRAIN / token_bytes), [&](int64_t begin, int64_t end) {
+  parallel_for(0, B * N, std::max<int64_t>(1, GRAIN / token_bytes), [&](int64_t begin, int64_t end) {
     const auto copy = [&](Out* to, const Out* from, int64_t tokens) {
       if (large)
         stream(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from), tokens * token_bytes);
@@ -163,7 +163,7 @@ Tensor gather_rows(
   check(rows, index, token_scale);
   const ScalarType own = token_scale ? ScalarType::Float : rows.scalar_type();
   const std::array<int64_t, 3> size{index.size(0), rows.size(1), rows.size(2)};
-  Tensor out = torch::stable::empty(size, dtype.value_or(own), std::nullopt, std::nullopt, pin_memory);
+  Tensor out = make_empty(size, dtype.value_or(own), pin_memory);
   gather_rows_out(rows, index, token_scale, std::nullopt, out);
   return out;
 }

@@ -217,7 +217,7 @@ Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, int6
   check_shapes(x_, bias_);
   const Kind kind = kind_of(kind_);
   const Tensor x = as_contiguous(x_);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = make_empty_like(x);
   dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);
     const RowPlan plan = rows_of_width(x);

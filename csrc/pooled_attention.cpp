@@ -190,7 +190,7 @@ void attend_all(const Problem<T>& problem, const Result& result) {
   const int64_t head = problem.N * problem.E;
   const int64_t parts = divide_up(problem.H, std::clamp<int64_t>(TASK_WORK / head, 1, problem.H));
   const int64_t heads = divide_up(problem.H, parts), grain = std::max<int64_t>(1, TASK_WORK / (head * heads));
-  torch::stable::parallel_for(0, problem.B * parts, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, problem.B * parts, grain, [&](int64_t first, int64_t last) {
     Workspace<T> workspace(problem, heads, std::is_same_v<Result, Backward<T>>);
     for (int64_t task = first; task < last; ++task) {
       const int64_t h = task % parts * heads;
@@ -245,12 +245,12 @@ struct Inputs {
 std::tuple<Tensor, Tensor> pooled_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& lengths, double scale) {
   const Inputs inputs(query, key, value, lengths);
-  Tensor out = torch::stable::empty({query.size(0), query.size(1), query.size(2)}, query.scalar_type());
+  Tensor out = make_empty({query.size(0), query.size(1), query.size(2)}, query.scalar_type());
   std::optional<Tensor> lse;
   dispatch_features(query, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    lse = torch::stable::empty({query.size(0), query.size(1)}, scalar_type_of<A>);
+    lse = make_empty({query.size(0), query.size(1)}, scalar_type_of<A>);
     attend_all(inputs.problem<T>(scale), Forward<T>{mutable_tokens_of<T>(out), lse->mutable_data_ptr<A>()});
   });
   return {out, *lse};

@@ -6,7 +6,7 @@
 namespace skipkernels {
 
 inline Tensor as_contiguous(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return x.is_contiguous() ? x : make_contiguous(x);
 }
 
 inline void check_like(const char* function, const Tensor& x, const Tensor& other, const char* argument) {
@@ -67,7 +67,7 @@ inline RowPlan rows_of_width(const Tensor& x) {
 // Calls f(index of the block, first row, row after the last) for every block of the plan.
 template <class F>
 void parallel_rows(const RowPlan& plan, const F& f) {
-  torch::stable::parallel_for(0, plan.blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, plan.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       f(i, i * plan.block, std::min((i + 1) * plan.block, plan.R));
   });
@@ -93,7 +93,7 @@ class ColumnSums {
 
   // [W] in the dtype of `like`; empty if that is not wanted.
   Tensor total(const Tensor& like, bool wanted) const {
-    Tensor out = torch::stable::empty({wanted ? W_ : 0}, like.scalar_type());
+    Tensor out = make_empty({wanted ? W_ : 0}, like.scalar_type());
     if (!wanted)
       return out;
     for (int64_t block = 1; block < blocks_; ++block)

@@ -230,7 +230,7 @@ class Changed {
     if (fits && tensor.is_contiguous())
       return const_cast<void*>(tensor.const_data_ptr());
     type = fits ? type : wide;
-    copies_.push_back({tensor, torch::stable::contiguous(torch::stable::to(tensor, type)), changed});
+    copies_.push_back({tensor, make_contiguous(allocated([&] { return torch::stable::to(tensor, type); })), changed});
     return copies_.back().copy.mutable_data_ptr();
   }
 
@@ -281,7 +281,7 @@ void sgd_momentum_(
     total += p.numel;
   }
 
-  torch::stable::parallel_for(0, total, GRAIN, [&](int64_t begin, int64_t end) {
+  parallel_for(0, total, GRAIN, [&](int64_t begin, int64_t end) {
     auto p = std::upper_bound(
         parameters.begin(), parameters.end(), begin, [](int64_t at, const Parameter& x) { return at < x.first; });
     for (--p; p != parameters.end() && p->first < end; ++p)

@@ -213,7 +213,7 @@ int64_t tasks_of(const Problem<T>& problem, int64_t tokens, int64_t products) {
 // Calls f with scratch, task, and the task's first class and the one behind its last.
 template <class T, class F>
 void parallel_classes(const Problem<T>& problem, int64_t tasks, bool backward, const F& f) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     Workspace<T> tile(problem, backward);
     load_prefix(tile, problem);
     for (int64_t task = first; task < last; ++task)
@@ -227,7 +227,7 @@ void store_prefix_gradient(
     const Problem<T>& problem, Tensor& d_prefix, A* sums, int64_t tasks, int64_t width, A factor) {
   const Tokens<T> out = mutable_tokens_of<T>(d_prefix);
   const int64_t head = problem.P * width, grain = std::max<int64_t>(1, (1 << 16) / (tasks * head));
-  torch::stable::parallel_for(0, problem.H, grain, [&](int64_t h0, int64_t h1) {
+  parallel_for(0, problem.H, grain, [&](int64_t h0, int64_t h1) {
     for (int64_t h = h0; h < h1; ++h) {
       for (int64_t task = 1; task < tasks; ++task)
         add(sums + h * head, sums + (task * problem.H + h) * head, head);
@@ -314,13 +314,13 @@ std::tuple<Tensor, Tensor> suffix_attention(
     const Tensor& suffix_value, const std::optional<Tensor>& offsets, int64_t max_length, double scale) {
   const Inputs inputs(query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length);
   const int64_t tokens = query.size(0), H = query.size(1);
-  Tensor out = torch::stable::empty({tokens, H, query.size(2)}, query.scalar_type());
+  Tensor out = make_empty({tokens, H, query.size(2)}, query.scalar_type());
   std::optional<Tensor> lse;
   dispatch_features(query, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Problem<T> problem = inputs.problem<T>(scale);
-    lse = torch::stable::empty({tokens, H}, scalar_type_of<A>);
+    lse = make_empty({tokens, H}, scalar_type_of<A>);
     const Forward<T> result{mutable_tokens_of<T>(out), lse->mutable_data_ptr<A>()};
     parallel_classes(
         problem, tasks_of(problem, tokens, 2), false,

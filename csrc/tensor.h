@@ -8,13 +8,16 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "vector.h"
@@ -30,6 +33,44 @@ template <class... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
+}
+
+// PyTorch's allocations. At our target version the stable ABI names the call that failed, and not why; with arguments
+// that are right it is for want of memory.
+template <class F>
+Tensor allocated(const F& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string("skipkernels: can't allocate memory for a tensor (") + error.what() + ")");
+  }
+}
+inline Tensor make_empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, bool pin_memory = false) {
+  return allocated([&] { return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, pin_memory); });
+}
+inline Tensor make_empty_like(const Tensor& tensor) {
+  return allocated([&] { return torch::stable::empty_like(tensor); });
+}
+inline Tensor make_contiguous(const Tensor& tensor) {
+  return allocated([&] { return torch::stable::contiguous(tensor); });
+}
+
+// Calls f(begin, end) on parts of a range, on as many threads as torch.set_num_threads allows. What f throws is thrown
+// as it is: the stable ABI would say no more than that parallel_for failed.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::exception_ptr failure;
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t part_begin, int64_t part_end) {
+    try {
+      f(part_begin, part_end);
+    } catch (...) {
+      if (!failed.test_and_set())
+        failure = std::current_exception();
+    }
+  });
+  if (failure)
+    std::rethrow_exception(failure);
 }
 
 // Uninitialised numbers of a task's own, aligned to a cache line.
@@ -52,11 +93,11 @@ constexpr ScalarType scalar_type_of = std::is_same_v<A, double>     ? ScalarType
 
 template <class A>
 Tensor vector_of(int64_t n) {
-  return torch::stable::empty({n}, scalar_type_of<A>);
+  return make_empty({n}, scalar_type_of<A>);
 }
 template <class A>
 Tensor scalar_of() {
-  return torch::stable::empty({}, scalar_type_of<A>);
+  return make_empty({}, scalar_type_of<A>);
 }
 // A result to be written: contiguous, and empty where nobody wants it.
 inline Tensor empty_if(bool need, const Tensor& like) {
@@ -66,7 +107,7 @@ inline Tensor empty_if(bool need, const Tensor& like) {
     for (int64_t i = 0; i < like.dim(); ++i)
       sizes.push_back(like.size(i));
   }
-  return torch::stable::empty(sizes, like.scalar_type());
+  return make_empty(sizes, like.scalar_type());
 }
 
 // Calls f with a value of the features' type.
@@ -126,7 +167,7 @@ struct Rows {
 };
 
 inline Tensor with_contiguous_rows(const Tensor& matrix) {
-  return matrix.size(1) == 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+  return matrix.size(1) == 1 || matrix.stride(1) == 1 ? matrix : make_contiguous(matrix);
 }
 
 template <class T>
@@ -157,9 +198,11 @@ struct Matrix {
 template <class A>
 void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+  allocated([&] { // the library may want memory of its own
+    std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  });
 }
 
 // The library's product is worth its overhead from here on. It is only called inside a parallel region, where it is
@@ -217,7 +260,7 @@ inline Block block_of(const Plan& plan, int64_t task) {
 // Calls f for every block of the plan, on as many threads as torch.set_num_threads allows; each has a tile of its own.
 template <class Tile, class F>
 void parallel_blocks(const Plan& plan, const F& f) {
-  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     Tile tile(plan);
     for (int64_t task = begin; task < end; ++task)
       f(tile, block_of(plan, task));
@@ -227,7 +270,7 @@ void parallel_blocks(const Plan& plan, const F& f) {
 // The same where no tile is needed.
 template <class F>
 void parallel_blocks(const Plan& plan, const F& f) {
-  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
       f(block_of(plan, task));
   });

@@ -143,7 +143,7 @@ void contract(
   const Contraction<T> images{d_logits, unit.text, unit.text_norm, D, d_image, false};
   const Contraction<T> texts{d_logits.transposed(), unit.image.from(b0), unit.image_norm + b0, D, d_text, accumulate};
   const int64_t image_tasks = images.tasks(whole), tasks = image_tasks + texts.tasks(whole);
-  torch::stable::parallel_for(0, tasks, whole ? tasks + 1 : 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks, whole ? tasks + 1 : 1, [&](int64_t begin, int64_t end) {
     const int64_t n_count = std::min(std::max(d_logits.rows, d_logits.columns), images.N_TILE);
     typename Contraction<T>::Workspace own(n_count, std::max(images.width(whole), texts.width(whole)), whole);
     for (int64_t task = begin; task < end; ++task) {
@@ -160,7 +160,7 @@ void contract(
 template <class T, class A = accumulate_t<T>>
 void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t n, int64_t D, A scale, T* d_rows) {
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / D);
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* d_row = d_rows + (rows.ids == nullptr ? i : rows.ids[i]) * D;
       store_unit_row_gradient(d_row, d_unit + i * D, scale, rows[i], norm[i], D);

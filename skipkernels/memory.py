@@ -110,9 +110,12 @@ def _read(path: str, size: int = 1 << 13) -> bytes | None:
         os.close(file)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch raised an error because too little memory is free."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error).partition("\n")[0]
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """True if PyTorch, C++ or Python raised an error because too little memory is free."""
+    first = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError):
+        return first in ("", "std::bad_alloc")  # one with other words is of this package
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in first or "bad_alloc" in first
 
 
 class PeakMemory:

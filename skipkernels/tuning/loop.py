@@ -293,13 +293,13 @@ def _own_random_numbers(config: TuneConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Too little memory is a MemoryError of one line, wherever PyTorch finds out."""
+    """Too little memory is a MemoryError of one line, wherever PyTorch, its C++ or Python finds out."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        first = str(error).splitlines()[0]
+        first = str(error).partition("\n")[0] or "MemoryError"
         raise MemoryError(
             f"tune: memory is used up ({first}) Use --memory min, --fused-optimizer, a smaller --batch-size, a larger "
             "--skip-layers, or --cache PATH."

@@ -25,6 +25,7 @@ from skipkernels.methods import Skip
 from skipkernels.methods.base import StepOutput
 from skipkernels.tuning import checkpoint, evaluate_run, tune
 from skipkernels.tuning.evaluation import task_of
+from skipkernels.tuning.loop import _memory_errors
 from skipkernels.tuning.run_folder import RunFolder
 from tests.tuning.runs import fails, files, rows, small
 
@@ -192,6 +193,29 @@ def test_too_little_memory_in_a_step_is_one_line(tmp_path, at_step, capsys):
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
     assert "memory is used up" in message and "--memory min" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("skipkernels: can't allocate memory for a tensor (…)\nand where"),
+        torch.OutOfMemoryError("HIP out of memory"),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_the_same_line_whoever_finds_out(error):
+    with pytest.raises(MemoryError, match=r"^tune: memory is used up \([^\n]+\) Use --memory min"), _memory_errors():
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), RuntimeError("no"), MemoryError("gather: too large")], ids=repr)
+def test_other_errors_keep_their_words(error):
+    with pytest.raises(type(error)) as caught, _memory_errors():
+        raise error
+    assert caught.value is error
 
 
 @pytest.fixture
