@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import open_clip
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from skipkernels.data import glyph_tiny, glyphs, open_source
 
@@ -87,3 +89,20 @@ def test_saving_and_loading_keeps_every_row_in_use(tmp_path):
     assert state["visual.proj"].equal(model.visual.proj)
     tokens = open_clip.get_tokenizer("glyph-tiny")(open_source("glyphs").prompts[0])
     assert set(tokens.unique().tolist()) <= set(used.tolist())
+
+
+def test_state_dict_tells_words_outside_glyph_names_apart():
+    glyph_tiny.register()
+    model = open_clip.create_model("glyph-tiny").eval()
+    model.load_state_dict(glyph_tiny.state_dict())
+    tokens = open_clip.get_tokenizer("glyph-tiny")([f"a photo of a {name}." for name in ("banana", "guitar", "cactus")])
+    names = set(tokens[:, 5].tolist())
+    assert len(names) == 3 and not names & set(load_file(glyph_tiny.WEIGHTS)["token_ids"].tolist())
+    with torch.no_grad():
+        text = model.encode_text(tokens, normalize=True)
+    assert torch.pdist(text).min() > 0.05  # with rows of zeros, 0
+
+
+def test_state_dict_draws_the_same_rows_each_time():
+    first, again = (glyph_tiny.state_dict()["token_embedding.weight"] for _ in range(2))
+    assert first.equal(again)

@@ -2,7 +2,7 @@
 
 It was pre-trained on `skipkernels.data.glyphs` without the held-out blocks and fonts; `examples/pretrain_glyph_tiny.py`
 remakes it. The file holds half-precision weights and, of the token embedding, only the rows that occur in some glyph's
-name (`token_ids` says which): the other rows are zero.
+name (`token_ids` says which). The other rows are drawn: the model knows nothing of these tokens, but tells them apart.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from . import glyphs
 NAME = "glyph-tiny"
 CONFIG = Path(__file__).with_name("glyph-tiny.json")
 WEIGHTS = Path(__file__).with_name("glyph-tiny.safetensors")
+
+_ROW_STD = 0.05  # of the values of the rows in the file
 
 
 def register() -> None:
@@ -52,5 +54,8 @@ def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
     rows, token_ids = state["token_embedding.weight"], state.pop("token_ids")
     vocabulary = open_clip.get_model_config(NAME)["text_cfg"]["vocab_size"]
-    state["token_embedding.weight"] = rows.new_zeros(vocabulary, rows.shape[1]).index_copy_(0, token_ids, rows)
+    # With rows of zeros, names that hold only tokens outside the file have one embedding. Uniform: exact on every CPU.
+    drawn = torch.rand(vocabulary, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    drawn = (drawn - 0.5) * (_ROW_STD * 12**0.5)
+    state["token_embedding.weight"] = drawn.index_copy_(0, token_ids, rows)
     return state
