@@ -99,9 +99,9 @@ class TuneConfig:
     optimizer: str | None = None
     """sgd: ours, in one pass. torch-sgd, or a class of torch.optim such as AdamW. By default the method's."""
     text_lr: float | None = None
-    """Learning rate of the text tower; by default the method's: 2e-5 for skip, 4e-3 on glyph-tiny."""
+    """Learning rate of the text tower; by default 2e-5 for skip, on glyph-tiny 4e-3 (1e-3 off glyphs)."""
     image_lr: float | None = None
-    """Learning rate of the image tower; by default the method's: 5e-6 for skip, 2e-3 on glyph-tiny."""
+    """Learning rate of the image tower; by default 5e-6 for skip, on glyph-tiny 2e-3 (1e-3 off glyphs)."""
     warmup_epochs: int | None = None
     """Epochs at the warm-up rate before the cosine; by default the method's."""
     warmup_lr: float | None = None
@@ -175,8 +175,7 @@ class TuneConfig:
             recipe["epochs"] //= 4
         if reference and self.method == "skip" and self.shots < 4:
             recipe["sampler"] = "random"
-        glyphs = self.data.partition(":")[0] == "glyphs"
-        recipe["classes"] = _GLYPH_CLASSES if glyphs else None
+        recipe["classes"] = _GLYPH_CLASSES if self._on_glyphs else None
         if "tail" in inspect.signature(METHODS[self.method]).parameters:
             recipe["tail"] = "fixed" if reference else "resample"
         return recipe
@@ -184,7 +183,7 @@ class TuneConfig:
     def _recipe(self) -> Recipe:
         """What the method trains with here."""
         name = "" if self.preset == "reference" else self.model  # that of no model is as published
-        recipe = partial(METHODS[self.method].recipe, name, self.protocol, self.shots)
+        recipe = partial(METHODS[self.method].recipe, name, self.protocol, self.shots, glyphs=self._on_glyphs)
         if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
             return recipe()
         there = len(open_source(self.data, self.root, download=self.download).classes)
@@ -246,6 +245,10 @@ class TuneConfig:
             for reason, wrong in against.items():
                 if wrong:
                     raise InputError(f"--fused-optimizer updates weights inside backward, and {reason}.")
+
+    @property
+    def _on_glyphs(self) -> bool:
+        return self.data.partition(":")[0] == "glyphs"
 
     @property
     def augments(self) -> bool:
