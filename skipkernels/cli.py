@@ -21,19 +21,28 @@ from rich.table import Table
 import skipkernels
 from skipkernels import cli_analyze, cli_cache, cli_study
 from skipkernels.console import Terminal, plain, standard_streams
-from skipkernels.data import InputError
+from skipkernels.data import InputError, Protocol
 from skipkernels.memory import out_of_memory
 from skipkernels.store import StoreError
+from skipkernels.store.lock import holder
 from skipkernels.tuning import TuneConfig, epochs_left, evaluate_run, tune
 from skipkernels.tuning.checkpoint import DELTA, MODEL
+
+_LONGEST = 1000  # characters of a message
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Compute the accuracy of a run's checkpoint again."""
+    """Compute the accuracy of a run's checkpoint again. Nothing is written."""
 
-    checkpoint: Path
+    run: tyro.conf.Positional[Path]
     """Folder of the run, or the model.safetensors or delta.safetensors in it."""
+    data: str | None = None
+    """Test on this dataset, named as for tune; by default on the run's."""
+    root: Path | None = None
+    """Folder of the datasets, for coop: and torchvision:; by default the run's."""
+    protocol: Protocol | None = None
+    """Which classes and images are tested; by default the run's."""
     device: str | None = None
     """Where to compute; by default where the run did."""
     json: bool = False
@@ -149,9 +158,12 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 
 def _print_error(err: Terminal, kind: str, error: object) -> None:
-    """Print an error as one line."""
+    """Print an error as one line of bounded length."""
+    line = " ".join(str(error).split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST - 200]} … {line[-200:]}"
     parts = [plain(kind, style="red")] if kind else []
-    err.print(*parts, plain(" ".join(str(error).split())), soft_wrap=True)
+    err.print(*parts, plain(line), soft_wrap=True)
 
 
 def _tune(command: TuneConfig, out: Terminal, err: Terminal) -> None:
@@ -188,12 +200,17 @@ def _number(value: float | None, how: str) -> str:
 
 
 def _eval(command: EvalConfig, out: Terminal, err: Terminal) -> None:
-    named = command.checkpoint.suffix == ".safetensors"
-    if named and command.checkpoint.name not in (MODEL, DELTA):
-        raise InputError(f"--checkpoint must be the folder of a run or its {MODEL}; got {command.checkpoint}.")
-    folder = command.checkpoint.parent if named else command.checkpoint
-    accuracies, left = evaluate_run(folder, device=command.device), epochs_left(folder)
-    if left:
+    named = command.run.suffix == ".safetensors"
+    if named and command.run.name not in (MODEL, DELTA):
+        raise InputError(f"eval: RUN must be the folder of a run or its {MODEL}; got {command.run}.")
+    folder = command.run.parent if named else command.run
+    accuracies = evaluate_run(
+        folder, device=command.device, data=command.data, root=command.root, protocol=command.protocol
+    )
+    at_work, left = holder(folder), epochs_left(folder)
+    if at_work is not None:
+        err.print(f"note: a run is going on in this folder ({at_work}); {left} of its epochs are still to come")
+    elif left:
         err.print(f"note: the run was cut off, {left} epoch{'s' if left > 1 else ''} before its end; --resume goes on")
     if command.json:
         out.print(json.dumps(accuracies), soft_wrap=True)

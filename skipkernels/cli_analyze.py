@@ -39,8 +39,8 @@ class AnalyzeConfig:
     """As for tune."""
     download: bool = TuneConfig.download
     """As for tune."""
-    protocol: Literal["base-to-new", "few-shot"] = "base-to-new"
-    """base-to-new: of half of the classes, on which it trains. few-shot: of all, as the other protocols train."""
+    protocol: Literal["base-to-new", "few-shot"] | None = None
+    """few-shot: of all classes, the default of imagefolder:. base-to-new: of the first half, on which it trains."""
     template: tuple[str, ...] | None = TuneConfig.template
     """As for tune; the first is measured."""
     model: str = TuneConfig.model

@@ -14,7 +14,7 @@ from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColu
 from rich.table import Column, Table
 
 from skipkernels.console import Terminal, escaped, plain, progress
-from skipkernels.data import InputError
+from skipkernels.data import InputError, Protocol
 from skipkernels.store import MANIFEST, Manifest, Store, StoreError, erase, is_store, leftovers, prune
 from skipkernels.store.lock import locked
 from skipkernels.tuning import TuneConfig
@@ -34,12 +34,14 @@ class CacheBuildConfig:
     """The folder, which is made."""
     data: str = TuneConfig.data
     """As for tune."""
+    protocol: Protocol | None = TuneConfig.protocol
+    """As for tune."""
     model: str = TuneConfig.model
     """As for tune."""
     pretrained: str | None = TuneConfig.pretrained
     """As for tune."""
     shots: int = TuneConfig.shots
-    """Training images of each base class."""
+    """Training images of each class that trains."""
     classes: int | None = TuneConfig.classes
     """Most classes, base and new together."""
     skip_layers: int | float = TuneConfig.skip_layers

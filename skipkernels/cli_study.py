@@ -19,7 +19,7 @@ from skipkernels.tuning.config import Method
 class ProtocolRuns(TuneConfig):
     """Settings of every run of a protocol: not what the study sets itself."""
 
-    protocol: tyro.conf.Suppress[Protocol] = TuneConfig.protocol
+    protocol: tyro.conf.Suppress[Protocol | None] = TuneConfig.protocol
     seed: tyro.conf.Suppress[int] = TuneConfig.seed
     resume: tyro.conf.Suppress[bool] = False
 

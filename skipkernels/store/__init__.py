@@ -18,6 +18,7 @@ from .manifest import (
 )
 from .reader import Store
 from .regular import open_regular, parse_object, read_object, read_regular
+from .shards import rounded
 from .tensor_file import write_tensors
 from .writer import Writer, erase, is_store, leftovers, prune
 
@@ -46,6 +47,7 @@ __all__ = [
     "read_regular",
     "replace_file",
     "replace_text",
+    "rounded",
     "usable_folder",
     "write_tensors",
 ]

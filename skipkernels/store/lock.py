@@ -71,6 +71,17 @@ def _without_locks(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def holder(folder: Path) -> str | None:
+    """The process that holds a folder's lock, in words, or None. Nothing is written."""
+    if not (folder / OWNER).exists():
+        return None
+    try:
+        with FileLock(folder / LOCK, timeout=0, thread_local=False):
+            return None  # its owner was killed
+    except (Timeout, OSError):  # OSError: a folder that can only be read, where a lock can't be tried
+        return _owner(folder).rstrip(",")
+
+
 def _owner(folder: Path) -> str:
     try:
         owner = read_object(folder / OWNER, _MOST_BYTES)

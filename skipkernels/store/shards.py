@@ -54,6 +54,18 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
 
 
+def rounded(features: Tensor, dtype: str) -> Tensor:
+    """Features [n, N, …] as a store that keeps them in a key of `DTYPES` gives them back.
+
+    >>> rounded(torch.tensor([[[0.5, -2.0]]]), "int8").tolist()
+    [[[0.5039370059967041, -2.0]]]
+    """
+    if dtype != "int8":
+        return features.to(DTYPES[dtype]).to(features.dtype)
+    steps, scale = quantise(features.flatten(2))
+    return (steps * scale.unsqueeze(-1)).to(features.dtype).view_as(features)
+
+
 def _name(layout: Layout, number: int) -> str:
     return f"{number} of {layout.digest}"
 

@@ -21,10 +21,12 @@ from torch import Tensor
 from ..data import InputError
 from ..store import open_regular, partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
+from ..store.lock import holder
 from .checked import check_types
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
 FORMAT = 1
+_READS = 100  # at most, of a checkpoint that a run replaces meanwhile
 # What torch.load raises for a file that is damaged.
 _NO_STATE: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
 _NO_STATE += (AttributeError, zipfile.BadZipFile, zlib.error)
@@ -93,20 +95,42 @@ def save(
 def find(folder: Path) -> Checkpoint | None:
     """The last complete checkpoint of a run; what was begun after it is of no account.
 
+    A run may replace both files between the reading of one and of the other. So they are read again until they match,
+    or the same state was found twice without its weights.
+
     Raises:
-        InputError: If it is damaged.
+        InputError: If it is damaged, or replaced faster than it is read.
     """
-    if not (folder / STATE).exists():
-        return None
-    state = _load_state(folder / STATE)
-    named = state["weights"]
-    for path in (folder / named["file"], folder / _following(named["file"])):
-        if path.is_file() and digest_file(path) == named["xxh3"]:
-            return Checkpoint(path, state)
+    missed = None
+    for _ in range(_READS):
+        if not (folder / STATE).exists():
+            return None
+        state = _load_state(folder / STATE)
+        named = state["weights"]
+        for path in (folder / named["file"], folder / _following(named["file"])):
+            if _digest(path) == named["xxh3"]:
+                return Checkpoint(path, state)
+        if missed == named:
+            break
+        missed = named
+    at_work = holder(folder)
+    if at_work is not None:
+        raise InputError(
+            f"{folder / named['file']}: not the one that {STATE} belongs to, but a run is going on in this folder "
+            f"({at_work}) and replaces both. Try again, or wait for its end."
+        )
     raise InputError(
-        f"{folder / named['file']}: missing or damaged: it is not the one that {STATE} belongs to. Tune again with "
-        "--overwrite."
+        f"{folder / named['file']}: missing or damaged: it is not the one that {STATE} belongs to. Put both back "
+        "from a copy, or tune again in another folder, or in this one with --overwrite."
     )
+
+
+def _digest(path: Path) -> str | None:
+    """Digest of a file; None if there is none, or no longer."""
+    try:
+        return digest_file(path) if path.is_file() else None
+    except FileNotFoundError:
+        return None
 
 
 def settle(folder: Path) -> Checkpoint | None:
@@ -142,6 +166,12 @@ def weights_of(folder: Path) -> Path:
     for path in (folder / MODEL, folder / DELTA):
         if path.is_file():
             return path
+    at_work = holder(folder)
+    if at_work is not None:
+        raise InputError(
+            f"{folder / MODEL}: no such file yet: the run that is going on in this folder ({at_work}) has not "
+            "completed its first epoch. Wait for that."
+        )
     raise InputError(
         f"{folder / MODEL}: no such file; the run stopped before its first epoch was complete. Begin it again with "
         "tune --resume."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import reprlib
 import types
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,6 @@ from ..towers.attend import Attention
 from . import optimizers
 from .precision import Precision
 
-MOST_CONFIG_BYTES = 1 << 20
 
 Method = Literal["skip", "full", "zero-shot", "linear-probe", "coop", "clip-adapter", "lora"]  # the keys of METHODS
 Preset = Literal["default", "reference"]
@@ -35,10 +35,10 @@ CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]  # the keys of store.DTYPES
 _GLYPH_CLASSES = 100
 # At least so much, where there is a value.
 _LEAST = {"classes": 1, "batch_size": 1, "views": 1, "workers": 0, "warmup_epochs": 0, "momentum": 0, "log_every": 1}
-_LEAST |= {"weight_decay": 0, "text_lr": 0, "image_lr": 0, "warmup_lr": 0}
+_LEAST |= {"weight_decay": 0, "text_lr": 0, "image_lr": 0, "warmup_lr": 0, "seed": 0}
 # Below so much, which is more than can be meant.
 _BELOW = {"momentum": 1, "clip_grad_norm": math.inf, "weight_decay": math.inf}
-_BELOW |= {"text_lr": math.inf, "image_lr": math.inf, "warmup_lr": math.inf}
+_BELOW |= {"text_lr": math.inf, "image_lr": math.inf, "warmup_lr": math.inf, "seed": 2**31}
 # What a method takes, or has no use for.
 _OF_METHODS = ("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "memory", "attention", "keep_embeddings")
 # The same, of those parts of a recipe that have no default for all.
@@ -48,6 +48,11 @@ _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 # What does not change the results of a run, or only by rounding: it may go on with another value.
 _FREE = {"root", "download", "cache", "workers", "memory", "attention", "device", "log_every", "out"}
 _FREE |= {"overwrite", "resume"}
+
+_MOST_BYTES = 2**20  # of a config.yaml
+_MOST_BITS = 63  # of a number in it
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,9 @@ class TuneConfig:
     """Folder of the datasets, for coop: and torchvision:."""
     download: bool = False
     """Let torchvision fetch what is not there."""
-    protocol: Protocol = "base-to-new"
-    """base-to-new: half of the classes train. few-shot: all. The others test on targets too."""
+    protocol: Protocol | None = None
+    """few-shot: all classes train, the default of imagefolder:. base-to-new: the first half trains and both halves are
+    tested, the default of other data. The others test on targets too."""
     targets: tuple[str, ...] | None = None
     """Datasets to test on, with cross-dataset and domain-generalization; coop:imagenet and glyphs bring their own."""
     template: tuple[str, ...] | None = None
@@ -176,19 +182,26 @@ class TuneConfig:
         if reference and self.method == "skip" and self.shots < 4:
             recipe["sampler"] = "random"
         recipe["classes"] = _GLYPH_CLASSES if self._on_glyphs else None
+        recipe["protocol"] = self.chosen_protocol
         if "tail" in inspect.signature(METHODS[self.method]).parameters:
             recipe["tail"] = "fixed" if reference else "resample"
         return recipe
 
+    @property
+    def chosen_protocol(self) -> Protocol:
+        """The protocol, by default that of the data: of a user's own images every class trains."""
+        own = self.data.partition(":")[0] == "imagefolder"
+        return self.protocol or ("few-shot" if own else "base-to-new")
+
     def _recipe(self) -> Recipe:
         """What the method trains with here."""
         name = "" if self.preset == "reference" else self.model  # that of no model is as published
-        recipe = partial(METHODS[self.method].recipe, name, self.protocol, self.shots, glyphs=self._on_glyphs)
+        recipe = partial(METHODS[self.method].recipe, name, self.chosen_protocol, self.shots, glyphs=self._on_glyphs)
         if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
             return recipe()
         there = len(open_source(self.data, self.root, download=self.download).classes)
         classes = min(there, self.classes or there)
-        return recipe(classes=math.ceil(classes / 2) if self.protocol == "base-to-new" else classes)
+        return recipe(classes=math.ceil(classes / 2) if self.chosen_protocol == "base-to-new" else classes)
 
     def of_method(self, method: Method) -> TuneConfig:
         """The same run of another method, without the settings that it has no use for."""
@@ -197,7 +210,8 @@ class TuneConfig:
 
     def _without_effect(self) -> list[str]:
         """Settings that differ from their default, and that the method has no use for."""
-        made, published = METHODS[self.method], METHODS[self.method].recipe(self.model, self.protocol, self.shots)
+        made = METHODS[self.method]
+        published = made.recipe(self.model, self.chosen_protocol, self.shots)
         takes, recipe = inspect.signature(made).parameters, dataclasses.asdict(published)
         if published.epochs > 0:
             idle = {name for name in _OF_TOWERS if recipe[name] is None}
@@ -219,7 +233,7 @@ class TuneConfig:
             if getattr(self, name) is not None and not getattr(self, name) < limit:
                 raise InputError(f"--{name.replace('_', '-')} must be below {limit}; got {getattr(self, name)}.")
         assert self.epochs is not None
-        if self.epochs < 1 and METHODS[self.method].recipe(self.model, self.protocol, self.shots).epochs > 0:
+        if self.epochs < 1 and METHODS[self.method].recipe(self.model, self.chosen_protocol, self.shots).epochs > 0:
             raise InputError(f"--epochs must be at least 1; got {self.epochs}.")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise InputError(f"--clip-grad-norm must be above 0; got {self.clip_grad_norm}.")
@@ -277,20 +291,45 @@ class TuneConfig:
             InputError: If the file is not there, is no YAML mapping, or has a field that is unknown or mistyped.
         """
         try:
-            values = yaml.safe_load(read_regular(path, MOST_CONFIG_BYTES))
+            values = read_settings(path)
         except FileNotFoundError:
-            raise InputError(f"{path}: no such file; --checkpoint takes the folder of a run.") from None
+            raise InputError(f"{path}: no such file; a run's folder has one.") from None
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from None
+            raise InputError(f"{path}: not readable as YAML ({(str(error).splitlines() or ['empty'])[0]}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
         hints = get_type_hints(cls)
         for name, value in values.items():
             if name not in hints:
-                raise InputError(f"{path}: unknown setting {name!r}.")
+                raise InputError(f"{path}: unknown setting {_shown(name)}.")
             if not _fits(value, hints[name]):
-                raise InputError(f"{path}: {name} must be {hints[name]}; got {value!r}.")
+                raise InputError(f"{path}: {name} must be {hints[name]}; got {_shown(value)}.")
         return cls(**{name: _made(value, hints[name]) for name, value in values.items()})
+
+
+def read_settings(path: Path) -> Any:
+    """What a config.yaml holds; it may be anybody's, so what it can cost is bounded.
+
+    Raises:
+        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is no YAML.
+    """
+    return yaml.load(read_regular(path, _MOST_BYTES), _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads no aliases: with them a few lines can stand for more than fits into memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, in at most some hundred characters."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length()} bits"
+    return _short.repr(value)
 
 
 def _plain(config: TuneConfig) -> dict[str, Any]:
@@ -307,11 +346,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is Literal:
-        return value in get_args(hint)
+        return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is Path:
         return isinstance(value, str)
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return False
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

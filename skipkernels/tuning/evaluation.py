@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import torch
@@ -14,17 +16,19 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from ..cache import FeatureCache, Progress, Refresh
 from ..data import InputError
-from ..data.protocols import Task, load_task, summarise
+from ..data.protocols import Protocol, Task, load_task, summarise
 from ..methods import METHODS, Method, ZeroShot
 from ..methods.base import FrozenModel
+from ..store import rounded
 from . import checkpoint, weights
-from .config import TuneConfig
+from .config import CacheDtype, TuneConfig
 from .model import augmentation, load_model, load_weights
 from .precision import REMEDY, Arithmetic
 from .run_folder import CONFIG
 
 Accuracies = dict[str, float | None]
 """Per cent of the test images whose class comes first, by test, and what the protocol reports of that."""
+Result = TypeVar("Result")
 BATCH = 64
 """Images at once where nothing trains."""
 
@@ -40,6 +44,7 @@ class Evaluator:
         resume: Go on with stores that are in the cache.
         overwrite: Replace them.
         zero_shot: The model as it came, if the method before tuning does not answer as that.
+        rounded_to: Features in memory are rounded as a cache of this type would; None: they are not.
 
     Attributes:
         method: What is tuned.
@@ -61,17 +66,19 @@ class Evaluator:
         resume: bool = True,
         overwrite: bool = False,
         zero_shot: Method | None = None,
+        rounded_to: CacheDtype | None = None,
     ):
         if config.cache is not None and method.cut is None:
             raise InputError("--cache: nothing below a cut is kept where every layer trains; leave it out.")
         self.method, self.task, self.device = method, task, torch.device(config.device)
         self._config, self.arithmetic = config, arithmetic
         self._resume, self._overwrite, self._zero_shot = resume, overwrite, zero_shot or method
+        self._rounded_to = rounded_to
         self._test: dict[str, FeatureCache] = {}
 
     @classmethod
-    def of(cls, config: TuneConfig, model: nn.Module, transform, tokenizer, **how: bool) -> Evaluator:
-        """For a run and its model, just loaded; `how`: resume and overwrite."""
+    def of(cls, config: TuneConfig, model: nn.Module, transform, tokenizer, **how: Any) -> Evaluator:
+        """For a run and its model, just loaded; `how`: resume, overwrite and rounded_to."""
         arithmetic = Arithmetic(config.precision, torch.device(config.device))
         arithmetic.prepare(model)
         task = task_of(config, transform, augmentation(model, config.preset) if config.augments else None)
@@ -119,7 +126,8 @@ class Evaluator:
 
         def encode(images: Tensor) -> Tensor:
             with self.arithmetic.autocast():
-                return self.method.encode_frozen(images.to(self.device))
+                features = self.method.encode_frozen(images.to(self.device))
+            return features if self._rounded_to is None else rounded(features, self._rounded_to)
 
         return FeatureCache.in_memory(dataset, encode, batch_size=BATCH, workers=config.workers, progress=progress)
 
@@ -201,7 +209,7 @@ def task_of(config: TuneConfig, transform=None, train_transform=None) -> Task:
     """The task of a run; with several views training images have `train_transform`, all others `transform`."""
     return load_task(
         config.data,
-        protocol=config.protocol,
+        protocol=config.chosen_protocol,
         shots=config.shots,
         classes=config.classes,
         seed=config.seed,
@@ -224,29 +232,67 @@ def epochs_left(folder: Path) -> int:
     return (config.epochs or 0) - len(found.state["rows"]) if found is not None else 0
 
 
-def evaluate_run(folder: Path, *, device: str | None = None) -> Accuracies:
-    """Accuracy of the checkpoint of a run, on the test images of that run.
+def evaluate_run(
+    folder: Path,
+    *,
+    device: str | None = None,
+    data: str | None = None,
+    root: Path | None = None,
+    protocol: Protocol | None = None,
+) -> Accuracies:
+    """Accuracy of the checkpoint of a run. Nothing is written, and nothing is read of a cache.
 
     Args:
-        folder: What `tune` wrote.
+        folder: What `tune` wrote, or is writing.
         device: Where to compute; by default where the run did.
+        data: Of which dataset the test images are; by default of the run's.
+        root: Folder of the datasets, for coop: and torchvision:; by default the run's.
+        protocol: Which classes and images are tested; by default the run's.
 
     Raises:
         InputError: If the folder is not a run's, or its checkpoint is damaged.
         FloatingPointError: If its answers are not finite.
     """
     config = TuneConfig.from_yaml(folder / CONFIG)
+    rounded_to = None if config.cache is None else config.cache_dtype
+    config = replace(
+        config,
+        data=data or config.data,
+        root=root or config.root,
+        protocol=protocol or config.protocol,
+        cache=None,
+        views=1,
+        refresh="never",
+        workers=0,
+        download=False,
+    )
     if device is not None:  # on which xformers may not serve
         config = replace(config, device=device, attention="sdpa")
-    config, path = config.resolved(), checkpoint.weights_of(folder)
-    whole = weights.header(path).get("holds", weights.MODEL) == weights.MODEL
+    evaluator = _loaded(config.resolved(), folder, rounded_to)
+    evaluator.prepare()
+    return evaluator.accuracies(evaluator.predictions())
+
+
+def _loaded(config: TuneConfig, folder: Path, rounded_to: CacheDtype | None) -> Evaluator:
+    """The model and method of a run with the weights of its checkpoint."""
+    whole = _of_weights(folder, weights.header).get("holds", weights.MODEL) == weights.MODEL
     model, transform, tokenizer = load_model(
         config.model, config.pretrained, torch.device(config.device), architecture_only=whole, seed=config.seed
     )
     if whole:
-        load_weights(model, path)
-    evaluator = Evaluator.of(config, model, transform, tokenizer)
+        _of_weights(folder, partial(load_weights, model))
+    evaluator = Evaluator.of(config, model, transform, tokenizer, rounded_to=rounded_to)
     if not whole:
-        weights.Weights(evaluator.method, model, delta=False).load(path)
-    evaluator.prepare()
-    return evaluator.accuracies(evaluator.predictions())
+        _of_weights(folder, weights.Weights(evaluator.method, model, delta=False).load)
+    return evaluator
+
+
+def _of_weights(folder: Path, read: Callable[[Path], Result]) -> Result:
+    """What `read` gives of the weights of a run. One that is going on may rename them before they are opened."""
+    path = checkpoint.weights_of(folder)
+    try:
+        return read(path)
+    except InputError:
+        if path.exists():
+            raise
+        return read(checkpoint.weights_of(folder))

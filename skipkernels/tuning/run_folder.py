@@ -18,11 +18,11 @@ import yaml
 
 from ..data import InputError
 from ..data.files import shown
-from ..store import StoreError, read_object, read_regular, replace_text, usable_folder
-from ..store.lock import OWNER, locked
+from ..store import StoreError, read_object, replace_text, usable_folder
+from ..store.lock import OWNER, holder, locked
 from . import checkpoint
 from .checked import check_types
-from .config import MOST_CONFIG_BYTES, TuneConfig
+from .config import TuneConfig, read_settings
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
@@ -125,7 +125,7 @@ def _files(folder: Path) -> list[Path]:
 def _is_a_runs(folder: Path) -> bool:
     """Whether a folder has the config.yaml of a run, of whatever version, and not somebody's own."""
     try:
-        settings = yaml.safe_load(read_regular(folder / CONFIG, MOST_CONFIG_BYTES))
+        settings = read_settings(folder / CONFIG)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(settings, dict) and settings.keys() >= _SETTINGS
@@ -155,6 +155,9 @@ class RunFolder:
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
         self._disk = check_can_be_made(self.path)
+        at_work = holder(self.path)
+        if at_work is not None:
+            raise InputError(f"--out: {self.path}: {at_work}, is at work in it. Wait for it, or choose another folder.")
         earlier = [path.name for path in _files(self.path)]
         if earlier and not _is_a_runs(self.path):
             raise InputError(

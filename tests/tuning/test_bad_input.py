@@ -124,19 +124,19 @@ def test_out_where_nothing_can_be_made(capsys):
 
 
 def test_eval_without_a_run(tmp_path, capsys):
-    assert "no such file" in fails(["eval", "--checkpoint", tmp_path], capsys)
+    assert "no such file" in fails(["eval", tmp_path], capsys)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 5000])
 def test_a_truncated_checkpoint(damaged, keep, capsys):
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    assert "not usable as weights" in fails(["eval", "--checkpoint", damaged], capsys)
+    assert "not usable as weights" in fails(["eval", damaged], capsys)
 
 
 def test_a_checkpoint_of_another_model(damaged, capsys):
     save_file({"weight": torch.zeros(2)}, damaged / "model.safetensors")
-    assert "not usable as weights" in fails(["eval", "--checkpoint", damaged], capsys)
+    assert "not usable as weights" in fails(["eval", damaged], capsys)
 
 
 def test_changes_of_other_weights(run, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_changes_of_other_weights(run, tmp_path, capsys):
     assert main(["tune", *arguments]) == 0
     config = (out / "config.yaml").read_text().replace("pretrained: null", "pretrained: random")
     (out / "config.yaml").write_text(config)
-    assert "changes of other first weights" in fails(["eval", "--checkpoint", out], capsys)
+    assert "changes of other first weights" in fails(["eval", out], capsys)
 
 
 def test_a_checkpoint_of_another_method(tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_method(tmp_path, capsys):
     assert main(["tune", *arguments, "--method", "clip-adapter", "--out", str(out)]) == 0
     config = (out / "config.yaml").read_text().replace("method: clip-adapter", "method: coop")
     (out / "config.yaml").write_text(config.replace("image_lr: 0.2", "image_lr: null"))
-    assert "coop: the state has" in fails(["eval", "--checkpoint", out], capsys)
+    assert "coop: the state has" in fails(["eval", out], capsys)
 
 
 def test_a_pickle_is_not_executed(tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_files_that_are_no_weights(tmp_path, content, capsys):
 
 
 def test_eval_takes_the_runs_own_checkpoint_only(run, capsys):
-    assert "folder of a run" in fails(["eval", "--checkpoint", run[0] / "other.safetensors"], capsys)
+    assert "folder of a run" in fails(["eval", run[0] / "other.safetensors"], capsys)
 
 
 def test_a_tokenizer_that_cannot_be_had(monkeypatch, tmp_path, capsys):
@@ -199,3 +199,38 @@ def test_doctor(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "torch" in out and "class_sampled_ce" in out
+
+
+BOMB = "template: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"targets{n}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "aliases are not read"),
+        ("shots: [" + "x, " * 10**5 + "]", "shots must be"),
+        ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
+        ("shots: 0x" + "f" * 10**4, "shots must be"),
+        ("text_lr: 0x" + "f" * 10**4, "text_lr must be"),
+        ("shots: " + "9" * 10**4, "not readable as YAML"),
+        ("[" * 10**4, "not readable as YAML"),
+        ("#" * 2**21, "more than 1048576 bytes"),
+    ],
+    ids=["aliases", "list", "name", "hexadecimal", "float", "decimal", "nested", "large"],
+)
+def test_a_foreign_config_is_refused_in_a_short_line(tmp_path, text, message, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    said = fails(["eval", tmp_path], capsys)
+    assert message in said and len(said) < 1200 + len(str(tmp_path)) and said.isprintable()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--data", "x" * 10**5], ["--data", "coop:imagenet", "--root", "a\n\x1b[2Jb\u202e"]],
+    ids=["long", "control"],
+)
+def test_a_message_is_one_short_line_whatever_is_quoted_in_it(tmp_path, arguments, capsys):
+    said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
+    assert len(said) < 1200 and said.isprintable() and arguments[-2] in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from skipkernels.data import InputError
 from skipkernels.store import atomic, replace_file
+from skipkernels.store.lock import locked
 from skipkernels.tuning import checkpoint, weights
 from skipkernels.tuning.weights import header
 
@@ -277,3 +279,59 @@ def test_a_flipped_bit_does_no_harm(tmp_path, name):
         except InputError:
             found += 1
     assert found > (0.99 if name == "model.safetensors" else 0.3) * len(whole) / 5
+
+
+def replaced_while_read(monkeypatch, folder: Path, epochs: list[int]) -> None:
+    """A run completes these epochs, one whenever the reader is about to digest a file."""
+    digest, left = checkpoint.digest_file, iter(epochs)
+
+    def after_another_epoch(path, *how):
+        for epoch in itertools.islice(left, 1):
+            monkeypatch.setattr(checkpoint, "digest_file", digest)  # the writer's own
+            save(folder, epoch)
+            monkeypatch.setattr(checkpoint, "digest_file", after_another_epoch)
+        return digest(path, *how)
+
+    monkeypatch.setattr(checkpoint, "digest_file", after_another_epoch)
+
+
+@pytest.mark.parametrize("epochs", [[2], [2, 3], [2, 3, 4, 5, 6]], ids=str)
+def test_find_beside_a_run_that_replaces_both_files(tmp_path, monkeypatch, epochs):
+    save(tmp_path, 1)
+    replaced_while_read(monkeypatch, tmp_path, epochs)
+    assert there(tmp_path) == epochs[-1]
+
+
+def test_find_when_the_weights_get_their_name_meanwhile(tmp_path, monkeypatch):
+    """The state is the new one; the weights are renamed between a look at one name and at the other."""
+    save(tmp_path, 1)
+    old = (tmp_path / "model.safetensors").read_bytes()
+    save(tmp_path, 2)
+    (tmp_path / "model.safetensors").rename(tmp_path / ".next.model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(old)
+    digest, calls = checkpoint.digest_file, itertools.count(1)
+
+    def renamed_after_the_first(path):
+        found = digest(path)
+        if next(calls) == 1:
+            os.replace(tmp_path / ".next.model.safetensors", tmp_path / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(checkpoint, "digest_file", renamed_after_the_first)
+    assert there(tmp_path) == 2
+
+
+def test_find_says_that_a_run_is_going_on(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "model.safetensors").unlink()
+    with locked(tmp_path), pytest.raises(InputError) as caught:
+        checkpoint.find(tmp_path)
+    assert "a run is going on in this folder (this process, since" in str(caught.value)
+    assert "--overwrite" not in str(caught.value)
+    with pytest.raises(InputError, match=r"missing or damaged: .* Put both back from a copy, or .*--overwrite\.$"):
+        checkpoint.find(tmp_path)
+
+
+def test_weights_of_a_run_that_has_only_begun(tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match="no such file yet: the run that is going on"):
+        checkpoint.weights_of(tmp_path)

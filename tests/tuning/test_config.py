@@ -121,6 +121,8 @@ def test_what_tells_two_runs_apart():
         ({"momentum": 1.0}, "--momentum must be below 1; got 1.0"),
         ({"clip_grad_norm": math.inf}, "--clip-grad-norm must be below inf; got inf"),
         ({"image_lr": math.inf}, "--image-lr must be below inf"),
+        ({"seed": -5}, "--seed must be at least 0; got -5"),
+        ({"seed": 2**31}, "--seed must be below 2147483648; got 2147483648"),
         ({"log_every": 0}, "--log-every must be at least 1"),
         ({"clip_grad_norm": 0.0}, "--clip-grad-norm must be above 0"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),
@@ -149,4 +151,22 @@ def test_settings_that_are_refused(changes, message):
 )  # fmt: skip
 def test_a_damaged_config(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)
-    assert message in fails(["eval", "--checkpoint", tmp_path], capsys)
+    assert message in fails(["eval", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    ("data", "protocol"),
+    [("imagefolder:photos", "few-shot"), ("glyphs", "base-to-new"), ("glyphs:greek", "base-to-new"),
+     ("coop:dtd", "base-to-new"), ("torchvision:food101", "base-to-new")],
+)  # fmt: skip
+def test_the_default_protocol_trains_every_class_of_own_images(data, protocol):
+    config = dataclasses.replace(SMALL, data=data)
+    assert config.protocol is None and config.resolved().protocol == protocol
+    for asked in ("base-to-new", "few-shot"):
+        assert dataclasses.replace(config, protocol=asked).resolved().protocol == asked
+
+
+def test_the_recipe_is_that_of_the_default_protocol():
+    """Of Wu et al.: 40 epochs for few-shot, 20 for base-to-new."""
+    config = TuneConfig(preset="reference", data="imagefolder:photos").resolved()
+    assert (config.epochs, config.image_lr) == (40, 1e-5)

@@ -194,7 +194,7 @@ def test_weights_that_are_not_those_of_the_state(copy, capsys):
     file.write_bytes(content)
     arguments = ["--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy]
     assert "missing or damaged" in fails(["tune", "--resume", *arguments], capsys)
-    assert "missing or damaged" in fails(["eval", "--checkpoint", copy], capsys)
+    assert "missing or damaged" in fails(["eval", copy], capsys)
     file.unlink()
     assert "missing or damaged" in fails(["tune", "--resume", *arguments], capsys)
     assert main(["tune", "--overwrite", *map(str, arguments)]) == 0

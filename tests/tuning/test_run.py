@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import get_args
 
 import open_clip
@@ -17,7 +19,8 @@ import skipkernels as sk
 from skipkernels.cli import main
 from skipkernels.methods import METHODS
 from skipkernels.optimizer import FusedSGD
-from skipkernels.tuning import TuneConfig, evaluate_run, optimizers, tune
+from skipkernels.store.lock import locked
+from skipkernels.tuning import TuneConfig, checkpoint, evaluate_run, optimizers, tune
 from skipkernels.tuning.config import Method
 from skipkernels.tuning.evaluation import task_of
 from skipkernels.tuning.model import load_model
@@ -73,8 +76,39 @@ def test_skip_tuning_beats_zero_shot_on_characters_never_seen(tmp_path):
 def test_eval_gives_the_reported_accuracy_to_the_digit(run, capsys):
     folder, metrics = run
     assert evaluate_run(folder) == metrics["tuned"]
-    assert main(["eval", "--checkpoint", str(folder / "model.safetensors"), "--json"]) == 0
+    assert main(["eval", str(folder / "model.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metrics["tuned"]
+
+
+def test_eval_beside_a_run_says_that_it_is_going_on(run, capsys):
+    folder, metrics = run
+    with locked(folder):
+        assert main(["eval", str(folder), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == metrics["tuned"]
+    assert "note: a run is going on in this folder (this process, since" in shown.err
+
+
+def test_eval_reads_weights_again_that_a_run_has_renamed(run, tmp_path, monkeypatch):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / ".next.model.safetensors")
+    find = checkpoint.find
+
+    def renamed_after(folder):
+        found = find(folder)
+        if found.weights.name.startswith("."):
+            found.weights.rename(folder / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(checkpoint, "find", renamed_after)
+    assert evaluate_run(tmp_path) == run[1]["tuned"]
+
+
+def test_eval_on_other_data(run, capsys):
+    folder, _ = run
+    arguments = ["eval", str(folder), "--data", "glyphs:greek", "--protocol", "few-shot", "--json"]
+    assert main(arguments) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["all"]
 
 
 def test_open_clip_loads_the_checkpoint_and_agrees(run):
@@ -147,7 +181,7 @@ def test_only_what_changed_is_kept(run, tmp_path, capsys):
     assert all(delta[name].equal(whole[name]) for name in delta)
     assert files(tmp_path / "run") == FILES - {"model.safetensors"} | {"delta.safetensors"}
     assert evaluate_run(tmp_path / "run") == metrics["tuned"]
-    assert main(["eval", "--checkpoint", str(tmp_path / "run" / "delta.safetensors")]) == 0
+    assert main(["eval", str(tmp_path / "run" / "delta.safetensors")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -219,12 +253,23 @@ def test_timing_the_parts_of_a_forward_changes_nothing():
     assert all(weight.grad is None for weight in clip.trainable_parameters())
 
 
-def test_images_that_were_chosen_are_written_by_their_paths(tmp_path):
-    for name, colour in (("red square", "red"), ("blue square", "blue")):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
+def squares(folder: Path, *colours: str) -> Path:
+    """Six images in a folder for each class."""
+    for colour in colours or ("red", "blue"):
+        (folder / f"{colour} square").mkdir(parents=True)
         for number in range(6):
-            Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+            Image.new("RGB", (32, 32), colour).save(folder / f"{colour} square" / f"{number}.png")
+    return folder
+
+
+def test_every_class_of_own_images_trains(tmp_path):
+    data = f"imagefolder:{squares(tmp_path / 'images', 'red', 'blue', 'green', 'black')}"
+    metrics = tune(small(tmp_path / "run", data=data, shots=2, classes=None, epochs=1))
+    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 4}
+
+
+def test_images_that_were_chosen_are_written_by_their_paths(tmp_path):
+    squares(tmp_path / "images")
     run = tmp_path / "run"
     data = f"imagefolder:{tmp_path / 'images'}"
     tune(small(run, data=data, protocol="few-shot", shots=2, classes=None, epochs=1, seed=3))

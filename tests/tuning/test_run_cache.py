@@ -56,10 +56,18 @@ def test_a_second_run_encodes_no_image_again(cached, tmp_path, encoded):
     assert sum(encoded) >= 12 // 2 * 4 + 12 * 12, "all training and test images"
 
 
-def test_eval_of_a_run_with_a_cache(cached, encoded):
+def test_eval_writes_nothing_and_needs_no_cache(cached, tmp_path, encoded):
+    """Not even where the configuration, which may be somebody else's, names a folder for it."""
     folder, metrics = cached
-    assert evaluate_run(folder / "run") == metrics["tuned"]
-    assert max(encoded) == 1
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"cache: {folder / 'cache'}" in config
+    config = config.replace(f"cache: {folder / 'cache'}", f"cache: {tmp_path / 'elsewhere'}")
+    config = config.replace("workers: 0", "workers: 64").replace("download: false", "download: true")
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before and not encoded
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
@@ -69,6 +77,7 @@ def test_features_that_are_kept_in_fewer_bits_are_as_good(run, tmp_path, dtype):
     # 72 images of each kind: one of them is 1.4 %.
     assert metrics["tuned"]["base"] == pytest.approx(expected["tuned"]["base"], abs=6)
     assert metrics["tuned"]["new"] == pytest.approx(expected["tuned"]["new"], abs=6)
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"], "from features that are rounded as those of the cache"
 
 
 @pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])

@@ -63,7 +63,7 @@ def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, at_step, capsys):
     assert (metrics["status"], metrics["epochs"], metrics["steps"]) == ("interrupted", 1, 6)
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert "interrupted after 1 epoch" in (tmp_path / "report.html").read_text()
-    assert main(["eval", "--checkpoint", str(tmp_path)]) == 0
+    assert main(["eval", str(tmp_path)]) == 0
     assert "the run was cut off, 1 epoch before its end; --resume goes on" in capsys.readouterr().err
 
 
