@@ -19,7 +19,7 @@ from skipkernels.store import replace_text
 from skipkernels.tuning import TuneConfig
 from skipkernels.tuning.evaluation import task_of
 from skipkernels.tuning.model import load_model
-from skipkernels.tuning.run_folder import check_can_be_made
+from skipkernels.tuning.run_folder import check_apart, check_can_be_made
 
 ANALYSIS, SHIFT, SPREAD = "analysis.json", "shift.svg", "spread.svg"
 _RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -97,6 +97,7 @@ def run(action: AnalyzeConfig, out: Terminal, err: Terminal) -> int:
     compared = TuneConfig(precision="fp32", **values)
     config = compared.of_method("full").resolved()
     folder = action.out or Path("runs", f"{action.data.replace(':', '-').replace('/', '-')}-analysis")
+    check_apart("--out", folder, config)
     _check_folder(folder, action.overwrite)
     model, transform, tokenizer = load_model(
         config.model, config.pretrained, torch.device(config.device), seed=config.seed

@@ -21,6 +21,7 @@ from skipkernels.tuning import TuneConfig
 from skipkernels.tuning.config import CacheDtype, Precision
 from skipkernels.tuning.evaluation import Evaluator
 from skipkernels.tuning.model import load_model
+from skipkernels.tuning.run_folder import check_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,7 @@ def _build(action: CacheBuildConfig, out: Terminal, err: Terminal) -> None:
     same = {field.name for field in dataclasses.fields(TuneConfig)}
     values = {name: value for name, value in vars(action).items() if name in same}
     config = TuneConfig(cache=action.path, cache_dtype=action.dtype, **values).resolved()
+    check_apart("--cache", action.path, config)
     model, transform, tokenizer = load_model(
         config.model, config.pretrained, torch.device(config.device), seed=config.seed
     )

@@ -27,7 +27,6 @@ from ..towers.attend import Attention
 from . import optimizers
 from .precision import Precision
 
-
 Method = Literal["skip", "full", "zero-shot", "linear-probe", "coop", "clip-adapter", "lora"]  # the keys of METHODS
 Preset = Literal["default", "reference"]
 CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]  # the keys of store.DTYPES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +17,15 @@ from ..console import kept_going, plain
 from ..data import Images, InputError, save_few_shot
 from ..memory import PeakMemory, out_of_memory
 from ..methods import Skip
-from . import answers, checkpoint
+from . import answers, checkpoint, notes
 from .board import open_board
 from .config import TuneConfig
 from .display import Display
-from .evaluation import BATCH, Evaluator, task_of
+from .evaluation import BATCH, Evaluator
 from .model import load_model
 from .parts import forward_milliseconds
 from .report import report_html
-from .run_folder import FEW_SHOT, RunFolder, interrupt_deferred
+from .run_folder import FEW_SHOT, REPORT, RunFolder, interrupt_deferred
 from .trainer import Trainer
 from .weights import Weights
 
@@ -68,7 +69,7 @@ class _Run:
     """One tuning, from a model that is loaded to metrics.json."""
 
     def __init__(self, config: TuneConfig, console: Console, folder: RunFolder):
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.console = config, folder, console
         self.started, device = time.perf_counter(), torch.device(config.device)
         self.memory = PeakMemory(device)
         self.baseline_memory = self.memory.read()
@@ -77,7 +78,7 @@ class _Run:
         self.method, self.task = self.evaluator.method, self.evaluator.task
         self.folder.check_room(self._checkpoint_bytes())
         self.weights = Weights(self.method, self.model, delta=config.delta)
-        for note in (*self.task.notes, *self.method.notes):
+        for note in (*notes.of_settings(config), *self.task.notes, *self.method.notes):
             _say(console, f"note: {note}")
         title = f"{config.model} on {config.data}, {config.method}, {config.shots} shots"
         self.display = Display(console, title=title, memory=self.memory)
@@ -97,7 +98,9 @@ class _Run:
                     with self.folder.held():
                         self._save_few_shot()
                         stopped = self._tune(trainer, train)
-                        metrics = self._finish(stopped, {} if stopped else self._forward_parts(train))
+                        metrics = self._finish(stopped, train)
+            for note in metrics["notes"]:
+                _say(self.console, f"warning: {note}")
             if stopped is not None:
                 raise stopped
             return metrics
@@ -209,16 +212,31 @@ class _Run:
         device = self.evaluator.device
         return forward_milliseconds(self.method.clip, inputs.to(device), labels.to(device), self.evaluator.arithmetic)
 
-    def _finish(self, stopped: BaseException | None, parts: dict[str, float]) -> dict[str, Any]:
-        """Write the report and the metrics."""
+    def _finish(self, stopped: BaseException | None, train: FeatureCache) -> dict[str, Any]:
+        """Write the metrics, and then the report: if that fails, the run is complete nevertheless, with a note."""
         status = "diverged" if isinstance(stopped, FloatingPointError) else "interrupted" if stopped else "complete"
         metrics = {"status": status} | self._metrics()
-        metrics["cost"]["forward_milliseconds"] = parts
+        weak = None
+        if stopped is None:
+            weak = notes.weak_result(self.config, self.task, metrics["zero_shot"], metrics["tuned"])
+        metrics["notes"] = [] if weak is None else [weak]
         with interrupt_deferred():
-            report = None
-            if self.tuned is not None:
-                report = report_html(self.config, metrics, self.folder.rows, *self._answers(self.tuned))
-            self.folder.finish(metrics, report)
+            self.folder.finish(metrics)
+        try:
+            if stopped is None:
+                metrics["cost"]["forward_milliseconds"] = self._forward_parts(train)
+            with interrupt_deferred():
+                if self.tuned is not None:
+                    page = report_html(self.config, metrics, self.folder.rows, *self._answers(self.tuned))
+                    self.folder.write_report(page)
+                self.folder.finish(metrics)
+        except Exception as error:  # whatever it is: nothing that is only shown may end a run whose epochs are complete
+            reason = (str(error).strip().splitlines() or [""])[0]
+            metrics["notes"].append(f"{REPORT} was not written ({type(error).__name__}: {reason}).")
+            self.folder.finish(metrics)
+        except KeyboardInterrupt as error:
+            error.args = (f"the run in {self.folder.path} is {status}; {REPORT} is not written",)
+            raise
         return metrics
 
     def _metrics(self) -> dict[str, Any]:
@@ -238,6 +256,7 @@ class _Run:
             "checkpoint": self._sizes(),
             "cost": {
                 "device": config.device,
+                "forward_milliseconds": {},
                 "seconds_total": self._seconds(),
                 "seconds_tuning": sum(seconds) + self.seconds_fit,
                 "baseline_memory_mib": _mib(self.baseline_memory),
@@ -250,9 +269,11 @@ class _Run:
     def _answers(self, tuned: dict[str, Tensor]) -> tuple[list[answers.Example], list[answers.Confusion]]:
         """For the report, with images as the dataset has them."""
         examples, confusions = [], []
-        for test in task_of(self.config).tests:
+        for test in self.task.tests:
             if test.name in tuned:
-                of = test.name, test.images, test.classes, self.evaluator.labels(test.name)
+                images = copy.copy(test.images)
+                images.transform = None  # type: ignore[attr-defined]
+                of = test.name, images, test.classes, self.evaluator.labels(test.name)
                 examples += answers.examples(*of, self.zero_shot[test.name], tuned[test.name])
                 confusions += answers.confusions(*of, tuned[test.name])
         return examples, confusions

@@ -75,6 +75,7 @@ def report_html(
 <title>{title}</title><style>{_STYLE}</style></head><body>
 <h1>{title}</h1><p class="quiet">{protocol}</p>
 {_accuracy(metrics, tests)}
+{"".join(f'<p class="worse">{_text(note)}</p>' for note in metrics.get("notes", ()))}
 {_charts(metrics, rows, coloured(tests))}
 {_budget(metrics, rows)}
 {_cost(config, metrics, rows)}

@@ -26,8 +26,8 @@ from .config import TuneConfig, read_settings
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
-# metrics.json says that a run is over: of an earlier one's files it goes first, and comes last. config.yaml says that
-# the others are a run's: it comes first, and goes last.
+# metrics.json says that a run is over: of an earlier one's files it goes first, and comes behind the last epoch.
+# config.yaml says that the others are a run's: it comes first, and goes last.
 _FILES = (
     METRICS,
     checkpoint.STATE,
@@ -117,6 +117,36 @@ def check_can_be_made(folder: Path) -> Path:
         ) from error
 
 
+def check_apart(option: str, folder: Path, config: TuneConfig) -> None:
+    """Refuse to write where images are read: what a run writes would be taken for classes and images.
+
+    Args:
+        option: That names the folder: "--out" or "--cache".
+        folder: Where is written.
+        config: Whose data are looked at, as far as they are folders of images: imagefolder:PATH.
+
+    Raises:
+        InputError: If the folder is that of the images or in it; of "--out" also if the images are in it.
+    """
+    written = folder.expanduser().resolve()
+    for data in (config.data, *(config.targets or ())):
+        kind, _, path = data.partition(":")
+        if kind != "imagefolder" or not path:
+            continue
+        images = Path(path).expanduser().resolve()
+        if written == images:
+            where = "is"
+        elif images in written.parents:
+            where = "is in"
+        elif written in images.parents and option == "--out":
+            where = "has"
+        else:
+            continue
+        raise InputError(
+            f"{option}: {folder} {where} the folder of the images, {data}; choose another folder with {option}."
+        )
+
+
 def _files(folder: Path) -> list[Path]:
     """Those of a run that are in a folder, config.yaml last."""
     return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in _FILES)) if path.exists()]
@@ -132,7 +162,7 @@ def _is_a_runs(folder: Path) -> bool:
 
 
 class RunFolder:
-    """The files of a run. metrics.json appears last, and says whether the run is complete.
+    """The files of a run. metrics.json appears behind the last epoch, and says whether the run is complete.
 
     Args:
         config: The run. Nothing is written before `held`.
@@ -154,6 +184,9 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
+        check_apart("--out", self.path, config)
+        if config.cache is not None:
+            check_apart("--cache", config.cache, config)
         self._disk = check_can_be_made(self.path)
         at_work = holder(self.path)
         if at_work is not None:
@@ -260,11 +293,13 @@ class RunFolder:
     def _write_rows(self) -> None:
         self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def finish(self, metrics: dict[str, Any], report: str | None) -> None:
-        """Write the report and then the metrics."""
-        if report is not None:
-            self._write(REPORT, report)
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics: from here on the run is over."""
         self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    def write_report(self, report: str) -> None:
+        """Write report.html, after the metrics: it is no part of the result."""
+        self._write(REPORT, report)
 
     def _write(self, name: str, text: str) -> None:
         try:

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from skipkernels.cli import main
-from skipkernels.tuning.model import load_model
+from skipkernels.data import InputError, glyph_tiny
+from skipkernels.tuning.model import check_activation, load_model
+from tests.data.pictures import folders
 from tests.tuning.runs import fails
 
 
@@ -234,3 +236,117 @@ def test_a_foreign_config_is_refused_in_a_short_line(tmp_path, text, message, ca
 def test_a_message_is_one_short_line_whatever_is_quoted_in_it(tmp_path, arguments, capsys):
     said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
     assert len(said) < 1200 and said.isprintable() and arguments[-2] in said
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "message"),
+    [
+        ("--out", "photos/runs/a", "is in the folder of the images"),
+        ("--out", "photos", "is the folder of the images"),
+        ("--out", "link/a", "is in the folder of the images"),
+        ("--out", ".", "has the folder of the images"),
+        ("--cache", "photos", "is the folder of the images"),
+        ("--cache", "photos/train", "is in the folder of the images"),
+    ],
+)
+def test_results_and_images_are_kept_apart(tmp_path, monkeypatch, capsys, option, place, message):
+    monkeypatch.chdir(tmp_path)
+    folders(tmp_path / "photos", {"cat": 4, "dog": 4})
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in (["--data", "imagefolder:photos"],
+                      ["--protocol", "cross-dataset", "--targets", "imagefolder:photos"]):  # fmt: skip
+        said = fails(["tune", *arguments, "--shots", "1", "--out", "elsewhere", option, place], capsys)
+        assert f"{option}: {place} {message}" in said and f"choose another folder with {option}." in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command", [["tune"], ["tune", "--method", "zero-shot"], ["analyze"], ["compare"], ["cache", "build", "features"]]
+)
+def test_folders_by_default_are_not_below_the_images(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(folders(tmp_path, {"cat": 4, "dog": 4}))
+    assert "is in the folder of the images" in fails([*command, "--data", "imagefolder:."], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog"]
+
+
+@pytest.fixture
+def nothing_is_made(monkeypatch):
+    def create(*args, **named):
+        raise AssertionError("a model is made, and its weights are downloaded")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+
+
+@pytest.mark.parametrize(
+    ("model", "tag", "right", "trained", "made"),
+    [
+        ("ViT-B-16", "openai", "ViT-B-16-quickgelu", "QuickGELU", "GELU"),
+        ("RN50", "cc12m", "RN50-quickgelu", "QuickGELU", "GELU"),
+        ("ViT-B-32", "metaclip_400m", "ViT-B-32-quickgelu", "QuickGELU", "GELU"),
+        ("ViT-H-14", "dfn5b", "ViT-H-14-quickgelu", "QuickGELU", "GELU"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "ViT-B-32", "GELU", "QuickGELU"),
+    ],
+)
+def test_weights_of_another_activation(nothing_is_made, tmp_path, capsys, model, tag, right, trained, made):
+    said = fails(["tune", "--model", model, "--pretrained", tag, "--out", tmp_path / "run"], capsys)
+    assert f"--model: {tag} was trained with {trained}, and {model} has {made}; use --model {right}." in said
+
+
+def test_every_tag_of_open_clip_is_taken_by_one_model():
+    """Where no model of the same shape has a tag's activation, as of roberta-ViT-B-32, it is taken as it is."""
+    refused, taken = set(), set()
+    for model, tag in open_clip.list_pretrained():
+        try:
+            check_activation(model, tag)
+            taken.add((model.removesuffix("-quickgelu"), tag))
+        except InputError:
+            refused.add((model, tag))
+    assert ("roberta-ViT-B-32", "laion2b_s12b_b32k") in taken and len(refused) > 10
+    assert {(model.removesuffix("-quickgelu"), tag) for model, tag in refused} <= taken
+
+
+def test_a_run_of_the_wrong_activation_is_still_read():
+    load_model("ViT-B-32", "openai", torch.device("cpu"), architecture_only=True)
+
+
+def test_a_download_that_fails_says_so_once(monkeypatch, tmp_path, capsys):
+    def download(*args, **named):
+        raise OSError("[Errno -2] Name or service not known\nMax retries exceeded")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", download)
+    arguments = ["--model", "ViT-B-32-quickgelu", "--pretrained", "openai", "--out", tmp_path / "run"]
+    said = fails(["tune", *arguments], capsys)
+    assert said.endswith(
+        "--pretrained: the weights openai of ViT-B-32-quickgelu could not be downloaded: [Errno -2] Name or service "
+        "not known"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"positional_embedding": torch.zeros(32, 80)}, "text pos_embed width changed!"),
+        ({"ln_final.weight": torch.zeros(80)}, "size mismatch for ln_final.weight"),
+        ({"visual.proj": None}, 'Missing key(s) in state_dict: "visual.proj"'),
+    ],
+    ids=["width", "size", "missing"],
+)
+def test_weights_of_another_model(tmp_path, capsys, change, reason):
+    weights = {name: value for name, value in (glyph_tiny.state_dict() | change).items() if value is not None}
+    save_file(weights, tmp_path / "model.safetensors")
+    arguments = [
+        "--pretrained",
+        tmp_path / "model.safetensors",
+        "--shots",
+        "1",
+        "--classes",
+        "6",
+        "--epochs",
+        "1",
+        "--out",
+        tmp_path / "run",
+    ]
+    said = fails(["tune", *arguments], capsys)
+    assert f"not usable as weights of this model: they are another model's ({reason}" in said
+    assert said.endswith("Name theirs with --model.") and "Error" not in said

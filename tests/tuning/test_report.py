@@ -431,3 +431,7 @@ def test_confusions_open_no_more_images_than_they_show():
     data = Counted(labels)
     found = confusions("base", data, [str(c) for c in range(50)], labels, (torch.tensor(labels) + 1) % 50, limit=3)
     assert [each.label for each in found] == ["0", "1", "2"] and len(data.opened) == 6
+
+
+def test_notes_are_shown():
+    assert f"<b>{NASTY}" not in page({"notes": [NASTY]}) and NASTY in Page(page({"notes": [NASTY]})).text

@@ -23,7 +23,7 @@ from skipkernels.cli import main
 from skipkernels.data import InputError, glyph_tiny
 from skipkernels.methods import Skip
 from skipkernels.methods.base import StepOutput
-from skipkernels.tuning import checkpoint, evaluate_run, tune
+from skipkernels.tuning import checkpoint, evaluate_run, evaluation, loop, tune
 from skipkernels.tuning.evaluation import task_of
 from skipkernels.tuning.loop import _memory_errors
 from skipkernels.tuning.run_folder import RunFolder
@@ -183,6 +183,39 @@ def test_rates_that_are_too_high(tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["status"] == "diverged" and metrics["epochs"] == 1
     assert evaluate_run(out) == metrics["tuned"]
+
+
+# ---- the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["report_html", "forward_milliseconds"])
+def test_a_report_that_fails_is_a_note(run, tmp_path, monkeypatch, part):
+    def fail(*_):
+        assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "complete", "metrics come first"
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(loop, part, fail)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    metrics = tune(small(tmp_path), console)
+    assert metrics["tuned"] == run[1]["tuned"] and json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    note = metrics["notes"][-1]
+    assert note == "report.html was not written (MemoryError: too much)." and note in console.export_text()
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_ctrl_c_while_the_report_is_made_says_that_the_run_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "forward_milliseconds", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f"the run in {tmp_path} is complete; report.html is not written"):
+        tune(small(tmp_path))
+    assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "complete"
+
+
+def test_the_dataset_is_listed_once(tmp_path, monkeypatch):
+    listed, whole = [], evaluation.load_task
+    monkeypatch.setattr(evaluation, "load_task", lambda *args, **named: listed.append(args) or whole(*args, **named))
+    tune(small(tmp_path, epochs=1, shots=1))
+    assert len(listed) == 1
+    assert "data:image/png" in (tmp_path / "report.html").read_text(), "with images of the test"
 
 
 # ---- memory and disk -----------------------------------------------------------------------------------------------
