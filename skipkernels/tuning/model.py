@@ -53,6 +53,8 @@ def load_model(
         raise InputError(
             f"--pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
         )
+    if pretrained is not None and not architecture_only:
+        check_activation(name, pretrained)
     file = Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
     tag = pretrained if file is None and pretrained != RANDOM else None
     if tag is not None and tag not in tags:
@@ -67,14 +69,36 @@ def load_model(
             model, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
             )
-        except (OSError, RuntimeError) as error:  # the download failed
-            raise InputError(f"--pretrained: could not load {name} {tag}: {_first_line(error)}") from error
+        except (OSError, RuntimeError) as error:
+            raise InputError(_not_loaded(name, tag, error)) from error
     if not architecture_only:
         if file is not None:
             load_weights(model, file)
         elif pretrained is None:
             model.load_state_dict(glyph_tiny.state_dict())
     return model.to(device).eval(), transform, _tokenizer(name)
+
+
+def check_activation(name: str, tag: str) -> None:
+    """Refuse weights of open_clip that were trained with QuickGELU in a model with GELU, and the other way round.
+
+    open_clip loads them with a warning, and the model is then less accurate. Refused is what another model of the same
+    shape takes with its own activation, before anything is downloaded.
+
+    Raises:
+        InputError: If so; names that model.
+    """
+    suffix = "-quickgelu"
+    other = name.removesuffix(suffix) if name.endswith(suffix) else name + suffix
+    fitting = open_clip.get_pretrained_cfg(other, tag) if other in open_clip.list_models() else {}
+    if not fitting:
+        return
+    has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
+    if has != trained:
+        called = {True: "QuickGELU", False: "GELU"}
+        raise InputError(
+            f"--model: {tag} was trained with {called[trained]}, and {name} has {called[has]}; use --model {other}."
+        )
 
 
 def augmentation(model: Any, preset: Literal["default", "reference"] = "default") -> Callable:
@@ -115,7 +139,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
         raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
     except _UNUSABLE as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        if isinstance(error, AssertionError) or (lines and lines[0].startswith("Error(s) in loading state_dict")):
+            reason = textwrap.shorten(lines[-1] if lines else "another structure", 200, placeholder=" ….")
+            raise InputError(
+                f"{path}: not usable as weights of this model: they are another model's ({reason.strip('. ')}). Name "
+                "theirs with --model."
+            ) from error
         raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
+
+
+def _not_loaded(name: str, tag: str | None, error: BaseException) -> str:
+    """What to say where open_clip did not make a model: of a download that failed, the first cause alone."""
+    while error.__context__ is not None and isinstance(error.__context__, OSError):
+        error = error.__context__
+    reason = textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 250, placeholder=" ….")
+    if tag is None:
+        return f"--model: {name} could not be made: {reason}"
+    return f"--pretrained: the weights {tag} of {name} could not be downloaded: {reason}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -107,4 +108,5 @@ def header(path: Path) -> dict[str, str]:
 
 def _unusable(path: Path, error: BaseException) -> InputError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return InputError(f"{path}: not usable as weights of this model: {lines[0]}")
+    reason = textwrap.shorten(" ".join(lines[:2]), 250, placeholder=" ….")
+    return InputError(f"{path}: not usable as weights of this model: {reason}")
