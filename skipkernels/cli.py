@@ -27,15 +27,40 @@ from skipkernels.store import StoreError
 from skipkernels.store.lock import holder
 from skipkernels.tuning import TuneConfig, epochs_left, evaluate_run, tune
 from skipkernels.tuning.checkpoint import DELTA, MODEL
+from skipkernels.tuning.run_folder import resumed
 
 _LONGEST = 1000  # characters of a message
+
+
+def _flag_or_run(words: list[str]) -> bool | Path:
+    if len(words) > 1:
+        raise ValueError(f"one folder; got {' '.join(words)}")
+    return Path(words[0]) if words else True
+
+
+_FLAG_OR_RUN = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[RUN]",
+    instance_from_str=_flag_or_run,
+    is_instance=lambda value: isinstance(value, (bool, Path)),
+    str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneCommand(TuneConfig):
+    """Tune a CLIP on some images of a dataset, and test it, also on classes or images of another kind."""
+
+    resume: Annotated[bool | Path, _FLAG_OR_RUN] = False
+    """Go on after the last complete epoch of the run in RUN, with its settings, to the same bits. Without RUN: in
+    --out, with the settings given here; begin where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Compute the accuracy of a run's checkpoint again. Nothing is written."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or the model.safetensors or delta.safetensors in it."""
     data: str | None = None
     """Test on this dataset, named as for tune; by default on the run's."""
@@ -55,7 +80,7 @@ class DoctorConfig:
 
 
 Command = (
-    Annotated[TuneConfig, tyro.conf.subcommand("tune")]
+    Annotated[TuneCommand, tyro.conf.subcommand("tune")]
     | Annotated[EvalConfig, tyro.conf.subcommand("eval")]
     | Annotated[cli_study.ProtocolConfig, tyro.conf.subcommand("protocol")]
     | Annotated[cli_study.CompareConfig, tyro.conf.subcommand("compare")]
@@ -167,7 +192,7 @@ def _print_error(err: Terminal, kind: str, error: object) -> None:
 
 
 def _tune(command: TuneConfig, out: Terminal, err: Terminal) -> None:
-    config = command.resolved()
+    config = resumed(command).resolved()
     metrics = tune(config, console=err)
     table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
     for column in ("zero-shot", "tuned", "change"):

@@ -145,8 +145,9 @@ class TuneConfig:
     """Folder for the results; by default runs/DATA-METHOD."""
     overwrite: bool = False
     """Replace the results of an earlier run in that folder."""
-    resume: bool = False
-    """Go on after the last complete epoch in that folder, to the same bits; begin where there is none."""
+    resume: bool | Path = False
+    """Go on after the last complete epoch in that folder, to the same bits; begin where there is none. A folder: go on
+    with the run in it, with its settings."""
     delta: bool = False
     """Keep only those weights that tuning changed, in delta.safetensors."""
 

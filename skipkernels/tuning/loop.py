@@ -25,7 +25,7 @@ from .evaluation import BATCH, Evaluator
 from .model import load_model
 from .parts import forward_milliseconds
 from .report import report_html
-from .run_folder import FEW_SHOT, REPORT, RunFolder, interrupt_deferred
+from .run_folder import FEW_SHOT, REPORT, RunFolder, interrupt_deferred, resumed
 from .trainer import Trainer
 from .weights import Weights
 
@@ -49,7 +49,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         FloatingPointError: If the loss is not finite; the checkpoint of the last good epoch stays.
         KeyboardInterrupt: After what was complete has been written; says what that is.
     """
-    config, console = config.resolved(), console or Console(quiet=True)
+    config, console = resumed(config).resolved(), console or Console(quiet=True)
     folder = RunFolder(config)
     if folder.finished is not None:
         _say(console, f"{folder.path}: the run is complete; there is nothing to resume.")
@@ -60,7 +60,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
 
 def check(config: TuneConfig) -> None:
     """Refuse what `tune` would refuse before it begins, without beginning; errors as there."""
-    config = config.resolved()
+    config = resumed(config).resolved()
     with _memory_errors(), _own_random_numbers(config):
         _Run(config, Console(quiet=True), RunFolder(config))
 

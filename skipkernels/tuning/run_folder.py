@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -145,6 +146,22 @@ def check_apart(option: str, folder: Path, config: TuneConfig) -> None:
         raise InputError(
             f"{option}: {folder} {where} the folder of the images, {data}; choose another folder with {option}."
         )
+
+
+def resumed(config: TuneConfig) -> TuneConfig:
+    """The run in the folder that `resume` names, with what is set otherwise; `config` itself where it names none.
+
+    Raises:
+        InputError: If there is no run.
+    """
+    if isinstance(config.resume, bool):
+        return config
+    if config.out is not None:
+        raise InputError("--resume RUN goes on in RUN; leave out --out.")
+    names = [field.name for field in dataclasses.fields(TuneConfig)]
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
+    given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
+    return dataclasses.replace(TuneConfig.from_yaml(config.resume / CONFIG), **given)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -146,6 +146,28 @@ def test_a_run_that_is_complete_says_so(run, capsys):
     assert main(["tune", *arguments]) == 0
 
 
+def test_resume_a_run_by_its_folder(run, tmp_path, capsys):
+    stopped(tmp_path)
+    assert main(["tune", "--resume", str(tmp_path), "--log-every", "7"]) == 0
+    assert results(tmp_path) == results(run[0])
+    assert "log_every: 7" in (tmp_path / "config.yaml").read_text(), "what does not change results may be another"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--shots", 3], "shots is 4 in the run in"), (["--out", "elsewhere"], "goes on in RUN; leave out --out"),
+     (["--overwrite"], "give one of them")],
+)  # fmt: skip
+def test_resume_by_folder_with_other_settings(copy, arguments, message, capsys):
+    assert message in fails(["tune", "--resume", copy, *arguments], capsys)
+
+
+def test_resume_of_a_folder_without_a_run(tmp_path, capsys):
+    assert "config.yaml: no such file" in fails(["tune", "--resume", tmp_path], capsys)
+    with pytest.raises(InputError, match="no such file"):
+        tune(TuneConfig(resume=tmp_path))
+
+
 def test_a_row_and_the_metrics_were_missing(run, tmp_path):
     """Of a process that was killed behind its last checkpoint."""
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
