@@ -171,8 +171,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         (["compare", "--values", "1"], "--values are those of a setting; add --ablate"),
         (["compare", "--ablate", "decay", "--methods", "skip"], "--methods: --ablate has other settings"),
         (["compare", "--ablate", "decay", "--values", "1", "1"], "--values: name each once; got 1 1"),
-        (["compare", "--ablate", "decay", "--values", "1", "0"], "decay 0: select_classes: decay must be above 0"),
-        (["compare", "--ablate", "skip_layers", "--values", "0", "9"], "skip_layers 9: SkipCLIP: skip_layers must be"),
+        (["compare", "--ablate", "decay", "--values", "1", "0"], "decay 0: --decay must be above 0"),
+        (["compare", "--ablate", "skip_layers", "--values", "0", "9"], "skip_layers 9: --skip-layers must be"),
         (["protocol", "few-shot", "--shots", "4"], "--shots 4 has no effect with few-shot; give --numbers-of-shots"),
         (["protocol", "base-to-new", "--numbers-of-shots", "4"], "no effect with base-to-new; give --shots"),
         (["protocol", "base-to-new", "--shots", "0"], "--shots must be"),
@@ -196,7 +196,7 @@ def test_what_a_study_sets_itself_is_no_option(option, capsys):
 def test_all_variants_are_checked_before_the_first_one_runs(tmp_path, capsys):
     arguments = "compare --ablate keep_ratio --values 0.5 1.5 --seeds 1 --shots 1 --classes 4".split()
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert "keep_ratio 1.5: select_classes: keep_ratio must be above 0" in " ".join(capsys.readouterr().err.split())
+    assert "keep_ratio 1.5: --keep-ratio must be above 0" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -162,6 +162,12 @@ def test_resume_by_folder_with_other_settings(copy, arguments, message, capsys):
     assert message in fails(["tune", "--resume", copy, *arguments], capsys)
 
 
+def test_resume_takes_one_folder(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--resume", "a", "b"])
+    assert "one folder; got a b" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_resume_of_a_folder_without_a_run(tmp_path, capsys):
     assert "config.yaml: no such file" in fails(["tune", "--resume", tmp_path], capsys)
     with pytest.raises(InputError, match="no such file"):
