@@ -68,7 +68,7 @@ class SkipCLIP(nn.Module):
     `torch.compile(clip)` runs the step as it is and makes nothing faster. Activation checkpointing around SkipCLIP is
     refused, since it would draw other classes: use `memory="min"`.
 
-    In `DistributedDataParallel(clip, broadcast_buffers=False)` each process
+    In `DistributedDataParallel(clip, forward_sync_buffers=False)` each process
     chooses classes for its part of a batch. With `keep_ratio=1` and equal parts the gradients are those of the whole.
 
     Args:

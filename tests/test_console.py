@@ -65,7 +65,7 @@ def test_terminal_shows_strings_tables_and_bars_as_they_are(color):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["cache", "info"], ["cache", "verify"], ["cache", "prune"], ["eval", "--checkpoint"]],
+    [["cache", "info"], ["cache", "verify"], ["cache", "prune"], ["eval"]],
     ids=lambda arguments: arguments[-1].strip("-"),
 )
 def test_paths_in_errors_are_shown_as_they_are(tmp_path, capsys, arguments):

@@ -107,7 +107,8 @@ class _Run:
         except KeyboardInterrupt as error:  # also a second one, while the first is dealt with
             epochs = self.folder.epochs
             left = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
-            error.args = (f"{left} complete in {self.folder.path}{'; --resume goes on' if epochs else ''}",)
+            said = f"{left} complete in {self.folder.path}{'; --resume goes on' if epochs else ''}"
+            error.args = error.args or (said,)
             raise
 
     def _save_few_shot(self) -> None:

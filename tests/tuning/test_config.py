@@ -45,7 +45,7 @@ def test_glyph_tiny_on_other_data_trains_by_adamw_on_mixed_batches():
     assert (own.epochs, own.optimizer, own.text_lr, own.image_lr, own.sampler) == (8, "adamw", 1e-3, 1e-3, "random")
     assert (glyphs.optimizer, glyphs.text_lr, glyphs.image_lr, glyphs.sampler) == ("sgd", 4e-3, 2e-3, "class_pure")
     assert TuneConfig(data="imagefolder:emoji", optimizer="sgd").resolved().momentum == 0.9
-    assert TuneConfig(data="imagefolder:emoji", preset="reference").resolved().text_lr == 2e-5
+    assert TuneConfig(data="imagefolder:emoji", preset="reference").resolved().text_lr == 1e-5
 
 
 @pytest.mark.parametrize(
