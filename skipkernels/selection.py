@@ -1,9 +1,9 @@
 """CSkip: which classes take part in a step.
 
-Classes are ranked by their score for the batch. The first m always stay; of the tail, few do, and ever fewer with
-falling rank: by weights q_j, for rank m + j, that fall exponentially from 1 to 0. With the published policy q_j is the
-probability to stay; drawing an exact number, the default, follows it only roughly. K, the number of classes
-kept, is the same in every step. Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
+Classes are ranked by their score for the batch. The first m are always kept. Rank m + j of the tail is kept with
+probability q_j, which falls exponentially from 1 to 0. The published policy decides once per run, for each rank by
+itself. The default policy draws in each step, by systematic sampling: every rank has its probability, and K, the number
+of classes kept, is the same in every step. Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
 from __future__ import annotations
@@ -58,6 +58,45 @@ def tail_probabilities(tail: int, decay: float) -> Tensor:
     return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
 
 
+def inclusion_probabilities(q: Tensor) -> Tensor:
+    """π [tail] in fp64: q scaled so that its sum is a whole number, with no entry above 1.
+
+    π_j = min(1, a · q_j) with a such that Σπ = round(Σq). K is then the same in every step, and Σ|π − q| ≤ 1/2.
+
+    >>> inclusion_probabilities(torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64))
+    tensor([1.0000, 0.7143, 0.2857], dtype=torch.float64)
+    """
+    count = round(q.sum().item())
+    certain = 0  # q is descending, so the entries that reach 1 come first
+    while certain < count:
+        scale = (count - certain) / q[certain:].sum().item()
+        if scale * q[certain] <= 1:
+            return torch.cat([torch.ones(certain, dtype=q.dtype), scale * q[certain:]])
+        certain += 1
+    return torch.cat([torch.ones(certain, dtype=q.dtype), torch.zeros(len(q) - certain, dtype=q.dtype)])
+
+
+def systematic_sample(probabilities: Tensor, start: Tensor) -> Tensor:
+    """Positions [n] int64, ascending and distinct, where n = Σ probabilities, a whole number.
+
+    Position j is drawn if one of start, start + 1, …, start + n − 1 is in [Σ_{i<j} π_i, Σ_{i≤j} π_i). With `start`
+    uniform in [0, 1) its probability is π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of
+    Mathematical Statistics 20, 1949.
+
+    Args:
+        probabilities: [tail] fp64, each at most 1.
+        start: [] fp64 in [0, 1).
+
+    >>> systematic_sample(torch.tensor([1.0, 0.5, 0.25, 0.25]).double(), torch.tensor(0.6).double())
+    tensor([0, 2])
+    """
+    ends = probabilities.cumsum(0)
+    count = round(ends[-1].item()) if len(ends) else 0
+    points = start + torch.arange(count, dtype=torch.float64, device=start.device)
+    # Rounding may leave the last end below the last point.
+    return torch.searchsorted(ends, points, right=True).clamp(max=max(len(ends) - 1, 0))
+
+
 @dataclass
 class RankSampler:
     """Draws the ranks [K] that stay in a step, by one of two policies.
@@ -66,8 +105,9 @@ class RankSampler:
         keep_ratio: Share of the classes that always stay if below 1; their whole number if above; 1 keeps every class.
         max_keep: Most classes that always stay.
         decay: λ, how slowly the chance to stay falls over the tail.
-        tail: "resample" draws exactly round(Σq) tail ranks without replacement in every step; "fixed" decides about
-            each tail rank once, independently, and reuses that decision for the whole run, as published.
+        tail: "resample" draws round(Σq) tail ranks in every step by systematic sampling, from one uniform number;
+            "fixed" decides about each tail rank once, independently, and reuses that decision for the whole run, as
+            published.
         generator: Source of randomness; a new one, seeded with 0, if not given. Its state is part of `state_dict`.
 
     Raises:
@@ -94,6 +134,7 @@ class RankSampler:
             self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
         self._plan: tuple[int, Tensor] | None = None
+        self._inclusion: tuple[Tensor, Tensor] | None = None  # of which q
         self._fixed: Tensor | None = None
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
@@ -121,14 +162,16 @@ class RankSampler:
         assert self.generator is not None
         keep, q = self.plan(num_classes, batch_size)
         self._min_keep = max(self._min_keep, batch_size)
-        count = self.expected_keep(num_classes, batch_size) - keep  # q stays on the host: no synchronisation
-        q = q.to(self.generator.device)
-        top = torch.arange(keep, device=q.device)
-        if count == 0:
+        device = self.generator.device
+        top = torch.arange(keep, device=device)
+        if self.expected_keep(num_classes, batch_size) == keep:
             return top
         if self.tail == "resample":
-            drawn = torch.multinomial(q, count, generator=self.generator).sort().values
-            return torch.cat([top, keep + drawn])
+            if self._inclusion is None or self._inclusion[0] is not q:
+                self._inclusion = q, inclusion_probabilities(q).to(device)
+            start = torch.rand((), generator=self.generator, dtype=torch.float64, device=device)
+            return torch.cat([top, keep + systematic_sample(self._inclusion[1], start)])
+        q = q.to(device)
         if self._fixed is None or len(self._fixed) != len(q):
             self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=q.device) < q
         return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)])

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkernels.selection import RankSampler, base_keep, select_classes, select_ranks, tail_probabilities
+from skipkernels.selection import (
+    RankSampler,
+    base_keep,
+    inclusion_probabilities,
+    select_classes,
+    select_ranks,
+    systematic_sample,
+    tail_probabilities,
+)
 
 
 def published_probabilities(tail: int, decay: float) -> list[float]:
@@ -89,17 +97,33 @@ def test_selection_keeps_every_label_and_the_top(classes, batch, ratio, max_keep
     assert len(sizes) == 1, "K changes within a run"
 
 
-def test_resampling_draws_each_tail_rank_in_proportion():
-    sampler, classes, steps = RankSampler(keep_ratio=5, decay=1.0), 25, 4000
-    counts = torch.zeros(classes)
+@pytest.mark.parametrize("classes", [4, 5, 24, 51, 199, 1000])
+def test_resampling_keeps_each_tail_rank_with_its_probability(classes):
+    """Within 5 standard errors of 4,000 draws, of the probability scaled to a whole number of ranks."""
+    sampler, steps = RankSampler(), 4000
+    counts = torch.zeros(classes, dtype=torch.float64)
     for _ in range(steps):
         counts[sampler.draw(classes, 1)] += 1
-    rates, q = counts / steps, tail_probabilities(20, 1.0)
-    assert (rates[:5] == 1).all()
-    assert counts[5:].sum() == steps * round(q.sum().item())
-    # Drawn without replacement the rates are not q, but they fall with it, and the last one is never drawn.
-    assert (rates[5:].diff() < 0.03).all() and rates[-1] == 0
-    assert rates[5] > 3 * rates[5 + 10]
+    keep, q = sampler.plan(classes, 1)
+    rates, pi = counts / steps, inclusion_probabilities(q)
+    assert (rates[:keep] == 1).all()
+    assert (rates[keep:] - pi).abs().le(5 * (pi * (1 - pi) / steps).sqrt() + 1e-12).all()
+
+
+@given(tail=st.integers(1, 400), decay=st.floats(0.01, 20), points=st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_systematic_sampling_has_its_probabilities_exactly(tail, decay, points):
+    """The mean over an even grid of starts is the probability, to within one point of the grid."""
+    q = tail_probabilities(tail, decay)
+    pi, starts = inclusion_probabilities(q), (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    counts = torch.zeros(tail, dtype=torch.float64)
+    for start in starts:
+        drawn = systematic_sample(pi, start)
+        assert len(drawn) == round(q.sum().item()) and drawn.equal(drawn.unique())
+        counts[drawn] += 1
+    assert (counts / points - pi).abs().max() <= 1 / points + 1e-9
+    assert pi.sum().item() == pytest.approx(round(q.sum().item()), abs=1e-9)
+    assert (pi <= 1).all() and (pi - q).abs().sum() <= 0.5 + 1e-9
 
 
 def test_fixed_draws_once_and_resample_every_step():
