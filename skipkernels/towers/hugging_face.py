@@ -152,7 +152,7 @@ class HuggingFaceTextTower(TextTower):
             self.take(tokens, last, one_node, last_block, causal="there is no mask", crop=crop)
 
     def _ends(self, tokens: Tensor) -> Tensor:
-        end = self.text.config.eos_token_id
+        end = self.text.eos_token_id  # read by its forward; the config may have been changed since
         # Configs from before transformers 4.31 say 2 whatever the vocabulary; end-of-text is the largest id there.
         return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
 

@@ -248,6 +248,14 @@ def test_another_activation_is_followed(make):
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
+def test_end_of_text_is_the_models_and_not_the_configs():
+    model, tokens, (images, labels) = hugging_face_clip(end=55), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
+    tokens[tokens == 59] = 55  # not the largest id
+    model.text_model.config.eos_token_id = 2
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert_is_the_own_step(clip, images, tokens, labels)
+
+
 def test_attention_with_a_scale_of_its_own_is_not_fused():
     model, tokens, (images, labels) = hugging_face_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.vision_model.encoder.layers[1].self_attn.scale = 0.1
