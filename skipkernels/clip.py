@@ -18,12 +18,12 @@ from .boundary import DEFAULT_CHUNK, LSkipBoundary
 from .checks import warn_caller
 from .classifier import ImageClassifier
 from .selection import ClassSelection, RankSampler, Tail, select_ranks
-from .store import digests
+from .store import digest_tensors, digests
 from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
 from .towers.agreement import Pair, check_agreement
 from .towers.attend import SDPA, Attention, Backend
 from .towers.base import ImageTower
-from .towers.structure import Structure, WeightsSeen, containers, fused_modules, refuse_overrides
+from .towers.structure import Structure, WeightsSeen, called_modules, containers, fused_modules, refuse_overrides
 from .towers.text_store import TextStore, kept_prototypes, telling
 
 Trainable = Literal["upper", "as_is"]
@@ -180,7 +180,7 @@ class SkipCLIP(nn.Module):
         self._lower_device: torch.device | None = None  # until all classes have passed the lower text blocks
         self._superseded = self._gave_features = False
 
-        self.register_buffer("_text_features", None, persistent=False)
+        self._text_features = None  # no buffer: those are averaged and broadcast, and must be there or not be there
         self._text_store: TextStore | None = None
         self._text_weights = self._lower_image = WeightsSeen(())
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -223,7 +223,7 @@ class SkipCLIP(nn.Module):
         self._structure: tuple[Structure, Structure] | None = None
         refuse_overrides(self.model, containers(self.model, (self._image, self._text)))
         self._set_trainable()
-        self._structure = self._take_snapshot()
+        self._structure, self._called = self._take_snapshot(), Structure(called_modules(self._text))
         for tower, name in zip(towers, ("image", "text"), strict=True):
             reason = tower.reductions["one_node_a_block"]
             if tower.can_fuse and reason is not None and settings.trainable == "upper":
@@ -284,6 +284,11 @@ class SkipCLIP(nn.Module):
         self._trains = own
         others.add(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._trains = self._trained_ids()  # a copy's model is another one
+        _on_model.setdefault(self.model, weakref.WeakSet()).add(self)
+
     def _trained_ids(self) -> frozenset[int]:
         return frozenset(id(p) for p in self.model.parameters() if p.requires_grad)
 
@@ -308,10 +313,20 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
                 "wrong ones. Use the later one, or call refresh() on this one."
             )
-        if self._structure is None:  # a copy, or just unpickled
-            self._structure = self._take_snapshot()
-        if self._structure[0].is_unchanged() and (not lower_image or self._structure[1].is_unchanged()):
-            return
+        if torch.is_grad_enabled() and (self._lower_image.train() or self._text_weights.train()):
+            raise RuntimeError(
+                "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
+                "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
+            )
+        if self._structure is not None:  # it is None in a copy and after a move
+            if self._structure[0].is_unchanged() and (not lower_image or self._structure[1].is_unchanged()):
+                return
+            if any(part.replaced_method() for part in self._structure[: 1 + lower_image]):
+                raise RuntimeError(
+                    "SkipCLIP: a class of the model's modules was altered after SkipCLIP was made: its forward() is "
+                    "another function, and SkipCLIP does not call it. Undo that, or call clip.refresh() to compare "
+                    "with the model again."
+                )
         try:
             refuse_overrides(self.model, containers(self.model, (self._image, self._text)))
             fresh = build_towers(self.model, self._tokens.long())
@@ -353,7 +368,7 @@ class SkipCLIP(nn.Module):
 
     def _accept_weights(self) -> None:
         """Take the image weights below the cut as those of all features that follow."""
-        self._lower_image = WeightsSeen(self._image.lower_parameters())
+        self._lower_image = WeightsSeen(self._image.lower_parts)
 
     def check_weights(self) -> None:
         """Compare the weights below the cut with those that gave the features at the cut, by content.
@@ -388,19 +403,24 @@ class SkipCLIP(nn.Module):
         for tower in (self._image, self._text):  # a parameter may be another object now
             if tower._read:
                 tower.read_blocks()
-        self._structure, self._class_embeddings = None, None
+        self._structure = self._class_embeddings = self._text_features = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_structure": None}  # it refers to the modules of this process
+        kept = ("_structure", "_called", "_class_embeddings", "_text_features")  # of the modules of this process
+        return super().__getstate__() | dict.fromkeys(kept)
 
     # ---- state -------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """State of the sampler and the prototypes as one uint8 tensor, which holds a safetensors file."""
-        tensors = {"prototypes": self.prototypes.cpu()} | self.sampler.tensors()
+        tensors = {"prototypes": self.prototypes.cpu(), "prompts": self._prompts()} | self.sampler.tensors()
         data = safetensors.torch.save(tensors, metadata={"format": _STATE_FORMAT})
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _prompts(self) -> Tensor:
+        """A digest of the tokens, uint8."""
+        return torch.frombuffer(bytearray(digest_tensors([("tokens", self._tokens)]), "ascii"), dtype=torch.uint8)
 
     def set_extra_state(self, state: Any) -> None:
         """Continue from what `get_extra_state` returned.
@@ -412,13 +432,18 @@ class SkipCLIP(nn.Module):
             raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
         try:
             tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
-            prototypes = tensors.pop("prototypes")
+            prototypes, prompts = tensors.pop("prototypes"), tensors.pop("prompts", None)
         except (safetensors.SafetensorError, KeyError) as error:
             raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(
                 f"SkipCLIP: the extra state has prototypes {list(prototypes.shape)}, and this model and task have "
                 f"{list(self.prototypes.shape)}. Load it into a SkipCLIP with the same prompts."
+            )
+        if prompts is not None and not prompts.equal(self._prompts()):
+            raise ValueError(
+                "SkipCLIP: the extra state has the prototypes of other prompts, or of the same in another order. Load "
+                "it into a SkipCLIP with the same prompts, or load the weights alone into clip.model."
             )
         self.sampler.load_tensors(tensors)
         self.prototypes.copy_(prototypes)
@@ -523,12 +548,15 @@ class SkipCLIP(nn.Module):
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """`encode_lower` for another thread: on copies of the modules that share the weights and stay in evaluation."""
         self._gave_features = True
-        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        tower = copy.deepcopy(self._image, shared)
+        tower = self._sharing_weights(self._image)
         for part in tower.lower_parts:
             if isinstance(part, nn.Module):
                 part.eval()
         return partial(self._encode_lower, tower)
+
+    def _sharing_weights(self, part: Any) -> Any:
+        """A copy of the modules of a part of the model, each with a mode of its own, on the same tensors."""
+        return copy.deepcopy(part, {id(x): x for x in (*self.model.parameters(), *self.model.buffers())})
 
     def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut, [B, N, W], the constants that a cache may keep.
@@ -561,7 +589,7 @@ class SkipCLIP(nn.Module):
         Raises:
             ValueError: If x is neither, or is features although nothing is skipped.
         """
-        self._check_structure(lower_image=x.ndim == 4)
+        self._check_structure(lower_image=True)
         return self._encode_image(x)
 
     def _encode_image(self, x: Tensor) -> Tensor:
@@ -601,7 +629,7 @@ class SkipCLIP(nn.Module):
         if self._text.skip == 0:
             raise ValueError("SkipCLIP: text_cache is for what is below a cut; with skip_layers=0 there is nothing.")
         self._text_store = TextStore(folder / "features", self._text, self._lower_texts, self.chunk)
-        self._text_weights = WeightsSeen(self._text.lower_parameters())
+        self._text_weights = WeightsSeen(self._text.lower_parts)
 
     def _prototypes(self, folder: str | Path | None) -> Tensor:
         """Embeddings [C, D] of all classes from before tuning."""
@@ -616,22 +644,29 @@ class SkipCLIP(nn.Module):
             lower_tokens = tokens.to(self._lower_device or tokens.device)
             return LSkipBoundary.apply(self._text.lower, lower_tokens, self.chunk).to(tokens.device)
 
+    def _follow_called(self) -> None:
+        """Forget what is kept of texts if a module that the text tower calls was given hooks or other settings."""
+        if self._called is None or not self._called.is_unchanged():
+            self._class_embeddings = self._text_features = None
+            self._called = Structure(called_modules(self._text))
+
     def _encode_kept(self) -> Callable[[Tensor], Tensor]:
         """Class ids [K] to embeddings [K, D], from text features at the cut that are kept.
 
         They are rows [R, W] of all classes, for as long as the weights below the cut are the same, or a folder.
         """
         text = self._text
+        self._follow_called()
         if self._text_store is not None:
             if self._text_weights.changed():
                 self._text_store.check(text.lower_identity())
-                self._text_weights = WeightsSeen(text.lower_parameters())
+                self._text_weights = WeightsSeen(text.lower_parts)
             kept = self._text_store
             return lambda class_ids: text.upper(kept.gather(text.places(class_ids)), class_ids, of_all=False)
         if self._text_features is None or self._text_weights.changed():
             with torch.inference_mode(False), torch.no_grad():  # they outlive the caller's context
                 self._text_features = text.rows(self._lower_texts())
-            self._text_weights = WeightsSeen(text.lower_parameters())
+            self._text_weights = WeightsSeen(text.lower_parts)
         rows = self._text_features
         return lambda class_ids: text.upper(rows, class_ids)
 
@@ -695,7 +730,7 @@ class SkipCLIP(nn.Module):
         (x,) = given
         self._check_batch(x, labels)
         assert labels is not None
-        self._check_structure(lower_image=x.ndim == 4)
+        self._check_structure(lower_image=True)
         self._follow(x.device)
         if self.training and torch._C._current_graph_task_id() != -1 and self._draws(len(x)):
             raise RuntimeError(
@@ -756,8 +791,11 @@ class SkipCLIP(nn.Module):
             self._text.apply(lambda x: x.to(device))
             self._class_embeddings = self._text_features = None
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Set `memory="min"`: every block above the cut keeps its input alone and runs again in backward."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """Set `memory="min"`: every block above the cut keeps its input alone and runs again in backward.
+
+        Options of transformers (`every_n_layers`, `offload`) are taken and have no effect.
+        """
         self.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -812,6 +850,7 @@ class SkipCLIP(nn.Module):
         self._check_structure()
         device = self.model.logit_scale.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._follow_called()
         if self._text_weights.look():  # a change past the version counter
             self._text_features = None
         parts = (*self._text.upper_parameters(), *self._text.lower_parameters())
@@ -829,7 +868,8 @@ class SkipCLIP(nn.Module):
         """
         self._check_structure()
         with torch.no_grad():
-            return ImageClassifier(self._image.encoder(), self.class_embeddings(), self.model.logit_scale.exp()).eval()
+            encoder = self._sharing_weights(self._image.encoder())
+            return ImageClassifier(encoder, self.class_embeddings(), self.model.logit_scale.exp()).eval()
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -838,7 +878,7 @@ class SkipCLIP(nn.Module):
         They are those of evaluation mode, whatever mode the model is in.
         """
         _check_images(x)
-        self._check_structure(lower_image=x.ndim == 4)
+        self._check_structure(lower_image=True)
         self._follow(x.device)
         classes = self.class_embeddings()
         with evaluating([self.model]):

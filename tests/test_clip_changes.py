@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
+import open_clip
 import pytest
 import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
+from open_clip.transformer import ResidualAttentionBlock as Block
+from open_clip.transformer import Transformer
 from own_step import assert_is_the_own_step
 from torch import nn
 
@@ -111,6 +115,16 @@ def test_a_second_skipclip_that_trains_other_weights_ends_the_first():
             clip.parameter_groups(text_lr=0.1, image_lr=0.1)
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))], ids=["copy", "pickle"])
+def test_a_second_skipclip_on_a_copy_ends_the_copy_alone(way):
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
+    twin = way(clip)
+    sk.SkipCLIP(twin.model, tiny_tokens(C), skip_layers=2)
+    clip(images, labels)
+    with pytest.raises(RuntimeError, match="a later SkipCLIP on the same model"):
+        twin(images, labels)
+
+
 # ---- alterations -----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +164,110 @@ def test_an_alteration_is_an_error_at_the_next_step(name):
         clip(features, labels)
     with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
         clip.predict(images)
+
+
+@pytest.mark.parametrize("way", [lambda clip: clip.double(), copy.deepcopy], ids=["move", "copy"])
+@pytest.mark.parametrize("name", ["mask", "pooling", "hook_on_tower", "tower_forward", "reordered"])
+def test_an_alteration_is_an_error_behind_a_move_and_in_a_copy(name, way):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    ALTERATIONS[name](model)
+    with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
+        way(clip)(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(nn.Linear, "forward"), (Block, "attention"), (Transformer, "forward"), (open_clip.CLIP, "encode_text")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_another_method_of_a_class_is_an_error_at_the_next_step(kind, method, monkeypatch):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
+    own = getattr(kind, method)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, method, lambda *args, **more: 1.3 * own(*args, **more))
+        with pytest.raises(RuntimeError, match="a class of the model's modules was altered"):
+            clip(images, labels)
+    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+
+
+def _new_embedding(model: nn.Module) -> None:
+    model.token_embedding.weight = nn.Parameter(1.3 * model.token_embedding.weight.detach(), requires_grad=False)
+
+
+def _scaled_in_place(model: nn.Module) -> None:
+    model.transformer.resblocks[2].mlp.c_proj.scale["one"] = 3.0
+
+
+CALLED = {
+    "hook_on_embedding": lambda m: m.token_embedding.register_forward_hook(lambda mod, args, out: 1.3 * out),
+    "new_embedding": _new_embedding,
+    "forward_of_embedding": lambda m: setattr(
+        m.token_embedding, "forward", lambda ids: 1.3 * m.token_embedding.weight[ids]
+    ),
+    "eps_of_head": lambda m: setattr(m.ln_final, "eps", 0.3),
+    "hook_on_head": lambda m: m.ln_final.register_forward_pre_hook(lambda mod, args: (args[0] + args[0].sin(),)),
+    "adapter_scale": _scaled_in_place,
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_what_the_text_tower_calls_is_followed(name):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * self.scale["one"]
+
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    layer = model.transformer.resblocks[2].mlp.c_proj
+    layer.__class__, layer.scale = Scaled, {"one": 1.0}
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
+    clip(images, labels)
+    before = clip.predict(images)
+    CALLED[name](model)
+    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
+    assert not clip.predict(images).allclose(before, rtol=1e-3)
+
+
+def test_parameters_below_the_cut_that_are_set_to_train_are_an_error():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    for tower in (model.visual.transformer, model.transformer):
+        tower.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
+            clip(images, labels)
+        clip.predict(images)
+        clip.refresh()
+        clip(images, labels)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda block: setattr(block.ln_1, "eps", 0.3),
+        lambda block: setattr(block, "mlp", copy.deepcopy(block.mlp)),
+        lambda block: block.register_forward_hook(lambda mod, args, out: 1.3 * out),
+    ],
+    ids=["eps", "replaced", "hook"],
+)
+def test_features_are_refused_after_a_block_below_the_cut_was_altered(alter):
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    features = clip.encode_lower(images)
+    alter(model.visual.transformer.resblocks[0])
+    for use in (lambda: clip(features, labels), lambda: clip.predict(features), lambda: clip.encode_image(features)):
+        with pytest.raises(RuntimeError, match="was altered after SkipCLIP was made"):
+            use()
+
+
+def test_a_new_weight_below_the_cut_is_not_that_of_the_features():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    features = clip.encode_lower(images)
+    model.visual.conv1.weight = nn.Parameter(1.3 * model.visual.conv1.weight.detach(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="weights below the cut have changed"):
+        clip(features, labels)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
@@ -95,8 +96,12 @@ def test_a_state_dict_without_sampler_loads_with_a_warning():
         ({"generator": 1}, "must be the uint8 tensor"),
         (torch.zeros(9, dtype=torch.uint8), "is damaged"),
         (lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(5), skip_layers=1).get_extra_state(), r"prototypes \[5, 12\]"),
+        (
+            lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(C).flip(0), skip_layers=1).get_extra_state(),
+            "of the same in another order",
+        ),
     ],
-    ids=["floats", "dictionary", "damaged", "other_classes"],
+    ids=["floats", "dictionary", "damaged", "other_classes", "other_order"],
 )
 def test_extra_state_that_does_not_fit_is_refused(state, message):
     with pytest.raises(ValueError, match=message):
@@ -142,6 +147,22 @@ def test_gradient_checkpointing_is_memory_min(name):
     assert clip._image.memory == "auto"
 
 
+def test_gradient_checkpointing_takes_the_options_of_transformers():
+    clip = a_clip()
+    clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={}, every_n_layers=1, offload=False)
+    assert clip._image.memory == "min"
+
+
+def test_an_average_of_buffers_is_over_the_same_buffers():
+    clip = a_clip()
+    average = AveragedModel(clip, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    clip.model.transformer.resblocks[0].ln_1.bias.data += 1.0
+    clip.eval()  # forgets the text features at the cut
+    for _ in range(2):
+        average.update_parameters(clip)
+    assert average.module.prototypes.equal(clip.prototypes)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_around_the_step_is_refused_unless_nothing_is_drawn(reentrant):
     images, labels = tiny_batch(2, C)
@@ -181,6 +202,22 @@ def test_a_classifier_is_exported():
     torch.testing.assert_close(classifier(images).detach(), clip.predict(images))
     exported = torch.export.export(classifier, (images,)).module()
     torch.testing.assert_close(exported(images), clip.predict(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_has_a_mode_of_its_own():
+    clip = a_clip()
+    classifier = clip.classifier()
+    assert all(module.training for module in clip.modules())
+    clip.train()
+    assert not any(module.training for module in classifier.modules())
+    assert classifier.encoder.conv1.weight is clip.model.visual.conv1.weight
+
+
+def test_a_state_without_a_digest_of_the_prompts_is_taken():
+    clip, state = a_clip(), a_clip().get_extra_state()
+    tensors = safetensors.torch.load(state.numpy().tobytes())
+    del tensors["prompts"]
+    clip.set_extra_state(torch.frombuffer(bytearray(safetensors.torch.save(tensors)), dtype=torch.uint8))
 
 
 def test_one_class_has_zero_gradients():

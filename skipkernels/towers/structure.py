@@ -7,7 +7,9 @@ a replaced layer, another number of heads) would be ignored, so each step compar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
+from itertools import starmap
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -17,6 +19,7 @@ from ..store import digests
 from .base import Tower, UnsupportedModel
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_METHODS = ("forward", "attention")  # a block of OpenAI and of open_clip has the second
 _EMBEDDERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
 # Attributes of every module, and those of PyTorch's layers that follow from the weights.
 _IGNORED = {*vars(nn.Module()), "in_features", "out_features", "normalized_shape", "elementwise_affine"}
@@ -35,12 +38,20 @@ class Structure:
         held = ("_parameters", "_modules", "_buffers")
         self._parts = [part for module in self._modules for name in held if (part := getattr(module, name))]
         self._hooks = [getattr(module, name) for module in self._modules for name in _HOOKS]
+        # Of a whole model the methods that embed: its `forward` is not used.
+        kinds = {kind: [name for name in _EMBEDDERS if hasattr(kind, name)] for kind in map(type, self._modules)}
+        self._named = [
+            (kind, name) for kind, names in kinds.items() for name in names or _METHODS if hasattr(kind, name)
+        ]
         settings = [(own, [name for name in own if name not in _IGNORED]) for own in self._dicts]
         self._settings = [(itemgetter(*names), own) for own, names in settings if names]
         self._tensors = [x for module in self._modules for x in module._buffers.values() if x is not None]
         self._tensors += [x for own, names in settings for name in names if isinstance(x := own[name], Tensor)]
         self._seen = [dict(part) for part in self._parts]
-        self._counts = self._count()
+        self._seen_hooks = [dict(hooks) for hooks in self._hooks] if any(self._hooks) else None
+        self._counts, self._methods = self._count(), list(starmap(getattr, self._named))
+        # PEFT changes its dictionaries of scales in place.
+        self._counts[_SETTINGS] = [_copied(values) for values in self._counts[_SETTINGS]]
 
     def _count(self) -> list[Any]:
         return [
@@ -51,15 +62,29 @@ class Structure:
             list(map(Tensor.data_ptr, self._tensors)),
         ]
 
+    def replaced_method(self) -> bool:
+        """True if a class of the modules has another `forward` than at the snapshot, or another of these methods."""
+        return list(starmap(getattr, self._named)) != self._methods
+
     def is_unchanged(self) -> bool:
         """True if nothing differs from the snapshot. Numbers written past autograd (`.data`) are not seen."""
         try:
-            return not any(self._hooks) and self._parts == self._seen and self._count() == self._counts
+            hooked = any(self._hooks) if self._seen_hooks is None else self._hooks != self._seen_hooks
+            same = not hooked and self._parts == self._seen and self._count() == self._counts
+            return same and not self.replaced_method()
         except (RuntimeError, TypeError, KeyError):  # two tensors were compared by value, or an attribute is gone
             return False
 
 
 _VERSION = attrgetter("_version")
+_SETTINGS = 2  # their place in `Structure._count`
+
+
+def _copied(values: Any) -> Any:
+    """Values as itemgetter gives them, one or a tuple, with dictionaries, lists and sets copied."""
+    if isinstance(values, tuple):
+        return tuple(map(_copied, values))
+    return copy.copy(values) if isinstance(values, (dict, list, set)) else values
 
 
 def containers(model: nn.Module, towers: Sequence[Tower]) -> list[nn.Module]:
@@ -78,6 +103,13 @@ def containers(model: nn.Module, towers: Sequence[Tower]) -> list[nn.Module]:
 def fused_modules(tower: Tower, blocks: Iterable[int]) -> list[nn.Module]:
     """Every module of those blocks that are fused."""
     return [module for index in blocks if tower.is_fused(index) for module in tower.blocks[index].modules()]
+
+
+def called_modules(tower: Tower) -> list[nn.Module]:
+    """Every module of a tower that is called: the embedding, the head and the blocks that are not fused."""
+    blocks = [block for index, block in enumerate(tower.blocks) if not tower.is_fused(index)]
+    parts = (*tower.embedding, *blocks, *tower.head)
+    return [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
 
 
 def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -104,15 +136,36 @@ def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 class WeightsSeen:
-    """Parameters as they were: changes are seen by version and address, and by content where those differ."""
+    """Parameters and buffers as they were: changes are seen by version and address, and by content where those differ.
 
-    def __init__(self, parameters: Iterable[Tensor]):
-        self._parameters = list(parameters)
-        self._seen, self._digests = self._versions(), digests(p.detach() for p in self._parameters)
+    Args:
+        parts: Modules, which are read anew each time, and single parameters.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module | nn.Parameter | None]):
+        parts = list(parts)
+        modules = dict.fromkeys(m for part in parts if isinstance(part, nn.Module) for m in part.modules())
+        held = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
+        self._held: list[dict[str, Any]] = [
+            *held,
+            {str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Parameter)},
+        ]
+        self._seen, self._digests = self._versions(), self._content()
         self._differs = False
 
+    def _tensors(self) -> list[Tensor]:
+        return [x for tensors in self._held for x in tensors.values() if x is not None]
+
     def _versions(self) -> list[int]:
-        return [*map(_VERSION, self._parameters), *map(Tensor.data_ptr, self._parameters)]
+        tensors = self._tensors()
+        return [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)]
+
+    def _content(self) -> list[int]:
+        return digests(x.detach() for x in self._tensors())
+
+    def train(self) -> bool:
+        """True if a parameter is set to train."""
+        return any(map(attrgetter("requires_grad"), self._tensors()))
 
     def changed(self) -> bool:
         """True if the numbers are others than at construction; a change past the version counter is not seen."""
@@ -121,5 +174,5 @@ class WeightsSeen:
     def look(self) -> bool:
         """The same by content, whatever the versions say."""
         self._seen = self._versions()
-        self._differs = digests(p.detach() for p in self._parameters) != self._digests
+        self._differs = self._content() != self._digests
         return self._differs

@@ -225,3 +225,15 @@ def test_half_precision_and_autocast(name):
     assert all(parameter.grad.isfinite().all() for parameter in clip.trainable_parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert cut(family.make().float(), 2)(family.images().float(), LABELS).loss.isfinite()
+
+
+def test_statistics_that_the_model_updates_below_the_cut_are_not_those_of_kept_maps():
+    """The caller's own call in training mode: batch norms below the cut then count what they see."""
+    model = resnet()
+    clip, images = cut(model, 3), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    maps = clip.encode_lower(images)
+    model.train().encode_image(images)
+    with pytest.raises(RuntimeError, match="weights below the cut have changed"):
+        clip(maps, LABELS[:3])
+    clip.refresh()
+    clip(clip.encode_lower(images), LABELS[:3])
