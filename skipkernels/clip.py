@@ -223,7 +223,7 @@ class SkipCLIP(nn.Module):
         self._structure: tuple[Structure, Structure] | None = None
         refuse_overrides(self.model, containers(self.model, (self._image, self._text)))
         self._set_trainable()
-        self._structure, self._called = self._take_snapshot(), Structure(called_modules(self._text))
+        self._structure, self._called = self._take_snapshot(), self._see_called()
         for tower, name in zip(towers, ("image", "text"), strict=True):
             reason = tower.reductions["one_node_a_block"]
             if tower.can_fuse and reason is not None and settings.trainable == "upper":
@@ -646,9 +646,21 @@ class SkipCLIP(nn.Module):
 
     def _follow_called(self) -> None:
         """Forget what is kept of texts if a module that the text tower calls was given hooks or other settings."""
-        if self._called is None or not self._called.is_unchanged():
-            self._class_embeddings = self._text_features = None
-            self._called = Structure(called_modules(self._text))
+        if self._called is not None:
+            if self._called[0].is_unchanged():
+                return
+            if self._text_store is not None and not self._called[1].is_unchanged():
+                raise RuntimeError(
+                    "SkipCLIP: a module below the cut of the text tower was given hooks or other settings, which the "
+                    "features of text_cache are without. Undo that, or call clip.refresh() to compare with the model "
+                    "again."
+                )
+        self._class_embeddings = self._text_features = None
+        self._called = self._see_called()
+
+    def _see_called(self) -> tuple[Structure, Structure]:
+        """Of the modules that the text tower calls, and of those below the cut alone."""
+        return Structure(called_modules(self._text)), Structure(called_modules(self._text, lower=True))
 
     def _encode_kept(self) -> Callable[[Tensor], Tensor]:
         """Class ids [K] to embeddings [K, D], from text features at the cut that are kept.

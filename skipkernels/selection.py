@@ -209,14 +209,15 @@ class RankSampler:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be pickled: its state and device travel in its place.
+        # A generator cannot be pickled: its state and device are, in its place. The state as bytes: a spawned process
+        # opens the shared memory of a tensor after this one has freed it.
         assert self.generator is not None
-        return vars(self) | {"generator": (self.generator.device, self.generator.get_state())}
+        return vars(self) | {"generator": (self.generator.device, self.generator.get_state().numpy().tobytes())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        device, numbers = state["generator"]
+        device, data = state["generator"]
         generator = torch.Generator(device)
-        generator.set_state(numbers)
+        generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         vars(self).update(state | {"generator": generator})
 
 

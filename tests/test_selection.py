@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -174,3 +175,11 @@ def test_bad_input(scores, labels, message):
 def test_select_classes_rejects_labels_outside():
     with pytest.raises(ValueError, match="labels must be in"):
         select_classes(torch.zeros(3), torch.tensor([3]))
+
+
+def test_a_pickled_sampler_shares_no_tensor_made_for_it():
+    """Such a tensor is freed before a spawned process, as a DataLoader's worker, opens its shared memory."""
+    sampler = RankSampler()
+    sampler.draw(100, 4)
+    assert not any(isinstance(part, torch.Tensor) for part in sampler.__getstate__()["generator"])
+    assert pickle.loads(pickle.dumps(sampler)).draw(100, 4).equal(sampler.draw(100, 4))

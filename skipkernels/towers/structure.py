@@ -105,10 +105,11 @@ def fused_modules(tower: Tower, blocks: Iterable[int]) -> list[nn.Module]:
     return [module for index in blocks if tower.is_fused(index) for module in tower.blocks[index].modules()]
 
 
-def called_modules(tower: Tower) -> list[nn.Module]:
-    """Every module of a tower that is called: the embedding, the head and the blocks that are not fused."""
-    blocks = [block for index, block in enumerate(tower.blocks) if not tower.is_fused(index)]
-    parts = (*tower.embedding, *blocks, *tower.head)
+def called_modules(tower: Tower, *, lower: bool = False) -> list[nn.Module]:
+    """Every module of a tower that is called, or below the cut: the embedding, blocks that are not fused, the head."""
+    count = tower.skip if lower else len(tower.blocks)
+    blocks = [tower.blocks[index] for index in range(count) if not tower.is_fused(index)]
+    parts = (*tower.embedding, *blocks, *(() if lower else tower.head))
     return [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
 
 

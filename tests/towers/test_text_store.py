@@ -120,6 +120,22 @@ def test_weights_below_the_cut_that_change_later_are_an_error(tmp_path):
         step(clip)
 
 
+def test_a_hook_below_the_cut_is_not_in_the_features_of_a_folder(tmp_path):
+    clip = made(tmp_path)
+    step(clip)
+    clip.model.ln_final.register_forward_hook(lambda module, args, out: out)  # above the cut: called as ever
+    step(clip)
+    note = clip.model.token_embedding.register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(RuntimeError, match="which the features of text_cache are without"):
+        step(clip)
+    clip.refresh()
+    step(clip)
+    note.remove()
+    clip.model.token_embedding.register_forward_hook(lambda module, args, out: 1.3 * out)
+    with pytest.raises(RuntimeError, match="embeds texts differently"):
+        clip.refresh()
+
+
 def test_prototypes_are_those_of_the_weights_above_the_cut(tmp_path):
     made(tmp_path)
     tuned = tiny_clip(torch.float32)
