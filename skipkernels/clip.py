@@ -313,11 +313,6 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
                 "wrong ones. Use the later one, or call refresh() on this one."
             )
-        if torch.is_grad_enabled() and (self._lower_image.train() or self._text_weights.train()):
-            raise RuntimeError(
-                "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
-                "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
-            )
         if self._structure is not None:  # it is None in a copy and after a move
             if self._structure[0].is_unchanged() and (not lower_image or self._structure[1].is_unchanged()):
                 return
@@ -373,13 +368,22 @@ class SkipCLIP(nn.Module):
     def check_weights(self) -> None:
         """Compare the weights below the cut with those that gave the features at the cut, by content.
 
-        A step compares versions alone, which a change through `.data` or `numpy()` does not raise. This is called at
+        A step compares identities and versions alone, which a change through `.data` or `numpy()` leaves as they are.
+        Parameters below the cut that are set to train are an error. This is called at
         each switch between training and evaluation mode; `skipkernels tune` calls it once an epoch. Text features are
         computed again if need be; image features are the caller's, and a later call with them is an error.
         """
         self._lower_image.look()
         if self._text_weights.look():
             self._text_features = None
+        self._refuse_training_below()
+
+    def _refuse_training_below(self) -> None:
+        if self._lower_image.trains() or self._text_weights.trains():
+            raise RuntimeError(
+                "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
+                "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
+            )
 
     def train(self, mode: bool = True) -> SkipCLIP:
         """Set training or evaluation mode; at a switch the weights below the cut are compared, see `check_weights`."""
@@ -837,6 +841,7 @@ class SkipCLIP(nn.Module):
         Raises:
             RuntimeError: If parameters are no longer the model's.
         """
+        self._refuse_training_below()
         text, image = (
             [p for p in tower.upper_parameters() if p.requires_grad or self._settings.trainable == "upper"]
             for tower in (self._text, self._image)

@@ -235,9 +235,10 @@ def test_parameters_below_the_cut_that_are_set_to_train_are_an_error():
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     for tower in (model.visual.transformer, model.transformer):
         tower.requires_grad_(True)
-        with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
-            clip(images, labels)
-        clip.predict(images)
+        for use in (clip.check_weights, clip.eval, lambda: clip.parameter_groups(text_lr=0.1, image_lr=0.1)):
+            with pytest.raises(RuntimeError, match="requires_grad was set on parameters below the cut"):
+                use()
+            clip.training = True
         clip.refresh()
         clip(images, labels)
 

@@ -137,43 +137,41 @@ def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 class WeightsSeen:
-    """Parameters and buffers as they were: changes are seen by version and address, and by content where those differ.
+    """Parameters and buffers as they were: changes are seen by identity and version, and by content where those differ.
 
     Args:
-        parts: Modules, which are read anew each time, and single parameters.
+        parts: Modules, and single parameters.
     """
 
     def __init__(self, parts: Iterable[nn.Module | nn.Parameter | None]):
         parts = list(parts)
         modules = dict.fromkeys(m for part in parts if isinstance(part, nn.Module) for m in part.modules())
-        held = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
-        self._held: list[dict[str, Any]] = [
-            *held,
-            {str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Parameter)},
-        ]
-        self._seen, self._digests = self._versions(), self._content()
+        self._held: list[dict[str, Any]] = [x for m in modules for x in (m._parameters, m._buffers) if x]
+        self._held.append({str(i): p for i, p in enumerate(parts) if isinstance(p, nn.Parameter)})
         self._differs = False
+        self._digests = self._look()
 
-    def _tensors(self) -> list[Tensor]:
-        return [x for tensors in self._held for x in tensors.values() if x is not None]
+    def _look(self) -> list[int]:
+        """Take identities and versions as seen; return the digest of each tensor."""
+        self._seen = [dict(tensors) for tensors in self._held]
+        self._tensors = [x for tensors in self._held for x in tensors.values() if x is not None]
+        self._versions = list(map(_VERSION, self._tensors))
+        return digests(x.detach() for x in self._tensors)
 
-    def _versions(self) -> list[int]:
-        tensors = self._tensors()
-        return [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)]
-
-    def _content(self) -> list[int]:
-        return digests(x.detach() for x in self._tensors())
-
-    def train(self) -> bool:
+    def trains(self) -> bool:
         """True if a parameter is set to train."""
-        return any(map(attrgetter("requires_grad"), self._tensors()))
+        return any(x.requires_grad for x in self._tensors)
 
     def changed(self) -> bool:
         """True if the numbers are others than at construction; a change past the version counter is not seen."""
-        return self.look() if self._differs or self._versions() != self._seen else False
+        try:
+            if not self._differs and self._held == self._seen and list(map(_VERSION, self._tensors)) == self._versions:
+                return False
+        except RuntimeError:  # two tensors were compared by value
+            pass
+        return self.look()
 
     def look(self) -> bool:
-        """The same by content, whatever the versions say."""
-        self._seen = self._versions()
-        self._differs = self._content() != self._digests
+        """The same by content, whatever identities and versions say."""
+        self._differs = self._look() != self._digests
         return self._differs
