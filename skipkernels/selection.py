@@ -76,25 +76,22 @@ def inclusion_probabilities(q: Tensor) -> Tensor:
     return torch.cat([torch.ones(certain, dtype=q.dtype), torch.zeros(len(q) - certain, dtype=q.dtype)])
 
 
-def systematic_sample(probabilities: Tensor, start: Tensor) -> Tensor:
-    """Positions [n] int64, ascending and distinct, where n = Σ probabilities, a whole number.
+def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
+    """Positions [n] int64, ascending and distinct: for each point the interval that it lies in.
 
-    Position j is drawn if one of start, start + 1, …, start + n − 1 is in [Σ_{i<j} π_i, Σ_{i≤j} π_i). With `start`
-    uniform in [0, 1) its probability is π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of
+    Interval j is [Σ_{i<j} π_i, Σ_{i≤j} π_i). With points u, u + 1, …, u + n − 1, u uniform in [0, 1) and n = Σ π,
+    position j is drawn with probability π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of
     Mathematical Statistics 20, 1949.
 
     Args:
-        probabilities: [tail] fp64, each at most 1.
-        start: [] fp64 in [0, 1).
+        ends: [tail] fp64, Σ_{i≤j} π_i, with every π at most 1.
+        points: [n] fp64.
 
-    >>> systematic_sample(torch.tensor([1.0, 0.5, 0.25, 0.25]).double(), torch.tensor(0.6).double())
+    >>> systematic_sample(torch.tensor([1.0, 1.5, 1.75, 2.0]).double(), 0.6 + torch.arange(2).double())
     tensor([0, 2])
     """
-    ends = probabilities.cumsum(0)
-    count = round(ends[-1].item()) if len(ends) else 0
-    points = start + torch.arange(count, dtype=torch.float64, device=start.device)
     # Rounding may leave the last end below the last point.
-    return torch.searchsorted(ends, points, right=True).clamp(max=max(len(ends) - 1, 0))
+    return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
 
 
 @dataclass
@@ -134,7 +131,7 @@ class RankSampler:
             self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
         self._plan: tuple[int, Tensor] | None = None
-        self._inclusion: tuple[Tensor, Tensor] | None = None  # of which q
+        self._intervals: tuple[Tensor, Tensor, Tensor] | None = None  # q, ends of the intervals, 0 to n − 1
         self._fixed: Tensor | None = None
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
@@ -167,10 +164,12 @@ class RankSampler:
         if self.expected_keep(num_classes, batch_size) == keep:
             return top
         if self.tail == "resample":
-            if self._inclusion is None or self._inclusion[0] is not q:
-                self._inclusion = q, inclusion_probabilities(q).to(device)
+            if self._intervals is None or self._intervals[0] is not q:
+                ends = inclusion_probabilities(q).cumsum(0)
+                self._intervals = q, ends.to(device), torch.arange(round(ends[-1].item()), device=device)
+            _, ends, grid = self._intervals
             start = torch.rand((), generator=self.generator, dtype=torch.float64, device=device)
-            return torch.cat([top, keep + systematic_sample(self._inclusion[1], start)])
+            return torch.cat([top, keep + systematic_sample(ends, start + grid)])
         q = q.to(device)
         if self._fixed is None or len(self._fixed) != len(q):
             self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=q.device) < q

@@ -119,7 +119,7 @@ def test_systematic_sampling_has_its_probabilities_exactly(tail, decay, points):
     pi, starts = inclusion_probabilities(q), (torch.arange(points, dtype=torch.float64) + 0.5) / points
     counts = torch.zeros(tail, dtype=torch.float64)
     for start in starts:
-        drawn = systematic_sample(pi, start)
+        drawn = systematic_sample(pi.cumsum(0), start + torch.arange(round(pi.sum().item()), dtype=torch.float64))
         assert len(drawn) == round(q.sum().item()) and drawn.equal(drawn.unique())
         counts[drawn] += 1
     assert (counts / points - pi).abs().max() <= 1 / points + 1e-9
