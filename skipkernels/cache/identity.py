@@ -6,6 +6,7 @@ name, size and time, or its contents; a function by its name and source. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import inspect
@@ -156,10 +157,11 @@ class _Description:
 
     def _function(self, function: types.FunctionType, where: str, depth: int) -> Any:
         captured = [cell.cell_contents for cell in function.__closure__ or ()]
-        try:
-            text: Any = inspect.getsource(function)
-        except (OSError, TypeError):  # typed in, or made: its code will do, which another Python compiles otherwise
-            text = _code(function.__code__)
+        text: Any = _code(function.__code__)  # another Python compiles it otherwise, so the source is preferred
+        # Functions made by `exec` all have the file name "<string>", for which Python 3.13 returns the text of `-c`.
+        if function.__code__.co_filename != "<string>":
+            with contextlib.suppress(OSError, TypeError):
+                text = inspect.getsource(function)
         return ["function", _name(function), text] + [
             self.of(part, where, depth + 1) for part in (captured, function.__defaults__, function.__kwdefaults__)
         ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
+import linecache
 import operator
 import os
 import random
@@ -214,6 +216,15 @@ def test_another_transform_is_seen(pair):
     first, second = (identify(Images(numbers(), transform)) for transform in pair)
     assert first.transform != second.transform
     assert (first.dataset, first.files) == (second.dataset, second.files)
+
+
+def test_functions_made_by_exec_differ_where_their_file_name_has_text(monkeypatch):
+    """As in Python 3.13.0 with `-c`, in which pytest-xdist runs."""
+    lines = ["import sys\n"]
+    monkeypatch.setitem(linecache.cache, "<string>", (len(lines[0]), None, lines, "<string>"))
+    first, second = (compiled(f"def f(x): return x * {factor}") for factor in (2, 3))
+    assert inspect.getsource(first) == inspect.getsource(second) == lines[0]
+    assert identify(Images([1], first)) != identify(Images([1], second))
 
 
 def test_the_second_of_two_closures_is_seen():
