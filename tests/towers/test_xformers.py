@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import xformers.ops
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
@@ -23,14 +22,19 @@ def by_its_mask(query, key, value, attn_bias=None):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def xformers_ops():
+    return pytest.importorskip("xformers.ops")
+
+
+@pytest.fixture
+def calls(monkeypatch, xformers_ops):
     seen = []
 
     def attention(query, key, value, attn_bias=None):
         seen.append(type(attn_bias).__name__)
         return by_its_mask(query, key, value, attn_bias)
 
-    monkeypatch.setattr(xformers.ops, "memory_efficient_attention", attention)
+    monkeypatch.setattr(xformers_ops, "memory_efficient_attention", attention)
     return seen
 
 
@@ -56,9 +60,9 @@ def test_the_same_step(calls, monkeypatch, memory, packed):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask():
+def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask(xformers_ops):
     """A prefix of no tokens: xformers' two masks are then one."""
-    masks = xformers.ops.fmha.attn_bias
+    masks = xformers_ops.fmha.attn_bias
     for lengths in ([3, 1, 4], [1], [2, 2]):
         ours = masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(lengths, lengths)
         theirs = masks.BlockDiagonalCausalMask.from_seqlens(lengths)
@@ -66,11 +70,14 @@ def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask():
         assert ours.materialize(shape).equal(theirs.materialize(shape))
 
 
-def test_asked_for_where_it_cannot_serve():
+def test_asked_for_where_it_cannot_serve(xformers_ops):
     reason = towers_xformers.unusable(torch.device("cpu"), torch.float32, 8)
     assert "No operator found" in reason
     with pytest.raises(ValueError, match='attention="xformers" cannot serve here: No operator found'):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="xformers")
+
+
+def test_attention_must_be_a_known_backend():
     with pytest.raises(ValueError, match="attention must be"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="flash")
 
@@ -82,7 +89,7 @@ def test_not_installed(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_the_same_step_on_a_gpu(dtype):
+def test_the_same_step_on_a_gpu(xformers_ops, dtype):
     """Another order of summation in half precision, through three blocks: a few units of the last place of 8 bits."""
     images, labels = tiny_batch(4, CLASSES, dtype)
     losses = []
