@@ -21,6 +21,8 @@ import itertools
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -492,6 +494,14 @@ def test_an_error_is_at_its_line_of_the_page(reader):
 def test_what_is_not_there_is_found(check, text, message, nothing_runs):
     with pytest.raises(AssertionError, match=re.escape(message)):
         check(broken(text))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("simulator", "set_up"), [([], True), (["SIMULATOR=python"], False)])
+def test_race_with_a_simulator_sets_up_no_environment(simulator, set_up):
+    command = ["make", "--dry-run", "--always-make", "-C", str(ROOT), "race", *simulator]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert ("-m venv .venv" in done.stdout) == set_up
 
 
 def test_what_is_there_passes(nothing_runs):
