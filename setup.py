@@ -14,15 +14,21 @@ sys.path.insert(0, str(ROOT))  # a build front end does not put the project's ow
 
 from skipkernels import _extension  # noqa: E402
 
+NAME = f"_C_{_extension.sources_digest()}"
+
 
 class BuildPyWithSources(build_py):
-    """Puts csrc/ into the package, so that an installed copy can build it."""
+    """Puts csrc/ into the package, so that an installed copy can build it, and removes libraries of other sources."""
 
     def run(self) -> None:
         super().run()
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "skipkernels"
+        for library in package.glob("_C*.so"):
+            if not library.name.startswith(f"{NAME}."):
+                library.unlink()
         if self.editable_mode:
             return  # the checkout's csrc/ is found beside the package
-        target = Path(self.build_lib) / "skipkernels" / "csrc"
+        target = package / "csrc"
         target.mkdir(parents=True, exist_ok=True)
         for name in (*_extension.SOURCES, *_extension.HEADERS):
             shutil.copy2(ROOT / "csrc" / name, target / name)
@@ -37,7 +43,7 @@ def native() -> dict:
         return {}
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))  # torch's default is two more than there are cores
     extension = CppExtension(
-        "skipkernels._C",
+        f"skipkernels.{NAME}",
         sources=[f"csrc/{name}" for name in _extension.SOURCES],
         depends=[f"csrc/{name}" for name in _extension.HEADERS],
         extra_compile_args=[*_extension.COMPILE_FLAGS, *_extension.DEFINES],

@@ -70,6 +70,14 @@ def source_dir() -> Path:
     return next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
 
+def sources_digest() -> str:
+    """Digest of `csrc/`, part of a prebuilt library's name: one that was built from other sources is not loaded."""
+    digest = hashlib.sha256()
+    for name in (*SOURCES, *HEADERS):
+        digest.update((source_dir() / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 _lock = threading.Lock()
 _extension: Extension | None = None
 
@@ -90,14 +98,14 @@ def _find_or_build() -> Extension:
     import torch
 
     reason = ""
-    prebuilt = [] if os.environ.get("SKIPKERNELS_CPP") == "build" else sorted(_PACKAGE.glob("_C*.so"))
-    for path in prebuilt:
-        try:
-            torch.ops.load_library(path)
-            return Extension(path)
-        except OSError as error:
-            reason = f"{path.name} does not load ({error}); "
     try:
+        asked = os.environ.get("SKIPKERNELS_CPP") == "build"
+        for path in [] if asked else sorted(_PACKAGE.glob(f"_C_{sources_digest()}.*")):
+            try:
+                torch.ops.load_library(path)
+                return Extension(path)
+            except OSError as error:
+                reason = f"{path.name} does not load ({error}); "
         path = build()
         torch.ops.load_library(path)
         return Extension(path)
@@ -216,10 +224,8 @@ def _key(compiler: list[str]) -> str:
 
     digest = hashlib.sha256()
     version = _run([*compiler, "--version"])
-    for part in (torch.__version__, platform.machine(), version, *compiler):
+    for part in (torch.__version__, platform.machine(), version, *compiler, sources_digest()):
         digest.update(part.encode() + b"\0")
-    for name in (*SOURCES, *HEADERS):
-        digest.update((source_dir() / name).read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

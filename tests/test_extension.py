@@ -86,6 +86,25 @@ def pretended(tmp_path, monkeypatch) -> Path:
     return compiler
 
 
+@pytest.mark.parametrize("changed", [False, True], ids=["same_sources", "changed_sources"])
+def test_prebuilt_library_of_other_sources_is_not_loaded(pretended, monkeypatch, tmp_path, changed):
+    """As in an editable checkout whose csrc/ has changed since; its operators may have other arguments."""
+    package, loaded = tmp_path / "package", []
+    shutil.copytree(_extension.source_dir(), package / "csrc")
+    monkeypatch.setattr(_extension, "_PACKAGE", package)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.delenv("SKIPKERNELS_CPP", raising=False)
+    (package / "_C.abi3.so").touch()  # as libraries were named before
+    prebuilt = package / f"_C_{_extension.sources_digest()}.abi3.so"
+    prebuilt.touch()
+    if changed:
+        with (package / "csrc" / _extension.HEADERS[0]).open("a") as file:
+            file.write("// changed\n")
+    path = _extension._find_or_build().path
+    assert loaded == [path] and (path == prebuilt) == (not changed)
+    assert not changed or path.is_relative_to(tmp_path / "cache")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_damaged_library_is_built_again(pretended, capfd, damage):
     """Loading it would end the process with a bus error or worse."""
