@@ -119,10 +119,12 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             wanted = [x if need else None for x, need in zip(gradients, needs, strict=False)]
             return *wanted, *[None] * (arity + 1 - len(wanted))
 
-    class AtOneLevel(Differentiated):
+    class AtOneLevel(torch.autograd.function._SingleLevelFunction):
         """Under torch.func: the dispatcher has chosen the level that this call records; `Function.apply`, which needs a
         `setup_context`, would choose once more. The levels further out record what forward calls.
         """
+
+        backward = Differentiated.backward
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
@@ -135,7 +137,7 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if torch._C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
-                    return super(torch.autograd.Function, AtOneLevel).apply(*args, keyset)
+                    return AtOneLevel.apply(*args, keyset)  # type: ignore[attr-defined]
             return Differentiated.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & below, *args)
