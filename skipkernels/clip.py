@@ -57,9 +57,9 @@ class SkipCLIP(nn.Module):
     the cut is frozen (`requires_grad` False), what is above is set to train. At `skip_layers=0` nothing is frozen but
     `logit_scale`: that is full fine-tuning with class skipping.
 
-    In evaluation mode (`clip.eval()`) a forward pass compares with all classes, returns [B, C] logits, and changes no
-    state. `clip.state_dict()` holds the model, and as `_extra_state` the sampler and the prototypes, so that a training
-    resumes with the same draws.
+    In evaluation mode (`clip.eval()`) `clip(x, labels)` compares with all classes, returns [B, C] logits and the loss
+    over them, and changes no state. `clip.state_dict()` holds the model, and as `_extra_state` the sampler and the
+    prototypes, so that a training resumes with the same draws.
 
     The model must not be altered after construction (a hook, another layer, mask or head count): that is an error at
     the next call, until `refresh` reads the model again. Weights below the cut are compared by content at each switch
@@ -171,7 +171,10 @@ class SkipCLIP(nn.Module):
         if len(pair) != 2:
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
         self.model = model
-        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+        try:
+            self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+        except ValueError as error:
+            raise ValueError(str(error).replace("select_classes:", "SkipCLIP:", 1)) from None
         self.chunk = chunk
         self._settings = _Settings(pair, memory, attention, trainable, train_logit_scale)
         self._tokens = tokens.to("cpu", torch.int32)
@@ -569,11 +572,24 @@ class SkipCLIP(nn.Module):
         no dropout, batch norms as they are. Patches are dropped only if asked for, from a model in training mode whose
         image tower does that; such features are a sample, and not for a cache.
         """
+        _check_images(images)
         self._check_structure(lower_image=True)
         self._gave_features = True
         return self._encode_lower(self._image, images, drop_patches)
 
     def _encode_lower(self, tower: ImageTower, images: Tensor, drop_patches: bool = False) -> Tensor:
+        try:
+            return self._run_lower(tower, images, drop_patches)
+        except RuntimeError as error:
+            if tuple(images.shape[1:]) == (3, *tower.image_size):
+                raise
+            height, width = tower.image_size
+            raise ValueError(
+                f"SkipCLIP: images must be [B, 3, {height}, {width}], the size that the model takes; got "
+                f"{list(images.shape)}. Use the model's image transform."
+            ) from error
+
+    def _run_lower(self, tower: ImageTower, images: Tensor, drop_patches: bool) -> Tensor:
         lower, device = partial(tower.lower, draw=drop_patches), images.device
         images = images.to(tower.dtype)
         if tower.skip == 0:
@@ -593,23 +609,18 @@ class SkipCLIP(nn.Module):
         Raises:
             ValueError: If x is neither, or is features although nothing is skipped.
         """
+        _check_images(x)
+        self._check_shape(x)
         self._check_structure(lower_image=True)
         return self._encode_image(x)
 
-    def _encode_image(self, x: Tensor) -> Tensor:
-        shape, dtype = self._features
+    def _check_shape(self, x: Tensor) -> bool:
+        """True for images, False for features at the cut; a ValueError for anything else."""
+        shape, _ = self._features
         sample = self._image.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
         are_features = x.shape[1:] == shape or sample
         if x.ndim == 4 and x.shape[1] == 3 and not are_features:
-            try:
-                return self._image.upper(self._encode_lower(self._image, x, drop_patches=True))
-            except RuntimeError as error:
-                if tuple(x.shape[2:]) == self.image_size:
-                    raise
-                raise ValueError(
-                    f"SkipCLIP: images must be [B, 3, {self.image_size[0]}, {self.image_size[1]}], the size that the "
-                    f"model takes; got {list(x.shape)}. Use the model's image transform."
-                ) from error
+            return True
         if self._image.skip == 0:
             raise ValueError(
                 "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images "
@@ -620,13 +631,18 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
                 f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."
             )
+        return False
+
+    def _encode_image(self, x: Tensor) -> Tensor:
+        if self._check_shape(x):
+            return self._image.upper(self._encode_lower(self._image, x, drop_patches=True))
         self._gave_features = True
         if self._lower_image.changed():
             raise RuntimeError(
                 "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so features at the cut from "
                 "before are of another model. Compute them again, then call clip.refresh()."
             )
-        return self._image.upper(x.to(dtype))
+        return self._image.upper(x.to(self._features[1]))
 
     def _keep_texts(self, folder: Path) -> None:
         """Keep the texts' features at the cut in a folder."""
@@ -742,7 +758,10 @@ class SkipCLIP(nn.Module):
         """
         given = [value for value in (x, pixel_values, images) if value is not None]
         if len(given) != 1:
-            raise TypeError(f"SkipCLIP: pass images or features once, as x, pixel_values or images; got {len(given)}.")
+            raise TypeError(
+                "SkipCLIP: pass images or features as one of x, pixel_values and images; got "
+                f"{'more than one' if given else 'none'}."
+            )
         (x,) = given
         self._check_batch(x, labels)
         assert labels is not None
@@ -757,7 +776,11 @@ class SkipCLIP(nn.Module):
         scale = self.model.logit_scale.exp()
         if not self.training:
             return self._evaluate(image, labels, scale)
-        class_ids, targets = self.select(image, labels)
+        try:
+            class_ids, targets = self.select(image, labels)
+        except ValueError:
+            self._check_labels(labels)  # in other words
+            raise
         text = self._encode_classes(class_ids)
         loss = functional.class_sampled_cross_entropy(image, text, targets, scale)
         logits = functional.class_sampled_logits(image, text, scale) if return_logits else loss.new_empty(len(x), 0)
@@ -777,12 +800,13 @@ class SkipCLIP(nn.Module):
     def _check_batch(self, x: Any, labels: Any) -> None:
         """Refuse what is no batch. Values are looked at on the CPU alone: elsewhere that would wait for the device."""
         _check_images(x)
+        self._check_shape(x)
         if not isinstance(labels, Tensor):
             raise TypeError(
                 f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
                 "clip.predict(x)."
             )
-        if labels.is_floating_point() or labels.ndim == 2:
+        if labels.ndim == 2:
             raise ValueError(
                 f"SkipCLIP: labels must be class ids, int64 [B={len(x)}]; got {labels.dtype} {list(labels.shape)}. "
                 "One-hot, mixed or multiple labels are not handled; of one-hot labels pass labels.argmax(dim=1)."
@@ -793,12 +817,15 @@ class SkipCLIP(nn.Module):
                 f"{list(labels.shape)}."
             )
         if not self.training and labels.device.type == "cpu":  # in training `class_scores` looks
-            low, high = (int(x) for x in torch.aminmax(labels))
-            if low < 0 or high >= len(self.prototypes):
-                raise ValueError(
-                    f"SkipCLIP: labels must be in [0, C={len(self.prototypes)}); got {low} to {high}. Leave images "
-                    "without a class out of the batch."
-                )
+            self._check_labels(labels)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        low, high = (int(x) for x in torch.aminmax(labels))
+        if low < 0 or high >= len(self.prototypes):
+            raise ValueError(
+                f"SkipCLIP: labels must be in [0, C={len(self.prototypes)}); got {low} to {high}. Leave images "
+                "without a class out of the batch; ignore_index is not handled."
+            )
 
     def _follow(self, device: torch.device) -> None:
         """Move what is beside the model to where the images are, after the model alone was moved."""

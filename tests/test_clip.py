@@ -367,12 +367,14 @@ def test_bad_inputs():
         (lambda x, y: (x, torch.eye(4)[y]), ValueError, r"got torch.float32 \[3, 4\]. One-hot.*labels.argmax\(dim=1\)"),
         (lambda x, y: (x, torch.eye(4).long()[y]), ValueError, r"labels.argmax\(dim=1\)"),
         (lambda x, y: (x, y.int()), ValueError, r"labels must be int64 \[B=3\]"),
-        (lambda x, y: (x, y - 100), ValueError, r"labels must be rows of prototypes, 0 to 3; got -"),
-        (lambda x, y: (x, y + 4), ValueError, r"labels must be rows of prototypes, 0 to 3; got "),
+        (lambda x, y: (x, y - 100), ValueError, r"SkipCLIP: labels must be in \[0, C=4\); got -"),
+        (lambda x, y: (x, y + 4), ValueError, r"SkipCLIP: labels must be in \[0, C=4\); got "),
+        (lambda x, y: (x, y.float()), ValueError, r"int64 \[B=3\], one for each image; got torch.float32"),
+        (lambda x, y: (x[0], y), ValueError, r"x must be images \[B, 3, height, width\] .* got \[3, 16, 16\]"),
     ],
     ids=[
         "uint8", "nan", "empty", "size", "list", "label_list", "no_labels", "one_hot", "one_hot_int", "int32",
-        "minus_100", "large",
+        "minus_100", "large", "float", "one_image",
     ],
 )  # fmt: skip
 def test_a_bad_batch_is_one_clear_error(alter, error, message):
@@ -387,6 +389,24 @@ def test_a_label_that_is_no_class_is_refused_in_evaluation_too(label):
     clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(1, 4)
     with pytest.raises(ValueError, match=r"labels must be in \[0, C=4\); got "):
         clip(images, torch.tensor([label]))
+
+
+@pytest.mark.parametrize(
+    ("alter", "error"),
+    [
+        (lambda x: (255 * x).to(torch.uint8), TypeError),
+        (lambda x: torch.full_like(x, torch.nan), ValueError),
+        (list, TypeError),
+        (lambda x: x[:0], ValueError),
+        (lambda x: x.repeat(1, 1, 2, 2), ValueError),
+    ],
+    ids=["uint8", "nan", "list", "empty", "size"],
+)
+@pytest.mark.parametrize("name", ["encode_lower", "encode_image", "predict"])
+def test_bad_images_are_refused_by_every_call(name, alter, error):
+    clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
+    with pytest.raises(error, match="SkipCLIP: "):
+        getattr(clip, name)(alter(images))
 
 
 @pytest.mark.parametrize("number", [60, -1])

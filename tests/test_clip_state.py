@@ -127,9 +127,9 @@ def test_the_batch_can_be_passed_by_name():
     images, labels = tiny_batch(2, C)
     losses = [a_clip()(**{name: images}, labels=labels).loss for name in ("x", "pixel_values", "images")]
     assert losses[0].equal(losses[1]) and losses[0].equal(losses[2])
-    with pytest.raises(TypeError, match="pass images or features once"):
+    with pytest.raises(TypeError, match="pass images or features as one of x, .*; got none"):
         a_clip()(labels=labels)
-    with pytest.raises(TypeError, match="pass images or features once"):
+    with pytest.raises(TypeError, match="got more than one"):
         a_clip()(images, labels, pixel_values=images)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -161,7 +161,9 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: no such file any more. It was there when the dataset was read.") from None
     except _UNREADABLE as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{path}: can't be read as an image ({why}). Mend or remove the file.") from error
+        if isinstance(error, UnidentifiedImageError):
+            why = f"not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        raise InputError(f"{path}: can't be read as an image ({why}). Replace or remove the file.") from error
     raise InputError(f"{path}: has more than 8 bits a channel (mode {mode}), and RGB has 8. Convert the file.")
 
 

@@ -294,7 +294,9 @@ class TuneConfig:
             values = read_settings(path)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file; a run's folder has one.") from None
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror}).") from None
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise InputError(f"{path}: not readable as YAML ({(str(error).splitlines() or ['empty'])[0]}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")

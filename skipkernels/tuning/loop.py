@@ -236,7 +236,8 @@ class _Run:
             metrics["notes"].append(f"{REPORT} was not written ({type(error).__name__}: {reason}).")
             self.folder.finish(metrics)
         except KeyboardInterrupt as error:
-            error.args = (f"the run in {self.folder.path} is {status}; {REPORT} is not written",)
+            if stopped is None and not (self.folder.path / REPORT).exists():
+                error.args = (f"the run in {self.folder.path} is {status}; {REPORT} is not written",)
             raise
         return metrics
 
