@@ -183,7 +183,7 @@ def suffix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (suffix, prefix, *_, offsets, S, scale) in suffix_attention(dtype):
         T, H, E = suffix.shape
         inputs = (suffix, prefix, prefix, suffix, suffix)
-        yield Call(shape, (suffix, *inputs, suffix, on_meta(T, H, dtype=torch.float32), offsets, S, scale, *[True] * 5))
+        yield Call(shape, (suffix, *inputs, suffix, on_meta(T, H, dtype=torch.float64), offsets, S, scale, *[True] * 5))
 
 
 def pooled_attention(dtype: torch.dtype) -> Iterator[Call]:
@@ -196,7 +196,7 @@ def pooled_attention(dtype: torch.dtype) -> Iterator[Call]:
 
 def pooled_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (query, key, value, lengths, scale) in pooled_attention(dtype):
-        lse = on_meta(*query.shape[:2], dtype=torch.float32)
+        lse = on_meta(*query.shape[:2], dtype=torch.float64)
         yield Call(shape, (query, query, key, value, query, lse, lengths, scale, True, True, True))
 
 

@@ -104,14 +104,14 @@ WORK = {
     "suffix_attention": Work(
         [dict(K=K, S=5, P=5, W=512, H=8) for K in (26, 107, 1380)],
         # Forward: query, key, value, out. Backward: those and the gradient of out, and three gradients. The prefix
-        # has two tensors read twice and two gradients. The log-sum-exp is fp32.
-        "12*e*K*S*W + 6*e*P*W + 8*K*S*H",
+        # has two tensors read twice and two gradients. The log-sum-exp is fp64.
+        "12*e*K*S*W + 6*e*P*W + 16*K*S*H",
         # Two products forward; backward computes the first again and has four more.
         "14*K*(S*P + S*(S + 1)//2)*W",
     ),
     "pooled_attention": Work(
         [dict(B=4, N=197, W=768, H=12), dict(B=107, N=10, W=512, H=8)],
-        "6*e*B*W + 6*e*B*N*W + 8*B*H",
+        "6*e*B*W + 6*e*B*N*W + 16*B*H",
         "14*B*N*W",
     ),
     "gather_rows": Work([dict(B=4, N=197, W=768), dict(B=256, N=197, W=768)], "2*e*B*N*W + 8*B"),

@@ -217,30 +217,31 @@ BODY A highest(const A* x, int64_t end) {
   return top[0];
 }
 
-// x_j → exp(scale · x_j − shift) for j < n and 0 up to `end`, which is whole vectors; returns the sum.
+// x_j → exp(x_j − top) for j < n and 0 up to `end`, which is whole vectors; returns the sum.
 template <class A>
-BODY A exp_row(A* x, A scale, A shift, int64_t n, int64_t end) {
+BODY A exp_row(A* x, A top, int64_t n, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> sum = {};
   for (int64_t j = 0; j < end; j += W) {
     for (int64_t i = 0; i < W; ++i)
-      x[j + i] = int32_t(j + i) < int32_t(n) ? exp_nonpositive(scale * x[j + i] - shift) : A(0);
+      x[j + i] = int32_t(j + i) < int32_t(n) ? exp_nonpositive(x[j + i] - top) : A(0);
     sum += vec(x + j);
   }
   return horizontal_sum<A>(sum);
 }
 
 // Of a row of products x_j, of which the first n count: x_j → weight_j = exp(scale · x_j − lse), 0 for the others up to
-// `end`, which is whole vectors. Returns lse.
+// `end`, which is whole vectors. Returns lse. Backward calls it again, and does not read lse: weights that sum to 1 only
+// as well as lse is known would leave, where one key has nearly all the weight, more than the gradient itself.
 template <class A>
-BODY A softmax_row(A* x, A scale, int64_t n, int64_t end) {
+BODY double softmax_row(A* x, A scale, int64_t n, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
   for (int64_t j = 0; j < end; ++j)
     x[j] = int32_t(j) < int32_t(n) ? scale * x[j] : -std::numeric_limits<A>::infinity();
-  const A top = highest(x, end), sum = exp_row(x, A(1), top, n, end);
+  const A top = highest(x, end), sum = exp_row(x, top, n, end);
   for (int64_t j = 0; j < end; j += W)
     vec(x + j) *= 1 / sum;
-  return top + std::log(sum);
+  return double(top) + double(std::log(sum));
 }
 
 // d_weight_j → d_score_j = weight_j (d_weight_j − Σ_j weight_j d_weight_j), in place, for j < n and 0 up to `end`.
@@ -254,8 +255,14 @@ BODY void score_gradient_row(A* d_weight, const A* weight, int64_t n, int64_t en
     sum += vec(weight + j) * vec(d_weight + j);
   }
   const A mean = horizontal_sum<A>(sum);
+  Vec<A> left = {}; // the mean of what is left, which is what rounding did to the first
+  for (int64_t j = 0; j < end; j += W) {
+    vec(d_weight + j) -= mean;
+    left += vec(weight + j) * vec(d_weight + j);
+  }
+  const A correction = horizontal_sum<A>(left);
   for (int64_t j = 0; j < end; j += W)
-    vec(d_weight + j) = vec(weight + j) * (vec(d_weight + j) - mean);
+    vec(d_weight + j) = vec(weight + j) * (vec(d_weight + j) - correction);
 }
 
 } // namespace skipkernels

@@ -39,13 +39,12 @@ struct Problem {
 template <class T>
 struct Forward {
   Tokens<T> out; // [B, H, E]
-  accumulate_t<T>* lse; // [B, H]
+  double* lse; // [B, H]
 };
 
 template <class T>
 struct Backward {
   Tokens<const T> d_out; // [B, H, E]
-  const accumulate_t<T>* lse;
   Tokens<T> d_query; // [B, H, E]; without data where it is not wanted, as the next two
   Tokens<T> d_key, d_value; // [B · N, H, E]
 };
@@ -139,7 +138,7 @@ BODY void attend_body(
   multiply_keys(d_weight, d_out, problem.values(b), workspace, length, h0, h1, problem.E);
   for (int64_t h = h0; h < h1; ++h) {
     const int64_t row = (h - h0) * columns, end = whole_vectors<A>(length);
-    exp_row(weight + row, problem.scale, result.lse[b * problem.H + h], length, end);
+    softmax_row(weight + row, problem.scale, length, end);
     score_gradient_row(d_weight + row, weight + row, length, end);
   }
   std::fill(d_query, d_query + (h1 - h0) * width, A(0));
@@ -246,29 +245,24 @@ std::tuple<Tensor, Tensor> pooled_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& lengths, double scale) {
   const Inputs inputs(query, key, value, lengths);
   Tensor out = make_empty({query.size(0), query.size(1), query.size(2)}, query.scalar_type());
-  std::optional<Tensor> lse;
+  Tensor lse = make_empty({query.size(0), query.size(1)}, ScalarType::Double);
   dispatch_features(query, NAME, [&](auto type) {
     using T = decltype(type);
-    using A = accumulate_t<T>;
-    lse = make_empty({query.size(0), query.size(1)}, scalar_type_of<A>);
-    attend_all(inputs.problem<T>(scale), Forward<T>{mutable_tokens_of<T>(out), lse->mutable_data_ptr<A>()});
+    attend_all(inputs.problem<T>(scale), Forward<T>{mutable_tokens_of<T>(out), lse.mutable_data_ptr<double>()});
   });
-  return {out, *lse};
+  return {out, lse};
 }
 
-// The output is for other kernels: here Σ_n weight_n d_weight_n comes from the weights, which are all at hand.
+// The output and lse are for other kernels: here a row's scores are all at hand, and so are its softmax and its sums.
 std::tuple<Tensor, Tensor, Tensor> pooled_attention_backward(
     const Tensor& d_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& /*out*/,
-    const Tensor& lse, const std::optional<Tensor>& lengths, double scale, bool need_query, bool need_key,
+    const Tensor& /*lse*/, const std::optional<Tensor>& lengths, double scale, bool need_query, bool need_key,
     bool need_value) {
   const Inputs inputs(query, key, value, lengths);
   STD_TORCH_CHECK(
       d_out.dim() == 3 && d_out.size(0) == query.size(0) && d_out.size(1) == query.size(1) &&
           d_out.size(2) == query.size(2) && d_out.scalar_type() == query.scalar_type(),
       NAME, ": d_out must be like query.");
-  STD_TORCH_CHECK(
-      lse.dim() == 2 && lse.size(0) == query.size(0) && lse.size(1) == query.size(1) && lse.is_contiguous(), NAME,
-      ": lse must be a contiguous [B, H].");
   const Tensor d_out_rows = with_contiguous_heads(d_out);
   Tensor d_query = empty_if(need_query, query), d_key = empty_if(need_key, key), d_value = empty_if(need_value, value);
   dispatch_features(query, NAME, [&](auto type) {
@@ -276,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> pooled_attention_backward(
     attend_all(
         inputs.problem<T>(scale),
         Backward<T>{
-            tokens_of<T>(d_out_rows), lse.const_data_ptr<accumulate_t<T>>(), tokens_if<T>(need_query, d_query),
+            tokens_of<T>(d_out_rows), tokens_if<T>(need_query, d_query),
             tokens_if<T>(need_key, d_key), tokens_if<T>(need_value, d_value)});
   });
   return {d_query, d_key, d_value};

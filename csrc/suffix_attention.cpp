@@ -37,13 +37,12 @@ struct Problem {
 template <class T>
 struct Forward {
   Tokens<T> out;
-  accumulate_t<T>* lse; // [tokens, H]
+  double* lse; // [tokens, H]
 };
 
 template <class T>
 struct Backward {
   Tokens<const T> d_out;
-  const accumulate_t<T>* lse;
   Tokens<T> d_query, d_suffix_key, d_suffix_value; // without data where they are not wanted
   bool need_key, need_value; // of the prefix or of the suffix
 };
@@ -127,7 +126,7 @@ BODY void attend_backward(
     for (int64_t i = 0; i < rows; ++i) {
       A *weight = &tile.weight[i * tile.columns], *d_weight = &tile.d_weight[i * tile.columns];
       const int64_t visible = problem.P + s + i + 1, end = whole_vectors<A>(keys);
-      exp_row(weight, problem.scale, result.lse[(token + i) * problem.H + h], visible, end);
+      softmax_row(weight, problem.scale, visible, end);
       score_gradient_row(d_weight, weight, visible, end);
     }
     if (result.need_value)
@@ -315,24 +314,22 @@ std::tuple<Tensor, Tensor> suffix_attention(
   const Inputs inputs(query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length);
   const int64_t tokens = query.size(0), H = query.size(1);
   Tensor out = make_empty({tokens, H, query.size(2)}, query.scalar_type());
-  std::optional<Tensor> lse;
+  Tensor lse = make_empty({tokens, H}, ScalarType::Double);
   dispatch_features(query, NAME, [&](auto type) {
     using T = decltype(type);
-    using A = accumulate_t<T>;
     const Problem<T> problem = inputs.problem<T>(scale);
-    lse = make_empty({tokens, H}, scalar_type_of<A>);
-    const Forward<T> result{mutable_tokens_of<T>(out), lse->mutable_data_ptr<A>()};
+    const Forward<T> result{mutable_tokens_of<T>(out), lse.mutable_data_ptr<double>()};
     parallel_classes(
         problem, tasks_of(problem, tokens, 2), false,
         [&](Workspace<T>& tile, int64_t, int64_t k0, int64_t k1) { attend_classes(problem, result, tile, k0, k1); });
   });
-  return {out, *lse};
+  return {out, lse};
 }
 
-// The output is for other kernels: here Σ_j weight_ij d_weight_ij comes from the weights, which are all at hand.
+// The output and lse are for other kernels: here a row's scores are all at hand, and so are its softmax and its sums.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> suffix_attention_backward(
     const Tensor& d_out, const Tensor& query, const Tensor& prefix_key, const Tensor& prefix_value,
-    const Tensor& suffix_key, const Tensor& suffix_value, const Tensor& /*out*/, const Tensor& lse,
+    const Tensor& suffix_key, const Tensor& suffix_value, const Tensor& /*out*/, const Tensor& /*lse*/,
     const std::optional<Tensor>& offsets, int64_t max_length, double scale, bool need_query, bool need_prefix_key,
     bool need_prefix_value, bool need_suffix_key, bool need_suffix_value) {
   const Inputs inputs(query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length);
@@ -340,9 +337,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> suffix_attention_backward(
       d_out.dim() == 3 && d_out.size(0) == query.size(0) && d_out.size(1) == query.size(1) &&
           d_out.size(2) == query.size(2) && d_out.scalar_type() == query.scalar_type(),
       NAME, ": d_out must be like query.");
-  STD_TORCH_CHECK(
-      lse.dim() == 2 && lse.size(0) == query.size(0) && lse.size(1) == query.size(1) && lse.is_contiguous(), NAME,
-      ": lse must be a contiguous [T, H].");
   const Tensor d_out_rows = with_contiguous_heads(d_out);
   Tensor d_query = empty_if(need_query, query);
   Tensor d_prefix_key = empty_if(need_prefix_key, prefix_key), d_suffix_key = empty_if(need_suffix_key, suffix_key);
@@ -354,7 +348,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> suffix_attention_backward(
     const Problem<T> problem = inputs.problem<T>(scale);
     const Backward<T> result{
         tokens_of<T>(d_out_rows),
-        lse.const_data_ptr<A>(),
         tokens_if<T>(need_query, d_query),
         tokens_if<T>(need_suffix_key, d_suffix_key),
         tokens_if<T>(need_suffix_value, d_suffix_value),

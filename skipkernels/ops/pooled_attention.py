@@ -6,7 +6,7 @@
     d_score_n = weight_n (⟨d_out, v_n⟩ − ⟨d_out, out⟩)
     d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 
-Forward also returns lse [B, H] in fp32 (fp64 for fp64); backward gets it, the inputs and the result. Only the gradients
+Forward also returns lse [B, H] in fp64; backward gets it, the inputs and the result. Only the gradients
 that are asked for are computed, the others come back empty. Those of keys and values past the length are zero.
 
 With one query there is no matrix product to speak of: keys and values are read, that is all. On a GPU a program has one
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import registration
-from .attention import in_one_layout, load_rows, store_rows
+from .attention import in_one_layout, load_lse, load_rows, store_rows
 from .launching import launch, tl, triton
 
 TILE = 4096  # numbers of keys or values at a time: 64 keys of 64
@@ -83,7 +83,7 @@ def _pooled_attention_fwd_kernel(
         top = higher
     of_head = b * H + head
     tl.store(out_ptr + of_head * E + offs_e, (out / total).to(out_ptr.dtype.element_ty), mask=mask_e)
-    tl.store(lse_ptr + of_head, top + tl.log(total))
+    tl.store(lse_ptr + of_head, tl.log(total).to(tl.float64) + top)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _pooled_attention_bwd_kernel(
     d_out = d_out.to(tl.float32)
     out = tl.load(out_ptr + of_head * E + offs_e, mask=mask_e, other=0.0)
     mean = tl.sum(d_out * out.to(tl.float32), axis=0)
-    lse = tl.load(lse_ptr + of_head)
+    lse, lse_low = load_lse(lse_ptr, of_head, True)
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
@@ -144,7 +144,7 @@ def _pooled_attention_bwd_kernel(
         counts = offs_n < length
         key = load_rows(key_ptr, offs_n, counts, stride_key_n, 0, E, BLOCK_E).to(tl.float32)
         score = tl.where(counts, tl.sum(query[None, :] * key, axis=1), float("-inf"))
-        weight = tl.exp(score - lse)
+        weight = tl.exp(score - lse - lse_low)
         if NEED_VALUE:
             d_value = weight[:, None] * d_out[None, :]
             store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
@@ -164,7 +164,7 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, s
     B, H, E = query.shape
     if E > WIDEST:
         return _serve(query, key, value, lengths, scale)
-    out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float32)
+    out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)
     launch(
         _pooled_attention_fwd_kernel,
         (B, H),
@@ -240,13 +240,10 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None
     )
 
 
-def _weights(query: Tensor, key: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention [B, H, N] and lse [B, H], in fp32 or fp64."""
+def _scores(query: Tensor, key: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
+    """[B, H, N], in fp32 or fp64; −∞ where no key counts."""
     scores = scale * torch.einsum("bhe,bnhe->bhn", query, key)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden[:, None], -math.inf)
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse[..., None]).exp(), lse
+    return scores if hidden is None else scores.masked_fill(hidden[:, None], -math.inf)
 
 
 def _wide(key: Tensor, value: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -264,8 +261,9 @@ def _serve(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, sc
         if wrong.numel() > 0:
             raise ValueError(f"pooled_attention: lengths must be 1 to N={key.shape[1]}; got {wrong[0]}.")
     k, v, hidden = _wide(key, value, lengths)
-    weight, lse = _weights(query.to(k.dtype), k, hidden, scale)
-    return torch.einsum("bhn,bnhe->bhe", weight, v).to(query.dtype).contiguous(), lse
+    scores = _scores(query.to(k.dtype), k, hidden, scale)
+    out = torch.einsum("bhn,bnhe->bhe", scores.softmax(dim=-1), v)
+    return out.to(query.dtype).contiguous(), scores.double().logsumexp(dim=-1)
 
 
 def _serve_backward(
@@ -283,7 +281,7 @@ def _serve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     k, v, hidden = _wide(key, value, lengths)
     q, g = query.to(k.dtype), d_out.to(k.dtype)
-    weight, _ = _weights(q, k, hidden, scale)
+    weight = _scores(q, k, hidden, scale).softmax(dim=-1)
     d_weight = torch.einsum("bhe,bnhe->bhn", g, v)
     # Not ⟨d_out, out⟩: out is rounded.
     d_score = scale * weight * (d_weight - (weight * d_weight).sum(dim=-1, keepdim=True))
@@ -298,8 +296,7 @@ def _serve_backward(
 
 
 def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float64)
 
 
 def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -9,8 +9,8 @@
 The operator takes the suffixes' tokens in a row, [T, H, E], and either `offsets`, [K + 1], or none where all suffixes
 have `max_length` tokens: then the padded form [K, S, …] is the same memory. The host never reads the offsets.
 
-Forward also returns lse [T, H] in fp32 (fp64 for fp64); backward gets it, the inputs and the result. Only the gradients
-that are asked for are computed, the others come back empty. The gradient of the prefix is a sum over all suffixes, in
+Forward also returns lse [T, H] in fp64; backward gets it, the inputs and the result. Only the gradients that are asked
+for are computed, the others come back empty. The gradient of the prefix is a sum over all suffixes, in
 an order that the shapes alone decide.
 
 On a GPU a tile is some whole suffixes packed to BLOCK_T tokens: their attention over themselves is a block-diagonal
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..reference import packed_suffixes, padded_suffixes
 from . import registration
-from .attention import BYTES_E, in_one_layout, load_rows, products, row_products, store_rows
+from .attention import BYTES_E, in_one_layout, load_lse, load_rows, products, row_products, store_rows
 from .launching import dot_precision, launch, tl, triton
 from .row_sums import sum_in_order
 
@@ -133,10 +133,9 @@ def _suffix_attention_fwd_kernel(
         higher = tl.maximum(top, tl.max(over_prefix, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(over_prefix - higher[:, None]), axis=1)
         top = higher
-    lse = top + tl.log(total)
-    tl.store(lse_ptr + offs_t * H + head, lse, mask=mask_t)
+    tl.store(lse_ptr + offs_t * H + head, tl.log(total).to(tl.float64) + top, mask=mask_t)
 
-    weight = tl.exp(score - lse[:, None]).to(suffix_value_ptr.dtype.element_ty)
+    weight = tl.exp(score - top[:, None]).to(suffix_value_ptr.dtype.element_ty)
     for start_e in range(0, E, BLOCK_E):
         value = load_rows(suffix_value_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
         out = tl.dot(weight, value, input_precision=PRECISION)
@@ -147,10 +146,10 @@ def _suffix_attention_fwd_kernel(
                 query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
                 E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
             )  # fmt: skip
-            over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+            over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - top[:, None])
             prefix_value = load_rows(prefix_value_ptr, offs_p, mask_p, stride_prefix_p, start_e, E, BLOCK_E)
             out = tl.dot(over_prefix.to(prefix_value.dtype), prefix_value, out, input_precision=PRECISION)
-        store_rows(out_ptr + head * E, out, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
+        store_rows(out_ptr + head * E, out / total[:, None], offs_t, mask_t, H * E, start_e, E, BLOCK_E)
 
 
 @triton.jit
@@ -198,13 +197,13 @@ def _suffix_attention_bwd_query_kernel(
     begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
     offs_t = begin + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end
-    lse = tl.load(lse_ptr + offs_t * H + head, mask=mask_t, other=float("inf"))  # no weight past the end
+    lse, lse_low = load_lse(lse_ptr + head, offs_t * H, mask_t)
     mean = row_products(d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E)
     score = scale * products(
         query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None])
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None] - lse_low[:, None])
     d_weight = products(
         d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
@@ -220,7 +219,8 @@ def _suffix_attention_bwd_query_kernel(
                 query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
                 E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
             )  # fmt: skip
-            over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+            over_prefix = tl.where(mask_p[None, :], over_prefix, float("-inf"))
+            over_prefix = tl.exp(over_prefix - lse[:, None] - lse_low[:, None])
             d_over_prefix = products(
                 d_out_ptr, offs_t, mask_t, stride_d_out_t, prefix_value_ptr, offs_p, mask_p, stride_prefix_p,
                 E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
@@ -271,12 +271,12 @@ def _suffix_attention_bwd_suffix_kernel(
     begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
     offs_t = begin + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end
-    lse = tl.load(lse_ptr + offs_t * H + head, mask=mask_t, other=float("inf"))  # no weight past the end
+    lse, lse_low = load_lse(lse_ptr + head, offs_t * H, mask_t)
     score = scale * products(
         query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None])
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None] - lse_low[:, None])
     if NEED_VALUE:
         factor = tl.trans(weight.to(suffix_value_ptr.dtype.element_ty))
         for start_e in range(0, E, BLOCK_E):
@@ -347,12 +347,12 @@ def _suffix_attention_bwd_prefix_kernel(
     for start_t in range(0, tokens, BLOCK_T):
         offs = start_t + tl.arange(0, BLOCK_T)
         offs_t, mask_t = begin + offs, offs < tokens
-        lse = tl.load(lse_ptr + offs_t * H + head, mask=mask_t, other=float("inf"))  # no weight past the end
         score = scale * products(
             prefix_key_ptr, offs_p, mask_p, stride_prefix_p, query_ptr, offs_t, mask_t, stride_suffix_t,
             E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
         )  # fmt: skip
-        weight = tl.exp(score - lse[None, :])
+        lse, lse_low = load_lse(lse_ptr + head, offs_t * H, mask_t)
+        weight = tl.exp(score - lse[None, :] - lse_low[None, :])
         if NEED_VALUE:
             d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
             d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
@@ -398,7 +398,7 @@ def _launch(
     T, H, _ = query.shape
     if max_length > TILES[-1]:
         return _serve(*inputs, offsets, max_length, scale)
-    out, lse = query.new_empty(query.shape), query.new_empty((T, H), dtype=torch.float32)
+    out, lse = query.new_empty(query.shape), query.new_empty((T, H), dtype=torch.float64)
     query, suffix_key, suffix_value = in_one_layout(query, suffix_key, suffix_value)
     prefix_key, prefix_value = in_one_layout(prefix_key, prefix_value)
     packing = _packing(T, offsets, max_length)
@@ -553,16 +553,13 @@ def _prefix_arguments(prefix_key: Tensor, prefix_value: Tensor) -> dict[str, Any
     )
 
 
-def _weights(query: Tensor, prefix_key: Tensor, suffix_key: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over the prefix [K, S, H, P] and over the suffix [K, S, H, S], and lse [K, S, H], in the wide dtype."""
-    S, P = query.shape[1], prefix_key.shape[0]
+def _scores(query: Tensor, prefix_key: Tensor, suffix_key: Tensor, scale: float) -> Tensor:
+    """Over the prefix and over the suffix, [K, S, H, P + S], in the wide dtype; −∞ where a key is hidden."""
+    S = query.shape[1]
     over_prefix = torch.einsum("kshe,phe->kshp", query, prefix_key)
     over_suffix = torch.einsum("kshe,kjhe->kshj", query, suffix_key)
     hidden = torch.ones(S, S, dtype=torch.bool, device=query.device).triu(1)[:, None]
-    scores = torch.cat([scale * over_prefix, (scale * over_suffix).masked_fill(hidden, -math.inf)], dim=-1)
-    lse = scores.logsumexp(dim=-1)
-    over_prefix, over_suffix = (scores - lse[..., None]).exp().split([P, S], dim=-1)
-    return over_prefix, over_suffix, lse
+    return torch.cat([scale * over_prefix, (scale * over_suffix).masked_fill(hidden, -math.inf)], dim=-1)
 
 
 def _padded(tokens: Tensor, offsets: Tensor | None, max_length: int) -> Tensor:
@@ -589,7 +586,9 @@ def _serve(
     if offsets is not None and offsets.device.type == "cpu":  # a GPU is not made to wait
         _check_values(offsets, query.shape[0], max_length)
     q, k, v = (_padded(x, offsets, max_length) for x in (query, suffix_key, suffix_value))
-    over_prefix, over_suffix, lse = _weights(q, prefix_key.to(q.dtype), k, scale)
+    scores = _scores(q, prefix_key.to(q.dtype), k, scale)
+    over_prefix, over_suffix = scores.softmax(dim=-1).split([prefix_key.shape[0], q.shape[1]], dim=-1)
+    lse = scores.double().logsumexp(dim=-1)
     out = torch.einsum("kshp,phe->kshe", over_prefix, prefix_value.to(q.dtype))
     out = out + torch.einsum("kshj,kjhe->kshe", over_suffix, v)
     return _packed(out, offsets, query, query.dtype), _packed(lse, offsets, query, lse.dtype)
@@ -612,7 +611,8 @@ def _serve_backward(
     need_query, need_prefix_key, need_prefix_value, need_suffix_key, need_suffix_value = needs
     g, q, k, v = (_padded(x, offsets, max_length) for x in (d_out, query, suffix_key, suffix_value))
     prefix_k, prefix_v = prefix_key.to(q.dtype), prefix_value.to(q.dtype)
-    over_prefix, over_suffix, _ = _weights(q, prefix_k, k, scale)
+    weight = _scores(q, prefix_k, k, scale).softmax(dim=-1)
+    over_prefix, over_suffix = weight.split([prefix_key.shape[0], q.shape[1]], dim=-1)
     d_prefix, d_suffix = torch.einsum("kshe,phe->kshp", g, prefix_v), torch.einsum("kshe,kjhe->kshj", g, v)
     # Not ⟨d_out, out⟩: out is rounded.
     mean = (over_prefix * d_prefix).sum(dim=-1, keepdim=True) + (over_suffix * d_suffix).sum(dim=-1, keepdim=True)
@@ -650,8 +650,7 @@ def _check_values(offsets: Tensor, T: int, max_length: int) -> None:
 
 
 def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float64)
 
 
 def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
