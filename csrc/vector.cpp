@@ -106,6 +106,15 @@ BODY void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, i
   }
 }
 
+template <class A>
+BODY double dot_body(const A* x, const A* y, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i)
+    sum += double(x[i]) * double(y[i]);
+  return sum;
+}
+
 // The x whose scale · x is largest. A lane for each position in a vector: compilers differ on reductions by maximum.
 template <class A>
 BODY A top_of(A start, const A* x, A scale, int64_t n) {
@@ -207,10 +216,8 @@ SKIPKERNELS_FOR_CONVERSIONS(DEFINE_CONVERSION)
   MULTIVERSION void maximum(A* out, const A* x, int64_t n) {                                                    \
     _Pragma("omp simd") for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] || x[i] != x[i] ? x[i] : out[i]; \
   }                                                                                                             \
-  MULTIVERSION A dot(const A* x, const A* y, int64_t n) {                                                       \
-    A product;                                                                                                  \
-    dot_block<A, 1, 1>(&product, 1, x, y, n);                                                                   \
-    return product;                                                                                             \
+  MULTIVERSION double dot(const A* x, const A* y, int64_t n) {                                                  \
+    return dot_body<A>(x, y, n);                                                                                \
   }                                                                                                             \
   MULTIVERSION void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n) {                       \
     online_softmax_body<A>(top, sum, cosine, scale, n);                                                         \

@@ -141,8 +141,14 @@ def _launch_backward(
             d_text = unit_rows.through_unit_norm(text, class_ids, contract(factors.T, image), logit_scale)
     if need_logit_scale:
         cosine, *_ = _launch(image, text, torch.ones_like(logit_scale), class_ids)
-        d_logit_scale = (d_logits * cosine).sum().to(logit_scale.dtype).reshape(logit_scale.shape)
+        d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
     return d_image, d_text, d_logit_scale
+
+
+def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Tensor:
+    """Σ d_z_bk · cosine_bk, summed in fp64: the terms are of either sign."""
+    total = (d_logits * cosine).sum(dtype=torch.float64)
+    return total.to(logit_scale.dtype).reshape(logit_scale.shape)
 
 
 def _serve(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +181,7 @@ def _serve_backward(
     if need_text:
         d_text = unit_rows.serve_through_unit_norm(text, class_ids, d_cosine.T @ unit_image, text_norm)
     if need_logit_scale:
-        d_logit_scale = (d_logits * (unit_image @ unit_text.T)).sum().to(logit_scale.dtype).reshape(logit_scale.shape)
+        d_logit_scale = _d_logit_scale(d_logits, unit_image @ unit_text.T, logit_scale)
     return d_image, d_text, d_logit_scale
 
 

@@ -90,6 +90,16 @@ def test_no_worse_than_eager(backend: Backend, shape, dtype):
     check(make(*shape, dtype, device=backend.device))
 
 
+def test_gradient_of_the_scale_is_summed_in_fp64(backend: Backend):
+    """Sums over classes that cancel over images: fp32 would keep what each of them was rounded by."""
+    image, text, scale, _ = make(8, 500, None, 16, device=backend.device)
+    cosine = kernel(image.detach(), text.detach(), torch.ones_like(scale), None).detach()
+    d_logits = cosine.sign() * torch.tensor([1.0, -1.0], device=cosine.device).repeat(4)[:, None]
+    (d_scale,) = torch.autograd.grad(kernel(image.detach(), text.detach(), scale, None), scale, d_logits)
+    terms = d_logits.double() * cosine.double()
+    assert abs(d_scale.double() - terms.sum()) <= COSINE[torch.float32] * terms.norm()
+
+
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 50), st.data())
 def test_every_shape_and_scale(backend: Backend, B, C, data):
