@@ -60,7 +60,8 @@ BODY void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
       const Columns<T> centred = only(load_columns(row + i, n) - mean, n);
       squares = squares + centred * centred;
     });
-    const A rstd = 1 / std::sqrt(squares.sum() / A(W) + f.eps);
+    const A variance = squares.sum() / A(W) + f.eps;
+    const A rstd = std::sqrt(variance) / variance; // NaN where the variance overflows, not 0
     for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
       const Columns<T> unit = (load_columns(row + i, n) - mean) * rstd;
       Columns<T> scaled = unit * load_slots<T>(f.weight + i) + load_slots<T>(f.bias + i);

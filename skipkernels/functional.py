@@ -247,6 +247,8 @@ def add_layer_norm(
         `hidden` and `normed`, both [..., W] in the dtype of `x`; statistics in fp32 (fp64 for fp64). `normed` is that
         of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself, and
         is not cast under autocast.
+        A row whose variance overflows in that dtype (in fp32, values around 1e19 and more) is NaN in `normed`, as are
+        its gradients; `torch.nn.functional.layer_norm` returns NaN or 0 there, depending on the width.
 
     Raises:
         TypeError: for a dtype that does not fit.

@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import registration
@@ -64,7 +63,8 @@ def _add_layer_norm_fwd_kernel(
         wide = hidden.to(tl.float32)
     mean = tl.sum(wide, axis=1) / W
     centred = tl.where(mask_w[None, :], wide - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / W + eps)
+    variance = tl.sum(centred * centred, axis=1) / W + eps
+    rstd = tl.sqrt(variance) / variance  # NaN where the variance overflows, not 0
     weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
@@ -245,9 +245,11 @@ def _serve(
     hidden = (x if residual is None else x + residual).contiguous()
     wide = hidden.to(_wide(x))
     mean = wide.mean(dim=-1)
-    rstd = ((wide - mean[..., None]).square().mean(dim=-1) + eps).rsqrt()
-    normed = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
-    return x.new_empty(0) if residual is None else hidden, normed, mean, rstd
+    centred = wide - mean[..., None]
+    variance = centred.square().mean(dim=-1) + eps
+    rstd = variance.sqrt() / variance  # NaN where the variance overflows, not 0
+    normed = centred * rstd[..., None] * weight.to(wide.dtype) + bias.to(wide.dtype)
+    return x.new_empty(0) if residual is None else hidden, normed.to(x.dtype), mean, rstd
 
 
 def _serve_backward(

@@ -176,6 +176,25 @@ def test_nan_and_infinity_stay_in_their_row(backend: Backend, value):
             assert result.isnan().any(dim=1).tolist() == [False, False, True, False, False]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
+@pytest.mark.parametrize("size", [1e20, 1e30, 3e38])
+@pytest.mark.parametrize("W", [4, 64, 768])
+def test_a_variance_that_overflows_is_nan_in_its_row(backend: Backend, size, W):
+    """PyTorch's LayerNorm returns NaN or 0 there, by the width."""
+    case = make(3, W, device=backend.device, residual=False)
+    case.x.data[1] = size * torch.linspace(-1, 1, W, device=backend.device)
+    normed, d_x, *_ = run(add_layer_norm, case)
+    for result in normed, d_x:
+        assert result.isnan().all(dim=1).tolist() == [False, True, False]
+        assert result[[0, 2]].isfinite().all()
+
+
+def test_a_large_variance_that_fits_is_normed(backend: Backend):
+    case = make(3, 64, device=backend.device, residual=False)
+    case.x.data.mul_(1e17)
+    check_three_ways(case)
+
+
 def test_no_rows(backend: Backend):
     case = make(3, 40, device=backend.device)
     case = case._replace(**{name: leaf(getattr(case, name)[:0]) for name in ("x", "residual", "d_hidden", "d_normed")})
