@@ -181,8 +181,8 @@ def add_layer_norm(
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`; statistics in fp32 (fp64 for fp64). `normed` is that
         of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself.
-        A row whose variance overflows in that dtype (in fp32, values around 1e19 and more) is NaN in `normed`, as are
-        its gradients; `torch.nn.functional.layer_norm` returns NaN or 0 there, depending on the width.
+        A row whose variance overflows in that dtype is what `torch.nn.functional.layer_norm` makes of it: NaN or 0,
+        depending on the width. The operator returns NaN.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 3.0, 2.0]])                 # [1, W=4]
@@ -193,8 +193,6 @@ def add_layer_norm(
     hidden = x if residual is None else x + residual
     wide = _wide(hidden)
     normed = F.layer_norm(wide, (wide.shape[-1],), weight.to(wide.dtype), bias.to(wide.dtype), eps)
-    variance = (wide.detach() - wide.detach().mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True)
-    normed = normed * torch.where(variance.isinf(), math.nan, 1.0).to(wide.dtype)
     return hidden, normed.to(hidden.dtype)
 
 

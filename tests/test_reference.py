@@ -65,14 +65,6 @@ def test_add_layer_norm_is_torchs(rng):
     assert hidden.dtype == normed.dtype == torch.bfloat16
 
 
-def test_add_layer_norm_of_an_overflowing_variance_is_nan():
-    x = torch.stack([torch.linspace(-1, 1, 768), 1e20 * torch.linspace(-1, 1, 768)]).requires_grad_()
-    _, normed = reference.add_layer_norm(x, None, torch.ones(768), torch.zeros(768))
-    (d_x,) = torch.autograd.grad(normed, x, torch.ones_like(x))
-    for result in normed, d_x:
-        assert result[0].isfinite().all() and result[1].isnan().all()
-
-
 def test_mlp_activation(rng):
     x, bias = torch.randn(3, 16, generator=rng, **torch_double), torch.randn(16, generator=rng, **torch_double)
     u = x + bias

@@ -39,14 +39,14 @@ def store_rows(head_ptr, rows, offs, mask, stride, start_e, E, BLOCK_E: tl.const
 
 @triton.jit
 def load_lse(lse_ptr, offs, mask):
-    """lse as two fp32 numbers, whose difference from scores is exact; no weight where the mask ends.
+    """lse in fp32, and the factor on exp(score − lse) for what fp32 leaves of it; no weight where the mask ends.
 
     In fp32 a lse of 300 is known to 2e-5, and so is every weight; where one key has nearly all the weight that is more
-    than the gradient of the scores.
+    than the gradient of the scores. The factor is exp(rest) to first order: the rest is half a step of fp32 at most.
     """
-    lse = tl.load(lse_ptr + offs, mask=mask, other=1e30)  # not infinity, which has no second part
+    lse = tl.load(lse_ptr + offs, mask=mask, other=1e30)  # not infinity, which has no rest
     high = lse.to(tl.float32)
-    return high, (lse - high.to(tl.float64)).to(tl.float32)
+    return high, 1.0 - (lse - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit

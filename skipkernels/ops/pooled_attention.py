@@ -133,7 +133,7 @@ def _pooled_attention_bwd_kernel(
     d_out = d_out.to(tl.float32)
     out = tl.load(out_ptr + of_head * E + offs_e, mask=mask_e, other=0.0)
     mean = tl.sum(d_out * out.to(tl.float32), axis=0)
-    lse, lse_low = load_lse(lse_ptr, of_head, True)
+    lse, exp_rest = load_lse(lse_ptr, of_head, True)
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
@@ -144,7 +144,7 @@ def _pooled_attention_bwd_kernel(
         counts = offs_n < length
         key = load_rows(key_ptr, offs_n, counts, stride_key_n, 0, E, BLOCK_E).to(tl.float32)
         score = tl.where(counts, tl.sum(query[None, :] * key, axis=1), float("-inf"))
-        weight = tl.exp(score - lse - lse_low)
+        weight = exp_rest * tl.exp(score - lse)
         if NEED_VALUE:
             d_value = weight[:, None] * d_out[None, :]
             store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)

@@ -197,13 +197,13 @@ def _suffix_attention_bwd_query_kernel(
     begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
     offs_t = begin + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end
-    lse, lse_low = load_lse(lse_ptr + head, offs_t * H, mask_t)
+    lse, exp_rest = load_lse(lse_ptr + head, offs_t * H, mask_t)
     mean = row_products(d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E)
     score = scale * products(
         query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None] - lse_low[:, None])
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None]) * exp_rest[:, None]
     d_weight = products(
         d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
@@ -219,8 +219,8 @@ def _suffix_attention_bwd_query_kernel(
                 query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
                 E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
             )  # fmt: skip
-            over_prefix = tl.where(mask_p[None, :], over_prefix, float("-inf"))
-            over_prefix = tl.exp(over_prefix - lse[:, None] - lse_low[:, None])
+            over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+            over_prefix *= exp_rest[:, None]
             d_over_prefix = products(
                 d_out_ptr, offs_t, mask_t, stride_d_out_t, prefix_value_ptr, offs_p, mask_p, stride_prefix_p,
                 E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
@@ -271,12 +271,12 @@ def _suffix_attention_bwd_suffix_kernel(
     begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
     offs_t = begin + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end
-    lse, lse_low = load_lse(lse_ptr + head, offs_t * H, mask_t)
+    lse, exp_rest = load_lse(lse_ptr + head, offs_t * H, mask_t)
     score = scale * products(
         query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None] - lse_low[:, None])
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None]) * exp_rest[:, None]
     if NEED_VALUE:
         factor = tl.trans(weight.to(suffix_value_ptr.dtype.element_ty))
         for start_e in range(0, E, BLOCK_E):
@@ -347,12 +347,12 @@ def _suffix_attention_bwd_prefix_kernel(
     for start_t in range(0, tokens, BLOCK_T):
         offs = start_t + tl.arange(0, BLOCK_T)
         offs_t, mask_t = begin + offs, offs < tokens
+        lse, exp_rest = load_lse(lse_ptr + head, offs_t * H, mask_t)
         score = scale * products(
             prefix_key_ptr, offs_p, mask_p, stride_prefix_p, query_ptr, offs_t, mask_t, stride_suffix_t,
             E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
         )  # fmt: skip
-        lse, lse_low = load_lse(lse_ptr + head, offs_t * H, mask_t)
-        weight = tl.exp(score - lse[None, :] - lse_low[None, :])
+        weight = tl.exp(score - lse[None, :]) * exp_rest[None, :]
         if NEED_VALUE:
             d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
             d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
