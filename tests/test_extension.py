@@ -296,9 +296,9 @@ def test_links_to_stable_symbols_only():
         pytest.skip("no library, or no nm")
     symbols = subprocess.run(["nm", "-D", "--undefined-only", path], check=True, capture_output=True, text=True).stdout
     names = [line.split()[-1].partition("@") for line in symbols.splitlines()]
-    torchs = [
-        name for name, at, _ in names if not at and not name.startswith(("aoti_torch_", "torch_", "_ITM", "__gmon"))
-    ]
+    # PyPI's libtorch_cpu.so exports some of the C++ library's functions, which then have no version here.
+    known = ("aoti_torch_", "torch_", "_ITM", "__gmon", "_ZNSt", "_ZNKSt", "_ZSt")
+    torchs = [name for name, at, _ in names if not at and not name.startswith(known)]
     assert torchs == ["__cxa_finalize"] or torchs == []
     assert not [name for name, _, _ in names if "c10" in name or "2at" in name or name.startswith("Py")]
 
