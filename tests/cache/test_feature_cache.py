@@ -644,7 +644,7 @@ def test_what_a_dataset_of_this_package_says_is_passed_on(tmp_path, stream, work
     (tmp_path / "b.png").write_text("no image")
     files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
     with pytest.raises(
-        StoreError, match=rf"^{tmp_path}/b\.png: can't be read as an image .*Mend or remove the file\.$"
+        StoreError, match=rf"^{tmp_path}/b\.png: can't be read as an image .*Replace or remove the file\.$"
     ):
         build(tmp_path / "store", OneByOne(files) if stream else files, identity="files", workers=workers)
 

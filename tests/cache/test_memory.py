@@ -28,7 +28,7 @@ def test_collect_records_no_gradient():
 
 def test_collect_refuses_what_does_not_fit(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 1 kB\n")
-    monkeypatch.setattr("skipkernels.memory._INFO", tmp_path / "meminfo")
+    monkeypatch.setattr("skipkernels.memory._PROC", tmp_path)
     collect(images(10), lambda batch: batch)  # 480 bytes of 1,024
     with pytest.raises(
         MemoryError,
