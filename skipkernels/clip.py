@@ -203,10 +203,7 @@ class SkipCLIP(nn.Module):
 
         if lower_device is not None:
             self._lower_device = torch.device(lower_device)
-            for tower in (self._image, self._text):
-                tower.move_lower(self._lower_device)
-        self._accept_weights()
-        self._supersede_others()
+        self._take_over()
         self.register_load_state_dict_post_hook(_after_load)
 
     # ---- construction ------------------------------------------------------------------------------------------
@@ -357,11 +354,15 @@ class SkipCLIP(nn.Module):
             self._text_store.check(self._text.lower_identity())
         with torch.autocast(device.type, enabled=False):
             self._check_against_model()
+        self._superseded = False
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Move what is below the cut, take its weights as those of the features, and end other SkipCLIPs."""
         if self._lower_device is not None:
             for tower in (self._image, self._text):
                 tower.move_lower(self._lower_device)
         self._accept_weights()
-        self._superseded = False
         self._supersede_others()
 
     def _accept_weights(self) -> None:
