@@ -17,10 +17,10 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from skipkernels.studies import compare
-from skipkernels.studies.runs import Result
-from skipkernels.tuning import TuneConfig
-from skipkernels.tuning.config import Method
+from skipkernels.experiments.studies import compare
+from skipkernels.experiments.studies.runs import Result
+from skipkernels.tuner import TuneConfig
+from skipkernels.tuner.config import Method
 
 from . import measure
 

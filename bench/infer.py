@@ -34,8 +34,8 @@ from tests.tolerances import relative_error
 
 from . import ceilings, measure
 from .budget import NO_TIME, Plan, add_budget
+from .cost_model import Foresight, Probe
 from .flops import flops_of
-from .foresight import Foresight, Probe
 from .inputs import Inputs, autocast, parser, random_inputs
 
 # Error of the logits against the published evaluation in fp32, relative to their norm. They may be as wrong as the

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipkernels.data import InputError
-from skipkernels.tuning.model import RANDOM, load_model
+from skipkernels.tuner.model import RANDOM, load_model
 
 PRECISIONS = ("fp32", "bf16")
 

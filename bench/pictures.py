@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from skipkernels.ops import OPERATORS
-from skipkernels.tuning.plots import COLOURS, GREY, coloured, panels_svg
+from skipkernels.tuner.plots import COLOURS, GREY, coloured, panels_svg
 
 from .profile import ATTENTION, MATRIX, OURS, REST
 from .step import COMPILED, FULL, MIN, PROMPTS, PUBLISHED, WHO

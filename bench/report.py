@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from skipkernels.studies.runs import spread
+from skipkernels.experiments.studies.runs import spread
 
 from . import epoch, infer, measure, pictures, step
 from .markdown import (

@@ -37,8 +37,8 @@ from skipkernels.selection import RankSampler
 
 from . import ceilings, cuda, measure
 from .budget import NO_TIME, Plan, add_budget
+from .cost_model import Foresight, Probe
 from .flops import flops_of
-from .foresight import Foresight, Probe
 from .inputs import PRECISIONS, Inputs, parser, random_inputs
 from .training import Published, Skip, Step, full_fine_tuning, prompt_tuning, skip_step
 

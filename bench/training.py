@@ -15,7 +15,7 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels.data import Task, TestSet
-from skipkernels.methods import CoOp
+from skipkernels.experiments.baselines import CoOp
 from skipkernels.selection import RankSampler
 from tests.tolerances import relative_error
 

@@ -2,7 +2,7 @@
 
     python examples/pretrain_glyph_tiny.py --steps 4500 --out glyph-tiny.safetensors
 
-Contrastive pre-training on every block of `skipkernels.data.glyphs` but the held-out ones, in every font but the
+Contrastive pre-training on every block of `skipkernels.experiments.glyphs` but the held-out ones, in every font but the
 held-out family. A step draws 128 characters, each in a random font and pose, and scores them against their own names
 and 384 other names; neighbours in the Unicode standard come together, since they look alike and are named alike.
 Only the token rows that occur in some glyph's name are stored, in half precision: the rest of the vocabulary is
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from skipkernels.data import glyph_tiny, glyphs
+from skipkernels.experiments import glyph_tiny, glyphs
 
 NEIGHBOURS = 16  # characters in a run of consecutive ones
 IMAGES, TEXTS = 128, 512

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipkernels import functional, ops, reference
     from skipkernels.boundary import LSkipBoundary
-    from skipkernels.cache import FeatureCache
     from skipkernels.clip import SkipCLIP, SkipOutput
+    from skipkernels.features import FeatureCache
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes

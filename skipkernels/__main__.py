@@ -11,7 +11,7 @@ def main() -> int:
     _open_closed_streams()
     _wait_passively()
     try:
-        from skipkernels import cli
+        from skipkernels.cli import main as cli
 
         return cli.main()
     except KeyboardInterrupt:

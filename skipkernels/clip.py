@@ -21,7 +21,7 @@ from .selection import ClassSelection, RankSampler, Tail, select_ranks
 from .store import digest_tensors, digests
 from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
 from .towers.agreement import Pair, check_agreement
-from .towers.attend import SDPA, Attention, Backend
+from .towers.attention import SDPA, Attention, Backend
 from .towers.base import ImageTower
 from .towers.structure import Structure, WeightsSeen, called_modules, containers, fused_modules, refuse_overrides
 from .towers.text_store import TextStore, kept_prototypes, telling

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+import skipkernels.experiments.baselines  # noqa: F401  adds its methods to the tuner's
+
 # No deadline: two busy cores. The same examples each time: a failure is everybody's failure.
 hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("skipkernels")

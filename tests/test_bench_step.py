@@ -11,9 +11,9 @@ import open_clip
 import pytest
 import torch
 
-from bench import ceilings, foresight, inputs, measure, profile, step, training
+from bench import ceilings, cost_model, inputs, measure, profile, step, training
 from bench.budget import Budget
-from bench.foresight import Foresight, Probe
+from bench.cost_model import Foresight, Probe
 from bench.published import PublishedStep
 
 SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
@@ -150,7 +150,7 @@ def test_a_table_of_other_columns_is_kept_beside_the_new_one(results):
 def test_foresight_is_a_straight_line():
     line = Foresight.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
-    free = foresight._MARGIN / foresight._MOST * 900
+    free = cost_model._MARGIN / cost_model._MOST * 900
     assert line.fits(50, free + 1e-6) and not line.fits(51, free) and line.most_classes(free + 1e-6) == 50
     noisy = Foresight.of(Probe(10, 2.0, 100), Probe(30, 1.0, 100))
     assert noisy.seconds(1000) == 2.0, "more classes never take less"

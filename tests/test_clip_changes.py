@@ -18,7 +18,7 @@ import skipkernels as sk
 from skipkernels.store import digests
 from skipkernels.store.digest import _digest_there
 from skipkernels.towers import UnsupportedModel
-from skipkernels.towers import open_clip as open_clip_towers
+from skipkernels.towers.families import open_clip as open_clip_towers
 
 C = 7
 

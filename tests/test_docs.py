@@ -33,7 +33,7 @@ import pytest
 import torch
 
 import skipkernels
-from skipkernels import cli
+from skipkernels.cli import main as cli
 from skipkernels.ops import OPERATORS, registration
 
 ROOT = Path(__file__).parents[1]
@@ -325,9 +325,9 @@ def nothing_runs(monkeypatch) -> None:
     monkeypatch.setattr(cli, "_tune", lambda command, out, err: command.resolved())
     monkeypatch.setattr(cli, "_eval", lambda *_: None)
     monkeypatch.setattr(cli, "_doctor", lambda *_: None)
-    monkeypatch.setattr(cli.cli_study, "run_protocols", lambda *_: None)
-    monkeypatch.setattr(cli.cli_study, "run_comparison", lambda *_: None)
-    for module in (cli.cli_analyze, cli.cli_cache):
+    monkeypatch.setattr(cli.study, "run_protocols", lambda *_: None)
+    monkeypatch.setattr(cli.study, "run_comparison", lambda *_: None)
+    for module in (cli.analyze, cli.cache):
         monkeypatch.setattr(module, "run", lambda *_: 0)
 
 

@@ -22,12 +22,11 @@ LAYERS = [
     ("store",),
     ("boundary", "classifier", "optimizer", "selection", "towers"),
     ("clip",),
-    ("cache",),
+    ("features",),
     ("data",),
-    ("methods",),
-    ("tuning",),
-    ("analysis", "studies"),
-    ("integrations", "cli", "cli_analyze", "cli_cache", "cli_study", "__main__"),
+    ("tuner",),
+    ("experiments",),
+    ("integrations", "cli", "__main__"),
 ]
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LIGHT = ("triton", "open_clip", "torchvision", "matplotlib", "xformers", "transformers", "skipkernels.ops")

@@ -22,5 +22,5 @@ def test_threads_wait_passively_unless_the_user_says_how(monkeypatch, own):
 def test_waiting_is_set_before_torch_is_imported(monkeypatch):
     order = []
     monkeypatch.setattr(entry, "_wait_passively", lambda: order.append("waiting"))
-    monkeypatch.setattr("skipkernels.cli.main", lambda: order.append("main") or 0)
+    monkeypatch.setattr("skipkernels.cli.main.main", lambda: order.append("main") or 0)
     assert entry.main() == 0 and order == ["waiting", "main"]

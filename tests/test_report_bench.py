@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from bench import markdown, pictures, report, stored
 from bench.report import Report, filled, growth_of
 from bench.stored import Device, beside, latest, read
-from skipkernels.tuning import plots
+from skipkernels.tuner import plots
 
 CPU, GPU = "CPU (avx2)", "GPU"
 PAGES = {

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from skipkernels.cache import BatchSampler, FeatureCache
+from skipkernels.features import BatchSampler, FeatureCache
 from skipkernels.memory import PeakMemory
 from skipkernels.store.shards import path_of
 

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 import skipkernels as sk
 from skipkernels.store import DTYPES
-from skipkernels.tuning import TuneConfig, tune
+from skipkernels.tuner import TuneConfig, tune
 from tests.tolerances import relative_error
 
 from .. import measure

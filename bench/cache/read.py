@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipkernels.cache import BatchSampler, FeatureCache
+from skipkernels.features import BatchSampler, FeatureCache
 
 from .. import measure
 from . import SHAPE, moved_bytes, random_store

@@ -3,8 +3,8 @@
 from .base import InputError, LabelledDataset, SizedDataset
 from .few_shot import few_shot, load_few_shot, save_few_shot, shortfall
 from .images import Images, LabelledImages, PickedImages
-from .protocols import Protocol, Task, TestSet, load_task, split_base_new, summarise
 from .source import Source, Split, from_datasets, open_source
+from .tasks import Protocol, Task, TestSet, load_task, split_base_new, summarise
 
 __all__ = [
     "Images",

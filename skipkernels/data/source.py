@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from . import glyphs
+from ..experiments import glyphs
 from .base import InputError, LabelledDataset, SizedDataset
 from .few_shot import few_shot
 from .files import shown

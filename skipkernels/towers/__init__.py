@@ -28,16 +28,16 @@ __all__ = [
 _IMAGE = {
     "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
     "open_clip.timm_model.TimmModel": "timm:timm_tower",
-    "open_clip.modified_resnet.ModifiedResNet": "staged:ResNetTower",
+    "open_clip.modified_resnet.ModifiedResNet": "convnets:ResNetTower",
     "clip.model.VisionTransformer": "openai:OpenAIImageTower",
-    "clip.model.ModifiedResNet": "staged:ResNetTower",
+    "clip.model.ModifiedResNet": "convnets:ResNetTower",
     "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceImageTower",
     "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceImageTower",
 }
 _TEXT = {
     "open_clip.model.CLIP": "open_clip:OpenClipTextTower",
     "open_clip.transformer.TextTransformer": "coca:text_tower",
-    "open_clip.hf_model.HFTextEncoder": "encoders:encoder_tower",
+    "open_clip.hf_model.HFTextEncoder": "hf_text:encoder_tower",
     "clip.model.CLIP": "openai:OpenAITextTower",
     "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceTextTower",
     "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceTextTower",
@@ -87,11 +87,11 @@ def _adapter(half: nn.Module, known: dict[str, str], tower: str) -> Callable[...
     if _name(half) not in known:
         raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(known)}; got {_name(half)}.")
     file, _, make = known[_name(half)].partition(":")
-    if file in ("hugging_face", "encoders"):  # whose blocks take other arguments in each major version
+    if file in ("hugging_face", "hf_text"):  # whose blocks take other arguments in each major version
         version = importlib.metadata.version("transformers")
         if int(version.split(".")[0]) < 5:
             raise UnsupportedModel(
                 f"SkipCLIP: {_name(half)} is handled with transformers 5 or later; got {version}. Update it: "
                 "pip install 'skipkernels[hugging-face]'."
             )
-    return getattr(importlib.import_module(f".{file}", __name__), make)
+    return getattr(importlib.import_module(f".families.{file}", __name__), make)

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..memory import free_bytes
 from ..store import digest_tensors
-from . import attend
-from .block import KEPT, Parts, Spec, flattened, run_block
+from . import attention
+from .eligibility import lacks
+from .fused_block import KEPT, Parts, Spec, flattened, run_block
 from .modes import counts, evaluating
-from .plain import lacks
 from .prompts import SharedPrefix
 
 Memory = Literal["auto", "fast", "min"]
@@ -58,7 +58,7 @@ class Tower(ABC):
     fixed: Sequence[nn.Parameter] = ()
     skip: int = 0
     memory: Memory = "fast"
-    attention: attend.Backend = attend.SDPA
+    attention: attention.Backend = attention.SDPA
     reductions: dict[str, str | None]
     _read: Sequence[Parts | str] = ()  # of each block, or the reason why it is not fused; empty: no block is
 
@@ -213,8 +213,8 @@ class Tower(ABC):
 
     def _fused(self, index: int, hidden: Tensor, mask: Tensor | None, *, minimal: bool) -> Tensor:
         """One fused block over sequences [n, tokens, W]."""
-        attention = partial(attend.sequences, by=self.attention, n=len(hidden), mask=mask)
-        return self._node(index, hidden.flatten(0, 1), attention, minimal=minimal).view_as(hidden)
+        attend = partial(attention.sequences, by=self.attention, n=len(hidden), mask=mask)
+        return self._node(index, hidden.flatten(0, 1), attend, minimal=minimal).view_as(hidden)
 
     def _node(
         self, index: int, rows: Tensor, attention: Callable, *, minimal: bool, wanted: Tensor | None = None
@@ -278,10 +278,8 @@ class ImageTower(Tower):
             return self.finish(hidden)
         n, tokens, _ = hidden.shape
         first = torch.arange(n, device=hidden.device) * tokens
-        attention = partial(attend.pooled, mask=None)
-        return self.finish(
-            self._node(depth - 1, hidden.flatten(0, 1), attention, minimal=minimal, wanted=first)[:, None]
-        )
+        attend = partial(attention.pooled, mask=None)
+        return self.finish(self._node(depth - 1, hidden.flatten(0, 1), attend, minimal=minimal, wanted=first)[:, None])
 
 
 class TextTower(Tower):
@@ -407,8 +405,8 @@ class TextTower(Tower):
             return hidden.flatten(0, 1)[at_end]
         if mask is not None:
             mask = mask.expand(n, 1, L, L)[torch.arange(n, device=rows.device), 0, ends]
-        attention = partial(attend.pooled, mask=mask)
-        return self._node(depth - 1, hidden.flatten(0, 1), attention, minimal=minimal, wanted=at_end)
+        attend = partial(attention.pooled, mask=mask)
+        return self._node(depth - 1, hidden.flatten(0, 1), attend, minimal=minimal, wanted=at_end)
 
     def _run_behind_prefix(self, rows: Tensor, class_ids: Tensor | None, of_all: bool) -> Tensor:
         """Hidden states [K, W] of the pooled tokens behind the last block, the prefix computed once for all."""
@@ -418,8 +416,8 @@ class TextTower(Tower):
         depth, minimal = len(self.blocks), self.keeps_little(rows)
         if self.skip == depth:
             return rows[chosen.ends]
-        attention = partial(
-            attend.suffixes,
+        attend = partial(
+            attention.suffixes,
             by=self.attention,
             prefix=self.prompts.length,
             offsets=chosen.offsets,
@@ -427,8 +425,8 @@ class TextTower(Tower):
             blind=chosen.ends if self.prompts.blind else None,
         )
         for index in range(self.skip, depth - 1):
-            rows = self._node(index, rows, attention, minimal=minimal)
-        last = partial(attention, queries=chosen.ends)
+            rows = self._node(index, rows, attend, minimal=minimal)
+        last = partial(attend, queries=chosen.ends)
         return self._node(depth - 1, rows, last, minimal=minimal, wanted=chosen.ends)
 
 

@@ -11,7 +11,7 @@ import textwrap
 import torch
 from torch import Tensor
 
-from .attend import Backend
+from .attention import Backend
 
 
 def unusable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
@@ -30,7 +30,7 @@ def unusable(device: torch.device, dtype: torch.dtype, head_width: int) -> str |
 
 
 def backend() -> Backend:
-    """xformers as `attend.py` calls it.
+    """xformers as `attention.py` calls it.
 
     Raises:
         ImportError: If it is not installed.

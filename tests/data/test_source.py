@@ -11,8 +11,9 @@ from pictures import coop, folders, refused
 from PIL import Image
 from torch.utils.data import Dataset
 
-from skipkernels.data import from_datasets, glyphs, open_source
+from skipkernels.data import from_datasets, open_source
 from skipkernels.data.source import GlyphSource, tidy
+from skipkernels.experiments import glyphs
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
 

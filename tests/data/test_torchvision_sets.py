@@ -16,10 +16,10 @@ from pictures import class_of, draw, refused, shuffle_listings
 from PIL import Image
 from torchvision import datasets
 
-from skipkernels.cache.identity import identify
 from skipkernels.data import LabelledImages, open_source
 from skipkernels.data.templates import COOP, PAPER
 from skipkernels.data.torchvision_sets import SETS
+from skipkernels.features.dataset_key import identify
 
 
 def md5(path: Path) -> str:

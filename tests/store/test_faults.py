@@ -1,6 +1,6 @@
 """A build that fails or is killed at any of its writes, flushes and renames: nothing wrong is believed, and it goes on.
 
-`tests/cache/test_crash.py` kills real processes.
+`tests/features/test_crash.py` kills real processes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,154 @@
+"""CoOp: learned words in front of the name of each class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from torch import Tensor, nn
+
+from ...data import InputError, Protocol, Task
+from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer, compare, text_transformer, unit_norm, wide
+
+
+class CoOp(FrozenModel):
+    """Context Optimization (Zhou et al. 2022), with one context for all classes and their names at its end.
+
+        prompt of c = [start, v_1, …, v_M, name of c, ".", end];   t_c = text tower(prompt of c)
+        loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
+
+    Only the context v [M, W] trains, in the place of M token embeddings; both towers are frozen. Classes of other tests
+    get the same context. Templates play no part. v begins at random, N(0, 0.02²), so the logits are not those of
+    zero-shot.
+
+    M is 16, as published. Where the longest prompt of any test would not fit into the model's context length L, M is
+    as large as fits, L − 2 − the tokens of the longest name and its full stop; `notes` says so.
+
+    Trains with SGD at 0.002, in few-shot for 200, 100 or 50 epochs (8 or more shots, 2 or 4, 1) and else for 50, as on
+    ImageNet and in later base-to-new comparisons.
+
+    Args:
+        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's own text transformer. Its weights stop
+            training, `requires_grad` False.
+        tokenizer: Its tokenizer.
+        task: What it is tuned to.
+        vectors: M.
+        keep_embeddings: Keep image embeddings in place of images, so that the image tower runs once for each; as
+            published it runs in every step.
+        generator: Of the first context.
+
+    Attributes:
+        context: [M, W].
+
+    Raises:
+        InputError: If it can't put a context into this model's texts, or none fits beside a name.
+
+    Source: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
+
+    Example:
+        >>> [CoOp.recipe("ViT-B-16", "few-shot", shots=shots).epochs for shots in (1, 4, 16)]
+        [50, 100, 200]
+    """
+
+    name = "coop"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        task: Task,
+        *,
+        vectors: int = 16,
+        keep_embeddings: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        if vectors < 1:
+            raise InputError(f"{self.name}: vectors must be at least 1; got {vectors}.")
+        self._text = text_transformer(self.name, model)
+        super().__init__(model, tokenizer, task, keep_embeddings=keep_embeddings, generator=generator)
+        names = [name for test in task.tests for name in test.classes]
+        tokens = tokenizer([f"{name}." for name in names])
+        ends = self._ends(tokens)
+        longest, length = int(ends.max()), tokens.shape[1]
+        count = min(vectors, length - 1 - longest)
+        name = names[int(ends.argmax())]
+        if count < 1:
+            raise InputError(
+                f"{self.name}: no context fits beside the class name {name!r}, which takes all {length} tokens that "
+                "the model has. Use shorter names, or another method."
+            )
+        if count < vectors:
+            self.notes.append(
+                f"{self.name}: {count} context vectors in place of {vectors}: with {name!r} the prompt would have "
+                f"{longest + 1 + vectors} tokens, and the model takes {length}."
+            )
+        # Any token holds the context's place, as long as it is neither padding nor the end: the name's own first.
+        tokens = torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
+        sizes = [len(test.classes) for test in task.tests]
+        device = next(model.parameters()).device
+        self._tokens = {
+            test.name: [part.to(device)] for test, part in zip(task.tests, tokens.split(sizes), strict=True)
+        }
+        words = self._text.token_embedding.weight
+        first = torch.empty(count, words.shape[1], device=self._generator.device)
+        nn.init.normal_(first, std=0.02, generator=self._generator)
+        self.context = nn.Parameter(first.to(device, wide(words.dtype)))
+        model.requires_grad_(False)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """Where each prompt ends [n]: the token that the model pools."""
+        one = isinstance(self._text, CLIP)
+        pool = self._text.text_pool_type if one else self._text.pool_type
+        if getattr(self._text, "cls_emb", None) is None:
+            if pool == "argmax":
+                return tokens.argmax(dim=1)
+            if pool == "eos":
+                return (tokens == (self._text.text_eos_id if one else self._text.eos_id)).int().argmax(dim=1)
+        raise InputError(
+            f"{self.name}: the text tower of model must pool the end-of-text token; that of this "
+            f"{type(self.model).__name__} pools {pool!r}. Use another model, or another method."
+        )
+
+    @classmethod
+    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+        few_shot = 200 if shots >= 8 else 100 if shots >= 2 else 50
+        return Recipe(
+            epochs=few_shot if protocol == "few-shot" else 50,
+            batch_size=32,
+            optimizer="sgd",
+            text_lr=2e-3,
+            momentum=0.9,
+            weight_decay=5e-4,
+            warmup_epochs=1,
+            warmup_lr=1e-5,
+            sampler="random",
+        )
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Text embeddings [n, D] of any length, by the model's own text tower, which sees the context.
+
+        A hook on the token embedding puts it there while the tower runs, so pooling, mask and dtypes are the model's.
+        """
+        handle = self._text.token_embedding.register_forward_hook(self._put_context)
+        try:
+            return super().encode_texts(tokens)
+        finally:
+            handle.remove()
+
+    def _put_context(self, module: nn.Module, args: tuple[Tensor], embedded: Tensor) -> Tensor:
+        """[n, L, W] with the context behind the start-of-text token."""
+        context = self.context.to(embedded.dtype).expand(len(embedded), -1, -1)
+        return torch.cat([embedded[:, :1], context, embedded[:, 1 + len(self.context) :]], dim=1)
+
+    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        """The loss of a batch over all classes."""
+        text = self.encode_texts(self._of(self._tuned)[0])
+        return compare(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """The context, at `text_lr`."""
+        return [{"name": "text", "params": [self.context], "lr": text_lr}]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"context": self.context}

@@ -1,0 +1,173 @@
+"""Hugging Face's `CLIPModel` and `SiglipModel`.
+
+CLIP: as OpenAI's, with query, key and value projected apart. SigLIP: no class token, no norm in front of the blocks;
+images are pooled by attention of a learned probe, texts at their last token, without a mask, through a linear layer.
+Blocks run alike whatever `attn_implementation` the model was made with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPModel, SiglipModel
+from transformers.activations import GELUActivation, QuickGELUActivation
+from transformers.models.clip import modeling_clip
+from transformers.models.siglip import modeling_siglip
+
+from ..base import ImageTower, TextTower, UnsupportedModel
+from ..eligibility import unlike
+from ..fused_block import Parts, Weights
+
+_TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name is another in each major version
+_ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
+
+
+def _block(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
+    linears = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["mlp.fc1", "mlp.fc2"]
+    return {
+        "self_attn": (attention,),
+        "layer_norm1": (nn.LayerNorm,),
+        "mlp": (mlp,),
+        "mlp.activation_fn": tuple(_ACTIVATIONS),
+        "layer_norm2": (nn.LayerNorm,),
+        **dict.fromkeys(linears, (nn.Linear,)),
+    }
+
+
+_KINDS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
+    CLIPModel: (modeling_clip.CLIPEncoderLayer, _block(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)),
+    SiglipModel: (
+        modeling_siglip.SiglipEncoderLayer,
+        _block(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP),
+    ),
+}
+
+
+def _obstacle(block: Any) -> str | None:
+    """Why a block cannot be run as one node, which sees its weights alone, or None."""
+    kind = SiglipModel if isinstance(block, modeling_siglip.SiglipEncoderLayer) else CLIPModel
+    reason = unlike(block, *_KINDS[kind])
+    if reason is not None:
+        return reason
+    attention = block.self_attn
+    if attention.dropout > 0:
+        return "a block's attention has dropout"
+    if attention.is_causal or attention.scale != (attention.embed_dim // attention.num_heads) ** -0.5:
+        return "a block's attention is causal by itself or has a scale of its own"
+    return None
+
+
+def _parts(block: Any) -> Parts:
+    attention, mlp = block.self_attn, block.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weights = Weights(
+        block.layer_norm1.weight, block.layer_norm1.bias,
+        tuple(layer.weight for layer in projections), tuple(layer.bias for layer in projections),
+        attention.out_proj.weight, attention.out_proj.bias, block.layer_norm2.weight, block.layer_norm2.bias,
+        mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+    )  # fmt: skip
+    eps = block.layer_norm1.eps, block.layer_norm2.eps
+    return Parts(weights, _ACTIVATIONS[type(mlp.activation_fn)], eps, attention.num_heads)
+
+
+def _tensor(output: Any) -> Tensor:
+    """What transformers returned: a tensor before version 5, an output with the pooled embedding since; or a tuple."""
+    if isinstance(output, tuple):
+        return output[0]
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class _ImageEncoder(nn.Module):
+    """The image half of a CLIPModel or SiglipModel as a module."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.vision_model, self.projection = model.vision_model, getattr(model, "visual_projection", nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.vision_model(pixel_values=images).pooler_output)
+
+
+class HuggingFaceImageTower(ImageTower):
+    """`model.vision_model` of such a model, and the projection of CLIP."""
+
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+
+    def __init__(self, model: Any):
+        self.model: Any = model
+        self.vision = self.model.vision_model
+        config = self.vision.config
+        self.blocks = self.vision.encoder.layers
+        self.image_size = (config.image_size, config.image_size)
+        one_node, pooled = self.read_blocks()
+        if isinstance(model, CLIPModel):
+            self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
+            self.head = (self.vision.post_layernorm, self.model.visual_projection)
+        else:
+            if not self.vision.use_head:
+                raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
+            self.embedding = (self.vision.embeddings,)
+            self.head = (self.vision.post_layernorm, self.vision.head)
+            pooled = pooled or "the tower pools over all tokens"
+        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
+
+    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return _tensor(self.model.get_image_features(pixel_values=inputs))
+
+    def encoder(self) -> nn.Module:  # noqa: D102
+        return _ImageEncoder(self.model)
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        hidden = self.vision.embeddings(inputs)
+        return self.vision.pre_layrnorm(hidden) if isinstance(self.model, CLIPModel) else hidden
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        return _tensor(block(hidden, attention_mask=None))
+
+    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        if isinstance(self.model, CLIPModel):
+            return self.model.visual_projection(self.vision.post_layernorm(hidden[:, 0]))
+        return self.vision.head(self.vision.post_layernorm(hidden))
+
+
+class HuggingFaceTextTower(TextTower):
+    """`model.text_model` of such a model, over the tokens of the task's classes."""
+
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+
+    def __init__(self, model: Any, tokens: Tensor):
+        self.model: Any = model
+        self.text = self.model.text_model
+        self.blocks = self.text.encoder.layers
+        self.embedding = (self.text.embeddings,)
+        one_node, last_block = self.read_blocks()
+        if isinstance(model, CLIPModel):
+            self.head = (self.text.final_layer_norm, self.model.text_projection)
+            self.take(tokens, self._ends(tokens), one_node, last_block)
+        else:
+            self.head = (self.text.final_layer_norm, self.text.head)
+            last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+            crop = "every token sees every other"
+            self.take(tokens, last, one_node, last_block, causal="there is no mask", crop=crop)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        end = self.text.eos_token_id  # read by its forward; the config may have been changed since
+        # Configs from before transformers 4.31 say 2 whatever the vocabulary; end-of-text is the largest id there.
+        return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
+
+    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return _tensor(self.model.get_text_features(input_ids=inputs))
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.text.embeddings(input_ids=inputs)
+
+    def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
+        return super().mask(inputs) if isinstance(self.model, CLIPModel) else None
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        return _tensor(block(hidden, attention_mask=None if mask is None else mask.to(hidden)))
+
+    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        hidden = self.text.final_layer_norm(hidden)
+        return self.model.text_projection(hidden) if isinstance(self.model, CLIPModel) else self.text.head(hidden)

@@ -1,0 +1,235 @@
+"""timm's transformers as the image tower of an open_clip model: the `trunk` of a `TimmModel`, and the `head` behind it.
+
+Patches, from a projection or from convolutions; class token and registers, positions, in front of the blocks or inside
+them (rotary, relative); blocks; norm, pooling (class token, mean, attention), projection. The trunks whose blocks come
+in stages are in `convnets.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import Attention, DropPath, HybridEmbed, LayerNorm, LayerScale, Mlp
+from timm.layers.activations import GELU, GELUTanh, QuickGELU
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.fastvit import FastVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vitamin import MbConvStages
+from torch import Tensor, nn
+
+from ..base import ImageTower, Part, UnsupportedModel
+from ..eligibility import scaled, unlike
+from ..fused_block import Parts, Weights
+from .convnets import AS_MODULES, convnext_tower, fastvit_tower, in_order, swin_tower
+
+_ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+_NORM, _SCALE, _PATH = (nn.LayerNorm, LayerNorm), (nn.Identity, LayerScale), (nn.Identity, DropPath)
+_BLOCK: dict[str, tuple[type, ...]] = {
+    "norm1": _NORM,
+    "attn": (Attention,),
+    "attn.qkv": (nn.Linear,),
+    "attn.q_norm": (nn.Identity,),
+    "attn.k_norm": (nn.Identity,),
+    "attn.attn_drop": (nn.Dropout,),
+    "attn.norm": (nn.Identity,),
+    "attn.proj": (nn.Linear,),
+    "attn.proj_drop": (nn.Dropout,),
+    "ls1": _SCALE,
+    "drop_path1": _PATH,
+    "norm2": _NORM,
+    "mlp": (Mlp,),
+    "mlp.fc1": (nn.Linear,),
+    "mlp.act": tuple(_ACTIVATIONS),
+    "mlp.drop1": (nn.Dropout,),
+    "mlp.norm": (nn.Identity,),
+    "mlp.fc2": (nn.Linear,),
+    "mlp.drop2": (nn.Dropout,),
+    "ls2": _SCALE,
+    "drop_path2": _PATH,
+}
+
+
+def timm_tower(model: Any) -> ImageTower:
+    """The image tower of an open_clip model whose `visual` is a `TimmModel`.
+
+    Raises:
+        UnsupportedModel: If its trunk is of no type that is known here, or one that cannot be cut exactly.
+    """
+    trunk: Any = model.visual.trunk
+    known: dict[type, Callable[[Any], ImageTower]] = {
+        VisionTransformer: ViTaminTower if _is_vitamin(trunk) else TransformerTower,
+        VisionTransformerRelPos: RelPosTower,
+        Eva: EvaTower,
+        ConvNeXt: convnext_tower,
+        FastVit: fastvit_tower,
+        SwinTransformer: swin_tower,
+    }
+    if type(trunk) not in known:
+        raise UnsupportedModel(
+            f"SkipCLIP: the image tower is timm's {type(trunk).__qualname__}; handled are "
+            f"{', '.join(kind.__name__ for kind in known)}."
+        )
+    return known[type(trunk)](model)
+
+
+def _is_vitamin(trunk: Any) -> bool:
+    """Whether a transformer's patches come from stages of convolutions, and from nothing else besides."""
+    embed: Any = getattr(trunk, "patch_embed", None)
+    plain = type(embed) is HybridEmbed and embed.flatten and not embed.dynamic_img_pad
+    return plain and type(embed.backbone) is MbConvStages
+
+
+def _obstacle(block: Any) -> str | None:
+    """Why a block cannot be run as one node, which sees its weights alone, or None."""
+    reason = unlike(block, Block, _BLOCK)
+    if reason is not None:
+        return reason
+    rates = (getattr(module, name, 0.0) for module in block.modules() for name in ("p", "drop_prob"))
+    if any(rate > 0 for rate in rates):
+        return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
+    if block.attn.qkv.out_features != 3 * block.attn.qkv.in_features:
+        return "the heads of a block are not as wide as the block"
+    if block.attn.scale != block.attn.head_dim**-0.5 or getattr(block.attn, "is_causal", False):
+        return "a block's attention is causal or has a scale of its own"
+    return None
+
+
+def _parts(block: Any) -> Parts:
+    """A block of a `VisionTransformer` as `block.py` runs it."""
+    weights = Weights(
+        block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias,
+        *scaled(block.attn.proj, block.ls1), block.norm2.weight, block.norm2.bias,
+        block.mlp.fc1.weight, block.mlp.fc1.bias, *scaled(block.mlp.fc2, block.ls2),
+    )  # fmt: skip
+    activation = block.mlp.act
+    tanh = getattr(activation, "approximate", "none") == "tanh"
+    kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(activation)]
+    return Parts(weights, kind, (block.norm1.eps, block.norm2.eps), block.attn.num_heads)
+
+
+class TransformerTower(ImageTower):
+    """`model.visual` where its trunk is a `VisionTransformer`."""
+
+    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+
+    def __init__(self, model: Any):
+        self.model, self.visual = model, model.visual
+        self.trunk = trunk = model.visual.trunk
+        self.blocks = trunk.blocks
+        self.image_size = tuple(trunk.patch_embed.img_size)  # that of `visual` may be another (ViTamin-XL-384)
+        front = ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
+        back = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
+        self.embedding: tuple[Part, ...] = tuple(getattr(trunk, name, None) for name in front)
+        self.head = (*(getattr(trunk, name, None) for name in back), self.visual.head)
+        one_node, pooled = self.read_blocks()
+        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "token":
+            pooled = pooled or "the tower pools over all tokens"
+        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
+
+    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.model.encode_image(inputs)
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        hidden = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
+        return self.trunk.norm_pre(self.trunk.patch_drop(hidden))
+
+    @property
+    def patch_dropout(self) -> nn.Module | None:  # noqa: D102
+        return getattr(self.trunk, "patch_drop", None)
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        return block(hidden)
+
+    def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
+        return self.visual.head(self.trunk.forward_head(self.trunk.norm(hidden)))
+
+
+class ViTaminTower(TransformerTower):
+    """`model.visual` where its trunk is a ViTamin: stages of convolutions, whose blocks count, then a transformer."""
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        backbone = self.trunk.patch_embed.backbone
+        stages = [((), stage) for stage in backbone.stages]
+        self.blocks = in_order([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
+        self._read, self.embedding = (), (backbone.stem,)
+        self.reductions = {"one_node_a_block": AS_MODULES, "pooled_last_block": AS_MODULES}
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.trunk.patch_embed.backbone.stem(inputs)
+
+
+class _Tokens(nn.Module):
+    """What stands between the convolutions and the transformer: maps to tokens, positions, norm."""
+
+    def __init__(self, trunk: Any):
+        super().__init__()
+        self.project = nn.Sequential(trunk.patch_embed.backbone.pool, trunk.patch_embed.proj)
+        self.cls_token, self.reg_token, self.pos_embed = trunk.cls_token, trunk.reg_token, trunk.pos_embed
+        self.pos_drop, self.patch_drop, self.norm_pre = trunk.pos_drop, trunk.patch_drop, trunk.norm_pre
+        self._add_positions = trunk._pos_embed  # of the parameters above
+
+    def forward(self, maps: Tensor) -> Tensor:
+        patches = self.project(maps).flatten(2).transpose(1, 2)
+        return self.norm_pre(self.patch_drop(self._add_positions(patches)))
+
+
+class RelPosTower(TransformerTower):
+    """`model.visual` where its trunk is a `VisionTransformerRelPos`: each block has its own relative positions."""
+
+    def __init__(self, model: Any):
+        if model.visual.trunk.shared_rel_pos is not None:
+            raise UnsupportedModel(
+                "SkipCLIP: the blocks of the image tower share one relative position bias (shared_rel_pos), which "
+                "would be on both sides of the cut; with one for each block such a tower is handled."
+            )
+        super().__init__(model)
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        patches, token = self.trunk.patch_embed(inputs), self.trunk.cls_token
+        return patches if token is None else torch.cat([token.expand(len(patches), -1, -1), patches], dim=1)
+
+
+class EvaTower(TransformerTower):
+    """`model.visual` where its trunk is an `Eva`: EVA, EVA-02, Perception Encoder.
+
+    Rotary positions belong to the embedding, although every block gets them: where they are learned ("mixed"), they
+    train at skip_layers=0 and are constants above a cut.
+    """
+
+    def __init__(self, model: Any):
+        if model.visual.trunk.rope is not None:
+            _refuse_positions_of_one_pass(model.visual.trunk)
+        super().__init__(model)
+        self._depth = {block: i for i, block in enumerate(self.blocks)}
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        hidden, _ = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
+        return self.trunk.norm_pre(hidden)
+
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        rope = self.trunk.rope
+        if rope is None:
+            return block(hidden)
+        grid = {} if hasattr(rope, "feat_shape") else {"shape": self.trunk.patch_embed.grid_size}
+        positions = rope.get_embed(**grid).to(hidden.device)
+        return block(hidden, rope=positions[self._depth[block]] if self.trunk.rope_mixed else positions)
+
+
+def _refuse_positions_of_one_pass(trunk: Any) -> None:
+    """Features at the cut don't say where their tokens are, so rotary positions may not depend on the images."""
+    reasons = {
+        "are those of the patches that are kept in training (patch_drop_rate)": trunk.patch_drop is not None,
+        "depend on the size of the image (dynamic_img_size)": trunk.dynamic_img_size,
+        "are drawn at random in training (rope_shift_coords and others)": getattr(trunk.rope, "aug_active", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedModel(
+                f"SkipCLIP: the rotary positions of the image tower {reason}; features at the cut would not have them."
+            )

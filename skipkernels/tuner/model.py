@@ -1,0 +1,176 @@
+"""From the name of a model and of its weights to an open_clip model on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import pickle
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from safetensors import SafetensorError
+from torch import nn
+from torchvision.transforms import Compose, RandomHorizontalFlip
+
+from ..data import InputError
+from ..experiments import glyph_tiny
+
+RANDOM = "random"
+# What open_clip raises for a file that is damaged, empty, of another structure, or another model's.
+_UNUSABLE: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
+_UNUSABLE += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
+_FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def load_model(
+    name: str, pretrained: str | None, device: torch.device, *, architecture_only: bool = False, seed: int = 0
+) -> tuple[nn.Module, Callable, Callable]:
+    """A model in evaluation mode, its image transform, and its tokenizer.
+
+    Args:
+        name: A model of `open_clip.list_models()`, or "glyph-tiny".
+        pretrained: A tag of open_clip, the path of a state dict (safetensors, or what `torch.load` reads with
+            `weights_only=True`), "random", or None for the weights that come with glyph-tiny.
+        device: Where the model goes.
+        architecture_only: Leave the weights random. The image transform is still that of the tag, if it has its own.
+        seed: Of random weights.
+
+    Raises:
+        InputError: If there is no such model or weights, or the file does not fit.
+    """
+    glyph_tiny.register()
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
+        raise InputError(f"--model: open_clip has no model {name!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None and name != glyph_tiny.NAME:
+        raise InputError(
+            f"--pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
+        )
+    if pretrained is not None and not architecture_only:
+        check_activation(name, pretrained)
+    file = Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
+    tag = pretrained if file is None and pretrained != RANDOM else None
+    if tag is not None and tag not in tags:
+        raise InputError(
+            f"--pretrained: {name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}."
+        )
+    if file is not None and not architecture_only and not file.is_file():
+        raise InputError(f"--pretrained: no file {file}.")
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
+            )
+        except (OSError, RuntimeError) as error:
+            raise InputError(_not_loaded(name, tag, error)) from error
+    if not architecture_only:
+        if file is not None:
+            load_weights(model, file)
+        elif pretrained is None:
+            model.load_state_dict(glyph_tiny.state_dict())
+    return model.to(device).eval(), transform, _tokenizer(name)
+
+
+def check_activation(name: str, tag: str) -> None:
+    """Refuse weights of open_clip that were trained with QuickGELU in a model with GELU, and the other way round.
+
+    open_clip loads them with a warning, and the model is then less accurate. Refused is what another model of the same
+    shape takes with its own activation, before anything is downloaded.
+
+    Raises:
+        InputError: If so; names that model.
+    """
+    suffix = "-quickgelu"
+    other = name.removesuffix(suffix) if name.endswith(suffix) else name + suffix
+    fitting = open_clip.get_pretrained_cfg(other, tag) if other in open_clip.list_models() else {}
+    if not fitting:
+        return
+    has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
+    if has != trained:
+        called = {True: "QuickGELU", False: "GELU"}
+        raise InputError(
+            f"--model: {tag} was trained with {called[trained]}, and {name} has {called[has]}; use --model {other}."
+        )
+
+
+def augmentation(model: Any, preset: Literal["default", "reference"] = "default") -> Callable:
+    """A random crop of most of an image, as open_clip trains a model; of Wu et al.: of any part, and flipped or not."""
+    cfg = PreprocessCfg(**model.visual.preprocess_cfg)
+    if preset == "default":
+        return image_transform_v2(cfg, is_train=True)
+    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
+    return Compose([RandomHorizontalFlip(), crop])
+
+
+def _tokenizer(name: str) -> Callable:
+    try:
+        return open_clip.get_tokenizer(name)
+    except (OSError, ImportError) as error:
+        raise InputError(
+            f"--model: the tokenizer of {name} is one of Hugging Face's and could not be loaded: {_first_line(error)} "
+            "It is downloaded once, and needs the package transformers (pip install 'skipkernels[hugging-face]')."
+        ) from error
+
+
+def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
+    """What a tag of open_clip says of the image transform, so that it holds without the tag's weights too."""
+    settings = {"mean": "image_mean", "std": "image_std"}
+    settings |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+    known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
+    return {argument: known[key] for key, argument in settings.items() if key in known}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict into a model; nothing in the file is executed.
+
+    Raises:
+        InputError: If the file is damaged, or is not a state dict of this model.
+    """
+    try:
+        open_clip.load_checkpoint(model, str(path), weights_only=True)
+    except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
+        raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
+    except _UNUSABLE as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        if isinstance(error, AssertionError) or (lines and lines[0].startswith("Error(s) in loading state_dict")):
+            reason = textwrap.shorten(lines[-1] if lines else "another structure", 200, placeholder=" ….")
+            raise InputError(
+                f"{path}: not usable as weights of this model: they are another model's ({reason.strip('. ')}). Name "
+                "theirs with --model."
+            ) from error
+        raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
+
+
+def _not_loaded(name: str, tag: str | None, error: BaseException) -> str:
+    """What to say where open_clip did not make a model: of a download that failed, the first cause alone."""
+    while error.__context__ is not None and isinstance(error.__context__, OSError):
+        error = error.__context__
+    reason = textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 250, placeholder=" ….")
+    if tag is None:
+        return f"--model: {name} could not be made: {reason}"
+    return f"--pretrained: the weights {tag} of {name} could not be downloaded: {reason}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines: list[Any] = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {textwrap.shorten(' '.join(lines[:2]), 250, placeholder=' ….')}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without open_clip's warning that no weights were loaded: they are loaded here, or random was asked for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,481 @@
+"""What each protocol trains on and tests on: glyphs to the image, folders and CoOp's datasets by what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, coop, draw, folders, refused
+from PIL import Image
+
+from skipkernels.data import from_datasets, load_task, open_source, split_base_new, summarise
+from skipkernels.data.tasks import _short_names
+from skipkernels.experiments import glyphs
+from skipkernels.features.dataset_key import identify
+
+
+def load(data, protocol="base-to-new", **how):
+    return load_task(data, **{"protocol": protocol, "shots": 2, "classes": None, "seed": 0, **how})
+
+
+def sizes(task):
+    return {test.name: len(test.classes) for test in task.tests}
+
+
+def check(task):
+    """What holds of every task: labels fit classes, prompts and pictures."""
+    assert len({test.name for test in task.tests}) == len(task.tests)
+    for test in task.tests:
+        assert {len(texts) for texts in test.prompts} == {len(test.classes)}
+        assert all(name in prompt for texts in test.prompts for name, prompt in zip(test.classes, texts, strict=True))
+        assert set(test.images.labels) == set(range(len(test.classes)))
+        assert test.images[len(test.images) - 1][1] == test.images.labels[-1]
+        assert isinstance(test.images[0][0], Image.Image), "a picture, to be shown"
+    assert set(task.train.labels) == set(range(len(task.tests[0].classes)))
+    return task
+
+
+# ---- base-to-new -----------------------------------------------------------------------------------------------------
+
+# (data, shots, classes, seed): digests of prompts and labels, and the mean grey of some images of train, base and new,
+# as they were before there were other protocols.
+PINNED = {
+    ("glyphs", 16, 100, 0): (
+        "5a90da5d56984c94",
+        "1f6399cfa26e6f1e",
+        [
+            [235.8, 229.4, 234.9, 236.6, 246.5, 244.3],
+            [245.8, 234.9, 230.7, 238.9, 240.9, 248.0],
+            [240.1, 239.7, 239.3, 240.8, 240.5, 247.0],
+        ],
+    ),
+    ("glyphs:greek", 2, 21, 1): (
+        "73ac3a9701ba8936",
+        "d26818896bc4e21e",
+        [
+            [246.6, 253.4, 245.8, 233.7, 243.4, 233.7],
+            [242.5, 252.9, 240.8, 237.8, 240.8, 244.4],
+            [238.1, 247.6, 249.5, 233.7, 248.2, 238.5],
+        ],
+    ),
+    ("glyphs:greek+armenian", 1, 7, 2): (
+        "2b8fa3bad9ab360a",
+        "24e93092837d6e67",
+        [
+            [244.7, 246.8, 246.5, 245.7],
+            [242.5, 247.2, 243.4, 242.9, 240.3, 242.8],
+            [244.9, 241.5, 243.7, 244.5, 247.6, 250.1],
+        ],
+    ),
+    ("glyphs:georgian", 3, 1000, 5): (
+        "015062cad8f2fa0b",
+        "cfb4081a4f88d3da",
+        [
+            [241.0, 234.2, 232.4, 233.8, 240.0, 246.2],
+            [239.4, 234.9, 238.4, 243.9, 239.2, 244.8],
+            [246.5, 233.5, 240.3, 240.4, 244.6, 241.9],
+        ],
+    ),
+}
+
+
+def digest(lines):
+    return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()[:16]
+
+
+def greys(images, count=6):
+    step = max(1, len(images) // count)
+    return [float(np.asarray(images[index][0]).mean()) for index in range(0, len(images), step)][:count]
+
+
+@pytest.mark.parametrize("how", PINNED, ids=lambda how: how[0])
+def test_glyphs_are_what_they_were(how):
+    data, shots, classes, seed = how
+    prompts, labels, means = PINNED[how]
+    task = check(load(data, shots=shots, classes=classes, seed=seed))
+    base, new = task.tests
+    assert digest(base.prompts[0] + new.prompts[0]) == prompts
+    assert digest([*task.train.labels, *base.images.labels, *new.images.labels]) == labels
+    for images, wanted in zip((task.train, base.images, new.images), means, strict=True):
+        # Not to the bit: another FreeType smooths edges otherwise.
+        assert greys(images) == pytest.approx(wanted, abs=0.5)
+
+
+def test_glyphs_are_drawn_with_these_seeds():
+    task = load("glyphs:greek", shots=3, classes=10, seed=4)
+    base = [images.codepoints for images in (task.train, task.tests[0].images)]
+    assert base[0] == base[1] and not set(base[0]) & set(task.tests[1].images.codepoints)
+    for images, per_class, seed in ((task.train, 3, 4), *((test.images, 12, 2**31) for test in task.tests)):
+        drawn = glyphs.GlyphDataset(images.codepoints, glyphs.HELD_OUT_FONTS, per_class=per_class, seed=seed)
+        assert [image.tobytes() for image, _ in images] == [image.tobytes() for image, _ in drawn]
+
+
+def test_base_to_new_by_coops_rule():
+    assert split_base_new(list("abcde")) == (list("abc"), list("de"))
+    task = load("glyphs:greek", shots=2, classes=21)
+    assert sizes(task) == {"base": 11, "new": 10} and task.name == "glyphs:greek" and task.protocol == "base-to-new"
+    assert not set(task.tests[0].classes) & set(task.tests[1].classes)
+    assert len(task.train) == 22
+
+
+def test_training_images_are_no_test_images():
+    task = load("glyphs", shots=4, classes=10)
+    train, test = ({image.tobytes() for image, _ in split} for split in (task.train, task.tests[0].images))
+    assert len(train) == 20 and not train & test
+
+
+def test_shots_by_seed():
+    def pixels(seed):
+        return [image.tobytes() for image, _ in load("glyphs", classes=6, seed=seed).train]
+
+    assert pixels(1) == pixels(1) != pixels(2)
+
+
+def test_a_folder(tmp_path):
+    task = check(load(f"imagefolder:{folders(tmp_path, dict.fromkeys(['ant', 'bee', 'cat', 'dog', 'eel'], 10))}"))
+    assert [test.classes for test in task.tests] == [["ant", "bee", "cat"], ["dog", "eel"]]
+    assert [class_of(task.train[index][0]) for index in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [class_of(image) - label for image, label in map(task.tests[1].images.__getitem__, range(6))] == [3] * 6
+    assert len(task.notes) == 1 and "divided by a hash" in task.notes[0]
+
+
+# ---- few-shot, and what all have in common ---------------------------------------------------------------------------
+
+
+def test_few_shot(tmp_path):
+    task = check(load("coop:food101", "few-shot", root=coop(tmp_path, "food101"), shots=3))
+    assert sizes(task) == {"all": 3} and task.train.labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert task.tests[0].prompts == ([f"a photo of the nice {name.replace('_', ' ')}." for name in NAMES],)
+    assert task.notes == ()
+
+
+def test_transforms_of_training_and_of_tests(tmp_path):
+    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    for protocol, how in (("few-shot", {}), ("cross-dataset", {"targets": ["glyphs:greek"]})):
+        task = load(data, protocol, shots=1, classes=2, **how, transform=lambda image: 1)
+        assert {task.train[0][0], *(test.images[0][0] for test in task.tests)} == {1}
+        task = load(data, protocol, shots=1, **how, transform=lambda image: 1, train_transform=lambda image: 2)
+        assert task.train[0][0] == 2 and {test.images[0][0] for test in task.tests} == {1}
+
+
+def test_several_templates(tmp_path):
+    task = check(load("glyphs:greek", "few-shot", classes=2, templates=["a {}.", "the {}!"]))
+    name = task.tests[0].classes[0]
+    assert [texts[0] for texts in task.tests[0].prompts] == [f"a {name}.", f"the {name}!"]
+    coop(tmp_path, "dtd")
+    assert load("coop:dtd", templates="coop", root=tmp_path).tests[0].prompts[0][0] == "apple pie texture."
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 250, None])
+def test_classes_are_evenly_spaced(classes):
+    everything = open_source("glyphs").classes
+    task = load("glyphs", "few-shot", shots=1, classes=classes)
+    chosen = [everything.index(name) for name in task.tests[0].classes]
+    count = len(everything) if classes is None else classes
+    assert chosen == [position * len(everything) // count for position in range(count)]
+    note = f"glyphs:latin-extended-additional: {count} of {len(everything)} classes, evenly spaced."
+    assert task.notes == (() if classes is None else (note,))
+
+
+@hypothesis.given(st.integers(2, 30), st.integers(2, 40), st.sampled_from(["base-to-new", "few-shot"]))
+def test_any_number_of_classes(there, classes, protocol):
+    names = [f"class {number:02d}" for number in range(there)]
+    items = [(Image.new("L", (1, 1), label), label) for label in range(there) for _ in range(2)]
+    source = from_datasets("grey", train=items, test=items, classes=names)
+    task = check(load(source, protocol, classes=classes, shots=1))
+    chosen = [name for test in task.tests for name in test.classes]
+    assert len(chosen) == min(there, classes) and chosen == sorted(chosen) and len(set(chosen)) == len(chosen)
+    for test in task.tests:
+        for index in range(len(test.images)):
+            image, label = test.images[index]
+            assert names[image.getpixel((0, 0))] == test.classes[label]
+
+
+def test_few_images_are_told(tmp_path):
+    coop(tmp_path, "dtd")
+    task = load("coop:dtd", root=tmp_path, shots=16)
+    assert Counter(task.train.labels) == {0: 4, 1: 4}
+    assert task.notes == (
+        "coop:dtd: fewer than 16 training images, and so all there are, of 2 of 2 classes: apple pie (4), baby back "
+        "ribs (4).",
+        "coop:dtd: new has one class alone, crème brûlée, so all of its images count as right, whatever is tuned.",
+    )
+
+
+def test_a_dataset_of_ones_own_has_tasks():
+    items = [(Image.new("L", (1, 1), label), label) for label in range(4) for _ in range(3)]
+    task = check(load(from_datasets("grey", train=items, test=items, classes=list("abcd"))))
+    assert task.name == "grey" and [test.classes for test in task.tests] == [["a", "b"], ["c", "d"]]
+
+
+def test_a_cache_knows_every_task(tmp_path):
+    """It asks what a dataset is, and keeps what differs apart."""
+    folders(tmp_path, {"cat": 9, "dog": 9})
+    for data in ("glyphs", f"imagefolder:{tmp_path}"):
+        tasks = [load(data, "few-shot", classes=2, seed=seed) for seed in (1, 1, 2)]
+        digests = [identify(task.train) for task in tasks]
+        assert digests[0] == digests[1] != digests[2]
+        assert identify(tasks[0].tests[0].images) == identify(tasks[2].tests[0].images) != digests[0]
+
+
+# ---- cross-dataset ---------------------------------------------------------------------------------------------------
+
+
+def test_other_blocks_are_the_targets_of_glyphs():
+    task = check(load("glyphs", "cross-dataset", classes=20))
+    assert sizes(task) == {
+        "source": 20,
+        **dict.fromkeys(
+            ["latin-extended-a", "latin-extended-b", "greek", "cyrillic", "phonetic-extensions", "greek-extended",
+             "arrows", "mathematical-operators", "box-drawing", "braille", "arrows-b"], 20),
+    }  # fmt: skip
+    assert len(task.train) == 40 and {len(test.images) for test in task.tests} == {240}
+    assert task.tests[3].prompts[0][0] == "the character greek capital letter heta."
+
+
+def test_a_block_that_is_tuned_on_is_no_target():
+    source = "glyphs:greek+currency+braille"
+    names = [test.name for test in load(source, "cross-dataset", classes=2, shots=1).tests]
+    assert names[0] == "source" and not {"greek", "currency", "braille"} & set(names) and "cyrillic" in names
+
+
+def test_the_ten_others_are_the_targets_of_imagenet(tmp_path):
+    for name in ("imagenet", "fgvc_aircraft", *JSON_SETS):
+        coop(tmp_path, name)
+    task = check(load("coop:imagenet", "cross-dataset", root=tmp_path))
+    others = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397"]
+    assert sizes(task) == {"source": 4, **dict.fromkeys([*others, "dtd", "eurosat", "ucf101"], 3)}
+    assert task.tests[0].classes == IMAGENET_NAMES and len(task.train) == 8
+    prompts = {test.name: test.prompts[0][0] for test in task.tests}
+    assert prompts["source"] == "a photo of a tench." and prompts["dtd"] == "itap of a apple pie."
+    assert load("coop:imagenet", "cross-dataset", root=tmp_path, classes=2).notes == (
+        "coop:imagenet: 2 of 4 classes, evenly spaced.",
+    )
+
+
+def test_targets_of_ones_own(tmp_path):
+    folders(tmp_path / "pets", {"cat": 4, "dog": 4})
+    folders(tmp_path / "insects", {"ant": 4, "bee": 4, "fly": 1, "fly/more": 3})
+    data, target = (f"imagefolder:{tmp_path / name}" for name in ("pets", "insects"))
+    own = from_datasets("mine", test=[(Image.new("L", (1, 1)), 0)], classes=["x"])
+    task = check(load(data, "cross-dataset", targets=[target, "glyphs:greek", own], classes=3))
+    assert sizes(task) == {"source": 2, "insects": 3, "greek": 3, "mine": 1}
+    assert [note for note in task.notes if note.startswith(target)], "what is to be said of a target is said"
+
+
+@pytest.mark.parametrize(
+    ("specs", "names"),
+    [
+        (["coop:dtd", "glyphs:greek+coptic"], ["dtd", "greek+coptic"]),
+        (["coop:dtd", "torchvision:dtd"], ["coop-dtd", "torchvision-dtd"]),
+        (["imagefolder:/a/My Photos/"], ["My-Photos"]),
+        (["imagefolder:C:\\a\\b", "imagefolder:."], ["b", "."]),
+        (["imagefolder:/a/source"], ["a-source"]),
+        (["imagefolder:x/targets", "glyphs"], ["x-targets", "glyphs"]),
+        (["imagefolder:/日本/犬"], ["犬"]),
+    ],
+)
+def test_names_of_targets(specs, names):
+    """They go into tables and names of folders."""
+    assert _short_names(specs) == names
+
+
+# ---- domain generalization -------------------------------------------------------------------------------------------
+
+
+def test_fonts_are_the_domains_of_glyphs():
+    task = check(load("glyphs:greek", "domain-generalization", classes=5, shots=4))
+    assert sizes(task) == {"source": 5, "serif-bold": 5, "serif-italic": 5, "serif-bold-italic": 5}
+    assert task.train.fonts == ["serif"] and [test.images.fonts for test in task.tests] == [
+        ["serif"],
+        ["serif-bold"],
+        ["serif-italic"],
+        ["serif-bold-italic"],
+    ]
+    assert {tuple(test.classes) for test in task.tests} == {tuple(task.tests[0].classes)}
+    assert {len(test.images) for test in task.tests} == {60} and len(task.train) == 20
+    train, test = ({image.tobytes() for image, _ in images} for images in (task.train, task.tests[0].images))
+    assert not train & test
+    some = load("glyphs:greek", "domain-generalization", classes=5, targets=["serif-italic"])
+    assert sizes(some) == {"source": 5, "serif-italic": 5}
+
+
+@pytest.mark.parametrize("targets", [["serif"], ["comic"], ["serif-bold", "serif-bold"], ["glyphs:greek"], ["stix"]])
+def test_fonts_that_are_no_domains(targets):
+    with refused("--targets", "the font serif", "serif-bold, serif-italic, serif-bold-italic", *targets):
+        load("glyphs:greek", "domain-generalization", targets=targets)
+
+
+def imagenet_and_variants(root):
+    for name in ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"):
+        coop(root, name)
+    return root
+
+
+def test_variants_are_the_domains_of_imagenet(tmp_path):
+    task = check(load("coop:imagenet", "domain-generalization", root=imagenet_and_variants(tmp_path)))
+    assert {test.name: test.classes for test in task.tests} == {
+        "source": IMAGENET_NAMES,
+        "imagenetv2": IMAGENET_NAMES,
+        "imagenet_sketch": IMAGENET_NAMES,
+        "imagenet_a": [IMAGENET_NAMES[1], IMAGENET_NAMES[3]],
+        "imagenet_r": IMAGENET_NAMES[:3],
+    }
+    assert {test.name: test.prompts[0][0] for test in task.tests}["imagenet_r"] == "a rendition of a tench."
+
+
+def test_variants_with_fewer_classes(tmp_path):
+    """Tuned on the first and third: of ImageNet-A nothing is left of these."""
+    imagenet_and_variants(tmp_path)
+    targets = ["coop:imagenetv2", "coop:imagenet_r"]
+    task = check(load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2, targets=targets))
+    tuned = [IMAGENET_NAMES[0], IMAGENET_NAMES[2]]
+    assert {test.name: test.classes for test in task.tests} == {
+        "source": tuned,
+        "imagenetv2": tuned,
+        "imagenet_r": tuned,
+    }
+    third = [image for image, label in map(task.tests[1].images.__getitem__, range(4)) if label == 1]
+    assert {class_of(image) for image in third} == {2}
+    with refused("--targets: coop:imagenet_a has none of the classes that are tuned on", "--classes"):
+        load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2)
+
+
+def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
+    imagenet_and_variants(tmp_path)
+    for file in tmp_path.glob("*/classnames.txt"):
+        file.write_text(file.read_text().replace("tiger shark", "tench"))
+    (tmp_path / "imagenet-rendition/classnames.txt").write_text("n01440764 tinca\nn01443537 koi\nn01484850 jaws\n")
+    task = load("coop:imagenet", "domain-generalization", root=tmp_path)
+    assert [test.images.labels for test in task.tests if test.name == "imagenet_a"] == [[0, 0, 1, 1]]
+    assert task.tests[3].classes == ["goldfish", "tench"]
+    assert task.tests[4].classes == ["tench", "goldfish", "great white shark"], "by the names they were tuned by"
+    assert task.tests[4].prompts[0][1] == "a rendition of a goldfish."
+
+
+def test_domains_by_name(tmp_path):
+    folders(tmp_path / "photos", {"cat": 4, "dog": 4, "owl": 4})
+    for label, name in ((1, "Dog"), (0, "CAT")):  # in another order, by other letters
+        for split in ("train", "test"):
+            draw(tmp_path / "sketches" / split / name / "0.png", label)
+    data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "sketches"))
+    task = check(load(data, "domain-generalization", targets=[target]))
+    assert [(test.name, test.classes) for test in task.tests] == [
+        ("source", ["cat", "dog", "owl"]),
+        ("sketches", ["cat", "dog"]),
+    ]
+    images = task.tests[1].images
+    assert [(class_of(images[index][0]), images[index][1]) for index in range(2)] == [(0, 0), (1, 1)]
+    assert task.tests[1].prompts == (["a photo of a cat.", "a photo of a dog."],)
+
+
+def test_domains_that_do_not_fit(tmp_path):
+    folders(tmp_path / "photos", {"cat": 4, "dog": 4})
+    folders(tmp_path / "more", {"cat": 4, "dog": 4, "owl": 4, "yak": 4})
+    data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "more"))
+    with refused(f"--targets: {target} has classes that {data} doesn't have: owl, yak", "Leave them out"):
+        load(data, "domain-generalization", targets=[target])
+    once = from_datasets("twice", test=[("image", 0), ("image", 1)], classes=["cat", "dog"])
+    twice = replace(once, classes=("cat", "Cat"))  # as CoOp's may be, as published
+    with refused("--targets: twice has two classes 'cat'", "Rename one"):
+        load(data, "domain-generalization", targets=[twice])
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"data": "imagenet"}, ["--data", "no dataset 'imagenet'"]),
+        ({"data": "glyphs:klingon"}, ["--data", "no block 'klingon'"]),
+        ({"data": "glyphs:emoticons"}, ["--data", "draw only 0 distinct characters"]),
+        ({"shots": 0}, ["--shots must be", "every class needs a training image"]),
+        ({"classes": 1}, ["--classes must be at least 2", "got 1"]),
+        ({"seed": -1}, ["--seed must be from 0"]),
+        ({"protocol": "zero-shot"}, ["--protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
+        ({"targets": ["glyphs:greek"]}, ["--targets: base-to-new has none", "cross-dataset or domain-generalization"]),
+        ({"protocol": "few-shot", "targets": ["x"]}, ["--targets: few-shot has none"]),
+        ({"protocol": "cross-dataset", "targets": ["x"]}, ["--targets: no dataset 'x'"]),
+        ({"protocol": "cross-dataset", "targets": ["glyphs:greek"] * 2}, ["--targets: two of", "are the same"]),
+        ({"templates": ["a {name}."]}, ["--template", "'a {name}.'"]),
+    ],
+)
+def test_tasks_that_can_not_be(arguments, words):
+    with refused(*words):
+        load(**{"data": "glyphs", "classes": 4, **arguments})
+
+
+def test_datasets_without_targets(tmp_path):
+    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    with refused(f"--targets: cross-dataset of {data} needs datasets to test on", "Name some"):
+        load(data, "cross-dataset")
+    with refused(f"--targets: domain-generalization of {data} needs datasets of the same classes"):
+        load(data, "domain-generalization")
+
+
+def test_a_target_that_is_not_there(tmp_path):
+    coop(tmp_path, "imagenet")
+    with refused("--root: coop:caltech101: no folder", "caltech-101", "name those that you have with --targets"):
+        load("coop:imagenet", "cross-dataset", root=tmp_path)
+    with refused("--root: coop:dtd: no folder", "DATASETS.md"):
+        load("coop:imagenet", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
+
+
+def test_a_source_or_target_without_test_images(tmp_path):
+    file = coop(tmp_path, "dtd") / "dtd/split_zhou_DescribableTextures.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "test": [item for item in content["test"] if item[1] < 2]}))
+    with refused("--data: coop:dtd has no test images of crème brûlée"):
+        load("coop:dtd", root=tmp_path)
+    file.write_text(json.dumps({**content, "test": []}))
+    with refused("--targets: coop:dtd has no test images", "train, val"):
+        load("glyphs", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
+
+
+@pytest.mark.parametrize(("given", "lacking"), [("train", "test"), ("test", "train")])
+def test_ones_own_dataset_with_one_split_alone(given, lacking):
+    source = from_datasets("squares", **{given: [("image", 0), ("image", 1)]}, classes=["black", "grey"])
+    with refused(f"--data: squares has no {lacking} images: it has {given} images. Give from_datasets {lacking}= too."):
+        load(source, "few-shot")
+
+
+def test_one_class(tmp_path):
+    with refused("--data: imagefolder:", "fewer than two classes"):
+        load(f"imagefolder:{folders(tmp_path, {'cat': 4})}", "few-shot")
+    with refused("--data: empty has fewer than two classes"):
+        load(from_datasets("empty", test=[], classes=[]))
+
+
+def test_load_task_tells_parts_of_one_class(tmp_path):
+    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    assert [note.partition(": ")[2] for note in load(data).notes if "one class alone" in note] == [
+        f"{part} has one class alone, {name}, so all of its images count as right, whatever is tuned."
+        for part, name in (("base", "cat"), ("new", "dog"))
+    ]
+    assert not any("one class alone" in note for note in load(data, "few-shot").notes)
+
+
+# ---- what is reported ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "accuracies", "more"),
+    [
+        ("base-to-new", {"base": 60.0, "new": 30.0}, {"harmonic": 40.0}),
+        ("base-to-new", {"base": 0.0, "new": 0.0}, {"harmonic": 0.0}),
+        ("cross-dataset", {"source": 90.0, "a": 10.0, "b": 20.0}, {"targets": 15.0}),
+        ("domain-generalization", {"source": 90.0, "a": 10.0}, {"targets": 10.0}),
+        ("few-shot", {"all": 50.0}, {}),
+    ],
+)
+def test_summaries(protocol, accuracies, more):
+    before = dict(accuracies)
+    found = summarise(protocol, accuracies)
+    assert found == {**before, **more} and list(found) == [*before, *more] and accuracies == before

@@ -1,0 +1,293 @@
+"""What holds for every method: what trains and what doesn't, what comes before training, checkpoints, errors."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from method_tasks import STEPS, answers, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
+from torch import nn
+
+from skipkernels.data import InputError, load_task
+from skipkernels.experiments import glyph_tiny
+from skipkernels.features import FeatureCache
+from skipkernels.tuner.methods import METHODS, Recipe
+from skipkernels.tuner.methods.base import mean_embedding
+
+FAMILIES = [open_clip.CLIP, open_clip.CustomTextCLIP]
+# Logits up to 14, through other orders of summation in fp64; measured 1e-14.
+CLOSE = {"rtol": 0, "atol": 1e-11}
+
+
+def changed_by(method, family) -> set[str]:
+    """Names of the model's weights that a method is to change."""
+    names = {name for name, _ in method.model.named_parameters()}
+    if method.name == "full":
+        return names - {"logit_scale"}
+    if method.name == "lora":
+        return {name for name in names if name.endswith((".down", ".up"))}
+    if method.name == "skip":
+        text = "" if family is open_clip.CLIP else "text."
+        heads = ("visual.ln_post.", "visual.proj", f"{text}ln_final.", f"{text}text_projection")
+        blocks = tuple(f"{tower}transformer.resblocks.{n}." for tower in ("visual.", text) for n in (2,))
+        return {name for name in names if name.startswith(heads + blocks)}
+    return set()
+
+
+def test_every_method_is_there():
+    assert list(METHODS) == ["skip", "zero-shot", "full", "linear-probe", "coop", "clip-adapter", "lora"]
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("name", STEPS)
+def test_loss_falls_and_nothing_else_changes(name, family):
+    method = made(name, tiny_model(family))
+    before = copy.deepcopy(method.model.state_dict())
+    groups = method.parameter_groups(text_lr=0.1, image_lr=0.2)
+    assert {(group["name"], group["lr"]) for group in groups} <= {("text", 0.1), ("image", 0.2)}
+    own = [(p, p.detach().clone()) for group in groups for p in group["params"]]
+
+    losses = trained(method, steps=8, rate=0.02 if name in ("skip", "full") else 0.05)
+    assert losses[-1] < losses[0] - 0.02
+    assert all(not p.equal(first) for p, first in own if first.any() or not p.any())
+    moved = {key for key, tensor in method.model.state_dict().items() if not tensor.equal(before[key])}
+    padding = {"token_embedding.weight", "text.token_embedding.weight"}
+    assert moved - padding == changed_by(method, family) - padding
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients_reach_only_what_trains(name):
+    method = made(name, dropout=0.0) if name == "lora" else made(name)
+    images, labels = stacked(method.task.train)
+    method.step(method.encode_frozen(images), labels).loss.backward()
+    trains = [p for group in method.parameter_groups(text_lr=0, image_lr=0) for p in group["params"]]
+    assert all(p.grad is not None for p in trains)
+    ids = {id(p) for p in trains}
+    assert [key for key, p in method.model.named_parameters() if p.grad is not None and id(p) not in ids] == []
+
+
+@pytest.mark.parametrize("templates", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_before_training(name, templates):
+    """Skip, full and lora begin at zero-shot; the probe knows nothing; coop and the adapter begin at random."""
+    model, task = tiny_model(), tiny_task(templates)
+    expected = {test.name: zero_shot(model, stacked(test.images)[0], test.prompts) for test in task.tests}
+    got = answers(made(name, model, task))
+    if name == "linear-probe":
+        assert not got["base"].any() and got["new"] is None
+        return
+    for test in ("base", "new"):
+        same = torch.allclose(got[test], expected[test], **CLOSE)
+        assert same == (name not in ("coop", "clip-adapter"))
+
+
+@pytest.mark.parametrize("name", ["skip", "full"])
+def test_logits_after_training_are_the_model_s_own(name):
+    """So the checkpoint is a whole model that open_clip loads and agrees with."""
+    method = made(name)
+    trained(method)
+    plain = tiny_model(seed=1)
+    plain.load_state_dict(method.state_dict())
+    for test in method.task.tests:
+        images = stacked(test.images)[0]
+        torch.testing.assert_close(answers(method)[test.name], zero_shot(plain, images, test.prompts), **CLOSE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_dict_restores_to_the_bit(name):
+    method = made(name)
+    trained(method)
+    state = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    assert (state.keys() == method.model.state_dict().keys()) == (name in ("skip", "full"))
+    expected = answers(method)
+    again = made(name, generator=torch.Generator().manual_seed(5))
+    answers(again)  # class embeddings are kept
+    again.load_state_dict(state)
+    assert all(state[key].equal(tensor) for key, tensor in again.state_dict().items())
+    for test, logits in answers(again).items():
+        assert logits is None if expected[test] is None else logits.equal(expected[test])
+
+
+@pytest.mark.parametrize("name", ["skip", "coop", "lora", "linear-probe"])
+def test_a_state_of_something_else_is_refused_and_changes_nothing(name):
+    method = made(name)
+    first = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    last = list(first)[-1]
+    other_size = first | {last: torch.zeros(7, 7)}
+    for wrong, message in (
+        (other_size, rf"{name}: the state has \[7, 7\] for {last}"),
+        ({key: tensor for key, tensor in first.items() if key != last}, f"the state has nothing for {last}"),
+        (first | {"more": torch.zeros(1)}, "for more, and this model and task take nothing"),
+    ):
+        shifted = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in wrong.items()}
+        with pytest.raises(InputError, match=message):
+            method.load_state_dict(shifted)
+    assert all(first[key].equal(tensor) for key, tensor in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "linear-probe"])
+def test_class_embeddings_are_kept_until_weights_change(name, monkeypatch):
+    method, task = made(name), tiny_task()
+    calls = []
+    real = nn.Embedding.forward
+    monkeypatch.setattr(nn.Embedding, "forward", lambda self, x: calls.append(len(x)) or real(self, x))
+    answers(method)
+    calls.clear()
+    first = answers(method)
+    assert not calls
+    groups = [group for group in method.parameter_groups(text_lr=0, image_lr=0) if group["name"] == "text"]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.data.mul_(1.5).add_(0.1)  # which version counters don't see
+    changed = answers(method)
+    assert bool(groups) == (name in ("skip", "full", "coop", "lora"))
+    for test in task.tests:
+        assert torch.equal(first[test.name], changed[test.name]) == (not groups)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_logits_are_those_of_evaluation_mode(name):
+    method = made(name)
+    trained(method)
+    expected = answers(method)
+    method.train(True)
+    for test, logits in answers(method).items():
+        torch.testing.assert_close(logits, expected[test], **CLOSE)
+    assert method.model.training == (name in ("skip", "full", "lora"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bf16(name):
+    method = made(name, tiny_model(dtype=torch.float32), tiny_task())
+    images, labels = stacked(method.task.train)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = method.encode_frozen(images.float())
+        if name in STEPS:
+            loss = method.step(inputs, labels).loss
+            assert loss.dtype == torch.float32
+        logits = method.logits("base", inputs)
+    assert logits.dtype == torch.float32
+    if name in STEPS:
+        loss.backward()
+        close = method.logits("base", method.encode_frozen(images.float()))
+        assert (logits - close).abs().max() < 1.5  # one hundredth of the largest angle at a scale of 14, and roundings
+        assert (logits != close).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_that_come_to_a_bf16_model_are_wide(name):
+    method = made(name, tiny_model(dtype=torch.float32).to(torch.bfloat16))
+    own = [tensor.dtype for key, tensor in method.state_dict().items()]
+    assert set(own) <= {torch.bfloat16 if name in ("skip", "full") else torch.float32}
+
+
+@pytest.mark.parametrize("name", ["skip", "coop", "clip-adapter", "lora"])
+def test_the_generator_decides_what_is_drawn(name):
+    settings = {"keep_ratio": 0.2, "decay": 10.0} if name == "skip" else {}  # one class always stays, of four some
+
+    def after(seed: int):
+        method = made(name, generator=torch.Generator().manual_seed(seed), **settings)
+        torch.manual_seed(0)  # dropout
+        trained(method, images=1)
+        return method.state_dict()
+
+    one, same, other = after(1), after(1), after(2)
+    assert all(one[key].equal(same[key]) for key in one)
+    assert not all(one[key].equal(other[key]) for key in one)
+
+
+def test_what_a_method_has_not():
+    images, labels = stacked(tiny_task().train)
+    with pytest.raises(TypeError, match="zero-shot: it has no steps; call fit"):
+        made("zero-shot").step(images, labels)
+    with pytest.raises(TypeError, match="lora: it trains by steps; call step"):
+        made("lora").fit(images, labels)
+    for name in METHODS:
+        with pytest.raises(InputError, match=f"{name}: test must be one of the task's, base, new; got 'old'"):
+            made(name).logits("old", images)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_another_model_is_refused(name):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model()
+            self.logit_scale = self.inner.logit_scale
+
+    with pytest.raises(InputError, match=r"(?s)model must be .*; got .*Wrapped"):
+        METHODS[name](Wrapped(), tokenizer, tiny_task())
+
+
+def test_mean_embedding():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.functional.normalize(torch.randn(5, 3, generator=generator), dim=1) for _ in range(2))
+    assert mean_embedding([first]) is first
+    mean = mean_embedding([first, second])
+    for row, expected in zip(mean, (first + second) / 2, strict=True):
+        torch.testing.assert_close(row, expected / expected.norm())
+
+
+def test_published_recipes():
+    def of(name: str, protocol: str, shots: int = 16, classes: int = 100) -> Recipe:
+        return METHODS[name].recipe("ViT-B-16-quickgelu", protocol, shots, classes)
+
+    sgd = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4}
+    skip = {"batch_size": 4, "sampler": "class_pure", **sgd}
+    warm = {"warmup_epochs": 1}
+    base_to_new = Recipe(epochs=20, text_lr=2e-5, image_lr=5e-6, warmup_lr=1e-6, **warm, **skip)
+    assert of("skip", "base-to-new") == base_to_new
+    for protocol in ("cross-dataset", "domain-generalization"):
+        assert of("skip", protocol) == Recipe(epochs=20, text_lr=1e-5, image_lr=1e-6, warmup_lr=1e-8, **warm, **skip)
+    few_shot = Recipe(epochs=40, text_lr=1e-5, image_lr=1e-5, warmup_epochs=0, warmup_lr=0.0, **skip)
+    assert of("skip", "few-shot") == few_shot
+    assert of("full", "few-shot") == Recipe(**(vars(few_shot) | {"sampler": "random"}))
+
+    coop = {"batch_size": 32, "warmup_epochs": 1, "warmup_lr": 1e-5, "sampler": "random", **sgd}
+    assert of("coop", "base-to-new") == Recipe(epochs=50, text_lr=2e-3, **coop)
+    assert [of("coop", "few-shot", shots).epochs for shots in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
+    assert of("clip-adapter", "few-shot") == Recipe(epochs=200, image_lr=2e-3, **coop)
+    assert (of("zero-shot", "few-shot").epochs, of("linear-probe", "few-shot").epochs) == (0, 0)
+
+    for shots, classes in ((16, 100), (1, 10), (4, 1000)):
+        lora = of("lora", "few-shot", shots, classes)
+        steps_an_epoch = -(-shots * classes // 32)
+        assert 500 * shots <= lora.epochs * steps_an_epoch < 500 * shots + steps_an_epoch
+    assert lora == Recipe(
+        lora.epochs, 32, "adamw", 2e-4, 2e-4, weight_decay=1e-2, warmup_epochs=0, warmup_lr=0.0, sampler="random"
+    )
+
+
+def test_recipes_on_glyph_tiny():
+    for name, text_lr, image_lr in (("skip", 4e-3, 2e-3), ("full", 5e-4, 2e-4)):
+        recipe = METHODS[name].recipe("glyph-tiny", "base-to-new", 16)
+        assert (recipe.epochs, recipe.text_lr, recipe.image_lr, recipe.warmup_epochs) == (8, text_lr, image_lr, 0)
+        assert recipe.batch_size == 4
+    with pytest.raises(InputError, match="no protocol 'all'; choose base-to-new, cross-dataset"):
+        METHODS["skip"].recipe("glyph-tiny", "all", 16)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_on_glyphs(name):
+    """The shipped model and a task as it is loaded; what is frozen is kept in memory as the loop does it."""
+    model, _, transform = open_clip.create_model_and_transforms(glyph_tiny_name())
+    model.load_state_dict(glyph_tiny.state_dict())
+    task = load_task("glyphs:greek", protocol="base-to-new", shots=1, classes=6, seed=0, transform=transform)
+    method = METHODS[name](model.eval(), open_clip.get_tokenizer("glyph-tiny"), task)
+    count = sum(p.numel() for group in method.parameter_groups(text_lr=0, image_lr=0) for p in group["params"])
+    # Of 6,427,201: two blocks of four and three of six; 16 words of 96; [32, 128] and [128, 32]; ten blocks of q, k, v.
+    trains = {"skip": 847616, "full": 6427200, "coop": 1536, "clip-adapter": 8192, "lora": 13824}
+    assert count == trains.get(name, 0)
+    kept = FeatureCache.in_memory(task.train, method.encode_frozen)
+    inputs, labels = next(iter(kept.loader(3, "sequential")))
+    if name in STEPS:
+        assert method.step(inputs, labels).loss.item() > 0
+    assert method.logits("base", inputs).shape == (3, 3)
+
+
+def glyph_tiny_name() -> str:
+    glyph_tiny.register()
+    return glyph_tiny.NAME

@@ -1,0 +1,15 @@
+"""A run that many tests look at."""
+
+from __future__ import annotations
+
+import pytest
+
+from skipkernels.tuner import tune
+from tests.tuner.runs import small
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Its folder, which nobody changes, and its metrics."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, tune(small(folder))

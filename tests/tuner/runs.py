@@ -1,0 +1,59 @@
+"""Small runs, and what they left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from skipkernels.cli.main import main
+from skipkernels.store import digest_tensors
+from skipkernels.tuner import TuneConfig
+
+SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
+
+
+def small(out: Path, **changes: Any) -> TuneConfig:
+    return dataclasses.replace(SMALL, out=out, **changes)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+def results(folder: Path) -> list[Any]:
+    """All that a run leaves but for its times: metrics, rows, and the bits of the weights."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    timed = ("seconds", "seconds_waiting_for_features", "budget")
+    file = folder / metrics["checkpoint"]["file"]
+    return [
+        without_cost(metrics),
+        [{name: value for name, value in row.items() if name not in timed} for row in rows(folder)],
+        {name: digest_tensors([(name, tensor)]) for name, tensor in load_file(file).items()},
+    ]
+
+
+def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "cost"}
+
+
+def files(folder: Path) -> set[str]:
+    """Names of what is not hidden; TensorBoard's events aside."""
+    return {file.name for file in folder.iterdir() if not file.name.startswith((".", "events."))}
+
+
+def fails(arguments: list[Any], capsys) -> str:
+    """The one line that a command says on input that it can't use."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # below what was done before
+    assert error.startswith("error") and "Traceback" not in error
+    return error
