@@ -178,7 +178,7 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
         for name, gradient in ours.items()
         if (theirs := model.get_parameter(name).grad) is not None
     ]
-    off = [reduction for reduction, reason in clip.reductions.items() if reason is not None]
+    off = [name for name, reduction in clip.reductions.items() if not reduction.enabled]
     return Row(name, "", ", ".join(off), abs(out.loss.item() - loss.item()) / loss.item(), max(errors))
 
 

@@ -19,7 +19,7 @@ from .checks import warn_caller
 from .classifier import ImageClassifier
 from .selection import ClassSelection, RankSampler, Tail, select_ranks
 from .store import digest_tensors, digests
-from .towers import Memory, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
+from .towers import Memory, Reduction, UnsupportedModel, build_towers, evaluating, training_without_chance, xformers
 from .towers.agreement import Pair, check_agreement
 from .towers.attention import SDPA, Attention, Backend
 from .towers.base import ImageTower
@@ -225,11 +225,11 @@ class SkipCLIP(nn.Module):
         self._set_trainable()
         self._structure, self._called = self._take_snapshot(), self._see_called()
         for tower, name in zip(towers, ("image", "text"), strict=True):
-            reason = tower.reductions["one_node_a_block"]
-            if tower.can_fuse and reason is not None and settings.trainable == "upper":
+            fused = tower.reductions["fused_block"]
+            if tower.can_fuse and not fused.enabled and settings.trainable == "upper":
                 warn_caller(
-                    f"SkipCLIP: not every block of the {name} tower is fused ({reason}). It runs as your module: the "
-                    "results are the same, time and memory are not."
+                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). It runs as your module: "
+                    "the results are the same, time and memory are not."
                 )
 
     def _set_trainable(self) -> None:
@@ -526,19 +526,18 @@ class SkipCLIP(nn.Module):
         return self._image.skip, self._text.skip
 
     @property
-    def reductions(self) -> dict[str, str | None]:
-        """Each exact reduction: None where it is on, else the reason why it is off."""
+    def reductions(self) -> dict[str, Reduction]:
+        """The exact reductions by name: `enabled`, or the `reason` why not."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
-        reasons: dict[str, str | None] = {}
+        states: dict[str, Reduction] = {}
         for prefix, tower in (("image", self._image), ("text", self._text)):
-            reasons |= {f"{prefix}.{name}": reason for name, reason in tower.reductions.items()}
+            states |= {f"{prefix}.{name}": reduction for name, reduction in tower.reductions.items()}
             if tower.skip == len(tower.blocks):
-                reasons[f"{prefix}.pooled_last_block"] = "every block is skipped: the last runs once, for every token"
-        return reasons | {
-            "image.no_input_gradient": None if self._image.skip else no_cut,
-            "text.no_input_gradient": None if self._text.skip else no_cut,
-            "text.features_kept": None if self._text.skip else no_cut,
-        }
+                states[f"{prefix}.pooled_last_block"] = Reduction(
+                    False, "every block is skipped: the last runs once, for every token"
+                )
+            states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
+        return states | {"text.features_kept": states["text.no_input_gradient"]}
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def test_as_is_trains_adapters_alone_and_keeps_plain_blocks_fused():
     assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     assert len(clip.trainable_parameters()) == 4
     assert [clip._image.is_fused(i) for i in range(3)] == [True, True, False]
-    assert "1 of 3 blocks" in clip.reductions["image.one_node_a_block"]
+    assert "1 of 3 blocks" in clip.reductions["image.fused_block"].reason
     assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
 
 
@@ -84,7 +84,7 @@ def test_as_is_trains_norms_or_biases_alone(kept, recwarn):
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(kept in name for name in trained) and "visual.proj" not in trained
-    assert clip.reductions["image.one_node_a_block"] is clip.reductions["text.shared_prefix"] is None
+    assert clip.reductions["image.fused_block"].enabled and clip.reductions["text.shared_prefix"].enabled
     assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
 
 
@@ -443,7 +443,7 @@ def test_attention_of_open_clip_4_is_fused(monkeypatch):
         block.attn = Attention(old.embed_dim, old.num_heads).double()
         block.attn.load_state_dict(old.state_dict())
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
-    assert set(clip.reductions.values()) == {None}
+    assert all(reduction.enabled for reduction in clip.reductions.values())
     assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
     model.visual.transformer.resblocks[2].attn.scale = 1.0
     with pytest.raises(RuntimeError, match="a block's attention is scaled"):

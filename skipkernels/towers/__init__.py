@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from .base import ImageTower, Memory, TextTower, UnsupportedModel
 from .modes import evaluating, training_without_chance
+from .reductions import Reduction
 
 __all__ = [
     "ImageTower",
     "Memory",
+    "Reduction",
     "TextTower",
     "UnsupportedModel",
     "build_towers",

@@ -24,6 +24,7 @@ from .eligibility import lacks
 from .fused_block import KEPT, Parts, Spec, flattened, run_block
 from .modes import counts, evaluating
 from .prompts import SharedPrefix
+from .reductions import Reduction
 
 Memory = Literal["auto", "fast", "min"]
 Part = nn.Module | nn.Parameter | None
@@ -48,7 +49,7 @@ class Tower(ABC):
         skip: Blocks below the cut. Set by SkipCLIP.
         memory: What an upper block keeps for backward. Set by SkipCLIP.
         attention: Who computes attention in blocks that run as nodes. Set by SkipCLIP.
-        reductions: Name → None where an exact reduction is on, else the reason why it is off.
+        reductions: Name → `Reduction`.
     """
 
     model: Any
@@ -59,7 +60,7 @@ class Tower(ABC):
     skip: int = 0
     memory: Memory = "fast"
     attention: attention.Backend = attention.SDPA
-    reductions: dict[str, str | None]
+    reductions: dict[str, Reduction]
     _read: Sequence[Parts | str] = ()  # of each block, or the reason why it is not fused; empty: no block is
 
     @abstractmethod
@@ -76,7 +77,7 @@ class Tower(ABC):
 
     @staticmethod
     def parts(block: Any) -> Parts:
-        """What a block is made of; asked only where `one_node_a_block` is on."""
+        """What a block is made of; asked only where `fused_block` is enabled."""
         raise NotImplementedError
 
     @staticmethod
@@ -261,6 +262,13 @@ class ImageTower(Tower):
         """The caller's image encoder by itself: images to embeddings [n, D], or a tuple that begins with them."""
         return self.model.visual
 
+    def _set_reductions(self, fused_block: str | None, pooled_last_block: str | None) -> None:
+        """Take the reason against each reduction, or None."""
+        self.reductions = {
+            "fused_block": Reduction.unless(fused_block),
+            "pooled_last_block": Reduction.unless(pooled_last_block),
+        }
+
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states behind the last block to embeddings [n, D].
@@ -271,7 +279,7 @@ class ImageTower(Tower):
     def upper(self, hidden: Tensor) -> Tensor:
         """Hidden states at the cut to image embeddings [n, D], not normalised."""
         depth, minimal = len(self.blocks), self.keeps_little(hidden)
-        pools = self.skip < depth and self.reductions["pooled_last_block"] is None
+        pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
         for index in range(self.skip, depth - pools):
             hidden = self._upper_block(index, hidden, None, minimal=minimal)
         if not pools:
@@ -326,12 +334,13 @@ class TextTower(Tower):
         prompts = SharedPrefix(self.tokens, pooled, blind=blind)
         alone = causal or one_node or (None if prompts.length else "the prompts begin with different tokens")
         self.prompts = prompts if alone is None else None
-        self.reductions = {
+        reasons = {
             "text_crop": crop,
             "shared_prefix": alone,
-            "one_node_a_block": one_node,
+            "fused_block": one_node,
             "pooled_last_block": last_block if self._read else one_node,
         }
+        self.reductions = {name: Reduction.unless(reason) for name, reason in reasons.items()}
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move what is beside the model's modules."""
@@ -398,7 +407,7 @@ class TextTower(Tower):
         ends, mask = (self.pooled if class_ids is None else self.pooled[class_ids]).to(rows.device), self.mask(tokens)
         n, L, _ = hidden.shape
         at_end, depth = torch.arange(n, device=rows.device) * L + ends, len(self.blocks)
-        minimal, pools = self.keeps_little(hidden), self.skip < depth and self.reductions["pooled_last_block"] is None
+        minimal, pools = self.keeps_little(hidden), self.skip < depth and self.reductions["pooled_last_block"].enabled
         for index in range(self.skip, depth - pools):
             hidden = self._upper_block(index, hidden, mask, minimal=minimal)
         if not pools:

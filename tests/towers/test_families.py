@@ -118,9 +118,9 @@ def test_the_step_is_the_models_own(make, skip):
     tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
     assert_is_the_own_step(clip, images, tokens, labels)
-    assert clip.reductions["text.one_node_a_block"] is clip.reductions["image.one_node_a_block"] is None
+    assert clip.reductions["text.fused_block"].enabled and clip.reductions["image.fused_block"].enabled
     if not type(model).__name__.startswith("Siglip"):
-        assert clip.reductions["text.text_crop"] is clip.reductions["text.shared_prefix"] is None
+        assert clip.reductions["text.text_crop"].enabled and clip.reductions["text.shared_prefix"].enabled
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def check_encoder(model, skip):
     tokens, (images, labels) = encoder_tokens(), tiny_batch(3, CLASSES)
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
     assert clip._text.tokens.shape[1] == 7 < tokens.shape[1]
-    assert "runs as your module" in clip.reductions["text.one_node_a_block"]
+    assert "runs as your module" in clip.reductions["text.fused_block"].reason
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
@@ -189,7 +189,7 @@ def test_coca_with_prompts_whose_padding_is_elsewhere(kind, correct):
         tokens[2, 2] = 0  # "!" of open_clip's vocabulary
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     full_but_plain = kind == "full" and correct
-    assert (clip.reductions["text.shared_prefix"] is None) == full_but_plain
+    assert (clip.reductions["text.shared_prefix"].enabled) == full_but_plain
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
@@ -211,8 +211,8 @@ def test_a_mask_of_the_padding_alone():
     model.text.use_pad_mask = True  # no config has it
     images, labels = tiny_batch(3, CLASSES)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.reductions["text.text_crop"] is None and clip._text.tokens.shape[1] < 10
-    assert "later ones" in clip.reductions["text.shared_prefix"]
+    assert clip.reductions["text.text_crop"].enabled and clip._text.tokens.shape[1] < 10
+    assert "later ones" in clip.reductions["text.shared_prefix"].reason
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
@@ -230,7 +230,7 @@ def test_a_hook_on_a_block_is_followed(make, tower):
     norm = next(module for module in block.modules() if isinstance(module, nn.LayerNorm))
     norm.register_forward_hook(lambda mod, args, out: out * 1.01)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert "hooks" in clip.reductions[f"{tower}.one_node_a_block"]
+    assert "hooks" in clip.reductions[f"{tower}.fused_block"].reason
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
@@ -244,7 +244,9 @@ def test_another_activation_is_followed(make):
         setattr(model.get_submodule(mlp), name, nn.SiLU())
     tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, model.logit_scale.dtype)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert "SiLU" in clip.reductions["text.one_node_a_block"] and "SiLU" in clip.reductions["image.one_node_a_block"]
+    assert (
+        "SiLU" in clip.reductions["text.fused_block"].reason and "SiLU" in clip.reductions["image.fused_block"].reason
+    )
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
@@ -299,8 +301,8 @@ def test_openai_with_another_mask_is_followed():
     for block in model.transformer.resblocks:
         block.attn_mask = torch.zeros(77, 77)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert "not the causal one" in clip.reductions["text.shared_prefix"]
-    assert clip.reductions["text.text_crop"] is not None
+    assert "not the causal one" in clip.reductions["text.shared_prefix"].reason
+    assert not clip.reductions["text.text_crop"].enabled
     assert_is_the_own_step(clip, images, tokens, labels)
 
 
@@ -326,7 +328,7 @@ def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
     open_clip.model.convert_weights_to_lp(model, dtype)
     assert model.visual.ln_post.weight.dtype == torch.float32 != model.visual.conv1.weight.dtype
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert clip.reductions["image.one_node_a_block"] is clip.reductions["text.one_node_a_block"] is None
+    assert clip.reductions["image.fused_block"].enabled and clip.reductions["text.fused_block"].enabled
     loss = clip(images, labels).loss
     loss.backward()
     expected = sk.SkipCLIP(exact, tokens, skip_layers=1, keep_ratio=1.0)(images, labels).loss
@@ -359,7 +361,7 @@ def test_an_altered_block_with_little_memory(memory):
     for stack in (model.transformer, model.visual.transformer):
         stack.resblocks[2].ls_1 = nn.Hardtanh()
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, memory=memory)
-    assert "Hardtanh" in clip.reductions["image.one_node_a_block"]
+    assert "Hardtanh" in clip.reductions["image.fused_block"].reason
     assert_is_the_own_step(clip, images, tokens, labels)
 
 

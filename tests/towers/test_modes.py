@@ -33,7 +33,7 @@ def test_dropout_draws_above_the_cut_and_not_below(tower):
     for depth in (0, 2):
         stack.resblocks[depth].attn.dropout = 0.5
     clip = sk.SkipCLIP(model.train(), tokens, skip_layers=1, keep_ratio=1.0)
-    assert "dropout" in clip.reductions[f"{tower}.one_node_a_block"]
+    assert "dropout" in clip.reductions[f"{tower}.fused_block"].reason
     features = clip.encode_lower(images)
     assert features.equal(clip.encode_lower(images))
     losses = {clip(features, labels).loss.item() for _ in range(3)}

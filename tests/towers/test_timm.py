@@ -74,10 +74,10 @@ AS_MODULES = {
 @each_cut(AS_NODES | AS_MODULES)
 def test_the_step_is_the_models_own(family, skip):
     reductions = timm_models.assert_own_step(family, skip).reductions
-    assert (reductions["image.one_node_a_block"] is None) == (family in AS_NODES.values())
+    assert (reductions["image.fused_block"].enabled) == (family in AS_NODES.values())
     if skip < family.depth:
         pools = family in (AS_NODES["clip"], AS_NODES["layer_scale"], AS_NODES["mobile_clip"])
-        assert (reductions["image.pooled_last_block"] is None) == pools
+        assert (reductions["image.pooled_last_block"].enabled) == pools
 
 
 @pytest.mark.parametrize("family", (AS_NODES | AS_MODULES).values(), ids=AS_NODES | AS_MODULES)
@@ -107,13 +107,13 @@ def test_what_is_dropped_in_training(make, skip):
 
 
 def test_blocks_that_drop_at_random_say_what_would_help():
-    reason = cut(vit(drop_path_rate=0.1), 1).reductions["image.one_node_a_block"]
+    reason = cut(vit(drop_path_rate=0.1), 1).reductions["image.fused_block"].reason
     assert "drop path" in reason and "set their rates to 0" in reason
     model = vit(drop_path_rate=0.1)
     for module in model.visual.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
-    assert cut(model, 1).reductions["image.one_node_a_block"] is None
+    assert cut(model, 1).reductions["image.fused_block"].enabled
 
 
 @pytest.mark.parametrize("make", [vit, partial(eva, **EVA02), mobile_clip], ids=["vit", "eva02", "mobile_clip"])
@@ -172,14 +172,14 @@ def test_an_altered_block_is_left_to_its_module(alter, place):
     model = vit()
     alter(model.visual.trunk.blocks[place])
     clip = cut(model, 1)
-    assert clip.reductions["image.one_node_a_block"] is not None
+    assert not clip.reductions["image.fused_block"].enabled
     assert_is_the_own_step(clip, Family(vit, 16, 3).images(), TOKENS, LABELS)
 
 
 @pytest.mark.parametrize("rest", [{"block_fn": ParallelScalingBlock}, {"attn_layer": "diff"}], ids=["parallel", "diff"])
 def test_blocks_of_other_types_are_modules(rest):
     family = Family(partial(vit, **rest), 16, 3)
-    assert timm_models.assert_own_step(family, 1).reductions["image.one_node_a_block"] is not None
+    assert not timm_models.assert_own_step(family, 1).reductions["image.fused_block"].enabled
 
 
 @pytest.mark.parametrize(

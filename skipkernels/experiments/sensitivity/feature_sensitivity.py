@@ -95,7 +95,7 @@ def feature_shift(
     image, text = _towers(before, tokens)
     image_after, text_after = _towers(after, tokens)
     image_shift, text_shift = _Shift(image, image_after, "image"), _Shift(text, text_after, "text")
-    all_seen = text.reductions["text_crop"] is not None
+    all_seen = not text.reductions["text_crop"].enabled
     with torch.no_grad(), evaluating([before, after]):
         for batch in images:
             if batch.ndim != 4:

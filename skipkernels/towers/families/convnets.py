@@ -55,7 +55,7 @@ class StagedTower(ImageTower):
         height, width = image_size
         self.image_size = height, width
         self._enter, self._leave = nn.Sequential(*embedding), nn.Sequential(*head)
-        self.reductions = {"one_node_a_block": AS_MODULES, "pooled_last_block": AS_MODULES}
+        self._set_reductions(AS_MODULES, AS_MODULES)
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_image(inputs)

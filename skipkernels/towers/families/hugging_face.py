@@ -110,7 +110,7 @@ class HuggingFaceImageTower(ImageTower):
             self.embedding = (self.vision.embeddings,)
             self.head = (self.vision.post_layernorm, self.vision.head)
             pooled = pooled or "the tower pools over all tokens"
-        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
+        self._set_reductions(one_node, pooled)
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return _tensor(self.model.get_image_features(pixel_values=inputs))

@@ -113,7 +113,7 @@ class OpenClipImageTower(ImageTower):
         one_node, pooled = self.read_blocks()
         if visual.attn_pool is not None or visual.pool_type != "tok":
             pooled = pooled or "the tower pools over all tokens"
-        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
+        self._set_reductions(one_node, pooled)
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_image(inputs)

@@ -59,7 +59,7 @@ class OpenAIImageTower(ImageTower):
         self.embedding = (visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
         self.head = (visual.ln_post, visual.proj)
         one_node, last_block = self.read_blocks()
-        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": last_block}
+        self._set_reductions(one_node, last_block)
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_image(inputs)

@@ -129,7 +129,7 @@ class TransformerTower(ImageTower):
         one_node, pooled = self.read_blocks()
         if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "token":
             pooled = pooled or "the tower pools over all tokens"
-        self.reductions = {"one_node_a_block": one_node, "pooled_last_block": pooled}
+        self._set_reductions(one_node, pooled)
 
     def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.model.encode_image(inputs)
@@ -158,7 +158,7 @@ class ViTaminTower(TransformerTower):
         stages = [((), stage) for stage in backbone.stages]
         self.blocks = in_order([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
         self._read, self.embedding = (), (backbone.stem,)
-        self.reductions = {"one_node_a_block": AS_MODULES, "pooled_last_block": AS_MODULES}
+        self._set_reductions(AS_MODULES, AS_MODULES)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.trunk.patch_embed.backbone.stem(inputs)
