@@ -3,8 +3,9 @@
 from .base import InputError, LabelledDataset, SizedDataset
 from .few_shot import few_shot, load_few_shot, save_few_shot, shortfall
 from .images import Images, LabelledImages, PickedImages
-from .source import Source, Split, from_datasets, open_source
-from .tasks import Protocol, Task, TestSet, load_task, split_base_new, summarise
+from .registry import open_source, register_source
+from .source import Protocol, Source, Split, from_datasets
+from .tasks import Task, TestSet, load_task, split_base_new, summarise
 
 __all__ = [
     "Images",
@@ -23,6 +24,7 @@ __all__ = [
     "load_few_shot",
     "load_task",
     "open_source",
+    "register_source",
     "save_few_shot",
     "shortfall",
     "split_base_new",

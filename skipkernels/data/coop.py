@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, get_args
 from .base import InputError
 from .files import absolute, check_files, check_inside, images_below, read_json, read_text, shown, subfolders
 from .images import Images, LabelledImages
-from .source import Split, SplitSource, can_be_named, tidy
+from .source import Protocol, Split, SplitSource, can_be_named, tidy
 from .templates import Templates, templates_of
 
 
@@ -64,6 +64,10 @@ DATASETS = {
     "imagenet_r": Layout("imagenet-rendition", "imagenet-r"),
 }
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+_IMAGENET_TARGETS: Mapping[Protocol, list[str]] = {
+    "cross-dataset": [f"coop:{name}" for name in DATASETS if name not in ("imagenet", *VARIANTS)],
+    "domain-generalization": [f"coop:{name}" for name in VARIANTS],
+}
 _HELP = "CoOp's DATASETS.md says where to get it."
 
 
@@ -126,6 +130,7 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
         notes=(*(same if twice else ()), *found.notes),
         absent=found.absent,
         ids=found.ids,
+        targets=_IMAGENET_TARGETS if key == "imagenet" else {},
     )
 
 

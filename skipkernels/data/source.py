@@ -10,25 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal, TypeVar
 
-from ..experiments import glyphs
 from .base import InputError, LabelledDataset, SizedDataset
 from .few_shot import few_shot
 from .files import shown
 from .images import Images, PickedImages, Transform
-from .templates import Templates, prompt, templates_of
+from .templates import Templates, format_prompt, templates_of
 
 Split = Literal["train", "val", "test"]
+Protocol = Literal["base-to-new", "cross-dataset", "domain-generalization", "few-shot"]
 Same = TypeVar("Same", bound="Source")
-
-CHOICES = (
-    "glyphs, glyphs:BLOCK such as glyphs:greek, imagefolder:PATH, coop:NAME such as coop:dtd (with --root), or "
-    "torchvision:NAME such as torchvision:food101 (with --root)"
-)
-_TEST_IMAGES = 12  # of each glyph class: three in each of four fonts
-_TEST_SEED = 2**31  # training seeds are below it, so that no image is in both sets
 
 
 @dataclass(frozen=True)
@@ -50,12 +42,31 @@ class Source(ABC):
     @property
     def prompts(self) -> tuple[list[str], ...]:
         """For each template, one for each class."""
-        return tuple([prompt(template, name) for name in self.classes] for template in self.templates)
+        return tuple([format_prompt(template, name) for name in self.classes] for template in self.templates)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """What tells a class from the others in another dataset too, by label: its name, in any case of letters."""
         return tuple(name.casefold() for name in self.classes)
+
+    @property
+    def domains(self) -> Mapping[str, Source]:
+        """The same classes in each domain of the dataset, by name; empty if it has no domains.
+
+        The first is the domain to train on for domain generalization, the others are the targets.
+        """
+        return {}
+
+    def default_targets(self, protocol: Protocol) -> Sequence[str]:
+        """Names of the datasets, or of the domains, that a protocol tests on by default.
+
+        Raises:
+            InputError: If the dataset has no default targets.
+        """
+        if protocol == "domain-generalization" and self.domains:
+            return list(self.domains)[1:]
+        kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
+        raise InputError(f"--targets: {protocol} of {self.name} needs {kind} to test on. Name some.")
 
     @abstractmethod
     def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
@@ -86,16 +97,22 @@ class SplitSource(Source):
         parts: Of each split that there is: what gives its images.
         absent: Of a split that there isn't: why, and what to do.
         ids: By label, what a class has in place of its name as its key.
+        targets: Default targets of a protocol, as `open_source` takes them.
     """
 
     parts: Mapping[Split, Callable[[], Images]] = field(repr=False)
     absent: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
     ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+    targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Its ids, if it has some; see `Source`."""
         return super().keys if self.ids is None else self.ids
+
+    def default_targets(self, protocol: Protocol) -> Sequence[str]:
+        """Its `targets`; see `Source`."""
+        return self.targets[protocol] if protocol in self.targets else super().default_targets(protocol)
 
     def images(self, split: Split, transform: Transform | None = None) -> Images:
         """The images of a split; see `Source`."""
@@ -131,107 +148,6 @@ class SplitSource(Source):
 def at_hand(images: Images) -> Callable[[], Images]:
     """Images, as a part of a `SplitSource`."""
     return lambda: images
-
-
-@dataclass(frozen=True)
-class GlyphSource(Source):
-    """Characters, drawn in the fonts held out of `glyph-tiny`'s pre-training.
-
-    There are as many training images as one asks for: `few_shot` draws them, and `images("train")` is 16 of each class
-    with seed 0. Test images have a seed of their own, as those of val, so that no image is in two sets.
-
-    Attributes:
-        codepoints: The characters, by label.
-        fonts: That they are drawn in.
-    """
-
-    codepoints: tuple[int, ...] = field(repr=False)
-    fonts: tuple[str, ...] = glyphs.HELD_OUT_FONTS
-
-    def images(self, split: Split, transform: Transform | None = None) -> glyphs.GlyphDataset:
-        """The images of a split; see `GlyphSource`."""
-        drawn = {"train": (16, 0), "val": (_TEST_IMAGES, _TEST_SEED + 1), "test": (_TEST_IMAGES, _TEST_SEED)}
-        if split not in drawn:
-            raise InputError(f"--data: {self.name} has no {split} images: it has {', '.join(drawn)} images.")
-        return self._draw(*drawn[split], transform)
-
-    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> glyphs.GlyphDataset:
-        """Training images of each class, drawn with a seed."""
-        if not 1 <= shots <= 1000:
-            raise InputError(f"--shots must be from 1 to 1000; got {shots}: every class needs a training image.")
-        if not 0 <= seed < _TEST_SEED:
-            raise InputError(f"--seed must be from 0 to {_TEST_SEED - 1}; got {seed}.")
-        return self._draw(shots, seed, transform)
-
-    def _draw(self, per_class: int, seed: int, transform: Transform | None) -> glyphs.GlyphDataset:
-        return glyphs.GlyphDataset(self.codepoints, self.fonts, per_class=per_class, seed=seed, transform=transform)
-
-    def of_classes(self, labels: Sequence[int]) -> GlyphSource:
-        """Some of the classes; see `Source`."""
-        chosen = tuple(self.codepoints[label] for label in labels)
-        return replace(self, classes=tuple(self.classes[label] for label in labels), codepoints=chosen)
-
-
-def open_source(
-    spec: str, root: str | Path | None = None, templates: Templates = None, *, download: bool = False
-) -> Source:
-    """A dataset by its name.
-
-    Args:
-        spec: "glyphs" or "glyphs:BLOCK[+BLOCK…]" with blocks of `glyphs.BLOCKS`, plain "glyphs" being the block
-            "latin-extended-additional"; "imagefolder:PATH" (see `image_folder`); "coop:NAME", a dataset in the layout
-            of CoOp below `root` (see `coop`); "torchvision:NAME", one of torchvision's in `root`.
-        root: The folder of the datasets.
-        templates: One's own, of which the first is for training; or "paper" or "coop", the sets of those papers. By
-            default the paper's.
-        download: Let torchvision fetch what is not there.
-
-    Raises:
-        InputError: If there is no such dataset, or it can't be used; one line that says why.
-
-    Example:
-        >>> source = open_source("glyphs:greek")
-        >>> len(source.classes), source.prompts[0][0]
-        (120, 'the character greek capital letter heta.')
-        >>> source.of_classes([1, 0]).images("test").labels[:13]
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
-    """
-    kind, _, rest = spec.partition(":")
-    if kind == "glyphs":
-        return _open_glyphs(rest, templates)
-    # Imported on demand: a run on glyphs needs no torchvision.
-    if kind == "imagefolder":
-        from .image_folder import open_image_folder
-
-        return open_image_folder(rest, templates)
-    if kind == "coop":
-        from .coop import open_coop
-
-        return open_coop(rest, root, templates)
-    if kind == "torchvision":
-        from .torchvision_sets import open_torchvision
-
-        return open_torchvision(rest, root, templates, download=download)
-    raise InputError(f"--data: no dataset {spec!r}; choose {CHOICES}.")
-
-
-def _open_glyphs(selection: str, templates: Templates) -> GlyphSource:
-    blocks = selection.split("+") if selection else ["latin-extended-additional"]
-    unknown = [block for block in blocks if block not in glyphs.BLOCKS]
-    if unknown:
-        raise InputError(f"--data: no block {unknown[0]!r}; choose from {', '.join(glyphs.BLOCKS)}.")
-    codepoints = tuple(glyphs.block_characters(blocks, glyphs.HELD_OUT_FONTS))
-    if len(codepoints) < 2:
-        raise InputError(
-            f"--data: the fonts {', '.join(glyphs.HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
-            f"{'+'.join(blocks)}; choose another block."
-        )
-    return GlyphSource(
-        f"glyphs:{'+'.join(blocks)}",
-        tuple(glyphs.character_name(codepoint) for codepoint in codepoints),
-        templates_of(None, templates, glyphs.TEMPLATE),
-        codepoints,
-    )
 
 
 def from_datasets(

@@ -9,19 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from ..experiments import glyphs
 from .base import InputError, LabelledDataset, one_line
-from .coop import DATASETS, VARIANTS
 from .few_shot import shortfall
 from .files import shown
-from .source import GlyphSource, Source, open_source
+from .registry import open_source
+from .source import Protocol, Source
 from .templates import Templates
 
-Protocol = Literal["base-to-new", "cross-dataset", "domain-generalization", "few-shot"]
 _WITH_TARGETS = ("cross-dataset", "domain-generalization")
-_TARGET_CHARACTERS = 100  # of a block, to be a target unasked: a task no smaller than the 100 classes tuned on
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,7 @@ def load_task(
         InputError: If there is no such dataset, or too little of it.
 
     Example:
+        >>> import skipkernels.experiments  # registers glyphs
         >>> task = load_task("glyphs:greek", protocol="base-to-new", shots=4, classes=20, seed=1)
         >>> [(test.name, len(test.classes)) for test in task.tests], len(task.train), task.tests[1].prompts[0][0]
         ([('base', 10), ('new', 10)], 40, 'the character greek small letter zeta.')
@@ -156,24 +154,23 @@ def load_task(
             f"--data: {source.name} has fewer than two classes, so there is nothing to tell apart. Add some."
         )
     chosen = _evenly_spaced(source, classes)
+    domains = chosen.domains if protocol == "domain-generalization" else {}
     if protocol == "base-to-new":
         base, new = split_base_new(range(len(chosen.classes)))
         parts = {"base": chosen.of_classes(base), "new": chosen.of_classes(new)}
     elif protocol == "few-shot":
         parts = {"all": chosen}
-    elif protocol == "domain-generalization" and isinstance(chosen, GlyphSource):
-        parts = {"source": replace(chosen, fonts=chosen.fonts[:1])}
     else:
-        parts = {"source": chosen}
+        parts = {"source": next(iter(domains.values()), chosen)}
     tests = [_test_set(name, part, transform) for name, part in parts.items()]
     tuned = next(iter(parts.values()))
     train = tuned.few_shot(shots, seed, train_transform or transform)
 
     if protocol in _WITH_TARGETS:
-        wanted = targets or _default_targets(source, protocol)
+        wanted = targets or source.default_targets(protocol)
         with _told_of_targets("" if targets else " Or name those that you have with --targets."):
-            if protocol == "domain-generalization" and isinstance(chosen, GlyphSource):
-                others = _in_fonts(chosen, wanted)
+            if domains:
+                others = _target_domains(domains, wanted)
             else:
                 found = [opened(target) for target in wanted]
                 names = _short_names([target.name for target in found])
@@ -223,23 +220,6 @@ def _told_of_targets(remedy: str) -> Iterator[None]:
         raise InputError(str(error).replace("--data:", "--targets:", 1) + remedy) from error
 
 
-def _default_targets(source: Source, protocol: Protocol) -> Sequence[str]:
-    if source.name == "coop:imagenet":
-        others = [name for name in DATASETS if name not in ("imagenet", *VARIANTS)]
-        return [f"coop:{name}" for name in (others if protocol == "cross-dataset" else VARIANTS)]
-    if isinstance(source, GlyphSource) and protocol == "domain-generalization":
-        return source.fonts[1:]
-    if isinstance(source, GlyphSource):
-        blocks = {block: glyphs.block_characters([block], source.fonts) for block in glyphs.BLOCKS}
-        return [
-            f"glyphs:{block}"
-            for block, characters in blocks.items()
-            if len(characters) >= _TARGET_CHARACTERS and not set(characters) & set(source.codepoints)
-        ]
-    what = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
-    raise InputError(f"--targets: {protocol} of {source.name} needs {what} to test on. Name some.")
-
-
 def _short_names(specs: Sequence[str]) -> list[str]:
     """Names that tell datasets apart, in tables and as names of files: as much of the end of each as that takes.
 
@@ -260,16 +240,16 @@ def _short_names(specs: Sequence[str]) -> list[str]:
     raise InputError(f"--targets: two of {shown(specs)} are the same. Name each once.")
 
 
-def _in_fonts(source: GlyphSource, fonts: Sequence[str | Source]) -> dict[str, Source]:
-    """The same characters in other fonts than the one that is tuned on."""
-    home, *others = source.fonts
-    chosen = list(map(str, fonts))
-    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(others):
+def _target_domains(domains: Mapping[str, Source], targets: Sequence[str | Source]) -> dict[str, Source]:
+    """The domains that `targets` names, without the first, which is trained on."""
+    home, *others = domains
+    names = list(map(str, targets))
+    if len(set(names)) < len(names) or not set(names) <= set(others):
         raise InputError(
-            f"--targets: glyphs are tuned on in the font {home}, and tested in {', '.join(others)}, each once; got "
-            f"{' '.join(chosen)}."
+            f"--targets: {domains[home].name} trains on its domain {home} and tests on {', '.join(others)}, each once; "
+            f"got {' '.join(names)}."
         )
-    return {font: replace(source, fonts=(font,)) for font in chosen}
+    return {name: domains[name] for name in names}
 
 
 def _domain(target: Source, source: Source, chosen: Source) -> Source:

@@ -49,10 +49,10 @@ SETS = {"paper": PAPER, "coop": COOP}
 Templates = str | Sequence[str] | None  # one, several, the name of a set, or the default: as `templates_of` takes them
 
 
-def prompt(template: str, name: str) -> str:
+def format_prompt(template: str, name: str) -> str:
     """A template with the name of a class.
 
-    >>> prompt("a photo of a {}.", "apple pie")
+    >>> format_prompt("a photo of a {}.", "apple pie")
     'a photo of a apple pie.'
     """
     return template.replace("{}", name)

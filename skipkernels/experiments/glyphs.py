@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from matplotlib import get_data_path
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
+
+from ..data import InputError, Protocol, Source, Split
+from ..data.images import Transform
+from ..data.templates import Templates, templates_of
 
 TEMPLATE = "the character {}."
 
@@ -282,3 +287,91 @@ class GlyphDataset(Dataset):
         rng = np.random.default_rng([self.seed, codepoint, list(FONTS).index(font), number])
         image = draw_glyph(codepoint, font, rng, size=self.size, noise=self.noise)
         return image if self.transform is None else self.transform(image), label
+
+
+_TEST_IMAGES = 12  # of each class: three in each of four fonts
+_TEST_SEED = 2**31  # training seeds are below it, so that no image is in both sets
+_TARGET_CHARACTERS = 100  # least characters of a block that is a default target: as many classes as are tuned on
+
+
+@dataclass(frozen=True)
+class GlyphSource(Source):
+    """Characters, drawn in the fonts held out of `glyph-tiny`'s pre-training; the fonts are its domains.
+
+    The number of training images is unlimited: `few_shot` draws them, and `images("train")` is 16 of each class with
+    seed 0. The splits "val" and "test" have seeds of their own, so that no image is in two sets.
+
+    Attributes:
+        codepoints: The characters, by label.
+        fonts: Fonts that they are drawn in.
+    """
+
+    codepoints: tuple[int, ...] = field(repr=False)
+    fonts: tuple[str, ...] = HELD_OUT_FONTS
+
+    @property
+    def domains(self) -> Mapping[str, GlyphSource]:
+        """The same characters in each font; see `Source`."""
+        return {font: replace(self, fonts=(font,)) for font in self.fonts}
+
+    def default_targets(self, protocol: Protocol) -> Sequence[str]:
+        """The other blocks, or the other fonts; see `Source`."""
+        if protocol == "domain-generalization":
+            return super().default_targets(protocol)
+        blocks = {block: block_characters([block], self.fonts) for block in BLOCKS}
+        return [
+            f"glyphs:{block}"
+            for block, characters in blocks.items()
+            if len(characters) >= _TARGET_CHARACTERS and not set(characters) & set(self.codepoints)
+        ]
+
+    def images(self, split: Split, transform: Transform | None = None) -> GlyphDataset:
+        """The images of a split; see `GlyphSource`."""
+        drawn = {"train": (16, 0), "val": (_TEST_IMAGES, _TEST_SEED + 1), "test": (_TEST_IMAGES, _TEST_SEED)}
+        if split not in drawn:
+            raise InputError(f"--data: {self.name} has no {split} images: it has {', '.join(drawn)} images.")
+        return self._draw(*drawn[split], transform)
+
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> GlyphDataset:
+        """Training images of each class, drawn with a seed."""
+        if not 1 <= shots <= 1000:
+            raise InputError(f"--shots must be from 1 to 1000; got {shots}: every class needs a training image.")
+        if not 0 <= seed < _TEST_SEED:
+            raise InputError(f"--seed must be from 0 to {_TEST_SEED - 1}; got {seed}.")
+        return self._draw(shots, seed, transform)
+
+    def _draw(self, per_class: int, seed: int, transform: Transform | None) -> GlyphDataset:
+        return GlyphDataset(self.codepoints, self.fonts, per_class=per_class, seed=seed, transform=transform)
+
+    def of_classes(self, labels: Sequence[int]) -> GlyphSource:
+        """Some of the classes; see `Source`."""
+        chosen = tuple(self.codepoints[label] for label in labels)
+        return replace(self, classes=tuple(self.classes[label] for label in labels), codepoints=chosen)
+
+
+def open_glyphs(name: str, templates: Templates = None) -> GlyphSource:
+    """Open some blocks as a source.
+
+    Args:
+        name: "BLOCK[+BLOCK…]" with keys of `BLOCKS`; if empty, "latin-extended-additional".
+        templates: See `skipkernels.data.open_source`.
+
+    Raises:
+        InputError: If there is no such block, or the held-out fonts draw fewer than two of its characters.
+    """
+    blocks = name.split("+") if name else ["latin-extended-additional"]
+    unknown = [block for block in blocks if block not in BLOCKS]
+    if unknown:
+        raise InputError(f"--data: no block {unknown[0]!r}; choose from {', '.join(BLOCKS)}.")
+    codepoints = tuple(block_characters(blocks, HELD_OUT_FONTS))
+    if len(codepoints) < 2:
+        raise InputError(
+            f"--data: the fonts {', '.join(HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
+            f"{'+'.join(blocks)}; choose another block."
+        )
+    return GlyphSource(
+        f"glyphs:{'+'.join(blocks)}",
+        tuple(character_name(codepoint) for codepoint in codepoints),
+        templates_of(None, templates, TEMPLATE),
+        codepoints,
+    )

@@ -43,7 +43,7 @@ class FeatureCache(Dataset):
     Example:
         >>> import logging, tempfile; logging.disable()  # open_clip warns of random weights
         >>> import open_clip, skipkernels as sk
-        >>> from skipkernels.data import glyph_tiny
+        >>> from skipkernels.experiments import glyph_tiny
         >>> glyph_tiny.register()
         >>> tokens = open_clip.get_tokenizer("glyph-tiny")(["the digit 0.", "the digit 1."])
         >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from skipkernels.data import from_datasets, open_source
-from skipkernels.data.source import GlyphSource, tidy
+from skipkernels.data.source import tidy
 from skipkernels.experiments import glyphs
 
 # ---- by name ---------------------------------------------------------------------------------------------------------
@@ -34,14 +34,21 @@ def test_blocks_that_can_not_be_used():
         open_source("glyphs:emoticons")
 
 
-def test_glyphs_need_no_torchvision():
-    code = "import sys; from skipkernels.data import open_source; open_source('glyphs:greek')"
-    subprocess.run([sys.executable, "-c", f"{code}; assert 'torchvision' not in sys.modules"], check=True)
+def test_open_source_without_experiments_or_torchvision(tmp_path):
+    folders(tmp_path, {"cat": 2, "dog": 2})
+    code = (
+        f"import sys; from skipkernels.data import open_source; open_source('imagefolder:{tmp_path}')\n"
+        "assert not {'torchvision', 'skipkernels.experiments'} & set(sys.modules)\n"
+        "try:\n    open_source('glyphs:greek')\nexcept ValueError as error:\n    print(error)\n"
+        "import skipkernels.experiments; print(open_source('glyphs:greek').name)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert "`import skipkernels.experiments`" in said[0] and said[1] == "glyphs:greek"
 
 
 def test_glyphs_are_a_source_like_others():
     source = open_source("glyphs:greek")
-    assert isinstance(source, GlyphSource) and source.fonts == glyphs.HELD_OUT_FONTS
+    assert isinstance(source, glyphs.GlyphSource) and source.fonts == glyphs.HELD_OUT_FONTS
     splits = {split: source.images(split) for split in ("train", "val", "test")}
     pixels = {split: {images[i][0].tobytes() for i in range(24)} for split, images in splits.items()}
     assert not (pixels["train"] & pixels["val"] or pixels["val"] & pixels["test"] or pixels["train"] & pixels["test"])

@@ -77,7 +77,7 @@ def feature_shift(
     Example:
         >>> import copy, logging; logging.disable()  # open_clip warns of random weights
         >>> import open_clip
-        >>> from skipkernels.data import glyph_tiny
+        >>> from skipkernels.experiments import glyph_tiny
         >>> glyph_tiny.register()
         >>> before = open_clip.create_model("glyph-tiny")
         >>> after = copy.deepcopy(before)

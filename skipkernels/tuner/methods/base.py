@@ -180,7 +180,8 @@ class Method(ABC):
     Example:
         >>> import logging; logging.disable()  # open_clip warns of random weights
         >>> import open_clip
-        >>> from skipkernels.data import glyph_tiny, load_task
+        >>> from skipkernels.data import load_task
+        >>> from skipkernels.experiments import glyph_tiny
         >>> from skipkernels.tuner.methods import METHODS
         >>> glyph_tiny.register()
         >>> model, tokenizer = open_clip.create_model("glyph-tiny"), open_clip.get_tokenizer("glyph-tiny")

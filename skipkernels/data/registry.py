@@ -1,0 +1,82 @@
+"""Registry of data sources: each kind of dataset has a function that opens it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from .base import InputError
+from .coop import open_coop
+from .image_folder import open_image_folder
+from .source import Source
+from .templates import Templates
+
+Opener = Callable[[str, "str | Path | None", Templates, bool], Source]
+
+
+class _Kind(NamedTuple):
+    open: Opener
+    usage: str
+
+
+def _open_torchvision(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+    from .torchvision_sets import open_torchvision  # imported on demand: no other source needs torchvision
+
+    return open_torchvision(name, root, templates, download=download)
+
+
+_KINDS = {
+    "imagefolder": _Kind(
+        lambda name, root, templates, download: open_image_folder(name, templates), "imagefolder:PATH"
+    ),
+    "coop": _Kind(
+        lambda name, root, templates, download: open_coop(name, root, templates),
+        "coop:NAME such as coop:dtd (with --root)",
+    ),
+    "torchvision": _Kind(_open_torchvision, "torchvision:NAME such as torchvision:food101 (with --root)"),
+}
+
+
+def register_source(kind: str, opener: Opener, usage: str) -> None:
+    """Let `open_source` open datasets named "KIND" and "KIND:NAME".
+
+    Args:
+        kind: The part of a dataset's name before the colon.
+        opener: Function of (NAME, root, templates, download); see `open_source`. NAME is empty for "KIND".
+        usage: How such datasets are named, for error messages.
+    """
+    _KINDS[kind] = _Kind(opener, usage)
+
+
+def open_source(
+    data: str, root: str | Path | None = None, templates: Templates = None, *, download: bool = False
+) -> Source:
+    """Open a dataset by name.
+
+    Args:
+        data: "imagefolder:PATH" (see `image_folder`); "coop:NAME", a dataset in CoOp's layout below `root` (see
+            `coop`); "torchvision:NAME", one of torchvision's in `root`; after `import skipkernels.experiments` also
+            "glyphs" or "glyphs:BLOCK[+BLOCK…]" (see `experiments.glyphs`).
+        root: Folder of the datasets.
+        templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
+            "paper".
+        download: Let torchvision download a missing dataset.
+
+    Raises:
+        InputError: If there is no such dataset, or it can't be used.
+
+    Example:
+        >>> import skipkernels.experiments  # registers glyphs
+        >>> source = open_source("glyphs:greek")
+        >>> len(source.classes), source.prompts[0][0]
+        (120, 'the character greek capital letter heta.')
+        >>> source.of_classes([1, 0]).images("test").labels[:13]
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    """
+    kind, _, name = data.partition(":")
+    if kind in _KINDS:
+        return _KINDS[kind].open(name, root, templates, download)
+    if kind == "glyphs":
+        raise InputError("open_source: glyphs need `import skipkernels.experiments`, which registers them.")
+    raise InputError(f"--data: no dataset {data!r}; choose {', '.join(kind.usage for kind in _KINDS.values())}.")
