@@ -20,6 +20,7 @@ from rich.table import Table
 
 import skipkernels
 from skipkernels.cli import analyze, cache, study
+from skipkernels.cli.errors import with_flags
 from skipkernels.console import Terminal, plain, standard_streams
 from skipkernels.data import InputError, Protocol
 from skipkernels.experiments import baselines as _baselines  # noqa: F401  registers the methods
@@ -132,7 +133,7 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
             else:
                 _doctor(out)
     except (InputError, StoreError, MemoryError) as error:
-        _print_error(err, "error", str(error) or "memory is used up")
+        _print_error(err, "error", with_flags(error) or "memory is used up")
         return 2
     except (FloatingPointError, OSError, BrokenExecutor) as error:
         _print_error(err, "failed", error)

@@ -1,25 +1,41 @@
-"""What a dataset is here, and the error for what a user gave."""
+"""Types of the datasets, and the error for unusable input."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 
-def one_line(text: str) -> str:
-    r"""A text with what can't be printed, such as line breaks in the name of a file, as escapes.
+def escape_unprintable(text: str) -> str:
+    r"""Escape characters that can't be printed, such as line breaks in the name of a file.
 
-    >>> one_line("cat\n.png")
+    >>> escape_unprintable("cat\n.png")
     'cat\\n.png'
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used; the message is one line that says what, and how to mend it."""
+    """Input that can't be used; the message is one line that says why, and the remedy.
 
-    def __init__(self, message: str):
-        # A DataLoader raises it again, with the traceback of its worker, which has lines of its own.
-        super().__init__(message if message.startswith("Caught InputError in DataLoader") else one_line(message))
+    Args:
+        message: "function: argument must be …; got …. Remedy." or "function: what is wrong. Remedy." Other arguments
+            in it are in backquotes: "Fetch it with `download=True`."
+        argument: Name of the Python argument that is wrong, from which the command line makes its flag.
+
+    Attributes:
+        argument: As given; None if the error is not about an argument, but about a file, for instance.
+
+    Example:
+        >>> raise InputError("few_shot: shots must be at least 1; got 0.", "shots")
+        Traceback (most recent call last):
+        skipkernels.data.base.InputError: few_shot: shots must be at least 1; got 0.
+    """
+
+    def __init__(self, message: str, argument: str | None = None):
+        # A DataLoader re-raises a worker's error with the lines of its traceback in the message.
+        from_worker = message.startswith("Caught InputError in DataLoader")
+        super().__init__(message if from_worker else escape_unprintable(message))
+        self.argument = argument
 
 
 class SizedDataset(Protocol):
@@ -31,8 +47,8 @@ class SizedDataset(Protocol):
 
 
 class LabelledDataset(SizedDataset, Protocol):
-    """The same, with all labels at hand."""
+    """A map-style dataset of (image, label) with a length and all labels."""
 
     @property
     def labels(self) -> list[int]:
-        """Of every item."""
+        """Label of every item."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from .base import InputError, LabelledDataset, one_line
+from .base import InputError, LabelledDataset, escape_unprintable
 from .few_shot import shortfall
 from .files import shown
 from .registry import open_source
@@ -190,7 +190,7 @@ def load_task(
         for test in tests
         if len(test.classes) == 1
     ]
-    return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(map(one_line, notes))))
+    return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(map(escape_unprintable, notes))))
 
 
 def _evenly_spaced(source: Source, classes: int | None) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -203,27 +202,7 @@ def make_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task
         "generator": torch.Generator().manual_seed(config.seed),
     }
     takes = inspect.signature(made).parameters
-    try:
-        return made(model, tokenizer, task, **{name: value for name, value in settings.items() if name in takes})
-    except InputError as error:
-        raise InputError(_with_options(str(error))) from error
-
-
-def _with_options(message: str) -> str:
-    """A message of the library with options of the command line in place of the names of arguments.
-
-    >>> _with_options("SkipCLIP: text_cache is for what is below a cut; with skip_layers=0 there is nothing.")
-    '--cache is for what is below a cut; with --skip-layers 0 there is nothing.'
-    """
-    names = "skip_layers|keep_ratio|max_keep|decay|memory|attention|text_cache"
-    message = re.sub(rf"^(SkipCLIP|select_classes): (?=({names})\b)", "", message)
-    message = message.replace(", or a tuple (image, text) of either", "")
-
-    def option(found: re.Match[str]) -> str:
-        return "--" + found[1].replace("text_cache", "cache").replace("_", "-")
-
-    message = re.sub(rf"^({names})\b(?!=)", option, message)
-    return re.sub(rf'\b({names})="?([\w.-]+)"?', lambda found: f"{option(found)} {found[2]}", message)
+    return made(model, tokenizer, task, **{name: value for name, value in settings.items() if name in takes})
 
 
 def task_of(config: TuneConfig, transform=None, train_transform=None) -> Task:
