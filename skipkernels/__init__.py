@@ -42,7 +42,7 @@ __all__ = [
 _SUBMODULES = ("functional", "ops", "reference")
 _HOME = {  # public name → the module it is in
     "ClassSelection": "selection",
-    "FeatureCache": "cache",
+    "FeatureCache": "features",
     "FusedSGD": "optimizer",
     "LSkipBoundary": "boundary",
     "SkipCLIP": "clip",

@@ -160,7 +160,7 @@ def root(tmp_path) -> Path:
 
 
 def test_another_process_in_another_folder_says_the_same(root, tmp_path):
-    code = f"import json, pathlib, test_identity as t; print(json.dumps(t.identities(pathlib.Path({str(root)!r}))))"
+    code = f"import json, pathlib, test_dataset_key as t; print(json.dumps(t.identities(pathlib.Path({str(root)!r}))))"
     here = [str(path) for path in (Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2])]
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(here)}
     other = subprocess.run(
@@ -398,9 +398,9 @@ def around_itself() -> Images:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (Nothing(), r"dataset is a test_identity\.Nothing, which has no attributes"),
-        (Secretive(), r"dataset is a test_identity\.Secretive, whose attributes are all private"),
-        (Images(Secretive()), r"dataset\.data is a test_identity\.Secretive, whose attributes are all private"),
+        (Nothing(), r"dataset is a test_dataset_key\.Nothing, which has no attributes"),
+        (Secretive(), r"dataset is a test_dataset_key\.Secretive, whose attributes are all private"),
+        (Images(Secretive()), r"dataset\.data is a test_dataset_key\.Secretive, whose attributes are all private"),
         (Images([1, iter([2])]), r"dataset\.data\[1\] is a builtins\.list_iterator, which has no attributes"),
         (Images({"a": object()}), r"dataset\.data\['a'\] is a builtins\.object, which has no attributes"),
         (Images(1, operator.itemgetter(0)), r"dataset\.transform is a operator\.itemgetter, which has no attributes"),
