@@ -27,10 +27,10 @@ from .operators import COMPILED
 STEP = "bench.step --rounds 3 --seconds 20"
 # What is run, what matters most first, and the minutes of eighteen that are its share.
 JOBS = (
-    (f"{STEP} --precision fp32 --classes 10 1000 21841 --who skipkernels published", 5.0),
+    (f"{STEP} --precision fp32 --classes 10 1000 21841 --implementation skipkernels published", 5.0),
     (f"{STEP} --precision fp32 --classes 50", 3.5),
-    (f"{STEP} --precision bf16 --classes 50 1000 --who skipkernels published", 1.5),
-    ("bench.epoch --shots 2 --tests 100 --who skipkernels published", 1.5),
+    (f"{STEP} --precision bf16 --classes 50 1000 --implementation skipkernels published", 1.5),
+    ("bench.epoch --shots 2 --tests 100 --implementation skipkernels published", 1.5),
     ("bench.infer --images 25 --classes 100 --rounds 2", 2.5),
     (f"bench.run --seconds 1 --without '{COMPILED}'", 4.0),
 )

@@ -46,9 +46,9 @@ _RATE = {"lr": 1e-5, "momentum": 0.9, "weight_decay": 5e-4}
 # scores that round to the same and so choose other classes; and features that are kept in bf16.
 _SLACK = {"fp32": 1e-3, "bf16": 2e-2}
 PUBLISHED, FULL, OURS, ON_DISK = "published", "full fine-tuning", "skipkernels", "skipkernels, on disk"
-WHO = (OURS, ON_DISK, PUBLISHED, FULL)
-_COLUMNS = "who model images tests B C skip_layers precision steps features_s training_s evaluation_s epoch_s".split()
-_COLUMNS += "step_ms faster loss note".split()
+IMPLEMENTATIONS = (OURS, ON_DISK, PUBLISHED, FULL)
+_COLUMNS = "implementation model images tests B C skip_layers precision steps features_s training_s".split()
+_COLUMNS += "evaluation_s epoch_s step_ms faster loss note".split()
 
 Parts = tuple[Callable[[Sequence[int]], Tensor], Callable[[], Any], float]
 """A step of a batch, which gives its loss; an evaluation; and the seconds that features took."""
@@ -58,18 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, model="ViT-B-32", batch=4, classes=40)
     options.add_argument("--shots", type=int, default=4, help="training images of each class")
     options.add_argument("--tests", type=int, default=200, help="test images")
-    options.add_argument("--who", nargs="+", choices=WHO, default=WHO)
+    options.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     options.add_argument("--longest", type=float, default=180.0, help="seconds that the steps of someone may take")
     add_budget(options)
     args = options.parse_args(arguments)
     task, found = Task(args), {}
-    for who in args.who:
+    for name in args.implementation:
         left = args.budget.allows(2 * found[OURS]["epoch_s"] if OURS in found else 0.0)
-        found[who] = task.run(who) if left else {"note": NO_TIME}
-        row = dict.fromkeys(_COLUMNS, "") | {"who": who, "model": args.model, "images": len(task.train)}
+        found[name] = task.run(name) if left else {"note": NO_TIME}
+        row = dict.fromkeys(_COLUMNS, "") | {
+            "implementation": name,
+            "model": args.model,
+            "images": len(task.train),
+        }
         row |= {"tests": args.tests, "B": args.batch, "C": args.classes, "skip_layers": args.skip_layers}
-        row |= {"precision": args.precision} | found[who]
-        if "epoch_s" in found[who] and "epoch_s" in found.get(OURS, {}) and who != OURS:
+        row |= {"precision": args.precision} | found[name]
+        if "epoch_s" in found[name] and "epoch_s" in found.get(OURS, {}) and name != OURS:
             row["faster"] = round(row["epoch_s"] / found[OURS]["epoch_s"], 3)
         refuse_another_loss(found, args.precision)
         print(shown(row))
@@ -80,19 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def shown(row: dict[str, Any]) -> str:
     """A line of the table."""
     if row["note"]:
-        return f"{row['who']:22} {row['note']}"
+        return f"{row['implementation']:22} {row['note']}"
     times = f"features {row['features_s']:.1f} s, {row['steps']} steps {row['training_s']:.1f} s, "
     times += f"evaluation {row['evaluation_s']:.1f} s: {row['epoch_s']:.1f} s"
-    return f"{row['who']:22} {times}, loss {row['loss']:.4f}"
+    return f"{row['implementation']:22} {times}, loss {row['loss']:.4f}"
 
 
 def refuse_another_loss(found: dict[str, dict[str, Any]], precision: str) -> None:
     """Exit where ours and the published epoch have different losses."""
-    losses = {who: found[who]["loss"] for who in (PUBLISHED, OURS, ON_DISK) if "loss" in found.get(who, {})}
-    for who, loss in losses.items():
-        slack = _SLACK["bf16" if who == ON_DISK else precision]
+    losses = {name: found[name]["loss"] for name in (PUBLISHED, OURS, ON_DISK) if "loss" in found.get(name, {})}
+    for name, loss in losses.items():
+        slack = _SLACK["bf16" if name == ON_DISK else precision]
         if PUBLISHED in losses and not math.isclose(loss, losses[PUBLISHED], rel_tol=slack):
-            raise SystemExit(f"the epoch of {who} has the loss {loss}, and the published one {losses[PUBLISHED]}")
+            raise SystemExit(f"the epoch of {name} has the loss {loss}, and the published one {losses[PUBLISHED]}")
 
 
 class Images(torch.utils.data.Dataset):
@@ -140,13 +144,13 @@ class Task:
         for start in range(0, len(self.tests), _EVALUATED):
             yield torch.stack(self.tests[start : start + _EVALUATED]).to(self.args.device)
 
-    def run(self, who: str) -> dict[str, Any]:
+    def run(self, name: str) -> dict[str, Any]:
         """An epoch; columns of its row."""
         with tempfile.TemporaryDirectory() as folder:
-            parts = {OURS: self._ours, ON_DISK: self._ours, PUBLISHED: self._published, FULL: self._full}[who]
-            train, evaluate, features_s = parts(Path(folder) if who == ON_DISK else None)
+            parts = {OURS: self._ours, ON_DISK: self._ours, PUBLISHED: self._published, FULL: self._full}[name]
+            train, evaluate, features_s = parts(Path(folder) if name == ON_DISK else None)
             batches, losses, started = self.batches(), [], time.perf_counter()
-            for step, batch in enumerate(track(batches, who, transient=True), 1):
+            for step, batch in enumerate(track(batches, name, transient=True), 1):
                 losses.append(train(batch))
                 if step == 1 and (time.perf_counter() - started) * len(batches) > self.args.longest:
                     pace = time.perf_counter() - started

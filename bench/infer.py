@@ -42,14 +42,12 @@ from .inputs import Inputs, autocast, parser, random_inputs
 # published ones in the same precision, and this much more. ViT-S-32-alt: 2e-6 in fp32; in bf16 2.5e-2, published 3e-2.
 _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
 PUBLISHED, ONCE, OURS, CACHED = "published", "eager, texts once", "skipkernels", "skipkernels, cached"
-WHO = (PUBLISHED, ONCE, OURS, CACHED)
+IMPLEMENTATIONS = (PUBLISHED, ONCE, OURS, CACHED)
 _PROBES = 12, 24  # classes
 _PROBED = 8  # images
 _RUNS = 3  # beside the rounds: of everyone the logits are compared, the memory is warmed, and operations are counted
-_COLUMNS = (
-    "who model images B C skip_layers precision p20_ms p50_ms p80_ms rounds faster images_s gflop floor_ms".split()
-)
-_COLUMNS += ["above_floor", "note"]
+_COLUMNS = "implementation model images B C skip_layers precision p20_ms p50_ms p80_ms rounds faster".split()
+_COLUMNS += "images_s gflop floor_ms above_floor note".split()
 
 Evaluation = Callable[[], list[Tensor]]
 """Gives the logits [B, C] of each batch."""
@@ -67,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for classes in args.classes:
             rows = rows_of(args, foreseen, model, batch, classes, precision)
             for row in rows:
-                print(f"{row['who']:20} C = {classes:5}  {measure.shown(row) if row['p50_ms'] != '' else row['note']}")
+                result = measure.shown(row) if row["p50_ms"] != "" else row["note"]
+                print(f"{row['implementation']:20} C = {classes:5}  {result}")
             if not args.no_save:
                 measure.append_rows([measure.machine(args.device) | row for row in rows], "infer")
 
@@ -117,7 +116,7 @@ def rows_of(
     seconds = measure.time_alternately(runs, args.rounds, args.device, warm_up=PUBLISHED not in runs)
     rows = []
     for name in foreseen:
-        row = dict.fromkeys(_COLUMNS, "") | {"who": name, "model": model, "images": args.images, "B": batch}
+        row = dict.fromkeys(_COLUMNS, "") | {"implementation": name, "model": model, "images": args.images, "B": batch}
         row |= {"C": classes, "skip_layers": args.skip_layers, "precision": precision, "note": notes.get(name, "")}
         if name in runs:
             row |= measured(args, seconds, name, runs[name], inputs, precision)
@@ -184,7 +183,7 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
         clip._class_embeddings = None
         return [clip.predict(features) for features in at_the_cut]
 
-    return dict(zip(WHO, (published, texts_once, nothing_kept, features_kept), strict=True))
+    return dict(zip(IMPLEMENTATIONS, (published, texts_once, nothing_kept, features_kept), strict=True))
 
 
 def refuse_if_wrong(logits: dict[str, Tensor], truth: Tensor | None, precision: str) -> None:

@@ -112,15 +112,17 @@ class Session:
                 told = self.machine | {"op": op, "shape": case.shape, "dtype": dtype}
                 self.saved_to = measure.append_rows([told | row for row in rows], "operators")
             for row in rows:
-                who, note = row["who"], row["note"]
+                implementation, note = row["implementation"], row["note"]
                 if row["p50_ms"]:
-                    table.add_row(case.shape, dtype, who, *(row[column] for column in MEASURED))
-                elif who in case.runs and who not in self.without:
-                    who += f", {case.shape} in {dtype}"  # wrong there; the reasons of the absent hold everywhere
-                    if row["who"] == OURS:
+                    table.add_row(case.shape, dtype, implementation, *(row[column] for column in MEASURED))
+                elif implementation in case.runs and implementation not in self.without:
+                    implementation += (
+                        f", {case.shape} in {dtype}"  # wrong there; the reasons of the absent hold everywhere
+                    )
+                    if row["implementation"] == OURS:
                         self.wrong.append(f"{op}, {case.shape} in {dtype}: {note}")
                 if note:
-                    notes[f"    {who}: {note}"] = None
+                    notes[f"    {implementation}: {note}"] = None
         self.console.print(table)
         for line in notes:
             self.tell(line)
@@ -176,7 +178,11 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float
     times = timed(runs, seconds, device)
     rows = []
     for name in case.runs:
-        row = {"who": name} | dict.fromkeys(MEASURED, "") | {"note": wrong.get(name) or case.versions.get(name, "")}
+        row = (
+            {"implementation": name}
+            | dict.fromkeys(MEASURED, "")
+            | {"note": wrong.get(name) or case.versions.get(name, "")}
+        )
         if name in times:
             median = measure.quantile(times[name], 0.5)
             for q in (20, 50, 80):
@@ -190,7 +196,7 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float
             row["of_ceiling"] = f"{least_seconds(case, dtype, device) / median:.4f}"
         rows.append(row)
     for name, reason in case.absent.items():
-        rows.append({"who": name} | dict.fromkeys(MEASURED, "") | {"note": reason})
+        rows.append({"implementation": name} | dict.fromkeys(MEASURED, "") | {"note": reason})
     return rows
 
 
@@ -213,7 +219,7 @@ def ceilings_of(device: torch.device, dtypes: list[str]) -> str:
 
 def table_of(title: str) -> Table:
     units = {"gbytes_s": "GB/s", "gflops_s": "GFLOP/s"}
-    columns = ("shape", "dtype", "who", *MEASURED)
+    columns = ("shape", "dtype", "implementation", *MEASURED)
     table = Table(*(units.get(column, column.replace("_", " ").replace("mib", "MiB")) for column in columns))
     for column in table.columns:
         column.no_wrap = column.header != "wanted"

@@ -1,7 +1,7 @@
 """A training step against the number of classes: SkipCLIP, and what one would run in its place, on the same batch.
 
     python -m bench.step                                                       ViT-B/16, batch 4, 10 to 21,841 classes
-    python -m bench.step --classes 50 --who skipkernels published --precision fp32
+    python -m bench.step --classes 50 --implementation skipkernels published --precision fp32
     python -m bench.step --model ViT-L-14 --batch 4 32 --classes 10 1000
 
     published             the published step (bench/published.py), from features at the cut
@@ -45,7 +45,7 @@ from .training import Published, Skip, Step, full_fine_tuning, prompt_tuning, sk
 CLASSES = (10, 50, 100, 500, 1000, 5000, 21841)
 OURS, MIN = "skipkernels", "skipkernels, memory=min"
 PUBLISHED, COMPILED, FULL, PROMPTS = "published", "published, compiled", "full fine-tuning", "prompt tuning"
-WHO = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
+IMPLEMENTATIONS = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
 _SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
 _PROBES = 4, 12  # classes
 _MANY = 2000  # classes, whose texts are kept on the disk between the steps of one number of classes
@@ -54,19 +54,21 @@ _RUNS = 6  # of a step, at least: it is compared, counted, timed and weighed
 _COMPILING = 60.0  # seconds that torch.compile takes, about
 _IN_FP32 = {"fp32": 1.0, "bf16": 3.0}  # times as long as in the precision of the step, about
 
-_COLUMNS = "who model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster saved_mib peak_mib gflop".split()
-_COLUMNS += "floor_ms above_floor launches graph_ms note".split()
+_COLUMNS = "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster".split()
+_COLUMNS += "saved_mib peak_mib gflop floor_ms above_floor launches graph_ms note".split()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [4], "classes": list(CLASSES), "precision": list(PRECISIONS)}
     options = parser(__doc__, several=True, rounds=7, skip_layers=None, **cases)
-    options.add_argument("--who", nargs="+", choices=[*WHO, *_SHORT], default=list(WHO))
+    options.add_argument(
+        "--implementation", nargs="+", choices=[*IMPLEMENTATIONS, *_SHORT], default=list(IMPLEMENTATIONS)
+    )
     options.add_argument("--longest", type=float, default=60.0, help="seconds that a step may take")
     options.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a number of classes, about")
     add_budget(options)
     args = options.parse_args(arguments)
-    args.who = list(dict.fromkeys(_SHORT.get(who, who) for who in args.who))
+    args.implementation = list(dict.fromkeys(_SHORT.get(name, name) for name in args.implementation))
     for model, batch in itertools.product(args.model, args.batch):
         Curve(args, model, batch).measure()
 
@@ -76,7 +78,7 @@ class Curve:
 
     def __init__(self, args: argparse.Namespace, model: str, batch: int):
         self.args, self.model, self.batch = args, model, batch
-        self.wanted = [(who, precision) for precision in args.precision for who in args.who]
+        self.wanted = [(name, precision) for precision in args.precision for name in args.implementation]
         self.foreseen: dict[tuple[str, str], Foresight] = {}
         self.skip: Skip = args.skip_layers
 
@@ -87,7 +89,7 @@ class Curve:
             started = time.perf_counter()
             rows = [self._row(**found) for found in self._of(classes)]
             for row in rows:
-                print(f"{row['who']:24} {row['precision']}  C = {classes:5}  {shown(row)}")
+                print(f"{row['implementation']:24} {row['precision']}  C = {classes:5}  {shown(row)}")
             print(f"  {self.model}, batch {self.batch}, {classes} classes: {time.perf_counter() - started:.0f} s")
             if not self.args.no_save:
                 table = "step" if self.args.skip_layers is None else f"step_skip_{self.args.skip_layers}"
@@ -101,7 +103,7 @@ class Curve:
     def _probe(self) -> None:
         """Small steps of those whose cost grows with the classes; that also holds each against another computation."""
         found: dict[tuple[str, str], list[Probe]] = {}
-        keys = dict.fromkeys((PUBLISHED if who == COMPILED else who, precision) for who, precision in self.wanted)
+        keys = dict.fromkeys((PUBLISHED if name == COMPILED else name, precision) for name, precision in self.wanted)
         for classes in _PROBES:
             for key, step in self._steps(classes, list(keys), Path()).items():
                 saved = measure.saved_bytes(step.loss)
@@ -109,13 +111,13 @@ class Curve:
                 found.setdefault(key, []).append(Probe(step.K, seconds, saved))
         self.foreseen = {key: Foresight.of(*probes) for key, probes in found.items()}
 
-    def _kept(self, classes: int, who: str) -> int:
+    def _kept(self, classes: int, name: str) -> int:
         """That take part in a step."""
-        return classes if who in (FULL, PROMPTS) else RankSampler().expected_keep(classes, self.batch)
+        return classes if name in (FULL, PROMPTS) else RankSampler().expected_keep(classes, self.batch)
 
-    def _in_the_way(self, classes: int, who: str, precision: str) -> str:
+    def _in_the_way(self, classes: int, name: str, precision: str) -> str:
         """Why a step can't be run, or nothing."""
-        line, K = self._foreseen(who, precision), self._kept(classes, who)
+        line, K = self._foreseen(name, precision), self._kept(classes, name)
         free, seconds = free_bytes(self.args.device), line.seconds(K)
         if not line.fits(K, free):
             of = "" if K == classes else f"{K} of "
@@ -125,26 +127,26 @@ class Curve:
             )
         if seconds > self.args.longest:
             return f"left out: a step takes about {seconds:.0f} s"
-        setting_up = self._encoding(classes, who, precision)
+        setting_up = self._encoding(classes, name, precision)
         if setting_up > _SETTING_UP * self.args.longest:
             return f"left out: encoding all texts, before the first step, takes about {setting_up:.0f} s"
         return ""
 
-    def _needs(self, classes: int, who: str, precision: str) -> float:
+    def _needs(self, classes: int, name: str, precision: str) -> float:
         """Seconds until a step has its row."""
-        runs = _RUNS * self._foreseen(who, precision).seconds(self._kept(classes, who))
-        return self._encoding(classes, who, precision) + runs + (_COMPILING if who == COMPILED else 0.0)
+        runs = _RUNS * self._foreseen(name, precision).seconds(self._kept(classes, name))
+        return self._encoding(classes, name, precision) + runs + (_COMPILING if name == COMPILED else 0.0)
 
-    def _encoding(self, classes: int, who: str, precision: str) -> float:
+    def _encoding(self, classes: int, name: str, precision: str) -> float:
         """Seconds for all texts before the first step: the lower half of their tower and all of it, without gradients
         and in fp32, which is as much as forward and backward of the upper half."""
-        if who in (FULL, PROMPTS):
+        if name in (FULL, PROMPTS):
             return 0.0
-        return classes * self._foreseen(who, precision).seconds_each * _IN_FP32[precision]
+        return classes * self._foreseen(name, precision).seconds_each * _IN_FP32[precision]
 
-    def _foreseen(self, who: str, precision: str) -> Foresight:
+    def _foreseen(self, name: str, precision: str) -> Foresight:
         """The compiled step is as the one that it is of."""
-        return self.foreseen[PUBLISHED if who == COMPILED else who, precision]
+        return self.foreseen[PUBLISHED if name == COMPILED else name, precision]
 
     # ---- what can ------------------------------------------------------------------------------------------------
 
@@ -161,12 +163,17 @@ class Curve:
             found = self._timed(steps) if steps else {}
         checked = (PUBLISHED, "fp32") in steps or (PUBLISHED, "bf16") in steps
         rows = []
-        for who, precision in self.wanted:
-            row = {"who": who, "precision": precision, "C": classes, "K": self._kept(classes, who)}
-            note = reasons[who, precision]
-            if not note and who in (OURS, MIN) and not checked:
+        for name, precision in self.wanted:
+            row = {
+                "implementation": name,
+                "precision": precision,
+                "C": classes,
+                "K": self._kept(classes, name),
+            }
+            note = reasons[name, precision]
+            if not note and name in (OURS, MIN) and not checked:
                 note = f"gradients compared at {_PROBES[1]} classes: the published step is not run here"
-            rows.append(row | found.get((who, precision), {}) | {"note": note})
+            rows.append(row | found.get((name, precision), {}) | {"note": note})
         return rows
 
     def _steps(self, classes: int, keys: Sequence[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Step]:
@@ -175,7 +182,7 @@ class Curve:
         inputs = random_inputs(self.model, self.batch, classes, self.args.device)
         self.skip = self.args.skip_layers or half_of(inputs.model)
         published: Published | None = None
-        if {PUBLISHED, COMPILED} & {who for who, _ in keys}:
+        if {PUBLISHED, COMPILED} & {name for name, _ in keys}:
             published = Published(inputs, self.skip)
         make: dict[str, Callable[[str], Step]] = {
             OURS: lambda precision: self._ours(inputs, "fast", precision, published, folder),
@@ -185,7 +192,7 @@ class Curve:
         }
         if published is not None:
             make |= {PUBLISHED: published.step, COMPILED: published.compiled}
-        return {(who, precision): make[who](precision) for who, precision in keys}
+        return {(name, precision): make[name](precision) for name, precision in keys}
 
     def _ours(self, inputs: Inputs, memory: str, precision: str, against: Published | None, folder: Path) -> Step:
         texts = folder / "texts" if len(inputs.tokens) > _MANY else None

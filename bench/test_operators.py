@@ -31,21 +31,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = []
     for op in metafunc.config.getoption("--op") or OPERATORS:
         for number, (dtype, case) in enumerate(itertools.islice(run.cases_of(op, [*TIMED_DTYPES], DEVICE), count)):
-            for who in (*case.runs, *case.absent):
-                name = f"{op}-{case.shape}-{dtype}-{who.replace(' ', '-')}"
-                found.append(pytest.param(op, number // len(TIMED_DTYPES), dtype, who, id=name))
-    metafunc.parametrize("op, number, dtype, who", found)
+            for implementation in (*case.runs, *case.absent):
+                name = f"{op}-{case.shape}-{dtype}-{implementation.replace(' ', '-')}"
+                found.append(pytest.param(op, number // len(TIMED_DTYPES), dtype, implementation, id=name))
+    metafunc.parametrize("op, number, dtype, implementation", found)
 
 
-def test_operator(benchmark, op: str, number: int, dtype: str, who: str) -> None:
+def test_operator(benchmark, op: str, number: int, dtype: str, implementation: str) -> None:
     case, gate = case_and_gate(op, number, dtype)
-    if who in case.absent:
-        pytest.skip(f"{who}: {case.absent[who]}")
-    if reason := gate.error_of(who):
-        (pytest.fail if who == run.OURS else pytest.skip)(f"{who}: {reason}")
+    if implementation in case.absent:
+        pytest.skip(f"{implementation}: {case.absent[implementation]}")
+    if reason := gate.error_of(implementation):
+        (pytest.fail if implementation == run.OURS else pytest.skip)(f"{implementation}: {reason}")
 
     def call() -> None:
-        case.runs[who]()
+        case.runs[implementation]()
         measure.synchronize(DEVICE)
 
     benchmark.group = f"{op} {case.shape} {dtype}"

@@ -187,10 +187,10 @@ def _refuse_wrong(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dic
         raise SystemExit("the two steps do not agree: no timing")
 
 
-def _refuse_another(loss: Tensor, expected: Tensor, precision: str, who: str) -> None:
-    print(f"loss of {who} in {precision} {loss.item():.6f}, expected {expected.item():.6f}")
+def _refuse_another(loss: Tensor, expected: Tensor, precision: str, implementation: str) -> None:
+    print(f"loss of {implementation} in {precision} {loss.item():.6f}, expected {expected.item():.6f}")
     if not (math.isfinite(loss) and math.isclose(loss, expected, rel_tol=_LOSS[precision])):
-        raise SystemExit(f"{who} has another loss: no timing")
+        raise SystemExit(f"{implementation} has another loss: no timing")
 
 
 def _own_loss(inputs: Inputs, precision: str) -> Tensor:

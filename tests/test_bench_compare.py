@@ -126,8 +126,8 @@ class Repository:
         self.git("init", "--quiet")
 
     def git(self, *arguments: str) -> str:
-        who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false")
-        command = ["git", "-C", str(self.path), *who, *arguments]
+        implementation = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(self.path), *implementation, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def write(self, **files: str) -> None:

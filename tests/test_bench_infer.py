@@ -34,7 +34,7 @@ def results(monkeypatch, tmp_path) -> Path:
 
 def rows(results: Path, table: str) -> dict[str, dict[str, str]]:
     (file,) = results.glob(f"*/{table}.csv")
-    return {row["who"]: row for row in csv.DictReader(file.open())}
+    return {row["implementation"]: row for row in csv.DictReader(file.open())}
 
 
 # ---- inference -----------------------------------------------------------------------------------------------------
@@ -44,10 +44,10 @@ def rows(results: Path, table: str) -> dict[str, dict[str, str]]:
 def test_everyone_who_classifies_has_a_row(results, precision):
     infer.main([*INFER, "--precision", precision])
     found = rows(results, "infer")
-    assert list(found) == list(infer.WHO)
-    for who, row in found.items():
+    assert list(found) == list(infer.IMPLEMENTATIONS)
+    for implementation, row in found.items():
         assert float(row["images_s"]) == pytest.approx(4000 / float(row["p50_ms"]), rel=0.01) and row["note"] == ""
-        assert (row["faster"] == "") == (who == "skipkernels") and float(row["above_floor"]) > 0
+        assert (row["faster"] == "") == (implementation == "skipkernels") and float(row["above_floor"]) > 0
     assert float(found["skipkernels, cached"]["gflop"]) < float(found["published"]["gflop"])
 
 
@@ -59,7 +59,7 @@ def test_an_evaluation_that_takes_too_long_is_not_begun(results):
 def test_a_budget_is_for_all_who_are_begun(monkeypatch, results):
     """Everyone would fit alone; the seconds of those before count."""
     line = infer.Foresight.of(infer.Probe(12, 8.0, 0), infer.Probe(24, 8.0, 0))  # 8 s for 8 images: 4 s for 4
-    monkeypatch.setattr(infer, "foresee", lambda args, model, precision: dict.fromkeys(infer.WHO, line))
+    monkeypatch.setattr(infer, "foresee", lambda args, model, precision: dict.fromkeys(infer.IMPLEMENTATIONS, line))
     monkeypatch.setattr(Budget, "left", property(lambda budget: 40.0))
     infer.main(INFER)  # 16 s each: three runs and a round
     notes = [row["note"] for row in rows(results, "infer").values()]
@@ -99,11 +99,11 @@ def test_inference_computes_again_what_it_says():
 def test_everyone_who_trains_an_epoch_has_a_row(results, precision):
     epoch.main([*EPOCH, "--precision", precision])
     found = rows(results, "epoch")
-    assert list(found) == list(epoch.WHO)
-    for who, row in found.items():
+    assert list(found) == list(epoch.IMPLEMENTATIONS)
+    for implementation, row in found.items():
         parts = [float(row[f"{part}_s"]) for part in ("features", "training", "evaluation")]
         assert float(row["epoch_s"]) == pytest.approx(sum(parts), abs=0.002) and int(row["steps"]) == 3
-        assert (row["faster"] == "") == (who == "skipkernels")
+        assert (row["faster"] == "") == (implementation == "skipkernels")
     assert float(found["published"]["loss"]) == pytest.approx(float(found["skipkernels"]["loss"]), rel=2e-2)
     assert found["full fine-tuning"]["features_s"] == "0.0"
 
@@ -113,11 +113,11 @@ def test_an_epoch_with_another_loss_is_an_error(monkeypatch):
     wrong = lambda self, *batch: (1.01 * right(self, *batch)[0], None)  # noqa: E731
     monkeypatch.setattr(epoch.PublishedStep, "__call__", wrong)
     with pytest.raises(SystemExit, match="the epoch of skipkernels has the loss"):
-        epoch.main([*EPOCH, "--who", "skipkernels", "published", "--no-save"])
+        epoch.main([*EPOCH, "--implementation", "skipkernels", "published", "--no-save"])
 
 
 def test_an_epoch_that_takes_too_long_is_left_after_a_step(results):
-    epoch.main([*EPOCH, "--who", "published", "--longest", "1e-9"])
+    epoch.main([*EPOCH, "--implementation", "published", "--longest", "1e-9"])
     assert rows(results, "epoch")["published"]["note"].startswith("left out: 3 steps of about ")
 
 

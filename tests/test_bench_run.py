@@ -59,7 +59,7 @@ def doubling(factor: float = 2.0, flops: int = 0, shape: str = "N1024") -> Case:
 
 
 def rows_of(case: Case) -> dict[str, dict[str, str]]:
-    return {row["who"]: row for row in run.rows_of(case, torch.float32, CPU, 0.01)}
+    return {row["implementation"]: row for row in run.rows_of(case, torch.float32, CPU, 0.01)}
 
 
 def test_a_right_result_gets_times_a_ratio_and_memory():
@@ -79,7 +79,7 @@ def test_a_wrong_result_gets_no_time():
 
 
 @pytest.mark.parametrize(
-    "who, note",
+    "implementation, note",
     [
         ("wrong peer", "wrong: result 0 is off by 1.0e-03, eager by 0.0e+00"),
         ("shorter peer", "wrong: result 0 is off by inf"),
@@ -87,8 +87,8 @@ def test_a_wrong_result_gets_no_time():
         ("absent peer", "needs a GPU"),
     ],
 )
-def test_a_peer_without_a_time_has_the_reason(who, note):
-    row = rows_of(doubling())[who]
+def test_a_peer_without_a_time_has_the_reason(implementation, note):
+    row = rows_of(doubling())[implementation]
     assert row["note"].startswith(note) and "\n" not in row["note"]
     assert not any(row[column] for column in run.MEASURED)
 
@@ -139,10 +139,12 @@ def two_cases(monkeypatch) -> None:
 def test_rows_have_all_columns(two_cases, results, capsys):
     run.main(COMMAND)
     rows = rows_in(results)
-    assert list(rows[0]) == [*measure.machine(CPU), "op", "shape", "dtype", "who", *run.MEASURED, "note"]
-    found = {(row["op"], row["shape"], row["who"]) for row in rows}
+    assert list(rows[0]) == [*measure.machine(CPU), "op", "shape", "dtype", "implementation", *run.MEASURED, "note"]
+    found = {(row["op"], row["shape"], row["implementation"]) for row in rows}
     everyone = {"absent peer", *doubling().runs}
-    assert found == {(op, n, who) for op in COMMAND[1:3] for n in ("N1024", "N1024-again") for who in everyone}
+    assert found == {
+        (op, n, implementation) for op in COMMAND[1:3] for n in ("N1024", "N1024-again") for implementation in everyone
+    }
     told = capsys.readouterr().out
     assert "wrong peer, N1024-again in fp32: wrong: result 0 is off" in told
     assert told.count("absent peer: needs a GPU") == 2  # once for each operator
@@ -184,7 +186,7 @@ def test_a_run_that_is_stopped_leaves_its_rows(monkeypatch, results):
 
 def test_quick_is_the_first_shape_without_compiling(two_cases, results):
     run.main([*COMMAND, "--quick", "--dtype", "fp32", "--without", "peer"])
-    rows = {row["who"]: row for row in rows_in(results)}
+    rows = {row["implementation"]: row for row in rows_in(results)}
     assert {row["shape"] for row in rows.values()} == {"N1024"}
     assert rows[COMPILED]["p50_ms"] == "" and rows[COMPILED]["note"].startswith("left out with --quick")
     assert rows["peer"]["p50_ms"] == "" and rows["peer"]["note"] == "left out with --without"
@@ -220,9 +222,11 @@ def test_every_operator_has_a_case_with_a_right_result(name, dtype):
 def test_pairs_are_two_calls_of_the_operator():
     case = class_sampled_ce.of_pairs(48, 64, torch.float32, CPU)
     gate = run.Gate(case, torch.float32, CPU)
-    assert [gate.error_of(who) for who in ("skipkernels", "eager", "linear_cross_entropy") if who in case.runs] == (
-        [""] * (2 + hasattr(torch.nn.functional, "linear_cross_entropy"))
-    )
+    assert [
+        gate.error_of(implementation)
+        for implementation in ("skipkernels", "eager", "linear_cross_entropy")
+        if implementation in case.runs
+    ] == ([""] * (2 + hasattr(torch.nn.functional, "linear_cross_entropy")))
     assert case.absent["memeff"] == "needs a GPU"
 
 

@@ -36,26 +36,26 @@ def table(results):
     def run(*options: str) -> dict[tuple[str, str, int], dict[str, str]]:
         step.main([*SMALL, *options])
         (file,) = results.glob("*/step.csv")
-        return {(row["who"], row["precision"], int(row["C"])): row for row in csv.DictReader(file.open())}
+        return {(row["implementation"], row["precision"], int(row["C"])): row for row in csv.DictReader(file.open())}
 
     return run
 
 
 def test_everyone_has_a_row(table):
-    rows = table("--who", "skipkernels", "min", "published", "full", "prompts")
+    rows = table("--implementation", "skipkernels", "min", "published", "full", "prompts")
     assert len(rows) == 5 * 2
-    for (who, *_), row in rows.items():
-        own = "" if who == "skipkernels" else float(row["faster"])
+    for (implementation, *_), row in rows.items():
+        own = "" if implementation == "skipkernels" else float(row["faster"])
         assert own == "" or own > 0
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) and row["note"] == ""
-        assert row["skip_layers"] == ("0" if who in ("full fine-tuning", "prompt tuning") else "3+2")
-        assert row["K"] == ("20" if who in ("full fine-tuning", "prompt tuning") else "11")
+        assert row["skip_layers"] == ("0" if implementation in ("full fine-tuning", "prompt tuning") else "3+2")
+        assert row["K"] == ("20" if implementation in ("full fine-tuning", "prompt tuning") else "11")
         assert float(row["above_floor"]) == pytest.approx(float(row["p50_ms"]) / float(row["floor_ms"]), rel=0.1)
     for precision in ("fp32", "bf16"):
-        saved = {who: float(rows[who, precision, 20]["saved_mib"]) for who, *_ in rows}
+        saved = {implementation: float(rows[implementation, precision, 20]["saved_mib"]) for implementation, *_ in rows}
         assert saved["skipkernels, memory=min"] < saved["skipkernels"] < saved["published"] < saved["full fine-tuning"]
-        floor = {who: float(rows[who, precision, 20]["floor_ms"]) for who, *_ in rows}
-        flop = {who: float(rows[who, precision, 20]["gflop"]) for who, *_ in rows}
+        floor = {implementation: float(rows[implementation, precision, 20]["floor_ms"]) for implementation, *_ in rows}
+        flop = {implementation: float(rows[implementation, precision, 20]["gflop"]) for implementation, *_ in rows}
         assert floor["skipkernels, memory=min"] == floor["skipkernels"], "running blocks again is nobody's duty"
         assert flop["skipkernels"] < flop["skipkernels, memory=min"] and flop["skipkernels"] < flop["published"]
 
@@ -64,7 +64,7 @@ def test_the_compiled_step_is_the_published_one(monkeypatch, table):
     """Compiled by a backend that leaves the operations as they are: what is measured is not what is tested here."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
-    rows = table("--who", "compiled", "published", "skipkernels", "--precision", "fp32")
+    rows = table("--implementation", "compiled", "published", "skipkernels", "--precision", "fp32")
     compiled, published = rows["published, compiled", "fp32", 20], rows["published", "fp32", 20]
     assert compiled["gflop"] == published["gflop"] and compiled["saved_mib"] == published["saved_mib"]
     assert float(compiled["p50_ms"]) > 0
@@ -72,7 +72,7 @@ def test_the_compiled_step_is_the_published_one(monkeypatch, table):
 
 def test_what_would_not_fit_is_not_begun(monkeypatch, table):
     monkeypatch.setattr(step, "free_bytes", lambda device: 400 * 2**20)
-    rows = table("--who", "skipkernels", "full", "--precision", "fp32", "--classes", "20", "1000")
+    rows = table("--implementation", "skipkernels", "full", "--precision", "fp32", "--classes", "20", "1000")
     assert rows["full fine-tuning", "fp32", 20]["note"] == ""
     left = rows["full fine-tuning", "fp32", 1000]
     assert left["p50_ms"] == "" and left["note"].startswith("does not fit: 1000 classes keep about ")
@@ -83,13 +83,13 @@ def test_what_would_not_fit_is_not_begun(monkeypatch, table):
 
 
 def test_what_takes_too_long_is_not_begun(table):
-    rows = table("--who", "skipkernels", "published", "--precision", "fp32", "--longest", "1e-9")
+    rows = table("--implementation", "skipkernels", "published", "--precision", "fp32", "--longest", "1e-9")
     assert all(row["note"].startswith("left out: a step takes about") for row in rows.values())
 
 
 def test_a_budget_that_is_used_up_leaves_rows_that_say_so(monkeypatch, table):
     monkeypatch.setattr(Budget, "left", property(lambda budget: 0.0))
-    rows = table("--who", "skipkernels", "compiled", "--precision", "fp32")
+    rows = table("--implementation", "skipkernels", "compiled", "--precision", "fp32")
     assert rows["skipkernels", "fp32", 20]["note"] == "left out: no time left"
     assert rows["published, compiled", "fp32", 20]["note"].startswith("left out: no time left")
 
@@ -97,7 +97,7 @@ def test_a_budget_that_is_used_up_leaves_rows_that_say_so(monkeypatch, table):
 def test_a_budget_is_for_all_steps_that_are_begun(monkeypatch, table):
     monkeypatch.setattr(step.Curve, "_needs", lambda *of: 40.0)
     monkeypatch.setattr(Budget, "left", property(lambda budget: 100.0))
-    rows = table("--who", "skipkernels", "min", "published", "--precision", "fp32")
+    rows = table("--implementation", "skipkernels", "min", "published", "--precision", "fp32")
     assert [row["note"] for row in rows.values()] == [
         "gradients compared at 12 classes: the published step is not run here",
         "gradients compared at 12 classes: the published step is not run here",
@@ -113,7 +113,7 @@ def test_a_step_is_weighed_without_the_gradients_of_the_rounds(monkeypatch, tabl
         return 0
 
     monkeypatch.setattr(measure, "peak_bytes", peak_bytes)
-    table("--who", "skipkernels", "published", "full", "--precision", "fp32")
+    table("--implementation", "skipkernels", "published", "full", "--precision", "fp32")
     assert held == [False] * 3
 
 
@@ -136,13 +136,13 @@ def test_bad_options_are_told_in_a_line(options, message, capsys):
 
 def test_a_table_of_other_columns_is_kept_beside_the_new_one(results):
     def read(path):
-        return [row["who"] for row in csv.DictReader(path.open(encoding="utf-8"))]
+        return [row["implementation"] for row in csv.DictReader(path.open(encoding="utf-8"))]
 
-    row = {"device": "A CPU", "who": "first", "p50_ms": 1.0}
+    row = {"device": "A CPU", "implementation": "first", "p50_ms": 1.0}
     path = measure.append_rows([row], "step")
-    measure.append_rows([{"device": "A CPU", "who": "≥ second"}], "step")
+    measure.append_rows([{"device": "A CPU", "implementation": "≥ second"}], "step")
     assert read(path) == ["first", "≥ second"], "who has fewer columns fits in"
-    assert measure.append_rows([row | {"who": "third", "note": ""}], "step") == path
+    assert measure.append_rows([row | {"implementation": "third", "note": ""}], "step") == path
     (before,) = path.parent.glob("step-until-*.csv")
     assert (read(before), read(path)) == (["first", "≥ second"], ["third"])
 
@@ -193,7 +193,7 @@ def test_full_fine_tuning_with_another_loss_gets_no_time(monkeypatch, capsys, fa
     right = training.full_step
     monkeypatch.setattr(training, "full_step", lambda *of: lambda *batch: (factor * right(*of)(*batch)[0], 20))
     with pytest.raises(SystemExit, match="full fine-tuning has another loss: no timing"):
-        step.main([*STEP, "--who", "full"])
+        step.main([*STEP, "--implementation", "full"])
     assert " ms " not in capsys.readouterr().out
 
 
@@ -202,7 +202,7 @@ def test_prompt_tuning_with_another_loss_gets_no_time(monkeypatch):
     other = lambda self, *batch: right(self, *batch)._replace(loss=right(self, *batch).loss * 1.01)  # noqa: E731
     monkeypatch.setattr(training.CoOp, "step", other)
     with pytest.raises(SystemExit, match="prompt tuning has another loss: no timing"):
-        step.main([*STEP, "--who", "prompts"])
+        step.main([*STEP, "--implementation", "prompts"])
 
 
 def test_full_fine_tuning_trains_every_layer_and_prompt_tuning_the_context():

@@ -1,0 +1,123 @@
+"""Stored benchmark rows: bench/results/DEVICE/KIND.csv, and which row of a case counts.
+
+Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
+measurement. A file that lacks a column of its kind is ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+Row = dict[str, str]
+"""One line of a CSV file: text by column, "" where there is no value."""
+
+MACHINE = ("commit", "device", "threads", "python", "torch")
+PRECISIONS = ("fp32", "bf16")
+
+
+class Kind(NamedTuple):
+    """One kind of rows.
+
+    Attributes:
+        command: Module that writes the rows.
+        case: Columns that identify a case.
+        measured: Column that is empty if nothing was measured.
+        needed: Further columns that a file must have.
+    """
+
+    command: str
+    case: str
+    measured: str
+    needed: str = ""
+
+
+KINDS = {
+    "step": Kind("bench.step", "model B C precision implementation", "p50_ms", "K peak_mib above_floor note"),
+    "epoch": Kind("bench.epoch", "model images tests B C skip_layers precision implementation", "epoch_s", "faster"),
+    "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms", "above_floor"),
+    "operators": Kind("bench.run", "op shape dtype implementation", "p50_ms", "wanted note"),
+    "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
+    "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
+    "cache_build": Kind("bench.cache.build", "model images B precision dtype extraction", "images_s", "faster"),
+    "cache_read": Kind("bench.cache.read", "store N W B", "loader_gb_s", "of_list"),
+    "cache_disk": Kind("bench.cache.disk", "way store_mib memory_mib B", "gb_s", "of_threads"),
+}
+
+
+class Device:
+    """All rows that were measured on one device.
+
+    Args:
+        folder: bench/results/DEVICE.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._all = {kind: read(folder / f"{kind}.csv", of) for kind, of in KINDS.items()}
+        self.name = next((rows[0]["device"] for rows in self._all.values() if rows), "")
+
+    @property
+    def is_cpu(self) -> bool:
+        """True for a CPU, whose name ends with its vector instructions (`measure.cpu_name`)."""
+        return self.name.endswith(")")
+
+    def all(self, kind: str) -> list[Row]:
+        """Every row of a kind, in the order in which they were written."""
+        return self._all[kind]
+
+    def rows(self, kind: str, **where: str) -> list[Row]:
+        """The rows of a kind that count and have these values."""
+        return [row for row in latest(self._all[kind], KINDS[kind]) if where.items() <= row.items()]
+
+
+def devices(results: Path) -> list[Device]:
+    """The devices that have rows, GPUs first."""
+    found = [Device(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    return sorted((device for device in found if device.name), key=lambda device: device.is_cpu)
+
+
+def read(path: Path, kind: Kind) -> list[Row]:
+    """All rows of a file; none if the file is missing or lacks a column."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, restval="")
+        needed = {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()}
+        return list(reader) if needed <= set(reader.fieldnames or ()) else []
+
+
+def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:
+    """The row of each case that counts."""
+    last: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        case = tuple(row[column] for column in kind.case.split())
+        skipped = row.get("note", "").startswith("left out")
+        if not (skipped and case in last and last[case][kind.measured]):
+            last[case] = row
+    return list(last.values())
+
+
+def same_run(rows: Sequence[Row], row: Row, **changes: str) -> Row | None:
+    """The last measured step of the same commit, machine and case as `row`, with `changes` to the case."""
+    same = {column: row[column] for column in (*MACHINE, *KINDS["step"].case.split())} | changes
+    return next((each for each in reversed(rows) if same.items() <= each.items() and each["p50_ms"]), None)
+
+
+def number(row: Row, column: str) -> float | None:
+    """The value of a column, or None.
+
+    >>> number({"p50_ms": "12.5", "peak_mib": ""}, "p50_ms"), number({"peak_mib": ""}, "peak_mib")
+    (12.5, None)
+    """
+    return float(row[column]) if row.get(column) else None
+
+
+def grouped(rows: Iterable[Row], columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows by the values of these columns, in order of first occurrence."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[column] for column in columns.split()), []).append(row)
+    return found

@@ -1,0 +1,196 @@
+"""bench.report: every table and picture is made from the stored rows, and losing comparisons are shown."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from bench import pictures, report
+from bench.rows import KINDS, MACHINE, Device, latest, read, same_run
+
+CPU, GPU = "CPU (avx2)", "GPU"
+EXTRA = {
+    "step": "faster saved_mib",
+    "operators": "faster",
+    "infer": "faster",
+    "memory": "K saved_mib peak_mib",
+    "glyphs": "new step_ms tuning_s peak_mib",
+}
+
+
+def row(kind: str, **values: object) -> dict[str, str]:
+    of = KINDS[kind]
+    columns = [*MACHINE, *of.case.split(), of.measured, *of.needed.split(), *EXTRA.get(kind, "").split()]
+    machine = {"commit": "abc", "device": CPU, "threads": 2, "python": "3.11", "torch": "2.13"}
+    return {name: str(value) for name, value in (dict.fromkeys(columns, "") | machine | values).items()}
+
+
+def step(implementation: str, C: int, ms: object = "", precision: str = "fp32", **values: object) -> dict[str, str]:
+    case = {"model": "ViT-B-16", "B": 4, "C": C, "K": min(C, 20), "precision": precision}
+    sizes = {"saved_mib": 100, "peak_mib": 200, "above_floor": 1.5} if ms else {}
+    return row("step", **case | {"implementation": implementation, "p50_ms": ms} | sizes | values)
+
+
+def operator(implementation: str, shape: str = "N1", faster: object = "", **values: object) -> dict[str, str]:
+    case = {"op": "class_scores", "shape": shape, "dtype": "fp32", "implementation": implementation, "p50_ms": 1}
+    return row("operators", **case | {"faster": faster} | values)
+
+
+def save(root: Path, kind: str, *rows: dict[str, str]) -> Device:
+    folder = root / "bench" / "results" / re.sub(r"\W+", "-", rows[0]["device"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{kind}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return Device(folder)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A checkout with pages and without results."""
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for name, blocks in report.BLOCKS.items():
+        text = "".join(f"<!-- bench:{block} -->\n<!-- /bench:{block} -->\n" for block in blocks)
+        (tmp_path / name).write_text(f"before\n{text}after\n")
+    return tmp_path
+
+
+def page(root: Path, name: str = "README.md") -> str:
+    report.main(["--root", str(root)])
+    return (root / name).read_text()
+
+
+def test_committed_pages_match_the_rows(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_latest_keeps_the_last_row_but_no_skipped_one():
+    measured, skipped = step("published", 10, 1.0), step("published", 10, note="left out: no time left")
+    no_room, kind = step("published", 10, note="does not fit: 10 classes …"), KINDS["step"]
+    assert latest([measured, step("published", 10, 3.0)], kind)[0]["p50_ms"] == "3.0"
+    assert latest([measured, skipped], kind) == [measured]
+    assert latest([skipped, measured], kind) == [measured]
+    assert latest([measured, no_room], kind) == [no_room]
+
+
+def test_read_ignores_a_file_without_a_needed_column(root):
+    old = {name: value for name, value in step("published", 10, 1.0).items() if name != "above_floor"}
+    assert save(root, "step", old).all("step") == [] == read(root / "nowhere.csv", KINDS["step"])
+
+
+def test_growth_compares_rows_of_one_commit_and_machine(root):
+    few, many = step("skipkernels", 10, 100.0), step("skipkernels", 21841, 140.0)
+    case = {"model": "ViT-B-16", "B": "4", "precision": "fp32"}
+    assert report.growth(save(root, "step", few, many), **case) == (pytest.approx(1.4), 1.0)
+    for other in ({"commit": "def"}, {"threads": "1"}, {"torch": "2.14"}, {"p50_ms": ""}):
+        assert report.growth(save(root, "step", few, many | other), **case) is None
+    assert same_run([few, many], many, C="10") == few and same_run([few, many], many, C="50") is None
+
+
+def test_table_drops_empty_columns_and_escapes_bars():
+    assert report.table(["", "a", "b"], [["x", "", "1|2"]]) == "|  | b |\n| --- | --- |\n| x | 1\\|2 |"
+
+
+def test_step_table_gives_the_reason_where_nothing_was_measured(root):
+    save(
+        root,
+        "step",
+        step("skipkernels", 10, 1268.9),
+        step("published", 10, 3097.2, faster=2.441),
+        step("published", 500, note="does not fit: 500 classes keep about 99.0 GiB"),
+        step("published", 1000, note="left out: a step takes about 70 s"),
+    )
+    text = page(root)
+    assert "| published | fp32 | 3,097 (2.44) | does not fit | not run: about 70 s |" in text
+    assert "| skipkernels | fp32 | 1,269 |  |  |" in text
+    assert "<sub>CPU (avx2), 2 threads; torch 2.13; commit abc; `python -m bench.step`</sub>" in text
+
+
+def test_headline_uses_ratios_of_one_run(root):
+    ours, published = step("skipkernels", 1000, 100), step("published", 1000, 510, faster=5.1, saved_mib=900)
+    save(root, "step", ours, published, step("skipkernels", 10, 50.0), step("skipkernels", 21841, 75.0))
+    text = page(root)
+    assert "5.10 times faster" in text and "900 MiB → 100 MiB" in text
+    assert "1.50 times the time, 1.00 times the memory" in text
+
+
+def test_operators_are_compared_with_eager_and_the_fastest_other(root):
+    save(
+        root,
+        "operators",
+        operator("skipkernels"),
+        operator("eager", faster=2.0, wanted="≥ 1.5"),
+        operator("liger", faster=1.2),
+        operator("compiled reference", faster=1.1),
+    )
+    expected = "| `class_scores` | N1 | 2.00 | ≥ 1.5 | 1.10, compiled reference |"
+    assert expected in page(root, "docs/operators.md")
+
+
+def test_losses_are_sorted_and_cut_in_the_readme(root):
+    rows = [operator("eager", f"N{i}", faster=0.5 + i / 10) for i in range(8)]
+    failed = operator("skipkernels", "N9", p50_ms="", note="wrong: error 1.0 > 0.1")
+    save(root, "operators", *rows, operator("skipkernels", "N1"), failed)
+    readme, full = page(root), page(root, "docs/benchmarks.md")
+    assert "faster in 5 of 8 comparisons" in readme and "- `class_scores`, N9, fp32: wrong: error" in readme
+    assert re.findall(r"N(\d), fp32 \| eager \| \*\*", full) == ["0", "1", "2", "3", "4"]
+
+
+def test_goals_state_the_worst_shape(root):
+    rows = [operator("eager", f"N{i}", faster=f, wanted="≥ 1.5") for i, f in enumerate((1.4, 1.6))]
+    save(root, "operators", *rows)
+    assert "| `class_scores` over eager, worst of 2 shapes: fp32 | ≥ 1.5 | 1.40 | no, worst at N0 |" in page(
+        root, "docs/benchmarks.md"
+    )
+
+
+def test_glyphs_has_mean_and_deviation_over_seeds(root):
+    values = {"data": "glyphs", "method": "skip", "trained_parameters": 847616, "new": 30, "harmonic": 40}
+    save(root, "glyphs", *(row("glyphs", seed=s, base=b, **values) for s, b in enumerate((74, 76))))
+    assert "| Skip Tuning | 2 | 75.0 ± 1.4 | 30.0 | 40.0 | 847,616 |" in page(root)
+
+
+def test_a_gpu_is_shown_before_a_cpu(root):
+    for device in (CPU, GPU):
+        save(root, "step", step("skipkernels", 10, 5.0, device=device))
+    text = page(root)
+    assert text.index(f"**{GPU}**") < text.index(f"**{CPU}**")
+
+
+def test_filled_needs_one_place_for_each_block():
+    text = "a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb"
+    assert report.filled(text, "x", "new") == "a\n<!-- bench:x -->\nnew\n<!-- /bench:x -->\nb"
+    for wrong in ("nothing", text + text):
+        with pytest.raises(ValueError, match="a page must have"):
+            report.filled(wrong, "x", "new")
+
+
+def test_check_names_stale_files_and_writes_nothing(root, capsys):
+    save(root, "step", step("skipkernels", 10, 5.0))
+    before = (root / "README.md").read_text()
+    assert report.main(["--root", str(root), "--check"]) == 1
+    assert "README.md is out of date" in capsys.readouterr().out and (root / "README.md").read_text() == before
+    assert report.main(["--root", str(root)]) == 0 == report.main(["--root", str(root), "--check"])
+
+
+def test_pictures_are_reproducible_and_mark_where_a_line_stops(root):
+    rows = [step("skipkernels", C, C) for C in (10, 100)]
+    rows += [step("published", 10, 20), step("published", 100, note="does not fit: 100 classes")]
+    for draw in report.PICTURES.values():
+        svg = draw(rows)
+        assert svg == draw(rows) and ElementTree.fromstring(svg).tag.endswith("svg") and draw([]) == ""
+    assert pictures._end(rows, "published", "fp32") == pictures._DOES_NOT_FIT
+    assert pictures._end(rows, "skipkernels", "fp32") == ""
+
+
+def test_a_picture_is_redrawn_for_other_rows_only(tmp_path):
+    path = tmp_path / "a.svg"
+    path.write_text("<svg/>\n<!-- matplotlib 1.0, rows abc -->\n")
+    assert report.up_to_date(path, "<svg>other</svg>\n<!-- matplotlib 2.0, rows abc -->\n")
+    assert not report.up_to_date(path, "<svg/>\n<!-- matplotlib 2.0, rows def -->\n")
