@@ -3,7 +3,6 @@
     python -m bench.aot                                 compile all and write bench/results/aot.csv
     python -m bench.aot --check                         compile all and compare with the table; write nothing
     python -m bench.aot --op class_scores --no-save     print only; also --target sm_90 gfx942, --dtype bf16, --quick
-    python -m bench.aot --plot                          bench/results/aot.svg from the table
 
 The launchers themselves are run, forward and backward, on the calls of `bench.launches`, with a recorder in the place
 of the launch and with `launching.target` answering for each GPU in turn; Triton's own binder then says what would be
@@ -53,7 +52,6 @@ for _op in OPERATORS:
         importlib.import_module(f"skipkernels.ops.{_op.rstrip('_')}")
 
 TABLE = measure.RESULTS / "aot.csv"
-PLOT = measure.RESULTS / "aot.svg"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions
 # schedule loads and place layouts differently. Spills and the limits of the hardware are never allowed for.
 ALLOWANCE = 1.25
@@ -366,44 +364,6 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def plot(rows: Sequence[Row]) -> None:
-    """For each kernel and target the range over dtypes and shapes, as a share of what a thread or block may have."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    grey = "#888888"  # readable on white and on black, as the other colours are
-    colors = dict(zip(ARCHITECTURES, ("#4c8ed9", "#3aa17e", "#a77bd1", "#d9793a"), strict=True))
-    matplotlib.rcParams.update(
-        {name: grey for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
-        | {"svg.hashsalt": "aot"}
-    )
-    kernels = list(dict.fromkeys(row.kernel for row in rows))
-    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(11, 1.2 + 0.36 * len(kernels)), layout="constrained")
-    for axes, what, limit in zip(
-        panels, ("registers", "shared_bytes"), ("thread_registers", "block_shared"), strict=True
-    ):
-        for place, (target, color) in enumerate(colors.items()):
-            most = getattr(ARCHITECTURES[target], limit)
-            for line, kernel in enumerate(kernels):
-                values = [getattr(row, what) / most for row in rows if (row.kernel, row.target) == (kernel, target)]
-                if values:
-                    y = line + (place - 1.5) / 6
-                    label = target if line == 0 else None
-                    axes.plot([min(values), max(values)], [y, y], color=color, lw=3, marker="o", ms=4, label=label)
-        axes.set_xlim(-0.02, 1.02)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        axes.grid(axis="x", color=grey, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(kernels)), [kernel.strip("_").removesuffix("_kernel") for kernel in kernels])
-    panels[0].invert_yaxis()
-    panels[0].set_xlabel("registers of a thread, of what it may have")
-    panels[1].set_xlabel("shared memory of a block, of what it may have")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
-    figure.savefig(PLOT, transparent=True, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="forward and backward of these")
@@ -412,14 +372,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--no-save", action="store_true", help="print only")
-    parser.add_argument("--plot", action="store_true", help="draw the table, compile nothing")
     args = parser.parse_args()
     console = Console()
     console.width = max(console.width, 170)  # a cut figure is none, also in a file
-    if args.plot:
-        plot(read_table())
-        console.print(f"wrote {PLOT}")
-        return
     if not launching.installed:
         parser.error("Triton is not installed: pip install triton")
     if launching.triton.knobs.runtime.interpret:

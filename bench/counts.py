@@ -37,15 +37,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
-from skipkernels.ops import launching, registration
+from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
 
-from . import measure, roofline, tables
+from . import aot, measure, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, Inputs, autocast, random_inputs
+from .launches import CALLS
 from .published import PublishedStep
+from .targets import ARCHITECTURES
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
@@ -121,6 +124,15 @@ def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
     return not _DEPENDS_ON_VALUES.isdisjoint(operator.tags)
 
 
+# Operators that only allocate. Views are known by their schema.
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+
+
+def launches_a_kernel(operator: torch._ops.OpOverload) -> bool:
+    """True unless a PyTorch operator makes a view or only allocates. One that launches several kernels counts once."""
+    return not operator.is_view and operator.overloadpacket.__name__ not in _ALLOCATIONS
+
+
 class _Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -131,9 +143,27 @@ class _Calls(TorchDispatchMode):
         if operator.namespace == registration.NAMESPACE:
             self.ours.append((operator._opname, args))
         else:
-            self.torch += roofline.launches_a_kernel(operator)
+            self.torch += launches_a_kernel(operator)
             self.waits += waits(operator, args)
         return operator(*args, **kwargs or {})
+
+
+def launches_of(op: str, arguments: Sequence[Any]) -> int:
+    """Kernels that one of our operators launches on a GPU: Triton kernels and PyTorch's within its launcher."""
+    arguments = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(arguments))
+    with aot.recording(ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
+        registration.definitions[op].launch(*arguments)
+    return calls.torch + len(recorded)
+
+
+def launches_by_operator() -> Iterator[dict[str, Any]]:
+    """Kernels of one call of every operator, forward and backward."""
+    for op in [op for op in OPERATORS if op in CALLS]:
+        call = next(CALLS[op](torch.float32))
+        launches = launches_of(op, call.arguments)
+        if f"{op}_backward" in CALLS:
+            launches += launches_of(f"{op}_backward", next(CALLS[f"{op}_backward"](torch.float32)).arguments)
+        yield {"op": op, "shape": call.shape, "launches": launches}
 
 
 def counts_of(function: Callable[[], Any]) -> dict[str, int]:
@@ -145,7 +175,7 @@ def counts_of(function: Callable[[], Any]) -> dict[str, int]:
             function()
 
     flops = flops_of(counted)
-    launches = calls.torch + sum(roofline.launches_of(op, arguments) for op, arguments in calls.ours)
+    launches = calls.torch + sum(launches_of(op, arguments) for op, arguments in calls.ours)
     return {"flops": flops, "calls": calls.torch + len(calls.ours), "launches": launches, "waits": calls.waits}
 
 
@@ -209,19 +239,19 @@ def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, i
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def differences(name: str, before: int, now: int, remedy: str, exact: bool = True) -> Iterator[str]:
-    """Of one count from the table's."""
+def differences(name: str, before: int, now: int, exact: bool = True) -> Iterator[str]:
+    """Yield the difference between a count and the committed one."""
     if now > (before if exact else ALLOWANCE * before):
         yield f"{name} {before:,} → {now:,}"
     elif exact and now < before:
-        yield f"{name} {before:,} → {now:,}, better than in the table: run python -m {remedy}"
+        yield f"{name} {before:,} → {now:,}, better than in the table: run python -m bench.counts"
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
-    """Where a count is not the table's."""
+    """Yield each count that differs from the committed row."""
     for name in COUNTS:
         pair, exact = (getattr(committed, name), getattr(row, name)), committed.torch == row.torch
-        for difference in differences(name, *pair, "bench.counts", exact):
+        for difference in differences(name, *pair, exact):
             yield f"{row.name}: {difference}"
 
 
@@ -231,16 +261,16 @@ def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
 
 
 def compare_launches() -> Iterator[str]:
-    """Where an operator launches more kernels than in the table of bench.roofline, or fewer."""
+    """Yield each operator whose number of launches differs from launches.csv."""
     with LAUNCHES.open(newline="") as file:
-        committed = {(row["what"], row["shape"]): row["ours"] for row in csv.DictReader(file)}
-    for row in roofline.launches_by_operator():
-        key = row["what"], row["shape"]
+        committed = {(row["op"], row["shape"]): row["launches"] for row in csv.DictReader(file)}
+    for row in launches_by_operator():
+        key = row["op"], row["shape"]
         if key not in committed:
-            yield f"{row['what']} ({row['shape']}) is missing from {LAUNCHES.name}"
+            yield f"{row['op']} ({row['shape']}) is missing from {LAUNCHES.name}"
         else:
-            for difference in differences("launches", int(committed[key]), row["ours"], "bench.roofline"):
-                yield f"{row['what']} ({row['shape']}): {difference}"
+            for difference in differences("launches", int(committed[key]), row["launches"]):
+                yield f"{row['op']} ({row['shape']}): {difference}"
 
 
 def read_table() -> list[Row]:
@@ -278,7 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_rows(rows, console)
         if not (args.no_save or args.model):
             write_table(rows)
-            console.print(f"wrote {TABLE}")
+            with LAUNCHES.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ("op", "shape", "launches"), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(launches_by_operator())
+            console.print(f"wrote {TABLE} and {LAUNCHES.name}")
         return
     table = [row for row in read_table() if row.what != PUBLISHED and (not args.model or row.model in args.model)]
     problems = [*compare(rows, table), *compare_launches()]

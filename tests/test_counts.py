@@ -141,10 +141,10 @@ def test_a_stale_line_of_the_table_is_found():
     ("ours", "problem"), [(3, None), (2, "launches 2 → 3"), (4, "launches 4 → 3, better"), (None, "is missing from")]
 )
 def test_launches_of_an_operator_are_compared(monkeypatch, tmp_path, ours, problem):
-    counted = {"what": "add_layer_norm", "shape": "T788-W768", "plain_pytorch": 4, "ours": 3}
-    monkeypatch.setattr(counts.roofline, "launches_by_operator", lambda: iter([counted]))
+    counted = {"op": "add_layer_norm", "shape": "T788-W768", "launches": 3}
+    monkeypatch.setattr(counts, "launches_by_operator", lambda: iter([counted]))
     monkeypatch.setattr(counts, "LAUNCHES", tmp_path / "launches.csv")
-    lines = ["what,shape,plain_pytorch,ours"] + ([] if ours is None else [f"add_layer_norm,T788-W768,4,{ours}"])
+    lines = ["op,shape,launches"] + ([] if ours is None else [f"add_layer_norm,T788-W768,{ours}"])
     counts.LAUNCHES.write_text("\n".join(lines))
     found = list(counts.compare_launches())
     assert (problem is None and not found) or problem in found[0]
