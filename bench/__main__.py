@@ -1,12 +1,11 @@
-"""How skipkernels compares with what one would use in its place, in one go: what `make bench` runs.
+"""Run a short form of all benchmarks; `make bench` calls it.
 
     python -m bench --budget 18m
 
-A step over the number of classes, and at one of them beside everything else; a whole epoch; inference; the operators:
-one after the other, each in a process of its own and with its share of the time. What one does not use the next have.
-Each prints its table and keeps each of its rows in bench/results/DEVICE/ as soon as it is measured; what there was no
-time for is said. `python -m bench.report` then makes the tables of README.md and docs/ and the pictures from all rows
-that are there. torch.compile compiles a step here, and no operators: that takes longer than all the rest.
+Jobs run one after the other, each in a process of its own with a share of the time; unused time goes to the next job.
+Each job prints its table and appends its rows to bench/results/DEVICE/ as soon as they are measured; cases without time
+are reported. `python -m bench.report` then writes the tables and pictures of README.md and docs/. torch.compile
+compiles one step here and no operators, which would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .budget import Budget, budget
 from .operators import COMPILED
 
 STEP = "bench.step --rounds 3 --seconds 20"
-# What is run, what matters most first, and the minutes of eighteen that are its share.
+# The jobs, the most important first, and their shares of 18 minutes.
 JOBS = (
     (f"{STEP} --precision fp32 --classes 10 1000 21841 --implementation skipkernels published", 5.0),
     (f"{STEP} --precision fp32 --classes 50", 3.5),
@@ -37,12 +36,12 @@ JOBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if all that was begun ended well."""
+    """Return 0 if every job succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=budget, default=Budget(18 * 60), help="time for all of it, such as 9m")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on its way out subprocess.run ends what runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run ends the running job
     console, failed = Console(), 0
     for number, (job, share) in enumerate(JOBS):
         shares = sum(each for _, each in JOBS[number:])

@@ -1,22 +1,21 @@
-"""Every Triton kernel compiled to machine code, for GPUs that need not be here.
+"""Compile every Triton kernel to machine code ahead of time, without a GPU.
 
     python -m bench.aot                                 compile all and write bench/results/aot.csv
     python -m bench.aot --check                         compile all and compare with the table; write nothing
     python -m bench.aot --op class_scores --no-save     print only; also --target sm_90 gfx942, --dtype bf16, --quick
 
-The launchers themselves are run, forward and backward, on the calls of `bench.launches`, with a recorder in the place
-of the launch and with `launching.target` answering for each GPU in turn; Triton's own binder then says what would be
-compiled for such a launch. So what is compiled is what a user gets: the same constants, types, divisibility, warps and
-stages. From the machine code are read: registers of a thread, bytes that spill, bytes of shared memory, and which
-matrix instruction a kernel with a `tl.dot` uses.
+The launchers run, forward and backward, on the calls of `bench.launches`, with a recorder in place of the launch and
+`launching.target` set to each GPU in turn; Triton's binder gives the specialisation of each launch. So the compiled
+kernels are those that a user gets: the same constants, types, divisibility, warps and stages. Read from the machine
+code are registers per thread, spilled bytes, bytes of shared memory, and the matrix instruction of a kernel with a
+`tl.dot`.
 
-`--check` fails where a kernel does not compile, spills, asks for more shared memory than a block may have or a larger
-grid than there is, has a `tl.dot` but no matrix instruction, is reached by no call, is missing from the table, is there
-without being compiled, needs more registers or shared memory than in the table, or uses another matrix instruction:
-exactly where the table was made by the installed Triton, else only where registers or shared memory grow beyond
-ALLOWANCE.
+`--check` fails if a kernel does not compile, spills, exceeds the shared memory of a block or the largest grid, has a
+`tl.dot` but no matrix instruction, is reached by no call, is missing from the table, is in the table but not compiled,
+needs more registers or shared memory than in the table, or uses another matrix instruction. If the table was made by
+another version of Triton, registers and shared memory may grow by ALLOWANCE.
 
-`--quick` takes the first call of every operator only: every kernel and dtype, but not every entry of the block tables.
+`--quick` takes only the first call of every operator: all kernels and dtypes, not all entries of the block tables.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from .launches import CALLS, DTYPES, DTYPES_OF
 from .targets import ARCHITECTURES, Architecture
 
 for _op in OPERATORS:
-    with contextlib.suppress(ModuleNotFoundError):  # not yet written
+    with contextlib.suppress(ModuleNotFoundError):  # not written yet
         importlib.import_module(f"skipkernels.ops.{_op.rstrip('_')}")
 
 TABLE = measure.RESULTS / "aot.csv"
@@ -64,7 +63,7 @@ _MATRIX_INSTRUCTIONS = {
 
 
 class Launch(NamedTuple):
-    """What `launching.launch` was asked for."""
+    """The arguments of one call of `launching.launch`."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -73,13 +72,13 @@ class Launch(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A kernel to compile: where it was launched, and what Triton's compiler is given."""
+    """A kernel to compile: the launch that it comes from, and the input of Triton's compiler."""
 
     op: str
     shape: str
     dtype: str
     number: int
-    """Of the launch, within the call."""
+    """Index of the launch within the call."""
     target: str
     grid: tuple[int, ...]
     kernel: Any
@@ -125,7 +124,7 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def recording(architecture: Architecture) -> Iterator[list[Launch]]:
-    """Launches on the meta device are put into the list, as they would be made for this architecture."""
+    """Record launches on the meta device in a list, as they would be made for this architecture."""
     launches: list[Launch] = []
     run, target = launching._run, launching._target_of_gpu
     launching._run = lambda *launch: launches.append(Launch(*launch))
@@ -142,14 +141,14 @@ def family(op: str) -> str:
 
 
 def record(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
-    """The launches of one call of an operator."""
+    """The kernels that one call of an operator launches."""
     with recording(architecture) as launches:
         registration.definitions[op].launch(*arguments)
     return launches
 
 
 def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], quick: bool) -> Iterator[Job]:
-    """What has to be compiled: for an operator, dtype and target, what several calls launch is compiled once."""
+    """The kernels to compile; a kernel that several calls launch is compiled once for each dtype and target."""
     for target, op in itertools.product(targets, ops):
         backend = importlib.import_module("triton.compiler.compiler").make_backend(gpu_target(target))
         for dtype, torch_dtype in DTYPES_OF.get(op, DTYPES).items():
@@ -165,7 +164,7 @@ def jobs_of(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str], q
 
 
 def specialise(launch: Launch, backend: Any) -> tuple[dict, dict, dict, dict]:
-    """Signature, constants, attributes and options, as `JITFunction.run` would hand them to the compiler."""
+    """Signature, constants, attributes and options that `JITFunction.run` would pass to the compiler."""
     kernel = launch.kernel
     bind = importlib.import_module("triton.runtime.jit").create_function_from_signature(
         kernel.signature, kernel.params, backend
@@ -182,7 +181,7 @@ def gpu_target(target: str) -> Any:
 
 
 def compile_job(job: Job) -> Result:
-    """Compile, or take from Triton's cache, which knows a kernel by its source, and read the machine code."""
+    """Compile a kernel, or load it from Triton's cache, and read its machine code."""
     triton = launching.triton
     source = triton.compiler.ASTSource(job.kernel, job.signature, job.constants, job.attributes)
     compiled = triton.compile(source, target=gpu_target(job.target), options=job.options)
@@ -214,13 +213,13 @@ def compile_job(job: Job) -> Result:
 
 
 def constants_of(job: Job) -> str:
-    """The constants by name; numbers that are constants because they are 1 as well."""
+    """The constants by name, including integer arguments that Triton specialises because they are 1."""
     names = list(job.signature)
     return " ".join(f"{names[place]}={value}" for (place,), value in sorted(job.constants.items()))
 
 
 def resources_of_cubin(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack and local memory: a kernel without spills has none."""
+    """Registers per thread, and bytes of its stack and local memory, which are 0 without spills."""
     tool = Path(launching.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -231,17 +230,17 @@ def resources_of_cubin(cubin: bytes) -> tuple[int, int]:
 
 
 def resources_of_amdgcn(assembly: str) -> tuple[int, int]:
-    """Vector registers of a lane, and bytes of scratch memory, or those of the spilled registers if they are more."""
+    """Vector registers per lane, and the larger of scratch memory and spilled registers, in bytes."""
     usage = {name: int(n) for name, n in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
     spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
     return usage["vgpr_count"], max(spilled, usage["private_segment_fixed_size"])
 
 
 def forget_paths() -> None:
-    """Compile the same in every folder.
+    """Make the compiled kernels independent of the folder of the package.
 
-    An assertion holds the path of its file, and on gfx942 a path of another length took two registers more. Triton's
-    cache does not know a kernel by its path, so what is compiled here must not come from where a launch put it.
+    An assertion contains the path of its file, and on gfx942 a path of another length took two registers more. The
+    cache key does not contain the path, so kernels compiled here use a cache folder of their own.
     """
     for module in kernel_modules():
         for value in vars(module).values():
@@ -255,9 +254,10 @@ def kernel_modules() -> list[Any]:
 
 
 def compile_all(jobs: Sequence[Job], console: Console) -> tuple[list[Result], list[str]]:
-    """Results in the order of the jobs, and what did not compile; one process for each core."""
+    """The results in the order of the jobs, and the jobs that did not compile; one process per core."""
     results, failures = [], []
-    # Forked, since kernels cannot be pickled. A compiler that aborts breaks the pool, which says so and does not wait.
+    # Forked, since kernels cannot be pickled. If a compiler aborts, the pool raises BrokenProcessPool and does not
+    # wait.
     fork = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), fork, _start_worker, (jobs,)) as pool:
         outcomes = pool.map(_compile_numbered, range(len(jobs)))
@@ -278,7 +278,7 @@ def _compile_numbered(number: int) -> Result | str:
     job = _jobs[number]
     try:
         return compile_job(job)
-    except Exception as error:  # of any kind: it is reported, and the others go on
+    except Exception as error:  # reported; the other kernels are compiled
         reason = str(error).strip().splitlines() or [""]
         return (
             f"{job.kernel.fn.__name__} ({job.op}, {job.shape}, {job.dtype}, {job.target}) does not compile: "
@@ -287,7 +287,7 @@ def _compile_numbered(number: int) -> Result | str:
 
 
 def problems_of(result: Result) -> Iterator[str]:
-    """What is wrong with a kernel, whatever the table says."""
+    """Problems of a kernel that do not depend on the table."""
     row, limits = result.row, ARCHITECTURES[result.row.target]
     if row.spilled_bytes:
         yield f"{row.name} spills {row.spilled_bytes} bytes"
@@ -300,7 +300,7 @@ def problems_of(result: Result) -> Iterator[str]:
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
-    """Where a kernel needs more than in the table."""
+    """Differences between a kernel and its committed row."""
     allowance = 1.0 if committed.triton == row.triton else ALLOWANCE
     for what in ("registers", "shared_bytes"):
         before, now = getattr(committed, what), getattr(row, what)
@@ -311,7 +311,7 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
 
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
-    """Where what was compiled is not what is committed; `table` is the part of it that was asked for."""
+    """Differences between compiled kernels and `table`, the part of the committed table that was selected."""
     return tables.compare(rows, table, TABLE, "compiles", worse_than)
 
 
@@ -336,7 +336,7 @@ def write_table(rows: Sequence[Row]) -> None:
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """A line for each kernel and target: the range over dtypes and shapes."""
+    """Print a line for each kernel and target, with ranges over dtypes and shapes."""
     columns = (
         "operator",
         "kernel",
@@ -374,7 +374,7 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     console = Console()
-    console.width = max(console.width, 170)  # a cut figure is none, also in a file
+    console.width = max(console.width, 170)  # wide enough for every column, also if piped
     if not launching.installed:
         parser.error("Triton is not installed: pip install triton")
     if launching.triton.knobs.runtime.interpret:

@@ -1,4 +1,4 @@
-"""How long a benchmark may take in all: what does not fit any more is left out, and said to be."""
+"""A time budget for benchmarks: a case that no longer fits is skipped and reported."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import re
 import time
 
-NO_TIME = "left out: no time left"  # the note of a row; `stored.latest` knows it by how it begins
+NO_TIME = "left out: no time left"  # the note of a row; `rows.latest` recognises its beginning
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Budget:
-    """Seconds that are left, from its making on.
+    """A number of seconds from construction on.
 
     Example:
         >>> Budget().left, Budget(60).allows(20), Budget(60).allows(90)
@@ -24,16 +24,16 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds; not below 0."""
+        """Remaining seconds, at least 0."""
         return max(0.0, self._end - time.monotonic())
 
     def allows(self, seconds: float) -> bool:
-        """Whether something that takes so long, as one expects, can still be begun."""
+        """True if something expected to take this many seconds still fits."""
         return seconds <= self.left
 
 
 class Plan:
-    """What is to be begun one after the other, of the seconds that are left of a budget when the plan is made.
+    """Reserve parts of the remaining seconds of a budget, one after the other.
 
     Example:
         >>> plan = Plan(Budget(60))
@@ -45,14 +45,14 @@ class Plan:
         self._left = budget.left
 
     def takes(self, seconds: float) -> bool:
-        """Whether something that takes so long, as one expects, can still be begun behind what was taken before."""
+        """Reserve this many seconds; False if they do not fit beside the earlier reservations."""
         fits = seconds <= self._left
         self._left -= seconds if fits else 0.0
         return fits
 
 
 def budget(text: str) -> Budget:
-    """From the command line: 9m, 90s, 1.5h.
+    """Parse a duration such as 9m, 90s or 1.5h.
 
     >>> round(budget("9m").left)
     540
@@ -64,7 +64,7 @@ def budget(text: str) -> Budget:
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    """The option --budget."""
+    """Add the option --budget."""
     parser.add_argument(
-        "--budget", type=budget, default=Budget(), help="time for all of it, such as 9m; what is done is kept"
+        "--budget", type=budget, default=Budget(), help="total time, such as 9m; finished rows are kept"
     )

@@ -1,4 +1,4 @@
-"""What this machine can do at most, as measured: the rate of its matrix products, and of moving bytes."""
+"""Measured limits of this machine: the rate of matrix products and the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from . import measure
 
 _ROUNDS = 5
-_COPIED = 1 << 28  # bytes: more than any cache holds
+_COPIED = 1 << 28  # bytes: larger than any cache
 
 
 @cache

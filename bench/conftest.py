@@ -1,4 +1,4 @@
-"""The options of bench/test_operators.py; pytest wants them here."""
+"""Options of bench/test_operators.py."""
 
 from __future__ import annotations
 

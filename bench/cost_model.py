@@ -1,15 +1,15 @@
-"""What something would take, foreseen from two small ones: nobody has to run out of memory to learn it."""
+"""Predict the time and memory of a step from two small numbers of classes, so that large ones need not be tried."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_MARGIN = 1.25  # of what is saved for backward; temporaries and gradients come on top
-_MOST = 0.9  # of the memory that is free
+_MARGIN = 1.25  # times the bytes saved for backward; temporaries and gradients are extra
+_MOST = 0.9  # of the free memory
 
 
 class Probe(NamedTuple):
-    """A small one: how many classes take part, its seconds, and the bytes that it saves for backward."""
+    """A small measurement: number of kept classes, seconds, and bytes saved for backward."""
 
     classes: int
     seconds: float
@@ -17,7 +17,7 @@ class Probe(NamedTuple):
 
 
 class Foresight(NamedTuple):
-    """Seconds and bytes as straight lines over the classes that take part.
+    """Seconds and bytes as linear functions of the number of kept classes.
 
     Example:
         >>> line = Foresight.of(Probe(10, 2.0, 1000), Probe(20, 3.0, 2000))
@@ -31,24 +31,24 @@ class Foresight(NamedTuple):
 
     @classmethod
     def of(cls, few: Probe, more: Probe) -> Foresight:
-        """From two probes of different sizes."""
+        """Fit two probes of different sizes."""
         classes = more.classes - few.classes
         each = max(0.0, (more.seconds - few.seconds) / classes), max(0.0, (more.saved - few.saved) / classes)
         return cls(few, *each)
 
     def seconds(self, classes: int) -> float:
-        """Of one call with so many."""
+        """Predicted seconds per call with this many kept classes."""
         return self.first.seconds + (classes - self.first.classes) * self.seconds_each
 
     def saved(self, classes: int) -> float:
-        """Bytes for backward with so many."""
+        """Predicted bytes saved for backward with this many kept classes."""
         return self.first.saved + (classes - self.first.classes) * self.saved_each
 
     def fits(self, classes: int, free: float) -> bool:
-        """Whether that many fit into so many free bytes."""
+        """True if this many kept classes fit into this many free bytes."""
         return _MARGIN * self.saved(classes) <= _MOST * free
 
     def most_classes(self, free: float) -> int:
-        """That fit into so many free bytes."""
+        """The largest number of kept classes that fits into this many free bytes."""
         room = _MOST * free / _MARGIN - self.first.saved
         return self.first.classes + int(room / max(1.0, self.saved_each))

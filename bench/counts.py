@@ -1,4 +1,4 @@
-"""What a step costs whoever runs it: operations, bytes, calls and launches, the same on every machine.
+"""Count the operations, bytes, calls and launches of a step. They are the same on every machine.
 
     python -m bench.counts                     count all and write bench/results/counts.csv
     python -m bench.counts --check             count all and compare with the table; write nothing
@@ -7,22 +7,21 @@
 For training steps of SkipCLIP, the published step, and `predict` from features after the weights have changed:
 
     flops              of matrix products (bench/flops.py)
-    saved_bytes        that autograd keeps for backward, parameters left out
-    gradient_bytes     of leaves, the most that are alive at once in backward
-    calls              of PyTorch's operators that would launch something on a GPU, and of ours
-    launches           PyTorch's calls, and the kernels that our Triton launchers would launch for ours
-    waits              calls that a GPU's host would have to wait for: a number is read, or a shape depends on values
+    saved_bytes        bytes that autograd saves for backward, without parameters
+    gradient_bytes     peak bytes of leaf gradients during backward
+    calls              PyTorch operators that would launch a kernel on a GPU, and our operators
+    launches           PyTorch operators, and the kernels that our Triton launchers would launch
+    waits              host syncs: a value is read, or a shape depends on values
 
-Matrix products give zeros here and are not computed: shapes decide all of this, values none of it. So bf16 takes no
-longer where a processor has none of it, and no rounding chooses the classes: all scores are equal, and the first ones
-are kept. Processor, threads and who serves our operators change nothing, and torch 2.10 and 2.13 count the same.
-It is the step of a CPU that is counted, though. Its two waits are none on a GPU, where suffixes are not packed, and
-where what the sampler reads lies on the host.
+Matrix products return zeros and are not computed, since the counts depend on shapes only. All scores are then equal and
+the first classes are kept. Processor, threads and the implementation of our operators change nothing; torch 2.10 and
+2.13 give the same counts. Counted is the step on a CPU: its two waits do not occur on a GPU, where suffixes are not
+packed and the sampler's tensors are on the host.
 
-`--check` fails where a count is larger than in the table, and where it is smaller too, so that the table stays true and
-what was won cannot be lost again unseen. Where another minor version of torch made the table it fails only where a
-count is larger by more than ALLOWANCE. The launches of each operator are compared with bench/results/launches.csv as
-well. Rows of the published step are for comparison and not checked: it is not ours to make better.
+`--check` fails if a count is larger than in the table, or smaller, so that an improvement is recorded. If another minor
+version of torch made the table, it fails only if a count is larger by more than ALLOWANCE. The launches of each
+operator are compared with bench/results/launches.csv. Rows of the published step are for comparison and are not
+checked.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ _CPU = torch.device("cpu")
 
 
 class Size(NamedTuple):
-    """A model, how much of it is skipped, and the number of classes; the published step of many is left out: slow."""
+    """A model, its skipped blocks and the number of classes; many classes without the published step, which is slow."""
 
     model: str
     skip_layers: int
@@ -108,7 +107,7 @@ _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_
 
 
 class WithoutProducts(TorchDispatchMode):
-    """Matrix products give zeros."""
+    """Replace matrix products by zeros."""
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator in _PRODUCTS:
@@ -118,8 +117,8 @@ class WithoutProducts(TorchDispatchMode):
 
 
 def waits(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
-    """Whether a GPU's host would have to know values to go on."""
-    if operator.overloadpacket in _INDEXED:  # by a mask, whose true elements have to be counted
+    """True if the host of a GPU would wait for values of the call."""
+    if operator.overloadpacket in _INDEXED:  # by a mask: its true elements have to be counted
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return not _DEPENDS_ON_VALUES.isdisjoint(operator.tags)
 
@@ -167,7 +166,7 @@ def launches_by_operator() -> Iterator[dict[str, Any]]:
 
 
 def counts_of(function: Callable[[], Any]) -> dict[str, int]:
-    """Operations, calls, launches and waits of one call."""
+    """FLOPs, calls, launches and waits of one call."""
     calls = _Calls()
 
     def counted() -> None:
@@ -179,14 +178,14 @@ def counts_of(function: Callable[[], Any]) -> dict[str, int]:
     return {"flops": flops, "calls": calls.torch + len(calls.ours), "launches": launches, "waits": calls.waits}
 
 
-# ---- what is counted -------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(size: Size, *, published: bool) -> list[Row]:
-    """Everything that is counted of a size, the published step only if asked for."""
+    """The rows of a size, with the published step only if `published`."""
     inputs = random_inputs(size.model, BATCH, size.C, _CPU)
-    # As many classes as by default, all but one of them first in rank and the last one certain: which are drawn from a
-    # tail depends on the machine, and their prompts are of different lengths.
+    # The default number of classes, without a random tail: which classes are drawn depends on the machine, and their
+    # prompts have different lengths.
     K = RankSampler().expected_keep(size.C, BATCH)
     sampling: dict[str, Any] = {"keep_ratio": K - 1, "max_keep": K - 1, "decay": 1e-6}
     rows: list[Row] = []
@@ -231,7 +230,7 @@ def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, i
 
     predict()
     with torch.no_grad():
-        for parameter in clip.trainable_parameters():  # as a step changes them: class embeddings are made anew
+        for parameter in clip.trainable_parameters():  # as a step changes them: class embeddings are recomputed
             parameter.mul_(1.001)
     return counts_of(predict) | {"saved_bytes": 0, "gradient_bytes": 0}
 
@@ -256,7 +255,7 @@ def worse_than(committed: Row, row: Row) -> Iterator[str]:
 
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
-    """Where what was counted is not what is committed; `table` is the part of it that was asked for."""
+    """Differences between counts and `table`, the part of the committed table that was selected."""
     return tables.compare(rows, table, TABLE, "counts", worse_than)
 
 
@@ -298,9 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not launching.installed:
         parser.error("Triton is not installed, and its launches are counted: pip install triton")
-    measure.keep_freed_memory()  # half of the time were pages that are cleared again and again
+    measure.keep_freed_memory()  # else half of the time is the system clearing pages
     console = Console()
-    console.width = max(console.width, 160)  # a cut figure is none, also in a file
+    console.width = max(console.width, 160)  # wide enough for every column, also if piped
 
     sizes = [size for size in SIZES if not args.model or size.model in args.model]
     rows = [row for size in sizes for row in rows_of(size, published=not args.check)]

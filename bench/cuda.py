@@ -1,4 +1,4 @@
-"""What only a GPU has: how many kernels a step launches, and what it takes as a CUDA graph, without any launches."""
+"""Measurements on a GPU only: kernel launches of a step, and its time as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WARM_UP, _REPLAYS = 3, 20
 
 
 def launches_and_graph(step: Callable[[], Any]) -> dict[str, Any]:
-    """Columns of a row: launches of one call, and milliseconds of a replay; empty, with the reason, if it can't be."""
+    """Columns of a row: launches per call and milliseconds per replay, or the reason why there is none."""
     found: dict[str, Any] = {"launches": launches(step)}
     try:
         found["graph_ms"] = round(graph_milliseconds(step), 3)
@@ -23,7 +23,7 @@ def launches_and_graph(step: Callable[[], Any]) -> dict[str, Any]:
 
 
 def launches(step: Callable[[], Any]) -> int:
-    """Kernels that one call launches."""
+    """Number of kernels that one call launches."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
@@ -31,10 +31,10 @@ def launches(step: Callable[[], Any]) -> int:
 
 
 def graph_milliseconds(step: Callable[[], Any]) -> float:
-    """The median of some replays of a step that was captured.
+    """Capture a step and return the median time of its replays.
 
     Raises:
-        RuntimeError: If it can't be captured, for instance because it waits for the device.
+        RuntimeError: If it cannot be captured, for example because of a host sync.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

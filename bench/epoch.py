@@ -1,4 +1,4 @@
-"""A whole epoch of tuning: features at the cut, steps with their updates, evaluation; against what is published.
+"""Time an epoch of tuning (features at the cut, steps with updates, evaluation) against the published one.
 
     python -m bench.epoch                                             ViT-B/32, 40 classes, 4 images of each, 200 tests
     python -m bench.epoch --model ViT-B-16 --classes 50 --shots 16 --precision bf16
@@ -10,8 +10,8 @@
     skipkernels, on disk   the same from a `FeatureCache` in bf16
 
 Images and weights are random; the batches are those of the class-pure sampler, the same for all. The mean losses of the
-epoch are compared: the published one's with ours. Rows go to bench/results/DEVICE/epoch.csv, one for each, as each is
-done; times are of one epoch, since they are sums of many steps.
+epoch are compared, the published one with ours. A row per implementation is appended to bench/results/DEVICE/epoch.csv
+as soon as it is measured. Times are of one epoch, a sum over many steps.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .training import full_step
 
 _EVALUATED = 100  # images at once, as published
 _RATE = {"lr": 1e-5, "momentum": 0.9, "weight_decay": 5e-4}
-# The mean loss of an epoch against the published one's, relative: rounding that training carries on. In bf16, also
-# scores that round to the same and so choose other classes; and features that are kept in bf16.
+# Relative difference of the mean loss from the published one: rounding accumulated in training. In bf16 also equal
+# rounded scores, which select other classes, and features stored in bf16.
 _SLACK = {"fp32": 1e-3, "bf16": 2e-2}
 PUBLISHED, FULL, OURS, ON_DISK = "published", "full fine-tuning", "skipkernels", "skipkernels, on disk"
 IMPLEMENTATIONS = (OURS, ON_DISK, PUBLISHED, FULL)
@@ -51,7 +51,7 @@ _COLUMNS = "implementation model images tests B C skip_layers precision steps fe
 _COLUMNS += "evaluation_s epoch_s step_ms faster loss note".split()
 
 Parts = tuple[Callable[[Sequence[int]], Tensor], Callable[[], Any], float]
-"""A step of a batch, which gives its loss; an evaluation; and the seconds that features took."""
+"""A training step that returns its loss, an evaluation, and the seconds spent on features."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """A line of the table."""
+    """The printed line of a row."""
     if row["note"]:
         return f"{row['implementation']:22} {row['note']}"
     times = f"features {row['features_s']:.1f} s, {row['steps']} steps {row['training_s']:.1f} s, "
@@ -91,7 +91,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def refuse_another_loss(found: dict[str, dict[str, Any]], precision: str) -> None:
-    """Exit where ours and the published epoch have different losses."""
+    """Exit if our mean loss differs from the published one."""
     losses = {name: found[name]["loss"] for name in (PUBLISHED, OURS, ON_DISK) if "loss" in found.get(name, {})}
     for name, loss in losses.items():
         slack = _SLACK["bf16" if name == ON_DISK else precision]
@@ -100,7 +100,7 @@ def refuse_another_loss(found: dict[str, dict[str, Any]], precision: str) -> Non
 
 
 class Images(torch.utils.data.Dataset):
-    """Random images [3, height, width], class by class, each the same whenever it is asked for."""
+    """Random images [3, height, width], class by class, deterministic by index."""
 
     def __init__(self, classes: int, each: int, size: tuple[int, int], seed: int):
         self.labels = [label for label in range(classes) for _ in range(each)]
@@ -115,7 +115,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Task:
-    """What everyone is given: model, prompts, images, and the order of the batches."""
+    """The common inputs of all implementations: model, prompts, images, and the order of the batches."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -127,25 +127,25 @@ class Task:
         self.tests = [tests[item][0] for item in range(args.tests)]
 
     def batches(self) -> list[list[int]]:
-        """Of the epoch: numbers of images."""
+        """Indices of the images of each batch of the epoch."""
         return list(BatchSampler(torch.tensor(self.train.labels), self.args.batch, "class_pure"))
 
     def sampler(self) -> RankSampler:
-        """Of the classes: the same draws for everyone."""
+        """A sampler of kept classes, with the same draws for every implementation."""
         return RankSampler(generator=torch.Generator().manual_seed(0))
 
     def images(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images and labels of a batch."""
+        """Images and labels of a batch of indices."""
         images, labels = zip(*(self.train[item] for item in items), strict=True)
         return torch.stack(images).to(self.args.device), torch.tensor(labels, device=self.args.device)
 
     def tested(self) -> Iterator[Tensor]:
-        """The test images, as many at once as published."""
+        """Batches of test images, of the published size."""
         for start in range(0, len(self.tests), _EVALUATED):
             yield torch.stack(self.tests[start : start + _EVALUATED]).to(self.args.device)
 
     def run(self, name: str) -> dict[str, Any]:
-        """An epoch; columns of its row."""
+        """Run an epoch and return the columns of its row."""
         with tempfile.TemporaryDirectory() as folder:
             parts = {OURS: self._ours, ON_DISK: self._ours, PUBLISHED: self._published, FULL: self._full}[name]
             train, evaluate, features_s = parts(Path(folder) if name == ON_DISK else None)
@@ -167,10 +167,10 @@ class Task:
         return {key: round(value, 3) if key.endswith("_s") else value for key, value in row.items()}
 
     def autocast(self) -> torch.autocast:
-        """Of the precision."""
+        """Autocast of the precision."""
         return autocast(self.args.device, self.args.precision)
 
-    # ---- everyone: a step of a batch, an evaluation, and the seconds that features took --------------------------
+    # ---- implementations: a training step, an evaluation, and the seconds for features --------------------------
 
     def _ours(self, folder: Path | None) -> Parts:
         started, skip = time.perf_counter(), self.args.skip_layers
@@ -226,7 +226,7 @@ class Task:
 
 
 def _updated(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Backward and update; the loss, which stays where it is."""
+    """Run backward and the update; return the detached loss."""
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

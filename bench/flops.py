@@ -1,7 +1,7 @@
-"""The operations of matrix products that a call makes, those of this package's operators and of attention included.
+"""Count the FLOPs of matrix products in a call, including our operators and attention.
 
-PyTorch's counter knows neither its own attention on the CPU nor our operators; their formulas are here. What is no
-product (norms, activations, softmax, the optimizer) is not counted: it is bound by memory.
+PyTorch's counter has no formulas for its own attention on the CPU and for our operators; they are here. Norms,
+activations, softmax and the optimizer are not counted: they are bound by memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shape = torch.Size
 
 
 def flops_of(function: Callable[[], Any]) -> int:
-    """Of one call.
+    """FLOPs of one call.
 
     Example:
         >>> a, b = torch.zeros(2, 3), torch.zeros(3, 5)
@@ -56,13 +56,13 @@ def _pairs(query: Shape, key: Shape, *_: Any) -> int:
 
 
 def _whole_attention(query: Shape, key: Shape, value: Shape, W: int, heads: int, *_: Any, **__: Any) -> int:
-    """What `nn.MultiheadAttention` calls without gradients: three projections, attention and a fourth projection."""
+    """FLOPs of `nn.MultiheadAttention` without gradients: three projections, attention, output projection."""
     B, Q, _ = query
     return 2 * B * Q * W * 4 * W + 4 * B * Q * key[1] * W
 
 
 def _suffix_pairs(query: Shape, prefix_key: Shape, *rest: Any) -> int:
-    """Each token sees the prefix and, as if all suffixes were of one length, half of its own suffix."""
+    """FLOPs of suffix attention: each token attends to the prefix and to half of its suffix, on average."""
     T, H, E = query
     offsets, longest = rest[3], rest[4]
     length = T / (offsets[0] - 1) if offsets is not None else longest
@@ -70,5 +70,5 @@ def _suffix_pairs(query: Shape, prefix_key: Shape, *rest: Any) -> int:
 
 
 def _without_results(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those of forward, from those of backward, which has its results between the tensors and the rest."""
+    """Arguments of forward, from those of backward, which has the results between the tensors and the rest."""
     return *arguments[:5], *arguments[7:]

@@ -1,9 +1,9 @@
-"""What tuning does on glyphs: Skip Tuning against other methods, several seeds, each run in a process of its own.
+"""Accuracy and cost of Skip Tuning and other methods on glyphs, over several seeds, one process per run.
 
     python -m bench.glyphs --seeds 3 --methods skip full
 
-`skipkernels compare --keep-embeddings`: CoOp and CLIP-Adapter run the frozen image tower once for each image, and not
-in every step as published; that is in their favour, and changes no result. Appends a row for each run to
+Runs `skipkernels compare --keep-embeddings`: CoOp and CLIP-Adapter run the frozen image tower once per image, not in
+every step as published, which makes them faster and changes no result. Appends a row for each run to
 bench/results/DEVICE/glyphs.csv, and prints means.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def row(result: Result) -> dict:
-    """A line of the table from metrics.json."""
+    """The row of a run, from its metrics.json."""
     metrics, cost = result.metrics, result.metrics["cost"]
     pace = cost["milliseconds_per_step"]
     return {

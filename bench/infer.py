@@ -1,18 +1,18 @@
-"""Classifying images with SkipCLIP against the published evaluation, on the same model, over the number of classes.
+"""Time classification with SkipCLIP against the published evaluation of the same model, over the number of classes.
 
     python -m bench.infer                                                 100 images, 10 to 1,000 classes
     python -m bench.infer --images 100 --batch 25 --classes 100 --precision fp32
 
     published               the texts of all classes, all 77 tokens, encoded again for every batch of 100 images
     eager, texts once       the same, with the texts encoded before the first batch
-    skipkernels             SkipCLIP.predict from images; nothing is kept from earlier, of images or classes
-    skipkernels, cached     SkipCLIP.predict from features at the cut, as tuning evaluates after each epoch: those of
-                            images and texts are kept, and the weights above the cut have changed
+    skipkernels             SkipCLIP.predict from images, with no cached features or class embeddings
+    skipkernels, cached     SkipCLIP.predict from cached features at the cut of images and texts, after a weight update,
+                            as tuning evaluates after each epoch
 
-All are in evaluation mode and without gradients. Their logits are compared first, then they are timed in turn. Who
-would take longer than --longest is foreseen from two small numbers of classes, and gets a row that says so. The floor
-is the time of the products at the rate of a large one, and of reading the weights. Rows go to
-bench/results/DEVICE/infer.csv as soon as a number of classes is done.
+All run in evaluation mode without gradients. Their logits are compared first, then they are timed in turn. The time is
+predicted from two small numbers of classes; an implementation predicted to take longer than --longest is skipped, with
+the reason in its row. The floor is the time of the products at the rate of a large product, and of reading the weights.
+Rows are appended to bench/results/DEVICE/infer.csv after each number of classes.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from .cost_model import Foresight, Probe
 from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
 
-# Error of the logits against the published evaluation in fp32, relative to their norm. They may be as wrong as the
-# published ones in the same precision, and this much more. ViT-S-32-alt: 2e-6 in fp32; in bf16 2.5e-2, published 3e-2.
+# Relative error of the logits against the published evaluation in fp32. It may exceed that of the published evaluation
+# in the same precision by this. ViT-S-32-alt: 2e-6 in fp32; in bf16 2.5e-2, published 3e-2.
 _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
 PUBLISHED, ONCE, OURS, CACHED = "published", "eager, texts once", "skipkernels", "skipkernels, cached"
 IMPLEMENTATIONS = (PUBLISHED, ONCE, OURS, CACHED)
 _PROBES = 12, 24  # classes
 _PROBED = 8  # images
-_RUNS = 3  # beside the rounds: of everyone the logits are compared, the memory is warmed, and operations are counted
+_RUNS = 3  # besides the rounds: comparing logits, warm-up, counting FLOPs
 _COLUMNS = "implementation model images B C skip_layers precision p20_ms p50_ms p80_ms rounds faster".split()
 _COLUMNS += "images_s gflop floor_ms above_floor note".split()
 
 Evaluation = Callable[[], list[Tensor]]
-"""Gives the logits [B, C] of each batch."""
+"""Returns the logits [B, C] of each batch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     cases = {"model": ["ViT-B-16"], "batch": [100], "classes": [10, 100, 1000], "precision": ["fp32"]}
     options = parser(__doc__, several=True, rounds=3, **cases)
-    options.add_argument("--images", type=int, default=100, help="in all")
-    options.add_argument("--longest", type=float, default=60.0, help="seconds that everyone may take")
+    options.add_argument("--images", type=int, default=100, help="number of images")
+    options.add_argument("--longest", type=float, default=60.0, help="seconds per implementation")
     add_budget(options)
     args = options.parse_args(arguments)
     for model, batch, precision in itertools.product(args.model, args.batch, args.precision):
@@ -72,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def foresee(args: argparse.Namespace, model: str, precision: str) -> dict[str, Foresight]:
-    """What everyone takes over the number of classes, for a batch of a few images."""
+    """Cost models over the number of classes, by implementation, from a batch of a few images."""
     found: dict[str, list[Probe]] = {}
     for classes in _PROBES:
         inputs = random_inputs(model, _PROBED, classes, args.device)
         for name, run in runs_of(inputs, _PROBED, args.skip_layers, precision).items():
-            run()  # the first one sets up what the others have
+            run()  # the first call includes set-up
             started = time.perf_counter()
             run()
             found.setdefault(name, []).append(Probe(classes, time.perf_counter() - started, 0))
@@ -85,7 +85,7 @@ def foresee(args: argparse.Namespace, model: str, precision: str) -> dict[str, F
 
 
 def seconds_of(name: str, line: Foresight, images: int, batch: int, classes: int) -> float:
-    """That someone takes for all images: published, texts are encoded for each batch of them.
+    """Predicted seconds for all images; the published evaluation encodes the texts for each batch.
 
     >>> line = Foresight.of(Probe(10, 2.0, 0), Probe(20, 3.0, 0))  # a second for 8 images, 0.1 for a class
     >>> seconds_of(PUBLISHED, line, 32, 16, 10), seconds_of(OURS, line, 32, 16, 10)
@@ -98,7 +98,7 @@ def seconds_of(name: str, line: Foresight, images: int, batch: int, classes: int
 def rows_of(
     args: argparse.Namespace, foreseen: dict[str, Foresight], model: str, batch: int, classes: int, precision: str
 ) -> list[dict[str, Any]]:
-    """Everyone's row for so many classes."""
+    """The row of each implementation for a number of classes."""
     notes, plan = {}, Plan(args.budget)
     for name, line in foreseen.items():
         seconds = seconds_of(name, line, args.images, batch, classes)
@@ -134,7 +134,7 @@ def measured(
     inputs: Inputs,
     precision: str,
 ) -> dict[str, Any]:
-    """Columns of someone who was timed."""
+    """Columns of a timed implementation."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     operations, weights = flops_of(run), sum(weight.nbytes for weight in inputs.model.parameters())
     floor = operations / ceilings.matrix_rate(args.device, dtype) + weights / ceilings.bandwidth(args.device)
@@ -147,11 +147,13 @@ def measured(
 
 
 def runs_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dict[str, Callable[[], Tensor]]:
-    """Everyone's logits [images, C], without gradients."""
+    """Logits [images, C] by implementation, without gradients."""
 
     @torch.no_grad()
     def run(evaluation: Evaluation) -> Tensor:
-        with autocast(inputs.images.device, precision):  # anew each time: what it keeps of weights is forgotten after
+        with autocast(
+            inputs.images.device, precision
+        ):  # entered for each call: its cache of cast weights is dropped at exit
             return torch.cat(evaluation())
 
     evaluations = evaluations_of(inputs, batch, skip_layers, precision)
@@ -159,9 +161,9 @@ def runs_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dic
 
 
 def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dict[str, Evaluation]:
-    """Everyone who is timed, by name."""
+    """The implementations to time, by name."""
     model, tokens = inputs.model, inputs.tokens
-    # On a copy, since SkipCLIP freezes weights, and autocast keeps what it has cast of a weight only if that trains.
+    # A copy, since SkipCLIP freezes weights, and autocast caches casts of trainable weights only.
     clip = sk.SkipCLIP(copy.deepcopy(model), tokens, skip_layers=skip_layers)
     batches = inputs.images.split(batch)
     with autocast(inputs.images.device, precision):
@@ -174,7 +176,7 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
         text, scale = model.encode_text(tokens, normalize=True), model.logit_scale.exp()
         return [scale * model.encode_image(images, normalize=True) @ text.T for images in batches]
 
-    # What SkipCLIP keeps is computed again, as after a step or after other weights were loaded.
+    # Class embeddings are recomputed, as after a step.
     def nothing_kept() -> list[Tensor]:
         clip._class_embeddings = clip._text_features = None
         return [clip.predict(images) for images in batches]
@@ -187,7 +189,7 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
 
 
 def refuse_if_wrong(logits: dict[str, Tensor], truth: Tensor | None, precision: str) -> None:
-    """Exit where logits are further from the published ones in fp32, by default those here, than these themselves."""
+    """Exit if an error against the published logits in fp32 exceeds the published one in this precision."""
     truth = logits[PUBLISHED] if truth is None else truth
     errors = {name: relative_error(value, truth) for name, value in logits.items()}
     print("logits are off by " + ", ".join(f"{error:.1e} ({name})" for name, error in errors.items()))

@@ -1,4 +1,4 @@
-"""What the benchmarks of a whole model run on: their common options, and random inputs of the size that these name."""
+"""Common options of the benchmarks of a whole model, and random inputs for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def positive(text: str) -> int:
-    """From the command line.
+    """Parse a positive integer.
 
     >>> positive("4")
     4
@@ -26,7 +26,7 @@ def positive(text: str) -> int:
 
 
 class Inputs(NamedTuple):
-    """A CLIP with random weights, and what it is asked about.
+    """A CLIP with random weights, and its inputs.
 
     Attributes:
         model: An open_clip `CLIP`.
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
-    """The options that all have, to which a command adds its own; with `several`, those of its cases take lists."""
+    """A parser with the common options; with `several`, the options of cases take lists."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     count: Any = {"nargs": "+"} if several else {}
     parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random", **count)
@@ -58,10 +58,10 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
 
 
 def random_inputs(model: str, images: int, classes: int, device: torch.device) -> Inputs:
-    """The same on each call.
+    """Random inputs, the same on each call.
 
     Raises:
-        SystemExit: If there is no such model, or it can't be made here.
+        SystemExit: If open_clip has no such model or cannot create it.
     """
     try:
         clip, _, tokenizer = load_model(model, RANDOM, device)
@@ -74,7 +74,7 @@ def random_inputs(model: str, images: int, classes: int, device: torch.device) -
 
 
 def class_names(count: int) -> list[str]:
-    """Names of one to three words, as real class names are; of more, if there are very many."""
+    """Class names of one to three words, of more if there are very many classes."""
     words = "red small old wild great common northern striped golden spotted river mountain".split()
     things = "dog cat bird car house tree fish boat chair lamp".split()
     names = longest = things
@@ -85,5 +85,5 @@ def class_names(count: int) -> list[str]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """In which a model computes in this precision."""
+    """The autocast context of a precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,8 +1,8 @@
 """Calls of the operators that reach every Triton kernel and every entry of its block tables.
 
 `CALLS[name](dtype)` yields arguments for `registration.definitions[name].launch`. The first call of an operator is the
-one it is used for; the others reach what the first does not. Tensors are on the meta device: nothing is read or
-allocated, so that shapes are those of real jobs.
+typical one; the others reach the remaining kernels and block sizes. Tensors are on the meta device, so shapes can be
+those of real jobs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES_OF = dict.fromkeys(("gather_rows", "gather_rows_out"), DTYPES | {"int8": 
 
 class Call(NamedTuple):
     shape: str
-    """As in the ids of the tests: B4-C1000-D512."""
+    """Shape in the form of test ids: B4-C1000-D512."""
     arguments: tuple[Any, ...]
 
 
@@ -34,7 +34,7 @@ def ids(*shape: int) -> Tensor:
     return on_meta(*shape, dtype=torch.int64)
 
 
-# B, C, K, D, and what follows: whether there are class weights and smoothing, and the reduction.
+# B, C, K, D, class weights and smoothing, reduction.
 _CLASS_SAMPLED = (
     (4, 100, 50, 512, False, "mean"),
     (4096, 21841, 21841, 512, False, "mean"),
@@ -45,7 +45,7 @@ _CLASS_SAMPLED = (
 def _class_sampled_ce(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Any, ...], tuple[int, int, int]]]:
-    """Shape, the four tensors that stand first in both schemas, the options after them, and B, K, D."""
+    """Shape, the four leading tensors of both schemas, the options after them, and B, K, D."""
     for B, C, K, D, all_options, reduction in _CLASS_SAMPLED:
         tensors = on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B), on_meta(dtype=torch.float32)
         weight = on_meta(C, dtype=torch.float32) if all_options else None
@@ -69,7 +69,7 @@ def class_sampled_ce_backward(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def class_sampled_logits(dtype: torch.dtype) -> Iterator[Call]:
-    """It is used to evaluate, on batches of more than a few images: these come first."""
+    """Calls at evaluation sizes first."""
     for shape, (image, text, _, scale), (class_ids, *_), _ in reversed(list(_class_sampled_ce(dtype))):
         yield Call(shape, (image, text, scale, class_ids))
 
@@ -86,7 +86,7 @@ def class_scores(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def layer_norm_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Shape, rows, weight: the image tower, then a width for every other entry of the tile table; also fp32 weights."""
+    """Shape, rows, weight: the image tower, then one width for each entry of the tile table; also fp32 weights."""
     for T, W, weight_dtype in (
         (788, 768, dtype),
         (690, 512, torch.float32),
@@ -113,7 +113,7 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
-    """Shape, rows, bias and kind: the image tower with every kind, then narrow rows, and rows without a bias."""
+    """Shape, rows, bias and kind: the image tower with every kind, narrow rows, rows without a bias."""
     x, bias = on_meta(788, 3072, dtype=dtype), on_meta(3072, dtype=dtype)
     for kind, name in enumerate(KINDS):
         yield f"T788-W3072-{name}", x, bias, kind
@@ -137,13 +137,13 @@ def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
-    """A batch of ViT-B/16's features; one that is narrower and of another type than the store."""
+    """A batch of ViT-B/16 features, and a narrower batch of another dtype than the store."""
     for R, N, W, B, to in ((800, 197, 768, 4, None), (9, 5, 67, 3, torch.float16)):
         yield Call(f"R{R}-N{N}-W{W}-B{B}", (*_stored(R, N, W, B, dtype), to, False))
 
 
 def gather_rows_out(dtype: torch.dtype) -> Iterator[Call]:
-    """Into the batch buffer of a training in bf16; the part of a batch of 32 that is in one of several stores."""
+    """Gathers into a bf16 batch buffer; the part of a batch of 32 that is in one of several stores."""
     R, N, W, B = 800, 197, 768, 4
     for M, out_index in ((B, None), (32, ids(B))):
         out = on_meta(M, N, W, dtype=torch.bfloat16)
@@ -157,7 +157,7 @@ def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
-    """A block's two largest weights and a bias, rounded to nearest, and bf16 at random; buffers in fp32."""
+    """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32."""
     lr = on_meta(dtype=torch.float64)
     for buffer in (dtype, torch.float32):
         for seed in (None, ids()) if dtype == torch.bfloat16 else (None,):
@@ -167,7 +167,7 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed))
 
 
-# A tile of each kind, of suffixes of one length and of many.
+# One tile of each kind, for suffixes of one length and of several.
 _SUFFIXES = ((1380, 5, 6, 8, 64), (50, 40, 70, 12, 80))
 
 

@@ -1,4 +1,4 @@
-"""Measuring, and keeping what was measured."""
+"""Measure time and memory, and append rows to result files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Key = TypeVar("Key")
 
 
 def saved_bytes(step: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward of `step()`: each storage once, parameters left out."""
+    """Bytes that autograd saves for the backward of `step()`: each storage once, without parameters."""
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def saved_bytes(step: Callable[[], Any]) -> int:
         if not isinstance(base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that kept its own result as it is would keep itself, and the graph, forever
+        return tensor.detach()  # a node that saved its own output unchanged would keep itself and the graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep_alive = step()  # noqa: F841  a freed storage's address may be used again
@@ -43,9 +43,9 @@ def saved_bytes(step: Callable[[], Any]) -> int:
 
 
 def gradient_bytes(loss: torch.Tensor) -> int:
-    """Most bytes of gradients of leaves that are alive at once during `loss.backward()`, which is done here.
+    """Run `loss.backward()` and return the peak bytes of leaf gradients.
 
-    Counted from the node that computes a gradient on, each storage once, until it is freed.
+    Each storage counts once, from the node that computes it until it is freed.
     """
     alive: dict[StorageWeakRef, int] = {}
     peak = 0
@@ -71,7 +71,7 @@ def gradient_bytes(loss: torch.Tensor) -> int:
             found.add(node)
             watch(node)
             waiting += [following for following, _ in node.next_functions]
-    del found, waiting, node  # they would keep what backward frees
+    del found, waiting, node  # they would keep tensors that backward frees
     loss.backward()
     return peak
 
@@ -79,9 +79,9 @@ def gradient_bytes(loss: torch.Tensor) -> int:
 def time_alternately(
     functions: dict[Key, Callable[[], Any]], rounds: int, device: torch.device, *, warm_up: bool = True
 ) -> dict[Key, list[float]]:
-    """Seconds of each function in each round, in turn, after one round that is not counted, unless all ran before.
+    """Seconds of each function in each round, run in turn, after a warm-up round unless all ran before.
 
-    Every round has an order of its own: who comes second finds the inputs in the cache where they are shared.
+    The order changes every round, since a later function finds shared inputs in the CPU cache.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions), random.Random(0).shuffle
@@ -98,12 +98,12 @@ def time_alternately(
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:
-    """How far memory rises above its start during one call: what is allocated on a GPU; else resident memory.
+    """Rise of memory above its start during one call: allocated memory on a GPU, else resident memory.
 
-    That is told on Linux; 0 where it cannot be.
+    Resident memory is measured on Linux only; elsewhere the result is 0.
     """
     if warm_up:
-        function()  # what is allocated once and kept is not the call's
+        function()  # memory allocated once and kept does not belong to the call
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     if device.type == "cpu" and not Path("/proc/self/status").exists():
@@ -116,55 +116,55 @@ def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep what it frees, as one with jemalloc or tcmalloc does (with glibc; else nothing happens).
+    """Make glibc keep freed memory, as jemalloc and tcmalloc do; a no-op with another C library.
 
-    Otherwise large results go back to the system each time, and half of a round is the system clearing pages.
+    Otherwise large results are returned to the system each time, and clearing pages takes half of a round.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: below it, memory comes from the heap
-        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: so much may be free at the heap's end
+        library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller allocations come from the heap
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
 
 
 def copying(moved: int, device: torch.device = CPU) -> Callable[[], Any]:
-    """A copy that reads and writes `moved` bytes in all: a ceiling for what does little else."""
+    """A copy that reads and writes `moved` bytes in total, a bound for memory-bound operators."""
     source, target = (torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait for the device to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def quantile(values: list[float], q: float) -> float:
-    """Of a sample, by linear interpolation."""
+    """The q-quantile of a sample, by linear interpolation."""
     return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
-    """The columns of a row that say how long something takes."""
+    """Columns p20_ms, p50_ms and p80_ms of times in seconds."""
     return {f"p{q}_ms": round(1000 * quantile(seconds, q / 100), 1) for q in (20, 50, 80)}
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Those columns, to print."""
+    """The columns of `milliseconds` as text."""
     return f"{row['p50_ms']:9.1f} ms  (p20 {row['p20_ms']:.1f}, p80 {row['p80_ms']:.1f})"
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Of what was measured in the same rounds."""
+    """Median ratio of times measured in the same rounds."""
     return quantile([above / below for above, below in zip(numerators, denominators, strict=True)], 0.5)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Commit, versions and device, for every row of a result."""
+    """Columns of every row: commit, device, threads and versions."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")  # but for results
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")  # except results
     commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
@@ -177,7 +177,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Vendor, family and widest vectors: what a kernel can use. (A virtual machine's model name says less.)"""
+    """Vendor, family and widest vector instructions of the CPU; the model name in a virtual machine says less."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
@@ -188,7 +188,7 @@ def cpu_name() -> str:
 
 
 def slug(device: str) -> str:
-    """A device as the name of a folder.
+    """A device name as a folder name.
 
     >>> slug("AMD EPYC (avx2 avx512_bf16)")
     'amd-epyc-avx2-avx512_bf16'
@@ -199,7 +199,7 @@ def slug(device: str) -> str:
 def append_rows(rows: list[dict[str, Any]], name: str) -> Path:
     """Append rows to bench/results/DEVICE/NAME.csv.
 
-    Where that lacks a column of theirs, as a file of an earlier form does, it is kept under another name.
+    An existing file that lacks one of the columns is kept under another name.
     """
     path = RESULTS / slug(rows[0]["device"]) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""What a training step of SkipCLIP takes, its update included: with torch.optim.SGD, and with FusedSGD inside backward.
+"""Time and memory of a SkipCLIP training step with its update, by torch.optim.SGD and by FusedSGD inside backward.
 
     python -m bench.memory --model ViT-B-16 --batch 4 --classes 50 --memory min
 
-Checks first that two steps with either leave the same weights. Then, for each: the bytes saved for backward, the most
-bytes of gradients that are alive at once, how far memory rises during a step (in a process of its own: resident memory,
-on a GPU max_memory_allocated), and the time, taken in turn. Appends to bench/results/DEVICE/memory.csv.
+Checks first that two steps with either give the same weights. Then measures, for each: the bytes saved for backward,
+the peak bytes of gradients, the rise of memory during a step (in a process of its own: resident memory, on a GPU
+max_memory_allocated), and the time, in turn. Appends to bench/results/DEVICE/memory.csv.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .training import step_parser
 
 _OPTIMIZERS = {"torch.optim.SGD": torch.optim.SGD, "FusedSGD": sk.FusedSGD}
 _HYPER = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-4}
-# Of how far the weights moved in two steps, the two optimizers' may differ by this: they round in other places, and the
-# second gradient sees it, in bf16 where a weight falls on the other side of a step of 2⁻⁸.
+# Difference of the weights relative to their change in two steps: the optimizers round in different places, which
+# changes the second gradient; in bf16 a weight may round to another multiple of 2⁻⁸.
 _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 class Training(NamedTuple):
-    """Forward, backward and update, as often as it is called.
+    """A training step: forward, backward and update.
 
     Attributes:
-        K: Classes that take part.
-        weights: What trains.
-        loss: The forward.
+        K: Number of kept classes.
+        weights: Trainable parameters.
+        loss: The forward pass.
         optimizer: Updates the weights, in backward or after it.
     """
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def training(args: argparse.Namespace, optimizer: str) -> Training:
-    """The same on each call, but for the optimizer."""
+    """A step with new weights, the same on each call except for the optimizer."""
     model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
     clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers, memory=args.memory)
     features, weights = clip.encode_lower(images), clip.trainable_parameters()
@@ -105,10 +105,10 @@ def training(args: argparse.Namespace, optimizer: str) -> Training:
 
 
 def check(trainings: dict[str, Training], precision: str) -> None:
-    """Two steps of each, the second with a momentum.
+    """Run two steps with each optimizer, the second with momentum.
 
     Raises:
-        SystemExit: If they do not leave the same weights.
+        SystemExit: If the resulting weights differ.
     """
 
     def flat(each: Training) -> Tensor:
@@ -126,20 +126,20 @@ def check(trainings: dict[str, Training], precision: str) -> None:
 
 
 def gradient_bytes(each: Training) -> int:
-    """Most bytes of gradients alive at once during a step."""
+    """Peak bytes of gradients during a step."""
     most = measure.gradient_bytes(each.loss())
     each.update()
     return most
 
 
 def in_a_process_of_its_own(args: argparse.Namespace, optimizer: str) -> int:
-    """How far memory rises during a step: nothing that another one held is there to be used again."""
+    """Rise of memory during a step, in a new process, so that no freed memory of another step is reused."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(peak, args, optimizer).result()
 
 
 def peak(args: argparse.Namespace, optimizer: str) -> int:
-    """Bytes above what is held between steps, weights and momentum included."""
+    """Bytes above the memory between steps, which holds weights and momentum."""
     return measure.peak_bytes(training(args, optimizer), args.device)
 
 

@@ -1,11 +1,11 @@
-"""Which models SkipCLIP handles, and how exactly: docs/models.md.
+"""Check SkipCLIP on every supported model and write docs/models.md.
 
     python -m bench.models
     python -m bench.models --model ViT-B-32 coca_base
 
 Builds every config of `open_clip.list_models()`, and OpenAI's and Hugging Face's own models, with random weights and
-few blocks, everything else as it is, cuts them below the second block, and compares the loss of a batch over all
-classes and the gradient of every weight above the cut with those of the model's own forward.
+few blocks and otherwise unchanged, skips the first block, and compares the loss of a batch over all classes and the
+gradient of every weight above the cut with those of the model's own forward.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from . import measure
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 BLOCKS = 3
 NAME_LENGTHS = (1, 2, 3, 1)  # tokens of each class's name
-VOCABULARY = 3000  # of text encoders, whose own of 250,000 would be all that takes time here
+VOCABULARY = 3000  # of text encoders; their vocabulary of 250,000 would dominate the time
 
-# What the configs of these text encoders say, as published with them; layers and vocabulary are reduced.
+# Published settings of these text encoders, with fewer layers and a smaller vocabulary.
 _ROBERTA = {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY, "max_position_embeddings": 514, "pad_token_id": 1}
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
 _MT5 = {"num_layers": BLOCKS, "vocab_size": VOCABULARY, "d_kv": 64}
@@ -61,7 +61,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 
 
 class Row(NamedTuple):
-    """What became of a model."""
+    """The result for a model."""
 
     name: str
     refused: str = ""
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)  # open_clip warns of random weights
+    logging.disable(logging.WARNING)  # open_clip warns about random weights
     rows = [row_of(name) for name in track(args.model, description="models")]
     page = markdown(rows)
     print(page)
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def row_of(name: str) -> Row:
-    """Build a model, reduced, and compare."""
+    """Build a reduced model and compare it."""
     torch.manual_seed(0)
     try:
         model, tokens = OTHERS[name]() if name in OTHERS else of_open_clip(name)
@@ -97,7 +97,7 @@ def row_of(name: str) -> Row:
 
 
 def of_open_clip(name: str) -> tuple[Any, torch.Tensor]:
-    """A config of open_clip as a model with few blocks, and prompts for it."""
+    """A model with few blocks from an open_clip config, and its prompts."""
     config = get_model_config(name)
     vision, text = config["vision_cfg"], config["text_cfg"]
     for part in (vision, text):
@@ -109,7 +109,7 @@ def of_open_clip(name: str) -> tuple[Any, torch.Tensor]:
     with few_blocks_of_timm(), tempfile.TemporaryDirectory() as folder:
         if "hf_model_name" in text:
             encoder = ENCODERS[text["hf_model_name"]]()
-            encoder.save_pretrained(folder)  # a folder for a name: nothing is downloaded
+            encoder.save_pretrained(folder)  # a folder in place of a name: nothing is downloaded
             text |= {"hf_model_name": folder, "hf_model_pretrained": False}
             tokens = encoder_prompts(encoder.pad_token_id)
         return kind(**config), tokens
@@ -117,7 +117,7 @@ def of_open_clip(name: str) -> tuple[Any, torch.Tensor]:
 
 @contextlib.contextmanager
 def few_blocks_of_timm() -> Iterator[None]:
-    """timm makes its models with few blocks meanwhile: open_clip passes no more than their names."""
+    """Make timm create models with few blocks; open_clip passes only their names."""
     create = timm.create_model
 
     def create_small(name: str, **rest: Any) -> Any:
@@ -134,13 +134,13 @@ def few_blocks_of_timm() -> Iterator[None]:
 
 
 def of_openai(vision_layers: Any, width: int, patch: int | None, heads: int) -> tuple[Any, torch.Tensor]:
-    """OpenAI's own class."""
+    """A model of OpenAI's class."""
     model = openai_models().CLIP(512, 224, vision_layers, width, patch, 77, 49408, 512, heads, BLOCKS)
     return model, prompts({})
 
 
 def of_hugging_face(config: Any, **changes: Any) -> tuple[Any, torch.Tensor]:
-    """Their own class with the config that it has by default, which is that of the base model."""
+    """A model of Hugging Face's class with its default config, that of the base model."""
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = BLOCKS
     text = config.text_config
     tokens = prompts({"vocab_size": text.vocab_size, "context_length": text.max_position_embeddings})
@@ -161,7 +161,7 @@ OTHERS: dict[str, Callable[[], tuple[Any, torch.Tensor]]] = {
 def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     """Loss and gradients over all classes, against the model's own forward."""
     with torch.no_grad():
-        model.logit_scale.fill_(2.7)  # that of CLIP in the beginning, whatever the model's
+        model.logit_scale.fill_(2.7)  # CLIP's initial value for every model
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     images, labels = torch.randn(2, 3, *clip._image.image_size), torch.tensor([1, 3])
     out = clip(images, labels)
@@ -171,7 +171,7 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     image, text = (torch.nn.functional.normalize(x, dim=-1) for x in (clip._image.own(images), clip._text.own(tokens)))
     loss = torch.nn.functional.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
     loss.backward()
-    # A gradient is compared where it is more than rounding: a key's bias, for one, changes nothing.
+    # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
     largest = max(p.grad.norm() for p in model.parameters() if p.grad is not None)
     errors = [
         ((gradient - theirs).norm() / theirs.norm().clamp_min(1e-4 * largest)).item()
@@ -183,7 +183,7 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
 
 
 def prompts(text: dict[str, Any]) -> torch.Tensor:
-    """Prompts [C, L] of one template, as a tokenizer would give them; some need packages and downloads."""
+    """Prompts [C, L] of one template, made without a tokenizer; some tokenizers need packages and downloads."""
     vocabulary = text.get("vocab_size", 49408)
     end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else vocabulary - 1
     tokens = torch.zeros(len(NAME_LENGTHS), text.get("context_length", 77), dtype=torch.int64)
@@ -195,13 +195,13 @@ def prompts(text: dict[str, Any]) -> torch.Tensor:
 
 
 def encoder_prompts(padding: int) -> torch.Tensor:
-    """The same for a text encoder of transformers."""
+    """Prompts [C, L] for a text encoder of transformers."""
     tokens = prompts({"vocab_size": VOCABULARY})
     return torch.where(tokens == 0, padding, tokens)
 
 
 def markdown(rows: list[Row]) -> str:
-    """The page."""
+    """The text of docs/models.md."""
     handled, of_configs = [row for row in rows if not row.refused], [row for row in rows if row.name not in OTHERS]
     machine = measure.machine(torch.device("cpu"))
     lines = [

@@ -1,8 +1,8 @@
-"""Others who do the same job: what to call, or why it can't be called here. None of them is a dependency.
+"""Peers: functions of other packages that do the same job, or the reason why they cannot run here. All are optional.
 
 The functions of one job have one signature. They are called as these versions are: cut-cross-entropy 25.1.1,
-inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. What another version makes of that is seen by the check
-of the results that comes before every timing.
+inf-cl 1.2.1, liger-kernel 0.8.5, memeff 0.3.1, xformers 0.0.35. Results are checked before timing, which shows if
+another version behaves differently.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INF_CL_BLOCK = 64  # images; its backward reads the gradients of a whole block, whether there are as many or not
+INF_CL_BLOCK = 64  # images; its backward reads the gradients of a whole block, also beyond the end
 
 
 class Peer(NamedTuple):
-    """What to call; or None, and then the note says why. Otherwise the note has the version."""
+    """The function and the version of its package, or None and the reason."""
 
     function: Callable[..., Tensor] | None
     note: str = ""
 
 
 def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
-    """Mean cross-entropy of the logits `image @ text.T`: of (image [B, D], text [K, D], labels int64 [B])."""
+    """Peers for the mean cross-entropy of `image @ text.T`, from (image [B, D], text [K, D], labels int64 [B])."""
     cut = functools.partial(_package, device, "cut-cross-entropy", "cut_cross_entropy")
     too_wide = "" if dtype in (torch.bfloat16, torch.float16) else "its backward is for bf16 and fp16"
     torn = "" if B % INF_CL_BLOCK == 0 else f"it reads past its buffers unless B is a multiple of {INF_CL_BLOCK}"
@@ -43,7 +43,7 @@ def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[st
     return {
         "linear_cross_entropy": _linear_cross_entropy(),
         "cut-cross-entropy": cut(exact, cannot=too_wide),
-        # Its default: gradients below a threshold are left out.
+        # By default it drops gradients below a threshold.
         "cut-cross-entropy filtered": cut(lambda module: module.linear_cross_entropy, cannot=too_wide),
         "Liger": _package(
             device,
@@ -58,7 +58,7 @@ def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[st
 
 
 def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict[str, Peer]:
-    """Mean of both directions' cross-entropies in a batch of pairs: of (image [B, D], text [B, D], scale, a number)."""
+    """Peers for the mean cross-entropy of both directions of pairs, from (image [B, D], text [B, D], scale: float)."""
 
     def both_directions(cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def loss(image: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -69,7 +69,7 @@ def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict
         return loss
 
     def textbook(module: Any) -> Callable[..., Tensor]:
-        # Its default is to rescale the gradients. A scale is a number there, and gets no gradient.
+        # By default it rescales the gradients. The scale is a number and gets no gradient.
         return lambda image, text, scale: module.MemoryEfficientCLIPLoss(temperature=1 / scale, stable=False)(
             image, text
         )
@@ -82,7 +82,7 @@ def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict
 
 
 def layer_norms(device: torch.device) -> dict[str, Peer]:
-    """LayerNorm: of (x [T, W], weight [W], bias [W], eps). Nobody adds the residual in the same pass."""
+    """Peers for LayerNorm, from (x [T, W], weight [W], bias [W], eps). None adds the residual in the same pass."""
     return {
         "add, then Liger": _package(
             device, "liger-kernel", "liger_kernel.transformers.functional", lambda module: module.liger_layer_norm
@@ -91,12 +91,12 @@ def layer_norms(device: torch.device) -> dict[str, Peer]:
 
 
 def activations() -> dict[str, Peer]:
-    """Bias and activation of an MLP."""
+    """Peers for the bias and activation of an MLP."""
     return {"Liger": Peer(None, "another function: its activations are gated (GEGLU, SwiGLU)")}
 
 
 def attentions(device: torch.device) -> dict[str, Peer]:
-    """Attention: of (query [B, M, H, E], key [B, N, H, E], value, causal); causal as counted from the last key."""
+    """Peers for attention, from (query [B, M, H, E], key [B, N, H, E], value, causal), aligned at the last key."""
 
     def efficient(module: Any) -> Callable[..., Tensor]:
         mask = module.fmha.attn_bias.LowerTriangularFromBottomRightMask
@@ -124,7 +124,7 @@ def _package(
     *,
     cannot: str = "",
 ) -> Peer:
-    """`function_of` the module of a package with kernels for GPUs; `cannot` says what it can't do in this case."""
+    """A peer from a package with GPU kernels; `cannot` is the reason why it does not support this case."""
     if device.type != "cuda":
         return Peer(None, "needs a GPU")
     if cannot:
@@ -134,5 +134,5 @@ def _package(
     try:
         function = function_of(importlib.import_module(module))
         return Peer(function, f"{distribution} {metadata.version(distribution)}")
-    except Exception as error:  # whatever an import runs into is the reason
+    except Exception as error:  # any error of the import is the reason
         return Peer(None, f"cannot be imported: {type(error).__name__}: {error}")

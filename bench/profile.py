@@ -1,11 +1,11 @@
-"""Where the time of a SkipCLIP step goes: matrix products, attention, this package's operators, the rest.
+"""Profile a SkipCLIP step: time in matrix products, attention, our operators, and the rest.
 
     python -m bench.profile --model ViT-B-16 --batch 4 --classes 50
 
-Checks the step against the published one first, then runs it under torch.profiler and adds up what each operator takes
-without those that it calls, but with them if it is ours: on the CPU the time in it, on a GPU that of the kernels it
-launches. What Python takes on the CPU is part of the rest, and so are casts and copies. Next to the rate of the matrix
-products stands that of one large square product in the same dtype. Appends to bench/results/DEVICE/profile.csv.
+Checks the step against the published one, then runs it under torch.profiler and sums the self time of each operator
+(for our operators the total time): CPU time, or on a GPU the time of the launched kernels. The rest includes Python,
+casts and copies. The rate of the matrix products is compared with that of one large square product in the same dtype.
+Appends to bench/results/DEVICE/profile.csv.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from .inputs import random_inputs
 from .training import agreeing_steps, step_parser
 
 MATRIX, ATTENTION, OURS, REST = "matrix products", "attention", "our operators", "the rest"
-# Those whose operations the profiler counts. What else multiplies (a matrix and a vector) is small.
+# Products whose FLOPs the profiler counts. Other products (of a matrix and a vector) are small.
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-_LISTED = 4  # operators of the rest that are named
+_LISTED = 4  # largest operators of the rest to print
 
 
 class Profile(NamedTuple):
-    """One call: seconds in each operator itself, and operations of the matrix products."""
+    """One call: self time of each operator in seconds, and FLOPs of the matrix products."""
 
     seconds: dict[str, float]
     flops: int
 
     def group(self, name: str) -> float:
-        """Seconds."""
+        """Total seconds."""
         return sum(seconds for operator, seconds in self.seconds.items() if group_of(operator) == name)
 
     def share(self, name: str) -> float:
-        """Of all the time."""
+        """Share of the total time."""
         return self.group(name) / sum(self.seconds.values())
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = step_parser(__doc__, rounds=5).parse_args(arguments)
     inputs = random_inputs(args.model, args.batch, args.classes, args.device)
     step, _ = agreeing_steps(inputs, args.skip_layers, args.memory, args.precision, args.precision)
-    profiles = [profile_of(step, args.device) for _ in range(args.rounds + 1)][1:]  # the first warms up
+    profiles = [profile_of(step, args.device) for _ in range(args.rounds + 1)][1:]  # the first is a warm-up
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     peak = ceilings.matrix_rate(args.device, dtype) / 1e9
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def profile_of(function: Callable[[], Any], device: torch.device) -> Profile:
-    """One call under the profiler."""
+    """Run one call under the profiler."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, with_flops=True) as profiler, record_function("Python"):
@@ -87,7 +87,7 @@ def profile_of(function: Callable[[], Any], device: torch.device) -> Profile:
     seconds: dict[str, float] = defaultdict(float)
     flops = 0
     for event in profiler.events():
-        if event.device_type == DeviceType.CPU:  # a GPU's kernels have events of their own, and count where launched
+        if event.device_type == DeviceType.CPU:  # kernels on a GPU have their own events; they count at their launch
             operator = operator_of(event)
             seconds[operator] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
             flops += event.flops if group_of(operator) == MATRIX else 0
@@ -95,7 +95,7 @@ def profile_of(function: Callable[[], Any], device: torch.device) -> Profile:
 
 
 def operator_of(event: Any) -> str:
-    """The name that an event counts under: its own, or that of our operator which calls it."""
+    """The name that an event counts for: its own, or that of the operator of ours that calls it."""
     name, caller = event.name, event.cpu_parent
     while caller is not None:
         name = caller.name if group_of(caller.name) == OURS else name
@@ -104,7 +104,7 @@ def operator_of(event: Any) -> str:
 
 
 def group_of(operator: str) -> str:
-    """Of a name like aten::mm, skipkernels::class_scores or autograd::engine::evaluate_function: MulBackward0."""
+    """The operator of an event name: aten::mm, skipkernels::class_scores, autograd::engine::…: MulBackward0."""
     if operator in _PRODUCTS:
         return MATRIX
     if operator.startswith("aten::") and "attention" in operator:

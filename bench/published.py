@@ -1,7 +1,7 @@
-"""The published step, as one writes it with open_clip: what the speed of SkipCLIP is measured against.
+"""The published training step in plain open_clip, the baseline of the benchmarks.
 
-All 77 tokens through every upper block, dense logits, and a loop that is otherwise favoured: features at the cut are
-cached for images and texts alike, and the classes are chosen by the same sampler.
+All 77 tokens run through every upper block, and the logits are dense. Otherwise it is favoured: features at the cut are
+cached for images and for texts, and the same sampler selects the classes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from skipkernels.selection import RankSampler
 
-_CHUNK = 256  # texts that are encoded at once, before the first step
+_CHUNK = 256  # texts per batch, encoded before the first step
 
 
 class PublishedStep:
     """(features at the cut [B, N, W], labels [B]) → (loss, class ids).
 
-    The classes are drawn, unless they are given: another precision may choose others, and the two be compared.
+    The classes are sampled unless they are given, to compare two precisions on the same classes.
     """
 
     def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: RankSampler):
@@ -38,7 +38,7 @@ class PublishedStep:
         return hidden
 
     def _freeze(self) -> None:
-        """What is above the cut trains, but for the temperature."""
+        """Freeze everything below the cut, and the logit scale."""
         model, visual = self.model, self.model.visual
         model.requires_grad_(False)
         blocks = *visual.transformer.resblocks[self.image_skip :], *model.transformer.resblocks[self.text_skip :]
@@ -48,7 +48,7 @@ class PublishedStep:
         model.text_projection.requires_grad_(True)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, height, width] to features at the cut."""
+        """Features at the cut of images [B, 3, height, width]."""
         with torch.no_grad():
             hidden = self.model.visual._embeds(images)
             for block in self.model.visual.transformer.resblocks[: self.image_skip]:

@@ -1,21 +1,20 @@
-"""Microbenchmarks: each operator against what a user would write and against peers, in one run.
+"""Microbenchmarks: time each operator against eager PyTorch and peers, in one run.
 
     python -m bench.run --op add_layer_norm --dtype fp32 bf16
     python -m bench.run --quick
     python -m bench.run --budget 9m
 
-Before anything is timed its results are checked: an error above eager's own (against the reference in fp64) by more
-than the tests' slack is reported in the place of a time. Ratios are medians over rounds in which everyone runs in turn.
-`of_ceiling` is the least time by the measured ceilings of the machine (bench.ceilings) over the time it took: above 1
-the inputs were in a cache, which the copy that is the ceiling has no use for. Peers that cannot be used here are listed
-with the reason (bench.peers).
+Results are checked first: an error against the reference in fp64 that exceeds eager's by more than the slack of the
+tests is reported in place of a time. Ratios are medians over rounds in which the implementations run in turn.
+`of_ceiling` is the least time by the measured limits of the machine (bench.ceilings) over the measured time; it is
+above 1 if the inputs were in a CPU cache. Peers that cannot run here are listed with the reason (bench.peers).
 
---quick takes the first shape of each operator, short rounds and no torch.compile, which compiles for longer than all
-the rest takes. With --budget each operator has an equal part of what is left, its shapes in order; what does not fit is
-printed at the end. Rows go to bench/results/DEVICE/operators.csv after each case: who stops it keeps what is done.
+--quick takes the first shape of each operator, short rounds and no torch.compile, whose compilation takes longest. With
+--budget each operator gets an equal part of the remaining time, its shapes in order; skipped cases are printed at the
+end. Rows are appended to bench/results/DEVICE/operators.csv after each case.
 
-The process keeps the memory it frees, as one with jemalloc does; --system-malloc leaves that to the system. The exit
-status is 1 if a result of ours was wrong.
+The process keeps freed memory, as with jemalloc; --system-malloc turns that off. The exit status is 1 if a result of
+ours is wrong.
 """
 
 from __future__ import annotations
@@ -46,19 +45,19 @@ OURS = "skipkernels"
 MEASURED = ("p20_ms", "p50_ms", "p80_ms", "faster", "wanted", "peak_mib", "gbytes_s", "gflops_s", "of_ceiling")
 SECONDS, QUICK_SECONDS = 3.0, 0.5
 MOST_ROUNDS = 2000
-MOST_ERROR = 0.25  # of eager, whose own error is the bound for everyone; in bf16 it is up to 0.06
+MOST_ERROR = 0.25  # of eager, whose error is the bound for the others; in bf16 it is up to 0.06
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="which operators; all by default")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--device", type=torch.device, default=default_device(), help="a GPU where there is one")
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, help=f"for each case, about: {SECONDS}, or {QUICK_SECONDS} if quick")
     parser.add_argument("--quick", action="store_true", help="one shape of each operator, without torch.compile")
-    parser.add_argument("--without", nargs="+", default=[], metavar="WHO", help="whom to leave out")
-    parser.add_argument("--system-malloc", action="store_true", help="freed memory goes back to the system")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="implementations to leave out")
+    parser.add_argument("--system-malloc", action="store_true", help="return freed memory to the system")
     parser.add_argument("--no-save", action="store_true", help="print only")
     add_budget(parser)
     args = parser.parse_args(arguments)
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Session:
-    """One run: what the command line asks for, and what is told when it ends."""
+    """One run of the command, with the notes that are printed at its end."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -90,15 +89,15 @@ class Session:
         self.left_out: list[str] = []
         self.wrong: list[str] = []
         self.console = Console()
-        self.console.width = max(self.console.width, 160)  # a cut figure is none, also in a file
+        self.console.width = max(self.console.width, 160)  # wide enough for every column, also if piped
         self.tell(", ".join(str(value) for value in self.machine.values()))
         self.tell(ceilings_of(args.device, args.dtype))
 
     def operator(self, op: str, budget: Budget) -> None:
-        """Its cases in order while the budget allows; their rows are kept one case after the other."""
+        """Time the cases of an operator in order while the budget allows; append the rows after each case."""
         table = table_of(f"{op}: forward and backward, {self.args.device}, {self.args.threads} threads")
-        notes: dict[str, None] = {}  # in order, and once, though in many rows
-        expected = self.seconds  # of the first case; then as long as the one before
+        notes: dict[str, None] = {}  # without duplicates, in order
+        expected = self.seconds  # of the first case; later ones take as long as the one before
         count = len(self.args.dtype) if self.args.quick else None
         for dtype, case in itertools.islice(cases_of(op, self.args.dtype, self.args.device), count):
             if not budget.allows(expected):
@@ -116,9 +115,7 @@ class Session:
                 if row["p50_ms"]:
                     table.add_row(case.shape, dtype, implementation, *(row[column] for column in MEASURED))
                 elif implementation in case.runs and implementation not in self.without:
-                    implementation += (
-                        f", {case.shape} in {dtype}"  # wrong there; the reasons of the absent hold everywhere
-                    )
+                    implementation += f", {case.shape} in {dtype}"  # wrong for this case only
                     if row["implementation"] == OURS:
                         self.wrong.append(f"{op}, {case.shape} in {dtype}: {note}")
                 if note:
@@ -128,7 +125,7 @@ class Session:
             self.tell(line)
 
     def end(self) -> None:
-        """What is not in the tables."""
+        """Print notes and skipped cases."""
         if self.saved_to is not None:
             self.tell(f"appended to {self.saved_to}")
         for line in self.left_out:
@@ -137,7 +134,7 @@ class Session:
             self.tell(f"{OURS} is wrong: {line}")
 
     def tell(self, line: str) -> None:
-        """Print as it is."""
+        """Print a line without markup or wrapping."""
         self.console.print(line, markup=False, highlight=False)
 
 
@@ -146,7 +143,7 @@ def default_device() -> torch.device:
 
 
 def cases_of(op: str, dtypes: list[str], device: torch.device) -> Iterator[tuple[str, Case]]:
-    """Every dtype of a shape before the next shape: what a budget cuts off is the same for all dtypes."""
+    """Cases in the order shape, dtype, so that a budget cuts off the same shapes for all dtypes."""
     cases = importlib.import_module(f"bench.operators.{op.rstrip('_')}").cases
     streams = {name: cases(DTYPES[name], device) for name in dtypes}
     while True:
@@ -158,7 +155,7 @@ def cases_of(op: str, dtypes: list[str], device: torch.device) -> Iterator[tuple
 
 
 def leaving_out(case: Case, reasons: dict[str, str]) -> Case:
-    """The case without some, who are listed with the reason."""
+    """The case without some implementations, which are listed with the reason."""
     return case._replace(
         runs={name: run for name, run in case.runs.items() if name not in reasons},
         absent=case.absent | {name: reasons[name] for name in case.runs if name in reasons},
@@ -166,13 +163,13 @@ def leaving_out(case: Case, reasons: dict[str, str]) -> Case:
 
 
 def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict[str, str]]:
-    """A row for everyone: times, how many times faster ours is, memory, rates; or a note why there is no time.
+    """A row per implementation: times, our speed-up, memory and rates, or a note with the reason why there is no time.
 
-    The note of a peer that was timed is its version.
+    The note of a timed peer is its version.
     """
     gate = Gate(case, dtype, device)
     wrong = {name: reason for name in case.runs if (reason := gate.error_of(name))}
-    del gate  # and the truth
+    del gate  # and the reference
     case.prepare()
     runs = {name: run for name, run in case.runs.items() if name not in wrong}
     times = timed(runs, seconds, device)
@@ -201,13 +198,13 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float
 
 
 def timed(runs: dict[str, Run], seconds: float, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each in each round; about `seconds` in all, at least five rounds."""
+    """Seconds of each implementation in each round; about `seconds` in total, at least five rounds."""
     once = sum(times[0] for times in measure.time_alternately(runs, 1, device).values())
     return measure.time_alternately(runs, max(5, min(int(seconds / once), MOST_ROUNDS)), device) if runs else {}
 
 
 def least_seconds(case: Case, dtype: torch.dtype, device: torch.device) -> float:
-    """What the machine needs for the bytes and for the products, whichever is more, at its measured ceilings."""
+    """The larger of the times for the bytes and for the products at the measured limits of the machine."""
     moving = case.moved / ceilings.bandwidth(device)
     return max(moving, case.flops / ceilings.matrix_rate(device, dtype)) if case.flops else moving
 
@@ -228,7 +225,7 @@ def table_of(title: str) -> Table:
 
 
 class Gate:
-    """Who gives right results: no worse than eager against the reference in fp64, but for the tests' slack."""
+    """Checks results: an error against the reference in fp64 may exceed eager's by the slack of the tests."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device):
         self.case, self.dtype, self.device = case, dtype, device
@@ -240,14 +237,15 @@ class Gate:
             self.bounds = [error if error <= MOST_ERROR else 0.0 for error in errors]
 
     def error_of(self, name: str) -> str:
-        """Why the results are wrong, or that there are none, or nothing."""
+        """The reason why results are wrong or missing, or ""."""
         results = self._results(name)
         if isinstance(results, str):
             return results
         for number, (value, truth, bound) in enumerate(zip(results, self.truth, self.bounds, strict=True)):
             if not value.is_floating_point():
                 continue
-            # Who computes in bf16 may give an fp32 loss. Ten: the gate catches wrong results; the tests are exact.
+            # A bf16 implementation may return an fp32 loss. Ten times the slack: this catches wrong results; the tests
+            # are exact.
             slack = 10 * max(SLACK[value.dtype], SLACK[self.dtype])
             if not _error(value, truth) <= bound + slack:
                 return f"wrong: result {number} is off by {_error(value, truth):.1e}, eager by {bound:.1e}"
@@ -258,7 +256,7 @@ class Gate:
         try:
             results = self.case.runs[name]()
             measure.synchronize(self.device)
-        except torch.AcceleratorError:  # the process has lost its device: nothing that follows would be a result
+        except torch.AcceleratorError:  # the device is lost: later results would be meaningless
             raise
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
@@ -267,7 +265,7 @@ class Gate:
 
 
 def _error(value: Tensor, truth: Tensor) -> float:
-    """As in the tests; infinite where shapes differ, or what is finite."""
+    """The error measure of the tests; infinite if shapes or finite positions differ."""
     if value.shape != truth.shape or not torch.equal(value.isfinite(), truth.isfinite()):
         return math.inf
     return relative_error(value, truth)

@@ -1,4 +1,4 @@
-"""A training step against the number of classes: SkipCLIP, and what one would run in its place, on the same batch.
+"""Time a training step over the number of classes: SkipCLIP, the published step, full fine-tuning, prompt tuning.
 
     python -m bench.step                                                       ViT-B/16, batch 4, 10 to 21,841 classes
     python -m bench.step --classes 50 --implementation skipkernels published --precision fp32
@@ -10,12 +10,12 @@
     prompt tuning         CoOp: the whole text tower on all classes, the image tower without gradients, from images
     skipkernels           SkipCLIP, from features at the cut, with memory="fast", or "min"
 
-Each is held against another computation of the same before it is timed. Then forward and backward of everyone run in
-turn, in an order of each round's own. What would not fit into memory, or take longer than --longest, is foreseen from
-two small numbers of classes, and gets a row that says so. The floor of a step is the time of its products at the rate
-of a large one, and of reading its weights twice and writing their gradients at the rate of a copy. A row for each goes
-to bench/results/DEVICE/step.csv as soon as a number of classes is done; with --skip-layers to a table of its own. By
-default half of the blocks of each tower are skipped.
+Each is checked against another computation of the same result before it is timed. Then forward and backward run in
+turn, in a new order each round. Time and memory are predicted from two small numbers of classes; a step predicted not
+to fit, or to take longer than --longest, is skipped with the reason in its row. The floor of a step is the time of its
+products at the rate of a large product, and of reading its weights twice and writing their gradients at the rate of a
+copy. Rows are appended to bench/results/DEVICE/step.csv after each number of classes; with --skip-layers to a table of
+its own. By default half of the blocks of each tower are skipped.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ PUBLISHED, COMPILED, FULL, PROMPTS = "published", "published, compiled", "full f
 IMPLEMENTATIONS = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
 _SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
 _PROBES = 4, 12  # classes
-_MANY = 2000  # classes, whose texts are kept on the disk between the steps of one number of classes
-_SETTING_UP = 5  # times as long as a step may take
-_RUNS = 6  # of a step, at least: it is compared, counted, timed and weighed
-_COMPILING = 60.0  # seconds that torch.compile takes, about
-_IN_FP32 = {"fp32": 1.0, "bf16": 3.0}  # times as long as in the precision of the step, about
+_MANY = 2000  # classes from which text features are kept on disk between steps
+_SETTING_UP = 5  # timed calls per step, for predictions
+_RUNS = 6  # runs of a step, at least: comparison, counts, time, memory
+_COMPILING = 60.0  # approximate seconds of torch.compile
+_IN_FP32 = {"fp32": 1.0, "bf16": 3.0}  # approximate time relative to the precision of the step
 
 _COLUMNS = "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster".split()
 _COLUMNS += "saved_mib peak_mib gflop floor_ms above_floor launches graph_ms note".split()
@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--implementation", nargs="+", choices=[*IMPLEMENTATIONS, *_SHORT], default=list(IMPLEMENTATIONS)
     )
-    options.add_argument("--longest", type=float, default=60.0, help="seconds that a step may take")
-    options.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a number of classes, about")
+    options.add_argument("--longest", type=float, default=60.0, help="most seconds per step")
+    options.add_argument(
+        "--seconds", type=float, default=60.0, help="approximate seconds for the rounds of a number of classes"
+    )
     add_budget(options)
     args = options.parse_args(arguments)
     args.implementation = list(dict.fromkeys(_SHORT.get(name, name) for name in args.implementation))
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Curve:
-    """The steps of a model and a batch, over the number of classes."""
+    """The steps of one model and batch size over the number of classes."""
 
     def __init__(self, args: argparse.Namespace, model: str, batch: int):
         self.args, self.model, self.batch = args, model, batch
@@ -83,7 +85,7 @@ class Curve:
         self.skip: Skip = args.skip_layers
 
     def measure(self) -> None:
-        """All of it, row by row."""
+        """Measure every number of classes and append the rows."""
         self._probe()
         for classes in self.args.classes:
             started = time.perf_counter()
@@ -98,10 +100,10 @@ class Curve:
     def _row(self, **found: Any) -> dict[str, Any]:
         return dict.fromkeys(_COLUMNS, "") | {"model": self.model, "B": self.batch} | found
 
-    # ---- what can't be run ---------------------------------------------------------------------------------------
+    # ---- predictions ---------------------------------------------------------------------------------------------
 
     def _probe(self) -> None:
-        """Small steps of those whose cost grows with the classes; that also holds each against another computation."""
+        """Cost models from two small steps of each implementation, which are also checked."""
         found: dict[tuple[str, str], list[Probe]] = {}
         keys = dict.fromkeys((PUBLISHED if name == COMPILED else name, precision) for name, precision in self.wanted)
         for classes in _PROBES:
@@ -112,11 +114,11 @@ class Curve:
         self.foreseen = {key: Foresight.of(*probes) for key, probes in found.items()}
 
     def _kept(self, classes: int, name: str) -> int:
-        """That take part in a step."""
+        """Number of kept classes of a step."""
         return classes if name in (FULL, PROMPTS) else RankSampler().expected_keep(classes, self.batch)
 
     def _in_the_way(self, classes: int, name: str, precision: str) -> str:
-        """Why a step can't be run, or nothing."""
+        """The reason to skip a step, or ""."""
         line, K = self._foreseen(name, precision), self._kept(classes, name)
         free, seconds = free_bytes(self.args.device), line.seconds(K)
         if not line.fits(K, free):
@@ -133,25 +135,25 @@ class Curve:
         return ""
 
     def _needs(self, classes: int, name: str, precision: str) -> float:
-        """Seconds until a step has its row."""
+        """Predicted seconds until the row of a step is complete."""
         runs = _RUNS * self._foreseen(name, precision).seconds(self._kept(classes, name))
         return self._encoding(classes, name, precision) + runs + (_COMPILING if name == COMPILED else 0.0)
 
     def _encoding(self, classes: int, name: str, precision: str) -> float:
-        """Seconds for all texts before the first step: the lower half of their tower and all of it, without gradients
-        and in fp32, which is as much as forward and backward of the upper half."""
+        """Predicted seconds for all texts before the first step: the lower half of the text tower and all of it in fp32
+        without gradients, as long as forward and backward of the upper half."""
         if name in (FULL, PROMPTS):
             return 0.0
         return classes * self._foreseen(name, precision).seconds_each * _IN_FP32[precision]
 
     def _foreseen(self, name: str, precision: str) -> Foresight:
-        """The compiled step is as the one that it is of."""
+        """The cost model; the compiled step has that of the published one."""
         return self.foreseen[PUBLISHED if name == COMPILED else name, precision]
 
-    # ---- what can ------------------------------------------------------------------------------------------------
+    # ---- measurements --------------------------------------------------------------------------------------------
 
     def _of(self, classes: int) -> list[dict[str, Any]]:
-        """Times and sizes of everyone, or why there are none."""
+        """Columns of each implementation: times and sizes, or the reason why there are none."""
         plan = Plan(self.args.budget)
         reasons = {key: self._in_the_way(classes, *key) for key in self.wanted}
         reasons |= {
@@ -177,8 +179,8 @@ class Curve:
         return rows
 
     def _steps(self, classes: int, keys: Sequence[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Step]:
-        """Those of `keys`, held against another computation of the same."""
-        gc.collect()  # models of the steps before: they are in cycles
+        """The steps of `keys`, checked against another computation of the same result."""
+        gc.collect()  # models of earlier steps are in reference cycles
         inputs = random_inputs(self.model, self.batch, classes, self.args.device)
         self.skip = self.args.skip_layers or half_of(inputs.model)
         published: Published | None = None
@@ -199,10 +201,10 @@ class Curve:
         return skip_step(inputs, self.skip, memory, precision, against, texts)
 
     def _timed(self, steps: dict[tuple[str, str], Step]) -> dict[tuple[str, str], dict[str, Any]]:
-        """Sizes first, then times in turn."""
+        """Measure sizes, then times in turn."""
         args, found = self.args, {}
         started = time.perf_counter()
-        for key in sorted(steps, key=lambda key: key[0] == COMPILED):  # which has the sizes of the published one
+        for key in sorted(steps, key=lambda key: key[0] == COMPILED):  # same sizes as the published step
             found[key] = self._sizes(steps[key], found.get((PUBLISHED, key[1]), {}))
         once = (time.perf_counter() - started) / 2
         rounds = max(1, min(args.rounds, int(args.seconds / once)))
@@ -213,17 +215,17 @@ class Curve:
             if ours is not None and key[0] != OURS:
                 row["faster"] = round(measure.median_ratio(seconds[key], ours), 3)
             if row["gflop"] != "":
-                # Running blocks a second time is nothing that a step has to do.
+                # The floor does not include recomputed blocks.
                 base = found.get((OURS, key[1]), row) if key[0] == MIN else row
                 row["floor_ms"] = round(self._floor(base["gflop"], steps[key]), 1)
                 row["above_floor"] = round(row["p50_ms"] / row["floor_ms"], 3)
-            steps[key].model.zero_grad()  # gradients of the rounds: the step that is weighed makes its own
+            steps[key].model.zero_grad()  # free the gradients of the rounds before measuring memory
             row["peak_mib"] = round(measure.peak_bytes(steps[key], args.device, warm_up=False) / 2**20, 1)
             row |= cuda.launches_and_graph(steps[key]) if args.device.type == "cuda" else {}
         return found
 
     def _sizes(self, step: Step, of_the_same: dict[str, Any]) -> dict[str, Any]:
-        """What is saved for backward, and the operations: the profiler of operations can't look into compiled code."""
+        """Bytes saved for backward and FLOPs; FLOPs cannot be counted in compiled code."""
         saved = of_the_same or {"saved_mib": "", "gflop": ""}
         if step.name != COMPILED:
             kept = measure.saved_bytes(step.loss)
@@ -232,7 +234,7 @@ class Curve:
         return {"skip_layers": skipped, "K": step.K} | {name: saved[name] for name in ("saved_mib", "gflop")}
 
     def _floor(self, gflop: float, step: Step) -> float:
-        """Milliseconds: products, and weights read twice and their gradients written."""
+        """Floor in milliseconds: products, weights read twice, gradients written."""
         device = self.args.device
         dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
         weights = sum(weight.nbytes for weight in step.model.parameters() if weight.requires_grad)
@@ -241,7 +243,7 @@ class Curve:
 
 
 def shown(row: dict[str, Any]) -> str:
-    """What was measured, or why nothing was."""
+    """The printed result of a row."""
     if row["p50_ms"] == "":
         return str(row["note"])
     told = f"{measure.shown(row)}  {row['peak_mib']:7.1f} MiB more at the peak"
@@ -251,7 +253,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def half_of(model: Any) -> tuple[int, int]:
-    """Blocks of the image and of the text tower."""
+    """Skipped blocks of the image and the text tower."""
     return len(model.visual.transformer.resblocks) // 2, len(model.transformer.resblocks) // 2
 
 

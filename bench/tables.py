@@ -1,4 +1,4 @@
-"""Tables that are committed and held against what is found anew, a line for each row: bench.aot's and bench.counts'."""
+"""Committed CSV tables of bench.aot and bench.counts, and their comparison with new rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 R = TypeVar("R", bound=Any)
-"""A named tuple of strings and integers, with a key by which rows are told apart, and a name."""
+"""A NamedTuple of strings and integers with the properties `key`, which identifies a row, and `name`."""
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
-    """Rows of a table; none where there is no file."""
+    """Read the rows of a table; none if there is no file."""
     if not path.exists():
         return []
     integers = {name for name, hint in typing.get_type_hints(kind).items() if hint is int}
@@ -25,7 +25,7 @@ def read(path: Path, kind: type[R]) -> list[R]:
 
 
 def write(path: Path, rows: Sequence[R]) -> None:
-    """The table anew, with a header."""
+    """Write a table with a header."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(rows[0]._fields)
@@ -35,8 +35,8 @@ def write(path: Path, rows: Sequence[R]) -> None:
 def compare(
     rows: Sequence[R], table: Sequence[R], path: Path, makes: str, worse: Callable[[R, R], Iterator[str]]
 ) -> Iterator[str]:
-    """Where rows are not those of `table`, the part of the file at `path` that was asked for: missing, worse by
-    `worse(committed, row)`, or stale, since nothing `makes` them any more."""
+    """Yield the differences between new rows and `table`, the selected part of the file at `path`: missing rows, the
+    differences of `worse(committed, row)`, and stale rows, which nothing `makes` any more."""
     committed = {row.key: row for row in table}
     for row in rows:
         if row.key not in committed:

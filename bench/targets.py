@@ -1,4 +1,4 @@
-"""The GPUs that kernels are made for: limits of their architectures, and what the vendors say of their speed."""
+"""Target GPUs: limits of their architectures, and published bandwidths and rates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class Architecture(NamedTuple):
     arch: int | str
     warp_size: int
     block_shared: int
-    """Bytes of shared memory (LDS) that one block may have."""
+    """Largest shared memory (LDS) of a block, in bytes."""
     shared: int
-    """Bytes of shared memory."""
+    """Shared memory, in bytes."""
     reserved_shared: int
-    """Bytes of it that the system takes for every block."""
+    """Shared memory reserved by the system for each block, in bytes."""
     registers: int
-    """32-bit registers of all threads."""
+    """32-bit registers of a multiprocessor."""
     thread_registers: int
-    """Registers that one thread may have."""
+    """Most registers per thread."""
     register_unit: int
-    """Registers come to a warp in multiples of this, counted over all its threads."""
+    """Allocation granularity of registers per warp."""
     warps: int
     blocks: int
 
@@ -39,19 +39,19 @@ ARCHITECTURES = {
 
 
 class Gpu(NamedTuple):
-    """What the vendor publishes; dense, without sparsity."""
+    """Published specifications, without sparsity."""
 
     architecture: str
     multiprocessors: int
     bandwidth: float
-    """Bytes a second of device memory."""
+    """Memory bandwidth, bytes/s."""
     half: float
-    """Operations a second of the matrix units in fp16 or bf16, sums in fp32."""
+    """Rate of the matrix units in fp16 or bf16 with fp32 accumulation, FLOP/s."""
     tf32: float
 
 
 # NVIDIA's data sheets: A100 80 GB SXM; H100 SXM; H200 SXM; HGX B200, per GPU. Where a sheet gives rates "with
-# sparsity" only, half of them.
+# sparsity" only, half of the rate.
 GPUS = {
     "A100": Gpu("sm_80", 108, 2.039e12, 312e12, 156e12),
     "H100": Gpu("sm_90", 132, 3.35e12, 989.4e12, 494.7e12),

@@ -1,12 +1,12 @@
-"""The cases of `bench.run` under pytest-benchmark: the first shape of each operator, or all.
+"""Run the cases of `bench.run` under pytest-benchmark: the first shape of each operator, or all.
 
     pytest bench/ --benchmark-only
     pytest bench/ --benchmark-only --op add_layer_norm --all-shapes
     pytest bench/ --benchmark-only --benchmark-save=before; pytest bench/ --benchmark-only --benchmark-compare
 
-On a GPU where there is one. Results are checked before they are timed: ours fail if they are wrong; others who are
-wrong, or cannot run here, are skipped with the reason. Every case is a group of its own in the table. What goes into
-bench/results comes from `python -m bench.run`, where everyone runs in turn.
+Uses a GPU if there is one. Results are checked before timing: a wrong result of ours fails; an implementation that is
+wrong or cannot run here is skipped with the reason. Each case is a group of the table. Rows in bench/results come from
+`python -m bench.run`, where the implementations run in turn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TIMED_DTYPES = ("fp32", "bf16")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Cases are built to know their names, and built again when their turn comes: together they fill memory."""
+    """Parametrize by case; cases are built again in the test, since together they would fill memory."""
     count = None if metafunc.config.getoption("--all-shapes") else len(TIMED_DTYPES)
     found = []
     for op in metafunc.config.getoption("--op") or OPERATORS:
@@ -55,6 +55,6 @@ def test_operator(benchmark, op: str, number: int, dtype: str, implementation: s
 
 @functools.lru_cache(maxsize=1)
 def case_and_gate(op: str, number: int, dtype: str) -> tuple[Case, run.Gate]:
-    """Of the shape with this number; all who take part come one after the other."""
+    """The case with this number, and its check, cached for its implementations."""
     _, case = next(itertools.islice(run.cases_of(op, [dtype], DEVICE), number, None))
     return case, run.Gate(case, run.DTYPES[dtype], DEVICE)

@@ -1,4 +1,4 @@
-"""The training steps that are measured, each held against another computation of the same before it may be."""
+"""The training steps that benchmarks measure; each is checked against another computation of the same result."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from tests.tolerances import relative_error
 from .inputs import Inputs, autocast, class_names, parser
 from .published import PublishedStep
 
-# Error of a gradient against the published step in fp32, relative to the gradient's norm. Ours may be as wrong as the
-# published step in the same precision, and this much more: another order of summation through six blocks in fp32; in
-# bf16, where each product is rounded to 8 bits, another draw of the same rounding.
+# Relative error of a gradient against the published step in fp32. Ours may exceed that of the published step in the
+# same precision by this: another order of summation through six blocks in fp32; in bf16 other rounding to 8 bits.
 _SLACK = {"fp32": 1e-3, "bf16": 0.05}
-# The loss of full fine-tuning and of prompt tuning against the cross-entropy of the model's own logits: the same
-# operations in the same order, but for a logit bias, which no softmax sees, and for unit norms. Compiled, in another.
+# Relative difference of the loss of full fine-tuning and prompt tuning from the cross-entropy of the model's own
+# logits: the same operations except a logit bias, which softmax ignores, and unit norms; another order if compiled.
 _LOSS = {"fp32": 1e-4, "bf16": 0.05}
 _CONTEXT = "a photo of a"
 
@@ -36,15 +35,15 @@ Skip = int | tuple[int, int]
 
 
 class Step(NamedTuple):
-    """Forward and backward of a batch, as often as it is called.
+    """Forward and backward of a batch.
 
     Attributes:
-        name: Who computes it.
-        K: Classes that take part.
+        name: Implementation.
+        K: Number of kept classes.
         skip_layers: Blocks skipped in each tower, or in image and text.
         precision: "fp32" or "bf16".
-        model: Where the gradients arrive.
-        loss: The forward.
+        model: Module that receives the gradients.
+        loss: The forward pass.
     """
 
     name: str
@@ -60,47 +59,52 @@ class Step(NamedTuple):
 
 
 def step_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The options of a SkipCLIP step."""
+    """A parser with the options of a SkipCLIP step."""
     options = parser(description, batch=4, classes=50, **defaults)
-    options.add_argument("--memory", choices=("fast", "min"), default="fast", help="what blocks keep for backward")
+    options.add_argument(
+        "--memory",
+        choices=("fast", "min"),
+        default="fast",
+        help="saved for backward: outputs (fast) or inputs of blocks (min)",
+    )
     return options
 
 
 class Published:
-    """The published step of some inputs, from features at the cut, and what it finds.
+    """The published step from features at the cut.
 
     Attributes:
-        chosen: Classes [K] that it chooses in fp32.
+        chosen: Kept class ids [K] in fp32.
     """
 
     def __init__(self, inputs: Inputs, skip_layers: Skip):
         model, tokens, images, self._labels = inputs
-        self._model = copy.deepcopy(model)  # in which the same parameters train
+        self._model = copy.deepcopy(model)  # the published step trains a copy of the parameters
         self._step = PublishedStep(self._model, tokens, skip_layers, RankSampler())
         self._skip_layers, self._features = skip_layers, self._step.image_features(images)
         with torch.no_grad():
             self.chosen = self._step(self._features, self._labels)[1]
 
     def loss(self, precision: str, class_ids: Tensor | None = None) -> Tensor:
-        """Of the batch, over the classes that it chooses, or over these."""
+        """Loss of the batch over `class_ids`, by default the selected classes."""
         with autocast(self._features.device, precision):
             return self._step(self._features, self._labels, class_ids)[0]
 
     def gradients(self, precision: str, class_ids: Tensor) -> dict[str, Tensor]:
-        """Of all that trains, by name."""
+        """Gradients of the trainable parameters, by name."""
         return _gradients(self.loss(precision, class_ids), self._model)
 
     def step(self, precision: str) -> Step:
-        """To be timed."""
+        """The step to time."""
         return Step(
             "published", len(self.chosen), self._skip_layers, precision, self._model, lambda: self.loss(precision)
         )
 
     def compiled(self, precision: str) -> Step:
-        """The same by torch.compile, which has compiled it when it is given back.
+        """The step under torch.compile, already compiled.
 
         Raises:
-            SystemExit: If its loss is another one.
+            SystemExit: If its loss differs.
         """
         function = torch.compile(self._step.__call__)
 
@@ -123,17 +127,17 @@ def skip_step(
     against: Published | None = None,
     text_cache: Path | None = None,
 ) -> Step:
-    """SkipCLIP's step, from features at the cut.
+    """SkipCLIP's training step from features at the cut.
 
     Args:
         inputs: Model, texts and batch.
         skip_layers: Blocks skipped in each tower, or in image and text.
         memory: "fast" or "min".
         precision: "fp32" or "bf16".
-        against: What it is held against: both have to choose the same classes in fp32 (rounded to bf16, scores that
-            are close change places), and over the classes that SkipCLIP chooses in `precision`, its gradients may be no
-            further from fp32 than the published step's, run in that precision as well.
-        text_cache: Keep the texts' features at the cut there.
+        against: The published step to check against: both must select the same classes in fp32 (in bf16 close scores
+            may change their order), and over the classes that SkipCLIP selects in `precision`, the error of its
+            gradients may not exceed that of the published step in that precision.
+        text_cache: Folder for text features at the cut.
 
     Raises:
         SystemExit: If they do not agree.
@@ -154,7 +158,7 @@ def skip_step(
         found = _gradients(out.loss, model)
         _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
     with torch.no_grad():
-        K = len(forward().class_ids)  # the tail is drawn anew in each step, but K stays what it is
+        K = len(forward().class_ids)  # each step draws another tail, with the same K
     name = "skipkernels" if memory == "fast" else f"skipkernels, memory={memory}"
     return Step(name, K, skip_layers, precision, model, lambda: forward().loss)
 
@@ -162,7 +166,7 @@ def skip_step(
 def agreeing_steps(
     inputs: Inputs, skip_layers: Skip, memory: str, precision: str, published_precision: str
 ) -> tuple[Step, Step]:
-    """SkipCLIP's step and the published one, which agree; see `skip_step`."""
+    """SkipCLIP's step and the published step, checked by `skip_step`."""
     published = Published(inputs, skip_layers)
     return skip_step(inputs, skip_layers, memory, precision, published), published.step(published_precision)
 
@@ -201,7 +205,7 @@ def _own_loss(inputs: Inputs, precision: str) -> Tensor:
 
 
 def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
-    """The step of full fine-tuning, as one would write it: (images, labels) → (loss, classes compared)."""
+    """A plain step of full fine-tuning: (images, labels) → (loss, number of classes)."""
 
     def step(images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         image = model.encode_image(images, normalize=True)
@@ -212,7 +216,7 @@ def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], tuple[Te
 
 
 def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
-    """Full fine-tuning: every layer trains, on images, over all tokens of all classes.
+    """The step of full fine-tuning: every layer trains, from images, over all tokens of all classes.
 
     Raises:
         SystemExit: If its loss is not the cross-entropy of the model's own logits.
@@ -232,7 +236,7 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
 
 
 def prompt_tuning(inputs: Inputs, precision: str, tokenizer: Callable[[list[str]], Tensor]) -> Step:
-    """CoOp: four vectors train in the place of words, through the whole text tower of all classes, from images.
+    """The step of CoOp: four context vectors train, through the whole text tower of all classes, from images.
 
     Raises:
         SystemExit: If with "a photo of a" as its context its loss is not the cross-entropy of the model's own logits.
@@ -265,7 +269,7 @@ class _NoImages:
 
 
 class _Context(torch.nn.Module):
-    """What trains in prompt tuning."""
+    """Holds the trainable context of prompt tuning."""
 
     def __init__(self, context: torch.nn.Parameter):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the feature cache costs: reading it, building it, and what its smaller types change."""
+"""Benchmarks of the feature cache: building, reading, dtypes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from skipkernels.store import COMPUTED, DTYPES, Layout, Writer
 from skipkernels.store.shards import quantise
 
-SHAPE = (197, 768)  # of an image's features in ViT-B/16
+SHAPE = (197, 768)  # shape of the features of an image in ViT-B/16
 
 
 def random_store(folder: Path, images: int, dtype: str) -> Layout:
-    """A store of features drawn at random, as `FeatureCache.build` would leave it."""
+    """Write a complete store of random features."""
     generator = torch.Generator().manual_seed(0)
     fingerprint: dict[str, str | int] = {"number of images": images, "number of views": 1}
     rows = (128 << 20) // (SHAPE[0] * SHAPE[1] * DTYPES[dtype].itemsize)
@@ -31,6 +31,6 @@ def random_store(folder: Path, images: int, dtype: str) -> Layout:
 
 
 def moved_bytes(layout: Layout, out: torch.dtype = COMPUTED["fp32"]) -> int:
-    """Read and written for the features of one image."""
+    """Bytes read and written for the features of one image."""
     tokens, width = layout.kept_shape
     return layout.row_bytes + tokens * width * out.itemsize

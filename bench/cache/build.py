@@ -1,10 +1,10 @@
-"""Building a store against the published extraction of the same images, ViT-B/16 with random weights.
+"""Time building a store against the published extraction of the same images, ViT-B/16 with random weights.
 
     python -m bench.cache.build --images 64 --rounds 3
 
 The published extraction runs every block of the image tower over the images and keeps the hidden states at the cut in a
-list (in fp32, in memory). `FeatureCache.build` runs the blocks below the cut alone, checks the numbers, and writes a
-store that is flushed to the disk. Both load the same images, in the same batches.
+list (in fp32, in memory). `FeatureCache.build` runs only the blocks below the cut, checks that values are finite, and
+writes a store that is flushed to disk. Both load the same images, in the same batches.
 
 Compares the features first (the store's in fp32), then times in turn. Appends to bench/results/DEVICE/cache_build.csv.
 """
@@ -27,7 +27,7 @@ from tests.tolerances import relative_error
 from .. import measure
 from ..inputs import autocast, parser, random_inputs
 
-_SLACK = {"fp32": 1e-5, "bf16": 2e-2}  # of features, relative to their norm: the same arithmetic in another order
+_SLACK = {"fp32": 1e-5, "bf16": 2e-2}  # relative error of features: the same arithmetic in another order
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

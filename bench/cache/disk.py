@@ -1,14 +1,13 @@
-"""Reading a store that is four times as large as the memory that there is for it.
+"""Time reading a store that is four times as large as the available memory.
 
     python -m bench.cache.disk --memory 1024 --batch 32
 
-A store of features of ViT-B/16 in bf16 is written, then read in random order, an epoch, by a process of its own in a
-control group with so many MiB (Linux, and the right to make one; else the system is told after each batch that its
-pages won't be needed again, and the row says so). Beside it, in groups as small: `read` the same rows in that order,
-one by one and by sixteen threads, which is what the disk gives for them; and the whole of the files from
-begin to end, which is the most it gives.
+Writes a bf16 store of ViT-B/16 features and reads an epoch in random order in a new process, in a Linux control group
+with this many MiB. Without the right to make a group, pages are dropped after each batch, and the row records that.
+Compared with, under the same limit: `read` of the same rows in the same order, one by one and by 16 threads, and
+sequential reading of the files, the most that the disk delivers.
 
-Each starts from a cold cache. Reports the rate, and the most memory that was resident in the process, maps included.
+Each starts with a cold page cache. Reports the rate and the peak resident memory of the process, with mapped files.
 Appends to bench/results/DEVICE/cache_disk.csv.
 """
 
@@ -34,7 +33,7 @@ from skipkernels.store.shards import path_of
 from .. import measure
 from . import random_store
 
-_TIMES = 4  # as large as memory
+_TIMES = 4  # store size over memory
 _BLOCK = 4 << 20
 
 
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Take the files of a folder out of the page cache."""
+    """Drop the files of a folder from the page cache."""
     os.sync()
     for path in folder.iterdir():
         file = os.open(path, os.O_RDONLY)
@@ -89,7 +88,7 @@ def drop(folder: Path) -> None:
 def in_little_memory(
     function: Callable[[Path, int, bool], None], folder: Path, batch: int, mebibytes: int
 ) -> tuple[float, int, bool]:
-    """Seconds and peak of resident bytes of a call in a process of its own, and whether its memory was limited."""
+    """Seconds, peak resident bytes of a call in a new process, and True if its memory was limited by a group."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_limited, args=(function, folder, batch, mebibytes, results))
@@ -116,7 +115,7 @@ def _limited(function: Callable[[Path, int, bool], None], folder: Path, batch: i
 
 @contextmanager
 def group(mebibytes: int):
-    """This process in a memory control group of its own, if that can be made. Gives whether it could."""
+    """Run in a new memory control group; yields False if none can be made."""
     own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
     if "memory" in own:
         parent, limit = Path("/sys/fs/cgroup/memory" + own["memory"]), "memory.limit_in_bytes"
@@ -141,22 +140,22 @@ def group(mebibytes: int):
 
 
 def read_epoch(folder: Path, batch: int, give_back: bool) -> None:
-    """By the loader, in random order."""
+    """Read an epoch by the loader, in random order."""
     cache = FeatureCache.open(folder)
     total = torch.zeros(())
     for features, _ in cache.loader(batch, "random"):
-        total += features[:, 0, 0].sum()  # someone reads it
+        total += features[:, 0, 0].sum()  # use the batch
         if give_back:
             drop(folder)
 
 
 def read_rows(folder: Path, batch: int, give_back: bool) -> None:
-    """The same rows in the same order, one call each."""
+    """Read the same rows in the same order, one call each."""
     _read_rows(folder, batch, give_back, threads=1)
 
 
 def read_rows_in_threads(folder: Path, batch: int, give_back: bool) -> None:
-    """So that the disk has many to choose from."""
+    """Read the same rows by 16 threads."""
     _read_rows(folder, batch, give_back, threads=16)
 
 
@@ -182,7 +181,7 @@ def _read_rows(folder: Path, batch: int, give_back: bool, threads: int) -> None:
 
 
 def read_files(folder: Path, batch: int, give_back: bool) -> None:
-    """Every file from its begin to its end."""
+    """Read every file sequentially."""
     buffer = bytearray(_BLOCK)
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:

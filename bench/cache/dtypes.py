@@ -1,14 +1,13 @@
-"""What the smaller types of a store change: of the features, of the loss, and of the accuracy after tuning.
+"""Error of the store dtypes: in the features, in the loss, and in the accuracy after tuning.
 
     python -m bench.cache.dtypes features --model ViT-B-16
     python -m bench.cache.dtypes tuning --seeds 0 1 2
 
-`features`: ViT-B/16 with random weights. Error of what comes out of the store, relative to the norm of the features;
-the error of a token at worst; and of the loss over all classes, against fp32. (Weights that were trained have some
-features that are a hundred times larger than others; int8, which has one scale for a token, then loses more.)
-`tuning`: glyph-tiny on glyphs, as `make tune`, from a store of each type. Accuracy, and the largest difference of an
-epoch's loss, from the same run with an fp32 store. Appends to bench/results/DEVICE/cache_features.csv and
-cache_tuning.csv.
+`features`: ViT-B/16 with random weights. Relative error of the features, of the worst token, and of the loss over all
+classes, against fp32. (Trained weights have some features that are a hundred times larger than others; int8, with one
+scale per token, then loses more.) `tuning`: `make tune` from a store of each dtype; accuracy, and the largest
+difference of an epoch's loss, against the run with an fp32 store. Appends to bench/results/DEVICE/cache_features.csv
+and cache_tuning.csv.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""An epoch of tuning from a store: how much of it is spent waiting for features.
+"""Measure the share of a tuning epoch that is spent waiting for features from a store.
 
     python -m bench.cache.epoch --classes 50 --shots 16 --precision fp32
 
-ViT-B/16 with random weights, as many images as classes and shots say, all drawn at random; a store in bf16 on the disk,
-out of the page cache when the epoch begins; class-pure batches of 4; forward, backward and `torch.optim.SGD`. What is
-counted is the time that the loop stands in `next()`. Appends to bench/results/DEVICE/cache_epoch.csv.
+ViT-B/16 with random weights, classes × shots random images; a bf16 store on disk with a cold page cache; class-pure
+batches of 4; forward, backward and `torch.optim.SGD`. Counted is the time of the loop in `next()`. Appends to
+bench/results/DEVICE/cache_epoch.csv.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Reading batches of features from a store that is in the page cache, at ViT-B/16's 197 × 768.
+"""Time reading batches from a store in the page cache, at ViT-B/16's 197 × 768.
 
     python -m bench.cache.read --images 800 --rounds 7
 
-A round is an epoch in random order. Against `FeatureCache.loader`, which gathers from the map into buffers that are
-used again: the published way, a list of tensors on which `torch.stack` and `.to(torch.float32)` are called, and a plain
-copy of as many bytes as a batch reads and writes, in memory. All give batches in fp32, but for "bf16 as it is".
+A round is an epoch in random order. `FeatureCache.loader`, which gathers from the mapped files into reused buffers, is
+compared with the published way, a list of tensors with `torch.stack` and `.to(torch.float32)`, and with a plain copy of
+as many bytes. All return fp32 batches, except "bf16 as it is".
 
 Compares the first epoch's batches, then times in turn. Appends to bench/results/DEVICE/cache_read.csv.
 """
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             layout = random_store(Path(folder), args.images, dtype)
             cache = FeatureCache.open(folder)
             kept = [cache.store.gather(torch.tensor([i]))[0] for i in range(args.images)]
-            if dtype != "int8":  # nobody publishes a list of int8
+            if dtype != "int8":  # the published list has no int8
                 kept = [features.to(cache_dtype(dtype)) for features in kept]
             for batch in args.batches:
                 epochs = epochs_of(cache, kept, batch, out)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 epochs["memcpy"] = lambda copy=copy, batch=batch: [copy() for _ in range(args.images // batch)]
                 passes = {name: lambda epoch=epoch: consume(epoch()) for name, epoch in epochs.items()}
                 seconds = measure.time_alternately(passes, args.rounds, measure.CPU)
-                copied = args.images // batch * batch  # the copies leave out a last, smaller batch
+                copied = args.images // batch * batch  # the copies omit the last, smaller batch
                 rates = {
                     name: (copied if name == "memcpy" else args.images) * moved / measure.quantile(times, 0.5) / 1e9
                     for name, times in seconds.items()
@@ -86,7 +86,7 @@ def cache_dtype(name: str) -> torch.dtype:
 def epochs_of(
     cache: FeatureCache, kept: list[Tensor], batch: int, out: torch.dtype
 ) -> dict[str, Callable[[], Iterable[Tensor]]]:
-    """Everyone who is timed: each call is an epoch in the same order."""
+    """The implementations to time; each call is an epoch in the same order."""
 
     def order() -> BatchSampler:
         return BatchSampler(cache.labels, batch, "random")
@@ -112,7 +112,7 @@ def consume(batches: Iterable[Tensor]) -> None:
 
 
 def refuse_if_other(epochs: dict[str, Callable[[], Iterable[Tensor]]], images: int) -> None:
-    """Exit where someone gives other features."""
+    """Exit if the features of an implementation differ."""
     streams = [epoch() for epoch in epochs.values()]
     seen = 0
     for batches in zip(*streams, strict=True):

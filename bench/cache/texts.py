@@ -1,10 +1,10 @@
-"""Many classes: SkipCLIP with the texts' features in a folder against in memory, ViT-B/16 with random weights.
+"""Many classes: SkipCLIP with text features in a folder against in memory, ViT-B/16 with random weights.
 
     python -m bench.cache.texts --classes 21841
 
-In processes of their own: in memory; into an empty folder; from that folder. Each constructs SkipCLIP (seconds until it
-is ready) and takes some steps of batch 4 on random features; reported are the most memory that was resident and the
-milliseconds of a step. All must give the same losses. Appends to bench/results/DEVICE/cache_texts.csv.
+Three processes: in memory; into an empty folder; from that folder. Each constructs SkipCLIP and runs some steps of
+batch 4 on random features; reported are the seconds of construction, the peak resident memory and the milliseconds of a
+step. All must give the same losses. Appends to bench/results/DEVICE/cache_texts.csv.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, folder: Path | None) -> tuple[float, float, int, int, list[float]]:
-    """Seconds to be ready and of a step, resident memory before and at most, and the losses."""
+    """Seconds of construction and of a step, resident memory before and at the peak, and the losses."""
     model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
     memory = PeakMemory(args.device)
     before = memory.read()

@@ -1,4 +1,4 @@
-"""The cases of the microbenchmarks, a module for each operator: `cases(dtype, device)` yields what `bench.run` times.
+"""Cases of the microbenchmarks, one module per operator: `cases(dtype, device)` yields the cases of `bench.run`.
 
 Inputs are drawn on the CPU, so that they are the same on every device.
 """
@@ -20,30 +20,30 @@ COMPILED = "compiled reference"
 
 
 class Case(NamedTuple):
-    """One shape and dtype of an operator: who is timed on it, and what the result must be."""
+    """One shape and dtype of an operator, with its implementations and the correct result."""
 
     shape: str
-    """As in the ids of the tests: B4-C100-K37-D512."""
+    """Shape in the form of test ids: B4-C100-K37-D512."""
     runs: dict[str, Run]
-    """Forward and backward of everyone who does the same, by name: "skipkernels" (through the public function), "eager"
-    (what a user writes in plain PyTorch), and peers. Each gives its results and gradients, all in the same order."""
+    """Forward and backward of each implementation, by name: "skipkernels" (the public function), "eager" (plain PyTorch
+    as a user would write it), and peers. Each returns results and gradients in the same order."""
     truth: Run
-    """The same results from the reference in fp64."""
+    """Results and gradients of the reference in fp64."""
     moved: int
-    """Bytes that must be read or written at least, forward and backward."""
+    """Least bytes to read and write, forward and backward."""
     flops: int = 0
-    """Operations of the matrix products, forward and backward, at least."""
+    """Least FLOPs of matrix products, forward and backward."""
     absent: dict[str, str] = {}
-    """Who cannot run here, each with the reason."""
+    """Implementations that cannot run here, with the reason."""
     versions: dict[str, str] = {}
-    """Of the packages that peers come from, by the peer's name."""
+    """Package version of each peer."""
     prepare: Callable[[], object] = lambda: None
-    """Called before each run whose results are looked at: puts back what an in-place operator has changed."""
+    """Called before each run that is checked; restores the inputs of an in-place operator."""
     target: str = ""
-    """What the ratio is wanted to be, for instance "≥ 2.5"; empty where nothing is promised."""
+    """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
 
     def with_peers(self, peers: dict[str, Peer], run: Callable[[Callable[..., Tensor]], Run]) -> Case:
-        """The same case, with peers: `run` makes of a peer's function what can be timed."""
+        """Add peers; `run` makes a `Run` from the function of a peer."""
         usable = {name: peer.function for name, peer in peers.items() if peer.function is not None}
         return self._replace(
             runs=self.runs | {name: run(function) for name, function in usable.items()},
@@ -63,10 +63,10 @@ def with_gradients(function: Callable[[], list[Tensor]], inputs: list[Tensor], d
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By torch.compile, for any sizes, as one graph: what falls back to eager PyTorch is an error, and no timing."""
+    """Compile a function with dynamic shapes as one graph; a graph break is an error."""
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def random(rng: torch.Generator, *size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normally distributed."""
+    """A normally distributed tensor."""
     return torch.randn(*size, generator=rng).to(dtype).to(device)

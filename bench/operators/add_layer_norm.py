@@ -1,5 +1,4 @@
-"""`add_layer_norm` at the sizes of the main job: tokens of four images in ViT-B/16, suffixes of five tokens of its text
-tower, and a wider tower."""
+"""Benchmark of `add_layer_norm`: tokens of four images in ViT-B/16, suffixes in its text tower, and a wider tower."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
 
 
 def added(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A LayerNorm of others behind PyTorch's addition."""
+    """A peer's LayerNorm after PyTorch's addition."""
 
     def function(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         hidden = x + residual

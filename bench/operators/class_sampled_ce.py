@@ -1,7 +1,7 @@
-"""`class_sampled_ce` from a few-shot step (4 images, 50 classes of 100) to a large batch over all of ImageNet-21k.
+"""Benchmark of `class_sampled_ce`: a few-shot step (4 images, 50 of 100 classes) to all classes of ImageNet-21k.
 
-The last case is a batch of pairs, which is what the contrastive losses of others are for: the mean of both directions,
-two calls of the operator.
+The last case is a batch of pairs, for which peers have contrastive losses: the mean of both directions, two calls of
+the operator.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHAPES = (
 )
 PAIRS = (1024, 512)  # B, D
 TARGETS = {(4, 50): "≥ 1", (4096, 21841): "≥ 1.2"}
-COMPILED_WORK = 4 * 21841 * 512  # on a CPU: beyond, torch.compile takes minutes to come to eager's time again
+COMPILED_WORK = 4 * 21841 * 512  # on a CPU: above this, torch.compile takes minutes and is not faster than eager
 NOT_COMPILED = "not timed here: its matrix products are eager's"
 SCALE = 100.0
 
@@ -54,7 +54,7 @@ def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch
     d_loss = [torch.ones((), device=device)]
 
     def sample() -> tuple[Tensor, Tensor]:
-        """The rows that take part and the labels' places among them, as a user writes it."""
+        """The kept rows and the positions of the labels among them, in plain PyTorch."""
         if class_ids is None:
             return text, labels
         return text[class_ids], (labels[:, None] == class_ids).int().argmax(dim=1)
@@ -92,7 +92,7 @@ def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch
         runs=runs,
         truth=truth,
         # Forward and backward read the rows and backward writes their gradients, that of the text for the whole bank;
-        # labels, class ids and statistics of the rows besides.
+        # also labels, class ids and row statistics.
         moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * (B + K) + 24 * B + 8 * K,
         flops=3 * 2 * B * K * D,
         absent=absent,
@@ -101,7 +101,7 @@ def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch
 
 
 def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Image b belongs to text b. The scale is a number: not everyone has a gradient for it."""
+    """Cases of pairs: image b belongs to text b. The scale is a number, since not every peer has a gradient for it."""
     rng = torch.Generator().manual_seed(0)
     bank = torch.randn(B, D, generator=rng)
     # Cosines of pairs are about 0.3, as CLIP's are.

@@ -1,4 +1,4 @@
-"""`class_sampled_logits` from a few-shot step (4 images, 50 classes of 100) to evaluation on all of ImageNet-21k."""
+"""Benchmark of `class_sampled_logits`: a few-shot step (4 images, 50 of 100 classes) to all classes of ImageNet-21k."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def case(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch.devic
         },
         truth=truth,
         # Forward and backward read the rows and backward writes their gradients, that of the text for the whole bank;
-        # class ids, lengths, and the logits and their gradient besides.
+        # also class ids, row norms, and the logits and their gradient.
         moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * K + 8 * B * K,
         flops=6 * B * K * D,
     )

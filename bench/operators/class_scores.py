@@ -1,4 +1,4 @@
-"""`class_scores` at the sizes of the main job: few images, from 50 classes to all of ImageNet-21k."""
+"""Benchmark of `class_scores`: few images, from 50 classes to all of ImageNet-21k."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`gather_rows` at ViT-B/16's 197 × 768 features: batches of 4 to 256 images from a store that is in memory.
+"""Benchmark of `gather_rows` at ViT-B/16's 197 × 768 features: batches of 4 to 256 images from a store in memory.
 
-The batch goes into a buffer that is used again, as the loader does it (new memory costs more than the copy). For every
-result dtype the store is in that dtype, and in int8. The last case is a batch whose images are spread over 4 shards of
-a store: each gathers what it has into its places in the buffer. With --device cuda the store is on the GPU.
+The batch is written into a reused buffer, as in the loader (new memory costs more than the copy). For every result
+dtype the store has that dtype, and int8. In the last case the images of the batch are spread over 4 shards, and each
+shard is gathered into its positions of the buffer. With --device cuda the store is on the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHARDS = 4
 
 
 def into(out: Tensor, rows: Tensor, index: Tensor, scale: Tensor | None = None) -> Tensor:
-    """What torch.compile gets: the reference, into the buffer."""
+    """The reference with the buffer as output, for torch.compile."""
     return out.copy_(reference.gather_rows(rows, index, scale))
 
 

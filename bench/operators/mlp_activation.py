@@ -1,4 +1,4 @@
-"""`mlp_activation` at the sizes of the main job: the MLPs of both towers of ViT-B/16, and narrower ones."""
+"""Benchmark of `mlp_activation`: the MLPs of both towers of ViT-B/16, and narrower ones."""
 
 from __future__ import annotations
 

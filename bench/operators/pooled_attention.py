@@ -1,4 +1,4 @@
-"""`pooled_attention` at the sizes of the last block: the class token of some images, the last token of many prompts."""
+"""Benchmark of `pooled_attention`: the class token of images and the last token of prompts in the last block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def of_one(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Attention of others, for one query."""
+    """A peer's attention for one query."""
     return lambda query, key, value: attention(query[:, None], key, value, causal=False)[:, 0]
 
 
@@ -29,7 +29,7 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
     for B, N, H, E in SHAPES:
         query = random(rng, B, H, E, dtype=dtype, device=device)
-        # Keys and values as a tower has them: two views of one projection.
+        # Keys and values as in a tower: two views of one projection.
         projection = random(rng, B, N, 2, H, E, dtype=dtype, device=device)
         parts = (query, *projection.unbind(2))
         inputs = [x.detach().requires_grad_() for x in parts]
@@ -50,7 +50,7 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
                 COMPILED: run(compiled(reference.pooled_attention)),
             },
             truth=run(reference.pooled_attention, exact, [x.double() for x in upstream]),
-            # Keys and values are read twice and their gradients written; of query and result there is one row each.
+            # Keys and values are read twice and their gradients written; query and result have one row each.
             moved=(6 * B * N + 6 * B) * H * E * dtype.itemsize,
             flops=12 * B * N * H * E,
             target="≥ 1",

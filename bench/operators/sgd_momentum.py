@@ -1,9 +1,9 @@
-"""`sgd_momentum_` on the parameters that Skip Tuning trains in ViT-B/16 (six blocks of both towers and the heads), on
-one large tensor, and on many small ones.
+"""Benchmark of `sgd_momentum_` on the parameters that Skip Tuning trains in ViT-B/16 (six blocks of both towers and the
+heads), on one large tensor, and on many small ones.
 
-Against the function in `torch.optim.SGD(fused=True)`, without the optimiser around it, and that of `foreach=True`. bf16
-weights with stochastic rounding are measured against steps in fp32, which is what gives the same mean; fused in plain
-bf16 is there too.
+Peers are the functions behind `torch.optim.SGD(fused=True)` and `foreach=True`, without the optimizer around them. bf16
+weights with stochastic rounding are compared with fp32 steps, which have the same mean; the fused function in bf16 is
+included too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
 
 
 class Step:
-    """A step each time it is called; the first result after `restart` is that of the start."""
+    """Makes one update per call; the first result after `restart` is that of the initial weights."""
 
     def __init__(
         self, start: Callable[[], list[list[Tensor]]], dtype: torch.dtype, function: Callable[..., None], **options: Any
@@ -79,12 +79,12 @@ class Step:
         return [*self.lists[0], *self.lists[2]]
 
     def restart(self) -> None:
-        """Forget what was done; copies are made when they are needed: the truth's take as much as all others."""
+        """Reset to the initial weights; copies are made on demand, to save memory."""
         self.lists = []
 
 
 def random_lists(sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
-    """Weights, gradients and buffers."""
+    """Weights, gradients and momentum buffers."""
     rng = torch.Generator().manual_seed(0)
     return [[random(rng, *size, dtype=dtype, device=device) for size in sizes] for _ in range(3)]
 

@@ -1,8 +1,8 @@
-"""`suffix_attention` at the sizes of the text tower: suffixes of five tokens behind "a photo of a", from 26 to 1,380.
+"""Benchmark of `suffix_attention`: 26 to 1,380 suffixes of five tokens after the prefix "a photo of a".
 
-"eager" is what a model does whose mask is causal: every prompt whole, so that the prefix's rows are computed for each
-class. "eager suffixes" has only the suffixes' queries, with an explicit mask, and xformers with a mask of its own; the
-prefix's keys are still expanded.
+"eager" is causal attention over whole prompts, with the rows of the prefix computed for each class. "eager suffixes"
+has the queries of the suffixes only, with an explicit mask, and xformers with its own mask; the prefix keys are
+expanded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLASSES = (26, 77, 500, 1380)
 
 def eager(query: Tensor, prefix_key: Tensor, prefix_value: Tensor, suffix_key: Tensor, suffix_value: Tensor) -> Tensor:
     P = prefix_key.shape[0]
-    # What queries the prefix has does not matter: its rows are dropped, as is their gradient.
+    # The queries of the prefix do not matter: their rows and gradients are dropped.
     whole = _behind(prefix_key.detach(), query)
     key, value = _behind(prefix_key, suffix_key), _behind(prefix_value, suffix_value)
     whole, key, value = (x.transpose(1, 2) for x in (whole, key, value))
@@ -44,7 +44,7 @@ def eager_suffixes(
 
 
 def behind_prefix(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Attention of others, for the suffixes' queries alone."""
+    """A peer's attention for the queries of the suffixes."""
 
     def function(
         query: Tensor, prefix_key: Tensor, prefix_value: Tensor, suffix_key: Tensor, suffix_value: Tensor
@@ -62,7 +62,7 @@ def _behind(prefix: Tensor, suffix: Tensor) -> Tensor:
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     rng = torch.Generator().manual_seed(0)
     for K in CLASSES:
-        # As a tower has them: parts of one projection, of the prefix and of the suffixes.
+        # As in a tower: parts of one projection, of the prefix and of the suffixes.
         prefix = random(rng, P, 3, H, E, dtype=dtype, device=device)
         suffix = random(rng, K, S, 3, H, E, dtype=dtype, device=device)
         query, suffix_key, suffix_value = suffix.unbind(2)
