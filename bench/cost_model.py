@@ -16,11 +16,11 @@ class Probe(NamedTuple):
     saved: int
 
 
-class Foresight(NamedTuple):
+class CostModel(NamedTuple):
     """Seconds and bytes as linear functions of the number of kept classes.
 
     Example:
-        >>> line = Foresight.of(Probe(10, 2.0, 1000), Probe(20, 3.0, 2000))
+        >>> line = CostModel.of(Probe(10, 2.0, 1000), Probe(20, 3.0, 2000))
         >>> line.seconds(50), line.saved(50), line.most_classes(8000)
         (6.0, 5000.0, 57)
     """
@@ -30,7 +30,7 @@ class Foresight(NamedTuple):
     saved_each: float
 
     @classmethod
-    def of(cls, few: Probe, more: Probe) -> Foresight:
+    def of(cls, few: Probe, more: Probe) -> CostModel:
         """Fit two probes of different sizes."""
         classes = more.classes - few.classes
         each = max(0.0, (more.seconds - few.seconds) / classes), max(0.0, (more.saved - few.saved) / classes)

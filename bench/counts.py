@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
+from skipkernels import testing
 from skipkernels.ops import OPERATORS, launching, registration
 from skipkernels.selection import RankSampler
 
@@ -217,8 +218,8 @@ def _step(inputs: Inputs, precision: str, forward: Callable[[], Tensor]) -> dict
         with autocast(_CPU, precision):
             return forward()
 
-    saved, gradients = measure.saved_bytes(loss), []
-    counts = counts_of(lambda: gradients.append(measure.gradient_bytes(loss())))
+    saved, gradients = testing.saved_bytes(loss), []
+    counts = counts_of(lambda: gradients.append(testing.gradient_bytes(loss())))
     inputs.model.zero_grad()
     return counts | {"saved_bytes": saved, "gradient_bytes": gradients[0]}
 

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 import skipkernels as sk
-from tests.tolerances import relative_error
+from skipkernels.testing import relative_error
 
 from . import ceilings, measure
 from .budget import NO_TIME, Plan, add_budget
-from .cost_model import Foresight, Probe
+from .cost_model import CostModel, Probe
 from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
 
@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_budget(options)
     args = options.parse_args(arguments)
     for model, batch, precision in itertools.product(args.model, args.batch, args.precision):
-        foreseen = foresee(args, model, precision)
+        cost_models = cost_models_of(args, model, precision)
         for classes in args.classes:
-            rows = rows_of(args, foreseen, model, batch, classes, precision)
+            rows = rows_of(args, cost_models, model, batch, classes, precision)
             for row in rows:
                 result = measure.shown(row) if row["p50_ms"] != "" else row["note"]
                 print(f"{row['implementation']:20} C = {classes:5}  {result}")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measure.append_rows([measure.machine(args.device) | row for row in rows], "infer")
 
 
-def foresee(args: argparse.Namespace, model: str, precision: str) -> dict[str, Foresight]:
+def cost_models_of(args: argparse.Namespace, model: str, precision: str) -> dict[str, CostModel]:
     """Cost models over the number of classes, by implementation, from a batch of a few images."""
     found: dict[str, list[Probe]] = {}
     for classes in _PROBES:
@@ -81,13 +81,13 @@ def foresee(args: argparse.Namespace, model: str, precision: str) -> dict[str, F
             started = time.perf_counter()
             run()
             found.setdefault(name, []).append(Probe(classes, time.perf_counter() - started, 0))
-    return {name: Foresight.of(*probes) for name, probes in found.items()}
+    return {name: CostModel.of(*probes) for name, probes in found.items()}
 
 
-def seconds_of(name: str, line: Foresight, images: int, batch: int, classes: int) -> float:
+def seconds_of(name: str, line: CostModel, images: int, batch: int, classes: int) -> float:
     """Predicted seconds for all images; the published evaluation encodes the texts for each batch.
 
-    >>> line = Foresight.of(Probe(10, 2.0, 0), Probe(20, 3.0, 0))  # a second for 8 images, 0.1 for a class
+    >>> line = CostModel.of(Probe(10, 2.0, 0), Probe(20, 3.0, 0))  # a second for 8 images, 0.1 for a class
     >>> seconds_of(PUBLISHED, line, 32, 16, 10), seconds_of(OURS, line, 32, 16, 10)
     (6.0, 5.0)
     """
@@ -96,18 +96,18 @@ def seconds_of(name: str, line: Foresight, images: int, batch: int, classes: int
 
 
 def rows_of(
-    args: argparse.Namespace, foreseen: dict[str, Foresight], model: str, batch: int, classes: int, precision: str
+    args: argparse.Namespace, cost_models: dict[str, CostModel], model: str, batch: int, classes: int, precision: str
 ) -> list[dict[str, Any]]:
     """The row of each implementation for a number of classes."""
     notes, plan = {}, Plan(args.budget)
-    for name, line in foreseen.items():
+    for name, line in cost_models.items():
         seconds = seconds_of(name, line, args.images, batch, classes)
         if seconds > args.longest:
             notes[name] = f"left out: it takes about {seconds:.0f} s"
         elif not plan.takes((_RUNS + args.rounds) * seconds):
             notes[name] = NO_TIME
     runs: dict[str, Callable[[], Tensor]] = {}
-    if len(notes) < len(foreseen):
+    if len(notes) < len(cost_models):
         inputs = random_inputs(model, args.images, classes, args.device)
         runs = {n: run for n, run in runs_of(inputs, batch, args.skip_layers, precision).items() if n not in notes}
         if PUBLISHED in runs:
@@ -115,7 +115,7 @@ def rows_of(
             refuse_if_wrong({name: run() for name, run in runs.items()}, truth, precision)
     seconds = measure.time_alternately(runs, args.rounds, args.device, warm_up=PUBLISHED not in runs)
     rows = []
-    for name in foreseen:
+    for name in cost_models:
         row = dict.fromkeys(_COLUMNS, "") | {"implementation": name, "model": model, "images": args.images, "B": batch}
         row |= {"C": classes, "skip_layers": args.skip_layers, "precision": precision, "note": notes.get(name, "")}
         if name in runs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
-import gc
 import os
 import platform
 import random
@@ -17,63 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-
-from skipkernels.memory import PeakMemory
 
 RESULTS = Path(__file__).with_name("results")
 CPU = torch.device("cpu")
 Key = TypeVar("Key")
-
-
-def saved_bytes(step: Callable[[], Any]) -> int:
-    """Bytes that autograd saves for the backward of `step()`: each storage once, without parameters."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor._base if tensor._is_view() else tensor
-        if not isinstance(base, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that saved its own output unchanged would keep itself and the graph alive
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        keep_alive = step()  # noqa: F841  a freed storage's address may be used again
-    return sum(storages.values())
-
-
-def gradient_bytes(loss: torch.Tensor) -> int:
-    """Run `loss.backward()` and return the peak bytes of leaf gradients.
-
-    Each storage counts once, from the node that computes it until it is freed.
-    """
-    alive: dict[StorageWeakRef, int] = {}
-    peak = 0
-
-    def watch(node: torch.autograd.graph.Node) -> None:
-        into_leaf = [hasattr(following, "variable") for following, _ in node.next_functions]
-
-        def count(gradients: tuple[torch.Tensor | None, ...], _: Any) -> None:
-            nonlocal peak
-            for gradient, wanted in zip(gradients, into_leaf, strict=True):
-                if gradient is not None and wanted:
-                    storage = gradient.untyped_storage()
-                    alive[StorageWeakRef(storage)] = storage.nbytes()
-            peak = max(peak, sum(size for storage, size in alive.items() if not storage.expired()))
-
-        node.register_hook(count)
-
-    found: set[torch.autograd.graph.Node | None] = {None}
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            watch(node)
-            waiting += [following for following, _ in node.next_functions]
-    del found, waiting, node  # they would keep tensors that backward frees
-    loss.backward()
-    return peak
 
 
 def time_alternately(
@@ -95,24 +41,6 @@ def time_alternately(
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:
-    """Rise of memory above its start during one call: allocated memory on a GPU, else resident memory.
-
-    Resident memory is measured on Linux only; elsewhere the result is 0.
-    """
-    if warm_up:
-        function()  # memory allocated once and kept does not belong to the call
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    if device.type == "cpu" and not Path("/proc/self/status").exists():
-        return 0
-    gc.collect()
-    memory = PeakMemory(device)
-    before = memory.read()
-    function()
-    return memory.read() - before
 
 
 def keep_freed_memory() -> None:

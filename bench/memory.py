@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import skipkernels as sk
-from tests.tolerances import relative_error
+from skipkernels import testing
+from skipkernels.testing import relative_error
 
 from . import measure
 from .inputs import autocast, random_inputs
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = step_parser(__doc__, rounds=7).parse_args(arguments)
     trainings = {name: training(args, name) for name in _OPTIMIZERS}
     check(trainings, args.precision)
-    saved = {name: measure.saved_bytes(each.loss) for name, each in trainings.items()}
+    saved = {name: testing.saved_bytes(each.loss) for name, each in trainings.items()}
     gradients = {name: gradient_bytes(each) for name, each in trainings.items()}
     seconds = measure.time_alternately(trainings, args.rounds, args.device)
     peaks = {name: in_a_process_of_its_own(args, name) for name in trainings}
@@ -127,7 +128,7 @@ def check(trainings: dict[str, Training], precision: str) -> None:
 
 def gradient_bytes(each: Training) -> int:
     """Peak bytes of gradients during a step."""
-    most = measure.gradient_bytes(each.loss())
+    most = testing.gradient_bytes(each.loss())
     each.update()
     return most
 
@@ -140,7 +141,7 @@ def in_a_process_of_its_own(args: argparse.Namespace, optimizer: str) -> int:
 
 def peak(args: argparse.Namespace, optimizer: str) -> int:
     """Bytes above the memory between steps, which holds weights and momentum."""
-    return measure.peak_bytes(training(args, optimizer), args.device)
+    return testing.peak_bytes(training(args, optimizer), args.device)
 
 
 if __name__ == "__main__":

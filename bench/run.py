@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from skipkernels import testing
 from skipkernels.ops import OPERATORS
-from tests.tolerances import SLACK, relative_error
+from skipkernels.testing import SLACK, relative_error
 
 from . import ceilings, measure
 from .budget import Budget, add_budget
@@ -187,7 +188,7 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float
             if name != OURS and OURS in times:
                 row["faster"] = f"{measure.median_ratio(times[name], times[OURS]):.3f}"
                 row["wanted"] = case.target if name == "eager" else ""
-            row["peak_mib"] = f"{measure.peak_bytes(case.runs[name], device) / 2**20:.1f}"
+            row["peak_mib"] = f"{testing.peak_bytes(case.runs[name], device) / 2**20:.1f}"
             row["gbytes_s"] = f"{case.moved / median / 1e9:.3f}"
             row["gflops_s"] = f"{case.flops / median / 1e9:.2f}" if case.flops else ""
             row["of_ceiling"] = f"{least_seconds(case, dtype, device) / median:.4f}"

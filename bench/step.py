@@ -32,12 +32,13 @@ from typing import Any
 import open_clip
 import torch
 
+from skipkernels import testing
 from skipkernels.memory import free_bytes
 from skipkernels.selection import RankSampler
 
 from . import ceilings, cuda, measure
 from .budget import NO_TIME, Plan, add_budget
-from .cost_model import Foresight, Probe
+from .cost_model import CostModel, Probe
 from .flops import flops_of
 from .inputs import PRECISIONS, Inputs, parser, random_inputs
 from .training import Published, Skip, Step, full_fine_tuning, prompt_tuning, skip_step
@@ -81,7 +82,7 @@ class Curve:
     def __init__(self, args: argparse.Namespace, model: str, batch: int):
         self.args, self.model, self.batch = args, model, batch
         self.wanted = [(name, precision) for precision in args.precision for name in args.implementation]
-        self.foreseen: dict[tuple[str, str], Foresight] = {}
+        self.cost_models: dict[tuple[str, str], CostModel] = {}
         self.skip: Skip = args.skip_layers
 
     def measure(self) -> None:
@@ -108,10 +109,10 @@ class Curve:
         keys = dict.fromkeys((PUBLISHED if name == COMPILED else name, precision) for name, precision in self.wanted)
         for classes in _PROBES:
             for key, step in self._steps(classes, list(keys), Path()).items():
-                saved = measure.saved_bytes(step.loss)
+                saved = testing.saved_bytes(step.loss)
                 seconds = measure.time_alternately({key: step}, 1, self.args.device, warm_up=False)[key][0]
                 found.setdefault(key, []).append(Probe(step.K, seconds, saved))
-        self.foreseen = {key: Foresight.of(*probes) for key, probes in found.items()}
+        self.cost_models = {key: CostModel.of(*probes) for key, probes in found.items()}
 
     def _kept(self, classes: int, name: str) -> int:
         """Number of kept classes of a step."""
@@ -119,7 +120,7 @@ class Curve:
 
     def _in_the_way(self, classes: int, name: str, precision: str) -> str:
         """The reason to skip a step, or ""."""
-        line, K = self._foreseen(name, precision), self._kept(classes, name)
+        line, K = self._cost_model(name, precision), self._kept(classes, name)
         free, seconds = free_bytes(self.args.device), line.seconds(K)
         if not line.fits(K, free):
             of = "" if K == classes else f"{K} of "
@@ -136,7 +137,7 @@ class Curve:
 
     def _needs(self, classes: int, name: str, precision: str) -> float:
         """Predicted seconds until the row of a step is complete."""
-        runs = _RUNS * self._foreseen(name, precision).seconds(self._kept(classes, name))
+        runs = _RUNS * self._cost_model(name, precision).seconds(self._kept(classes, name))
         return self._encoding(classes, name, precision) + runs + (_COMPILING if name == COMPILED else 0.0)
 
     def _encoding(self, classes: int, name: str, precision: str) -> float:
@@ -144,11 +145,11 @@ class Curve:
         without gradients, as long as forward and backward of the upper half."""
         if name in (FULL, PROMPTS):
             return 0.0
-        return classes * self._foreseen(name, precision).seconds_each * _IN_FP32[precision]
+        return classes * self._cost_model(name, precision).seconds_each * _IN_FP32[precision]
 
-    def _foreseen(self, name: str, precision: str) -> Foresight:
+    def _cost_model(self, name: str, precision: str) -> CostModel:
         """The cost model; the compiled step has that of the published one."""
-        return self.foreseen[PUBLISHED if name == COMPILED else name, precision]
+        return self.cost_models[PUBLISHED if name == COMPILED else name, precision]
 
     # ---- measurements --------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ class Curve:
                 row["floor_ms"] = round(self._floor(base["gflop"], steps[key]), 1)
                 row["above_floor"] = round(row["p50_ms"] / row["floor_ms"], 3)
             steps[key].model.zero_grad()  # free the gradients of the rounds before measuring memory
-            row["peak_mib"] = round(measure.peak_bytes(steps[key], args.device, warm_up=False) / 2**20, 1)
+            row["peak_mib"] = round(testing.peak_bytes(steps[key], args.device, warm_up=False) / 2**20, 1)
             row |= cuda.launches_and_graph(steps[key]) if args.device.type == "cuda" else {}
         return found
 
@@ -228,7 +229,7 @@ class Curve:
         """Bytes saved for backward and FLOPs; FLOPs cannot be counted in compiled code."""
         saved = of_the_same or {"saved_mib": "", "gflop": ""}
         if step.name != COMPILED:
-            kept = measure.saved_bytes(step.loss)
+            kept = testing.saved_bytes(step.loss)
             saved = {"saved_mib": round(kept / 2**20, 1), "gflop": round(flops_of(step) / 1e9, 2)}
         skipped = step.skip_layers if isinstance(step.skip_layers, int) else "+".join(map(str, step.skip_layers))
         return {"skip_layers": skipped, "K": step.K} | {name: saved[name] for name in ("saved_mib", "gflop")}

@@ -17,7 +17,7 @@ import skipkernels as sk
 from skipkernels.data import Task, TestSet
 from skipkernels.experiments.baselines import CoOp
 from skipkernels.selection import RankSampler
-from tests.tolerances import relative_error
+from skipkernels.testing import relative_error
 
 from .inputs import Inputs, autocast, class_names, parser
 from .published import PublishedStep

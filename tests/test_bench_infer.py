@@ -58,8 +58,10 @@ def test_an_evaluation_that_takes_too_long_is_not_begun(results):
 
 def test_a_budget_is_for_all_who_are_begun(monkeypatch, results):
     """Everyone would fit alone; the seconds of those before count."""
-    line = infer.Foresight.of(infer.Probe(12, 8.0, 0), infer.Probe(24, 8.0, 0))  # 8 s for 8 images: 4 s for 4
-    monkeypatch.setattr(infer, "foresee", lambda args, model, precision: dict.fromkeys(infer.IMPLEMENTATIONS, line))
+    line = infer.CostModel.of(infer.Probe(12, 8.0, 0), infer.Probe(24, 8.0, 0))  # 8 s for 8 images: 4 s for 4
+    monkeypatch.setattr(
+        infer, "cost_models_of", lambda args, model, precision: dict.fromkeys(infer.IMPLEMENTATIONS, line)
+    )
     monkeypatch.setattr(Budget, "left", property(lambda budget: 40.0))
     infer.main(INFER)  # 16 s each: three runs and a round
     notes = [row["note"] for row in rows(results, "infer").values()]

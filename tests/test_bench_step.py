@@ -13,8 +13,9 @@ import torch
 
 from bench import ceilings, cost_model, inputs, measure, profile, step, training
 from bench.budget import Budget
-from bench.cost_model import Foresight, Probe
+from bench.cost_model import CostModel, Probe
 from bench.published import PublishedStep
+from skipkernels import testing
 
 SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
 STEP = [*SMALL, "--no-save", "--precision", "fp32"]
@@ -148,11 +149,11 @@ def test_a_table_of_other_columns_is_kept_beside_the_new_one(results):
 
 
 def test_foresight_is_a_straight_line():
-    line = Foresight.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
+    line = CostModel.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
     free = cost_model._MARGIN / cost_model._MOST * 900
     assert line.fits(50, free + 1e-6) and not line.fits(51, free) and line.most_classes(free + 1e-6) == 50
-    noisy = Foresight.of(Probe(10, 2.0, 100), Probe(30, 1.0, 100))
+    noisy = CostModel.of(Probe(10, 2.0, 100), Probe(30, 1.0, 100))
     assert noisy.seconds(1000) == 2.0, "more classes never take less"
 
 
@@ -236,5 +237,5 @@ def test_counting_what_is_saved_keeps_nothing():
         kept.append(weakref.ref(result := x.softmax(0)))
         return result
 
-    assert measure.saved_bytes(step) == 32
+    assert testing.saved_bytes(step) == 32
     assert kept[0]() is None

@@ -11,8 +11,8 @@ import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
-from bench.measure import saved_bytes
 from skipkernels.selection import RankSampler
+from skipkernels.testing import saved_bytes
 
 # Largest error of a gradient relative to its own norm. fp64: rounding of two orders of summation. fp32: the same,
 # 2^29 times larger, through six blocks of random weights at a temperature of 14.

@@ -16,7 +16,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # DESIGN §8: a module may import from its own layer and from those before it.
 LAYERS = [
-    ("_extension", "_namespace", "checks", "console", "memory", "reference"),
+    ("_extension", "_namespace", "checks", "console", "memory", "reference", "testing"),
     ("ops",),
     ("functional",),
     ("store",),

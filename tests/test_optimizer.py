@@ -14,8 +14,8 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import nn
 
 import skipkernels as sk
-from bench.measure import gradient_bytes
 from skipkernels import functional
+from skipkernels.testing import gradient_bytes
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 # Largest difference of a weight of size 1 after a few steps: the two round in other places, and the next gradient sees

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
-from bench.measure import saved_bytes
+from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
 from skipkernels.towers.families.open_clip import OpenClipTextTower, parts
 from skipkernels.towers.fused_block import KEPT, Spec, run_block
 from skipkernels.towers.prompts import SharedPrefix
-from tests.tolerances import relative_error
 
 N, TOKENS, W = 3, 5, 24
 

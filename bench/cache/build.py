@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
-from tests.tolerances import relative_error
+from skipkernels.testing import relative_error
 
 from .. import measure
 from ..inputs import autocast, parser, random_inputs

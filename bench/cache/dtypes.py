@@ -24,8 +24,8 @@ from torch.utils.data import TensorDataset
 
 import skipkernels as sk
 from skipkernels.store import DTYPES
+from skipkernels.testing import relative_error
 from skipkernels.tuner import TuneConfig, tune
-from tests.tolerances import relative_error
 
 from .. import measure
 from ..inputs import parser, random_inputs

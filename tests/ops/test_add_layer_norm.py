@@ -16,10 +16,10 @@ from skipkernels import reference
 from skipkernels.functional import add_layer_norm
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
 from skipkernels.ops.add_layer_norm import add_layer_norm_backward
+from skipkernels.testing import SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops import gpu
 from tests.ops.conftest import Backend
-from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("hidden", "normed", "d_x", "d_residual", "d_weight", "d_bias")

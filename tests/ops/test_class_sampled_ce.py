@@ -13,13 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench.measure import peak_bytes
 from skipkernels import reference
 from skipkernels.functional import class_sampled_cross_entropy
 from skipkernels.ops.class_sampled_ce import REDUCTIONS, class_sampled_ce, class_sampled_ce_backward
+from skipkernels.testing import COSINE, SLACK, peak_bytes, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, Backend
-from tests.tolerances import COSINE, SLACK, relative_error
 
 
 class Case(NamedTuple):

@@ -15,9 +15,9 @@ from skipkernels import reference
 from skipkernels.functional import class_sampled_logits
 from skipkernels.ops.class_sampled_logits import class_sampled_logits as operator
 from skipkernels.ops.class_sampled_logits import class_sampled_logits_backward
+from skipkernels.testing import COSINE, SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, Backend
-from tests.tolerances import COSINE, SLACK, relative_error
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 

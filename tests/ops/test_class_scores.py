@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from skipkernels import reference
 from skipkernels.functional import class_scores
 from skipkernels.ops.class_scores import class_scores as operator
+from skipkernels.testing import SLACK, relative_error
 from tests.ops.conftest import Backend
-from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -16,10 +16,10 @@ from skipkernels import reference
 from skipkernels.functional import mlp_activation
 from skipkernels.ops.mlp_activation import KINDS, mlp_activation_backward
 from skipkernels.ops.mlp_activation import mlp_activation as operator
+from skipkernels.testing import SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops import gpu
 from tests.ops.conftest import Backend
-from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,8 +15,8 @@ from skipkernels import reference
 from skipkernels.functional import pooled_attention
 from skipkernels.ops.pooled_attention import pooled_attention as operator
 from skipkernels.ops.pooled_attention import pooled_attention_backward as backward_operator
+from skipkernels.testing import SLACK, relative_error
 from tests.ops import gpu
-from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("query", "key", "value")

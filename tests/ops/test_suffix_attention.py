@@ -16,8 +16,8 @@ from skipkernels import reference
 from skipkernels.functional import suffix_attention
 from skipkernels.ops.suffix_attention import suffix_attention as operator
 from skipkernels.ops.suffix_attention import suffix_attention_backward as backward_operator
+from skipkernels.testing import SLACK, relative_error
 from tests.ops import gpu
-from tests.tolerances import SLACK, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("query", "prefix_key", "prefix_value", "suffix_key", "suffix_value")

@@ -20,7 +20,7 @@ from timm_models import LABELS, TOKENS, Family, batch_norms, cut, each_cut, rand
 from torch import nn
 
 import skipkernels as sk
-from bench.measure import saved_bytes
+from skipkernels.testing import saved_bytes
 from skipkernels.towers import UnsupportedModel
 from skipkernels.towers.families.convnets import ResNetTower
 
