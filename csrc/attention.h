@@ -169,17 +169,16 @@ template <class A, int I, int J, bool ADD>
 BODY void multiply_block(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> sum[I][J] = {};
-  if constexpr (ADD)
-    for (int i = 0; i < I; ++i)
-      for (int j = 0; j < J; ++j)
-        sum[i][j] = vec(out + i * width + j * W);
   for (int64_t k = 0; k < n; ++k)
     for (int i = 0; i < I; ++i)
       for (int j = 0; j < J; ++j)
         sum[i][j] += factor.data[i * factor.stride_row + k * factor.stride_column] * vec(b.data + k * b.stride + j * W);
+  // The products are summed before they are added: a gradient that sums over classes rounds once per class.
   for (int i = 0; i < I; ++i)
-    for (int j = 0; j < J; ++j)
-      vec(out + i * width + j * W) = sum[i][j];
+    for (int j = 0; j < J; ++j) {
+      Vec<A>& total = vec(out + i * width + j * W);
+      total = ADD ? total + sum[i][j] : sum[i][j];
+    }
 }
 
 template <class A, int I, bool ADD>

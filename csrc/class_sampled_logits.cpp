@@ -4,8 +4,8 @@
 //
 // Map: the B × K plane is cut into blocks (Plan), a task each, which goes through its block in tiles. Backward
 // contracts d_z with the rows (unit_rows.h). The gradient of s, Σ_bk d_z_bk · cosine_bk, is the sum over images of
-// ⟨x_b/|x_b|, Σ_k d_z_bk t_k/|t_k|⟩, most of which the image's gradient has computed; where it has not, or has rounded to
-// bf16, the cosines are computed again.
+// ⟨x_b/|x_b|, Σ_k d_z_bk t_k/|t_k|⟩, and the sum over classes of ⟨t_k/|t_k|, Σ_b d_z_bk x_b/|x_b|⟩: dot products with a
+// gradient that is computed anyway. If it is not, or is rounded to bf16, the cosines are computed again.
 #include "unit_rows.h"
 
 #include <numeric>
@@ -101,6 +101,20 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
   return *outputs;
 }
 
+// Σ_i ⟨unit row i, d_unit_i⟩, in an order that does not depend on the number of threads.
+template <class T, class A = accumulate_t<T>>
+double sum_of_dots(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t n, int64_t D) {
+  std::vector<double> dots(n);
+  parallel_for(0, n, std::max<int64_t>(1, (int64_t(1) << 16) / D), [&](int64_t begin, int64_t end) {
+    const auto unit = scratch<A>(D);
+    for (int64_t i = begin; i < end; ++i) {
+      load_unit_row(unit.get(), rows[i], norm[i], D);
+      dots[i] = dot(unit.get(), d_unit + i * D, D);
+    }
+  });
+  return std::accumulate(dots.begin(), dots.end(), 0.0);
+}
+
 std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
     const Tensor& d_logits_, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
     const Tensor& image_norm, const Tensor& text_norm, const std::optional<Tensor>& class_ids, bool need_image,
@@ -139,13 +153,13 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
       store_gradient<T>(sample.text, norms[1], unit_text.get(), K, D, scale, d_text.mutable_data_ptr<T>());
     }
     if (need_logit_scale) {
+      // The gradient of a unit row is a sum over the other side. The shorter sums round less.
+      const bool sums_over_images = B <= K;
       double d_scale = 0;
-      if (need_image && !std::is_same_v<T, BFloat16>) {
-        const auto unit = scratch<A>(D);
-        for (int64_t b = 0; b < B; ++b) {
-          load_unit_row(unit.get(), sample.image[b], norms[0][b], D);
-          d_scale += dot(unit.get(), unit_image.get() + b * D, D);
-        }
+      if ((sums_over_images ? need_text : need_image) && !std::is_same_v<T, BFloat16>) {
+        const A* const d_unit = (sums_over_images ? unit_text : unit_image).get();
+        const A* const norm = norms[sums_over_images];
+        d_scale = sum_of_dots(sums_over_images ? sample.text : sample.image, norm, d_unit, std::max(B, K), D);
       } else {
         std::vector<double> along(plan.k_blocks * B, 0); // Σ_k d_z_bk · cosine_bk over the classes of a block
         std::vector<A> image_again(B), text_again(K);

@@ -100,6 +100,18 @@ def test_gradient_of_the_scale_is_summed_in_fp64(backend: Backend):
     assert abs(d_scale.double() - terms.sum()) <= COSINE[torch.float32] * terms.norm()
 
 
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_gradient_of_the_scale_no_worse_than_eager_over_draws(backend: Backend):
+    errors: dict[str, list[float]] = {"kernel": [], "eager": []}
+    for seed in range(20):
+        inputs = make(8, 500, None, 16, seed=seed, device=backend.device)
+        exact = logits_and_gradients(reference.class_sampled_logits, in_fp64(inputs))[3]
+        for function in (kernel, eager):
+            error = (logits_and_gradients(function, inputs)[3].double() - exact).abs().item()
+            errors[function.__name__].append(error)
+    assert sum(errors["kernel"]) <= 1.1 * sum(errors["eager"])
+
+
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 50), st.data())
 def test_every_shape_and_scale(backend: Backend, B, C, data):
