@@ -1,4 +1,4 @@
-"""What is in folders and text files, in an order that does not depend on the disk, and refused in one line."""
+"""Listing folders and reading text files: in an order that does not depend on the file system, with one-line errors."""
 
 from __future__ import annotations
 
@@ -13,99 +13,103 @@ from typing import Any
 from ..store import MANIFEST, open_regular
 from .base import InputError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision has them
-# Of a folder that skipkernels itself has written: what is in it, a file that it has, and others of which it has some.
-_OWN = {
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
+# Folders that skipkernels writes: (contents, a file that is always there): others, at least one of which is there.
+_OUTPUT_FOLDERS = {
     ("results", "config.yaml"): {"metrics.json", "metrics.jsonl", "state.pt", "model.safetensors", "delta.safetensors"},
     ("features", MANIFEST): {"00000.safetensors"},
 }
-_SHOWN = 5  # of the names in a message
+_MAX_NAMES = 5  # in a message
 
 
-def shown(names: Sequence[str]) -> str:
-    """Some names for a message.
+def format_names(names: Sequence[str]) -> str:
+    """Join names for a message; after the fifth, count them.
 
-    >>> shown(list("abcdefg"))
+    >>> format_names(list("abcdefg"))
     'a, b, c, d, e and 2 more'
     """
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def absolute(path: str | Path) -> Path:
-    """An absolute path; "~" is the home folder, and the name of a user that there isn't is left as it is."""
+def absolute_path(path: str | Path) -> Path:
+    """Return an absolute path, with "~" expanded; "~USER" of an unknown user is kept."""
     return Path(os.path.expanduser(path)).absolute()
 
 
+def _not_listed(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?")
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, by name."""
+    """Entries of a folder that are not hidden, by name."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
     except OSError as error:
-        raise InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?") from error
+        raise _not_listed(folder, error) from error
     return sorted(visible, key=lambda entry: entry.name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Also of a link to one. Nothing is asked of the disk for what is no link."""
+    """Return True for a folder or a link to one; only for a link does this read the disk."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones are left out, links are followed.
+    """List the names of the folders in a folder, sorted, without hidden ones; links are followed.
 
     Raises:
-        InputError: If it can't be listed.
+        InputError: If the folder can't be listed.
     """
     return [entry.name for entry in _entries(folder) if _is_folder(entry)]
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file is an image, by its ending."""
-    return name.lower().endswith(IMAGE_ENDINGS)
+def has_image_extension(name: str) -> bool:
+    """Return True if the extension of a file name is that of an image."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def images_below(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
-    """The image files of a folder and the folders in it, and how many files of what ending are none.
+def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
+    """Find the image files in a folder and its subfolders, and count the other files by extension.
 
-    Hidden files and folders are left out. Links are followed, but a folder that several paths lead to is visited once,
-    by the path without links if there is one, and none that the class folder is in.
+    Hidden files and folders are skipped. Links are followed. A folder that several paths lead to is visited once, by
+    the path without links if there is one, and parents of `folder` are not visited.
 
     Args:
-        root: Paths are relative to it.
-        folder: Where to look, from the root.
+        root: Folder that paths are relative to.
+        folder: Folder to search, relative to the root.
 
     Returns:
-        Paths with "/", sorted; and the number of other files by ending.
+        Paths with "/", sorted; and the number of other files by extension.
 
     Raises:
-        InputError: If a folder can't be listed, a link leads nowhere, an image is not a regular file, or one of the
-            folders is of results or features.
+        InputError: If a folder can't be listed, a link is broken, an image is not a regular file, or a folder holds
+            results or features of skipkernels.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-    visited = {_identity(parent) for parent in (root / folder).resolve().parents}
+    visited = {_folder_id(parent) for parent in (root / folder).resolve().parents}
     folders, links = deque([folder]), deque[str]()
     while folders or links:
-        here = (folders or links).popleft()  # links come last, so that they change no path that is there without them
-        identity = _identity(root / here)
-        if identity in visited:
+        here = (folders or links).popleft()  # links last: a path without links has precedence
+        folder_id = _folder_id(root / here)
+        if folder_id in visited:
             continue
-        visited.add(identity)
+        visited.add(folder_id)
         entries = _entries(root / here)
         names = {entry.name for entry in entries}
-        for (kind, first), more in _OWN.items():
-            if first in names and names & more:
-                raise InputError(f"{root / here}: a folder of {kind}, not of images. Move it out of the dataset.")
+        for (contents, always), others_of_output in _OUTPUT_FOLDERS.items():
+            if always in names and names & others_of_output:
+                raise InputError(f"{root / here}: a folder of {contents}, not of images. Move it out of the dataset.")
         for entry in entries:
             inner = f"{here}/{entry.name}"
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(inner)
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                raise InputError(f"{entry.path}: a link to {os.readlink(entry.path)}, which is not there. Remove it.")
-            elif not is_image_name(entry.name):
-                others[PurePosixPath(entry.name).suffix.lower() or "no ending"] += 1
+                raise InputError(f"{entry.path}: a broken link to {os.readlink(entry.path)}. Remove it.")
+            elif not has_image_extension(entry.name):
+                others[PurePosixPath(entry.name).suffix.lower() or "no extension"] += 1
             elif entry.is_file():
                 images.append(inner)
             else:
@@ -113,32 +117,30 @@ def images_below(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
     return sorted(images), others
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """What tells a folder from others, whatever path leads to it."""
+def _folder_id(folder: Path) -> tuple[int, int]:
+    """Device and inode of a folder, the same by whatever path."""
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?") from error
+        raise _not_listed(folder, error) from error
     return status.st_dev, status.st_ino
 
 
-def check_inside(path: str, where: str) -> None:
-    """Refuse a path that leads out of the folder it is meant to be in.
+def check_relative_path(path: str, location: str) -> None:
+    """Raise an InputError if a path leads out of the folder that it is relative to.
 
-    Raises:
-        InputError: If so.
+    Args:
+        path: The path.
+        location: File and entry that the path was read from, for the message.
     """
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or ".." in path.replace("\\", "/").split("/"):
-        raise InputError(f"{where}: {path!r} leads out of the folder of the dataset. Paths must stay in it.")
+        raise InputError(f"{location}: {path!r} leads out of the folder of the dataset. Paths must stay in it.")
 
 
-def check_files(root: Path, paths: list[str], where: str) -> None:
-    """Refuse a list of files of which some are not there.
+def missing_files(root: Path, paths: list[str]) -> list[str]:
+    """Return the paths below a root at which there is no file.
 
-    Folders are listed once each: over a network that is quicker than to look for every file.
-
-    Raises:
-        InputError: If so; names the first, and says how many.
+    Each folder is listed once: over a network that is faster than to look for every file.
     """
     listed: dict[str, frozenset[str]] = {}
     missing = []
@@ -147,19 +149,15 @@ def check_files(root: Path, paths: list[str], where: str) -> None:
         if folder not in listed:
             try:
                 listed[folder] = frozenset(os.listdir(root / folder))
-            except (OSError, ValueError):  # ValueError: a text that no system takes for a path
+            except (OSError, ValueError):  # ValueError: a null character in the path
                 listed[folder] = frozenset()
         if name not in listed[folder]:
             missing.append(path)
-    if missing:
-        raise InputError(
-            f"{where}: {len(missing)} of {len(paths)} files are missing, such as {missing[0]!r}: looked for in {root}. "
-            "Is the dataset unpacked there as a whole?"
-        )
+    return missing
 
 
 def read_text(path: Path) -> str:
-    """A text file, in UTF-8 with or without its mark.
+    """Read a text file in UTF-8, with or without a byte-order mark.
 
     Raises:
         InputError: If it can't be read.
@@ -174,20 +172,20 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        InputError: If it can't be read, is no JSON, or has one key twice.
+        InputError: If it can't be read, is not JSON, or has a duplicate key.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise ValueError(f"{twice[0]!r} is there twice")
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        duplicates = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if duplicates:
+            raise ValueError(f"duplicate key {duplicates[0]!r}")
         return dict(pairs)
 
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not usable as JSON ({error}). Mend the file, or get it again.") from error
+        raise InputError(f"{path}: not usable as JSON ({error}). Correct the file, or get it again.") from error

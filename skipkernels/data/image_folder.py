@@ -1,22 +1,23 @@
-"""A folder of images, one folder in it for each class: `imagefolder:PATH`.
+"""Folders of images: `imagefolder:PATH`.
 
-Either the class folders are in PATH, or PATH has `train/`, `val/` (or `valid/`, `validation/`) and `test/` (also
-`training/`, `testing/`, in any case of letters) with the same class folders in each. A label is the rank of a class
-folder among their sorted names. Images are the files that torchvision takes for some by their ending, in the class
-folder or any folder in it; hidden ones are ignored, other files are counted.
+PATH has a folder for each class; or it has the folders `train/`, `val/` (or `valid/`, `validation/`) and `test/` (also
+`training/`, `testing/`, in any case of letters), with the same class folders in each. A label is the rank of a class
+folder among the sorted names. Images are the files with torchvision's image extensions in a class folder and its
+subfolders; hidden files are skipped, other files are counted.
 
-Splits. What is there is used. With `val/` and no `test/`, the images of `val/` are tested on, as is usual for ImageNet.
-With neither, the images of each class are divided by a hash of their paths: 30 % test, 20 % val, the rest train,
-rounded to the nearest, with at least one of each class in train and in test. The order on the disk plays no part.
+Splits. Existing splits are used. With `val/` and without `test/`, the images of `val/` are the test images, as is usual
+for ImageNet. With neither, the images of each class are split by a hash of their paths: 30 % test, 20 % val, the rest
+train, rounded to the nearest, with at least one image of each class in train and in test. The order of files on the
+disk has no effect.
 
-Class names. They are those of the folders, "_" for a space; or PATH has one of
+Class names. They are the names of the folders, with spaces for "_"; or those of one of these files in PATH:
 
-- `classes.json`, {"folder": "name", …};
+- `classes.json`: {"folder": "name", …};
 - `classes.txt` with a folder, a tab and its name in each line, in any order;
 - `classes.txt` with a name in each line, in the order of the sorted folders.
 
-The first two may name folders that are not there too. A line that begins with the name of a folder and a space could be
-read either way: if all do, the file is refused.
+The first two may also name folders that do not exist. A line that begins with the name of a folder and a space is
+ambiguous: if all lines do, the file is refused.
 """
 
 from __future__ import annotations
@@ -27,187 +28,192 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .base import InputError
-from .few_shot import place
-from .files import absolute, images_below, is_image_name, read_json, read_text, shown, subfolders
+from .few_shot import hash_order
+from .files import absolute_path, find_images, format_names, has_image_extension, read_json, read_text, subfolders
 from .images import LabelledImages
-from .source import Split, SplitSource, at_hand, class_names, tidy
-from .templates import Templates, templates_of
+from .source import Split, SplitSource, constant_split, normalize_class_name, normalize_class_names
+from .templates import Templates, resolve_templates
 
-_ROLES: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-_ROLES |= {"val": "val", "valid": "val", "validation": "val"}
-# Tenths of the images of a class, as CoOp divides; the rest is for training.
+_SPLIT_OF_FOLDER: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLIT_OF_FOLDER |= {"val": "val", "valid": "val", "validation": "val"}
+# Tenths of the images of a class, as in CoOp's splits; the rest are training images.
 _TEST_TENTHS, _VAL_TENTHS = 3, 2
 
 
+def _error(message: str) -> InputError:
+    return InputError(f"open_source: {message}", "data")
+
+
 def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSource:
-    """Read a folder of images; see the head of this module.
+    """Open a folder of images; see the docstring of this module.
 
     Args:
         path: The folder.
-        templates: As for `open_source`.
+        templates: See `open_source`.
 
     Raises:
-        InputError: If it is no such folder; one line that says why.
+        InputError: If the folder can't be used.
     """
     name = f"imagefolder:{path}"
-    root = absolute(path)
+    root = absolute_path(path)
     if not str(path) or not os.path.isdir(root):
-        raise InputError(
-            f"--data: {name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class."
-        )
+        raise _error(f"{name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class.")
     split_folders = _split_folders(name, root)
     folders = _class_folders(name, root, list(split_folders.values()))
     names = _class_names(name, root, folders)
     notes: list[str] = []
-    found: dict[str, dict[str, list[str]]] = {}  # of each split folder, of each class folder: paths of images
+    found: dict[str, dict[str, list[str]]] = {}  # split folder → class folder → paths of images
     others: Counter[str] = Counter()
     for part in split_folders.values() or [""]:
         found[part] = {}
         for folder in folders:
-            found[part][folder], skipped = images_below(root, f"{part}/{folder}" if part else folder)
+            found[part][folder], skipped = find_images(root, f"{part}/{folder}" if part else folder)
             others += skipped
     empty = [f"{part}/{folder}".lstrip("/") for part in found for folder in folders if not found[part][folder]]
     if empty:
-        raise InputError(f"--data: {name}: no images in {shown(empty)}. Add some, or remove what is empty.")
+        raise _error(f"{name}: no images in {format_names(empty)}. Add some, or remove the empty folders.")
     if others:
-        endings = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
-        notes.append(f"{name}: skipped, as they are no images: {endings}.")
+        extensions = ", ".join(f"{extension} {count}" for extension, count in sorted(others.items()))
+        notes.append(f"{name}: skipped files that are not images: {extensions}.")
     paths_of: dict[str, list[str]] = defaultdict(list)
     for part in found:
         for folder in folders:
             paths_of[os.path.realpath(root / part / folder)].append(f"{part}/{folder}".lstrip("/"))
     same = [" and ".join(sorted(paths)) for paths in paths_of.values() if len(paths) > 1]
     if same:
-        notes.append(f"{name}: the same folder, so the same images: {shown(same)}.")
-    beside = sum(is_image_name(file.name) and file.name[0] != "." and os.path.isfile(file) for file in root.iterdir())
+        notes.append(f"{name}: the same folder, so the same images: {format_names(same)}.")
+    beside = sum(
+        has_image_extension(file.name) and file.name[0] != "." and os.path.isfile(file) for file in root.iterdir()
+    )
     if beside:
-        notes.append(f"{name}: skipped, as they are beside the class folders: images {beside}.")
+        notes.append(f"{name}: skipped images beside the class folders: {beside}.")
 
-    divided: dict[Split, dict[str, list[str]]] = {split: found[part] for split, part in split_folders.items()}
-    absent: dict[Split, str] = {
+    paths: dict[Split, dict[str, list[str]]] = {split: found[part] for split, part in split_folders.items()}
+    missing: dict[Split, str] = {
         split: f"there is no folder {split}/ in {root}. Make one." for split in ("train", "val", "test")
     }
-    if not {"val", "test"} & set(divided):
-        divided = divide(name, found[split_folders.get("train", "")])
-        counts = ", ".join(f"{sum(map(len, of_class.values()))} {split}" for split, of_class in divided.items())
-        notes.append(f"{name}: no test/, so the images of each class are divided by a hash of their paths: {counts}.")
-        if not any(divided["val"].values()):
-            del divided["val"]
-            absent["val"] = "its classes have too few images for that. Add some, or make val/."
-    elif "test" not in divided:
-        divided["test"] = divided.pop("val")
-        notes.append(f"{name}: no test/, so {split_folders['val']}/ is tested on.")
-        absent["val"] = f"there is no test/, so {split_folders['val']}/ is tested on. Add test/ to have both."
-    parts = {}
-    for split, of_class in divided.items():
-        paths = [path for folder in folders for path in of_class[folder]]
+    if not {"val", "test"} & set(paths):
+        paths = split_by_hash(name, found[split_folders.get("train", "")])
+        counts = ", ".join(f"{sum(map(len, of_class.values()))} {split}" for split, of_class in paths.items())
+        notes.append(f"{name}: no test/, so the images of each class are split by a hash of their paths: {counts}.")
+        if not any(paths["val"].values()):
+            del paths["val"]
+            missing["val"] = "its classes have too few images. Add some, or make val/."
+    elif "test" not in paths:
+        paths["test"] = paths.pop("val")
+        notes.append(f"{name}: no test/, so the images of {split_folders['val']}/ are the test images.")
+        missing["val"] = f"without test/, those of {split_folders['val']}/ are the test images. Add test/ to have both."
+    splits = {}
+    for split, of_class in paths.items():
+        images = [path for folder in folders for path in of_class[folder]]
         labels = [label for label, folder in enumerate(folders) for _ in of_class[folder]]
-        parts[split] = at_hand(LabelledImages(root, paths, labels))
-    return SplitSource(name, names, templates_of(None, templates), parts, notes=tuple(notes), absent=absent)
+        splits[split] = constant_split(LabelledImages(root, images, labels))
+    return SplitSource(name, names, resolve_templates(None, templates), splits, notes=tuple(notes), missing=missing)
 
 
 def _split_folders(name: str, root: Path) -> dict[Split, str]:
-    """The folder of each split; empty if class folders are in the root."""
+    """Return the folder of each split; empty if the class folders are in the root."""
     folders = subfolders(root)
     if not folders:
-        raise InputError(f"--data: {name}: no folders in {root}; it must hold one for each class.")
-    splits = [folder for folder in folders if folder.lower() in _ROLES]
-    others = [folder for folder in folders if folder.lower() not in _ROLES]
-    if others and (len(splits) > 1 or any(subfolders(root / folder) for folder in splits)):
-        raise InputError(
-            f"--data: {name}: {shown(splits)} and {shown(others)} are side by side, so it can't be told whether they "
-            "are splits or classes. Move what is neither elsewhere."
+        raise _error(f"{name}: no folders in {root}; it must hold one for each class.")
+    candidates = [folder for folder in folders if folder.lower() in _SPLIT_OF_FOLDER]
+    others = [folder for folder in folders if folder.lower() not in _SPLIT_OF_FOLDER]
+    if others and (len(candidates) > 1 or any(subfolders(root / folder) for folder in candidates)):
+        raise _error(
+            f"{name}: {format_names(candidates)} and {format_names(others)} are side by side, so that they may be "
+            "splits or classes. Move the folders that are neither elsewhere."
         )
-    if others:  # and a class that is named like a split
+    if others:  # a class may have the name of a split
         return {}
-    roles: dict[Split, str] = {}
-    for folder in splits:
-        role = _ROLES[folder.lower()]
-        if role in roles:
-            raise InputError(f"--data: {name}: {roles[role]}/ and {folder}/ are both {role} images. Merge them.")
-        roles[role] = folder
-    if set(roles) == {"val"}:
-        raise InputError(f"--data: {name}: {splits[0]}/ alone; add train/ or test/, or name PATH/{splits[0]}.")
-    return roles
+    found: dict[Split, str] = {}
+    for folder in candidates:
+        split = _SPLIT_OF_FOLDER[folder.lower()]
+        if split in found:
+            raise _error(f"{name}: {found[split]}/ and {folder}/ are both {split} images. Merge them.")
+        found[split] = folder
+    if set(found) == {"val"}:
+        raise _error(f"{name}: {candidates[0]}/ alone; add train/ or test/, or name PATH/{candidates[0]}.")
+    return found
 
 
-def _class_folders(name: str, root: Path, parts: list[str]) -> list[str]:
-    """Sorted; the same in each part of the data."""
-    found = {part: subfolders(root / part) for part in parts or [""]}
+def _class_folders(name: str, root: Path, split_folders: list[str]) -> list[str]:
+    """Return the sorted class folders, which must be the same in each split."""
+    found = {part: subfolders(root / part) for part in split_folders or [""]}
     folders = sorted({folder for of_part in found.values() for folder in of_part})
     for part, of_part in found.items():
-        lacking = [folder for folder in folders if folder not in of_part]
-        if lacking or not folders:
-            what = f"no folder {shown(lacking)}, which another split has" if lacking else "no folders in it"
-            raise InputError(f"--data: {name}: {part}/ has {what}. Each split must have a folder of every class.")
+        absent = [folder for folder in folders if folder not in of_part]
+        if absent or not folders:
+            problem = f"no folder {format_names(absent)}, which another split has" if absent else "no folders in it"
+            raise _error(f"{name}: {part}/ has {problem}. Each split must have a folder of every class.")
     return folders
 
 
-def divide(name: str, paths: Mapping[str, list[str]]) -> dict[Split, dict[str, list[str]]]:
-    """Divide the images of each class into train, val and test by a hash of their paths.
+def split_by_hash(name: str, paths: Mapping[str, list[str]]) -> dict[Split, dict[str, list[str]]]:
+    """Split the images of each class into train, val and test by a hash of their paths.
 
     Args:
-        name: Of the dataset, for messages.
-        paths: Of the images of each class.
+        name: Name of the dataset, for error messages.
+        paths: For each class folder, the paths of its images.
 
     Raises:
-        InputError: If a class has one image only.
+        InputError: If a class has only one image.
 
     Example:
-        >>> divided = divide("a", {"cat": [f"cat/{n}.jpg" for n in range(10)]})
-        >>> {split: len(part["cat"]) for split, part in divided.items()}
+        >>> splits = split_by_hash("a", {"cat": [f"cat/{n}.jpg" for n in range(10)]})
+        >>> {split: len(paths["cat"]) for split, paths in splits.items()}
         {'train': 5, 'val': 2, 'test': 3}
     """
-    divided: dict[Split, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    splits: dict[Split, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
     for folder, images in paths.items():
         if len(images) < 2:
-            raise InputError(
-                f"--data: {name}: class {folder} has 1 image, and one must be trained and one tested on. Add some, or "
-                "make train/ and test/."
+            raise _error(
+                f"{name}: class {folder} has 1 image, and train and test need one each. Add some, or make train/ and "
+                "test/."
             )
-        order = sorted(images, key=lambda path: place("split", 0, path))
+        order = sorted(images, key=lambda path: hash_order("split", 0, path))
         tests = (_TEST_TENTHS * len(images) + 5) // 10  # 1 of 2 images
         vals = (_VAL_TENTHS * len(images) + 5) // 10
-        divided["train"][folder] = sorted(order[tests + vals :])
-        divided["val"][folder] = sorted(order[tests : tests + vals])
-        divided["test"][folder] = sorted(order[:tests])
-    return divided
+        splits["train"][folder] = sorted(order[tests + vals :])
+        splits["val"][folder] = sorted(order[tests : tests + vals])
+        splits["test"][folder] = sorted(order[:tests])
+    return splits
 
 
 # ---- class names -----------------------------------------------------------------------------------------------------
 
 
 def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
-    """Names by label, none twice."""
+    """Return the class names by label."""
     text, mapping = root / "classes.txt", root / "classes.json"
     if text.is_file() and mapping.is_file():
-        raise InputError(f"--data: {name}: both classes.txt and classes.json are there. Remove one.")
+        raise _error(f"{name}: there are both classes.txt and classes.json. Remove one.")
     if mapping.is_file():
-        names = _of_folders(mapping, folders, read_json(mapping))
+        names = _in_folder_order(mapping, folders, read_json(mapping))
     elif text.is_file():
-        names = _names_in_text(text, folders)
+        names = _read_classes_txt(text, folders)
     else:
         names = folders
-    return class_names(f"--data: {name}", "folder", folders, names, "name them in classes.json")
+    return normalize_class_names(f"open_source: {name}", "data", "folder", folders, names, "name them in classes.json")
 
 
-def _of_folders(file: Path, folders: list[str], named: object) -> list[str]:
-    if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
+def _in_folder_order(file: Path, folders: list[str], names: object) -> list[str]:
+    """Return the names of a mapping of folders to names in the order of the folders."""
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f'{file}: expected {{"folder": "name", …}}, a name for each class folder.')
-    unnamed = [folder for folder in folders if folder not in named]
+    unnamed = [folder for folder in folders if folder not in names]
     if unnamed:
-        raise InputError(f"{file}: no name for folder {shown(unnamed)}. Add it.")
-    return [named[folder] for folder in folders]
+        raise InputError(f"{file}: no name for folder {format_names(unnamed)}. Add it.")
+    return [names[folder] for folder in folders]
 
 
-def _names_in_text(file: Path, folders: list[str]) -> list[str]:
+def _read_classes_txt(file: Path, folders: list[str]) -> list[str]:
     lines = [line.rstrip() for line in read_text(file).splitlines() if line.strip()]
     if any("\t" in line for line in lines):
         pairs = [line.partition("\t") for line in lines]
-        of_folder = {folder.strip(): of_class for folder, _, of_class in pairs}
-        if len(of_folder) < len(pairs):
+        name_of = {folder.strip(): name for folder, _, name in pairs}
+        if len(name_of) < len(pairs):
             raise InputError(f"{file}: a folder is named twice. Name each once, with a tab after the folder.")
-        return _of_folders(file, folders, of_folder)
+        return _in_folder_order(file, folders, name_of)
     if len(lines) != len(folders):
         raise InputError(
             f"{file}: expected a name for each of {len(folders)} class folders; got {len(lines)} lines. Write one in "
@@ -218,12 +224,12 @@ def _names_in_text(file: Path, folders: list[str]) -> list[str]:
             f"{file}: {lines[0]!r} is a name, or a folder and its name. Put a tab after the folder, or write "
             "classes.json."
         )
-    of_name = {tidy(folder).casefold(): folder for folder in folders}
+    folder_of_name = {normalize_class_name(folder).casefold(): folder for folder in folders}
     for line, folder in zip(lines, folders, strict=True):
-        meant = of_name.get(tidy(line).casefold(), folder)
-        if meant != folder:
+        same_name = folder_of_name.get(normalize_class_name(line).casefold(), folder)
+        if same_name != folder:
             raise InputError(
-                f"{file}: by its place {line!r} is the name of folder {folder}, but there is a folder {meant}. Sort "
-                "the lines as the folders are, or write each folder, a tab and its name."
+                f"{file}: by its position {line!r} is the name of folder {folder}, but there is a folder {same_name}. "
+                "Sort the lines as the folders are, or write each folder, a tab and its name."
             )
     return lines

@@ -32,9 +32,9 @@ _KINDS = {
     ),
     "coop": _Kind(
         lambda name, root, templates, download: open_coop(name, root, templates),
-        "coop:NAME such as coop:dtd (with --root)",
+        "coop:NAME such as coop:dtd (with `root`)",
     ),
-    "torchvision": _Kind(_open_torchvision, "torchvision:NAME such as torchvision:food101 (with --root)"),
+    "torchvision": _Kind(_open_torchvision, "torchvision:NAME such as torchvision:food101 (with `root`)"),
 }
 
 
@@ -71,12 +71,13 @@ def open_source(
         >>> source = open_source("glyphs:greek")
         >>> len(source.classes), source.prompts[0][0]
         (120, 'the character greek capital letter heta.')
-        >>> source.of_classes([1, 0]).images("test").labels[:13]
+        >>> source.subset_classes([1, 0]).images("test").labels[:13]
         [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     """
     kind, _, name = data.partition(":")
     if kind in _KINDS:
         return _KINDS[kind].open(name, root, templates, download)
     if kind == "glyphs":
-        raise InputError("open_source: glyphs need `import skipkernels.experiments`, which registers them.")
-    raise InputError(f"--data: no dataset {data!r}; choose {', '.join(kind.usage for kind in _KINDS.values())}.")
+        raise InputError("open_source: glyphs need `import skipkernels.experiments`, which registers them.", "data")
+    usages = ", ".join(kind.usage for kind in _KINDS.values())
+    raise InputError(f"open_source: no dataset {data!r}; choose {usages}.", "data")

@@ -1,7 +1,4 @@
-"""Where images come from: a dataset by its name on the command line, with classes, prompts and splits.
-
-A dataset of one's own in Python needs little: see `from_datasets`.
-"""
+"""Data sources: the classes, prompts and splits of a dataset. `from_datasets` makes one of map-style datasets."""
 
 from __future__ import annotations
 
@@ -10,17 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from .base import InputError, LabelledDataset, SizedDataset
 from .few_shot import few_shot
-from .files import shown
-from .images import Images, PickedImages, Transform
-from .templates import Templates, format_prompt, templates_of
+from .files import format_names
+from .images import DatasetImages, Images, Transform
+from .templates import Templates, format_prompt, resolve_templates
 
 Split = Literal["train", "val", "test"]
 Protocol = Literal["base-to-new", "cross-dataset", "domain-generalization", "few-shot"]
-Same = TypeVar("Same", bound="Source")
+SourceT = TypeVar("SourceT", bound="Source")
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,10 @@ class Source(ABC):
     """Images of some classes, in splits.
 
     Attributes:
-        name: As `open_source` takes it.
-        classes: Names by label, as they go into a prompt.
-        templates: The first is for training; with others, embeddings can be averaged in evaluation.
-        notes: What a user should be told of how the dataset was read.
+        name: Name of the dataset, as `open_source` takes it.
+        classes: Names by label, as in prompts.
+        templates: Prompt templates: the first is for training, evaluation averages the embeddings of all.
+        notes: Remarks for the user on how the dataset was read.
     """
 
     name: str
@@ -41,19 +38,19 @@ class Source(ABC):
 
     @property
     def prompts(self) -> tuple[list[str], ...]:
-        """For each template, one for each class."""
+        """A prompt for each class, in a list for each template."""
         return tuple([format_prompt(template, name) for name in self.classes] for template in self.templates)
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """What tells a class from the others in another dataset too, by label: its name, in any case of letters."""
+    def class_keys(self) -> tuple[str, ...]:
+        """Keys by label, which match a class with the same class of other datasets: its name in lower case."""
         return tuple(name.casefold() for name in self.classes)
 
     @property
     def domains(self) -> Mapping[str, Source]:
         """The same classes in each domain of the dataset, by name; empty if it has no domains.
 
-        The first is the domain to train on for domain generalization, the others are the targets.
+        Domain generalization trains on the first domain and tests on all.
         """
         return {}
 
@@ -66,87 +63,87 @@ class Source(ABC):
         if protocol == "domain-generalization" and self.domains:
             return list(self.domains)[1:]
         kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
-        raise InputError(f"--targets: {protocol} of {self.name} needs {kind} to test on. Name some.")
+        raise InputError(f"load_task: {protocol} of {self.name} needs {kind} to test on. Name some.", "targets")
 
     @abstractmethod
     def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
-        """The images of a split.
+        """Return the images of a split.
 
         Raises:
-            InputError: If there are none; says why.
+            InputError: If the dataset does not have the split.
         """
 
     @abstractmethod
     def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> LabelledDataset:
-        """Some training images of each class, class by class; all of a class that has fewer.
+        """Return `shots` training images of each class, class by class; all images of a class that has fewer.
 
         Raises:
-            InputError: If there are none of a class, or an argument is out of its range.
+            InputError: If a class has no training images, or an argument is out of its range.
         """
 
     @abstractmethod
-    def of_classes(self: Same, labels: Sequence[int]) -> Same:
-        """Some of the classes, labelled from 0 in this order, with their images."""
+    def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
+        """Return some of the classes with their images, labelled from 0 in the order of `labels`."""
 
 
 @dataclass(frozen=True)
 class SplitSource(Source):
-    """Images that are there, such as files.
+    """Source with a function for each split that returns its images.
 
     Attributes:
-        parts: Of each split that there is: what gives its images.
-        absent: Of a split that there isn't: why, and what to do.
-        ids: By label, what a class has in place of its name as its key.
-        targets: Default targets of a protocol, as `open_source` takes them.
+        splits: For each split of the dataset, a function that returns its images.
+        missing: For a split that it does not have, the reason and the remedy.
+        class_ids: Class keys by label, if they are not the names.
+        targets: Default targets by protocol, as `open_source` takes them.
     """
 
-    parts: Mapping[Split, Callable[[], Images]] = field(repr=False)
-    absent: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
-    ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+    splits: Mapping[Split, Callable[[], Images]] = field(repr=False)
+    missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
+    class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
     targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Its ids, if it has some; see `Source`."""
-        return super().keys if self.ids is None else self.ids
+    def class_keys(self) -> tuple[str, ...]:
+        """`class_ids`, if given; see `Source`."""
+        return super().class_keys if self.class_ids is None else self.class_ids
 
     def default_targets(self, protocol: Protocol) -> Sequence[str]:
-        """Its `targets`; see `Source`."""
+        """`targets` of the protocol; see `Source`."""
         return self.targets[protocol] if protocol in self.targets else super().default_targets(protocol)
 
     def images(self, split: Split, transform: Transform | None = None) -> Images:
-        """The images of a split; see `Source`."""
-        if split not in self.parts:
-            why = self.absent.get(split, f"it has {', '.join(self.parts)} images.")
-            raise InputError(f"--data: {self.name} has no {split} images: {why}")
-        return self.parts[split]().with_transform(transform)
+        """Return the images of a split; see `Source`."""
+        if split not in self.splits:
+            reason = self.missing.get(split, f"it has {', '.join(self.splits)} images.")
+            raise InputError(f"{self.name} has no {split} images: {reason}", "data")
+        return self.splits[split]().with_transform(transform)
 
     def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
-        """Some training images of each class; see the function `few_shot` for which."""
+        """Return some training images of each class, chosen by the function `few_shot`; see `Source`."""
         images = self.images("train", transform)
         labels = images.labels
-        there = set(labels)
-        without = [name for label, name in enumerate(self.classes) if label not in there]
+        present = set(labels)
+        without = [name for label, name in enumerate(self.classes) if label not in present]
         if without:
-            raise InputError(f"--data: {self.name} has no training images of {shown(without)}. Add some.")
+            raise InputError(f"{self.name} has no training images of {format_names(without)}. Add some.", "data")
         return images.subset(few_shot(labels, images.names, shots, seed))
 
-    def of_classes(self, labels: Sequence[int]) -> SplitSource:
-        """Some of the classes; see `Source`."""
+    def subset_classes(self, labels: Sequence[int]) -> SplitSource:
+        """Return some of the classes; see `Source`."""
 
-        def some(part: Callable[[], Images]) -> Images:
-            return part().of_classes(labels)
+        def subset(images: Callable[[], Images]) -> Images:
+            return images().subset_classes(labels)
 
         return replace(
             self,
             classes=tuple(self.classes[label] for label in labels),
-            parts={split: partial(some, part) for split, part in self.parts.items()},
-            ids=None if self.ids is None else tuple(self.ids[label] for label in labels),
+            splits={split: partial(subset, images) for split, images in self.splits.items()},
+            class_ids=None if self.class_ids is None else tuple(self.class_ids[label] for label in labels),
         )
 
 
-def at_hand(images: Images) -> Callable[[], Images]:
-    """Images, as a part of a `SplitSource`."""
+def constant_split(images: Images) -> Callable[[], Images]:
+    """Return a function that returns `images`, for `SplitSource.splits`."""
     return lambda: images
 
 
@@ -159,36 +156,37 @@ def from_datasets(
     classes: Sequence[str] | None = None,
     templates: Templates = None,
 ) -> Source:
-    """A source of datasets of one's own, for `load_task`.
+    """Make a source of map-style datasets, for `load_task`.
 
-    What a dataset needs:
+    A dataset must have:
 
-    - `len(dataset)` and `dataset[i]`, which gives (image, label): map-style. `sk.FeatureCache.build` takes it as it is,
-      if its images are tensors [3, height, width] as the model takes them, so with the model's own preprocessing as
-      its transform.
-    - labels that are whole numbers from 0 to classes − 1.
-    - here, images of any kind that the transform takes, such as Pillow's: the source applies it. Images that are
-      tensors already are left as they are.
+    - `len(dataset)` and `dataset[i]`, which returns (image, label).
+    - integer labels from 0 to the number of classes − 1.
+    - images of any type that the transform takes, such as Pillow's, to which the source applies the transform. Tensors
+      are not transformed.
 
-    What it may have:
+    A dataset may have:
 
-    - `labels` (or `targets`): the label of every item. Without it, all images are loaded to find out.
-    - `classes`: their names by label. Without it, give them here.
-    - `names`: one for each image, such as its path. By them `few_shot` chooses, whatever the order; without them it
-      chooses by number.
-    - public attributes that say what it is: a cache knows a dataset by them, such as `root`, `samples` and `transform`.
-      Those that begin with an underscore are taken for its own business.
+    - `labels` or `targets`: the label of every item. Otherwise all images are loaded to read their labels.
+    - `classes`: names by label. Otherwise `classes` must be given here.
+    - `names`: a name for each image, such as its path, by which `few_shot` chooses images, whatever their order.
+      Otherwise it chooses by index.
+    - public attributes that describe it, such as `root`, `samples` and `transform`: a feature cache identifies it by
+      them, and ignores attributes that begin with an underscore.
+
+    `sk.FeatureCache.build` takes the same datasets, if their images are tensors [3, height, width] that the model's
+    preprocessing has made.
 
     Args:
-        name: Of the dataset, for messages and results.
-        train: Images to train on.
-        val: Images to choose settings by.
-        test: Images to test on.
-        classes: Names by label; by default the `classes` of a dataset.
-        templates: As for `open_source`.
+        name: Name of the dataset, for messages and results.
+        train: Training images.
+        val: Validation images.
+        test: Test images.
+        classes: Names by label; default: the `classes` of a dataset.
+        templates: Prompt templates; see `open_source`.
 
     Raises:
-        InputError: If there is no dataset, there are no class names, two are the same, or a label has none.
+        InputError: If there is no dataset, there are no class names, two are equal, or a label has no name.
 
     Example:
         >>> from PIL import Image
@@ -197,7 +195,7 @@ def from_datasets(
         ...     classes = ["black_square", "white_square"]
         ...
         ...     def __init__(self, count):
-        ...         self.labels = [number % 2 for number in range(count)]
+        ...         self.labels = [index % 2 for index in range(count)]
         ...
         ...     def __len__(self):
         ...         return len(self.labels)
@@ -209,78 +207,87 @@ def from_datasets(
         >>> len(task.train), task.tests[0].prompts[0]
         (8, ['a photo of a black square.', 'a photo of a white square.'])
     """
-    choices: dict[Split, SizedDataset | None] = {"train": train, "val": val, "test": test}
-    given = {split: dataset for split, dataset in choices.items() if dataset is not None}
-    if not given:
+    given: dict[Split, SizedDataset | None] = {"train": train, "val": val, "test": test}
+    datasets = {split: dataset for split, dataset in given.items() if dataset is not None}
+    if not datasets:
         raise InputError(f"from_datasets: {name} must have a dataset; got none. Give train=, val= or test=.")
     if classes is None:
-        classes = next((found for d in given.values() if (found := getattr(d, "classes", None)) is not None), None)
+        classes = next((own for d in datasets.values() if (own := getattr(d, "classes", None)) is not None), None)
     if classes is None:
-        raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.")
-    names = class_names(f"from_datasets: {name}", "label", range(len(classes)), classes, "give others as classes=[…]")
-    parts: dict[Split, Callable[[], Images]] = {}
-    for split, dataset in given.items():
+        raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.", "classes")
+    names = normalize_class_names(
+        f"from_datasets: {name}", "classes", "label", range(len(classes)), classes, "give others as classes=[…]"
+    )
+    splits: dict[Split, Callable[[], Images]] = {}
+    for split, dataset in datasets.items():
         own = getattr(dataset, "names", None)
-        images = PickedImages(dataset, names=own if isinstance(own, (list, tuple)) else None)
+        images = DatasetImages(dataset, names=own if isinstance(own, (list, tuple)) else None)
         outside = [(i, label) for i, label in enumerate(images.labels) if not 0 <= label < len(classes)]
         if outside:
             raise InputError(
                 f"from_datasets: labels of {name} must be from 0 to {len(classes) - 1}, as there are {len(classes)} "
-                f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel."
+                f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel.",
+                split,
             )
-        parts[split] = at_hand(images)
-    absent: dict[Split, str] = {
-        split: f"it has {', '.join(parts)} images. Give from_datasets {split}= too."
-        for split in choices
-        if split not in parts
+        splits[split] = constant_split(images)
+    missing: dict[Split, str] = {
+        split: f"it has {', '.join(splits)} images. Give from_datasets {split}= too." for split in get_args(Split)
     }
-    return SplitSource(name, names, templates_of(None, templates), parts, absent=absent)
+    return SplitSource(name, names, resolve_templates(None, templates), splits, missing=missing)
 
 
-def class_names(where: str, kind: str, ids: Sequence[object], names: Sequence[str], instead: str) -> tuple[str, ...]:
-    """Names of classes, `tidy`; none is empty, or another's in any case of letters.
+def normalize_class_names(
+    location: str, argument: str, kind: str, ids: Sequence[object], names: Sequence[str], alternative: str
+) -> tuple[str, ...]:
+    """Normalize the names of classes; none may be empty, or equal to another in lower case.
 
     Args:
-        where: How a message begins.
-        kind: What the classes are told apart by, such as "folder".
-        ids: Of each class, its own.
-        names: Of each class.
-        instead: What else can be done than to rename one.
+        location: Beginning of an error message.
+        argument: Argument that an error is about.
+        kind: Kind of the ids, such as "folder".
+        ids: Id of each class, for error messages.
+        names: Name of each class.
+        alternative: Remedy other than to rename a class.
 
     Raises:
         InputError: If a name can't be used; says of which class.
 
     Example:
-        >>> class_names("--data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
+        >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
         ('sea lion', 'owl')
     """
     if not all(isinstance(name, str) for name in names):
         raise InputError(
-            f"{where}: names of classes must be text; got {list(names)!r:.80}. Write them out, or {instead}."
+            f"{location}: class names must be text; got {list(names)!r:.80}. Write them out, or {alternative}.",
+            argument,
         )
-    seen: dict[str, object] = {}
-    found = tuple(map(tidy, names))
-    for own, name in zip(ids, found, strict=True):
-        if not can_be_named(name):
-            raise InputError(f"{where}: the class of {kind} {own!a} can't be named {name!a}. Rename it, or {instead}.")
-        other = seen.setdefault(name.casefold(), own)
-        if other != own:
+    id_of: dict[str, object] = {}
+    normalized = tuple(map(normalize_class_name, names))
+    for class_id, name in zip(ids, normalized, strict=True):
+        if not is_valid_class_name(name):
             raise InputError(
-                f"{where}: {kind}s {other} and {own} have the same class name, {name!r}, so no prompt could tell them "
-                f"apart. Rename one, or {instead}."
+                f"{location}: the class of {kind} {class_id!a} can't be named {name!a}. Rename it, or {alternative}.",
+                argument,
             )
-    return found
+        other = id_of.setdefault(name.casefold(), class_id)
+        if other != class_id:
+            raise InputError(
+                f"{location}: {kind}s {other} and {class_id} have the same class name, {name!r}, so that no prompt can "
+                f"tell them apart. Rename one, or {alternative}.",
+                argument,
+            )
+    return normalized
 
 
-def can_be_named(name: str) -> bool:
-    """Whether a class can have a name, once it is `tidy`: not an empty one, or one of bytes that are no text."""
+def is_valid_class_name(name: str) -> bool:
+    """Return True if a normalized class name is not empty and has no surrogates."""
     return bool(name) and name == name.encode(errors="ignore").decode()
 
 
-def tidy(name: str) -> str:
-    """The name of a class as it goes into a prompt; letters with accents are one character, as tokenizers know them.
+def normalize_class_name(name: str) -> str:
+    """Compose accents (NFC), as tokenizers expect, and replace underscores and runs of white space by one space.
 
-    >>> tidy("sea_lion ")
+    >>> normalize_class_name("sea_lion ")
     'sea lion'
     """
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())

@@ -1,4 +1,4 @@
-"""The four protocols of CLIP fine-tuning: what is tuned on, and what is tested on."""
+"""The four protocols of CLIP fine-tuning: their training images and test sets."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .base import InputError, LabelledDataset, escape_unprintable
-from .few_shot import shortfall
-from .files import shown
+from .few_shot import few_shot_note
+from .files import format_names
 from .registry import open_source
 from .source import Protocol, Source
 from .templates import Templates
@@ -23,16 +23,16 @@ _WITH_TARGETS = ("cross-dataset", "domain-generalization")
 
 @dataclass(frozen=True)
 class TestSet:
-    """Images to test on, of classes labelled from 0 in this order.
+    """Test images of some classes.
 
     Attributes:
         name: "base", "new", "source", "all", or the name of a target dataset or domain.
-        classes: Their names.
+        classes: Names by label.
         prompts: For each template, a prompt for each class; the first template is that of training.
         images: Items are (image, label).
     """
 
-    __test__ = False  # pytest takes a class of this name for tests
+    __test__ = False  # the class is not a test of pytest's
 
     name: str
     classes: list[str]
@@ -42,14 +42,14 @@ class TestSet:
 
 @dataclass(frozen=True)
 class Task:
-    """Tune on some images of the classes of the first test set, and test on each of them.
+    """Training images and test sets of a protocol.
 
     Attributes:
-        name: Of the dataset, as `open_source` takes it.
-        protocol: Which of them.
-        train: Items are (image, label), labels those of `tests[0]`.
-        tests: Test sets; the first has the classes that are tuned on.
-        notes: What a user should be told of how the data were read.
+        name: Name of the dataset, as `open_source` takes it.
+        protocol: The protocol.
+        train: Items are (image, label), with the labels of `tests[0]`.
+        tests: Test sets; the first has the classes of the training images.
+        notes: Remarks for the user on how the data were read.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Task:
 
 
 def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """CoOp's rule: of the classes in order, the first half is base (the larger one if the number is odd).
+    """Split classes into base and new by CoOp's rule: the first half, rounded up, is base.
 
     >>> split_base_new(["a", "b", "c"])
     (['a', 'b'], ['c'])
@@ -70,10 +70,10 @@ def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, float]:
-    """The accuracies of the test sets of a task, in their order, and what the protocol reports of them.
+    """Add the summary of a protocol to the accuracies of its test sets.
 
-    That is for base-to-new "harmonic", the harmonic mean; for cross-dataset and domain-generalization "targets", the
-    mean over all test sets but the first.
+    For base-to-new it is "harmonic", the harmonic mean of base and new; for cross-dataset and domain-generalization it
+    is "targets", the mean over all test sets but the first; few-shot has none.
 
     Example:
         >>> summarise("base-to-new", {"base": 60.0, "new": 30.0})
@@ -104,31 +104,31 @@ def load_task(
     train_transform: Callable | None = None,
     download: bool = False,
 ) -> Task:
-    """The task that a protocol makes of a dataset.
+    """Make the task of a protocol.
 
-    - base-to-new: tuned on the first half of the classes (`split_base_new`), tested on "base" and "new" ones.
-    - few-shot: tuned on all classes and tested on "all".
-    - cross-dataset: tuned on the dataset and tested on it, "source", and on each target dataset. Targets are by default
-      for coop:imagenet the ten other datasets of CoOp, and for glyphs the other blocks of 100 characters or more.
-    - domain-generalization: the same, where targets have the same classes, or some of them, in other images. They are
-      matched by name, and tested on among those that both have. Targets are by default for coop:imagenet its four
-      variants. Of glyphs the domains are fonts: tuned on in the first that is held out, tested on in it and each other.
+    - base-to-new: trains on the first half of the classes (`split_base_new`), and tests on "base" and "new" classes.
+    - few-shot: trains on all classes, and tests on "all".
+    - cross-dataset: trains on the dataset, and tests on it, "source", and on each target dataset. Default targets of
+      coop:imagenet are the ten other datasets of CoOp; of glyphs, the other blocks of at least 100 characters.
+    - domain-generalization: the same, where targets have other images of the same classes, or of some of them. Classes
+      are matched by name, and those that both have are tested on. Default targets of coop:imagenet are its four
+      variants. The domains of glyphs are fonts: the first held-out font is trained on, and all are tested on.
 
     Args:
-        data: The dataset, as `open_source` takes it, or a source such as `from_datasets` makes.
-        protocol: Which of them.
-        shots: Training images of each class that is tuned on.
-        classes: Most classes of each dataset, base and new together: evenly spaced ones are taken. None: all.
-        seed: Chooses the training images.
-        root: The folder of the datasets, for coop: and torchvision:.
-        templates: One's own, of which the first is for training; or "paper" or "coop". By default the paper's.
-        targets: Datasets to test on, as `data`, or fonts.
-        transform: Applied to every image; without one, images are as the dataset has them.
-        train_transform: Applied to training images in its place.
-        download: Let torchvision fetch what is not there.
+        data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
+        protocol: The protocol.
+        shots: Training images of each class.
+        classes: Most classes of each dataset, base and new together, evenly spaced; None for all.
+        seed: Seed of the choice of training images.
+        root: Folder of the datasets, for coop: and torchvision:.
+        templates: Prompt templates; see `open_source`.
+        targets: Datasets to test on, as `data`, or domains of the dataset.
+        transform: Applied to every image; default: none.
+        train_transform: Applied to training images; default: `transform`.
+        download: Let torchvision download a missing dataset.
 
     Raises:
-        InputError: If there is no such dataset, or too little of it.
+        InputError: If there is no such dataset, or it can't be used with the protocol.
 
     Example:
         >>> import skipkernels.experiments  # registers glyphs
@@ -137,11 +137,15 @@ def load_task(
         ([('base', 10), ('new', 10)], 40, 'the character greek small letter zeta.')
     """
     if protocol not in get_args(Protocol):
-        raise InputError(f"--protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.")
+        raise InputError(
+            f"load_task: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.", "protocol"
+        )
     if classes is not None and classes < 2:
-        raise InputError(f"--classes must be at least 2; got {classes}: one class alone is no task.")
+        raise InputError(f"load_task: classes must be at least 2; got {classes}.", "classes")
     if targets and protocol not in _WITH_TARGETS:
-        raise InputError(f"--targets: {protocol} has none. Leave it out, or choose {' or '.join(_WITH_TARGETS)}.")
+        raise InputError(
+            f"load_task: {protocol} has no targets. Leave them out, or choose {' or '.join(_WITH_TARGETS)}.", "targets"
+        )
 
     def opened(dataset: str | Source) -> Source:
         if isinstance(dataset, Source):
@@ -150,61 +154,58 @@ def load_task(
 
     source = opened(data)
     if len(source.classes) < 2:
-        raise InputError(
-            f"--data: {source.name} has fewer than two classes, so there is nothing to tell apart. Add some."
-        )
-    chosen = _evenly_spaced(source, classes)
+        raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
+    chosen = _subsample_classes(source, classes)
     domains = chosen.domains if protocol == "domain-generalization" else {}
     if protocol == "base-to-new":
         base, new = split_base_new(range(len(chosen.classes)))
-        parts = {"base": chosen.of_classes(base), "new": chosen.of_classes(new)}
+        parts = {"base": chosen.subset_classes(base), "new": chosen.subset_classes(new)}
     elif protocol == "few-shot":
         parts = {"all": chosen}
     else:
         parts = {"source": next(iter(domains.values()), chosen)}
     tests = [_test_set(name, part, transform) for name, part in parts.items()]
-    tuned = next(iter(parts.values()))
-    train = tuned.few_shot(shots, seed, train_transform or transform)
+    trained = next(iter(parts.values()))
+    train = trained.few_shot(shots, seed, train_transform or transform)
 
     if protocol in _WITH_TARGETS:
         wanted = targets or source.default_targets(protocol)
-        with _told_of_targets("" if targets else " Or name those that you have with --targets."):
+        with _errors_about_targets("" if targets else " Or name those that you have as `targets`."):
             if domains:
                 others = _target_domains(domains, wanted)
             else:
                 found = [opened(target) for target in wanted]
                 names = _short_names([target.name for target in found])
                 if protocol == "domain-generalization":
-                    found = [_domain(target, source, chosen) for target in found]
-                others = dict(zip(names, (_evenly_spaced(target, classes) for target in found), strict=True))
+                    found = [_common_classes(target, source, chosen) for target in found]
+                others = dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
             tests += [_test_set(name, part, transform) for name, part in others.items()]
         parts |= others
     notes = [*source.notes, *(note for part in parts.values() for note in part.notes)]
-    cut = f"{len(chosen.classes)} of {len(source.classes)} classes, evenly spaced"
-    notes += [f"{source.name}: {cut}."] * (chosen is not source)
-    few = shortfall(train.labels, tuned.classes, shots)
-    notes += [f"{source.name}: {few}"] * (few is not None)
+    if chosen is not source:
+        notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
+    if (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
+        notes.append(f"{source.name}: {note}")
     notes += [
-        f"{source.name}: {test.name} has one class alone, {test.classes[0]}, so all of its images count as right, "
-        "whatever is tuned."
+        f"{source.name}: {test.name} has only the class {test.classes[0]}, so that all of its images count as correct."
         for test in tests
         if len(test.classes) == 1
     ]
     return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(map(escape_unprintable, notes))))
 
 
-def _evenly_spaced(source: Source, classes: int | None) -> Source:
-    """A source with some classes at most."""
-    there = len(source.classes)
-    if classes is None or classes >= there:
+def _subsample_classes(source: Source, classes: int | None) -> Source:
+    """Return a source with at most `classes` classes, evenly spaced."""
+    count = len(source.classes)
+    if classes is None or classes >= count:
         return source
-    return source.of_classes([position * there // classes for position in range(classes)])
+    return source.subset_classes([position * count // classes for position in range(classes)])
 
 
 def _test_set(name: str, source: Source, transform: Callable | None) -> TestSet:
     images = source.images("test", transform)
     if not len(images):
-        raise InputError(f"--data: {source.name} has no test images of {shown(source.classes)}. Add some.")
+        raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
     return TestSet(name, list(source.classes), source.prompts, images)
 
 
@@ -212,19 +213,20 @@ def _test_set(name: str, source: Source, transform: Callable | None) -> TestSet:
 
 
 @contextmanager
-def _told_of_targets(remedy: str) -> Iterator[None]:
-    """What is wrong with a target is said of it, and not of the dataset that is tuned on."""
+def _errors_about_targets(remedy: str) -> Iterator[None]:
+    """Change errors about `data` to errors about `targets`, and add a remedy."""
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("--data:", "--targets:", 1) + remedy) from error
+        argument = "targets" if error.argument == "data" else error.argument
+        raise InputError(f"{error}{remedy}", argument) from error
 
 
-def _short_names(specs: Sequence[str]) -> list[str]:
-    """Names that tell datasets apart, in tables and as names of files: as much of the end of each as that takes.
+def _short_names(datasets: Sequence[str]) -> list[str]:
+    """Return distinct names of datasets, for tables and file names: as much of the end of each as is needed.
 
     Raises:
-        InputError: If two are the same.
+        InputError: If two are equal.
 
     Example:
         >>> _short_names(["coop:dtd", "imagefolder:/data/office"])
@@ -232,46 +234,59 @@ def _short_names(specs: Sequence[str]) -> list[str]:
         >>> _short_names(["imagefolder:office/amazon/images", "imagefolder:office/dslr/images"])
         ['amazon-images', 'dslr-images']
     """
-    words = [[re.sub(r"[^\w.+-]", "-", word) for word in re.split(r"[:/\\]+", spec) if word] for spec in specs]
+    words = [[re.sub(r"[^\w.+-]", "-", word) for word in re.split(r"[:/\\]+", name) if word] for name in datasets]
     for depth in range(1, max(map(len, words)) + 1):
-        names = ["-".join(of_one[-depth:]) for of_one in words]
+        names = ["-".join(of_dataset[-depth:]) for of_dataset in words]
         if len({*names, "source", "targets"}) == len(names) + 2:
             return names
-    raise InputError(f"--targets: two of {shown(specs)} are the same. Name each once.")
+    raise InputError(f"load_task: two of {format_names(datasets)} are the same. Name each once.", "targets")
 
 
 def _target_domains(domains: Mapping[str, Source], targets: Sequence[str | Source]) -> dict[str, Source]:
-    """The domains that `targets` names, without the first, which is trained on."""
+    """Return the target domains by name; the first domain is trained on."""
     home, *others = domains
     names = list(map(str, targets))
     if len(set(names)) < len(names) or not set(names) <= set(others):
         raise InputError(
-            f"--targets: {domains[home].name} trains on its domain {home} and tests on {', '.join(others)}, each once; "
-            f"got {' '.join(names)}."
+            f"load_task: targets must be domains of {domains[home].name} other than {home}, which is trained on: "
+            f"{', '.join(others)}, each once; got {' '.join(names)}.",
+            "targets",
         )
     return {name: domains[name] for name in names}
 
 
-def _domain(target: Source, source: Source, chosen: Source) -> Source:
-    """The classes of a target that are tuned on, in their order and by their names.
+def _common_classes(target: Source, source: Source, trained: Source) -> Source:
+    """Return a target with the classes that are trained on, in the same order and by the same names.
 
     Args:
-        target: Images to test on.
-        source: Whose classes all of the target's have to be among.
-        chosen: The same with the classes that are tuned on.
+        target: Source of the test images.
+        source: The dataset, which must have all classes of the target.
+        trained: The dataset with the classes that are trained on.
     """
     for one in (source, target):
-        twice = [name for name, key in zip(one.classes, one.keys, strict=True) if one.keys.count(key) > 1]
-        if twice:
-            raise InputError(f"--data: {one.name} has two classes {twice[0]!r}, which no name can match. Rename one.")
-    unknown = [name for name, key in zip(target.classes, target.keys, strict=True) if key not in source.keys]
+        duplicates = [
+            name for name, key in zip(one.classes, one.class_keys, strict=True) if one.class_keys.count(key) > 1
+        ]
+        if duplicates:
+            raise InputError(
+                f"load_task: {one.name} has two classes {duplicates[0]!r}, which can't be matched by name. Rename one.",
+                "data",
+            )
+    unknown = [
+        name for name, key in zip(target.classes, target.class_keys, strict=True) if key not in source.class_keys
+    ]
     if unknown:
         raise InputError(
-            f"--data: {target.name} has classes that {source.name} doesn't have: {shown(unknown)}. Leave them out, or "
-            "name them as there."
+            f"load_task: {target.name} has classes that {source.name} does not have: {format_names(unknown)}. Leave "
+            "them out, or rename them.",
+            "data",
         )
-    label_of = {key: label for label, key in enumerate(target.keys)}
-    common = [(label_of[key], name) for key, name in zip(chosen.keys, chosen.classes, strict=True) if key in label_of]
+    label_of = {key: label for label, key in enumerate(target.class_keys)}
+    common = [
+        (label_of[key], name) for key, name in zip(trained.class_keys, trained.classes, strict=True) if key in label_of
+    ]
     if not common:
-        raise InputError(f"--data: {target.name} has none of the classes that are tuned on. Raise --classes.")
-    return replace(target.of_classes([label for label, _ in common]), classes=tuple(name for _, name in common))
+        raise InputError(
+            f"load_task: {target.name} has none of the classes that are trained on. Raise `classes`.", "data"
+        )
+    return replace(target.subset_classes([label for label, _ in common]), classes=tuple(name for _, name in common))

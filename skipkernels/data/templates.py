@@ -1,4 +1,4 @@
-"""Prompt templates: the paper's set, CoOp's set, and one's own."""
+"""Prompt templates: the paper's set, CoOp's set, or the user's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .base import InputError
 
 PHOTO = "a photo of a {}."
 
-# Wu et al. 2025, by the names of `coop.DATASETS`.
+# Wu et al. 2025; the keys are those of `coop.DATASETS`.
 PAPER = {
     "imagenet": PHOTO,
     "caltech101": "itap of a {}.",
@@ -44,13 +44,13 @@ COOP = {
     "imagenet_a": PHOTO,
     "imagenet_r": PHOTO,
 }
-SETS = {"paper": PAPER, "coop": COOP}
+TEMPLATE_SETS = {"paper": PAPER, "coop": COOP}
 
-Templates = str | Sequence[str] | None  # one, several, the name of a set, or the default: as `templates_of` takes them
+Templates = str | Sequence[str] | None  # see `resolve_templates`
 
 
 def format_prompt(template: str, name: str) -> str:
-    """A template with the name of a class.
+    """Put the name of a class into a template.
 
     >>> format_prompt("a photo of a {}.", "apple pie")
     'a photo of a apple pie.'
@@ -58,36 +58,38 @@ def format_prompt(template: str, name: str) -> str:
     return template.replace("{}", name)
 
 
-def templates_of(dataset: str | None, templates: Templates = None, default: str = PHOTO) -> tuple[str, ...]:
-    """The templates of a dataset.
+def resolve_templates(dataset: str | None, templates: Templates = None, default: str = PHOTO) -> tuple[str, ...]:
+    """Return the templates of a dataset.
 
     Args:
-        dataset: A name of `PAPER`, or None for another dataset.
-        templates: Templates of one's own, of which the first is for training; or "paper" or "coop". By default the
-            paper's.
-        default: For a dataset of which neither set has one.
+        dataset: A key of `PAPER`, or None for another dataset.
+        templates: Templates, the first for training; or "paper" or "coop", the sets of those papers. Default: "paper".
+        default: Template of a dataset that is not in the sets.
 
     Raises:
-        InputError: If a template does not have exactly one {}, has other braces, or stands beside a set.
+        InputError: If a template does not have exactly one {}, has other braces, or is combined with a set.
 
     Example:
-        >>> templates_of("dtd"), templates_of("dtd", "coop"), templates_of(None, ["{}!", "a {}."])
+        >>> resolve_templates("dtd"), resolve_templates("dtd", "coop"), resolve_templates(None, ["{}!", "a {}."])
         (('itap of a {}.',), ('{} texture.',), ('{}!', 'a {}.'))
     """
     chosen = ["paper"] if templates is None else [templates] if isinstance(templates, str) else list(templates)
-    if len(chosen) == 1 and chosen[0] in SETS:
-        return (SETS[chosen[0]].get(dataset or "", default),)
+    if len(chosen) == 1 and chosen[0] in TEMPLATE_SETS:
+        return (TEMPLATE_SETS[chosen[0]].get(dataset or "", default),)
     if not chosen:
-        raise InputError(f"--template: there must be at least one, such as {PHOTO!r}; got none.")
-    if any(template in SETS for template in chosen):
+        raise InputError(f"resolve_templates: templates must have an item, such as {PHOTO!r}; got none.", "templates")
+    sets = list(TEMPLATE_SETS)
+    if any(template in sets for template in chosen):
         raise InputError(
-            f"--template: {' and '.join(SETS)} are sets, which can't be combined with other templates; got "
-            f"{', '.join(map(repr, chosen))}. Name one set alone, or give templates of your own alone."
+            f"resolve_templates: {' and '.join(sets)} are sets, which can't be combined with other templates; got "
+            f"{', '.join(map(repr, chosen))}. Name one set alone, or give templates of your own alone.",
+            "templates",
         )
     for template in chosen:
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise InputError(
-                f"--template: expected {' or '.join(SETS)}, or templates with one {{}} each, where the name of the "
-                f"class goes, and no other braces, such as {PHOTO!r}; got {template!r}."
+                f"resolve_templates: templates must be {' or '.join(sets)}, or templates with one {{}} each, which "
+                f"the class name replaces, and no other braces, such as {PHOTO!r}; got {template!r}.",
+                "templates",
             )
     return tuple(chosen)

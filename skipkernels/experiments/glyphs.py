@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from ..data import InputError, Protocol, Source, Split
 from ..data.images import Transform
-from ..data.templates import Templates, templates_of
+from ..data.templates import Templates, resolve_templates
 
 TEMPLATE = "the character {}."
 
@@ -326,25 +326,27 @@ class GlyphSource(Source):
         ]
 
     def images(self, split: Split, transform: Transform | None = None) -> GlyphDataset:
-        """The images of a split; see `GlyphSource`."""
+        """Return the images of a split; see `GlyphSource`."""
         drawn = {"train": (16, 0), "val": (_TEST_IMAGES, _TEST_SEED + 1), "test": (_TEST_IMAGES, _TEST_SEED)}
         if split not in drawn:
-            raise InputError(f"--data: {self.name} has no {split} images: it has {', '.join(drawn)} images.")
+            raise InputError(f"{self.name} has no {split} images: it has {', '.join(drawn)} images.", "data")
         return self._draw(*drawn[split], transform)
 
     def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> GlyphDataset:
-        """Training images of each class, drawn with a seed."""
+        """Draw training images of each class with a seed; see `Source`."""
         if not 1 <= shots <= 1000:
-            raise InputError(f"--shots must be from 1 to 1000; got {shots}: every class needs a training image.")
+            raise InputError(
+                f"few_shot: shots must be from 1 to 1000; got {shots}: every class needs a training image.", "shots"
+            )
         if not 0 <= seed < _TEST_SEED:
-            raise InputError(f"--seed must be from 0 to {_TEST_SEED - 1}; got {seed}.")
+            raise InputError(f"few_shot: seed must be from 0 to {_TEST_SEED - 1}; got {seed}.", "seed")
         return self._draw(shots, seed, transform)
 
     def _draw(self, per_class: int, seed: int, transform: Transform | None) -> GlyphDataset:
         return GlyphDataset(self.codepoints, self.fonts, per_class=per_class, seed=seed, transform=transform)
 
-    def of_classes(self, labels: Sequence[int]) -> GlyphSource:
-        """Some of the classes; see `Source`."""
+    def subset_classes(self, labels: Sequence[int]) -> GlyphSource:
+        """Return some of the classes; see `Source`."""
         chosen = tuple(self.codepoints[label] for label in labels)
         return replace(self, classes=tuple(self.classes[label] for label in labels), codepoints=chosen)
 
@@ -362,16 +364,17 @@ def open_glyphs(name: str, templates: Templates = None) -> GlyphSource:
     blocks = name.split("+") if name else ["latin-extended-additional"]
     unknown = [block for block in blocks if block not in BLOCKS]
     if unknown:
-        raise InputError(f"--data: no block {unknown[0]!r}; choose from {', '.join(BLOCKS)}.")
+        raise InputError(f"open_source: no block {unknown[0]!r}; choose from {', '.join(BLOCKS)}.", "data")
     codepoints = tuple(block_characters(blocks, HELD_OUT_FONTS))
     if len(codepoints) < 2:
         raise InputError(
-            f"--data: the fonts {', '.join(HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
-            f"{'+'.join(blocks)}; choose another block."
+            f"open_source: the fonts {', '.join(HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
+            f"{'+'.join(blocks)}; choose another block.",
+            "data",
         )
     return GlyphSource(
         f"glyphs:{'+'.join(blocks)}",
         tuple(character_name(codepoint) for codepoint in codepoints),
-        templates_of(None, templates, TEMPLATE),
+        resolve_templates(None, templates, TEMPLATE),
         codepoints,
     )

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from ..data import InputError
-from ..data.files import shown
+from ..data.files import format_names
 from ..store import StoreError, read_object, replace_text, usable_folder
 from ..store.lock import OWNER, holder, locked
 from . import checkpoint
@@ -212,7 +212,7 @@ class RunFolder:
         if earlier and not _is_a_runs(self.path):
             raise InputError(
                 f"--out: {self.path} holds files that are called as a run's, and no {CONFIG} that a run wrote: "
-                f"{shown(earlier)}; choose another folder, or move them."
+                f"{format_names(earlier)}; choose another folder, or move them."
             )
         if config.resume:
             self._resume(earlier)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import InputError
-from ..data.files import shown
+from ..data.files import format_names
 from ..features import BatchSampler, FeatureCache
 from ..store import digest_tensors
 from . import optimizers
@@ -146,7 +146,7 @@ class Trainer:
         again.load_state_dict(order)
         images = next(islice(again, step, None))
         classes = dict.fromkeys(self._classes[label] for label in self._labels[images].tolist())
-        return f"training images {shown(list(map(str, images)))} of {shown(list(classes))}"
+        return f"training images {format_names(list(map(str, images)))} of {format_names(list(classes))}"
 
     def _check_weights(self) -> None:
         finite = torch.stack([weight.detach().isfinite().all() for weight in self.weights])

@@ -1,4 +1,4 @@
-"""Small pictures on the disk, in folders as people have them. The red of a picture says its class."""
+"""Small images on the disk, in folders of datasets. The red channel of an image encodes its class."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ from PIL import Image
 from skipkernels.data import InputError
 
 SPLITS = {"train": 4, "val": 1, "test": 2}  # images of each class
-RED = 20  # from one class to the next
+RED = 20  # difference between two classes
 
 
-def draw(path: Path, label: int = 0) -> None:
-    """A picture of a class."""
+def draw_image(path: Path, label: int = 0) -> None:
+    """Draw an image of a class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (5, 4), (RED * label, 9, 9)).save(path)
 
 
 def class_of(image: Image.Image) -> int:
-    """Which class a picture was drawn of."""
+    """Return the class of an image."""
     return round(image.getpixel((2, 2))[0] / RED)
 
 
-def folders(root: Path, counts: dict[str, int], ending: str = ".png") -> Path:
-    """Folders of pictures; each is of the class that is its rank among folders of its name."""
+def make_folders(root: Path, counts: dict[str, int], extension: str = ".png") -> Path:
+    """Make folders of images; the class of an image is the rank of its folder's name."""
     names = sorted({folder.rpartition("/")[2] for folder in counts})
     for folder, count in counts.items():
         for number in range(count):
-            draw(root / folder / f"{number:02d}{ending}", names.index(folder.rpartition("/")[2]))
+            draw_image(root / folder / f"{number:02d}{extension}", names.index(folder.rpartition("/")[2]))
     return root
 
 
 @contextmanager
-def refused(*words: str | Path) -> Iterator[None]:
-    """It is an InputError of one line that says all this."""
+def raises_input_error(*words: str | Path, argument: Any = ...) -> Iterator[None]:
+    """Expect an InputError with a message of one line that contains the words, and, if given, about an argument."""
     with pytest.raises(InputError) as caught:
         yield
     text = str(caught.value)
     assert len(text.splitlines()) == 1 and text.isprintable() and text.endswith((".", "?"))
     for word in words:
         assert str(word) in text
+    assert argument in (..., caught.value.argument)
 
 
 def shuffle_listings(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Folders are listed in another order, as another disk may."""
+    """List folders in another order, as another file system may."""
     scandir, listdir = os.scandir, os.listdir
 
     class Shuffled:
@@ -82,7 +83,7 @@ def shuffle_listings(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 # ---- CoOp's layout ---------------------------------------------------------------------------------------------------
 
-# Folder, where its paths start, split file, and a path as the published split files have them.
+# Folder, root of its paths, split file, and a path as in the published split files.
 JSON_SETS = {
     "caltech101": ("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "{}/image_{:04d}.jpg"),
     "oxford_pets": ("oxford_pets", "images", "split_zhou_OxfordPets.json", "{}_{}.jpg"),
@@ -99,8 +100,8 @@ WNIDS = ["n01440764", "n01443537", "n01484850", "n01491361"]
 IMAGENET_NAMES = ["tench", "goldfish", "great white shark", "tiger shark"]
 
 
-def coop(root: Path, name: str) -> Path:
-    """A dataset in the layout of CoOp: three classes of NAMES, or four of IMAGENET_NAMES."""
+def make_coop(root: Path, name: str) -> Path:
+    """Make a dataset in CoOp's layout, of the three classes of NAMES, or the four of IMAGENET_NAMES."""
     if name in JSON_SETS:
         folder, start, split_file, pattern = JSON_SETS[name]
         content: dict[str, list[Any]] = {split: [] for split in SPLITS}
@@ -110,7 +111,7 @@ def coop(root: Path, name: str) -> Path:
                 for _ in range(count):
                     number += 1
                     path = pattern.format(of_class.replace(" ", "_"), number)
-                    draw(root / folder / start / path, label)
+                    draw_image(root / folder / start / path, label)
                     content[split].append([path, label, of_class])
         (root / folder / split_file).write_text(json.dumps(content))
     elif name == "fgvc_aircraft":
@@ -121,16 +122,16 @@ def coop(root: Path, name: str) -> Path:
             for label, of_class in enumerate(NAMES):
                 for _ in range(count):
                     number += 1
-                    draw(folder / "images" / f"{number:07d}.jpg", label)
+                    draw_image(folder / "images" / f"{number:07d}.jpg", label)
                     lines.append(f"{number:07d} {of_class}\n")
             (folder / f"images_variant_{split}.txt").write_text("".join(lines))
         (folder / "variants.txt").write_text("".join(f"{of_class}\n" for of_class in NAMES))
     elif name == "imagenet":
         for label, wnid in enumerate(WNIDS):
             for number in range(4):
-                draw(root / "imagenet/images/train" / wnid / f"{wnid}_{number}.JPEG", label)
+                draw_image(root / "imagenet/images/train" / wnid / f"{wnid}_{number}.JPEG", label)
             for number in range(2):
-                draw(root / "imagenet/images/val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG", label)
+                draw_image(root / "imagenet/images/val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG", label)
         (root / "imagenet/images/train/scripts").mkdir()
         classnames(root / "imagenet")
     else:
@@ -142,14 +143,14 @@ def coop(root: Path, name: str) -> Path:
         }[name]
         for label, folder in enumerate(of_classes):
             for number in range(2):
-                draw(root / inside / folder / f"{number}.jpg", label)
+                draw_image(root / inside / folder / f"{number}.jpg", label)
         (root / inside / "README.txt").write_text("cite us")
         classnames(root / inside.partition("/")[0])
     return root
 
 
 def classnames(folder: Path) -> None:
-    """Of ImageNet, in the order of nothing in particular."""
+    """Write the class names of ImageNet, not in the order of the labels."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{wnid} {name}\n" for wnid, name in zip(WNIDS, IMAGENET_NAMES, strict=True)]
     (folder / "classnames.txt").write_text("".join(reversed(lines)))

@@ -1,4 +1,4 @@
-"""Images of files: as RGB, as the file has them, and named where they can't be read. Labels of any dataset."""
+"""Reading image files, subsets of images, and labels of any dataset."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from pictures import class_of, draw, refused
+from pictures import class_of, draw_image, raises_input_error
 from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from skipkernels.data import InputError, LabelledImages, PickedImages
-from skipkernels.data.images import labels_of, read_image
+from skipkernels.data import DatasetImages, InputError, LabelledImages
+from skipkernels.data.images import read_image, read_labels
 
 
 def one(path: Path) -> Image.Image:
@@ -28,7 +28,7 @@ def pixel(path: Path) -> tuple[int, int, int]:
     return one(path).getpixel((0, 0))
 
 
-# ---- kinds of files --------------------------------------------------------------------------------------------------
+# ---- valid files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -41,50 +41,49 @@ def pixel(path: Path) -> tuple[int, int, int]:
         ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
     ],
 )
-def test_every_mode_of_png_comes_as_rgb(tmp_path, mode, value, seen):
+def test_read_image_converts_png_modes(tmp_path, mode, value, seen):
     Image.new(mode, (3, 2), value).save(tmp_path / "a.png")
     assert one(tmp_path / "a.png").mode == "RGB"
     assert pixel(tmp_path / "a.png") == seen
 
 
-def test_a_palette_is_looked_up(tmp_path):
+def test_read_image_converts_palette(tmp_path):
     image = Image.new("RGB", (3, 2), (200, 10, 30)).quantize(4)
     assert image.mode == "P"
     image.save(tmp_path / "a.png")
     assert pixel(tmp_path / "a.png") == (200, 10, 30)
 
 
-def test_cmyk(tmp_path):
+def test_read_image_converts_cmyk(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
     red, green, blue = pixel(tmp_path / "a.jpg")
     assert red > 240 and green < 15 and blue < 15
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bits_are_refused_where_pillow_would_cut_them(tmp_path, ending):
+def test_read_image_sixteen_bits(tmp_path, ending):
     Image.fromarray(np.full((3, 4), 40_000, dtype=np.uint16)).save(tmp_path / f"deep.{ending}")
-    with refused(tmp_path / f"deep.{ending}", "more than 8 bits", "Convert"):
+    with raises_input_error(tmp_path / f"deep.{ending}", "more than 8 bits", "Convert"):
         one(tmp_path / f"deep.{ending}")
 
 
-def test_floats_are_refused(tmp_path):
+def test_read_image_floats(tmp_path):
     Image.fromarray(np.full((3, 4), 0.5, dtype=np.float32)).save(tmp_path / "deep.tif")
-    with refused("deep.tif", "more than 8 bits"):
+    with raises_input_error("deep.tif", "more than 8 bits"):
         one(tmp_path / "deep.tif")
 
 
-def test_a_camera_held_sideways_is_not_followed(tmp_path):
-    """As torchvision's loader; the note is kept by nothing that comes later."""
+def test_read_image_ignores_exif_orientation(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter
+    exif[0x0112] = 6  # rotate by 90°
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
     assert one(tmp_path / "a.jpg").size == (8, 4)
 
 
 @pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
 @pytest.mark.parametrize("ending", ["jpg", "png"])
-def test_read_image_ignores_ending(tmp_path, written, ending):
-    """Oxford-IIIT Pet has PNGs and GIFs that are called .jpg, ImageNet a PNG that is called .JPEG."""
+def test_read_image_ignores_extension(tmp_path, written, ending):
+    """Oxford-IIIT Pet has PNGs and GIFs with the extension .jpg, ImageNet a PNG with .JPEG."""
     Image.new("RGB", (3, 2), (0, 0, 200)).save(tmp_path / "a", written)
     (tmp_path / "a").rename(tmp_path / f"a.{ending}")
     assert abs(pixel(tmp_path / f"a.{ending}")[2] - 200) < 5
@@ -98,12 +97,12 @@ def test_read_image_takes_first_frame(tmp_path, written):
     assert pixel(tmp_path / "a.webp") == (255, 0, 0)
 
 
-def test_a_note_that_is_garbage_does_no_harm(tmp_path):
+def test_read_image_invalid_exif(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00garbage")
     assert one(tmp_path / "a.jpg").size == (8, 4)
 
 
-# ---- files that are no images ----------------------------------------------------------------------------------------
+# ---- invalid files ---------------------------------------------------------------------------------------------------
 
 
 def encoded(kind: str) -> bytes:
@@ -123,17 +122,17 @@ def encoded(kind: str) -> bytes:
         ("ünïcode.webp", encoded("webp")[:100]),
     ],
 )
-def test_what_is_no_image_is_named(tmp_path, name, content):
+def test_read_image_invalid_content(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with refused(tmp_path / name, "can't be read as an image", "remove"):
+    with raises_input_error(tmp_path / name, "can't be read as an image", "remove"):
         one(tmp_path / name)
 
 
-def test_a_folder_and_nothing_are_named(tmp_path):
+def test_read_image_folder_or_missing_file(tmp_path):
     (tmp_path / "a.png").mkdir()
-    with refused(tmp_path / "a.png", "can't be read"):
+    with raises_input_error(tmp_path / "a.png", "can't be read"):
         one(tmp_path / "a.png")
-    with refused(tmp_path / "b.png", "no such file"):
+    with raises_input_error(tmp_path / "b.png", "no such file"):
         one(tmp_path / "b.png")
 
 
@@ -141,40 +140,40 @@ def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
     Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "0.png")
-    with refused(tmp_path / "0.png", "can't be read as an image"):
+    with raises_input_error(tmp_path / "0.png", "can't be read as an image"):
         one(tmp_path / "0.png")
 
 
 @pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
-def test_read_image_refuses_what_is_no_file(tmp_path, link):
+def test_read_image_irregular_file(tmp_path, link):
     path = tmp_path / "a.png"
     path.symlink_to(link) if link else os.mkfifo(path)
-    with refused(path, "not a regular file"):
+    with raises_input_error(path, "not a regular file"):
         one(path)
 
 
-def test_a_bomb_is_named(tmp_path, monkeypatch):
-    draw(tmp_path / "a.png")
+def test_read_image_decompression_bomb(tmp_path, monkeypatch):
+    draw_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # the picture has 20
-    with refused(tmp_path / "a.png", "DecompressionBomb"):
+    with raises_input_error(tmp_path / "a.png", "DecompressionBomb"):
         one(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
-def test_a_damaged_file_is_an_image_or_named(tmp_path_factory, kind, data):
+def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
     content = bytearray(encoded(kind))
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of what it mends
+        warnings.simplefilter("ignore")  # Pillow warns when it repairs a file
         try:
             assert read_image(path).mode == "RGB"
         except ValueError:
-            with refused(path):
+            with raises_input_error(path):
                 read_image(path)
 
 
@@ -185,7 +184,7 @@ def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
     assert (
         str(caught.value)
         .splitlines()[-1]
-        .endswith(r"a\nb.png: no such file any more. It was there when the dataset was read.")
+        .endswith(r"a\nb.png: no such file. It was there when the dataset was opened.")
     )
 
 
@@ -197,53 +196,53 @@ def images(request, tmp_path):
     """Six images of classes 0, 1, 2, 0, 1, 2."""
     labels = [0, 1, 2, 0, 1, 2]
     for index, label in enumerate(labels):
-        draw(tmp_path / "inner" / f"{index}.png", label)
+        draw_image(tmp_path / "inner" / f"{index}.png", label)
     paths = [f"inner/{index}.png" for index in range(6)]
     files = LabelledImages(tmp_path, paths, labels)
-    return files if request.param == "files" else PickedImages(files, names=paths)
+    return files if request.param == "files" else DatasetImages(files, names=paths)
 
 
-def test_a_subset_keeps_the_order(images):
+def test_images_subset_keeps_order(images):
     part = images.subset([5, 0])
     assert (len(part), part.labels, part.names) == (2, [2, 0], ["inner/5.png", "inner/0.png"])
     assert [(class_of(image), label) for image, label in (part[0], part[1])] == [(2, 2), (0, 0)]
     assert len(images) == 6
 
 
-def test_classes_are_labelled_anew(images):
-    part = images.of_classes([2, 0])
+def test_images_subset_classes_relabels(images):
+    part = images.subset_classes([2, 0])
     assert part.labels == [1, 0, 1, 0]
     assert [(class_of(part[i][0]), part[i][1]) for i in range(4)] == [(0, 1), (2, 0), (0, 1), (2, 0)]
-    again = part.of_classes([0])
+    again = part.subset_classes([0])
     assert (again.labels, again.names) == ([0, 0], ["inner/2.png", "inner/5.png"])
     assert class_of(again[1][0]) == 2
-    assert len(images.of_classes([])) == 0
+    assert len(images.subset_classes([])) == 0
 
 
-def test_a_transform_is_of_the_copy(images):
+def test_images_with_transform_copies(images):
     assert images.with_transform(class_of)[4] == (1, 1)
     assert isinstance(images[4][0], Image.Image)
     assert images.with_transform(class_of).subset([4])[0] == (1, 1)
     assert isinstance(images.with_transform(class_of).with_transform(None)[4][0], Image.Image)
 
 
-def test_files_have_their_place_in_public(tmp_path):
-    """A cache knows them by that, and people know the attributes from torchvision's `ImageFolder`."""
-    draw(tmp_path / "a" / "0.png")
+def test_labelled_images_public_attributes(tmp_path):
+    """A feature cache identifies the images by them; the names are those of torchvision's `ImageFolder`."""
+    draw_image(tmp_path / "a" / "0.png")
     images = LabelledImages(str(tmp_path), ["a/0.png"], [3])
     assert images.root == tmp_path and images.samples == [(str(tmp_path / "a" / "0.png"), 3)]
 
 
-def test_as_many_labels_as_paths_and_names(tmp_path):
-    with pytest.raises(ValueError, match="labels must be as many as paths, 2; got 1"):
+def test_images_label_count(tmp_path):
+    with pytest.raises(ValueError, match="labels must have one item per path, 2; got 1"):
         LabelledImages(tmp_path, ["a", "b"], [0])
     for given_labels, names in (([0], None), (None, ["a"])):
-        with pytest.raises(ValueError, match="as many as the items of the dataset, 2"):
-            PickedImages([("x", 0), ("y", 1)], labels=given_labels, names=names)
+        with pytest.raises(ValueError, match="one item per item of the dataset, 2"):
+            DatasetImages([("x", 0), ("y", 1)], labels=given_labels, names=names)
 
 
-def test_a_tensor_has_been_through_its_own_transform():
-    images = PickedImages([(torch.ones(3, 2, 2), 0), ("text", 1)], transform=lambda image: "changed")
+def test_dataset_images_does_not_transform_tensors():
+    images = DatasetImages([(torch.ones(3, 2, 2), 0), ("text", 1)], transform=lambda image: "changed")
     assert isinstance(images[0][0], torch.Tensor) and images[1][0] == "changed"
 
 
@@ -251,7 +250,7 @@ def test_a_tensor_has_been_through_its_own_transform():
 
 
 class Loads(Dataset):
-    """Counts what is loaded."""
+    """Dataset that counts the items loaded."""
 
     def __init__(self, items, **attributes):
         self.items, self.loaded = items, 0
@@ -268,25 +267,25 @@ class Loads(Dataset):
 @pytest.mark.parametrize("values", [[1, 0, 2], (1, 0, 2), np.array([1, 0, 2]), torch.tensor([1, 0, 2]),
                                     [np.int64(1), torch.tensor(0), 2]])  # fmt: skip
 @pytest.mark.parametrize("name", ["labels", "targets", "_labels"])
-def test_labels_are_read_without_loading(values, name):
+def test_read_labels_from_attribute(values, name):
     dataset = Loads([1, 0, 2], **{name: values})
-    found = labels_of(dataset)
+    found = read_labels(dataset)
     assert found == [1, 0, 2] and {type(label) for label in found} == {int} and dataset.loaded == 0
 
 
-def test_labels_are_loaded_where_there_is_no_other_way():
+def test_read_labels_from_items():
     dataset = Loads([1, 0, 2])
-    assert labels_of(dataset) == [1, 0, 2] and dataset.loaded == 3
-    assert labels_of(Subset(dataset, [2, 0])) == [2, 1]
-    assert labels_of(TensorDataset(torch.ones(2, 3), torch.tensor([4, 5]))) == [4, 5]
+    assert read_labels(dataset) == [1, 0, 2] and dataset.loaded == 3
+    assert read_labels(Subset(dataset, [2, 0])) == [2, 1]
+    assert read_labels(TensorDataset(torch.ones(2, 3), torch.tensor([4, 5]))) == [4, 5]
 
 
 @pytest.mark.parametrize("label", ["cat", 1.0, True, None, torch.tensor([1, 2])])
-def test_labels_that_are_none(label):
-    with refused("Loads", "item 1", "whole number", "Number the classes"):
-        labels_of(Loads([0, label]))
+def test_read_labels_invalid_label(label):
+    with raises_input_error("Loads", "item 1", "an integer", "Number the classes"):
+        read_labels(Loads([0, label]))
 
 
-def test_labels_of_other_items():
-    with refused("Loads", "2 items", "labels of 3"):
-        labels_of(Loads([0, 1], labels=[0, 1, 1]))
+def test_read_labels_count():
+    with raises_input_error("Loads", "2 items have 3 labels"):
+        read_labels(Loads([0, 1], labels=[0, 1, 1]))

@@ -1,4 +1,4 @@
-"""What each protocol trains on and tests on: glyphs to the image, folders and CoOp's datasets by what is in them."""
+"""Training images and test sets of each protocol, on glyphs, folders and CoOp's datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, coop, draw, folders, refused
+from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, draw_image, make_coop, make_folders, raises_input_error
 from PIL import Image
 
 from skipkernels.data import from_datasets, load_task, open_source, split_base_new, summarise
@@ -29,14 +29,14 @@ def sizes(task):
 
 
 def check(task):
-    """What holds of every task: labels fit classes, prompts and pictures."""
+    """Check that the labels of a task agree with its classes, prompts and images."""
     assert len({test.name for test in task.tests}) == len(task.tests)
     for test in task.tests:
         assert {len(texts) for texts in test.prompts} == {len(test.classes)}
         assert all(name in prompt for texts in test.prompts for name, prompt in zip(test.classes, texts, strict=True))
         assert set(test.images.labels) == set(range(len(test.classes)))
         assert test.images[len(test.images) - 1][1] == test.images.labels[-1]
-        assert isinstance(test.images[0][0], Image.Image), "a picture, to be shown"
+        assert isinstance(test.images[0][0], Image.Image), "not a tensor"
     assert set(task.train.labels) == set(range(len(task.tests[0].classes)))
     return task
 
@@ -95,7 +95,7 @@ def greys(images, count=6):
 
 
 @pytest.mark.parametrize("how", PINNED, ids=lambda how: how[0])
-def test_glyphs_are_what_they_were(how):
+def test_load_task_glyphs_pinned(how):
     data, shots, classes, seed = how
     prompts, labels, means = PINNED[how]
     task = check(load(data, shots=shots, classes=classes, seed=seed))
@@ -103,11 +103,11 @@ def test_glyphs_are_what_they_were(how):
     assert digest(base.prompts[0] + new.prompts[0]) == prompts
     assert digest([*task.train.labels, *base.images.labels, *new.images.labels]) == labels
     for images, wanted in zip((task.train, base.images, new.images), means, strict=True):
-        # Not to the bit: another FreeType smooths edges otherwise.
+        # Not bit-exact: versions of FreeType differ in how they smooth edges.
         assert greys(images) == pytest.approx(wanted, abs=0.5)
 
 
-def test_glyphs_are_drawn_with_these_seeds():
+def test_load_task_glyph_seeds():
     task = load("glyphs:greek", shots=3, classes=10, seed=4)
     base = [images.codepoints for images in (task.train, task.tests[0].images)]
     assert base[0] == base[1] and not set(base[0]) & set(task.tests[1].images.codepoints)
@@ -116,7 +116,7 @@ def test_glyphs_are_drawn_with_these_seeds():
         assert [image.tobytes() for image, _ in images] == [image.tobytes() for image, _ in drawn]
 
 
-def test_base_to_new_by_coops_rule():
+def test_load_task_base_to_new():
     assert split_base_new(list("abcde")) == (list("abc"), list("de"))
     task = load("glyphs:greek", shots=2, classes=21)
     assert sizes(task) == {"base": 11, "new": 10} and task.name == "glyphs:greek" and task.protocol == "base-to-new"
@@ -124,39 +124,26 @@ def test_base_to_new_by_coops_rule():
     assert len(task.train) == 22
 
 
-def test_training_images_are_no_test_images():
-    task = load("glyphs", shots=4, classes=10)
-    train, test = ({image.tobytes() for image, _ in split} for split in (task.train, task.tests[0].images))
-    assert len(train) == 20 and not train & test
-
-
-def test_shots_by_seed():
-    def pixels(seed):
-        return [image.tobytes() for image, _ in load("glyphs", classes=6, seed=seed).train]
-
-    assert pixels(1) == pixels(1) != pixels(2)
-
-
-def test_a_folder(tmp_path):
-    task = check(load(f"imagefolder:{folders(tmp_path, dict.fromkeys(['ant', 'bee', 'cat', 'dog', 'eel'], 10))}"))
+def test_load_task_image_folder(tmp_path):
+    task = check(load(f"imagefolder:{make_folders(tmp_path, dict.fromkeys(['ant', 'bee', 'cat', 'dog', 'eel'], 10))}"))
     assert [test.classes for test in task.tests] == [["ant", "bee", "cat"], ["dog", "eel"]]
     assert [class_of(task.train[index][0]) for index in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [class_of(image) - label for image, label in map(task.tests[1].images.__getitem__, range(6))] == [3] * 6
-    assert len(task.notes) == 1 and "divided by a hash" in task.notes[0]
+    assert len(task.notes) == 1 and "split by a hash" in task.notes[0]
 
 
-# ---- few-shot, and what all have in common ---------------------------------------------------------------------------
+# ---- few-shot, and all protocols -------------------------------------------------------------------------------------
 
 
-def test_few_shot(tmp_path):
-    task = check(load("coop:food101", "few-shot", root=coop(tmp_path, "food101"), shots=3))
+def test_load_task_few_shot(tmp_path):
+    task = check(load("coop:food101", "few-shot", root=make_coop(tmp_path, "food101"), shots=3))
     assert sizes(task) == {"all": 3} and task.train.labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert task.tests[0].prompts == ([f"a photo of the nice {name.replace('_', ' ')}." for name in NAMES],)
     assert task.notes == ()
 
 
-def test_transforms_of_training_and_of_tests(tmp_path):
-    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
+def test_load_task_transforms(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
     for protocol, how in (("few-shot", {}), ("cross-dataset", {"targets": ["glyphs:greek"]})):
         task = load(data, protocol, shots=1, classes=2, **how, transform=lambda image: 1)
         assert {task.train[0][0], *(test.images[0][0] for test in task.tests)} == {1}
@@ -164,16 +151,16 @@ def test_transforms_of_training_and_of_tests(tmp_path):
         assert task.train[0][0] == 2 and {test.images[0][0] for test in task.tests} == {1}
 
 
-def test_several_templates(tmp_path):
+def test_load_task_templates(tmp_path):
     task = check(load("glyphs:greek", "few-shot", classes=2, templates=["a {}.", "the {}!"]))
     name = task.tests[0].classes[0]
     assert [texts[0] for texts in task.tests[0].prompts] == [f"a {name}.", f"the {name}!"]
-    coop(tmp_path, "dtd")
+    make_coop(tmp_path, "dtd")
     assert load("coop:dtd", templates="coop", root=tmp_path).tests[0].prompts[0][0] == "apple pie texture."
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7, 250, None])
-def test_classes_are_evenly_spaced(classes):
+def test_load_task_classes_evenly_spaced(classes):
     everything = open_source("glyphs").classes
     task = load("glyphs", "few-shot", shots=1, classes=classes)
     chosen = [everything.index(name) for name in task.tests[0].classes]
@@ -184,7 +171,7 @@ def test_classes_are_evenly_spaced(classes):
 
 
 @hypothesis.given(st.integers(2, 30), st.integers(2, 40), st.sampled_from(["base-to-new", "few-shot"]))
-def test_any_number_of_classes(there, classes, protocol):
+def test_load_task_any_number_of_classes(there, classes, protocol):
     names = [f"class {number:02d}" for number in range(there)]
     items = [(Image.new("L", (1, 1), label), label) for label in range(there) for _ in range(2)]
     source = from_datasets("grey", train=items, test=items, classes=names)
@@ -197,26 +184,25 @@ def test_any_number_of_classes(there, classes, protocol):
             assert names[image.getpixel((0, 0))] == test.classes[label]
 
 
-def test_few_images_are_told(tmp_path):
-    coop(tmp_path, "dtd")
+def test_load_task_notes_few_images(tmp_path):
+    make_coop(tmp_path, "dtd")
     task = load("coop:dtd", root=tmp_path, shots=16)
     assert Counter(task.train.labels) == {0: 4, 1: 4}
     assert task.notes == (
-        "coop:dtd: fewer than 16 training images, and so all there are, of 2 of 2 classes: apple pie (4), baby back "
+        "coop:dtd: 2 of 2 classes have fewer than 16 training images, all of which are used: apple pie (4), baby back "
         "ribs (4).",
-        "coop:dtd: new has one class alone, crème brûlée, so all of its images count as right, whatever is tuned.",
+        "coop:dtd: new has only the class crème brûlée, so that all of its images count as correct.",
     )
 
 
-def test_a_dataset_of_ones_own_has_tasks():
+def test_load_task_from_datasets():
     items = [(Image.new("L", (1, 1), label), label) for label in range(4) for _ in range(3)]
     task = check(load(from_datasets("grey", train=items, test=items, classes=list("abcd"))))
     assert task.name == "grey" and [test.classes for test in task.tests] == [["a", "b"], ["c", "d"]]
 
 
-def test_a_cache_knows_every_task(tmp_path):
-    """It asks what a dataset is, and keeps what differs apart."""
-    folders(tmp_path, {"cat": 9, "dog": 9})
+def test_load_task_images_identified_by_cache(tmp_path):
+    make_folders(tmp_path, {"cat": 9, "dog": 9})
     for data in ("glyphs", f"imagefolder:{tmp_path}"):
         tasks = [load(data, "few-shot", classes=2, seed=seed) for seed in (1, 1, 2)]
         digests = [identify(task.train) for task in tasks]
@@ -227,7 +213,7 @@ def test_a_cache_knows_every_task(tmp_path):
 # ---- cross-dataset ---------------------------------------------------------------------------------------------------
 
 
-def test_other_blocks_are_the_targets_of_glyphs():
+def test_default_targets_glyphs():
     task = check(load("glyphs", "cross-dataset", classes=20))
     assert sizes(task) == {
         "source": 20,
@@ -239,15 +225,15 @@ def test_other_blocks_are_the_targets_of_glyphs():
     assert task.tests[3].prompts[0][0] == "the character greek capital letter heta."
 
 
-def test_a_block_that_is_tuned_on_is_no_target():
+def test_default_targets_exclude_trained_blocks():
     source = "glyphs:greek+currency+braille"
     names = [test.name for test in load(source, "cross-dataset", classes=2, shots=1).tests]
     assert names[0] == "source" and not {"greek", "currency", "braille"} & set(names) and "cyrillic" in names
 
 
-def test_the_ten_others_are_the_targets_of_imagenet(tmp_path):
+def test_default_targets_imagenet(tmp_path):
     for name in ("imagenet", "fgvc_aircraft", *JSON_SETS):
-        coop(tmp_path, name)
+        make_coop(tmp_path, name)
     task = check(load("coop:imagenet", "cross-dataset", root=tmp_path))
     others = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397"]
     assert sizes(task) == {"source": 4, **dict.fromkeys([*others, "dtd", "eurosat", "ucf101"], 3)}
@@ -259,14 +245,14 @@ def test_the_ten_others_are_the_targets_of_imagenet(tmp_path):
     )
 
 
-def test_targets_of_ones_own(tmp_path):
-    folders(tmp_path / "pets", {"cat": 4, "dog": 4})
-    folders(tmp_path / "insects", {"ant": 4, "bee": 4, "fly": 1, "fly/more": 3})
+def test_load_task_given_targets(tmp_path):
+    make_folders(tmp_path / "pets", {"cat": 4, "dog": 4})
+    make_folders(tmp_path / "insects", {"ant": 4, "bee": 4, "fly": 1, "fly/more": 3})
     data, target = (f"imagefolder:{tmp_path / name}" for name in ("pets", "insects"))
     own = from_datasets("mine", test=[(Image.new("L", (1, 1)), 0)], classes=["x"])
     task = check(load(data, "cross-dataset", targets=[target, "glyphs:greek", own], classes=3))
     assert sizes(task) == {"source": 2, "insects": 3, "greek": 3, "mine": 1}
-    assert [note for note in task.notes if note.startswith(target)], "what is to be said of a target is said"
+    assert [note for note in task.notes if note.startswith(target)], "notes of a target"
 
 
 @pytest.mark.parametrize(
@@ -281,15 +267,14 @@ def test_targets_of_ones_own(tmp_path):
         (["imagefolder:/日本/犬"], ["犬"]),
     ],
 )
-def test_names_of_targets(specs, names):
-    """They go into tables and names of folders."""
+def test_short_names(specs, names):
     assert _short_names(specs) == names
 
 
 # ---- domain generalization -------------------------------------------------------------------------------------------
 
 
-def test_fonts_are_the_domains_of_glyphs():
+def test_domains_glyphs():
     task = check(load("glyphs:greek", "domain-generalization", classes=5, shots=4))
     assert sizes(task) == {"source": 5, "serif-bold": 5, "serif-italic": 5, "serif-bold-italic": 5}
     assert task.train.fonts == ["serif"] and [test.images.fonts for test in task.tests] == [
@@ -307,18 +292,20 @@ def test_fonts_are_the_domains_of_glyphs():
 
 
 @pytest.mark.parametrize("targets", [["serif"], ["comic"], ["serif-bold", "serif-bold"], ["glyphs:greek"], ["stix"]])
-def test_fonts_that_are_no_domains(targets):
-    with refused("--targets", "its domain serif", "serif-bold, serif-italic, serif-bold-italic", *targets):
+def test_domains_glyphs_invalid_targets(targets):
+    with raises_input_error(
+        "other than serif", "serif-bold, serif-italic, serif-bold-italic", *targets, argument="targets"
+    ):
         load("glyphs:greek", "domain-generalization", targets=targets)
 
 
 def imagenet_and_variants(root):
     for name in ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"):
-        coop(root, name)
+        make_coop(root, name)
     return root
 
 
-def test_variants_are_the_domains_of_imagenet(tmp_path):
+def test_domains_imagenet_variants(tmp_path):
     task = check(load("coop:imagenet", "domain-generalization", root=imagenet_and_variants(tmp_path)))
     assert {test.name: test.classes for test in task.tests} == {
         "source": IMAGENET_NAMES,
@@ -330,8 +317,8 @@ def test_variants_are_the_domains_of_imagenet(tmp_path):
     assert {test.name: test.prompts[0][0] for test in task.tests}["imagenet_r"] == "a rendition of a tench."
 
 
-def test_variants_with_fewer_classes(tmp_path):
-    """Tuned on the first and third: of ImageNet-A nothing is left of these."""
+def test_domains_imagenet_with_fewer_classes(tmp_path):
+    """ImageNet-A has neither the first nor the third class, which are trained on."""
     imagenet_and_variants(tmp_path)
     targets = ["coop:imagenetv2", "coop:imagenet_r"]
     task = check(load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2, targets=targets))
@@ -343,11 +330,13 @@ def test_variants_with_fewer_classes(tmp_path):
     }
     third = [image for image, label in map(task.tests[1].images.__getitem__, range(4)) if label == 1]
     assert {class_of(image) for image in third} == {2}
-    with refused("--targets: coop:imagenet_a has none of the classes that are tuned on", "--classes"):
+    with raises_input_error(
+        "coop:imagenet_a has none of the classes that are trained on", "`classes`", argument="targets"
+    ):
         load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2)
 
 
-def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
+def test_domains_match_classes_by_id(tmp_path):
     imagenet_and_variants(tmp_path)
     for file in tmp_path.glob("*/classnames.txt"):
         file.write_text(file.read_text().replace("tiger shark", "tench"))
@@ -355,15 +344,15 @@ def test_classes_of_one_name_are_told_apart_by_their_ids(tmp_path):
     task = load("coop:imagenet", "domain-generalization", root=tmp_path)
     assert [test.images.labels for test in task.tests if test.name == "imagenet_a"] == [[0, 0, 1, 1]]
     assert task.tests[3].classes == ["goldfish", "tench"]
-    assert task.tests[4].classes == ["tench", "goldfish", "great white shark"], "by the names they were tuned by"
+    assert task.tests[4].classes == ["tench", "goldfish", "great white shark"], "the names of training"
     assert task.tests[4].prompts[0][1] == "a rendition of a goldfish."
 
 
-def test_domains_by_name(tmp_path):
-    folders(tmp_path / "photos", {"cat": 4, "dog": 4, "owl": 4})
-    for label, name in ((1, "Dog"), (0, "CAT")):  # in another order, by other letters
+def test_domains_match_classes_by_name(tmp_path):
+    make_folders(tmp_path / "photos", {"cat": 4, "dog": 4, "owl": 4})
+    for label, name in ((1, "Dog"), (0, "CAT")):  # in another order and case
         for split in ("train", "test"):
-            draw(tmp_path / "sketches" / split / name / "0.png", label)
+            draw_image(tmp_path / "sketches" / split / name / "0.png", label)
     data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "sketches"))
     task = check(load(data, "domain-generalization", targets=[target]))
     assert [(test.name, test.classes) for test in task.tests] == [
@@ -375,94 +364,102 @@ def test_domains_by_name(tmp_path):
     assert task.tests[1].prompts == (["a photo of a cat.", "a photo of a dog."],)
 
 
-def test_domains_that_do_not_fit(tmp_path):
-    folders(tmp_path / "photos", {"cat": 4, "dog": 4})
-    folders(tmp_path / "more", {"cat": 4, "dog": 4, "owl": 4, "yak": 4})
+def test_domains_invalid_classes(tmp_path):
+    make_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
+    make_folders(tmp_path / "more", {"cat": 4, "dog": 4, "owl": 4, "yak": 4})
     data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "more"))
-    with refused(f"--targets: {target} has classes that {data} doesn't have: owl, yak", "Leave them out"):
+    with raises_input_error(
+        f"{target} has classes that {data} does not have: owl, yak", "Leave them out", argument="targets"
+    ):
         load(data, "domain-generalization", targets=[target])
     once = from_datasets("twice", test=[("image", 0), ("image", 1)], classes=["cat", "dog"])
-    twice = replace(once, classes=("cat", "Cat"))  # as CoOp's may be, as published
-    with refused("--targets: twice has two classes 'cat'", "Rename one"):
+    twice = replace(once, classes=("cat", "Cat"))  # as in some of CoOp's datasets
+    with raises_input_error("twice has two classes 'cat'", "Rename one", argument="targets"):
         load(data, "domain-generalization", targets=[twice])
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- invalid arguments -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "argument", "words"),
     [
-        ({"data": "imagenet"}, ["--data", "no dataset 'imagenet'"]),
-        ({"data": "glyphs:klingon"}, ["--data", "no block 'klingon'"]),
-        ({"data": "glyphs:emoticons"}, ["--data", "draw only 0 distinct characters"]),
-        ({"shots": 0}, ["--shots must be", "every class needs a training image"]),
-        ({"classes": 1}, ["--classes must be at least 2", "got 1"]),
-        ({"seed": -1}, ["--seed must be from 0"]),
-        ({"protocol": "zero-shot"}, ["--protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
-        ({"targets": ["glyphs:greek"]}, ["--targets: base-to-new has none", "cross-dataset or domain-generalization"]),
-        ({"protocol": "few-shot", "targets": ["x"]}, ["--targets: few-shot has none"]),
-        ({"protocol": "cross-dataset", "targets": ["x"]}, ["--targets: no dataset 'x'"]),
-        ({"protocol": "cross-dataset", "targets": ["glyphs:greek"] * 2}, ["--targets: two of", "are the same"]),
-        ({"templates": ["a {name}."]}, ["--template", "'a {name}.'"]),
+        ({"data": "imagenet"}, "data", ["no dataset 'imagenet'"]),
+        ({"shots": 0}, "shots", ["shots must be", "every class needs a training image"]),
+        ({"classes": 1}, "classes", ["classes must be at least 2", "got 1"]),
+        ({"seed": -1}, "seed", ["seed must be from 0"]),
+        ({"protocol": "zero-shot"}, "protocol", ["protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
+        (
+            {"targets": ["glyphs:greek"]},
+            "targets",
+            ["base-to-new has no targets", "cross-dataset or domain-generalization"],
+        ),
+        ({"protocol": "few-shot", "targets": ["x"]}, "targets", ["few-shot has no targets"]),
+        ({"protocol": "cross-dataset", "targets": ["x"]}, "targets", ["no dataset 'x'"]),
+        ({"protocol": "cross-dataset", "targets": ["glyphs:greek"] * 2}, "targets", ["two of", "are the same"]),
+        ({"templates": ["a {name}."]}, "templates", ["'a {name}.'"]),
     ],
 )
-def test_tasks_that_can_not_be(arguments, words):
-    with refused(*words):
+def test_load_task_invalid_arguments(arguments, argument, words):
+    with raises_input_error(*words, argument=argument):
         load(**{"data": "glyphs", "classes": 4, **arguments})
 
 
-def test_datasets_without_targets(tmp_path):
-    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
-    with refused(f"--targets: cross-dataset of {data} needs datasets to test on", "Name some"):
+def test_default_targets_absent(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    with raises_input_error(f"cross-dataset of {data} needs datasets to test on", "Name some", argument="targets"):
         load(data, "cross-dataset")
-    with refused(f"--targets: domain-generalization of {data} needs datasets of the same classes"):
+    with raises_input_error(f"domain-generalization of {data} needs datasets of the same classes", argument="targets"):
         load(data, "domain-generalization")
 
 
-def test_a_target_that_is_not_there(tmp_path):
-    coop(tmp_path, "imagenet")
-    with refused("--root: coop:caltech101: no folder", "caltech-101", "name those that you have with --targets"):
+def test_load_task_missing_target(tmp_path):
+    make_coop(tmp_path, "imagenet")
+    with raises_input_error(
+        "coop:caltech101: no folder", "caltech-101", "name those that you have as `targets`", argument="root"
+    ):
         load("coop:imagenet", "cross-dataset", root=tmp_path)
-    with refused("--root: coop:dtd: no folder", "DATASETS.md"):
+    with raises_input_error("coop:dtd: no folder", "DATASETS.md", argument="root"):
         load("coop:imagenet", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
 
 
-def test_a_source_or_target_without_test_images(tmp_path):
-    file = coop(tmp_path, "dtd") / "dtd/split_zhou_DescribableTextures.json"
+def test_load_task_without_test_images(tmp_path):
+    file = make_coop(tmp_path, "dtd") / "dtd/split_zhou_DescribableTextures.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "test": [item for item in content["test"] if item[1] < 2]}))
-    with refused("--data: coop:dtd has no test images of crème brûlée"):
+    with raises_input_error("coop:dtd has no test images of crème brûlée", argument="data"):
         load("coop:dtd", root=tmp_path)
     file.write_text(json.dumps({**content, "test": []}))
-    with refused("--targets: coop:dtd has no test images", "train, val"):
+    with raises_input_error("coop:dtd has no test images", "train, val", argument="targets"):
         load("glyphs", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
 
 
 @pytest.mark.parametrize(("given", "lacking"), [("train", "test"), ("test", "train")])
-def test_ones_own_dataset_with_one_split_alone(given, lacking):
+def test_load_task_missing_split(given, lacking):
     source = from_datasets("squares", **{given: [("image", 0), ("image", 1)]}, classes=["black", "grey"])
-    with refused(f"--data: squares has no {lacking} images: it has {given} images. Give from_datasets {lacking}= too."):
+    with raises_input_error(
+        f"squares has no {lacking} images: it has {given} images. Give from_datasets {lacking}= too.", argument="data"
+    ):
         load(source, "few-shot")
 
 
-def test_one_class(tmp_path):
-    with refused("--data: imagefolder:", "fewer than two classes"):
-        load(f"imagefolder:{folders(tmp_path, {'cat': 4})}", "few-shot")
-    with refused("--data: empty has fewer than two classes"):
+def test_load_task_one_class(tmp_path):
+    with raises_input_error("imagefolder:", "fewer than two classes", argument="data"):
+        load(f"imagefolder:{make_folders(tmp_path, {'cat': 4})}", "few-shot")
+    with raises_input_error("empty has fewer than two classes", argument="data"):
         load(from_datasets("empty", test=[], classes=[]))
 
 
-def test_load_task_tells_parts_of_one_class(tmp_path):
-    data = f"imagefolder:{folders(tmp_path, {'cat': 4, 'dog': 4})}"
-    assert [note.partition(": ")[2] for note in load(data).notes if "one class alone" in note] == [
-        f"{part} has one class alone, {name}, so all of its images count as right, whatever is tuned."
+def test_load_task_notes_parts_of_one_class(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    assert [note.partition(": ")[2] for note in load(data).notes if "has only the class" in note] == [
+        f"{part} has only the class {name}, so that all of its images count as correct."
         for part, name in (("base", "cat"), ("new", "dog"))
     ]
-    assert not any("one class alone" in note for note in load(data, "few-shot").notes)
+    assert not any("has only the class" in note for note in load(data, "few-shot").notes)
 
 
-# ---- what is reported ------------------------------------------------------------------------------------------------
+# ---- summaries -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -475,7 +472,7 @@ def test_load_task_tells_parts_of_one_class(tmp_path):
         ("few-shot", {"all": 50.0}, {}),
     ],
 )
-def test_summaries(protocol, accuracies, more):
+def test_summarise(protocol, accuracies, more):
     before = dict(accuracies)
     found = summarise(protocol, accuracies)
     assert found == {**before, **more} and list(found) == [*before, *more] and accuracies == before

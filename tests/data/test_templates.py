@@ -1,23 +1,23 @@
-"""Templates of the papers, and one's own."""
+"""Prompt templates: those of the papers, and given ones."""
 
 from __future__ import annotations
 
 import pytest
-from pictures import refused
+from pictures import raises_input_error
 
 from skipkernels.data.coop import DATASETS
-from skipkernels.data.templates import COOP, PAPER, templates_of
+from skipkernels.data.templates import COOP, PAPER, resolve_templates
 
 PHOTO = "a photo of a {}."
 
 
-def test_every_dataset_has_both():
+def test_template_sets_cover_all_datasets():
     assert PAPER.keys() == COOP.keys() == DATASETS.keys()
     for template in [*PAPER.values(), *COOP.values()]:
-        assert templates_of(None, template) == (template,)
+        assert resolve_templates(None, template) == (template,)
 
 
-def test_where_the_sets_differ():
+def test_template_sets_differences():
     differ = {name for name in DATASETS if PAPER[name] != COOP[name]}
     assert differ == {
         *("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "dtd", "ucf101"),
@@ -40,23 +40,25 @@ def test_where_the_sets_differ():
         ("food101", ("{}", "two {}"), ("{}", "two {}")),
     ],
 )
-def test_which_are_taken(dataset, templates, wanted):
-    assert templates_of(dataset, templates, "the thing {}.") == wanted
+def test_resolve_templates(dataset, templates, wanted):
+    assert resolve_templates(dataset, templates, "the thing {}.") == wanted
 
 
 @pytest.mark.parametrize("wrong", ["none", "", "{} and {}", "{name}", "{0}", "a {} {", "{{}}", "}{", ["a {}", "b"]])
-def test_what_is_no_template(wrong):
+def test_resolve_templates_invalid_template(wrong):
     got = wrong[-1] if isinstance(wrong, list) else wrong
-    with refused("--template", "paper or coop", PHOTO, repr(got)):
-        templates_of("dtd", wrong)
+    with raises_input_error("paper or coop", PHOTO, repr(got), argument="templates"):
+        resolve_templates("dtd", wrong)
 
 
 @pytest.mark.parametrize("wrong", [("paper", "x {}"), ("a {}", "coop"), ("paper", "coop")])
-def test_a_set_stands_alone(wrong):
-    with refused("--template: paper and coop are sets", "can't be combined", f"got {wrong[0]!r}, {wrong[1]!r}."):
-        templates_of("dtd", wrong)
+def test_resolve_templates_set_with_others(wrong):
+    with raises_input_error(
+        "paper and coop are sets", "can't be combined", f"got {wrong[0]!r}, {wrong[1]!r}.", argument="templates"
+    ):
+        resolve_templates("dtd", wrong)
 
 
-def test_none_at_all():
-    with refused("--template", "at least one", PHOTO):
-        templates_of("dtd", [])
+def test_resolve_templates_empty():
+    with raises_input_error("must have an item", PHOTO, argument="templates"):
+        resolve_templates("dtd", [])

@@ -1,4 +1,4 @@
-"""Datasets of torchvision, each in the layout that it keeps it in, with torchvision's own code to read it."""
+"""Datasets of torchvision, in torchvision's layouts and read by its code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from pictures import class_of, draw, refused, shuffle_listings
+from pictures import class_of, draw_image, raises_input_error, shuffle_listings
 from PIL import Image
 from torchvision import datasets
 
 from skipkernels.data import LabelledImages, open_source
 from skipkernels.data.templates import COOP, PAPER
-from skipkernels.data.torchvision_sets import SETS
+from skipkernels.data.torchvision_sets import DATASETS
 from skipkernels.features.dataset_key import identify
 
 
@@ -26,7 +26,7 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-# ---- what torchvision would have fetched -----------------------------------------------------------------------------
+# ---- files as torchvision downloads them -----------------------------------------------------------------------------
 
 
 def dtd(root, patch):
@@ -36,7 +36,7 @@ def dtd(root, patch):
         lines = []
         for label, name in enumerate(("banded", "polka-dotted")):
             for image in range(2):
-                draw(folder / "images" / name / f"{name}_{number}{image}.jpg", label)
+                draw_image(folder / "images" / name / f"{name}_{number}{image}.jpg", label)
                 lines.append(f"{name}/{name}_{number}{image}.jpg\n")
         (folder / f"labels/{split}1.txt").write_text("".join(lines))
 
@@ -44,24 +44,24 @@ def dtd(root, patch):
 def eurosat(root, patch):
     for label, name in enumerate(("AnnualCrop", "Forest", "SeaLake")):
         for image in range(10):
-            draw(root / "eurosat/2750" / name / f"{name}_{image}.jpg", label)
+            draw_image(root / "eurosat/2750" / name / f"{name}_{image}.jpg", label)
 
 
 def fgvcaircraft(root, patch):
     data = root / "fgvc-aircraft-2013b/data"
     for number, split in enumerate(("train", "val", "test")):
         for label, name in enumerate(("707-320", "F/A-18")):
-            draw(data / "images" / f"{number}{label}.jpg", label)
+            draw_image(data / "images" / f"{number}{label}.jpg", label)
             with (data / f"images_variant_{split}.txt").open("a") as file:
                 file.write(f"{number}{label} {name}\n")
     (data / "variants.txt").write_text("707-320\nF/A-18\n")
 
 
 def flowers102(root, patch):
-    """MATLAB's files need scipy, which is no part of this package."""
+    """MATLAB files need scipy, which is not a dependency of this package."""
     folder = root / "flowers-102"
     for number in range(1, 7):
-        draw(folder / "jpg" / f"image_{number:05d}.jpg", number % 2)
+        draw_image(folder / "jpg" / f"image_{number:05d}.jpg", number % 2)
     contents = {
         "setid": {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.array([5, 6])},
         "imagelabels": {"labels": np.array([2, 1, 2, 1, 2, 1])},
@@ -78,7 +78,7 @@ def food101(root, patch):
         listed = {name: [f"{name}/{number}{image}" for image in range(2)] for name in ("apple_pie", "waffles")}
         for label, paths in enumerate(listed.values()):
             for path in paths:
-                draw(root / "food-101/images" / f"{path}.jpg", label)
+                draw_image(root / "food-101/images" / f"{path}.jpg", label)
         (root / "food-101/meta").mkdir(exist_ok=True)
         (root / f"food-101/meta/{split}.json").write_text(json.dumps(listed))
 
@@ -86,7 +86,7 @@ def food101(root, patch):
 def imagenette(root, patch):
     for split in ("train", "val"):
         for label, wnid in enumerate(("n01440764", "n02979186")):
-            draw(root / "imagenette2" / split / wnid / f"{wnid}_1.JPEG", label)
+            draw_image(root / "imagenette2" / split / wnid / f"{wnid}_1.JPEG", label)
 
 
 def oxfordiiitpet(root, patch):
@@ -95,7 +95,7 @@ def oxfordiiitpet(root, patch):
     for number, split in enumerate(("trainval", "test")):
         lines = []
         for label, name in enumerate(("Abyssinian", "american_bulldog")):
-            draw(folder / "images" / f"{name}_{number}.jpg", label)
+            draw_image(folder / "images" / f"{name}_{number}.jpg", label)
             lines.append(f"{name}_{number} {label + 1} 1 1\n")
         (folder / f"annotations/{split}.txt").write_text("".join(lines))
 
@@ -104,12 +104,12 @@ def sun397(root, patch):
     folder = root / "SUN397"
     for label, place in enumerate(("a/abbey", "a/apartment_building/outdoor")):
         for image in range(10):
-            draw(folder / place / f"sun_a{image}.jpg", label)
+            draw_image(folder / place / f"sun_a{image}.jpg", label)
     (folder / "ClassName.txt").write_text("/a/abbey\n/a/apartment_building/outdoor\n")
 
 
 def pixels(count, side, label):
-    """[count, side, side, 3] as `draw` draws them."""
+    """[count, side, side, 3] as `draw_image` draws them."""
     image = Image.new("RGB", (side, side), (20 * label, 9, 9))
     return np.stack([np.asarray(image)] * count)
 
@@ -168,7 +168,7 @@ WRITERS = {
     "stl10": stl10,
     "sun397": sun397,
 }
-# The first names of classes, and images of all classes in train, val and test.
+# The first class names, and the number of images in train, val and test.
 WANTED = {
     "cifar10": (["airplane", "aquarium fish"], 6, None, 6),
     "cifar100": (["airplane", "aquarium fish"], 6, None, 6),
@@ -186,46 +186,46 @@ WANTED = {
 }
 
 
-def test_each_has_a_test():
-    assert SETS.keys() == WRITERS.keys() == WANTED.keys()
+def test_datasets_all_have_writers():
+    assert DATASETS.keys() == WRITERS.keys() == WANTED.keys()
 
 
 def red(image):
     return class_of(image.convert("RGB"))
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_each_is_read(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", DATASETS)
+def test_open_torchvision(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)
     names, *sizes = WANTED[name]
     source = open_source(f"torchvision:{name}", tmp_path)
     assert list(source.classes[: len(names)]) == names and source.name == f"torchvision:{name}"
     for split, size in zip(("train", "val", "test"), sizes, strict=True):
         if size is None:
-            with refused(f"torchvision:{name} has no {split} images: it has train, test images"):
+            with raises_input_error(f"torchvision:{name} has no {split} images: it has train, test images"):
                 source.images(split)
             continue
         images = source.images(split)
         assert len(images) == size == len(set(images.names))
         of_files = name not in ("cifar10", "cifar100", "fashionmnist", "mnist", "stl10")
-        assert isinstance(images, LabelledImages) == of_files, "whose labels are known without opening them"
+        assert isinstance(images, LabelledImages) == of_files, "labels are known without loading images"
         assert [(red(images[index][0]), images[index][1]) for index in range(size)] == [
             (label, label) for label in images.labels
         ]
-    few = source.of_classes(range(len(names))).few_shot(1, seed=0)
+    few = source.subset_classes(range(len(names))).few_shot(1, seed=0)
     assert few.labels == list(range(len(names)))
-    assert identify(few) != identify(source.images("test")), "a cache tells them apart"
+    assert identify(few) != identify(source.images("test")), "different for a feature cache"
 
 
-@pytest.mark.parametrize("name", [name for name in SETS if SETS[name].coop])
-def test_templates_are_those_of_coops_datasets(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [name for name in DATASETS if DATASETS[name].coop])
+def test_open_torchvision_templates(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)
     for chosen, templates in (("paper", PAPER), ("coop", COOP)):
-        assert open_source(f"torchvision:{name}", tmp_path, chosen).templates == (templates[SETS[name].coop],)
+        assert open_source(f"torchvision:{name}", tmp_path, chosen).templates == (templates[DATASETS[name].coop],)
 
 
 @pytest.mark.parametrize("name", ["eurosat", "sun397", "dtd"])
-def test_the_order_of_a_folder_plays_no_part(tmp_path, monkeypatch, name):
+def test_open_torchvision_ignores_listing_order(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)
 
     def found():
@@ -239,64 +239,61 @@ def test_the_order_of_a_folder_plays_no_part(tmp_path, monkeypatch, name):
             assert found() == before
 
 
-def test_a_dataset_without_splits_says_so(tmp_path, monkeypatch):
+def test_open_torchvision_notes_split_by_hash(tmp_path, monkeypatch):
     eurosat(tmp_path, monkeypatch)
-    assert "divided by a hash of their paths" in open_source("torchvision:EuroSAT", tmp_path).notes[0]
+    assert "split by a hash of their paths" in open_source("torchvision:EuroSAT", tmp_path).notes[0]
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_what_is_not_there_says_how_to_fetch_it(tmp_path, name):
-    with refused(
-        f"--root: torchvision:{name}: not usable in {tmp_path}",
-        "--download",
-        f"datasets.{SETS[name].type}(",
-        "download=True",
-    ):
+@pytest.mark.parametrize("name", DATASETS)
+def test_open_torchvision_missing_dataset(tmp_path, name):
+    with raises_input_error(f"torchvision:{name}: not usable in {tmp_path}", "`download=True`", argument="root"):
         open_source(f"torchvision:{name}", tmp_path)
 
 
-def test_it_is_fetched_when_asked(tmp_path, monkeypatch):
+def test_open_torchvision_download(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.EuroSAT, "download", lambda self: eurosat(tmp_path, monkeypatch))
     source = open_source("torchvision:eurosat", tmp_path, download=True)
     assert len(source.images("test")) == 9
 
 
-def test_a_fetch_that_fails(tmp_path, monkeypatch):
+def test_open_torchvision_failed_download(tmp_path, monkeypatch):
     def fail(self):
         raise OSError("Temporary failure\nin name resolution")
 
     monkeypatch.setattr(datasets.EuroSAT, "download", fail)
-    with refused("--root: torchvision:eurosat: not usable in", "failure in name", "Is the network there"):
+    with raises_input_error(
+        "torchvision:eurosat: not usable in", "failure in name", "Are the network available", argument="root"
+    ):
         open_source("torchvision:eurosat", tmp_path, download=True)
 
 
 @pytest.mark.parametrize("damage", ["{", '["cake"]', '{"cake": 1}'])
-def test_a_list_that_is_damaged(tmp_path, monkeypatch, damage):
+def test_open_torchvision_damaged_list(tmp_path, monkeypatch, damage):
     food101(tmp_path, monkeypatch)
     (tmp_path / "food-101/meta/train.json").write_text(damage)
-    with refused("torchvision:food101"):
+    with raises_input_error("torchvision:food101"):
         open_source("torchvision:food101", tmp_path)
 
 
-def test_a_package_that_is_lacking(tmp_path, monkeypatch):
+def test_open_torchvision_missing_package(tmp_path, monkeypatch):
     flowers102(tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with refused("--data: torchvision:flowers102 needs a package more", "scipy", "pip"):
+    with raises_input_error("torchvision:flowers102 needs another package", "scipy", "pip", argument="data"):
         open_source("torchvision:flowers102", tmp_path)
 
 
-def test_batches_of_someone_else_are_not_unpickled(tmp_path, monkeypatch):
+def test_open_torchvision_changed_batches_are_not_unpickled(tmp_path, monkeypatch):
     """torchvision compares their checksums first."""
     WRITERS["cifar10"](tmp_path, monkeypatch)
     with (tmp_path / "cifar-10-batches-py/train").open("ab") as file:
         file.write(b"more")
     monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
-    with refused("torchvision:cifar10", "corrupted"):
+    with raises_input_error("torchvision:cifar10", "corrupted"):
         open_source("torchvision:cifar10", tmp_path)
 
 
-def test_no_such_dataset_or_root(tmp_path):
-    with refused("--data: no dataset 'imagenet' of torchvision", *SETS):
+def test_open_torchvision_unknown_dataset_or_root(tmp_path):
+    with raises_input_error("no dataset 'imagenet' of torchvision", *DATASETS, argument="data"):
         open_source("torchvision:imagenet", tmp_path)
-    with refused("--root: torchvision:mnist needs the folder"):
+    with raises_input_error("torchvision:mnist needs the folder", argument="root"):
         open_source("torchvision:mnist")

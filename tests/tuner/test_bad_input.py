@@ -13,7 +13,7 @@ from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.experiments import glyph_tiny
 from skipkernels.tuner.model import check_activation, load_model
-from tests.data.pictures import folders
+from tests.data.pictures import make_folders
 from tests.tuner.runs import fails
 
 
@@ -34,7 +34,7 @@ def damaged(run, tmp_path):
         (["--shots", "0"], "every class needs a training image"),
         (["--classes", "1"], "--classes must be at least 2"),
         (["--template", "no place"], "templates with one {} each"),
-        (["--targets", "glyphs:greek"], "base-to-new has none"),
+        (["--targets", "glyphs:greek"], "base-to-new has no targets"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--model", "ViT-B-61"], "did you mean"),
         (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
@@ -255,7 +255,7 @@ def test_a_message_is_one_short_line_whatever_is_quoted_in_it(tmp_path, argument
 )
 def test_results_and_images_are_kept_apart(tmp_path, monkeypatch, capsys, option, place, message):
     monkeypatch.chdir(tmp_path)
-    folders(tmp_path / "photos", {"cat": 4, "dog": 4})
+    make_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     before = sorted(tmp_path.rglob("*"))
     for arguments in (["--data", "imagefolder:photos"],
@@ -269,7 +269,7 @@ def test_results_and_images_are_kept_apart(tmp_path, monkeypatch, capsys, option
     "command", [["tune"], ["tune", "--method", "zero-shot"], ["analyze"], ["compare"], ["cache", "build", "features"]]
 )
 def test_folders_by_default_are_not_below_the_images(tmp_path, monkeypatch, capsys, command):
-    monkeypatch.chdir(folders(tmp_path, {"cat": 4, "dog": 4}))
+    monkeypatch.chdir(make_folders(tmp_path, {"cat": 4, "dog": 4}))
     assert "is in the folder of the images" in fails([*command, "--data", "imagefolder:."], capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog"]
 
