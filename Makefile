@@ -54,9 +54,10 @@ race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(READY)) ## Run the Triton kern
 	  echo "    make race SIMULATOR=/path/to/its/bin/python"; exit 2; }
 	$(SIMULATOR) -m ttsem.sanitize pytest tests/ops -k "simulator and not (opcheck or compile or autocast or refuse or written)" -q
 
-lint: $(READY) ## Check style and layout.
+lint: $(READY) ## Check style, layout and English.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_language.py
 
 types: $(READY) ## Check types.
 	$(BIN)/mypy
