@@ -1,8 +1,8 @@
 """skipkernels: Skip Tuning for CLIP, near what the hardware can do.
 
-Importing this package imports nothing else: each public name below is loaded when it is first asked for.
-`import skipkernels.ops` registers the operators with PyTorch, as `torch.ops.skipkernels.…`; where torch was imported
-before, they are registered when `torch.ops.skipkernels` is first asked for one.
+Importing this package imports no other: each public name is loaded at its first use. `import skipkernels.ops` registers
+the operators with PyTorch as `torch.ops.skipkernels.…`; if torch is already imported, the first use of
+`torch.ops.skipkernels` does the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _SUBMODULES = ("functional", "ops", "reference")
-_HOME = {  # public name → the module it is in
+_HOME = {  # public name → its module
     "ClassSelection": "selection",
     "FeatureCache": "features",
     "FusedSGD": "optimizer",

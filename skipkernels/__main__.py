@@ -1,17 +1,22 @@
-"""`skipkernels` and `python -m skipkernels`: the command line, whose imports Ctrl-C may already interrupt."""
+"""`skipkernels` and `python -m skipkernels`: the entry point of the command line, which imports no torch."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+import skipkernels
+
 
 def main() -> int:
     """Run the command line."""
+    if sys.argv[1:] == ["--version"]:
+        sys.stdout.write(f"skipkernels {skipkernels.__version__}\n")
+        return 0
     _open_closed_streams()
-    _wait_passively()
+    _set_passive_wait()
     try:
-        from skipkernels.cli import main as cli
+        from skipkernels.cli import main as cli  # here, so that Ctrl-C may interrupt its imports
 
         return cli.main()
     except KeyboardInterrupt:
@@ -19,20 +24,20 @@ def main() -> int:
 
 
 def _open_closed_streams() -> None:
-    """Open the null device for standard streams that are closed: else a file of the run would get their descriptor."""
+    """Open the null device for closed standard streams, or a file of the run would get their descriptor."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
 
 
-def _wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait; to be called before torch loads OpenMP. What the user set holds.
+def _set_passive_wait() -> None:
+    """Let waiting OpenMP threads sleep, unless the user has set how they wait. Call before torch loads OpenMP.
 
-    By default they spin: two runs at once on the same cores took several times as long as one after the other.
+    By default they spin: two runs on the same cores took several times as long as one after the other.
     """
     if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"}:
         os.environ["OMP_WAIT_POLICY"] = "passive"  # GNU's and LLVM's

@@ -1,6 +1,6 @@
-"""`torch.ops.skipkernels`, which registers the operators when one of them is first asked for.
+"""`torch.ops.skipkernels`, registering the operators at its first use.
 
-Imported with the package where torch was imported before it.
+Imported by the package if torch is already imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class _Unregistered(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if vars(torch.ops).get(self.__name__) is self:
-            delattr(torch.ops, self.__name__)  # torch makes its own
+            delattr(torch.ops, self.__name__)  # torch creates its own namespace
         importlib.import_module("skipkernels.ops")
         return getattr(getattr(torch.ops, self.__name__), name)
 
