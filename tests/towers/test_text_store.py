@@ -11,6 +11,7 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
+from skipkernels.clip.text_encoder import TextEncoder
 from skipkernels.store import Writer, writer
 from skipkernels.store.lock import locked
 from skipkernels.towers import text_store
@@ -61,8 +62,8 @@ def test_every_number_is_that_from_memory(tmp_path, monkeypatch, skip, tokens, p
 
 def test_from_a_folder_no_text_runs_below_the_cut_but_one(tmp_path, monkeypatch):
     ran = []
-    lower = sk.SkipCLIP._lower_texts
-    monkeypatch.setattr(sk.SkipCLIP, "_lower_texts", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
+    lower = TextEncoder.lower
+    monkeypatch.setattr(TextEncoder, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
     made(tmp_path)
     assert sum(ran) == CLASSES + 1
     ran.clear()
@@ -147,7 +148,7 @@ def test_prototypes_are_those_of_the_weights_above_the_cut(tmp_path):
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"text_cache is for what is below a cut"):
+    with pytest.raises(ValueError, match="text_cache keeps features at the cut"):
         made(tmp_path, skip_layers=0)
     with pytest.raises(sk.StoreError, match=r"text_cache keeps fp32, fp16, bf16; .*float64"):
         made(tmp_path, model=tiny_clip(torch.float64))

@@ -73,7 +73,7 @@ def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask(xforme
 def test_asked_for_where_it_cannot_serve(xformers_ops):
     reason = towers_xformers.unusable(torch.device("cpu"), torch.float32, 8)
     assert "No operator found" in reason
-    with pytest.raises(ValueError, match='attention="xformers" cannot serve here: No operator found'):
+    with pytest.raises(ValueError, match='attention="xformers" cannot be used here: No operator found'):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="xformers")
 
 

@@ -40,7 +40,7 @@ def damaged(run, tmp_path):
         (["--model", "ViT-B-16"], "ViT-B-16 needs weights"),
         (["--model", "ViT-B-16", "--pretrained", "nonsense"], "no tag 'nonsense'"),
         (["--pretrained", "nowhere/model.safetensors"], "no file nowhere/model.safetensors"),
-        (["--attention", "xformers"], "error --attention xformers cannot serve here"),
+        (["--attention", "xformers"], "error --attention xformers cannot be used here"),
         (["--skip-layers", "7"], "error --skip-layers must be a whole number from 0 to 6"),
         (["--keep-ratio", "0"], "error --keep-ratio must be above 0"),
         (["--keep-ratio", "1.5"], "a share up to 1, or a whole number of classes); got 1.5"),
@@ -50,7 +50,7 @@ def damaged(run, tmp_path):
         (["--method", "coop", "--cache", "c"], "nothing below a cut is kept"),
         (
             ["--skip-layers", "0", "--cache", "c"],
-            "--cache is for what is below a cut; with --skip-layers 0 there is nothing",
+            "--cache keeps features at the cut, and with --skip-layers 0 there is no cut",
         ),
         (["--optimizer", "Muon"], "Muon can't be used here"),
         (["--optimizer", "muonn"], "did you mean Muon?"),

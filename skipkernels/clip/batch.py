@@ -1,0 +1,71 @@
+"""Checks of a batch. Values are checked on the CPU only: elsewhere that would be a host sync."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def one_batch(x: Any, pixel_values: Any, images: Any) -> Any:
+    """Return the one of three synonymous arguments that was given."""
+    given = [value for value in (x, pixel_values, images) if value is not None]
+    if len(given) != 1:
+        raise TypeError(
+            "SkipCLIP: pass images or features as one of x, pixel_values and images; got "
+            f"{'more than one' if given else 'none'}."
+        )
+    return given[0]
+
+
+def check_images(x: Any) -> None:
+    """Raise unless x may be images or features: floating point, not empty, and finite if it is images on the CPU."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"SkipCLIP: x must be a tensor, images [B, 3, height, width] or features at the cut; got "
+            f"{type(x).__name__}. Stack a list of images with torch.stack."
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"SkipCLIP: images must be floating-point and normalised as the model's image transform does it; got "
+            f"{x.dtype}. Apply the transform, or (images / 255 − mean) / std."
+        )
+    if x.ndim < 3:
+        raise ValueError(
+            f"SkipCLIP: x must be images [B, 3, height, width] or features at the cut [B, N, W]; got {list(x.shape)}."
+        )
+    if len(x) == 0:
+        raise ValueError(f"SkipCLIP: a batch must have at least one image; got {list(x.shape)}.")
+    if x.ndim == 4 and x.shape[1] == 3 and x.device.type == "cpu" and not x.isfinite().all():
+        bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"SkipCLIP: images must be finite; NaN or infinity in images {bad} of the batch.")
+
+
+def check_labels(labels: Any, batch_size: int) -> None:
+    """Raise unless labels are int64 [B]."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
+            "clip.predict(x)."
+        )
+    if labels.ndim == 2:
+        raise ValueError(
+            f"SkipCLIP: labels must be class ids, int64 [B={batch_size}]; got {labels.dtype} {list(labels.shape)}. "
+            "One-hot, mixed or multiple labels are not handled; for one-hot labels pass labels.argmax(dim=1)."
+        )
+    if labels.shape != (batch_size,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"SkipCLIP: labels must be int64 [B={batch_size}], one for each image; got {labels.dtype} "
+            f"{list(labels.shape)}."
+        )
+
+
+def check_label_range(labels: Tensor, classes: int) -> None:
+    """Raise if a label is no class. A host sync on a GPU."""
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"SkipCLIP: labels must be in [0, C={classes}); got {low} to {high}. Leave images without a class out of "
+            "the batch; ignore_index is not handled."
+        )

@@ -1,0 +1,112 @@
+"""Images, or their features at the cut, to image embeddings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..boundary import LSkipBoundary
+from ..towers import ImageTower
+from ..towers.structure import WeightsSeen
+
+
+class ImageEncoder:
+    """Image tower of SkipCLIP.
+
+    Args:
+        tower: The image tower.
+        chunk: Largest number of images that run below the cut at once.
+
+    Attributes:
+        lower_device: Device of the modules below the cut, if it is not that of the rest.
+        features: Shape [N, W] of one image's features at the cut, and their dtype.
+        weights: The weights below the cut that gave the features.
+        gave_features: True once features at the cut were computed or used.
+    """
+
+    lower_device: torch.device | None = None
+    features: tuple[torch.Size, torch.dtype]
+    gave_features = False
+
+    def __init__(self, tower: ImageTower, chunk: int):
+        self.tower, self.chunk = tower, chunk
+        self.weights = WeightsSeen(())
+
+    def lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
+        """Images [B, 3, height, width] to features at the cut [B, N, W]."""
+        try:
+            return self._lower(images, drop_patches)
+        except RuntimeError as error:
+            height, width = self.tower.image_size
+            if tuple(images.shape[1:]) == (3, height, width):
+                raise
+            raise ValueError(
+                f"SkipCLIP: images must be [B, 3, {height}, {width}], the size that the model takes; got "
+                f"{list(images.shape)}. Use the model's image transform."
+            ) from error
+
+    def _lower(self, images: Tensor, drop_patches: bool) -> Tensor:
+        lower, device = partial(self.tower.lower, draw=drop_patches), images.device
+        images = images.to(self.tower.dtype)
+        if self.tower.skip == 0:
+            return lower(images)
+        return LSkipBoundary.apply(lower, images.to(self.lower_device or device), self.chunk).to(device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images or features at the cut to embeddings [B, D], not normalised."""
+        if self.are_images(x):
+            return self.tower.upper(self.lower(x, drop_patches=True))
+        self.gave_features = True
+        if self.weights.changed():
+            raise RuntimeError(
+                "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so features at the cut from "
+                "before are of another model. Compute them again, then call clip.refresh()."
+            )
+        return self.tower.upper(x.to(self.features[1]))
+
+    def are_images(self, x: Tensor) -> bool:
+        """Return True for images, False for features at the cut.
+
+        Raises:
+            ValueError: If x has the shape of neither, or of features although nothing is skipped.
+        """
+        shape, _ = self.features
+        sample = self.tower.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
+        are_features = x.shape[1:] == shape or sample
+        if x.ndim == 4 and x.shape[1] == 3 and not are_features:
+            return True
+        if self.tower.skip == 0:
+            raise ValueError(
+                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images "
+                f"[B, 3, height, width]; got {list(x.shape)}."
+            )
+        if not are_features:
+            raise ValueError(
+                "SkipCLIP: x must be images [B, 3, height, width] or features at the cut "
+                f"[B, {', '.join(map(str, shape))}]; got {list(x.shape)}."
+            )
+        return False
+
+    def lower_copy(self) -> Callable[[Tensor], Tensor]:
+        """`lower` of copied modules in evaluation mode that share the weights."""
+        self.gave_features = True
+        twin = copy.copy(self)
+        twin.tower = sharing_weights(self.tower, self.tower.model)
+        for part in twin.tower.lower_parts:
+            if isinstance(part, nn.Module):
+                part.eval()
+        return twin.lower
+
+    def accept_weights(self) -> None:
+        """Take the weights below the cut as those of all features that follow."""
+        self.weights = WeightsSeen(self.tower.lower_parts)
+
+
+def sharing_weights(part: Any, model: nn.Module) -> Any:
+    """Copy the modules of a part of a model, each with its own mode, on the same tensors."""
+    return copy.deepcopy(part, {id(x): x for x in (*model.parameters(), *model.buffers())})

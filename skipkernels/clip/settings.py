@@ -1,0 +1,104 @@
+"""Settings of SkipCLIP, their checks, and their application to the towers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..towers import ImageTower, Memory, TextTower, xformers
+from ..towers.attention import SDPA, Attention, Backend
+
+Trainable = Literal["upper", "as_is"]
+
+
+class Settings(NamedTuple):
+    """Arguments of SkipCLIP that `refresh` applies again.
+
+    Raises:
+        ValueError: If `apply` finds one out of range for the towers.
+    """
+
+    skip_layers: tuple[int | float, int | float]
+    memory: Memory
+    attention: Attention
+    trainable: Trainable
+    train_logit_scale: bool
+
+    @classmethod
+    def checked(
+        cls, skip_layers: Any, memory: Memory, attention: Attention, trainable: Trainable, train_logit_scale: bool
+    ) -> Settings:
+        """Check what does not depend on the model."""
+        if memory not in get_args(Memory):
+            raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
+        if attention not in get_args(Attention):
+            raise ValueError(f'SkipCLIP: attention must be "sdpa" or "xformers"; got {attention!r}.')
+        if trainable not in get_args(Trainable):
+            raise ValueError(f'SkipCLIP: trainable must be "upper" or "as_is"; got {trainable!r}.')
+        pair = skip_layers if isinstance(skip_layers, tuple) else (skip_layers, skip_layers)
+        if len(pair) != 2:
+            raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
+        return cls(pair, memory, attention, trainable, train_logit_scale)
+
+    def apply(self, image: ImageTower, text: TextTower) -> None:
+        """Cut the towers and set how their blocks run."""
+        for tower, name, skip in zip((image, text), ("image", "text"), self.skip_layers, strict=True):
+            tower.memory, tower.skip = self.memory, blocks_to_skip(skip, len(tower.blocks), name)
+        image.attention = text.attention = SDPA if self.attention == "sdpa" else _xformers(image, text)
+
+
+def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
+    """Number of skipped blocks among the `depth` blocks of a tower.
+
+    >>> blocks_to_skip(0.5, 12, "image"), blocks_to_skip(5, 12, "text")
+    (6, 5)
+    """
+    number = not isinstance(skip, bool) and isinstance(skip, (int, float))
+    blocks = round(skip * depth) if isinstance(skip, float) and 0.0 <= skip <= 1.0 else skip
+    if not (number and 0 <= blocks <= depth and blocks == int(blocks)):
+        raise ValueError(
+            f"SkipCLIP: skip_layers must be a whole number from 0 to {depth} for the {tower} tower, or a fraction of "
+            f"its blocks such as 0.5, or a tuple (image, text) of either; got {skip!r}."
+        )
+    return int(blocks)
+
+
+def _xformers(image: ImageTower, text: TextTower) -> Backend:
+    device = image.model.logit_scale.device
+    for tower in (image, text):
+        if tower.is_fused(0):
+            parts = tower.parts_of(0)
+            weight = parts.weights.fc
+            reason = xformers.unusable(device, weight.dtype, weight.shape[1] // parts.heads)
+            if reason is not None:
+                raise ValueError(
+                    f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '
+                    "and an xformers that was built for this PyTorch."
+                )
+    return xformers.backend()
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raise unless tokens are an integer tensor [C, L]."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"SkipCLIP: tokens must be an int64 tensor [C, L]; got {type(tokens).__name__}. Tokenise one prompt "
+            "for each class; from the output of a transformers tokenizer take input_ids."
+        )
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"SkipCLIP: tokens must be int64 [C, L] with C ≥ 1 and L ≥ 1; got {tokens.dtype} {list(tokens.shape)}. "
+            "Tokenise one prompt for each class with the model's own tokenizer."
+        )
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
+    """Raise if a token id is outside the embedding of the model."""
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
+        raise ValueError(
+            f"SkipCLIP: tokens must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
+            "Use the model's own tokenizer."
+        )

@@ -1,0 +1,570 @@
+"""SkipCLIP, the module that users see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..boundary import DEFAULT_CHUNK
+from ..checks import warn_caller
+from ..classifier import ImageClassifier
+from ..selection import ClassSelection, RankSampler, Tail, select_ranks
+from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
+from ..towers.attention import Attention
+from ..towers.structure import containers, refuse_overrides
+from .batch import check_images, check_label_range, check_labels, one_batch
+from .image_encoder import ImageEncoder, sharing_weights
+from .settings import Settings, Trainable, check_tokens, check_vocabulary
+from .snapshot import Snapshot, refuse_alterations
+from .state import pack_state, unpack_state
+from .text_encoder import TextEncoder
+from .trainable import TrainedParameters, set_trainable
+from .verify import verify
+
+
+class SkipOutput(NamedTuple):
+    """Result of a step.
+
+    Attributes:
+        loss: [], mean cross-entropy over the batch.
+        logits: [B, K]; in training [B, 0] unless asked for.
+        class_ids: [K] int64, ascending, the classes compared. In evaluation all classes, K = C.
+        targets: [B] int64, positions of the labels in `class_ids`.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    class_ids: Tensor
+    targets: Tensor
+
+
+class SkipCLIP(nn.Module):
+    """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
+
+    The model is tuned in place: parameters are shared, and its `state_dict` keeps its keys. Parameters below the cut
+    are frozen (`requires_grad` False), those above are set to train. With `skip_layers=0` only `logit_scale` is frozen:
+    full fine-tuning with class selection.
+
+    In evaluation mode (`clip.eval()`) `clip(x, labels)` compares all classes, returns [B, C] logits and the loss over
+    them, and changes no state. `clip.state_dict()` holds the model, and in `_extra_state` the sampler and the
+    prototypes, so that a resumed training draws the same classes.
+
+    After construction the model must not be altered (a hook, another layer, mask or number of heads): the next call
+    raises an error, until `refresh` reads the model again. Weights below the cut are compared by content at each switch
+    between training and evaluation mode, and by version in each step.
+
+    `torch.compile(clip)` runs the step uncompiled. Activation checkpointing around SkipCLIP is refused, since its
+    second forward would draw other classes: use `memory="min"`.
+
+    With `DistributedDataParallel(clip, forward_sync_buffers=False)` each process selects classes for its part of a
+    batch. With `keep_ratio=1` and equal parts the gradients are those of the whole batch.
+
+    Args:
+        model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
+            `CLIPModel` or `SiglipModel`, in fp32, bf16, fp16 or fp64.
+        tokens: [C, L] int64, the tokenised prompt of each class.
+        skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the blocks, or a pair of either
+            (image, text).
+        keep_ratio: Share of classes that are always kept (at most 1), or their number.
+        max_keep: Largest number of classes that are always kept, unless a batch has more labels.
+        decay: λ, decay of the probability to keep a class of the tail.
+        tail: "resample" draws the tail in each step, "fixed" once per run, as published.
+        generator: Random generator of the draws; by default one with seed 0.
+        lower_device: Device of parameters and buffers below the cut; by default that of the model.
+        train_logit_scale: True also trains the temperature.
+        trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
+            "as_is" trains the parameters above the cut with `requires_grad` set: only adapters, norms or biases.
+        chunk: Largest number of samples that run below the cut at once.
+        memory: What a block above the cut saves for backward. "fast": all but cheap recomputations, about 10·W values
+            per token. "min": only its input, and recomputes the rest. "auto": "fast" while that takes less than half
+            of the free memory. Results are the same. A block that is not fused saves what autograd saves, unless "min".
+        attention: Backend of attention. "sdpa": PyTorch, and operators of this package for texts behind a shared prefix
+            and for pooled tokens. "xformers": xformers for full and causal attention and behind the prefix, on a GPU
+            only.
+        text_cache: Folder for the text features at the cut instead of memory, for very many classes. The first process
+            fills it while others wait. On a GPU each step then has a host sync for the classes drawn.
+
+    Attributes:
+        prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
+        sampler: The `RankSampler`. Its state is part of `state_dict`.
+
+    Raises:
+        UnsupportedModel: If no tower handles the model, or a module that SkipCLIP does not call has hooks.
+        TypeError: If tokens are not a tensor.
+        ValueError: If an argument is out of range.
+        RuntimeError: If embeddings or gradients differ from those of the model itself.
+        StoreError: If `text_cache` holds features of other prompts, weights or another model.
+
+    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
+
+    Example:
+        >>> import logging; logging.disable()  # open_clip warns about random weights
+        >>> import open_clip
+        >>> from skipkernels.experiments import glyph_tiny
+        >>> glyph_tiny.register()
+        >>> model = open_clip.create_model("glyph-tiny")
+        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+        >>> clip = SkipCLIP(model, tokens, skip_layers=0.5)
+        >>> out = clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3]))
+        >>> out.loss.shape, out.class_ids.shape, out.class_ids[out.targets].tolist()
+        (torch.Size([]), torch.Size([6]), [3, 3, 3, 3])
+    """
+
+    model: Any  # of the caller, with the attributes of its family
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        *,
+        skip_layers: int | float | tuple[int | float, int | float],
+        keep_ratio: float = 0.5,
+        max_keep: int = 50,
+        decay: float = 0.3,
+        tail: Tail = "resample",
+        generator: torch.Generator | None = None,
+        lower_device: torch.device | str | None = None,
+        train_logit_scale: bool = False,
+        trainable: Trainable = "upper",
+        chunk: int = DEFAULT_CHUNK,
+        memory: Memory = "auto",
+        attention: Attention = "sdpa",
+        text_cache: str | Path | None = None,
+    ):
+        super().__init__()
+        check_tokens(tokens)
+        if chunk < 1:
+            raise ValueError(f"SkipCLIP: chunk must be at least 1; got {chunk}.")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("SkipCLIP: cannot be made under torch.inference_mode(): its tensors could not train.")
+        self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
+        try:
+            self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+        except ValueError as error:
+            raise ValueError(str(error).replace("select_classes:", "SkipCLIP:", 1)) from None
+        self.model = model
+        self._tokens = tokens.to("cpu", torch.int32)
+        image, text = build_towers(model, tokens)
+        self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(text, chunk)
+        self._trained = TrainedParameters()
+        self._snapshot: Snapshot | None = None  # None in a copy and after a move
+
+        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            self._set_up(image, text)
+            self._text_encoder.see_called_modules()
+            with torch.autocast(text.tokens.device.type, enabled=False):
+                with evaluating([model]):
+                    folder = None if text_cache is None else Path(text_cache)
+                    if folder is not None:
+                        self._text_encoder.keep_in(folder)
+                    # Not persistent: `get_extra_state` holds them.
+                    self.register_buffer("prototypes", self._text_encoder.prototypes(folder), persistent=False)
+                verify(model, self._image_encoder, self._text_encoder, self._tokens)
+        except BaseException:
+            for parameter, requires_grad in required_grad:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+        # Only now: all classes have run on the device of the model.
+        self._take_over(None if lower_device is None else torch.device(lower_device))
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def _set_up(self, image: ImageTower, text: TextTower) -> None:
+        """Cut the towers, set which parameters train, and take the snapshot that later calls are compared with."""
+        check_vocabulary(self._tokens, text.vocabulary)
+        self._settings.apply(image, text)
+        refuse_overrides(self.model, containers(self.model, (image, text)))
+        set_trainable(self.model, image, text, self._settings)
+        self._snapshot = Snapshot(self.model, image, text)
+        for tower, name in ((image, "image"), (text, "text")):
+            fused = tower.reductions["fused_block"]
+            if tower.can_fuse and not fused.enabled and self._settings.trainable == "upper":
+                warn_caller(
+                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). It runs as your module: "
+                    "the results are the same, time and memory are not."
+                )
+
+    # ---- properties --------------------------------------------------------------------------------------------
+
+    @property
+    def skip_layers(self) -> tuple[int, int]:
+        """Number of blocks skipped in the image tower and in the text tower."""
+        return self._image.skip, self._text.skip
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:
+        """The exact reductions by name: `enabled`, or the `reason` why not."""
+        no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
+        states: dict[str, Reduction] = {}
+        for prefix, tower in (("image", self._image), ("text", self._text)):
+            states |= {f"{prefix}.{name}": reduction for name, reduction in tower.reductions.items()}
+            if tower.skip == len(tower.blocks):
+                states[f"{prefix}.pooled_last_block"] = Reduction(
+                    False, "every block is skipped: the last runs once, for every token"
+                )
+            states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
+        return states | {"text.features_kept": states["text.no_input_gradient"]}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model takes."""
+        return self._image.image_size
+
+    @property
+    def _image(self) -> ImageTower:
+        return self._image_encoder.tower
+
+    @property
+    def _text(self) -> TextTower:
+        return self._text_encoder.tower
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # a compiler would break the graph at each fused block
+    def forward(
+        self,
+        x: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        images: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> SkipOutput:
+        """Run one step: embed the images, select classes, embed these, and compute the loss.
+
+        In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C].
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            labels: [B] int64, classes of the images.
+            pixel_values: Another name of x, for trainers that pass their batch by name.
+            images: Another name of x.
+            return_logits: In training, also return the [B, K] logits; the loss does not need them.
+
+        Returns:
+            SkipOutput: the mean cross-entropy over the selected classes, and these classes.
+
+        Raises:
+            TypeError: If x or labels are no tensors, or of the wrong dtype.
+            ValueError: If shapes don't fit, the batch is empty, an image is not finite, or a label is out of range.
+            RuntimeError: If the model was altered, or in training if called within a backward pass.
+        """
+        x = one_batch(x, pixel_values, images)
+        check_images(x)
+        self._image_encoder.are_images(x)
+        check_labels(labels, len(x))
+        assert labels is not None
+        if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
+            check_label_range(labels, len(self.prototypes))
+        self._check_unaltered(lower_image=True)
+        self._follow(x.device)
+        if self.training and torch._C._current_graph_task_id() != -1 and self._draws(len(x)):
+            raise RuntimeError(
+                "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
+                'would draw other classes than the first time. Use memory="min" instead.'
+            )
+        image = self._image_encoder.encode(x)
+        scale = self.model.logit_scale.exp()
+        if not self.training:
+            return self._evaluate(image, labels, scale)
+        try:
+            class_ids, targets = self.select(image, labels)
+        except ValueError:
+            check_label_range(labels, len(self.prototypes))  # with a message that names SkipCLIP
+            raise
+        text = self._text_encoder.encode(class_ids)
+        loss = functional.class_sampled_cross_entropy(image, text, targets, scale)
+        logits = functional.class_sampled_logits(image, text, scale) if return_logits else loss.new_empty(len(x), 0)
+        return SkipOutput(loss, logits, class_ids, targets)
+
+    def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
+        """Loss and logits over all classes. Without gradients the class embeddings are computed once."""
+        class_ids = torch.arange(len(self.prototypes), device=image.device)
+        if torch.is_grad_enabled():
+            text = self._text_encoder.encode(class_ids)
+        else:
+            text = self.class_embeddings().to(image.dtype)
+        loss = functional.class_sampled_cross_entropy(image, text, labels, scale)
+        return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
+
+    def _draws(self, batch_size: int) -> bool:
+        classes = len(self.prototypes)
+        return self.sampler.plan(classes, batch_size)[0] < classes
+
+    @torch.no_grad()
+    def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
+        """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
+        scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
+        return select_ranks(scores, labels, self.sampler.draw(len(self.prototypes), len(labels)))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return every parameter that trains."""
+        return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """Return groups for a `torch.optim` optimizer: the text tower and the image tower, each with a learning rate.
+
+        The temperature, if it trains, is in the group of the text tower.
+
+        Raises:
+            RuntimeError: If the model was altered or its parameters were replaced.
+        """
+        self._refuse_training_below()
+        text, image = (
+            [p for p in tower.upper_parameters() if p.requires_grad or self._settings.trainable == "upper"]
+            for tower in (self._text, self._image)
+        )
+        if self.model.logit_scale.requires_grad:
+            text.append(self.model.logit_scale)
+        if not {id(p) for p in (*text, *image)} <= {id(p) for p in self.model.parameters()}:
+            raise RuntimeError(
+                "SkipCLIP: the model's parameters were replaced by others (load_state_dict with assign=True does "
+                "that), so they would not train. Call clip.refresh(), or load without assign."
+            )
+        self._check_unaltered()
+        return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """Set `memory="min"`: each block above the cut saves only its input for backward and recomputes the rest.
+
+        Options of transformers (`every_n_layers`, `offload`) are accepted and have no effect.
+        """
+        self.set_grad_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Set `memory` back to its value at construction, or to "auto" if that was "min"."""
+        self.set_grad_checkpointing(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing, under the name that open_clip uses."""
+        disabled: Memory = "auto" if self._settings.memory == "min" else self._settings.memory
+        self._image.memory = self._text.memory = "min" if enable else disabled
+
+    # ---- inference ---------------------------------------------------------------------------------------------
+
+    def class_embeddings(self) -> Tensor:
+        """Unit-norm text embeddings [C, D] of all classes with the present weights, without gradient.
+
+        They are those of evaluation mode, and computed again only after a change of weights, also one that bypasses
+        autograd.
+        """
+        self._check_unaltered()
+        return self._text_encoder.class_embeddings()
+
+    def classifier(self) -> nn.Module:
+        """Return a plain module, images [B, 3, height, width] to logits [B, C], with the present class embeddings.
+
+        It shares the weights of the image tower, runs in evaluation mode and holds no SkipCLIP, so `torch.export` and
+        ONNX accept it. After further training create it again.
+        """
+        self._check_unaltered()
+        with torch.no_grad():
+            encoder = sharing_weights(self._image.encoder(), self.model)
+            return ImageClassifier(encoder, self.class_embeddings(), self.model.logit_scale.exp()).eval()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits [B, C] over all classes, in evaluation mode whatever the mode of the model.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+        """
+        check_images(x)
+        self._check_unaltered(lower_image=True)
+        self._follow(x.device)
+        classes = self.class_embeddings()
+        with evaluating([self.model]):
+            image = self._image_encoder.encode(x)
+        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+            image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
+            return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
+
+    # ---- towers ------------------------------------------------------------------------------------------------
+
+    def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
+        """Images [B, 3, height, width] to features at the cut [B, N, W], constants that may be cached.
+
+        Features of a convolutional tower are maps, as its blocks pass them on. Below the cut all modules run in
+        evaluation mode: no dropout, batch norms use their statistics. `drop_patches` drops patches of a model in
+        training mode if its image tower does that; such features are random, and not to be cached.
+        """
+        check_images(images)
+        self._check_unaltered(lower_image=True)
+        self._image_encoder.gave_features = True
+        return self._image_encoder.lower(images, drop_patches=drop_patches)
+
+    def encode_upper(self, features: Tensor) -> Tensor:
+        """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
+        self._check_unaltered()
+        return self._image.upper(features)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
+
+        In training mode patches of images are dropped, if the image tower of the model does that.
+
+        Raises:
+            ValueError: If x is neither, or is features although nothing is skipped.
+        """
+        check_images(x)
+        self._image_encoder.are_images(x)
+        self._check_unaltered(lower_image=True)
+        return self._image_encoder.encode(x)
+
+    def encode_classes(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K] to text embeddings [K, D], not normalised."""
+        self._check_unaltered()
+        return self._text_encoder.encode(class_ids)
+
+    def lower_copy(self) -> Callable[[Tensor], Tensor]:
+        """Return `encode_lower` for another thread: copied modules in evaluation mode that share the weights."""
+        return self._image_encoder.lower_copy()
+
+    def lower_identity(self, tower: Literal["image", "text"]) -> dict[str, str | int]:
+        """Return by name everything that the features of a tower at the cut depend on, such as digests of weights."""
+        if tower == "image":
+            self._image_encoder.accept_weights()
+        return (self._image if tower == "image" else self._text).lower_identity()
+
+    # ---- changes to the model ----------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Read the model again after it was altered on purpose, or after features at the cut were computed again.
+
+        Every check of the construction is repeated and `requires_grad` is set again. Prototypes and sampler stay. An
+        optimizer that holds replaced parameters must be created again.
+        """
+        device = self.prototypes.device
+        image, text = build_towers(self.model, self._tokens.to(device).long())
+        self._set_up(image, text)
+        self._image_encoder.tower = image
+        self._text_encoder.take(text)
+        with torch.autocast(device.type, enabled=False):
+            verify(self.model, self._image_encoder, self._text_encoder, self._tokens)
+        self._take_over(self._image_encoder.lower_device)
+
+    def _take_over(self, lower_device: torch.device | None) -> None:
+        """Move the modules below the cut, accept their weights, and end other SkipCLIPs on the model."""
+        if lower_device is not None:
+            for encoder in (self._image_encoder, self._text_encoder):
+                encoder.lower_device = lower_device
+                encoder.tower.move_lower(lower_device)
+        self._image_encoder.accept_weights()
+        self._trained.supersede_others(self.model)
+
+    def check_weights(self) -> None:
+        """Compare the weights below the cut by content with those that gave the features at the cut.
+
+        Each step compares identities and versions only, which a change through `.data` or `numpy()` leaves as they are.
+        This is called at each switch between training and evaluation mode, and by `skipkernels tune` in each epoch.
+        Text features are computed again after a change; image features are the caller's, and a later call with them is
+        an error.
+
+        Raises:
+            RuntimeError: If a parameter below the cut is set to train.
+        """
+        self._image_encoder.weights.look()
+        self._text_encoder.compare_weights()
+        self._refuse_training_below()
+
+    def _refuse_training_below(self) -> None:
+        if self._image_encoder.weights.trains() or self._text_encoder.weights.trains():
+            raise RuntimeError(
+                "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
+                "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
+            )
+
+    def _check_unaltered(self, *, lower_image: bool = False) -> None:
+        """Raise if the model was altered since it was read.
+
+        Raises:
+            RuntimeError: If it was, or if another SkipCLIP has changed which parameters train.
+        """
+        if self._trained.superseded:
+            raise RuntimeError(
+                "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
+                "wrong ones. Use the later one, or call refresh() on this one."
+            )
+        if self._snapshot is None or not self._snapshot.is_unchanged(lower_image=lower_image):
+            refuse_alterations(self.model, self._tokens, self._image, self._text)
+            self._snapshot = Snapshot(self.model, self._image, self._text)
+
+    def train(self, mode: bool = True) -> SkipCLIP:
+        """Set training or evaluation mode; a switch compares the weights below the cut, see `check_weights`."""
+        switched = mode != self.training
+        super().train(mode)
+        if switched:
+            self.check_weights()
+        return self
+
+    def _follow(self, device: torch.device) -> None:
+        """Move the tensors beside the model to the device of the images, after the model alone was moved."""
+        if self.prototypes.device != device and self.model.logit_scale.device == device:
+            self.prototypes = self.prototypes.to(device)
+            self._text_encoder.apply(lambda x: x.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkipCLIP:
+        """Convert or move everything, tensors of the towers included; prototypes stay in fp32 at least."""
+        before, encoder = self.prototypes, self._image_encoder
+        dtype, stale = encoder.tower.dtype, encoder.weights.changed()
+        super()._apply(fn, recurse)
+        if self.prototypes.dtype != before.dtype:
+            self.prototypes = before.to(self.prototypes.device)
+        self._text_encoder.apply(fn)
+        if encoder.tower.dtype != dtype:
+            encoder.features = encoder.features[0], encoder.tower.dtype
+            if not stale:
+                encoder.accept_weights()
+        for tower in (self._image, self._text):  # a parameter may be another object now
+            if tower.can_fuse:
+                tower.read_blocks()
+        self._snapshot = None
+        return self
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the sampler and the prototypes as one uint8 tensor, which holds a safetensors file."""
+        return pack_state(self.prototypes, self._tokens, self.sampler.tensors())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from the result of `get_extra_state`.
+
+        Raises:
+            ValueError: If it is damaged, or differs in the prompts, the number of classes or the width.
+        """
+        prototypes, sampler = unpack_state(state, self.prototypes, self._tokens)
+        self.sampler.load_tensors(sampler)
+        self.prototypes.copy_(prototypes)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        key = f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)
+            warn_caller(
+                "SkipCLIP: the state dict has no sampler and no prototypes (it was saved by an older version, or is "
+                "the model's own); the draws continue from where they are."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_snapshot": None}  # of the modules of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._trained.register(self.model)  # the model of a copy is another one
+
+
+def _after_load(clip: SkipCLIP, keys: Any) -> None:
+    """Take the loaded weights below the cut as those of all features, unless the former ones gave some."""
+    if not clip._image_encoder.gave_features:
+        clip._image_encoder.accept_weights()

@@ -1,0 +1,60 @@
+"""Detection of a model that was altered after SkipCLIP was made."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..towers import ImageTower, TextTower, build_towers
+from ..towers.structure import Structure, containers, fused_modules, refuse_overrides
+
+
+class Snapshot:
+    """The modules that SkipCLIP reads and does not call: containers and fused blocks."""
+
+    def __init__(self, model: nn.Module, image: ImageTower, text: TextTower):
+        around = containers(model, (image, text))
+        upper = fused_modules(image, range(image.skip, len(image.blocks)))
+        every_text = fused_modules(text, range(len(text.blocks)))
+        self._step = Structure([*around, *upper, *every_text])
+        self._lower_image = Structure(fused_modules(image, range(image.skip)))
+
+    def is_unchanged(self, *, lower_image: bool) -> bool:
+        """Return True if nothing has changed; image blocks below the cut are compared if asked for.
+
+        Raises:
+            RuntimeError: If a class of the modules has another method.
+        """
+        parts = (self._step, self._lower_image)[: 1 + lower_image]
+        if all(part.is_unchanged() for part in parts):
+            return True
+        if any(part.replaced_method() for part in parts):
+            raise RuntimeError(
+                "SkipCLIP: a class of the model's modules was altered after SkipCLIP was made: its forward() is "
+                "another function, and SkipCLIP does not call it. Undo that, or call clip.refresh() to compare "
+                "with the model again."
+            )
+        return False
+
+
+def refuse_alterations(model: nn.Module, tokens: Tensor, image: ImageTower, text: TextTower) -> None:
+    """Compare the towers with those that the model would give now.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    try:
+        refuse_overrides(model, containers(model, (image, text)))
+        fresh = build_towers(model, tokens.long())
+    except ValueError as error:
+        raise RuntimeError(f"SkipCLIP: the model was altered after SkipCLIP was made. {error}") from error
+    for name, old, new in (("image", image, fresh[0]), ("text", text, fresh[1])):
+        was, now = old.summary(), new.summary()
+        for part in was:
+            if was[part] != now[part]:
+                found = now[part] if isinstance(now[part], list) else []
+                reason = next((x for x in found if isinstance(x, str)), "")
+                raise RuntimeError(
+                    f"SkipCLIP: the {name} tower was altered after SkipCLIP was made: {part} changed"
+                    f"{f' ({reason})' if reason else ''}. Undo that, or call clip.refresh() to read the model "
+                    "again, and create the optimizer again if parameters were replaced."
+                )
