@@ -1,7 +1,7 @@
-"""LSkip: the line in each tower below which nothing is trained and nothing is kept.
+"""LSkip: the cut in each tower. Blocks below it are frozen, and their output is a constant.
 
-The blocks below it run with recording off, a bounded number of samples at a time, and their output is a constant:
-the first block above computes no gradient for its input, and backward stops there.
+They run without autograd, a bounded number of samples at a time. The first block above the cut computes no gradient of
+its input, and backward stops there.
 Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_CHUNK = 256  # samples; a ViT-B/16 holds about 0.6 MB of hidden states and 2.4 MB of MLP for each
+DEFAULT_CHUNK = 256  # samples; each takes about 0.6 MB of hidden states and 2.4 MB in the MLP of a ViT-B/16
 
 
 class LSkipBoundary(torch.autograd.Function):
-    """Run `lower` over `inputs` in chunks of at most `chunk` samples; the result takes part in no gradient.
+    """Run `lower` over `inputs` in chunks of at most `chunk` samples, without gradient.
 
     Called as `LSkipBoundary.apply(lower, inputs, chunk)`. Saves nothing for backward.
 
     Args:
-        lower: Maps [n, …] to [n, …], sample by sample.
-        inputs: [B, …].
-        chunk: Most samples in memory at once.
+        lower: Function of [n, …] to [n, …] that treats samples independently.
+        inputs: [B, …], any dtype.
+        chunk: Largest number of samples in memory at once; 256 by default.
 
     Returns:
-        [B, …]: what `lower` gives, with `requires_grad` False.
+        [B, …]: the output of `lower`, with `requires_grad` False.
+
+    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -38,7 +40,7 @@ class LSkipBoundary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lower: Callable[[Tensor], Tensor], inputs: Tensor, chunk: int = DEFAULT_CHUNK) -> Tensor:
-        """Run the lower part; see the class."""
+        """Run `lower`; see the class."""
         with torch.no_grad():
             if len(inputs) <= chunk:
                 output = lower(inputs)
@@ -53,5 +55,5 @@ class LSkipBoundary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
-        """No gradient passes."""
+        """Return no gradients."""
         return None, None, None

@@ -1,4 +1,4 @@
-"""What a public function refuses: an error names the function, the argument, what it wanted and got, and a remedy."""
+"""Checks of arguments. Errors name the function, the argument, the expected and the given value, and a remedy."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_shape(
     function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor] | None = None, **sizes: int | None
 ) -> None:
-    """Refuse a tensor of another shape with a ValueError.
+    """Raise a ValueError unless a tensor has the given shape.
 
     Args:
-        function: who asks.
-        argument: the tensor's name.
-        tensor: what was passed.
-        like: name and tensor of the argument that gave the sizes.
-        sizes: of each dimension, under its name in the shape alphabet; None for any size from 1 on. The name `rest`
-            stands for leading dimensions of any number and size.
+        function: Name of the function.
+        argument: Name of the argument.
+        tensor: The argument.
+        like: Name and tensor of the argument that determines the sizes.
+        sizes: Size of each dimension by its name in the shape alphabet, None for any size ≥ 1. The name `rest` means
+            any number of leading dimensions.
     """
     leading = "rest" in sizes
     wanted = {name: size for name, size in sizes.items() if name != "rest"}
@@ -53,7 +53,7 @@ def check_shape(
 
 
 def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype], remedy: str) -> None:
-    """Refuse a tensor of another dtype, or one that is sparse, with a TypeError."""
+    """Raise a TypeError unless a tensor is dense and has one of the dtypes."""
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{function}: {argument} must be a dense tensor; got {tensor.layout}. Use {argument}.to_dense()."
@@ -65,7 +65,7 @@ def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[t
 
 
 def check_one_dtype(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Refuse a tensor of another dtype than another's with a TypeError; under autocast only what it would not cast."""
+    """Raise a TypeError unless two tensors have one dtype, or autocast will cast them to one."""
     name, other = like
     dtypes, remedy = [other.dtype], f"Convert one of them: {name} is in another."
     if tensor.dtype != other.dtype and other.dtype != torch.float64 and _autocasts(other.device.type):
@@ -78,7 +78,7 @@ def _autocasts(device_type: str) -> bool:
 
 
 def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Refuse a tensor that is not where another is with a ValueError."""
+    """Raise a ValueError unless two tensors are on one device."""
     name, other = like
     if tensor.device != other.device:
         raise ValueError(
@@ -88,7 +88,7 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
 
 
 def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Refuse a tensor that differs from another in shape, device or (but for what autocast will cast) dtype."""
+    """Raise unless two tensors agree in shape, device, and dtype or what autocast makes of it."""
     name, other = like
     if tensor.shape != other.shape:
         raise ValueError(
@@ -99,7 +99,7 @@ def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, T
 
 
 def warn_caller(message: str) -> None:
-    """Issue a UserWarning that names the line outside this package that led to it."""
+    """Issue a UserWarning at the line of the caller outside this package."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "skipkernels":
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""A tuned model as a plain module, for `torch.export` and ONNX."""
+"""Tuned model as a plain module, for `torch.export` and ONNX."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class ImageClassifier(nn.Module):
-    """Images [B, 3, height, width] to logits [B, C] over a fixed matrix of class embeddings.
+    """Images [B, 3, height, width] to logits [B, C] over fixed class embeddings: scale · cos(image, class).
 
     Args:
-        encoder: Images to embeddings [B, D], or to a tuple that begins with them.
+        encoder: Module from images to embeddings [B, D], or to a tuple that begins with them.
         class_embeddings: [C, D], unit norm.
-        scale: [], factor of the cosines.
+        scale: [], the exponential of `logit_scale`.
     """
 
     class_embeddings: Tensor
@@ -27,8 +27,5 @@ class ImageClassifier(nn.Module):
         """Logits [B, C]."""
         image = self.encoder(images)
         image = image[0] if isinstance(image, tuple) else image
-        return (
-            self.scale
-            * nn.functional.normalize(image.to(self.class_embeddings.dtype), dim=-1)
-            @ self.class_embeddings.T
-        )
+        image = nn.functional.normalize(image.to(self.class_embeddings.dtype), dim=-1)
+        return self.scale * image @ self.class_embeddings.T

@@ -1,4 +1,4 @@
-"""Terminal output: strings appear as they are, and an output that fails ends no work."""
+"""Terminal output: strings are shown literally, and write errors do not end a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPELLED = str.maketrans({"–": "-", "×": "x", "±": "+/-", "→": "->", "…"
 
 
 def escaped(text: object) -> str:
-    r"""A string whose characters that don't print are escaped: control characters, and bytes that are no UTF-8.
+    r"""Escape unprintable characters: control characters, and bytes that are no UTF-8.
 
     >>> escaped("a\x1b[31mb [/b] é\n")
     'a\\x1b[31mb [/b] é\\n'
@@ -27,45 +27,45 @@ def escaped(text: object) -> str:
 
 
 def plain(text: object, style: str = "") -> Text:
-    """A string for rich, shown as it is: without markup, emoji codes and highlighting, and `escaped`."""
+    """Return a rich text without markup, emoji codes and highlighting, `escaped`."""
     return Text(escaped(text), style)
 
 
 class Terminal(Console):
-    """A rich console that shows every string as `plain` does; line breaks remain.
+    """A rich console that shows every string like `plain`, except that line breaks remain.
 
-    Errors in writing to its file are kept in `output.error` and not raised.
+    Write errors are stored in `output.error` and not raised.
     """
 
-    def __init__(self, file: IO[str] | None, **how: Any):
+    def __init__(self, file: IO[str] | None, **options: Any):
         self.output: Output = Output.over(file)
-        how = {"markup": False, "emoji": False, "highlight": False} | how
-        super().__init__(file=cast(IO[str], self.output), **how)
+        options = {"markup": False, "emoji": False, "highlight": False} | options
+        super().__init__(file=cast(IO[str], self.output), **options)
 
-    def render_str(self, text: str, **how: Any) -> Text:
-        """A string as rich.text.Text."""
-        return super().render_str("\n".join(map(escaped, text.split("\n"))), **how)
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a string without markup."""
+        return super().render_str("\n".join(map(escaped, text.split("\n"))), **options)
 
 
 def stderr() -> Terminal:
-    """A console on the standard error stream as it is now."""
+    """Return a console on the present `sys.stderr`."""
     return Terminal(sys.stderr)
 
 
-def progress(*columns: ProgressColumn, console: Console, **how: Any) -> Progress:
-    """Progress bars whose names are shown as they are, with `columns` behind them."""
+def progress(*columns: ProgressColumn, console: Console, **options: Any) -> Progress:
+    """Return progress bars with literal names, followed by `columns`."""
     columns = columns or (TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), *columns, console=console, **how)
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), *columns, console=console, **options)
 
 
 class Output:
-    """A text stream that is given up at the first error; characters that its encoding lacks are spelled out.
+    """A text stream that writes nothing after its first error, and spells out characters that its encoding lacks.
 
     Args:
         file: The stream.
 
     Attributes:
-        error: What ended it.
+        error: The first error, or None.
     """
 
     def __init__(self, file: IO[str]):
@@ -76,7 +76,7 @@ class Output:
 
     @classmethod
     def over(cls, file: IO[str] | None) -> Any:
-        """Over a stream; below a live view over the stream that it covers. None, a closed one, shows nothing."""
+        """Wrap a stream, or the one below a live view of rich. None, a closed stream, discards all output."""
         file = getattr(file, "rich_proxied_file", file)
         return file if isinstance(file, Output) else cls(io.StringIO() if file is None else file)
 
@@ -84,7 +84,7 @@ class Output:
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
-        """Write, unless an error came before."""
+        """Write, unless an earlier write failed."""
         if self.error is None:
             if self._spelled_in is not None:
                 known = text.translate(_SPELLED).encode(self._spelled_in, "backslashreplace")
@@ -96,7 +96,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless an error came before."""
+        """Flush, unless an earlier write failed."""
         if self.error is None:
             try:
                 self._file.flush()
@@ -104,7 +104,7 @@ class Output:
                 self.error = error
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return True if the stream is a terminal."""
         try:
             return self._file.isatty()
         except ValueError:
@@ -112,12 +112,12 @@ class Output:
 
     @property
     def unread(self) -> bool:
-        """Whether its reader left: a pipe to a process that ended, a terminal that was closed."""
+        """True if the reader is gone: a pipe to a process that has ended, or a closed terminal."""
         gone = (errno.EPIPE, errno.EIO) if self._is_terminal else (errno.EPIPE,)
         return isinstance(self.error, OSError) and self.error.errno in gone
 
     def release(self) -> None:
-        """Flush at the end of a process. What was not written is discarded: Python would try again, and complain."""
+        """Flush at the end of a process, and discard what cannot be written: Python would retry and print an error."""
         self.flush()
         if self.error is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -128,7 +128,7 @@ class Output:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[tuple[Terminal, Terminal]]:
-    """Consoles on stdout and stderr. Until the end, all that is printed on these goes through an `Output`."""
+    """Yield consoles on stdout and stderr. Meanwhile everything printed on these goes through an `Output`."""
     out, err = Terminal(sys.stdout), Terminal(sys.stderr)
     with contextlib.redirect_stdout(out.file), contextlib.redirect_stderr(err.file):
         try:
@@ -139,9 +139,9 @@ def standard_streams() -> Iterator[tuple[Terminal, Terminal]]:
 
 
 @contextlib.contextmanager
-def kept_going(console: Console) -> Iterator[None]:
-    """Errors in writing to a console are not raised, so that a run goes on when its terminal is gone."""
-    file = console._file  # None where it follows sys.stdout or sys.stderr, as `console.file` does not tell
+def ignore_write_errors(console: Console) -> Iterator[None]:
+    """Do not raise write errors of a console, so that a run continues after its terminal was closed."""
+    file = console._file  # not `console.file`: None means that the console follows sys.stdout or sys.stderr
     console.file = Output.over(console.file)
     try:
         yield

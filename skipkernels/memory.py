@@ -1,4 +1,4 @@
-"""Memory of a device, or of the process: how much is free, and how much was held at the peak."""
+"""Free memory and peak memory of a device or of the process."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _CLEAR = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water
 _STATUS = Path("/proc/self/status")
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60  # from here on a limit of version 1 is none
+_UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number above this
 
 
 def free_bytes(device: torch.device) -> float:
-    """Free memory of a device, infinity where unknown.
+    """Return the free memory of a device in bytes, infinity if unknown.
 
-    On a GPU, memory that PyTorch holds and does not use is included. On Linux, the least of what the machine has
-    available, what the control groups of the process leave (a container's limit) and what RLIMIT_AS leaves.
+    On a GPU, includes memory that PyTorch has reserved and not allocated. On Linux, the minimum of the available memory
+    of the machine, of the rest of each control group (the limit of a container), and of the rest of RLIMIT_AS.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -39,12 +39,12 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _available(info: str) -> float:
-    text = _read(info, 256)  # asked at each step: MemAvailable is in the third line
+    text = _read(info, 256)  # short, since it is read in each step: MemAvailable is in the third line
     return float("inf") if text is None else _field(text, b"MemAvailable:") * 1024
 
 
 class _Group(NamedTuple):
-    """Memory limit of a control group, its files, and the name of the page cache that can be reclaimed."""
+    """Memory limit of a control group, its files, and its field for reclaimable page cache."""
 
     limit: int
     used: str
@@ -52,24 +52,24 @@ class _Group(NamedTuple):
     reclaimable: bytes
 
     def free(self, enough: float) -> float:
-        """Bytes that the limit leaves. Above `enough` the page cache, slow to look up, is left out."""
+        """Return the bytes below the limit. From `enough` on page cache, slow to read, is not added."""
         used = _read(self.used)
         if used is None:
-            return float("inf")  # the group is gone
+            return float("inf")  # the group was removed
         free = self.limit - int(used)
         return free if free >= enough else free + _field(_read(self.statistics) or b"", self.reclaimable)
 
 
 @functools.cache
 def _limited_groups(proc: Path, root: Path) -> list[_Group]:
-    """Those that have a limit when this is first called: reading the files of all at each step takes too long."""
+    """Return the groups with a limit, once per process: reading the files of all in each step takes too long."""
     return [group for group in _groups(proc, root) if group.limit < _UNLIMITED]
 
 
 def _groups(proc: Path, root: Path) -> Iterator[_Group]:
-    """Those of this process, of both versions, up to the root.
+    """Yield the groups of this process, of both versions, up to the root.
 
-    In a container the path may be one of the host, and only the root is there.
+    In a container the path may be that of the host, and only the root exists.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
     """
@@ -91,13 +91,13 @@ def _groups(proc: Path, root: Path) -> Iterator[_Group]:
 
 
 def _field(text: bytes, name: bytes) -> int:
-    """The number behind a name; 0 if there is none."""
+    """Return the number after a name, 0 if the name is missing."""
     begin = text.find(name) if text.startswith(name) else text.find(b"\n" + name) + 1
     return int(text[begin + len(name) :].split(None, 1)[0]) if text.startswith(name, begin) else 0
 
 
 def _read(path: str, size: int = 1 << 13) -> bytes | None:
-    """The start of a file; None if it can't be read."""
+    """Return the start of a file, None if it can't be read."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -111,10 +111,10 @@ def _read(path: str, size: int = 1 << 13) -> bytes | None:
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """True if PyTorch, C++ or Python raised an error because too little memory is free."""
+    """Return True if an error of PyTorch, C++ or Python means that memory is exhausted."""
     first = str(error).partition("\n")[0]
     if isinstance(error, MemoryError):
-        return first in ("", "std::bad_alloc")  # one with other words is of this package
+        return first in ("", "std::bad_alloc")  # a MemoryError of this package has another message
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in first or "bad_alloc" in first
 
 
@@ -122,7 +122,7 @@ class PeakMemory:
     """High-water mark since `reset`, in bytes.
 
     On a GPU, `torch.cuda.max_memory_allocated`. On Linux, resident memory of the process. Elsewhere the mark cannot be
-    reset and stands since the process began.
+    reset and covers the whole process.
     """
 
     def __init__(self, device: torch.device):
@@ -130,17 +130,17 @@ class PeakMemory:
         self.reset()
 
     def reset(self) -> None:
-        """Begin again from what is held now."""
+        """Reset the mark to the memory in use."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
             try:
                 _CLEAR.write_text("5")
             except OSError:
-                return  # not permitted here: the mark stands since the process began
+                return  # not permitted: the mark covers the whole process
 
     def read(self) -> int:
-        """The mark, in bytes."""
+        """Return the mark in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if _STATUS.exists():

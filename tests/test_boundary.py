@@ -1,4 +1,4 @@
-"""LSkipBoundary: nothing kept, nothing passed back, bounded memory."""
+"""LSkipBoundary saves nothing for backward, passes no gradient, and bounds memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Lower(nn.Module):
         return self.layers(inputs)
 
 
-def test_value_and_no_gradient():
+def test_boundary_value_and_no_gradient():
     lower, head, inputs = Lower(), nn.Linear(8, 3), torch.randn(5, 8, requires_grad=True)
     hidden = LSkipBoundary.apply(lower, inputs, 2)
     torch.testing.assert_close(hidden, lower(inputs))
@@ -31,28 +31,28 @@ def test_value_and_no_gradient():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 9])
-def test_never_more_than_a_chunk_at_once(batch):
+def test_boundary_runs_at_most_a_chunk_at_once(batch):
     lower = Lower()
     hidden = LSkipBoundary.apply(lower, torch.randn(batch, 8), 3)
     assert hidden.shape == (batch, 8) and lower.largest <= 3
 
 
-def test_nothing_is_saved_for_backward():
+def test_boundary_saves_nothing_for_backward():
     lower, saved = Lower(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         LSkipBoundary.apply(lower, torch.randn(4, 8, requires_grad=True), 2)
         assert saved == []
         lower(torch.randn(4, 8))
-    assert saved, "the hook does see what an ordinary call saves"
+    assert saved, "the hook sees what an ordinary call saves"
 
 
-def test_under_autocast():
+def test_boundary_under_autocast():
     lower = Lower()
     with torch.autocast("cpu", torch.bfloat16):
         assert LSkipBoundary.apply(lower, torch.randn(4, 8), 2).dtype == torch.bfloat16
 
 
-def test_under_activation_checkpointing():
+def test_boundary_under_activation_checkpointing():
     lower, head, inputs = Lower(), nn.Linear(8, 3), torch.randn(4, 8)
     head(LSkipBoundary.apply(lower, inputs, 2)).square().sum().backward()
     expected, head.weight.grad = head.weight.grad, None
@@ -61,7 +61,7 @@ def test_under_activation_checkpointing():
 
 
 @pytest.mark.slow
-def test_under_torch_compile():
+def test_boundary_under_torch_compile():
     lower, head, inputs = Lower(), nn.Linear(8, 3), torch.randn(4, 8)
 
     def step(x):

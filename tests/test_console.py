@@ -1,4 +1,4 @@
-"""Terminal output: strings as they are, encodings that lack characters, and streams that fail."""
+"""Terminal output: literal strings, limited encodings, and streams that fail."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from skipkernels.cli.main import main
-from skipkernels.console import Output, Terminal, kept_going, plain, progress
+from skipkernels.console import Output, Terminal, ignore_write_errors, plain, progress
 
 HOSTILE = "[/b]:ok:\x1b[2Jé\udc80"
 SHOWN = r"[/b]:ok:\x1b[2Jé\udc80"
 
 
-def terminal(**how) -> Terminal:
-    return Terminal(io.StringIO(), width=60, **how)
+def terminal(**options) -> Terminal:
+    return Terminal(io.StringIO(), width=60, **options)
 
 
 def written(on: Console) -> str:
@@ -28,7 +28,7 @@ def written(on: Console) -> str:
 
 
 class Broken(io.StringIO):
-    """A stream that fails as a full disk, or as a pipe that nothing reads."""
+    """A stream that fails with an error number, such as that of a full disk or of a pipe without reader."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -44,14 +44,14 @@ class Broken(io.StringIO):
 # ---- strings -------------------------------------------------------------------------------------------------------
 
 
-def test_strings_are_shown_as_they_are_on_any_console():
+def test_plain_shows_strings_literally():
     on = Console(file=io.StringIO(), width=60)
     on.print(plain(HOSTILE))
     assert written(on) == SHOWN + "\n"
 
 
 @pytest.mark.parametrize("color", [False, True])
-def test_terminal_shows_strings_tables_and_bars_as_they_are(color):
+def test_terminal_shows_strings_literally(color):
     on = terminal(force_terminal=color)
     table = Table("[/b]\x07", title=HOSTILE)
     table.add_row(HOSTILE)
@@ -68,7 +68,7 @@ def test_terminal_shows_strings_tables_and_bars_as_they_are(color):
     [["cache", "info"], ["cache", "verify"], ["cache", "prune"], ["eval"]],
     ids=lambda arguments: arguments[-1].strip("-"),
 )
-def test_paths_in_errors_are_shown_as_they_are(tmp_path, capsys, arguments):
+def test_cli_errors_show_paths_literally(tmp_path, capsys, arguments):
     assert main([*arguments, f"{tmp_path}/[/b]:ok:\x1b[2J"]) == 2
     assert r"/[/b]:ok:\x1b[2J" in capsys.readouterr().err.replace("\n", "")
 
@@ -77,7 +77,7 @@ def test_paths_in_errors_are_shown_as_they_are(tmp_path, capsys, arguments):
 
 
 @pytest.mark.parametrize("errors", ["strict", "backslashreplace"])
-def test_output_spells_what_ascii_lacks(errors):
+def test_output_spells_out_what_ascii_lacks(errors):
     file = io.TextIOWrapper(io.BytesIO(), "ascii", errors)
     on = Terminal(file, width=40)
     table = Table("of")
@@ -91,7 +91,7 @@ def test_output_spells_what_ascii_lacks(errors):
 
 
 @pytest.mark.parametrize(("number", "unread"), [(errno.EPIPE, True), (errno.ENOSPC, False), (errno.EIO, False)])
-def test_output_keeps_its_first_error_and_writes_no_more(number, unread):
+def test_output_stops_at_its_first_error(number, unread):
     on = Terminal(Broken(number))
     on.print("one")
     on.print("two")
@@ -99,7 +99,7 @@ def test_output_keeps_its_first_error_and_writes_no_more(number, unread):
     on.output.release()
 
 
-def test_output_of_a_closed_stream_and_of_none():
+def test_output_closed_stream_and_none():
     file = io.StringIO()
     file.close()
     on = Terminal(file)
@@ -108,14 +108,14 @@ def test_output_of_a_closed_stream_and_of_none():
     Terminal(None).print("one")
 
 
-def test_kept_going_gives_the_console_back():
+def test_ignore_write_errors_restores_the_console():
     on = Console(file=Broken(errno.ENOSPC))
-    with kept_going(on):
+    with ignore_write_errors(on):
         on.print("one")
     with pytest.raises(OSError, match="No space"):
         on.print("two")
     follows = Console()
-    with kept_going(follows):
+    with ignore_write_errors(follows):
         assert isinstance(follows.file, Output)
     assert follows.file is sys.stdout
 
@@ -125,7 +125,7 @@ def test_kept_going_gives_the_console_back():
     [("stdout", errno.ENOSPC, 1), ("stdout", errno.EPIPE, 0), ("stderr", errno.EPIPE, 0)],
     ids=["full", "unread", "errors"],
 )
-def test_exit_code_of_results_that_cannot_be_printed(monkeypatch, capsys, stream, number, code):
+def test_cli_exit_code_if_results_cannot_be_printed(monkeypatch, capsys, stream, number, code):
     monkeypatch.setattr(sys, stream, Broken(number))
     assert main(["doctor"]) == code
     error = capsys.readouterr().err
@@ -134,18 +134,18 @@ def test_exit_code_of_results_that_cannot_be_printed(monkeypatch, capsys, stream
 
 
 def shell(command: str, code: str) -> subprocess.CompletedProcess[str]:
-    """A process without torch, whose streams are as `command` says."""
+    """Run code in a process without torch, with streams redirected by `command`."""
     python = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {command}', sys.executable, code]
     return subprocess.run(python, capture_output=True, text=True)
 
 
-def test_the_interpreter_says_nothing_of_a_pipe_that_nothing_reads():
+def test_standard_streams_broken_pipe_is_silent():
     code = "from skipkernels.console import standard_streams as s\nwith s(): print('x' * 100_000)"
     done = shell("| true", code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_file_gets_the_descriptor_of_a_closed_stream(tmp_path):
+def test_open_closed_streams_reserves_descriptors(tmp_path):
     code = (
         "import sys; from skipkernels.__main__ import _open_closed_streams as o; o(); print(input and 1, flush=True)\n"
         f"with open({str(tmp_path / 'found')!r}, 'w') as file: print(file.fileno(), sys.stderr.fileno(), file=file)"

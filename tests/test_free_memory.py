@@ -1,4 +1,4 @@
-"""How much memory is free, by the machine, the control groups of the process and its address space."""
+"""Free memory by the machine, the control groups of the process and its address space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU, MIB = torch.device("cpu"), 1 << 20
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
-    """Writes files of /proc and /sys/fs/cgroup by path; 8 GiB are available."""
+    """Return a writer of files of /proc and /sys/fs/cgroup by path, with 8 GiB available."""
     monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -46,51 +46,51 @@ def test_free_bytes_without_limits(system):
     assert memory.free_bytes(CPU) == 8 << 30
 
 
-def test_free_bytes_where_the_system_says_nothing(tmp_path, monkeypatch):
+def test_free_bytes_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_PROC", tmp_path)
     monkeypatch.setattr(memory, "_GROUPS", tmp_path)
     assert memory.free_bytes(CPU) > 1 << 60 or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
-def test_free_bytes_in_a_group_counts_page_cache_that_can_be_reclaimed(system):
+def test_free_bytes_adds_reclaimable_page_cache(system):
     system(**{"proc/self/cgroup": "0::/job"}, **version_2("job/", 300 * MIB, 250 * MIB, 30 * MIB))
     assert memory.free_bytes(CPU) == 80 * MIB
 
 
 @pytest.mark.parametrize("limited", ["a/b/", "a/", ""], ids=["own", "above", "root"])
-def test_free_bytes_takes_the_least_of_all_groups_above(system, limited):
+def test_free_bytes_is_minimum_over_groups(system, limited):
     groups = {name: (300 * MIB if name == limited else "max") for name in ("a/b/", "a/", "")}
     files = [version_2(name, limit, 200 * MIB) for name, limit in groups.items()]
     system(**{"proc/self/cgroup": "0::/a/b"}, **files[0], **files[1], **files[2])
     assert memory.free_bytes(CPU) == 100 * MIB
 
 
-def test_free_bytes_in_a_container_that_sees_a_path_of_its_host(system):
+def test_free_bytes_in_container_with_path_of_host(system):
     system(**{"proc/self/cgroup": "7:cpu:/x\n4:memory:/docker/01ab\n1:name=systemd:/x"})
     system(**version_1("", 300 * MIB, 250 * MIB, 30 * MIB))
     assert memory.free_bytes(CPU) == 80 * MIB
 
 
-def test_free_bytes_of_version_1_without_a_limit(system):
+def test_free_bytes_version_1_without_limit(system):
     system(**{"proc/self/cgroup": "4:memory:/"}, **version_1("", 9223372036854771712, 250 * MIB))
     assert memory.free_bytes(CPU) == 8 << 30
 
 
-def test_free_bytes_follows_a_group_and_is_never_negative(system):
+def test_free_bytes_is_never_negative(system):
     system(**{"proc/self/cgroup": "0::/"}, **version_2("", 300 * MIB, 100 * MIB))
     assert memory.free_bytes(CPU) == 200 * MIB
     system(**version_2("", 300 * MIB, 301 * MIB))
     assert memory.free_bytes(CPU) == 0
 
 
-def test_free_bytes_within_an_address_space(system, monkeypatch):
+def test_free_bytes_with_limited_address_space(system, monkeypatch):
     system(**{"proc/self/statm": "1000 500 3"})
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64 * MIB, resource.RLIM_INFINITY))
     assert memory.free_bytes(CPU) == 64 * MIB - 1000 * resource.getpagesize()
 
 
 def test_free_bytes_reads_few_files(system, monkeypatch):
-    """It is called at each step: groups without a limit are not looked at again, and page cache only if it matters."""
+    """Called in each step: groups without a limit are read once, page cache only if it matters."""
     system(**{"proc/self/cgroup": "0::/a"}, **version_2("", "max", 1), **version_2("a/", 20 << 30, 1))
     memory.free_bytes(CPU)
     read, paths = memory._read, []

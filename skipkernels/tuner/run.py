@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..console import kept_going, plain
+from ..console import ignore_write_errors, plain
 from ..data import Images, InputError, save_few_shot
 from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
@@ -54,7 +54,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     if folder.finished is not None:
         _say(console, f"{folder.path}: the run is complete; there is nothing to resume.")
         return folder.finished
-    with kept_going(console), _memory_errors(), _own_random_numbers(config):
+    with ignore_write_errors(console), _memory_errors(), _own_random_numbers(config):
         return _Run(config, console, folder).run()
 
 

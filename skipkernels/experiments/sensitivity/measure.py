@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from ...console import kept_going, progress
+from ...console import ignore_write_errors, progress
 from ...data import SizedDataset, Task
 from ...features import FeatureCache
 from ...tuner import TuneConfig
@@ -83,7 +83,7 @@ def analyze(
     settings = {name: getattr(compared, name) for name in ("skip_layers", "keep_ratio", "max_keep", "decay")}
     settings["batch_size"] = config.batch_size
     console = console or Console(quiet=True)
-    with kept_going(console), progress(console=console) as bars:
+    with ignore_write_errors(console), progress(console=console) as bars:
 
         def bar(name: str, total: int) -> Callable[[int], None]:
             return partial(bars.advance, bars.add_task(name, total=total))
