@@ -1,9 +1,10 @@
-"""CSkip: which classes take part in a step.
+"""CSkip: selection of the classes of a step.
 
 Classes are ranked by their score for the batch. The first m are always kept. Rank m + j of the tail is kept with
-probability q_j, which falls exponentially from 1 to 0. The published policy decides once per run, for each rank by
-itself. The default policy draws in each step, by systematic sampling: every rank has its probability, and K, the number
-of classes kept, is the same in every step. Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
+probability q_j, which falls exponentially from 1 to 0. The published policy draws each rank of the tail independently,
+once per run. The default policy draws in each step by systematic sampling: each rank has its probability, and the
+number K of kept classes is the same in every step.
+Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from torch import Tensor
 
 Tail = Literal["resample", "fixed"]
 
-_TAIL_SPAN = 5.0  # the published code spreads the tail over [0, 5] before it takes exp(−x / decay)
+_TAIL_SPAN = 5.0  # the published code spaces the tail evenly over [0, 5] and takes exp(−x / decay)
 
 
 class ClassSelection(NamedTuple):
-    """Classes kept in a step: `class_ids` [K] in ascending order, and for each image the place of its label there."""
+    """Kept classes of a step.
+
+    Attributes:
+        class_ids: [K] int64, ascending.
+        targets: [B] int64, positions of the labels in `class_ids`: class_ids[targets] = labels.
+    """
 
     class_ids: Tensor
     targets: Tensor
 
 
 def base_keep(num_classes: int, keep_ratio: float, max_keep: int) -> int:
-    """m, the number of top-ranked classes that always stay.
+    """Return m, the number of top-ranked classes that are always kept.
 
     m = min(⌈keep_ratio · C⌉, max_keep) for a ratio below 1, every class for 1, min(keep_ratio, C, max_keep) above.
 
@@ -37,16 +43,16 @@ def base_keep(num_classes: int, keep_ratio: float, max_keep: int) -> int:
     """
     if keep_ratio == 1.0:
         return num_classes
-    # Rounded first: 0.07 · 100 is 7.000000000000001, and seven classes were meant.
+    # Rounded first: 0.07 · 100 is 7.000000000000001, and ⌈·⌉ of that is 8.
     wanted = keep_ratio * num_classes if keep_ratio < 1.0 else min(keep_ratio, num_classes)
     return min(math.ceil(round(wanted, 9)), max_keep, num_classes)
 
 
 def tail_probabilities(tail: int, decay: float) -> Tensor:
-    """q [tail] in fp64: the probability that each class of the tail stays, by rank.
+    """q [tail] in fp64: probability to keep each rank of the tail.
 
-    q_j = (e_j − e_last) / (e_0 − e_last), with e_j = exp(−x_j / decay) and x evenly spaced over [0, 5]. One class
-    alone has q = 1.
+    q_j = (e_j − e_last) / (e_0 − e_last), with e_j = exp(−x_j / decay) and x evenly spaced over [0, 5]. For
+    tail = 1, q = 1.
 
     >>> [round(q, 6) for q in tail_probabilities(3, decay=0.3).tolist()]
     [1.0, 0.00024, 0.0]
@@ -54,14 +60,14 @@ def tail_probabilities(tail: int, decay: float) -> Tensor:
     if tail == 1:
         return torch.ones(1, dtype=torch.float64)
     x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64)
-    # The same quotient through expm1: subtracting the exponentials loses every digit for a large decay.
+    # The same quotient by expm1: the difference of the exponentials loses all digits for a large decay.
     return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
 
 
 def inclusion_probabilities(q: Tensor) -> Tensor:
-    """π [tail] in fp64: q scaled so that its sum is a whole number, with no entry above 1.
+    """π [tail] in fp64: q scaled to a whole sum, with no entry above 1.
 
-    π_j = min(1, a · q_j) with a such that Σπ = round(Σq). K is then the same in every step, and Σ|π − q| ≤ 1/2.
+    π_j = min(1, a · q_j) with a such that Σπ = round(Σq). So K is the same in every step, and Σ|π − q| ≤ 1/2.
 
     >>> inclusion_probabilities(torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64))
     tensor([1.0000, 0.7143, 0.2857], dtype=torch.float64)
@@ -77,7 +83,7 @@ def inclusion_probabilities(q: Tensor) -> Tensor:
 
 
 def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
-    """Positions [n] int64, ascending and distinct: for each point the interval that it lies in.
+    """Positions [n] int64, ascending and distinct: index of the interval that contains each point.
 
     Interval j is [Σ_{i<j} π_i, Σ_{i≤j} π_i). With points u, u + 1, …, u + n − 1, u uniform in [0, 1) and n = Σ π,
     position j is drawn with probability π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of
@@ -90,25 +96,24 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
     >>> systematic_sample(torch.tensor([1.0, 1.5, 1.75, 2.0]).double(), 0.6 + torch.arange(2).double())
     tensor([0, 2])
     """
-    # Rounding may leave the last end below the last point.
+    # By rounding the last end may be below the last point.
     return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
 
 
 @dataclass
 class RankSampler:
-    """Draws the ranks [K] that stay in a step, by one of two policies.
+    """Draw the ranks [K] that are kept in a step, by one of two policies.
 
     Args:
-        keep_ratio: Share of the classes that always stay if below 1; their whole number if above; 1 keeps every class.
-        max_keep: Most classes that always stay.
-        decay: λ, how slowly the chance to stay falls over the tail.
-        tail: "resample" draws round(Σq) tail ranks in every step by systematic sampling, from one uniform number;
-            "fixed" decides about each tail rank once, independently, and reuses that decision for the whole run, as
-            published.
-        generator: Source of randomness; a new one, seeded with 0, if not given. Its state is part of `state_dict`.
+        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class.
+        max_keep: Largest number of classes that are always kept.
+        decay: λ, decay of the probability over the tail.
+        tail: "resample" draws round(Σq) ranks of the tail in each step by systematic sampling, from one uniform number.
+            "fixed" draws each rank of the tail once, independently, and keeps the result for the run, as published.
+        generator: Random generator; by default a new one with seed 0. Its state is part of `state_dict`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
     """
 
     keep_ratio: float = 0.5
@@ -126,7 +131,7 @@ class RankSampler:
             ("tail", self.tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
         ):
             if not valid:
-                raise ValueError(f"select_classes: {name} must be {range_}; got {getattr(self, name)!r}.")
+                raise ValueError(f"RankSampler: {name} must be {range_}; got {getattr(self, name)!r}.")
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
@@ -135,9 +140,9 @@ class RankSampler:
         self._fixed: Tensor | None = None
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
-        """m raised so that every label of a batch fits, and q of the tail behind it.
+        """Return m, raised so that every label of a batch fits, and q of the tail after it.
 
-        The largest batch drawn for decides, so a smaller last batch of an epoch keeps as many classes as the others.
+        m is that of the largest batch drawn so far, so a smaller last batch of an epoch keeps as many classes.
         """
         min_keep = max(self._min_keep, batch_size)
         keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, min_keep))
@@ -146,7 +151,7 @@ class RankSampler:
         return self._plan
 
     def expected_keep(self, num_classes: int, batch_size: int = 1) -> int:
-        """K of the "resample" policy, and the mean over runs of the "fixed" one's: m + round(Σq).
+        """Return m + round(Σq): K of the "resample" policy, mean of K over runs of the "fixed" policy.
 
         >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
         [107, 77, 59, 52, 28, 13, 11, 4]
@@ -155,7 +160,7 @@ class RankSampler:
         return keep + round(q.sum().item())
 
     def draw(self, num_classes: int, batch_size: int) -> Tensor:
-        """Ranks [K] that stay in this step, ascending, int64, on the generator's device."""
+        """Draw the kept ranks [K] of a step, int64, ascending, on the device of the generator."""
         assert self.generator is not None
         keep, q = self.plan(num_classes, batch_size)
         self._min_keep = max(self._min_keep, batch_size)
@@ -176,26 +181,26 @@ class RankSampler:
         return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)])
 
     def state_dict(self) -> dict[str, Tensor | int | None]:
-        """What `load_state_dict` needs to continue this run's stream of draws."""
+        """Return the state that continues the draws of a run."""
         assert self.generator is not None
         return {"generator": self.generator.get_state(), "fixed": self._fixed, "min_keep": self._min_keep}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue from the result of `state_dict`."""
         assert self.generator is not None
         self.generator.set_state(state["generator"])
         self._fixed, self._min_keep = state["fixed"], state["min_keep"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as tensors on the CPU, by name."""
+        """Return the state as CPU tensors by name."""
         state = self.state_dict() | {"min_keep": torch.tensor(self._min_keep)}
         return {name: value.cpu() for name, value in state.items() if isinstance(value, Tensor)}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what `tensors` returned.
+        """Continue from the result of `tensors`.
 
         Raises:
-            ValueError: If it is not the state of a generator of this kind.
+            ValueError: If it is not the state of such a generator.
         """
         assert self.generator is not None
         try:
@@ -208,8 +213,8 @@ class RankSampler:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be pickled: its state and device are, in its place. The state as bytes: a spawned process
-        # opens the shared memory of a tensor after this one has freed it.
+        # A generator cannot be pickled, so its device and state are. The state as bytes: a spawned process would open
+        # the shared memory of a tensor after this process has freed it.
         assert self.generator is not None
         return vars(self) | {"generator": (self.generator.device, self.generator.get_state().numpy().tobytes())}
 
@@ -221,12 +226,12 @@ class RankSampler:
 
 
 def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
-    """The classes that stand at the given ranks of a descending order of scores, every label ahead of all others.
+    """Return the classes at the given ranks by descending score, with every label before all other classes.
 
     Args:
-        scores: [C], any floating dtype. Not-a-number ranks last.
-        labels: [B], int64, classes of the images.
-        ranks: [K], int64, distinct; must contain the ranks below the number of distinct labels.
+        scores: [C], any floating dtype. NaN ranks last.
+        labels: [B] int64, classes of the images.
+        ranks: [K] int64, distinct; must contain all ranks below the number of distinct labels.
 
     Returns:
         ClassSelection: `class_ids` [K] ascending and `targets` [B], int64, with class_ids[targets] = labels.
@@ -238,7 +243,7 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
     """
     forced = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).scatter(0, labels, math.inf)
     order = forced.argsort(descending=True, stable=True)
-    class_ids = order[ranks.to(order.device, non_blocking=True)].sort().values  # the host goes on
+    class_ids = order[ranks.to(order.device, non_blocking=True)].sort().values  # no host sync
     return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))
 
 
@@ -252,24 +257,28 @@ def select_classes(
     tail: Tail = "resample",
     generator: torch.Generator | None = None,
 ) -> ClassSelection:
-    """Choose the classes of one step by their scores: the top ones, and an exponentially thinning sample of the tail.
+    """Select the classes of one step: the top m by score, and rank m + j of the tail with probability q_j.
 
-    For a whole run use `RankSampler`, which keeps the published policy's one mask between steps.
+        q_j = (e_j − e_last) / (e_0 − e_last),   e_j = exp(−x_j / decay),   x evenly spaced over [0, 5]
+
+    For several steps use `RankSampler`, which keeps its state between them.
 
     Args:
-        scores: [C], floating; higher is kept sooner.
-        labels: [B], int64 in [0, C); always kept.
-        keep_ratio: Share of classes that always stay (up to 1), or their number.
-        max_keep: Most classes that always stay.
-        decay: λ of the tail.
-        tail: "resample" or "fixed", see `RankSampler`.
-        generator: Source of randomness; seeded with 0 if not given.
+        scores: [C], any floating dtype; NaN ranks last.
+        labels: [B] int64 in [0, C); always kept.
+        keep_ratio: Share of classes that are always kept (at most 1), or their number; 0.5 by default.
+        max_keep: Largest number of classes that are always kept; 50 by default.
+        decay: λ, decay of the probability over the tail; 0.3 by default.
+        tail: "resample" (default) or "fixed", see `RankSampler`.
+        generator: Random generator; by default a new one with seed 0.
 
     Returns:
-        ClassSelection: `class_ids` [K] ascending, `targets` [B].
+        ClassSelection: `class_ids` [K] int64 ascending, `targets` [B] int64.
 
     Raises:
-        ValueError: If shapes or ranges don't fit.
+        ValueError: If a shape, a dtype or a label doesn't fit, or an argument is out of range.
+
+    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 
     Example:
         >>> selection = select_classes(torch.linspace(1, 0, 100), torch.tensor([99, 7]))

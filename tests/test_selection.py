@@ -1,4 +1,4 @@
-"""CSkip against DESIGN section 3.3, written out naively."""
+"""Class selection (CSkip) against the published formulas, written out naively."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def published_probabilities(tail: int, decay: float) -> list[float]:
 
 @pytest.mark.parametrize("decay", [0.05, 0.3, 1.0, 10.0])
 @pytest.mark.parametrize("tail", [2, 3, 50, 950])
-def test_tail_probabilities_are_the_published_ones(tail, decay):
+def test_tail_probabilities_are_published(tail, decay):
     expected = torch.tensor(published_probabilities(tail, decay), dtype=torch.float64)
     torch.testing.assert_close(tail_probabilities(tail, decay), expected, rtol=0, atol=1e-12)
 
 
-def test_a_single_tail_class_stays():
+def test_tail_probabilities_of_one_class():
     assert tail_probabilities(1, 0.3).tolist() == [1.0]
     assert RankSampler(keep_ratio=0.5).draw(2, 1).tolist() == [0, 1]
 
 
-def test_extreme_decays_stay_finite():
+def test_tail_probabilities_extreme_decays_are_finite():
     for decay in (1e-4, 1e9):
         q = tail_probabilities(100, decay)
         assert q.isfinite().all() and q[0] == 1 and q[-1] == 0
@@ -48,12 +48,12 @@ def test_extreme_decays_stay_finite():
 @pytest.mark.parametrize(
     ("classes", "kept"), [(1000, 107), (500, 77), (199, 59), (98, 52), (51, 28), (24, 13), (19, 11), (5, 4)]
 )
-def test_kept_classes_of_the_published_setting(classes, kept):
+def test_expected_keep_of_the_published_setting(classes, kept):
     assert RankSampler().expected_keep(classes) == kept
     assert len(RankSampler().draw(classes, 1)) == kept
 
 
-def test_asking_changes_nothing():
+def test_expected_keep_changes_no_state():
     sampler = RankSampler()
     assert sampler.expected_keep(1000, 200) > 200
     assert sampler.state_dict()["min_keep"] == RankSampler().state_dict()["min_keep"]
@@ -78,7 +78,7 @@ def test_base_keep(classes, ratio, max_keep, m):
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=150, deadline=None)
-def test_selection_keeps_every_label_and_the_top(classes, batch, ratio, max_keep, decay, tail, seed):
+def test_select_ranks_keeps_labels_and_top(classes, batch, ratio, max_keep, decay, tail, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(classes, generator=generator)
     labels = torch.randint(classes, (batch,), generator=generator)
@@ -99,8 +99,8 @@ def test_selection_keeps_every_label_and_the_top(classes, batch, ratio, max_keep
 
 
 @pytest.mark.parametrize("classes", [4, 5, 24, 51, 199, 1000])
-def test_resampling_keeps_each_tail_rank_with_its_probability(classes):
-    """Within 5 standard errors of 4,000 draws, of the probability scaled to a whole number of ranks."""
+def test_resample_keeps_ranks_with_their_probability(classes):
+    """Within 5 standard errors of 4,000 draws."""
     sampler, steps = RankSampler(), 4000
     counts = torch.zeros(classes, dtype=torch.float64)
     for _ in range(steps):
@@ -113,7 +113,7 @@ def test_resampling_keeps_each_tail_rank_with_its_probability(classes):
 
 @given(tail=st.integers(1, 400), decay=st.floats(0.01, 20), points=st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_systematic_sampling_has_its_probabilities_exactly(tail, decay, points):
+def test_systematic_sample_probabilities_are_exact(tail, decay, points):
     """The mean over an even grid of starts is the probability, to within one point of the grid."""
     q = tail_probabilities(tail, decay)
     pi, starts = inclusion_probabilities(q), (torch.arange(points, dtype=torch.float64) + 0.5) / points
@@ -127,22 +127,22 @@ def test_systematic_sampling_has_its_probabilities_exactly(tail, decay, points):
     assert (pi <= 1).all() and (pi - q).abs().sum() <= 0.5 + 1e-9
 
 
-def test_fixed_draws_once_and_resample_every_step():
+def test_fixed_draws_once_resample_each_step():
     fixed, resample = RankSampler(tail="fixed"), RankSampler(tail="resample")
     assert len({tuple(fixed.draw(500, 4).tolist()) for _ in range(5)}) == 1
     assert len({tuple(resample.draw(500, 4).tolist()) for _ in range(5)}) == 5
 
 
-def test_fixed_keeps_the_published_number_on_average():
+def test_fixed_keeps_published_number_on_average():
     counts = [
         len(RankSampler(tail="fixed", generator=torch.Generator().manual_seed(s)).draw(1000, 4)) for s in range(50)
     ]
-    # Sum of 950 independent draws: deviation about 5, of the mean of fifty 0.8.
+    # The sum of 950 independent draws deviates by about 5, the mean of fifty sums by 0.8.
     assert sum(counts) / len(counts) == pytest.approx(107, abs=3)
 
 
 @pytest.mark.parametrize("tail", ["fixed", "resample"])
-def test_resuming_continues_the_stream(tail):
+def test_load_state_dict_continues_the_draws(tail):
     whole = RankSampler(tail=tail)
     draws = [whole.draw(300, 4).tolist() for _ in range(3)]
     state = whole.state_dict()
@@ -153,7 +153,7 @@ def test_resuming_continues_the_stream(tail):
     assert draws != rest or tail == "fixed"
 
 
-def test_not_a_number_ranks_last_and_labels_first():
+def test_select_ranks_nan_last_labels_first():
     ids, targets = select_ranks(torch.tensor([math.nan, 1.0, 2.0, math.nan]), torch.tensor([3]), torch.tensor([0, 1]))
     assert ids.tolist() == [2, 3] and targets.tolist() == [1]
 
@@ -167,18 +167,18 @@ def test_not_a_number_ranks_last_and_labels_first():
         (torch.zeros(3), torch.tensor([0.0]), r"labels must be int64 \[B\]"),
     ],
 )
-def test_bad_input(scores, labels, message):
+def test_select_classes_bad_input(scores, labels, message):
     with pytest.raises(ValueError, match=message):
         select_classes(scores, labels)
 
 
-def test_select_classes_rejects_labels_outside():
+def test_select_classes_label_out_of_range():
     with pytest.raises(ValueError, match="labels must be in"):
         select_classes(torch.zeros(3), torch.tensor([3]))
 
 
-def test_a_pickled_sampler_shares_no_tensor_made_for_it():
-    """Such a tensor is freed before a spawned process, as a DataLoader's worker, opens its shared memory."""
+def test_pickle_shares_no_tensor():
+    """A tensor is freed before a spawned process, such as a worker of a DataLoader, opens its shared memory."""
     sampler = RankSampler()
     sampler.draw(100, 4)
     assert not any(isinstance(part, torch.Tensor) for part in sampler.__getstate__()["generator"])

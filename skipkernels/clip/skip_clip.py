@@ -144,10 +144,7 @@ class SkipCLIP(nn.Module):
         if torch.is_inference_mode_enabled():
             raise RuntimeError("SkipCLIP: cannot be made under torch.inference_mode(): its tensors could not train.")
         self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
-        try:
-            self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
-        except ValueError as error:
-            raise ValueError(str(error).replace("select_classes:", "SkipCLIP:", 1)) from None
+        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
         self.model = model
         self._tokens = tokens.to("cpu", torch.int32)
         image, text = build_towers(model, tokens)
