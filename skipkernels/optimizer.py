@@ -1,4 +1,4 @@
-"""FusedSGD: weights are updated inside backward, so that gradients never add up to a copy of the model."""
+"""FusedSGD: SGD that updates weights inside backward, so that the gradients of the model are never all in memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .checks import FEATURE_DTYPES, check_dtype
 
 __all__ = ["FusedSGD"]
 
-# What torch.optim.SGD reads of its groups, so that it takes a state dict of ours.
-_TORCHS = {
+# Options that torch.optim.SGD reads from its groups, so that it loads a state dict of FusedSGD.
+_TORCH_OPTIONS = {
     "dampening": 0,
     "nesterov": False,
     "maximize": False,
@@ -33,44 +33,46 @@ _TORCHS = {
 
 
 class FusedSGD(torch.optim.Optimizer):
-    """SGD with momentum that updates each weight inside backward, as soon as its gradient is complete, and frees that.
+    """SGD with momentum that updates each weight inside backward, once its gradient is complete, and frees that.
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    It is `torch.optim.SGD`'s update, with its defaults, in one pass over memory (`functional.sgd_momentum_`). Gradients
-    are alive between the node of backward that computes them and the end of their update: those of a block, not those
-    of the model. A loop stays as it is, with `step()` after each backward: it updates what still has a gradient (a
-    weight that was frozen when it was given, a gradient set by hand), and the next step begins. The options of a group
-    are read at each update, so learning-rate schedulers work. State dicts load into `torch.optim.SGD` and from it. Keep
-    the optimizer: its hooks go with it.
+    The update and the defaults are those of `torch.optim.SGD`, in one pass over memory (`functional.sgd_momentum_`).
+    A gradient is in memory from its node of backward to its update: gradients of a block, not of the model. The
+    training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (a weight
+    frozen at construction, a gradient set by hand) and begins the next step. Options of a group are read at each
+    update, so learning-rate schedulers work. State dicts load into `torch.optim.SGD` and from it. Keep a reference to
+    the optimizer: its hooks are removed with it.
 
-    Each backward is an update. What needs all gradients of a step, or changes them before it, wants
-    `in_backward=False`: several backward passes a step, `GradScaler`, `clip_grad_norm_` (after backward there is no
-    gradient left for it: it clips nothing, and cannot say so), `DistributedDataParallel` (which averages gradients that
-    were used up: in a process group of several members, updates in backward are refused), a weight shared by
-    checkpoints with `use_reentrant=True`. A second gradient of a weight before `step()` is an error, and so,
-    autograd's own, is a second backward through a graph that needs a weight as it was. A backward that ends in an error
-    leaves some weights updated and others not.
+    Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
+    before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_` (after backward it finds no
+    gradient and clips nothing, without an error), `DistributedDataParallel` (updates in backward are refused in a
+    process group of several members), a weight shared by checkpoints with `use_reentrant=True`. A second gradient of a
+    weight before `step()` is an error, as is a second backward through a graph that needs the old value of a weight. A
+    backward that raises leaves some weights updated and others not.
 
     Args:
-        params: parameters, or groups of them with options of their own, as for `torch.optim`; of any shape, in fp32,
-            bf16, fp16 or fp64. Momentum buffers have the shape and dtype of their weights.
-        lr: learning rate, at least 0: a number, or a tensor of one element on the device of the weights, which is read
-            there: a captured CUDA graph takes what it holds at each replay.
-        momentum: share of the buffer that stays, at least 0. At 0 there is no buffer.
-        weight_decay: L2 penalty, at least 0.
-        in_backward: whether weights are updated in backward; otherwise `step()` updates all, with one call for those of
-            a group that have one dtype and device.
-        stochastic_rounding: whether bf16 weights are rounded up with the probability of the part that is lost, so that
-            updates smaller than half a step survive on average. For groups of nothing but bf16. The random bits are
-            other ones for each weight in each step, and continue with the state dict; a captured graph repeats its own.
-        seed: of stochastic rounding, at least 0.
+        params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
+            or fp64. Momentum buffers have the shape and dtype of their weights.
+        lr: Learning rate ≥ 0, 1e-3 by default: a number, or a tensor of one element on the device of the weights. The
+            kernel reads the tensor, so a captured CUDA graph uses its value at each replay.
+        momentum: Factor of the buffer, ≥ 0; 0 (default) keeps no buffer.
+        weight_decay: L2 penalty ≥ 0, 0 by default.
+        in_backward: True (default) updates weights in backward. False updates all in `step()`, with one call per group,
+            dtype and device.
+        stochastic_rounding: True rounds bf16 weights up with the probability of the discarded part, so that updates
+            below half a unit in the last place survive on average. Only for groups of bf16 weights. The random bits
+            differ for each weight and step, and continue with the state dict; a captured graph repeats its bits.
+        seed: Seed of stochastic rounding, ≥ 0.
 
     Raises:
-        TypeError: for a weight of a dtype that does not fit; in backward, for a gradient that is sparse.
-        ValueError: for an option out of its range, or one of `torch.optim.SGD` that is not here.
-        RuntimeError: in backward, for a second gradient before `step()`, or one that another optimizer took; there and
-            at construction, for updates in backward in a process group of several members.
+        TypeError: If the dtype of a weight is not supported; in backward, if a gradient is sparse.
+        ValueError: If an option is out of range, or one of `torch.optim.SGD` that is not supported.
+        RuntimeError: In backward, at a second gradient before `step()` or one that another optimizer has consumed; in
+            backward and at construction, for updates in backward in a process group of several members.
+
+    Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
+    arXiv 2306.09782, for updates inside backward.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -78,7 +80,7 @@ class FusedSGD(torch.optim.Optimizer):
         >>> weight.square().sum().backward()
         >>> weight.tolist(), weight.grad
         ([0.5, 1.0], None)
-        >>> optimizer.step()  # as in any loop; here it has nothing left to do
+        >>> optimizer.step()  # nothing is left to update here
     """
 
     def __init__(
@@ -92,14 +94,14 @@ class FusedSGD(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ):
-        self._in_backward = False  # until all groups have been found right
-        self._updated: set[int] = set()  # numbers of the weights that backward has updated since step()
+        self._in_backward = False  # until all groups are checked
+        self._updated: set[int] = set()  # indices of the weights updated in backward since step()
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
         self._remove_hooks.atexit = False
         if in_backward:
             _refuse_several_processes()
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **_TORCHS}
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **_TORCH_OPTIONS}
         super().__init__(params, options | {"stochastic_rounding": stochastic_rounding, "seed": seed, "steps": 0})
         if in_backward:
             self._in_backward = True
@@ -107,7 +109,7 @@ class FusedSGD(torch.optim.Optimizer):
                 self._hook(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train further parameters, with options of their own where the group has them."""
+        """Add a group of parameters with its options."""
         super().add_param_group(param_group)
         _check(self.param_groups[-1])
         if self._in_backward:
@@ -117,36 +119,36 @@ class FusedSGD(torch.optim.Optimizer):
         first = sum(len(other["params"]) for other in self.param_groups[:group])
         for number, weight in enumerate(self.param_groups[group]["params"], first):
             if weight.requires_grad:
-                # A proxy: a parameter must not keep alive the optimizer that keeps its buffer. The group's number: the
-                # group itself is another one after load_state_dict.
+                # A proxy, since a parameter must not keep the optimizer alive, and the index of the group, since
+                # load_state_dict replaces the group.
                 update = partial(FusedSGD._update_in_backward, weakref.proxy(self), group, number)
                 self._hooks.append(weight.register_post_accumulate_grad_hook(update))
 
     def _update_in_backward(self, group: int, number: int, weight: Tensor) -> None:
-        if not self._updated:  # the first of a step: the process group may have come later
+        if not self._updated:  # once per step: a process group may be created after the optimizer
             _refuse_several_processes()
         if weight.grad is None:
             raise RuntimeError(
-                "FusedSGD: the gradient of a weight was taken before this optimizer could use it: another one updates "
-                "it in backward too. Call close() on that one."
+                "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one "
+                "updates it in backward too. Call close() on that one."
             )
         if number in self._updated:
             raise RuntimeError(
-                "FusedSGD: a weight must get one gradient a step; got a second one since step(), when the first was "
-                "used up. Call step() after each backward, or make the optimizer with in_backward=False."
+                "FusedSGD: a weight must get one gradient per step; got a second one since step(), after the first was "
+                "consumed. Call step() after each backward, or use in_backward=False."
             )
         self._update(self.param_groups[group], number, [weight])
         self._updated.add(number)
         weight.grad = None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """End a step: update every weight that has a gradient, which no longer has one if backward updated it.
+        """End a step: update every weight that still has a gradient.
 
         Args:
-            closure: computes the loss and its gradients, if that is not done already.
+            closure: Function that computes the loss and its gradients, unless backward has already run.
 
         Returns:
-            What the closure returns.
+            The result of the closure.
         """
         loss = None if closure is None else closure()
         numbers = itertools.count()
@@ -162,7 +164,7 @@ class FusedSGD(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], number: int, weights: list[Any]) -> None:
-        """One call for some weights of a group, of which the first has this number among those of the optimizer."""
+        """Update some weights of a group by one call; `number` is the index of the first in the optimizer."""
         functional.sgd_momentum_(
             weights,
             [weight.grad for weight in weights],
@@ -174,7 +176,7 @@ class FusedSGD(torch.optim.Optimizer):
         )
 
     def _momentum_buffer(self, weight: Tensor, momentum: float) -> Tensor:
-        if momentum == 0:  # nothing of it is read
+        if momentum == 0:  # never read
             return torch.zeros_like(weight)
         state = self.state[weight]
         if state.get("momentum_buffer") is None:
@@ -182,12 +184,12 @@ class FusedSGD(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     def close(self) -> None:
-        """Leave backward: from now on gradients stay, for `step()` or for another optimizer."""
+        """Remove the hooks: from now on gradients remain for `step()` or another optimizer."""
         self._in_backward = False
         self._remove_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # load_state_dict comes by here, with the groups of a checkpoint: torch.optim.SGD's lack some options.
+        # Called by load_state_dict with the groups of a checkpoint; those of torch.optim.SGD lack some options.
         super().__setstate__(state)
         for group in self.param_groups:
             for option, default in self.defaults.items():
@@ -195,36 +197,36 @@ class FusedSGD(torch.optim.Optimizer):
             _check(group)
 
     def __getstate__(self) -> NoReturn:
-        raise TypeError("FusedSGD: it can't be copied or pickled: its hooks are on its parameters. Use state_dict().")
+        raise TypeError("FusedSGD: cannot be copied or pickled: its hooks are on its parameters. Use state_dict().")
 
 
 def _refuse_several_processes() -> None:
-    """A gradient that is used up in backward is no longer there to be averaged: the weights of the ranks would part."""
+    """Refuse a process group of several members: weights would be updated before gradients are averaged."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
             "FusedSGD: in_backward must be False in a process group of several members; got True in one of "
-            f"{distributed.get_world_size()}. Backward uses gradients up before they are averaged: the weights of the "
-            "ranks would part. Use in_backward=False."
+            f"{distributed.get_world_size()}. Backward consumes gradients before they are averaged: the weights of the "
+            "ranks would diverge. Use in_backward=False."
         )
 
 
 def _check(group: dict[str, Any]) -> None:
     for weight in group["params"]:
         if group["stochastic_rounding"]:
-            remedy = "Leave out stochastic_rounding, or give other weights a group without it."
+            remedy = "Set stochastic_rounding to False, or put other weights into another group."
             check_dtype("FusedSGD", "params", weight, [torch.bfloat16], remedy)
         check_dtype("FusedSGD", "params", weight, FEATURE_DTYPES, "Only floating-point weights can be trained.")
     if len(set(group["params"])) < len(group["params"]):
-        raise ValueError("FusedSGD: params must be different weights; got one twice in a group. Leave it out once.")
+        raise ValueError("FusedSGD: params must be different weights; got one twice in a group. Remove the duplicate.")
     for option in ("lr", "momentum", "weight_decay", "seed"):
         value = group[option]
-        on_device = option == "lr" and isinstance(value, Tensor)  # to look at it would wait for the device
+        on_device = option == "lr" and isinstance(value, Tensor)  # its value would be a host sync
         if not (on_device or 0 <= value < math.inf):
             raise ValueError(f"FusedSGD: {option} must be at least 0; got {value}.")
     for option in ("dampening", "nesterov", "maximize", "differentiable"):
         if group.get(option):
-            raise ValueError(f"FusedSGD: there is no {option}; got {group[option]}. Use torch.optim.SGD.")
+            raise ValueError(f"FusedSGD: {option} is not supported; got {group[option]}. Use torch.optim.SGD.")
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
@@ -233,5 +235,5 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 
 def _random_bits(*numbers: int) -> int:
-    """64 bits that are others for other numbers, and the same everywhere."""
+    """Return 64 bits that depend on the numbers and on nothing else."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

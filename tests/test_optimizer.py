@@ -1,4 +1,4 @@
-"""FusedSGD against `torch.optim.SGD`, what it keeps alive, what a checkpoint continues, and what it refuses."""
+"""FusedSGD against `torch.optim.SGD`; its memory, checkpoints and errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from skipkernels import functional
 from skipkernels.testing import gradient_bytes
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-# Largest difference of a weight of size 1 after a few steps: the two round in other places, and the next gradient sees
-# it. fp64 and fp32: some units of the last place. bf16: a unit or two, of 2⁻⁸, in each of the steps.
+# Largest difference of a weight of size 1 after a few steps: the two round at different places, and the next gradient
+# depends on it. fp64 and fp32: some units in the last place. bf16: one or two units of 2⁻⁸ per step.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 class Net(nn.Module):
-    """A few weights of any shape, one of them not contiguous, one used twice, one in no loss."""
+    """Four weights: one is not contiguous, one is used twice, and one is in no loss."""
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__()
@@ -72,14 +72,14 @@ def assert_close(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"weight_decay": 0.0}], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
-def test_is_torchs(dtype, options, in_backward):
+def test_fused_sgd_equals_torch(dtype, options, in_backward):
     net = Net(dtype)
     train(net, sk.FusedSGD(net.groups(), **{**HYPER, **options}, in_backward=in_backward))
     assert_close(net, trained_by_torch(dtype, **options))
     assert not torch.allclose(net.first, Net(dtype).first, atol=2 * TOLERANCE[dtype]), "they moved"
 
 
-def test_defaults_are_torchs():
+def test_fused_sgd_defaults_equal_torch():
     net, theirs = Net(), Net()
     optimizer = sk.FusedSGD(net.parameters())
     train(net, optimizer)
@@ -89,8 +89,8 @@ def test_defaults_are_torchs():
 
 @pytest.mark.parametrize("memory", ["fast", "min"])
 @pytest.mark.parametrize("skip", [0, 1])
-def test_a_step_of_skipclip_with_layer_scale(skip, memory):
-    """A layer scale is multiplied into weights that are updated while other nodes have still to run."""
+def test_fused_sgd_step_of_skipclip_with_layer_scale(skip, memory):
+    """A layer scale is multiplied into weights that are updated before other nodes run."""
     scaled = {"ls_init_value": 0.3}
     models = [tiny_clip(vision=scaled, text=scaled) for _ in range(2)]
     before, tokens = copy.deepcopy(models[0]), tiny_tokens(9)
@@ -104,33 +104,35 @@ def test_a_step_of_skipclip_with_layer_scale(skip, memory):
     ours, theirs = models
     for name, weight in ours.named_parameters():
         expected, start = theirs.get_parameter(name), before.get_parameter(name)
-        # Rounding in fp64, which three steps of random blocks make larger.
+        # Rounding in fp64, amplified by three steps of random blocks.
         assert (weight - expected).norm() <= 1e-10 * expected.norm(), name
         assert weight.requires_grad != weight.equal(start), name
 
 
-def test_a_weight_used_twice_is_updated_once_by_its_whole_gradient():
+def test_backward_updates_a_weight_used_twice_once():
     weight = nn.Parameter(torch.tensor([2.0]))
     _optimizer = sk.FusedSGD([weight], lr=0.5)
     (3 * weight + 5 * weight).backward()
     assert weight.tolist() == [2.0 - 0.5 * 8.0]
 
 
-def test_a_changed_weight_that_backward_still_needs_is_an_error():
-    """Never a wrong gradient: the update counts up the weight's version."""
+def test_backward_needs_an_updated_weight():
+    """An error and no wrong gradient: the update increments the version of the weight."""
     weight, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
     _optimizer = sk.FusedSGD([weight, other])
-    loss = (other * weight.detach()).sum() + weight.sum()  # the right summand's gradient comes first
+    loss = (other * weight.detach()).sum() + weight.sum()  # the gradient of the right summand is computed first
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @pytest.mark.parametrize("memory", ["fast", "min"])
-def test_gradients_alive_are_those_of_a_block_not_of_the_model(memory):
+def test_gradients_in_memory_are_those_of_a_block(memory):
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, memory=memory)
     weights = clip.trainable_parameters()
-    assert gradient_bytes(clip(images, labels).loss) == sum(p.nbytes for p in weights), "they add up without it"
+    assert gradient_bytes(clip(images, labels).loss) == sum(p.nbytes for p in weights), (
+        "all gradients, without the optimizer"
+    )
     model.zero_grad()
     largest = max(sum(p.nbytes for p in block.parameters()) for block in model.visual.transformer.resblocks)
     optimizer = sk.FusedSGD(weights)
@@ -140,11 +142,11 @@ def test_gradients_alive_are_those_of_a_block_not_of_the_model(memory):
 
 
 @pytest.mark.gpu
-def test_gradients_do_not_add_up_on_a_gpu_and_nothing_waits():
+def test_backward_on_gpu_bounds_memory_without_host_sync():
     layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(8)))
     inputs = torch.randn(4, 1024, device="cuda")
     optimizer = sk.FusedSGD(layers.parameters(), lr=torch.tensor(1e-3, device="cuda"), momentum=0.9)
-    layers(inputs).sum().backward()  # compiles the kernel, makes the buffers
+    layers(inputs).sum().backward()  # compiles the kernel and creates the buffers
     optimizer.step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -158,7 +160,7 @@ def test_gradients_do_not_add_up_on_a_gpu_and_nothing_waits():
     assert torch.cuda.max_memory_allocated() - held < 3 * layers[0].weight.nbytes
 
 
-# ---- a loop like any other ------------------------------------------------------------------------------------------
+# ---- training loop --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
@@ -170,7 +172,7 @@ def test_gradients_do_not_add_up_on_a_gpu_and_nothing_waits():
     ],
     ids=["lr", "lr_and_momentum"],
 )
-def test_schedulers_work_and_do_not_warn(schedule, in_backward):
+def test_schedulers_equal_torch(schedule, in_backward):
     nets = Net(), Net()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -187,7 +189,7 @@ def test_schedulers_work_and_do_not_warn(schedule, in_backward):
     assert not torch.allclose(nets[0].first, trained_by_torch().first)
 
 
-def test_a_rate_may_be_a_tensor():
+def test_lr_tensor():
     net = Net()
     lr = torch.tensor(0.1, dtype=torch.float64)
     optimizer = sk.FusedSGD([net.first, net.twice, net.scale], lr, momentum=0.9)
@@ -197,7 +199,7 @@ def test_a_rate_may_be_a_tensor():
     assert equal(train(net, optimizer, range(1, 2)), still)
 
 
-def test_step_takes_a_closure():
+def test_step_closure():
     net, theirs = Net(), trained_by_torch()
     optimizer = sk.FusedSGD(net.groups(), **HYPER)
 
@@ -213,7 +215,7 @@ def test_step_takes_a_closure():
     assert losses[0].equal(Net().loss(0))
 
 
-def test_groups_can_be_added():
+def test_add_param_group():
     net, theirs = Net(), trained_by_torch()
     optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
     optimizer.add_param_group(net.groups()[1])
@@ -221,7 +223,7 @@ def test_groups_can_be_added():
 
 
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
-def test_a_weight_that_was_frozen_when_it_was_given_trains_once_it_is_not(in_backward):
+def test_weight_unfrozen_after_construction(in_backward):
     net, theirs = Net(), Net()
     net.twice.requires_grad_(False)
     optimizer = sk.FusedSGD(net.groups(), **HYPER, in_backward=in_backward)
@@ -237,20 +239,20 @@ def test_a_weight_that_was_frozen_when_it_was_given_trains_once_it_is_not(in_bac
     assert_close(net, train(theirs, optimizer, range(1, 4)))
 
 
-def test_step_makes_one_call_for_weights_alike(monkeypatch):
+def test_step_one_call_per_dtype(monkeypatch):
     calls = []
     monkeypatch.setattr(functional, "sgd_momentum_", lambda weights, *_, **__: calls.append(len(weights)))
     net, half = Net(), Net(torch.bfloat16)
     optimizer = sk.FusedSGD([{"params": [*net.parameters(), *half.parameters()]}], in_backward=False)
     (net.loss(0) + half.loss(0)).backward()
     optimizer.step()
-    assert calls == [3, 3], "but for the unused one, of each dtype"
+    assert calls == [3, 3], "for each dtype, without the unused weight"
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------------
 
 
-def test_after_close_gradients_stay_and_step_updates():
+def test_close_leaves_gradients_to_step():
     net = Net()
     optimizer = sk.FusedSGD(net.groups()[:1], **HYPER)
     optimizer.close()
@@ -262,11 +264,11 @@ def test_after_close_gradients_stay_and_step_updates():
     assert_close(train(net, optimizer), trained_by_torch())
 
 
-def test_weights_do_not_keep_the_optimizer_alive():
+def test_hooks_do_not_keep_the_optimizer_alive():
     weight = nn.Parameter(torch.ones(2))
     optimizer = sk.FusedSGD([weight], lr=0.5)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    gc.disable()  # no cycle either, which would hold the buffers until the next collection
+    gc.disable()  # a cycle would keep the buffers until the next collection
     try:
         del optimizer, schedule
         weight.sum().backward()
@@ -275,18 +277,18 @@ def test_weights_do_not_keep_the_optimizer_alive():
     assert weight.tolist() == [1.0, 1.0] and weight.grad is not None
 
 
-def test_a_second_gradient_before_step_is_an_error():
+def test_backward_twice_before_step():
     net = Net()
     optimizer = sk.FusedSGD(net.groups())
     net.loss(0).backward()
-    with pytest.raises(RuntimeError, match=r"FusedSGD: a weight must get one gradient a step; .* in_backward=False"):
+    with pytest.raises(RuntimeError, match=r"FusedSGD: a weight must get one gradient per step; .* in_backward=False"):
         net.loss(1).backward()
     optimizer.zero_grad()
     optimizer.step()
     net.loss(2).backward()
 
 
-def test_a_second_backward_through_a_graph_is_an_error():
+def test_backward_twice_through_a_graph():
     net = Net()
     optimizer = sk.FusedSGD(net.groups())
     loss = net.loss(0)
@@ -296,7 +298,7 @@ def test_a_second_backward_through_a_graph_is_an_error():
         loss.backward()
 
 
-def test_gradients_add_up_over_several_passes_where_they_should():
+def test_step_sums_gradients_of_several_passes():
     net, theirs = Net(), Net()
     for each, optimizer in (
         (net, sk.FusedSGD(net.groups(), **HYPER, in_backward=False)),
@@ -307,10 +309,10 @@ def test_gradients_add_up_over_several_passes_where_they_should():
     assert_close(net, theirs)
 
 
-def test_two_optimizers_in_one_backward():
+def test_backward_with_two_optimizers():
     weight = nn.Parameter(torch.ones(2))
     first, _second = sk.FusedSGD([weight]), sk.FusedSGD([weight])
-    with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was taken .* Call close\(\)"):
+    with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was consumed .* Call close\(\)"):
         weight.sum().backward()
     first.close()
     weight.sum().backward()
@@ -321,7 +323,7 @@ def test_two_optimizers_in_one_backward():
 
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
 @pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
-def test_a_loaded_state_continues_the_run_to_the_bit(stochastic, in_backward):
+def test_load_state_dict_continues_bit_for_bit(stochastic, in_backward):
     def start(net: Net) -> sk.FusedSGD:
         return sk.FusedSGD(net.groups(), **HYPER, in_backward=in_backward, stochastic_rounding=stochastic, seed=5)
 
@@ -337,7 +339,7 @@ def test_a_loaded_state_continues_the_run_to_the_bit(stochastic, in_backward):
     assert not equal(train(forgetful, start(forgetful), range(2, 4)), net)
 
 
-def test_the_state_of_torchs_sgd_can_be_loaded():
+def test_load_state_dict_of_torch_sgd():
     net = Net()
     theirs = torch.optim.SGD(net.groups(), **HYPER)
     train(net, theirs, range(2))
@@ -346,7 +348,7 @@ def test_the_state_of_torchs_sgd_can_be_loaded():
     assert_close(train(net, ours, range(2, 4)), trained_by_torch())
 
 
-def test_torchs_sgd_takes_our_state():
+def test_state_dict_loads_into_torch_sgd():
     net, expected = Net(), trained_by_torch()
     ours = sk.FusedSGD(net.groups(), **HYPER)
     train(net, ours, range(2))
@@ -358,14 +360,14 @@ def test_torchs_sgd_takes_our_state():
 
 @pytest.fixture
 def two_members():
-    """Begins a process group of two members, of which the other does nothing; it ends with the test."""
+    """Return a function that begins a process group of two members for the test; the other does nothing."""
     fake = importlib.import_module("torch.testing._internal.distributed.fake_pg")
     yield lambda: torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def test_several_processes_are_refused_in_backward(two_members):
+def test_backward_in_several_processes(two_members):
     net = Net()
     early = sk.FusedSGD(net.groups(), **HYPER)
     two_members()
@@ -381,8 +383,8 @@ def test_several_processes_are_refused_in_backward(two_members):
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
-def test_copies_are_refused(copied):
-    with pytest.raises(TypeError, match=r"FusedSGD: it can't be copied or pickled: .* Use state_dict\(\)"):
+def test_copy_is_refused(copied):
+    with pytest.raises(TypeError, match=r"FusedSGD: cannot be copied or pickled: .* Use state_dict\(\)"):
         copied(sk.FusedSGD([nn.Parameter(torch.ones(2))]))
 
 
@@ -390,8 +392,8 @@ def test_copies_are_refused(copied):
 
 
 @pytest.mark.parametrize("in_backward", [True, False], ids=["in_backward", "in_step"])
-def test_random_bits_are_others_for_each_weight_step_group_and_seed(in_backward):
-    """A step of a third of a unit leaves a weight at 1 or takes it a unit down: which, shows the bits."""
+def test_stochastic_rounding_bits_differ_by_weight_step_and_seed(in_backward):
+    """A step of a third of a unit keeps a weight at 1 or takes it one unit down, depending on the bits."""
     unit = 2**-8  # of bf16 below 1
 
     def rounded(seed: int) -> tuple[tuple[bool, ...], ...]:
@@ -417,10 +419,10 @@ def test_random_bits_are_others_for_each_weight_step_group_and_seed(in_backward)
     assert bits == rounded(0)
     assert len({*bits, *rounded(1)}) == 16, "four weights, two steps, two seeds"
     share = torch.tensor(bits).double().mean().item()
-    assert abs(share - 1 / 3) < 5 * (2 / 9 / (8 * 64)) ** 0.5  # five deviations of the mean of 512 coins
+    assert abs(share - 1 / 3) < 5 * (2 / 9 / (8 * 64)) ** 0.5  # five standard deviations of the mean of 512 draws
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +433,11 @@ def test_random_bits_are_others_for_each_weight_step_group_and_seed(in_backward)
         ({"momentum": -0.1}, ValueError, "momentum must be at least 0; got -0.1"),
         ({"weight_decay": float("inf")}, ValueError, "weight_decay must be at least 0; got inf"),
         ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
-        ({"stochastic_rounding": True}, TypeError, "params must be bfloat16; got torch.float32. Leave out stochastic"),
+        (
+            {"stochastic_rounding": True},
+            TypeError,
+            "params must be bfloat16; got torch.float32. Set stochastic_rounding",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -443,7 +449,9 @@ def test_bad_options(options, error, message):
     with pytest.raises(error, match=f"^FusedSGD: {message}") as refused:
         sk.FusedSGD([{"params": [good]}, {"params": [weight], **options}])
     good.sum().backward()
-    assert good.grad is not None and refused.tb is not None, "no hook of what was not made, though its frames live"
+    assert good.grad is not None and refused.tb is not None, (
+        "a failed construction leaves no hook, although its frames are alive"
+    )
     with pytest.raises(error, match=f"^FusedSGD: {message}"):
         sk.FusedSGD([good]).add_param_group({"params": [weight], **options})
 
@@ -458,18 +466,18 @@ def test_bad_params():
 
 
 @pytest.mark.parametrize(("option", "value"), [("nesterov", True), ("dampening", 0.1), ("maximize", True)])
-def test_options_of_torchs_sgd_that_are_not_here(option, value):
+def test_unsupported_options(option, value):
     weight = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=f"^FusedSGD: there is no {option}; got {value}. Use torch.optim.SGD"):
+    with pytest.raises(ValueError, match=f"^FusedSGD: {option} is not supported; got {value}. Use torch.optim.SGD"):
         sk.FusedSGD([{"params": [weight], option: value}])
     optimizer = sk.FusedSGD([weight])
     state = optimizer.state_dict()
     state["param_groups"][0][option] = value
-    with pytest.raises(ValueError, match=f"^FusedSGD: there is no {option}"):
+    with pytest.raises(ValueError, match=f"^FusedSGD: {option} is not supported"):
         optimizer.load_state_dict(state)
 
 
-def test_sparse_gradients_are_refused():
+def test_sparse_gradient():
     embedding = nn.Embedding(5, 2, sparse=True)
     before = copy.deepcopy(embedding)
     _optimizer = sk.FusedSGD(embedding.parameters())
