@@ -7,9 +7,9 @@ import statistics
 import pytest
 import torch
 
+from skipkernels.testing import relative_error
 from tests.ops import test_pooled_attention as pooled
 from tests.ops import test_suffix_attention as suffix
-from tests.tolerances import relative_error
 
 DRAWS = 45
 # Error over eager's error, median of the draws. 1.1: the spread of such a median between equal methods.
