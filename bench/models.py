@@ -168,7 +168,10 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     out.loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    image, text = (torch.nn.functional.normalize(x, dim=-1) for x in (clip._image.own(images), clip._text.own(tokens)))
+    image, text = (
+        torch.nn.functional.normalize(x, dim=-1)
+        for x in (clip._image.reference_forward(images), clip._text.reference_forward(tokens))
+    )
     loss = torch.nn.functional.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
     loss.backward()
     # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
@@ -208,22 +211,23 @@ def markdown(rows: list[Row]) -> str:
         "# Models",
         "",
         f"Written by `python -m bench.models` (open_clip {open_clip.__version__}, timm {timm.__version__}, "
-        f"transformers {transformers.__version__}, PyTorch {machine['torch']}): of the {len(of_configs)} configs of "
-        f"open_clip {sum(not row.refused for row in of_configs)} are handled. What is not is refused when SkipCLIP is "
-        "made, with the reason. Random weights, three transformer blocks a tower or one or two in each stage of "
-        f"others, text encoders of transformers with {VOCABULARY:,} tokens, everything else as the config has it; "
-        "fp32, evaluation mode, the cut below the second block, all classes kept. Errors are relative, against the "
-        "model's own forward; of gradients the largest of any weight, relative to its norm or to a ten-thousandth of "
-        "the largest. In fp64, on small models of every family, they are below 1e-9 (`tests/towers`).",
+        f"transformers {transformers.__version__}, PyTorch {machine['torch']}). SkipCLIP handles "
+        f"{sum(not row.refused for row in of_configs)} of the {len(of_configs)} configs of open_clip and refuses the "
+        "others at construction, with the reason. Models have random weights, three transformer blocks per tower or "
+        f"one or two per stage of other towers, and {VOCABULARY:,} tokens in text encoders of transformers; all else "
+        "is as configured. fp32, evaluation mode, one block skipped, all classes kept. Errors are relative to the "
+        "model's own forward; the gradient error is the largest of any weight, relative to the norm of its gradient "
+        "or to a ten-thousandth of the largest norm. In fp64, on small models of every family, errors are below 1e-9 "
+        "(`tests/towers`).",
         "",
-        "| handled | reductions that are off | error of the loss | of a gradient |",
+        "| model | disabled reductions | error of the loss | error of a gradient |",
         "|---|---|---|---|",
         *(f"| {row.name} | {row.off or 'none'} | {row.loss_error:.0e} | {row.gradient_error:.0e} |" for row in handled),
         "",
     ]
     refused = [f"| {row.name} | {row.refused} |" for row in rows if row.refused]
     if refused:
-        lines += ["| refused | because |", "|---|---|", *refused, ""]
+        lines += ["| refused | reason |", "|---|---|", *refused, ""]
     return "\n".join(lines)
 
 

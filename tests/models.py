@@ -1,4 +1,4 @@
-"""Small open_clip models with random weights, for tests; and OpenAI's file of models."""
+"""Small open_clip models with random weights, and OpenAI's `clip.model`, for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tiny_clip(
     text: dict | None = None,
     family: type = open_clip.CLIP,
 ) -> torch.nn.Module:
-    """An open_clip model of three blocks a tower, every parameter drawn at random (biases and norms too)."""
+    """Open_clip model with three blocks per tower and random parameters, biases and norms too."""
     torch.manual_seed(seed)
     model = family(12, {**VISION, **(vision or {})}, {**TEXT, **(text or {})}, quick_gelu=quick_gelu)
     with torch.no_grad():
@@ -33,8 +33,32 @@ def tiny_clip(
     return model.to(dtype)
 
 
+def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Perturb every parameter, biases and norms too, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("logit"):
+                parameter.fill_(2.5)
+            else:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.double()
+
+
+def tiny_coca(correct: bool = False, **vision) -> torch.nn.Module:
+    """Open_clip `CoCa` of the same size, in fp64; `correct` selects the mask that does not exclude the class token."""
+    pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 76}
+    decoder = {"context_length": 76, "width": 16, "heads": 2, "layers": 1, "vocab_size": 60}
+    torch.manual_seed(0)
+    width = VISION["width"] if vision else 12  # poolers named in a config take the width of the tower
+    model = open_clip.CoCa(width, decoder, text, {**VISION, **pooler, **vision})
+    model.text.correct_cls_mask = correct  # no config has it
+    return random_weights(model)
+
+
 def tiny_tokens(classes: int, *, context: int = 77, seed: int = 0) -> torch.Tensor:
-    """Prompts [classes, context] of two shared tokens and a name of one to five, closed by the largest id."""
+    """Prompts [classes, context]: two shared tokens, a name of one to five tokens, and the largest id."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.zeros(classes, context, dtype=torch.int64)
     for row in tokens:
@@ -53,7 +77,7 @@ def tiny_batch(batch: int, classes: int, dtype: torch.dtype = torch.float64, *, 
 
 
 def openai_models() -> ModuleType:
-    """The module `clip.model`, from its file: its package asks for what setuptools no longer has."""
+    """The module `clip.model`, loaded from its file: its package needs a module that setuptools no longer has."""
     if "clip.model" not in sys.modules:
         package = importlib.util.find_spec("clip")
         assert package is not None and package.submodule_search_locations, "pip install clip-anytorch"

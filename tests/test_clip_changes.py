@@ -11,7 +11,7 @@ import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
 from open_clip.transformer import ResidualAttentionBlock as Block
 from open_clip.transformer import Transformer
-from own_step import assert_is_the_own_step
+from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
@@ -73,7 +73,7 @@ def test_as_is_trains_adapters_alone_and_keeps_plain_blocks_fused():
     assert len(clip.trainable_parameters()) == 4
     assert [clip._image.is_fused(i) for i in range(3)] == [True, True, False]
     assert "1 of 3 blocks" in clip.reductions["image.fused_block"].reason
-    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
 @pytest.mark.parametrize("kept", ["ln_", "bias"])
@@ -85,7 +85,7 @@ def test_as_is_trains_norms_or_biases_alone(kept, recwarn):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(kept in name for name in trained) and "visual.proj" not in trained
     assert clip.reductions["image.fused_block"].enabled and clip.reductions["text.shared_prefix"].enabled
-    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
 def test_adapters_below_the_cut_are_not_frozen_in_silence():
@@ -189,7 +189,7 @@ def test_another_method_of_a_class_is_an_error_at_the_next_step(kind, method, mo
         patch.setattr(kind, method, lambda *args, **more: 1.3 * own(*args, **more))
         with pytest.raises(RuntimeError, match="a class of the model's modules was altered"):
             clip(images, labels)
-    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
 def _new_embedding(model: nn.Module) -> None:
@@ -225,7 +225,7 @@ def test_what_the_text_tower_calls_is_followed(name):
     clip(images, labels)
     before = clip.predict(images)
     CALLED[name](model)
-    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
     assert not clip.predict(images).allclose(before, rtol=1e-3)
 
@@ -279,7 +279,7 @@ def test_refresh_follows_an_alteration(name):
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
     ALTERATIONS[name](model)
     clip.refresh()
-    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
 def test_what_changes_nothing_is_no_alteration():
@@ -314,7 +314,7 @@ def test_weights_written_past_autograd_are_seen_at_the_next_switch(write, place)
     write(stack.resblocks[0].mlp.c_fc.weight)
     clip.eval().train()
     if place == "text":
-        assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+        assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     else:
         with pytest.raises(RuntimeError, match="weights below the cut have changed"):
             clip(features, labels)
@@ -353,7 +353,9 @@ def test_a_failed_construction_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_clip()
     model.ln_final.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    monkeypatch.setattr(open_clip_towers.OpenClipImageTower, "own", lambda self, x: torch.ones(len(x), 12).double())
+    monkeypatch.setattr(
+        open_clip_towers.OpenClipImageTower, "reference_forward", lambda self, x: torch.ones(len(x), 12).double()
+    )
     with pytest.warns(UserWarning, match="sets requires_grad of 2 parameters"), pytest.raises(RuntimeError):
         sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
@@ -408,8 +410,10 @@ def test_a_wrong_gradient_is_refused(dtype, monkeypatch):
         def backward(ctx, upstream):
             return 3 * upstream
 
-    own = open_clip_towers.OpenClipImageTower.own
-    monkeypatch.setattr(open_clip_towers.OpenClipImageTower, "own", lambda self, x: Tripled.apply(own(self, x)))
+    own = open_clip_towers.OpenClipImageTower.reference_forward
+    monkeypatch.setattr(
+        open_clip_towers.OpenClipImageTower, "reference_forward", lambda self, x: Tripled.apply(own(self, x))
+    )
     with pytest.raises(RuntimeError, match="relative error of the gradient"):
         sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1)
 
@@ -444,7 +448,7 @@ def test_attention_of_open_clip_4_is_fused(monkeypatch):
         block.attn.load_state_dict(old.state_dict())
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
     assert all(reduction.enabled for reduction in clip.reductions.values())
-    assert_is_the_own_step(clip, images, tiny_tokens(C), labels)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     model.visual.transformer.resblocks[2].attn.scale = 1.0
     with pytest.raises(RuntimeError, match="a block's attention is scaled"):
         clip(images, labels)

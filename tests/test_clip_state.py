@@ -177,7 +177,7 @@ def test_a_checkpoint_around_the_step_is_refused_unless_nothing_is_drawn(reentra
 
 def test_everything_moves_with_to():
     clip = a_clip().to("meta")
-    held = [clip._text.tokens, clip._text.pooled, clip._text.prompts._lengths, clip.prototypes]
+    held = [clip._text.tokens, clip._text.pooled, clip._text.prompts.lengths, clip.prototypes]
     assert {tensor.device.type for tensor in held} == {"meta"}
 
 

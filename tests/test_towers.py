@@ -1,4 +1,4 @@
-"""Upper towers: a block as one node against the caller's own module, every layout of prompts against the naive step."""
+"""Fused blocks against the caller's modules, and every layout of prompts against the naive step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 import skipkernels as sk
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
-from skipkernels.towers.families.open_clip import OpenClipTextTower, parts
-from skipkernels.towers.fused_block import KEPT, Spec, run_block
-from skipkernels.towers.prompts import SharedPrefix
+from skipkernels.towers.families.open_clip import OpenClipTextTower
+from skipkernels.towers.fused_block import SAVED_WIDTHS, BlockSettings, fused_block
+from skipkernels.towers.prompts import PackedPrompts
 
 N, TOKENS, W = 3, 5, 24
 
-# fp64: two orders of summation. fp32: the same, 2^29 times larger. bf16: the module's own error against fp64 is 1e-2
-# for the smallest gradients, of a few roundings to 8 bits; ours may be as large.
+# fp64: two orders of summation. fp32: the same, 2^29 times larger. bf16: the error of the caller's module against fp64
+# is 1e-2 for the smallest gradients, from a few roundings to 8 bits; that of the fused block may be as large.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
-def a_block(dtype=torch.float64, **vision):
+def make_block(dtype=torch.float64, **vision):
     return tiny_clip(dtype, vision=vision).visual.transformer.resblocks[0].requires_grad_(True)
 
 
@@ -37,12 +37,12 @@ def gradients(out, block, hidden):
     return dict(zip(named, found, strict=True))
 
 
-def in_rows(block, hidden, minimal=False, rows=None):
-    heads = block.attn.num_heads
-    every = partial(sequences, by=SDPA, n=N, heads=heads, mask=None)
-    attend = every if rows is None else partial(pooled, heads=heads, mask=None)
-    weights, kind, eps, _ = parts(block)
-    return run_block(Spec(attend, kind, eps, hidden.dtype, minimal), hidden.flatten(0, 1), weights, rows)
+def run_fused(block, hidden, save_inputs_only=False, query_rows=None):
+    weights, activation, eps, heads = OpenClipTextTower.read_block(block)
+    all_rows = partial(sequences, backend=SDPA, n=N, heads=heads, mask=None)
+    attention = all_rows if query_rows is None else partial(pooled, heads=heads, mask=None)
+    settings = BlockSettings(attention, activation, eps, hidden.dtype, save_inputs_only)
+    return fused_block(settings, hidden.flatten(0, 1), weights, query_rows)
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -50,18 +50,18 @@ def hidden_states(dtype=torch.float64, requires_grad=True):
     return hidden.requires_grad_(requires_grad)
 
 
-@pytest.mark.parametrize("minimal", [False, True], ids=["fast", "min"])
+@pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
 @pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
 @pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
 @pytest.mark.parametrize("layer_scale", [None, 0.3], ids=["plain", "layer_scale"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
-def test_a_block_equals_the_callers_module(dtype, layer_scale, pool, constant, minimal):
-    block, hidden = a_block(dtype, ls_init_value=layer_scale), hidden_states(dtype, not constant)
+def test_fused_block_equals_callers_module(dtype, layer_scale, pool, constant, save_inputs_only):
+    block, hidden = make_block(dtype, ls_init_value=layer_scale), hidden_states(dtype, not constant)
     exact, exact_hidden = copy.deepcopy(block).double(), hidden.detach().double().requires_grad_(not constant)
     rows = torch.arange(N) * TOKENS if pool else None
     expected = exact(exact_hidden).flatten(0, 1)
     expected = expected if rows is None else expected[rows]
-    out = in_rows(block, hidden, minimal, rows)
+    out = run_fused(block, hidden, save_inputs_only, rows)
     assert relative_error(out, expected) < TOLERANCE[dtype]
     truth = gradients(expected, exact, exact_hidden)
     for name, gradient in gradients(out, block, hidden).items():
@@ -72,13 +72,13 @@ def test_a_block_equals_the_callers_module(dtype, layer_scale, pool, constant, m
 @pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
 @pytest.mark.parametrize("frozen", ["ln_1", "attn.in_proj_weight", "attn.out_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"])
 @pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
-def test_only_what_trains_gets_a_gradient(frozen, pool, constant):
-    block, hidden = a_block(), hidden_states(requires_grad=not constant)
+def test_fused_block_computes_needed_gradients_only(frozen, pool, constant):
+    block, hidden = make_block(), hidden_states(requires_grad=not constant)
     rows = torch.arange(N) * TOKENS if pool else None
-    everything = gradients(in_rows(block, hidden, rows=rows), block, hidden)
+    everything = gradients(run_fused(block, hidden, query_rows=rows), block, hidden)
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
-    out = in_rows(block, hidden, rows=rows)
+    out = run_fused(block, hidden, query_rows=rows)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     out.backward(upstream)
     for name, parameter in block.named_parameters():
@@ -87,44 +87,44 @@ def test_only_what_trains_gets_a_gradient(frozen, pool, constant):
             torch.testing.assert_close(parameter.grad, everything[name], rtol=1e-12, atol=1e-12)
 
 
-def test_a_norm_whose_weight_is_zero_has_a_gradient():
-    """It follows from that of the weights behind it, without a division."""
-    block, hidden = a_block(), hidden_states(requires_grad=False)
+def test_fused_block_gradient_of_zero_norm_weight():
+    """The gradient follows from that of the projection's weights, without a division."""
+    block, hidden = make_block(), hidden_states(requires_grad=False)
     with torch.no_grad():
         block.ln_1.weight[::2] = 0
     expected = gradients(block(hidden).flatten(0, 1), block, hidden)
-    for name, gradient in gradients(in_rows(block, hidden), block, hidden).items():
+    for name, gradient in gradients(run_fused(block, hidden), block, hidden).items():
         assert relative_error(gradient, expected[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("minimal", [False, True], ids=["fast", "min"])
-def test_two_backward_passes_give_the_same_gradients(minimal):
-    block, hidden = a_block(), hidden_states()
-    out = in_rows(block, hidden, minimal)
+@pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
+def test_fused_block_backward_twice(save_inputs_only):
+    block, hidden = make_block(), hidden_states()
+    out = run_fused(block, hidden, save_inputs_only)
     first = torch.autograd.grad(out.sum(), [hidden, *block.parameters()], retain_graph=True)
     second = torch.autograd.grad(out.sum(), [hidden, *block.parameters()])
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_block_keeps_what_it_says():
-    block, hidden = a_block(), hidden_states()
+def test_fused_block_saved_bytes():
+    block, hidden = make_block(), hidden_states()
     width = hidden.numel() * hidden.element_size()
     small = 2 * N * TOKENS * 8 * (2 + block.attn.num_heads)  # statistics of the norms, log-sum-exp
-    assert saved_bytes(lambda: in_rows(block, hidden)) <= KEPT * width + small
-    assert saved_bytes(lambda: in_rows(block, hidden, minimal=True)) == width
+    assert saved_bytes(lambda: run_fused(block, hidden)) <= SAVED_WIDTHS * width + small
+    assert saved_bytes(lambda: run_fused(block, hidden, save_inputs_only=True)) == width
 
 
-def test_other_saved_tensor_hooks_change_nothing():
-    """Saved tensors may come back as others, as from an offload to the host."""
-    block, hidden = a_block(), hidden_states()
-    expected = gradients(in_rows(block, hidden), block, hidden)
+def test_fused_block_with_saved_tensor_hooks():
+    """Saved tensors may be returned as copies, such as after an offload to the host."""
+    block, hidden = make_block(), hidden_states()
+    expected = gradients(run_fused(block, hidden), block, hidden)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
-        out = in_rows(block, hidden)
+        out = run_fused(block, hidden)
     for name, gradient in gradients(out, block, hidden).items():
         assert gradient.equal(expected[name]), name
 
 
-def test_a_hook_that_comes_later_is_an_error():
+def test_late_hook_raises():
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(5), tiny_batch(2, 5)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
     handle = model.visual.transformer.resblocks[1].mlp.c_fc.register_forward_hook(lambda mod, args, out: out * 2)
@@ -148,7 +148,7 @@ def test_a_hook_that_comes_later_is_an_error():
     ],
     ids=["activation", "layer", "class", "forward", "norm"],
 )
-def test_a_block_that_is_altered_later_is_an_error(alter):
+def test_late_block_change_raises(alter):
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(5), tiny_batch(2, 5)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
     alter(model.visual.transformer.resblocks[1])
@@ -181,7 +181,7 @@ def test_a_block_that_is_altered_later_is_an_error(alter):
         "extra_layer",
     ],
 )
-def test_an_altered_block_is_left_to_its_module(alter):
+def test_altered_block_is_not_fused(alter):
     model = tiny_clip()
     alter(model.transformer.resblocks[1])
     tower = OpenClipTextTower(model, tiny_tokens(5))
@@ -220,8 +220,8 @@ def prompts(draw):
     memory=st.sampled_from(["fast", "min"]),
     quick=st.booleans(),
 )
-def test_every_template_equals_the_naive_step(tokens, batch, skip, keep, memory, quick):
-    """Loss and every gradient in fp64, whatever the prompts share, however long they are."""
+def test_step_equals_naive_step_for_any_prompts(tokens, batch, skip, keep, memory, quick):
+    """Loss and every gradient in fp64, for any shared prefix and any lengths."""
     model = tiny_clip(quick_gelu=quick)
     reference = copy.deepcopy(model).requires_grad_(True)
     images, labels = tiny_batch(batch, len(tokens))
@@ -239,31 +239,37 @@ def test_every_template_equals_the_naive_step(tokens, batch, skip, keep, memory,
             assert (parameter.grad - expected).norm() <= bound, name
 
 
-def test_prompts_share_their_prefix_and_are_packed():
+def test_prompts_share_prefix_and_are_packed():
     tower = OpenClipTextTower(tiny_clip(), tiny_tokens(9))
     assert all(reduction.enabled for reduction in tower.reductions.values())
-    assert tower.prompts.length >= 2
-    rows = tower.rows(tower.embed(tower.tokens))
-    assert len(rows) == tower.prompts.length + int((tower.pooled + 1 - tower.prompts.length).sum())
+    prefix, rows = tower.prompts.prefix_length, tower.prompts.pack(tower.embed(tower.tokens))
+    assert prefix >= 2
+    assert len(rows) == tower.prompts.row_count == prefix + int((tower.pooled + 1 - prefix).sum())
 
 
-def test_padded_suffixes_equal_packed_ones(monkeypatch):
-    """On a GPU nothing may wait for the number of tokens, so suffixes are as long as the longest there."""
+def test_prompts_padded_equal_packed(monkeypatch):
+    """On a GPU suffixes are padded to the longest: the number of packed rows would take a host sync."""
     model, tokens = tiny_clip(), tiny_tokens(9)
     tower = OpenClipTextTower(model, tokens)
-    rows, ids = tower.rows(tower.embed(tower.tokens)), torch.tensor([1, 4, 8])
-    expected = tower.upper(rows, ids)
-    monkeypatch.setattr(SharedPrefix, "_packs", lambda self, device: False)
-    part = tower.rows(tower.embed(tower.tokens[ids]), ids)
-    torch.testing.assert_close(tower.upper(rows, ids), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(tower.upper(rows), torch.cat([tower.upper(rows, i) for i in torch.arange(9).split(1)]))
-    torch.testing.assert_close(tower.upper(part, ids, of_all=False), expected, rtol=1e-12, atol=1e-12)
+    rows, ids = tower.prompts.pack(tower.embed(tower.tokens)), torch.tensor([1, 4, 8])
+
+    def upper(class_ids):
+        selected = tower.prompts.select(class_ids)
+        return tower.upper(rows[selected.row_numbers()], selected)
+
+    expected = upper(ids)
+    monkeypatch.setattr(PackedPrompts, "_packs", lambda self, device: False)
+    torch.testing.assert_close(upper(ids), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(upper(torch.arange(9)), torch.cat([upper(i) for i in torch.arange(9).split(1)]))
+    selected = tower.prompts.select(ids)
+    part = selected.pack(tower.embed(tower.tokens[ids]))
+    torch.testing.assert_close(tower.upper(part, selected), expected, rtol=1e-12, atol=1e-12)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def test_memory_modes_give_the_same_step_and_keep_what_they_say(monkeypatch):
+def test_memory_modes_same_step_and_saved_bytes(monkeypatch):
     images, labels = tiny_batch(4, 9)
     losses, saved = {}, {}
     for memory in ("fast", "min", "auto"):
@@ -277,12 +283,12 @@ def test_memory_modes_give_the_same_step_and_keep_what_they_say(monkeypatch):
     assert saved_bytes(lambda: clip(features, labels)) == saved["min"]
 
 
-def test_memory_must_be_a_mode():
+def test_memory_invalid_raises():
     with pytest.raises(ValueError, match='memory must be "auto", "fast" or "min"; got "low"'.replace('"low"', "'low'")):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, memory="low")
 
 
-def test_a_compiled_step_has_the_same_gradients():
+def test_step_compiled_has_same_gradients():
     images, labels = tiny_batch(3, 9)
     gradients = []
     for compiled in (False, True):

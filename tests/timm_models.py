@@ -1,4 +1,4 @@
-"""Small open_clip models whose image tower is timm's or a ResNet, and what a cut of any of them has to keep."""
+"""Small open_clip models with an image tower of timm or a ResNet, and properties that hold at every cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import tiny_clip, tiny_tokens
 from open_clip.timm_model import TimmModel
-from own_step import assert_is_the_own_step
+from reference_step import assert_matches_reference_step
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,7 +22,7 @@ LABELS = torch.tensor([1, 5, 2])
 
 
 class Family(NamedTuple):
-    """How to make a model, the side of its images, and how many blocks its image tower has."""
+    """Factory of a model, side of its images, and number of blocks of its image tower."""
 
     make: Callable[[], nn.Module]
     size: int
@@ -34,7 +34,7 @@ class Family(NamedTuple):
 
 
 def each_cut(families: Mapping[str, Family], lowest: int = 0) -> Any:
-    """Every family at every cut, from `lowest` blocks skipped to all of them."""
+    """Parametrise over every family and every cut, from `lowest` blocks skipped to all of them."""
     cases = [
         pytest.param(family, skip, id=f"{name}-skip{skip}")
         for name, family in families.items()
@@ -44,8 +44,8 @@ def each_cut(families: Mapping[str, Family], lowest: int = 0) -> Any:
 
 
 def timm_clip(trunk: nn.Module, size: int = 16, head: nn.Module | None = None) -> nn.Module:
-    """An open_clip model in fp64 around a trunk, which gives 12 numbers, or what `head` makes 12 of."""
-    visual = TimmModel.__new__(TimmModel)  # its constructor takes a name and no sizes
+    """Open_clip model in fp64 around a trunk with 12 outputs, or with any outputs that `head` maps to 12."""
+    visual = TimmModel.__new__(TimmModel)  # its constructor takes a name, not sizes
     nn.Module.__init__(visual)
     visual.trunk, visual.head, visual.image_size = trunk, head or nn.Sequential(), (size, size)
     model = tiny_clip(family=open_clip.CustomTextCLIP)
@@ -54,7 +54,7 @@ def timm_clip(trunk: nn.Module, size: int = 16, head: nn.Module | None = None) -
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Every parameter moved a little, so that none is zero or one, and no batch norm the identity."""
+    """Perturb every parameter, so that none is zero or one and no batch norm the identity."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -69,8 +69,8 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
 
 
-def below(clip: sk.SkipCLIP) -> Iterator[nn.Module]:
-    """The modules below the cut of the image tower, if there is one."""
+def lower_modules(clip: sk.SkipCLIP) -> Iterator[nn.Module]:
+    """Modules below the cut of the image tower."""
     tower = clip._image
     if tower.skip:
         yield from (part for part in (*tower.embedding, *tower.blocks[: tower.skip]) if isinstance(part, nn.Module))
@@ -80,15 +80,15 @@ def cut(model: nn.Module, skip: int, **arguments: Any) -> sk.SkipCLIP:
     return sk.SkipCLIP(model, TOKENS, skip_layers=(skip, 1), keep_ratio=1.0, **arguments)
 
 
-def assert_own_step(family: Family, skip: int) -> sk.SkipCLIP:
+def assert_matches_reference(family: Family, skip: int) -> sk.SkipCLIP:
     clip = cut(family.make(), skip)
     assert len(clip._image.blocks) == family.depth
-    assert_is_the_own_step(clip, family.images(), TOKENS, LABELS)
+    assert_matches_reference_step(clip, family.images(), TOKENS, LABELS)
     return clip
 
 
-def assert_features_are_constants(family: Family, skip: int) -> None:
-    """What is kept of images gives the same step as they do, twice, and nobody writes into it or into them."""
+def assert_features_are_constant(family: Family, skip: int) -> None:
+    """Features at the cut give the same step as images, twice, and neither is written to."""
     images = family.images()
     clip = cut(family.make(), skip, chunk=2)
     expected = clip(images, LABELS).loss
@@ -101,41 +101,41 @@ def assert_features_are_constants(family: Family, skip: int) -> None:
         assert loss.equal(expected) and features.equal(kept)
 
 
-def assert_nothing_is_added(family: Family, skip: int) -> None:
-    """The caller's model has the modules, the modes and the entries of its state dict that it had."""
+def assert_model_is_unchanged(family: Family, skip: int) -> None:
+    """The modules, modes and state dict of the caller's model are unchanged."""
     model = family.make()
     model.visual.train()
     modes = {name: module.training for name, module in model.named_modules()}
     before = copy.deepcopy(model.state_dict())
     clip = cut(model, skip)
-    if skip:  # else it is the model's own embedding, which counts what it sees
+    if skip:  # otherwise the embedding trains and updates its statistics
         clip.encode_lower(family.images())
     assert {name: module.training for name, module in model.named_modules()} == modes
     after = model.state_dict()
     assert list(after) == list(before) and all(after[name].equal(value) for name, value in before.items())
 
 
-def assert_batch_norms_know_their_side(family: Family, skip: int) -> None:
-    """In training mode those above the cut normalise by the batch and count it, those below do neither."""
+def assert_batch_norms_update_above_cut_only(family: Family, skip: int) -> None:
+    """In training mode batch norms above the cut use and count the batch, those below do neither."""
     model = family.make().train()
     clip, images = cut(model, skip), family.images()
-    frozen = {norm for part in below(clip) for norm in batch_norms(part)}
+    frozen = {norm for part in lower_modules(clip) for norm in batch_norms(part)}
     before = {norm: (norm.running_mean.clone(), norm.num_batches_tracked.clone()) for norm in batch_norms(model)}
     loss = clip(images, LABELS).loss
     for norm, (mean, batches) in before.items():
         same = norm.running_mean.equal(mean) and norm.num_batches_tracked.equal(batches)
         assert same == (norm in frozen)
-    for part in below(clip):
+    for part in lower_modules(clip):
         part.eval()
-    assert_is_the_own_step(clip, images, TOKENS, LABELS)
+    assert_matches_reference_step(clip, images, TOKENS, LABELS)
     torch.testing.assert_close(clip(images, LABELS).loss, loss, rtol=1e-11, atol=0)
 
 
 def assert_draws_as_the_model(family: Family, skip: int) -> None:
-    """In training mode what is dropped above the cut, and patches on either side, are those of the model itself."""
+    """In training mode dropout above the cut, and of patches on either side, draws as in the caller's model."""
     model = family.make().train()
     clip, images = cut(model, skip), family.images()
-    for part in below(clip):
+    for part in lower_modules(clip):
         part.eval()
     if clip._image.patch_dropout is not None:
         clip._image.patch_dropout.train()
@@ -144,4 +144,4 @@ def assert_draws_as_the_model(family: Family, skip: int) -> None:
         torch.manual_seed(3)
         embeddings.append(encode(images))
     torch.testing.assert_close(*embeddings, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(clip.encode_image(images), embeddings[1]), "nothing was drawn"
+    assert not torch.allclose(clip.encode_image(images), embeddings[1]), "no dropout was applied"

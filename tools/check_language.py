@@ -58,7 +58,6 @@ UNFINISHED = (
     "skipkernels/features",
     "skipkernels/ops",
     "skipkernels/store",
-    "skipkernels/towers",
     "skipkernels/tuner",
     "tests",
     "tests/cli",
@@ -67,7 +66,6 @@ UNFINISHED = (
     "tests/features",
     "tests/ops",
     "tests/store",
-    "tests/towers",
     "tests/tuner",
 )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..boundary import LSkipBoundary
 from ..towers import ImageTower
-from ..towers.structure import WeightsSeen
+from ..towers.structure import WeightSnapshot
 
 
 class ImageEncoder:
@@ -35,7 +35,7 @@ class ImageEncoder:
 
     def __init__(self, tower: ImageTower, chunk: int):
         self.tower, self.chunk = tower, chunk
-        self.weights = WeightsSeen(())
+        self.weights = WeightSnapshot(())
 
     def lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
@@ -51,7 +51,7 @@ class ImageEncoder:
             ) from error
 
     def _lower(self, images: Tensor, drop_patches: bool) -> Tensor:
-        lower, device = partial(self.tower.lower, draw=drop_patches), images.device
+        lower, device = partial(self.tower.lower, drop_patches=drop_patches), images.device
         images = images.to(self.tower.dtype)
         if self.tower.skip == 0:
             return lower(images)
@@ -104,7 +104,7 @@ class ImageEncoder:
 
     def accept_weights(self) -> None:
         """Take the weights below the cut as those of all features that follow."""
-        self.weights = WeightsSeen(self.tower.lower_parts)
+        self.weights = WeightSnapshot(self.tower.lower_parts)
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:

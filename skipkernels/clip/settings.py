@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..towers import ImageTower, Memory, TextTower, xformers
-from ..towers.attention import SDPA, Attention, Backend
+from ..towers.attention import SDPA, AttentionBackend, AttentionName
 
 Trainable = Literal["upper", "as_is"]
 
@@ -22,18 +22,18 @@ class Settings(NamedTuple):
 
     skip_layers: tuple[int | float, int | float]
     memory: Memory
-    attention: Attention
+    attention: AttentionName
     trainable: Trainable
     train_logit_scale: bool
 
     @classmethod
     def checked(
-        cls, skip_layers: Any, memory: Memory, attention: Attention, trainable: Trainable, train_logit_scale: bool
+        cls, skip_layers: Any, memory: Memory, attention: AttentionName, trainable: Trainable, train_logit_scale: bool
     ) -> Settings:
         """Check what does not depend on the model."""
         if memory not in get_args(Memory):
             raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
-        if attention not in get_args(Attention):
+        if attention not in get_args(AttentionName):
             raise ValueError(f'SkipCLIP: attention must be "sdpa" or "xformers"; got {attention!r}.')
         if trainable not in get_args(Trainable):
             raise ValueError(f'SkipCLIP: trainable must be "upper" or "as_is"; got {trainable!r}.')
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
         """Cut the towers and set how their blocks run."""
         for tower, name, skip in zip((image, text), ("image", "text"), self.skip_layers, strict=True):
             tower.memory, tower.skip = self.memory, blocks_to_skip(skip, len(tower.blocks), name)
-        image.attention = text.attention = SDPA if self.attention == "sdpa" else _xformers(image, text)
+        image.attention_backend = text.attention_backend = SDPA if self.attention == "sdpa" else _xformers(image, text)
 
 
 def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
@@ -65,13 +65,13 @@ def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
     return int(blocks)
 
 
-def _xformers(image: ImageTower, text: TextTower) -> Backend:
+def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
     device = image.model.logit_scale.device
     for tower in (image, text):
         if tower.is_fused(0):
-            parts = tower.parts_of(0)
-            weight = parts.weights.fc
-            reason = xformers.unusable(device, weight.dtype, weight.shape[1] // parts.heads)
+            block = tower.fused(0)
+            weight = block.weights.fc
+            reason = xformers.why_unavailable(device, weight.dtype, weight.shape[1] // block.heads)
             if reason is not None:
                 raise ValueError(
                     f'SkipCLIP: attention="xformers" cannot be used here: {reason} Leave it at "sdpa", or use a GPU '

@@ -15,7 +15,7 @@ from ..checks import warn_caller
 from ..classifier import ImageClassifier
 from ..selection import ClassSelection, RankSampler, Tail, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
-from ..towers.attention import Attention
+from ..towers.attention import AttentionName
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
 from .image_encoder import ImageEncoder, sharing_weights
@@ -134,7 +134,7 @@ class SkipCLIP(nn.Module):
         trainable: Trainable = "upper",
         chunk: int = DEFAULT_CHUNK,
         memory: Memory = "auto",
-        attention: Attention = "sdpa",
+        attention: AttentionName = "sdpa",
         text_cache: str | Path | None = None,
     ):
         super().__init__()
@@ -467,12 +467,12 @@ class SkipCLIP(nn.Module):
         Raises:
             RuntimeError: If a parameter below the cut is set to train.
         """
-        self._image_encoder.weights.look()
+        self._image_encoder.weights.content_changed()
         self._text_encoder.compare_weights()
         self._refuse_training_below()
 
     def _refuse_training_below(self) -> None:
-        if self._image_encoder.weights.trains() or self._text_encoder.weights.trains():
+        if self._image_encoder.weights.requires_grad() or self._text_encoder.weights.requires_grad():
             raise RuntimeError(
                 "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
                 "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from ..boundary import LSkipBoundary
 from ..store import digests
 from ..towers import TextTower, evaluating
-from ..towers.structure import Structure, WeightsSeen, called_modules
-from ..towers.text_store import TextStore, kept_prototypes
+from ..towers.structure import Structure, WeightSnapshot, called_modules
+from ..towers.text_store import TextStore, stored_prototypes
 
 
 class TextEncoder:
@@ -35,7 +36,7 @@ class TextEncoder:
         self._store: TextStore | None = None
         self._rows: Tensor | None = None  # of all classes at the cut
         self._embeddings: tuple[Tensor, Any] | None = None  # of all classes, and the weights they are from
-        self.weights = WeightsSeen(())
+        self.weights = WeightSnapshot(())
         self._called: tuple[Structure, Structure] | None = None  # modules that are called: all, and below the cut
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,7 +52,8 @@ class TextEncoder:
         """Encode without the features that are kept."""
         tower = self.tower
         hidden = self.lower(class_ids) if tower.skip > 0 else tower.lower(tower.tokens[class_ids])
-        return tower.upper(tower.rows(hidden, class_ids), class_ids, of_all=False)
+        selected = tower.prompts.select(class_ids)
+        return tower.upper(selected.pack(hidden), selected)
 
     def lower(self, class_ids: Tensor | None = None) -> Tensor:
         """Hidden states [n, L, W] at the cut of some classes, or of all, without autocast."""
@@ -65,16 +67,21 @@ class TextEncoder:
         tower = self.tower
         self._follow_called_modules()
         if self._store is not None:
-            store = self._store
             if self.weights.changed():
                 self._check_store()
-            return lambda class_ids: tower.upper(store.gather(tower.places(class_ids)), class_ids, of_all=False)
-        if self._rows is None or self.weights.changed():
-            with torch.inference_mode(False), torch.no_grad():  # kept beyond the caller's context
-                self._rows = tower.rows(self.lower())
-            self.weights = WeightsSeen(tower.lower_parts)
-        rows = self._rows
-        return lambda class_ids: tower.upper(rows, class_ids)
+            gather = self._store.gather
+        else:
+            if self._rows is None or self.weights.changed():
+                with torch.inference_mode(False), torch.no_grad():  # kept beyond the caller's context
+                    self._rows = tower.prompts.pack(self.lower())
+                self.weights = WeightSnapshot(tower.lower_parts)
+            gather = partial(self._rows.index_select, 0)
+
+        def encode(class_ids: Tensor) -> Tensor:
+            selected = tower.prompts.select(class_ids)
+            return tower.upper(gather(selected.row_numbers()), selected)
+
+        return encode
 
     def unit_embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [n, D] of some classes, or of all, without gradient, in chunks."""
@@ -106,18 +113,18 @@ class TextEncoder:
         if self.tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
         self._store = TextStore(folder / "features", self.tower, self.lower, self.chunk)
-        self.weights = WeightsSeen(self.tower.lower_parts)
+        self.weights = WeightSnapshot(self.tower.lower_parts)
 
     def prototypes(self, folder: Path | None) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes from before tuning, kept in a folder if there is one."""
         if folder is None:
             return self.unit_embeddings()
-        return kept_prototypes(folder / "prototypes", self.tower, self.unit_embeddings)
+        return stored_prototypes(folder / "prototypes", self.tower, self.unit_embeddings)
 
     def _check_store(self) -> None:
         assert self._store is not None
         self._store.check(self.tower.lower_identity())
-        self.weights = WeightsSeen(self.tower.lower_parts)
+        self.weights = WeightSnapshot(self.tower.lower_parts)
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
@@ -140,7 +147,7 @@ class TextEncoder:
 
     def compare_weights(self) -> None:
         """Compare the weights below the cut by content, and drop features of other weights."""
-        if self.weights.look():
+        if self.weights.content_changed():
             self._rows = None
 
     def see_called_modules(self) -> None:

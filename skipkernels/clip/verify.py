@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..towers import evaluating, training_without_chance
+from ..towers import deterministic_training, evaluating
 from ..towers.agreement import Pair, check_agreement
-from ..towers.text_store import telling
+from ..towers.text_store import representative_classes
 from .image_encoder import ImageEncoder
 from .text_encoder import TextEncoder
 
@@ -27,7 +27,7 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
         RuntimeError: If they differ.
     """
     image_tower, text_tower = image_encoder.tower, text_encoder.tower
-    device, class_ids = text_tower.tokens.device, telling(text_tower)
+    device, class_ids = text_tower.tokens.device, representative_classes(text_tower)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *image_tower.image_size, generator=generator).to(device, image_tower.dtype)
     tokens = tokens.to(device).long()[class_ids]
@@ -40,8 +40,10 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
         return image_tower.upper(image_encoder.lower(image))
 
     pairs = [
-        Pair("texts", lambda: text_tower.own(tokens), lambda: encode_texts(class_ids), text_parameters),
-        Pair("an image", lambda: image_tower.own(image), encode_image, list(image_tower.upper_parameters())),
+        Pair("texts", lambda: text_tower.reference_forward(tokens), lambda: encode_texts(class_ids), text_parameters),
+        Pair(
+            "an image", lambda: image_tower.reference_forward(image), encode_image, list(image_tower.upper_parameters())
+        ),
     ]
     with evaluating([model]):
         with torch.no_grad():
@@ -49,6 +51,6 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
         image_encoder.features = features.shape[1:], features.dtype
         for pair in pairs:
             check_agreement(pair, "evaluation", gradients=False)
-    with training_without_chance(model):
+    with deterministic_training(model):
         for pair in pairs:
             check_agreement(pair, "training", gradients=True)

@@ -1,6 +1,6 @@
-"""How tokens that lie in rows attend to each other: what a block's `attend` is made of.
+"""Attention over tokens that are rows [R, W]: whole sequences, one pooled query each, or suffixes behind a prefix.
 
-Rows are [R, W] with W = H · E, heads side by side; they may have gaps between them, as parts of a packed projection do.
+W = H · E, heads side by side. Rows may have a stride, as parts of a packed projection do.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from .. import functional
 
-Attention = Literal["sdpa", "xformers"]
+AttentionName = Literal["sdpa", "xformers"]
 
 
-class Backend(NamedTuple):
-    """Who computes attention.
+class AttentionBackend(NamedTuple):
+    """Functions that compute attention.
 
     Attributes:
         full: (query, key, value), each [n, tokens, H, E] → [n, tokens, H, E], every token to every other.
-        causal: The same, each token to itself and those in front of it.
+        causal: The same, each token to itself and the tokens in front of it.
         behind_prefix: `functional.suffix_attention`.
     """
 
@@ -40,24 +40,24 @@ def _causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _sdpa(query, key, value, causal=True)
 
 
-SDPA = Backend(_sdpa, _causal_sdpa, functional.suffix_attention)
+SDPA = AttentionBackend(_sdpa, _causal_sdpa, functional.suffix_attention)
 
 
 def sequences(
-    query: Tensor, key: Tensor, value: Tensor, *, by: Backend, n: int, heads: int, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None
 ) -> Tensor:
-    """Attention inside each of n sequences of one length; `mask` [1 or n, 1, tokens, tokens] is added to the logits.
+    """Attention within each of n sequences of equal length; `mask` [1 or n, 1, tokens, tokens] is added to the logits.
 
-    With a mask it is PyTorch's, whoever else is asked.
+    With a mask, PyTorch's attention is used instead of the backend.
     """
     query, key, value = (x.view(n, -1, heads, x.shape[1] // heads) for x in (query, key, value))
     if mask is None:
-        return by.full(query, key, value).flatten(2).flatten(0, 1)
+        return backend.full(query, key, value).flatten(2).flatten(0, 1)
     return _sdpa(query, key, value, mask=mask.to(query.dtype)).flatten(2).flatten(0, 1)
 
 
 def pooled(query: Tensor, key: Tensor, value: Tensor, *, heads: int, mask: Tensor | None) -> Tensor:
-    """One query for each sequence, [n, W], over its keys; `mask` [n, tokens] is added to the logits."""
+    """One query per sequence, [n, W], over its keys; `mask` [n, tokens] is added to the logits."""
     n, width = query.shape
     query = query.view(n, heads, width // heads)
     key, value = (x.view(n, -1, heads, width // heads) for x in (key, value))
@@ -71,28 +71,28 @@ def suffixes(
     key: Tensor,
     value: Tensor,
     *,
-    by: Backend,
+    backend: AttentionBackend,
     heads: int,
-    prefix: int,
+    prefix_length: int,
     offsets: Tensor | None,
     max_length: int,
-    queries: Tensor | None = None,
-    blind: Tensor | None = None,
+    query_rows: Tensor | None = None,
+    excludes_self: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of class suffixes over the `prefix` rows in front of them all, and over themselves.
+    """Causal attention of class suffixes over the shared prefix in front of them, and over themselves.
 
     Args:
-        query: [R, W], or [Q, W]: of the rows that `queries` names.
+        query: [R, W], or [Q, W]: those of `query_rows`.
         key: [R, W]: the prefix, then the suffixes, packed by `offsets` or all of `max_length` tokens.
         value: [R, W].
-        by: Who computes.
+        backend: Attention functions.
         heads: H.
-        prefix: P ≥ 1.
+        prefix_length: P ≥ 1.
         offsets: int64 [K + 1] into the rows behind the prefix, or None.
-        max_length: Tokens of the longest suffix.
-        queries: int64 [Q], rows whose result is wanted, none of the prefix; all by default.
-        blind: int64 [K], rows that see what is in front of them and not themselves, behind another row of their class.
-            Where there are queries, it is those.
+        max_length: Number of tokens of the longest suffix.
+        query_rows: int64 [Q], rows to compute, none of the prefix; all by default.
+        excludes_self: int64 [K], rows that attend to the rows in front of them and not to themselves, each behind
+            another row of its class. With `query_rows` it is the same rows.
 
     Returns:
         [R, W] or [Q, W].
@@ -101,24 +101,27 @@ def suffixes(
     query, key, value = (x.unflatten(1, (heads, width // heads)) for x in (query, key, value))
 
     def behind_prefix(query: Tensor) -> Tensor:
-        """[R − P, H, E] in every row, to [R − P, W]."""
-        packed = [query, key[prefix:], value[prefix:]]
+        """[R − P, H, E] to [R − P, W]."""
+        packed = [query, key[prefix_length:], value[prefix_length:]]
         if offsets is None:
             packed = [x.unflatten(0, (-1, max_length)) for x in packed]
-        longest = None if offsets is None else max_length
-        queries, keys, values = packed
-        out = by.behind_prefix(queries, key[:prefix], value[:prefix], keys, values, offsets=offsets, max_length=longest)
-        return out.reshape(tokens - prefix, width)
+        out = backend.behind_prefix(
+            packed[0], key[:prefix_length], value[:prefix_length], *packed[1:],
+            offsets=offsets, max_length=None if offsets is None else max_length,
+        )  # fmt: skip
+        return out.reshape(tokens - prefix_length, width)
 
-    def of(query: Tensor, rows: Tensor) -> Tensor:
-        """[Q, H, E] of some rows to [Q, W]. Who is blind asks from the row in front."""
-        places = rows - prefix if blind is None else rows - prefix - 1
-        # The other queries are zeros: attention over a few tokens costs less than the copies of keys for each class.
-        query = query.new_zeros(tokens - prefix, *query.shape[1:]).index_copy(0, places, query)
-        return behind_prefix(query).index_select(0, places)
+    def some_rows(query: Tensor, rows: Tensor) -> Tensor:
+        """[Q, H, E] of some rows to [Q, W]. A row that excludes itself puts its query in the row in front of it."""
+        positions = rows - prefix_length if excludes_self is None else rows - prefix_length - 1
+        # The other queries are zeros: attention over a few tokens costs less than copies of the keys per class.
+        query = query.new_zeros(tokens - prefix_length, *query.shape[1:]).index_copy(0, positions, query)
+        return behind_prefix(query).index_select(0, positions)
 
-    if queries is not None:
-        return of(query, queries)
-    in_front = by.causal(*(x[None, :prefix] for x in (query, key, value))).reshape(prefix, width)
-    out = torch.cat([in_front, behind_prefix(query[prefix:])])
-    return out if blind is None else out.index_copy(0, blind, of(query.index_select(0, blind), blind))
+    if query_rows is not None:
+        return some_rows(query, query_rows)
+    prefix = backend.causal(*(x[None, :prefix_length] for x in (query, key, value))).reshape(prefix_length, width)
+    out = torch.cat([prefix, behind_prefix(query[prefix_length:])])
+    if excludes_self is None:
+        return out
+    return out.index_copy(0, excludes_self, some_rows(query.index_select(0, excludes_self), excludes_self))

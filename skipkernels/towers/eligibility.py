@@ -1,4 +1,4 @@
-"""Whether a block is what its type promises, so that it may run as one node, which sees its weights alone."""
+"""Checks that a block can be fused: expected types, no hooks, no overrides, weights of one dtype."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .fused_block import Weights, flattened
+from .fused_block import BlockWeights
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ALTERED = {"forward", "attention", "__call__"}  # methods that someone may have put on the object itself
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OVERRIDABLE = {"forward", "attention", "__call__"}  # methods that may have been set on the instance
 
 
-def unlike(block: nn.Module, kind: type, parts: Mapping[str, tuple[type, ...]]) -> str | None:
-    """Why a block is not a plain `kind`, or None.
+def why_not_fusable(block: nn.Module, block_type: type, submodule_types: Mapping[str, tuple[type, ...]]) -> str | None:
+    """Return why a block is not an unaltered `block_type`, or None if it is.
 
     Args:
-        block: The caller's.
-        kind: The type of the block itself.
-        parts: Every module in it, by its name there, and which types it may have. No other may be in it.
+        block: The caller's block.
+        block_type: Expected type of the block.
+        submodule_types: Allowed types of each submodule by its name. The block must have exactly these submodules.
     """
-    if type(block) is not kind:
-        return f"a block is a {type(block).__name__}, not a {kind.__name__}"
+    if type(block) is not block_type:
+        return f"a block is a {type(block).__name__}, not a {block_type.__name__}"
     modules = dict(block.named_modules())
     del modules[""]
-    if modules.keys() != parts.keys():
-        return f"a block has other parts than a {kind.__name__}"
+    if modules.keys() != submodule_types.keys():
+        return f"the submodules of a block differ from those of a {block_type.__name__}"
     for name, module in modules.items():
-        if type(module) not in parts[name]:
+        if type(module) not in submodule_types[name]:
             return f"a block has a {type(module).__name__} for its {name}"
     for module in (block, *modules.values()):
-        if not _ALTERED.isdisjoint(vars(module)) or parametrize.is_parametrized(module):
+        if not _OVERRIDABLE.isdisjoint(vars(module)) or parametrize.is_parametrized(module):
             return f"a {type(module).__name__} of a block was altered"
-    hooked = any(getattr(module, hooks) for module in (block, *modules.values()) for hooks in _HOOKS)
+    hooked = any(getattr(module, hooks) for module in (block, *modules.values()) for hooks in HOOKS)
     return "a block has hooks" if hooked else None
 
 
-def scaled(layer: nn.Linear, scale: Any) -> tuple[Tensor, Any]:
-    """Weight and bias of a layer, with the layer scale behind it, if it is one, multiplied in."""
-    if isinstance(scale, nn.Identity) or layer.bias is None:
-        return layer.weight, layer.bias
-    return scale.gamma[:, None] * layer.weight, scale.gamma * layer.bias
-
-
-def lacks(weights: Weights) -> str | None:
-    """Why a block with these weights cannot run as one node, or None."""
-    tensors = flattened(weights)
+def why_weights_not_fusable(weights: BlockWeights) -> str | None:
+    """Return why a block with these weights cannot be fused, or None if it can."""
+    tensors = weights.tensors()
     if any(x is None for x in tensors):
         return "a layer of a block has no bias, or a norm no weight"
     if len({x.dtype for x in tensors if x.ndim == 2}) > 1:
-        return "the weights of a block are of more than one dtype"
+        return "the weights of a block have more than one dtype"
     return None
+
+
+def with_layer_scale(layer: nn.Linear, scale: Any) -> tuple[Tensor, Any]:
+    """Weight and bias of a layer, multiplied by the layer scale that follows it, if there is one."""
+    if isinstance(scale, nn.Identity) or layer.bias is None:
+        return layer.weight, layer.bias
+    return scale.gamma[:, None] * layer.weight, scale.gamma * layer.bias

@@ -1,14 +1,14 @@
-"""A pre-norm transformer block as one autograd node, which keeps little for backward.
+"""A pre-norm transformer block as one autograd node that saves little for backward.
 
     mid = hidden + attention(LN₁(hidden)) · W_o + b_o
     out = mid + act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
 
-Kept are hidden, what attention keeps (query, key, value, its result and log-sum-exp), mid, and the MLP before its bias:
-ten widths a token. The norms and the activation are computed again in backward, which costs a pass over memory each and
-no matrix product. With `minimal` only hidden is kept, and backward begins with the forward pass.
+Saved for backward: hidden; query, key, value, result and log-sum-exp of attention; mid; the product of the MLP before
+its bias; about 10·W values per token. Backward recomputes the norms and the activation, which are
+memory-bound, and no matrix product. With `save_inputs_only` only hidden is saved, and backward runs the forward pass.
 
-Tokens are rows, [R, W], of however many sequences; only `attend` knows where one ends. Where it answers for fewer rows
-than there are (the pooled token of the last block), the rest of the block runs for those alone.
+Tokens are rows [R, W], of any number of sequences; only `attention` knows where a sequence ends. Where it returns fewer
+rows than it gets (the pooled token in the last block), the rest of the block runs for those rows only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from torch import Tensor
 from ..ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 
-KEPT = 11  # widths a token that a block keeps, and its own input: an MLP of four widths
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+SAVED_WIDTHS = 11  # at most saved for backward, in multiples of W per token, for an MLP of 4·W: 10, and the input
 
 
-class Weights(NamedTuple):
+class BlockWeights(NamedTuple):
     """Parameters of a block, in the order of the computation. A layer scale is multiplied into W_o, b_o or W_p, b_p."""
 
     norm_1: Tensor
     norm_1_bias: Tensor
-    in_proj: Any  # [3W, W]: query, key, value; or a tuple of these three, which are put together for each pass
+    in_proj: Any  # [3W, W]: query, key, value; or a tuple of the three, which each pass concatenates
     in_proj_bias: Any
     out_proj: Tensor
     out_proj_bias: Tensor
@@ -43,64 +42,66 @@ class Weights(NamedTuple):
     proj: Tensor
     proj_bias: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, with separate projections of query, key and value one by one."""
+        return [x for field in self for x in (field if isinstance(field, tuple) else (field,))]
 
-def flattened(weights: Weights) -> list[Tensor]:
-    """All tensors of a block, query, key and value projection apart if they are."""
-    return [x for field in weights for x in (field if isinstance(field, tuple) else (field,))]
 
-
-class Parts(NamedTuple):
-    """What is read off the caller's block.
+class FusableBlock(NamedTuple):
+    """Weights and settings of the caller's block.
 
     Attributes:
-        weights: Its parameters.
-        kind: Activation, as in `functional.mlp_activation`.
-        eps: Of the two norms.
+        weights: Parameters.
+        activation: Name of the activation in `functional.mlp_activation`.
+        eps: Epsilons of the two norms.
         heads: H, number of attention heads.
     """
 
-    weights: Weights
-    kind: str
+    weights: BlockWeights
+    activation: str
     eps: tuple[float, float]
     heads: int
 
 
-class Spec(NamedTuple):
-    """What a block computes, besides its weights.
+class BlockSettings(NamedTuple):
+    """Settings of one call of a fused block.
 
     Attributes:
-        attend: (query [Q, W], key [R, W], value [R, W]) → [Q, W], heads and scale included; plain differentiable code.
-        kind: Activation, as in `functional.mlp_activation`.
-        eps: Of the two norms.
-        dtype: Of the matrix products: that of the weights, or what autocast wants. The residual stream keeps its own.
-        minimal: Keep hidden alone.
+        attention: (query [Q, W], key [R, W], value [R, W]) → [Q, W], heads and scale included; plain differentiable
+            code.
+        activation: Name of the activation in `functional.mlp_activation`.
+        eps: Epsilons of the two norms.
+        dtype: Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
+        save_inputs_only: Save only hidden for backward.
     """
 
-    attend: Attend
-    kind: str
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    activation: str
     eps: tuple[float, float]
     dtype: torch.dtype
-    minimal: bool = False
+    save_inputs_only: bool = False
 
 
-@torch.compiler.disable  # the node holds a graph of its own, which a compiler would cut to pieces
-def run_block(spec: Spec, hidden: Tensor, weights: Weights, rows: Tensor | None = None) -> Tensor:
-    """One block over tokens.
+@torch.compiler.disable  # the node holds an autograd graph, which a compiler would break up
+def fused_block(
+    settings: BlockSettings, hidden: Tensor, weights: BlockWeights, query_rows: Tensor | None = None
+) -> Tensor:
+    """Run one block over rows.
 
     Args:
-        spec: What is computed.
+        settings: What is computed.
         hidden: [R, W].
-        weights: Of the block, in the dtype of `hidden`; products are done in `spec.dtype`.
-        rows: int64 [Q], the tokens whose result is wanted, none of them twice; all by default.
+        weights: Weights of the block, in the dtype of `hidden`; products run in `settings.dtype`.
+        query_rows: int64 [Q], rows to compute, without duplicates; all by default.
 
     Returns:
         [Q, W] in the dtype of `hidden`.
     """
-    flat = flattened(weights)
+    flat = weights.tensors()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *flat)):
-        return _Block.apply(spec, hidden, rows, *flat)
+        return _FusedBlock.apply(settings, hidden, query_rows, *flat)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _forward(spec, hidden, rows, _cast(spec, flat), record=False)[0]
+        return _forward(settings, hidden, query_rows, _cast(settings, flat), record=False)[0]
 
 
 class _Attention(NamedTuple):
@@ -110,162 +111,180 @@ class _Attention(NamedTuple):
     result: Tensor
 
 
-def _attention(spec: Spec, projected: Sequence[Tensor], record: bool) -> _Attention:
+def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: bool) -> _Attention:
     leaves = tuple(x.detach().requires_grad_(record) for x in projected)
     with torch.set_grad_enabled(record):
-        return _Attention(leaves, spec.attend(*leaves))
+        return _Attention(leaves, settings.attention(*leaves))
 
 
 def _forward(
-    spec: Spec, hidden: Tensor, rows: Tensor | None, w: Weights, record: bool
+    settings: BlockSettings, hidden: Tensor, query_rows: Tensor | None, weights: BlockWeights, record: bool
 ) -> tuple[Tensor, _Attention | None, list[Tensor]]:
-    """The result, attention, what else `_backward` reads. Unless recorded, all but the result is freed on the way."""
-    _, normed, *statistics = add_layer_norm(hidden, None, w.norm_1, w.norm_1_bias, spec.eps[0])
-    normed = normed.to(spec.dtype)
-    if rows is None:
-        residual, projected = hidden, F.linear(normed, w.in_proj, w.in_proj_bias).chunk(3, dim=1)
+    """Return the result, attention and the tensors saved for `_backward`; unless recorded, only the result."""
+    _, normed, *statistics_1 = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
+    normed = normed.to(settings.dtype)
+    if query_rows is None:
+        residual, projected = hidden, F.linear(normed, weights.in_proj, weights.in_proj_bias).chunk(3, dim=1)
     else:
         W = hidden.shape[1]
-        query = F.linear(normed[rows], w.in_proj[:W], w.in_proj_bias[:W])
-        key_value = F.linear(normed, w.in_proj[W:], w.in_proj_bias[W:])
-        residual, projected = hidden[rows], (query, *key_value.chunk(2, dim=1))
+        query = F.linear(normed[query_rows], weights.in_proj[:W], weights.in_proj_bias[:W])
+        key_value = F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
+        residual, projected = hidden[query_rows], (query, *key_value.chunk(2, dim=1))
         del query, key_value
     del normed
-    attention = _attention(spec, projected, record)
+    attention = _attention(settings, projected, record)
     del projected
-    branch = F.linear(attention.result.detach(), w.out_proj, w.out_proj_bias).to(hidden.dtype)
+    branch = F.linear(attention.result.detach(), weights.out_proj, weights.out_proj_bias).to(hidden.dtype)
     recorded = attention if record else None
     del attention
-    mid, normed, *more = add_layer_norm(residual, branch, w.norm_2, w.norm_2_bias, spec.eps[1])
+    mid, normed, *statistics_2 = add_layer_norm(residual, branch, weights.norm_2, weights.norm_2_bias, settings.eps[1])
     del branch
-    inner = normed.to(spec.dtype) @ w.fc.T
+    inner = normed.to(settings.dtype) @ weights.fc.T
     del normed
-    kept = [mid, inner, *statistics, *more] if record else []
-    active = mlp_activation(inner, w.fc_bias, KINDS.index(spec.kind))
+    saved = [mid, inner, *statistics_1, *statistics_2] if record else []
+    active = mlp_activation(inner, weights.fc_bias, KINDS.index(settings.activation))
     del inner
-    return mid + F.linear(active, w.proj, w.proj_bias), recorded, kept
+    return mid + F.linear(active, weights.proj, weights.proj_bias), recorded, saved
 
 
-class _Block(torch.autograd.Function):
+class _FusedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: Spec, hidden: Tensor, rows: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, settings: BlockSettings, hidden: Tensor, query_rows: Tensor | None, *weights: Tensor
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            out, attention, kept = _forward(spec, hidden, rows, _cast(spec, weights), record=not spec.minimal)
-        ctx.spec, ctx.attention, ctx.count = spec, attention, len(weights)
-        ctx.save_for_backward(hidden, rows, *weights, *(attention.projected if attention else ()), *kept)
+            out, attention, saved = _forward(
+                settings, hidden, query_rows, _cast(settings, weights), record=not settings.save_inputs_only
+            )
+        ctx.settings, ctx.attention, ctx.count = settings, attention, len(weights)
+        ctx.save_for_backward(hidden, query_rows, *weights, *(attention.projected if attention else ()), *saved)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        spec: Spec = ctx.spec
-        hidden, rows, *rest = ctx.saved_tensors
-        weights, kept = rest[: ctx.count], rest[ctx.count :]
-        need_hidden, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        needs = Weights(*_joined(needed, any))
+        settings: BlockSettings = ctx.settings
+        hidden, query_rows, *rest = ctx.saved_tensors
+        weights, saved = rest[: ctx.count], rest[ctx.count :]
+        needs_hidden, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
+        needs = BlockWeights(*_join_qkv(needed, any))
         with torch.autocast(hidden.device.type, enabled=False):
-            cast = _cast(spec, weights)
-            attention, ctx.attention = ctx.attention, None  # its graph is freed here; a second backward makes another
-            if not kept:
-                _, attention, kept = _forward(spec, hidden, rows, cast, record=True)
+            cast = _cast(settings, weights)
+            attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
+            if not saved:
+                _, attention, saved = _forward(settings, hidden, query_rows, cast, record=True)
             else:
-                attention, kept = attention or _attention(spec, kept[:3], record=True), kept[3:]
-            d_hidden, gradients = _backward(spec, d_out, hidden, rows, cast, attention, kept, need_hidden, needs)
+                attention, saved = attention or _attention(settings, saved[:3], record=True), saved[3:]
+            d_hidden, gradients = _backward(
+                settings, d_out, hidden, query_rows, cast, attention, saved, needs_hidden, needs
+            )
         if len(weights) > len(gradients):
-            thirds = (None if g is None else g.chunk(3) for g in gradients[2:4])
-            gradients = (*gradients[:2], *(part for third in thirds for part in third or [None] * 3), *gradients[4:])
-        wanted = (
+            qkv = (None if g is None else g.chunk(3) for g in gradients[2:4])
+            gradients = (*gradients[:2], *(part for parts in qkv for part in parts or [None] * 3), *gradients[4:])
+        d_weights = (
             None if g is None or not need else g.to(x.dtype)
             for g, x, need in zip(gradients, weights, needed, strict=True)
         )
-        return None, d_hidden if need_hidden else None, None, *wanted
+        return None, d_hidden if needs_hidden else None, None, *d_weights
 
 
-def _joined(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequence[Any]:
-    """The fields of `Weights`, whether query, key and value came as one or as three."""
-    if len(flat) == len(Weights._fields):
+def _join_qkv(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequence[Any]:
+    """Fields of `BlockWeights`, with separate projections of query, key and value joined."""
+    if len(flat) == len(BlockWeights._fields):
         return flat
     return (*flat[:2], join(flat[2:5]), join(flat[5:8]), *flat[8:])
 
 
-def _cast(spec: Spec, flat: Sequence[Tensor]) -> Weights:
-    """Weights of the products in their dtype; norms and the bias of the activation are the operators' to widen."""
-    w = Weights(*_joined(flat, lambda third: torch.cat(list(third))))
+def _cast(settings: BlockSettings, flat: Sequence[Tensor]) -> BlockWeights:
+    """Cast the weights of matrix products; the operators upcast norm parameters and the activation bias."""
+    weights = BlockWeights(*_join_qkv(flat, lambda qkv: torch.cat(list(qkv))))
     names = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
-    return w._replace(**{name: getattr(w, name).to(spec.dtype) for name in names})
+    return weights._replace(**{name: getattr(weights, name).to(settings.dtype) for name in names})
 
 
 def _backward(
-    spec: Spec,
+    settings: BlockSettings,
     d_out: Tensor,
     hidden: Tensor,
-    rows: Tensor | None,
-    w: Weights,
+    query_rows: Tensor | None,
+    weights: BlockWeights,
     attention: _Attention,
-    kept: list[Tensor],
-    need_hidden: bool,
+    saved: list[Tensor],
+    needs_hidden: bool,
     needs: Any,
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    mid, inner, mean_1, rstd_1, mean_2, rstd_2 = kept
+    mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved
     d_hidden: Tensor | None = None
     d_in_proj: Tensor | None = None
-    upstream = d_out.to(spec.dtype)
+    upstream = d_out.to(settings.dtype)
     # MLP
-    active = mlp_activation(inner, w.fc_bias, KINDS.index(spec.kind))
+    active = mlp_activation(inner, weights.fc_bias, KINDS.index(settings.activation))
     d_proj, d_proj_bias = _weight_gradient(upstream, active, needs.proj, needs.proj_bias)
     del active
-    wanted = KINDS.index(spec.kind), True, needs.fc_bias
-    d_inner, d_fc_bias = mlp_activation_backward(upstream @ w.proj, inner, w.fc_bias, *wanted)
+    d_inner, d_fc_bias = mlp_activation_backward(
+        upstream @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation), True, needs.fc_bias
+    )
     d_fc = None
     if needs.fc:
-        _, normed, *_ = add_layer_norm(mid, None, w.norm_2, w.norm_2_bias, spec.eps[1])
-        d_fc = d_inner.T @ normed.to(spec.dtype)
+        _, normed, *_ = add_layer_norm(mid, None, weights.norm_2, weights.norm_2_bias, settings.eps[1])
+        d_fc = d_inner.T @ normed.to(settings.dtype)
         del normed
-    d_normed = (d_inner @ w.fc).to(hidden.dtype)
+    d_normed = (d_inner @ weights.fc).to(hidden.dtype)
     del d_inner
     d_mid, d_norm_2, d_norm_2_bias = add_layer_norm_backward(
-        d_normed, d_out, mid, mean_2, rstd_2, w.norm_2, True, needs.norm_2, needs.norm_2_bias
+        d_normed, d_out, mid, mean_2, rstd_2, weights.norm_2, True, needs.norm_2, needs.norm_2_bias
     )
     # Attention
-    upstream = d_mid.to(spec.dtype)
+    upstream = d_mid.to(settings.dtype)
     d_out_proj, d_out_proj_bias = _weight_gradient(
         upstream, attention.result.detach(), needs.out_proj, needs.out_proj_bias
     )
-    d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ w.out_proj)
-    if rows is not None:
+    d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
+    if query_rows is not None:
         d_query, d_key_value = d_projected[0], torch.cat(d_projected[1:], dim=1)
     else:
         d_all = torch.cat(d_projected, dim=1)
     del d_projected
 
-    def against(inputs: Tensor) -> Tensor:
-        """Σ over tokens of the gradient of query, key and value times inputs, [3W, W]."""
-        if rows is None:
+    def in_proj_gradient(inputs: Tensor) -> Tensor:
+        """Sum over tokens of the gradient of query, key and value times `inputs`, [3W, W]."""
+        if query_rows is None:
             return d_all.T @ inputs
-        return torch.cat([d_query.T @ inputs[rows], d_key_value.T @ inputs])
+        return torch.cat([d_query.T @ inputs[query_rows], d_key_value.T @ inputs])
 
-    d_in_proj_bias = d_all.sum(dim=0) if rows is None else torch.cat([d_query.sum(dim=0), d_key_value.sum(dim=0)])
-    if not need_hidden:
-        # The first block above the cut: the norm's own gradients follow from that of the weights behind it, since
-        # LN₁(hidden) = x̂ · γ + β and no token's gradient is wanted. That saves a product as large as the projection.
-        _, unit, *_ = add_layer_norm(hidden, None, torch.ones_like(w.norm_1), torch.zeros_like(w.norm_1), spec.eps[0])
+    d_in_proj_bias = d_all.sum(dim=0) if query_rows is None else torch.cat([d_query.sum(dim=0), d_key_value.sum(dim=0)])
+    if not needs_hidden:
+        # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
+        # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
+        ones, zeros = torch.ones_like(weights.norm_1), torch.zeros_like(weights.norm_1)
+        _, unit, *_ = add_layer_norm(hidden, None, ones, zeros, settings.eps[0])
         wide = mean_1.dtype
-        against_unit, d_bias = against(unit.to(spec.dtype)).to(wide), d_in_proj_bias.to(wide)
-        d_norm_1, d_norm_1_bias = (w.in_proj * against_unit).sum(dim=0), d_bias @ w.in_proj.to(wide)
-        d_in_proj = torch.addcmul(d_bias[:, None] * w.norm_1_bias.to(wide), against_unit, w.norm_1.to(wide))
+        unit_gradient, d_bias = in_proj_gradient(unit.to(settings.dtype)).to(wide), d_in_proj_bias.to(wide)
+        d_norm_1, d_norm_1_bias = (weights.in_proj * unit_gradient).sum(dim=0), d_bias @ weights.in_proj.to(wide)
+        d_in_proj = torch.addcmul(
+            d_bias[:, None] * weights.norm_1_bias.to(wide), unit_gradient, weights.norm_1.to(wide)
+        )
     else:
-        _, normed, *_ = add_layer_norm(hidden, None, w.norm_1, w.norm_1_bias, spec.eps[0])
-        d_in_proj = against(normed.to(spec.dtype)) if needs.in_proj else None
+        _, normed, *_ = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
+        d_in_proj = in_proj_gradient(normed.to(settings.dtype)) if needs.in_proj else None
         del normed
-        if rows is None:
-            d_normed = d_all @ w.in_proj
+        if query_rows is None:
+            d_normed = d_all @ weights.in_proj
         else:
             W = hidden.shape[1]
-            d_normed = d_key_value @ w.in_proj[W:]
-            d_normed[rows] += d_query @ w.in_proj[:W]
-            d_mid = torch.zeros_like(hidden).index_copy_(0, rows, d_mid)
+            d_normed = d_key_value @ weights.in_proj[W:]
+            d_normed[query_rows] += d_query @ weights.in_proj[:W]
+            d_mid = torch.zeros_like(hidden).index_copy_(0, query_rows, d_mid)
         d_hidden, d_norm_1, d_norm_1_bias = add_layer_norm_backward(
-            d_normed.to(hidden.dtype), d_mid, hidden, mean_1, rstd_1, w.norm_1, True, needs.norm_1, needs.norm_1_bias
+            d_normed.to(hidden.dtype),
+            d_mid,
+            hidden,
+            mean_1,
+            rstd_1,
+            weights.norm_1,
+            True,
+            needs.norm_1,
+            needs.norm_1_bias,
         )
     return d_hidden, (
         d_norm_1, d_norm_1_bias, d_in_proj, d_in_proj_bias, d_out_proj, d_out_proj_bias,

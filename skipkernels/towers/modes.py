@@ -1,4 +1,4 @@
-"""Evaluation and training mode for a while, and every module's own mode back afterwards."""
+"""Context managers that set evaluation or training mode and restore the mode of every module."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-# Where modules of PyTorch, timm, open_clip and transformers keep how often they drop something in training.
-_CHANCES = ("p", "prob", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
+# Attributes in which modules of PyTorch, timm, open_clip and transformers hold their dropout rate.
+_DROPOUT_RATES = ("p", "prob", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
 
 @contextlib.contextmanager
 def evaluating(modules: Iterable[nn.Module], *, except_for: nn.Module | None = None) -> Iterator[None]:
-    """Evaluation mode for modules and all in them, but for one."""
+    """Set evaluation mode for modules and their submodules, except for one."""
     with _in_mode([module for part in modules for module in part.modules() if module is not except_for], False):
         yield
 
 
 @contextlib.contextmanager
-def training_without_chance(model: nn.Module) -> Iterator[None]:
-    """Training mode, but for what then draws at random and for batch norms, which would count what they see."""
-    changes = [m for m in model.modules() if _drops(m) or any(map(_drops, m.children())) or isinstance(m, _NormBase)]
-    still = set(changes)
-    with _in_mode(changes, False), _in_mode([m for m in model.modules() if m not in still], True):
+def deterministic_training(model: nn.Module) -> Iterator[None]:
+    """Set training mode, except for modules that would then draw at random and for batch norms."""
+    frozen = [m for m in model.modules() if _drops(m) or any(map(_drops, m.children())) or isinstance(m, _NormBase)]
+    others = set(model.modules()) - set(frozen)
+    with _in_mode(frozen, False), _in_mode(others, True):
         yield
 
 
-def counts(module: nn.Module) -> bool:
-    """Whether a batch norm in it, in training mode, keeps statistics of what it sees."""
+def updates_statistics(module: nn.Module) -> bool:
+    """Return True if the module contains a batch norm in training mode."""
     return any(isinstance(part, _NormBase) and part.training for part in module.modules())
 
 
 def _drops(module: nn.Module) -> bool:
-    chances = (getattr(module, name, None) for name in _CHANCES)
-    return any(isinstance(chance, float) and chance > 0 for chance in chances)
+    rates = (getattr(module, name, None) for name in _DROPOUT_RATES)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 @contextlib.contextmanager
-def _in_mode(modules: list[nn.Module], training: bool) -> Iterator[None]:
-    others = [module for module in modules if module.training != training]
-    for module in others:
+def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    changed = [module for module in modules if module.training != training]
+    for module in changed:
         module.training = training
     try:
         yield
     finally:
-        for module in others:
+        for module in changed:
             module.training = not training

@@ -1,98 +1,112 @@
-"""Where the tokens of prompts lie in rows: what they all begin with, once, then what follows it in each class."""
+"""Prompts as rows: the prefix that all prompts share, once, then the suffix of each class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Chosen(NamedTuple):
-    """Rows of some classes: the prefix, then their suffixes.
+def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool = False) -> int:
+    """Number of tokens that all prompts [C, L] begin with, in front of every pooled token [C].
 
-    Attributes:
-        picked: int64 [R], which of the rows they are picked from.
-        offsets: int64 [K + 1], where each suffix begins behind the prefix; None where all are as long as the longest.
-        ends: int64 [K], the rows of the pooled tokens.
+    If the pooled token excludes itself, its query takes the row in front of it, which then belongs to the suffix.
     """
-
-    picked: Tensor
-    offsets: Tensor | None
-    ends: Tensor
+    same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
+    return max(min(int(same), int(pooled.min()) - excludes_self), 0)
 
 
-class SharedPrefix:
-    """Prompts cut into a shared prefix and a suffix for each class, which ends with the pooled token.
+class PackedPrompts:
+    """Prompts of all classes, and the layout of their hidden states as rows [R, W].
 
-    Suffixes are packed. On a GPU those of a step are as long as the longest of all classes instead, since the number of
-    tokens in it would have to be waited for. What stands behind a pooled token changes nothing in front of it.
+    With a shared prefix, rows are the prefix, then the suffixes, each up to its pooled token. Without one (P = 0) each
+    class has the rows of its whole prompt.
 
     Args:
         tokens: int64 [C, L].
-        pooled: int64 [C], the position of each prompt's pooled token.
-        blind: The pooled token sees what is in front of it and not itself.
+        pooled: int64 [C], the position of the token of each prompt that becomes its embedding.
+        prefix_length: P, number of tokens of the shared prefix, at most `shared_prefix_length`.
+        excludes_self: The pooled token attends to the tokens in front of it and not to itself.
 
     Attributes:
-        length: P, tokens of the prefix; 0 if the prompts share none. The pooled token is never part of it.
-        longest: S, tokens of the longest suffix.
+        starts: int64 [C], first row of each suffix.
+        lengths: int64 [C], number of rows of each suffix.
+        max_length: S, the largest of them.
+        row_count: R.
     """
 
-    def __init__(self, tokens: Tensor, pooled: Tensor, *, blind: bool = False):
-        same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
-        self.blind = blind  # it then asks from the row in front, which has to be in the suffix as well
-        self.length = max(min(int(same), int(pooled.min()) - blind), 0)
-        self._lengths = pooled + 1 - self.length
-        self.longest = int(self._lengths.max())
-        self._of_one_length = bool((self._lengths == self.longest).all())
+    def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
+        self.tokens, self.pooled = tokens, pooled
+        self.prefix_length, self.excludes_self = prefix_length, excludes_self
+        length = max(tokens.shape[1], int(pooled.max()) + 1)  # CoCa embeds one token more than there are token ids
+        self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)
+        self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths
+        self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
+        self._same_length = bool((self.lengths == self.max_length).all())
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move the lengths of the suffixes."""
-        self._lengths = fn(self._lengths)
+        """Move every tensor."""
+        self.tokens, self.pooled = fn(self.tokens), fn(self.pooled)
+        self.lengths, self.starts = fn(self.lengths), fn(self.starts)
 
     def _packs(self, device: torch.device) -> bool:
-        return device.type == "cpu" and not self._of_one_length
+        """Return True if the suffixes of a step are packed there.
 
-    def _lengths_of(self, class_ids: Tensor | None, device: torch.device) -> Tensor:
-        lengths = self._lengths.to(device)
-        return lengths if class_ids is None else lengths[class_ids]
-
-    def rows(self, hidden: Tensor, class_ids: Tensor | None = None, *, packed: bool = False) -> Tensor:
-        """Hidden states [n, L, W] of the prompts of `class_ids` (None: of all) to rows [R, W].
-
-        With `packed` they lie as among those of all classes.
+        On a GPU they are padded to the longest of all classes: the number of packed rows would take a host sync.
         """
-        prefix, suffixes = hidden[0, : self.length], hidden[:, self.length : self.length + self.longest]
-        if packed or class_ids is None or self._packs(hidden.device):
-            lengths = self._lengths_of(class_ids, hidden.device)
-            suffixes = suffixes[torch.arange(self.longest, device=hidden.device) < lengths[:, None]]
-        else:
-            suffixes = suffixes.flatten(0, 1)
-        return torch.cat([prefix, suffixes])
+        return device.type == "cpu" and not self._same_length
 
-    @property
-    def count(self) -> int:
-        """R, rows of all classes."""
-        return self.length + int(self._lengths.sum())
+    def pack(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
+        """Hidden states [K, L, W] of `class_ids` (all classes by default) to their rows, packed."""
+        return _pack(hidden, self, self.lengths if class_ids is None else self.lengths[class_ids])
 
-    def choose(self, count: int, device: torch.device, class_ids: Tensor | None, of_all: bool) -> Chosen:
-        """Where the tokens of `class_ids` are in `count` rows, those of all or, unless `of_all`, of these alone."""
-        P, S = self.length, self.longest
-        lengths, places = self._lengths_of(class_ids, device), torch.arange(S, device=device)
-        ends = lengths.cumsum(0)
-        starts = ends - lengths
-        if of_all and class_ids is not None:
-            every = self._lengths.to(device)
-            starts = (every.cumsum(0) - every)[class_ids]
-        if self._packs(device):
-            index = (P + starts[:, None] + places)[places < lengths[:, None]]
-            offsets, at_end = torch.cat([ends.new_zeros(1), ends]), ends - 1
+    def select(self, class_ids: Tensor) -> SelectedPrompts:
+        """Return the layout of the prompts of `class_ids` [K] in a step."""
+        return SelectedPrompts(self, class_ids)
+
+
+class SelectedPrompts:
+    """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, packed or padded.
+
+    Attributes:
+        class_ids: int64 [K].
+        offsets: int64 [K + 1], where each packed suffix begins behind the prefix; None if each has S rows. Rows behind
+            a pooled token are not seen by it.
+        ends: int64 [K], rows of the pooled tokens.
+    """
+
+    def __init__(self, prompts: PackedPrompts, class_ids: Tensor):
+        self._prompts, self.class_ids = prompts, class_ids
+        self._lengths = self.offsets = None
+        if prompts._packs(class_ids.device):
+            self._lengths = prompts.lengths[class_ids]
+            ends = self._lengths.cumsum(0)
+            self.offsets, self.ends = torch.cat([ends.new_zeros(1), ends]), prompts.prefix_length - 1 + ends
         else:
-            grid = S * torch.arange(len(lengths), device=device)
-            if not of_all and class_ids is not None:
-                starts = grid
-            # Behind a suffix comes the next one, and behind the last one its last token again.
-            index = (P + starts[:, None] + places).clamp(max=count - 1).flatten()
-            offsets, at_end = None, grid + lengths - 1
-        return Chosen(torch.cat([torch.arange(P, device=device), index]), offsets, P + at_end)
+            first_rows = prompts.max_length * torch.arange(len(class_ids), device=class_ids.device)
+            self.ends = first_rows + prompts.pooled[class_ids]
+
+    def row_numbers(self) -> Tensor:
+        """Numbers of these rows among the rows of all classes, int64."""
+        device, positions = self.class_ids.device, torch.arange(self._prompts.max_length, device=self.class_ids.device)
+        rows = self._prompts.starts[self.class_ids][:, None] + positions
+        if self._lengths is not None:
+            rows = rows[positions < self._lengths[:, None]]
+        else:  # the padding of a suffix is the next suffix; of the last suffix, its last row again
+            rows = rows.clamp(max=self._prompts.row_count - 1).flatten()
+        return torch.cat([torch.arange(self._prompts.prefix_length, device=device), rows])
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """Hidden states [K, L, W] of these prompts to rows."""
+        return _pack(hidden, self._prompts, self._lengths)
+
+
+def _pack(hidden: Tensor, prompts: PackedPrompts, lengths: Tensor | None) -> Tensor:
+    """Hidden states [K, L, W] to rows: suffixes of these `lengths` [K], or padded to the longest."""
+    if not prompts.prefix_length:
+        return hidden.flatten(0, 1)
+    prefix, suffixes = hidden[0, : prompts.prefix_length], hidden[:, prompts.prefix_length :][:, : prompts.max_length]
+    if lengths is None:
+        return torch.cat([prefix, suffixes.flatten(0, 1)])
+    return torch.cat([prefix, suffixes[torch.arange(prompts.max_length, device=hidden.device) < lengths[:, None]]])

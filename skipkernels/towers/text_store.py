@@ -1,4 +1,4 @@
-"""Text features at the cut in a folder, for so many classes that memory is not the place for them."""
+"""Text features at the cut and prototypes in a folder, for more classes than fit in memory."""
 
 from __future__ import annotations
 
@@ -22,64 +22,67 @@ from ..store import (
     is_store,
     usable_folder,
 )
-from .base import TextTower
+from .prompts import SelectedPrompts
+from .text import TextTower
 
 _SHARD_BYTES = 64 << 20
 _NAME_OF = {dtype: name for name, dtype in COMPUTED.items() if name in DTYPES}
-# How far features of the same weights may be off, relative to their norm: as those of images in a FeatureCache.
-_FEATURES_OFF = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-# How far kept prototypes may be off. The same machine gives the same, or 7e-7 in fp32 where fewer run at once; another
-# activation in a single block is off by 2e-3 and more. Those that are too far off are only made again.
-_PROTOTYPES_OFF = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+# Largest error of features of the same weights, relative to their norm; the same as for images in a FeatureCache.
+_FEATURE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# Largest distance of stored prototypes. The same machine computes the same ones, up to 7e-7 in fp32 for smaller chunks;
+# another activation in a single block differs by at least 2e-3. Beyond the tolerance they are recomputed.
+_PROTOTYPE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 Lower = Callable[[Tensor], Tensor]
 """Class ids [n] to hidden states at the cut [n, L, W]."""
 
 
-def telling(text: TextTower) -> Tensor:
-    """A few class ids [K]: the first and the last, one with the shortest prompt and one with the longest."""
+def representative_classes(text: TextTower) -> Tensor:
+    """Class ids [K] of the first and the last class, and of those with the shortest and the longest prompt."""
     ends = text.pooled
     return torch.unique(torch.stack([ends.new_zeros(()), ends.argmin(), ends.argmax(), ends.new_tensor(len(ends) - 1)]))
 
 
 class TextStore:
-    """Rows of all classes at the cut, as they were computed, in a store that is made if it is not there.
+    """Rows of all classes at the cut in a store, which is created unless it exists.
 
-    A process that finds another at work on it waits, and takes what that has made.
+    While another process creates it, the constructor waits, and then opens it.
 
     Args:
-        folder: Where.
-        text: Whose rows.
-        lower: Below its cut.
-        chunk: Classes that run at once.
+        folder: Folder of the store.
+        text: Text tower.
+        lower: Runs its blocks below the cut.
+        chunk: Number of classes that run at once.
 
     Raises:
-        StoreError: If the folder holds something else.
+        StoreError: If the folder holds another store.
     """
 
     def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
         self._folder, self._device = usable_folder(folder), text.tokens.device
         folder = self._folder
-        self._wanted = _identity(text)
+        self._fingerprint = _identity(text)
         first = torch.zeros(1, dtype=torch.int64, device=self._device)
         hidden = lower(first)
         shape = 1, hidden.shape[-1]
         try:
-            with _store(folder, text.row_count, shape, hidden.dtype, self._wanted) as writer:
-                rows = _Joined(_rows(text, lower, chunk, writer, folder))
+            with _store(folder, text.prompts.row_count, shape, hidden.dtype, self._fingerprint) as writer:
+                rows = _RowStream(_chunks(text, lower, chunk, writer, folder))
                 for number in writer.missing:
                     of_shard = writer.layout.rows_of(number)
-                    writer.write(number, {"rows": rows.take(of_shard).unsqueeze(1)})
+                    writer.write(number, {"rows": rows.read(of_shard).unsqueeze(1)})
         except DifferentStore as error:
-            what = f"holds a text_cache that differs in {error.difference}"
-            raise StoreError(f"{folder}: {what}. {_remedy(folder)}") from None
+            raise StoreError(
+                f"{folder}: holds a text_cache that differs in {error.difference}. {_remedy(folder)}"
+            ) from None
         self._store = Store(folder)
-        self._probe(text.rows(hidden, first), text.places(first))
+        self._probe(text.prompts.select(first), hidden)
 
-    def _probe(self, expected: Tensor, places: Tensor) -> None:
-        """Refuse a model that gives other rows although its weights are the same."""
-        distance = ((self.gather(places) - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
-        if not distance <= _FEATURES_OFF[expected.dtype]:
+    def _probe(self, selected: SelectedPrompts, hidden: Tensor) -> None:
+        """Refuse a model that computes other rows from the same weights."""
+        expected, stored = selected.pack(hidden), self.gather(selected.row_numbers())
+        distance = ((stored - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
+        if not distance <= _FEATURE_TOLERANCE[expected.dtype]:
             raise StoreError(
                 f"{self._folder}: holds a text_cache of another model: this one computes other features from the same "
                 f"weights ({distance:.1e} off on the first prompt), with another activation, number of heads or hook "
@@ -87,60 +90,60 @@ class TextStore:
             )
 
     def check(self, lower_identity: dict[str, str | int]) -> None:
-        """Refuse weights below the cut other than those that the rows are of.
+        """Refuse weights below the cut that differ from those that computed the rows.
 
         Raises:
-            StoreError: If they are.
+            StoreError: If they differ.
         """
-        if lower_identity.items() <= self._wanted.items():
+        if lower_identity.items() <= self._fingerprint.items():
             return
         raise StoreError(
-            f"{self._folder}: the weights below the cut of the text tower have changed since its features were made. "
-            "Make SkipCLIP anew, with another text_cache."
+            f"{self._folder}: the weights below the cut of the text tower have changed since its features were "
+            "computed. Create SkipCLIP again with another text_cache."
         )
 
-    def gather(self, places: Tensor) -> Tensor:
+    def gather(self, row_numbers: Tensor) -> Tensor:
         """Rows [R, W] by number [R], on the device of the tower."""
-        return self._store.gather(places.cpu()).squeeze(1).to(self._device)
+        return self._store.gather(row_numbers.cpu()).squeeze(1).to(self._device)
 
 
-def kept_prototypes(folder: Path, text: TextTower, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Embeddings [C, D] of all classes as they are, from a store; if they are not this model's, or damaged, made again.
+def stored_prototypes(folder: Path, text: TextTower, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Embeddings [C, D] of all classes from a store, recomputed if they are damaged or of another model.
 
     Args:
-        folder: Where.
-        text: Whose they are.
+        folder: Folder of the store.
+        text: Text tower.
         encode: Class ids [n] to unit-norm embeddings [n, D].
     """
     parameters = list(text.upper_parameters())
     weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
-    wanted = _identity(text) | {"upper weights": weights}
-    prototypes = _sound(folder, wanted)
+    fingerprint = _identity(text) | {"upper weights": weights}
+    prototypes = _load_rows(folder, fingerprint)
     if prototypes is not None:
         prototypes = prototypes.to(text.tokens.device)
-        few = telling(text)
+        sample = representative_classes(text)
         coarsest = max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
-        if (encode(few) - prototypes[few]).norm(dim=-1).max() <= _PROTOTYPES_OFF[coarsest]:
+        if (encode(sample) - prototypes[sample]).norm(dim=-1).max() <= _PROTOTYPE_TOLERANCE[coarsest]:
             return prototypes
     prototypes = encode(torch.arange(len(text.tokens), device=text.tokens.device))
     shape = 1, prototypes.shape[1]
-    with _store(folder, len(prototypes), shape, prototypes.dtype, wanted, overwrite=True) as writer:
+    with _store(folder, len(prototypes), shape, prototypes.dtype, fingerprint, overwrite=True) as writer:
         for number in writer.missing:
             of_shard = writer.layout.rows_of(number)
             writer.write(number, {"rows": prototypes[of_shard.start : of_shard.stop].cpu().unsqueeze(1)})
     return prototypes
 
 
-def _sound(folder: Path, wanted: dict[str, str | int]) -> Tensor | None:
-    """Rows [C, D] of a store that has this fingerprint; None if there is none, and where it is damaged."""
+def _load_rows(folder: Path, fingerprint: dict[str, str | int]) -> Tensor | None:
+    """Rows [C, D] of a store with this fingerprint; None if the store does not exist, differs or is damaged."""
     try:
         store = Store(folder, verify=True)
         rows = store.gather(torch.arange(store.layout.rows)).squeeze(1)
     except StoreError as error:
         if is_store(folder):
-            warnings.warn(f"{error} It is made again.", stacklevel=5)
+            warnings.warn(f"{error} It is recomputed.", stacklevel=5)
         return None
-    return rows if store.layout.fingerprint == wanted else None
+    return rows if store.layout.fingerprint == fingerprint else None
 
 
 def _remedy(folder: Path) -> str:
@@ -150,7 +153,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _identity(text: TextTower) -> dict[str, str | int]:
-    """What rows of texts depend on."""
+    """Fingerprint of everything that the rows of texts depend on."""
     prompts = digest_tensors([("tokens", text.tokens), ("pooled", text.pooled)])
     return text.lower_identity() | {"prompts": prompts, "number of classes": len(text.tokens)}
 
@@ -165,25 +168,24 @@ def _store(
     overwrite: bool = False,
 ) -> Writer:
     if dtype not in _NAME_OF:
-        raise StoreError(f"SkipCLIP: text_cache keeps {', '.join(_NAME_OF.values())}; this model computes in {dtype}.")
+        raise StoreError(f"SkipCLIP: text_cache stores {', '.join(_NAME_OF.values())}; this model computes in {dtype}.")
     name = _NAME_OF[dtype]
     shard_rows = max(_SHARD_BYTES // (shape[1] * dtype.itemsize), 1)
     layout = Layout(rows, shape, name, name, shard_rows, False, fingerprint, {})
-    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite, on_wait=_say)
+    return Writer(folder, layout, resume=not overwrite, overwrite=overwrite, on_wait=_report_wait)
 
 
-def _say(held: str) -> None:
+def _report_wait(held: str) -> None:
     stderr().print(f"{held} Waiting for it.", soft_wrap=True)
 
 
-def _rows(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first row, rows [n, W]) of chunks of classes, those left out that no missing shard needs."""
+def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first row, rows [n, W]) of every chunk of classes that a missing shard needs."""
     missing = [writer.layout.rows_of(number) for number in writer.missing]
     if not missing:
         return
-    prefix = 0 if text.prompts is None else text.prompts.length
-    lengths = torch.full_like(text.pooled, text.tokens.shape[1]) if text.prompts is None else text.pooled + 1 - prefix
-    ends = prefix + lengths.cumsum(0).cpu()
+    prompts = text.prompts
+    ends = (prompts.starts + prompts.lengths).cpu()
     chunks = torch.arange(len(text.tokens)).split(chunk)
     start = 0
     with progress(console=stderr(), transient=True) as bar:
@@ -191,26 +193,26 @@ def _rows(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Pat
             end = int(ends[ids[-1]])
             if any(part.start < end and start < part.stop for part in missing):
                 ids = ids.to(text.tokens.device)
-                yield start, text.rows(lower(ids), ids, packed=True)[prefix if start else 0 :].cpu()
+                yield start, prompts.pack(lower(ids), ids)[prompts.prefix_length if start else 0 :].cpu()
             start = end
 
 
-class _Joined:
-    """Ranges of rows that come in pieces, in order."""
+class _RowStream:
+    """Reader of ranges of rows, in order, from consecutive chunks."""
 
-    def __init__(self, pieces: Iterator[tuple[int, Tensor]]):
-        self._pieces = pieces
+    def __init__(self, chunks: Iterator[tuple[int, Tensor]]):
+        self._chunks = chunks
         self._start, self._rows = 0, torch.empty(0)
 
-    def take(self, wanted: range) -> Tensor:
-        """Rows [n, W] of a range that begins behind the one taken before."""
+    def read(self, rows: range) -> Tensor:
+        """Rows [n, W] of a range behind the one read before."""
         parts: list[Tensor] = []
-        at = wanted.start
-        while at < wanted.stop:
-            if at >= self._start + len(self._rows):
-                self._start, self._rows = next(self._pieces)
+        start = rows.start
+        while start < rows.stop:
+            if start >= self._start + len(self._rows):
+                self._start, self._rows = next(self._chunks)
                 continue
-            part = self._rows[at - self._start : wanted.stop - self._start]
+            part = self._rows[start - self._start : rows.stop - self._start]
             parts.append(part)
-            at += len(part)
+            start += len(part)
         return torch.cat(parts)

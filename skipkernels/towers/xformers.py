@@ -1,7 +1,7 @@
-"""Attention by xformers, for who asks for it: `memory_efficient_attention`, on a GPU.
+"""xformers as an optional attention backend: `memory_efficient_attention` on a GPU.
 
-Suffixes behind a shared prefix are one block-diagonal call, in which each suffix has the prefix in front of its keys;
-its mask is causal as counted from the end of both. The copies of the prefix are what `suffix_attention` does without.
+Suffixes behind a shared prefix are one block-diagonal call in which each suffix has a copy of the prefix in front of
+its keys, with a causal mask aligned at the end of both. `suffix_attention` needs no copies of the prefix.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import textwrap
 import torch
 from torch import Tensor
 
-from .attention import Backend
+from .attention import AttentionBackend
 
 
-def unusable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
-    """Why xformers cannot serve here, or None: a forward and a backward pass are tried."""
+def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Return why xformers cannot be used, or None if a forward and a backward pass succeed."""
     try:
         backend()
         prefix = torch.zeros(2, 1, head_width, device=device, dtype=dtype)
@@ -29,11 +29,11 @@ def unusable(device: torch.device, dtype: torch.dtype, head_width: int) -> str |
     return None
 
 
-def backend() -> Backend:
-    """xformers as `attention.py` calls it.
+def backend() -> AttentionBackend:
+    """Attention functions of xformers.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If xformers is not installed.
     """
     from xformers import ops
 
@@ -53,19 +53,19 @@ def backend() -> Backend:
         offsets: Tensor | None = None,
         max_length: int | None = None,
     ) -> Tensor:
-        """As `functional.suffix_attention`. Packed suffixes wait for their lengths; those of one length do not."""
-        lengths = [query.shape[1]] * len(query) if offsets is None else offsets.diff().tolist()
+        """See `functional.suffix_attention`. Packed suffixes take a host sync for their lengths; padded ones do not."""
+        suffix_lengths = [query.shape[1]] * len(query) if offsets is None else offsets.diff().tolist()
         rows = query.flatten(0, 1) if offsets is None else query
 
-        def together(front: Tensor, behind: Tensor) -> Tensor:
-            """The prefix again in front of each suffix, [1, tokens, H, E]."""
-            suffixes = behind if offsets is None else behind.split(lengths)
-            return torch.cat([part for suffix in suffixes for part in (front, suffix)])[None]
+        def with_prefix(prefix: Tensor, suffixes: Tensor) -> Tensor:
+            """Concatenate each suffix behind a copy of the prefix, [1, tokens, H, E]."""
+            parts = suffixes if offsets is None else suffixes.split(suffix_lengths)
+            return torch.cat([part for suffix in parts for part in (prefix, suffix)])[None]
 
         mask = ops.fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            lengths, [len(prefix_key) + length for length in lengths]
+            suffix_lengths, [len(prefix_key) + length for length in suffix_lengths]
         )
-        keys, values = together(prefix_key, key), together(prefix_value, value)
+        keys, values = with_prefix(prefix_key, key), with_prefix(prefix_value, value)
         return ops.memory_efficient_attention(rows[None], keys, values, attn_bias=mask)[0].view_as(query)
 
-    return Backend(full, causal, behind_prefix)
+    return AttentionBackend(full, causal, behind_prefix)

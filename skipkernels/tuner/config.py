@@ -22,7 +22,7 @@ from ..features import Refresh, SamplerKind
 from ..selection import Tail
 from ..store import read_regular
 from ..towers import Memory
-from ..towers.attention import Attention
+from ..towers.attention import AttentionName
 from . import optimizers
 from .methods import METHODS, Recipe
 from .precision import Precision
@@ -121,7 +121,7 @@ class TuneConfig:
     """bf16: fp32 weights. bf16-sr: bf16 weights, rounded at random. auto: bf16 on a GPU that has it, else fp32."""
     memory: Memory = "auto"
     """What a block keeps for backward. fast: all but what is cheap. min: its input. auto: fast where that fits."""
-    attention: Attention = "sdpa"
+    attention: AttentionName = "sdpa"
     """Who computes attention. sdpa: PyTorch. xformers: on a GPU, where it is installed."""
     cache: Path | None = None
     """Folder to keep the images' features at the cut in, for the next run too; by default they are in memory."""

@@ -104,7 +104,7 @@ def test_what_skipclip_refuses_is_an_input_error(name):
     if name == "skip":
         with pytest.raises(InputError, match="skip_layers must be"):
             made(name, skip_layers=9)
-        with pytest.raises(InputError, match="text_cache is for what is below a cut"):
+        with pytest.raises(InputError, match="text_cache keeps features at the cut"):
             made(name, skip_layers=0, text_cache="nowhere")
 
 

@@ -1,4 +1,4 @@
-"""One thread: tensors as small as those of these tests wait longer for a second one than they take."""
+"""Fixture for one thread: on tensors this small a second thread costs more time than it saves."""
 
 from __future__ import annotations
 

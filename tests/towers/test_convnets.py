@@ -1,4 +1,4 @@
-"""Towers in stages: the step is the caller's own wherever it is cut, and maps that are kept stay as they are."""
+"""Towers in stages: the step equals the reference at every cut, and features are constant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import timm_models
 import torch
 from models import openai_models, tiny_clip
-from own_step import assert_is_the_own_step
+from reference_step import assert_matches_reference_step
 from timm.layers import HybridEmbed
 from timm.models.convnext import ConvNeXt
 from timm.models.fastvit import FastVit, RepConditionalPosEnc
@@ -42,7 +42,7 @@ def convnext(**rest) -> nn.Module:
 
 
 def convnext_projected() -> nn.Module:
-    """As with timm_proj="linear" in a config of open_clip."""
+    """Model with timm_proj="linear", an option of open_clip configs."""
     trunk = ConvNeXt(**{**CONVNEXT, "num_classes": 0})
     return timm_clip(trunk, 32, nn.Sequential(nn.Dropout(0.0), nn.Linear(24, 12, bias=False)))
 
@@ -52,7 +52,7 @@ def fastvit(**rest) -> nn.Module:
 
 
 def fused_fastvit() -> nn.Module:
-    """As it is deployed: every branch and batch norm in one convolution."""
+    """Deployed form: every branch and batch norm merged into one convolution."""
     model = fastvit(stem_use_scale_branch=False, lkc_use_act=True)
     for module in model.visual.modules():
         if hasattr(module, "reparameterize"):
@@ -65,7 +65,7 @@ def swin(**rest) -> nn.Module:
 
 
 def vitamin(**rest) -> nn.Module:
-    """Two stages of convolutions, of one and two blocks, and a transformer of two."""
+    """Two convolutional stages of one and two blocks, and a transformer of two blocks."""
     backbone = MbConvStages(VitCfg(embed_dim=(8, 16, 24), depths=(1, 2, 1), stem_width=8))
     shape = {"img_size": 32, "patch_size": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 12}
     vit = {"mlp_layer": GeGluMlp, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg"}
@@ -90,25 +90,25 @@ FAMILIES = {
 
 
 @each_cut(FAMILIES)
-def test_the_step_is_the_models_own(family, skip):
-    reductions = timm_models.assert_own_step(family, skip).reductions
+def test_step_equals_reference(family, skip):
+    reductions = timm_models.assert_matches_reference(family, skip).reductions
     assert "run as your modules" in reductions["image.fused_block"].reason
 
 
 @each_cut(FAMILIES, lowest=1)
-def test_maps_are_constants(family, skip):
-    timm_models.assert_features_are_constants(family, skip)
+def test_features_are_constant(family, skip):
+    timm_models.assert_features_are_constant(family, skip)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_nothing_is_added_to_the_callers_model(family):
+def test_model_is_left_unchanged(family):
     for skip in (0, 2):
-        timm_models.assert_nothing_is_added(family, skip)
+        timm_models.assert_model_is_unchanged(family, skip)
 
 
 @each_cut({name: FAMILIES[name] for name in ("fastvit", "resnet")})
-def test_batch_norms_know_their_side(family, skip):
-    timm_models.assert_batch_norms_know_their_side(family, skip)
+def test_batch_norms_update_above_cut_only(family, skip):
+    timm_models.assert_batch_norms_update_above_cut_only(family, skip)
 
 
 @pytest.mark.parametrize(
@@ -122,24 +122,24 @@ def test_batch_norms_know_their_side(family, skip):
     ],
     ids=["convnext_all", "convnext", "swin", "patches_above", "patches_below"],
 )
-def test_what_is_dropped_in_training(make, skip):
+def test_training_draws_as_model(make, skip):
     timm_models.assert_draws_as_the_model(Family(make, 32, 5), skip)
 
 
-def test_a_stage_may_be_empty():
-    timm_models.assert_own_step(Family(partial(convnext, depths=(1, 0, 2, 1)), 32, 4), 1)
+def test_stage_without_blocks():
+    timm_models.assert_matches_reference(Family(partial(convnext, depths=(1, 0, 2, 1)), 32, 4), 1)
 
 
 @pytest.mark.parametrize("make", [convnext, fastvit, swin, vitamin], ids=["convnext", "fastvit", "swin", "vitamin"])
-def test_the_models_own_checkpointing_changes_nothing(make):
+def test_model_checkpointing_changes_nothing(make):
     model = make()
     model.visual.set_grad_checkpointing(True)
     for skip in (0, 2):
-        assert_is_the_own_step(cut(model, skip), Family(make, 32, 5).images(), TOKENS, LABELS)
+        assert_matches_reference_step(cut(model, skip), Family(make, 32, 5).images(), TOKENS, LABELS)
 
 
 @pytest.mark.parametrize("name", ["convnext", "fastvit", "swin", "vitamin", "resnet"])
-def test_an_altered_block_is_followed_and_an_altered_stage_refused(name):
+def test_altered_block_is_followed_and_altered_stage_raises(name):
     family = FAMILIES[name]
     model = family.make()
     trunk = getattr(model.visual, "trunk", model.visual)
@@ -147,20 +147,20 @@ def test_an_altered_block_is_followed_and_an_altered_stage_refused(name):
     stage = trunk.get_submodule(stages.get(name, "stages.2"))
     block = getattr(stage, "blocks", stage)[0]
     block.register_forward_hook(lambda mod, args, out: out * 1.1)
-    assert_is_the_own_step(cut(model, 1), family.images(), TOKENS, LABELS)
-    assert_is_the_own_step(cut(model, family.depth - 1), family.images(), TOKENS, LABELS)
+    assert_matches_reference_step(cut(model, 1), family.images(), TOKENS, LABELS)
+    assert_matches_reference_step(cut(model, family.depth - 1), family.images(), TOKENS, LABELS)
     stage.register_forward_hook(lambda mod, args, out: out.square())
     with pytest.raises(UnsupportedModel, match="has hooks, and SkipCLIP does not call this module"):
         cut(model, 1)
 
 
 @pytest.mark.parametrize("skip", range(6), ids=lambda skip: f"skip{skip}")
-def test_openais_resnet(skip):
+def test_openai_resnet(skip):
     visual = randomise(openai_models().ModifiedResNet((1, 2, 1, 1), 12, 8, 32, 8)).double().eval()
     tower = ResNetTower(SimpleNamespace(visual=visual, encode_image=visual))
     tower.skip = skip
     assert len(tower.blocks) == 5 and tower.image_size == (32, 32)
-    images = FAMILIES["resnet"].images().float()  # cast, as its own forward does
+    images = FAMILIES["resnet"].images().float()  # the tower casts them, as the forward of the model does
     features = tower.lower(images)
     features = features if skip == 0 else features.detach()
     kept, trained = features.detach().clone(), list(tower.upper_parameters())
@@ -173,7 +173,7 @@ def test_openais_resnet(skip):
 
 
 @pytest.mark.parametrize("name", ["convnext", "swin", "vitamin", "resnet"])
-def test_with_little_memory_the_step_is_the_same(name):
+def test_memory_min_same_step(name):
     family = FAMILIES[name]
     model = family.make()
     images, saved = family.images(), {}
@@ -181,11 +181,11 @@ def test_with_little_memory_the_step_is_the_same(name):
         clip = sk.SkipCLIP(model, TOKENS, skip_layers=(1, 1), keep_ratio=1.0, memory=memory)
         features = clip.encode_lower(images)
         saved[memory] = saved_bytes(lambda clip=clip, features=features: clip.encode_upper(features))
-        assert_is_the_own_step(clip, images, TOKENS, LABELS)
+        assert_matches_reference_step(clip, images, TOKENS, LABELS)
     assert saved["min"] < saved["fast"] / 2
 
 
-def test_with_little_memory_a_batch_norm_counts_once():
+def test_memory_min_updates_batch_norm_once():
     counted = []
     for memory in ("fast", "min"):
         model = resnet().train()
@@ -196,7 +196,7 @@ def test_with_little_memory_a_batch_norm_counts_once():
 
 
 @pytest.mark.gpu
-def test_what_is_below_the_cut_lives_elsewhere_with_its_statistics():
+def test_lower_device_holds_batch_norm_statistics():
     model = resnet().cuda()
     clip = sk.SkipCLIP(model, TOKENS, skip_layers=(2, 1), keep_ratio=1.0)
     images, labels = FAMILIES["resnet"].images().cuda(), LABELS.cuda()
@@ -208,8 +208,10 @@ def test_what_is_below_the_cut_lives_elsewhere_with_its_statistics():
     torch.testing.assert_close(clip(images, labels).loss, expected, rtol=1e-6, atol=0)
 
 
-def test_maps_of_three_rows_are_no_images():
-    model = swin(img_size=(12, 16), patch_size=4, window_size=2, depths=(1, 1))  # maps [3, 4, 8] in front of the second
+def test_features_with_three_rows_are_not_images():
+    model = swin(
+        img_size=(12, 16), patch_size=4, window_size=2, depths=(1, 1)
+    )  # maps [3, 4, 8] in front of the second block
     clip = sk.SkipCLIP(model, TOKENS, skip_layers=(1, 1), keep_ratio=1.0)
     images = torch.randn(2, 3, 12, 16, dtype=torch.float64)
     features = clip.encode_lower(images)
@@ -227,8 +229,8 @@ def test_half_precision_and_autocast(name):
         assert cut(family.make().float(), 2)(family.images().float(), LABELS).loss.isfinite()
 
 
-def test_statistics_that_the_model_updates_below_the_cut_are_not_those_of_kept_maps():
-    """The caller's own call in training mode: batch norms below the cut then count what they see."""
+def test_lower_batch_norm_update_makes_features_stale():
+    """A call of the model in training mode updates the batch norms below the cut."""
     model = resnet()
     clip, images = cut(model, 3), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     maps = clip.encode_lower(images)

@@ -1,4 +1,4 @@
-"""Text and image transformers of every family: the step is the caller's own, whatever is cut off and left out."""
+"""Transformers of every family: the step equals the reference at every cut."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import open_clip
 import pytest
 import torch
 import transformers
-from models import TEXT, VISION, openai_models, tiny_batch, tiny_clip, tiny_tokens
-from own_step import assert_is_the_own_step
+from models import TEXT, VISION, openai_models, random_weights, tiny_batch, tiny_clip, tiny_coca, tiny_tokens
+from reference_step import assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
@@ -19,20 +19,8 @@ CLASSES = 7
 SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 
 
-def random_weights(model: nn.Module) -> nn.Module:
-    """Every parameter of its own, biases and norms too, in fp64."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("logit"):
-                parameter.fill_(2.5)
-            else:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.double()
-
-
 def openai_clip() -> nn.Module:
-    """OpenAI's model, in fp32, as its norms compute."""
+    """OpenAI's model in fp32, the dtype that its norms compute in."""
     torch.manual_seed(0)
     return random_weights(openai_models().CLIP(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()
 
@@ -64,17 +52,6 @@ def siglip(**attention) -> nn.Module:
     return random_weights(transformers.AutoModel.from_config(config, **attention))
 
 
-def coca(correct: bool = False, **vision) -> nn.Module:
-    pooler = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True}
-    text = {**TEXT, "embed_cls": True, "output_tokens": True, "context_length": 76}
-    decoder = {"context_length": 76, "width": 16, "heads": 2, "layers": 1, "vocab_size": 60}
-    torch.manual_seed(0)
-    width = VISION["width"] if vision else 12  # the poolers named in a config want the width of the tower
-    model = open_clip.CoCa(width, decoder, text, {**VISION, **pooler, **vision})
-    model.text.correct_cls_mask = correct  # no config has it
-    return random_weights(model)
-
-
 def with_encoder(tmp_path: Path, config: transformers.PretrainedConfig, pooler: str, projection: str = "linear"):
     config.save_pretrained(tmp_path)
     text = {
@@ -94,7 +71,7 @@ def encoder_tokens(padding: int = 1) -> torch.Tensor:
     return tokens
 
 
-# ---- one module a tower, two projections, a class token behind the padding -------------------------------------
+# ---- one step per family ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2, 3, (0, 3), (2, 1)], ids=lambda skip: f"skip{skip}")
@@ -107,17 +84,17 @@ def encoder_tokens(padding: int = 1) -> torch.Tensor:
         lambda: hugging_face_clip(attn_implementation="eager").float(),  # its softmax is in fp32
         siglip,
         lambda: siglip(attn_implementation="eager").float(),
-        coca,
-        lambda: coca(correct=True),
+        tiny_coca,
+        lambda: tiny_coca(correct=True),
     ],
     ids=["openai", "hf", "hf_eos", "hf_eager", "siglip", "siglip_eager", "coca", "coca_correct"],
 )
-def test_the_step_is_the_models_own(make, skip):
+def test_step_equals_reference(make, skip):
     model = make()
     images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
     tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
     assert clip.reductions["text.fused_block"].enabled and clip.reductions["image.fused_block"].enabled
     if not type(model).__name__.startswith("Siglip"):
         assert clip.reductions["text.text_crop"].enabled and clip.reductions["text.shared_prefix"].enabled
@@ -134,7 +111,7 @@ def test_the_step_is_the_models_own(make, skip):
     ids=["roberta", "xlm_roberta", "xlm_roberta_cls", "bert"],
 )
 @pytest.mark.parametrize("skip", [0, 2, (1, 3)], ids=lambda skip: f"skip{skip}")
-def test_text_encoders_of_transformers(tmp_path, config, pooler, projection, skip):
+def test_hf_text_encoder_step(tmp_path, config, pooler, projection, skip):
     chosen = config(**SMALL, vocab_size=60, max_position_embeddings=30, pad_token_id=1, type_vocab_size=1)
     model = with_encoder(tmp_path, chosen, pooler, projection).eval()
     check_encoder(model, skip)
@@ -142,7 +119,7 @@ def test_text_encoders_of_transformers(tmp_path, config, pooler, projection, ski
 
 @pytest.mark.parametrize("skip", [0, 2, (1, 3)], ids=lambda skip: f"skip{skip}")
 @pytest.mark.parametrize("kind", ["mt5", "nllb"])
-def test_encoders_of_translators(tmp_path, kind, skip):
+def test_translation_encoder_step(tmp_path, kind, skip):
     if kind == "mt5":
         config = transformers.MT5Config(
             d_model=24, d_kv=8, d_ff=48, num_layers=3, num_heads=3, vocab_size=60, pad_token_id=1
@@ -163,10 +140,10 @@ def check_encoder(model, skip):
     clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
     assert clip._text.tokens.shape[1] == 7 < tokens.shape[1]
     assert "runs as your module" in clip.reductions["text.fused_block"].reason
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
-def test_an_encoder_that_skips_blocks_at_random_is_refused(tmp_path):
+def test_encoder_with_layerdrop_raises(tmp_path):
     config = transformers.M2M100Config(
         d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3, decoder_attention_heads=3,
         vocab_size=60, pad_token_id=1, encoder_layerdrop=0.1,
@@ -176,36 +153,36 @@ def test_an_encoder_that_skips_blocks_at_random_is_refused(tmp_path):
         sk.SkipCLIP(model, encoder_tokens(), skip_layers=1)
 
 
-# ---- prompts that are not as CoCa's mask expects them ----------------------------------------------------------
+# ---- unusual masks and positions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("correct", [False, True])
 @pytest.mark.parametrize("kind", ["padding_inside", "full"])
-def test_coca_with_prompts_whose_padding_is_elsewhere(kind, correct):
-    model, tokens, (images, labels) = coca(correct), tiny_tokens(CLASSES, context=76), tiny_batch(3, CLASSES)
+def test_coca_unusual_padding(kind, correct):
+    model, tokens, (images, labels) = tiny_coca(correct), tiny_tokens(CLASSES, context=76), tiny_batch(3, CLASSES)
     if kind == "full":
         tokens[2, 2:] = torch.arange(74) % 50 + 1
     else:
         tokens[2, 2] = 0  # "!" of open_clip's vocabulary
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    full_but_plain = kind == "full" and correct
-    assert (clip.reductions["text.shared_prefix"].enabled) == full_but_plain
-    assert_is_the_own_step(clip, images, tokens, labels)
+    full_and_correct = kind == "full" and correct
+    assert (clip.reductions["text.shared_prefix"].enabled) == full_and_correct
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
 @pytest.mark.parametrize("skip", [0, 1])
-def test_sines_and_cosines_never_train(skip):
+def test_sin_cos_positions_never_train(skip):
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.visual = open_clip.CLIP(12, {**VISION, "pos_embed_type": "sin_cos_2d"}, TEXT).visual.double()
     assert not model.visual.positional_embedding.requires_grad
-    for _ in range(2):  # the second finds what the first has left
+    for _ in range(2):  # the second SkipCLIP gets a model that the first one changed
         clip = sk.SkipCLIP(model, tokens, skip_layers=1)
         clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
     assert not model.visual.positional_embedding.requires_grad
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
-def test_a_mask_of_the_padding_alone():
+def test_padding_mask_only():
     text = {"no_causal_mask": True, "pool_type": "argmax"}
     model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(CLASSES)
     model.text.use_pad_mask = True  # no config has it
@@ -213,15 +190,17 @@ def test_a_mask_of_the_padding_alone():
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     assert clip.reductions["text.text_crop"].enabled and clip._text.tokens.shape[1] < 10
     assert "later ones" in clip.reductions["text.shared_prefix"].reason
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
 # ---- altered models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip, coca], ids=["openai", "hf", "siglip", "coca"])
+@pytest.mark.parametrize(
+    "make", [openai_clip, hugging_face_clip, siglip, tiny_coca], ids=["openai", "hf", "siglip", "coca"]
+)
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_hook_on_a_block_is_followed(make, tower):
+def test_block_hook_is_followed(make, tower):
     model = make()
     images, labels = tiny_batch(3, CLASSES, model.logit_scale.dtype)
     tokens = tiny_tokens(CLASSES, context=76 if isinstance(model, open_clip.CoCa) else 77)
@@ -231,11 +210,11 @@ def test_a_hook_on_a_block_is_followed(make, tower):
     norm.register_forward_hook(lambda mod, args, out: out * 1.01)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     assert "hooks" in clip.reductions[f"{tower}.fused_block"].reason
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
 @pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip], ids=["openai", "hf", "siglip"])
-def test_another_activation_is_followed(make):
+def test_replaced_activation_is_followed(make):
     model, name = make(), "activation_fn"
     mlps = ("text_model.encoder.layers.2.mlp", "vision_model.encoder.layers.1.mlp")
     if make is openai_clip:
@@ -247,24 +226,24 @@ def test_another_activation_is_followed(make):
     assert (
         "SiLU" in clip.reductions["text.fused_block"].reason and "SiLU" in clip.reductions["image.fused_block"].reason
     )
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
-def test_end_of_text_is_the_models_and_not_the_configs():
+def test_end_of_text_is_read_from_model_not_config():
     model, tokens, (images, labels) = hugging_face_clip(end=55), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     tokens[tokens == 59] = 55  # not the largest id
     model.text_model.config.eos_token_id = 2
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
-def test_attention_with_a_scale_of_its_own_is_not_fused():
+def test_attention_with_unusual_scale_is_not_fused():
     model, tokens, (images, labels) = hugging_face_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.vision_model.encoder.layers[1].self_attn.scale = 0.1
     model.text_model.encoder.layers[2].self_attn.scale = 0.1
-    with pytest.warns(UserWarning, match="1 of 3 blocks: a block's attention is causal by itself or has a scale"):
+    with pytest.warns(UserWarning, match="1 of 3 blocks: a block's attention is causal or has an unusual scale"):
         clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +257,7 @@ def test_attention_with_a_scale_of_its_own_is_not_fused():
         (siglip, "text_model"),
     ],
 )
-def test_a_tower_that_was_altered_is_refused(make, part):
+def test_altered_tower_raises(make, part):
     model = make()
     tower = model.get_submodule(part)
     forward = tower.forward
@@ -292,22 +271,22 @@ def test_a_tower_that_was_altered_is_refused(make, part):
         return out
 
     tower.forward = other
-    with pytest.raises(UnsupportedModel, match=r"has its own forward\(\), and SkipCLIP does not call this module"):
+    with pytest.raises(UnsupportedModel, match=r"has a replaced forward\(\), and SkipCLIP does not call this module"):
         sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
 
 
-def test_openai_with_another_mask_is_followed():
+def test_openai_replaced_mask_is_followed():
     model, tokens, (images, labels) = openai_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
     for block in model.transformer.resblocks:
         block.attn_mask = torch.zeros(77, 77)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     assert "not the causal one" in clip.reductions["text.shared_prefix"].reason
     assert not clip.reductions["text.text_crop"].enabled
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
-def test_openai_in_half_precision_keeps_its_norms_in_fp32():
-    """As `clip.load` leaves a model on a GPU."""
+def test_openai_half_precision_norms_in_fp32():
+    """The model is that of `clip.load` on a GPU."""
     model = openai_clip()
     openai_models().convert_weights(model)
     tokens, (images, labels) = tiny_tokens(CLASSES), tiny_batch(3, CLASSES, torch.float32)
@@ -318,8 +297,8 @@ def test_openai_in_half_precision_keeps_its_norms_in_fp32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
-    """As `open_clip.create_model(precision="bf16")` makes it. Three blocks of bf16 are worth two or three digits."""
+def test_open_clip_half_precision_norms_in_fp32(dtype):
+    """The model is that of `open_clip.create_model(precision="bf16")`; bf16 leaves two or three digits of the loss."""
     exact, tokens = tiny_clip(torch.float32), tiny_tokens(CLASSES)
     images, labels = tiny_batch(3, CLASSES, torch.float32)
     torch.manual_seed(0)
@@ -338,14 +317,14 @@ def test_open_clip_made_in_half_precision_keeps_its_norms_in_fp32(dtype):
     torch.testing.assert_close(clip.predict(images), clip.predict(clip.encode_lower(images)))
 
 
-def test_an_older_transformers_is_refused(monkeypatch):
+def test_old_transformers_raises(monkeypatch):
     model = siglip()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
     with pytest.raises(UnsupportedModel, match="SiglipModel is handled with transformers 5 or later; got 4.57.6"):
         sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
 
 
-def test_a_parameter_on_both_sides_of_the_cut_is_refused():
+def test_parameter_on_both_sides_of_cut_raises():
     model = tiny_clip()
     blocks = model.visual.transformer.resblocks
     blocks[2].mlp.c_fc.weight = blocks[0].mlp.c_fc.weight
@@ -355,19 +334,19 @@ def test_a_parameter_on_both_sides_of_the_cut_is_refused():
 
 
 @pytest.mark.parametrize("memory", ["fast", "min"])
-def test_an_altered_block_with_little_memory(memory):
-    """It runs as a module, which a checkpoint runs again in backward."""
+def test_altered_block_with_memory_min(memory):
+    """The block runs as a module, which a checkpoint recomputes in backward."""
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     for stack in (model.transformer, model.visual.transformer):
         stack.resblocks[2].ls_1 = nn.Hardtanh()
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, memory=memory)
     assert "Hardtanh" in clip.reductions["image.fused_block"].reason
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
-def test_what_no_family_handles_is_refused():
+def test_unsupported_models_raise():
     with pytest.raises(UnsupportedModel, match=r"parallel attentional pooler leaves an axis"):
-        sk.SkipCLIP(coca(attentional_pool="parallel"), tiny_tokens(4), skip_layers=1)
+        sk.SkipCLIP(tiny_coca(attentional_pool="parallel"), tiny_tokens(4), skip_layers=1)
     with pytest.raises(UnsupportedModel, match=r"must be one of open_clip.model.CLIP, .*; got torch.nn"):
         sk.SkipCLIP(nn.Linear(2, 2), tiny_tokens(4), skip_layers=1)
     bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=60))

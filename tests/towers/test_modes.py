@@ -1,33 +1,33 @@
-"""Training and evaluation: what draws at random, what sees the difference, and on which side of the cut."""
+"""Training and evaluation mode: dropout and hooks on both sides of the cut."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
-from own_step import assert_is_the_own_step
+from reference_step import assert_matches_reference_step
 
 import skipkernels as sk
-from skipkernels.towers import UnsupportedModel, evaluating, training_without_chance
+from skipkernels.towers import UnsupportedModel, deterministic_training, evaluating
 
 CLASSES = 7
 
 
-def test_patches_are_dropped_from_images_in_training_and_from_nothing_that_is_kept():
+def test_patch_dropout_in_training_only_and_never_in_features():
     model = tiny_clip(vision={"patch_dropout": 0.5, "image_size": 32}).train()
     images, labels = torch.nn.functional.interpolate(tiny_batch(3, CLASSES)[0], 32), torch.tensor([1, 2, 3])
     tokens = tiny_tokens(CLASSES)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
     features = clip.encode_lower(images)
     assert features.shape[1] == 17 > clip.encode_lower(images, drop_patches=True).shape[1]
     model.eval()
     assert features.equal(clip.encode_lower(images, drop_patches=True))
-    assert_is_the_own_step(clip, images, tokens, labels)
+    assert_matches_reference_step(clip, images, tokens, labels)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_dropout_draws_above_the_cut_and_not_below(tower):
+def test_dropout_draws_above_cut_only(tower):
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     stack = (model.visual if tower == "image" else model).transformer
     for depth in (0, 2):
@@ -44,19 +44,19 @@ def test_dropout_draws_above_the_cut_and_not_below(tower):
 
 
 @pytest.mark.parametrize("part", ["visual", "transformer", "ln_final"])
-def test_what_only_training_shows_is_found(part):
-    """A hook that changes the result in training mode alone is not seen by a look in evaluation mode."""
+def test_hook_active_in_training_only_is_found(part):
+    """A hook that changes the result in training mode only is not found by a comparison in evaluation mode."""
     model, tokens = tiny_clip(), tiny_tokens(CLASSES)
     getattr(model, part).register_forward_hook(lambda mod, args, out: out.flip(-1) if mod.training else out)
-    if part == "ln_final":  # which SkipCLIP calls as the model does
+    if part == "ln_final":  # SkipCLIP calls this module, as the model does
         sk.SkipCLIP(model, tokens, skip_layers=1)
     else:
         with pytest.raises(UnsupportedModel, match=f"{part} has hooks, and SkipCLIP does not call this module"):
             sk.SkipCLIP(model, tokens, skip_layers=1)
 
 
-def test_predictions_are_those_of_evaluation_mode():
-    """No dropout, whatever the model's mode; and none that is kept from it."""
+def test_predict_uses_evaluation_mode():
+    """Predictions have no dropout in any mode, and neither have the stored class embeddings."""
     model, tokens, (images, _) = tiny_clip(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     for stack in (model.visual.transformer, model.transformer):
         stack.resblocks[2].attn.dropout = 0.5
@@ -68,7 +68,7 @@ def test_predictions_are_those_of_evaluation_mode():
     assert clip.predict(images).equal(got)
 
 
-def test_every_module_keeps_its_mode():
+def test_modes_are_restored():
     model, tokens, (images, labels) = tiny_clip().train(), tiny_tokens(CLASSES), tiny_batch(3, CLASSES)
     model.visual.transformer.resblocks[0].mlp.eval()
     model.ln_final.eval()
@@ -79,14 +79,14 @@ def test_every_module_keeps_its_mode():
     assert before == {name: module.training for name, module in model.named_modules()}
 
 
-def test_training_without_chance_leaves_still_what_draws_or_counts():
+def test_deterministic_training_freezes_dropout_and_batch_norm():
     model = torch.nn.Sequential(
         torch.nn.Linear(2, 2),
         torch.nn.Dropout(0.0),
         torch.nn.BatchNorm1d(2),
         torch.nn.Sequential(torch.nn.Dropout(0.1)),
     ).eval()
-    with training_without_chance(model):
+    with deterministic_training(model):
         assert [module.training for module in model] == [True, True, False, False]
         assert not model[3][0].training
         with evaluating(model, except_for=model[1]):

@@ -1,4 +1,4 @@
-"""timm's transformers as image towers: the step is the caller's own at every cut, or the model is refused."""
+"""Transformers of timm as image towers: the step equals the reference at every cut, or the model is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import timm_models
 import torch
-from own_step import assert_is_the_own_step
+from reference_step import assert_matches_reference_step
 from timm.layers import HybridEmbed, LayerNorm
 from timm.models.eva import Eva
 from timm.models.resnet import BasicBlock, ResNet
@@ -33,7 +33,7 @@ def vit(**rest) -> nn.Module:
 
 
 def projected(trunk: nn.Module) -> nn.Module:
-    """As with timm_proj="linear" in a config of open_clip."""
+    """Model with timm_proj="linear", an option of open_clip configs."""
     return timm_clip(trunk, head=nn.Sequential(nn.Dropout(0.0), nn.Linear(24, 12, bias=False)))
 
 
@@ -50,14 +50,14 @@ def relative(**rest) -> nn.Module:
     return timm_clip(VisionTransformerRelPos(**{**SHAPE, **rest}))
 
 
-AS_NODES = {
+FUSED = {
     "clip": Family(partial(vit, **CLIP), 16, 3),
     "layer_scale": Family(partial(vit, init_values=0.1, act_layer="quick_gelu", reg_tokens=2), 16, 3),
     "siglip": Family(lambda: projected(VisionTransformer(**{**SHAPE, **SIGLIP})), 16, 3),
     "mean": Family(partial(vit, global_pool="avg", class_token=False), 16, 3),
     "mobile_clip": Family(mobile_clip, 16, 3),
 }
-AS_MODULES = {
+NOT_FUSED = {
     "qk_norm": Family(partial(vit, qk_norm=True), 16, 3),
     "eva": Family(partial(eva, global_pool="token"), 16, 3),
     "eva_post_norm": Family(partial(eva, global_pool="token", use_post_norm=True), 16, 3),
@@ -71,24 +71,24 @@ AS_MODULES = {
 }
 
 
-@each_cut(AS_NODES | AS_MODULES)
-def test_the_step_is_the_models_own(family, skip):
-    reductions = timm_models.assert_own_step(family, skip).reductions
-    assert (reductions["image.fused_block"].enabled) == (family in AS_NODES.values())
+@each_cut(FUSED | NOT_FUSED)
+def test_step_equals_reference(family, skip):
+    reductions = timm_models.assert_matches_reference(family, skip).reductions
+    assert (reductions["image.fused_block"].enabled) == (family in FUSED.values())
     if skip < family.depth:
-        pools = family in (AS_NODES["clip"], AS_NODES["layer_scale"], AS_NODES["mobile_clip"])
+        pools = family in (FUSED["clip"], FUSED["layer_scale"], FUSED["mobile_clip"])
         assert (reductions["image.pooled_last_block"].enabled) == pools
 
 
-@pytest.mark.parametrize("family", (AS_NODES | AS_MODULES).values(), ids=AS_NODES | AS_MODULES)
-def test_features_are_constants(family):
+@pytest.mark.parametrize("family", (FUSED | NOT_FUSED).values(), ids=FUSED | NOT_FUSED)
+def test_features_are_constant(family):
     for skip in (1, family.depth):
-        timm_models.assert_features_are_constants(family, skip)
+        timm_models.assert_features_are_constant(family, skip)
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3], ids=lambda skip: f"skip{skip}")
-def test_batch_norms_of_a_convolutional_stem(skip):
-    timm_models.assert_batch_norms_know_their_side(AS_NODES["mobile_clip"], skip)
+def test_stem_batch_norms_update_above_cut_only(skip):
+    timm_models.assert_batch_norms_update_above_cut_only(FUSED["mobile_clip"], skip)
 
 
 @pytest.mark.parametrize("skip", [0, 2], ids=lambda skip: f"skip{skip}")
@@ -102,11 +102,11 @@ def test_batch_norms_of_a_convolutional_stem(skip):
     ],
     ids=["drop_path", "patches", "attention", "eva_patches"],
 )
-def test_what_is_dropped_in_training(make, skip):
+def test_training_draws_as_model(make, skip):
     timm_models.assert_draws_as_the_model(Family(make, 16, 3), skip)
 
 
-def test_blocks_that_drop_at_random_say_what_would_help():
+def test_drop_path_reason_has_remedy():
     reason = cut(vit(drop_path_rate=0.1), 1).reductions["image.fused_block"].reason
     assert "drop path" in reason and "set their rates to 0" in reason
     model = vit(drop_path_rate=0.1)
@@ -117,24 +117,24 @@ def test_blocks_that_drop_at_random_say_what_would_help():
 
 
 @pytest.mark.parametrize("make", [vit, partial(eva, **EVA02), mobile_clip], ids=["vit", "eva02", "mobile_clip"])
-def test_the_models_own_checkpointing_changes_nothing(make):
+def test_model_checkpointing_changes_nothing(make):
     model = make()
     model.visual.set_grad_checkpointing(True)
     images = Family(make, 16, 3).images()
     for skip in (0, 2):
-        assert_is_the_own_step(cut(model, skip), images, TOKENS, LABELS)
+        assert_matches_reference_step(cut(model, skip), images, TOKENS, LABELS)
 
 
 def test_images_of_another_size():
     model = vit(patch_size=4, dynamic_img_size=True)
     clip = cut(model, 1)
-    assert_is_the_own_step(clip, torch.randn(3, 3, 24, 8, dtype=torch.float64), TOKENS, LABELS)
+    assert_matches_reference_step(clip, torch.randn(3, 3, 24, 8, dtype=torch.float64), TOKENS, LABELS)
     resized = vit()
     resized.visual.set_input_size(24)
-    assert_is_the_own_step(cut(resized, 1), torch.randn(3, 3, 24, 24, dtype=torch.float64), TOKENS, LABELS)
+    assert_matches_reference_step(cut(resized, 1), torch.randn(3, 3, 24, 24, dtype=torch.float64), TOKENS, LABELS)
 
 
-def test_learned_rotary_positions_are_below_the_cut():
+def test_learned_rotary_positions_are_below_cut():
     model = eva(**ROTARY, rope_type="mixed")
     for skip in (0, 1, 3):
         clip = cut(model, skip)
@@ -168,18 +168,18 @@ def _set(owner: nn.Module, name: str, value) -> None:
     ids=["hook", "backward_hook", "silu", "scale", "norm", "gate", "forward", "attention", "no_bias", "weight_norm"],
 )
 @pytest.mark.parametrize("place", [0, 2], ids=["below", "above"])
-def test_an_altered_block_is_left_to_its_module(alter, place):
+def test_altered_block_is_not_fused(alter, place):
     model = vit()
     alter(model.visual.trunk.blocks[place])
     clip = cut(model, 1)
     assert not clip.reductions["image.fused_block"].enabled
-    assert_is_the_own_step(clip, Family(vit, 16, 3).images(), TOKENS, LABELS)
+    assert_matches_reference_step(clip, Family(vit, 16, 3).images(), TOKENS, LABELS)
 
 
 @pytest.mark.parametrize("rest", [{"block_fn": ParallelScalingBlock}, {"attn_layer": "diff"}], ids=["parallel", "diff"])
-def test_blocks_of_other_types_are_modules(rest):
+def test_other_block_types_are_not_fused(rest):
     family = Family(partial(vit, **rest), 16, 3)
-    assert not timm_models.assert_own_step(family, 1).reductions["image.fused_block"].enabled
+    assert not timm_models.assert_matches_reference(family, 1).reductions["image.fused_block"].enabled
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_blocks_of_other_types_are_modules(rest):
     ],
     ids=["trunk_hook", "blocks_hook", "forward_features"],
 )
-def test_an_altered_trunk_is_refused(alter):
+def test_altered_trunk_raises(alter):
     model = vit()
     alter(model.visual.trunk)
     with pytest.raises((UnsupportedModel, RuntimeError), match="does not call this module|embeds an image differently"):
@@ -201,7 +201,10 @@ def test_an_altered_trunk_is_refused(alter):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: timm_clip(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=12)), "timm's ResNet; handled are Vision"),
+        (
+            lambda: timm_clip(ResNet(BasicBlock, (1, 1, 1, 1), num_classes=12)),
+            "must be one of Vision.*; got timm's ResNet",
+        ),
         (partial(relative, shared_rel_pos=True), "shared_rel_pos"),
         (partial(eva, **ROTARY, patch_drop_rate=0.5), "patch_drop_rate"),
         (partial(eva, **ROTARY, dynamic_img_size=True), "dynamic_img_size"),
@@ -209,7 +212,7 @@ def test_an_altered_trunk_is_refused(alter):
     ],
     ids=["resnet", "shared", "patches", "dynamic", "augmented"],
 )
-def test_models_it_cannot_cut_exactly_are_refused(make, message):
+def test_models_without_exact_cut_raise(make, message):
     with pytest.raises(UnsupportedModel, match=message):
         cut(make(), 1)
 

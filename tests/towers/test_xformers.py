@@ -1,4 +1,4 @@
-"""xformers as a backend of attention. Without a GPU its masks are materialised and put into plain attention."""
+"""xformers as an attention backend. Without a GPU its masks are materialised and used in plain attention."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
 from skipkernels.towers import xformers as towers_xformers
-from skipkernels.towers.prompts import SharedPrefix
+from skipkernels.towers.prompts import PackedPrompts
 
 CLASSES = 9
 
 
-def by_its_mask(query, key, value, attn_bias=None):
-    """What `memory_efficient_attention` promises: softmax(query · key / √E + bias) · value, over [n, tokens, H, E]."""
+def masked_attention(query, key, value, attn_bias=None):
+    """Reference of `memory_efficient_attention`: softmax(query · key / √E + bias) · value, over [n, tokens, H, E]."""
     logits = torch.einsum("nqhe,nkhe->nhqk", query, key) / query.shape[-1] ** 0.5
     if attn_bias is not None:
         logits = logits + attn_bias.materialize((query.shape[1], key.shape[1]), logits.dtype)
@@ -32,17 +32,17 @@ def calls(monkeypatch, xformers_ops):
 
     def attention(query, key, value, attn_bias=None):
         seen.append(type(attn_bias).__name__)
-        return by_its_mask(query, key, value, attn_bias)
+        return masked_attention(query, key, value, attn_bias)
 
     monkeypatch.setattr(xformers_ops, "memory_efficient_attention", attention)
     return seen
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "of_one_length"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("memory", ["fast", "min"])
-def test_the_same_step(calls, monkeypatch, memory, packed):
+def test_xformers_same_step(calls, monkeypatch, memory, packed):
     if not packed:
-        monkeypatch.setattr(SharedPrefix, "_packs", lambda self, device: False)
+        monkeypatch.setattr(PackedPrompts, "_packs", lambda self, device: False)
     images, labels = tiny_batch(4, CLASSES)
     losses, gradients = [], []
     for attention in ("sdpa", "xformers"):
@@ -60,8 +60,8 @@ def test_the_same_step(calls, monkeypatch, memory, packed):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask(xformers_ops):
-    """A prefix of no tokens: xformers' two masks are then one."""
+def test_xformers_mask_without_prefix_is_block_diagonal(xformers_ops):
+    """With an empty prefix the two masks of xformers are equal."""
     masks = xformers_ops.fmha.attn_bias
     for lengths in ([3, 1, 4], [1], [2, 2]):
         ours = masks.BlockDiagonalCausalFromBottomRightMask.from_seqlens(lengths, lengths)
@@ -70,27 +70,27 @@ def test_packed_texts_without_a_prefix_are_the_block_diagonal_causal_mask(xforme
         assert ours.materialize(shape).equal(theirs.materialize(shape))
 
 
-def test_asked_for_where_it_cannot_serve(xformers_ops):
-    reason = towers_xformers.unusable(torch.device("cpu"), torch.float32, 8)
+def test_xformers_unavailable_raises(xformers_ops):
+    reason = towers_xformers.why_unavailable(torch.device("cpu"), torch.float32, 8)
     assert "No operator found" in reason
     with pytest.raises(ValueError, match='attention="xformers" cannot be used here: No operator found'):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="xformers")
 
 
-def test_attention_must_be_a_known_backend():
+def test_attention_unknown_name_raises():
     with pytest.raises(ValueError, match="attention must be"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1, attention="flash")
 
 
-def test_not_installed(monkeypatch):
+def test_xformers_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "xformers", None)
-    assert "xformers" in towers_xformers.unusable(torch.device("cpu"), torch.float32, 8)
+    assert "xformers" in towers_xformers.why_unavailable(torch.device("cpu"), torch.float32, 8)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_the_same_step_on_a_gpu(xformers_ops, dtype):
-    """Another order of summation in half precision, through three blocks: a few units of the last place of 8 bits."""
+def test_xformers_same_step_on_gpu(xformers_ops, dtype):
+    """The order of summation differs: a few units in the last of 8 bits after three blocks."""
     images, labels = tiny_batch(4, CLASSES, dtype)
     losses = []
     for attention in ("sdpa", "xformers"):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from skipkernels.selection import RankSampler
-from skipkernels.towers.prompts import SharedPrefix
+from skipkernels.towers.prompts import PackedPrompts
 from skipkernels.tuner import evaluate_run, optimizers, tune
 from skipkernels.tuner import trainer as trainer_module
 from skipkernels.tuner.model import load_model
@@ -127,7 +127,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, changes):
 
     monkeypatch.setattr(Trainer, "_step", watched)
     monkeypatch.setattr(RankSampler, "draw", drawn)
-    monkeypatch.setattr(SharedPrefix, "_packs", lambda self, device: False)  # suffixes lie as on a GPU
+    monkeypatch.setattr(PackedPrompts, "_packs", lambda self, device: False)  # suffixes lie as on a GPU
     tune(small(tmp_path, epochs=1, **changes))
     assert reads == [[]] * 6
 

@@ -170,7 +170,7 @@ class _Shift:
         with contextlib.ExitStack() as hooks:
             for block in tower.blocks:
                 hooks.callback(block.register_forward_hook(keep).remove)
-            tower.own(inputs)
+            tower.reference_forward(inputs)
         shapes = [state.shape for state in states]
         if any(len(shape) != 3 or shape != shapes[0] or shape[0] != len(inputs) for shape in shapes):
             raise InputError(

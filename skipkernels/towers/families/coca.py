@@ -1,9 +1,9 @@
-"""The text tower of open_clip's `CoCa`: a causal text transformer that reads its embedding off a class token.
+"""Text tower of open_clip's `CoCa`: a causal text transformer with the embedding at a class token.
 
-The class token comes last, behind the padding, and sees the prompt. In the published weights its mask is one position
-late: it sees the prompt and one token of padding, and not itself (`correct_cls_mask=False`). Attention here knows of
-positions from their embedding alone, so the class token may stand right behind what it sees; the padding is then what
-comes last, nobody looks at it, and it can be left out.
+The class token comes last, behind the padding, and sees the prompt. In the published weights its mask is shifted by one
+position: it sees the prompt and one token of padding, and not itself (`correct_cls_mask=False`). Attention knows
+positions only by their embedding, so the class token is moved to directly behind the tokens that it sees. No token then
+sees the padding behind it, which is cropped.
 """
 
 from __future__ import annotations
@@ -13,41 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .open_clip import OpenClipTextTower, hidden_padding
+from .open_clip import OpenClipTextTower, padding_mask
 
 
 class CoCaTextTower(OpenClipTextTower):
-    """A `TextTransformer` with a class embedding, over the tokens of the task's classes."""
+    """Text tower with a `TextTransformer` as `text` that has a class embedding."""
 
     def __init__(self, model, tokens: Tensor):
-        self._blind = not model.text.correct_cls_mask
-        words, L = self._words(model.text.pad_id, tokens), tokens.shape[1]
-        self._position = L  # of the class token, wherever it stands
-        padding_behind = (tokens != model.text.pad_id).equal(torch.arange(L, device=tokens.device) < words[:, None])
-        self._moved = padding_behind and int(words.max()) + self._blind <= L
+        self._excludes_self = not model.text.correct_cls_mask
+        lengths, L = self._lengths(model.text.pad_id, tokens), tokens.shape[1]
+        self._position = L  # index of the class token's positional embedding
+        padding_last = (tokens != model.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
+        self._moved = padding_last and int(lengths.max()) + self._excludes_self <= L
         super().__init__(model, tokens)
         self.embedding = (*self.embedding, self.text.cls_emb)
 
     @staticmethod
-    def _words(pad_id: int, tokens: Tensor) -> Tensor:
+    def _lengths(pad_id: int, tokens: Tensor) -> Tensor:
+        """Number of tokens of each prompt [n] without padding."""
         return (tokens != pad_id).sum(dim=1)
 
     def _pooled_positions(self, tokens: Tensor) -> Tensor:
         if not self._moved:
             return tokens.new_full((len(tokens),), tokens.shape[1])
-        return self._words(self.text.pad_id, tokens) + self._blind
+        return self._lengths(self.text.pad_id, tokens) + self._excludes_self
 
-    def _seen(self, tokens: Tensor) -> dict[str, Any]:
+    def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
         pooled = self._pooled_positions(tokens)
         if self._moved:
-            return {"pooled": pooled, "length": int(pooled.max()), "blind": self._blind}
+            return {"pooled": pooled, "visible_length": int(pooled.max()), "excludes_self": self._excludes_self}
         reason = "a prompt has padding in its middle (open_clip's padding is the token of '!'), or fills the context"
-        return {"pooled": pooled, "causal": reason, "crop": reason}
+        return {"pooled": pooled, "not_causal": reason, "not_cropped": reason}
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        words, token = super().embed(inputs), self.text.cls_emb + self.text.positional_embedding[self._position]
-        token = token.to(words.dtype).expand(len(words), 1, -1)
-        hidden = torch.cat([words, token], dim=1)
+        prompts, token = super().embed(inputs), self.text.cls_emb + self.text.positional_embedding[self._position]
+        token = token.to(prompts.dtype).expand(len(prompts), 1, -1)
+        hidden = torch.cat([prompts, token], dim=1)
         if not self._moved:
             return hidden
         ends = self._pooled_positions(inputs)[:, None, None]
@@ -55,10 +56,10 @@ class CoCaTextTower(OpenClipTextTower):
 
     def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
         if not self._moved:
-            return hidden_padding(self.text, inputs)
+            return padding_mask(self.text, inputs)
         length = inputs.shape[1] + 1
         mask = self.text.attn_mask[None, None, :length, :length].to(inputs.device)
-        if not self._blind:
+        if not self._excludes_self:
             return mask
         ends = self._pooled_positions(inputs)
         mask = mask.repeat(len(inputs), 1, 1, 1)
@@ -67,5 +68,5 @@ class CoCaTextTower(OpenClipTextTower):
 
 
 def text_tower(model: Any, tokens: Tensor) -> OpenClipTextTower:
-    """The text tower of a model whose `text` is a `TextTransformer`, with a class token or without."""
+    """Build the text tower with a `TextTransformer` as `text`, with or without a class token."""
     return (OpenClipTextTower if model.text.cls_emb is None else CoCaTextTower)(model, tokens)

@@ -1,11 +1,10 @@
-"""Image towers whose blocks come in stages: ConvNeXt, FastViT and Swin of timm, CLIP's ResNets of open_clip and OpenAI.
+"""Image towers with blocks in stages: ConvNeXt, FastViT and Swin of timm, ResNets of open_clip and OpenAI.
 
-They are chains of the caller's modules. What stands in front of a stage (downsampling, positions) belongs to its first
-block, and a tower may be cut between any two blocks. What they pass on are maps, [n, C, height, width], or with the
-channels last.
+They are chains of the caller's modules. The layers in front of a stage (downsampling, positions) belong to its first
+block, and a tower may be cut between any two blocks. Hidden states are maps, [n, C, height, width] or channels last.
 
-Batch norms below the cut are frozen: evaluation mode, statistics as they are. Above it they do what they do in the
-caller's own model: in training mode they normalise by the batch and count it.
+Batch norms below the cut are frozen: evaluation mode, constant statistics. Above the cut they run as in the caller's
+model: in training mode they normalise by the batch and update their statistics.
 """
 
 from __future__ import annotations
@@ -15,32 +14,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base import ImageTower
+from ..image import ImageTower
 
-AS_MODULES = "blocks in stages run as your modules"
+NOT_FUSED = "blocks in stages run as your modules"
 
 
-def in_order(stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]]]) -> list[nn.Module]:
-    """The blocks of stages (what stands in front, its blocks), as one list."""
+def chain_stages(stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]]]) -> list[nn.Module]:
+    """Blocks of all stages (layers in front, blocks), each first block together with the layers in front of it."""
     blocks: list[nn.Module] = []
-    waiting: list[nn.Module] = []
+    pending: list[nn.Module] = []
     for front, stage in stages:
-        waiting += front
+        pending += front
         for block in stage:
-            blocks.append(nn.Sequential(*waiting, block) if waiting else block)
-            waiting = []
+            blocks.append(nn.Sequential(*pending, block) if pending else block)
+            pending = []
     return blocks
 
 
 class StagedTower(ImageTower):
-    """A chain of modules.
+    """Image tower that is a chain of modules.
 
     Args:
-        model: The caller's.
+        model: The caller's model.
         image_size: Height and width.
-        embedding: What is in front of the first stage, in the order in which it is called.
-        stages: What stands in front of each, and its blocks.
-        head: What is behind the last, in order.
+        embedding: Modules in front of the first stage, in order.
+        stages: The modules in front of each stage, and its blocks.
+        head: Modules behind the last stage, in order.
     """
 
     def __init__(
@@ -51,27 +50,21 @@ class StagedTower(ImageTower):
         stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]]],
         head: Sequence[nn.Module],
     ):
-        self.model, self.embedding, self.blocks, self.head = model, embedding, in_order(stages), head
+        self.model, self.embedding, self.blocks, self.head = model, embedding, chain_stages(stages), head
         height, width = image_size
         self.image_size = height, width
-        self._enter, self._leave = nn.Sequential(*embedding), nn.Sequential(*head)
-        self._set_reductions(AS_MODULES, AS_MODULES)
-
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.model.encode_image(inputs)
+        self._embedding_chain, self._head_chain = nn.Sequential(*embedding), nn.Sequential(*head)
+        self._set_reductions(NOT_FUSED, NOT_FUSED)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self._enter(inputs)
-
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        return block(hidden)
+        return self._embedding_chain(inputs)
 
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        return self._leave(hidden)
+        return self._head_chain(hidden)
 
 
 class ResNetTower(StagedTower):
-    """`model.visual` where it is a `ModifiedResNet`, of open_clip or of OpenAI's clip."""
+    """Image tower with a `ModifiedResNet` of open_clip or OpenAI's clip as `visual`."""
 
     def __init__(self, model: Any):
         visual = model.visual
@@ -82,26 +75,26 @@ class ResNetTower(StagedTower):
         super().__init__(model, (size, size), [*stem, visual.avgpool], stages, [visual.attnpool])
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Images to maps; OpenAI's model takes images of any dtype."""
+        """Images of any dtype, as in OpenAI's model, to maps."""
         return super().embed(inputs.to(self.dtype))
 
 
 def convnext_tower(model: Any) -> StagedTower:
-    """`model.visual` where its trunk is timm's `ConvNeXt`."""
+    """Build the image tower with timm's `ConvNeXt` as its trunk."""
     visual, trunk = model.visual, model.visual.trunk
     stages = [([stage.downsample], stage.blocks) for stage in trunk.stages]
     return StagedTower(model, visual.image_size, [trunk.stem], stages, [trunk.norm_pre, trunk.head, visual.head])
 
 
 def fastvit_tower(model: Any) -> StagedTower:
-    """`model.visual` where its trunk is timm's `FastVit`."""
+    """Build the image tower with timm's `FastVit` as its trunk."""
     visual, trunk = model.visual, model.visual.trunk
     stages = [([stage.downsample, stage.pos_emb], stage.blocks) for stage in trunk.stages]
     return StagedTower(model, visual.image_size, [trunk.stem], stages, [trunk.final_conv, trunk.head, visual.head])
 
 
 def swin_tower(model: Any) -> StagedTower:
-    """`model.visual` where its trunk is timm's `SwinTransformer`."""
+    """Build the image tower with timm's `SwinTransformer` as its trunk."""
     visual, trunk = model.visual, model.visual.trunk
     stages = [([stage.downsample], stage.blocks) for stage in trunk.layers]
     size = trunk.patch_embed.img_size

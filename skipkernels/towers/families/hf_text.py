@@ -1,13 +1,12 @@
 """open_clip's `HFTextEncoder`: a text encoder of Hugging Face's transformers, a pooler and a projection.
 
 RoBERTa, XLM-RoBERTa and BERT normalise behind each half of a block; mT5 adds a learned bias by relative position,
-which its first block owns and all use; NLLB is the encoder of M2M-100. In each a token sees all that are no padding:
-blocks run as the modules that they are, over the prompts without the padding behind the longest.
+a parameter of its first block that all blocks use; NLLB is the encoder of M2M-100. A token sees every token that is not
+padding. Blocks run as the caller's modules, over prompts cropped behind the longest one.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -15,37 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..base import TextTower, UnsupportedModel
+from ..base import UnsupportedModel
+from ..prompts import SelectedPrompts
+from ..text import TextTower
 
 
 class EncoderTextTower(TextTower):
-    """Such a text tower over the tokens of the task's classes; `pooled` is the last of each that is no padding."""
+    """Text tower with such an encoder; `pooled` is the last token of each prompt that is not padding."""
 
     def __init__(self, model: Any, tokens: Tensor, layers: nn.ModuleList):
         self.model, self.encoder = model, model.text.transformer
         self.blocks, self.padding = layers, model.text.config.pad_token_id
-        words = tokens != self.padding
-        runs = f"a block is a {type(layers[0]).__name__}, which runs as your module"
-        last = words.long().cumsum(dim=1).argmax(dim=1)
-        self.take(tokens, last, runs, causal="a token sees those behind it")
-
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.model.encode_text(inputs)
+        not_fused = f"a block is a {type(layers[0]).__name__}, which runs as your module"
+        last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
+        self._set_prompts(tokens, last, not_fused, not_fused, not_causal="a token sees later ones")
 
     def mask(self, inputs: Tensor) -> Tensor | None:  # noqa: D102
         hidden = torch.zeros(inputs.shape, device=inputs.device).masked_fill(inputs == self.padding, -torch.inf)
         return hidden[:, None, None].expand(-1, 1, inputs.shape[1], -1)
 
-    @abstractmethod
-    def end(self, hidden: Tensor) -> Tensor:
-        """What the encoder does behind its last block."""
+    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
+        return _first(block(hidden, None if mask is None else mask.to(hidden)))
 
-    def upper(self, rows: Tensor, class_ids: Tensor | None = None, *, of_all: bool = True) -> Tensor:  # noqa: D102
-        hidden, tokens = self.prompts_of(rows, class_ids, of_all)
-        mask = self.mask(tokens)
+    def finish_encoder(self, hidden: Tensor) -> Tensor:
+        """Apply the part of the encoder behind its last block."""
+        return hidden
+
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:  # noqa: D102
+        tokens = self.tokens[selected.class_ids]
+        hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens)
         for index in range(self.skip, len(self.blocks)):
-            hidden = self._upper_block(index, hidden, mask, minimal=False)
-        hidden = self.end(hidden)
+            hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=False)
+        hidden = self.finish_encoder(hidden)
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)
@@ -57,7 +57,7 @@ class EncoderTextTower(TextTower):
 
 
 class RobertaTextTower(EncoderTextTower):
-    """RoBERTa, XLM-RoBERTa, BERT."""
+    """Text tower with RoBERTa, XLM-RoBERTa or BERT."""
 
     def __init__(self, model: Any, tokens: Tensor):
         encoder = model.text.transformer
@@ -67,15 +67,9 @@ class RobertaTextTower(EncoderTextTower):
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.encoder.embeddings(input_ids=inputs)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        return _first(block(hidden, None if mask is None else mask.to(hidden)))
-
-    def end(self, hidden: Tensor) -> Tensor:  # noqa: D102
-        return hidden
-
 
 class MT5TextTower(EncoderTextTower):
-    """The encoder of mT5."""
+    """Text tower with the encoder of mT5."""
 
     def __init__(self, model: Any, tokens: Tensor):
         encoder = model.text.transformer
@@ -91,18 +85,18 @@ class MT5TextTower(EncoderTextTower):
         bias = first.compute_bias(length, length, device=first.relative_attention_bias.weight.device).to(hidden)
         return _first(block(hidden, None if mask is None else mask.to(hidden), bias))
 
-    def end(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish_encoder(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self.encoder.dropout(self.encoder.final_layer_norm(hidden))
 
 
 class M2M100TextTower(EncoderTextTower):
-    """The encoder of M2M-100, as in NLLB."""
+    """Text tower with the encoder of M2M-100, as in NLLB."""
 
     def __init__(self, model: Any, tokens: Tensor):
         encoder = model.text.transformer
         if encoder.layerdrop > 0:
             raise UnsupportedModel(
-                "SkipCLIP: the text encoder skips whole blocks at random in training; make it with encoder_layerdrop=0."
+                "SkipCLIP: the text encoder drops whole blocks in training; create it with encoder_layerdrop=0."
             )
         super().__init__(model, tokens, encoder.layers)
         self.embedding = (encoder.embed_tokens, encoder.embed_positions)
@@ -113,10 +107,7 @@ class M2M100TextTower(EncoderTextTower):
         hidden = words + self.encoder.embed_positions(inputs, words).to(words)
         return F.dropout(hidden, self.encoder.dropout, training=self.encoder.training and self.skip == 0)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        return _first(block(hidden, None if mask is None else mask.to(hidden)))
-
-    def end(self, hidden: Tensor) -> Tensor:  # noqa: D102
+    def finish_encoder(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self.encoder.layer_norm(hidden)
 
 
@@ -131,12 +122,12 @@ _TOWERS: dict[str, type[Any]] = {
 
 
 def encoder_tower(model: Any, tokens: Tensor) -> EncoderTextTower:
-    """The text tower of a model whose `text` is an `HFTextEncoder`."""
+    """Build the text tower with an `HFTextEncoder` as `text`."""
     text = model.text
     kind, attention = type(text.transformer), text.config._attn_implementation
     if kind.__name__ not in _TOWERS or not kind.__module__.startswith("transformers.models."):
         raise UnsupportedModel(
-            f"SkipCLIP: of transformers' text encoders {', '.join(_TOWERS)} are handled; got {kind.__qualname__}."
+            f"SkipCLIP: the text encoder must be one of {', '.join(_TOWERS)} of transformers; got {kind.__qualname__}."
         )
     if attention not in ("eager", "sdpa"):
         raise UnsupportedModel(
@@ -147,5 +138,5 @@ def encoder_tower(model: Any, tokens: Tensor) -> EncoderTextTower:
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden states of what a block returned: those alone in some versions of transformers, in others a tuple."""
+    """Hidden states that a block returned: a tensor or a tuple, depending on the version of transformers."""
     return output if isinstance(output, Tensor) else output[0]

@@ -1,8 +1,8 @@
 """Hugging Face's `CLIPModel` and `SiglipModel`.
 
-CLIP: as OpenAI's, with query, key and value projected apart. SigLIP: no class token, no norm in front of the blocks;
-images are pooled by attention of a learned probe, texts at their last token, without a mask, through a linear layer.
-Blocks run alike whatever `attn_implementation` the model was made with.
+CLIP: as OpenAI's, with separate projections of query, key and value. SigLIP: no class token, no norm in front of the
+blocks; images are pooled by attention of a learned probe, texts at their last token, without a mask, through a linear
+layer. Fused blocks ignore the model's `attn_implementation`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from transformers.activations import GELUActivation, QuickGELUActivation
 from transformers.models.clip import modeling_clip
 from transformers.models.siglip import modeling_siglip
 
-from ..base import ImageTower, TextTower, UnsupportedModel
-from ..eligibility import unlike
-from ..fused_block import Parts, Weights
+from ..base import UnsupportedModel
+from ..eligibility import why_not_fusable
+from ..fused_block import BlockWeights, FusableBlock
+from ..image import ImageTower
+from ..text import TextTower
 
-_TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name is another in each major version
+_TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
 
 
-def _block(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
+def _submodule_types(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
     linears = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["mlp.fc1", "mlp.fc2"]
     return {
         "self_attn": (attention,),
@@ -35,51 +37,50 @@ def _block(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
     }
 
 
-_KINDS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
-    CLIPModel: (modeling_clip.CLIPEncoderLayer, _block(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)),
+_BLOCKS: dict[type, tuple[type, dict[str, tuple[type, ...]]]] = {
+    CLIPModel: (modeling_clip.CLIPEncoderLayer, _submodule_types(modeling_clip.CLIPAttention, modeling_clip.CLIPMLP)),
     SiglipModel: (
         modeling_siglip.SiglipEncoderLayer,
-        _block(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP),
+        _submodule_types(modeling_siglip.SiglipAttention, modeling_siglip.SiglipMLP),
     ),
 }
 
 
-def _obstacle(block: Any) -> str | None:
-    """Why a block cannot be run as one node, which sees its weights alone, or None."""
+def _why_not_fusable(block: Any) -> str | None:
     kind = SiglipModel if isinstance(block, modeling_siglip.SiglipEncoderLayer) else CLIPModel
-    reason = unlike(block, *_KINDS[kind])
+    reason = why_not_fusable(block, *_BLOCKS[kind])
     if reason is not None:
         return reason
     attention = block.self_attn
     if attention.dropout > 0:
         return "a block's attention has dropout"
     if attention.is_causal or attention.scale != (attention.embed_dim // attention.num_heads) ** -0.5:
-        return "a block's attention is causal by itself or has a scale of its own"
+        return "a block's attention is causal or has an unusual scale"
     return None
 
 
-def _parts(block: Any) -> Parts:
+def _read_block(block: Any) -> FusableBlock:
     attention, mlp = block.self_attn, block.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    weights = Weights(
+    weights = BlockWeights(
         block.layer_norm1.weight, block.layer_norm1.bias,
         tuple(layer.weight for layer in projections), tuple(layer.bias for layer in projections),
         attention.out_proj.weight, attention.out_proj.bias, block.layer_norm2.weight, block.layer_norm2.bias,
         mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
     )  # fmt: skip
     eps = block.layer_norm1.eps, block.layer_norm2.eps
-    return Parts(weights, _ACTIVATIONS[type(mlp.activation_fn)], eps, attention.num_heads)
+    return FusableBlock(weights, _ACTIVATIONS[type(mlp.activation_fn)], eps, attention.num_heads)
 
 
 def _tensor(output: Any) -> Tensor:
-    """What transformers returned: a tensor before version 5, an output with the pooled embedding since; or a tuple."""
+    """Tensor of an output of transformers: itself, the first element of a tuple, or the pooled embedding."""
     if isinstance(output, tuple):
         return output[0]
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 class _ImageEncoder(nn.Module):
-    """The image half of a CLIPModel or SiglipModel as a module."""
+    """Image encoder of a CLIPModel or SiglipModel as a module."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -90,9 +91,9 @@ class _ImageEncoder(nn.Module):
 
 
 class HuggingFaceImageTower(ImageTower):
-    """`model.vision_model` of such a model, and the projection of CLIP."""
+    """Image tower of such a model: `vision_model`, and the projection of CLIP."""
 
-    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
     def __init__(self, model: Any):
         self.model: Any = model
@@ -100,7 +101,7 @@ class HuggingFaceImageTower(ImageTower):
         config = self.vision.config
         self.blocks = self.vision.encoder.layers
         self.image_size = (config.image_size, config.image_size)
-        one_node, pooled = self.read_blocks()
+        not_fused, not_pooled = self.read_blocks()
         if isinstance(model, CLIPModel):
             self.embedding = (self.vision.embeddings, self.vision.pre_layrnorm)
             self.head = (self.vision.post_layernorm, self.model.visual_projection)
@@ -109,10 +110,10 @@ class HuggingFaceImageTower(ImageTower):
                 raise UnsupportedModel("SkipCLIP: this SiglipModel has no pooling head, and so no image embedding.")
             self.embedding = (self.vision.embeddings,)
             self.head = (self.vision.post_layernorm, self.vision.head)
-            pooled = pooled or "the tower pools over all tokens"
-        self._set_reductions(one_node, pooled)
+            not_pooled = not_pooled or "the tower pools over all tokens"
+        self._set_reductions(not_fused, not_pooled)
 
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return _tensor(self.model.get_image_features(pixel_values=inputs))
 
     def encoder(self) -> nn.Module:  # noqa: D102
@@ -132,31 +133,31 @@ class HuggingFaceImageTower(ImageTower):
 
 
 class HuggingFaceTextTower(TextTower):
-    """`model.text_model` of such a model, over the tokens of the task's classes."""
+    """Text tower of such a model: `text_model`, and the projection of CLIP."""
 
-    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model: Any = model
         self.text = self.model.text_model
         self.blocks = self.text.encoder.layers
         self.embedding = (self.text.embeddings,)
-        one_node, last_block = self.read_blocks()
+        reasons = self.read_blocks()
         if isinstance(model, CLIPModel):
             self.head = (self.text.final_layer_norm, self.model.text_projection)
-            self.take(tokens, self._ends(tokens), one_node, last_block)
+            self._set_prompts(tokens, self._end_positions(tokens), *reasons)
         else:
             self.head = (self.text.final_layer_norm, self.text.head)
             last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
-            crop = "every token sees every other"
-            self.take(tokens, last, one_node, last_block, causal="there is no mask", crop=crop)
+            not_cropped = "every token sees every other"
+            self._set_prompts(tokens, last, *reasons, not_causal="there is no mask", not_cropped=not_cropped)
 
-    def _ends(self, tokens: Tensor) -> Tensor:
-        end = self.text.eos_token_id  # read by its forward; the config may have been changed since
-        # Configs from before transformers 4.31 say 2 whatever the vocabulary; end-of-text is the largest id there.
+    def _end_positions(self, tokens: Tensor) -> Tensor:
+        end = self.text.eos_token_id  # its forward reads this, not the config, which may have changed
+        # Configs written before transformers 4.31 have 2 for any vocabulary; their end-of-text is the largest id.
         return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
 
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return _tensor(self.model.get_text_features(input_ids=inputs))
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102

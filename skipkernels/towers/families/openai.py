@@ -1,6 +1,6 @@
-"""OpenAI's `clip.model.CLIP`, as `clip.load` gives it (not scripted): vision transformer, causal text transformer.
+"""OpenAI's `clip.model.CLIP`, as `clip.load` returns it (not scripted): vision transformer, causal text transformer.
 
-Its blocks take [tokens, n, W] and bring their own mask, of the first tokens or of no tokens.
+Its blocks take [tokens, n, W] and hold their attention mask.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..base import ImageTower, TextTower
-from ..eligibility import unlike
-from ..fused_block import Parts, Weights
+from ..eligibility import why_not_fusable
+from ..fused_block import BlockWeights, FusableBlock
+from ..image import ImageTower
+from ..text import TextTower
 
 
-def _obstacle(block: Any) -> str | None:
-    """Why a block cannot be run as one node, which sees its weights alone, or None."""
-    module: Any = sys.modules["clip.model"]  # which made the model, and so is imported
-    expected: dict[str, tuple[type, ...]] = {
+def _why_not_fusable(block: Any) -> str | None:
+    module: Any = sys.modules["clip.model"]  # already imported: it defines the model
+    submodule_types: dict[str, tuple[type, ...]] = {
         "attn": (nn.MultiheadAttention,),
         "attn.out_proj": (NonDynamicallyQuantizableLinear,),
         "ln_1": (module.LayerNorm,),
@@ -30,17 +30,17 @@ def _obstacle(block: Any) -> str | None:
         "mlp.c_proj": (nn.Linear,),
         "ln_2": (module.LayerNorm,),
     }
-    return unlike(block, module.ResidualAttentionBlock, expected)
+    return why_not_fusable(block, module.ResidualAttentionBlock, submodule_types)
 
 
-def _parts(block: Any) -> Parts:
+def _read_block(block: Any) -> FusableBlock:
     attention, mlp = block.attn, block.mlp
-    weights = Weights(
+    weights = BlockWeights(
         block.ln_1.weight, block.ln_1.bias, attention.in_proj_weight, attention.in_proj_bias,
         attention.out_proj.weight, attention.out_proj.bias, block.ln_2.weight, block.ln_2.bias,
         mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias,
     )  # fmt: skip
-    return Parts(weights, "quick_gelu", (block.ln_1.eps, block.ln_2.eps), attention.num_heads)
+    return FusableBlock(weights, "quick_gelu", (block.ln_1.eps, block.ln_2.eps), attention.num_heads)
 
 
 def _call(block: nn.Module, hidden: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ def _call(block: nn.Module, hidden: Tensor) -> Tensor:
 
 
 class OpenAIImageTower(ImageTower):
-    """`model.visual` of such a model, where it is a vision transformer."""
+    """Image tower with a vision transformer as `visual`."""
 
-    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
     def __init__(self, model: Any):
         visual = model.visual
@@ -58,11 +58,7 @@ class OpenAIImageTower(ImageTower):
         self.image_size = (visual.input_resolution, visual.input_resolution)
         self.embedding = (visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
         self.head = (visual.ln_post, visual.proj)
-        one_node, last_block = self.read_blocks()
-        self._set_reductions(one_node, last_block)
-
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.model.encode_image(inputs)
+        self._set_reductions(*self.read_blocks())
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         visual = self.visual
@@ -78,28 +74,31 @@ class OpenAIImageTower(ImageTower):
 
 
 class OpenAITextTower(TextTower):
-    """The text half of such a model, over the tokens of the task's classes."""
+    """Text tower of such a model."""
 
-    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model, self.blocks = model, model.transformer.resblocks
         self.embedding = (model.token_embedding, model.positional_embedding)
         self.head = (model.ln_final, model.text_projection)
-        one_node, last_block = self.read_blocks()
+        not_fused, last_not_fused = self.read_blocks()
         length = tokens.shape[1]
         triangle = torch.full((length, length), -torch.inf).triu(1)
         masks = [getattr(block, "attn_mask", None) for block in self.blocks]
         causal = all(mask is not None and mask[:length, :length].float().cpu().equal(triangle) for mask in masks)
-        reason = None if causal else "a block's mask is not the causal one"
-        one_node, last_block = one_node or reason, last_block or reason
-        if reason is not None:
-            self._read = [reason] * len(self.blocks)
-        crop = None if one_node is None else "a block runs as your module, on the whole context"
-        self.take(tokens, tokens.argmax(dim=-1), one_node, last_block, causal=reason, crop=crop)
-
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.model.encode_text(inputs)
+        not_causal = None if causal else "a block's mask is not the causal one"
+        if not_causal is not None:
+            self._fusable = [not_causal] * len(self.blocks)
+            not_fused, last_not_fused = not_fused or not_causal, last_not_fused or not_causal
+        self._set_prompts(
+            tokens,
+            tokens.argmax(dim=-1),
+            not_fused,
+            last_not_fused,
+            not_causal=not_causal,
+            not_cropped=not_fused and "a block runs as your module, on the whole context",
+        )
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         positions = self.model.positional_embedding[: inputs.shape[1]]

@@ -1,8 +1,8 @@
-"""timm's transformers as the image tower of an open_clip model: the `trunk` of a `TimmModel`, and the `head` behind it.
+"""Transformers of timm as the image tower of an open_clip model: `trunk` and `head` of a `TimmModel`.
 
-Patches, from a projection or from convolutions; class token and registers, positions, in front of the blocks or inside
-them (rotary, relative); blocks; norm, pooling (class token, mean, attention), projection. The trunks whose blocks come
-in stages are in `convnets.py`.
+Patches, by a projection or convolutions; class token and registers; positions in front of the blocks or inside them
+(rotary, relative); blocks; norm, pooling (class token, mean, attention), projection. Trunks with blocks in stages are
+in `convnets.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vitamin import MbConvStages
 from torch import Tensor, nn
 
-from ..base import ImageTower, Part, UnsupportedModel
-from ..eligibility import scaled, unlike
-from ..fused_block import Parts, Weights
-from .convnets import AS_MODULES, convnext_tower, fastvit_tower, in_order, swin_tower
+from ..base import Part, UnsupportedModel
+from ..eligibility import why_not_fusable, with_layer_scale
+from ..fused_block import BlockWeights, FusableBlock
+from ..image import ImageTower
+from .convnets import NOT_FUSED, chain_stages, convnext_tower, fastvit_tower, swin_tower
 
 _ACTIVATIONS = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
 _NORM, _SCALE, _PATH = (nn.LayerNorm, LayerNorm), (nn.Identity, LayerScale), (nn.Identity, DropPath)
@@ -55,10 +56,10 @@ _BLOCK: dict[str, tuple[type, ...]] = {
 
 
 def timm_tower(model: Any) -> ImageTower:
-    """The image tower of an open_clip model whose `visual` is a `TimmModel`.
+    """Build the image tower with a `TimmModel` as `visual`.
 
     Raises:
-        UnsupportedModel: If its trunk is of no type that is known here, or one that cannot be cut exactly.
+        UnsupportedModel: If the type of its trunk is not handled, or the trunk cannot be cut exactly.
     """
     trunk: Any = model.visual.trunk
     known: dict[type, Callable[[Any], ImageTower]] = {
@@ -71,68 +72,63 @@ def timm_tower(model: Any) -> ImageTower:
     }
     if type(trunk) not in known:
         raise UnsupportedModel(
-            f"SkipCLIP: the image tower is timm's {type(trunk).__qualname__}; handled are "
-            f"{', '.join(kind.__name__ for kind in known)}."
+            f"SkipCLIP: the trunk of the image tower must be one of {', '.join(kind.__name__ for kind in known)}; got "
+            f"timm's {type(trunk).__qualname__}."
         )
     return known[type(trunk)](model)
 
 
 def _is_vitamin(trunk: Any) -> bool:
-    """Whether a transformer's patches come from stages of convolutions, and from nothing else besides."""
+    """Return True if the patches of a transformer come from stages of convolutions alone."""
     embed: Any = getattr(trunk, "patch_embed", None)
     plain = type(embed) is HybridEmbed and embed.flatten and not embed.dynamic_img_pad
     return plain and type(embed.backbone) is MbConvStages
 
 
-def _obstacle(block: Any) -> str | None:
-    """Why a block cannot be run as one node, which sees its weights alone, or None."""
-    reason = unlike(block, Block, _BLOCK)
+def _why_not_fusable(block: Any) -> str | None:
+    reason = why_not_fusable(block, Block, _BLOCK)
     if reason is not None:
         return reason
     rates = (getattr(module, name, 0.0) for module in block.modules() for name in ("p", "drop_prob"))
     if any(rate > 0 for rate in rates):
         return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
     if block.attn.qkv.out_features != 3 * block.attn.qkv.in_features:
-        return "the heads of a block are not as wide as the block"
+        return "the heads of a block are together not as wide as the block"
     if block.attn.scale != block.attn.head_dim**-0.5 or getattr(block.attn, "is_causal", False):
-        return "a block's attention is causal or has a scale of its own"
+        return "a block's attention is causal or has an unusual scale"
     return None
 
 
-def _parts(block: Any) -> Parts:
-    """A block of a `VisionTransformer` as `block.py` runs it."""
-    weights = Weights(
+def _read_block(block: Any) -> FusableBlock:
+    weights = BlockWeights(
         block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias,
-        *scaled(block.attn.proj, block.ls1), block.norm2.weight, block.norm2.bias,
-        block.mlp.fc1.weight, block.mlp.fc1.bias, *scaled(block.mlp.fc2, block.ls2),
+        *with_layer_scale(block.attn.proj, block.ls1), block.norm2.weight, block.norm2.bias,
+        block.mlp.fc1.weight, block.mlp.fc1.bias, *with_layer_scale(block.mlp.fc2, block.ls2),
     )  # fmt: skip
     activation = block.mlp.act
     tanh = getattr(activation, "approximate", "none") == "tanh"
     kind = "gelu_tanh" if tanh else _ACTIVATIONS[type(activation)]
-    return Parts(weights, kind, (block.norm1.eps, block.norm2.eps), block.attn.num_heads)
+    return FusableBlock(weights, kind, (block.norm1.eps, block.norm2.eps), block.attn.num_heads)
 
 
 class TransformerTower(ImageTower):
-    """`model.visual` where its trunk is a `VisionTransformer`."""
+    """Image tower with a `VisionTransformer` as its trunk."""
 
-    parts, obstacle = staticmethod(_parts), staticmethod(_obstacle)
+    read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual
         self.trunk = trunk = model.visual.trunk
         self.blocks = trunk.blocks
-        self.image_size = tuple(trunk.patch_embed.img_size)  # that of `visual` may be another (ViTamin-XL-384)
+        self.image_size = tuple(trunk.patch_embed.img_size)  # `visual.image_size` may differ (ViTamin-XL-384)
         front = ("patch_embed", "cls_token", "reg_token", "pos_embed", "pos_drop", "patch_drop", "rope", "norm_pre")
         back = ("norm", "attn_pool", "fc_norm", "head_drop", "head")
         self.embedding: tuple[Part, ...] = tuple(getattr(trunk, name, None) for name in front)
         self.head = (*(getattr(trunk, name, None) for name in back), self.visual.head)
-        one_node, pooled = self.read_blocks()
+        not_fused, not_pooled = self.read_blocks()
         if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "token":
-            pooled = pooled or "the tower pools over all tokens"
-        self._set_reductions(one_node, pooled)
-
-    def own(self, inputs: Tensor) -> Tensor:  # noqa: D102
-        return self.model.encode_image(inputs)
+            not_pooled = not_pooled or "the tower pools over all tokens"
+        self._set_reductions(not_fused, not_pooled)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         hidden = self.trunk._pos_embed(self.trunk.patch_embed(inputs))
@@ -142,37 +138,34 @@ class TransformerTower(ImageTower):
     def patch_dropout(self) -> nn.Module | None:  # noqa: D102
         return getattr(self.trunk, "patch_drop", None)
 
-    def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:  # noqa: D102
-        return block(hidden)
-
     def finish(self, hidden: Tensor) -> Tensor:  # noqa: D102
         return self.visual.head(self.trunk.forward_head(self.trunk.norm(hidden)))
 
 
 class ViTaminTower(TransformerTower):
-    """`model.visual` where its trunk is a ViTamin: stages of convolutions, whose blocks count, then a transformer."""
+    """Image tower with a ViTamin as its trunk: the blocks of its convolutional stages, then those of a transformer."""
 
     def __init__(self, model: Any):
         super().__init__(model)
         backbone = self.trunk.patch_embed.backbone
         stages = [((), stage) for stage in backbone.stages]
-        self.blocks = in_order([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
-        self._read, self.embedding = (), (backbone.stem,)
-        self._set_reductions(AS_MODULES, AS_MODULES)
+        self.blocks = chain_stages([*stages, ([_Tokens(self.trunk)], self.trunk.blocks)])
+        self._fusable, self.embedding = (), (backbone.stem,)
+        self._set_reductions(NOT_FUSED, NOT_FUSED)
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.trunk.patch_embed.backbone.stem(inputs)
 
 
 class _Tokens(nn.Module):
-    """What stands between the convolutions and the transformer: maps to tokens, positions, norm."""
+    """Layers between the convolutions and the transformer: maps to tokens, positions, norm."""
 
     def __init__(self, trunk: Any):
         super().__init__()
         self.project = nn.Sequential(trunk.patch_embed.backbone.pool, trunk.patch_embed.proj)
         self.cls_token, self.reg_token, self.pos_embed = trunk.cls_token, trunk.reg_token, trunk.pos_embed
         self.pos_drop, self.patch_drop, self.norm_pre = trunk.pos_drop, trunk.patch_drop, trunk.norm_pre
-        self._add_positions = trunk._pos_embed  # of the parameters above
+        self._add_positions = trunk._pos_embed  # adds the parameters above
 
     def forward(self, maps: Tensor) -> Tensor:
         patches = self.project(maps).flatten(2).transpose(1, 2)
@@ -180,13 +173,13 @@ class _Tokens(nn.Module):
 
 
 class RelPosTower(TransformerTower):
-    """`model.visual` where its trunk is a `VisionTransformerRelPos`: each block has its own relative positions."""
+    """Image tower with a `VisionTransformerRelPos` as its trunk, with relative positions in each block."""
 
     def __init__(self, model: Any):
         if model.visual.trunk.shared_rel_pos is not None:
             raise UnsupportedModel(
                 "SkipCLIP: the blocks of the image tower share one relative position bias (shared_rel_pos), which "
-                "would be on both sides of the cut; with one for each block such a tower is handled."
+                "would be on both sides of the cut. A tower with one bias per block is handled."
             )
         super().__init__(model)
 
@@ -196,15 +189,15 @@ class RelPosTower(TransformerTower):
 
 
 class EvaTower(TransformerTower):
-    """`model.visual` where its trunk is an `Eva`: EVA, EVA-02, Perception Encoder.
+    """Image tower with an `Eva` as its trunk: EVA, EVA-02, Perception Encoder.
 
-    Rotary positions belong to the embedding, although every block gets them: where they are learned ("mixed"), they
-    train at skip_layers=0 and are constants above a cut.
+    Rotary positions belong to the embedding, although every block uses them: learned ones ("mixed") train at
+    skip_layers=0 and are constants above a cut.
     """
 
     def __init__(self, model: Any):
         if model.visual.trunk.rope is not None:
-            _refuse_positions_of_one_pass(model.visual.trunk)
+            _refuse_varying_positions(model.visual.trunk)
         super().__init__(model)
         self._depth = {block: i for i, block in enumerate(self.blocks)}
 
@@ -221,15 +214,15 @@ class EvaTower(TransformerTower):
         return block(hidden, rope=positions[self._depth[block]] if self.trunk.rope_mixed else positions)
 
 
-def _refuse_positions_of_one_pass(trunk: Any) -> None:
-    """Features at the cut don't say where their tokens are, so rotary positions may not depend on the images."""
+def _refuse_varying_positions(trunk: Any) -> None:
+    """Refuse rotary positions that depend on the images: features at the cut do not hold them."""
     reasons = {
-        "are those of the patches that are kept in training (patch_drop_rate)": trunk.patch_drop is not None,
+        "follow the patches that dropout leaves in training (patch_drop_rate)": trunk.patch_drop is not None,
         "depend on the size of the image (dynamic_img_size)": trunk.dynamic_img_size,
         "are drawn at random in training (rope_shift_coords and others)": getattr(trunk.rope, "aug_active", False),
     }
     for reason, holds in reasons.items():
         if holds:
             raise UnsupportedModel(
-                f"SkipCLIP: the rotary positions of the image tower {reason}; features at the cut would not have them."
+                f"SkipCLIP: the rotary positions of the image tower {reason}; features at the cut do not hold them."
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...data import Protocol, Task
 from ...selection import Tail
 from ...towers import Memory
-from ...towers.attention import Attention
+from ...towers.attention import AttentionName
 from .base import Recipe, StepOutput, Tokenizer, TunedModel
 
 
@@ -61,7 +61,7 @@ class Skip(TunedModel):
         decay: float = 0.3,
         tail: Tail = "resample",
         memory: Memory = "auto",
-        attention: Attention = "sdpa",
+        attention: AttentionName = "sdpa",
         generator: torch.Generator | None = None,
         text_cache: str | Path | None = None,
     ):

@@ -1,4 +1,4 @@
-"""A step by the caller's own model: every layer, every class, the gradients that autograd finds."""
+"""Reference step by the caller's model: every layer, every class, gradients by autograd."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 import skipkernels as sk
 
-# Relative to the gradient's norm: two orders of summation through a few blocks at a temperature of 14. What is far
-# smaller than the largest gradient is rounding alone: a key's bias, for one, has none. fp32 is 2^29 times coarser.
+# Relative to the norm of the gradient: two orders of summation through a few blocks at a temperature of 14. A gradient
+# far smaller than the largest is rounding only, such as that of a key's bias. fp32 is 2^29 times coarser.
 GRADIENT = {torch.float64: 1e-9, torch.float32: 2e-3}
 NEGLIGIBLE = {torch.float64: 1e-10, torch.float32: 1e-5}
 LOSS = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
-def own_gradients(
+def reference_gradients(
     clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss over all classes and the gradients of what SkipCLIP trains, by the model's own two embeddings."""
+    """Loss over all classes and its gradients, by the model's two encoders."""
     clip.model.zero_grad()
     torch.manual_seed(0)
-    image, text = clip._image.own(images), clip._text.own(tokens)
+    image, text = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
     image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
     loss = nn.functional.cross_entropy(clip.model.logit_scale.exp() * image @ text.T, labels)
     loss.backward()
@@ -30,13 +30,13 @@ def own_gradients(
     return loss.detach(), found
 
 
-def assert_is_the_own_step(clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
-    """Loss and every gradient of SkipCLIP's step over all classes are those of the caller's own model.
+def assert_matches_reference_step(clip: sk.SkipCLIP, images: Tensor, tokens: Tensor, labels: Tensor) -> None:
+    """Compare loss and gradients of SkipCLIP's step over all classes with those of the caller's model.
 
-    Both begin at the same seed: what the model draws in training, it draws twice.
+    Both start from the same seed, so that both draw the same random numbers in training.
     """
     dtype = images.dtype
-    loss, expected = own_gradients(clip, images, tokens, labels)
+    loss, expected = reference_gradients(clip, images, tokens, labels)
     torch.manual_seed(0)
     out = clip(images, labels)
     assert len(out.class_ids) == len(tokens)

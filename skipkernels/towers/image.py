@@ -1,0 +1,60 @@
+"""Image towers: images or features at the cut to image embeddings."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import attention
+from .base import Tower
+from .reductions import Reduction
+
+
+class ImageTower(Tower):
+    """A tower over images [n, 3, height, width].
+
+    Attributes:
+        image_size: Height and width.
+    """
+
+    image_size: tuple[int, int]
+
+    def encoder(self) -> nn.Module:
+        """The caller's image encoder: images to embeddings [n, D], or a tuple that begins with them."""
+        return self.model.visual
+
+    def _set_reductions(self, not_fused: str | None, not_pooled: str | None) -> None:
+        """Set the reductions by the reason against each, or None."""
+        self.reductions = {
+            "fused_block": Reduction.unless(not_fused),
+            "pooled_last_block": Reduction.unless(not_pooled),
+        }
+
+    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.model.encode_image(inputs)
+
+    @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states behind the last block to embeddings [n, D].
+
+        Contains every token, or only the first token if `pooled_last_block` is enabled.
+        """
+
+    def upper(self, hidden: Tensor) -> Tensor:
+        """Hidden states at the cut to image embeddings [n, D], not normalised."""
+        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(hidden)
+        pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
+        for index in range(self.skip, depth - pools):
+            hidden = self._run_upper_block(index, hidden, None, save_inputs_only=save_inputs_only)
+        if not pools:
+            return self.finish(hidden)
+        n, tokens, _ = hidden.shape
+        first = torch.arange(n, device=hidden.device) * tokens
+        attention_fn = partial(attention.pooled, mask=None)
+        rows = self._run_fused_block(
+            depth - 1, hidden.flatten(0, 1), attention_fn, save_inputs_only=save_inputs_only, query_rows=first
+        )
+        return self.finish(rows[:, None])

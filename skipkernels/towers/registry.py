@@ -1,0 +1,89 @@
+"""Construction of the two towers of a model, by the types of its modules."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import UnsupportedModel
+from .image import ImageTower
+from .text import TextTower
+
+# Type of the module → file in families/, and the class or function there that makes its tower. A file is imported when
+# a model needs it, so that a missing or old package matters only to the models of that package.
+_IMAGE_TOWERS = {
+    "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
+    "open_clip.timm_model.TimmModel": "timm:timm_tower",
+    "open_clip.modified_resnet.ModifiedResNet": "convnets:ResNetTower",
+    "clip.model.VisionTransformer": "openai:OpenAIImageTower",
+    "clip.model.ModifiedResNet": "convnets:ResNetTower",
+    "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceImageTower",
+    "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceImageTower",
+}
+_TEXT_TOWERS = {
+    "open_clip.model.CLIP": "open_clip:OpenClipTextTower",
+    "open_clip.transformer.TextTransformer": "coca:text_tower",
+    "open_clip.hf_model.HFTextEncoder": "hf_text:encoder_tower",
+    "clip.model.CLIP": "openai:OpenAITextTower",
+    "transformers.models.clip.modeling_clip.CLIPModel": "hugging_face:HuggingFaceTextTower",
+    "transformers.models.siglip.modeling_siglip.SiglipModel": "hugging_face:HuggingFaceTextTower",
+}
+# Type of the model → attributes of its image and text halves; None for the model itself.
+_HALVES = {
+    "open_clip.model.CLIP": ("visual", None),
+    "open_clip.model.CustomTextCLIP": ("visual", "text"),
+    "open_clip.coca_model.CoCa": ("visual", "text"),
+    "clip.model.CLIP": ("visual", None),
+    "transformers.models.clip.modeling_clip.CLIPModel": (None, None),
+    "transformers.models.siglip.modeling_siglip.SiglipModel": (None, None),
+}
+
+
+def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
+    """Build the image and text tower of a model, with nothing skipped.
+
+    Args:
+        model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
+            `CLIPModel` or `SiglipModel`.
+        tokens: [C, L] int64, the tokenised prompt of each class.
+
+    Raises:
+        UnsupportedModel: If no adapter handles the model, with the reason.
+    """
+    name = _type_name(model)
+    if name not in _HALVES:
+        remedy = "A wrapper or a derived class may compute something else, so it is not treated as one of these."
+        if name.startswith("peft."):
+            remedy = (
+                "A PeftModel redirects calls: put the adapters into the model itself, by peft.inject_adapter_in_model, "
+                'and pass that with trainable="as_is".'
+            )
+        raise UnsupportedModel(f"SkipCLIP: model must be one of {', '.join(_HALVES)}; got {name}. {remedy}")
+    tokens = tokens.to(next(model.parameters()).device, torch.int64)
+    visual, text = (model if half is None else getattr(model, half) for half in _HALVES[name])
+    return _factory(visual, _IMAGE_TOWERS, "image")(model), _factory(text, _TEXT_TOWERS, "text")(model, tokens)
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _factory(half: nn.Module, towers: Mapping[str, str], tower: str) -> Callable[..., Any]:
+    """Import the class or function that makes the tower of `half`."""
+    name = _type_name(half)
+    if name not in towers:
+        raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(towers)}; got {name}.")
+    file, _, factory = towers[name].partition(":")
+    if file in ("hugging_face", "hf_text"):  # the arguments of its blocks differ between major versions
+        version = importlib.metadata.version("transformers")
+        if int(version.split(".")[0]) < 5:
+            raise UnsupportedModel(
+                f"SkipCLIP: {name} is handled with transformers 5 or later; got {version}. Update it: "
+                "pip install 'skipkernels[hugging-face]'."
+            )
+    return getattr(importlib.import_module(f".families.{file}", __package__), factory)

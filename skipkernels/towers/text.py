@@ -1,0 +1,138 @@
+"""Text towers: prompts or their rows at the cut to text embeddings."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention
+from .base import Tower
+from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
+from .reductions import Reduction
+
+
+class TextTower(Tower):
+    """A tower over the prompts of the task's classes, each of which becomes an embedding at one of its tokens.
+
+    Above the cut tokens are rows: the prefix that all prompts share, once, then the suffix of each class.
+
+    Attributes:
+        prompts: Tokens of the prompts, cropped where that is exact, and the layout of their rows.
+    """
+
+    prompts: PackedPrompts
+
+    def _set_prompts(
+        self,
+        tokens: Tensor,
+        pooled: Tensor,
+        not_fused: str | None,
+        last_not_fused: str | None,
+        *,
+        not_causal: str | None = None,
+        not_cropped: str | None = None,
+        visible_length: int | None = None,
+        excludes_self: bool = False,
+    ) -> None:
+        """Set the prompts, and apply every reduction that is exact.
+
+        Args:
+            tokens: int64 [C, L].
+            pooled: int64 [C], positions of the pooled tokens.
+            not_fused: Why not all blocks are fused, or None.
+            last_not_fused: Why the last block is not fused, or None.
+            not_causal: Why the mask is not the causal one, or None.
+            not_cropped: Why the tokens behind the last visible one must stay, or None.
+            visible_length: Number of tokens that a pooled token can see; by default up to the last pooled token.
+            excludes_self: The pooled token attends to the tokens in front of it and not to itself.
+        """
+        tokens = tokens if not_cropped else tokens[:, : visible_length or int(pooled.max()) + 1].contiguous()
+        length = shared_prefix_length(tokens, pooled, excludes_self=excludes_self)
+        not_shared = not_causal or not_fused or (None if length else "the prompts begin with different tokens")
+        self.prompts = PackedPrompts(tokens, pooled, 0 if not_shared else length, excludes_self=excludes_self)
+        reasons = {
+            "text_crop": not_cropped,
+            "shared_prefix": not_shared,
+            "fused_block": not_fused,
+            "pooled_last_block": last_not_fused,
+        }
+        self.reductions = {name: Reduction.unless(reason) for name, reason in reasons.items()}
+
+    @property
+    def tokens(self) -> Tensor:
+        """Prompts of all classes, int64 [C, L]."""
+        return self.prompts.tokens
+
+    @property
+    def pooled(self) -> Tensor:
+        """Positions of the pooled tokens, int64 [C]."""
+        return self.prompts.pooled
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move the tensors that are not in the model."""
+        self.prompts.apply(fn)
+
+    def summary(self) -> dict[str, Any]:  # noqa: D102
+        return super().summary() | {
+            "the tokens that are seen": self.tokens.tolist(),
+            "the positions that become embeddings": self.pooled.tolist(),
+        }
+
+    def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.model.encode_text(inputs)
+
+    def mask(self, inputs: Tensor) -> Tensor | None:
+        """Causal mask, unless a family has another."""
+        length = inputs.shape[1]
+        return torch.full((1, 1, length, length), -torch.inf, device=inputs.device).triu(1)
+
+    @abstractmethod
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
+
+    def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Rows [R, W] of some prompts at the cut to their text embeddings [K, D], not normalised."""
+        run = self._run_suffixes if self.prompts.prefix_length else self._run_whole_prompts
+        return self.finish(run(rows, selected))
+
+    def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
+        hidden = rows.unflatten(0, (len(selected.class_ids), -1))
+        mask = self.mask(self.tokens[selected.class_ids])
+        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(hidden)
+        pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
+        for index in range(self.skip, depth - pools):
+            hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=save_inputs_only)
+        if not pools:
+            return hidden.flatten(0, 1)[selected.ends]
+        if mask is not None:
+            n, length, _ = hidden.shape
+            positions = self.pooled[selected.class_ids]
+            mask = mask.expand(n, 1, length, length)[torch.arange(n, device=rows.device), 0, positions]
+        attention_fn = partial(attention.pooled, mask=mask)
+        return self._run_fused_block(
+            depth - 1, hidden.flatten(0, 1), attention_fn, save_inputs_only=save_inputs_only, query_rows=selected.ends
+        )
+
+    def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
+        """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
+        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(rows)
+        if self.skip == depth:
+            return rows[selected.ends]
+        attention_fn = partial(
+            attention.suffixes,
+            backend=self.attention_backend,
+            prefix_length=self.prompts.prefix_length,
+            offsets=selected.offsets,
+            max_length=self.prompts.max_length,
+            excludes_self=selected.ends if self.prompts.excludes_self else None,
+        )
+        for index in range(self.skip, depth - 1):
+            rows = self._run_fused_block(index, rows, attention_fn, save_inputs_only=save_inputs_only)
+        last = partial(attention_fn, query_rows=selected.ends)
+        return self._run_fused_block(depth - 1, rows, last, save_inputs_only=save_inputs_only, query_rows=selected.ends)
