@@ -16,7 +16,7 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels.store import digests
-from skipkernels.store.digest import _digest_there
+from skipkernels.store.digest import _device_digest
 from skipkernels.towers import UnsupportedModel
 from skipkernels.towers.families import open_clip as open_clip_towers
 
@@ -370,7 +370,9 @@ def test_predict_sees_signs_and_places(write):
     torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
 
 
-@pytest.mark.parametrize("function", [lambda x: digests([x])[0], lambda x: _digest_there(x).item()], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "function", [lambda x: digests([x])[0], lambda x: _device_digest(x).item()], ids=["cpu", "gpu"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_digests_depend_on_signs_and_places(function, dtype):
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..store import DTYPES, Store, StoreError, usable_folder
+from ..store import DTYPES, Store, StoreError, absolute_folder
 from . import fingerprint
 from .builder import SHARD_BYTES, Encoder, Source, check_first, identity_of, of_dataset, write_store
 from .dataset_key import Files
@@ -118,7 +118,7 @@ class FeatureCache(Dataset):
                 at work, the disk is full, an image or its features can't be used. What is there stays.
             ValueError: If an argument is out of range.
         """
-        folder = usable_folder(Path(path))
+        folder = absolute_folder(Path(path))
         if dtype not in DTYPES:
             raise ValueError(f"FeatureCache.build: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
         if refresh not in get_args(Refresh):
@@ -200,7 +200,7 @@ class FeatureCache(Dataset):
             StoreError: If there is no store, or it is incomplete, damaged, or of something else; says which file, or
                 what differs.
         """
-        folder = usable_folder(Path(path))
+        folder = absolute_folder(Path(path))
         store = Store(folder, verify=verify)
         layout = store.layout
         found = [layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed")]

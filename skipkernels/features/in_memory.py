@@ -40,7 +40,7 @@ class MemoryRows:
         return self.rows.device
 
     @property
-    def ahead(self) -> int:
+    def rows_per_read(self) -> int:
         """Any number: all are there."""
         return 0
 

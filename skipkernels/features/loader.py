@@ -40,7 +40,7 @@ class Rows(Protocol):
         """Where it comes out."""
 
     @property
-    def ahead(self) -> int:
+    def rows_per_read(self) -> int:
         """How many rows to read at once while more are expected; 0 for any number."""
 
     def expect(self, index: Tensor) -> None:
@@ -158,7 +158,7 @@ class FeatureLoader:
 
     def _read_all(self, rows: Rows, offset: int) -> Generator[Pair, None, None]:
         """The batches, read piece by piece; what is read ahead of the training is told to the disk one piece before."""
-        pieces = self._pieces(offset, rows.ahead if self.prefetch > 0 else 0)
+        pieces = self._pieces(offset, rows.rows_per_read if self.prefetch > 0 else 0)
         out: Tensor | None = None
         piece = next(pieces, None)
         while piece is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..store import MANIFEST, Store, StoreError, file_errors
 from ..store.lock import LOCK, OWNER, locked
-from ..store.writer import erase, is_store, strangers
+from ..store.writer import erase, foreign_files, is_store
 from .builder import Encoder, Source, write_store
 
 
@@ -209,7 +209,7 @@ def _epochs_in(folder: Path) -> set[int]:
 def _others(folder: Path) -> list[str]:
     """What is not a store's, and a manifest that may be someone else's."""
     foreign = (folder / MANIFEST).exists() and not is_store(folder)
-    return strangers(folder) + [MANIFEST] * foreign
+    return foreign_files(folder) + [MANIFEST] * foreign
 
 
 def _remove(epoch: Path) -> None:

@@ -1,6 +1,6 @@
-"""Rows of numbers in a folder: written so that a crash loses little, checked before they are believed, read from a map.
+"""Storage of rows of numbers in a folder: crash-safe writing, checksums, and memory-mapped reading.
 
-The format is in docs/cache.md. Nothing here knows what the rows are.
+docs/cache.md specifies the format. The store does not depend on what the rows are.
 """
 
 from .atomic import partial_of, replace_file, replace_text
@@ -13,11 +13,11 @@ from .manifest import (
     Layout,
     Manifest,
     StoreError,
+    absolute_folder,
     file_errors,
-    usable_folder,
 )
 from .reader import Store
-from .regular import open_regular, parse_object, read_object, read_regular
+from .safe_read import open_regular, parse_object, read_object, read_regular
 from .shards import rounded
 from .tensor_file import write_tensors
 from .writer import Writer, erase, is_store, leftovers, prune
@@ -32,6 +32,7 @@ __all__ = [
     "Store",
     "StoreError",
     "Writer",
+    "absolute_folder",
     "digest_json",
     "digest_tensors",
     "digests",
@@ -48,6 +49,5 @@ __all__ = [
     "replace_file",
     "replace_text",
     "rounded",
-    "usable_folder",
     "write_tensors",
 ]

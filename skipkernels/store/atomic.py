@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-_PARTIAL = re.compile(r"\.(.+)\.(?:[0-9a-f]{16}\.skipkernels-partial|[0-9]+\.partial)")  # the second: of older versions
+_PARTIAL = re.compile(r"\.(.+)\.(?:[0-9a-f]{16}\.skipkernels-partial|[0-9]+\.partial)")  # the second: older versions
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, flush it to the disk, and rename it into place.
+    """Write a temporary file in the same folder, flush it to the disk, and rename it to `path`.
 
-    A crash at any moment leaves the old file or the new one, and at worst the temporary one beside it (`partial_of`).
+    A crash at any moment leaves the old file or the new one, and possibly the temporary file (`partial_of`).
 
     Args:
-        path: The file.
-        write: Called with the temporary file, open for writing.
+        path: File to replace.
+        write: Function called with the temporary file, open for writing.
 
     Example:
         >>> import tempfile
@@ -30,17 +30,17 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         ['note.txt']
     """
     partial = path.with_name(_partial_name(path.name))
-    with partial.open("xb") as file:  # O_EXCL: never a file or a link that is there
+    with partial.open("xb") as file:  # O_EXCL: never an existing file or link
         try:
             write(file)
             file.flush()
             os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to report
+            with contextlib.suppress(OSError):  # report the first error
                 partial.unlink(missing_ok=True)
             raise
-    if os.name == "posix":  # the rename itself reaches the disk with the folder
+    if os.name == "posix":  # flushes the rename
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -49,7 +49,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace_file` with a text in UTF-8."""
+    """Replace a file by text in UTF-8, as `replace_file` does."""
     replace_file(path, lambda file: file.write(text.encode()))
 
 
@@ -58,7 +58,7 @@ def _partial_name(name: str) -> str:
 
 
 def partial_of(name: str) -> str | None:
-    """The name of the file that a temporary file of `replace_file` was to become; None for any other name.
+    """Return the final name of a temporary file of `replace_file`; None for any other name.
 
     >>> partial_of(".state.pt.0123456789abcdef.skipkernels-partial"), partial_of(".mine.partial")
     ('state.pt', None)

@@ -1,4 +1,4 @@
-"""Digests: XXH3 of 128 bits, which finds damage and change at the speed of memory. It is no defence against forgery."""
+"""Digests: XXH3 with 128 bits. Detects damage and changes at memory speed; not secure against forgery."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .regular import open_regular
+from .safe_read import open_regular
 
-_BLOCK = 1 << 20  # bytes of a file in memory at once
-_PART = 1 << 22  # numbers of a tensor that are mixed at once
+_BLOCK = 1 << 20  # bytes per read
+_PART = 1 << 22  # tensor elements mixed at once
 
 
 def digest_bytes(data: bytes) -> str:
-    """Of bytes, as 32 hexadecimal digits."""
+    """Digest of bytes, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def digest_json(value: Any) -> str:
-    """Of a tree of JSON values, whatever order its keys are in.
+    """Digest of a tree of JSON values; the order of keys does not matter.
 
     >>> digest_json({"a": 1, "b": [2]}) == digest_json({"b": [2], "a": 1})
     True
@@ -32,7 +32,7 @@ def digest_json(value: Any) -> str:
 
 
 def digest_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, shapes, dtypes and numbers, in order.
+    """Digest of names, shapes, dtypes and elements, in order.
 
     >>> digest_tensors([("x", torch.zeros(2))]) == digest_tensors([("x", torch.zeros(2, 1))])
     False
@@ -45,15 +45,15 @@ def digest_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def digests(tensors: Iterable[Tensor]) -> list[int]:
-    """64 bits for each tensor, which depend on every number, its sign and its position; computed where the tensor is.
+    """64-bit digest of each tensor: depends on every element, its sign and its position; computed on its device.
 
     >>> a, b = digests([torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])])
     >>> a == b
     False
     """
-    found = [_digest_there(x) if x.device.type != "cpu" else xxhash.xxh3_64_intdigest(_bytes(x)) for x in tensors]
-    there = [x for x in found if isinstance(x, Tensor)]
-    read = iter(torch.stack(there).tolist() if there else [])  # one wait for the device
+    found = [_device_digest(x) if x.device.type != "cpu" else xxhash.xxh3_64_intdigest(_bytes(x)) for x in tensors]
+    on_device = [x for x in found if isinstance(x, Tensor)]
+    read = iter(torch.stack(on_device).tolist() if on_device else [])  # one host sync
     return [next(read) if isinstance(x, Tensor) else x for x in found]
 
 
@@ -61,8 +61,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _digest_there(tensor: Tensor) -> Tensor:
-    """[] int64: Σ mix(bits, position), in parts, so that little memory is taken."""
+def _device_digest(tensor: Tensor) -> Tensor:
+    """Σ mix(bits, position), [] int64; in parts, to bound memory."""
     bits = tensor.detach().contiguous().flatten()
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -74,7 +74,7 @@ def _digest_there(tensor: Tensor) -> Tensor:
 
 
 def digest_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """Of a file's contents; `on_bytes` is told how many were read."""
+    """Digest of the contents of a file; `on_bytes` is called with the number of bytes of each block."""
     digest = xxhash.xxh3_128()
     with open_regular(path) as file:
         while block := file.read(_BLOCK):

@@ -1,7 +1,7 @@
-"""What a store says of itself: how its rows lie, what they depend on, and which shards are there.
+"""The manifest of a store: layout of its rows, fingerprint of what they depend on, and list of complete shards.
 
-A manifest is JSON. It is believed only after every value was checked and its own digest fits, so that a damaged one is
-found, and names no file: shard 7 is always `00007.safetensors`.
+A manifest is JSON with its own digest, and every value is checked when it is read. It names no files: shard 7 is always
+`00007.safetensors`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import torch
 
 from .atomic import replace_text
 from .digest import digest_json
-from .regular import fits, open_regular, parse_object
+from .safe_read import depth_at_most, open_regular, parse_object
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
-"""How numbers are kept."""
+"""Storage dtypes of rows."""
 COMPUTED = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""How they come and go out."""
-_MOST_ROWS = 2**48  # sizes from a file are multiplied; beyond this they are damage, not data
-_MOST_BYTES = 2**24  # of a manifest: 100,000 shards take nine million, and JSON thirty times that in memory
-_SHARD_TEXT = len(',\n  {\n   "bytes": 281474976710655,\n   "xxh3": ""\n  }') + 32  # bytes of a shard there, at most
-_DEEPEST = 16  # levels of notes
+"""Dtypes of rows before they are stored and after they are read."""
+_MAX_SIZE = 2**48  # of any number in a manifest; larger ones are damage, and their products would overflow
+_MAX_BYTES = 2**24  # of a manifest: 100,000 shards take 9 MB, and 30 times that in memory as JSON
+_SHARD_TEXT = len(',\n  {\n   "bytes": 281474976710655,\n   "xxh3": ""\n  }') + 32  # most bytes per shard
+_MAX_DEPTH = 16  # levels of notes
 
 
 class StoreError(ValueError):
-    """A store that cannot be used: the message names the file, what is wrong with it, and the remedy."""
+    """A store that cannot be used. The message names the file, the fault and the remedy."""
 
 
 class DifferentStore(StoreError):
-    """A store of something else.
+    """A store of other rows than expected.
 
     Attributes:
-        difference: In what it differs.
+        difference: First entry that differs, with both values.
     """
 
     def __init__(self, message: str, difference: str):
@@ -51,7 +51,7 @@ class DifferentStore(StoreError):
 
 @contextlib.contextmanager
 def file_errors(path: Path, remedy: str) -> Iterator[None]:
-    """Turn errors of the system into a StoreError: the file, what happened, the remedy."""
+    """Convert an OSError to a StoreError with the file, the fault and the remedy."""
     try:
         yield
     except OSError as error:
@@ -59,39 +59,39 @@ def file_errors(path: Path, remedy: str) -> Iterator[None]:
         raise StoreError(f"{named}: {error.strerror or error}. {remedy}") from error
 
 
-def usable_folder(folder: Path) -> Path:
-    """The absolute path of a store's folder, which stays the same when the process changes its working folder.
+def absolute_folder(folder: Path) -> Path:
+    """Return the absolute path of a folder, so that changing the working folder of the process has no effect.
 
     Raises:
-        StoreError: If it is not UTF-8: safetensors opens no such path.
+        StoreError: If it is not UTF-8: safetensors cannot open such a path.
     """
-    with file_errors(folder, "Give an absolute path."):
+    with file_errors(folder, "Pass an absolute path."):
         folder = folder.absolute()
     try:
         str(folder).encode()
     except UnicodeEncodeError:
         text = str(folder).encode(errors="backslashreplace").decode()
-        raise StoreError(f"{text}: its path is not UTF-8. Rename it, or choose another folder.") from None
+        raise StoreError(f"{text}: its path is not UTF-8. Rename it or choose another folder.") from None
     return folder
 
 
 class LostManifest(StoreError):
-    """A manifest that is damaged or gone: what the shards hold is then unknown."""
+    """A damaged or missing manifest: the contents of the shards are unknown."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a store lie, and what they depend on.
+    """Layout of the rows of a store, and fingerprint of what they depend on.
 
     Attributes:
-        rows: How many.
-        shape: Of a row, as it comes out: tokens and widths, or a map.
-        dtype: How numbers are kept, a key of `DTYPES`; int8 has a scale for each token, the first dimension of `shape`.
-        computed: How they came and go out; a key of `COMPUTED`.
-        shard_rows: Rows of a shard; the last has what is left.
-        labelled: Whether each row has a class.
-        fingerprint: What the rows depend on, by name: numbers and strings that are compared.
-        notes: What else a reader wants to know; JSON that is not compared.
+        rows: Number of rows.
+        shape: Shape of a row: tokens and width, or a feature map.
+        dtype: Storage dtype, a key of `DTYPES`; int8 has a scale for each token (first dimension of `shape`).
+        computed: Dtype of rows before they are stored and after they are read, a key of `COMPUTED`.
+        shard_rows: Rows per shard; the last shard may have fewer.
+        labelled: True if each row has a label.
+        fingerprint: Numbers and strings that the rows depend on, by name; compared when a store is resumed.
+        notes: Further JSON values, not compared.
     """
 
     rows: int
@@ -105,47 +105,47 @@ class Layout:
 
     @property
     def shards(self) -> int:
-        """How many."""
+        """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
     @property
     def kept_shape(self) -> tuple[int, int]:
-        """Of a row in a shard: tokens, and numbers of a token."""
+        """Shape of a stored row: tokens, and elements of a token."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def row_bytes(self) -> int:
-        """What a row takes in a shard."""
+        """Bytes of a stored row."""
         tokens, width = self.kept_shape
         scales = 4 * tokens if self.dtype == "int8" else 0
         return tokens * width * DTYPES[self.dtype].itemsize + scales + 8 * self.labelled
 
     def rows_of(self, shard: int) -> range:
-        """Rows of a shard."""
+        """Row numbers of a shard."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
 
     @property
     def digest(self) -> str:
-        """The same for the same rows, kept the same way."""
+        """Digest of everything except the notes."""
         return digest_json({**asdict(self), "notes": None, "format": FORMAT})
 
     def check_manifest(self, folder: Path) -> None:
-        """Refuse a store whose manifest, when it is complete, would be larger than one may be.
+        """Refuse a store with a manifest that would be too large to read.
 
         Raises:
-            StoreError: If so.
+            StoreError: If its complete manifest would exceed the limit.
         """
-        empty = Manifest(replace(self, shard_rows=self.rows), (Shard(_MOST_ROWS - 1, "0" * 32),)).text()
+        empty = Manifest(replace(self, shard_rows=self.rows), (Shard(_MAX_SIZE - 1, "0" * 32),)).text()
         size = len(empty) + (self.shards - 1) * _SHARD_TEXT
-        if size > _MOST_BYTES:
+        if size > _MAX_BYTES:
             raise StoreError(
-                f"{folder}: {self.shards} shards need a manifest of up to {size} bytes, and {_MOST_BYTES} are read. "
-                "Make shards larger (shard_bytes=), or images or views fewer."
+                f"{folder}: {self.shards} shards need a manifest of up to {size} bytes; at most {_MAX_BYTES} are "
+                "read. Use a larger shard_bytes, or fewer images or views."
             )
 
     def difference(self, other: Layout) -> str | None:
-        """In words, the first thing in which another store differs; how many rows a shard has is no difference."""
+        """Describe the first difference of another layout; `shard_rows` and notes are not compared."""
         for name in (*self.fingerprint, *(name for name in other.fingerprint if name not in self.fingerprint)):
             theirs, ours = other.fingerprint.get(name, "nothing"), self.fingerprint.get(name, "nothing")
             if theirs != ours:
@@ -159,7 +159,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is there: bytes of its file, and their digest."""
+    """A complete shard: bytes of its file, and their digest."""
 
     bytes: int
     xxh3: str
@@ -167,48 +167,48 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A layout, and the shards that are there; None for one that is not."""
+    """A layout and its shards; None for a missing one."""
 
     layout: Layout
     shards: tuple[Shard | None, ...]
 
     @property
     def complete(self) -> bool:
-        """Whether all shards are there."""
+        """True if no shard is missing."""
         return None not in self.shards
 
     def with_shard(self, number: int, shard: Shard | None) -> Manifest:
-        """The same with one shard replaced."""
+        """Return a copy with one shard replaced."""
         return replace(self, shards=(*self.shards[:number], shard, *self.shards[number + 1 :]))
 
     def write(self, folder: Path) -> None:
-        """Replace the manifest of a folder."""
+        """Write the manifest to a folder, replacing the old one."""
         replace_text(folder / MANIFEST, self.text())
 
     def text(self) -> str:
-        """As `read` takes it."""
+        """JSON of the manifest, with its digest."""
         values = {"format": FORMAT, **asdict(self)}
         values["xxh3"] = digest_json(values)
         return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a folder.
+        """Read the manifest of a folder.
 
         Raises:
-            LostManifest: If it is damaged, or there is none.
-            StoreError: If it may not be read, or is of a newer format.
+            LostManifest: If it is damaged or missing.
+            StoreError: If it is unreadable, or has another format.
         """
         path = folder / MANIFEST
 
         def damaged(what: str) -> NoReturn:
-            raise LostManifest(f"{path}: damaged: {what}. Build it again with resume=True (--resume).")
+            raise LostManifest(f"{path}: damaged: {what}. Build it again with resume=True.")
 
         try:
             with open_regular(path) as file:
-                if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
+                if (size := os.fstat(file.fileno()).st_size) > _MAX_BYTES:
                     damaged(f"{size} bytes")
-                text = file.read(_MOST_BYTES)
+                text = file.read(_MAX_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise LostManifest(f"{folder}: no {MANIFEST}: not a store. Build it first.") from None
         except OSError as error:
@@ -216,23 +216,24 @@ class Manifest:
                 f"{path}: unreadable: {error.strerror}. Make it readable, or choose another folder."
             ) from None
         try:
-            values = parse_object(text, finite=False)  # a sample may have been NaN
+            values = parse_object(text, finite=False)  # samples of images may be NaN
         except ValueError as error:
             damaged(str(error))
         check = _Check(damaged)
         version = check.integer(values.get("format"), "format", 1)
-        if version > FORMAT:
+        if version != FORMAT:
+            age, remedy = ("newer", "Update skipkernels, or build") if version > FORMAT else ("older", "Build")
             raise StoreError(
-                f"{path}: of format {version}, made by a newer skipkernels; this one reads format {FORMAT}. Update "
-                "skipkernels, or replace it with overwrite=True (--overwrite)."
+                f"{path}: has format {version}, of a{'n' * (age == 'older')} {age} skipkernels; this one reads format "
+                f"{FORMAT}. {remedy} it again with overwrite=True, or delete it."
             )
         digest = values.pop("xxh3", None)
-        check(digest == digest_json(values), "its digest does not fit its contents")
+        check(digest == digest_json(values), "its digest does not match its contents")
         return cls(_layout(values.get("layout"), check), _shards(values, check))
 
 
 class _Check:
-    """Looks at values and calls `damaged` with what is wrong."""
+    """Checks values; calls `damaged` with a description of a wrong one."""
 
     def __init__(self, damaged: Callable[[str], NoReturn]):
         self.damaged = damaged
@@ -243,23 +244,23 @@ class _Check:
 
     def integer(self, value: Any, name: str, least: int) -> int:
         self(
-            isinstance(value, int) and not isinstance(value, bool) and least <= value < _MOST_ROWS,
-            f"{name} must be a whole number from {least} on",
+            isinstance(value, int) and not isinstance(value, bool) and least <= value < _MAX_SIZE,
+            f"{name} must be a whole number of at least {least}",
         )
         return value
 
     def mapping(self, value: Any, name: str) -> dict[str, Any]:
-        self(isinstance(value, dict), f"{name} must be a mapping")
+        self(isinstance(value, dict), f"{name} must be an object")
         return value
 
 
 def _layout(values: Any, check: _Check) -> Layout:
     values = check.mapping(values, "layout")
-    check(set(values) == set(Layout.__dataclass_fields__), "layout has other fields")
+    check(set(values) == set(Layout.__dataclass_fields__), "layout has unknown fields")
     shape = values["shape"]
-    check(isinstance(shape, list) and 1 <= len(shape) <= 4, "shape must be one to four sizes")
+    check(isinstance(shape, list) and 1 <= len(shape) <= 4, "shape must have one to four sizes")
     sizes = tuple(check.integer(size, "a size of shape", 1) for size in shape)
-    check(math.prod(sizes) < _MOST_ROWS, "shape is too large")
+    check(math.prod(sizes) < _MAX_SIZE, "shape is too large")
     check(isinstance(values["dtype"], str) and values["dtype"] in DTYPES, f"dtype must be one of {', '.join(DTYPES)}")
     check(
         isinstance(values["computed"], str) and values["computed"] in COMPUTED,
@@ -269,7 +270,7 @@ def _layout(values: Any, check: _Check) -> Layout:
     fingerprint = check.mapping(values["fingerprint"], "fingerprint")
     check(all(isinstance(value, (str, int)) for value in fingerprint.values()), "fingerprint must be numbers and text")
     notes = check.mapping(values["notes"], "notes")
-    check(fits(notes, _DEEPEST), f"notes must be at most {_DEEPEST} levels deep")
+    check(depth_at_most(notes, _MAX_DEPTH), f"notes must be at most {_MAX_DEPTH} levels deep")
     return Layout(
         rows=check.integer(values["rows"], "rows", 1),
         shape=sizes,
@@ -286,13 +287,13 @@ def _shards(values: dict[str, Any], check: _Check) -> tuple[Shard | None, ...]:
     shards, layout = values.get("shards"), values["layout"]
     check(isinstance(shards, list), "shards must be a list")
     assert isinstance(shards, list)
-    check(len(shards) == -(-layout["rows"] // layout["shard_rows"]), "shards must be as many as the rows need")
+    check(len(shards) == -(-layout["rows"] // layout["shard_rows"]), "the number of shards does not match the rows")
     found: list[Shard | None] = []
     for shard in shards:
         if shard is None:
             found.append(None)
             continue
         shard = check.mapping(shard, "a shard")
-        check(set(shard) == {"bytes", "xxh3"} and isinstance(shard["xxh3"], str), "a shard has other fields")
+        check(set(shard) == {"bytes", "xxh3"} and isinstance(shard["xxh3"], str), "a shard has unknown fields")
         found.append(Shard(check.integer(shard["bytes"], "bytes of a shard", 1), shard["xxh3"]))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Reading a store: rows out of maps of its shards, in bounded memory."""
+"""Reading of a store: rows from memory maps of its shards, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ..memory import free_bytes
 from ..ops.gather_rows import gather_rows_out
-from .manifest import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError, usable_folder
-from .shards import MappedShard, damages, map_shard
+from .manifest import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError, absolute_folder
+from .shards import MappedShard, find_damage, map_shard
 
-# Bytes of maps that may be in memory before all are let go of, of a store that is not small beside what is free. They
-# stay in the system's cache, but no longer count as this process's.
+# Bytes read from maps before all maps are closed, unless the store is small compared with the free memory. The pages
+# stay in the system's cache, but no longer count as resident memory of this process.
 _MAPPED = 32 << 20
-_AHEAD = 8 << 20  # bytes that the disk is told of: where memory is short it forgets more before it was asked for
-_READ_AHEAD = 128 << 10  # bytes that the system reads ahead at a time, by default; of more it reads no more
+_ANNOUNCED = 8 << 20  # bytes announced to the system: with little memory, more would be evicted before they are read
+_READ_AHEAD = 128 << 10  # bytes per madvise call: the system's default limit for one read-ahead
 
 
 def _system_call() -> Callable[[int, int, int], int] | None:
-    """madvise, where there is one."""
+    """Return madvise, if the system has it."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         call = ctypes.CDLL(None).madvise
         call.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -42,12 +42,11 @@ class Store:
     """A complete store.
 
     Args:
-        folder: Where it is.
-        verify: Read all of it, and compare digests.
+        folder: Folder of the store.
+        verify: Read every byte and compare digests; otherwise only sizes and headers are checked.
 
     Raises:
-        StoreError: If it is none, incomplete, or damaged. Without `verify` damage is found that changes a file's size
-            or header.
+        StoreError: If there is no store, or it is incomplete or damaged.
 
     Example:
         >>> import tempfile
@@ -61,14 +60,13 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, verify: bool = False):
-        self.folder = folder = usable_folder(folder)
+        self.folder = folder = absolute_folder(folder)
         self._version = _version(folder)
         self.manifest = Manifest.read(folder)
         if not self.manifest.complete:
             done = sum(shard is not None for shard in self.manifest.shards)
             raise StoreError(
-                f"{folder}: incomplete: {done} of {self.layout.shards} shards are there. Go on building it with "
-                "resume=True (--resume)."
+                f"{folder}: incomplete: {done} of {self.layout.shards} shards exist. Build the rest with resume=True."
             )
         for number in range(self.layout.shards):
             self._map(number)
@@ -78,56 +76,56 @@ class Store:
         self._token_rows_bytes = math.prod(self._kept_shape) * DTYPES[self.layout.dtype].itemsize
         self._limit = math.inf if self.bytes < free_bytes(self.device) / 32 else _MAPPED
         self._maps: dict[int, MappedShard] = {}
-        self._read = 0  # bytes of these maps
+        self._read = 0  # bytes read from these maps
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: another process makes its own."""
+        """State without the maps, which another process opens itself."""
         return self.__dict__ | {"_maps": {}, "_read": 0}
 
     @property
     def layout(self) -> Layout:
-        """How its rows lie."""
+        """Layout of the rows."""
         return self.manifest.layout
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a row."""
+        """Shape of a row."""
         return self.layout.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a row, as it was computed and comes out."""
+        """Dtype in which rows were computed, and are gathered."""
         return COMPUTED[self.layout.computed]
 
     @property
     def device(self) -> torch.device:
-        """Where rows come out."""
+        """Device of gathered rows."""
         return torch.device("cpu")
 
     @property
     def bytes(self) -> int:
-        """On disk, without the manifest."""
+        """Bytes on the disk, without the manifest."""
         return sum(shard.bytes for shard in self.manifest.shards if shard is not None)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
-        """Read all of it; says what is damaged, file by file. `on_bytes` is told how many bytes were read."""
-        return [reason for _, reason in damages(self.folder, self.manifest, on_bytes)]
+        """Read every byte; returns a message for each damaged file. `on_bytes` is called with bytes read."""
+        return [reason for _, reason in find_damage(self.folder, self.manifest, on_bytes)]
 
     def labels(self) -> Tensor:
-        """The classes of all rows, int64 [rows]."""
+        """Labels of all rows, [rows] int64."""
         parts = [self._map(number).labels for number in range(self.layout.shards)]
         return torch.cat([part for part in parts if part is not None])
 
     @property
-    def ahead(self) -> int:
-        """Rows to read at once while others are expected."""
-        return max(_AHEAD // self._row_bytes, 1)
+    def rows_per_read(self) -> int:
+        """Number of rows to gather at once while others are expected."""
+        return max(_ANNOUNCED // self._row_bytes, 1)
 
     def expect(self, index: Tensor) -> None:
-        """Have the system read rows by number [B] that will be asked for soon, if they are not in memory.
+        """Ask the system to read rows by number [B] that will be gathered soon.
 
-        Each as a whole, all at once. Left to itself it reads page by page what is touched in random order: measured, at
-        a fortieth of the rate. A small store that was read once is in memory.
+        Without this, rows in random order are read page by page as they are touched: 40 times slower as measured. A
+        small store that has been read once is in memory, so nothing is done.
         """
         small_and_read = self._limit == math.inf and self._read >= self.layout.rows * self._row_bytes
         if _madvise is None or small_and_read:
@@ -139,19 +137,18 @@ class Store:
                 _madvise(start, min(_READ_AHEAD, begin + size - start), mmap.MADV_WILLNEED)
 
     def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Rows by number.
+        """Gather rows by number.
 
         Args:
-            index: int64 [B], from 0 on.
-            out: [B, *shape], contiguous, where they go, in its dtype; by default new memory, in the dtype in which they
-                were computed.
+            index: Row numbers, [B] int64.
+            out: Output [B, *shape], contiguous, of any floating dtype; default: a new tensor of `self.dtype`.
 
         Returns:
-            [B, *shape]: `out`, if there is one.
+            Tensor: Rows [B, *shape]; `out` if given.
 
         Raises:
-            IndexError: If there is no such row.
-            StoreError: If a shard has gone or changed its size.
+            IndexError: If a number is out of range.
+            StoreError: If a shard is missing or has changed.
         """
         layout = self.layout
         if out is None:
@@ -162,24 +159,24 @@ class Store:
         if not 0 <= min(numbers) <= max(numbers) < layout.rows:
             wrong = next(number for number in numbers if not 0 <= number < layout.rows)
             raise IndexError(f"gather: rows are numbered from 0 to {layout.rows - 1}; got {wrong}.")
-        of_shard: dict[int, tuple[list[int], list[int]]] = {}  # shard → rows of it, and where they go
+        by_shard: dict[int, tuple[list[int], list[int]]] = {}  # shard → its rows, and their places in the output
         for place, number in enumerate(numbers):
             shard, row = divmod(number, layout.shard_rows)
-            chosen, places = of_shard.setdefault(shard, ([], []))
+            chosen, places = by_shard.setdefault(shard, ([], []))
             chosen.append(row)
             places.append(place)
-        for shard, (chosen, places) in of_shard.items():
-            there = self._mapped(shard)
-            where = None if len(of_shard) == 1 else torch.tensor(places)
-            # What `functional.gather_rows` looks at first is known here.
-            gather_rows_out(there.rows, torch.tensor(chosen), there.token_scale, where, rows)
+        for shard, (chosen, places) in by_shard.items():
+            mapped = self._mapped(shard)
+            out_index = None if len(by_shard) == 1 else torch.tensor(places)
+            # Not `functional.gather_rows`: its checks of arguments are not needed here.
+            gather_rows_out(mapped.rows, torch.tensor(chosen), mapped.token_scale, out_index, rows)
         self._read += len(index) * self._row_bytes
         if self._read > self._limit:
             self._maps, self._read = {}, 0
         return out
 
     def _mapped(self, number: int) -> MappedShard:
-        maps = self._maps  # another thread may let go of them meanwhile
+        maps = self._maps  # another thread may replace them
         if number not in maps:
             maps[number] = self._map(number)
         return maps[number]
@@ -187,18 +184,18 @@ class Store:
     def _map(self, number: int) -> MappedShard:
         shard = self.manifest.shards[number]
         assert shard is not None
-        there = map_shard(self.folder, self.layout, number, shard)
-        # A store may be rebuilt while it is open. Its manifest is replaced before its shards are.
+        mapped = map_shard(self.folder, self.layout, number, shard)
+        # A store may be rebuilt while it is open. Its manifest is replaced before its shards.
         if (version := _version(self.folder)) != self._version:
             shards = Manifest.read(self.folder).shards
             if number >= len(shards) or shards[number] != shard:
-                raise StoreError(f"{self.folder}: was built again since it was opened. Open it again.")
+                raise StoreError(f"{self.folder}: has been rebuilt since it was opened. Open it again.")
             self._version = version
-        return there
+        return mapped
 
 
 def _version(folder: Path) -> tuple[int, int, int] | None:
-    """What tells a manifest from one that replaces it; None if there is none."""
+    """Inode, time and size of the manifest, which change when it is replaced; None if there is none."""
     try:
         status = os.stat(folder / MANIFEST)
     except OSError:

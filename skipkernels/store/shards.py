@@ -1,4 +1,4 @@
-"""A shard: a safetensors file of some rows, their classes, and what a step of int8 is worth.
+"""A shard: a safetensors file of some rows, their labels, and the scales of int8.
 
 rows         [n, N, W], in the dtype of the store
 token_scale  [n, N] fp32, for int8
@@ -22,15 +22,15 @@ from torch import Tensor
 from .atomic import replace_file
 from .digest import digest_file
 from .manifest import DTYPES, Layout, Manifest, Shard, StoreError
-from .regular import open_regular
+from .safe_read import open_regular
 from .tensor_file import DTYPE_NAMES, write_tensors
 
 _LEVELS = 127  # int8 without −128: the scale is the same on both sides
-_NAME = "shard"  # the one key of a header's metadata: of several, safetensors writes the order at random
+_NAME = "shard"  # the only metadata key of a header: safetensors writes several in random order
 
 
 class MappedShard(NamedTuple):
-    """A shard in memory as far as it is read: views of a private map of its file."""
+    """Views of a private memory map of a shard file."""
 
     rows: Tensor
     token_scale: Tensor | None
@@ -38,12 +38,12 @@ class MappedShard(NamedTuple):
 
 
 def path_of(folder: Path, number: int) -> Path:
-    """The file of a shard."""
+    """Path of the file of a shard."""
     return folder / f"{number:05d}.safetensors"
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [n, N, W] to int8 [n, N, W] and the worth of a step, fp32 [n, N]: the largest of a token is ±127 steps.
+    """Quantise features [n, N, W] to int8 [n, N, W] with an fp32 scale per token [n, N]: the largest is ±127.
 
     >>> quantise(torch.tensor([[[0.5, -2.0]]]))[0].tolist()
     [[[32, -127]]]
@@ -55,7 +55,7 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(features: Tensor, dtype: str) -> Tensor:
-    """Features [n, N, …] as a store that keeps them in a key of `DTYPES` gives them back.
+    """Round features [n, N, …] as storing them in a dtype, a key of `DTYPES`, and reading them does.
 
     >>> rounded(torch.tensor([[[0.5, -2.0]]]), "int8").tolist()
     [[[0.5039370059967041, -2.0]]]
@@ -71,12 +71,12 @@ def _name(layout: Layout, number: int) -> str:
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether `path_of` gives files such names."""
+    """Return True if a file name has the form of `path_of`."""
     return re.fullmatch(r"[0-9]{5,}\.safetensors", name) is not None
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is called as a shard is, and says that it is one, of whatever store."""
+    """Return True if the name and the header of a file are those of a shard, of any store."""
     if not is_shard_name(path.name):
         return False
     try:
@@ -88,7 +88,7 @@ def is_shard(path: Path) -> bool:
 
 
 def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Tensor]) -> Shard:
-    """Write a shard into place and say how it can be told; the digest is of what was meant to be written."""
+    """Write a shard. The digest is of the tensors in memory, so that a faulty write is detected later."""
     shards: list[Shard] = []
 
     def write(file: BinaryIO) -> None:
@@ -99,15 +99,15 @@ def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Te
 
 
 def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> MappedShard:
-    """Map a shard after its size and header were checked against the manifest.
+    """Check the size and header of a shard against the manifest, and map it.
 
     Raises:
-        StoreError: If the file is missing, or is not this shard of this store.
+        StoreError: If the file is missing, or not this shard of this store.
     """
     path = path_of(folder, number)
 
     def damaged(what: str) -> StoreError:
-        return StoreError(f"{path}: {what}. Build it again with resume=True (--resume).")
+        return StoreError(f"{path}: {what}. Build it again with resume=True.")
 
     try:
         with open_regular(path) as opened:
@@ -116,40 +116,41 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
         kind = "damaged" if error.errno in (errno.EISDIR, errno.EINVAL) else "unreadable"
         raise damaged("missing" if isinstance(error, FileNotFoundError) else f"{kind}: {error.strerror}") from None
     if size != shard.bytes:
-        raise damaged(f"damaged: {size} bytes in place of {shard.bytes}")
-    wanted = _tensors(layout, len(layout.rows_of(number)))
+        raise damaged(f"damaged: {size} bytes instead of {shard.bytes}")
+    expected = _expected_tensors(layout, len(layout.rows_of(number)))
     try:
-        with safe_open(path, "pt") as file:  # checks that offsets are inside the file and fit shapes
+        with safe_open(path, "pt") as file:  # checks that offsets are inside the file and match shapes
             metadata, names = file.metadata() or {}, set(file.keys())
-            slices = {name: file.get_slice(name) for name in names & set(wanted)}
+            slices = {name: file.get_slice(name) for name in names & set(expected)}
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise damaged(f"damaged: its header is not readable ({str(error).splitlines()[0]})") from None
-    if found != {name: (shape, DTYPE_NAMES[dtype]) for name, (shape, dtype) in wanted.items()} or names != set(wanted):
-        raise damaged("damaged: it holds other tensors than the manifest says")
+        raise damaged(f"damaged: its header is unreadable ({str(error).splitlines()[0]})") from None
+    described = {name: (shape, DTYPE_NAMES[dtype]) for name, (shape, dtype) in expected.items()}
+    if found != described or names != set(expected):
+        raise damaged("damaged: its tensors do not match the manifest")
     if (name := metadata.get(_NAME, "")) != _name(layout, number):
         other, _, store = name.partition(" of ")
-        raise damaged(f"the file of shard {other}" if store == layout.digest else "of another store")
+        raise damaged(f"is the file of shard {other}" if store == layout.digest else "belongs to another store")
     try:
         start, offsets = _offsets(path)
         whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     except OSError as error:
         raise damaged(f"unreadable: {error.strerror}") from None
-    except RuntimeError as error:  # of torch.from_file
+    except RuntimeError as error:  # raised by torch.from_file
         raise damaged(f"unreadable: {str(error).splitlines()[0]}") from None
-    if any((start + offsets[name][0]) % dtype.itemsize for name, (_, dtype) in wanted.items()):
-        raise damaged("damaged: its numbers are not aligned")
+    if any((start + offsets[name][0]) % dtype.itemsize for name, (_, dtype) in expected.items()):
+        raise damaged("damaged: its tensors are not aligned")
     views = {
         name: whole[start + offsets[name][0] : start + offsets[name][1]].view(dtype).view(shape)
-        for name, (shape, dtype) in wanted.items()
+        for name, (shape, dtype) in expected.items()
     }
     return MappedShard(views["rows"], views.get("token_scale"), views.get("labels"))
 
 
-def damages(
+def find_damage(
     folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None
 ) -> list[tuple[int, str]]:
-    """Shards that are not what the manifest says, each with the reason. All bytes are read."""
+    """Read every byte of all shards; returns the number of each damaged shard and a message."""
     found = []
     for number, shard in enumerate(manifest.shards):
         if shard is not None and (reason := _damage(folder, manifest.layout, number, shard, on_bytes)):
@@ -167,11 +168,11 @@ def _damage(folder: Path, layout: Layout, number: int, shard: Shard, on_bytes: C
         return str(error)
     except OSError as error:
         what = f"unreadable: {error.strerror}"
-    return f"{path_of(folder, number)}: damaged: {what}. Build it again with resume=True (--resume)."
+    return f"{path_of(folder, number)}: damaged: {what}. Build it again with resume=True."
 
 
-def _tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of a shard of `count` rows."""
+def _expected_tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the tensors of a shard with `count` rows."""
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "rows": ((count, *layout.kept_shape), DTYPES[layout.dtype])
     }
@@ -183,7 +184,7 @@ def _tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], tor
 
 
 def _offsets(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """Where the tensors of a file begin, and where each is behind that; of a header that safetensors has accepted."""
+    """Start of the data in a file, and offsets of each tensor from there; safetensors has checked the header."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -1,7 +1,7 @@
-"""Writing safetensors files: tensor by tensor, so that no more than one is in memory twice.
+"""Writing of safetensors files, tensor by tensor, so that at most one tensor is copied at a time.
 
-`safetensors.torch.save_file` writes to a temporary file of its own, which a kill leaves behind, and `save` copies all
-tensors. The format is https://github.com/huggingface/safetensors#format: length of the header, header in JSON, bytes.
+`safetensors.torch.save_file` writes its own temporary file, which a kill leaves behind, and `save` copies all tensors.
+Format: https://github.com/huggingface/safetensors#format: length of the header, header in JSON, bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-# In safetensors' order: tensors of the widest dtype come first, so that each is aligned.
+# In the order of safetensors: the widest dtype first, so that every tensor is aligned.
 DTYPE_NAMES = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -37,17 +37,17 @@ _ORDER = {dtype: number for number, dtype in enumerate(DTYPE_NAMES)}
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Write tensors as safetensors does, byte for byte.
+    """Write tensors, with the same bytes as safetensors.
 
     Returns:
-        The number of bytes, and their digest as `digest_file` computes it.
+        Number of bytes, and their digest as computed by `digest_file`.
 
     Raises:
-        TypeError: For a dtype that safetensors does not have.
+        TypeError: If safetensors does not have a dtype.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
-            raise TypeError(f"write_tensors: {name} has dtype {tensor.dtype}, which safetensors files do not have.")
+            raise TypeError(f"write_tensors: {name} has dtype {tensor.dtype}, which safetensors does not have.")
     names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

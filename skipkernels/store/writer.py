@@ -1,4 +1,4 @@
-"""Building a store: shard by shard, going on where an earlier build was killed."""
+"""Writing of a store, shard by shard; continues where an earlier build was killed."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from .manifest import (
     LostManifest,
     Manifest,
     StoreError,
+    absolute_folder,
     file_errors,
-    usable_folder,
 )
-from .shards import damages, is_shard, is_shard_name, path_of, write_shard
+from .shards import find_damage, is_shard, is_shard_name, path_of, write_shard
 
-_AGAIN = "Look at the disk, and try again."
-_SPARE = 1 << 24  # bytes that stay free on the disk: manifests, and what else a system needs to go on
+_TRY_AGAIN = "Check the disk and try again."
+_SPARE = 1 << 24  # bytes of the disk kept free: for manifests, and for the system
 
 
 class Writer:
-    """A folder that is being filled. Only one at a time has it.
+    """Writes a store, as the only process in its folder.
 
-    Used as a context: entering takes the lock and looks at what is there. What was written is whole at every moment.
-    To resume a store that is complete and sound takes no lock and writes nothing: its disk may be read-only.
+    A context manager: entering takes the lock and inspects the folder. The store is consistent at every moment.
+    Resuming a complete store without damage takes no lock and writes nothing, so that its disk may be read-only.
 
     Args:
-        folder: Where; made if it is not there.
-        layout: What is to be written.
-        resume: Keep shards that are there and sound; make the others.
-        overwrite: Begin anew, whatever store is there.
-        on_bytes: Told how many bytes of shards that are there were read to check them.
-        on_wait: Told who is at work in the folder, who is then waited for; None: that is an error.
+        folder: Folder of the store; created if needed.
+        layout: Layout of the store.
+        resume: Keep existing shards without damage.
+        overwrite: Replace any store in the folder.
+        on_bytes: Called with the bytes of existing shards that were read to verify them.
+        on_wait: Called with a description of the process that holds the lock, which is then waited for; None: a held
+            lock is an error.
 
     Raises:
         DifferentStore: On entering, if the folder has another store.
-        StoreError: On entering, if the folder has other things or a store of a newer format, someone else is at work in
-            it, or the disk is too small.
+        StoreError: On entering, if the folder has foreign files or a store of another format, another process holds the
+            lock, or the disk is too small.
 
     Example:
         >>> import tempfile, torch
@@ -71,7 +72,7 @@ class Writer:
         on_bytes: Callable[[int], None] = lambda count: None,
         on_wait: Callable[[str], None] | None = None,
     ):
-        self.folder, self.layout = usable_folder(folder), layout
+        self.folder, self.layout = absolute_folder(folder), layout
         layout.check_manifest(self.folder)
         self._resume, self._overwrite, self._on_bytes, self._on_wait = resume, overwrite, on_bytes, on_wait
         self._held = contextlib.ExitStack()
@@ -79,20 +80,20 @@ class Writer:
 
     def __enter__(self) -> Writer:
         if self.folder.exists() and not self.folder.is_dir():
-            raise StoreError(f"{self.folder}: a file; choose a folder.")
-        if self._resume and not self._overwrite and self._is_done():
+            raise StoreError(f"{self.folder}: is a file. Choose a folder.")
+        if self._resume and not self._overwrite and self._is_complete():
             return self
         try:
-            with self._disk_may_be_full():
+            with self._full_disk_errors():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if not (self.folder / LOCK).exists():  # else someone may be at work, whose files come and go
-                    self._refuse_strangers()  # before there is a lock in it
+                if not (self.folder / LOCK).exists():  # else another process may be creating and deleting files
+                    self._refuse_foreign_files()  # before a lock file is created
                 self._held.enter_context(locked(self.folder, on_wait=self._on_wait))
         except OSError as error:
-            raise StoreError(f"{self.folder}: can't be written to ({error.strerror}); choose another.") from None
+            raise StoreError(f"{self.folder}: cannot be written ({error.strerror}). Choose another.") from None
         try:
-            with self._failures_told():
-                self._look()
+            with self._system_errors():
+                self._inspect()
                 self._check_space(sum(len(self.layout.rows_of(number)) for number in self.missing))
                 self.manifest.write(self.folder)
         except BaseException:
@@ -107,57 +108,57 @@ class Writer:
 
     @property
     def missing(self) -> list[int]:
-        """Shards that have to be made, in order."""
+        """Numbers of missing shards, ascending."""
         return [number for number, shard in enumerate(self.manifest.shards) if shard is None]
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Write a shard, and say in the manifest that it is there.
+        """Write a shard, and add it to the manifest.
 
         Raises:
-            StoreError: If the disk is full or fails: what is there stays, and `resume` goes on from it.
+            StoreError: If the disk is full or fails; existing shards stay, and `resume` continues from them.
         """
-        with self._failures_told():
+        with self._system_errors():
             self._check_space(len(self.layout.rows_of(number)))
             shard = write_shard(self.folder, self.layout, number, tensors)
             manifest = self.manifest.with_shard(number, shard)
             manifest.write(self.folder)
         self.manifest = manifest
 
-    def _is_done(self) -> bool:
-        """Whether the store is there, complete and sound."""
+    def _is_complete(self) -> bool:
+        """Return True if the store is complete and has no damage."""
         manifest, _ = _read(self.folder)
         if manifest is None or not manifest.complete or manifest.layout.difference(self.layout) is not None:
             return False
-        if damages(self.folder, manifest, self._on_bytes):
+        if find_damage(self.folder, manifest, self._on_bytes):
             return False
         self.manifest, self.layout = manifest, manifest.layout
         return True
 
-    def _refuse_strangers(self) -> None:
-        if others := strangers(self.folder):
-            raise StoreError(f"{self.folder}: holds other things ({others[0]}); choose an empty folder.")
+    def _refuse_foreign_files(self) -> None:
+        if foreign := foreign_files(self.folder):
+            raise StoreError(f"{self.folder}: holds other files ({foreign[0]}). Choose an empty folder.")
 
-    def _look(self) -> None:
-        """At what is there: nothing, what an earlier build left, or something else."""
-        self._refuse_strangers()
+    def _inspect(self) -> None:
+        """Find the shards to keep, and delete the other files of earlier builds."""
+        self._refuse_foreign_files()
         old, reason = _read(self.folder)
-        ours = _files(self.folder, old)
-        there = (self.folder / MANIFEST).exists() or any(path.suffix == ".safetensors" for path in ours)
-        if there and not (self._resume or self._overwrite):
+        files = _files(self.folder, old)
+        exists = (self.folder / MANIFEST).exists() or any(path.suffix == ".safetensors" for path in files)
+        if exists and not (self._resume or self._overwrite):
             raise StoreError(
-                f"{self.folder}: holds a store. Open it; or complete and mend it with resume=True (--resume), or "
-                "replace it with overwrite=True (--overwrite)."
+                f"{self.folder}: holds a store. Open it, continue or repair it with resume=True, or replace it with "
+                "overwrite=True."
             )
-        if there and not self._overwrite:
-            self._take_up(old, reason)
-        elif there:
-            self.manifest.write(self.folder)  # before the shards of the old one go
-        for path in ours - _used(self.folder, self.manifest):
+        if exists and not self._overwrite:
+            self._resume_from(old, reason)
+        elif exists:
+            self.manifest.write(self.folder)  # before the shards of the old store are deleted
+        for path in files - _used(self.folder, self.manifest):
             path.unlink(missing_ok=True)
 
-    def _take_up(self, manifest: Manifest | None, reason: StoreError | None) -> None:
+    def _resume_from(self, manifest: Manifest | None, reason: StoreError | None) -> None:
         if isinstance(reason, LostManifest):
-            warnings.warn(f"{reason} All of it is made again.", stacklevel=6)
+            warnings.warn(f"{reason} It is rebuilt completely.", stacklevel=6)
         elif reason is not None:
             raise reason
         if manifest is None:
@@ -165,15 +166,15 @@ class Writer:
         difference = manifest.layout.difference(self.layout)
         if difference is not None:
             if not any(manifest.shards):
-                return  # nothing was made of it yet
+                return  # it has no shards yet
             raise DifferentStore(
                 f"{self.folder}: holds a store that differs in {difference}. Choose another folder, or replace it with "
-                "overwrite=True (--overwrite).",
+                "overwrite=True.",
                 difference,
             )
-        self.manifest, self.layout = manifest, manifest.layout  # whose shards may have another number of rows
-        for number, damage in damages(self.folder, manifest, self._on_bytes):
-            warnings.warn(f"{damage} It is made again.", stacklevel=6)
+        self.manifest, self.layout = manifest, manifest.layout  # its shard_rows may differ
+        for number, damage in find_damage(self.folder, manifest, self._on_bytes):
+            warnings.warn(f"{damage} It is rebuilt.", stacklevel=6)
             self.manifest = self.manifest.with_shard(number, None)
 
     def _check_space(self, rows: int) -> None:
@@ -181,10 +182,10 @@ class Writer:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             lack = f"{decimal(free)} are free, {decimal(needed - free)} too little"
-            raise self._full(f"{decimal(needed)} are needed, of which {decimal(_SPARE)} stay spare; {lack}")
+            raise self._full(f"{decimal(needed)} are needed, {decimal(_SPARE)} of them to stay free; {lack}")
 
     @contextlib.contextmanager
-    def _disk_may_be_full(self) -> Iterator[None]:
+    def _full_disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -193,46 +194,46 @@ class Writer:
             raise self._full("the disk is full") from error
 
     @contextlib.contextmanager
-    def _failures_told(self) -> Iterator[None]:
+    def _system_errors(self) -> Iterator[None]:
         try:
-            with self._disk_may_be_full():
+            with self._full_disk_errors():
                 yield
         except OSError as error:
             named = error.filename if isinstance(error.filename, str) else self.folder
             raise StoreError(
-                f"{named}: can't be written or read ({error.strerror or error}). {self._progress()} are there and "
-                "stay; look at the disk, and go on with resume=True (--resume)."
+                f"{named}: cannot be written or read ({error.strerror or error}). {self._progress()} exist and "
+                "stay. Check the disk, and continue with resume=True."
             ) from error
 
     def _full(self, what: str) -> StoreError:
         return StoreError(
-            f"{self.folder}: {what}. {self._progress()} are there and stay; make room, or use a smaller dtype or fewer "
-            "views, and go on with resume=True (--resume)."
+            f"{self.folder}: {what}. {self._progress()} exist and stay. Free space, or use a smaller dtype or fewer "
+            "views, and continue with resume=True."
         )
 
     def _progress(self) -> str:
         try:
             shards = Manifest.read(self.folder).shards
-        except StoreError:  # it has not come that far
+        except StoreError:  # not written yet
             shards = self.manifest.shards
         return f"{sum(shard is not None for shard in shards)} of {len(shards)} shards"
 
 
 def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Delete what is in a store's folder and of no use to it: of builds that were killed, shards that nobody lists.
+    """Delete the leftovers of killed builds in a store's folder (see `leftovers`).
 
     Args:
-        folder: Of a store.
+        folder: Folder of a store.
         unfinished: Delete the store, too, if it is incomplete.
-        dry_run: Only say what would go.
+        dry_run: Delete nothing.
 
     Returns:
-        Each file, with the bytes it takes.
+        Each file, with its bytes.
 
     Raises:
-        StoreError: If someone is at work in the folder, or its manifest cannot be read: nothing is known of it then.
+        StoreError: If another process holds the lock, or the manifest cannot be read.
     """
-    with file_errors(folder, _AGAIN), locked(folder):
+    with file_errors(folder, _TRY_AGAIN), locked(folder):
         manifest = Manifest.read(folder)
         gone = leftovers(folder, manifest)
         if unfinished and not manifest.complete:
@@ -244,49 +245,49 @@ def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> l
 
 
 def erase(folder: Path) -> None:
-    """Delete a store's files, and nothing else; its lock stays with whoever holds it.
+    """Delete the files of a store, except those of the lock.
 
     Raises:
-        StoreError: If there is a manifest that is no store's: nothing was deleted.
+        StoreError: If the manifest is not of a store; nothing is deleted.
     """
     manifest, reason = _read(folder)
     if reason is not None and (folder / MANIFEST).exists() and not is_store(folder):
         raise reason
-    with file_errors(folder, _AGAIN):
+    with file_errors(folder, _TRY_AGAIN):
         for path in _all_files(folder, manifest):
             path.unlink(missing_ok=True)
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder has a store, be it damaged, and not something else with a file of that name."""
+    """Return True if a folder has a store, possibly damaged; a manifest of something else does not count."""
     _, reason = _read(folder)
-    with file_errors(folder, _AGAIN):
+    with file_errors(folder, _TRY_AGAIN):
         return not isinstance(reason, LostManifest) or (folder.is_dir() and any(map(is_shard, folder.iterdir())))
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files in a store's folder that are of no use to it: of a build that was killed, or shards that nobody lists."""
-    with file_errors(folder, _AGAIN):
+    """Files in a store's folder that it does not use: temporary files of killed builds, and unlisted shards."""
+    with file_errors(folder, _TRY_AGAIN):
         return sorted(_files(folder, manifest) - _used(folder, manifest))
 
 
-def strangers(folder: Path) -> list[str]:
-    """Names of what is in a folder and is not a store's."""
+def foreign_files(folder: Path) -> list[str]:
+    """Names of entries of a folder that do not belong to a store."""
     known = {*_files(folder, _read(folder)[0]), *(folder / name for name in (MANIFEST, LOCK, OWNER))}
     return sorted(path.name for path in folder.iterdir() if path not in known)
 
 
 def _files(folder: Path, manifest: Manifest | None) -> set[Path]:
-    """What builds wrote: shards that the manifest has a place for or whose header says so, and what is not finished."""
+    """Files of builds: shards by the manifest or by their header, and temporary files."""
     places = set() if manifest is None else {path_of(folder, number) for number in range(manifest.layout.shards)}
 
-    def ours(path: Path) -> bool:
-        whole = partial_of(path.name)
-        if whole is not None:
-            return path.is_file() and (whole in (MANIFEST, OWNER) or is_shard_name(whole))
+    def of_store(path: Path) -> bool:
+        final = partial_of(path.name)
+        if final is not None:
+            return path.is_file() and (final in (MANIFEST, OWNER) or is_shard_name(final))
         return path.is_file() and (path in places or is_shard(path))
 
-    return set(filter(ours, folder.iterdir()))
+    return set(filter(of_store, folder.iterdir()))
 
 
 def _used(folder: Path, manifest: Manifest) -> set[Path]:
@@ -294,11 +295,11 @@ def _used(folder: Path, manifest: Manifest) -> set[Path]:
 
 
 def _all_files(folder: Path, manifest: Manifest | None) -> list[Path]:
-    return [*sorted(_files(folder, manifest)), folder / MANIFEST]  # last what tells that the others are a store's
+    return [*sorted(_files(folder, manifest)), folder / MANIFEST]  # last: without it the others are foreign files
 
 
 def _read(folder: Path) -> tuple[Manifest | None, StoreError | None]:
-    """The manifest of a folder, or why there is none."""
+    """Return the manifest of a folder, or the error that reading it raises."""
     try:
         return Manifest.read(folder), None
     except StoreError as error:

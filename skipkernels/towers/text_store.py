@@ -18,9 +18,9 @@ from ..store import (
     Store,
     StoreError,
     Writer,
+    absolute_folder,
     digest_tensors,
     is_store,
-    usable_folder,
 )
 from .prompts import SelectedPrompts
 from .text import TextTower
@@ -59,7 +59,7 @@ class TextStore:
     """
 
     def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
-        self._folder, self._device = usable_folder(folder), text.tokens.device
+        self._folder, self._device = absolute_folder(folder), text.tokens.device
         folder = self._folder
         self._fingerprint = _identity(text)
         first = torch.zeros(1, dtype=torch.int64, device=self._device)

@@ -19,7 +19,7 @@ import yaml
 
 from ..data import InputError
 from ..data.files import format_names
-from ..store import StoreError, read_object, replace_text, usable_folder
+from ..store import StoreError, absolute_folder, read_object, replace_text
 from ..store.lock import OWNER, holder, locked
 from . import checkpoint
 from .config import TuneConfig, read_settings
@@ -103,7 +103,7 @@ def check_can_be_made(folder: Path) -> Path:
         InputError: If so.
     """
     try:
-        usable_folder(folder)
+        absolute_folder(folder)
     except StoreError as error:
         raise InputError(f"--out: {error}") from error
     if os.path.exists(folder) and not folder.is_dir():

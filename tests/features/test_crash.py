@@ -19,7 +19,7 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.store import Manifest, Store, StoreError
 from skipkernels.store.lock import OWNER
-from skipkernels.store.shards import damages
+from skipkernels.store.shards import find_damage
 from tests.kills import run_for, server
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.store.stores import contents
@@ -49,7 +49,7 @@ def listed(folder: Path) -> int:
     except StoreError as error:
         assert "no manifest.json" in str(error)
         return 0
-    assert damages(folder, manifest) == []
+    assert find_damage(folder, manifest) == []
     return sum(shard is not None for shard in manifest.shards)
 
 
@@ -97,7 +97,7 @@ def test_a_kill_at_any_moment_loses_little_and_breaks_nothing(processes, whole, 
         print(f"killed {seconds:.3f} s into {duration:.3f} s: {there} shards")  # noqa: T201
         middle += 0 < there < SHARDS
         if there < SHARDS:
-            with pytest.raises(StoreError, match=f"no manifest.json|incomplete: {there} of {SHARDS} shards are there"):
+            with pytest.raises(StoreError, match=f"no manifest.json|incomplete: {there} of {SHARDS} shards exist"):
                 FeatureCache.open(folder)
         else:
             assert Store(folder).verify() == []
@@ -151,7 +151,7 @@ def at_work(processes, tmp_path):
 def test_a_second_builder_is_told_who_the_first_is(at_work, tmp_path, options):
     process, go_on = at_work
     before = contents(tmp_path / "store")
-    told = rf"store: process {process.pid} on \S+, since \d+ seconds, is at work in it"
+    told = rf"store: in use by process {process.pid} on \S+, for \d+ seconds"
     with pytest.raises(StoreError, match=told):
         build(tmp_path / "store", identity="images", **options)
     assert contents(tmp_path / "store") == before
@@ -233,7 +233,7 @@ def test_what_is_mended_is_told_where_build_was_called(tmp_path):
     options = {"batch_size": 4, "shard_bytes": 1, "progress": False}
     FeatureCache.build(tmp_path, clip, images, **options)
     (tmp_path / "00001.safetensors").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match=r"00001.safetensors: damaged: 4 bytes .* It is made again\.") as told:
+    with pytest.warns(UserWarning, match=r"00001.safetensors: damaged: 4 bytes .* It is rebuilt\.") as told:
         FeatureCache.build(tmp_path, clip, images, resume=True, **options)
     assert [Path(warning.filename) for warning in told] == [Path(__file__)]
 

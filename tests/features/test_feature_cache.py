@@ -700,7 +700,7 @@ def test_a_folder_of_something_else_is_no_cache(tmp_path):
     with pytest.raises(StoreError, match="no manifest.json: not a store"):
         sk.FeatureCache.open(tmp_path)
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(StoreError, match=r"holds other things \(thesis.tex\)"):
+    with pytest.raises(StoreError, match=r"holds other files \(thesis.tex\)"):
         build(tmp_path)
 
 
@@ -727,8 +727,8 @@ def test_a_path_that_is_not_utf8_is_refused_before_an_image_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["new", "overwrite"])
 def test_a_manifest_that_would_be_too_large_is_refused_before_an_image_is_loaded(tmp_path, monkeypatch, options):
-    monkeypatch.setattr("skipkernels.store.manifest._MOST_BYTES", 1000)
-    with pytest.raises(StoreError, match=r"store: 2 shards need a manifest .* Make shards larger \(shard_bytes=\)"):
+    monkeypatch.setattr("skipkernels.store.manifest._MAX_BYTES", 1000)
+    with pytest.raises(StoreError, match=r"store: 2 shards need a manifest .* Use a larger shard_bytes"):
         build(tmp_path / "store", Unread(), identity="unread", **options)
 
 

@@ -1,4 +1,4 @@
-"""Nothing is flushed: what a flush is worth shows when the power fails, and tests would wait for the disk."""
+"""Skip flushes to the disk: they matter only when the power fails, and take most of the time of tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small stores of random rows, for tests."""
+"""Small stores of random rows for tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layout_of(
     labelled: bool = True,
     weights: str = "these",
 ) -> Layout:
-    """Five shards, the last of two rows."""
+    """Layout of five shards, the last with two rows."""
     notes = {"probe": [0.1, -2.5e-7], "by": "a test"}
     return Layout(rows, shape, dtype, computed, shard_rows, labelled, {"weights": weights, "seed": 7}, notes)
 
@@ -34,7 +34,7 @@ def labels_of(layout: Layout) -> Tensor:
 
 
 def tensors_of(layout: Layout, number: int) -> dict[str, Tensor]:
-    """Of a shard."""
+    """Tensors of a shard."""
     generator = torch.Generator().manual_seed(0)
     features = 5 * torch.randn(layout.rows, *layout.kept_shape, generator=generator)
     part = features[layout.rows_of(number).start : layout.rows_of(number).stop]
@@ -47,7 +47,7 @@ def tensors_of(layout: Layout, number: int) -> dict[str, Tensor]:
 
 
 def truth_of(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
-    """What all rows have to come out as."""
+    """Expected rows of a store."""
     parts = [tensors_of(layout, number) for number in range(layout.shards)]
     rows = torch.cat([part["rows"] for part in parts])
     if layout.dtype == "int8":
@@ -56,21 +56,21 @@ def truth_of(layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def fill(folder: Path, layout: Layout, **options: Any) -> list[int]:
-    """Build a store, or what is missing of it; gives the shards that were made."""
+    """Build a store, or the missing part of it; returns the numbers of the shards written."""
     with Writer(folder, layout, **options) as writer:
-        made = writer.missing
-        for number in made:
+        missing = writer.missing
+        for number in missing:
             writer.write(number, tensors_of(writer.manifest.layout, number))
-    return made
+    return missing
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files of a folder, without those of the lock."""
+    """Files of a folder except those of the lock."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (LOCK, OWNER)}
 
 
 def write_manifest(folder: Path, values: Any) -> None:
-    """Put values in place of a manifest, with a digest that fits."""
+    """Replace a manifest by other values, with a valid digest."""
     if isinstance(values, dict):
         values = {**values, "xxh3": digest_json({name: value for name, value in values.items() if name != "xxh3"})}
     (folder / MANIFEST).write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from skipkernels.store import partial_of, replace_file, replace_text, write_tensors
 
 
-def test_replace_file_keeps_the_old_one_when_writing_fails(tmp_path):
+def test_replace_file_keeps_the_old_file_on_an_error(tmp_path):
     file = tmp_path / "file"
     replace_file(file, lambda temporary: temporary.write(b"old"))
 
@@ -28,23 +28,23 @@ def test_replace_file_keeps_the_old_one_when_writing_fails(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_a_file_has_the_permissions_that_new_files_have(tmp_path, mask):
+def test_replace_file_permissions_follow_the_umask(tmp_path, mask):
     before = os.umask(mask)
     try:
         (tmp_path / "plain").touch()
-        replace_file(tmp_path / "ours", lambda temporary: write_tensors(temporary, {"x": torch.ones(1)}, {}))
+        replace_file(tmp_path / "replaced", lambda temporary: write_tensors(temporary, {"x": torch.ones(1)}, {}))
     finally:
         os.umask(before)
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "replaced").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_the_mask_of_the_process_is_left_alone(tmp_path, monkeypatch):
-    """Two threads that set it and put it back would leave each other's."""
+def test_replace_file_does_not_set_the_umask(tmp_path, monkeypatch):
+    """Setting and restoring it in two threads could leave a wrong one."""
     monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("umask"))
     replace_text(tmp_path / "file", "whole")
 
 
-def test_the_file_and_then_its_name_reach_the_disk(tmp_path, monkeypatch):
+def test_replace_file_flushes_the_file_and_then_the_folder(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: flushed.append((os.fstat(descriptor).st_ino, (tmp_path / "file").exists()))
@@ -54,34 +54,34 @@ def test_the_file_and_then_its_name_reach_the_disk(tmp_path, monkeypatch):
 
 
 def temporary_name(folder) -> str:
-    """The name under which a file is written."""
+    """Temporary name under which a file is written."""
     names = []
     replace_file(folder / "file", lambda temporary: names.extend(path.name for path in folder.iterdir()))
     (name,) = set(names) - {"file"}
     return name
 
 
-def test_replace_file_uses_another_temporary_name_each_time(tmp_path):
+def test_replace_file_temporary_names_are_unique(tmp_path):
     first, second = temporary_name(tmp_path), temporary_name(tmp_path)
     assert first != second
     assert re.fullmatch(r"\.file\.[0-9a-f]{16}\.skipkernels-partial", first)
     assert partial_of(first) == "file"
 
 
-def test_replace_file_follows_no_link(tmp_path, monkeypatch):
-    """Even where somebody knows the name in advance."""
-    theirs = tmp_path / "theirs"
-    theirs.write_text("precious")
+def test_replace_file_does_not_follow_a_link(tmp_path, monkeypatch):
+    """Even if the temporary name is known in advance."""
+    target = tmp_path / "target"
+    target.write_text("precious")
     monkeypatch.setattr("skipkernels.store.atomic._partial_name", lambda name: f".{name}.{os.getpid()}.partial")
     link = tmp_path / f".file.{os.getpid()}.partial"
-    link.symlink_to(theirs)
+    link.symlink_to(target)
     with pytest.raises(FileExistsError):
-        replace_text(tmp_path / "file", "ours")
-    assert theirs.read_text() == "precious" and link.is_symlink() and not (tmp_path / "file").exists()
+        replace_text(tmp_path / "file", "new")
+    assert target.read_text() == "precious" and link.is_symlink() and not (tmp_path / "file").exists()
 
 
 @pytest.mark.parametrize(
     "name", [".my-download.partial", ".mine.partial", "file.0123456789abcdef.skipkernels-partial", ".a.12x.partial"]
 )
-def test_partial_of_a_name_of_somebody_else(name):
+def test_partial_of_foreign_names(name):
     assert partial_of(name) is None

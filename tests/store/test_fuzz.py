@@ -1,10 +1,11 @@
-"""Files that say anything at all: a store is read as it was written, or refused in words."""
+"""Arbitrary contents of files: a store is read as it was written, or refused with a StoreError."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from skipkernels.store import COMPUTED, DTYPES, MANIFEST, Manifest, Store, StoreError
-from skipkernels.store.manifest import _MOST_BYTES
+from skipkernels.store import COMPUTED, DTYPES, MANIFEST, Store, StoreError
+from skipkernels.store.manifest import _MAX_BYTES
 from tests.store.stores import contents, fill, layout_of, truth_of, write_manifest
 
-# The folder of a test is written anew for every example.
-many = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Every example writes the folder of the test again.
+many = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 SHARD = "00000.safetensors"
 LAYOUT = layout_of("int8", rows=6)
@@ -58,7 +59,7 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
 
 @pytest.fixture(autouse=True)
 def _bounded_memory() -> Iterator[None]:
-    """With a gigabyte more than there is now, allocating fails."""
+    """Allocations fail beyond one more GiB."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), before[1]))
@@ -67,7 +68,7 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def read(folder: Path) -> Store | None:
-    """The store, whose rows are right; None where it is refused."""
+    """Store with correct rows, or detected damage; None if it is refused."""
     try:
         store = Store(folder)
         rows = store.gather(torch.arange(store.layout.rows))
@@ -79,14 +80,14 @@ def read(folder: Path) -> Store | None:
 
 
 def nodes(tree: Any) -> Iterator[tuple[Any, ...]]:
-    """Paths to all nodes of a tree of JSON values."""
+    """Paths of all nodes of a tree of JSON values."""
     yield ()
     for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         yield from ((key, *path) for path in nodes(part))
 
 
 def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A tree with another value in one place; of the root itself if the path is empty."""
+    """Copy of a tree with another value at a path."""
     if not path:
         return value
     tree = copy.copy(tree)
@@ -104,102 +105,83 @@ def without(tree: Any, path: tuple[Any, ...]) -> Any:
 
 
 def edited(draw: Any, tree: Any) -> Any:
-    """A tree in which one or two places are other, or are gone."""
+    """Copy of a tree with one or two nodes replaced or deleted."""
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(sorted(nodes(tree), key=repr)))
         tree = replaced(tree, path, draw(trees)) if not path or draw(st.booleans()) else without(tree, path)
     return tree
 
 
-def spliced(draw: Any, data: bytes, longest: int, *, resize: bool) -> bytes:
-    """Bytes of which some among the first are other, or of which there are more or fewer."""
+def spliced(draw: Any, data: bytes, longest: int) -> bytes:
+    """Bytes with one to three changes among the first `longest`: replaced, inserted or deleted bytes."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, longest))
         put = draw(st.binary(min_size=1, max_size=12))
-        gone = draw(st.integers(0, 12)) if resize else len(put)
-        data = (data[:start] + put + data[start + gone :])[: None if resize else len(data)]
+        gone = draw(st.sampled_from([len(put), 0, 1, 12]))
+        data = data[:start] + put + data[start + gone :]
     return data
 
 
 # ---- manifests ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*It is rebuilt:UserWarning")
 @many
 @given(st.data())
-def test_any_bytes_in_a_manifest(folder, sound, data):
-    put(folder, sound)
-    manifest = Manifest.read(folder)
-    text = sound[MANIFEST]
-    (folder / MANIFEST).write_bytes(spliced(data.draw, text, len(text), resize=True))
-    try:
-        assert Manifest.read(folder) == manifest
-    except StoreError as error:
-        assert str(folder / MANIFEST) in str(error)
-
-
-@many
-@given(st.data())
-def test_any_values_in_a_manifest_whose_digest_fits(folder, sound, data):
+def test_manifest_with_any_values(folder, sound, data):
+    """With a valid digest. It is refused or read correctly, and resume repairs the store or refuses another one."""
     put(folder, sound)
     write_manifest(folder, edited(data.draw, json.loads(sound[MANIFEST])))
     store = read(folder)
     assert store is None or store.gather(torch.arange(LAYOUT.rows)).equal(TRUTH)
-
-
-@pytest.mark.filterwarnings("ignore:.*made again:UserWarning")
-@settings(many, max_examples=150)
-@given(st.data())
-def test_resume_mends_any_values_or_leaves_them(folder, sound, data):
-    put(folder, sound)
-    write_manifest(folder, edited(data.draw, json.loads(sound[MANIFEST])))
     before = contents(folder)
     try:
         fill(folder, LAYOUT, resume=True)
     except StoreError as error:
-        assert "holds a store that differs in" in str(error)
+        assert re.search("holds a store that differs in|has format", str(error))
         assert contents(folder) == before
     else:
         assert Store(folder, verify=True).gather(torch.arange(LAYOUT.rows)).equal(TRUTH)
 
 
 WRONG = [
-    ({"format": True}, "format must be a whole number from 1 on"),
-    ({"format": 1.0}, "format must be a whole number from 1 on"),
-    ({"format": 0}, "format must be a whole number from 1 on"),
-    ({"rows": True, "shard_rows": 1, "shards": [None]}, "rows must be a whole number from 1 on"),
-    ({"rows": 0, "shards": []}, "rows must be a whole number from 1 on"),
-    ({"rows": 2**64, "shard_rows": 2**63}, "rows must be a whole number from 1 on"),
-    ({"shard_rows": 2**48, "shards": [None]}, "shard_rows must be a whole number from 1 on"),
-    ({"shard_rows": -4, "shards": []}, "shard_rows must be a whole number from 1 on"),
-    ({"shape": []}, "shape must be one to four sizes"),
-    ({"shape": [1] * 5}, "shape must be one to four sizes"),
-    ({"shape": [3, True]}, "a size of shape must be a whole number from 1 on"),
+    ({"format": True}, "format must be a whole number of at least 1"),
+    ({"format": 1.0}, "format must be a whole number of at least 1"),
+    ({"format": 0}, "format must be a whole number of at least 1"),
+    ({"rows": True, "shard_rows": 1, "shards": [None]}, "rows must be a whole number of at least 1"),
+    ({"rows": 0, "shards": []}, "rows must be a whole number of at least 1"),
+    ({"rows": 2**64, "shard_rows": 2**63}, "rows must be a whole number of at least 1"),
+    ({"shard_rows": 2**48, "shards": [None]}, "shard_rows must be a whole number of at least 1"),
+    ({"shard_rows": -4, "shards": []}, "shard_rows must be a whole number of at least 1"),
+    ({"shape": []}, "shape must have one to four sizes"),
+    ({"shape": [1] * 5}, "shape must have one to four sizes"),
+    ({"shape": [3, True]}, "a size of shape must be a whole number of at least 1"),
     ({"shape": [2**24, 2**24]}, "shape is too large"),
     ({"dtype": "fp64"}, "dtype must be one of fp32, fp16, bf16, int8"),
     ({"computed": "int8"}, "computed must be one of fp64, fp32, fp16, bf16"),
     ({"dtype": ["int8"]}, "dtype must be one of"),
     ({"labelled": 1}, "labelled must be true or false"),
     ({"fingerprint": {"weights": 1.5}}, "fingerprint must be numbers and text"),
-    ({"shards": [None]}, "shards must be as many as the rows need"),
-    ({"shards": [{"bytes": 0, "xxh3": ""}, None]}, "bytes of a shard must be a whole number from 1 on"),
-    ({"shards": [{"bytes": 9, "xxh3": "", "file": "/etc/passwd"}, None]}, "a shard has other fields"),
-    ({"shards": [{"bytes": 9, "xxh3": 7}, None]}, "a shard has other fields"),
-    ({"path": "/etc"}, "layout has other fields"),
+    ({"shards": [None]}, "the number of shards does not match the rows"),
+    ({"shards": [{"bytes": 0, "xxh3": ""}, None]}, "bytes of a shard must be a whole number of at least 1"),
+    ({"shards": [{"bytes": 9, "xxh3": "", "file": "/etc/passwd"}, None]}, "a shard has unknown fields"),
+    ({"shards": [{"bytes": 9, "xxh3": 7}, None]}, "a shard has unknown fields"),
+    ({"path": "/etc"}, "layout has unknown fields"),
 ]
 
 
-@pytest.mark.parametrize("values, said", WRONG, ids=lambda value: "" if isinstance(value, str) else str(value)[:40])
-def test_a_wrong_value_is_named(folder, sound, values, said):
+@pytest.mark.parametrize("values, message", WRONG, ids=lambda value: "" if isinstance(value, str) else str(value)[:40])
+def test_manifest_with_a_wrong_value(folder, sound, values, message):
     manifest = json.loads(sound[MANIFEST])
     for name, value in values.items():
         (manifest if name in ("format", "shards") else manifest["layout"])[name] = value
     write_manifest(folder, manifest)
-    with pytest.raises(StoreError, match=f"{MANIFEST}: damaged: ({said})"):
+    with pytest.raises(StoreError, match=f"{MANIFEST}: damaged: ({message})"):
         Store(folder)
 
 
 @pytest.mark.parametrize("depth", [10, 100, 300, 500, 900, 990, 2000, 100_000])
-def test_deep_notes(folder, depth):
+def test_manifest_with_deep_notes(folder, depth):
     values = json.loads((folder / MANIFEST).read_text())
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(200_000)
@@ -216,9 +198,9 @@ def test_deep_notes(folder, depth):
 
 
 @pytest.mark.parametrize("item", ["{},", '"",', "0,"])
-def test_the_largest_manifest_takes_no_gigabytes(folder, item):
-    (folder / MANIFEST).write_text(f"[{item * ((_MOST_BYTES - 3) // len(item))}0]")
-    with pytest.raises(StoreError, match="damaged: no mapping"):
+def test_manifest_of_the_largest_size_is_read_in_bounded_memory(folder, item):
+    (folder / MANIFEST).write_text(f"[{item * ((_MAX_BYTES - 3) // len(item))}0]")
+    with pytest.raises(StoreError, match="damaged: not a JSON object"):
         Store(folder)
 
 
@@ -232,7 +214,7 @@ def parts(data: bytes) -> tuple[Any, bytes]:
 
 
 def write_shard(folder: Path, data: bytes) -> None:
-    """Put a file in place of a shard, and its size into the manifest."""
+    """Replace a shard by other bytes, and its size in the manifest."""
     (folder / SHARD).write_bytes(data)
     values = json.loads((folder / MANIFEST).read_text())
     write_manifest(folder, replaced(values, ("shards", 0, "bytes"), max(len(data), 1)))
@@ -240,25 +222,15 @@ def write_shard(folder: Path, data: bytes) -> None:
 
 @many
 @given(st.data())
-def test_any_bytes_at_the_beginning_of_a_shard(folder, sound, data):
+def test_shard_with_any_first_bytes(folder, sound, data):
     put(folder, sound)
-    shard = sound[SHARD]
-    (folder / SHARD).write_bytes(spliced(data.draw, shard, min(len(shard), 1024), resize=False))
+    write_shard(folder, spliced(data.draw, sound[SHARD], min(len(sound[SHARD]), 1024)))
     read(folder)
 
 
 @many
 @given(st.data())
-def test_any_bytes_at_the_beginning_of_a_shard_whose_size_fits(folder, sound, data):
-    put(folder, sound)
-    shard = sound[SHARD]
-    write_shard(folder, spliced(data.draw, shard, min(len(shard), 1024), resize=True))
-    read(folder)
-
-
-@many
-@given(st.data())
-def test_any_values_in_the_header_of_a_shard(folder, sound, data):
+def test_shard_header_with_any_values(folder, sound, data):
     put(folder, sound)
     header, numbers = parts(sound[SHARD])
     text = json.dumps(edited(data.draw, header)).encode() + b" " * data.draw(st.integers(0, 9))
@@ -267,37 +239,37 @@ def test_any_values_in_the_header_of_a_shard(folder, sound, data):
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
-def test_a_header_of_another_length(folder, sound, length):
+def test_shard_header_of_another_length(folder, sound, length):
     write_shard(folder, length.to_bytes(8, "little") + sound[SHARD][8:])
     assert read(folder) is None
 
 
 @pytest.mark.parametrize(
-    "path, value, said",
+    "path, value, message",
     [
-        (("rows", "dtype"), "U8", "it holds other tensors than the manifest says"),
-        (("token_scale", "dtype"), "I32", "it holds other tensors than the manifest says"),
-        (("rows", "shape"), [4, 5, 3], "it holds other tensors than the manifest says"),
-        (("rows", "shape"), [4, 15], "it holds other tensors than the manifest says"),
-        (("more",), {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "it holds other tensors"),
-        (("__metadata__", "shard"), "0", "of another store"),
-        (("__metadata__",), {}, "of another store"),
+        (("rows", "dtype"), "U8", "its tensors do not match the manifest"),
+        (("token_scale", "dtype"), "I32", "its tensors do not match the manifest"),
+        (("rows", "shape"), [4, 5, 3], "its tensors do not match the manifest"),
+        (("rows", "shape"), [4, 15], "its tensors do not match the manifest"),
+        (("more",), {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "its tensors do not match"),
+        (("__metadata__", "shard"), "0", "belongs to another store"),
+        (("__metadata__",), {}, "belongs to another store"),
     ],
     ids=["unsigned", "whole", "transposed", "flat", "more", "unnamed", "no-metadata"],
 )
-def test_a_header_that_safetensors_accepts_but_says_something_else(folder, sound, path, value, said):
+def test_shard_header_valid_for_safetensors_but_wrong(folder, sound, path, value, message):
     header, numbers = parts(sound[SHARD])
     if path == ("more",):
         header["more"] = None
     text = json.dumps(replaced(header, path, value)).encode()
     write_shard(folder, len(text).to_bytes(8, "little") + text + numbers)
-    with pytest.raises(StoreError, match=f"{SHARD}: .*{said}"):
+    with pytest.raises(StoreError, match=f"{SHARD}: .*{message}"):
         Store(folder)
 
 
 @many
 @given(st.permutations(["rows", "token_scale", "labels"]), st.integers(0, 15))
-def test_tensors_in_any_order_at_any_place(folder, sound, order, spaces):
+def test_shard_tensors_in_any_order_and_place(folder, sound, order, spaces):
     put(folder, sound)
     header, numbers = parts(sound[SHARD])
     moved, end = b"", 0
@@ -316,7 +288,7 @@ def test_tensors_in_any_order_at_any_place(folder, sound, order, spaces):
 
 
 class Trap:
-    """Leaves a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -326,15 +298,15 @@ class Trap:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "legacy"])
-def test_nothing_is_unpickled(folder, tmp_path, kind):
+def test_shard_is_never_unpickled(folder, tmp_path, kind):
     trap, sprung = tmp_path / "trap", tmp_path / "sprung"
     if kind == "pickle":
         trap.write_bytes(pickle.dumps(Trap(sprung)))
     else:
         torch.save(Trap(sprung), trap, _use_new_zipfile_serialization=kind == "torch")
     write_shard(folder, trap.read_bytes())
-    with pytest.raises(StoreError, match=f"{SHARD}: damaged: its header is not readable"):
+    with pytest.raises(StoreError, match=f"{SHARD}: damaged: its header is unreadable"):
         Store(folder)
     assert not sprung.exists()
     pickle.loads(pickle.dumps(Trap(sprung)))
-    assert sprung.exists(), "the trap is one"
+    assert sprung.exists(), "the trap works"

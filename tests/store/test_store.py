@@ -1,4 +1,4 @@
-"""Rows come out as they went in, whatever the shards, the dtype and the order in which they are asked for."""
+"""Reading, resuming, locking and pruning of a store."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def layouts(draw) -> Layout:
 
 
 @given(layouts(), st.data())
-def test_rows_come_out_in_any_order_as_often_as_asked(layout, data):
+def test_gather_of_any_rows(layout, data):
     index = torch.tensor(data.draw(st.lists(st.integers(0, layout.rows - 1), max_size=12)), dtype=torch.int64)
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder), layout)
@@ -71,10 +71,10 @@ def test_rows_come_out_in_any_order_as_often_as_asked(layout, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_maps_are_let_go_of_and_rows_stay_right(tmp_path, monkeypatch, dtype):
+def test_gather_closes_maps_of_a_large_store(tmp_path, monkeypatch, dtype):
     layout, mapped = layout_of(dtype), []
 
-    def counting(*arguments):
+    def counted(*arguments):
         mapped.append(arguments[2])
         return map_shard(*arguments)
 
@@ -84,37 +84,37 @@ def test_maps_are_let_go_of_and_rows_stay_right(tmp_path, monkeypatch, dtype):
     small = Store(tmp_path)
     monkeypatch.setattr(reader, "free_bytes", lambda device: 32 * small.bytes)
     large = Store(tmp_path)
-    monkeypatch.setattr(reader, "map_shard", counting)
+    monkeypatch.setattr(reader, "map_shard", counted)
     for _ in range(2):
         assert small.gather(everything).equal(truth)
-    assert mapped == [0, 1, 2, 3, 4], "once each where there is room"
+    assert mapped == [0, 1, 2, 3, 4], "once each if memory suffices"
     kept = large.gather(everything)
     for _ in range(2):
         assert large.gather(everything).equal(truth)
     assert mapped == [0, 1, 2, 3, 4] * 4
-    assert kept.equal(truth), "a batch is no view of a map"
+    assert kept.equal(truth), "a batch is not a view of a map"
 
 
-def test_a_store_goes_to_another_process_without_its_maps(tmp_path):
+def test_pickled_store_has_no_maps(tmp_path):
     fill(tmp_path, layout_of())
     store = Store(tmp_path)
     everything, truth = torch.arange(18), truth_of(layout_of())
     unread = len(ForkingPickler.dumps(store))
     store.gather(everything)
-    pickled = ForkingPickler.dumps(store)  # which shares memory where it finds a tensor
+    pickled = ForkingPickler.dumps(store)  # shares the memory of tensors
     assert len(pickled) == unread
-    for theirs in (pickle.loads(pickled), store):
-        assert theirs.gather(everything).equal(truth)
+    for copy in (pickle.loads(pickled), store):
+        assert copy.gather(everything).equal(truth)
 
 
-def test_another_thread_may_let_go_of_the_maps_at_any_moment(tmp_path):
+def test_gather_while_another_thread_closes_the_maps(tmp_path):
     fill(tmp_path, layout_of())
     store = Store(tmp_path)
 
     class Maps(dict):
         def __contains__(self, number):
             there = super().__contains__(number)
-            store._maps = {}  # as a thread does that has read enough
+            store._maps = {}  # as another thread does at its limit
             return there
 
     everything, truth = torch.arange(18), truth_of(layout_of())
@@ -127,13 +127,13 @@ def test_another_thread_may_let_go_of_the_maps_at_any_moment(tmp_path):
 
 
 @pytest.mark.parametrize("index, wrong", [([0, 18], 18), ([-1, 3], -1), ([-2, 99], -2), ([2**62], 2**62)])
-def test_a_row_that_is_not_there_is_named(tmp_path, index, wrong):
+def test_gather_of_a_row_out_of_range(tmp_path, index, wrong):
     fill(tmp_path, layout_of())
     with pytest.raises(IndexError, match=rf"^gather: rows are numbered from 0 to 17; got {wrong}\.$"):
         Store(tmp_path).gather(torch.tensor(index))
 
 
-def test_a_store_tells_what_it_is(tmp_path):
+def test_store_properties(tmp_path):
     layout = layout_of("int8", computed="bf16")
     fill(tmp_path, layout)
     store = Store(tmp_path)
@@ -143,48 +143,48 @@ def test_a_store_tells_what_it_is(tmp_path):
     assert store.verify(read.append) == [] and sum(read) == store.bytes
 
 
-@pytest.mark.parametrize("done", range(5))
-def test_a_store_that_is_incomplete_is_refused(tmp_path, done):
+@pytest.mark.parametrize("done", [0, 4])
+def test_incomplete_store_is_refused(tmp_path, done):
     layout = layout_of()
     fill(tmp_path / "whole", layout)
     manifest = Manifest.read(tmp_path / "whole")
     for number in range(done, 5):
         manifest = manifest.with_shard(number, None)
     manifest.write(tmp_path / "whole")
-    with pytest.raises(StoreError, match=rf"incomplete: {done} of 5 shards are there. Go on .* resume=True"):
+    with pytest.raises(StoreError, match=rf"incomplete: {done} of 5 shards exist. Build the rest with resume=True"):
         Store(tmp_path / "whole")
     assert not manifest.complete
 
 
-def of_other_numbers(folder: Path) -> None:
-    """Build the store of a folder again: the same layout and sizes, other features."""
+def rebuild_with_other_rows(folder: Path) -> None:
+    """Rebuild the store of a folder with the same layout and sizes, and other rows."""
     with Writer(folder, layout_of(), overwrite=True) as writer:
         for number in writer.missing:
             tensors = tensors_of(layout_of(), number)
             writer.write(number, tensors | {"rows": tensors["rows"] + 1})
 
 
-def test_a_store_that_is_built_again_while_it_is_open_is_told(tmp_path):
+def test_store_rebuilt_while_open_is_an_error(tmp_path):
     fill(tmp_path, layout_of())
-    store, theirs = Store(tmp_path), pickle.loads(pickle.dumps(Store(tmp_path)))
+    store, copy = Store(tmp_path), pickle.loads(pickle.dumps(Store(tmp_path)))
     first = torch.arange(4)
     before = store.gather(first)
-    of_other_numbers(tmp_path)
-    assert store.gather(first).equal(before), "what is mapped stays"
-    for opened in (store, theirs):
-        with pytest.raises(StoreError, match="was built again since it was opened. Open it again"):
+    rebuild_with_other_rows(tmp_path)
+    assert store.gather(first).equal(before), "existing maps stay valid"
+    for opened in (store, copy):
+        with pytest.raises(StoreError, match="has been rebuilt since it was opened. Open it again"):
             opened.gather(torch.tensor([17]))
     assert Store(tmp_path).gather(first).equal(before + 1)
 
 
-def test_a_store_that_is_built_again_with_the_same_rows_stays_open(tmp_path):
+def test_store_rebuilt_with_the_same_rows_stays_open(tmp_path):
     fill(tmp_path, layout_of())
     store = Store(tmp_path)
     fill(tmp_path, layout_of(), overwrite=True)
     assert store.gather(torch.arange(18)).equal(truth_of(layout_of()))
 
 
-def test_a_relative_path_stays_when_the_working_folder_changes(tmp_path, monkeypatch):
+def test_relative_path_is_resolved_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Writer(Path("store"), layout_of()) as writer:
         (tmp_path / "elsewhere").mkdir()
@@ -198,29 +198,29 @@ def test_a_relative_path_stays_when_the_working_folder_changes(tmp_path, monkeyp
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_folder_whose_path_is_not_utf8_is_refused_before_anything_is_made(tmp_path):
+def test_path_that_is_not_utf8_is_refused(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     for attempt in (lambda: Writer(folder, layout_of()), lambda: Store(folder)):
-        with pytest.raises(StoreError, match=r"caf\\udce9: its path is not UTF-8. Rename it, or") as told:
+        with pytest.raises(StoreError, match=r"caf\\udce9: its path is not UTF-8. Rename it or") as caught:
             attempt()
-        str(told.value).encode()
+        str(caught.value).encode()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("changes", [{"rows": 200_000, "shard_rows": 1}, {"weights": "w" * (1 << 24)}])
-def test_a_manifest_that_could_not_be_read_again_is_refused_before_anything_is_made(tmp_path, changes):
-    with pytest.raises(StoreError, match=r"store: \d+ shards need a manifest of up to \d+ bytes, and 16777216 are"):
+def test_manifest_too_large_is_refused(tmp_path, changes):
+    with pytest.raises(StoreError, match=r"store: \d+ shards need a manifest of up to \d+ bytes; at most 16777216 are"):
         Writer(tmp_path / "store", layout_of(**changes))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_check_manifest_knows_the_size_of_the_complete_one(tmp_path, monkeypatch):
+def test_check_manifest_uses_the_size_of_the_complete_manifest(tmp_path, monkeypatch):
     layout = layout_of()
     fill(tmp_path, layout)
     size = (tmp_path / MANIFEST).stat().st_size
-    monkeypatch.setattr(manifest, "_MOST_BYTES", size + 5 * 15)  # of a shard's size, which has up to 15 digits
+    monkeypatch.setattr(manifest, "_MAX_BYTES", size + 5 * 15)  # sizes of shards with up to 15 digits
     layout.check_manifest(tmp_path)
-    monkeypatch.setattr(manifest, "_MOST_BYTES", size)
+    monkeypatch.setattr(manifest, "_MAX_BYTES", size)
     with pytest.raises(StoreError, match="5 shards need a manifest"):
         layout.check_manifest(tmp_path)
 
@@ -229,21 +229,21 @@ def test_check_manifest_knows_the_size_of_the_complete_one(tmp_path, monkeypatch
 
 
 @given(st.integers(0, 99), st.floats(-30, 30), st.sampled_from(sorted(COMPUTED)))
-def test_int8_is_off_by_half_a_step_at_most(seed, magnitude, dtype):
+def test_int8_error_is_at_most_half_a_step(seed, magnitude, dtype):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(4, 3, 17, generator=generator) * 10**magnitude
     features = features.clamp(-6e4, 6e4).to(COMPUTED[dtype])
     rows, scale = quantise(features)
     features = features.double()
     largest = features.abs().amax(dim=-1)
-    normal = largest > 127 * torch.finfo(torch.float32).tiny  # a step that fp32 holds with all its digits
+    normal = largest > 127 * torch.finfo(torch.float32).tiny  # a step that is a normal number in fp32
     off = (rows.double() * scale.double().unsqueeze(-1) - features).abs().amax(dim=-1)
-    # Beside the half step: the scale, the quotient and an fp64 number are rounded to 24 bits, 127 steps from 0 at most.
+    # Added to the half step: the scale, the quotient and fp64 inputs are rounded to 24 bits, at most 127 steps from 0.
     assert (off <= scale.double() * (0.5 + 127 * 2**-22))[normal].all()
     assert (rows.abs().amax(dim=-1) == 127)[normal].all() and rows.min() >= -127
 
 
-def test_a_token_of_zeros_stays_one():
+def test_int8_token_of_zeros():
     rows, scale = quantise(torch.tensor([[[0.0, 0.0], [1.0, -4.0], [-0.0, 1e-45]]]))
     assert rows.tolist() == [[[0, 0], [32, -127], [0, 0]]]
     assert scale[0, 0] == 0 and scale[0, 1] == torch.tensor(4.0) / 127 and scale.isfinite().all()
@@ -256,7 +256,7 @@ def test_a_token_of_zeros_stays_one():
     "dtype, labelled, size",
     [("fp32", True, 68), ("fp32", False, 60), ("fp16", True, 38), ("bf16", True, 38), ("int8", True, 15 + 12 + 8)],
 )
-def test_a_layout_knows_what_a_row_takes(tmp_path, dtype, labelled, size):
+def test_layout_row_bytes(tmp_path, dtype, labelled, size):
     layout = layout_of(dtype, labelled=labelled)
     assert layout.row_bytes == size
     fill(tmp_path, layout)
@@ -265,14 +265,14 @@ def test_a_layout_knows_what_a_row_takes(tmp_path, dtype, labelled, size):
 
 
 @given(st.integers(1, 200), st.integers(1, 220))
-def test_the_shards_are_all_the_rows(rows, shard_rows):
+def test_layout_shards_cover_all_rows(rows, shard_rows):
     layout = layout_of(rows=rows, shard_rows=shard_rows)
     parts = [layout.rows_of(number) for number in range(layout.shards)]
     assert [row for part in parts for row in part] == list(range(rows))
     assert all(len(part) == shard_rows for part in parts[:-1]) and 1 <= len(parts[-1]) <= shard_rows
 
 
-def test_a_layout_is_another_where_its_rows_are():
+def test_layout_digest_depends_on_everything_but_notes():
     layout = layout_of()
     changes = {
         "rows": 17,
@@ -285,19 +285,19 @@ def test_a_layout_is_another_where_its_rows_are():
     }
     digests = {layout.digest, *(replace(layout, **{name: value}).digest for name, value in changes.items())}
     assert len(digests) == len(changes) + 1
-    assert replace(layout, notes={"by": "someone else"}).digest == layout.digest
+    assert replace(layout, notes={"by": "another test"}).digest == layout.digest
     reordered = replace(layout, fingerprint=dict(reversed(layout.fingerprint.items())))
     assert reordered.digest == layout.digest
 
 
-def test_a_manifest_reads_as_it_was_written(tmp_path):
+def test_manifest_round_trip(tmp_path):
     fill(tmp_path, layout_of("int8"))
     manifest = Manifest.read(tmp_path).with_shard(2, None)
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest and manifest.layout == layout_of("int8")
 
 
-def test_digests_of_tensors_tell_names_shapes_dtypes_and_numbers_apart():
+def test_digest_tensors_depends_on_names_shapes_dtypes_and_elements():
     x = torch.arange(6, dtype=torch.int32)
     different = [
         [("x", x)],
@@ -316,28 +316,28 @@ def test_digests_of_tensors_tell_names_shapes_dtypes_and_numbers_apart():
     assert digest_json([1, 2]) != digest_json([2, 1])
 
 
-# ---- what is left ------------------------------------------------------------------------------------------------
+# ---- leftovers -------------------------------------------------------------------------------------------------------
 
 
-def test_leftovers_are_what_nobody_lists(tmp_path):
+def test_leftovers_are_temporary_and_unlisted_files(tmp_path):
     layout = layout_of()
     fill(tmp_path, layout)
-    theirs = (".my-download.partial", ".mine.77.partial", ".mine.0123456789abcdef.skipkernels-partial")
-    ours = ".00003.safetensors.0123456789abcdef.skipkernels-partial"
-    for name in (".00001.safetensors.77.partial", ours, *theirs, "notes.txt", "model.safetensors"):
+    foreign = (".my-download.partial", ".mine.77.partial", ".mine.0123456789abcdef.skipkernels-partial")
+    temporary = ".00003.safetensors.0123456789abcdef.skipkernels-partial"
+    for name in (".00001.safetensors.77.partial", temporary, *foreign, "notes.txt", "model.safetensors"):
         (tmp_path / name).touch()
     shutil.copy(tmp_path / "00002.safetensors", tmp_path / "00005.safetensors")
     (tmp_path / "00009.safetensors").mkdir()
     manifest = Manifest.read(tmp_path)
     assert [path.name for path in leftovers(tmp_path, manifest)] == [
         ".00001.safetensors.77.partial",
-        ours,
+        temporary,
         "00005.safetensors",
     ]
     assert "00002.safetensors" in [path.name for path in leftovers(tmp_path, manifest.with_shard(2, None))]
 
 
-def test_a_build_that_goes_on_deletes_leftovers(tmp_path):
+def test_resume_deletes_leftovers(tmp_path):
     layout = layout_of()
     fill(tmp_path, layout)
     sound = contents(tmp_path)
@@ -349,7 +349,7 @@ def test_a_build_that_goes_on_deletes_leftovers(tmp_path):
     assert contents(tmp_path) == sound
 
 
-def test_prune_deletes_leftovers_and_what_is_unfinished_if_it_is_asked_to(tmp_path):
+def test_prune_deletes_leftovers_and_optionally_unfinished_stores(tmp_path):
     layout = layout_of()
     fill(tmp_path, layout)
     sound = contents(tmp_path)
@@ -364,7 +364,7 @@ def test_prune_deletes_leftovers_and_what_is_unfinished_if_it_is_asked_to(tmp_pa
     assert contents(tmp_path) == {}
 
 
-def test_a_prune_that_is_stopped_can_be_done_again(tmp_path, monkeypatch):
+def test_prune_can_be_repeated_after_an_interrupt(tmp_path, monkeypatch):
     fill(tmp_path, layout_of())
     Manifest.read(tmp_path).with_shard(0, None).write(tmp_path)
     unlink = Path.unlink
@@ -385,44 +385,44 @@ def test_a_prune_that_is_stopped_can_be_done_again(tmp_path, monkeypatch):
 # ---- the lock ----------------------------------------------------------------------------------------------------
 
 
-def test_one_at_a_time(tmp_path):
+def test_lock_refuses_a_second_writer(tmp_path):
     with Writer(tmp_path, layout_of()):
         for second in (lambda: fill(tmp_path, layout_of(), resume=True), lambda: prune(tmp_path)):
-            with pytest.raises(StoreError, match=r"this process, since 0 seconds, is at work in it\. Call close\(\)"):
+            with pytest.raises(StoreError, match=r"in use by this process, for 0 seconds\. Call close\(\)"):
                 second()
     assert not (tmp_path / OWNER).exists()
     fill(tmp_path, layout_of(), resume=True)
 
 
-def test_a_second_one_may_wait_for_the_first(tmp_path):
-    """And finds the store done."""
-    began, said, made = threading.Event(), [], []
+def test_lock_can_be_waited_for(tmp_path):
+    """The second writer then finds the store complete."""
+    waits, messages, written = threading.Event(), [], []
 
-    def on_wait(who):
-        said.append(who)
-        began.set()
+    def on_wait(message):
+        messages.append(message)
+        waits.set()
 
     second = threading.Thread(
-        target=lambda: made.extend(fill(tmp_path, layout_of(), resume=True, on_wait=on_wait)), daemon=True
+        target=lambda: written.extend(fill(tmp_path, layout_of(), resume=True, on_wait=on_wait)), daemon=True
     )
     with Writer(tmp_path, layout_of()) as writer:
         second.start()
-        assert began.wait(60)
+        assert waits.wait(60)
         for number in writer.missing:
             writer.write(number, tensors_of(writer.layout, number))
     second.join(60)
-    assert not second.is_alive() and made == []
-    assert len(said) == 1 and "this process, since 0 seconds, is at work in it." in said[0]
+    assert not second.is_alive() and written == []
+    assert len(messages) == 1 and "in use by this process, for 0 seconds." in messages[0]
 
 
-def test_a_folder_in_which_nobody_can_say_who_is_at_work_is_locked(tmp_path, monkeypatch):
+def test_lock_is_held_without_an_owner_file(tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(lock, "replace_text", full)
     with locked(tmp_path):
         assert not (tmp_path / OWNER).exists()
-        with pytest.raises(StoreError, match="another process is at work in it"), locked(tmp_path):
+        with pytest.raises(StoreError, match="in use by another process"), locked(tmp_path):
             pass
 
 
@@ -430,10 +430,10 @@ OWNERS = ["", "[]", "{", '{"pid": 1}', '{"pid": 1e999, "host": 1, "since": 1}', 
 
 
 @pytest.mark.parametrize("owner", OWNERS)
-def test_an_owner_that_cannot_be_read_is_another_process(tmp_path, owner):
+def test_owner_file_with_invalid_contents(tmp_path, owner):
     with locked(tmp_path):
         (tmp_path / OWNER).unlink()
         if owner is not None:
             (tmp_path / OWNER).write_text(owner, "latin-1")
-        with pytest.raises(StoreError, match="another process is at work in it"), locked(tmp_path):
+        with pytest.raises(StoreError, match="in use by another process"), locked(tmp_path):
             pass

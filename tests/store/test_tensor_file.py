@@ -1,4 +1,4 @@
-"""safetensors files, written tensor by tensor."""
+"""Writing of safetensors files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def written(tensors, metadata) -> bytes:
 
 
 @pytest.mark.parametrize("metadata", [{}, {"shard": '7 of "é"'}])
-def test_write_tensors_gives_the_bytes_of_safetensors(metadata):
+def test_write_tensors_has_the_bytes_of_safetensors(metadata):
     tensors = {f"{name}{i}": torch.full((3, i), 2).to(dtype) for i, dtype in enumerate(DTYPE_NAMES) for name in "bé"}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "transposed": torch.rand(3, 5).T}
     data = written(tensors, metadata)
@@ -30,17 +30,17 @@ def test_write_tensors_gives_the_bytes_of_safetensors(metadata):
     assert load(data)["transposed"].equal(tensors["transposed"])
 
 
-def test_write_tensors_of_one_memory_writes_both():
+def test_write_tensors_shared_memory():
     weight = torch.rand(4)
     assert all(tensor.equal(weight) for tensor in load(written({"a": weight, "b": weight}, {})).values())
 
 
-def test_write_tensors_of_a_dtype_that_the_format_lacks():
-    with pytest.raises(TypeError, match="write_tensors: x has dtype torch.complex128, which safetensors files do not"):
+def test_write_tensors_unsupported_dtype():
+    with pytest.raises(TypeError, match="write_tensors: x has dtype torch.complex128, which safetensors does not"):
         write_tensors(io.BytesIO(), {"x": torch.ones(1, dtype=torch.complex128)}, {})
 
 
-def test_write_tensors_copies_nothing():
+def test_write_tensors_does_not_copy():
     weight = torch.ones(1 << 20)
     tracemalloc.start()
     try:

@@ -109,12 +109,12 @@ def test_a_cache_of_something_else_is_refused(cached, tmp_path, capsys, changes,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cache_that_is_damaged_is_mended(cached, tmp_path):
+def test_damaged_cache_is_repaired(cached, tmp_path):
     folder, metrics = cached
     shutil.copytree(folder / "cache", tmp_path / "cache")
     shard = tmp_path / "cache" / "train" / "00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    with pytest.warns(UserWarning, match="its contents have changed.* It is made again"):
+    with pytest.warns(UserWarning, match="its contents have changed.* It is rebuilt"):
         again = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32"))
     assert without_cost(again) == without_cost(metrics)
 

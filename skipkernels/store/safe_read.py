@@ -1,4 +1,4 @@
-"""Reading files that may hold anything: regular ones only, of bounded size, and JSON of bounded depth."""
+"""Reading of untrusted files: regular files only, of bounded size, and JSON of bounded depth."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-_DEEPEST = 64  # levels of JSON; the deepest that is written is a manifest with notes, 19
+_MAX_DEPTH = 64  # levels of JSON; manifests with notes have at most 19
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading. A pipe or a device, from which reading may never end, is refused.
+    """Open a regular file for reading. Pipes and devices are refused: reading them may never end.
 
     Raises:
-        OSError: If it can't be read, or is something else.
+        OSError: If the file cannot be read or is not regular.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -32,28 +32,28 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
-def read_regular(path: Path, most: int) -> bytes:
-    """Contents of a regular file of at most so many bytes.
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Read a regular file of at most `max_bytes` bytes.
 
     Raises:
-        OSError: If it can't be read, is something else, or larger.
+        OSError: If the file cannot be read, is not regular, or is larger.
     """
     with open_regular(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"more than {most} bytes", str(path))
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"more than {max_bytes} bytes", str(path))
     return data
 
 
 def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
-    """The mapping that a JSON text holds.
+    """Parse a JSON object.
 
     Args:
-        text: In UTF-8.
-        finite: Refuse numbers that are not finite, which Python writes as NaN and Infinity.
+        text: JSON in UTF-8.
+        finite: Refuse NaN and infinities.
 
     Raises:
-        ValueError: If it is no JSON, no mapping, or nested too deeply; in one line.
+        ValueError: If it is not JSON, not an object, or nested too deeply; the message has one line.
 
     Example:
         >>> parse_object('{"a": [1]}')
@@ -77,23 +77,23 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"not JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(value, dict):
-        raise ValueError("no mapping")
-    if not fits(value, _DEEPEST):
+        raise ValueError("not a JSON object")
+    if not depth_at_most(value, _MAX_DEPTH):
         raise ValueError("not JSON (nested too deeply)")
     return value
 
 
-def read_object(path: Path, most: int) -> dict[str, Any]:
-    """The mapping that a JSON file of at most `most` bytes holds; its numbers are finite.
+def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object with finite numbers from a file of at most `max_bytes` bytes.
 
     Raises:
-        OSError: As `read_regular`.
-        ValueError: As `parse_object`.
+        OSError: See `read_regular`.
+        ValueError: See `parse_object`.
     """
-    return parse_object(read_regular(path, most))
+    return parse_object(read_regular(path, max_bytes))
 
 
-def fits(value: Any, levels: int) -> bool:
-    """Whether a tree of lists and mappings has at most so many levels."""
+def depth_at_most(value: Any, levels: int) -> bool:
+    """Return True if a tree of lists and dicts has at most `levels` levels."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(fits(part, levels - 1) for part in parts)
+    return levels > 0 and all(depth_at_most(part, levels - 1) for part in parts)
