@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of their work."""
+"""Processes that are killed while they work."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 
 def server(*modules: str) -> Any:
-    """Gives processes that have imported these, so that each begins at once."""
+    """Return a fork server with imported modules, so that its processes start at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", *modules])
     return context
 
 
 def run_for(processes: Any, work: Callable[..., None], arguments: tuple, seconds: float) -> float:
-    """Let another process work, and kill it so many seconds after it began, or when it has ended; gives the time.
+    """Run a function in another process, and kill it after some seconds or at its end; returns the seconds it ran.
 
     Args:
-        processes: Of `server`.
-        work: Called with the arguments and a pipe, through which it says "begins", then that it has ended, and waits.
-        arguments: Of it.
-        seconds: From "begins" on.
+        processes: Result of `server`.
+        work: Function of the arguments and a pipe; it sends "begins", then a message at its end, and waits.
+        arguments: Arguments of `work`.
+        seconds: Time of the kill after "begins".
     """
     ours, theirs = processes.Pipe()
     process = processes.Process(target=work, args=(*arguments, theirs))

@@ -1,216 +1,228 @@
-"""What a dataset and its transform are, in words that stay the same from one process to the next.
+"""Identification of the dataset of a cache: a key from the caller, or its files, labels, transform and some images.
 
-An object is described by its type and its public attributes, which are what its constructor was given; a file by its
-name, size and time, or its contents; a function by its name and source. Nothing is described by where it is in memory.
+docs/cache.md lists what this notices and what it does not.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
-import functools
-import inspect
+import json
 import os
-import types
-from collections.abc import Mapping
+import re
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils.data import ConcatDataset, TensorDataset
 
-from ..store import digest_json, digest_tensors
-from ..store.digest import digest_bytes, digest_file
+from ..store import Layout, StoreError, digest_json
+from .image_batches import Batch, is_iterable_only, is_one_shot, load_batches
 
-Files = Literal["times", "contents"]
-# Attributes that begin with an underscore are an object's own business, such as what it has loaded so far. In these,
-# torchvision's datasets keep which images they have, and Hugging Face's what they are made of.
-_KNOWN_PRIVATE = frozenset({"_image_files", "_images", "_samples", "_labels", "_data", "_targets", "_fingerprint"})
-_TRANSFORMS = ("transform", "transforms", "target_transform")
-_DEEPEST = 12
+NOT_GIVEN = "not given"
+# Attributes with the files of a dataset, as paths or (path, label): torchvision's ImageFolder and its kin, those of
+# torchvision's other datasets (private), and names relative to `root`.
+_PATHS = ("samples", "imgs", "paths", "names", "_samples", "_image_files", "_images")
+_LABELS = ("labels", "targets", "_labels")
 
-
-class Identity(NamedTuple):
-    """Digests of a dataset: of what it is, of its files' times (or contents), and of its image transform."""
-
-    dataset: str
-    files: str
-    transform: str
-
-
-class Unidentifiable(TypeError):
-    """An object whose state cannot be told."""
+_SPREAD = 6  # sampled images besides the first and the last
+_GOLDEN = 0.6180339887498949  # its multiples, modulo 1, spread evenly however many there are
+_BLOCKS = 8  # along each side of a sampled image; the mean of each block is kept
+# Largest difference of a number of a sampled image, relative to the image's largest number. Not 0: another version of a
+# library may decode or resize a pixel differently by 1 of 255. Measured at 224 × 224 on noise with a photograph's
+# spectrum: that gives at most 0.0016; bilinear instead of bicubic 0.017, JPEG of quality 95 0.018, 8 pixels aside 0.15.
+_SAMPLE_TOLERANCE = 5e-3
 
 
-def identify(dataset: Any, files: Files = "times") -> Identity:
-    """The identity of a dataset.
+def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
+    """Describe a dataset by entries of a cache's fingerprint.
 
     Args:
-        dataset: Anything with attributes; a list of (image, label) is one by its contents.
-        files: What of files counts besides name and size: when they were changed, or what they hold.
+        dataset: Dataset of (image, label).
+        key: Text or JSON value that identifies the dataset and its transform; None: digests of the paths (relative to
+            their common folder), sizes and modification times of the files, or of the indices of a subset without
+            files; of the labels; and of the transform's repr.
+
+    Returns:
+        Value of each entry, by name; "not listed" for images or labels that the dataset does not list.
 
     Raises:
-        Unidentifiable: If some of it cannot be told.
-        ValueError: If `files` is something else.
+        ValueError: If `key` is not a JSON value.
+        StoreError: If a file of the dataset cannot be found.
 
     Example:
-        >>> identify([(torch.zeros(3, 2, 2), 1)]) == identify([(torch.zeros(3, 2, 2), 1)])
-        True
+        >>> dataset_key([(torch.zeros(3, 2, 2), 1)], key={"name": "zeros", "version": 2})
+        {'dataset key': '{"name": "zeros", "version": 2}'}
+        >>> list(dataset_key([(torch.zeros(3, 2, 2), 1)]))
+        ['dataset key', 'images', 'labels', 'image transform']
     """
-    if files not in get_args(Files):
-        raise ValueError(f'FeatureCache: files must be "times" or "contents"; got {files!r}.')
-    seen = _Description()
-    description = seen.of(dataset)
-    root = os.path.commonpath([path.parent for path in seen.files]) if seen.files else ""
-    names = [[str(path.relative_to(root)), path.stat().st_size] for path in seen.files]
-    if files == "contents":
-        detail: list[Any] = [digest_file(path) for path in seen.files]
-    else:
-        detail = [path.stat().st_mtime_ns for path in seen.files]
-    return Identity(digest_json([description, names]), digest_json(detail), digest_json(seen.transforms))
+    if key is not None:
+        try:
+            return {"dataset key": json.dumps(key, sort_keys=True, allow_nan=False)}
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"FeatureCache: key must be text or a JSON value; got {key!a:.200} ({error}).") from None
+    images, labels, transforms = _describe(dataset)
+    return {
+        "dataset key": NOT_GIVEN,
+        "images": "not listed" if images is None else digest_json(_with_status(images)),
+        "labels": "not listed" if labels is None else digest_json(labels),
+        "image transform": digest_json(transforms) if transforms else "none",
+    }
 
 
-class _Description:
-    """Describes objects, and collects the files and image transforms that it comes upon."""
+class _Description(NamedTuple):
+    """Path or index and label of every item, if the dataset lists them, and the repr of its transforms."""
 
-    def __init__(self):
-        self.files: dict[Path, int] = {}
-        self.transforms: dict[str, Any] = {}
-        self._in_transform = False  # which may have transforms itself, as Compose
-        # Of an object that is met again, as ImageFolder has one list twice. The object is kept: as long as it is there,
-        # no other one has its id.
-        self._known: dict[int, tuple[Any, Any]] = {}
+    images: list[str | int] | None
+    labels: list[int] | None
+    transforms: list[str]
 
-    def of(self, value: Any, where: str = "dataset", depth: int = 0) -> Any:
-        """A tree of JSON values."""
-        if depth > _DEEPEST:
-            raise Unidentifiable(f"{where} goes deeper than {_DEEPEST} levels")
-        if isinstance(value, (int, str, float)):
-            return self._of(value, where, depth)
-        if id(value) not in self._known:
-            self._known[id(value)] = value, self._of(value, where, depth)
-        return self._known[id(value)][1]
 
-    def _of(self, value: Any, where: str, depth: int) -> Any:
-        if value is None or isinstance(value, (bool, int)):
-            return value
-        if isinstance(value, float):
-            return repr(value)
-        if isinstance(value, (str, Path)):
-            return self._text(value)
-        if isinstance(value, bytes):
-            return ["bytes", digest_bytes(value)]
-        if isinstance(value, (torch.dtype, torch.device, np.dtype)):
-            return str(value)
-        if isinstance(value, torch.Tensor):
-            return ["tensor", digest_tensors([("", value)])]
-        if isinstance(value, (np.ndarray, np.generic)):
-            return self._array(np.asarray(value), where, depth)
-        if isinstance(value, Image.Image):
-            return ["image", value.mode, list(value.size), digest_bytes(value.tobytes()), value.getpalette()]
-        if isinstance(value, enum.Enum):
-            return [_name(type(value)), value.name]
-        if isinstance(value, Mapping):
-            return [
-                "mapping",
-                [
-                    [self.of(key, where, depth + 1), self.of(item, f"{where}[{key!r}]", depth + 1)]
-                    for key, item in value.items()
-                ],
-            ]
-        if isinstance(value, (list, tuple, range)):
-            return ["sequence", [self.of(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]]
-        if isinstance(value, (set, frozenset)):
-            return ["set", sorted(digest_json(self.of(item, where, depth + 1)) for item in value)]
-        if isinstance(value, functools.partial):
-            return ["partial", *(self.of(part, where, depth + 1) for part in (value.func, value.args, value.keywords))]
-        if isinstance(value, type) or callable(value) and not hasattr(value, "__dict__"):
-            if not hasattr(value, "__qualname__"):
-                raise Unidentifiable(f"{where} is a {_name(type(value))}, which has no attributes to tell it by")
-            of_what = getattr(value, "__self__", None)  # {}.get is of a mapping, math.sqrt of a module
-            bound = isinstance(value, types.BuiltinMethodType) and not isinstance(of_what, (types.ModuleType, type))
-            return ["named", _name(value)] + ([self.of(of_what, where, depth + 1)] if bound else [])
-        if isinstance(value, types.MethodType):
-            return ["method", value.__name__, self.of(value.__self__, where, depth + 1)]
-        if isinstance(value, types.FunctionType):
-            return self._function(value, where, depth)
-        return self._object(value, where, depth)
+def _describe(dataset: Any) -> _Description:
+    if isinstance(dataset, ConcatDataset):
+        parts = [_describe(part) for part in dataset.datasets]
+        return _Description(
+            _joined([part.images for part in parts]),
+            _joined([part.labels for part in parts]),
+            [str(part.transforms) for part in parts],
+        )
+    images, labels = _paths(dataset), _labels(dataset)
+    names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
+    transforms = [_address_free(value) for name in names if (value := getattr(dataset, name, None)) is not None]
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's PickedImages
+        inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
+        if images is None:
+            images = [index if inner.images is None else inner.images[index] for index in indices]
+        if labels is None and inner.labels is not None:
+            labels = [inner.labels[index] for index in indices]
+        transforms += inner.transforms
+    return _Description(images, labels, transforms)
 
-    def _text(self, value: str | Path) -> Any:
-        text = str(value)
-        if isinstance(value, Path) or os.sep in text:
+
+def _joined(parts: list[Any]) -> list[Any] | None:
+    return None if any(part is None for part in parts) else list(chain.from_iterable(parts))
+
+
+def _address_free(transform: Any) -> str:
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform))
+
+
+def _paths(dataset: Any) -> list[str | int] | None:
+    root = getattr(dataset, "root", "")
+    for name in _PATHS:
+        entries = getattr(dataset, name, None)
+        if not isinstance(entries, (list, tuple, np.ndarray)) or len(entries) == 0:
+            continue
+        in_pairs = isinstance(entries[0], (list, tuple))
+        first = entries[0][0] if in_pairs and entries[0] else entries[0]
+        if not isinstance(first, (str, Path)):
+            continue
+        for folder in (root if isinstance(root, (str, Path)) else "", ""):
+            if os.path.isfile(os.path.join(folder, first)):
+                return [os.path.join(folder, entry[0] if in_pairs else entry) for entry in entries]
+    return None
+
+
+def _labels(dataset: Any) -> list[int] | None:
+    values: Any = next((found for name in _LABELS if (found := getattr(dataset, name, None)) is not None), None)
+    if isinstance(dataset, TensorDataset):
+        values = dataset.tensors[-1]
+    try:
+        if isinstance(dataset, (list, tuple)):
+            values = [label for _, label in dataset]
+        labels = [int(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+        return labels if len(labels) == len(dataset) else None
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # not listed, or not one number for each item
+        return None
+
+
+def _with_status(images: Sequence[str | int]) -> list[Any]:
+    """Replace each path by its end, size and modification time. Moving the folder of all files changes nothing."""
+    paths = [os.path.abspath(image) for image in images if isinstance(image, str)]
+    if not paths:
+        return list(images)
+    start = len(os.path.join(os.path.commonpath([os.path.dirname(path) for path in set(paths)]), ""))
+    described: list[Any] = []
+    for image in images:
+        if isinstance(image, str):
+            path = os.path.abspath(image)
             try:
-                path = Path(value).absolute()
-                if path.is_file():
-                    return ["file", self.files.setdefault(path, len(self.files))]  # names are compared by themselves
-                if path.is_dir():
-                    return ["folder"]
-            except (OSError, ValueError):  # a text that no system takes for a path
-                pass
-        return text
-
-    def _array(self, array: np.ndarray, where: str, depth: int) -> Any:
-        if array.dtype.hasobject or array.dtype.kind in "USMm":
-            return self.of(array.tolist(), where, depth + 1)
-        return ["array", str(array.dtype), list(array.shape), digest_bytes(np.ascontiguousarray(array).tobytes())]
-
-    def _function(self, function: types.FunctionType, where: str, depth: int) -> Any:
-        captured = [cell.cell_contents for cell in function.__closure__ or ()]
-        text: Any = _code(function.__code__)  # another Python compiles it otherwise, so the source is preferred
-        # Functions made by `exec` all have the file name "<string>", for which Python 3.13 returns the text of `-c`.
-        if function.__code__.co_filename != "<string>":
-            with contextlib.suppress(OSError, TypeError):
-                text = inspect.getsource(function)
-        return ["function", _name(function), text] + [
-            self.of(part, where, depth + 1) for part in (captured, function.__defaults__, function.__kwdefaults__)
-        ]
-
-    def _object(self, value: Any, where: str, depth: int) -> Any:
-        if isinstance(value, types.ModuleType):
-            return ["named", value.__name__]
-        if isinstance(value, torch.nn.Module):
-            state = {name: item for name, item in value.__dict__.items() if not name.startswith("_")}
-            state.pop("training", None)
-            state |= {f"module {n}": m for n, m in value._modules.items()} | dict(value._parameters)
-            state |= dict(value._buffers)
-        elif hasattr(value, "__dict__"):
-            fields = vars(value)
-            # A fingerprint tells what the others hold.
-            private = {"_fingerprint"} if "_fingerprint" in fields else _KNOWN_PRIVATE
-            state = {name: item for name, item in fields.items() if name[:1] != "_" or name in private}
-            if not state and (fields or depth == 0):
-                why = "whose attributes are all private" if fields else "which has no attributes to tell it by"
-                raise Unidentifiable(f"{where} is a {_name(type(value))}, {why}")
+                status = os.stat(path)
+            except OSError as error:
+                raise StoreError(
+                    f"FeatureCache: {path}: {error.strerror}. The dataset lists it; restore it."
+                ) from error
+            described.append([path[start:].replace(os.sep, "/"), status.st_size, status.st_mtime_ns])
         else:
-            raise Unidentifiable(f"{where} is a {_name(type(value))}, which has no attributes to tell it by")
-        described = {}
-        for name, item in state.items():
-            if name in _TRANSFORMS and not self._in_transform:
-                if item is not None:
-                    self._in_transform = True
-                    self.transforms[f"{where}.{name}"] = self.of(item, f"{where}.{name}", depth + 1)
-                    self._in_transform = False
-            else:
-                if name == "root" and isinstance(item, str):  # a folder, even if no separator shows that
-                    item = Path(item)
-                described[name] = self.of(item, f"{where}.{name}", depth + 1)
-        return [_name(type(value)), described]
+            described.append(image)
+    return described
 
 
-def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
+def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, Any]]:
+    """Summarise a few items as a build loads them, after the transform, in view 0.
+
+    They are the first, the last and six spread over the dataset; of an iterable the first eight, if it can be iterated
+    again. Each has the label, means and standard deviations of channels, and means over 8 × 8 blocks.
+
+    Args:
+        dataset: Dataset of (image, label).
+        seed: Seed of random transforms.
+        workers: Load in another process if above 0, so that the dataset here stays unopened.
+
+    Raises:
+        StoreError: If one of them cannot be loaded, or differs when it is loaded again.
+    """
+    count = len(dataset)
+    if is_iterable_only(dataset):
+        items = [] if is_one_shot(dataset) else list(range(min(count, _SPREAD + 2)))
+        rows = [[item] for item in items]
+    else:
+        spread = {int(count * (number * _GOLDEN % 1)) for number in range(1, _SPREAD + 1)}
+        items = sorted({0, count - 1} | spread)
+        rows = [[item] for item in items * 2]
+    found = [_summary(batch) for batch in load_batches(dataset, rows, seed=seed, workers=min(workers, 1))]
+    found, again = found[: len(items)], found[len(items) :]
+    for first, second in zip(found, again, strict=False):
+        if not _alike(first, second):
+            raise StoreError(
+                f"FeatureCache: item {first['item']} of the dataset differs each time it is loaded, although the "
+                "generators of PyTorch, NumPy and Python are seeded the same. Draw from these, or pass `key`, a "
+                "text that you change when the images or the transform change."
+            )
+    return found
 
 
-def _code(code: types.CodeType) -> Any:
-    return [digest_bytes(code.co_code), list(code.co_names), [_constant(part) for part in code.co_consts]]
+def _summary(batch: Batch) -> dict[str, Any]:
+    image = batch.images[0].double()
+    blocks = adaptive_avg_pool2d(image, _BLOCKS)
+    numbers = torch.cat([image.mean((1, 2)), image.std((1, 2), correction=0), blocks.flatten()])
+    short = [float(f"{number:.5g}") for number in numbers.tolist()]
+    return {"item": batch.rows[0], "label": int(batch.labels[0]), "numbers": short}
 
 
-def _constant(value: Any) -> Any:
-    if isinstance(value, types.CodeType):
-        return _code(value)
-    if isinstance(value, tuple):
-        return [_constant(part) for part in value]
-    if isinstance(value, frozenset):  # whose order is another one in each process
-        return ["set", sorted(map(repr, value))]
-    return repr(value)
+def _alike(stored: dict[str, Any], found: dict[str, Any]) -> bool:
+    before, now = (torch.tensor(sample["numbers"], dtype=torch.float64) for sample in (stored, found))
+    tolerance = _SAMPLE_TOLERANCE * before.nan_to_num().abs().max().item()
+    same = before.shape == now.shape and torch.allclose(now, before, rtol=0, atol=tolerance, equal_nan=True)
+    return same and (stored["item"], stored["label"]) == (found["item"], found["label"])
+
+
+def check_samples(layout: Layout, found: list[dict[str, Any]], folder: Path) -> None:
+    """Refuse a dataset with sampled images or labels other than those that a store was built from.
+
+    Raises:
+        StoreError: Names the first item that differs.
+    """
+    remedy = "Build another cache, or replace this one with `overwrite=True`."
+    try:
+        pairs = list(zip(layout.notes["samples"], found, strict=True))
+        wrong = next((now["item"] for before, now in pairs if not _alike(before, now)), None)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise StoreError(f"{folder}: its manifest has no samples of such a dataset. {remedy}") from None
+    if wrong is not None:
+        raise StoreError(
+            f"{folder}: item {wrong} of the dataset has another image or label than when the cache was built: the "
+            f"images, the code of the transform, or what that reads has changed. {remedy}"
+        )

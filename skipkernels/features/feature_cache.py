@@ -1,4 +1,4 @@
-"""FeatureCache: the features of a dataset's images at the LSkip cut, computed once."""
+"""FeatureCache: features of a dataset's images at the LSkip cut, computed once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch.utils.data import Dataset
 
 from ..store import DTYPES, Store, StoreError, absolute_folder
 from . import fingerprint
-from .builder import SHARD_BYTES, Encoder, Source, check_first, identity_of, of_dataset, write_store
-from .dataset_key import Files
-from .extract import Encode
-from .in_memory import collect
+from .builder import SHARD_BYTES, BuildConfig, Encoder, check_first, write_store
+from .dataset_key import check_samples, dataset_key, sample_images
+from .in_memory import Encode, collect
 from .loader import FeatureLoader, Rows
-from .refresh import Refresher, make_room
+from .refresh import EpochStores, clear_epochs
 from .samplers import BatchSampler, SamplerKind
 
 if TYPE_CHECKING:
@@ -28,15 +27,14 @@ Progress = Callable[[int], None] | bool
 
 
 class FeatureCache(Dataset):
-    """The features of some images at the cut, and their classes, on the disk or in memory.
+    """Features of images at the cut, and their labels, on the disk or in memory.
 
     Made by `build`, `open` or `in_memory`. It is a map-style dataset of (features, label); training reads it through
     `loader`.
 
     Attributes:
-        labels: int64 [n], the class of every image.
-        views: Views of every image; epoch e has view e mod views.
-        store: What it reads, if that is on the disk and stays the same.
+        labels: Label of every image, [n] int64.
+        views: Number of views of every image; epoch e reads view e mod views.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4, which extracts features anew each epoch.
 
@@ -56,12 +54,12 @@ class FeatureCache(Dataset):
     """
 
     def __init__(
-        self, rows: Rows, labels: Tensor, *, views: int = 1, refresher: Refresher | None = None, first_epoch: int = 0
+        self, rows: Rows, labels: Tensor, *, views: int = 1, epochs: EpochStores | None = None, first_epoch: int = 0
     ):
         self._rows, self.labels, self.views = rows, labels, views
-        self._refresher, self._epoch = refresher, first_epoch
+        self._epochs, self._epoch = epochs, first_epoch
 
-    # ---- making one --------------------------------------------------------------------------------------------
+    # ---- construction ------------------------------------------------------------------------------------------
 
     @classmethod
     def build(
@@ -76,46 +74,44 @@ class FeatureCache(Dataset):
         batch_size: int = 64,
         workers: int = 0,
         seed: int = 0,
-        files: Files = "times",
-        identity: str | None = None,
+        key: Any = None,
         resume: bool = False,
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
         progress: Progress = True,
     ) -> FeatureCache:
-        """Run all images through what is below the cut, and keep what comes out in a folder.
+        """Encode all images up to the cut and store the features in a folder.
 
-        It may be killed at any time: run again with `resume`, it makes what is missing or damaged, and ends with the
-        same bits.
+        A build may be killed at any time: `resume` computes what is missing or damaged, and the result has the same
+        bits as that of an uninterrupted build.
 
         Args:
-            path: The folder, which is made.
-            clip: Whose features. What is above its cut does not matter.
-            dataset: Map-style of (image, label), or an iterable of those with a length. Images are tensors
-                [3, height, width] as the model takes them, labels whole numbers.
-            dtype: How features are kept: "fp32", "fp16", "bf16", or "int8" with a scale for each token, which is lossy
-                (docs/cache.md has the errors).
-            views: Views of every image, for a dataset whose transform draws at random. Epochs go round them. All have
-                to have the same labels, so an iterable has to keep its order.
-            refresh: "epoch" extracts features anew for every epoch, in the background of the epoch before, as the
-                published method does; it keeps two epochs on the disk.
-            batch_size: Images encoded at once.
-            workers: Processes that load images.
-            seed: Of random transforms: each view of each image has a seed of its own, made from it.
-            files: What counts of files that the dataset names, besides their names and sizes: "times" when they were
-                changed, "contents" what they hold.
-            identity: A name for the dataset and its transform, in place of what can be found out about them.
-            resume: Go on with a store that is there, if it is this one; mend it where it is damaged.
-            overwrite: Replace a store that is there, after the first batch of the new one was computed.
-            shard_bytes: Of a file, about. So much is lost at most when a build is killed; memory holds two of them.
-            progress: False for no progress bar, or who is told how many images are done.
+            path: Folder of the store; created if needed.
+            clip: Model that computes the features. Its weights above the cut do not matter.
+            dataset: Map-style dataset of (image, label), or an iterable of those with a length. Images are tensors
+                [3, height, width], preprocessed for the model; labels are whole numbers.
+            dtype: Storage dtype: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token, which is
+                lossy (errors: docs/cache.md).
+            views: Number of views of every image, for a dataset with a random transform; default 1. Epochs cycle
+                through them. All views must have the same labels, so an iterable must keep its order.
+            refresh: "epoch" computes a new view for every epoch, in the background of the epoch before, as in the
+                published method, and keeps two epochs on the disk. Default "never".
+            batch_size: Images per forward pass; default 64.
+            workers: Number of processes that load images; default 0: this process.
+            seed: Seed of random transforms; each view of each image has its own seed, derived from it.
+            key: Text or JSON value that identifies the images and their transform; change it when they change. Default:
+                files, labels, transform and a few images of the dataset (docs/cache.md says what this notices).
+            resume: Continue the store in the folder if its inputs are the same, and repair it.
+            overwrite: Replace the store in the folder, after the first batch of the new one has been computed.
+            shard_bytes: Approximate bytes of a shard: at most one is lost by a kill, and two are in memory.
+            progress: False for no progress bar, or a function that is called with the number of images done.
 
         Returns:
-            The cache.
+            FeatureCache: The complete cache.
 
         Raises:
-            StoreError: If that can't be done: another store is there (says in what it differs), another process is
-                at work, the disk is full, an image or its features can't be used. What is there stays.
+            StoreError: If the folder has another store (says in what it differs), another process builds in it, the
+                disk is full, or an image or its features cannot be used. Existing shards stay.
             ValueError: If an argument is out of range.
         """
         folder = absolute_folder(Path(path))
@@ -131,21 +127,22 @@ class FeatureCache(Dataset):
                 raise ValueError(f"FeatureCache.build: {name} must be at least {least[name]}; got {value}.")
         if resume and overwrite:
             raise ValueError(
-                "FeatureCache.build: resume goes on with a store and overwrite replaces it; give one of them."
+                "FeatureCache.build: resume continues a store and overwrite replaces it; pass one of them."
             )
         if refresh == "epoch" and views != 1:
             raise ValueError(
-                f'FeatureCache.build: views must be 1 with refresh="epoch", which has a new view each; got {views}.'
+                f'FeatureCache.build: views must be 1 with refresh="epoch", which computes a view per epoch; got '
+                f"{views}."
             )
         if clip.skip_layers[0] == 0:
             raise ValueError(
-                "FeatureCache.build: with skip_layers=0 the image embedding trains, so features can't be kept. Skip a "
-                "block, or train from images."
+                "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
+                "a block, or train from images."
             )
         if not hasattr(dataset, "__len__") or len(dataset) == 0:
-            what = "is empty" if hasattr(dataset, "__len__") else "has no length"
-            raise ValueError(f"FeatureCache.build: the dataset {what}; it must have at least one image.")
-        source = Source(
+            fault = "is empty" if hasattr(dataset, "__len__") else "has no length"
+            raise ValueError(f"FeatureCache.build: the dataset {fault}; it must have at least one image.")
+        config = BuildConfig(
             clip=clip,
             dataset=dataset,
             dtype=dtype,
@@ -154,24 +151,24 @@ class FeatureCache(Dataset):
             batch_size=batch_size,
             workers=workers,
             seed=seed,
-            identity=identity_of(dataset, files, identity),
-            samples=[] if identity is not None else fingerprint.samples(dataset, seed, workers),
+            dataset_key=dataset_key(dataset, key),
+            samples=[] if key is not None else sample_images(dataset, seed, workers),
             shard_bytes=shard_bytes,
         )
         encode = Encoder(clip)
         if overwrite:
-            check_first(folder, source, encode)
+            check_first(folder, config, encode)
         if refresh == "epoch":
-            refresher = Refresher(folder, source, encode, progress, overwrite=overwrite)
-            epoch = refresher.first
+            epochs = EpochStores(folder, config, encode, progress, overwrite=overwrite)
+            epoch = epochs.first
             try:
-                store = refresher.store(epoch)
+                store = epochs.store(epoch)
             except BaseException:
-                refresher.close()
+                epochs.close()
                 raise
-            return cls(store, store.labels(), refresher=refresher, first_epoch=epoch)
-        make_room(folder, overwrite=overwrite)
-        write_store(folder, source, encode, resume=resume, overwrite=overwrite, progress=progress)
+            return cls(store, store.labels(), epochs=epochs, first_epoch=epoch)
+        clear_epochs(folder, overwrite=overwrite)
+        write_store(folder, config, encode, resume=resume, overwrite=overwrite, progress=progress)
         return cls.open(folder)
 
     @classmethod
@@ -181,24 +178,21 @@ class FeatureCache(Dataset):
         clip: SkipCLIP | None = None,
         dataset: Any = None,
         *,
-        files: Files = "times",
-        identity: str | None = None,
+        key: Any = None,
         verify: bool = False,
     ) -> FeatureCache:
-        """Open a store that was built.
+        """Open a complete store.
 
         Args:
-            path: Its folder.
-            clip: The model that will train on it: it is refused if its features at the cut are others.
-            dataset: What it should have been built from: refused if what can be told of it differs, or an image of the
-                few that are loaded. docs/cache.md says what that finds.
-            files: As it was given to `build`.
-            identity: As it was given to `build`: the name is then all of the dataset that is compared.
-            verify: Read all of it, and compare checksums. Otherwise sizes and headers are looked at.
+            path: Folder of the store.
+            clip: Model that will train on it; refused if its features at the cut differ.
+            dataset: Dataset that it should have been built from; refused if it differs in what docs/cache.md lists.
+            key: Key that was passed to `build`.
+            verify: Read every byte and compare checksums; by default only sizes and headers are checked.
 
         Raises:
-            StoreError: If there is no store, or it is incomplete, damaged, or of something else; says which file, or
-                what differs.
+            StoreError: If there is no store, or it is incomplete, damaged, or made from something else; names the file
+                or what differs.
         """
         folder = absolute_folder(Path(path))
         store = Store(folder, verify=verify)
@@ -206,16 +200,15 @@ class FeatureCache(Dataset):
         found = [layout.fingerprint.get(name) for name in ("number of images", "number of views", "seed")]
         items, views, seed = (value if isinstance(value, int) else 0 for value in found)
         if items * views != layout.rows or not layout.labelled:
-            raise StoreError(f"{folder}: a store of something else than the features of images.")
+            raise StoreError(f"{folder}: this store does not hold features of images.")
         if clip is not None:
-            wanted = fingerprint.of_model(clip) | {"autocast": Encoder(clip).precision}
-            fingerprint.check(layout, wanted, folder)
+            expected = fingerprint.of_model(clip) | {"autocast": Encoder(clip).precision}
+            fingerprint.check(layout, expected, folder)
             fingerprint.check_probe(layout, clip, folder)
         if dataset is not None:
-            fingerprint.check(layout, {"number of images": len(dataset)}, folder)
-            fingerprint.check(layout, of_dataset(identity_of(dataset, files, identity)), folder)
-            if identity is None:
-                fingerprint.check_samples(layout, fingerprint.samples(dataset, seed), folder)
+            fingerprint.check(layout, {"number of images": len(dataset)} | dataset_key(dataset, key), folder)
+            if key is None:
+                check_samples(layout, sample_images(dataset, seed), folder)
         return cls(store, store.labels()[:items], views=views)
 
     @classmethod
@@ -228,29 +221,29 @@ class FeatureCache(Dataset):
         workers: int = 0,
         progress: Progress = False,
     ) -> FeatureCache:
-        """Keep what `encode` gives of all images in memory, where it is; by default the images themselves.
+        """Keep the outputs of `encode` for all images in memory, on their device; by default the images themselves.
 
         Args:
             dataset: As for `build`.
-            encode: [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`.
-            batch_size: Images encoded at once.
-            workers: Processes that load images.
-            progress: Who is told how many images are done, if it is a function.
+            encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`.
+            batch_size: Images per call of `encode`.
+            workers: Number of processes that load images.
+            progress: Function that is called with the number of images done.
 
         Raises:
-            MemoryError: If it would take more than half of the memory that is free.
+            MemoryError: If the outputs would take more than half of the free memory.
         """
-        told = progress if callable(progress) else (lambda images: None)
-        return cls(*collect(dataset, encode, batch_size=batch_size, workers=workers, on_batch=told))
+        on_batch = progress if callable(progress) else (lambda images: None)
+        return cls(*collect(dataset, encode, batch_size=batch_size, workers=workers, on_batch=on_batch))
 
-    # ---- using it ----------------------------------------------------------------------------------------------
+    # ---- use ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.labels)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        """Features of an image, in its first view, and its class."""
+        """Return the features of an image, in its first view, and its label."""
         if not -len(self) <= item < len(self):
             raise IndexError(f"FeatureCache: image {item} is outside 0…{len(self) - 1}.")
         item %= len(self)
@@ -258,17 +251,17 @@ class FeatureCache(Dataset):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the features of an image."""
+        """Shape of the features of an image."""
         return self._rows.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the features as they come out: that in which they were computed."""
+        """Dtype in which features were computed, and are returned."""
         return self._rows.dtype
 
     @property
     def store(self) -> Store | None:
-        """What is on the disk."""
+        """The store on the disk; None in memory."""
         return self._rows if isinstance(self._rows, Store) else None
 
     def loader(
@@ -283,70 +276,71 @@ class FeatureCache(Dataset):
         device: torch.device | str | None = None,
         prefetch: int | None = None,
     ) -> FeatureLoader:
-        """An iterable over batches (features [B, …], labels [B]), an epoch each time; every image comes once.
+        """Return an iterable over batches (features [B, …], labels [B]); one iteration is an epoch.
 
         Args:
-            batch_size: Images of a batch.
+            batch_size: Images per batch.
             sampler: "class_pure", "random" or "sequential", or lists of image numbers, such as a
                 `torch.utils.data.BatchSampler`. See `BatchSampler`.
-            generator: Source of the order; seeded with 0 if not given.
-            rank: Which of `world_size` processes asks: it gets its part of every batch of all of them. Lists of image
-                numbers are not divided.
-            world_size: Processes that train together.
-            dtype: Of the features; by default that in which they were computed.
-            device: Where batches go; by default they stay where they are. To a GPU they are copied from pinned memory,
-                on a stream of its own.
-            prefetch: Batches read ahead of the one that was asked for; by default two from the disk, none from memory.
+            generator: Generator of the order; default: a new one with seed 0.
+            rank: Index of this process in `world_size`: it gets its part of every global batch. Lists of image numbers
+                are not divided.
+            world_size: Number of processes that train together.
+            dtype: Dtype of the features; default: the dtype in which they were computed.
+            device: Device of the batches; default: where the features are. To a GPU, batches are copied from pinned
+                memory on a separate stream.
+            prefetch: Number of batches read ahead; default: two from the disk, none from memory.
 
         Returns:
-            FeatureLoader: its `state_dict` belongs into a checkpoint.
+            FeatureLoader: Its `state_dict` belongs into a checkpoint.
 
         Raises:
             ValueError: If an argument is out of range.
-            TypeError: If `dtype` is no torch.dtype.
+            TypeError: If `dtype` is not a torch.dtype.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"FeatureCache.loader: dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}.")
         if not isinstance(sampler, str) and (rank, world_size) != (0, 1):
             raise ValueError(
                 f"FeatureCache.loader: lists of image numbers are not divided; got rank={rank} and "
-                f"world_size={world_size}. Give each process lists of its own, or name a sampler."
+                f"world_size={world_size}. Give each process its own lists, or name a sampler."
             )
         if isinstance(sampler, str):
             sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
         if prefetch is None:
             prefetch = 0 if self.store is None else 2
-        where = None if device is None else torch.device(device)
-        if where is not None and where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())  # of this thread, not of that which reads ahead
-        return FeatureLoader(self, sampler, dtype=dtype, device=where, prefetch=prefetch)
+        target = None if device is None else torch.device(device)
+        if target is not None and target.type == "cuda" and target.index is None:
+            target = torch.device("cuda", torch.cuda.current_device())  # the reading thread may have another
+        return FeatureLoader(self.rows_of_epoch, self.labels, sampler, dtype=dtype, device=target, prefetch=prefetch)
 
     def rows_of_epoch(self, epoch: int) -> tuple[Rows, int]:
-        """Where the features of an epoch are, and the number of its first row."""
-        if self._refresher is not None:
-            self._refresher.check_open()
+        """Return the features of an epoch, and the number of its first row."""
+        if self._epochs is not None:
+            self._epochs.check_open()
             if epoch != self._epoch:
-                self._rows, self._epoch = self._refresher.store(epoch), epoch
+                self._rows, self._epoch = self._epochs.store(epoch), epoch
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
-        """Read all of the store and compare checksums; says what is damaged, file by file."""
+        """Read every byte of the store and compare checksums; returns a message for each damaged file."""
         return [] if self.store is None else self.store.verify(on_bytes)
 
     def close(self) -> None:
-        """End an extraction that goes on in the background. What it has made stays; no loader begins another epoch."""
-        if self._refresher is not None:
-            self._refresher.close()
+        """Stop the computation of the next epoch. Complete shards stay; loaders cannot start another epoch."""
+        if self._epochs is not None:
+            self._epochs.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process, such as one of a DataLoader.
+        """State for another process, such as a worker of a DataLoader.
 
         Raises:
-            TypeError: If its features are drawn anew for each epoch, which one process does.
+            TypeError: With refresh="epoch": one process computes the epochs.
         """
-        if self._refresher is not None:
+        if self._epochs is not None:
             raise TypeError(
-                'FeatureCache: with refresh="epoch" it stays in its process; iterate over its loader() here.'
+                'FeatureCache: with refresh="epoch" it cannot be sent to another process; iterate over its loader() '
+                "in this one."
             )
         return self.__dict__
 

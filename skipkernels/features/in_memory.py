@@ -1,4 +1,4 @@
-"""Features in memory: right for few-shot sets, refused where they would not fit."""
+"""Features in memory, for few-shot sets; refused if they would not fit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from .. import functional
 from ..memory import free_bytes
-from .extract import Encode, batch_numbers, batches_of
+from .image_batches import load_batches, split_batches
+
+Encode = Callable[[Tensor], Tensor]
+"""Images [n, 3, height, width] to features [n, …]."""
 
 
 class MemoryRows:
-    """Rows [n, *shape] in one tensor, asked for as those of a `Store` are.
+    """Rows [n, *shape] in one tensor, with the interface of a `Store`.
 
     Attributes:
         rows: The tensor.
@@ -26,33 +29,33 @@ class MemoryRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a row."""
+        """Shape of a row."""
         return tuple(self.rows.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a row."""
+        """Dtype of a row."""
         return self.rows.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are, and those that are asked for will be."""
+        """Device of the rows."""
         return self.rows.device
 
     @property
     def rows_per_read(self) -> int:
-        """Any number: all are there."""
+        """0: no limit."""
         return 0
 
     def expect(self, index: Tensor) -> None:
-        """They are there."""
+        """Do nothing: the rows are in memory."""
 
     def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Rows by number [B], into `out` [B, *shape] if there is one."""
+        """Gather rows by number [B], into `out` [B, *shape] if given."""
         width = math.prod(self.shape[1:])
         rows = self.rows.view(len(self.rows), self.shape[0], width)
-        kept = None if out is None else out.view(len(index), self.shape[0], width)
-        return functional.gather_rows(rows, index.to(self.device), out=kept).view(len(index), *self.shape)
+        flat_out = None if out is None else out.view(len(index), self.shape[0], width)
+        return functional.gather_rows(rows, index.to(self.device), out=flat_out).view(len(index), *self.shape)
 
 
 def collect(
@@ -63,29 +66,29 @@ def collect(
     workers: int = 0,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> tuple[MemoryRows, Tensor]:
-    """Run every image of a dataset through `encode` once, without gradient, and keep what it gives.
+    """Encode every image of a dataset once, without gradients.
 
     Args:
-        dataset: Map-style with a length, or an iterable with one; items are (image tensor, label).
-        encode: [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`; the images themselves by default.
-        batch_size: Images encoded at once.
-        workers: Processes that load images.
-        on_batch: Called with the number of images after each batch, for progress.
+        dataset: Map-style dataset or iterable, with a length, of (image tensor, label).
+        encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`; default: the images.
+        batch_size: Images per call of `encode`.
+        workers: Number of processes that load images.
+        on_batch: Called with the number of images after each batch.
 
     Returns:
-        What it gave, and the labels [n] int64.
+        The outputs, and the labels [n] int64.
 
     Raises:
-        MemoryError: If the result would take more than half of the memory that is free.
+        MemoryError: If the outputs would take more than half of the free memory.
     """
     count = len(dataset)
     labels = torch.empty(count, dtype=torch.int64)
     encoded: Tensor | None = None
-    for batch in batches_of(dataset, batch_numbers([range(count)], batch_size), workers=workers):
+    for batch in load_batches(dataset, split_batches([range(count)], batch_size), workers=workers):
         with torch.no_grad():
             output = encode(batch.images)
         if encoded is None:
-            _check_it_fits(output, count)
+            _check_memory(output, count)
             encoded = output.new_empty(count, *output.shape[1:])
         encoded[batch.rows[0] : batch.rows[-1] + 1] = output
         labels[batch.rows[0] : batch.rows[-1] + 1] = batch.labels
@@ -95,12 +98,12 @@ def collect(
     return MemoryRows(encoded), labels
 
 
-def _check_it_fits(output: Tensor, count: int) -> None:
+def _check_memory(output: Tensor, count: int) -> None:
     needed = output[0].nbytes * count
     free = free_bytes(output.device)
     if needed > free / 2:
         raise MemoryError(
             f"collect: {count} items of {list(output.shape[1:])} {output.dtype} take {needed / 2**30:.1f} GiB, more "
-            f"than half of the {free / 2**30:.1f} GiB that are free. Keep them on the disk (--cache), or use fewer "
-            "shots or classes, or a smaller model."
+            f"than half of the {free / 2**30:.1f} GiB of free memory. Use a cache on the disk (FeatureCache.build), "
+            "fewer shots or classes, or a smaller model."
         )

@@ -1,4 +1,4 @@
-"""Batches of features: read ahead of the training, into buffers that are used again."""
+"""Batches of features, read ahead of training into reused buffers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,45 +18,42 @@ from torch import Tensor
 
 from .samplers import BatchSampler
 
-if TYPE_CHECKING:
-    from .feature_cache import FeatureCache
-
 Pair = tuple[Tensor, Tensor]
 
 
 class Rows(Protocol):
-    """Rows of features by number: a store's, or those in memory."""
+    """Rows of features by number, in a store or in memory."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a row."""
+        """Shape of a row."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a row as it comes out."""
+        """Dtype of a gathered row."""
 
     @property
     def device(self) -> torch.device:
-        """Where it comes out."""
+        """Device of a gathered row."""
 
     @property
     def rows_per_read(self) -> int:
-        """How many rows to read at once while more are expected; 0 for any number."""
+        """Number of rows to gather at once while more are expected; 0: no limit."""
 
     def expect(self, index: Tensor) -> None:
-        """Rows by number [B] will be asked for."""
+        """Announce that rows by number [B] will be gathered soon."""
 
     def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Rows [B, *shape] by number [B], into `out` if there is one."""
+        """Gather rows [B, *shape] by number [B], into `out` if given."""
 
 
 class _Piece(NamedTuple):
-    """Some rows of a batch.
+    """Part of a batch.
 
     Attributes:
-        batch: Images [B] of the batch.
-        rows: Numbers of these rows.
-        start: Where they begin in the batch.
+        batch: Image numbers [B] of the batch.
+        rows: Row numbers of this part.
+        start: Position of the part in the batch.
     """
 
     batch: Tensor
@@ -65,49 +62,59 @@ class _Piece(NamedTuple):
 
 
 class FeatureLoader:
-    """An iterable over the batches of an epoch: (features [B, …], labels [B] int64).
+    """Iterable over the batches of an epoch: (features [B, …], labels [B] int64).
 
-    Made by `FeatureCache.loader`. A buffer is used again once nothing refers to it: keeping batches is safe.
+    Made by `FeatureCache.loader`. A buffer is reused once nothing refers to it: keeping batches is safe.
+
+    Args:
+        rows_of_epoch: Function that returns the rows of an epoch and the number of its first row.
+        labels: Labels [n] of the images.
+        sampler: Image numbers of each batch.
+        dtype: Dtype of the features; None: the dtype of the rows.
+        device: Device of the batches; None: that of the rows.
+        prefetch: Number of batches read ahead.
 
     Attributes:
-        seconds_waited: How long, since it was made, whoever trains has waited for a batch.
+        seconds_waited: Seconds that iterations have waited for batches.
     """
 
     def __init__(
         self,
-        cache: FeatureCache,
+        rows_of_epoch: Callable[[int], tuple[Rows, int]],
+        labels: Tensor,
         sampler: Iterable[list[int]],
         *,
         dtype: torch.dtype | None,
         device: torch.device | None,
         prefetch: int,
     ):
-        self.cache, self.sampler, self.prefetch = cache, sampler, prefetch
+        self.sampler, self.prefetch = sampler, prefetch
         self.dtype = dtype
         self.device = device
         self.seconds_waited = 0.0
-        self._epoch = 0  # of a sampler that doesn't count
-        self._began: dict[str, Any] | None = None  # the sampler's state when the epoch that is going on began
-        self._given = 0  # batches since then
+        self._rows_of_epoch, self._labels = rows_of_epoch, labels
+        self._epoch = 0  # for samplers that do not count epochs
+        self._initial: dict[str, Any] | None = None  # the sampler's state at the beginning of the current epoch
+        self._yielded = 0  # batches of the current epoch
         self._buffers = _Buffers(pinned=device is not None and device.type == "cuda")
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches per epoch."""
         return len(self.sampler)  # type: ignore[arg-type]
 
     @property
     def epoch(self) -> int:
-        """Epochs that are over."""
-        if self._began and "epoch" in self._began:  # the sampler may be ahead
-            return self._began["epoch"]
+        """Number of completed epochs."""
+        if self._initial and "epoch" in self._initial:  # the sampler may be ahead
+            return self._initial["epoch"]
         return getattr(self.sampler, "epoch", self._epoch)
 
     def __iter__(self) -> Iterator[Pair]:
-        """The batches of an epoch; of one that a loaded state has begun, those that are left."""
-        if self._began is not None and isinstance(self.sampler, BatchSampler):
-            self.sampler.abandon()  # an epoch that was broken off
-        self._began, self._given = self._sampler_state(), 0
-        rows, offset = self.cache.rows_of_epoch(self.epoch)
+        """Iterate over the batches of an epoch; after a state was loaded, over the rest of its epoch."""
+        if self._initial is not None and isinstance(self.sampler, BatchSampler):
+            self.sampler.abandon()  # an epoch that was not finished
+        self._initial, self._yielded = self._sampler_state(), 0
+        rows, offset = self._rows_of_epoch(self.epoch)
         batches = self._to_device(self._read_all(rows, offset))
         if self.prefetch > 0:
             batches = _ahead(batches, self.prefetch)
@@ -118,9 +125,9 @@ class FeatureLoader:
                 self.seconds_waited += time.perf_counter() - started
                 if batch is None:
                     break
-                self._given += 1
+                self._yielded += 1
                 features, labels, ready = batch
-                if ready is not None:  # it came on a stream of its own
+                if ready is not None:  # copied on another stream
                     stream = torch.cuda.current_stream(features.device)
                     stream.wait_event(ready)
                     features.record_stream(stream)
@@ -128,36 +135,41 @@ class FeatureLoader:
                 yield features, labels
         finally:
             batches.close()
-        self._epoch, self._began, self._given = self._epoch + 1, None, 0
+        self._epoch, self._initial, self._yielded = self._epoch + 1, None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is: the next iteration after loading this gives the batches that were not given yet.
+        """Position in the current epoch: after loading it, the next iteration yields the batches that were not yielded.
 
         Raises:
             TypeError: If the sampler has no `state_dict`.
         """
-        state = self._sampler_state() if self._began is None else self._began
+        state = self._sampler_state() if self._initial is None else self._initial
         if "batches" not in state:
-            raise TypeError("FeatureLoader.state_dict: this sampler has none; use one of FeatureCache.loader's.")
-        return state | {"batches": state["batches"] + self._given}
+            raise TypeError(
+                "FeatureLoader.state_dict: this sampler has no state_dict; name a sampler in FeatureCache.loader."
+            )
+        return state | {"batches": state["batches"] + self._yielded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Continue from a state.
 
         Raises:
             TypeError: If the sampler has no `load_state_dict`.
-            ValueError: If the state is of another sampler, batch size, number of processes or images.
+            ValueError: If the state is of another sampler, batch size, number of processes or number of images.
         """
         if not hasattr(self.sampler, "load_state_dict"):
-            raise TypeError("FeatureLoader.load_state_dict: this sampler has none; use one of FeatureCache.loader's.")
+            raise TypeError(
+                "FeatureLoader.load_state_dict: this sampler has no load_state_dict; name a sampler in "
+                "FeatureCache.loader."
+            )
         self.sampler.load_state_dict(state)
-        self._began, self._given = None, 0
+        self._initial, self._yielded = None, 0
 
     def _sampler_state(self) -> dict[str, Any]:
         return self.sampler.state_dict() if hasattr(self.sampler, "state_dict") else {}
 
     def _read_all(self, rows: Rows, offset: int) -> Generator[Pair, None, None]:
-        """The batches, read piece by piece; what is read ahead of the training is told to the disk one piece before."""
+        """Read the batches piece by piece. With prefetch, each piece is announced while the one before it is read."""
         pieces = self._pieces(offset, rows.rows_per_read if self.prefetch > 0 else 0)
         out: Tensor | None = None
         piece = next(pieces, None)
@@ -171,36 +183,36 @@ class FeatureLoader:
             features = rows.gather(piece.rows, out=None if out is None else out[piece.start : stop])
             if stop == len(piece.batch):
                 features = features.to(self.dtype or rows.dtype) if out is None else out
-                yield features, self.cache.labels[piece.batch].to(rows.device)
+                yield features, self._labels[piece.batch].to(rows.device)
                 out = None
-            del features  # a batch that is given away is not held here while the next one is read
+            del features  # frees its buffer for the next batch, unless the caller keeps it
             piece = following
 
-    def _pieces(self, offset: int, most: int) -> Iterator[_Piece]:
-        """Pieces of at most so many rows of the batches, or whole batches."""
-        own = isinstance(self.sampler, BatchSampler)  # its numbers need no look
+    def _pieces(self, offset: int, max_rows: int) -> Iterator[_Piece]:
+        """Split batches into pieces of at most `max_rows` rows; 0: whole batches."""
+        trusted = isinstance(self.sampler, BatchSampler)
         for numbers in self.sampler:
-            batch = torch.tensor(numbers) if own else self._checked(numbers)
+            batch = torch.tensor(numbers) if trusted else self._checked(numbers)
             index = batch + offset if offset else batch
-            size = most or len(index) or 1
+            size = max_rows or len(index) or 1
             for start in range(0, len(index) or 1, size):
                 yield _Piece(batch, index[start : start + size], start)
 
     def _checked(self, batch: list[int]) -> Tensor:
         numbers = np.asarray(batch, dtype=np.int64)
-        if len(numbers) > 0 and not 0 <= numbers.min() <= numbers.max() < len(self.cache):
-            wrong = numbers[(numbers < 0) | (numbers >= len(self.cache))][0]
-            raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self.cache) - 1}; got {wrong}.")
+        if len(numbers) > 0 and not 0 <= numbers.min() <= numbers.max() < len(self._labels):
+            wrong = numbers[(numbers < 0) | (numbers >= len(self._labels))][0]
+            raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {wrong}.")
         return torch.from_numpy(numbers)
 
     def _buffer(self, rows: Rows, count: int) -> Tensor | None:
-        """Memory for a batch; none where rows are on a device that has its own."""
+        """Memory for a batch; None if the rows are not on the CPU."""
         if rows.device.type != "cpu":
             return None
         return self._buffers.take((count, *rows.shape), self.dtype or rows.dtype)
 
     def _to_device(self, batches: Iterator[Pair]) -> Generator[tuple[Tensor, Tensor, Any], None, None]:
-        """Batches where they are wanted; on a GPU with the event after which they are there."""
+        """Batches on the target device; on a GPU with the event that marks the end of the copy."""
         if self.device is None or self.device.type != "cuda":
             for features, labels in batches:
                 if self.device is not None:
@@ -208,51 +220,51 @@ class FeatureLoader:
                 yield features, labels, None
             return
         stream = torch.cuda.Stream(self.device)
-        under_way: deque[tuple[Any, Tensor]] = deque()  # a buffer may be used again when its copy is over
+        in_flight: deque[tuple[Any, Tensor]] = deque()  # holds each buffer until its copy has ended
         try:
             for features, labels in batches:
-                if features.is_cuda:  # gathered there
+                if features.is_cuda:  # gathered on the current stream
                     stream.wait_stream(torch.cuda.current_stream(self.device))
                 with torch.cuda.stream(stream):
                     moved = [part.to(self.device, non_blocking=True) for part in (features, labels)]
                     event = torch.cuda.Event()
                     event.record(stream)
-                under_way.append((event, features))
-                if len(under_way) > 1:
-                    under_way.popleft()[0].synchronize()
+                in_flight.append((event, features))
+                if len(in_flight) > 1:
+                    in_flight.popleft()[0].synchronize()
                 del features
                 yield moved[0], moved[1], event
         finally:
-            for event, _ in under_way:
+            for event, _ in in_flight:
                 event.synchronize()
 
 
 class _Buffers:
-    """Memory for batches, which comes back by itself when the last tensor on it has gone."""
+    """Memory for batches, reused when the last tensor on it has been freed."""
 
     def __init__(self, pinned: bool):
         self._pinned = pinned
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor."""
+        """Return an uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
         memory = None
-        while memory is None or memory.nbytes < size:  # too small: of an epoch's last batch, or another dtype
+        while memory is None or memory.nbytes < size:  # smaller: from the last batch of an epoch, or another dtype
             try:
-                memory = self._free.pop()  # one step: another thread may ask, and give back
+                memory = self._free.pop()  # atomic: another thread may take and return memory
             except IndexError:
                 memory = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=self._pinned).numpy()
         part = memory[:size]
-        weakref.finalize(part, self._free_again, memory)
+        weakref.finalize(part, self._give_back, memory)
         return torch.from_numpy(part).view(dtype).view(shape)
 
-    def _free_again(self, memory: np.ndarray) -> None:
+    def _give_back(self, memory: np.ndarray) -> None:
         self._free.append(memory)
 
 
 def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
-    """The same batches, read by a thread as long as fewer than `depth` are waiting."""
+    """Yield the same batches, read ahead by a thread that keeps up to `depth` in a queue."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -269,7 +281,7 @@ def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
                 put((batch, None))
                 if stopped.is_set():
                     return
-                del batch  # its buffer is not this thread's any more
+                del batch  # so that its buffer can be reused
             put((None, None))
         except BaseException as error:
             put((None, error))
@@ -281,7 +293,7 @@ def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
         thread.join()
 
     thread.start()
-    atexit.register(stop)  # a process that ends while it reads is aborted
+    atexit.register(stop)  # the interpreter aborts if it ends while the thread reads
     try:
         while True:
             batch, error = ready.get()

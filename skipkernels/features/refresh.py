@@ -1,4 +1,4 @@
-"""Features that are extracted anew for each epoch, with transforms drawn anew, while the epoch before is trained on."""
+"""Features with a new view of every image for each epoch, computed while training uses the epoch before."""
 
 from __future__ import annotations
 
@@ -14,113 +14,113 @@ from pathlib import Path
 from ..store import MANIFEST, Store, StoreError, file_errors
 from ..store.lock import LOCK, OWNER, locked
 from ..store.writer import erase, foreign_files, is_store
-from .builder import Encoder, Source, write_store
+from .builder import BuildConfig, Encoder, write_store
 
 
-def make_room(folder: Path, *, overwrite: bool) -> None:
-    """For a store in a folder that may hold those of epochs: delete them if that is wanted.
+def clear_epochs(folder: Path, *, overwrite: bool) -> None:
+    """Delete the stores of epochs in a folder, before another store is built in it.
 
     Raises:
-        StoreError: If it is not, or the folder holds something else, too: nothing was deleted.
+        StoreError: If there are some and `overwrite` is False, or the folder has foreign files; nothing is deleted.
     """
     if not (folder.is_dir() and any(folder.glob("epoch-*"))):
         return
-    with _held(folder):
+    with _locked_folder(folder):
         epochs = _epochs_in(folder)
         if not overwrite:
             raise StoreError(
                 f'{folder}: holds the features of epochs ({_name(min(epochs))}), made with refresh="epoch". Choose '
-                "another folder, or replace them with overwrite=True (--overwrite)."
+                "another folder, or replace them with `overwrite=True`."
             )
         for epoch in epochs:
             _remove(folder / _name(epoch))
 
 
-class Refresher:
-    """A folder with a store for the epoch that is trained on, and one that is being made for the next.
+class EpochStores:
+    """A folder with a store for the current epoch, and one in progress for the next.
 
-    Epoch e is view e of every image: the transforms of an epoch are the same however often it is made.
+    Epoch e is view e of every image, so that rebuilding an epoch draws the same transforms.
 
     Args:
-        folder: Where.
-        source: What of.
+        folder: Folder of the stores.
+        config: Inputs and options of a store.
         encode: Images to features.
-        progress: As `write_store` takes it, for the first epoch that is asked for.
-        overwrite: Delete what is there: what an earlier run has left, or another store.
+        progress: As for `write_store`, for the first epoch that is built.
+        overwrite: Delete the stores in the folder.
 
     Attributes:
-        first: The earliest epoch that an earlier run has left, or 0.
+        first: Earliest epoch found in the folder, or 0.
 
     Raises:
-        StoreError: If someone else is at work in the folder, or it holds something else: nothing was deleted.
+        StoreError: If another process builds in the folder, or it has foreign files; nothing is deleted.
     """
 
     def __init__(
         self,
         folder: Path,
-        source: Source,
+        config: BuildConfig,
         encode: Encoder,
         progress: Callable[[int], None] | bool,
         *,
         overwrite: bool = False,
     ):
-        self._folder, self._source, self._encode, self._progress = folder, source, encode, progress
+        self._folder, self._config, self._encode, self._progress = folder, config, encode, progress
         self._lock = contextlib.ExitStack()
-        self._lock.enter_context(_held(folder))
+        self._lock.enter_context(_locked_folder(folder))
         try:
-            self._there = _epochs_in(folder)
+            self._present = _epochs_in(folder)
             if overwrite:
                 erase(folder)
-                self._keep()
+                self._delete_all_but()
             elif is_store(folder):
                 raise StoreError(
-                    f"{folder}: holds a store that serves every epoch. Choose another folder, or replace it with "
-                    "overwrite=True."
+                    f"{folder}: holds a store for all epochs. Choose another folder, or replace it with "
+                    "`overwrite=True`."
                 )
         except BaseException:
             self._lock.close()
             raise
-        self.first = min(self._there, default=0)
+        self.first = min(self._present, default=0)
         self._thread: threading.Thread | None = None
-        self._making: int | None = None
+        self._building: int | None = None
         self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._loading = threading.Event()
         self._closed = False
-        atexit.register(_close, weakref.ref(self))  # a process that ends while it computes is aborted
+        atexit.register(_close, weakref.ref(self))  # the interpreter aborts if it ends while the thread computes
 
     def check_open(self) -> None:
-        """Refuse to go on after `close`: the folder may be someone else's by now.
+        """Raise an error after `close`: another process may use the folder.
 
         Raises:
-            StoreError: If it was closed.
+            StoreError: If it is closed.
         """
         if self._closed:
-            raise StoreError(f"{self._folder}: this FeatureCache was closed. Build it again to go on with its epochs.")
+            raise StoreError(f"{self._folder}: this FeatureCache was closed. Build it again to continue.")
 
     def store(self, epoch: int) -> Store:
-        """The features of an epoch, whose successor is begun; those of others are deleted."""
-        if self._making != epoch:
+        """Return the features of an epoch, start the next one, and delete all others."""
+        if self._building != epoch:
             self._stop()
         self._join()
-        self._keep(epoch, epoch + 1)
-        self._there |= {epoch, epoch + 1}
-        if self._making != epoch:
-            self._write(self._source, epoch, self._progress)
+        self._delete_all_but(epoch, epoch + 1)
+        self._present |= {epoch, epoch + 1}
+        if self._building != epoch:
+            self._write(self._config, epoch, self._progress)
         self._progress = False
         store = Store(self._folder / _name(epoch))
-        self._source = replace(self._source, labels=store.labels())  # the other epochs have to have these
-        self._making = epoch + 1
+        self._config = replace(self._config, labels=store.labels())  # other epochs must have the same
+        self._building = epoch + 1
         self._stopped.clear()
         self._loading.clear()
         self._thread = threading.Thread(target=self._run, name="skipkernels extraction", daemon=True)
         self._thread.start()
-        # A process that is forked while this thread holds a lock of PyTorch's, as it does in training, waits forever.
+        # A process forked while this thread holds a lock of PyTorch, as training does, would wait forever.
         self._loading.wait()
         return store
 
     def close(self) -> None:
-        """Stop what is being made, which stays for another time, and let go of the folder."""
+        """Stop the build in progress, which a later one resumes, and release the folder."""
         self._closed = True
         self._stop()
         self._lock.close()
@@ -130,41 +130,41 @@ class Refresher:
             self._thread.join()
             self._thread = None
         if self._error is not None:
-            error, self._error, self._making = self._error, None, None
+            error, self._error, self._building = self._error, None, None
             raise error
 
     def _stop(self) -> None:
-        """Break off what is being made."""
+        """Stop the build in progress."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
-        self._thread = self._error = self._making = None
+        self._thread = self._error = self._building = None
 
-    def _keep(self, *epochs: int) -> None:
-        for epoch in self._there - set(epochs):
+    def _delete_all_but(self, *epochs: int) -> None:
+        for epoch in self._present - set(epochs):
             _remove(self._folder / _name(epoch))
-        self._there &= set(epochs)
+        self._present &= set(epochs)
 
     def _run(self) -> None:
-        assert self._making is not None
-        # Transforms draw from the generators of a process, which are this one's to train with.
-        source = replace(self._source, workers=max(self._source.workers, 1))
+        assert self._building is not None
+        # In another process: transforms draw from its generators, and training from those of this one.
+        config = replace(self._config, workers=max(self._config.workers, 1))
         try:
-            self._write(source, self._making, self._go_on)
+            self._write(config, self._building, self._check_stopped)
         except BaseException as error:
             self._error = error
         finally:
             self._loading.set()
 
-    def _go_on(self, images: int) -> None:
+    def _check_stopped(self, images: int) -> None:
         if self._stopped.is_set():
             raise InterruptedError("closed")
 
-    def _write(self, source: Source, epoch: int, progress: Callable[[int], None] | bool) -> None:
-        source = replace(source, first_view=epoch)
+    def _write(self, config: BuildConfig, epoch: int, progress: Callable[[int], None] | bool) -> None:
+        config = replace(config, first_view=epoch)
         folder = self._folder / _name(epoch)
         write_store(
-            folder, source, self._encode, resume=True, overwrite=False, progress=progress, on_loading=self._loading.set
+            folder, config, self._encode, resume=True, overwrite=False, progress=progress, on_loading=self._loading.set
         )
 
 
@@ -173,57 +173,57 @@ def _name(epoch: int) -> str:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Make a folder, and hold its lock."""
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Create a folder, and hold its lock."""
     if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder}: a file; choose a folder.")
+        raise StoreError(f"{folder}: is a file. Choose a folder.")
     with contextlib.ExitStack() as lock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / LOCK).exists():
-                _epochs_in(folder)  # what is not ours gets no lock, either
+                _epochs_in(folder)  # before a lock file is created in it
             lock.enter_context(locked(folder))
         except OSError as error:
-            raise StoreError(f"{folder}: can't be written to ({error.strerror}); choose another.") from None
-        with file_errors(folder, "Look at the disk, and try again."):
+            raise StoreError(f"{folder}: cannot be written ({error.strerror}). Choose another.") from None
+        with file_errors(folder, "Check the disk and try again."):
             yield
 
 
 def _epochs_in(folder: Path) -> set[int]:
-    """The epochs that an earlier run has left.
+    """Epochs that have a store in a folder.
 
     Raises:
-        StoreError: If there is anything else besides them and a store.
+        StoreError: If there are files of anything else.
     """
     epochs = set()
-    for name in _others(folder):
+    for name in _foreign(folder):
         path = folder / name
         if not re.fullmatch("epoch-[0-9]{5,}", name) or path.is_symlink() or not path.is_dir():
-            raise StoreError(f"{folder}: holds other things ({name}); choose an empty folder.")
-        if others := _others(path):
-            raise StoreError(f"{path}: holds other things ({others[0]}); choose another folder.")
+            raise StoreError(f"{folder}: holds other files ({name}). Choose an empty folder.")
+        if foreign := _foreign(path):
+            raise StoreError(f"{path}: holds other files ({foreign[0]}). Choose another folder.")
         epochs.add(int(name.removeprefix("epoch-")))
     return epochs
 
 
-def _others(folder: Path) -> list[str]:
-    """What is not a store's, and a manifest that may be someone else's."""
-    foreign = (folder / MANIFEST).exists() and not is_store(folder)
-    return foreign_files(folder) + [MANIFEST] * foreign
+def _foreign(folder: Path) -> list[str]:
+    """Names of files that belong to no store, a manifest of something else included."""
+    foreign_manifest = (folder / MANIFEST).exists() and not is_store(folder)
+    return foreign_files(folder) + [MANIFEST] * foreign_manifest
 
 
 def _remove(epoch: Path) -> None:
     """Delete the store of an epoch."""
     if epoch.is_dir():
         erase(epoch)
-        with file_errors(epoch, "Delete it, and go on with resume=True (--resume)."):
+        with file_errors(epoch, "Delete it, and continue with `resume=True`."):
             for name in (OWNER, LOCK):
                 (epoch / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what has come to be there since is not ours
+        with contextlib.suppress(OSError):  # it has foreign files by now
             epoch.rmdir()
 
 
-def _close(refresher: weakref.ref[Refresher]) -> None:
-    found = refresher()
+def _close(stores: weakref.ref[EpochStores]) -> None:
+    found = stores()
     if found is not None:
         found.close()

@@ -141,7 +141,7 @@ class Layout:
         if size > _MAX_BYTES:
             raise StoreError(
                 f"{folder}: {self.shards} shards need a manifest of up to {size} bytes; at most {_MAX_BYTES} are "
-                "read. Use a larger shard_bytes, or fewer images or views."
+                "read. Use a larger `shard_bytes`, or fewer images or views."
             )
 
     def difference(self, other: Layout) -> str | None:
@@ -202,7 +202,7 @@ class Manifest:
         path = folder / MANIFEST
 
         def damaged(what: str) -> NoReturn:
-            raise LostManifest(f"{path}: damaged: {what}. Build it again with resume=True.")
+            raise LostManifest(f"{path}: damaged: {what}. Build it again with `resume=True`.")
 
         try:
             with open_regular(path) as file:
@@ -225,7 +225,7 @@ class Manifest:
             age, remedy = ("newer", "Update skipkernels, or build") if version > FORMAT else ("older", "Build")
             raise StoreError(
                 f"{path}: has format {version}, of a{'n' * (age == 'older')} {age} skipkernels; this one reads format "
-                f"{FORMAT}. {remedy} it again with overwrite=True, or delete it."
+                f"{FORMAT}. {remedy} it again with `overwrite=True`, or delete it."
             )
         digest = values.pop("xxh3", None)
         check(digest == digest_json(values), "its digest does not match its contents")

@@ -66,7 +66,7 @@ class Store:
         if not self.manifest.complete:
             done = sum(shard is not None for shard in self.manifest.shards)
             raise StoreError(
-                f"{folder}: incomplete: {done} of {self.layout.shards} shards exist. Build the rest with resume=True."
+                f"{folder}: incomplete: {done} of {self.layout.shards} shards exist. Build the rest with `resume=True`."
             )
         for number in range(self.layout.shards):
             self._map(number)

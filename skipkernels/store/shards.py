@@ -107,7 +107,7 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
     path = path_of(folder, number)
 
     def damaged(what: str) -> StoreError:
-        return StoreError(f"{path}: {what}. Build it again with resume=True.")
+        return StoreError(f"{path}: {what}. Build it again with `resume=True`.")
 
     try:
         with open_regular(path) as opened:
@@ -168,7 +168,7 @@ def _damage(folder: Path, layout: Layout, number: int, shard: Shard, on_bytes: C
         return str(error)
     except OSError as error:
         what = f"unreadable: {error.strerror}"
-    return f"{path_of(folder, number)}: damaged: {what}. Build it again with resume=True."
+    return f"{path_of(folder, number)}: damaged: {what}. Build it again with `resume=True`."
 
 
 def _expected_tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -146,8 +146,8 @@ class Writer:
         exists = (self.folder / MANIFEST).exists() or any(path.suffix == ".safetensors" for path in files)
         if exists and not (self._resume or self._overwrite):
             raise StoreError(
-                f"{self.folder}: holds a store. Open it, continue or repair it with resume=True, or replace it with "
-                "overwrite=True."
+                f"{self.folder}: holds a store. Open it, continue or repair it with `resume=True`, or replace it with "
+                "`overwrite=True`."
             )
         if exists and not self._overwrite:
             self._resume_from(old, reason)
@@ -169,7 +169,7 @@ class Writer:
                 return  # it has no shards yet
             raise DifferentStore(
                 f"{self.folder}: holds a store that differs in {difference}. Choose another folder, or replace it with "
-                "overwrite=True.",
+                "`overwrite=True`.",
                 difference,
             )
         self.manifest, self.layout = manifest, manifest.layout  # its shard_rows may differ
@@ -202,13 +202,13 @@ class Writer:
             named = error.filename if isinstance(error.filename, str) else self.folder
             raise StoreError(
                 f"{named}: cannot be written or read ({error.strerror or error}). {self._progress()} exist and "
-                "stay. Check the disk, and continue with resume=True."
+                "stay. Check the disk, and continue with `resume=True`."
             ) from error
 
     def _full(self, what: str) -> StoreError:
         return StoreError(
             f"{self.folder}: {what}. {self._progress()} exist and stay. Free space, or use a smaller dtype or fewer "
-            "views, and continue with resume=True."
+            "views, and continue with `resume=True`."
         )
 
     def _progress(self) -> str:

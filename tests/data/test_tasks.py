@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, draw_image, make_coop, make_folders, raises_input_error
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from skipkernels.data import from_datasets, load_task, open_source, split_base_new, summarise
 from skipkernels.data.tasks import _short_names
 from skipkernels.experiments import glyphs
-from skipkernels.features.dataset_key import identify
+from skipkernels.features.dataset_key import dataset_key, sample_images
 
 
 def load(data, protocol="base-to-new", **how):
@@ -203,11 +204,15 @@ def test_load_task_from_datasets():
 
 def test_load_task_images_identified_by_cache(tmp_path):
     make_folders(tmp_path, {"cat": 9, "dog": 9})
+
+    def key(images):
+        return dataset_key(images) | {"samples": sample_images(images, seed=0)}
+
     for data in ("glyphs", f"imagefolder:{tmp_path}"):
-        tasks = [load(data, "few-shot", classes=2, seed=seed) for seed in (1, 1, 2)]
-        digests = [identify(task.train) for task in tasks]
-        assert digests[0] == digests[1] != digests[2]
-        assert identify(tasks[0].tests[0].images) == identify(tasks[2].tests[0].images) != digests[0]
+        tasks = [load(data, "few-shot", classes=2, seed=seed, transform=to_tensor) for seed in (1, 1, 2)]
+        keys = [key(task.train) for task in tasks]
+        assert keys[0] == keys[1] != keys[2]
+        assert key(tasks[0].tests[0].images) == key(tasks[2].tests[0].images) != keys[0]
 
 
 # ---- cross-dataset ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torchvision import datasets
 from skipkernels.data import LabelledImages, open_source
 from skipkernels.data.templates import COOP, PAPER
 from skipkernels.data.torchvision_sets import DATASETS
-from skipkernels.features.dataset_key import identify
+from skipkernels.features.dataset_key import dataset_key
 
 
 def md5(path: Path) -> str:
@@ -214,7 +214,7 @@ def test_open_torchvision(tmp_path, monkeypatch, name):
         ]
     few = source.subset_classes(range(len(names))).few_shot(1, seed=0)
     assert few.labels == list(range(len(names)))
-    assert identify(few) != identify(source.images("test")), "different for a feature cache"
+    assert dataset_key(few) != dataset_key(source.images("test")), "different for a feature cache"
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if DATASETS[name].coop])

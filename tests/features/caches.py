@@ -1,4 +1,4 @@
-"""A small model, some images, and a cache of their features."""
+"""A small model, images, and a cache of their features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images(count: int = 23, size: int = 16, *, seed: int = 0) -> TensorDataset:
 
 
 class Drawn(Dataset):
-    """Images that a transform moves at random, by each of the generators that transforms draw from."""
+    """Images with a random transform that draws from PyTorch's, NumPy's and Python's generators."""
 
     def __init__(self, count: int = 8, *, seed: int = 0):
         self.pictures = pictures(count, seed=seed)
@@ -44,7 +44,7 @@ class Drawn(Dataset):
 
 
 def build(path: Path, dataset: Any = None, clip: sk.SkipCLIP | None = None, **arguments: Any) -> sk.FeatureCache:
-    """A store in fp32 of shards of four images of the small model, unless something else is asked for."""
+    """Build an fp32 store with shards of four images, by default of the small model."""
     dataset = images() if dataset is None else dataset
     arguments = {"dtype": "fp32", "batch_size": 4, "shard_bytes": 1, "progress": False} | arguments
     return sk.FeatureCache.build(path, skip_clip() if clip is None else clip, dataset, **arguments)

@@ -1,4 +1,4 @@
-"""What is kept of images is what the model computes of them, of every family; what does not fit is refused by name."""
+"""Building and opening of a cache: features of every model family, and refusals that name what differs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def openai_clip() -> nn.Module:
 
 
 def pooled_by_attention() -> nn.Module:
-    """As timm has SigLIP's image tower."""
+    """SigLIP's image tower as in timm."""
     torch.manual_seed(0)
     trunk = VisionTransformer(**VIT, class_token=False, global_pool="map", act_layer="gelu_tanh", num_classes=12)
     return timm_models.timm_clip(trunk).float()
@@ -76,7 +76,7 @@ def tiny_text() -> dict:
     return {"context_length": 77, "vocab_size": 60, "width": 16, "heads": 2, "layers": 3}
 
 
-FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # how to make it, blocks skipped, size of images
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {  # model, skipped blocks, image size
     "open_clip": (partial(tiny_clip, torch.float32), 1, 16),
     "open_clip, all": (partial(tiny_clip, torch.float32, quick_gelu=True), 3, 16),
     "openai": (openai_clip, 2, 16),
@@ -98,17 +98,17 @@ def by_hand(clip: sk.SkipCLIP, pixels: torch.Tensor, batch_size: int = 4) -> tor
     return torch.cat([clip.encode_lower(part) for part in pixels.split(batch_size)])
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_features_are_those_of_the_model(tmp_path, family):
+def test_features_equal_those_of_the_model(tmp_path, family):
     make, skip, size = family
     dataset, clip = images(10, size), skip_clip(make(), skip)
     cache = build(tmp_path, dataset, clip)
     right = by_hand(clip, dataset.tensors[0])
     assert cache.shape == right.shape[1:] and cache.dtype == right.dtype and len(cache) == 10
-    expected = right.float().to(right.dtype)  # fp64 is kept as fp32
+    expected = right.float().to(right.dtype)  # fp64 is stored as fp32
     assert rows(cache).equal(expected)
     assert cache.labels.equal(dataset.tensors[1])
     reopened = sk.FeatureCache.open(tmp_path, clip, dataset, verify=True)
@@ -123,46 +123,46 @@ def test_features_are_those_of_the_model(tmp_path, family):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
-        ("fp16", 2**-11),  # half a step of 10 bits, of each number
-        ("bf16", 2**-8),  # of 7 bits
-        ("int8", 1 / 254),  # half a step of 127 levels, of the largest number of a token
+        ("fp16", 2**-11),  # half a step of 10 mantissa bits
+        ("bf16", 2**-8),  # 7 mantissa bits
+        ("int8", 1 / 254),  # half of 1 / 127 of the largest number of a token
     ],
 )
-def test_features_are_kept_as_closely_as_the_dtype_can(tmp_path, family, dtype, tolerance):
+def test_features_are_rounded_to_the_storage_dtype(tmp_path, family, dtype, tolerance):
     make, skip, size = FAMILIES[family]
     dataset, clip = images(10, size), skip_clip(make(), skip)
     got, right = rows(build(tmp_path, dataset, clip, dtype=dtype)), by_hand(clip, dataset.tensors[0])
     assert got.dtype == torch.float32
     scale = right.flatten(2).abs().amax(dim=2).view(*right.shape[:2], *[1] * (right.ndim - 2))
-    allowed = tolerance * (scale if dtype == "int8" else right.abs() + 2**-14)  # below which fp16 has fewer bits
+    allowed = tolerance * (scale if dtype == "int8" else right.abs() + 2**-14)  # fp16 is subnormal below
     assert ((got - right).abs() <= allowed * (1 + 1e-6)).all()
     assert not got.equal(right)
 
 
-def test_under_autocast_features_are_those_of_autocast(tmp_path):
+def test_features_under_autocast(tmp_path):
     dataset, clip = images(10), skip_clip()
     with torch.autocast("cpu", torch.bfloat16):
         cache = build(tmp_path, dataset, clip)
         right = by_hand(clip, dataset.tensors[0])
     assert rows(cache).equal(right.to(cache.dtype)) and cache.dtype == right.dtype
-    assert not by_hand(clip, dataset.tensors[0]).equal(right), "it rounds"
+    assert not by_hand(clip, dataset.tensors[0]).equal(right), "autocast rounds"
     assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(StoreError, match=r"differs in autocast \(bf16 there, none here\)"):
         build(tmp_path, dataset, clip, resume=True)
-    with pytest.raises(StoreError, match=r"another autocast \(bf16 there, none here\).* Open it under the same"):
+    with pytest.raises(StoreError, match=r"differs in autocast \(bf16 there, none here\).* Open it under the same"):
         sk.FeatureCache.open(tmp_path, clip, dataset)
     with torch.autocast("cpu", torch.bfloat16):
         sk.FeatureCache.open(tmp_path, clip, dataset)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_size_of_a_batch_is_no_part_of_the_numbers(tmp_path, batch_size):
+def test_features_do_not_depend_on_the_batch_size(tmp_path, batch_size):
     cache = build(tmp_path, batch_size=batch_size)
     torch.testing.assert_close(rows(cache), by_hand(skip_clip(), images().tensors[0]), rtol=1e-5, atol=1e-5)
 
 
 def dropping() -> nn.Module:
-    """A model in training mode that would drop numbers below the cut and count what it sees."""
+    """A model in training mode with dropout below the cut."""
     torch.manual_seed(0)
     model = timm_models.timm_clip(VisionTransformer(**VIT, num_classes=12, pos_drop_rate=0.5)).float()
     return model.train()
@@ -174,7 +174,7 @@ def dropping() -> nn.Module:
      (lambda: timm_models.timm_clip(batch_norm_stem()).float().train(), 1, 16)],
     ids=["dropout", "patches", "batch norm"],
 )  # fmt: skip
-def test_below_the_cut_nothing_trains(tmp_path, make, skip, size):
+def test_build_does_not_change_the_model(tmp_path, make, skip, size):
     model = make()
     clip = skip_clip(model, skip)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -202,12 +202,12 @@ def batch_norm_stem() -> nn.Module:
 @pytest.mark.parametrize(
     "kind", [int, np.int64, np.uint8, torch.tensor, np.array], ids=["int", "int64", "uint8", "tensor", "array"]
 )
-def test_labels_are_whole_numbers_of_any_kind(tmp_path, kind):
+def test_labels_of_any_integer_type(tmp_path, kind):
     cache = build(tmp_path, [(image, kind(7 - n)) for n, image in enumerate(pictures(6))])
     assert cache.labels.tolist() == [7, 6, 5, 4, 3, 2] and cache.labels.dtype == torch.int64
 
 
-def test_items_by_number(tmp_path):
+def test_getitem(tmp_path):
     cache = build(tmp_path)
     everything = rows(cache)
     for item in (0, 5, 22, -1, -23):
@@ -216,20 +216,20 @@ def test_items_by_number(tmp_path):
     for item in (23, -24):
         with pytest.raises(IndexError, match=rf"^FeatureCache: image {item} is outside 0…22\.$"):
             cache[item]
-    assert len(list(cache)) == 23, "a loop ends where the images do"
+    assert len(list(cache)) == 23, "iteration ends after the last image"
 
 
-def test_a_cache_that_was_read_goes_into_other_processes(tmp_path):
+def test_cache_can_be_pickled_after_reading(tmp_path):
     cache = build(tmp_path)
+    unread = len(pickle.dumps(cache))
     right = [cache[item] for item in range(len(cache))]
-    small = len(pickle.dumps(cache))
-    assert small < right[0][0].nbytes * len(cache), "without what it has mapped"
+    assert len(pickle.dumps(cache)) == unread, "without its maps"
     loader = DataLoader(cache, batch_size=8, num_workers=1, multiprocessing_context="spawn")
     features, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert features.equal(torch.stack([one for one, _ in right])) and labels.tolist() == [label for _, label in right]
 
 
-def test_in_memory_is_the_same(tmp_path):
+def test_in_memory_equals_the_model(tmp_path):
     clip, done = skip_clip(), []
     cache = sk.FeatureCache.in_memory(images(), clip.encode_lower, batch_size=4, progress=done.append)
     assert sum(done) == len(cache) == 23 and cache.store is None and cache.verify() == []
@@ -245,7 +245,7 @@ def test_in_memory_is_the_same(tmp_path):
 
 
 class Stream(IterableDataset):
-    """Images one after the other, fewer than it says if so wanted."""
+    """Images one after the other; fewer than its length if `given` is smaller."""
 
     def __init__(self, count: int = 23, given: int | None = None):
         self.count, self.given = count, count if given is None else given
@@ -258,7 +258,7 @@ class Stream(IterableDataset):
 
 
 class Old:
-    """Iterable and no more."""
+    """An iterable that is not an IterableDataset."""
 
     def __init__(self, count: int):
         self.count = count
@@ -272,13 +272,13 @@ class Old:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("make", [Stream, Old])
-def test_an_iterable_gives_the_same_store(tmp_path, make, workers):
+def test_iterable_gives_the_same_store(tmp_path, make, workers):
     right = rows(build(tmp_path / "map"))
     cache = build(tmp_path / "stream", make(23), workers=workers)
     assert rows(cache).equal(right) and cache.labels.equal(images().tensors[1])
 
 
-def test_an_iterable_is_taken_up_where_it_was_left(tmp_path):
+def test_iterable_is_resumed(tmp_path):
     right = rows(build(tmp_path, Stream(), views=2))
     for number in (1, 7, 11):
         (tmp_path / f"{number:05d}.safetensors").unlink()
@@ -288,14 +288,14 @@ def test_an_iterable_is_taken_up_where_it_was_left(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_iterable_that_is_shorter_than_it_says(tmp_path, workers):
-    with pytest.raises(StoreError, match="the dataset has a length of 23, and ended after 10 items"):
+def test_iterable_shorter_than_its_length(tmp_path, workers):
+    with pytest.raises(StoreError, match="the dataset has a length of 23, but ended after 10 items"):
         build(tmp_path, Stream(given=10), workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_iterable_that_is_longer_than_it_says(tmp_path, workers):
-    with pytest.raises(StoreError, match="the dataset has a length of 10, and goes on after 10 items"):
+def test_iterable_longer_than_its_length(tmp_path, workers):
+    with pytest.raises(StoreError, match="the dataset has a length of 10, but gives more than 10 items"):
         build(tmp_path, Long(10), workers=workers)
 
 
@@ -305,14 +305,14 @@ class Long(Stream):
 
 
 class Shuffled(Stream):
-    """Images in an order that is drawn when the iteration begins."""
+    """Images in a random order, drawn when the iteration starts."""
 
     def __iter__(self):
         return iter([images(self.count)[number] for number in torch.randperm(self.count).tolist()])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_iterable_that_draws_its_order_is_taken_up_in_the_same(tmp_path, workers):
+def test_iterable_with_a_random_order_is_resumed_in_the_same(tmp_path, workers):
     torch.manual_seed(1)
     whole = build(tmp_path / "whole", Shuffled(), workers=workers)
     torch.manual_seed(2)
@@ -326,7 +326,7 @@ def test_an_iterable_that_draws_its_order_is_taken_up_in_the_same(tmp_path, work
 
 
 class Relabelled(Drawn):
-    """Images whose class is drawn."""
+    """Images with random labels."""
 
     def __getitem__(self, item):
         return super().__getitem__(item)[0], random.randrange(100)
@@ -334,32 +334,32 @@ class Relabelled(Drawn):
 
 @pytest.mark.parametrize("make", [Shuffled, Relabelled])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_views_that_give_other_labels_are_refused(tmp_path, make, workers):
-    told = r"view 1 gives other labels than the one that was made first \(item \d+: \d+, not \d+\): .*order or labels"
-    with pytest.raises(StoreError, match=told):
+def test_views_with_other_labels_are_refused(tmp_path, make, workers):
+    message = r"view 1 has other labels than the first \(item \d+: \d+, not \d+\): .*order or labels"
+    with pytest.raises(StoreError, match=message):
         build(tmp_path / "two", make(23), views=2, workers=workers)
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=message):
         build(tmp_path / "in one batch", make(5), views=2, batch_size=10, workers=workers)
     build(tmp_path / "one", make(23), workers=workers)
 
 
-def test_views_that_give_other_labels_than_those_that_are_there_are_refused(tmp_path):
-    """Whichever of them is made again."""
+def test_views_with_other_labels_than_existing_ones_are_refused(tmp_path):
+    """In either view."""
     labels = [(image, 7) for image in pictures(8)]
     others = [(image, 8) for image in pictures(8)]
     for gone, view in ((0, 0), (3, 1)):
         folder = tmp_path / f"{gone}"
-        build(folder, labels, views=2, identity="same")
+        build(folder, labels, views=2, key="same")
         (folder / f"{gone:05d}.safetensors").unlink()
-        with pytest.warns(UserWarning, match="missing"), pytest.raises(StoreError, match=f"view {view} gives other la"):
-            build(folder, others, views=2, identity="same", resume=True)
+        with pytest.warns(UserWarning, match="missing"), pytest.raises(StoreError, match=f"view {view} has other la"):
+            build(folder, others, views=2, key="same", resume=True)
 
 
 # ---- views ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_views_are_drawn_anew_and_the_same_again(tmp_path, workers):
+def test_views_are_random_and_reproducible(tmp_path, workers):
     cache = build(tmp_path / "one", Drawn(8), views=3)
     views = rows(cache).view(3, 8, *cache.shape)
     assert len(cache) == 8 and cache.views == 3 and cache.labels.equal(torch.arange(8) % CLASSES)
@@ -375,7 +375,7 @@ def test_views_are_drawn_anew_and_the_same_again(tmp_path, workers):
     assert reopened.views == 3 and len(reopened) == 8
 
 
-def test_transforms_of_torchvision_are_drawn_for_each_view(tmp_path):
+def test_views_of_a_torchvision_transform(tmp_path):
     class Cropped(TensorDataset):
         transform = v2.RandomResizedCrop(16, scale=(0.3, 0.6))
 
@@ -389,7 +389,7 @@ def test_transforms_of_torchvision_are_drawn_for_each_view(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nobodys_random_numbers_change(tmp_path, workers):
+def test_build_does_not_change_the_generators(tmp_path, workers):
     def state() -> tuple:
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
@@ -404,7 +404,7 @@ def test_nobodys_random_numbers_change(tmp_path, workers):
     assert state() == before != expected
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +414,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_weights_above_the_cut_do_not_matter(folder):
+def test_open_ignores_weights_above_the_cut(folder):
     model = tiny_clip(torch.float32)
     clip = skip_clip(model)
     with torch.no_grad():
@@ -440,26 +440,26 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "skip", "message"),
     [
-        (partial(changed, "visual.conv1.weight"), 1, "made with another image embedding"),
-        (partial(changed, "visual.positional_embedding"), 1, "made with another image embedding"),
-        (partial(changed, "visual.transformer.resblocks.0.mlp.c_fc.bias"), 1, "made with another image lower blocks"),
-        (partial(tiny_clip, torch.float32), 2, r"made with another image skipped blocks \(1 there, 2 here\)"),
+        (partial(changed, "visual.conv1.weight"), 1, "differs in image embedding"),
+        (partial(changed, "visual.positional_embedding"), 1, "differs in image embedding"),
+        (partial(changed, "visual.transformer.resblocks.0.mlp.c_fc.bias"), 1, "differs in image lower blocks"),
+        (partial(tiny_clip, torch.float32), 2, r"differs in image skipped blocks \(1 there, 2 here\)"),
         (partial(tiny_clip, torch.float32, quick_gelu=True), 1, "computes other features from the same weights"),
         (partial(tiny_clip, torch.float32, vision={"head_width": 12}), 1, "computes other features from the same"),
         (hooked, 1, "computes other features from the same weights"),
-        (tiny_clip, 1, "made with another image embedding"),
-        (siglip, 1, "made with another image tower"),
+        (tiny_clip, 1, "differs in image embedding"),
+        (siglip, 1, "differs in image tower"),
     ],
     ids=["patches", "positions", "block", "cut", "activation", "heads", "hook", "dtype", "family"],
 )
-def test_another_model_below_the_cut_is_refused_by_name(folder, make, skip, message):
+def test_open_refuses_another_model_below_the_cut(folder, make, skip, message):
     with pytest.raises(StoreError, match=f"^{folder}: .*{message}"):
         sk.FeatureCache.open(folder, skip_clip(make(), skip))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_a_model_in_half_precision_may_round_otherwise(tmp_path, dtype):
-    """As it does on another device; its norms and positions are in fp32."""
+def test_open_allows_other_rounding_in_half_precision(tmp_path, dtype):
+    """As on another device; norms and positions are in fp32."""
     clip = skip_clip(half(dtype))
     build(tmp_path, images(4), clip)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -474,8 +474,8 @@ def test_a_model_in_half_precision_may_round_otherwise(tmp_path, dtype):
             sk.FeatureCache.open(tmp_path, clip)
 
 
-def test_the_weights_that_trained_below_no_cut_are_refused(folder):
-    """A cache that was made before, and a model that was fully tuned since."""
+def test_open_refuses_changed_weights_below_the_cut(folder):
+    """A model that was fully tuned after the cache was built."""
     model = tiny_clip(torch.float32)
     sk.FeatureCache.open(folder, skip_clip(model))
     with torch.no_grad():
@@ -487,37 +487,15 @@ def test_the_weights_that_trained_below_no_cut_are_refused(folder):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (images(seed=1), "made with another images"),
-        (images(22), r"made with another number of images \(23 there, 22 here\)"),
-        (Stream(), "made with another images"),
+        (images(seed=1), "item 0 of the dataset has another image"),
+        (images(22), r"holds a store that differs in number of images \(23 there, 22 here\)"),
+        (Stream(), r"holds a store that differs in labels \(\w+ there, not listed here\)"),
     ],
     ids=["pixels", "count", "type"],
 )
-def test_another_dataset_is_refused_by_name(folder, dataset, message):
-    with pytest.raises(StoreError, match=f"^{folder}: {message}.*Build another one"):
+def test_open_refuses_another_dataset(folder, dataset, message):
+    with pytest.raises(StoreError, match=f"^{folder}: {message}.*Build another cache"):
         sk.FeatureCache.open(folder, dataset=dataset)
-
-
-def test_a_dataset_that_was_given_a_name_is_known_by_it(tmp_path):
-    class Nameless:
-        def __len__(self) -> int:
-            return 23
-
-        def __getitem__(self, item: int) -> Any:
-            return images()[item]
-
-    with pytest.raises(StoreError, match=r"dataset is a .*Nameless, which has no attributes.* Pass identity="):
-        build(tmp_path, Nameless())
-    assert not list(tmp_path.iterdir()), "nothing half-written"
-    cache = build(tmp_path, Nameless(), identity="mine")
-    assert rows(cache).equal(by_hand(skip_clip(), images().tensors[0]))
-    sk.FeatureCache.open(tmp_path, skip_clip(), Nameless(), identity="mine")
-    with pytest.raises(StoreError, match=r"made with another images \(named mine there, named yours here\)"):
-        sk.FeatureCache.open(tmp_path, dataset=Nameless(), identity="yours")
-    with pytest.raises(StoreError, match=r"made with another number of images \(23 there, 22 here\)"):
-        sk.FeatureCache.open(tmp_path, dataset=images(22), identity="mine")
-    with pytest.raises(StoreError, match=r"differs in images \(named mine there, named yours here\)"):
-        build(tmp_path, Nameless(), identity="yours", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -527,13 +505,12 @@ def test_a_dataset_that_was_given_a_name_is_known_by_it(tmp_path):
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),
         ({"batch_size": 5}, r"batch size \(4 there, 5 here\)"),
         ({"dtype": "bf16"}, r"dtype \(fp32 there, bf16 here\)"),
-        ({"dataset": images(seed=1)}, "images"),
-        ({"files": "contents"}, None),
+        ({"dataset": TensorDataset(images().tensors[0], torch.zeros(23, dtype=torch.int64))}, "labels"),
         ({"shard_bytes": 10**6}, None),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_build_is_not_taken_up(folder, changes, message):
+def test_resume_refuses_other_arguments(folder, changes, message):
     if message is None:
         assert rows(build(folder, resume=True, **changes)).equal(by_hand(skip_clip(), images().tensors[0]))
         return
@@ -541,7 +518,7 @@ def test_another_build_is_not_taken_up(folder, changes, message):
         build(folder, resume=True, **changes)
 
 
-def test_a_store_that_is_there_is_not_replaced_unasked(tmp_path):
+def test_build_replaces_a_store_only_with_overwrite(tmp_path):
     build(tmp_path)
     with pytest.raises(StoreError, match="holds a store"):
         build(tmp_path, images(seed=1))
@@ -550,13 +527,13 @@ def test_a_store_that_is_there_is_not_replaced_unasked(tmp_path):
 
 
 @pytest.mark.parametrize("refresh", ["never", "epoch"])
-def test_a_store_goes_only_when_the_new_one_can_be_begun(tmp_path, refresh):
+def test_overwrite_keeps_the_store_if_the_first_batch_fails(tmp_path, refresh):
     build(tmp_path, refresh=refresh).close()
     folder = tmp_path if refresh == "never" else tmp_path / "epoch-00000"
     old = (folder / "manifest.json").read_bytes()
     for dataset in (images(9, 32), Broken((GOOD * torch.nan, 1), number=1), Broken(OSError("away"), number=2)):
-        with pytest.raises(StoreError, match="images must be|features of item 1|item 2 of the dataset can't be loaded"):
-            build(tmp_path, dataset, identity="other", refresh=refresh, overwrite=True)
+        with pytest.raises(StoreError, match="images must be|features of item 1|item 2 .* cannot be loaded"):
+            build(tmp_path, dataset, key="other", refresh=refresh, overwrite=True)
         assert (folder / "manifest.json").read_bytes() == old
     assert sk.FeatureCache.open(folder, dataset=images(), verify=True).labels.equal(images().tensors[1])
 
@@ -575,7 +552,7 @@ def test_a_store_goes_only_when_the_new_one_can_be_begun(tmp_path, refresh):
         ({"shard_bytes": 1e6}, r"shard_bytes must be a whole number; got 1000000\.0"),
         (
             {"resume": True, "overwrite": True},
-            "resume goes on with a store and overwrite replaces it; give one of them",
+            "resume continues a store and overwrite replaces it; pass one of them",
         ),
         ({"views": 2, "refresh": "epoch"}, "views must be 1 with refresh"),
         ({"dataset": []}, "the dataset is empty"),
@@ -584,17 +561,17 @@ def test_a_store_goes_only_when_the_new_one_can_be_begun(tmp_path, refresh):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_an_argument_that_cannot_be_is_named(tmp_path, arguments, message):
+def test_invalid_argument_is_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=f"^FeatureCache.build: {message}"):
         build(tmp_path / "store", **arguments)
     assert not (tmp_path / "store").exists()
 
 
-# ---- bad items -----------------------------------------------------------------------------------------------------
+# ---- invalid items ---------------------------------------------------------------------------------------------------
 
 
 class Broken(TensorDataset):
-    """Images of which one is something else."""
+    """Images of which one item is replaced, or raises an error."""
 
     def __init__(self, item: Any, number: int = 5):
         super().__init__(*images(9).tensors)
@@ -626,31 +603,31 @@ GOOD = pictures(1)[0]
         ((GOOD.byte(), 1), r"image of item 5 .* must be floating-point numbers, normalised .*; got torch\.uint8\."),
         (GOOD, r"item 5 of the dataset must be \(image, label\); got Tensor"),
         ((GOOD, 1, 2), r"item 5 of the dataset must be \(image, label\); got tuple"),
-        (OSError("no such disk"), r"item 5 of the dataset can't be loaded: OSError\('no such disk'\)"),
+        (OSError("no such disk"), r"item 5 of the dataset cannot be loaded: OSError\('no such disk'\)"),
     ],
     ids=["picture", "grey", "small", "fraction", "bool", "huge", "text", "vector", "bytes", "alone", "three", "error"],
 )  # fmt: skip
-def test_an_item_that_cannot_be_used_is_named(tmp_path, item, message, workers):
+def test_invalid_item_is_named(tmp_path, item, message, workers):
     with pytest.raises(StoreError, match=f"^FeatureCache: .*{message}") as caught:
-        build(tmp_path, Broken(item), identity="broken", workers=workers)
+        build(tmp_path, Broken(item), key="broken", workers=workers)
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("stream", [False, True], ids=["map", "iterable"])
-def test_what_a_dataset_of_this_package_says_is_passed_on(tmp_path, stream, workers):
+def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path, stream, workers):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
     with pytest.raises(
-        StoreError, match=rf"^{tmp_path}/b\.png: can't be read as an image .*Replace or remove the file\.$"
+        StoreError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove the file\.$"
     ):
-        build(tmp_path / "store", OneByOne(files) if stream else files, identity="files", workers=workers)
+        build(tmp_path / "store", OneByOne(files) if stream else files, key="files", workers=workers)
 
 
 class OneByOne(IterableDataset):
-    """A dataset as an iterable."""
+    """A map-style dataset as an iterable."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -664,39 +641,41 @@ class OneByOne(IterableDataset):
 
 @pytest.mark.parametrize("size", [8, 32])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_of_another_size_than_the_models_are_refused(tmp_path, size, workers):
-    message = rf"images must be \[3, 16, 16\], as the model takes them; got \[3, {size}, {size}\]"
+def test_images_of_another_size_are_refused(tmp_path, size, workers):
+    message = rf"images must be \[3, 16, 16\], the model's input size; got \[3, {size}, {size}\]"
     with pytest.raises(StoreError, match=message) as kept:
         build(tmp_path, images(9, size), workers=workers)
-    assert not multiprocessing.active_children() and kept.value, "who keeps the error keeps no processes"
+    assert not multiprocessing.active_children() and kept.value, "a kept error keeps no processes"
 
 
-def test_features_that_are_no_numbers_are_named(tmp_path):
+def test_features_that_are_nan_are_named(tmp_path):
     item = torch.full_like(GOOD, torch.nan), 1
-    with pytest.raises(StoreError, match=r"features of item 5 reach nan, which fp32 can't hold\. Look at it"):
-        build(tmp_path, Broken(item), identity="nan")
+    with pytest.raises(StoreError, match=r"features of item 5 reach nan, out of the range of fp32\. Check the image"):
+        build(tmp_path, Broken(item), key="nan")
 
 
-def test_features_that_fp16_cannot_hold_are_named(tmp_path):
+def test_features_out_of_the_range_of_fp16_are_named(tmp_path):
     model = tiny_clip(torch.float32)
-    model.visual.ln_pre = nn.Identity()  # else the size of an image does not show
+    model.visual.ln_pre = nn.Identity()  # otherwise the scale of an image has no effect
     clip, item = skip_clip(model), (GOOD * 1e6, 1)
-    with pytest.raises(StoreError, match=r"features of item 5 reach .*e\+.*, which fp16 can't hold\. Use bf16"):
-        build(tmp_path, Broken(item), clip, identity="large", dtype="fp16")
-    build(tmp_path, Broken(item), clip, identity="large", dtype="bf16", overwrite=True)
+    with pytest.raises(
+        StoreError, match=r"features of item 5 reach .*e\+.*, out of the range of fp16\. Use dtype=.bf16"
+    ):
+        build(tmp_path, Broken(item), clip, key="large", dtype="fp16")
+    build(tmp_path, Broken(item), clip, key="large", dtype="bf16", overwrite=True)
 
 
-def test_what_was_made_before_a_bad_item_stays(tmp_path):
+def test_shards_before_a_bad_item_are_kept(tmp_path):
     with pytest.raises(StoreError, match="item 5"):
-        build(tmp_path, Broken(OSError("away")), identity="same")
+        build(tmp_path, Broken(OSError("away")), key="same")
     assert (tmp_path / "00000.safetensors").exists()
     done = []
-    cache = build(tmp_path, images(9), identity="same", resume=True, progress=done.append)
+    cache = build(tmp_path, images(9), key="same", resume=True, progress=done.append)
     assert rows(cache).equal(by_hand(skip_clip(), images(9).tensors[0]))
-    assert done[0] == 4 and sum(done) == 9, "four images were there"
+    assert done[0] == 4 and sum(done) == 9, "four images existed"
 
 
-def test_a_folder_of_something_else_is_no_cache(tmp_path):
+def test_folder_without_a_cache(tmp_path):
     with pytest.raises(StoreError, match="no manifest.json: not a store"):
         sk.FeatureCache.open(tmp_path)
     (tmp_path / "thesis.tex").write_text("")
@@ -704,41 +683,39 @@ def test_a_folder_of_something_else_is_no_cache(tmp_path):
         build(tmp_path)
 
 
-# ---- what is refused before anything is computed -------------------------------------------------------------------
+# ---- refusals before loading ---------------------------------------------------------------------------------------
 
 
 class Unread(Drawn):
-    """Images that nothing may load."""
+    """Images that must not be loaded."""
 
     def __getitem__(self, item: int):
         pytest.fail("loaded")
 
 
-def test_a_path_that_is_not_utf8_is_refused_before_an_image_is_loaded(tmp_path):
+def test_path_that_is_not_utf8_is_refused_before_loading(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     for options in ({}, {"overwrite": True}, {"refresh": "epoch"}):
         with pytest.raises(StoreError, match=r"caf\\udce9: its path is not UTF-8"):
             build(folder, Unread(), **options)
-    with pytest.raises(StoreError, match=r"identity must be text in UTF-8; got 'caf\\udce9'"):
-        build(tmp_path / "store", Unread(), identity=folder.name)
     with pytest.raises(StoreError, match="its path is not UTF-8"):
         sk.FeatureCache.open(folder)
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}], ids=["new", "overwrite"])
-def test_a_manifest_that_would_be_too_large_is_refused_before_an_image_is_loaded(tmp_path, monkeypatch, options):
+def test_manifest_too_large_is_refused_before_loading(tmp_path, monkeypatch, options):
     monkeypatch.setattr("skipkernels.store.manifest._MAX_BYTES", 1000)
-    with pytest.raises(StoreError, match=r"store: 2 shards need a manifest .* Use a larger shard_bytes"):
-        build(tmp_path / "store", Unread(), identity="unread", **options)
+    with pytest.raises(StoreError, match=r"store: 2 shards need a manifest .* Use a larger `shard_bytes`"):
+        build(tmp_path / "store", Unread(), key="unread", **options)
 
 
-def test_a_relative_path_stays_when_the_dataset_changes_the_working_folder(tmp_path, monkeypatch):
+def test_relative_path_is_resolved_before_loading(tmp_path, monkeypatch):
     class Moving(Drawn):
         def __getitem__(self, item: int):
             os.chdir("/")
             return super().__getitem__(item)
 
     monkeypatch.chdir(tmp_path)
-    cache = build(Path("store"), Moving(), identity="moving")
+    cache = build(Path("store"), Moving(), key="moving")
     assert (tmp_path / "store" / "manifest.json").exists()
     assert cache.verify() == [] and len([batch for batch in cache.loader(4, "sequential")]) == 2

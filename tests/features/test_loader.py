@@ -1,4 +1,4 @@
-"""Batches of features: the right rows in the sampler's order, read ahead, in memory that is used again and is safe."""
+"""Batches of features: rows in the order of the sampler, read ahead into reused buffers."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "skipkernels features"]
 
 
-# ---- what comes --------------------------------------------------------------------------------------------------
+# ---- contents --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["class_pure", "random", "sequential"])
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_rows_come_in_the_order_of_the_sampler(cache, rows, where, kind, prefetch):
+def test_rows_follow_the_sampler(cache, rows, where, kind, prefetch):
     cache = cache if where == "disk" else in_memory(rows)
     loader = cache.loader(5, kind, generator=torch.Generator().manual_seed(3), prefetch=prefetch)
     order = BatchSampler(cache.labels, 5, kind, torch.Generator().manual_seed(3))
@@ -61,7 +61,7 @@ def test_rows_come_in_the_order_of_the_sampler(cache, rows, where, kind, prefetc
             assert labels.dtype == torch.int64
 
 
-def test_every_process_gets_its_part(cache, rows):
+def test_processes_divide_batches(cache, rows):
     parts = [list(cache.loader(3, "random", rank=rank, world_size=2)) for rank in range(2)]
     together = [torch.cat([features for features, _ in pair]) for pair in zip(*parts, strict=True)]
     assert all(
@@ -71,13 +71,13 @@ def test_every_process_gets_its_part(cache, rows):
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_dtype_is_what_was_asked_for(cache, rows, where, dtype):
+def test_dtype_argument(cache, rows, where, dtype):
     cache = cache if where == "disk" else in_memory(rows)
     for features, labels in cache.loader(COUNT, "sequential", dtype=dtype):
         assert features.equal(rows.to(dtype)) and labels.dtype == torch.int64
 
 
-def test_lists_of_numbers_are_a_sampler(cache, rows):
+def test_lists_of_numbers_as_sampler(cache, rows):
     batches = [[3, 1], [], [22, 0, 3]]
     loader = cache.loader(sampler=batches)
     assert len(loader) == 3
@@ -85,15 +85,15 @@ def test_lists_of_numbers_are_a_sampler(cache, rows):
     assert len(list(loader)) == 3 and loader.epoch == 2
 
 
-def test_a_sampler_of_torch_has_no_state(cache, rows):
+def test_sampler_without_state(cache, rows):
     loader = cache.loader(sampler=sampler.BatchSampler(SequentialSampler(range(COUNT)), 5, drop_last=False))
     assert torch.cat([features for features, _ in loader]).equal(rows)
     for _ in loader:
-        with pytest.raises(TypeError, match=r"^FeatureLoader\.state_dict: this sampler has none"):
+        with pytest.raises(TypeError, match=r"^FeatureLoader\.state_dict: this sampler has no (load_)?state_dict"):
             loader.state_dict()
-    with pytest.raises(TypeError, match="this sampler has none"):
+    with pytest.raises(TypeError, match="this sampler has no (load_)?state_dict"):
         loader.state_dict()
-    with pytest.raises(TypeError, match=r"^FeatureLoader\.load_state_dict: this sampler has none"):
+    with pytest.raises(TypeError, match=r"^FeatureLoader\.load_state_dict: this sampler has no (load_)?state_dict"):
         loader.load_state_dict(cache.loader(5).state_dict())
 
 
@@ -105,14 +105,14 @@ def test_lists_of_numbers_are_not_divided(cache, rank, world_size):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", float], ids=str)
-def test_a_dtype_is_torchs(cache, dtype):
+def test_dtype_must_be_a_torch_dtype(cache, dtype):
     with pytest.raises(TypeError, match=r"^FeatureCache\.loader: dtype must be a torch\.dtype, such as .*; got "):
         cache.loader(dtype=dtype)
 
 
 @pytest.mark.parametrize("wrong", [COUNT, -1])
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_a_number_that_no_image_has_is_an_error(cache, rows, where, wrong):
+def test_image_number_out_of_range(cache, rows, where, wrong):
     cache = cache if where == "disk" else in_memory(rows)
     with pytest.raises(IndexError, match=rf"^FeatureLoader: images are numbered from 0 to 22; got {wrong}\.$"):
         list(cache.loader(sampler=[[0], [3, wrong, 2]]))
@@ -120,23 +120,23 @@ def test_a_number_that_no_image_has_is_an_error(cache, rows, where, wrong):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_cache_is_a_dataset_for_torchs_loader(cache, rows, workers):
+def test_cache_in_a_torch_dataloader(cache, rows, workers):
     got = list(DataLoader(cache, batch_size=5, num_workers=workers))
     assert torch.cat([features for features, _ in got]).equal(rows)
     assert torch.cat([labels for _, labels in got]).equal(cache.labels)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------
+# ---- buffers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_batches_that_are_kept_stay_what_they_are(cache, rows, prefetch):
+def test_kept_batches_do_not_change(cache, rows, prefetch):
     loader = cache.loader(5, "sequential", prefetch=prefetch)
     for _ in range(2):
         kept = list(loader)
         views = [features[1:, 2] for features, _ in loader]
         arrays = [features.numpy()[:, 0] for features, _ in loader]
-        for _ in loader:  # writes into what is free
+        for _ in loader:  # overwrites free buffers
             pass
         expected = rows.split(5)
         assert all(features.equal(right) for (features, _), right in zip(kept, expected, strict=True))
@@ -145,7 +145,7 @@ def test_batches_that_are_kept_stay_what_they_are(cache, rows, prefetch):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_what_autograd_keeps_of_a_batch_is_safe(cache, rows, prefetch):
+def test_batches_saved_by_autograd_do_not_change(cache, rows, prefetch):
     weight = torch.ones(rows.shape[1:], requires_grad=True)
     losses = [(features * weight).square().sum() for features, _ in cache.loader(5, "sequential", prefetch=prefetch)]
     for _ in cache.loader(5, "sequential", prefetch=prefetch):
@@ -155,28 +155,28 @@ def test_what_autograd_keeps_of_a_batch_is_safe(cache, rows, prefetch):
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_a_loop_that_keeps_nothing_uses_the_same_memory_again(cache, prefetch):
+def test_buffers_are_reused(cache, prefetch):
     loader = cache.loader(2, "random", prefetch=prefetch)
     places = set()
     for _ in range(4):
         for features, _ in loader:
             places.add(features.untyped_storage().data_ptr())
-    # One in the loop, one being read; and those that wait, one of them in the reading thread's hands.
+    # One in the loop, one being read, `prefetch` in the queue, and one held by the reading thread.
     assert len(places) <= 2 + (prefetch and prefetch + 1) < 4 * len(loader)
 
 
-def test_memory_of_a_smaller_batch_is_not_taken_for_a_larger_one(cache, rows):
+def test_buffer_of_a_smaller_batch_is_not_reused_for_a_larger_one(cache, rows):
     loader = cache.loader(sampler=[[0], [1, 2, 3], [4], [5, 6, 7, 8]], prefetch=0)
     for _ in range(3):
         for (features, _), batch in zip(loader, loader.sampler, strict=True):
             assert features.equal(rows[batch])
 
 
-# ---- the thread that reads ahead -----------------------------------------------------------------------------------
+# ---- reading thread -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_breaking_off_ends_the_thread_and_a_new_loop_is_whole(cache, rows, prefetch):
+def test_break_ends_the_thread_and_a_new_loop_is_complete(cache, rows, prefetch):
     loader = cache.loader(2, "sequential", prefetch=prefetch)
     for step, _ in enumerate(loader):
         assert threads()
@@ -187,7 +187,7 @@ def test_breaking_off_ends_the_thread_and_a_new_loop_is_whole(cache, rows, prefe
     assert not threads()
 
 
-def test_an_error_in_the_loop_ends_the_thread(cache):
+def test_error_in_the_loop_ends_the_thread(cache):
     with pytest.raises(ZeroDivisionError):
         for _ in cache.loader(2, "sequential"):
             raise ZeroDivisionError
@@ -195,7 +195,7 @@ def test_an_error_in_the_loop_ends_the_thread(cache):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_an_error_in_reading_comes_in_the_loop(tmp_path, rows, prefetch):
+def test_read_error_is_raised_in_the_loop(tmp_path, rows, prefetch):
     cache = build(tmp_path / "store")
     (tmp_path / "store" / "00004.safetensors").unlink()  # images 16 to 19
     seen = 0
@@ -203,12 +203,14 @@ def test_an_error_in_reading_comes_in_the_loop(tmp_path, rows, prefetch):
         for features, _ in cache.loader(4, "sequential", prefetch=prefetch):
             assert features.equal(rows[seen : seen + 4])
             seen += 4
-    assert seen == 16 or (seen == 12 and prefetch), "read ahead, a batch in front of it may be lost"
+    assert seen == 16 or (seen == 12 and prefetch), "with prefetch, the batch before the error may be lost"
     assert not threads()
 
 
-@pytest.mark.parametrize(("prefetch", "least", "most"), [(0, 0.2, 1.0), (2, 0.01, 0.15)], ids=["alone", "ahead"])
-def test_seconds_waited_are_those_in_which_nothing_was_read_ahead(cache, monkeypatch, prefetch, least, most):
+@pytest.mark.parametrize(
+    ("prefetch", "least", "most"), [(0, 0.2, 1.0), (2, 0.01, 0.15)], ids=["no prefetch", "prefetch"]
+)
+def test_seconds_waited(cache, monkeypatch, prefetch, least, most):
     gather = Store.gather
 
     def slowly(store, index, *, out=None):
@@ -222,13 +224,13 @@ def test_seconds_waited_are_those_in_which_nothing_was_read_ahead(cache, monkeyp
     assert least < loader.seconds_waited < most
     before = loader.seconds_waited
     list(loader)
-    assert loader.seconds_waited > before + least, "it goes on counting"
+    assert loader.seconds_waited > before + least, "it accumulates"
 
 
-# ---- going on ----------------------------------------------------------------------------------------------------
+# ---- states ----------------------------------------------------------------------------------------------------
 
 
-def given(loader: sk.FeatureLoader, count: int | None = None) -> list[torch.Tensor]:
+def taken(loader: sk.FeatureLoader, count: int | None = None) -> list[torch.Tensor]:
     return [features for features, _ in itertools.islice(loader, count)]
 
 
@@ -236,48 +238,48 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return len(first) == len(second) and all(one.equal(other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("taken", [0, 1, 5, 11, 12])
+@pytest.mark.parametrize("steps", [0, 1, 5, 11, 12])
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_a_state_counts_what_was_given_and_not_what_was_read(cache, tmp_path, prefetch, taken):
+def test_state_counts_yielded_batches(cache, tmp_path, prefetch, steps):
     whole = cache.loader(2, "random", prefetch=0)
-    epochs = [given(whole), given(whole), given(whole)]
+    epochs = [taken(whole), taken(whole), taken(whole)]
     loader = cache.loader(2, "random", prefetch=prefetch)
-    given(loader)
-    if taken:
+    taken(loader)
+    if steps:
         for step, _ in enumerate(loader):
             assert loader.epoch == 1
-            if step == taken - 1:
-                time.sleep(0.02)  # it reads ahead
+            if step == steps - 1:
+                time.sleep(0.02)  # lets the thread read ahead
                 torch.save(loader.state_dict(), tmp_path / "state")
     else:
         torch.save(loader.state_dict(), tmp_path / "state")
-    going_on = cache.loader(2, "random", generator=torch.Generator().manual_seed(9), prefetch=prefetch)
-    going_on.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert going_on.epoch == 1
-    assert same(given(going_on), epochs[1][taken:])
-    assert going_on.epoch == 2
-    assert same(given(going_on), epochs[2])
+    resumed = cache.loader(2, "random", generator=torch.Generator().manual_seed(9), prefetch=prefetch)
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert resumed.epoch == 1
+    assert same(taken(resumed), epochs[1][steps:])
+    assert resumed.epoch == 2
+    assert same(taken(resumed), epochs[2])
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
-def test_a_state_after_an_epoch_that_was_broken_off(cache, prefetch):
-    """It is of the epoch that was begun behind it."""
+def test_state_after_an_unfinished_epoch(cache, prefetch):
+    """The state is of the epoch started after it."""
     loader = cache.loader(2, "random", prefetch=prefetch)
-    given(loader, 3)
-    state_of_the_broken = loader.state_dict()
+    taken(loader, 3)
+    state_of_unfinished = loader.state_dict()
     batches = []
     for features, _ in loader:
         batches.append(features)
         if len(batches) == 4:
             state = loader.state_dict()
-    going_on = cache.loader(2, "random", prefetch=prefetch)
-    going_on.load_state_dict(state)
-    assert same(given(going_on), batches[4:])
-    going_on.load_state_dict(state_of_the_broken)
-    assert same(given(going_on), given(cache.loader(2, "random"))[3:])
+    resumed = cache.loader(2, "random", prefetch=prefetch)
+    resumed.load_state_dict(state)
+    assert same(taken(resumed), batches[4:])
+    resumed.load_state_dict(state_of_unfinished)
+    assert same(taken(resumed), taken(cache.loader(2, "random"))[3:])
 
 
-def test_a_state_of_another_loader_is_refused_and_changes_nothing(cache):
+def test_state_of_another_loader_is_refused(cache):
     loader = cache.loader(2, "random")
     kept = []
     for features, _ in loader:
@@ -287,43 +289,43 @@ def test_a_state_of_another_loader_is_refused_and_changes_nothing(cache):
             with pytest.raises(ValueError, match="the state is of batch_size=4, and this sampler has 2"):
                 loader.load_state_dict(cache.loader(4, "random").state_dict())
             assert loader.state_dict()["batches"] == state["batches"] == 3
-    assert same(kept, given(cache.loader(2, "random")))
+    assert same(kept, taken(cache.loader(2, "random")))
 
 
-def test_epochs_go_round_the_views(tmp_path):
+def test_epochs_cycle_through_views(tmp_path):
     cache = build(tmp_path / "store", Drawn(8), views=3)
     views = cache.store.gather(torch.arange(24)).split(8)
     assert not views[0].equal(views[1])
     loader = cache.loader(3, "sequential")
     for epoch in range(5):
-        assert torch.cat(given(loader)).equal(views[epoch % 3])
+        assert torch.cat(taken(loader)).equal(views[epoch % 3])
     loader.load_state_dict(loader.state_dict() | {"epoch": 1})
-    assert torch.cat(given(loader)).equal(views[1])
+    assert torch.cat(taken(loader)).equal(views[1])
 
 
-# ---- a GPU -------------------------------------------------------------------------------------------------------
+# ---- GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("where", ["disk", "memory", "memory of the GPU"])
-def test_batches_come_to_a_gpu(cache, rows, monkeypatch, where, prefetch):
+def test_batches_on_a_gpu(cache, rows, monkeypatch, where, prefetch):
     if where != "disk":
         cache = in_memory(rows.cuda() if where == "memory of the GPU" else rows)
     pinned = []
     source = type(cache._rows)
     gather = source.gather
 
-    def looked_at(store, index, *, out=None):
+    def watched(store, index, *, out=None):
         pinned.append(out is not None and out.is_pinned())
         return gather(store, index, out=out)
 
-    monkeypatch.setattr(source, "gather", looked_at)
+    monkeypatch.setattr(source, "gather", watched)
     loader = cache.loader(5, "random", device="cuda", prefetch=prefetch)
     order = BatchSampler(cache.labels, 5, "random")
     for _ in range(3):
         kept = list(loader)
-        for _ in loader:  # writes into what is free
+        for _ in loader:  # overwrites free buffers
             pass
         for (features, labels), batch in zip(kept, order, strict=True):
             assert features.is_cuda and labels.is_cuda
@@ -333,14 +335,14 @@ def test_batches_come_to_a_gpu(cache, rows, monkeypatch, where, prefetch):
 
 
 @pytest.mark.gpu
-def test_batches_come_back_from_a_gpu(rows):
+def test_batches_from_a_gpu_to_the_cpu(rows):
     cache = in_memory(rows.cuda())
     for _ in range(3):
         assert torch.cat([features for features, _ in cache.loader(5, "sequential", device="cpu")]).equal(rows)
 
 
-def test_the_images_themselves_are_a_cache_too():
+def test_images_in_memory():
     dataset = images(7)
     loader = sk.FeatureCache.in_memory(dataset).loader(3, "sequential")
     assert loader.prefetch == 0
-    assert torch.cat(given(loader)).equal(dataset.tensors[0])
+    assert torch.cat(taken(loader)).equal(dataset.tensors[0])

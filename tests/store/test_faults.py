@@ -254,7 +254,7 @@ ENOUGH = LAYOUT.rows * LAYOUT.row_bytes + (1 << 24)  # including the bytes kept 
 def test_disk_too_small_is_refused_before_the_build(tmp_path, monkeypatch):
     free_bytes(monkeypatch, ENOUGH - 1)
     message = r"16\.8 MB are needed, 16\.8 MB of them to stay free; 16\.8 MB are free, 1 byte.? too little"
-    with pytest.raises(StoreError, match=rf"{message}. 0 of 5 shards .* resume=True"):
+    with pytest.raises(StoreError, match=rf"{message}. 0 of 5 shards .* `resume=True`"):
         fill(tmp_path, LAYOUT)
     assert contents(tmp_path) == {}
     free_bytes(monkeypatch, *[ENOUGH] * 6)
@@ -271,7 +271,7 @@ def test_disk_too_small_to_overwrite_lists_no_shards(tmp_path, monkeypatch):
 
 def test_disk_full_during_a_build_needs_only_the_rest_to_resume(tmp_path, monkeypatch, whole):
     free_bytes(monkeypatch, ENOUGH, ENOUGH, ENOUGH, 1 << 24)
-    with pytest.raises(StoreError, match="2 of 5 shards exist and stay. Free space.* resume=True"):
+    with pytest.raises(StoreError, match="2 of 5 shards exist and stay. Free space.* `resume=True`"):
         fill(tmp_path, LAYOUT)
     assert listed_shards(tmp_path) == 2
     rest = ENOUGH - 8 * LAYOUT.row_bytes

@@ -119,7 +119,7 @@ def test_damaged_shard_is_found_named_and_repaired(folder, layout, damage):
     sound, (do, message, deep) = contents(folder), DAMAGES[damage]
     opened = Store(folder)
     do(folder)
-    message = f"{SHARD}: .*{message}.* Build it again with resume=True"
+    message = f"{SHARD}: .*{message}.* Build it again with `resume=True`"
 
     found = opened.verify()
     assert len(found) == (2 if damage == "swapped" else 1)
@@ -230,7 +230,7 @@ def test_manifest_of_another_format_is_refused_unless_overwritten(folder, layout
     write_manifest(folder, {"format": version, "rows": "elsewhere", "shards": []})
     before = contents(folder)
     for attempt in (lambda: Store(folder), lambda: fill(folder, layout, resume=True), lambda: prune(folder)):
-        with pytest.raises(StoreError, match=f"{message} .*overwrite=True, or delete it"):
+        with pytest.raises(StoreError, match=f"{message} .*`overwrite=True`, or delete it"):
             attempt()
     assert contents(folder) == before
     fill(folder, layout, overwrite=True)
@@ -376,7 +376,7 @@ def test_other_store_without_shards_is_replaced(tmp_path):
 
 def test_existing_store_is_refused_without_resume_or_overwrite(folder, layout):
     before = contents(folder)
-    with pytest.raises(StoreError, match="holds a store. Open it, continue or repair it with resume=True"):
+    with pytest.raises(StoreError, match="holds a store. Open it, continue or repair it with `resume=True`"):
         fill(folder, layout)
     assert contents(folder) == before
 

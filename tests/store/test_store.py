@@ -151,7 +151,7 @@ def test_incomplete_store_is_refused(tmp_path, done):
     for number in range(done, 5):
         manifest = manifest.with_shard(number, None)
     manifest.write(tmp_path / "whole")
-    with pytest.raises(StoreError, match=rf"incomplete: {done} of 5 shards exist. Build the rest with resume=True"):
+    with pytest.raises(StoreError, match=rf"incomplete: {done} of 5 shards exist. Build the rest with `resume=True`"):
         Store(tmp_path / "whole")
     assert not manifest.complete
 

@@ -1,10 +1,10 @@
-"""Images of a dataset through a function, in batches: what keeping features has in common, wherever they are kept."""
+"""Loading of a dataset's images in batches, with a seed for each view of each item, and checks of every item."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from ..store import StoreError
 
 
 class Batch(NamedTuple):
-    """Some items.
+    """Some items of a dataset.
 
     Attributes:
-        rows: Their numbers: view · items + item.
+        rows: Row numbers: view · items + item.
         images: [n, 3, height, width].
         labels: [n] int64.
     """
@@ -31,41 +31,41 @@ class Batch(NamedTuple):
 
 
 def is_iterable_only(dataset: Any) -> bool:
-    """Whether a dataset cannot be asked for an item by number."""
+    """Return True if a dataset cannot be indexed."""
     return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
 
 
-def is_gone_once_read(dataset: Any) -> bool:
-    """Whether an iterable gives what is left of it, and not all of it again, when it is asked again."""
+def is_one_shot(dataset: Any) -> bool:
+    """Return True if an iterable continues where it stopped, instead of starting over, when it is iterated again."""
     with _seeded(0):
         return iter(dataset) is iter(dataset)
 
 
-def batches_of(
+def load_batches(
     dataset: Any, batches: Sequence[Sequence[int]], *, seed: int = 0, first_view: int = 0, workers: int = 0
 ) -> Generator[Batch, None, None]:
-    """Load some rows of a dataset, in order.
+    """Load rows of a dataset, in order.
 
-    Row r is item r mod n, in view r div n. Every view of every item is drawn with a seed of its own, whoever draws it,
-    so that a build that is taken up again makes the same rows. The processes that load begin before this returns.
+    Row r is item r mod n in view r div n. Every view of every item is drawn with its own seed, in any process, so that
+    a resumed build makes the same rows. Worker processes are started before this returns.
 
     Args:
-        dataset: Map-style of (image tensor, label), or an iterable of those with a length.
-        batches: The rows of each batch, ascending.
-        seed: Of random transforms.
-        first_view: Of the rows from 0 on.
-        workers: Processes that load; an iterable has one at most, since it can't be divided.
+        dataset: Map-style dataset of (image tensor, label), or an iterable of those with a length.
+        batches: Rows of each batch, ascending.
+        seed: Seed of random transforms.
+        first_view: View of the rows from 0 on.
+        workers: Number of processes that load images; at most one for an iterable, which cannot be divided.
 
     Raises:
-        StoreError: If an item is something else, or can't be loaded; says which.
+        StoreError: If an item cannot be loaded or has another type; names the item.
     """
     data: Dataset
     if is_iterable_only(dataset):
-        data, sampler, workers = _Stream(dataset, batches, seed, first_view), None, min(workers, 1)
+        data, sampler, workers = _IterableItems(dataset, batches, seed, first_view), None, min(workers, 1)
     else:
-        data, sampler = _Views(dataset, seed, first_view), batches
-    alone: dict[str, Any] = {"batch_size": None, "collate_fn": _as_it_is, "generator": torch.Generator()}
-    return _loaded(iter(DataLoader(data, sampler=sampler, num_workers=workers, **alone)), workers)
+        data, sampler = _MapItems(dataset, seed, first_view), batches
+    unbatched: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
+    return _loaded(iter(DataLoader(data, sampler=sampler, num_workers=workers, **unbatched)), workers)
 
 
 def _loaded(loading: Iterator[Batch | StoreError], workers: int) -> Generator[Batch, None, None]:
@@ -74,25 +74,25 @@ def _loaded(loading: Iterator[Batch | StoreError], workers: int) -> Generator[Ba
             if isinstance(batch, StoreError):
                 raise batch
             yield batch
-    except (RuntimeError, OSError, EOFError) as error:  # what comes of a dataset is a StoreError
+    except (RuntimeError, OSError, EOFError) as error:  # errors of the dataset itself are StoreErrors
         if workers == 0:
             raise
-        raise loading_failed(error) from error
+        raise worker_error(error) from error
     finally:
-        del loading  # ends its processes now: whoever has caught an error would keep them
+        del loading  # ends its processes now: a caller that keeps the error would keep them
 
 
-def loading_failed(error: Exception) -> StoreError:
-    """What to say when processes that load images have failed, in whatever way that showed."""
+def worker_error(error: Exception) -> StoreError:
+    """Error to raise when worker processes have failed."""
     reason = str(error).partition("\n")[0].strip(" .") or type(error).__name__
     return StoreError(
-        f"FeatureCache: a process that loads images has died ({reason}). Use fewer workers if memory was short; what "
-        "was begun goes on with resume=True (--resume)."
+        f"FeatureCache: a process that loads images has died ({reason}). Use fewer workers if memory was short; "
+        "`resume=True` continues the build."
     )
 
 
-class _Views(Dataset):
-    """Asked for the rows of a batch, gives them, or the error that is in the way: raised, it would lose its text."""
+class _MapItems(Dataset):
+    """The batch of given rows of a map-style dataset. Errors are returned: raised, they would lose their text."""
 
     def __init__(self, dataset: Any, seed: int, first_view: int):
         self.dataset, self.seed, self.first_view = dataset, seed, first_view
@@ -106,15 +106,15 @@ class _Views(Dataset):
             with _seeded(self.seed, self.first_view + view, item):
                 loaded = self.dataset[item]
         except Exception as error:
-            raise _not_loaded(item, error) from error
+            raise _load_error(item, error) from error
         return row, *_checked(loaded, item)
 
 
 _END = object()
 
 
-class _Stream(IterableDataset):
-    """Goes through an iterable once a view, and gives the batches that are wanted of it, or an error."""
+class _IterableItems(IterableDataset):
+    """Batches of an iterable, which is iterated once for each view, or the error that stopped it."""
 
     def __init__(self, dataset: Any, batches: Sequence[Sequence[int]], seed: int, first_view: int):
         self.dataset, self.batches, self.seed, self.first_view = dataset, batches, seed, first_view
@@ -122,9 +122,9 @@ class _Stream(IterableDataset):
     def __iter__(self) -> Iterator[Batch | StoreError]:
         everything = self._rows()
         for batch in self.batches:
-            yield _batch(self._wanted(everything, batch), len(self.dataset))
+            yield _batch(self._selected(everything, batch), len(self.dataset))
 
-    def _wanted(self, everything: Iterator[tuple[int, Any, int]], batch: Sequence[int]) -> Iterator[Any]:
+    def _selected(self, everything: Iterator[tuple[int, Any, int]], batch: Sequence[int]) -> Iterator[Any]:
         found = (found for found in everything if found[0] in batch)
         for row, loaded, item in itertools.islice(found, len(batch)):
             yield row, *_checked(loaded, item)
@@ -138,17 +138,17 @@ class _Stream(IterableDataset):
                 loaded = next(stream, _END)
                 if loaded is _END:
                     raise StoreError(
-                        f"FeatureCache: the dataset has a length of {items}, and ended after {item} items."
+                        f"FeatureCache: the dataset has a length of {items}, but ended after {item} items."
                     )
-                if item == items - 1 and next(stream, _END) is not _END:  # looked at before the last item is kept
+                if item == items - 1 and next(stream, _END) is not _END:  # before the last item is used
                     raise StoreError(
-                        f"FeatureCache: the dataset has a length of {items}, and goes on after {items} items. Let its "
-                        "length be how many it gives."
+                        f"FeatureCache: the dataset has a length of {items}, but gives more than {items} items. Return "
+                        "the number of items as its length."
                     )
                 yield view * items + item, loaded, item
 
     def _view(self, view: int) -> Iterator[Any]:
-        """What the iterable gives, drawn as that view of it: its order, too, is drawn the same again."""
+        """Items of one view, drawn with its seeds; the order is drawn with them, too."""
         stream: Iterator[Any] | None = None
         for item in itertools.count():
             try:
@@ -158,72 +158,69 @@ class _Stream(IterableDataset):
             except StopIteration:
                 return
             except Exception as error:
-                raise _not_loaded(item, error) from error
+                raise _load_error(item, error) from error
             yield loaded
 
 
-def _not_loaded(item: int, error: Exception) -> StoreError:
-    """What to say of an error of a dataset; one of this package's own names the file and the remedy already."""
+def _load_error(item: int, error: Exception) -> StoreError:
+    """Error of a dataset; those of this package name the file and the remedy already."""
     if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
         return StoreError(str(error))
-    return StoreError(f"FeatureCache: item {item} of the dataset can't be loaded: {error!r}")
+    return StoreError(f"FeatureCache: item {item} of the dataset cannot be loaded: {error!r}")
 
 
 def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
-    """An item as (image tensor, label).
+    """Return an item as (image tensor, label).
 
     Raises:
-        StoreError: If it is something else.
+        StoreError: If it has another type or shape.
     """
+    where = f"item {item} of the dataset"
     if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2):
-        raise StoreError(
-            f"FeatureCache: item {item} of the dataset must be (image, label); got {type(loaded).__name__}."
-        )
+        raise StoreError(f"FeatureCache: {where} must be (image, label); got {type(loaded).__name__}.")
     image, label = loaded
     if not (isinstance(image, Tensor) and image.ndim == 3):
         got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise StoreError(
-            f"FeatureCache: the image of item {item} of the dataset must be a tensor [3, height, width]; got {got}. "
+            f"FeatureCache: the image of {where} must be a tensor [3, height, width]; got {got}. "
             "Give the dataset the model's own preprocessing as its transform."
         )
-    if not image.is_floating_point():  # a model would take it, and give something else
+    if not image.is_floating_point():  # a model would accept it, and compute other features
         raise StoreError(
-            f"FeatureCache: the image of item {item} of the dataset must be floating-point numbers, normalised as the "
-            f"model takes them; got {image.dtype}. Give the dataset the model's own preprocessing as its transform."
+            f"FeatureCache: the image of {where} must be floating-point numbers, normalised for the model; got "
+            f"{image.dtype}. Give the dataset the model's own preprocessing as its transform."
         )
     if isinstance(label, (Tensor, np.generic, np.ndarray)) and getattr(label, "ndim", 0) == 0:
         label = label.item()
     if isinstance(label, bool) or not isinstance(label, int):
-        raise StoreError(
-            f"FeatureCache: the label of item {item} of the dataset must be a whole number; got {label!r}."
-        )
+        raise StoreError(f"FeatureCache: the label of {where} must be a whole number; got {label!r}.")
     if not -(2**63) <= label < 2**63:
-        raise StoreError(f"FeatureCache: the label of item {item} of the dataset must fit 64 bits; got {label}.")
+        raise StoreError(f"FeatureCache: the label of {where} must fit 64 bits; got {label}.")
     return image, label
 
 
 def _batch(found: Iterable[tuple[int, Tensor, int]], items: int) -> Batch | StoreError:
-    """What was found in one, or the error that came up."""
+    """Stack items into a batch, or return the error of one of them."""
     try:
         rows, images, labels = zip(*found, strict=True)
         for row, image in zip(rows, images, strict=True):
             if image.shape != images[0].shape:
                 raise StoreError(
-                    f"FeatureCache: the image of item {row % items} of the dataset must be {list(images[0].shape)}, as "
-                    f"those before it; got {list(image.shape)}. Crop or resize it."
+                    f"FeatureCache: the image of item {row % items} of the dataset must be {list(images[0].shape)}, "
+                    f"like those before it; got {list(image.shape)}. Crop or resize it."
                 )
         return Batch(list(rows), torch.stack(images), torch.tensor(labels))
     except StoreError as error:
         return error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 @contextmanager
 def _seeded(*seeds: int) -> Iterator[None]:
-    """Draw from PyTorch's, NumPy's and Python's generators as from new ones, and leave them as they were."""
+    """Seed PyTorch's, NumPy's and Python's generators, and restore their states at the end."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
@@ -237,14 +234,10 @@ def _seeded(*seeds: int) -> Iterator[None]:
         random.setstate(before[2])
 
 
-def batch_numbers(ranges: Iterable[range], batch_size: int) -> list[range]:
-    """Ranges cut into batches; none reaches from one into the next.
+def split_batches(ranges: Iterable[range], batch_size: int) -> list[range]:
+    """Split ranges into batches, none of which crosses from one range into the next.
 
-    >>> batch_numbers([range(0, 5), range(5, 7)], 3)
+    >>> split_batches([range(0, 5), range(5, 7)], 3)
     [range(0, 3), range(3, 5), range(5, 7)]
     """
     return [part[start : start + batch_size] for part in ranges for start in range(0, len(part), batch_size)]
-
-
-Encode = Callable[[Tensor], Tensor]
-"""Images [n, 3, height, width] to features [n, …]."""
