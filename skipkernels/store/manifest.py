@@ -7,11 +7,12 @@ A manifest is JSON with its own digest, and every value is checked when it is re
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,10 +126,14 @@ class Layout:
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, self.rows))
 
-    @property
+    def values(self) -> dict[str, Any]:
+        """Attributes by name. Unlike `dataclasses.asdict`, this copies no notes."""
+        return {name: getattr(self, name) for name in Layout.__dataclass_fields__}
+
+    @functools.cached_property  # it is needed each time a shard is mapped
     def digest(self) -> str:
         """Digest of everything except the notes."""
-        return digest_json({**asdict(self), "notes": None, "format": FORMAT})
+        return digest_json({**self.values(), "notes": None, "format": FORMAT})
 
     def check_manifest(self, folder: Path) -> None:
         """Refuse a store with a manifest that would be too large to read.
@@ -187,7 +192,8 @@ class Manifest:
 
     def text(self) -> str:
         """JSON of the manifest, with its digest."""
-        values = {"format": FORMAT, **asdict(self)}
+        shards = [None if shard is None else vars(shard) for shard in self.shards]
+        values = {"format": FORMAT, "layout": self.layout.values(), "shards": shards}
         values["xxh3"] = digest_json(values)
         return json.dumps(values, indent=1) + "\n"
 
