@@ -24,7 +24,8 @@ from tests.kills import run_for, server
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.store.stores import contents
 
-IMAGES, SHARDS, KILLS, SEED = 160, 40, 8, 0
+IMAGES, SHARDS, KILLS, SEED = 80, 20, 8, 0
+BAD = IMAGES // 2 + 1  # in the shard in the middle, and not sampled
 
 
 def small_images() -> list[tuple[torch.Tensor, int]]:
@@ -36,7 +37,7 @@ def small_model() -> sk.SkipCLIP:
 
 
 def build(folder: Path, clip: sk.SkipCLIP | None = None, dataset=None, **options) -> FeatureCache:
-    """Build forty shards of a batch each, with one thread: another order of sums gives other bits."""
+    """Build shards of a batch each, with one thread: another order of sums gives other bits."""
     torch.set_num_threads(1)
     options = {"dtype": "int8", "batch_size": 4, "shard_bytes": 1, "progress": False, **options}
     return FeatureCache.build(folder, clip or small_model(), dataset or small_images(), **options)
@@ -88,7 +89,7 @@ def run(processes, folder: Path, seconds: float) -> float:
 def test_kill_at_any_moment_loses_at_most_two_shards(processes, whole, tmp_path):
     duration = run(processes, tmp_path / "whole", seconds=60)
     assert contents(tmp_path / "whole") == whole, "another process builds the same bits"
-    moments, partial = random.Random(SEED), 0
+    clip, moments, partial = small_model(), random.Random(SEED), 0
     for kill in range(KILLS):
         folder = tmp_path / f"{kill}"
         seconds = (kill + moments.random()) / KILLS * duration
@@ -102,7 +103,7 @@ def test_kill_at_any_moment_loses_at_most_two_shards(processes, whole, tmp_path)
         else:
             assert Store(folder).verify() == []
         computed = []
-        build(folder, resume=True, progress=computed.append)
+        build(folder, clip, resume=True, progress=computed.append)
         assert sum(computed[done > 0 :]) == IMAGES - 4 * done, "only missing shards are computed"
         assert contents(folder) == whole
     assert partial, "at least one kill came between the first shard and the last"
@@ -111,20 +112,31 @@ def test_kill_at_any_moment_loses_at_most_two_shards(processes, whole, tmp_path)
 # ---- two builders -------------------------------------------------------------------------------------------------
 
 
-class Waiting(torch.utils.data.Dataset):
-    """Images, of which the one in the middle sets an event and waits for another."""
+class Images(torch.utils.data.Dataset):
+    """The small images, with a call before each is loaded."""
 
-    def __init__(self, asked, proceed):
-        self.asked, self.proceed, self.images = asked, proceed, small_images()
+    def __init__(self):
+        self.images = small_images()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+        self.before(item)
+        return self.images[item]
+
+
+class Waiting(Images):
+    """The image in the middle sets an event and waits for another."""
+
+    def __init__(self, asked, proceed):
+        super().__init__()
+        self.asked, self.proceed = asked, proceed
+
+    def before(self, item: int) -> None:
         if item == IMAGES // 2:
             self.asked.set()
             assert self.proceed.wait(60)
-        return self.images[item]
 
 
 def waiting_builder(folder: Path, asked, proceed) -> None:
@@ -174,25 +186,19 @@ def test_killed_builder_releases_the_folder(half_built, tmp_path):
 # ---- resuming ----------------------------------------------------------------------------------------------------
 
 
-BAD = IMAGES // 2 + 1  # in the shard in the middle, and not sampled
-
-
-class Failing(torch.utils.data.Dataset):
-    """Images, of which one cannot be loaded the `at`-th time, counted by a file over all processes."""
+class Failing(Images):
+    """One image cannot be loaded the `at`-th time, counted by a file over all processes."""
 
     def __init__(self, asked: Path, at: int):
-        self.images, self._asked, self._at = small_images(), asked, at
+        super().__init__()
+        self._asked, self._at = asked, at
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+    def before(self, item: int) -> None:
         if item == BAD:
             with self._asked.open("a") as file:
                 file.write(".")
             if self._asked.stat().st_size == self._at:
                 raise OSError("a bad sector")
-        return self.images[item]
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 1 << 20], ids=["same-shards", "larger-shards"])
@@ -206,19 +212,12 @@ def test_build_resumes_after_a_bad_image_with_the_same_shard_rows(tmp_path, shar
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
-class Dying(torch.utils.data.Dataset):
-    """Images, of which one kills the process that loads it, as the system does without memory."""
+class Dying(Images):
+    """One image kills the process that loads it, as the system does without memory."""
 
-    def __init__(self):
-        self.images = small_images()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: int) -> tuple[torch.Tensor, int]:
+    def before(self, item: int) -> None:
         if item == BAD and torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.images[item]
 
 
 def test_build_resumes_after_a_worker_died(whole, tmp_path):
