@@ -1,12 +1,11 @@
-"""Remake `glyph-tiny`, the small CLIP that ships with skipkernels.
+"""Pre-train `glyph-tiny`, the small CLIP that ships with skipkernels.
 
     python examples/pretrain_glyph_tiny.py --steps 4500 --out glyph-tiny.safetensors
 
-Contrastive pre-training on every block of `skipkernels.experiments.glyphs` but the held-out ones, in every font but the
-held-out family. A step draws 128 characters, each in a random font and pose, and scores them against their own names
-and 384 other names; neighbours in the Unicode standard come together, since they look alike and are named alike.
-Only the token rows that occur in some glyph's name are stored, in half precision: the rest of the vocabulary is
-untrained.
+Contrastive pre-training on all blocks of `skipkernels.experiments.glyphs` but the held-out ones, in all fonts but the
+held-out family. A step draws 128 characters, each in a random font and pose, and compares them with their names and 384
+other names. The classes of a step are runs of neighbours in the Unicode standard, which have similar shapes and names.
+Weights are stored in half precision, without the embeddings of tokens that no name has: these are untrained.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ IMAGES, TEXTS = 128, 512
 
 
 def pretraining_pairs() -> tuple[list[int], list[list[str]]]:
-    """Characters to pre-train on, and the fonts that draw each."""
+    """Return the characters to pre-train on, and the fonts of each."""
     blocks = [block for block in glyphs.BLOCKS if block not in glyphs.HELD_OUT_BLOCKS]
     candidates = [c for block in blocks for c in range(glyphs.BLOCKS[block][0], glyphs.BLOCKS[block][1] + 1)]
     fonts_of: dict[int, list[str]] = {}
@@ -42,14 +41,14 @@ def pretraining_pairs() -> tuple[list[int], list[list[str]]]:
 
 
 def draw_classes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """TEXTS distinct class ids in shuffled runs of neighbours."""
+    """Draw TEXTS distinct class ids, in shuffled runs of neighbours."""
     starts = rng.permutation(np.arange(rng.integers(NEIGHBOURS), count, NEIGHBOURS))[: TEXTS // NEIGHBOURS + 1]
     runs = (starts[:, None] + np.arange(NEIGHBOURS)).ravel()
     return runs[runs < count][:TEXTS]
 
 
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """`model.encode_text` without the padding behind the longest text: the mask is causal, so nothing sees it."""
+    """Encode texts without the padding after the longest, which the causal mask hides from all pooled tokens."""
     ends = tokens.argmax(dim=-1)
     length = int(ends.max()) + 1
     hidden = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]

@@ -9,7 +9,7 @@ from skipkernels.tuner import TuneConfig
 
 _FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument → flag, where they differ
 _ARGUMENTS = "|".join([*(field.name for field in dataclasses.fields(TuneConfig)), *_FLAGS])
-_FUNCTION = r"^[A-Za-z][\w.]*: "
+_FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # perhaps behind a prefix, such as the name of a variant
 _ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers
 
 
@@ -26,16 +26,23 @@ def with_flags(error: BaseException) -> str:
     '--root: coop:dtd: no folder data/dtd. Fetch it with --download.'
     >>> with_flags(ValueError("SkipCLIP: text_cache is for what is below a cut; with skip_layers=0 there is nothing."))
     '--cache is for what is below a cut; with --skip-layers 0 there is nothing.'
-    >>> with_flags(InputError("photos/a.png: no such file."))
-    'photos/a.png: no such file.'
+    >>> with_flags(InputError("full: open_source: no dataset 'x'.", "data"))
+    "full: --data: no dataset 'x'."
+    >>> with_flags(ValueError('SkipCLIP: attention="xformers" cannot be used: there is no GPU.'))
+    '--attention xformers cannot be used: there is no GPU.'
+    >>> with_flags(InputError("config.yaml: seed must be an integer; got 'a'."))
+    "config.yaml: seed must be an integer; got 'a'."
     """
     message, argument = str(error).replace(_ONLY_IN_PYTHON, ""), getattr(error, "argument", None)
-    names = argument or _ARGUMENTS
-    message, named = re.subn(rf"{_FUNCTION}(?=({names})\b)", "", message)
-    if named:
-        message = re.sub(rf"^({names})\b(?!=)", lambda found: _flag(found[1]), message)
+    found = re.match(rf"{_FUNCTION}({argument or _ARGUMENTS})\b(?!=)", message)
+    if found:
+        message = f"{found[1] or ''}{_flag(found[2])}{message[found.end() :]}"
+    elif found := re.match(rf"{_FUNCTION}(?=({_ARGUMENTS})=)", message):  # the value is translated below
+        message = f"{found[1] or ''}{message[found.end() :]}"
     elif argument is not None:
-        message = f"{_flag(argument)}: {re.sub(_FUNCTION, '', message)}"
+        found = re.match(_FUNCTION, message)
+        prefix, rest = (found[1] or "", message[found.end() :]) if found else ("", message)
+        message = f"{prefix}{_flag(argument)}: {rest}"
     message = re.sub(rf"`({_ARGUMENTS})(?:=True|=…)?`", lambda found: _flag(found[1]), message)
     value = rf'(?<![\w/.-])`?({_ARGUMENTS})="?([\w.-]+)"?`?(?![\w/])'
     return re.sub(value, lambda found: f"{_flag(found[1])} {found[2]}", message)

@@ -38,6 +38,11 @@ class InputError(ValueError):
         self.argument = argument
 
 
+def open_error(message: str, argument: str = "data") -> InputError:
+    """Return an error of `open_source`."""
+    return InputError(f"open_source: {message}", argument)
+
+
 class SizedDataset(Protocol):
     """A map-style dataset of (image, label) with a length."""
 

@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from .base import InputError
+from .base import InputError, open_error
 from .files import (
     absolute_path,
-    check_relative_path,
+    check_inside,
     find_images,
     format_names,
     missing_files,
@@ -80,18 +80,22 @@ _IMAGENET_TARGETS: Mapping[Protocol, list[str]] = {
 _HELP = "See CoOp's DATASETS.md for where to get it."
 
 
+_Lists = dict[Split, tuple[list[str], list[int]]]  # paths and labels
+_Splits = dict[Split, Callable[[], Images]]
+
+
 class _Contents(NamedTuple):
     """Contents of a dataset; see `SplitSource`."""
 
     names: list[str]
-    splits: Mapping[Split, Callable[[], Images]]
+    splits: _Splits
     missing: Mapping[Split, str] = {}
     class_ids: tuple[str, ...] | None = None
     notes: Sequence[str] = ()
 
 
-def _root_error(message: str) -> InputError:
-    return InputError(f"open_source: {message}", "root")
+def _error(dataset: str, problem: str) -> InputError:
+    return open_error(f"{dataset}: {problem}", "root")
 
 
 def _without_punctuation(name: str) -> str:
@@ -114,34 +118,30 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     """
     key = _KEYS.get(_without_punctuation(name))
     if key is None:
-        raise InputError(
-            f"open_source: CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.", "data"
-        )
-    full_name, layout = f"coop:{key}", DATASETS[key]
+        raise open_error(f"CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.")
+    dataset, layout = f"coop:{key}", DATASETS[key]
     if root is None:
-        raise _root_error(f"{full_name} needs the folder of all datasets, which contains {layout.folder}.")
+        raise open_error(f"{dataset} needs the folder of all datasets, which contains {layout.folder}.", "root")
     base = absolute_path(root)
     if not os.path.isdir(base):
-        raise _root_error(f"no folder {base}; it must be the folder of all datasets, which contains {layout.folder}.")
+        raise open_error(f"no folder {base}; it must be that of all datasets, which contains {layout.folder}.", "root")
     folder = base / layout.folder
-    _check_folder(full_name, folder)
+    _check_folder(dataset, folder)
     images = folder / layout.images
     if key in VARIANTS:
-        class_names = _read_classnames(full_name, folder, base / DATASETS["imagenet"].folder)
-        contents = _variant(full_name, images, class_names, numbered=key == "imagenetv2")
+        class_names = _read_classnames(dataset, folder, base / DATASETS["imagenet"].folder)
+        contents = _variant(dataset, images, class_names, numbered=key == "imagenetv2")
     elif key == "imagenet":
-        contents = _imagenet(full_name, images)
+        contents = _imagenet(dataset, images)
     elif key == "fgvc_aircraft":
-        contents = _aircraft(full_name, images)
+        contents = _aircraft(dataset, images)
     else:
-        contents = _from_split_file(full_name, images, folder / layout.split_file)
+        contents = _from_split_file(dataset, images, folder / layout.split_file)
     names = tuple(map(normalize_class_name, contents.names))
     duplicates = sorted(name for name, count in Counter(names).items() if count > 1)
-    note = (
-        f"{full_name}: several classes are named {format_names(duplicates)}, as published; no prompt tells them apart."
-    )
+    note = f"{dataset}: several classes are named {format_names(duplicates)}, so no prompt can tell them apart."
     return SplitSource(
-        full_name,
+        dataset,
         names,
         resolve_templates(key, templates),
         contents.splits,
@@ -152,19 +152,17 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     )
 
 
-def _check_folder(name: str, folder: Path) -> None:
+def _check_folder(dataset: str, folder: Path) -> None:
     if not folder.is_dir():
-        raise _root_error(f"{name}: no folder {folder}. {_HELP}")
+        raise _error(dataset, f"no folder {folder}. {_HELP}")
 
 
-def _check_file(name: str, file: Path) -> None:
+def _check_file(dataset: str, file: Path) -> None:
     if not file.is_file():
-        raise _root_error(f"{name}: no file {file}. {_HELP}")
+        raise _error(dataset, f"no file {file}. {_HELP}")
 
 
-def _from_lists(
-    name: str, root: Path, names: list[str], listed: Mapping[Split, tuple[list[str], list[int]]]
-) -> _Contents:
+def _from_lists(dataset: str, root: Path, names: list[str], listed: _Lists) -> _Contents:
     """Return a dataset of lists of (paths, labels), with notes on duplicates."""
     counts = {split: Counter(map(posixpath.normpath, paths)) for split, (paths, _) in listed.items()}
     duplicates = {
@@ -176,22 +174,25 @@ def _from_lists(
         for split in ("train", "val")
     }
     notes = [
-        f"{name}: {problem}: {len(paths)} images, such as {paths[0]}." for problem, paths in duplicates.items() if paths
+        f"{dataset}: {problem}: {len(paths)} images, such as {paths[0]}."
+        for problem, paths in duplicates.items()
+        if paths
     ]
-    splits: dict[Split, Callable[[], Images]] = {
-        split: partial(_listed_images, f"{name}: {split}", root, paths, labels)
+    splits: _Splits = {
+        split: partial(_listed_images, f"{dataset}: {split}", root, paths, labels)
         for split, (paths, labels) in listed.items()
         if paths
     }
     return _Contents(names, splits, notes=notes)
 
 
-def _listed_images(name: str, root: Path, paths: list[str], labels: list[int]) -> Images:
+def _listed_images(dataset: str, root: Path, paths: list[str], labels: list[int]) -> Images:
     missing = missing_files(root, paths)
     if missing:
-        raise _root_error(
-            f"{name}: {len(missing)} of {len(paths)} files are missing in {root}, such as {missing[0]!r}. Is it "
-            "unpacked completely?"
+        raise _error(
+            dataset,
+            f"{len(missing)} of {len(paths)} files are missing in {root}, such as {missing[0]!r}. Is it "
+            "unpacked completely?",
         )
     return LabelledImages(root, paths, labels)
 
@@ -199,24 +200,22 @@ def _listed_images(name: str, root: Path, paths: list[str], labels: list[int]) -
 # ---- a JSON file -----------------------------------------------------------------------------------------------------
 
 
-def _from_split_file(name: str, root: Path, file: Path) -> _Contents:
-    _check_file(name, file)
-    _check_folder(name, root)
+def _from_split_file(dataset: str, root: Path, file: Path) -> _Contents:
+    _check_file(dataset, file)
+    _check_folder(dataset, root)
     content = read_json(file)
     if not (isinstance(content, dict) and all(isinstance(content.get(split), list) for split in get_args(Split))):
         raise InputError(
             f'{file}: expected {{"train": […], "val": […], "test": […]}}, lists of [path, label, class name]. {_HELP}'
         )
     names: dict[int, str] = {}
-    listed: dict[Split, tuple[list[str], list[int]]] = {}
+    listed: _Lists = {}
     for split in get_args(Split):
         paths, labels = listed[split] = [], []
         for number, item in enumerate(content[split]):
-            path, label, class_name = _parse_entry(item, f"{file}: entry {number} of {split}")
-            if names.setdefault(label, class_name) != class_name:
-                raise InputError(
-                    f"{file}: label {label} is {names[label]!r} and {class_name!r}. One label has one name."
-                )
+            path, label, name = _parse_entry(item, f"{file}: entry {number} of {split}")
+            if names.setdefault(label, name) != name:
+                raise InputError(f"{file}: label {label} is {names[label]!r} and {name!r}. One label has one name.")
             paths.append(path)
             labels.append(label)
     gap = next((label for label in range(len(names)) if label not in names), None)
@@ -224,7 +223,7 @@ def _from_split_file(name: str, root: Path, file: Path) -> _Contents:
         raise InputError(
             f"{file}: labels must be 0, 1, … without a gap; there is no image of label {gap or 0}. Renumber them."
         )
-    return _from_lists(name, root, [names[label] for label in range(len(names))], listed)
+    return _from_lists(dataset, root, [names[label] for label in range(len(names))], listed)
 
 
 def _parse_entry(item: Any, location: str) -> tuple[str, int, str]:
@@ -235,110 +234,108 @@ def _parse_entry(item: Any, location: str) -> tuple[str, int, str]:
         raise InputError(f"{location}: the label must be an integer of at least 0; got {reprlib.repr(label)}. {_HELP}")
     if not is_valid_class_name(normalize_class_name(name)):
         raise InputError(f"{location}: the class of label {label} can't be named {name!a:.80}. Rename it.")
-    check_relative_path(path, location)
+    check_inside(path, location)
     return path, label, name
 
 
 # ---- ImageNet and its variants ---------------------------------------------------------------------------------------
 
 
-def _read_classnames(name: str, *folders: Path) -> dict[str, str]:
+def _read_classnames(dataset: str, *folders: Path) -> dict[str, str]:
     """Read class names by WordNet id from the first classnames.txt in some folders."""
     files = [folder / "classnames.txt" for folder in folders]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise _root_error(f"{name}: no file {' or '.join(map(str, files))}. {_HELP}")
+        raise _error(dataset, f"no file {' or '.join(map(str, files))}. {_HELP}")
     names: dict[str, str] = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if line.strip():
-            wnid, _, class_name = line.strip().partition(" ")
-            if not class_name.strip() or wnid in names:
+            wnid, _, name = line.strip().partition(" ")
+            if not name.strip() or wnid in names:
                 problem = "is a duplicate" if wnid in names else "has no name"
                 raise InputError(
                     f"{file}: line {number}: expected a WordNet id and its name; {wnid!r} {problem}. {_HELP}"
                 )
-            names[wnid] = class_name.strip()
+            names[wnid] = name.strip()
     return names
 
 
-def _wnid_folders(name: str, folder: Path, names: dict[str, str]) -> list[str]:
+def _wnid_folders(dataset: str, folder: Path, names: dict[str, str]) -> list[str]:
     """List the folders that are named by WordNet ids, sorted."""
     found = [wnid for wnid in subfolders(folder) if re.fullmatch(r"n\d+", wnid)]
     if not found:
-        raise _root_error(f"{name}: no folders n… in {folder}; it must have one for each class.")
+        raise _error(dataset, f"no folders n… in {folder}; it must have one for each class.")
     unknown = [wnid for wnid in found if wnid not in names]
     if unknown:
-        raise _root_error(f"{name}: classnames.txt has no name for {format_names(unknown)} in {folder}. Add it.")
+        raise _error(dataset, f"classnames.txt has no name for {format_names(unknown)} in {folder}. Add it.")
     return found
 
 
-def _folder_images(name: str, root: Path, folders: list[str]) -> Images:
+def _folder_images(dataset: str, root: Path, folders: list[str]) -> Images:
     """Return all images of some class folders, labelled by the position of the folder."""
     of_class = [find_images(root, folder)[0] for folder in folders]
     empty = [folder for folder, paths in zip(folders, of_class, strict=True) if not paths]
     if empty:
-        raise _root_error(f"{name}: no images in {format_names(empty)} of {root}. Is it unpacked completely?")
+        raise _error(dataset, f"no images in {format_names(empty)} of {root}. Is it unpacked completely?")
     labels = [label for label, paths in enumerate(of_class) for _ in paths]
     return LabelledImages(root, [path for paths in of_class for path in paths], labels)
 
 
-def _imagenet(name: str, images: Path) -> _Contents:
-    names = _read_classnames(name, images.parent)
+def _imagenet(dataset: str, images: Path) -> _Contents:
+    names = _read_classnames(dataset, images.parent)
     folders: dict[Split, Path] = {"train": images / "train", "test": images / "val"}
-    found = {split: _wnid_folders(name, path, names) for split, path in folders.items() if path.is_dir()}
+    found = {split: _wnid_folders(dataset, path, names) for split, path in folders.items() if path.is_dir()}
     if not found:
-        raise _root_error(f"{name}: no folder {folders['train']} or {folders['test']}. {_HELP}")
+        raise _error(dataset, f"no folder {folders['train']} or {folders['test']}. {_HELP}")
     wnids = next(iter(found.values()))
     in_one = sorted({wnid for others in found.values() for wnid in set(wnids) ^ set(others)})
     if in_one:
-        raise _root_error(
-            f"{name}: only one of images/train and images/val has {format_names(in_one)}. Is it unpacked completely?"
+        raise _error(
+            dataset, f"only one of images/train and images/val has {format_names(in_one)}. Is it unpacked completely?"
         )
-    splits: dict[Split, Callable[[], Images]] = {
-        split: partial(_folder_images, name, folders[split], wnids) for split in found
-    }
+    splits: _Splits = {split: partial(_folder_images, dataset, folders[split], wnids) for split in found}
     missing: dict[Split, str] = {split: f"no folder {path}. {_HELP}" for split, path in folders.items()}
     missing["val"] = "its validation images are the test images. Choose test."
     return _Contents([names[wnid] for wnid in wnids], splits, missing, tuple(wnids))
 
 
-def _variant(name: str, images: Path, names: dict[str, str], *, numbered: bool) -> _Contents:
-    _check_folder(name, images)
+def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: bool) -> _Contents:
+    _check_folder(dataset, images)
     if numbered:  # in the order of the WordNet ids
         wnids = sorted(names)
         folders = [str(label) for label in range(len(wnids))]
         absent = sorted(set(folders) - set(subfolders(images)), key=int)
         if absent:
-            raise _root_error(f"{name}: no folder {format_names(absent)} in {images}; it must have one for each class.")
+            raise _error(dataset, f"no folder {format_names(absent)} in {images}; it must have one for each class.")
     else:
-        folders = wnids = _wnid_folders(name, images, names)
+        folders = wnids = _wnid_folders(dataset, images, names)
     reason = "it is a variant of ImageNet, for testing alone. Train on coop:imagenet."
-    splits: dict[Split, Callable[[], Images]] = {"test": partial(_folder_images, name, images, folders)}
+    splits: _Splits = {"test": partial(_folder_images, dataset, images, folders)}
     return _Contents([names[wnid] for wnid in wnids], splits, {"train": reason, "val": reason}, tuple(wnids))
 
 
 # ---- Aircraft --------------------------------------------------------------------------------------------------------
 
 
-def _aircraft(name: str, images: Path) -> _Contents:
+def _aircraft(dataset: str, images: Path) -> _Contents:
     variants = images.parent / "variants.txt"
-    _check_file(name, variants)
-    _check_folder(name, images)
+    _check_file(dataset, variants)
+    _check_folder(dataset, images)
     names = [line.strip() for line in read_text(variants).splitlines() if line.strip()]
-    label_of = {class_name: label for label, class_name in enumerate(names)}
+    label_of = {name: label for label, name in enumerate(names)}
     if not names or len(label_of) < len(names):
         raise InputError(f"{variants}: expected a name in each line, without duplicates. {_HELP}")
-    listed: dict[Split, tuple[list[str], list[int]]] = {}
+    listed: _Lists = {}
     for split in get_args(Split):
         file = images.parent / f"images_variant_{split}.txt"
-        _check_file(name, file)
+        _check_file(dataset, file)
         paths, labels = listed[split] = [], []
         for number, line in enumerate(read_text(file).splitlines(), 1):
             if line.strip():
-                image, _, class_name = line.strip().partition(" ")
-                if class_name.strip() not in label_of:
-                    raise InputError(f"{file}: line {number}: {class_name!r} is not in {variants.name}. {_HELP}")
-                check_relative_path(image, f"{file}: line {number}")
+                image, _, name = line.strip().partition(" ")
+                if name.strip() not in label_of:
+                    raise InputError(f"{file}: line {number}: {name!r} is not in {variants.name}. {_HELP}")
+                check_inside(image, f"{file}: line {number}")
                 paths.append(f"{image}.jpg")
-                labels.append(label_of[class_name.strip()])
-    return _from_lists(name, images, names, listed)
+                labels.append(label_of[name.strip()])
+    return _from_lists(dataset, images, names, listed)

@@ -126,7 +126,7 @@ def _folder_id(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def check_relative_path(path: str, location: str) -> None:
+def check_inside(path: str, location: str) -> None:
     """Raise an InputError if a path leads out of the folder that it is relative to.
 
     Args:

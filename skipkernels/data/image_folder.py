@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from .base import InputError
+from .base import InputError, open_error
 from .few_shot import hash_order
 from .files import absolute_path, find_images, format_names, has_image_extension, read_json, read_text, subfolders
 from .images import LabelledImages
@@ -38,10 +38,6 @@ _SPLIT_OF_FOLDER: dict[str, Split] = {"train": "train", "training": "train", "te
 _SPLIT_OF_FOLDER |= {"val": "val", "valid": "val", "validation": "val"}
 # Tenths of the images of a class, as in CoOp's splits; the rest are training images.
 _TEST_TENTHS, _VAL_TENTHS = 3, 2
-
-
-def _error(message: str) -> InputError:
-    return InputError(f"open_source: {message}", "data")
 
 
 def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSource:
@@ -57,7 +53,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     name = f"imagefolder:{path}"
     root = absolute_path(path)
     if not str(path) or not os.path.isdir(root):
-        raise _error(f"{name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class.")
+        raise open_error(f"{name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class.")
     split_folders = _split_folders(name, root)
     folders = _class_folders(name, root, list(split_folders.values()))
     names = _class_names(name, root, folders)
@@ -71,7 +67,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
             others += skipped
     empty = [f"{part}/{folder}".lstrip("/") for part in found for folder in folders if not found[part][folder]]
     if empty:
-        raise _error(f"{name}: no images in {format_names(empty)}. Add some, or remove the empty folders.")
+        raise open_error(f"{name}: no images in {format_names(empty)}. Add some, or remove the empty folders.")
     if others:
         extensions = ", ".join(f"{extension} {count}" for extension, count in sorted(others.items()))
         notes.append(f"{name}: skipped files that are not images: {extensions}.")
@@ -115,11 +111,11 @@ def _split_folders(name: str, root: Path) -> dict[Split, str]:
     """Return the folder of each split; empty if the class folders are in the root."""
     folders = subfolders(root)
     if not folders:
-        raise _error(f"{name}: no folders in {root}; it must hold one for each class.")
+        raise open_error(f"{name}: no folders in {root}; it must hold one for each class.")
     candidates = [folder for folder in folders if folder.lower() in _SPLIT_OF_FOLDER]
     others = [folder for folder in folders if folder.lower() not in _SPLIT_OF_FOLDER]
     if others and (len(candidates) > 1 or any(subfolders(root / folder) for folder in candidates)):
-        raise _error(
+        raise open_error(
             f"{name}: {format_names(candidates)} and {format_names(others)} are side by side, so that they may be "
             "splits or classes. Move the folders that are neither elsewhere."
         )
@@ -129,10 +125,10 @@ def _split_folders(name: str, root: Path) -> dict[Split, str]:
     for folder in candidates:
         split = _SPLIT_OF_FOLDER[folder.lower()]
         if split in found:
-            raise _error(f"{name}: {found[split]}/ and {folder}/ are both {split} images. Merge them.")
+            raise open_error(f"{name}: {found[split]}/ and {folder}/ are both {split} images. Merge them.")
         found[split] = folder
     if set(found) == {"val"}:
-        raise _error(f"{name}: {candidates[0]}/ alone; add train/ or test/, or name PATH/{candidates[0]}.")
+        raise open_error(f"{name}: {candidates[0]}/ alone; add train/ or test/, or name PATH/{candidates[0]}.")
     return found
 
 
@@ -144,7 +140,7 @@ def _class_folders(name: str, root: Path, split_folders: list[str]) -> list[str]
         absent = [folder for folder in folders if folder not in of_part]
         if absent or not folders:
             problem = f"no folder {format_names(absent)}, which another split has" if absent else "no folders in it"
-            raise _error(f"{name}: {part}/ has {problem}. Each split must have a folder of every class.")
+            raise open_error(f"{name}: {part}/ has {problem}. Each split must have a folder of every class.")
     return folders
 
 
@@ -166,7 +162,7 @@ def split_by_hash(name: str, paths: Mapping[str, list[str]]) -> dict[Split, dict
     splits: dict[Split, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
     for folder, images in paths.items():
         if len(images) < 2:
-            raise _error(
+            raise open_error(
                 f"{name}: class {folder} has 1 image, and train and test need one each. Add some, or make train/ and "
                 "test/."
             )
@@ -186,7 +182,7 @@ def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
     """Return the class names by label."""
     text, mapping = root / "classes.txt", root / "classes.json"
     if text.is_file() and mapping.is_file():
-        raise _error(f"{name}: there are both classes.txt and classes.json. Remove one.")
+        raise open_error(f"{name}: there are both classes.txt and classes.json. Remove one.")
     if mapping.is_file():
         names = _in_folder_order(mapping, folders, read_json(mapping))
     elif text.is_file():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .base import InputError
+from .base import open_error
 from .coop import open_coop
 from .image_folder import open_image_folder
 from .source import Source
@@ -78,6 +78,6 @@ def open_source(
     if kind in _KINDS:
         return _KINDS[kind].open(name, root, templates, download)
     if kind == "glyphs":
-        raise InputError("open_source: glyphs need `import skipkernels.experiments`, which registers them.", "data")
+        raise open_error("glyphs need `import skipkernels.experiments`, which registers them.")
     usages = ", ".join(kind.usage for kind in _KINDS.values())
-    raise InputError(f"open_source: no dataset {data!r}; choose {usages}.", "data")
+    raise open_error(f"no dataset {data!r}; choose {usages}.")

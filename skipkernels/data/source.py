@@ -256,26 +256,23 @@ def normalize_class_names(
         >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
         ('sea lion', 'owl')
     """
+
+    def error(problem: str, remedy: str) -> InputError:
+        return InputError(f"{location}: {problem}. {remedy}, or {alternative}.", argument)
+
     if not all(isinstance(name, str) for name in names):
-        raise InputError(
-            f"{location}: class names must be text; got {list(names)!r:.80}. Write them out, or {alternative}.",
-            argument,
-        )
+        raise error(f"class names must be text; got {list(names)!r:.80}", "Write them out")
     id_of: dict[str, object] = {}
     normalized = tuple(map(normalize_class_name, names))
     for class_id, name in zip(ids, normalized, strict=True):
         if not is_valid_class_name(name):
-            raise InputError(
-                f"{location}: the class of {kind} {class_id!a} can't be named {name!a}. Rename it, or {alternative}.",
-                argument,
-            )
+            raise error(f"the class of {kind} {class_id!a} can't be named {name!a}", "Rename it")
         other = id_of.setdefault(name.casefold(), class_id)
         if other != class_id:
-            raise InputError(
-                f"{location}: {kind}s {other} and {class_id} have the same class name, {name!r}, so that no prompt can "
-                f"tell them apart. Rename one, or {alternative}.",
-                argument,
+            problem = (
+                f"{kind}s {other} and {class_id} have the same class name, {name!r}: no prompt can tell them apart"
             )
+            raise error(problem, "Rename one")
     return normalized
 
 

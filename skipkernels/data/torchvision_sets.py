@@ -12,7 +12,7 @@ from typing import Any
 
 from torchvision import datasets
 
-from .base import InputError
+from .base import open_error
 from .files import absolute_path
 from .image_folder import split_by_hash
 from .images import DatasetImages, Images, LabelledImages, read_labels
@@ -110,12 +110,10 @@ def open_torchvision(
     """
     key = name.lower()
     if key not in DATASETS:
-        raise InputError(
-            f"open_source: no dataset {name!r} of torchvision; choose torchvision: and {', '.join(DATASETS)}.", "data"
-        )
+        raise open_error(f"no dataset {name!r} of torchvision; choose torchvision: and {', '.join(DATASETS)}.")
     full_name, dataset = f"torchvision:{key}", DATASETS[key]
     if root is None:
-        raise InputError(f"open_source: {full_name} needs the folder where torchvision stores its datasets.", "root")
+        raise open_error(f"{full_name} needs the folder where torchvision stores its datasets.", "root")
     base = absolute_path(root)
 
     @functools.cache
@@ -123,13 +121,11 @@ def open_torchvision(
         try:
             return getattr(datasets, dataset.type)(str(base), download=download, **dataset.splits.get(split, {}))
         except ImportError as error:  # Flowers102 is read with scipy
-            raise InputError(
-                f"open_source: {full_name} needs another package: {error}. Install it with pip.", "data"
-            ) from error
+            raise open_error(f"{full_name} needs another package: {error}. Install it with pip.") from error
         except _UNUSABLE as error:
             remedy = "Are the network available and the folder writable?" if download else "Add `download=True`."
             message = " ".join(str(error).split())
-            raise InputError(f"open_source: {full_name}: not usable in {base} ({message}). {remedy}", "root") from error
+            raise open_error(f"{full_name}: not usable in {base} ({message}). {remedy}", "root") from error
 
     @functools.cache
     def images(split: Split) -> Images:

@@ -1,8 +1,8 @@
-"""`glyph-tiny`: the small CLIP that ships with the package, an open_clip model config like any other.
+"""`glyph-tiny`: a small CLIP that ships with the package, with an open_clip model config.
 
-It was pre-trained on `glyphs` without the held-out blocks and fonts; `examples/pretrain_glyph_tiny.py` remakes it.
-The file holds half-precision weights and, of the token embedding, only the rows that occur in some glyph's name
-(`token_ids` says which). The other rows are drawn: the model knows nothing of these tokens, but tells them apart.
+It was pre-trained on `glyphs` without the held-out blocks and fonts; `examples/pretrain_glyph_tiny.py` reproduces it.
+The file holds half-precision weights. Of the token embedding it has only the rows of `token_ids`, the tokens in the
+names of glyphs; the other rows are random, so that untrained tokens are distinct.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ NAME = "glyph-tiny"
 CONFIG = Path(__file__).with_name("glyph-tiny.json")
 WEIGHTS = Path(__file__).with_name("glyph-tiny.safetensors")
 
-_ROW_STD = 0.05  # of the values of the rows in the file
+_ROW_STD = 0.05  # standard deviation of the token embedding's rows in the file
 
 
 def register() -> None:
-    """Make `glyph-tiny` known to `open_clip.create_model` (safe to call again)."""
+    """Add the model config of `glyph-tiny` to open_clip; idempotent."""
     if NAME not in open_clip.list_models():
         open_clip.add_model_config(CONFIG)
 
 
 def used_token_ids() -> torch.Tensor:
-    """Ids of the tokens that occur in the prompt of some named character of `glyphs.BLOCKS`, ascending."""
+    """Return the sorted ids of the tokens in the prompts of all named characters of `glyphs.BLOCKS`."""
     register()
     tokenizer = open_clip.get_tokenizer(NAME)
     codepoints = [
@@ -42,7 +42,7 @@ def used_token_ids() -> torch.Tensor:
 
 
 def save(model: torch.nn.Module, path: Path) -> None:
-    """Write a model of this config as `state_dict` reads it."""
+    """Write the weights of a model of this config to a file that `state_dict` reads."""
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     state["token_ids"] = used_token_ids()
     state["token_embedding.weight"] = state["token_embedding.weight"][state["token_ids"]]
@@ -50,11 +50,11 @@ def save(model: torch.nn.Module, path: Path) -> None:
 
 
 def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:
-    """The weights in fp32, as `open_clip.CLIP.load_state_dict` takes them."""
+    """Read the weights in fp32, for `open_clip.CLIP.load_state_dict`."""
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
     rows, token_ids = state["token_embedding.weight"], state.pop("token_ids")
     vocabulary = open_clip.get_model_config(NAME)["text_cfg"]["vocab_size"]
-    # With rows of zeros, names that hold only tokens outside the file have one embedding. Uniform: exact on every CPU.
+    # With rows of zeros, all names of untrained tokens would have one embedding. Uniform: bit-exact on every CPU.
     drawn = torch.rand(vocabulary, rows.shape[1], generator=torch.Generator().manual_seed(0))
     drawn = (drawn - 0.5) * (_ROW_STD * 12**0.5)
     state["token_embedding.weight"] = drawn.index_copy_(0, token_ids, rows)

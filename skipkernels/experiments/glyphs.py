@@ -1,9 +1,9 @@
-"""Glyphs: a paired image and text task that needs no download.
+"""Glyphs: images paired with text that need no download.
 
 A class is a Unicode character, its text is the character's name in the Unicode standard ("latin small letter e with
-acute"), and an image is the character drawn in one of the fonts that matplotlib ships, at a random scale, angle and
-offset. Fonts are domains, blocks of the standard are datasets, and characters held out of training are new classes,
-so all the protocols of CLIP fine-tuning exist in miniature.
+acute"), and an image is the character drawn in one of matplotlib's fonts at a random scale, angle and offset. Fonts are
+domains, blocks of the standard are datasets, and characters held out of training are new classes, so that all protocols
+of CLIP fine-tuning exist in miniature. `import skipkernels.experiments` registers them: `open_source("glyphs:greek")`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from ..data import InputError, Protocol, Source, Split
+from ..data.base import open_error
 from ..data.images import Transform
 from ..data.templates import Templates, resolve_templates
 
@@ -108,7 +109,7 @@ BLOCKS = {
     "emoticons": (0x1F600, 0x1F64F),
 }
 
-# What `glyph-tiny` never saw: whole blocks (a script each, and one block of a script it knows) and a whole family.
+# Held out of `glyph-tiny`'s pre-training: whole scripts, one block of a script in the training set, and a font family.
 HELD_OUT_BLOCKS = (
     "latin-extended-additional",
     "greek",
@@ -119,13 +120,13 @@ HELD_OUT_BLOCKS = (
 )
 HELD_OUT_FONTS = ("serif", "serif-bold", "serif-italic", "serif-bold-italic")
 
-_CANVAS = 64  # pixels on a side of the upright master drawing
-_EM = 38  # pixels per em on it: an accented capital fits above the baseline, a descender below
-_BASELINE = 45  # pixels from its top
+_CANVAS = 64  # side of the upright master image, in pixels
+_EM = 38  # font size, in pixels: an accented capital fits above the baseline, a descender below
+_BASELINE = 45  # distance from the top, in pixels
 
 
 def character_name(codepoint: int) -> str:
-    """Name of a character in the Unicode standard, in lower case; empty if it has none.
+    """Return the name of a character in the Unicode standard in lower case; empty if it has none.
 
     >>> character_name(0x00E9)
     'latin small letter e with acute'
@@ -135,7 +136,7 @@ def character_name(codepoint: int) -> str:
 
 @functools.cache
 def _font(font: str) -> ImageFont.FreeTypeFont:
-    # Basic layout: shaping would join Arabic letters where the library is built with it, and not where it isn't.
+    # Basic layout: complex layout joins Arabic letters, and depends on how Pillow is built.
     return ImageFont.truetype(_font_path(font), _EM, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -152,7 +153,7 @@ def _coverage(font: str) -> frozenset[int]:
 
 @functools.lru_cache(maxsize=8192)  # 4 KiB each
 def master(codepoint: int, font: str) -> Image.Image:
-    """The character drawn upright in black on white, on a 64 by 64 canvas, shrunk if it would not fit."""
+    """Draw a character upright in black on a white image of 64 by 64 pixels, shrunk if it does not fit."""
     image = Image.new("L", (_CANVAS, _CANVAS), 255)
     draw = ImageDraw.Draw(image)
     face, text, anchor = _font(font), chr(codepoint), (_CANVAS // 2, _BASELINE)
@@ -167,10 +168,10 @@ def master(codepoint: int, font: str) -> Image.Image:
 
 
 def distinct_characters(codepoints: Iterable[int], font: str) -> list[int]:
-    """The characters that one font draws so that their image tells them apart.
+    """Return the characters that a font draws distinctly.
 
-    A character counts if it has a name, is not a combining mark, and the font has it; it is left out if it is drawn
-    blank, or pixel for pixel like an earlier one (Latin and Cyrillic "A" in one set of candidates).
+    These are the named characters of the font, without combining marks, blank ones, and those with the same image as an
+    earlier one (Cyrillic "A" after Latin "A").
     """
     kept: list[int] = []
     seen: set[bytes] = set()
@@ -187,7 +188,7 @@ def distinct_characters(codepoints: Iterable[int], font: str) -> list[int]:
 
 
 def block_characters(blocks: Sequence[str], fonts: Sequence[str]) -> list[int]:
-    """Characters of some blocks that every one of some fonts draws distinctly, in the order of the standard."""
+    """Return the characters of some blocks that each of some fonts draws distinctly, in the order of the standard."""
     candidates: list[int] = []
     for block in blocks:
         if block not in BLOCKS:
@@ -201,13 +202,13 @@ def block_characters(blocks: Sequence[str], fonts: Sequence[str]) -> list[int]:
 def draw_glyph(
     codepoint: int, font: str, rng: np.random.Generator, *, size: int = 32, noise: float = 0.0
 ) -> Image.Image:
-    """One image of a character: its master drawing turned by up to 12°, scaled by 0.75 to 1.1 and moved by up to 9 %.
+    """Draw an image of a character: its master image rotated by up to 12°, scaled by 0.75 to 1.1, moved by up to 9 %.
 
     Args:
         codepoint: The character.
         font: A key of `FONTS`.
-        rng: Where the pose and the noise come from: one generator state, one image.
-        size: Pixels on a side.
+        rng: Generator of the pose and the noise.
+        size: Side of the image, in pixels.
         noise: Standard deviation of additive Gaussian noise, in units of full contrast.
     """
     angle = math.radians(rng.uniform(-12.0, 12.0))
@@ -228,19 +229,19 @@ def draw_glyph(
 
 
 class GlyphDataset(Dataset):
-    """Images of characters, drawn when asked for: item i is (image, label), the label a position in `codepoints`.
+    """Images of characters, drawn on demand: item i is (image, label), the label a position in `codepoints`.
 
-    The same arguments always give the same images: the pose of an image depends on the seed, the character, the font
-    and its number alone, and not on what else the dataset holds.
+    The images are reproducible: the pose of an image depends on the seed, the character, the font and its number alone,
+    and not on the other classes.
 
     Args:
         codepoints: The characters, one class each.
-        fonts: Fonts to draw from; the images of a class go round them in turn.
+        fonts: Fonts, which the images of a class use in turn.
         per_class: Images of each class.
-        seed: Chooses the poses. Sets with different seeds share no image.
-        size: Pixels on a side.
-        noise: As in `draw_glyph`.
-        transform: Applied to every image, as torchvision's datasets do.
+        seed: Seed of the poses. Datasets with different seeds share no image.
+        size: Side of the images, in pixels.
+        noise: See `draw_glyph`.
+        transform: Applied to every image.
 
     Example:
         >>> dataset = GlyphDataset([ord("a"), ord("b")], ["serif"], per_class=3, seed=1)
@@ -268,12 +269,12 @@ class GlyphDataset(Dataset):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, by label."""
+        """Names by label."""
         return [character_name(codepoint) for codepoint in self.codepoints]
 
     @property
     def labels(self) -> list[int]:
-        """Label of every item, without drawing any."""
+        """Label of every item; nothing is drawn."""
         return [index // self.per_class for index in range(len(self))]
 
     def __len__(self) -> int:
@@ -364,13 +365,12 @@ def open_glyphs(name: str, templates: Templates = None) -> GlyphSource:
     blocks = name.split("+") if name else ["latin-extended-additional"]
     unknown = [block for block in blocks if block not in BLOCKS]
     if unknown:
-        raise InputError(f"open_source: no block {unknown[0]!r}; choose from {', '.join(BLOCKS)}.", "data")
+        raise open_error(f"no block {unknown[0]!r}; choose from {', '.join(BLOCKS)}.")
     codepoints = tuple(block_characters(blocks, HELD_OUT_FONTS))
     if len(codepoints) < 2:
-        raise InputError(
-            f"open_source: the fonts {', '.join(HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
-            f"{'+'.join(blocks)}; choose another block.",
-            "data",
+        raise open_error(
+            f"the fonts {', '.join(HELD_OUT_FONTS)} draw only {len(codepoints)} distinct characters of "
+            f"{'+'.join(blocks)}; choose another block."
         )
     return GlyphSource(
         f"glyphs:{'+'.join(blocks)}",

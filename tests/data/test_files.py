@@ -10,7 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from skipkernels.data.files import (
     IMAGE_EXTENSIONS,
-    check_relative_path,
+    check_inside,
     find_images,
     has_image_extension,
     missing_files,
@@ -112,14 +112,14 @@ def test_missing_files(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["../a.png", "a/../../b.png", "/etc/passwd", "C:\\a.png", "a\\..\\..\\b.png"])
-def test_check_relative_path_outside(path):
+def test_check_inside_outside(path):
     with raises_input_error("entry 3", "leads out of the folder"):
-        check_relative_path(path, "entry 3")
+        check_inside(path, "entry 3")
 
 
 @pytest.mark.parametrize("path", ["a.png", "a/b..png", "..a/b.png", "a/.../b.png", "C/a.png"])
-def test_check_relative_path_inside(path):
-    check_relative_path(path, "entry 3")
+def test_check_inside_inside(path):
+    check_inside(path, "entry 3")
 
 
 def test_read_text(tmp_path):

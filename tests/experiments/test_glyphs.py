@@ -1,4 +1,4 @@
-"""Glyphs: which characters count, and that an image depends on what it is and on nothing else."""
+"""Glyphs: distinct characters and reproducible images; glyph-tiny: its file."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _named(variant: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{error} ({variant})", error.argument) from error
+        raise InputError(f"{variant}: {error}", error.argument) from error
 
 
 def _check(runs: Sequence[_Planned], console: Console) -> None:
