@@ -126,7 +126,7 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     if not os.path.isdir(base):
         raise open_error(f"no folder {base}; it must be that of all datasets, which contains {layout.folder}.", "root")
     folder = base / layout.folder
-    _check_folder(dataset, folder)
+    _check_exists(dataset, "folder", folder)
     images = folder / layout.images
     if key in VARIANTS:
         class_names = _read_classnames(dataset, folder, base / DATASETS["imagenet"].folder)
@@ -152,14 +152,9 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
     )
 
 
-def _check_folder(dataset: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise _error(dataset, f"no folder {folder}. {_HELP}")
-
-
-def _check_file(dataset: str, file: Path) -> None:
-    if not file.is_file():
-        raise _error(dataset, f"no file {file}. {_HELP}")
+def _check_exists(dataset: str, kind: str, path: Path) -> None:
+    if not (path.is_dir() if kind == "folder" else path.is_file()):
+        raise _error(dataset, f"no {kind} {path}. {_HELP}")
 
 
 def _from_lists(dataset: str, root: Path, names: list[str], listed: _Lists) -> _Contents:
@@ -201,8 +196,8 @@ def _listed_images(dataset: str, root: Path, paths: list[str], labels: list[int]
 
 
 def _from_split_file(dataset: str, root: Path, file: Path) -> _Contents:
-    _check_file(dataset, file)
-    _check_folder(dataset, root)
+    _check_exists(dataset, "file", file)
+    _check_exists(dataset, "folder", root)
     content = read_json(file)
     if not (isinstance(content, dict) and all(isinstance(content.get(split), list) for split in get_args(Split))):
         raise InputError(
@@ -300,7 +295,7 @@ def _imagenet(dataset: str, images: Path) -> _Contents:
 
 
 def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: bool) -> _Contents:
-    _check_folder(dataset, images)
+    _check_exists(dataset, "folder", images)
     if numbered:  # in the order of the WordNet ids
         wnids = sorted(names)
         folders = [str(label) for label in range(len(wnids))]
@@ -319,8 +314,8 @@ def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: boo
 
 def _aircraft(dataset: str, images: Path) -> _Contents:
     variants = images.parent / "variants.txt"
-    _check_file(dataset, variants)
-    _check_folder(dataset, images)
+    _check_exists(dataset, "file", variants)
+    _check_exists(dataset, "folder", images)
     names = [line.strip() for line in read_text(variants).splitlines() if line.strip()]
     label_of = {name: label for label, name in enumerate(names)}
     if not names or len(label_of) < len(names):
@@ -328,7 +323,7 @@ def _aircraft(dataset: str, images: Path) -> _Contents:
     listed: _Lists = {}
     for split in get_args(Split):
         file = images.parent / f"images_variant_{split}.txt"
-        _check_file(dataset, file)
+        _check_exists(dataset, "file", file)
         paths, labels = listed[split] = [], []
         for number, line in enumerate(read_text(file).splitlines(), 1):
             if line.strip():

@@ -184,12 +184,6 @@ def test_load_task_notes_few_images(tmp_path):
     )
 
 
-def test_load_task_from_datasets():
-    items = [(Image.new("L", (1, 1), label), label) for label in range(4) for _ in range(3)]
-    task = check(load(from_datasets("grey", train=items, test=items, classes=list("abcd"))))
-    assert task.name == "grey" and [test.classes for test in task.tests] == [["a", "b"], ["c", "d"]]
-
-
 def test_load_task_images_identified_by_cache(tmp_path):
     make_folders(tmp_path, {"cat": 9, "dog": 9})
 
@@ -377,7 +371,6 @@ def test_domains_invalid_classes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "argument", "words"),
     [
-        ({"data": "imagenet"}, "data", ["no dataset 'imagenet'"]),
         ({"shots": 0}, "shots", ["shots must be", "every class needs a training image"]),
         ({"classes": 1}, "classes", ["classes must be at least 2", "got 1"]),
         ({"seed": -1}, "seed", ["seed must be from 0"]),
@@ -390,7 +383,6 @@ def test_domains_invalid_classes(tmp_path):
         ({"protocol": "few-shot", "targets": ["x"]}, "targets", ["few-shot has no targets"]),
         ({"protocol": "cross-dataset", "targets": ["x"]}, "targets", ["no dataset 'x'"]),
         ({"protocol": "cross-dataset", "targets": ["glyphs:greek"] * 2}, "targets", ["two of", "are the same"]),
-        ({"templates": ["a {name}."]}, "templates", ["'a {name}.'"]),
     ],
 )
 def test_load_task_invalid_arguments(arguments, argument, words):
