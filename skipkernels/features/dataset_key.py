@@ -91,7 +91,7 @@ def _describe(dataset: Any) -> _Description:
     images, labels = _paths(dataset), _labels(dataset)
     names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
     transforms = [_address_free(value) for name in names if (value := getattr(dataset, name, None)) is not None]
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's PickedImages
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's DatasetImages
         inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
         if images is None:
             images = [index if inner.images is None else inner.images[index] for index in indices]

@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import skipkernels as sk
-from skipkernels.data import LabelledImages, PickedImages
+from skipkernels.data import DatasetImages, LabelledImages
 from skipkernels.features.dataset_key import dataset_key, sample_images
 from skipkernels.store import StoreError, digest_json
 
@@ -65,7 +65,7 @@ class Private(Dataset):
 FILES: dict[str, Callable[[Path], Any]] = {
     "ImageFolder": lambda root: ImageFolder(str(root)),
     "LabelledImages": lambda root: LabelledImages(root, [f"{name}.png" for name in NAMES], [0, 0, 1, 1]),
-    "PickedImages": lambda root: PickedImages(ImageFolder(str(root))),
+    "DatasetImages": lambda root: DatasetImages(ImageFolder(str(root))),
     "Subset": lambda root: Subset(ImageFolder(str(root)), range(4)),
     "ConcatDataset": lambda root: ConcatDataset([Subset(ImageFolder(str(root)), [0, 1]), Subset(Named(root), [2, 3])]),
     "names": Named,
@@ -149,7 +149,7 @@ def test_dataset_key_of_a_missing_file(root):
 
 @pytest.mark.parametrize("indices", [[0, 1], [1, 0]])
 def test_dataset_key_of_subsets(root, indices):
-    for dataset in (ImageFolder(str(root)), TensorDataset(pictures(4), torch.zeros(4)), PickedImages([(0, 0)] * 4)):
+    for dataset in (ImageFolder(str(root)), TensorDataset(pictures(4), torch.zeros(4)), DatasetImages([(0, 0)] * 4)):
         keys = [dataset_key(Subset(dataset, indices)), dataset_key(Subset(dataset, [0, 3]))]
         assert "images" in differences(*keys)
 
@@ -162,7 +162,7 @@ def test_dataset_key_of_subsets(root, indices):
     [
         lambda labels: TensorDataset(pictures(4), torch.tensor(labels)),
         lambda labels: list(zip(pictures(4), labels, strict=True)),
-        lambda labels: PickedImages([(0, 0)] * 4, labels=labels),
+        lambda labels: DatasetImages([(0, 0)] * 4, labels=labels),
         lambda labels: ConcatDataset(
             [TensorDataset(pictures(2), torch.tensor(part)) for part in (labels[:2], labels[2:])]
         ),
