@@ -137,12 +137,12 @@ def test_kernels_without_a_dot_need_no_matrix_units():
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_worse_than_the_table(changes, problem):
+def test_compare_finds_larger_counts(changes, problem):
     found = list(aot.compare([ROW._replace(**changes)], [ROW]))
     assert (problem is None and not found) or problem in found[0]
 
 
-def test_a_stale_line_of_the_table_is_found():
+def test_compare_finds_a_stale_row():
     assert "nothing compiles it" in next(aot.compare([], [ROW]))
 
 
@@ -153,7 +153,7 @@ def test_kernels_that_no_call_reaches_are_found(monkeypatch):
     assert "class_scores has Triton kernels but no calls" in "\n".join(aot.not_reached([]))
 
 
-def test_table_survives_writing(tmp_path, monkeypatch):
+def test_table_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.csv")
     assert aot.read_table() == []
     aot.write_table([ROW])

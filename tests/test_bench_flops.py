@@ -1,4 +1,4 @@
-"""What is counted as operations, against formulas written out, and against the same in plain PyTorch."""
+"""bench.flops against explicit formulas and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE, TEXT = (torch.randn(n, D, requires_grad=True) for n in (B, C))
 IDS, LABELS = torch.tensor([1, 2, 5]), torch.tensor([1, 2, 1, 1])
 
 
-def test_classes_that_do_not_take_part_are_not_counted():
+def test_flops_of_ignores_dropped_classes():
     def loss(class_ids):
         return sk.functional.class_sampled_cross_entropy(IMAGE, TEXT, LABELS, 100.0, class_ids=class_ids)
 
@@ -29,15 +29,15 @@ def test_classes_that_do_not_take_part_are_not_counted():
     assert flops_of(lambda: sk.functional.class_scores(IMAGE, TEXT, LABELS)) == 2 * B * C * D
 
 
-def test_attention_of_pytorch():
+def test_flops_of_scaled_dot_product_attention():
     query, key = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7))
     once = 2 * 2 * 3 * 5 * 7 * 8
     assert flops_of(lambda: F.scaled_dot_product_attention(query, key, key)) == 2 * once
     assert flops_of(lambda: F.scaled_dot_product_attention(query, key, key).sum().backward()) == 7 * once
 
 
-def test_attention_of_pytorch_s_module_without_gradients():
-    """It then runs as one call."""
+def test_flops_of_multihead_attention_without_gradients():
+    """It runs as one call then."""
     module, hidden = torch.nn.MultiheadAttention(24, 3, batch_first=True).eval(), torch.randn(2, 5, 24)
     attend = lambda: module(hidden, hidden, hidden, need_weights=False)  # noqa: E731
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_attention_of_pytorch_s_module_without_gradients():
     assert flops_of(attend) == 2 * 2 * 5 * 24 * (4 * 24 + 2 * 5)
 
 
-def test_pooled_attention_is_attention_of_one_query():
+def test_flops_of_pooled_attention():
     query, key = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 7, 3, 8, requires_grad=True)
     once = 2 * 2 * 3 * 7 * 8
     assert flops_of(lambda: sk.functional.pooled_attention(query, key, key)) == 2 * once
@@ -53,7 +53,7 @@ def test_pooled_attention_is_attention_of_one_query():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_suffixes_see_the_prefix_and_what_is_before_them(packed):
+def test_flops_of_suffix_attention(packed):
     K, S, P, H, E = 6, 3, 4, 2, 8
     suffix, prefix = torch.randn(K * S, H, E, requires_grad=True), torch.randn(P, H, E, requires_grad=True)
     offsets = torch.arange(K + 1) * S if packed else None
@@ -68,7 +68,7 @@ def test_suffixes_see_the_prefix_and_what_is_before_them(packed):
     assert flops_of(lambda: attend().sum().backward()) == 7 * once
 
 
-def test_products_of_the_reference_are_those_of_the_operator():
+def test_flops_of_operator_equal_its_reference():
     def step(function):
         return flops_of(lambda: function(IMAGE, TEXT, LABELS, torch.tensor(100.0), IDS).backward())
 

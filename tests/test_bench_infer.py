@@ -1,4 +1,4 @@
-"""The benchmarks of inference, of an epoch, of everything in one go, and of where the time of a step goes."""
+"""bench.infer, bench.epoch, bench.profile and `python -m bench`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPOCH = [*MODEL, "--classes", "6", "--shots", "2", "--tests", "7"]
 
 @pytest.fixture(autouse=True)
 def results(monkeypatch, tmp_path) -> Path:
-    """Where rows would go."""
+    """Folder for rows."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(ceilings, "bandwidth", lambda device: 1e10)
@@ -41,7 +41,7 @@ def rows(results: Path, table: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_everyone_who_classifies_has_a_row(results, precision):
+def test_infer_writes_a_row_per_implementation(results, precision):
     infer.main([*INFER, "--precision", precision])
     found = rows(results, "infer")
     assert list(found) == list(infer.IMPLEMENTATIONS)
@@ -51,13 +51,13 @@ def test_everyone_who_classifies_has_a_row(results, precision):
     assert float(found["skipkernels, cached"]["gflop"]) < float(found["published"]["gflop"])
 
 
-def test_an_evaluation_that_takes_too_long_is_not_begun(results):
+def test_infer_skips_a_slow_evaluation(results):
     infer.main([*INFER, "--longest", "1e-9"])
     assert {row["note"][:25] for row in rows(results, "infer").values()} == {"left out: it takes about "}
 
 
-def test_a_budget_is_for_all_who_are_begun(monkeypatch, results):
-    """Everyone would fit alone; the seconds of those before count."""
+def test_infer_shares_the_budget(monkeypatch, results):
+    """Each fits alone; together they exceed the budget."""
     line = infer.CostModel.of(infer.Probe(12, 8.0, 0), infer.Probe(24, 8.0, 0))  # 8 s for 8 images: 4 s for 4
     monkeypatch.setattr(
         infer, "cost_models_of", lambda args, model, precision: dict.fromkeys(infer.IMPLEMENTATIONS, line)
@@ -69,7 +69,7 @@ def test_a_budget_is_for_all_who_are_begun(monkeypatch, results):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_wrong_logits_get_no_time(monkeypatch, capsys, precision):
+def test_infer_refuses_wrong_logits(monkeypatch, capsys, precision):
     right = sk.SkipCLIP.predict
     monkeypatch.setattr(sk.SkipCLIP, "predict", lambda self, x: right(self, x).roll(1, dims=1))
     with pytest.raises(SystemExit, match="the logits of skipkernels are not the published ones: no timing"):
@@ -77,9 +77,9 @@ def test_wrong_logits_get_no_time(monkeypatch, capsys, precision):
     assert " ms " not in capsys.readouterr().out
 
 
-def test_inference_computes_again_what_it_says():
+def test_infer_recomputes_text_features():
     def work(classes: int) -> dict[str, int]:
-        """Operations of the second call."""
+        """FLOPs of the second call."""
         random = inputs.random_inputs("glyph-tiny", 4, classes, measure.CPU)
         found = {}
         for name, run in infer.runs_of(random, 2, 3, "fp32").items():
@@ -98,7 +98,7 @@ def test_inference_computes_again_what_it_says():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_everyone_who_trains_an_epoch_has_a_row(results, precision):
+def test_epoch_writes_a_row_per_implementation(results, precision):
     epoch.main([*EPOCH, "--precision", precision])
     found = rows(results, "epoch")
     assert list(found) == list(epoch.IMPLEMENTATIONS)
@@ -110,7 +110,7 @@ def test_everyone_who_trains_an_epoch_has_a_row(results, precision):
     assert found["full fine-tuning"]["features_s"] == "0.0"
 
 
-def test_an_epoch_with_another_loss_is_an_error(monkeypatch):
+def test_epoch_refuses_another_loss(monkeypatch):
     right = epoch.PublishedStep.__call__
     wrong = lambda self, *batch: (1.01 * right(self, *batch)[0], None)  # noqa: E731
     monkeypatch.setattr(epoch.PublishedStep, "__call__", wrong)
@@ -118,20 +118,20 @@ def test_an_epoch_with_another_loss_is_an_error(monkeypatch):
         epoch.main([*EPOCH, "--implementation", "skipkernels", "published", "--no-save"])
 
 
-def test_an_epoch_that_takes_too_long_is_left_after_a_step(results):
+def test_epoch_stops_after_a_slow_step(results):
     epoch.main([*EPOCH, "--implementation", "published", "--longest", "1e-9"])
     assert rows(results, "epoch")["published"]["note"].startswith("left out: 3 steps of about ")
 
 
-# ---- where the time of a step goes ---------------------------------------------------------------------------------
+# ---- bench.profile ---------------------------------------------------------------------------------
 
 
-def test_a_profile_is_reported(capsys):
+def test_profile_prints_shares(capsys):
     profile.main([*MODEL, "--classes", "20", "--rounds", "1", "--no-save"])
     assert "GFLOP/s" in capsys.readouterr().out
 
 
-def test_a_profile_adds_up():
+def test_profile_adds_up():
     left, right = torch.randn(300, 200), torch.randn(200, 100)
     hidden = torch.randn(1, 2, 50, 8)
 
@@ -147,10 +147,10 @@ def test_a_profile_adds_up():
     assert sum(map(found.share, groups)) == pytest.approx(1)
 
 
-# ---- all in one go -------------------------------------------------------------------------------------------------
+# ---- python -m bench -------------------------------------------------------------------------------------------------
 
 
-def test_everything_shares_the_time_and_goes_on_where_one_fails(monkeypatch):
+def test_main_shares_the_time_and_continues_after_a_failure(monkeypatch):
     commands = []
 
     def run(command, check):
@@ -168,7 +168,7 @@ def test_everything_shares_the_time_and_goes_on_where_one_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("job", [job for job, _ in everything.JOBS])
-def test_every_job_is_a_command(job, monkeypatch):
+def test_main_jobs_are_valid_commands(job, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     class Parsed(Exception):
@@ -184,7 +184,7 @@ def test_every_job_is_a_command(job, monkeypatch):
         importlib.import_module(module).main(options)
 
 
-def test_a_budget_counts_down(monkeypatch):
+def test_budget_counts_down(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     used = Budget(10)

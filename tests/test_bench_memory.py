@@ -1,4 +1,4 @@
-"""bench.memory: what two optimizers leave is compared before anything is measured, and each gets a row."""
+"""bench.memory: the weights of both optimizers are compared before measuring, and each optimizer gets a row."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SMALL = ["--model", "glyph-tiny", "--skip-layers", "3", "--classes", "20", "--de
 
 @pytest.fixture(autouse=True)
 def results(monkeypatch, tmp_path):
-    """Where rows go."""
+    """Folder for rows."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     return tmp_path
 
 
 @pytest.mark.slow
-def test_each_optimizer_has_a_row(results, capsys):
+def test_memory_writes_a_row_per_optimizer(results, capsys):
     memory.main(SMALL)
     theirs, ours = csv.DictReader(next(results.glob("*/memory.csv")).open())
     assert (theirs["optimizer"], ours["optimizer"]) == ("torch.optim.SGD", "FusedSGD")
@@ -33,7 +33,7 @@ def test_each_optimizer_has_a_row(results, capsys):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_other_weights_get_no_measurement(monkeypatch, results, precision):
+def test_memory_refuses_different_weights(monkeypatch, results, precision):
     wrong = partial(torch.optim.SGD, nesterov=True)
     monkeypatch.setattr(memory, "_OPTIMIZERS", {"torch.optim.SGD": wrong, "FusedSGD": sk.FusedSGD})
     with pytest.raises(SystemExit, match="the two optimizers leave other weights: no measurement"):

@@ -1,4 +1,4 @@
-"""The microbenchmarks: nothing wrong gets a time, who cannot run has a reason, and what is measured is kept at once."""
+"""bench.run: wrong results get no time, missing peers have a reason, and rows are appended at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKED = {"sgd_momentum": 2}  # by number; the first one otherwise, which has 6
 
 @pytest.fixture(autouse=True)
 def results(monkeypatch, tmp_path) -> Path:
-    """Where rows go; and a machine that moves 2 MB/s and does 1 MFLOP/s, which takes no time to find out."""
+    """Folder for rows, and fixed limits of the machine: 2 MB/s and 1 MFLOP/s."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(ceilings, "bandwidth", lambda device: 2e6)
     monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e6)
@@ -63,7 +63,7 @@ def rows_of(case: Case) -> dict[str, dict[str, str]]:
     return {row["implementation"]: row for row in run.rows_of(case, torch.float32, CPU, 0.01)}
 
 
-def test_a_right_result_gets_times_a_ratio_and_memory():
+def test_rows_of_a_correct_result():
     rows = rows_of(doubling())
     ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
     assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
@@ -73,7 +73,7 @@ def test_a_right_result_gets_times_a_ratio_and_memory():
     assert float(ours["peak_mib"]) >= 0
 
 
-def test_a_wrong_result_gets_no_time():
+def test_rows_of_a_wrong_result():
     rows = rows_of(doubling(2.001))
     assert rows["skipkernels"]["p50_ms"] == "" and "wrong: result 0 is off by 5.0e-04" in rows["skipkernels"]["note"]
     assert float(rows["eager"]["p50_ms"]) > 0 and rows["eager"]["faster"] == ""
@@ -88,20 +88,20 @@ def test_a_wrong_result_gets_no_time():
         ("absent peer", "needs a GPU"),
     ],
 )
-def test_a_peer_without_a_time_has_the_reason(implementation, note):
+def test_rows_of_a_peer_without_a_time(implementation, note):
     row = rows_of(doubling())[implementation]
     assert row["note"].startswith(note) and "\n" not in row["note"]
     assert not any(row[column] for column in run.MEASURED)
 
 
-def test_nobody_right_is_no_error():
+def test_rows_without_a_correct_result():
     case = doubling(3.0)
     case = case._replace(runs={name: case.runs["skipkernels"] for name in ("skipkernels", "eager")})
     rows = rows_of(case)
     assert [row["note"][:5] for row in rows.values()] == ["wrong", "wrong", "needs"]
 
 
-def test_a_lost_device_ends_the_run():
+def test_rows_raise_on_a_lost_device():
     def lost() -> list[torch.Tensor]:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
@@ -111,7 +111,7 @@ def test_a_lost_device_ends_the_run():
 
 
 @pytest.mark.parametrize("flops, least", [(0, 4096 / 2e6), (100, 4096 / 2e6), (10000, 10000 / 1e6)])
-def test_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
+def test_rows_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
     monkeypatch.setattr(run, "timed", lambda runs, seconds, device: dict.fromkeys(runs, [0.020, 0.040, 0.100]))
     row = rows_of(doubling(flops=flops))["skipkernels"]
     assert float(row["of_ceiling"]) == pytest.approx(least / 0.040, abs=1e-4)
@@ -131,13 +131,13 @@ def rows_in(results: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def two_cases(monkeypatch) -> None:
-    """Two shapes of every operator, whose memory nobody measures: that takes longer than all the rest."""
+    """Two shapes of every operator, without the slow measurement of memory."""
     monkeypatch.setattr(measure, "peak_bytes", lambda function, device: 0)
     both = [("fp32", doubling()), ("fp32", doubling(shape="N1024-again"))]
     monkeypatch.setattr(run, "cases_of", lambda op, dtypes, device: iter(both))
 
 
-def test_rows_have_all_columns(two_cases, results, capsys):
+def test_main_writes_all_columns(two_cases, results, capsys):
     run.main(COMMAND)
     rows = rows_in(results)
     assert list(rows[0]) == [*measure.machine(CPU), "op", "shape", "dtype", "implementation", *run.MEASURED, "note"]
@@ -151,12 +151,12 @@ def test_rows_have_all_columns(two_cases, results, capsys):
     assert told.count("absent peer: needs a GPU") == 2  # once for each operator
 
 
-def test_nothing_is_written_unless_wanted(two_cases, results):
+def test_main_no_save_writes_nothing(two_cases, results):
     run.main([*COMMAND, "--no-save"])
     assert not list(results.iterdir())
 
 
-def test_what_a_budget_does_not_allow_is_told_and_the_rest_is_kept(monkeypatch, two_cases, results, capsys):
+def test_main_reports_cases_beyond_the_budget(monkeypatch, two_cases, results, capsys):
     answers = iter([True, False, False])
 
     class Little:
@@ -174,7 +174,7 @@ def test_what_a_budget_does_not_allow_is_told_and_the_rest_is_kept(monkeypatch, 
     assert "no time was left for gather_rows, from N1024 in fp32 on" in told
 
 
-def test_a_run_that_is_stopped_leaves_its_rows(monkeypatch, results):
+def test_main_keeps_rows_when_interrupted(monkeypatch, results):
     def stopped(op, dtypes, device):
         yield "fp32", doubling()
         raise KeyboardInterrupt
@@ -185,7 +185,7 @@ def test_a_run_that_is_stopped_leaves_its_rows(monkeypatch, results):
     assert {(row["op"], row["shape"]) for row in rows_in(results)} == {("class_scores", "N1024")}
 
 
-def test_quick_is_the_first_shape_without_compiling(two_cases, results):
+def test_main_quick_runs_the_first_shape(two_cases, results):
     run.main([*COMMAND, "--quick", "--dtype", "fp32", "--without", "peer"])
     rows = {row["implementation"]: row for row in rows_in(results)}
     assert {row["shape"] for row in rows.values()} == {"N1024"}
@@ -193,7 +193,7 @@ def test_quick_is_the_first_shape_without_compiling(two_cases, results):
     assert rows["peer"]["p50_ms"] == "" and rows["peer"]["note"] == "left out with --without"
 
 
-def test_the_exit_status_says_that_ours_is_wrong(monkeypatch, results, capsys):
+def test_main_exit_status_of_a_wrong_result(monkeypatch, results, capsys):
     monkeypatch.setattr(run, "cases_of", lambda op, dtypes, device: iter([("fp32", doubling(2.001))]))
     with pytest.raises(SystemExit) as ended:
         run.main(COMMAND)
@@ -201,7 +201,7 @@ def test_the_exit_status_says_that_ours_is_wrong(monkeypatch, results, capsys):
     assert "skipkernels is wrong: class_scores, N1024 in fp32: wrong: result 0" in capsys.readouterr().out
 
 
-def test_every_dtype_of_a_shape_comes_before_the_next_shape():
+def test_cases_are_ordered_by_shape_then_dtype():
     found = [(dtype, case.shape) for dtype, case in run.cases_of("class_scores", ["fp32", "bf16"], CPU)]
     assert [dtype for dtype, _ in found] == ["fp32", "bf16"] * (len(found) // 2)
     assert all(found[i][1] == found[i + 1][1] for i in range(0, len(found), 2))
@@ -212,7 +212,7 @@ def test_every_dtype_of_a_shape_comes_before_the_next_shape():
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_every_operator_has_a_case_with_a_right_result(name, dtype):
+def test_cases_of_every_operator_are_correct(name, dtype):
     cases = importlib.import_module(f"bench.operators.{name}").cases(dtype, CPU)
     case = next(itertools.islice(cases, CHECKED.get(name, 0), None))
     assert {"skipkernels", "eager"} <= set(case.runs) and case.moved > 0
@@ -220,7 +220,7 @@ def test_every_operator_has_a_case_with_a_right_result(name, dtype):
     assert run.Gate(case, dtype, CPU).error_of("skipkernels") == ""
 
 
-def test_pairs_are_two_calls_of_the_operator():
+def test_cases_of_pairs_call_the_operator_twice():
     case = class_sampled_ce.of_pairs(48, 64, torch.float32, CPU)
     gate = run.Gate(case, torch.float32, CPU)
     assert [
@@ -231,7 +231,7 @@ def test_pairs_are_two_calls_of_the_operator():
     assert case.absent["memeff"] == "needs a GPU"
 
 
-def test_the_same_cases_run_under_pytest_benchmark():
+def test_cases_run_under_pytest_benchmark():
     command = "-m pytest bench/test_operators.py --op class_scores --benchmark-disable -q -p no:cacheprovider".split()
     command = [sys.executable, *command, "-k", "fp32 and not compiled"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
@@ -242,14 +242,14 @@ def test_the_same_cases_run_under_pytest_benchmark():
 # ---- peers -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_gpu_there_are_reasons():
+def test_peers_without_a_gpu_have_reasons():
     found = peers.cross_entropies(CPU, torch.bfloat16, 64) | peers.layer_norms(CPU) | peers.attentions(CPU)
     for name in ("cut-cross-entropy", "cut-cross-entropy filtered", "inf-cl", "Liger", "xformers", "add, then Liger"):
         assert found[name] == (None, "needs a GPU")
     assert found["siglip-kernel"].note.startswith("another loss")
 
 
-def test_with_a_gpu_there_are_other_reasons(monkeypatch):
+def test_peers_with_a_gpu_have_other_reasons(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = peers.cross_entropies(CUDA, torch.float32, 4)
     assert found["cut-cross-entropy"].note == "its backward is for bf16 and fp16"
@@ -261,7 +261,7 @@ def test_with_a_gpu_there_are_other_reasons(monkeypatch):
     assert found["cut-cross-entropy"] == (None, "not installed: pip install cut-cross-entropy")
 
 
-def test_what_can_be_imported_is_called_in_one_way(monkeypatch):
+def test_peers_share_one_signature(monkeypatch):
     cut = types.SimpleNamespace(
         linear_cross_entropy=lambda image, text, labels, filter_eps="high": (image.shape, filter_eps)
     )
@@ -277,7 +277,7 @@ def test_what_can_be_imported_is_called_in_one_way(monkeypatch):
         assert function is not None and function(*inputs) == ((64, 3), expected)
 
 
-def test_an_import_that_fails_is_a_reason(monkeypatch):
+def test_peers_import_error_is_a_reason(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "memeff", None)
     note = peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note
@@ -287,6 +287,6 @@ def test_an_import_that_fails_is_a_reason(monkeypatch):
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def test_peak_bytes_counts_what_is_allocated_in_between():
+def test_peak_bytes_counts_temporary_allocations():
     assert testing.peak_bytes(lambda: torch.zeros(50 << 20, dtype=torch.uint8).sum()) >= 45 << 20
     assert testing.peak_bytes(lambda: None) < 5 << 20

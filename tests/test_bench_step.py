@@ -1,4 +1,4 @@
-"""The benchmarks of a step: nobody wrong gets a time, nobody waits for what can't be run, and rows fit the table."""
+"""bench.step: wrong steps get no time, steps that cannot run are skipped, and rows fit the table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP = [*SMALL, "--no-save", "--precision", "fp32"]
 
 @pytest.fixture(autouse=True)
 def results(monkeypatch, tmp_path) -> Path:
-    """Where rows would go."""
+    """Folder for rows."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(ceilings, "bandwidth", lambda device: 1e10)
@@ -32,7 +32,7 @@ def results(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def table(results):
-    """Runs the command, and gives the rows that it left."""
+    """Run the command and return its rows."""
 
     def run(*options: str) -> dict[tuple[str, str, int], dict[str, str]]:
         step.main([*SMALL, *options])
@@ -42,7 +42,7 @@ def table(results):
     return run
 
 
-def test_everyone_has_a_row(table):
+def test_main_writes_a_row_per_implementation(table):
     rows = table("--implementation", "skipkernels", "min", "published", "full", "prompts")
     assert len(rows) == 5 * 2
     for (implementation, *_), row in rows.items():
@@ -61,8 +61,8 @@ def test_everyone_has_a_row(table):
         assert flop["skipkernels"] < flop["skipkernels, memory=min"] and flop["skipkernels"] < flop["published"]
 
 
-def test_the_compiled_step_is_the_published_one(monkeypatch, table):
-    """Compiled by a backend that leaves the operations as they are: what is measured is not what is tested here."""
+def test_compiled_step_equals_the_published_step(monkeypatch, table):
+    """Compiled by the eager backend: speed is not tested here."""
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
     rows = table("--implementation", "compiled", "published", "skipkernels", "--precision", "fp32")
@@ -71,7 +71,7 @@ def test_the_compiled_step_is_the_published_one(monkeypatch, table):
     assert float(compiled["p50_ms"]) > 0
 
 
-def test_what_would_not_fit_is_not_begun(monkeypatch, table):
+def test_main_skips_a_step_that_does_not_fit(monkeypatch, table):
     monkeypatch.setattr(step, "free_bytes", lambda device: 400 * 2**20)
     rows = table("--implementation", "skipkernels", "full", "--precision", "fp32", "--classes", "20", "1000")
     assert rows["full fine-tuning", "fp32", 20]["note"] == ""
@@ -83,19 +83,19 @@ def test_what_would_not_fit_is_not_begun(monkeypatch, table):
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
 
 
-def test_what_takes_too_long_is_not_begun(table):
+def test_main_skips_a_slow_step(table):
     rows = table("--implementation", "skipkernels", "published", "--precision", "fp32", "--longest", "1e-9")
     assert all(row["note"].startswith("left out: a step takes about") for row in rows.values())
 
 
-def test_a_budget_that_is_used_up_leaves_rows_that_say_so(monkeypatch, table):
+def test_main_notes_an_exhausted_budget(monkeypatch, table):
     monkeypatch.setattr(Budget, "left", property(lambda budget: 0.0))
     rows = table("--implementation", "skipkernels", "compiled", "--precision", "fp32")
     assert rows["skipkernels", "fp32", 20]["note"] == "left out: no time left"
     assert rows["published, compiled", "fp32", 20]["note"].startswith("left out: no time left")
 
 
-def test_a_budget_is_for_all_steps_that_are_begun(monkeypatch, table):
+def test_main_shares_the_budget(monkeypatch, table):
     monkeypatch.setattr(step.Curve, "_needs", lambda *of: 40.0)
     monkeypatch.setattr(Budget, "left", property(lambda budget: 100.0))
     rows = table("--implementation", "skipkernels", "min", "published", "--precision", "fp32")
@@ -106,7 +106,7 @@ def test_a_budget_is_for_all_steps_that_are_begun(monkeypatch, table):
     ]
 
 
-def test_a_step_is_weighed_without_the_gradients_of_the_rounds(monkeypatch, table):
+def test_peak_memory_excludes_earlier_gradients(monkeypatch, table):
     held = []
 
     def peak_bytes(step, device, **_):
@@ -129,26 +129,26 @@ def test_a_step_is_weighed_without_the_gradients_of_the_rounds(monkeypatch, tabl
     ],
     ids=lambda value: value[0][2:] if isinstance(value, list) else "",
 )
-def test_bad_options_are_told_in_a_line(options, message, capsys):
+def test_main_refuses_bad_options(options, message, capsys):
     with pytest.raises(SystemExit) as ended:
         step.main([*SMALL, "--no-save", *options])
     assert message in capsys.readouterr().err + str(ended.value)
 
 
-def test_a_table_of_other_columns_is_kept_beside_the_new_one(results):
+def test_append_rows_keeps_a_file_with_other_columns(results):
     def read(path):
         return [row["implementation"] for row in csv.DictReader(path.open(encoding="utf-8"))]
 
     row = {"device": "A CPU", "implementation": "first", "p50_ms": 1.0}
     path = measure.append_rows([row], "step")
     measure.append_rows([{"device": "A CPU", "implementation": "≥ second"}], "step")
-    assert read(path) == ["first", "≥ second"], "who has fewer columns fits in"
+    assert read(path) == ["first", "≥ second"], "a row with fewer columns fits"
     assert measure.append_rows([row | {"implementation": "third", "note": ""}], "step") == path
     (before,) = path.parent.glob("step-until-*.csv")
     assert (read(before), read(path)) == (["first", "≥ second"], ["third"])
 
 
-def test_foresight_is_a_straight_line():
+def test_cost_model_is_linear():
     line = CostModel.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
     free = cost_model._MARGIN / cost_model._MOST * 900
@@ -157,11 +157,11 @@ def test_foresight_is_a_straight_line():
     assert noisy.seconds(1000) == 2.0, "more classes never take less"
 
 
-# ---- who is wrong gets no time -------------------------------------------------------------------------------------
+# ---- wrong results get no time -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_that_does_not_agree_gets_no_time(monkeypatch, capsys, precision):
+def test_agreeing_steps_refuse_different_gradients(monkeypatch, capsys, precision):
     right = PublishedStep.__call__
 
     def wrong(self, features, labels, class_ids=None):
@@ -175,7 +175,7 @@ def test_a_step_that_does_not_agree_gets_no_time(monkeypatch, capsys, precision)
     assert " ms " not in capsys.readouterr().out
 
 
-def test_a_step_on_other_classes_gets_no_time(monkeypatch, capsys):
+def test_agreeing_steps_refuse_different_classes(monkeypatch, capsys):
     right = PublishedStep.choose
     monkeypatch.setattr(PublishedStep, "choose", lambda self, *batch: torch.arange(len(right(self, *batch))))
     with pytest.raises(SystemExit, match="choose other classes: no timing"):
@@ -183,14 +183,14 @@ def test_a_step_on_other_classes_gets_no_time(monkeypatch, capsys):
     assert " ms " not in capsys.readouterr().out
 
 
-def test_a_published_step_that_trains_something_else_gets_no_time(monkeypatch):
+def test_agreeing_steps_refuse_different_parameters(monkeypatch):
     monkeypatch.setattr(PublishedStep, "_freeze", lambda self: None)
     with pytest.raises(SystemExit, match="train other parameters: no timing"):
         step.main(STEP)
 
 
 @pytest.mark.parametrize("factor", [0.999, math.nan])
-def test_full_fine_tuning_with_another_loss_gets_no_time(monkeypatch, capsys, factor):
+def test_full_fine_tuning_refuses_another_loss(monkeypatch, capsys, factor):
     right = training.full_step
     monkeypatch.setattr(training, "full_step", lambda *of: lambda *batch: (factor * right(*of)(*batch)[0], 20))
     with pytest.raises(SystemExit, match="full fine-tuning has another loss: no timing"):
@@ -198,7 +198,7 @@ def test_full_fine_tuning_with_another_loss_gets_no_time(monkeypatch, capsys, fa
     assert " ms " not in capsys.readouterr().out
 
 
-def test_prompt_tuning_with_another_loss_gets_no_time(monkeypatch):
+def test_prompt_tuning_refuses_another_loss(monkeypatch):
     right = training.CoOp.step
     other = lambda self, *batch: right(self, *batch)._replace(loss=right(self, *batch).loss * 1.01)  # noqa: E731
     monkeypatch.setattr(training.CoOp, "step", other)
@@ -206,7 +206,7 @@ def test_prompt_tuning_with_another_loss_gets_no_time(monkeypatch):
         step.main([*STEP, "--implementation", "prompts"])
 
 
-def test_full_fine_tuning_trains_every_layer_and_prompt_tuning_the_context():
+def test_baselines_train_their_parameters():
     random = inputs.random_inputs("glyph-tiny", 2, 5, measure.CPU)
     full = training.full_fine_tuning(random, "fp32")
     full()
@@ -218,15 +218,15 @@ def test_full_fine_tuning_trains_every_layer_and_prompt_tuning_the_context():
     assert context.shape == (4, 96) and context.grad is not None and context.grad.abs().sum() > 0
 
 
-def test_class_names_are_different_and_the_first_ones_stay_the_same():
+def test_class_names_are_distinct_and_stable():
     names = inputs.class_names(22000)
     assert len(set(names)) == 22000
     assert names[:1570] == inputs.class_names(1570)
     assert names[0] == "dog"
 
 
-def test_counting_what_is_saved_keeps_nothing():
-    """A node that saves its own result, such as a softmax, would be in a cycle that nobody collects."""
+def test_saved_bytes_keeps_no_tensor_alive():
+    """A node that saves its own result, such as a softmax, would form a reference cycle."""
     x = torch.randn(8, requires_grad=True)
     alive = weakref.ref(result := x.softmax(0))
     del result

@@ -1,4 +1,4 @@
-"""What a step costs on any machine is what the table says, and the counting counts."""
+"""bench.counts: the counts of a step match the committed table."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not i
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which keeps the memory that it frees."""
+    """Run in a new process that keeps freed memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.counts", "--check", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_a_small_model_costs_what_the_table_says():
+def test_counts_of_a_small_model_match_the_table():
     done = check("--model", "glyph-tiny")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_a_large_model_costs_what_the_table_says():
+def test_counts_of_a_large_model_match_the_table():
     done = check("--model", "ViT-B-16")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_step_that_does_something_twice_is_found(monkeypatch):
+def test_check_finds_duplicated_work(monkeypatch):
     right = SkipCLIP.select
     before = counts.rows_of(counts.SIZES[0], published=False)  # by this torch: compared exactly
 
@@ -50,7 +50,7 @@ def test_a_step_that_does_something_twice_is_found(monkeypatch):
     assert "saved_bytes" not in found and "predict" not in found
 
 
-def test_products_give_zeros_of_their_shape():
+def test_products_return_zeros_of_their_shape():
     a, b = torch.randn(2, 3, dtype=torch.bfloat16), torch.randn(3, 5, dtype=torch.bfloat16)
     expected = [a @ b, torch.addmm(torch.zeros(5, dtype=a.dtype), a, b), torch.bmm(a[None], b[None]), nn.Linear(3, 5)]
     expected[-1] = expected[-1].bfloat16()(a[None])
@@ -62,7 +62,7 @@ def test_products_give_zeros_of_their_shape():
         assert not one.any() and other.any()
 
 
-def test_calls_launches_and_operations_are_counted():
+def test_counts_of_calls_launches_and_flops():
     a, b = torch.randn(2, 3), torch.randn(3, 5)
     assert counts.counts_of(lambda: (a @ b).relu().T) == {"flops": 60, "calls": 2, "launches": 2, "waits": 0}
     image, text = torch.randn(2, 8), torch.randn(3, 8)
@@ -84,7 +84,7 @@ def test_calls_launches_and_operations_are_counted():
     ],
     ids=["item", "nonzero", "mask", "equal", "put by mask", "index", "put", "sort"],
 )
-def test_waits_are_counted(wait, expected):
+def test_counts_of_waits(wait, expected):
     x = torch.arange(-2.0, 3.0)
     assert counts.counts_of(lambda: wait(x))["waits"] == expected
 
@@ -128,19 +128,19 @@ ROW = counts.Row(
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_worse_than_the_table(changes, problem):
+def test_compare_finds_larger_counts(changes, problem):
     found = list(counts.compare([ROW._replace(**changes)], [ROW]))
     assert (problem is None and not found) or problem in found[0]
 
 
-def test_a_stale_line_of_the_table_is_found():
+def test_compare_finds_a_stale_row():
     assert "nothing counts it" in next(counts.compare([], [ROW]))
 
 
 @pytest.mark.parametrize(
     ("ours", "problem"), [(3, None), (2, "launches 2 → 3"), (4, "launches 4 → 3, better"), (None, "is missing from")]
 )
-def test_launches_of_an_operator_are_compared(monkeypatch, tmp_path, ours, problem):
+def test_compare_launches_of_an_operator(monkeypatch, tmp_path, ours, problem):
     counted = {"op": "add_layer_norm", "shape": "T788-W768", "launches": 3}
     monkeypatch.setattr(counts, "launches_by_operator", lambda: iter([counted]))
     monkeypatch.setattr(counts, "LAUNCHES", tmp_path / "launches.csv")
@@ -150,13 +150,13 @@ def test_launches_of_an_operator_are_compared(monkeypatch, tmp_path, ours, probl
     assert (problem is None and not found) or problem in found[0]
 
 
-def test_table_survives_writing(tmp_path, monkeypatch):
+def test_table_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr(counts, "TABLE", tmp_path / "counts.csv")
     counts.write_table([ROW])
     assert counts.read_table() == [ROW]
 
 
-def test_check_fails_on_a_table_that_says_less(monkeypatch, capsys):
+def test_check_fails_on_a_larger_count(monkeypatch, capsys):
     row = ROW._replace(calls=399)
     monkeypatch.setattr(counts, "rows_of", lambda size, published: [ROW])
     monkeypatch.setattr(counts, "read_table", lambda: [row])
