@@ -1,4 +1,4 @@
-"""SkipCLIP against the naive step of `naive.py`, and what it promises to its caller."""
+"""SkipCLIP: its step against the naive one of `naive.py`, prediction, and refused arguments."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import skipkernels as sk
 from skipkernels.selection import RankSampler
 from skipkernels.testing import saved_bytes
 
-# Largest error of a gradient relative to its own norm. fp64: rounding of two orders of summation. fp32: the same,
-# 2^29 times larger, through six blocks of random weights at a temperature of 14.
+# Largest error of a gradient relative to its norm. fp64: rounding of two orders of summation. fp32: the same times
+# 2^29, through six blocks of random weights at a temperature of 14.
 GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -28,7 +28,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("tail", ["resample", "fixed"])
 @pytest.mark.parametrize("skip", [0, 1, 2, 3, (1, 2), (3, 0)], ids=lambda skip: f"skip{skip}")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-def test_step_equals_the_naive_step(dtype, skip, tail, quick_gelu):
+def test_forward_equals_naive_step(dtype, skip, tail, quick_gelu):
     classes, batch = 13, 4
     model = tiny_clip(dtype, quick_gelu=quick_gelu)
     reference = copy.deepcopy(model).requires_grad_(True)
@@ -65,7 +65,7 @@ def test_step_equals_the_naive_step(dtype, skip, tail, quick_gelu):
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3])
-def test_exactly_the_parameters_above_the_cut_train(skip):
+def test_backward_trains_parameters_above_the_cut(skip):
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=skip, keep_ratio=1.0)
     clip(images, labels).loss.backward()
@@ -83,7 +83,7 @@ def test_exactly_the_parameters_above_the_cut_train(skip):
     assert {id(p) for p in clip.trainable_parameters()} == {id(model.get_parameter(name)) for name in expected}
 
 
-def test_features_and_images_give_the_same_step():
+def test_forward_features_equal_images():
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     losses = []
     for cached in (False, True):
@@ -92,7 +92,7 @@ def test_features_and_images_give_the_same_step():
     assert losses[0].equal(losses[1])
 
 
-def test_the_callers_model_is_tuned_and_nothing_is_added():
+def test_step_tunes_the_model_in_place():
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
@@ -105,14 +105,14 @@ def test_the_callers_model_is_tuned_and_nothing_is_added():
     assert "visual.transformer.resblocks.0.mlp.c_fc.weight" not in changed
 
 
-def test_a_second_skipclip_with_a_lower_cut_trains_what_the_first_froze():
+def test_second_skipclip_unfreezes_blocks():
     model = tiny_clip()
     sk.SkipCLIP(model, tiny_tokens(9), skip_layers=3)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
     assert all(parameter.requires_grad for parameter in clip.trainable_parameters())
 
 
-def test_every_label_is_kept_with_more_labels_than_the_base():
+def test_forward_keeps_every_label_of_a_large_batch():
     model, tokens = tiny_clip(), tiny_tokens(20)
     images, labels = tiny_batch(16, 20)[0], torch.arange(16)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=3, max_keep=3)
@@ -124,13 +124,13 @@ def test_every_label_is_kept_with_more_labels_than_the_base():
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 5])
 @pytest.mark.parametrize("tail", ["resample", "fixed"])
-def test_few_classes_give_a_finite_loss(classes, tail):
+def test_forward_few_classes(classes, tail):
     images, labels = tiny_batch(1, classes)
     out = sk.SkipCLIP(tiny_clip(), tiny_tokens(classes), skip_layers=1, tail=tail)(images, labels)
     assert out.loss.isfinite()
 
 
-def test_same_generator_same_classes():
+def test_generator_determines_classes():
     model, (images, labels) = tiny_clip(), tiny_batch(2, 40)
 
     def run(seed):
@@ -142,7 +142,7 @@ def test_same_generator_same_classes():
     assert run(1) != run(2)
 
 
-def test_logits_only_when_asked_for():
+def test_forward_return_logits():
     model, (images, labels) = tiny_clip(), tiny_batch(3, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
     assert clip(images, labels).logits.shape == (3, 0)
@@ -151,20 +151,20 @@ def test_logits_only_when_asked_for():
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
 
 
-def test_predict_equals_the_models_own_logits_and_follows_its_weights():
+def test_predict_equals_model_logits():
     model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(5, 9)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
     own = model.get_logits(images, tokens)[0]
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(clip.predict(clip.encode_lower(images)), own.detach(), rtol=1e-10, atol=1e-10)
-    assert clip.class_embeddings() is clip.class_embeddings(), "computed once while the weights stay"
-    model.transformer.resblocks[2].mlp.c_fc.weight.data[0, 0] += 0.5  # past autograd's version counter
+    assert clip.class_embeddings() is clip.class_embeddings(), "computed once while the weights are the same"
+    model.transformer.resblocks[2].mlp.c_fc.weight.data[0, 0] += 0.5  # bypasses the version counter
     moved = model.get_logits(images, tokens)[0]
     assert not torch.allclose(moved, own)
     torch.testing.assert_close(clip.predict(images), moved.detach(), rtol=1e-10, atol=1e-10)
 
 
-def test_prototypes_stay_zero_shot_while_the_model_is_tuned():
+def test_prototypes_stay_zero_shot():
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
     prototypes = clip.prototypes.clone()
@@ -183,13 +183,13 @@ def test_train_logit_scale():
     assert any(p is model.logit_scale for p in clip.trainable_parameters())
 
 
-def test_chunks_change_nothing():
+def test_chunk_changes_no_result():
     model, (images, labels) = tiny_clip(), tiny_batch(7, 9)
     losses = [sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, chunk=n)(images, labels).loss for n in (256, 2)]
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
 
 
-def test_works_under_autocast():
+def test_forward_under_autocast():
     model, (images, labels) = tiny_clip(torch.float32), tiny_batch(4, 9, torch.float32)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -199,16 +199,16 @@ def test_works_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert clip.predict(images).dtype == torch.float32
     full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
-    # bf16 keeps 8 bits: cosines are off by about 2^-8, and the temperature multiplies that by 14.
+    # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
 
 
-def test_can_be_made_under_autocast():
+def test_construction_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(9), skip_layers=1)
         half = clip.class_embeddings()
     torch.testing.assert_close(clip.prototypes, clip.class_embeddings())
-    assert not half.equal(clip.class_embeddings()), "what autocast computed is not kept for fp32"
+    assert not half.equal(clip.class_embeddings()), "embeddings from autocast are not reused in fp32"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -219,31 +219,31 @@ def test_half_precision_weights(dtype):
     assert out.loss.isfinite()
 
 
-def test_lower_parameters_can_live_elsewhere():
+def test_lower_device():
     model, (images, labels) = tiny_clip(), tiny_batch(4, 9)
     expected = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels).loss
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1, lower_device="cpu")
     assert clip(images, labels).loss.equal(expected)
 
 
-def test_training_modes_are_left_as_they_were():
+def test_construction_keeps_training_modes():
     model = tiny_clip().train()
     model.visual.ln_post.eval()
     sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
     assert model.training and model.visual.transformer.training and not model.visual.ln_post.training
 
 
-def test_global_random_state_is_untouched():
+def test_global_random_state_is_unchanged():
     model, tokens, (images, labels) = tiny_clip(), tiny_tokens(30), tiny_batch(2, 30)
     before = torch.get_rng_state()
     sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=3)(images, labels)
     assert torch.get_rng_state().equal(before)
 
 
-# ---- models that are not what they seem --------------------------------------------------------------------------
+# ---- variants of models ------------------------------------------------------------------------------------------
 
 
-def test_reductions_are_on_for_an_ordinary_clip():
+def test_reductions_of_an_ordinary_clip():
     clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
     assert all(reduction.enabled for reduction in clip.reductions.values())
     assert clip._text.tokens.shape[1] < 77
@@ -259,7 +259,7 @@ def test_reductions_are_on_for_an_ordinary_clip():
     ],
     ids=["block_hook_is_followed", "visual_hook", "encode_text", "visual_forward"],
 )
-def test_an_altered_model_is_followed_or_refused(alter, request):
+def test_altered_model_is_followed_or_refused(alter, request):
     model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(3, 9)
     alter(model)
     if "followed" in request.node.callspec.id:
@@ -270,7 +270,7 @@ def test_an_altered_model_is_followed_or_refused(alter, request):
             sk.SkipCLIP(model, tokens, skip_layers=1)
 
 
-def test_a_text_tower_that_is_not_causal_is_not_cropped():
+def test_reductions_text_not_causal():
     model, tokens, (images, _) = tiny_clip(), tiny_tokens(9), tiny_batch(3, 9)
     model.attn_mask = torch.zeros_like(model.attn_mask)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
@@ -290,7 +290,7 @@ def test_a_text_tower_that_is_not_causal_is_not_cropped():
     ],
     ids=["avg-last", "no_ln_pre-first", "final_ln-eos", "layer_scale", "attn_pool-linear", "custom_block"],
 )
-def test_variants_of_open_clips_own_towers(vision, text):
+def test_open_clip_tower_variants(vision, text):
     model, tokens, (images, labels) = tiny_clip(vision=vision, text=text), tiny_tokens(9), tiny_batch(3, 9)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
@@ -304,8 +304,8 @@ def test_variants_of_open_clips_own_towers(vision, text):
 @pytest.mark.parametrize(
     "text", [{}, {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}], ids=["causal", "siglip"]
 )
-def test_a_model_with_its_text_tower_in_one_module(text):
-    """SigLIP's: no mask, the last token, padded prompts as they are."""
+def test_custom_text_clip(text):
+    """SigLIP has no mask, pools the last token and keeps padding."""
     model, tokens = tiny_clip(family=open_clip.CustomTextCLIP, text=text), tiny_tokens(9)
     images, labels = tiny_batch(3, 9)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
@@ -335,12 +335,12 @@ def test_a_model_with_its_text_tower_in_one_module(text):
         ({"skip_layers": 1, "tail": "all"}, "tail must be one of resample, fixed"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_construction_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), **arguments)
 
 
-def test_bad_inputs():
+def test_forward_bad_inputs():
     with pytest.raises(ValueError, match="tokens must be int64"):
         sk.SkipCLIP(tiny_clip(), torch.zeros(77, dtype=torch.int64), skip_layers=1)
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
@@ -377,7 +377,7 @@ def test_bad_inputs():
         "minus_100", "large", "float", "one_image",
     ],
 )  # fmt: skip
-def test_a_bad_batch_is_one_clear_error(alter, error, message):
+def test_forward_bad_batch(alter, error, message):
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
     with pytest.raises(error, match=message) as caught:
         clip(*alter(images, labels))
@@ -385,7 +385,7 @@ def test_a_bad_batch_is_one_clear_error(alter, error, message):
 
 
 @pytest.mark.parametrize("label", [-100, 4])
-def test_a_label_that_is_no_class_is_refused_in_evaluation_too(label):
+def test_evaluation_label_out_of_range(label):
     clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(1, 4)
     with pytest.raises(ValueError, match=r"labels must be in \[0, C=4\); got "):
         clip(images, torch.tensor([label]))
@@ -403,31 +403,31 @@ def test_a_label_that_is_no_class_is_refused_in_evaluation_too(label):
     ids=["uint8", "nan", "list", "empty", "size"],
 )
 @pytest.mark.parametrize("name", ["encode_lower", "encode_image", "predict"])
-def test_bad_images_are_refused_by_every_call(name, alter, error):
+def test_bad_images(name, alter, error):
     clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
     with pytest.raises(error, match="SkipCLIP: "):
         getattr(clip, name)(alter(images))
 
 
 @pytest.mark.parametrize("number", [60, -1])
-def test_token_ids_beyond_the_vocabulary_are_refused(number):
+def test_construction_token_outside_vocabulary(number):
     tokens = tiny_tokens(4)
     tokens[2, 3] = number
     with pytest.raises(ValueError, match=r"tokens must be ids in \[0, 60\), the model's vocabulary; got "):
         sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1)
 
 
-def test_it_is_not_made_under_inference_mode():
+def test_construction_under_inference_mode():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be made under torch.inference_mode"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1)
 
 
-def test_features_of_other_tokens_are_refused():
+def test_forward_features_of_wrong_shape():
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1), tiny_batch(3, 4)
     features = clip.encode_lower(images)
     with pytest.raises(ValueError, match=r"features at the cut \[B, 5, 24\]; got \[3, 4, 24\]"):
         clip(features[:, :4], labels)
-    with pytest.raises(ValueError, match=r"got \[3, 24, 24\]"):  # an image by itself, as wide as the tower
+    with pytest.raises(ValueError, match=r"got \[3, 24, 24\]"):  # a single image, as wide as the tower
         clip(torch.zeros(3, 24, 24).double(), labels)
 
 
@@ -441,12 +441,12 @@ def test_features_of_other_tokens_are_refused():
     ],
     ids=["list", "empty", "long", "short"],
 )  # fmt: skip
-def test_tokens_that_cannot_be_used(tokens, error, message):
+def test_construction_bad_tokens(tokens, error, message):
     with pytest.raises(error, match=message):
         sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1)
 
 
-def test_parameters_that_were_replaced_are_not_trained_in_vain():
+def test_parameter_groups_replaced_parameters():
     model = tiny_clip()
     clip = sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
@@ -455,7 +455,7 @@ def test_parameters_that_were_replaced_are_not_trained_in_vain():
 
 
 @pytest.mark.parametrize("block", [0, 2], ids=["below", "above"])
-def test_a_weight_changed_through_data_is_seen(block):
+def test_predict_follows_weight_changed_through_data(block):
     model, tokens, (images, _) = tiny_clip(), tiny_tokens(6), tiny_batch(2, 6)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1)
     clip.predict(images)
@@ -463,12 +463,12 @@ def test_a_weight_changed_through_data_is_seen(block):
     torch.testing.assert_close(clip.predict(images), model.get_logits(images, tokens)[0].detach())
 
 
-def test_fraction_and_pair_of_skip_layers():
+def test_skip_layers_fraction_and_pair():
     clip = sk.SkipCLIP(tiny_clip(text={"layers": 2}), tiny_tokens(4), skip_layers=(2, 0.5))
     assert (clip._image.skip, clip._text.skip) == (2, 1)
 
 
-def test_bytes_saved_for_backward_shrink_with_the_cut():
+def test_saved_bytes_shrink_with_the_cut():
     images, labels = tiny_batch(4, 9)
     saved = []
     for skip in (0, 1, 2, 3):
@@ -477,7 +477,7 @@ def test_bytes_saved_for_backward_shrink_with_the_cut():
     assert saved == sorted(saved, reverse=True) and saved[3] < saved[0] / 5
 
 
-def test_open_clip_loads_what_was_tuned(tmp_path):
+def test_state_dict_loads_into_open_clip(tmp_path):
     model = tiny_clip()
     sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -486,8 +486,8 @@ def test_open_clip_loads_what_was_tuned(tmp_path):
     assert all(a.equal(b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
-def test_other_lower_weights_give_other_text_features():
-    """A state dict loaded after construction, by whoever loads it, counts from the next step on."""
+def test_loaded_lower_weights_give_new_text_features():
+    """The next step uses weights that were loaded after construction."""
     model, tokens, (images, labels) = tiny_clip(torch.float64), tiny_tokens(6), tiny_batch(2, 6, torch.float64)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
     before, embeddings = clip(images, labels).loss, clip.class_embeddings()

@@ -1,4 +1,4 @@
-"""A model that is altered after it was wrapped, frozen in part, or carries adapters: followed, or refused."""
+"""Models that are altered after construction, frozen in part, or have adapters: followed or refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ C = 7
 
 
 class LoRA(nn.Module):
-    """A linear layer with a low-rank update, as an adapter library would put it in the layer's place."""
+    """A linear layer with a low-rank update, as an adapter library inserts it."""
 
     def __init__(self, base: nn.Linear, rank: int = 2):
         super().__init__()
@@ -37,24 +37,24 @@ class LoRA(nn.Module):
 
 
 def with_adapters(block: int, tower: str = "both") -> nn.Module:
-    """A frozen model whose MLP layer in one block carries a trainable LoRA."""
+    """Return a frozen model with a trainable LoRA in the MLP of one block."""
     model = tiny_clip().requires_grad_(False)
     for stack in {"both": (model.visual.transformer, model.transformer), "image": (model.visual.transformer,)}[tower]:
         stack.resblocks[block].mlp.c_proj = LoRA(stack.resblocks[block].mlp.c_proj)
     return model
 
 
-# ---- what trains -----------------------------------------------------------------------------------------------
+# ---- trainable -----------------------------------------------------------------------------------------------
 
 
-def test_trainable_upper_says_what_it_unfreezes():
+def test_trainable_upper_warns_of_unfreezing():
     model = tiny_clip().requires_grad_(False)
     with pytest.warns(UserWarning, match=r"sets requires_grad of 54 parameters above the cut that were frozen \("):
         sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     assert model.text_projection.requires_grad
 
 
-def test_trainable_upper_says_nothing_of_an_ordinary_model(recwarn):
+def test_trainable_upper_ordinary_model_without_warning(recwarn):
     model = tiny_clip()
     sk.SkipCLIP(model, tiny_tokens(C), skip_layers=2)
     sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
@@ -66,7 +66,7 @@ def test_trainable_upper_refuses_adapters():
         sk.SkipCLIP(with_adapters(1), tiny_tokens(C), skip_layers=1)
 
 
-def test_as_is_trains_adapters_alone_and_keeps_plain_blocks_fused():
+def test_trainable_as_is_adapters():
     model, (images, labels) = with_adapters(2), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
     assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
@@ -77,7 +77,7 @@ def test_as_is_trains_adapters_alone_and_keeps_plain_blocks_fused():
 
 
 @pytest.mark.parametrize("kept", ["ln_", "bias"])
-def test_as_is_trains_norms_or_biases_alone(kept, recwarn):
+def test_trainable_as_is_norms_or_biases(kept, recwarn):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(kept in name and "resblocks.0" not in name)
@@ -88,12 +88,12 @@ def test_as_is_trains_norms_or_biases_alone(kept, recwarn):
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
-def test_adapters_below_the_cut_are_not_frozen_in_silence():
+def test_trainable_as_is_warns_of_adapters_below_the_cut():
     with pytest.warns(UserWarning, match="4 trainable parameters below the cut are frozen"):
         sk.SkipCLIP(with_adapters(0), tiny_tokens(C), skip_layers=1, trainable="as_is")
 
 
-def test_a_wrapped_model_is_told_how_to_pass_it():
+def test_peft_model_error_has_a_remedy():
     class PeftModel(nn.Module):
         pass
 
@@ -102,7 +102,7 @@ def test_a_wrapped_model_is_told_how_to_pass_it():
         sk.SkipCLIP(PeftModel(), tiny_tokens(C), skip_layers=1)
 
 
-def test_a_second_skipclip_that_trains_other_weights_ends_the_first():
+def test_second_skipclip_supersedes_the_first():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     first = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     same = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
@@ -116,7 +116,7 @@ def test_a_second_skipclip_that_trains_other_weights_ends_the_first():
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))], ids=["copy", "pickle"])
-def test_a_second_skipclip_on_a_copy_ends_the_copy_alone(way):
+def test_second_skipclip_on_a_copy(way):
     clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
     twin = way(clip)
     sk.SkipCLIP(twin.model, tiny_tokens(C), skip_layers=2)
@@ -154,7 +154,7 @@ ALTERATIONS = {
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)
-def test_an_alteration_is_an_error_at_the_next_step(name):
+def test_alteration_is_an_error(name):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     features = clip.encode_lower(images)
@@ -168,7 +168,7 @@ def test_an_alteration_is_an_error_at_the_next_step(name):
 
 @pytest.mark.parametrize("way", [lambda clip: clip.double(), copy.deepcopy], ids=["move", "copy"])
 @pytest.mark.parametrize("name", ["mask", "pooling", "hook_on_tower", "tower_forward", "reordered"])
-def test_an_alteration_is_an_error_behind_a_move_and_in_a_copy(name, way):
+def test_alteration_is_an_error_after_move_or_copy(name, way):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     ALTERATIONS[name](model)
@@ -181,7 +181,7 @@ def test_an_alteration_is_an_error_behind_a_move_and_in_a_copy(name, way):
     [(nn.Linear, "forward"), (Block, "attention"), (Transformer, "forward"), (open_clip.CLIP, "encode_text")],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_another_method_of_a_class_is_an_error_at_the_next_step(kind, method, monkeypatch):
+def test_replaced_method_of_a_class_is_an_error(kind, method, monkeypatch):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
     own = getattr(kind, method)
@@ -213,7 +213,7 @@ CALLED = {
 
 
 @pytest.mark.parametrize("name", CALLED)
-def test_what_the_text_tower_calls_is_followed(name):
+def test_changed_called_module_is_followed(name):
     class Scaled(nn.Linear):
         def forward(self, x):
             return super().forward(x) * self.scale["one"]
@@ -230,7 +230,7 @@ def test_what_the_text_tower_calls_is_followed(name):
     assert not clip.predict(images).allclose(before, rtol=1e-3)
 
 
-def test_parameters_below_the_cut_that_are_set_to_train_are_an_error():
+def test_training_below_the_cut_is_an_error():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     for tower in (model.visual.transformer, model.transformer):
@@ -252,7 +252,7 @@ def test_parameters_below_the_cut_that_are_set_to_train_are_an_error():
     ],
     ids=["eps", "replaced", "hook"],
 )
-def test_features_are_refused_after_a_block_below_the_cut_was_altered(alter):
+def test_features_after_altered_lower_block(alter):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     features = clip.encode_lower(images)
@@ -262,7 +262,7 @@ def test_features_are_refused_after_a_block_below_the_cut_was_altered(alter):
             use()
 
 
-def test_a_new_weight_below_the_cut_is_not_that_of_the_features():
+def test_features_after_replaced_lower_weight():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     features = clip.encode_lower(images)
@@ -274,7 +274,7 @@ def test_a_new_weight_below_the_cut_is_not_that_of_the_features():
 @pytest.mark.parametrize(
     "name", ["heads", "mask", "eps", "pooling", "image_pooling", "replaced", "reordered", "block_forward", "projection"]
 )
-def test_refresh_follows_an_alteration(name):
+def test_refresh_follows_alteration(name):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
     ALTERATIONS[name](model)
@@ -282,7 +282,7 @@ def test_refresh_follows_an_alteration(name):
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
-def test_what_changes_nothing_is_no_alteration():
+def test_harmless_changes_are_no_alteration():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     before = clip.predict(images)
@@ -306,7 +306,7 @@ def test_what_changes_nothing_is_no_alteration():
     ],
     ids=["data", "numpy", "sign", "moved"],
 )
-def test_weights_written_past_autograd_are_seen_at_the_next_switch(write, place):
+def test_mode_switch_sees_weights_that_bypass_autograd(write, place):
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0)
     features = clip.encode_lower(images)
@@ -318,12 +318,12 @@ def test_weights_written_past_autograd_are_seen_at_the_next_switch(write, place)
     else:
         with pytest.raises(RuntimeError, match="weights below the cut have changed"):
             clip(features, labels)
-        clip(images, labels)  # images pass the new weights
+        clip(images, labels)  # images run through the new weights
         clip.refresh()
         clip(clip.encode_lower(images), labels)
 
 
-def test_an_average_that_is_copied_in_and_back_is_no_change():
+def test_swapped_in_average_is_no_change():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     features, kept = clip.encode_lower(images), copy.deepcopy(model.state_dict())
@@ -334,8 +334,8 @@ def test_an_average_that_is_copied_in_and_back_is_no_change():
     clip(features, labels)
 
 
-def test_weights_that_are_loaded_before_any_features_are_those_of_the_features():
-    """A training that is resumed: random weights, then a checkpoint, then features of the checkpoint's weights."""
+def test_load_state_dict_before_features():
+    """A resumed run: random weights, then a checkpoint, then features from its weights."""
     trained, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
     features, expected = trained.encode_lower(images), trained(images, labels).loss
     clip = sk.SkipCLIP(tiny_clip(seed=5), tiny_tokens(C), skip_layers=1)
@@ -349,7 +349,7 @@ def test_weights_that_are_loaded_before_any_features_are_those_of_the_features()
         late(stale, labels)
 
 
-def test_a_failed_construction_leaves_the_model_as_it_was(monkeypatch):
+def test_failed_construction_restores_requires_grad(monkeypatch):
     model = tiny_clip()
     model.ln_final.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -362,7 +362,7 @@ def test_a_failed_construction_leaves_the_model_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("write", [torch.Tensor.neg_, lambda p: p.copy_(p.flip(0))], ids=["sign", "moved"])
-def test_predict_sees_signs_and_places(write):
+def test_predict_sees_changed_signs_and_positions(write):
     model, (images, _) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     clip.predict(images)
@@ -374,7 +374,7 @@ def test_predict_sees_signs_and_places(write):
     "function", [lambda x: digests([x])[0], lambda x: _device_digest(x).item()], ids=["cpu", "gpu"]
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_digests_depend_on_signs_and_places(function, dtype):
+def test_digests_depend_on_signs_and_positions(function, dtype):
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     others = [x.clone(), -x, x.flip(0), x.roll(1), x.T.reshape(6, 5)]
     others[0][2, 3] = -others[0][2, 3]
@@ -387,8 +387,8 @@ def test_digests_depend_on_signs_and_places(function, dtype):
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_wrong_activation_is_refused_in_every_dtype(dtype, tower, monkeypatch):
-    """GELU and QuickGELU are apart by less than half precision rounds over a few blocks."""
+def test_verify_wrong_activation(dtype, tower, monkeypatch):
+    """GELU and QuickGELU differ by less than half precision rounds over a few blocks."""
     from open_clip.transformer import QuickGELU
 
     model = tiny_clip(dtype)
@@ -400,7 +400,7 @@ def test_a_wrong_activation_is_refused_in_every_dtype(dtype, tower, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_gradient_is_refused(dtype, monkeypatch):
+def test_verify_wrong_gradient(dtype, monkeypatch):
     """The embedding is right and the gradient is three times too large."""
 
     class Tripled(torch.autograd.Function):
@@ -420,7 +420,7 @@ def test_a_wrong_gradient_is_refused(dtype, monkeypatch):
         sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1)
 
 
-def test_a_known_family_that_is_not_fused_is_said_once():
+def test_unfused_block_warns():
     model = tiny_clip()
     model.transformer.resblocks[1].mlp.gelu = nn.SiLU()
     with pytest.warns(UserWarning, match=r"not every block of the text tower is fused \(1 of 3 blocks: .*SiLU"):
@@ -428,7 +428,7 @@ def test_a_known_family_that_is_not_fused_is_said_once():
 
 
 def test_attention_of_open_clip_4_is_fused(monkeypatch):
-    """Its blocks call an Attention of their own with the sequences first; today's call PyTorch's."""
+    """Blocks of open_clip 4 call its own Attention with sequences first; older ones call PyTorch's."""
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
 
     class Attention(open_clip_towers.Attention):
