@@ -1,4 +1,4 @@
-"""What all tests share: reproducible hypothesis runs, and threads as they were."""
+"""Shared by all tests: reproducible hypothesis runs, restored numbers of threads, and fixtures."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before the import of Triton: its kernels then run on the CPU
 
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
-import skipkernels.experiments.baselines  # noqa: F401  adds its methods to the tuner's
+import skipkernels.experiments.baselines  # noqa: F401  registers its methods with the tuner
 
-# No deadline: two busy cores. The same examples each time: a failure is everybody's failure.
+# No deadline: cores may be busy. Derandomised: a failure is the same on every machine.
 hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("skipkernels")
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
+def _restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -30,7 +30,7 @@ def _threads_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory is NaN until it is written."""
+    """Fill uninitialised memory with NaN."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
@@ -45,7 +45,7 @@ def generator() -> torch.Generator:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests for a GPU are skipped where there is none."""
+    """Skip tests marked `gpu` without a GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

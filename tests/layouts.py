@@ -1,4 +1,4 @@
-"""The same numbers in other places of memory: what an operator must read where it is, or copy."""
+"""The same values in other memory layouts, which an operator must read with strides or copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LAYOUTS = ("transposed", "every other column", "every other row", "unaligned", "
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """A matrix in one of LAYOUTS, NaN in between; a vector, whatever the layout, with gaps."""
+    """Return a matrix in one of LAYOUTS, with NaN in the gaps; a vector always with gaps."""
     if x.dim() == 1:
         return torch.stack([x, x * torch.nan], dim=1).flatten()[::2]
     if layout == "transposed":

@@ -1,7 +1,7 @@
-"""The published step, from DESIGN section 3 alone: every token, every block, dense logits.
+"""The published step, written out from the paper: every token, every block, dense logits.
 
-It reads the weights of an open_clip `CLIP` by name and does its own arithmetic, so it shares no code with what it
-tests. Gradients come from autograd; frozen parts are cut off with `detach`.
+It reads the weights of an open_clip `CLIP` by name and shares no code with the package. Gradients are from autograd;
+`detach` cuts off frozen parts.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def embed_texts(model: torch.nn.Module, tokens: Tensor, skip: int, quick: bool) 
 
 
 def class_ranking(model: torch.nn.Module, images: Tensor, labels: Tensor, prototypes: Tensor, quick: bool) -> list[int]:
-    """Classes in descending order of score; the labels first."""
+    """Classes by descending score, with the labels first."""
     image = embed_images(model, images, 0, quick).detach()
     image = image / image.norm(dim=1, keepdim=True)
     scores = {c: max(float(image[b] @ prototypes[c]) for b in range(len(images))) for c in range(len(prototypes))}
@@ -74,7 +74,7 @@ def class_ranking(model: torch.nn.Module, images: Tensor, labels: Tensor, protot
 def step_loss(
     model: torch.nn.Module, images: Tensor, tokens: Tensor, labels: Tensor, skip: tuple[int, int], quick: bool
 ) -> Tensor:
-    """Mean cross-entropy over the classes of `tokens`, of which `labels` are rows."""
+    """Mean cross-entropy over the classes of `tokens`; `labels` are rows of it."""
     image = embed_images(model, images, skip[0], quick)
     text = embed_texts(model, tokens, skip[1], quick)
     image = image / image.norm(dim=1, keepdim=True)

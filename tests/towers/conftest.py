@@ -7,5 +7,5 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_threads_as_before):
+def _one_thread(_restore_threads):
     torch.set_num_threads(1)
