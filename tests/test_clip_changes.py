@@ -282,6 +282,19 @@ def test_refresh_follows_alteration(name):
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
+def test_refresh_watches_replaced_lower_text_block(tmp_path):
+    model, (images, labels) = tiny_clip(torch.float32), tiny_batch(3, C, torch.float32)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, text_cache=tmp_path)
+    blocks = model.transformer.resblocks
+    blocks[0] = copy.deepcopy(blocks[0])
+    clip.refresh()
+    clip(images, labels)
+    with torch.no_grad():
+        blocks[0].ln_1.weight.mul_(1.1)
+    with pytest.raises(sk.StoreError, match="weights below the cut of the text tower have changed"):
+        clip(images, labels)
+
+
 def test_harmless_changes_are_no_alteration():
     model, (images, labels) = tiny_clip(), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)

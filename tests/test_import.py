@@ -16,7 +16,7 @@ import skipkernels
 
 PACKAGE = Path(skipkernels.__file__).parent
 
-# DESIGN §8: a module may import from its own layer and from those before it.
+# A module may import from its own layer and from those before it; see CONTRIBUTING.md.
 LAYERS = [
     ("_extension", "_namespace", "checks", "console", "memory", "reference", "testing"),
     ("ops",),
@@ -81,7 +81,7 @@ def test_operators_are_registered(imports):
     assert run(f"{imports}\n{code}").split() == ["skipkernels::class_sampled_ce", "True", "True", "False"]
 
 
-def test_functional_touches_no_gpu_and_needs_no_triton():
+def test_functional_without_gpu_and_triton():
     code = (
         "import sys, torch, skipkernels as sk\n"
         "print(sk.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist(), "
@@ -204,5 +204,5 @@ def test_imports_form_no_circle():
     assert set(circles(graph)) == CIRCLES
 
 
-def test_no_junk_drawer():
+def test_no_module_is_named_utils():
     assert not [path for path in modules() if path.stem in {"utils", "util", "helpers", "common", "misc"}]
