@@ -45,11 +45,8 @@ UNFINISHED = (
     "README.md",
     "CONTRIBUTING.md",
     "bench",
-    "bench/cache",
-    "bench/operators",
     "csrc",
     "docs",
-    "setup.py",
     "skipkernels",
     "skipkernels/cli",
     "skipkernels/experiments",
@@ -151,8 +148,8 @@ def main() -> int:
                 print(f"{path.relative_to(ROOT)}:{line}: {text}")
     if not only:
         for name, count in sorted(counts.items()):
-            if count:
-                print(f"{count:5} {name}")
+            if count or name in UNFINISHED:
+                print(f"{count:5} {name}{'' if count else ': remove it from UNFINISHED'}")
     return int(failed)
 
 

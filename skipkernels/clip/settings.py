@@ -14,11 +14,7 @@ Trainable = Literal["upper", "as_is"]
 
 
 class Settings(NamedTuple):
-    """Arguments of SkipCLIP that `refresh` applies again.
-
-    Raises:
-        ValueError: If `apply` finds one out of range for the towers.
-    """
+    """Arguments of SkipCLIP that `refresh` applies again."""
 
     skip_layers: tuple[int | float, int | float]
     memory: Memory
@@ -30,7 +26,7 @@ class Settings(NamedTuple):
     def checked(
         cls, skip_layers: Any, memory: Memory, attention: AttentionName, trainable: Trainable, train_logit_scale: bool
     ) -> Settings:
-        """Check what does not depend on the model."""
+        """Create settings after the checks that need no model."""
         if memory not in get_args(Memory):
             raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
         if attention not in get_args(AttentionName):
@@ -43,7 +39,11 @@ class Settings(NamedTuple):
         return cls(pair, memory, attention, trainable, train_logit_scale)
 
     def apply(self, image: ImageTower, text: TextTower) -> None:
-        """Cut the towers and set how their blocks run."""
+        """Set cut, memory mode and attention backend of the towers.
+
+        Raises:
+            ValueError: If there are fewer blocks than to skip, or the backend is not available.
+        """
         for tower, name, skip in zip((image, text), ("image", "text"), self.skip_layers, strict=True):
             tower.memory, tower.skip = self.memory, blocks_to_skip(skip, len(tower.blocks), name)
         image.attention_backend = text.attention_backend = SDPA if self.attention == "sdpa" else _xformers(image, text)
