@@ -38,7 +38,19 @@ OPENING = re.compile(r"\s*(?:Of|What|That|Whether|Who|Where|How|For|As)\b")
 ARGUMENT = re.compile(r"^ +\w+: (?:Of|That|Who)\b", re.MULTILINE)  # a fragment that continues the argument's name
 
 # Phrases that a file may use, such as a prompt template of a published data set.
-ALLOWED: dict[str, set[str]] = {}
+ALLOWED: dict[str, set[str]] = {
+    "tests/test_check_language.py": {
+        "who",
+        "goes on",
+        "nobody",
+        "whose",
+        "mend",
+        "by itself",
+        "is told",
+        "at hand",
+        "lies in",
+    },
+}
 
 # Packages that are still being rewritten; empty in the end.
 UNFINISHED = (
