@@ -62,16 +62,13 @@ UNFINISHED = (
     "skipkernels",
     "skipkernels/cli",
     "skipkernels/experiments",
-    "skipkernels/features",
     "skipkernels/ops",
-    "skipkernels/store",
     "skipkernels/tuner",
     "tests",
     "tests/cli",
     "tests/experiments",
     "tests/features",
     "tests/ops",
-    "tests/store",
     "tests/tuner",
 )
 
