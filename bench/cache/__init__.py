@@ -32,5 +32,5 @@ def random_store(folder: Path, images: int, dtype: str) -> Layout:
 
 def moved_bytes(layout: Layout, out: torch.dtype = COMPUTED["fp32"]) -> int:
     """Bytes read and written for the features of one image."""
-    tokens, width = layout.kept_shape
+    tokens, width = layout.stored_shape
     return layout.row_bytes + tokens * width * out.itemsize

@@ -235,16 +235,16 @@ def _shard(
 ) -> dict[str, Tensor]:
     """Compute the tensors of a shard."""
     tensors = {
-        "rows": torch.empty(len(rows), *layout.kept_shape, dtype=DTYPES[layout.dtype]),
+        "rows": torch.empty(len(rows), *layout.stored_shape, dtype=DTYPES[layout.dtype]),
         "labels": torch.empty(len(rows), dtype=torch.int64),
     }
     if layout.dtype == "int8":
-        tensors["token_scale"] = torch.empty(len(rows), layout.kept_shape[0])
+        tensors["token_scale"] = torch.empty(len(rows), layout.stored_shape[0])
     done = 0
     while done < len(rows):
         batch = next(loaded)
         labels.add(batch.rows, batch.labels)
-        features = encode(batch.images).view(len(batch.rows), *layout.kept_shape)
+        features = encode(batch.images).view(len(batch.rows), *layout.stored_shape)
         _check_range(features, layout, batch.rows)
         place = slice(done, done + len(batch.rows))
         if layout.dtype == "int8":

@@ -110,14 +110,14 @@ class Layout:
         return -(-self.rows // self.shard_rows)
 
     @property
-    def kept_shape(self) -> tuple[int, int]:
+    def stored_shape(self) -> tuple[int, int]:
         """Shape of a stored row: tokens, and elements of a token."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a stored row."""
-        tokens, width = self.kept_shape
+        tokens, width = self.stored_shape
         scales = 4 * tokens if self.dtype == "int8" else 0
         return tokens * width * DTYPES[self.dtype].itemsize + scales + 8 * self.labelled
 

@@ -72,8 +72,8 @@ class Store:
             self._map(number)
         if verify and (found := self.verify()):
             raise StoreError(found[0])
-        self._kept_shape, self._row_bytes = self.layout.kept_shape, self.layout.row_bytes
-        self._token_rows_bytes = math.prod(self._kept_shape) * DTYPES[self.layout.dtype].itemsize
+        self._stored_shape, self._row_bytes = self.layout.stored_shape, self.layout.row_bytes
+        self._token_rows_bytes = math.prod(self._stored_shape) * DTYPES[self.layout.dtype].itemsize
         self._limit = math.inf if self.bytes < free_bytes(self.device) / 32 else _MAPPED
         self._maps: dict[int, MappedShard] = {}
         self._read = 0  # bytes read from these maps
@@ -155,7 +155,7 @@ class Store:
             out = torch.empty(len(index), *layout.shape, dtype=self.dtype)
         if len(index) == 0:
             return out
-        rows, numbers = out.view(len(index), *self._kept_shape), index.tolist()
+        rows, numbers = out.view(len(index), *self._stored_shape), index.tolist()
         if not 0 <= min(numbers) <= max(numbers) < layout.rows:
             wrong = next(number for number in numbers if not 0 <= number < layout.rows)
             raise IndexError(f"gather: rows are numbered from 0 to {layout.rows - 1}; got {wrong}.")

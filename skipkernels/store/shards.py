@@ -174,10 +174,10 @@ def _damage(folder: Path, layout: Layout, number: int, shard: Shard, on_bytes: C
 def _expected_tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the tensors of a shard with `count` rows."""
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "rows": ((count, *layout.kept_shape), DTYPES[layout.dtype])
+        "rows": ((count, *layout.stored_shape), DTYPES[layout.dtype])
     }
     if layout.dtype == "int8":
-        tensors["token_scale"] = (count, layout.kept_shape[0]), torch.float32
+        tensors["token_scale"] = (count, layout.stored_shape[0]), torch.float32
     if layout.labelled:
         tensors["labels"] = (count,), torch.int64
     return tensors

@@ -36,7 +36,7 @@ def labels_of(layout: Layout) -> Tensor:
 def tensors_of(layout: Layout, number: int) -> dict[str, Tensor]:
     """Tensors of a shard."""
     generator = torch.Generator().manual_seed(0)
-    features = 5 * torch.randn(layout.rows, *layout.kept_shape, generator=generator)
+    features = 5 * torch.randn(layout.rows, *layout.stored_shape, generator=generator)
     part = features[layout.rows_of(number).start : layout.rows_of(number).stop]
     tensors = {"rows": part.to(DTYPES[layout.dtype])}
     if layout.dtype == "int8":
