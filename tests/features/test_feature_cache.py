@@ -449,7 +449,7 @@ def test_open_refuses_another_model_below_the_cut(folder, make, skip, message):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_open_allows_other_rounding_in_half_precision(tmp_path, dtype):
-    """As on another device; norms and positions are in fp32."""
+    """Another device rounds differently; norms and positions are in fp32."""
     clip = skip_clip(half(dtype))
     build(tmp_path, images(4), clip)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
