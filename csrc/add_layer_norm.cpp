@@ -16,7 +16,7 @@ namespace {
 
 constexpr const char* NAME = "add_layer_norm";
 
-// Null pointers stand for what is not there or not wanted: residual and hidden go together.
+// A null pointer: an input that is absent or an output that is not needed. residual and hidden come together.
 template <class T, class A = accumulate_t<T>>
 struct Forward {
   int64_t W;
@@ -36,7 +36,7 @@ struct Backward {
 };
 
 template <class T, class A>
-BODY void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
+SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
   const int64_t W = f.W;
   for (int64_t r = begin; r < end; ++r) {
     const T *x = f.x + r * W, *row = x;
@@ -46,23 +46,23 @@ BODY void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
       const T* residual = f.residual + r * W;
       T* hidden = f.hidden + r * W;
       row = hidden;
-      for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
+      for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
         Columns<T> added = load_columns(x + i, n) + load_columns(residual + i, n);
         store_columns(hidden + i, added, n);
         sum = sum + added;
       });
     } else {
-      for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY { sum = sum + load_columns(x + i, n); });
+      for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA { sum = sum + load_columns(x + i, n); });
     }
     const A mean = sum.sum() / A(W);
     // The variance is that of the centred row: a difference of squares would lose it where the mean is large.
-    for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
+    for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> centred = only(load_columns(row + i, n) - mean, n);
       squares = squares + centred * centred;
     });
     const A variance = squares.sum() / A(W) + f.eps;
     const A rstd = std::sqrt(variance) / variance; // NaN where the variance overflows, not 0
-    for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
+    for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> unit = (load_columns(row + i, n) - mean) * rstd;
       Columns<T> scaled = unit * load_slots<T>(f.weight + i) + load_slots<T>(f.bias + i);
       store_columns(normed + i, scaled, n);
@@ -72,22 +72,22 @@ BODY void forward_rows_body(const Forward<T>& f, int64_t begin, int64_t end) {
   }
 }
 
-// The flags say which pointers there are: the inner loops must not ask.
+// Compile-time flags for the pointers that are given, so that the inner loops have no branches.
 template <bool D_X, bool D_HIDDEN, bool SUMS, class T, class A>
-BODY void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, A* d_weight, A* d_bias) {
+SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, A* d_weight, A* d_bias) {
   const int64_t W = b.W;
   for (int64_t r = begin; r < end; ++r) {
     const T *d_normed = b.d_normed + r * W, *hidden = b.hidden + r * W;
     const A mean = b.mean[r], rstd = b.rstd[r];
     Columns<T> sum_g = {}, sum_gx = {};
     if constexpr (D_X)
-      for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
+      for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
         const Columns<T> g = load_columns(d_normed + i, n) * load_slots<T>(b.weight + i);
         sum_g = sum_g + g;
         sum_gx = sum_gx + g * ((load_columns(hidden + i, n) - mean) * rstd);
       });
     const A mean_g = sum_g.sum() / A(W), mean_gx = sum_gx.sum() / A(W);
-    for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
+    for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> upstream = load_columns(d_normed + i, n);
       const Columns<T> unit = (load_columns(hidden + i, n) - mean) * rstd;
       if constexpr (SUMS) {
@@ -126,7 +126,7 @@ DEFINE_ROW_LOOPS(double, double)
 DEFINE_ROW_LOOPS(BFloat16, float)
 DEFINE_ROW_LOOPS(Half, float)
 
-// Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
+// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
 void check_vector(const Tensor& vector, int64_t W, const char* argument) {
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == W, NAME, ": ", argument, " must be [W].");
 }

@@ -1,7 +1,7 @@
-// What the attention operators share: tokens of heads in memory, tiles of them in scratch, and the products of tiles.
+// Shared by the attention operators: tokens in memory, tiles of them in scratch, and products of tiles.
 //
-// A tile is n rows of E numbers, widened to the type of arithmetic and padded with zeros to `width`, whole vectors: no
-// inner loop has a rest, whatever E is. Everything here is inlined into the MULTIVERSION functions of the operators.
+// A tile is n rows of E numbers, widened to the type of arithmetic and padded with zeros to `width`, a whole number of
+// vectors, so that inner loops have no remainder. Everything here is inlined into the MULTIVERSION functions.
 #pragma once
 
 #include <limits>
@@ -16,7 +16,7 @@ struct Tokens {
   T* data;
   int64_t stride_token, stride_head;
 
-  BODY T* at(int64_t token, int64_t head) const {
+  SKIPKERNELS_INLINE T* at(int64_t token, int64_t head) const {
     return data + token * stride_token + head * stride_head;
   }
 };
@@ -26,7 +26,7 @@ inline Tensor with_contiguous_heads(const Tensor& tokens) {
   return tokens.size(last) == 1 || tokens.stride(last) == 1 ? tokens : make_contiguous(tokens);
 }
 
-// The last three dimensions; what is in front of them is the caller's.
+// Uses the last three dimensions; the caller handles those before.
 template <class T>
 Tokens<const T> tokens_of(const Tensor& tokens) {
   return {tokens.const_data_ptr<T>(), tokens.stride(tokens.dim() - 3), tokens.stride(tokens.dim() - 2)};
@@ -57,17 +57,17 @@ template <class A>
 using Vec = typename Vector<A>::type;
 
 template <class A>
-BODY const Vec<A>& vec(const A* x) {
+SKIPKERNELS_INLINE const Vec<A>& vec(const A* x) {
   return *reinterpret_cast<const Vec<A>*>(x);
 }
 template <class A>
-BODY Vec<A>& vec(A* x) {
+SKIPKERNELS_INLINE Vec<A>& vec(A* x) {
   return *reinterpret_cast<Vec<A>*>(x);
 }
 
-// One head of `rows` tokens → a tile. The padding stays what it is: zero.
+// One head of `rows` tokens → a tile. The padding stays zero.
 template <class T, class A = accumulate_t<T>>
-BODY void load_rows(
+SKIPKERNELS_INLINE void load_rows(
     A* tile, int64_t width, const Tokens<const T>& x, int64_t token, int64_t head, int64_t rows, int64_t E) {
   constexpr int64_t W = Vector<A>::width;
   for (int64_t i = 0; i < rows; ++i) {
@@ -84,14 +84,14 @@ BODY void load_rows(
 
 // Heads h0 to h1 of one token → a tile.
 template <class T, class A = accumulate_t<T>>
-BODY void load_heads(
+SKIPKERNELS_INLINE void load_heads(
     A* tile, int64_t width, const Tokens<const T>& x, int64_t token, int64_t h0, int64_t h1, int64_t E) {
   for (int64_t h = h0; h < h1; ++h)
     load_rows(tile + (h - h0) * width, width, x, token, h, 1, E);
 }
 
 template <class T, class A = accumulate_t<T>>
-BODY void store_rows(
+SKIPKERNELS_INLINE void store_rows(
     const Tokens<T>& x, int64_t token, int64_t head, const A* tile, int64_t width, A factor, int64_t rows, int64_t E) {
   constexpr int64_t W = Vector<A>::width;
   for (int64_t i = 0; i < rows; ++i) {
@@ -106,20 +106,20 @@ BODY void store_rows(
   }
 }
 
-// Rows of whole vectors, in a tile or where a tensor has them.
+// Rows of whole vectors, in a tile or in a tensor.
 template <class A>
 struct TileRows {
   const A* data;
   int64_t stride;
 
-  BODY TileRows from(int64_t row) const {
+  SKIPKERNELS_INLINE TileRows from(int64_t row) const {
     return {data + row * stride, stride};
   }
 };
 
 // out[i, j] = ⟨a_i, b_j⟩ for I × J pairs of rows.
 template <class A, int I, int J>
-BODY void multiply_nt_block(A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t width) {
+SKIPKERNELS_INLINE void multiply_nt_block(A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t width) {
   Vec<A> sum[I][J] = {};
   for (int64_t e = 0; e < width; e += Vector<A>::width)
     for (int i = 0; i < I; ++i)
@@ -134,7 +134,7 @@ BODY void multiply_nt_block(A* out, int64_t stride_out, const A* a, const TileRo
 }
 
 template <class A, int J>
-BODY void multiply_nt_columns(
+SKIPKERNELS_INLINE void multiply_nt_columns(
     A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t m, int64_t width) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4)
@@ -145,7 +145,8 @@ BODY void multiply_nt_columns(
 
 // out[m, n] = a[m, width] · b[n, width]ᵀ; fastest where n is a multiple of four.
 template <class A>
-BODY void multiply_nt(A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t m, int64_t n, int64_t width) {
+SKIPKERNELS_INLINE void multiply_nt(
+    A* out, int64_t stride_out, const A* a, const TileRows<A>& b, int64_t m, int64_t n, int64_t width) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4)
     multiply_nt_columns<A, 4>(out + j, stride_out, a, b.from(j), m, width);
@@ -153,20 +154,21 @@ BODY void multiply_nt(A* out, int64_t stride_out, const A* a, const TileRows<A>&
     multiply_nt_columns<A, 1>(out + j, stride_out, a, b.from(j), m, width);
 }
 
-// A matrix of numbers in a product, of any strides, so that it may be transposed.
+// A matrix in a product, with any strides, so that it may be transposed.
 template <class A>
 struct Factor {
   const A* data;
   int64_t stride_row, stride_column;
 
-  BODY Factor from(int64_t row) const {
+  SKIPKERNELS_INLINE Factor from(int64_t row) const {
     return {data + row * stride_row, stride_row, stride_column};
   }
 };
 
 // I rows and J vectors of columns of the product below, in registers.
 template <class A, int I, int J, bool ADD>
-BODY void multiply_block(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
+SKIPKERNELS_INLINE void multiply_block(
+    A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> sum[I][J] = {};
   for (int64_t k = 0; k < n; ++k)
@@ -182,9 +184,9 @@ BODY void multiply_block(A* out, const Factor<A>& factor, const TileRows<A>& b, 
 }
 
 template <class A, int I, bool ADD>
-BODY void multiply_rows(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
+SKIPKERNELS_INLINE void multiply_rows(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t n, int64_t width) {
   constexpr int64_t W = Vector<A>::width;
-  constexpr int J = I == 1 ? 4 : 2; // four sums and more: as many chains as hide the latency of a multiply-add
+  constexpr int J = I == 1 ? 4 : 2; // at least four independent sums hide the latency of a multiply-add
   int64_t e = 0;
   for (; e + J * W <= width; e += J * W)
     multiply_block<A, I, J, ADD>(out + e, factor, {b.data + e, b.stride}, n, width);
@@ -194,7 +196,8 @@ BODY void multiply_rows(A* out, const Factor<A>& factor, const TileRows<A>& b, i
 
 // out[m, width] (+)= factor[m, n] · b[n, width]
 template <bool ADD, class A>
-BODY void multiply(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t m, int64_t n, int64_t width) {
+SKIPKERNELS_INLINE void multiply(
+    A* out, const Factor<A>& factor, const TileRows<A>& b, int64_t m, int64_t n, int64_t width) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4)
     multiply_rows<A, 4, ADD>(out + i * width, factor.from(i), b, n, width);
@@ -203,7 +206,7 @@ BODY void multiply(A* out, const Factor<A>& factor, const TileRows<A>& b, int64_
 }
 
 template <class A>
-BODY A highest(const A* x, int64_t end) {
+SKIPKERNELS_INLINE A highest(const A* x, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> tops = vec(x);
   for (int64_t j = W; j < end; j += W)
@@ -216,9 +219,9 @@ BODY A highest(const A* x, int64_t end) {
   return top[0];
 }
 
-// x_j → exp(x_j − top) for j < n and 0 up to `end`, which is whole vectors; returns the sum.
+// x_j → exp(x_j − top) for j < n, 0 from there to `end`, a whole number of vectors; returns the sum.
 template <class A>
-BODY A exp_row(A* x, A top, int64_t n, int64_t end) {
+SKIPKERNELS_INLINE A exp_row(A* x, A top, int64_t n, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> sum = {};
   for (int64_t j = 0; j < end; j += W) {
@@ -229,11 +232,11 @@ BODY A exp_row(A* x, A top, int64_t n, int64_t end) {
   return horizontal_sum<A>(sum);
 }
 
-// Of a row of products x_j, of which the first n count: x_j → weight_j = exp(scale · x_j − lse), 0 for the others up to
-// `end`, which is whole vectors. Returns lse. Backward calls it again, and does not read lse: weights that sum to 1 only
-// as well as lse is known would leave, where one key has nearly all the weight, more than the gradient itself.
+// x_j → weight_j = exp(scale · x_j − lse) for j < n, 0 from there to `end`, a whole number of vectors. Returns lse.
+// Backward recomputes the weights instead of reading lse: weights normalised by a rounded lse do not sum to 1, and
+// where one key has nearly all the weight that error exceeds the gradient.
 template <class A>
-BODY double softmax_row(A* x, A scale, int64_t n, int64_t end) {
+SKIPKERNELS_INLINE double softmax_row(A* x, A scale, int64_t n, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
   for (int64_t j = 0; j < end; ++j)
     x[j] = int32_t(j) < int32_t(n) ? scale * x[j] : -std::numeric_limits<A>::infinity();
@@ -243,9 +246,9 @@ BODY double softmax_row(A* x, A scale, int64_t n, int64_t end) {
   return double(top) + double(std::log(sum));
 }
 
-// d_weight_j → d_score_j = weight_j (d_weight_j − Σ_j weight_j d_weight_j), in place, for j < n and 0 up to `end`.
+// d_weight_j → d_score_j = weight_j (d_weight_j − Σ_j weight_j d_weight_j), in place, for j < n; 0 from there to `end`.
 template <class A>
-BODY void score_gradient_row(A* d_weight, const A* weight, int64_t n, int64_t end) {
+SKIPKERNELS_INLINE void score_gradient_row(A* d_weight, const A* weight, int64_t n, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
   Vec<A> sum = {};
   for (int64_t j = 0; j < end; j += W) {
@@ -254,7 +257,7 @@ BODY void score_gradient_row(A* d_weight, const A* weight, int64_t n, int64_t en
     sum += vec(weight + j) * vec(d_weight + j);
   }
   const A mean = horizontal_sum<A>(sum);
-  Vec<A> left = {}; // the mean of what is left, which is what rounding did to the first
+  Vec<A> left = {}; // the mean of the differences: the rounding error of the first mean
   for (int64_t j = 0; j < end; j += W) {
     vec(d_weight + j) -= mean;
     left += vec(weight + j) * vec(d_weight + j);

@@ -4,13 +4,13 @@
 //   loss_b = (1 − ε) w_y (lse_b − z_by) + ε/K Σ_k w_k (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 //   d_z_bk = up_b · ((1 − ε) w_y (p_bk − [k = y]) + ε/K (W p_bk − w_k)),   p_bk = exp(z_bk − lse_b),  W = Σ_k w_k
 //
-// Map: a panel of images at a time; the panel's plane of images × classes is cut into blocks (Plan), a task each. A task
-// goes through its block in tiles and leaves the running top and sum of each image (vector.h, Softmax); these are
+// Map: a panel of images at a time; the panel's plane of images × classes is cut into blocks (Plan), a task each. A
+// task goes through its block in tiles and leaves the running top and sum of each image (vector.h, Softmax); these are
 // combined at the end. Without gradients the panel is the whole batch, and only tiles of cosines are ever written.
-// With gradients its cosines are kept, [panel, K], turned into d_z in place, and contracted with the rows at once: three
-// matrix products in all, as many as with all logits in memory. So they are computed in the forward pass, up to the
-// factor d_loss, wherever they are asked for and the reduction leaves nothing else open; backward goes back through the
-// unit norm, or does it all again where forward was not asked.
+// With gradients its cosines are kept, [panel, K], turned into d_z in place, and contracted with the rows at once:
+// three matrix products in all, as many as with all logits in memory. So they are computed in the forward pass, up to
+// the factor d_loss, if gradients are needed and the reduction is not "none"; backward applies the gradient of the unit
+// norm, or recomputes everything if forward computed no gradients.
 #include "unit_rows.h"
 
 #include <cmath>
@@ -24,7 +24,7 @@ namespace {
 constexpr const char* NAME = "class_sampled_cross_entropy";
 enum Reduction : int64_t { MEAN, SUM, NONE }; // as REDUCTIONS of skipkernels/ops/class_sampled_ce.py
 
-// Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
+// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
 void check_shapes(
     const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight) {
@@ -44,20 +44,20 @@ void check_shapes(
       ": class_weight must be [C].");
 }
 
-// What forward and backward know before they look at a feature.
+// Sampled rows, targets and weights, as forward and backward need them.
 template <class T>
 struct Problem {
   using A = accumulate_t<T>;
 
   int64_t B, K, C, D;
-  Tensor image_storage, text_storage; // what the rows point into
+  Tensor image_storage, text_storage; // memory of the rows
   std::vector<int64_t> ids; // the sampled rows of the bank; empty: all of them
   Rows<T> image, text;
   std::vector<int64_t> target; // the label's place among the sampled rows, or −1: ignored
   std::vector<A> weight; // of the sampled rows; empty: all 1, and no smoothing
   A scale, smoothing;
   A total_weight; // Σ_k w_k
-  double denominator = 1; // what the sum of the losses is divided by: for the mean, Σ_b w_y of those not ignored
+  double denominator = 1; // divisor of the summed loss: for the mean, Σ_b w_y of the images not ignored
 
   Problem(
       const Tensor& image_, const Tensor& text_, const Tensor& labels, const Tensor& logit_scale,
@@ -121,11 +121,10 @@ struct Problem {
   }
 };
 
-// What is to be computed, of one length each: null where it is not wanted. The gradients are those of the unit rows, up
-// to the factor scale.
+// Outputs; null if not needed. Gradients with respect to the unit rows, without the factor scale.
 template <class A>
 struct Results {
-  double *loss, *lse; // [B], those of the images
+  double *loss, *lse; // [B]
   A *image_norm, *text_norm;
   A *d_image, *d_text; // [B, D], [K, D]
   double* d_logit_scale;
@@ -194,7 +193,7 @@ void forward(
     const double lse = scale * best + std::log(exp_sum);
     double loss = 0;
     if (problem.target[p0 + b] >= 0) {
-      // Not lse − z_y: the difference is small where the loss is.
+      // Not lse − z_y, which cancels where the loss is small.
       loss = problem.target_weight(p0 + b) * (scale * (best - target_cosine[b]) + std::log(exp_sum));
       if (smooth)
         loss = (1 - smoothing) * loss + smoothing / problem.K * (problem.total_weight * lse - scale * weighted_cosines);
@@ -204,7 +203,7 @@ void forward(
   }
 }
 
-// The softmax of an image whose lse is known, in fp64: the top cosine may be any that is near lse/scale.
+// Softmax of an image from its lse, in fp64: any cosine near lse/scale can be the top.
 template <class A>
 Softmax<A> softmax_of(double lse, A scale) {
   const A top = scale == 0 ? A(0) : A(lse / scale);
@@ -227,7 +226,7 @@ A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, 
   const int64_t y = problem.target[b] - k;
   if (y < 0 || y >= k_count)
     return softmax_gradient(cosine, softmax, factor, spread, weight, k_count);
-  // The true class by itself: p − 1 is formed before anything rounds it.
+  // The true class apart: p − 1 is formed before rounding.
   const A cosine_y = cosine[y], log_p = softmax.scale * (cosine_y - softmax.top) - softmax.log_sum;
   const A d_logit =
       hit * std::expm1(log_p) + spread * (problem.total_weight * std::exp(log_p) - (weight ? weight[y] : 0));
@@ -238,7 +237,7 @@ A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, 
   return along + d_logit * cosine_y;
 }
 
-// All that is wanted; `upstream` is the gradient of each image's loss.
+// All needed outputs; `upstream` is the gradient of each image's loss.
 template <class T, class A = accumulate_t<T>>
 void run(const Problem<T>& problem, const std::vector<A>& upstream, const Results<A>& out) {
   const int64_t B = problem.B, K = problem.K;
@@ -268,7 +267,7 @@ void run(const Problem<T>& problem, const std::vector<A>& upstream, const Result
   }
 }
 
-// Tensors for what is wanted, empty ones for the rest.
+// Output tensors; empty if not needed.
 template <class A>
 Tensor rows_if(bool wanted, int64_t n, int64_t D) {
   return make_empty({wanted ? n : 0, D}, scalar_type_of<A>);
@@ -341,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
         NAME, ": backward must be given what forward returned.");
     const std::vector<double> upstream = numbers(d_loss);
 
-    // Gradients of the unit rows: kept by forward, or computed now.
+    // Gradients of the unit rows: saved by forward, or computed here.
     Tensor unit_image = kept_image, unit_text = kept_text;
     double unit_scale = kept_logit_scale.numel() == 0 ? 0 : numbers(kept_logit_scale)[0];
     const bool kept = !((need_image && kept_image.numel() == 0) || (need_text && kept_text.numel() == 0) ||

@@ -28,11 +28,11 @@ void check_shapes(
       NAME, ": class_ids must be int64 [K] with K at least 1.");
 }
 
-// The rows that take part.
+// Images and sampled rows of the bank.
 template <class T>
 struct Sample {
   int64_t B, K, C, D;
-  Tensor image_storage, text_storage; // what the rows point into
+  Tensor image_storage, text_storage; // memory of the rows
   std::vector<int64_t> ids;
   Rows<T> image, text;
 
@@ -50,8 +50,8 @@ struct Sample {
   }
 };
 
-// Calls f(cosines, b, k, b_count, k_count, k_index) for every tile; the cosines are f's to change, [b_count, k_count].
-// Leaves the lengths of the rows.
+// Calls f(cosines, b, k, b_count, k_count, k_index) for every tile; f may overwrite the cosines, [b_count, k_count].
+// Writes the norms of the rows.
 template <class T, class F, class A = accumulate_t<T>>
 void for_each_tile(const Sample<T>& sample, const Plan& plan, A* image_norm, A* text_norm, const F& f) {
   const int64_t D = sample.D;

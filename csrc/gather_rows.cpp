@@ -2,9 +2,9 @@
 //
 //   out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 //
-// Map: the B · N tokens of the batch are divided among the threads, whatever row they belong to. Tokens of the right
-// type that lie one after the other are copied at once; others are converted one by one. The rows may be those of a
-// file in memory: they are read where they are, once, at any alignment.
+// Map: the B · N tokens of the batch are divided among the threads. Adjacent tokens of the output type are copied
+// together; others are converted one by one. The rows may be a memory-mapped file: they are read in place, once, at
+// any alignment.
 #include "tensor.h"
 
 #if defined(__SSE2__)
@@ -16,7 +16,7 @@ namespace {
 
 constexpr const char* NAME = "gather_rows";
 
-// Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
+// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
 void check(const Tensor& rows, const Tensor& index, const std::optional<Tensor>& token_scale) {
   STD_TORCH_CHECK(rows.dim() == 3, NAME, ": rows must be [R, N, W].");
   STD_TORCH_CHECK(
@@ -38,7 +38,7 @@ std::vector<int64_t> checked_rows(const char* argument, const Tensor& index, con
   return ids;
 }
 
-// Threads would write a row that is named twice at the same time.
+// Duplicates would be written by two threads at the same time.
 void check_no_duplicates(const std::vector<int64_t>& out_ids, int64_t M) {
   std::vector<bool> named(M);
   for (const int64_t row : out_ids) {
@@ -56,7 +56,7 @@ void dispatch_rows(const Tensor& rows, const F& f) {
   dispatch_features(rows, NAME, f);
 }
 
-// Copies past the caches: memory is written without being read first. What is written should not be wanted soon.
+// Copies with non-temporal stores: the output is not read into the caches first. For data that is not read soon.
 void stream(char* out, const char* x, int64_t bytes) {
 #if defined(__SSE2__)
   const int64_t head = std::min(int64_t(-reinterpret_cast<uintptr_t>(out) % 64), bytes);
@@ -82,9 +82,9 @@ template <class In, class Out>
 void gather(
     const Tensor& rows, const std::vector<int64_t>& ids, const std::optional<Tensor>& token_scale,
     const std::vector<int64_t>& out_ids, Out* out) {
-  constexpr int64_t GRAIN = 1 << 17; // bytes of a thread at least: some 10 µs
-  // From here on the batch is streamed past the caches: they could not keep it. Measured on 32 MiB of L3: 1.4 times as
-  // fast at 19 MB and 1.5 at 155 MB, but 0.6 at 2.4 MB.
+  constexpr int64_t GRAIN = 1 << 17; // least bytes per thread: about 10 µs
+  // Larger batches use non-temporal stores. Measured with 32 MiB of L3: 1.4 times as fast at 19 MB and 1.5 at 155 MB,
+  // but 0.6 at 2.4 MB.
   constexpr int64_t LARGE = 16 << 20;
   const int64_t N = rows.size(1), W = rows.size(2), B = ids.size(), token_bytes = W * int64_t(sizeof(Out));
   const int64_t stride_row = rows.stride(0), stride_token = rows.stride(1), stride_w = W == 1 ? 1 : rows.stride(2);
@@ -92,7 +92,7 @@ void gather(
   const float* const scales = token_scale ? token_scale->const_data_ptr<float>() : nullptr;
   const int64_t stride_scale_row = scales ? token_scale->stride(0) : 0, stride_scale = scales ? token_scale->stride(1) : 0;
   const bool large = B * N * token_bytes >= LARGE;
-  const bool dense = stride_w == 1 && stride_token == W; // tokens of a row lie one after the other
+  const bool dense = stride_w == 1 && stride_token == W; // the tokens of a row are contiguous
 
   parallel_for(0, B * N, std::max<int64_t>(1, GRAIN / token_bytes), [&](int64_t begin, int64_t end) {
     const auto copy = [&](Out* to, const Out* from, int64_t tokens) {
@@ -101,7 +101,7 @@ void gather(
       else
         std::memcpy(to, from, tokens * token_bytes);
     };
-    const auto gathered = scratch<In>(stride_w == 1 ? 0 : W); // a token whose numbers lie apart
+    const auto gathered = scratch<In>(stride_w == 1 ? 0 : W); // a strided token
     const auto converted = scratch<Out>(large && !std::is_same_v<In, Out> ? W : 0);
     for (int64_t t = begin; t < end;) {
       const int64_t b = t / N, n = t % N, row = ids[b];

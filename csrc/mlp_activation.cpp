@@ -17,13 +17,13 @@ constexpr int64_t CHUNK = 512; // 2 KiB in fp32: the L1 cache has room for it be
 
 enum class Kind { quick_gelu, gelu, gelu_tanh }; // as KINDS of skipkernels/ops/mlp_activation.py
 
-// Relative errors of what follows, and so of g where it vanishes (for negative u): ROUGH, for results of 16 bits, below
-// 2.6e-5, a tenth of half a step of fp16; else below 1e-8 and roundings: with exp(−t) the size of g, t · 2⁻²³ + 4 ·
-// 2⁻²⁴. Polynomials are least squares, weighted until the largest relative error was least.
+// Relative errors of the functions below, and so of g where it vanishes (for negative u): with ROUGH, for 16-bit
+// results, below 2.6e-5, a tenth of half a step of fp16; else below 1e-8 plus rounding: with exp(−t) the size of g,
+// t · 2⁻²³ + 4 · 2⁻²⁴. Polynomials: least squares, weighted for the smallest maximal relative error.
 
 // 2ᵗ for −127.4 < t < 127.4, and 0 below −126.5.
 template <bool ROUGH>
-BODY float exp2_bounded(float t) {
+SKIPKERNELS_INLINE float exp2_bounded(float t) {
   const float rounder = 12582912.0f + 127.0f; // 1.5 · 2²³: adding it rounds to an integer; 127 is the exponent of 2⁰
   const float shifted = t + rounder;
   const float f = t - (shifted - rounder); // at most 1/2
@@ -45,9 +45,9 @@ BODY float exp2_bounded(float t) {
   }
   return p * bits_as<float>(bits_as<uint32_t>(shifted) << 23);
 }
-// Φ(−a)/exp(−a²/2) for 0 ≤ a ≤ 13.5. Where erf would cancel against 1, this keeps the precision.
+// Φ(−a)/exp(−a²/2) for 0 ≤ a ≤ 13.5, accurate where 1 + erf would cancel.
 template <bool ROUGH>
-BODY float normal_tail(float a) {
+SKIPKERNELS_INLINE float normal_tail(float a) {
   float p, q;
   if constexpr (ROUGH) {
     p = 0.0621774999f;
@@ -81,9 +81,9 @@ struct Gate {
 
 constexpr double TANH_FACTOR = 1.5957691216057308, TANH_CUBIC = 0.044715; // 2 √(2/π)
 
-// Where g is 1 or 0 to any precision it must be that, and g' must be 0: u itself may be 1e38.
+// Where g rounds to 1 or 0, g must be exactly that and g' exactly 0: u may be 1e38.
 template <Kind KIND, bool ROUGH>
-BODY Gate<float> gate(float u) {
+SKIPKERNELS_INLINE Gate<float> gate(float u) {
   constexpr float LOG2_E = 1.44269504f;
   if constexpr (KIND == Kind::gelu) {
     const float a = std::abs(u) < 13.5f ? std::abs(u) : 13.5f, t = u * u * (-0.5f * LOG2_E);
@@ -110,7 +110,7 @@ BODY Gate<float> gate(float u) {
 }
 
 template <Kind KIND, bool ROUGH>
-BODY Gate<double> gate(double u) {
+SKIPKERNELS_INLINE Gate<double> gate(double u) {
   if constexpr (KIND == Kind::gelu) {
     return {0.5 * std::erfc(u * -0.70710678118654752), std::exp(-0.5 * u * u) * 0.39894228040143268};
   } else {
@@ -130,19 +130,19 @@ struct Problem {
   int64_t W;
   const T *x, *d_out; // d_out: backward only
   const A* bias;
-  T *out, *d_x; // one of them; d_x may be null, if it is not wanted
+  T *out, *d_x; // one of them; d_x is null if not needed
 };
 
 // u = x + bias, in slots.
 template <class T, class A>
-BODY void load_sum(A* u, const T* x, const A* bias, int64_t W) {
-  for_columns<T>(W, [&](int64_t i, auto n) COLUMNS_BODY {
+SKIPKERNELS_INLINE void load_sum(A* u, const T* x, const A* bias, int64_t W) {
+  for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
     store_slots<T>(u + i, load_columns(x + i, n) + load_slots<T>(bias + i));
   });
 }
 
 template <Kind KIND, class T, class A>
-BODY void forward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end) {
+SKIPKERNELS_INLINE void forward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end) {
   const int64_t W = problem.W;
   alignas(64) A u[CHUNK];
   for (int64_t r = begin; r < end; ++r)
@@ -153,7 +153,7 @@ BODY void forward_rows_body(const Problem<T>& problem, int64_t begin, int64_t en
       for (int64_t i = 0; i < padded; ++i)
         u[i] *= gate<KIND, is_16_bit<T>>(u[i]).value;
       T* out = problem.out + r * W + start;
-      for_columns<T>(count, [&](int64_t i, auto n) COLUMNS_BODY {
+      for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
         Columns<T> result = load_slots<T>(u + i);
         store_columns(out + i, result, n);
       });
@@ -161,7 +161,7 @@ BODY void forward_rows_body(const Problem<T>& problem, int64_t begin, int64_t en
 }
 
 template <Kind KIND, class T, class A>
-BODY void backward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias) {
+SKIPKERNELS_INLINE void backward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias) {
   const int64_t W = problem.W;
   alignas(64) A u[CHUNK];
   for (int64_t r = begin; r < end; ++r)
@@ -173,7 +173,7 @@ BODY void backward_rows_body(const Problem<T>& problem, int64_t begin, int64_t e
         const Gate<A> g = gate<KIND, is_16_bit<T>>(u[i]);
         u[i] = g.value + u[i] * g.slope;
       }
-      for_columns<T>(count, [&](int64_t i, auto n) COLUMNS_BODY {
+      for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
         Columns<T> d_x = load_columns(problem.d_out + at + i, n) * load_slots<T>(u + i);
         if (d_bias != nullptr)
           store_slots<T>(d_bias + start + i, load_slots<T>(d_bias + start + i) + d_x);
@@ -200,7 +200,7 @@ DEFINE_ROW_LOOPS(double, double)
 DEFINE_ROW_LOOPS(BFloat16, float)
 DEFINE_ROW_LOOPS(Half, float)
 
-// Messages for people are skipkernels.functional's; this keeps a direct call inside the memory.
+// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
 void check_shapes(const Tensor& x, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0, NAME, ": x must be [..., W] with W at least 1.");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1)), NAME, ": bias must be [W].");

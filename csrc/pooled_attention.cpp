@@ -5,9 +5,9 @@
 //   d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
 //   d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 //
-// Map: a task has some heads of one sequence. It goes through the keys in blocks, head after head within a block: so
-// memory is read in long runs although the heads of a token lie side by side. Forward: all scores, softmax, then all
-// values. Backward: all weights and their gradients, then the keys once more; nothing is summed across tasks.
+// Map: a task has some heads of one sequence. It reads the keys in blocks, head by head within a block: the heads of a
+// token are adjacent, so memory is read in long runs. Forward: all scores, softmax, then all values. Backward: all
+// weights and their gradients, then the keys again; nothing is summed across tasks.
 #include "attention.h"
 
 namespace skipkernels {
@@ -20,7 +20,7 @@ template <class T>
 struct Problem {
   int64_t B, N, H, E;
   accumulate_t<T> scale;
-  const int64_t* lengths; // null: all N keys count
+  const int64_t* lengths; // null: all N keys
   Tokens<const T> query; // [B, H, E]
   Tokens<const T> key, value; // of the first sequence
   int64_t stride_key, stride_value; // from a sequence to the next
@@ -45,11 +45,11 @@ struct Forward {
 template <class T>
 struct Backward {
   Tokens<const T> d_out; // [B, H, E]
-  Tokens<T> d_query; // [B, H, E]; without data where it is not wanted, as the next two
+  Tokens<T> d_query; // [B, H, E]; null data if not needed, as the next two
   Tokens<T> d_key, d_value; // [B · N, H, E]
 };
 
-// A thread's own scratch, for `heads` heads.
+// Scratch of a thread, for `heads` heads.
 template <class T>
 struct Workspace {
   using A = accumulate_t<T>;
@@ -71,9 +71,9 @@ struct Workspace {
         d_weight(zeros<A>(backward ? heads * columns : 0)) {}
 };
 
-// One head of `count` tokens from n on: where they are if that will do, else loaded into the tile.
+// One head of `count` tokens from n on: in place if the layout allows, else loaded into the tile.
 template <class T, class A = accumulate_t<T>>
-BODY TileRows<A> rows_at(
+SKIPKERNELS_INLINE TileRows<A> rows_at(
     const Tokens<const T>& tokens, Workspace<T>& workspace, int64_t n, int64_t h, int64_t count, int64_t E) {
   if constexpr (std::is_same_v<T, A>)
     if (E == workspace.width)
@@ -84,7 +84,7 @@ BODY TileRows<A> rows_at(
 
 // out[h, n] = ⟨rows_h, keys_nh⟩ for heads h0 to h1 and all keys.
 template <class T, class A = accumulate_t<T>>
-BODY void multiply_keys(
+SKIPKERNELS_INLINE void multiply_keys(
     A* out, const A* rows, const Tokens<const T>& keys, Workspace<T>& workspace, int64_t length, int64_t h0, int64_t h1,
     int64_t E) {
   const int64_t width = workspace.width;
@@ -99,7 +99,7 @@ BODY void multiply_keys(
 
 // out[h] += Σ_n factor[h, n] · rows_nh for heads h0 to h1 and `count` tokens from n on.
 template <class T, class A = accumulate_t<T>>
-BODY void add_weighted(
+SKIPKERNELS_INLINE void add_weighted(
     A* out, const A* factor, const Tokens<const T>& rows, Workspace<T>& workspace, int64_t n, int64_t count, int64_t h0,
     int64_t h1, int64_t E) {
   const int64_t width = workspace.width;
@@ -110,7 +110,7 @@ BODY void add_weighted(
 }
 
 template <class T, class A = accumulate_t<T>>
-BODY void attend_body(
+SKIPKERNELS_INLINE void attend_body(
     const Problem<T>& problem, const Forward<T>& result, Workspace<T>& workspace, int64_t b, int64_t h0, int64_t h1) {
   const int64_t length = problem.length(b), width = workspace.width;
   A *out = workspace.out.get(), *weight = workspace.weight.get();
@@ -127,7 +127,7 @@ BODY void attend_body(
 }
 
 template <class T, class A = accumulate_t<T>>
-BODY void attend_body(
+SKIPKERNELS_INLINE void attend_body(
     const Problem<T>& problem, const Backward<T>& result, Workspace<T>& workspace, int64_t b, int64_t h0, int64_t h1) {
   const int64_t length = problem.length(b), width = workspace.width, columns = workspace.columns;
   A *query = workspace.query.get(), *d_out = workspace.out.get(), *d_query = workspace.d_query.get();
@@ -185,7 +185,7 @@ DEFINE_LOOPS(Half)
 
 template <class T, class Result>
 void attend_all(const Problem<T>& problem, const Result& result) {
-  constexpr int64_t TASK_WORK = 1 << 16; // numbers of keys: some 20 µs, several times what a thread costs to wake
+  constexpr int64_t TASK_WORK = 1 << 16; // elements of keys: about 20 µs, several times the cost of waking a thread
   const int64_t head = problem.N * problem.E;
   const int64_t parts = divide_up(problem.H, std::clamp<int64_t>(TASK_WORK / head, 1, problem.H));
   const int64_t heads = divide_up(problem.H, parts), grain = std::max<int64_t>(1, TASK_WORK / (head * heads));
@@ -198,11 +198,11 @@ void attend_all(const Problem<T>& problem, const Result& result) {
   });
 }
 
-// The inputs, where the last dimension is made contiguous, and the problem they pose. Messages for people are
-// skipkernels.functional's; the checks keep a direct call inside the memory.
+// Inputs with a contiguous last dimension. skipkernels.functional validates for users; these checks keep a direct call
+// inside the memory.
 struct Inputs {
   Tensor query, key, value;
-  std::vector<int64_t> lengths; // empty: all keys count
+  std::vector<int64_t> lengths; // empty: all keys
 
   Inputs(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& lengths_)
       : query(with_contiguous_heads(query_)), key(with_contiguous_heads(key_)), value(with_contiguous_heads(value_)) {
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor> pooled_attention(
   return {out, lse};
 }
 
-// The output and lse are for other kernels: here a row's scores are all at hand, and so are its softmax and its sums.
+// out and lse are not read (the Triton kernel reads them): the scores of a row and its softmax are recomputed in full.
 std::tuple<Tensor, Tensor, Tensor> pooled_attention_backward(
     const Tensor& d_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& /*out*/,
     const Tensor& /*lse*/, const std::optional<Tensor>& lengths, double scale, bool need_query, bool need_key,

@@ -1,4 +1,4 @@
-// What the operators on rows of features share: [..., W] as rows, blocks of rows as tasks, sums over all rows.
+// Shared by the operators on rows of features: [..., W] as rows, blocks of rows as tasks, sums over all rows.
 #pragma once
 
 #include "tensor.h"
@@ -16,8 +16,8 @@ inline void check_like(const char* function, const Tensor& x, const Tensor& othe
   STD_TORCH_CHECK(same, function, ": ", argument, " must have the shape and the dtype of the other features.");
 }
 
-// The numbers of a vector in the type of arithmetic and in the order that loops over rows of T load them in (simd.h,
-// slot); zeros follow.
+// A vector in the type of arithmetic, in the order in which loops over rows of T load it (simd.h, slot), padded with
+// zeros.
 template <class T>
 class Slots {
  public:
@@ -45,16 +45,16 @@ class Slots {
   Scratch<A> slots_;
 };
 
-// How R rows of W numbers are cut into blocks, a task each. It depends on the shape alone, and each block is done by
-// one thread in one order: that is why any number of threads gives the same bits.
+// Division of R rows of W numbers into blocks, one task each. It depends on the shape only, and one thread computes a
+// block in a fixed order: results are bit-equal for any number of threads.
 struct RowPlan {
   int64_t R, W, block, blocks;
 
   RowPlan(int64_t R_, int64_t W_) : R(R_), W(W_) {
-    constexpr int64_t TASK = 1 << 15; // numbers: some 10 µs, several times what a thread costs to wake
-    constexpr int64_t MAX_BLOCKS = 64; // each has sums of its own
+    constexpr int64_t TASK = 1 << 15; // elements: about 10 µs, several times the cost of waking a thread
+    constexpr int64_t MAX_BLOCKS = 64; // each has its own partial sums
     block = std::max(divide_up(TASK, W), divide_up(R, MAX_BLOCKS));
-    blocks = std::max<int64_t>(1, divide_up(R, block)); // no rows: one block without any
+    blocks = std::max<int64_t>(1, divide_up(R, block)); // no rows: one empty block
   }
 };
 
@@ -73,7 +73,7 @@ void parallel_rows(const RowPlan& plan, const F& f) {
   });
 }
 
-// Sums over all rows, one for each column: every block of rows adds up its own; these are added in their order.
+// Column sums over all rows: partial sums of each block, then their sum in order.
 template <class T>
 class ColumnSums {
  public:
@@ -82,7 +82,7 @@ class ColumnSums {
   ColumnSums(const RowPlan& plan, bool wanted)
       : W_(plan.W), blocks_(plan.blocks), wanted_(wanted), sums_(scratch<A>(wanted ? plan.blocks * slots<T>(W_) : 0)) {}
 
-  // The sums of a block, zero at first, in slots; a null pointer where nobody wants them.
+  // Partial sums of a block, in slots, set to zero; null if not needed.
   A* start(int64_t block) const {
     if (!wanted_)
       return nullptr;
@@ -91,7 +91,7 @@ class ColumnSums {
     return sums;
   }
 
-  // [W] in the dtype of `like`; empty if that is not wanted.
+  // [W] in the dtype of `like`; empty if not needed.
   Tensor total(const Tensor& like, bool wanted) const {
     Tensor out = make_empty({wanted ? W_ : 0}, like.scalar_type());
     if (!wanted)

@@ -2,8 +2,8 @@
 //
 //   g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 //
-// Map: the elements of all tensors, one after the other, are divided among the threads. Every number is read once and
-// written once. The random bits of stochastic rounding are made a block at a time and stay in the L1 cache.
+// Map: the elements of all tensors, in order, are divided among the threads. Each is read once and written once. The
+// random bits of stochastic rounding are drawn a block at a time and stay in the L1 cache.
 #include "tensor.h"
 
 namespace skipkernels {
@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* NAME = "sgd_momentum_";
 constexpr int64_t RANDOM_BLOCK = 512; // elements: 2 KiB
-constexpr int64_t GRAIN = 1 << 15; // elements of a thread at least: some 10 µs
+constexpr int64_t GRAIN = 1 << 15; // least elements per thread: about 10 µs
 
 template <class A>
 struct Rates {
@@ -19,7 +19,7 @@ struct Rates {
 };
 
 // Random bits of n groups of four elements: splitmix64(seed, group), 16 bits for each element, the lowest first.
-BODY void fill_random_body(uint16_t* random, uint64_t seed, uint64_t group, int64_t n) {
+SKIPKERNELS_INLINE void fill_random_body(uint16_t* random, uint64_t seed, uint64_t group, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     uint64_t x = seed + (group + uint64_t(i) + 1) * 0x9E3779B97F4A7C15u;
@@ -33,17 +33,17 @@ MULTIVERSION void fill_random(uint16_t* random, uint64_t seed, uint64_t group, i
   fill_random_body(random, seed, group, n);
 }
 
-// A number rounded to bf16, in the upper half of the word; the lower half is to be cut. x comes out of a sum: if it is
-// not a number, it has a bit in the upper half that says so.
-BODY uint32_t round_at_random(float x, uint32_t random) {
+// bf16 in the upper half of the word, before truncation of the lower half. x is a sum: a NaN has a mantissa bit set in
+// the upper half.
+SKIPKERNELS_INLINE uint32_t round_at_random(float x, uint32_t random) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return finite ? bits + random : bits; // up with the probability of what is cut
+  return finite ? bits + random : bits; // up with a probability equal to the truncated fraction
 }
 
-// Each product is rounded by itself before it is added, as PyTorch's operators and the Triton kernel do it: so all agree
-// to the last bit.
+// Each product is rounded before it is added (no fused multiply-add), as in PyTorch's operators and the Triton kernel:
+// all are bit-equal.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #else
@@ -52,13 +52,13 @@ BODY uint32_t round_at_random(float x, uint32_t random) {
 #endif
 
 template <class A>
-BODY A moved(A weight, A grad, A buffer, const Rates<A>& rates) {
+SKIPKERNELS_INLINE A moved(A weight, A grad, A buffer, const Rates<A>& rates) {
   return rates.momentum * buffer + (grad + rates.weight_decay * weight);
 }
 
-// Steps of n elements, rounded to nearest; or at random, where there are random bits for each.
+// Steps n elements; rounds to nearest, or stochastically if random bits are given.
 template <class W, class G, class M, class A = accumulate_t<W>>
-BODY void steps_body(W* weight, const G* grad, M* buffer, const Rates<A> rates, int64_t n) {
+SKIPKERNELS_INLINE void steps_body(W* weight, const G* grad, M* buffer, const Rates<A> rates, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A b = moved(widen(weight[i]), A(widen(grad[i])), A(widen(buffer[i])), rates);
@@ -67,7 +67,7 @@ BODY void steps_body(W* weight, const G* grad, M* buffer, const Rates<A> rates, 
   }
 }
 template <class G, class M>
-BODY void steps_body(
+SKIPKERNELS_INLINE void steps_body(
     BFloat16* weight, const G* grad, M* buffer, const Rates<float> rates, const uint16_t* random, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -77,34 +77,33 @@ BODY void steps_body(
   }
 }
 
-BODY uint32_t load_word(const void* memory) {
+SKIPKERNELS_INLINE uint32_t load_word(const void* memory) {
   uint32_t word;
   std::memcpy(&word, memory, sizeof(word));
   return word;
 }
-BODY void store_word(void* memory, uint32_t word) {
+SKIPKERNELS_INLINE void store_word(void* memory, uint32_t word) {
   std::memcpy(memory, &word, sizeof(word));
 }
-BODY float number(uint32_t upper_half) {
+SKIPKERNELS_INLINE float number(uint32_t upper_half) {
   float value;
   std::memcpy(&value, &upper_half, sizeof(value));
   return value;
 }
 
-BODY uint32_t word_of(float x) {
+SKIPKERNELS_INLINE uint32_t word_of(float x) {
   return load_word(&x);
 }
 // Rounded to bf16, ties to even, in the upper half.
-BODY uint32_t to_nearest(float x) {
+SKIPKERNELS_INLINE uint32_t to_nearest(float x) {
   const uint32_t bits = word_of(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-// All in bf16: two neighbours in one word are taken apart by a shift and a mask, so that no number has to change its
-// lane of a vector. Nothing has to be done about infinities and NaN: coming from bf16 they have zeros in the lower half,
-// and no carry leaves it.
+// All in bf16: a shift and a mask unpack two neighbours from one word, so that no number changes its vector lane.
+// Infinity and NaN need no case: widened from bf16 they have zeros in the lower half, so nothing carries out of it.
 template <bool RANDOM>
-BODY void paired_steps_body(
+SKIPKERNELS_INLINE void paired_steps_body(
     BFloat16* weight, const BFloat16* grad, BFloat16* buffer, const Rates<float> rates, const uint16_t* random,
     int64_t n) {
   constexpr uint32_t UPPER = 0xffff0000u;
@@ -170,11 +169,11 @@ struct Options {
   std::optional<uint64_t> seed;
 };
 
-// One tensor of the list; gradient and buffer are of its weights' type or of that of arithmetic.
+// One tensor of the list; gradient and buffer have the type of the weights or of the arithmetic.
 struct Parameter {
   void *weight, *grad, *buffer;
   ScalarType type, grad_type, buffer_type;
-  int64_t first, numel; // the number of its first element among those of the list
+  int64_t first, numel; // index of its first element among all elements of the list
 };
 
 template <class W, class G, class M>
@@ -219,10 +218,10 @@ bool is_number(const Tensor& x) {
   return x.is_cpu() && x.numel() == 1 && x.dim() <= 1;
 }
 
-// The tensors that are changed, those which the kernel cannot change where they are as copies.
+// The tensors that are updated; copies of those that the kernel cannot update in place.
 class Changed {
  public:
-  // The numbers of a tensor one after the other, in their own type or in one of the two that the weights allow.
+  // A contiguous tensor, in its own type or in one of the two that the weights allow.
   void* numbers(const Tensor& tensor, ScalarType& type, bool changed, ScalarType weight_type) {
     const ScalarType wide = weight_type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     type = tensor.scalar_type();

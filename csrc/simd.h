@@ -1,11 +1,10 @@
-// What the inner loops are written with: a function compiled for each instruction set, vectors, conversions, exp.
+// Building blocks of the inner loops: functions compiled per instruction set, vectors, conversions, exp.
 //
-// T is the type of numbers in memory, A the type that arithmetic is done in: double for double, float for all else.
-// MULTIVERSION marks a function of its own (no template: the macro of an operator's file instantiates one for each
-// type), which is compiled for AVX-512, for AVX2 with FMA and for the plain machine; the loader picks one when the
-// library is loaded. So one binary runs anywhere and is fast where it can be. BODY marks what is inlined into it.
-// MULTIVERSION_256 leaves out AVX-512: a loop that does little but read and write main memory is a tenth faster with
-// the shorter vectors (measured on Zen 4).
+// T is the type in memory, A the type of arithmetic: double for double, float for all others.
+// MULTIVERSION marks a function (not a template: a macro in the operator's file defines one per type) that is compiled
+// for AVX-512, for AVX2 with FMA, and for the baseline; the loader selects one at load time, so that one binary runs on
+// every machine. SKIPKERNELS_INLINE marks the functions that are inlined into it. MULTIVERSION_256 omits AVX-512: a
+// loop bound by main memory is a tenth faster with shorter vectors (measured on Zen 4).
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -16,9 +15,11 @@
 #include <cstring>
 #include <type_traits>
 
-// Function multiversioning needs ifunc, which glibc has. Elsewhere the compiler's default target is all there is: on
-// 64-bit ARM that has its vectors (NEON) in the base instruction set. To a sanitizer all versions are the same source.
-#if !defined(__SANITIZE_ADDRESS__) && defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+// Function multiversioning needs ifunc (glibc) and a compiler that knows these levels (GCC 12; where a test compile
+// fails, skipkernels/_extension.py defines SKIPKERNELS_NO_MULTIVERSION). Elsewhere only the baseline is compiled: on
+// 64-bit ARM that includes vectors (NEON). Sanitizers need one version only.
+#if !defined(SKIPKERNELS_NO_MULTIVERSION) && !defined(__SANITIZE_ADDRESS__) && defined(__x86_64__) && \
+    defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
 #define MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define MULTIVERSION_256 __attribute__((target_clones("arch=x86-64-v3", "default")))
@@ -29,8 +30,8 @@
 #define MULTIVERSION_256
 #endif
 
-// A body is inlined into each version, and so is compiled with the instructions of that version.
-#define BODY [[gnu::always_inline]] inline
+// Inlined into each version, and so compiled with its instructions.
+#define SKIPKERNELS_INLINE [[gnu::always_inline]] inline
 
 namespace skipkernels {
 
@@ -40,7 +41,7 @@ using torch::headeronly::Half;
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// 64 bytes: one register with AVX-512, two with AVX2, four else. The compiler splits it as needed.
+// 64 bytes: one register with AVX-512, two with AVX2, four with SSE2. The compiler splits it.
 template <class A>
 struct Vector {
   typedef A type __attribute__((vector_size(64), aligned(alignof(A)), may_alias));
@@ -50,7 +51,7 @@ template <class T>
 using vector_t = typename Vector<accumulate_t<T>>::type;
 
 template <class To, class From>
-BODY To bits_as(const From& x) {
+SKIPKERNELS_INLINE To bits_as(const From& x) {
   static_assert(sizeof(To) == sizeof(From));
   To bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -63,28 +64,28 @@ struct Numbers {
   typedef A type __attribute__((vector_size(N * sizeof(A)), aligned(alignof(A)), may_alias));
 };
 template <class A, int N>
-BODY typename Numbers<A, N / 2>::type fold(const typename Numbers<A, N>::type& x) {
+SKIPKERNELS_INLINE typename Numbers<A, N / 2>::type fold(const typename Numbers<A, N>::type& x) {
   typename Numbers<A, N / 2>::type half[2];
   std::memcpy(half, &x, sizeof(x));
   return half[0] + half[1];
 }
 
-BODY Numbers<float, 4>::type fold_to_four(const Vector<float>::type& x) {
+SKIPKERNELS_INLINE Numbers<float, 4>::type fold_to_four(const Vector<float>::type& x) {
   return fold<float, 8>(fold<float, 16>(x));
 }
-BODY Numbers<double, 4>::type fold_to_four(const Vector<double>::type& x) {
+SKIPKERNELS_INLINE Numbers<double, 4>::type fold_to_four(const Vector<double>::type& x) {
   return fold<double, 8>(x);
 }
 
 template <class A>
-BODY A horizontal_sum(const typename Vector<A>::type& x) {
+SKIPKERNELS_INLINE A horizontal_sum(const typename Vector<A>::type& x) {
   const auto pair = fold<A, 4>(fold_to_four(x));
   return pair[0] + pair[1];
 }
 
 // out[i] = the sum of x[i], for four vectors: half the instructions of four sums.
 template <class A>
-BODY void horizontal_sums(A* out, const typename Vector<A>::type* x) {
+SKIPKERNELS_INLINE void horizontal_sums(A* out, const typename Vector<A>::type* x) {
   using Four = typename Numbers<A, 4>::type;
   const Four a = fold_to_four(x[0]), b = fold_to_four(x[1]), c = fold_to_four(x[2]), d = fold_to_four(x[3]);
   const Four ab = Four{a[0], b[0], a[1], b[1]} + Four{a[2], b[2], a[3], b[3]};
@@ -93,8 +94,8 @@ BODY void horizontal_sums(A* out, const typename Vector<A>::type* x) {
   std::memcpy(out, &sums, sizeof(sums));
 }
 
-// exp for arguments up to about 0, which is all a softmax needs: 0 below −87, where fp32 would turn denormal.
-BODY float exp_nonpositive(float x) {
+// exp for arguments up to about 0, as in a softmax: 0 below −87, where fp32 would be denormal.
+SKIPKERNELS_INLINE float exp_nonpositive(float x) {
   const float rounder = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer, in the low bits of the sum
   const float shifted = x * 1.44269504f + rounder;
   const float n = shifted - rounder;
@@ -111,39 +112,39 @@ BODY float exp_nonpositive(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
-BODY double exp_nonpositive(double x) {
+SKIPKERNELS_INLINE double exp_nonpositive(double x) {
   return std::exp(x);
 }
 
-// Conversions by their bits. F is float and U uint32_t, or both are vectors of them. There are no conditions in it:
-// with one in an inner loop the compiler may give up on vectors, and does.
+// Conversions on bits. F is float and U uint32_t, or both are vectors of them. Without branches, which keep compilers
+// from vectorising the loop.
 template <class U>
-BODY U one_if_greater(const U& a, const U& b) { // both below 2³¹
+SKIPKERNELS_INLINE U one_if_greater(const U& a, const U& b) { // both below 2³¹
   return (b - a) >> 31;
 }
 template <class U>
-BODY U choose(const U& one, const U& a, const U& b) { // a where `one` is 1, b where it is 0
+SKIPKERNELS_INLINE U choose(const U& one, const U& a, const U& b) { // a where `one` is 1, b where it is 0
   return b ^ ((a ^ b) & (0u - one));
 }
 
-// To the nearest, even: the high half is the bfloat16, the low half is left as it comes. Not for a NaN whose low half
-// has bits, which a computation on bfloat16 numbers does not make.
+// To nearest even: the high half is the bfloat16, the low half is arbitrary. Not for a NaN with bits in the low half,
+// which computations on bfloat16 numbers do not produce.
 template <class U>
-BODY U round_to_bfloat16(const U& bits) {
+SKIPKERNELS_INLINE U round_to_bfloat16(const U& bits) {
   return bits + (0x7fffu + ((bits >> 16) & 1u));
 }
 
 template <class F, class U>
-BODY F from_half_bits(const U& half) {
+SKIPKERNELS_INLINE F from_half_bits(const U& half) {
   const U magnitude = (half & 0x7fffu) << 13, largest_finite = 0u * half + 0x0f7fffffu;
-  // Read as fp32, the exponent is 112 too small. The product mends that, for denormal numbers as well; infinity and NaN
+  // Read as fp32, the exponent is 112 too small. The product corrects that, also for denormal numbers; infinity and NaN
   // have the largest exponent in both formats.
   const U bits = bits_as<U>(F(bits_as<F>(magnitude) * 0x1p112f));
   return bits_as<F>(U(bits | (half & 0x8000u) << 16 | one_if_greater(magnitude, largest_finite) * 0x7f800000u));
 }
 
 template <class F, class U>
-BODY U half_bits(const F& x) {
+SKIPKERNELS_INLINE U half_bits(const F& x) {
   const U bits = bits_as<U>(x), magnitude = bits & 0x7fffffffu, zero = 0u * bits;
   // Adding 0.5 rounds to a multiple of 2⁻²⁴, the smallest fp16, and leaves that multiple in the low bits.
   const U denormal = bits_as<U>(F(bits_as<F>(magnitude) + 0.5f)) - 0x3f000000u;
@@ -155,32 +156,32 @@ BODY U half_bits(const F& x) {
 }
 
 template <class T>
-BODY accumulate_t<T> widen(T x) {
+SKIPKERNELS_INLINE accumulate_t<T> widen(T x) {
   return x;
 }
-BODY float widen(BFloat16 x) {
+SKIPKERNELS_INLINE float widen(BFloat16 x) {
   return bits_as<float>(uint32_t(x.x) << 16);
 }
-BODY float widen(Half x) {
+SKIPKERNELS_INLINE float widen(Half x) {
   return from_half_bits<float>(uint32_t(x.x));
 }
 
 template <class T>
-BODY T narrow(accumulate_t<T> x) {
+SKIPKERNELS_INLINE T narrow(accumulate_t<T> x) {
   return T(x);
 }
 template <>
-BODY BFloat16 narrow<BFloat16>(float x) {
+SKIPKERNELS_INLINE BFloat16 narrow<BFloat16>(float x) {
   const uint32_t rounded = round_to_bfloat16(bits_as<uint32_t>(x)) >> 16;
   return BFloat16(uint16_t(x != x ? 0x7fc0u : rounded), BFloat16::from_bits());
 }
 template <>
-BODY Half narrow<Half>(float x) {
+SKIPKERNELS_INLINE Half narrow<Half>(float x) {
   return Half(uint16_t(half_bits<float, uint32_t>(x)), Half::from_bits());
 }
 
-// As many numbers of a row as fit in two vectors. Of a 16-bit type the first holds those at even places and the second
-// those at odd places: that takes one or two operations, where putting them in order would take shuffles.
+// Two vectors of consecutive columns of a row. For 16-bit types the first holds the even columns and the second the
+// odd ones: one or two operations, where keeping the order would take shuffles.
 template <class T>
 struct Columns {
   using A = accumulate_t<T>;
@@ -188,19 +189,19 @@ struct Columns {
   static constexpr int64_t count = 2 * Vector<A>::width;
   V first, second;
 
-  BODY Columns operator+(const Columns& other) const {
+  SKIPKERNELS_INLINE Columns operator+(const Columns& other) const {
     return {first + other.first, second + other.second};
   }
-  BODY Columns operator*(const Columns& other) const {
+  SKIPKERNELS_INLINE Columns operator*(const Columns& other) const {
     return {first * other.first, second * other.second};
   }
-  BODY Columns operator-(A other) const {
+  SKIPKERNELS_INLINE Columns operator-(A other) const {
     return {first - other, second - other};
   }
-  BODY Columns operator*(A other) const {
+  SKIPKERNELS_INLINE Columns operator*(A other) const {
     return {first * other, second * other};
   }
-  BODY A sum() const {
+  SKIPKERNELS_INLINE A sum() const {
     return horizontal_sum<A>(first + second);
   }
 };
@@ -208,34 +209,34 @@ struct Columns {
 template <class T>
 constexpr bool is_16_bit = sizeof(T) == 2;
 
-// Where a row of A's that goes with rows of T has the number of column i, and how long it is.
+// Index of column i in a row of A that is used with rows of T, and the length of that row.
 template <class T>
-BODY int64_t slot(int64_t i) {
+SKIPKERNELS_INLINE int64_t slot(int64_t i) {
   constexpr int64_t N = Columns<T>::count;
   return is_16_bit<T> ? i / N * N + i % 2 * (N / 2) + i % N / 2 : i;
 }
 template <class T>
-BODY int64_t slots(int64_t W) {
+SKIPKERNELS_INLINE int64_t slots(int64_t W) {
   constexpr int64_t N = Columns<T>::count;
   return (W + N - 1) / N * N;
 }
 template <class T>
-BODY Columns<T> load_slots(const accumulate_t<T>* row) {
+SKIPKERNELS_INLINE Columns<T> load_slots(const accumulate_t<T>* row) {
   using V = typename Columns<T>::V;
   return {*reinterpret_cast<const V*>(row), *reinterpret_cast<const V*>(row + Columns<T>::count / 2)};
 }
 template <class T>
-BODY void store_slots(accumulate_t<T>* row, const Columns<T>& x) {
+SKIPKERNELS_INLINE void store_slots(accumulate_t<T>* row, const Columns<T>& x) {
   using V = typename Columns<T>::V;
   *reinterpret_cast<V*>(row) = x.first;
   *reinterpret_cast<V*>(row + Columns<T>::count / 2) = x.second;
 }
 
-// Numbers of a row of T's, from and to memory of any alignment.
+// Columns of a row of T, from and to memory of any alignment.
 typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
 
 template <class T>
-BODY Columns<T> load_columns(const T* x) {
+SKIPKERNELS_INLINE Columns<T> load_columns(const T* x) {
   using V = typename Columns<T>::V;
   if constexpr (!is_16_bit<T>) {
     return load_slots<T>(x);
@@ -248,9 +249,9 @@ BODY Columns<T> load_columns(const T* x) {
   }
 }
 
-// Rounds x as it is stored.
+// Stores x and rounds it to the stored values.
 template <class T>
-BODY void store_columns(T* out, Columns<T>& x) {
+SKIPKERNELS_INLINE void store_columns(T* out, Columns<T>& x) {
   using V = typename Columns<T>::V;
   if constexpr (!is_16_bit<T>) {
     store_slots<T>(out, x);
@@ -266,48 +267,48 @@ BODY void store_columns(T* out, Columns<T>& x) {
   }
 }
 
-// Goes through a row: f(i, n) with i the first column and n how many there are, Whole but for the last if W is no
-// multiple. The functions below take n; what lies beyond the row is read as zero and not written.
+// Calls f(i, n) along a row: i is the first column, n their number: Whole, except at the end if W is not a multiple.
+// The functions below take n; columns beyond the row are read as zero and not written.
 struct Whole {};
 
 template <class T, class F>
-BODY void for_columns(int64_t W, const F& f) {
+SKIPKERNELS_INLINE void for_columns(int64_t W, const F& f) {
   int64_t i = 0;
   for (; i + Columns<T>::count <= W; i += Columns<T>::count)
     f(i, Whole());
   if (i < W)
     f(i, W - i);
 }
-// Marks the function that is given to it, which must be inlined as well.
-#define COLUMNS_BODY __attribute__((always_inline))
+// Marks the lambda passed to for_columns, which must be inlined as well.
+#define SKIPKERNELS_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T>
-BODY Columns<T> load_columns(const T* x, Whole) {
+SKIPKERNELS_INLINE Columns<T> load_columns(const T* x, Whole) {
   return load_columns(x);
 }
 template <class T>
-BODY Columns<T> load_columns(const T* x, int64_t n) {
+SKIPKERNELS_INLINE Columns<T> load_columns(const T* x, int64_t n) {
   T row[Columns<T>::count] = {};
   std::memcpy(row, x, n * sizeof(T));
   return load_columns(row);
 }
 template <class T>
-BODY void store_columns(T* out, Columns<T>& x, Whole) {
+SKIPKERNELS_INLINE void store_columns(T* out, Columns<T>& x, Whole) {
   store_columns(out, x);
 }
 template <class T>
-BODY void store_columns(T* out, Columns<T>& x, int64_t n) {
+SKIPKERNELS_INLINE void store_columns(T* out, Columns<T>& x, int64_t n) {
   T row[Columns<T>::count];
   store_columns(row, x);
   std::memcpy(out, row, n * sizeof(T));
 }
-// x, with zero in what lies beyond the row.
+// x, with zeros beyond the row.
 template <class T>
-BODY Columns<T> only(const Columns<T>& x, Whole) {
+SKIPKERNELS_INLINE Columns<T> only(const Columns<T>& x, Whole) {
   return x;
 }
 template <class T>
-BODY Columns<T> only(const Columns<T>& x, int64_t n) {
+SKIPKERNELS_INLINE Columns<T> only(const Columns<T>& x, int64_t n) {
   accumulate_t<T> row[Columns<T>::count];
   store_slots(row, x);
   for (int64_t i = n; i < Columns<T>::count; ++i)

@@ -5,19 +5,19 @@
 //   d_weight_ij = ⟨d_out_i, v_j⟩,   d_score_ij = weight_ij (d_weight_ij − Σ_j weight_ij d_weight_ij)
 //   d_q_i = scale Σ_j d_score_ij k_j,   d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i
 //
-// Map: a task has a block of classes. For each head it keeps the prefix's keys and values in scratch, with room behind
-// for those of one suffix: so a class is a small attention over one tile of keys. In the backward pass the gradients of
-// that tile are kept the same way; the part of the prefix is summed over the classes of the task, then over tasks.
+// Map: a task has a block of classes. For each head its scratch holds the keys and values of the prefix, followed by
+// those of one suffix, so that a class is a small attention over one tile of keys. Backward holds the gradients of that
+// tile in the same layout; the gradient of the prefix is summed over the classes of a task, then over tasks.
 #include "attention.h"
 
 namespace skipkernels {
 namespace {
 
 constexpr const char* NAME = "suffix_attention";
-constexpr int64_t GROUP = 8; // queries at a time: of the keys that causality hides, few are multiplied all the same
-constexpr int64_t WINDOW = 32; // tokens for which one head's scratch is used before the next head's
+constexpr int64_t GROUP = 8; // queries at a time: small, so that few masked keys are multiplied
+constexpr int64_t WINDOW = 32; // tokens per head before the next head's scratch is used
 
-// Products with keys are fastest by fours; what the surplus keys of a tile give is hidden as future keys are.
+// Products with keys are fastest in groups of four; surplus keys of a tile are masked like future keys.
 constexpr int64_t whole_fours(int64_t keys) {
   return (keys + 3) / 4 * 4;
 }
@@ -26,7 +26,7 @@ template <class T>
 struct Problem {
   int64_t K, H, E, P, longest;
   accumulate_t<T> scale;
-  const int64_t* offsets; // where each suffix begins, and the end; null where all are of one length
+  const int64_t* offsets; // start of each suffix, and the end; null if all have one length
   Tokens<const T> query, prefix_key, prefix_value, suffix_key, suffix_value;
 
   int64_t begin(int64_t k) const {
@@ -43,11 +43,11 @@ struct Forward {
 template <class T>
 struct Backward {
   Tokens<const T> d_out;
-  Tokens<T> d_query, d_suffix_key, d_suffix_value; // without data where they are not wanted
+  Tokens<T> d_query, d_suffix_key, d_suffix_value; // null data if not needed
   bool need_key, need_value; // of the prefix or of the suffix
 };
 
-// A thread's own scratch. Keys and values: for each head P rows of the prefix, then `longest` of a suffix.
+// Scratch of a thread. Keys and values: for each head P rows of the prefix, then `longest` rows of a suffix.
 template <class T>
 struct Workspace {
   using A = accumulate_t<T>;
@@ -73,7 +73,8 @@ struct Workspace {
 };
 
 template <class T>
-BODY void load_suffix(const Problem<T>& problem, Workspace<T>& tile, int64_t begin, int64_t length, int64_t h) {
+SKIPKERNELS_INLINE void load_suffix(
+    const Problem<T>& problem, Workspace<T>& tile, int64_t begin, int64_t length, int64_t h) {
   const int64_t behind_prefix = (h * tile.keys + problem.P) * tile.width;
   load_rows(&tile.key[behind_prefix], tile.width, problem.suffix_key, begin, h, length, problem.E);
   load_rows(&tile.value[behind_prefix], tile.width, problem.suffix_value, begin, h, length, problem.E);
@@ -81,7 +82,7 @@ BODY void load_suffix(const Problem<T>& problem, Workspace<T>& tile, int64_t beg
 
 // One class, one head.
 template <class T, class A = accumulate_t<T>>
-BODY void attend(
+SKIPKERNELS_INLINE void attend(
     const Problem<T>& problem, const Forward<T>& result, Workspace<T>& tile, int64_t begin, int64_t length, int64_t h) {
   const int64_t width = tile.width, head = h * tile.keys * width;
   const TileRows<A> key{&tile.key[head], width}, value{&tile.value[head], width};
@@ -99,9 +100,9 @@ BODY void attend(
   }
 }
 
-// The gradient of keys or values, of which the last `fresh` have none yet.
+// Adds to the gradient of keys or values; the last `fresh` rows are overwritten.
 template <class A>
-BODY void add_key_gradient(
+SKIPKERNELS_INLINE void add_key_gradient(
     A* d_keys, const A* factor, int64_t columns, const A* queries, int64_t keys, int64_t fresh, int64_t rows,
     int64_t width) {
   const Factor<A> transposed{factor, 1, columns};
@@ -111,7 +112,7 @@ BODY void add_key_gradient(
 }
 
 template <class T, class A = accumulate_t<T>>
-BODY void attend_backward(
+SKIPKERNELS_INLINE void attend_backward(
     const Problem<T>& problem, const Backward<T>& result, Workspace<T>& tile, int64_t begin, int64_t length,
     int64_t h) {
   const int64_t width = tile.width, head = h * tile.keys * width, suffix = head + problem.P * width;
@@ -147,9 +148,9 @@ BODY void attend_backward(
     store_rows(result.d_suffix_value, begin, h, &tile.d_value[suffix], width, A(1), length, problem.E);
 }
 
-// Classes k0 to k1: a window of them after the other, in it a head after the other.
+// Classes k0 to k1, in windows; within a window head by head.
 template <class T, class Result>
-BODY void attend_classes_body(
+SKIPKERNELS_INLINE void attend_classes_body(
     const Problem<T>& problem, const Result& result, Workspace<T>& tile, int64_t k0, int64_t k1) {
   for (int64_t first = k0, last; first < k1; first = last) {
     last = first + 1;
@@ -167,7 +168,7 @@ BODY void attend_classes_body(
 }
 
 template <class T, class A = accumulate_t<T>>
-BODY void load_prefix_body(Workspace<T>& tile, const Problem<T>& problem) {
+SKIPKERNELS_INLINE void load_prefix_body(Workspace<T>& tile, const Problem<T>& problem) {
   for (int64_t h = 0; h < problem.H; ++h) {
     const int64_t head = h * tile.keys * tile.width;
     load_rows(&tile.key[head], tile.width, problem.prefix_key, 0, h, problem.P, problem.E);
@@ -198,18 +199,18 @@ DEFINE_LOOPS(double)
 DEFINE_LOOPS(BFloat16)
 DEFINE_LOOPS(Half)
 
-// How many tasks share the classes. It depends on the shape alone, so that sums over classes are the same on any number
-// of threads.
+// Number of tasks that the classes are divided into. It depends on the shape only: sums over classes are bit-equal for
+// any number of threads.
 template <class T>
 int64_t tasks_of(const Problem<T>& problem, int64_t tokens, int64_t products) {
-  constexpr double TASK_WORK = 1 << 19; // multiply-adds: some 30 µs, several times what a thread costs to wake
-  constexpr double MAX_TASKS = 64; // for each there is a sum of the prefix's gradient
+  constexpr double TASK_WORK = 1 << 19; // multiply-adds: about 30 µs, several times the cost of waking a thread
+  constexpr double MAX_TASKS = 64; // each has a partial sum of the prefix's gradient
   const double keys = double(problem.P + divide_up(tokens, problem.K)), width = double(problem.H * problem.E);
   const double wanted = double(products) * double(tokens) * keys * width / TASK_WORK;
   return std::clamp<int64_t>(int64_t(std::min(wanted, MAX_TASKS)), 1, problem.K);
 }
 
-// Calls f with scratch, task, and the task's first class and the one behind its last.
+// Calls f(scratch, task, begin, end) with the classes begin to end of each task.
 template <class T, class F>
 void parallel_classes(const Problem<T>& problem, int64_t tasks, bool backward, const F& f) {
   parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
@@ -220,7 +221,7 @@ void parallel_classes(const Problem<T>& problem, int64_t tasks, bool backward, c
   });
 }
 
-// The sums of the tasks, [tasks, H, P, width], added up.
+// Adds up the partial sums, [tasks, H, P, width], and stores them.
 template <class T, class A = accumulate_t<T>>
 void store_prefix_gradient(
     const Problem<T>& problem, Tensor& d_prefix, A* sums, int64_t tasks, int64_t width, A factor) {
@@ -235,11 +236,11 @@ void store_prefix_gradient(
   });
 }
 
-// The inputs, where the last dimension is made contiguous, and the problem they pose. Messages for people are
-// skipkernels.functional's; the checks keep a direct call inside the memory.
+// Inputs with a contiguous last dimension. skipkernels.functional validates for users; these checks keep a direct call
+// inside the memory.
 struct Inputs {
   Tensor query, prefix_key, prefix_value, suffix_key, suffix_value;
-  std::vector<int64_t> offsets; // empty: all suffixes are of one length
+  std::vector<int64_t> offsets; // empty: all suffixes have one length
   int64_t K, longest;
 
   Inputs(
@@ -280,7 +281,7 @@ struct Inputs {
       refuse(
           NAME, ": offsets must go from 0 to ", tokens, ", the tokens of query; got ", offsets[0], " to ", offsets[K],
           ".");
-    longest = 1; // max_length may be any number above it: scratch is for what is there
+    longest = 1; // max_length may be larger; scratch is sized by the longest suffix
     for (int64_t k = 0; k < K; ++k) {
       const int64_t length = offsets[k + 1] - offsets[k];
       if (length < 0 || length > max_length)
@@ -326,7 +327,7 @@ std::tuple<Tensor, Tensor> suffix_attention(
   return {out, lse};
 }
 
-// The output and lse are for other kernels: here a row's scores are all at hand, and so are its softmax and its sums.
+// out and lse are not read (the Triton kernel reads them): the scores of a row and its softmax are recomputed in full.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> suffix_attention_backward(
     const Tensor& d_out, const Tensor& query, const Tensor& prefix_key, const Tensor& prefix_value,
     const Tensor& suffix_key, const Tensor& suffix_value, const Tensor& /*out*/, const Tensor& /*lse*/,

@@ -1,5 +1,5 @@
-// What the operators share: tensors through PyTorch's stable ABI, work divided among threads, and the library's
-// matrix product. Only stable headers are included, so that one binary serves every torch from 2.10 on.
+// Shared by all operators: tensors through PyTorch's stable ABI, parallel loops, and PyTorch's matrix product. Only
+// stable headers are included, so that one binary works with every torch from 2.10.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,8 +35,8 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// PyTorch's allocations. At our target version the stable ABI names the call that failed, and not why; with arguments
-// that are right it is for want of memory.
+// PyTorch's allocations. The stable ABI of the target version names the failed call but no reason; with valid arguments
+// it is out of memory.
 template <class F>
 Tensor allocated(const F& allocate) {
   try {
@@ -55,8 +55,8 @@ inline Tensor make_contiguous(const Tensor& tensor) {
   return allocated([&] { return torch::stable::contiguous(tensor); });
 }
 
-// Calls f(begin, end) on parts of a range, on as many threads as torch.set_num_threads allows. What f throws is thrown
-// as it is: the stable ABI would say no more than that parallel_for failed.
+// Calls f(begin, end) on parts of a range, on up to torch.get_num_threads() threads. Rethrows the exception of f: the
+// stable ABI would only report that parallel_for failed.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   std::exception_ptr failure;
@@ -73,7 +73,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     std::rethrow_exception(failure);
 }
 
-// Uninitialised numbers of a task's own, aligned to a cache line.
+// Uninitialised scratch of a task, aligned to a cache line.
 struct Free {
   void operator()(void* memory) const {
     ::operator delete[](memory, std::align_val_t(64));
@@ -99,7 +99,7 @@ template <class A>
 Tensor scalar_of() {
   return make_empty({}, scalar_type_of<A>);
 }
-// A result to be written: contiguous, and empty where nobody wants it.
+// A contiguous output; empty if not needed.
 inline Tensor empty_if(bool need, const Tensor& like) {
   std::vector<int64_t> sizes{0};
   if (need) {
@@ -110,7 +110,7 @@ inline Tensor empty_if(bool need, const Tensor& like) {
   return make_empty(sizes, like.scalar_type());
 }
 
-// Calls f with a value of the features' type.
+// Calls f with a value of the type of the features.
 template <class F>
 void dispatch_features(const Tensor& features, const char* name, const F& f) {
   switch (features.scalar_type()) {
@@ -122,7 +122,7 @@ void dispatch_features(const Tensor& features, const char* name, const F& f) {
   }
 }
 
-// The numbers of a floating-point tensor of at most one dimension, whatever its type.
+// The elements of a floating-point tensor of any type and at most one dimension.
 inline std::vector<double> numbers(const Tensor& tensor) {
   std::vector<double> values(tensor.numel());
   const int64_t stride = tensor.dim() > 0 ? tensor.stride(0) : 0;
@@ -151,7 +151,7 @@ inline std::vector<int64_t> integers(const Tensor& tensor) {
   return values;
 }
 
-// A matrix whose rows are contiguous, however far apart they are; or some of its rows, by index.
+// A matrix with contiguous rows and any row stride; or some of its rows, by index.
 template <class T>
 struct Rows {
   const T* data;
@@ -175,7 +175,7 @@ Rows<T> rows_of(const Tensor& matrix, const int64_t* ids = nullptr) {
   return {matrix.const_data_ptr<T>(), matrix.stride(0), ids};
 }
 
-// A matrix of numbers in memory, of any strides, for the library's product.
+// A matrix with any strides, for PyTorch's product.
 template <class A>
 struct Matrix {
   A* data;
@@ -198,15 +198,15 @@ struct Matrix {
 template <class A>
 void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b) {
   using torch::stable::detail::from;
-  allocated([&] { // the library may want memory of its own
+  allocated([&] { // PyTorch may allocate
     std::array<StableIValue, 3> stack{from(a.tensor()), from(b.tensor()), from(out.tensor())};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   });
 }
 
-// The library's product is worth its overhead from here on. It is only called inside a parallel region, where it is
-// serial: a product that the library divides among threads may depend on how many there are.
+// PyTorch's product is faster from this size on. It is only called inside a parallel region, where it is serial: a
+// product divided among threads may depend on their number.
 inline bool is_large(int64_t m, int64_t n, int64_t d) {
   return std::min({m, n, d}) >= 16 && double(m) * double(n) * double(d) >= 1 << 20;
 }
@@ -215,8 +215,8 @@ inline int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
 }
 
-// How the B × K plane of (image, class) pairs is cut into blocks, a task each. It depends on the shape alone, and each
-// block is done by one thread in one order: that is why any number of threads gives the same bits.
+// Division of the B × K plane of (image, class) pairs into blocks, one task each. It depends on the shape only, and one
+// thread computes a block in a fixed order: results are bit-equal for any number of threads.
 struct Plan {
   int64_t B, K, D;
   int64_t b_blocks = 1, k_blocks = 1;
@@ -238,10 +238,10 @@ constexpr int64_t B_TILE = 256; // a tile of logits, 256 × 512 fp32, is 512 KiB
 constexpr int64_t K_TILE = 512;
 
 inline Plan::Plan(int64_t B_, int64_t K_, int64_t D_) : B(B_), K(K_), D(D_), b_block(B_), k_block(K_) {
-  constexpr double TASK_WORK = 1 << 20; // multiply-adds: some 25 µs, several times what a thread costs to wake
+  constexpr double TASK_WORK = 1 << 20; // multiply-adds: about 25 µs, several times the cost of waking a thread
   constexpr double MAX_TASKS = 64;
-  constexpr int64_t GRAIN = 16; // the library takes 1.5 times as long for 63 columns as for 64
-  // More work makes for more tasks and for larger ones, which load fewer rows for each product.
+  constexpr int64_t GRAIN = 16; // PyTorch's product takes 1.5 times as long for 63 columns as for 64
+  // More work gives more and larger tasks; larger ones load fewer rows per product.
   const double wanted = std::min(std::sqrt(double(B) * double(K) * double(D) / TASK_WORK), MAX_TASKS);
   while (double(tasks()) < wanted && std::max(b_block, k_block) >= 2 * GRAIN) {
     int64_t& block = k_block >= b_block ? k_block : b_block;
@@ -257,7 +257,7 @@ inline Block block_of(const Plan& plan, int64_t task) {
   return {b_index, k_index, b, std::min(b + plan.b_block, plan.B), k, std::min(k + plan.k_block, plan.K)};
 }
 
-// Calls f for every block of the plan, on as many threads as torch.set_num_threads allows; each has a tile of its own.
+// Calls f for every block of the plan, in parallel; each thread has its own tile.
 template <class Tile, class F>
 void parallel_blocks(const Plan& plan, const F& f) {
   parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
@@ -267,7 +267,7 @@ void parallel_blocks(const Plan& plan, const F& f) {
   });
 }
 
-// The same where no tile is needed.
+// The same without tiles.
 template <class F>
 void parallel_blocks(const Plan& plan, const F& f) {
   parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// What the operators on unit rows share: which rows of the bank take part, and the way back from d_logits to the rows.
+// Shared by the operators on unit rows: positions of sampled rows, and gradients of the rows from d_logits.
 //
 //   d_x_b = s · P_b Σ_k d_z_bk t_k/|t_k|,   d_t_k = s · P_k Σ_b d_z_bk x_b/|x_b|,   P the gradient of the unit norm
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace skipkernels {
 
-// The place of each row of the bank among the sampled ones, −1 for those that are not.
+// Position of each row of the bank among the sampled rows, −1 if not sampled.
 inline std::vector<int64_t> places_of(const char* name, const std::vector<int64_t>& ids, int64_t C) {
   std::vector<int64_t> place(C, -1);
   for (size_t k = 0; k < ids.size(); ++k) {
@@ -21,7 +21,7 @@ inline std::vector<int64_t> places_of(const char* name, const std::vector<int64_
   return place;
 }
 
-// Whether the library's product of bf16 is faster than that of fp32: without these instructions it emulates.
+// True if PyTorch's bf16 product is faster than fp32: without these instructions it is emulated.
 inline bool has_bf16_products() {
 #if defined(__x86_64__)
   static const bool has = __builtin_cpu_supports("avx512bf16");
@@ -31,11 +31,11 @@ inline bool has_bf16_products() {
 #endif
 }
 
-// out[m, d] (+)= Σ_n factors[m, n] · unit row n, a tile of n at a time. A piece of the sum, some m and some columns, is
-// a task; none where there is no `out`. `whole` stands for a problem too small to divide: one piece, and no library.
+// out[m, d] (+)= Σ_n factors[m, n] · unit row n, a tile of n at a time. A task is a range of m and of columns; there
+// are none without `out`. `whole`: the problem is too small to divide; one task, without PyTorch's product.
 //
-// Large products of bf16 rows have both operands rounded to bf16, as plain PyTorch has them, and so is each tile's
-// product; tiles are summed up in fp32.
+// Large products of bf16 rows round both operands and the product of each tile to bf16, as plain PyTorch does; tiles
+// are summed in fp32.
 template <class T, class A = accumulate_t<T>>
 struct Contraction {
   Matrix<A> factors; // [M, N]
@@ -48,7 +48,7 @@ struct Contraction {
   static constexpr int64_t M_TILE = 256, N_TILE = 512, D_TILE = 512;
   static constexpr bool IS_BF16 = std::is_same_v<T, BFloat16>;
 
-  // A thread's own memory for pieces of a width.
+  // Scratch of a thread.
   struct Workspace {
     Scratch<A> tile, product;
     Scratch<BFloat16> tile_bf16, factors_bf16, product_bf16;
@@ -66,7 +66,7 @@ struct Contraction {
   int64_t width(bool whole) const {
     if (whole)
       return D;
-    // Few rows: more threads find work in narrow pieces. Many rows: wide pieces read the factors less often.
+    // Few rows: narrow pieces give more tasks. Many rows: wide pieces read the factors less often.
     return factors.rows <= M_TILE ? std::min<int64_t>(128, divide_up(D, 2)) : std::min(D, D_TILE);
   }
 
@@ -112,7 +112,7 @@ struct Contraction {
   void add_product_bf16(A* piece, const Matrix<A>& a, const Matrix<A>& b, Workspace& own) const {
     if constexpr (IS_BF16) {
       narrow_row(own.tile_bf16.get(), b.data, b.rows * b.columns);
-      // In the order of memory: d_logits is the one factor as it is and the other transposed.
+      // In memory order: one contraction reads d_logits as it is, the other transposed.
       const bool by_rows = a.stride_column == 1;
       const Matrix<A> in = by_rows ? a : a.transposed();
       for (int64_t i = 0; i < in.rows; ++i)
@@ -125,7 +125,7 @@ struct Contraction {
   }
 };
 
-// The unit rows of images and of classes: what both contractions read.
+// The unit rows of images and of classes, read by both contractions.
 template <class T, class A = accumulate_t<T>>
 struct UnitRows {
   Rows<T> image, text;
@@ -133,8 +133,8 @@ struct UnitRows {
   int64_t D;
 };
 
-// Both contractions of images b0… with d_logits [panel, K]: d_image [panel, D] is overwritten, d_text [K, D] too or, if
-// `accumulate`, added to; either may be null.
+// Both contractions of the images from b0 on with d_logits [panel, K]: overwrites d_image [panel, D] and d_text [K, D],
+// or adds to d_text if `accumulate`; either may be null.
 template <class T, class A = accumulate_t<T>>
 void contract(
     const Matrix<A>& d_logits, const UnitRows<T>& unit, int64_t b0, A* d_image, A* d_text, bool accumulate,
@@ -155,8 +155,8 @@ void contract(
   });
 }
 
-// Back through the unit norm: rows of d_rows from the gradient of the n unit rows, times scale. d_rows is zero where no
-// row takes part.
+// Gradient of the unit norm: rows of d_rows from the gradients of the n unit rows, times scale. The caller sets the
+// other rows to zero.
 template <class T, class A = accumulate_t<T>>
 void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t n, int64_t D, A scale, T* d_rows) {
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / D);

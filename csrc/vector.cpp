@@ -7,9 +7,9 @@
 namespace skipkernels {
 namespace {
 
-// I × J dot products at once: I · J independent chains of FMAs, and each value loaded serves several of them.
+// I × J dot products at once: I · J independent chains of FMAs, and each loaded value is used several times.
 template <class A, int I, int J>
-BODY void dot_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t d) {
+SKIPKERNELS_INLINE void dot_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t d) {
   using V = typename Vector<A>::type;
   constexpr int64_t W = Vector<A>::width;
   V sum[I][J] = {};
@@ -28,14 +28,14 @@ BODY void dot_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t 
 }
 
 template <class T, class A>
-BODY void load_scaled(A* out, const T* x, A factor, int64_t D) {
+SKIPKERNELS_INLINE void load_scaled(A* out, const T* x, A factor, int64_t D) {
 #pragma omp simd
   for (int64_t d = 0; d < D; ++d)
     out[d] = widen(x[d]) * factor;
 }
 
 template <class T, class A>
-BODY A length(const T* x, int64_t D) {
+SKIPKERNELS_INLINE A length(const T* x, int64_t D) {
   A squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t d = 0; d < D; ++d)
@@ -44,7 +44,7 @@ BODY A length(const T* x, int64_t D) {
 }
 
 template <class T, class A>
-BODY void store_unit_row_gradient_body(T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D) {
+SKIPKERNELS_INLINE void store_unit_row_gradient_body(T* d_x, const A* d_unit, A scale, const T* x, A norm, int64_t D) {
   // d_x = (d_unit − x · ⟨x, d_unit⟩/|x|²)/|x|; a row shorter than eps was divided by a constant: d_x = d_unit/eps.
   const A inverse = 1 / std::max(norm, A(UNIT_NORM_EPS));
   A along = 0;
@@ -59,7 +59,7 @@ BODY void store_unit_row_gradient_body(T* d_x, const A* d_unit, A scale, const T
 }
 
 template <class Out, class In>
-BODY void convert_row_body(Out* out, const In* x, float scale, int64_t n) {
+SKIPKERNELS_INLINE void convert_row_body(Out* out, const In* x, float scale, int64_t n) {
   using A = accumulate_t<In>;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
@@ -68,7 +68,7 @@ BODY void convert_row_body(Out* out, const In* x, float scale, int64_t n) {
 
 // J rows of b against all rows of a: the rows of b, which may be many, are read once.
 template <class A, int J>
-BODY void dot_columns(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t d) {
+SKIPKERNELS_INLINE void dot_columns(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t d) {
   int64_t i = 0;
   for (; i + 2 <= m; i += 2)
     dot_block<A, 2, J>(out + i * stride_out, stride_out, a + i * d, b, d);
@@ -77,7 +77,8 @@ BODY void dot_columns(A* out, int64_t stride_out, const A* a, const A* b, int64_
 }
 
 template <class A>
-BODY void small_matmul_nt_body(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {
+SKIPKERNELS_INLINE void small_matmul_nt_body(
+    A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4)
     dot_columns<A, 4>(out + j, stride_out, a, b + j * d, m, d);
@@ -87,7 +88,7 @@ BODY void small_matmul_nt_body(A* out, int64_t stride_out, const A* a, const A* 
 
 // out[d] += Σ_i factor[i · stride] · x[i, d], four rows at a time: out is read and written a quarter as often.
 template <class A>
-BODY void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, int64_t rows, int64_t D) {
+SKIPKERNELS_INLINE void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, int64_t rows, int64_t D) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     const A *x0 = x + i * D, *x1 = x0 + D, *x2 = x1 + D, *x3 = x2 + D;
@@ -107,7 +108,7 @@ BODY void add_scaled_rows(A* out, const A* factor, int64_t stride, const A* x, i
 }
 
 template <class A>
-BODY double dot_body(const A* x, const A* y, int64_t n) {
+SKIPKERNELS_INLINE double dot_body(const A* x, const A* y, int64_t n) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i)
@@ -117,7 +118,7 @@ BODY double dot_body(const A* x, const A* y, int64_t n) {
 
 // The x whose scale · x is largest. A lane for each position in a vector: compilers differ on reductions by maximum.
 template <class A>
-BODY A top_of(A start, const A* x, A scale, int64_t n) {
+SKIPKERNELS_INLINE A top_of(A start, const A* x, A scale, int64_t n) {
   constexpr int64_t W = Vector<A>::width;
   A lanes[W];
   std::fill(lanes, lanes + W, start);
@@ -133,7 +134,7 @@ BODY A top_of(A start, const A* x, A scale, int64_t n) {
 }
 
 template <class A>
-BODY void online_softmax_body(A* top, A* sum, const A* cosine, A scale, int64_t n) {
+SKIPKERNELS_INLINE void online_softmax_body(A* top, A* sum, const A* cosine, A scale, int64_t n) {
   const bool first = *sum == 0;
   const A higher = top_of(first ? cosine[0] : *top, cosine, scale, n);
   A total = 0;
@@ -145,7 +146,8 @@ BODY void online_softmax_body(A* top, A* sum, const A* cosine, A scale, int64_t 
 }
 
 template <class A>
-BODY A softmax_gradient_body(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {
+SKIPKERNELS_INLINE A
+softmax_gradient_body(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n) {
   const A scale = softmax.scale, top = softmax.top, log_sum = softmax.log_sum;
   A along = 0;
   if (weight != nullptr) {

@@ -24,7 +24,7 @@ SKIPKERNELS_DECLARE_FEATURE_LOOPS(BFloat16, float);
 SKIPKERNELS_DECLARE_FEATURE_LOOPS(Half, float);
 #undef SKIPKERNELS_DECLARE_FEATURE_LOOPS
 
-// out = x · scale, from any type to another; int8 is for what is read only.
+// out = x · scale, from any type to another; int8 as input only.
 #define SKIPKERNELS_FOR_CONVERSIONS(F)                                                             \
   F(float, int8_t) F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, int8_t)          \
   F(BFloat16, float) F(BFloat16, Half) F(BFloat16, double) F(Half, int8_t) F(Half, float)          \
@@ -41,27 +41,26 @@ struct Softmax {
   A scale, top, log_sum;
 };
 
-#define SKIPKERNELS_DECLARE_LOOPS(A)                                                                                   \
-  /* Small matrix products; the large ones go to the library (tensor.h). a and b are contiguous unless strides say so. \
-   */                                                                                                                  \
-  /* out[m, n] = a[m, d] · b[n, d]ᵀ */                                                                              \
-  void small_matmul_nt(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d);           \
-  /* out[m, d] += a[m, n] · b[n, d] */                                                                                \
-  void small_matmul_add(                                                                                               \
-      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m,           \
-      int64_t n, int64_t d);                                                                                           \
-  /* out += x */                                                                                                       \
-  void add(A* out, const A* x, int64_t n);                                                                             \
-  /* out = x · factor */                                                                                              \
-  void multiply(A* out, const A* x, A factor, int64_t n);                                                              \
-  /* out = max(out, x), NaN if either is. */                                                                           \
-  void maximum(A* out, const A* x, int64_t n);                                                                         \
-  /* Σ x · y, summed in fp64: for sums whose terms may cancel. */                                                    \
-  double dot(const A* x, const A* y, int64_t n);                                                                       \
-  /* Takes n more cosines into the running top and sum (0 before the first); see Softmax. */                           \
-  void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n);                                            \
-  /* cosine → d_logit = factor · p − spread · weight, in place; returns Σ d_logit · cosine. */                 \
-  /* Without weights, without the second term. */                                                                      \
+#define SKIPKERNELS_DECLARE_LOOPS(A)                                                                         \
+  /* Small matrix products (large ones: tensor.h). a and b are contiguous unless strides are given. */       \
+  /* out[m, n] = a[m, d] · b[n, d]ᵀ */                                                                       \
+  void small_matmul_nt(A* out, int64_t stride_out, const A* a, const A* b, int64_t m, int64_t n, int64_t d); \
+  /* out[m, d] += a[m, n] · b[n, d] */                                                                       \
+  void small_matmul_add(                                                                                     \
+      A* out, int64_t stride_out, const A* a, int64_t stride_a_m, int64_t stride_a_n, const A* b, int64_t m, \
+      int64_t n, int64_t d);                                                                                 \
+  /* out += x */                                                                                             \
+  void add(A* out, const A* x, int64_t n);                                                                   \
+  /* out = x · factor */                                                                                     \
+  void multiply(A* out, const A* x, A factor, int64_t n);                                                    \
+  /* out = max(out, x), NaN if either is. */                                                                 \
+  void maximum(A* out, const A* x, int64_t n);                                                               \
+  /* Σ x · y, summed in fp64: for sums whose terms may cancel. */                                            \
+  double dot(const A* x, const A* y, int64_t n);                                                             \
+  /* Takes n more cosines into the running top and sum (0 before the first); see Softmax. */                 \
+  void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n);                                  \
+  /* cosine → d_logit = factor · p − spread · weight, in place; returns Σ d_logit · cosine. */               \
+  /* Without weights, without the second term. */                                                            \
   A softmax_gradient(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n)
 
 SKIPKERNELS_DECLARE_LOOPS(float);
