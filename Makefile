@@ -18,9 +18,9 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja numpy
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel numpy
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[test,dev]'
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli,test,dev]'
 	@touch $(READY)
 
 tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, writes runs/glyphs-skip.

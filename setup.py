@@ -1,24 +1,29 @@
-"""Builds the C++ kernels where torch is there to build against; the rest of the project's description is in
-pyproject.toml. Without torch the result is a pure package that builds the same sources on first use."""
+"""Builds the C++ kernels if torch and a C++ compiler are present; all other metadata is in pyproject.toml.
 
-import os
+Without them, or if the build fails, the result is a pure package that builds the same sources on first use.
+"""
+
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))  # a build front end does not put the project's own folder there
 
 from skipkernels import _extension  # noqa: E402
 
+SOURCE = "https://github.com/skipkernels/skipkernels"
 NAME = f"_C_{_extension.sources_digest()}"
 
 
 class BuildPyWithSources(build_py):
-    """Puts csrc/ into the package, so that an installed copy can build it, and removes libraries of other sources."""
+    """Copies csrc/ into the package, so that an installed copy can build it, and removes libraries of other sources."""
 
     def run(self) -> None:
         super().run()
@@ -34,29 +39,45 @@ class BuildPyWithSources(build_py):
             shutil.copy2(ROOT / "csrc" / name, target / name)
 
 
+class BuildKernels(build_ext):
+    """Builds the library as on first use. A failure is a warning, and the package is pure."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            _extension.build_into(Path(self.get_ext_fullpath(ext.name)))
+        except _extension.BuildError as error:
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None:
+                wheel.root_is_pure = True
+            raise CompileError(f"{error}The C++ kernels were not built; they will be built on first use.") from error
+
+
+def readme() -> str:
+    """README.md with absolute links, for a package index."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\1{SOURCE}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^\]]*\]\()(?!https?:|#)", rf"\1{SOURCE}/blob/main/", text)
+
+
 def native() -> dict:
     try:
         _extension.check_compiler()
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch  # noqa: F401
     except (ImportError, _extension.BuildError) as error:
         print(f"skipkernels: {error}. The package has no C++ kernels yet; they will be built on first use.")
         return {}
-    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))  # torch's default is two more than there are cores
-    extension = CppExtension(
-        f"skipkernels.{NAME}",
-        sources=[f"csrc/{name}" for name in _extension.SOURCES],
-        depends=[f"csrc/{name}" for name in _extension.HEADERS],
-        extra_compile_args=[*_extension.COMPILE_FLAGS, *_extension.DEFINES],
-        py_limited_api=True,
-    )
+    # Optional: setuptools makes a CompileError a warning.
+    sources = [f"csrc/{name}" for name in _extension.SOURCES]
     return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
+        "ext_modules": [Extension(f"skipkernels.{NAME}", sources, py_limited_api=True, optional=True)],
         # The binary uses torch's stable ABI and no Python at all: one wheel for all versions of both.
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-options = native()
-options.setdefault("cmdclass", {})["build_py"] = BuildPyWithSources
-setup(**options)
+setup(
+    **native(),
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    cmdclass={"build_py": BuildPyWithSources, "build_ext": BuildKernels},
+)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from skipkernels.selection import ClassSelection, select_classes
     from skipkernels.store import StoreError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ClassSelection",

@@ -7,6 +7,8 @@ import sys
 
 import skipkernels
 
+_CLI_PACKAGES = {"rich", "tyro", "yaml", "matplotlib"}  # the extra `cli` in pyproject.toml
+
 
 def main() -> int:
     """Run the command line."""
@@ -19,6 +21,12 @@ def main() -> int:
         from skipkernels.cli import main as cli  # here, so that Ctrl-C may interrupt its imports
 
         return cli.main()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _CLI_PACKAGES:
+            raise
+        sys.stderr.write(f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n")
+        return 1
     except KeyboardInterrupt:
         return 130
 

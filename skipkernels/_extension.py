@@ -244,12 +244,45 @@ def _only_process(path: Path) -> Iterator[None]:
         yield
 
 
+# As simd.h uses it. GCC before 12 has target_clones and not these levels.
+_MULTIVERSION_TEST = """
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+#endif
+int f(int x) { return x + 1; }
+"""
+
+
+def _multiversion_flags(compiler: list[str], scratch: Path) -> list[str]:
+    """Flags that turn function multiversioning off if the compiler fails on it."""
+    source = scratch / "multiversion.cpp"
+    source.write_text("#include <cstdint>\n" + _MULTIVERSION_TEST)  # a header defines __GLIBC__
+    try:
+        _run([*compiler, "-fPIC", "-c", str(source), "-o", str(scratch / "multiversion.o")])
+    except BuildError:
+        return ["-DSKIPKERNELS_NO_MULTIVERSION"]
+    return []
+
+
+def build_into(library: Path) -> None:
+    """Build the library for a package, as `setup.py` does. Raises a BuildError if that is impossible."""
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_compile(_compiler(), Path(scratch)), library)
+    except OSError as error:
+        raise BuildError(str(error)) from error
+
+
 def _compile(compiler: list[str], scratch: Path) -> Path:
     import torch
 
     torch_dir = Path(torch.__file__).parent
     sources = [source_dir() / name for name in SOURCES]
     objects = [scratch / f"{source.stem}.o" for source in sources]
+    compiler = [*compiler, *_multiversion_flags(compiler, scratch)]
     compile_one = [*compiler, "-fPIC", "-isystem", str(torch_dir / "include"), "-c"]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(

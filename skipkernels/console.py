@@ -14,16 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ._progress import escaped
+
 _SPELLED = str.maketrans({"–": "-", "×": "x", "±": "+/-", "→": "->", "…": "...", "≥": ">=", "≤": "<=", "·": "*"})
-
-
-def escaped(text: object) -> str:
-    r"""Escape unprintable characters: control characters, and bytes that are no UTF-8.
-
-    >>> escaped("a\x1b[31mb [/b] é\n")
-    'a\\x1b[31mb [/b] é\\n'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def plain(text: object, style: str = "") -> Text:

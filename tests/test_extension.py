@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,36 @@ def test_setup_without_a_compiler_is_a_pure_package(tmp_path):
     assert "no C++ compiler found (CXX=/no/such/compiler)" in result.stdout
     built = {path.name for path in (tmp_path / "build").rglob("*")}
     assert {"functional.py", *_extension.SOURCES} <= built and not [name for name in built if name.endswith(".so")]
+
+
+def test_setup_with_a_compiler_that_fails_is_a_pure_wheel(tmp_path):
+    setup = Path(skipkernels.__file__).parents[1] / "setup.py"
+    if not setup.is_file():
+        pytest.skip("not a checkout")
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nfor last; do :; done\ntest $last = --version || { echo broken header; exit 1; }\n")
+    compiler.chmod(0o755)
+    command = ["egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build", "bdist_wheel", "-d", tmp_path]
+    result = subprocess.run(
+        [sys.executable, setup.name, *command, "-b", tmp_path / "bdist"],
+        cwd=setup.parent,
+        env={**os.environ, "CXX": str(compiler)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "broken header" in result.stderr and "they will be built on first use" in result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"skipkernels-{skipkernels.__version__}-py3-none-any.whl"
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+def test_compiler_without_these_target_clones_builds_one_version(pretended):
+    with pretended.open("r+") as file:
+        rest = file.read().removeprefix("#!/bin/sh\n")
+        file.seek(0)
+        file.write('#!/bin/sh\ncase "$*" in *multiversion.cpp*) exit 1;; esac\n' + rest)
+    assert "-DSKIPKERNELS_NO_MULTIVERSION" in _extension.build().read_text()
 
 
 def test_only_names_that_the_oldest_torch_has():

@@ -18,7 +18,7 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # A module may import from its own layer and from those before it; see CONTRIBUTING.md.
 LAYERS = [
-    ("_extension", "_namespace", "checks", "console", "memory", "reference", "testing"),
+    ("_extension", "_namespace", "_progress", "checks", "console", "memory", "reference", "testing"),
     ("ops",),
     ("functional",),
     ("store",),
@@ -206,3 +206,41 @@ def test_imports_form_no_circle():
 
 def test_no_module_is_named_utils():
     assert not [path for path in modules() if path.stem in {"utils", "util", "helpers", "common", "misc"}]
+
+
+CORE_STEP = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+BLOCKED = {"rich", "tyro", "matplotlib", "triton", "torchmetrics", "ninja"}
+sys.meta_path.insert(0, Blocked())
+import open_clip, torch, skipkernels as sk
+model = open_clip.CLIP(32, open_clip.CLIPVisionCfg(layers=3, width=64, head_width=32, patch_size=8, image_size=16),
+                       open_clip.CLIPTextCfg(context_length=8, vocab_size=99, width=64, heads=2, layers=3))
+tokens = torch.randint(1, 98, (7, 8)); tokens[:, 7] = 98
+clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 7
+cache = sk.FeatureCache.build("features", clip, torch.utils.data.TensorDataset(images, labels), progress=True)
+features, labels = next(iter(cache.loader(batch_size=3)))
+optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-3, image_lr=1e-3), momentum=0.9)
+loss = clip(features, labels).loss
+loss.backward(); optimizer.step()
+print(loss.isfinite().item(), sorted(BLOCKED & set(sys.modules)))
+"""
+
+
+def test_core_without_the_packages_of_the_command_line(tmp_path):
+    result = subprocess.run([sys.executable, "-c", CORE_STEP], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.split("\n")[0] == "True []", result.stderr
+
+
+@pytest.mark.parametrize("package", ["rich", "tyro", "yaml", "matplotlib"])
+def test_command_line_names_the_package_that_it_lacks(package):
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom skipkernels.__main__ import main\nsys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n"

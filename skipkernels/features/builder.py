@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.filesize import decimal
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .. import console
+from .. import _progress
+from .._progress import decimal, escaped
 from ..store import COMPUTED, DTYPES, Layout, StoreError, Writer
 from ..store.shards import map_shard, quantise
 from . import fingerprint
@@ -277,12 +276,13 @@ class _Progress(contextlib.AbstractContextManager):
     """Progress bar with images, rate, time left and bytes written; or calls of a function."""
 
     def __init__(self, folder: Path, config: BuildConfig, progress: Callable[[int], None] | bool):
-        columns = (MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
+        columns = ("MofNCompleteColumn", "{task.fields[state]}", "TimeRemainingColumn")
         self._call = progress if callable(progress) else None
-        self._bar = console.progress(*columns, console=console.stderr(), disable=progress is not True)
+        self._bar = _progress.progress(*columns, disable=progress is not True)
         self._images = len(config.dataset) * config.views
-        self._task = self._bar.add_task(f"features → {console.escaped(folder)}", total=self._images, state="")
+        self._task = self._bar.add_task(f"features → {escaped(folder)}", total=self._images, state="")
         self._started, self._count = time.perf_counter(), 0  # images encoded; before that, bytes verified
+        self._completed = 0  # images: of existing shards, and encoded
         self._layout: Layout | None = None
 
     def __enter__(self) -> _Progress:
@@ -301,6 +301,7 @@ class _Progress(contextlib.AbstractContextManager):
         """Begin with the images of shards that exist already."""
         existing = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
         self._started, self._count, self._layout = time.perf_counter(), 0, layout
+        self._completed = existing
         self._bar.reset(self._task, total=layout.rows, completed=existing)
         if self._call is not None and existing:
             self._call(existing)
@@ -312,6 +313,6 @@ class _Progress(contextlib.AbstractContextManager):
             self._call(images)
         assert self._layout is not None
         rate = self._count / (time.perf_counter() - self._started)
-        completed = self._bar.tasks[0].completed + images
-        size = decimal(int(completed) * self._layout.row_bytes)
-        self._bar.update(self._task, completed=completed, state=f"{rate:.1f} images/s, {size}")
+        self._completed += images
+        size = decimal(self._completed * self._layout.row_bytes)
+        self._bar.update(self._task, completed=self._completed, state=f"{rate:.1f} images/s, {size}")

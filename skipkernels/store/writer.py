@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from rich.filesize import decimal
 from torch import Tensor
 
+from .._progress import decimal
 from .atomic import partial_of
 from .lock import LOCK, OWNER, locked
 from .manifest import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..console import escaped, progress, stderr
+from .._progress import escaped, message, progress
 from ..store import (
     COMPUTED,
     DTYPES,
@@ -176,7 +176,7 @@ def _store(
 
 
 def _report_wait(held: str) -> None:
-    stderr().print(f"{held} Waiting for it.", soft_wrap=True)
+    message(f"{held} Waiting for it.")
 
 
 def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
@@ -188,7 +188,7 @@ def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: P
     ends = (prompts.starts + prompts.lengths).cpu()
     chunks = torch.arange(len(text.tokens)).split(chunk)
     start = 0
-    with progress(console=stderr(), transient=True) as bar:
+    with progress("TaskProgressColumn", "TimeRemainingColumn", transient=True) as bar:
         for ids in bar.track(chunks, description=f"texts → {escaped(folder)}"):
             end = int(ends[ids[-1]])
             if any(part.start < end and start < part.stop for part in missing):

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from ..data import InputError
 from ..data.tasks import Protocol, Task, load_task, summarise
@@ -171,11 +170,10 @@ class Evaluator:
     def accuracies(self, predictions: dict[str, Tensor]) -> Accuracies:
         """Of `predictions`; None for tests without them, and for what is made of those."""
 
-        def of(name: str, classes: int) -> float:  # torchmetrics knows no task of one class
-            correct = multiclass_accuracy(predictions[name], self.labels(name), max(2, classes), average="micro")
-            return round(100.0 * correct.item(), 4)
+        def accuracy(name: str) -> float:
+            return round(100.0 * (predictions[name] == self.labels(name)).float().mean().item(), 4)
 
-        known = {test.name: of(test.name, len(test.classes)) for test in self.task.tests if test.name in predictions}
+        known = {test.name: accuracy(test.name) for test in self.task.tests if test.name in predictions}
         if len(known) == len(self.task.tests):
             return dict(summarise(self.task.protocol, known))
         names = summarise(self.task.protocol, {test.name: 0.0 for test in self.task.tests})

@@ -253,7 +253,7 @@ KILLED = {"epochs": 6}
 @pytest.fixture(scope="module")
 def processes():
     """From a server that has imported everything, so that a process begins at once."""
-    return server("skipkernels.tuner", "torchmetrics", "matplotlib.figure")
+    return server("skipkernels.tuner", "matplotlib.figure")
 
 
 def work(config: TuneConfig, pipe) -> None:
