@@ -273,18 +273,35 @@ def suffix_attention(
         >>> suffix_attention(query, prefix, prefix, suffix, suffix, offsets=offsets, max_length=2).flatten()
         tensor([2.0000, 3.0000, 2.5000])
     """
+    inputs = query, prefix_key, prefix_value, suffix_key, suffix_value
+    return suffix_attention_and_lse(*inputs, scale, offsets, max_length)[0]
+
+
+def suffix_attention_and_lse(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    suffix_key: Tensor,
+    suffix_value: Tensor,
+    scale: float | None = None,
+    offsets: Tensor | None = None,
+    max_length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`suffix_attention`, and the log-sum-exp of the scores: `query` without its last dimension."""
+    T = query.shape[0]
     if offsets is not None:
         assert max_length is not None
-        T = query.shape[0]
         padded = (padded_suffixes(x, offsets, max_length) for x in (query, suffix_key, suffix_value))
         query, suffix_key, suffix_value = padded
-    K, S, H, head_width = query.shape
+    K, S, H, E = query.shape
     P = prefix_key.shape[0]
-    key = torch.cat([prefix_key.expand(K, P, H, head_width), suffix_key], dim=1)
-    value = torch.cat([prefix_value.expand(K, P, H, head_width), suffix_value], dim=1)
+    key = torch.cat([prefix_key.expand(K, P, H, E), suffix_key], dim=1)
+    value = torch.cat([prefix_value.expand(K, P, H, E), suffix_value], dim=1)
     visible = torch.ones(S, P + S, dtype=torch.bool, device=query.device).tril(diagonal=P)
-    out = _attention(query, key, value, visible, scale)
-    return out if offsets is None else packed_suffixes(out, offsets, T)
+    out, lse = _attention(query, key, value, visible, scale)
+    if offsets is not None:
+        out, lse = packed_suffixes(out, offsets, T), packed_suffixes(lse, offsets, T)
+    return out, lse
 
 
 def padded_suffixes(packed: Tensor, offsets: Tensor, max_length: int) -> Tensor:
@@ -330,13 +347,21 @@ def pooled_attention(
         >>> pooled_attention(query, value, value, lengths=torch.tensor([2])).item()
         1.5
     """
+    return pooled_attention_and_lse(query, key, value, lengths, scale)[0]
+
+
+def pooled_attention_and_lse(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`pooled_attention`, and the log-sum-exp of the scores, [B, H]."""
     visible = None
     if lengths is not None:
         visible = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
-        # No weight and no number: 0 · NaN would be NaN.
+        # Zero keys and values as well as weights: 0 · NaN is NaN.
         key, value = (x.masked_fill(~visible[:, :, None, None], 0) for x in (key, value))
         visible = visible[:, None, None]
-    return _attention(query[:, None], key, value, visible, scale).squeeze(1)
+    out, lse = _attention(query[:, None], key, value, visible, scale)
+    return out.squeeze(1), lse.squeeze(1)
 
 
 @torch.no_grad()
@@ -452,13 +477,18 @@ def _unit_norm(x: Tensor) -> Tensor:
     return F.normalize(_wide(x), dim=-1, eps=UNIT_NORM_EPS)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """Softmax attention of [B, queries, H, E] over [B, keys, H, E]."""
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of [B, queries, H, E] over [B, keys, H, E], and the lse of the scores, [B, queries, H]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * torch.einsum("bqhe,bkhe->bhqk", _wide(query), _wide(key))
+    # Contiguous: matmul would copy k.mT to [E, keys], whose products BLAS libraries sum over E in one sequence.
+    q, k, v = (_wide(x).transpose(1, 2).contiguous() for x in (query, key, value))  # [B, H, tokens, E]
+    scores = scale * (q @ k.mT)
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
-    return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(dim=-1), _wide(value)).to(query.dtype)
+    out = (scores.softmax(dim=-1) @ v).transpose(1, 2).to(query.dtype)
+    return out, scores.detach().double().logsumexp(dim=-1).transpose(1, 2)
 
 
 def _round_at_random(x: Tensor, seed: Tensor | int, first: int) -> Tensor:

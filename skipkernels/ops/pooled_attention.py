@@ -3,7 +3,7 @@
     weight_n = exp(scale · ⟨q, k_n⟩ − lse),   n < length
     out      = Σ_n weight_n v_n
 
-    d_score_n = weight_n (⟨d_out, v_n⟩ − ⟨d_out, out⟩)
+    d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
     d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 
 Forward also returns lse [B, H] in fp64; backward gets it, the inputs and the result. Only the gradients
@@ -15,17 +15,18 @@ head of one sequence. CPU kernel: csrc/pooled_attention.cpp.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import registration
 from .attention import in_one_layout, load_lse, load_rows, store_rows
 from .launching import launch, tl, triton
 
-TILE = 4096  # numbers of keys or values at a time: 64 keys of 64
+TILE = 4096  # keys or values at a time, in numbers: 64 keys of 64
+TILE_BACKWARD = 2048  # which has two loops over them: with 4096 it spills
 WIDEST = 1024  # a tile has whole rows; wider heads are the reference's
 WARPS = 8
 
@@ -62,7 +63,7 @@ def _pooled_attention_fwd_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
-    query = scale * query.to(tl.float32)
+    query = query.to(tl.float32)
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
@@ -74,7 +75,8 @@ def _pooled_attention_fwd_kernel(
         mask_n = offs_n < length
         key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
         value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
-        score = tl.where(mask_n, tl.sum(query[None, :] * key.to(tl.float32), axis=1), float("-inf"))
+        score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)
+        score = tl.where(mask_n, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
@@ -128,7 +130,7 @@ def _pooled_attention_bwd_kernel(
     mask_e = offs_e < E
     of_head = b * H + head
     query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
-    query = scale * query.to(tl.float32)
+    query = query.to(tl.float32)
     d_out = tl.load(d_out_ptr + b * stride_d_out_b + head * stride_d_out_h + offs_e, mask=mask_e, other=0.0)
     d_out = d_out.to(tl.float32)
     out = tl.load(out_ptr + of_head * E + offs_e, mask=mask_e, other=0.0)
@@ -137,23 +139,37 @@ def _pooled_attention_bwd_kernel(
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
+    if NEED_QUERY or NEED_KEY:
+        # `out` is rounded; where one key has nearly all the weight, that is more than the gradient. The mean of the
+        # remainder corrects it.
+        remainder = 0.0
+        for start_n in range(0, length, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < length
+            key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
+            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
+            score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)
+            weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)
+            d_weight = tl.sum(d_out[None, :] * value.to(tl.float32), axis=1)
+            remainder += tl.sum(weight * (d_weight - mean), axis=0)
+        mean += remainder
     gradient = (b * N * H + head) * E
     d_query = tl.zeros([BLOCK_E], tl.float32)
     for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        counts = offs_n < length
-        key = load_rows(key_ptr, offs_n, counts, stride_key_n, 0, E, BLOCK_E).to(tl.float32)
-        score = tl.where(counts, tl.sum(query[None, :] * key, axis=1), float("-inf"))
-        weight = exp_rest * tl.exp(score - lse)
+        mask_n = offs_n < length
+        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E).to(tl.float32)
+        score = scale * tl.sum(query[None, :] * key, axis=1)
+        weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)
         if NEED_VALUE:
             d_value = weight[:, None] * d_out[None, :]
             store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
         if NEED_QUERY or NEED_KEY:
-            value = load_rows(value_ptr, offs_n, counts, stride_key_n, 0, E, BLOCK_E)
+            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
             d_score = weight * (tl.sum(d_out[None, :] * value.to(tl.float32), axis=1) - mean)
             d_query += tl.sum(d_score[:, None] * key, axis=0)
             if NEED_KEY:
-                d_key = d_score[:, None] * query[None, :]  # which is scaled
+                d_key = scale * d_score[:, None] * query[None, :]
                 store_rows(d_key_ptr + gradient, d_key, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
     if NEED_QUERY:
         d_query = (scale * d_query).to(d_query_ptr.dtype.element_ty)
@@ -168,7 +184,7 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, s
     launch(
         _pooled_attention_fwd_kernel,
         (B, H),
-        **_arguments(query, key, value, lengths, scale),
+        **_arguments(query, key, value, lengths, scale, TILE),
         out_ptr=out,
         lse_ptr=lse,
     )
@@ -187,7 +203,7 @@ def _launch_backward(
     need_query: bool,
     need_key: bool,
     need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     B, H, E = query.shape
     if E > WIDEST:
         return _serve_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
@@ -197,7 +213,7 @@ def _launch_backward(
     launch(
         _pooled_attention_bwd_kernel,
         (B, H),
-        **_arguments(query, key, value, lengths, scale),
+        **_arguments(query, key, value, lengths, scale, TILE_BACKWARD),
         d_out_ptr=d_out,
         stride_d_out_b=d_out.stride(0),
         stride_d_out_h=d_out.stride(1),
@@ -213,7 +229,9 @@ def _launch_backward(
     return d_query, d_key, d_value
 
 
-def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> dict[str, Any]:
+def _arguments(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float, tile: int
+) -> dict[str, Any]:
     """What both kernels take."""
     (query,), (key, value) = in_one_layout(query), in_one_layout(key, value)
     block_e = triton.next_power_of_2(query.shape[2])
@@ -234,36 +252,19 @@ def _arguments(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None
         stride_key_h=key.stride(2),
         stride_lengths=0 if lengths is None else lengths.stride(0),
         scale=scale,
-        BLOCK_N=min(TILE // block_e, 64),
+        BLOCK_N=min(tile // block_e, 64),
         BLOCK_E=block_e,
         HAS_LENGTHS=lengths is not None,
     )
 
 
-def _scores(query: Tensor, key: Tensor, hidden: Tensor | None, scale: float) -> Tensor:
-    """[B, H, N], in fp32 or fp64; −∞ where no key counts."""
-    scores = scale * torch.einsum("bhe,bnhe->bhn", query, key)
-    return scores if hidden is None else scores.masked_fill(hidden[:, None], -math.inf)
-
-
-def _wide(key: Tensor, value: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values in fp32 or fp64, zero where no key counts, and where that is, [B, N]."""
-    key, value = (x if x.dtype == torch.float64 else x.float() for x in (key, value))
-    if lengths is None:
-        return key, value, None
-    hidden = torch.arange(key.shape[1], device=key.device) >= lengths[:, None]
-    return *(x.masked_fill(hidden[:, :, None, None], 0) for x in (key, value)), hidden  # type: ignore[return-value]
-
-
 def _serve(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if lengths is not None and lengths.device.type == "cpu":  # a GPU is not made to wait
+    if lengths is not None and lengths.device.type == "cpu":  # on a GPU the check would be a host sync
         wrong = lengths[(lengths < 1) | (lengths > key.shape[1])]
         if wrong.numel() > 0:
             raise ValueError(f"pooled_attention: lengths must be 1 to N={key.shape[1]}; got {wrong[0]}.")
-    k, v, hidden = _wide(key, value, lengths)
-    scores = _scores(query.to(k.dtype), k, hidden, scale)
-    out = torch.einsum("bhn,bnhe->bhe", scores.softmax(dim=-1), v)
-    return out.to(query.dtype).contiguous(), scores.double().logsumexp(dim=-1)
+    out, lse = reference.pooled_attention_and_lse(query, key, value, lengths, scale)
+    return out.contiguous(), lse.contiguous()
 
 
 def _serve_backward(
@@ -275,24 +276,11 @@ def _serve_backward(
     lse: Tensor,
     lengths: Tensor | None,
     scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    k, v, hidden = _wide(key, value, lengths)
-    q, g = query.to(k.dtype), d_out.to(k.dtype)
-    weight = _scores(q, k, hidden, scale).softmax(dim=-1)
-    d_weight = torch.einsum("bhe,bnhe->bhn", g, v)
-    # Not ⟨d_out, out⟩: out is rounded.
-    d_score = scale * weight * (d_weight - (weight * d_weight).sum(dim=-1, keepdim=True))
-    d_query, d_key, d_value = (x.new_empty(0) for x in (query, key, value))
-    if need_query:
-        d_query = torch.einsum("bhn,bnhe->bhe", d_score, k).to(query.dtype).contiguous()
-    if need_key:
-        d_key = torch.einsum("bhn,bhe->bnhe", d_score, q).to(query.dtype).contiguous()
-    if need_value:
-        d_value = torch.einsum("bhn,bhe->bnhe", weight, g).to(query.dtype).contiguous()
-    return d_query, d_key, d_value
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    return registration.reference_gradients(
+        lambda q, k, v: reference.pooled_attention(q, k, v, lengths, scale), (query, key, value), needs, d_out
+    )
 
 
 def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -159,6 +159,35 @@ def gradients_like(inputs: Sequence[torch.Tensor], needs: Sequence[bool]) -> tup
     return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needs, strict=True))
 
 
+def reference_gradients(
+    function: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    d_result: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the gradients of `function(*inputs)` by autograd: the fallback of a backward operator.
+
+    Gradients that are not needed are empty, as in `gradients_like`.
+    """
+    gradients = [x.new_empty(0) for x in inputs]
+    wanted = [i for i, need in enumerate(needs) if need]
+    if wanted:
+        # The dispatcher calls the fallback of an operator below autograd: recording needs its keys again.
+        include = torch._C._dispatch_tls_local_include_set()
+        exclude = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+        device_type = inputs[0].device.type
+        with (
+            torch._C._ForceDispatchKeyGuard(include, exclude),
+            torch.enable_grad(),
+            torch.autocast(device_type, enabled=False),
+        ):
+            leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+            found = torch.autograd.grad(function(*leaves), [leaves[i] for i in wanted], d_result)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient.contiguous()
+    return tuple(gradients)
+
+
 def refuse_double_backward(operator: torch._ops.OpOverload, instead: str) -> None:
     """Make the gradient of a backward operator a clear error, where silence would be a wrong zero."""
 

@@ -3,7 +3,7 @@
     weight_ij = exp(scale · ⟨q_i, k_j⟩ − lse_i),   j over the prefix, and over the tokens of i's suffix up to i itself
     out_i     = Σ_j weight_ij v_j
 
-    d_score_ij = weight_ij (⟨d_out_i, v_j⟩ − ⟨d_out_i, out_i⟩)
+    d_weight_ij = ⟨d_out_i, v_j⟩,   d_score_ij = weight_ij (d_weight_ij − mean_i),   mean_i = Σ_j weight_ij d_weight_ij
     d_q_i = scale Σ_j d_score_ij k_j,   d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i
 
 The operator takes the suffixes' tokens in a row, [T, H, E], and either `offsets`, [K + 1], or none where all suffixes
@@ -21,13 +21,13 @@ kernel: csrc/suffix_attention.cpp.
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import packed_suffixes, padded_suffixes
+from .. import reference
 from . import registration
 from .attention import BYTES_E, in_one_layout, load_lse, load_rows, products, row_products, store_rows
 from .launching import dot_precision, launch, tl, triton
@@ -163,6 +163,7 @@ def _suffix_attention_bwd_query_kernel(
     offsets_ptr,
     out_ptr,
     lse_ptr,
+    mean_ptr,
     d_query_ptr,
     K,
     P,
@@ -180,6 +181,7 @@ def _suffix_attention_bwd_query_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    NEED_QUERY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_q_i = scale Σ_j d_score_ij k_j.
@@ -208,6 +210,27 @@ def _suffix_attention_bwd_query_kernel(
         d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
+    # `out` is rounded; where one key has nearly all the weight, that is more than the gradient. The mean of the
+    # remainder corrects it.
+    remainder = tl.sum(weight * (d_weight - mean[:, None]), axis=1)
+    for start_p in range(0, P, BLOCK_P):
+        offs_p = start_p + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < P
+        over_prefix = scale * products(
+            query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
+            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+        over_prefix *= exp_rest[:, None]
+        d_over_prefix = products(
+            d_out_ptr, offs_t, mask_t, stride_d_out_t, prefix_value_ptr, offs_p, mask_p, stride_prefix_p,
+            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        remainder += tl.sum(over_prefix * (d_over_prefix - mean[:, None]), axis=1)
+    mean += remainder
+    tl.store(mean_ptr + offs_t * H + head, mean, mask=mask_t)
+    if not NEED_QUERY:
+        return
     d_score = (weight * (d_weight - mean[:, None])).to(suffix_key_ptr.dtype.element_ty)
     for start_e in range(0, E, BLOCK_E):
         key = load_rows(suffix_key_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
@@ -238,8 +261,8 @@ def _suffix_attention_bwd_suffix_kernel(
     suffix_key_ptr,
     suffix_value_ptr,
     offsets_ptr,
-    out_ptr,
     lse_ptr,
+    mean_ptr,
     d_key_ptr,
     d_value_ptr,
     K,
@@ -284,7 +307,7 @@ def _suffix_attention_bwd_suffix_kernel(
             d_value = tl.dot(factor, d_out, input_precision=PRECISION)
             store_rows(d_value_ptr + head * E, d_value, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
     if NEED_KEY:
-        mean = row_products(d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E)
+        mean = tl.load(mean_ptr + offs_t * H + head, mask=mask_t, other=0.0)
         d_weight = products(
             d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
             E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
@@ -303,8 +326,8 @@ def _suffix_attention_bwd_prefix_kernel(
     query_ptr,
     prefix_key_ptr,
     prefix_value_ptr,
-    out_ptr,
     lse_ptr,
+    mean_ptr,
     d_key_ptr,
     d_value_ptr,
     T,
@@ -357,9 +380,7 @@ def _suffix_attention_bwd_prefix_kernel(
             d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
             d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
         if NEED_KEY:
-            mean = row_products(
-                d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E
-            )
+            mean = tl.load(mean_ptr + offs_t * H + head, mask=mask_t, other=0.0)
             d_weight = products(
                 prefix_value_ptr, offs_p, mask_p, stride_prefix_p, d_out_ptr, offs_t, mask_t, stride_d_out_t,
                 E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
@@ -444,12 +465,16 @@ def _launch_backward(
     query, suffix_key, suffix_value = in_one_layout(query, suffix_key, suffix_value)
     prefix_key, prefix_value = in_one_layout(prefix_key, prefix_value)
     shared = _arguments(query, scale) | dict(
-        d_out_ptr=d_out, stride_d_out_t=d_out.stride(0), stride_d_out_h=d_out.stride(1), out_ptr=out, lse_ptr=lse
+        d_out_ptr=d_out,
+        stride_d_out_t=d_out.stride(0),
+        stride_d_out_h=d_out.stride(1),
+        lse_ptr=lse,
+        mean_ptr=lse.new_empty(lse.shape, dtype=torch.float32),
     )
     prefix = _prefix_arguments(prefix_key, prefix_value)
     packing = _packing(T, offsets, max_length)
     tiles = triton.cdiv(packing["K"], packing["BLOCK_T"] // max_length)
-    if need_query:
+    if need_query or need_prefix_key or need_suffix_key:
         launch(
             _suffix_attention_bwd_query_kernel,
             (tiles, H),
@@ -459,7 +484,9 @@ def _launch_backward(
             **prefix,
             suffix_key_ptr=suffix_key,
             suffix_value_ptr=suffix_value,
+            out_ptr=out,
             d_query_ptr=d_query,
+            NEED_QUERY=need_query,
         )
     if need_suffix_key or need_suffix_value:
         launch(
@@ -553,26 +580,6 @@ def _prefix_arguments(prefix_key: Tensor, prefix_value: Tensor) -> dict[str, Any
     )
 
 
-def _scores(query: Tensor, prefix_key: Tensor, suffix_key: Tensor, scale: float) -> Tensor:
-    """Over the prefix and over the suffix, [K, S, H, P + S], in the wide dtype; −∞ where a key is hidden."""
-    S = query.shape[1]
-    over_prefix = torch.einsum("kshe,phe->kshp", query, prefix_key)
-    over_suffix = torch.einsum("kshe,kjhe->kshj", query, suffix_key)
-    hidden = torch.ones(S, S, dtype=torch.bool, device=query.device).triu(1)[:, None]
-    return torch.cat([scale * over_prefix, (scale * over_suffix).masked_fill(hidden, -math.inf)], dim=-1)
-
-
-def _padded(tokens: Tensor, offsets: Tensor | None, max_length: int) -> Tensor:
-    """[T, …] → [K, S, …], in fp32 or fp64."""
-    wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-    return wide.unflatten(0, (-1, max_length)) if offsets is None else padded_suffixes(wide, offsets, max_length)
-
-
-def _packed(padded: Tensor, offsets: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    tokens = padded.flatten(0, 1) if offsets is None else packed_suffixes(padded, offsets, like.shape[0])
-    return tokens.to(dtype).contiguous()
-
-
 def _serve(
     query: Tensor,
     prefix_key: Tensor,
@@ -583,15 +590,14 @@ def _serve(
     max_length: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if offsets is not None and offsets.device.type == "cpu":  # a GPU is not made to wait
-        _check_values(offsets, query.shape[0], max_length)
-    q, k, v = (_padded(x, offsets, max_length) for x in (query, suffix_key, suffix_value))
-    scores = _scores(q, prefix_key.to(q.dtype), k, scale)
-    over_prefix, over_suffix = scores.softmax(dim=-1).split([prefix_key.shape[0], q.shape[1]], dim=-1)
-    lse = scores.double().logsumexp(dim=-1)
-    out = torch.einsum("kshp,phe->kshe", over_prefix, prefix_value.to(q.dtype))
-    out = out + torch.einsum("kshj,kjhe->kshe", over_suffix, v)
-    return _packed(out, offsets, query, query.dtype), _packed(lse, offsets, query, lse.dtype)
+    T = query.shape[0]
+    if offsets is None:
+        offsets = torch.arange(0, T + 1, max_length, device=query.device)
+    elif offsets.device.type == "cpu":  # on a GPU the check would be a host sync
+        _check_values(offsets, T, max_length)
+    inputs = (query, prefix_key, prefix_value, suffix_key, suffix_value)
+    out, lse = reference.suffix_attention_and_lse(*inputs, scale, offsets, max_length)
+    return out.contiguous(), lse.contiguous()
 
 
 def _serve_backward(
@@ -608,30 +614,15 @@ def _serve_backward(
     scale: float,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    need_query, need_prefix_key, need_prefix_value, need_suffix_key, need_suffix_value = needs
-    g, q, k, v = (_padded(x, offsets, max_length) for x in (d_out, query, suffix_key, suffix_value))
-    prefix_k, prefix_v = prefix_key.to(q.dtype), prefix_value.to(q.dtype)
-    weight = _scores(q, prefix_k, k, scale).softmax(dim=-1)
-    over_prefix, over_suffix = weight.split([prefix_key.shape[0], q.shape[1]], dim=-1)
-    d_prefix, d_suffix = torch.einsum("kshe,phe->kshp", g, prefix_v), torch.einsum("kshe,kjhe->kshj", g, v)
-    # Not ⟨d_out, out⟩: out is rounded.
-    mean = (over_prefix * d_prefix).sum(dim=-1, keepdim=True) + (over_suffix * d_suffix).sum(dim=-1, keepdim=True)
-    d_prefix, d_suffix = scale * over_prefix * (d_prefix - mean), scale * over_suffix * (d_suffix - mean)
+    if offsets is None:
+        offsets = torch.arange(0, query.shape[0] + 1, max_length, device=query.device)
 
-    inputs = (query, prefix_key, prefix_value, suffix_key, suffix_value)
-    d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value = (x.new_empty(0) for x in inputs)
-    if need_query:
-        d_q = torch.einsum("kshp,phe->kshe", d_prefix, prefix_k) + torch.einsum("kshj,kjhe->kshe", d_suffix, k)
-        d_query = _packed(d_q, offsets, query, query.dtype)
-    if need_prefix_key:
-        d_prefix_key = torch.einsum("kshp,kshe->phe", d_prefix, q).to(query.dtype).contiguous()
-    if need_prefix_value:
-        d_prefix_value = torch.einsum("kshp,kshe->phe", over_prefix, g).to(query.dtype).contiguous()
-    if need_suffix_key:
-        d_suffix_key = _packed(torch.einsum("kshj,kshe->kjhe", d_suffix, q), offsets, query, query.dtype)
-    if need_suffix_value:
-        d_suffix_value = _packed(torch.einsum("kshj,kshe->kjhe", over_suffix, g), offsets, query, query.dtype)
-    return d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value
+    return registration.reference_gradients(
+        functools.partial(reference.suffix_attention, scale=scale, offsets=offsets, max_length=max_length),
+        (query, prefix_key, prefix_value, suffix_key, suffix_value),
+        needs,
+        d_out,
+    )
 
 
 def _check_values(offsets: Tensor, T: int, max_length: int) -> None:
