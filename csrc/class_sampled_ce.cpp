@@ -21,7 +21,7 @@
 namespace skipkernels {
 namespace {
 
-constexpr const char* NAME = "class_sampled_cross_entropy";
+constexpr const char* NAME = "class_sampled_ce";
 enum Reduction : int64_t { MEAN, SUM, NONE }; // as REDUCTIONS of skipkernels/ops/class_sampled_ce.py
 
 // skipkernels.functional validates for users; these checks keep a direct call inside the memory.

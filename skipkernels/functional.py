@@ -31,7 +31,7 @@ from .ops.suffix_attention import suffix_attention as _suffix_attention
 
 __all__ = [
     "add_layer_norm",
-    "class_sampled_cross_entropy",
+    "class_sampled_ce",
     "class_sampled_logits",
     "class_scores",
     "mlp_activation",
@@ -61,7 +61,7 @@ def _refuses_values(function: Callable[_Arguments, _Result]) -> Callable[_Argume
 
 
 @_refuses_values
-def class_sampled_cross_entropy(
+def class_sampled_ce(
     image: Tensor,
     text: Tensor,
     labels: Tensor,
@@ -113,11 +113,11 @@ def class_sampled_cross_entropy(
         >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
         >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # [C=3, D=2]
         >>> labels = torch.tensor([0, 1])
-        >>> loss = class_sampled_cross_entropy(image, text, labels, 10.0, class_ids=torch.tensor([0, 1]))
+        >>> loss = class_sampled_ce(image, text, labels, 10.0, class_ids=torch.tensor([0, 1]))
         >>> print(f"{loss:.6f}")
         0.000045
     """
-    name = "class_sampled_cross_entropy"
+    name = "class_sampled_ce"
     _check_features(name, image, "text", text)
     _check_ids(name, "labels", labels, image, B=image.shape[0])
     if class_ids is not None:

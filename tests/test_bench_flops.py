@@ -17,7 +17,7 @@ IDS, LABELS = torch.tensor([1, 2, 5]), torch.tensor([1, 2, 1, 1])
 
 def test_flops_of_ignores_dropped_classes():
     def loss(class_ids):
-        return sk.functional.class_sampled_cross_entropy(IMAGE, TEXT, LABELS, 100.0, class_ids=class_ids)
+        return sk.functional.class_sampled_ce(IMAGE, TEXT, LABELS, 100.0, class_ids=class_ids)
 
     def logits(class_ids):
         return sk.functional.class_sampled_logits(IMAGE, TEXT, 100.0, class_ids=class_ids).sum()

@@ -30,7 +30,7 @@ _extension._PACKAGE = pathlib.Path(sys.argv[1])
 """
 USE = """
 image = torch.eye(3).requires_grad_()
-loss = sk.functional.class_sampled_cross_entropy(image, torch.eye(3), torch.arange(3), 2.0)
+loss = sk.functional.class_sampled_ce(image, torch.eye(3), torch.arange(3), 2.0)
 loss.backward()
 print(f"{loss:.6f} {image.grad.norm():.6f} {sk.backends()['class_sampled_ce']['cpu'].kernel}")
 """

@@ -58,9 +58,9 @@ CROSS_ENTROPY = [
 
 @pytest.mark.parametrize(("bad", "error", "message"), CROSS_ENTROPY, ids=lambda x: x if isinstance(x, str) else "")
 def test_cross_entropy_refuses(bad, error, message):
-    functional.class_sampled_cross_entropy(**good())
-    with pytest.raises(error, match=rf"^class_sampled_cross_entropy: {message}"):
-        functional.class_sampled_cross_entropy(**{**good(), **bad})
+    functional.class_sampled_ce(**good())
+    with pytest.raises(error, match=rf"^class_sampled_ce: {message}"):
+        functional.class_sampled_ce(**{**good(), **bad})
 
 
 SCORES = [
@@ -256,15 +256,15 @@ def test_a_number_and_a_tensor_are_the_same_scale():
     numbers = {**good(), "logit_scale": 14.25}
     for scale in (torch.tensor(14.25), torch.tensor([14.25]), torch.tensor(14.25, dtype=torch.float64)):
         assert torch.equal(
-            functional.class_sampled_cross_entropy(**numbers),
-            functional.class_sampled_cross_entropy(**{**numbers, "logit_scale": scale}),
+            functional.class_sampled_ce(**numbers),
+            functional.class_sampled_ce(**{**numbers, "logit_scale": scale}),
         )
 
 
 def test_gradient_of_the_scale_has_its_shape_and_dtype():
     for scale in (torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.bfloat16), torch.tensor(3.0, dtype=torch.float64)):
         scale.requires_grad_()
-        functional.class_sampled_cross_entropy(**{**good(), "logit_scale": scale}).backward()
+        functional.class_sampled_ce(**{**good(), "logit_scale": scale}).backward()
         assert scale.grad.shape == scale.shape and scale.grad.dtype == scale.dtype
 
 
@@ -312,7 +312,7 @@ def test_autocast_casts_no_integers_and_no_fp64():
 
 def test_meta_tensors_have_shapes():
     x, labels = torch.empty(3, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    assert functional.class_sampled_cross_entropy(x, x, labels, 10.0).shape == ()
+    assert functional.class_sampled_ce(x, x, labels, 10.0).shape == ()
     assert functional.class_scores(x, x, labels).shape == (3,)
     assert functional.add_layer_norm(x, x, x[0], x[0])[1].shape == (3, 4)
 
@@ -327,7 +327,7 @@ def test_add_layer_norm_refuses_such_an_eps(eps):
 def test_a_logit_scale_beyond_fp32_is_not_finite():
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="logit_scale must be finite"):
-        functional.class_sampled_cross_entropy(x, x, torch.tensor([0, 1, 2]), 1e39)
+        functional.class_sampled_ce(x, x, torch.tensor([0, 1, 2]), 1e39)
 
 
 def test_gather_rows_does_not_gather_into_its_rows():

@@ -60,7 +60,7 @@ def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch
         return text[class_ids], (labels[:, None] == class_ids).int().argmax(dim=1)
 
     def ours() -> list[Tensor]:
-        return [functional.class_sampled_cross_entropy(image, text, labels, scale, class_ids=class_ids)]
+        return [functional.class_sampled_ce(image, text, labels, scale, class_ids=class_ids)]
 
     def eager() -> list[Tensor]:
         rows, target = sample()
@@ -124,7 +124,7 @@ def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
         logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * SCALE
         return ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).float()
 
-    runs = {"skipkernels": run(both_directions(functional.class_sampled_cross_entropy)), "eager": run(eager)}
+    runs = {"skipkernels": run(both_directions(functional.class_sampled_ce)), "eager": run(eager)}
     absent = {}
     if worth_compiling(B * B * D, device):
         runs[COMPILED] = run(compiled(both_directions(reference.class_sampled_ce)))

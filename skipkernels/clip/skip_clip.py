@@ -277,7 +277,7 @@ class SkipCLIP(nn.Module):
             check_label_range(labels, len(self.prototypes))  # with a message that names SkipCLIP
             raise
         text = self._text_encoder.encode(class_ids)
-        loss = functional.class_sampled_cross_entropy(image, text, targets, scale)
+        loss = functional.class_sampled_ce(image, text, targets, scale)
         logits = functional.class_sampled_logits(image, text, scale) if return_logits else loss.new_empty(len(x), 0)
         return SkipOutput(loss, logits, class_ids, targets)
 
@@ -288,7 +288,7 @@ class SkipCLIP(nn.Module):
             text = self._text_encoder.encode(class_ids)
         else:
             text = self.class_embeddings().to(image.dtype)
-        loss = functional.class_sampled_cross_entropy(image, text, labels, scale)
+        loss = functional.class_sampled_ce(image, text, labels, scale)
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
 
     def _draws(self, batch_size: int) -> bool:

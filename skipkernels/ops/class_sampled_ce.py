@@ -185,7 +185,7 @@ def _class_sampled_ce_fwd_combine_kernel(
         for start_k in range(0, K, BLOCK):
             offs_k = start_k + tl.arange(0, BLOCK)
             ids = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)
-            tl.device_assert((ids >= 0) & (ids < C), "class_sampled_cross_entropy: class_ids must be rows of text")
+            tl.device_assert((ids >= 0) & (ids < C), "class_sampled_ce: class_ids must be rows of text")
     total_weight = 0.0 + K
     if total_weight_ptr is not None:
         total_weight = tl.load(total_weight_ptr)
@@ -216,7 +216,7 @@ def _class_sampled_ce_fwd_combine_kernel(
         counts = mask_b & (labels != ignore_index)
         tl.device_assert(
             ((labels >= 0) & (labels < C) & (found == 1)) | ~counts,
-            "class_sampled_cross_entropy: labels must be rows of text and among class_ids, which have no duplicates",
+            "class_sampled_ce: labels must be rows of text and among class_ids, which have no duplicates",
         )
         log_sum = tl.log(exp_sum)
         lse = magnitude.to(tl.float64) * top.to(tl.float64) + log_sum.to(tl.float64)
@@ -684,7 +684,7 @@ def _serve_backward(
 
 def _check_values(labels: Tensor, C: int, logit_scale: Tensor, class_ids: Tensor | None, ignore_index: int) -> None:
     """Refuse what the C++ kernel refuses."""
-    name = "class_sampled_cross_entropy"
+    name = "class_sampled_ce"
     if not logit_scale.isfinite().item():
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")
     if class_ids is not None:

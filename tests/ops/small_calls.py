@@ -27,11 +27,11 @@ class SmallCall(NamedTuple):
         return sum((x.square().sum() for x in results if x is not None), start=torch.zeros(()))
 
 
-def _cross_entropy(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    return functional.class_sampled_cross_entropy(image, text, labels, scale, **options)
+def _class_sampled_ce(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return functional.class_sampled_ce(image, text, labels, scale, **options)
 
 
-def _reference_cross_entropy(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
+def _reference_class_sampled_ce(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
     return reference.class_sampled_ce(image, text, labels, scale, **options)
 
 
@@ -45,7 +45,7 @@ def small_call(name: str) -> SmallCall:
     ids, scale = torch.tensor([0, 2, 3]), torch.tensor(5.0)
     weight = [x.abs() for x in (randn(4, 3), randn(3))]
     calls: dict[str, tuple[tuple[Tensor, ...], tuple[Any, ...], dict[str, Any]]] = {
-        "class_sampled_cross_entropy": (
+        "class_sampled_ce": (
             (randn(2, 4), randn(5, 4), scale),
             (torch.tensor([0, 3]),),
             {"class_ids": ids, "class_weight": torch.ones(5), "label_smoothing": 0.1},
@@ -68,6 +68,6 @@ def small_call(name: str) -> SmallCall:
         "sgd_momentum_": ((), (weight, [x.clone() for x in weight], [x.clone() for x in weight], 1e-9), {}),
     }
     functions = getattr(functional, name), getattr(reference, name, None)
-    if name == "class_sampled_cross_entropy":
-        functions = _cross_entropy, _reference_cross_entropy
+    if name == "class_sampled_ce":
+        functions = _class_sampled_ce, _reference_class_sampled_ce
     return SmallCall(*functions, *calls[name])

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipkernels import reference
-from skipkernels.functional import class_sampled_cross_entropy
-from skipkernels.ops.class_sampled_ce import REDUCTIONS, class_sampled_ce, class_sampled_ce_backward
+from skipkernels.functional import class_sampled_ce
+from skipkernels.ops.class_sampled_ce import REDUCTIONS
+from skipkernels.ops.class_sampled_ce import class_sampled_ce as operator
+from skipkernels.ops.class_sampled_ce import class_sampled_ce_backward as backward_operator
 from skipkernels.testing import COSINE, SLACK, peak_bytes, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops.conftest import BACKENDS, Backend
@@ -74,7 +76,7 @@ def eager(case: Case) -> Tensor:
 
 
 def kernel(case: Case) -> Tensor:
-    return class_sampled_cross_entropy(case.image, case.text, case.labels, case.logit_scale, **case.options)
+    return class_sampled_ce(case.image, case.text, case.labels, case.logit_scale, **case.options)
 
 
 def truth(case: Case) -> Tensor:
@@ -283,15 +285,15 @@ def arguments(case: Case, keep: bool = False) -> tuple:
 @pytest.mark.parametrize("K", [None, 6])
 def test_opcheck(backend: Backend, K, options):
     case = make(3, 9, K, 5, **options).on(backend.device)
-    torch.library.opcheck(class_sampled_ce, arguments(case))
+    torch.library.opcheck(operator, arguments(case))
     if "reduction" not in options:
-        torch.library.opcheck(class_sampled_ce, arguments(case, keep=True))
+        torch.library.opcheck(operator, arguments(case, keep=True))
     with torch.no_grad():
-        loss, *statistics = class_sampled_ce(*arguments(case))
+        loss, *statistics = operator(*arguments(case))
         image, text, labels, scale, *rest = arguments(case)[:-3]
         for needs in itertools.product([True, False], repeat=3):
             torch.library.opcheck(
-                class_sampled_ce_backward,
+                backward_operator,
                 (
                     torch.ones_like(loss),
                     image.detach(),
@@ -314,7 +316,7 @@ def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, reducti
     calls = []
     monkeypatch.setattr(
         "skipkernels.ops.class_sampled_ce.class_sampled_ce_backward",
-        lambda *args: calls.append(class_sampled_ce_backward(*args)) or calls[-1],
+        lambda *args: calls.append(backward_operator(*args)) or calls[-1],
     )
     loss = kernel(case._replace(image=inputs[0], text=inputs[1], logit_scale=inputs[2]))
     loss.backward(torch.linspace(0.5, 1.5, loss.numel(), device=loss.device).view(loss.shape))
@@ -383,7 +385,7 @@ def test_autocast_casts_features_and_not_the_scale(backend: Backend, dtype):
 
 def test_compiles_into_one_graph(backend: Backend):
     def step(image, text, labels, scale, class_ids):
-        return class_sampled_cross_entropy(image * 2, text, labels, scale.exp(), class_ids=class_ids)
+        return class_sampled_ce(image * 2, text, labels, scale.exp(), class_ids=class_ids)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((4, 30, 20, 16), (7, 31, 11, 16)):
@@ -437,8 +439,8 @@ def test_the_device_stops_at_bad_ids(backend: Backend, bad):
     arguments = {k: [*v[:-1], bad[k]] if k in bad else v for k, v in arguments.items()}
     image, text = torch.randn(4, 16), torch.randn(9, 16)
     tensors = {k: torch.tensor(v) for k, v in arguments.items()}
-    with pytest.raises(Exception, match="class_sampled_cross_entropy: (labels|class_ids) must be rows of text"):
-        class_sampled_cross_entropy(image, text, logit_scale=10.0, **tensors)
+    with pytest.raises(Exception, match="class_sampled_ce: (labels|class_ids) must be rows of text"):
+        class_sampled_ce(image, text, logit_scale=10.0, **tensors)
 
 
 @pytest.mark.gpu
@@ -484,7 +486,7 @@ def test_a_graph_replays_forward_and_backward():
 @pytest.mark.gpu
 def test_inductor_compiles_into_one_graph():
     def step(image, text, labels, scale, class_ids):
-        return class_sampled_cross_entropy(image * 2, text, labels, scale, class_ids=class_ids)
+        return class_sampled_ce(image * 2, text, labels, scale, class_ids=class_ids)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for shape in ((4, 30, 20, 16), (7, 31, 11, 16)):
