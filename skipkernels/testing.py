@@ -1,7 +1,7 @@
 """Tolerances and measurements that tests and benchmarks share.
 
-The rule of the numerical tests is err(kernel) ≤ err(eager) + SLACK[dtype], with `relative_error` against the same
-function in fp64, where eager is plain PyTorch in the dtype. The slack is needed since eager's error may be 0 by chance.
+The rule of the numerical tests is err(kernel) ≤ err(eager) + SLACK[dtype]: err is `relative_error` against the same
+function in fp64, eager is plain PyTorch in the dtype. The slack is needed since eager's error may be 0 by chance.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ SLACK = {
     torch.float32: 2e-6,
     # The result is rounded once: half a step of bf16 (2⁻⁹). Sums are fp32, eager's are not.
     torch.bfloat16: 2e-3,
-    # Half a step of fp16 (2⁻¹²), the same way.
+    # The same: half a step of fp16 (2⁻¹²).
     torch.float16: 2.5e-4,
 }
 
-# A cosine in fp32 is known to about 1e-7, a logit to logit_scale times that, and so is the logarithm of a probability.
+# Absolute error of a cosine, computed in at least fp32; that of a logit or log-probability is logit_scale times larger.
 COSINE = {torch.float64: 1e-15, torch.float32: 1.2e-7, torch.bfloat16: 1.2e-7, torch.float16: 1.2e-7}
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """|value − truth| / |truth| over finite elements, or |value| if the truth is 0; other positions must agree."""
+    """|value − truth| / |truth| over finite elements, or |value| if the truth is 0; finite positions must be equal."""
     value, truth = value.detach().double(), truth.detach().double()
     assert value.shape == truth.shape
     assert torch.equal(value.isfinite(), truth.isfinite())
@@ -55,7 +55,7 @@ def saved_bytes(step: Callable[[], Any]) -> int:
         if not isinstance(base, torch.nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that saved its own output unchanged would keep itself and the graph alive
+        return tensor.detach()  # a node that saves its own output unchanged would keep the graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep_alive = step()  # noqa: F841  a freed storage's address may be used again
@@ -97,12 +97,12 @@ def gradient_bytes(loss: torch.Tensor) -> int:
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:
-    """Rise of memory above its start during one call: allocated memory on a GPU, else resident memory.
+    """Peak memory of one call above the memory before it: allocated memory on a GPU, else resident memory.
 
     Resident memory is measured on Linux only; elsewhere the result is 0.
     """
     if warm_up:
-        function()  # memory allocated once and kept does not belong to the call
+        function()  # memory that is allocated once and kept is not counted
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     if device.type == "cpu" and not Path("/proc/self/status").exists():

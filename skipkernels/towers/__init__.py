@@ -1,4 +1,4 @@
-"""The two towers of a CLIP, cut at the LSkip boundary; one file per model family in `families/`."""
+"""Image and text towers of a CLIP model, cut below block `skip`; one file per model family in `families/`."""
 
 from .base import Memory, UnsupportedModel
 from .image import ImageTower

@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 _HALF = (torch.float16, torch.bfloat16)
-# Largest distance of two unit-norm embeddings. The same arithmetic in another order differs by about 1e-6 in fp32 over
-# twelve blocks; some models compute a softmax in fp32 within an fp64 model. A wrong activation in one block differs by
-# at least 2e-3.
+# Largest distance between two unit-norm embeddings. Another order of operations changes about 1e-6 in fp32 over twelve
+# blocks; some fp64 models compute a softmax in fp32. A wrong activation in one block changes at least 2e-3.
 _EMBEDDING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-# Largest relative error of the gradient of norms and biases. At most 5e-4 in fp32 over all models of open_clip.
+# Largest relative error of the gradient of norms and biases; in fp32, at most 5e-4 was measured over all of open_clip.
 _GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
 
 
@@ -49,7 +48,7 @@ class _InFloat32(TorchDispatchMode):
 
 
 class _ConvolutionInFloat32(TorchFunctionMode):
-    """Run convolutions on fp32 copies too: they compare the dtypes of their arguments before they dispatch."""
+    """Run convolutions on fp32 copies too: PyTorch compares the dtypes of their arguments before dispatch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.conv1d, torch.conv2d, torch.conv3d):
@@ -88,7 +87,7 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
     Args:
         pair: Embeddings to compare.
         mode: "evaluation" or "training", for messages.
-        gradients: Also compare gradients of the norms and biases that train, or of all trainable parameters if none do.
+        gradients: Also compare gradients of trainable norms and biases; without any, of all trainable parameters.
 
     Raises:
         RuntimeError: If they differ, or the embedding of the model is not finite.
@@ -101,8 +100,8 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
         expected, got = (nn.functional.normalize(x.to(wide), dim=-1) for x in raw)
         if not expected.isfinite().all():
             raise RuntimeError(
-                f"SkipCLIP: the model itself gives {pair.inputs} an embedding that is not finite. Its weights are "
-                "damaged, or too large for its dtype; load others."
+                f"SkipCLIP: the model's embeddings of {pair.inputs} are not finite. Its weights are damaged, or too "
+                "large for its dtype; load others."
             )
         distance = (expected - got).detach().norm(dim=-1).max().item()
         _raise_if_above(pair.inputs, mode, "unit-norm distance", distance, _EMBEDDING_TOLERANCE[wide])
@@ -121,7 +120,7 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
 def _raise_if_above(inputs: str, mode: str, measure: str, value: float, allowed: float) -> None:
     if not value <= allowed:
         raise RuntimeError(
-            f"SkipCLIP: the model itself embeds {inputs} differently in {mode} mode: {measure} {value:.2e}, allowed "
-            f"{allowed:.0e}. A part of this model (a hook, a changed forward, another mask or activation) differs from "
-            "its type, and tuning it would be silently wrong."
+            f"SkipCLIP: its embeddings of {inputs} differ from the model's in {mode} mode: {measure} {value:.2e}, "
+            f"allowed {allowed:.0e}. A part of the model (a hook, a changed forward, a mask or activation) is not what "
+            "its type implies, so tuning would be silently wrong."
         )

@@ -1,6 +1,6 @@
-"""Attention over tokens that are rows [R, W]: whole sequences, one pooled query each, or suffixes behind a prefix.
+"""Attention over rows of tokens [R, W]: full sequences, one pooled query per sequence, or suffixes behind a prefix.
 
-W = H · E, heads side by side. Rows may have a stride, as parts of a packed projection do.
+W = H · E. Rows may be strided: query, key and value are views of one packed projection.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class AttentionBackend(NamedTuple):
     """Functions that compute attention.
 
     Attributes:
-        full: (query, key, value), each [n, tokens, H, E] → [n, tokens, H, E], every token to every other.
-        causal: The same, each token to itself and the tokens in front of it.
+        full: (query, key, value), each [n, tokens, H, E] → [n, tokens, H, E], without a mask.
+        causal: The same, with a causal mask.
         behind_prefix: `functional.suffix_attention`.
     """
 
@@ -82,17 +82,17 @@ def suffixes(
     """Causal attention of class suffixes over the shared prefix in front of them, and over themselves.
 
     Args:
-        query: [R, W], or [Q, W]: those of `query_rows`.
-        key: [R, W]: the prefix, then the suffixes, packed by `offsets` or all of `max_length` tokens.
+        query: [R, W], or [Q, W] with `query_rows`.
+        key: [R, W], the prefix, then the suffixes, packed by `offsets` or padded to `max_length` tokens.
         value: [R, W].
         backend: Attention functions.
         heads: H.
         prefix_length: P ≥ 1.
         offsets: int64 [K + 1] into the rows behind the prefix, or None.
         max_length: Number of tokens of the longest suffix.
-        query_rows: int64 [Q], rows to compute, none of the prefix; all by default.
-        excludes_self: int64 [K], rows that attend to the rows in front of them and not to themselves, each behind
-            another row of its class. With `query_rows` it is the same rows.
+        query_rows: int64 [Q], rows to compute, all behind the prefix; default: all rows.
+        excludes_self: int64 [K], rows that attend to the rows in front of them and not to themselves; none is the
+            first of its suffix. Must equal `query_rows`, if given.
 
     Returns:
         [R, W] or [Q, W].
@@ -112,7 +112,7 @@ def suffixes(
         return out.reshape(tokens - prefix_length, width)
 
     def some_rows(query: Tensor, rows: Tensor) -> Tensor:
-        """[Q, H, E] of some rows to [Q, W]. A row that excludes itself puts its query in the row in front of it."""
+        """[Q, H, E] to [Q, W]. The query of a row that excludes itself is computed at the row in front of it."""
         positions = rows - prefix_length if excludes_self is None else rows - prefix_length - 1
         # The other queries are zeros: attention over a few tokens costs less than copies of the keys per class.
         query = query.new_zeros(tokens - prefix_length, *query.shape[1:]).index_copy(0, positions, query)

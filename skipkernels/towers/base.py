@@ -1,8 +1,7 @@
 """Towers: an embedding, a list of blocks and a head, cut below block `skip`.
 
-A model family defines how it embeds, what its blocks are and how it ends; the blocks run in the same way for every
-family. A pre-norm transformer block as in `fused_block.py` is one autograd node above and below the cut; any other
-block is called as the caller's module.
+A model family defines the embedding, the blocks and the head; this file runs the blocks. A pre-norm transformer block
+(`fused_block.py`) runs as one autograd node; any other block is called as the caller's module.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Tower(ABC):
     memory: Memory = "fast"
     attention_backend: attention.AttentionBackend = attention.SDPA
     reductions: dict[str, Reduction]
-    # Each block as it is fused, or the reason why it is not; empty if the family fuses no blocks.
+    # Weights and settings of each block, or the reason why it is not fused; empty if the family fuses no blocks.
     _fusable: Sequence[FusableBlock | str] = ()
 
     @abstractmethod
@@ -69,10 +68,10 @@ class Tower(ABC):
 
     @abstractmethod
     def embed(self, inputs: Tensor) -> Tensor:
-        """Inputs to the hidden states in front of the first block."""
+        """Map inputs to the hidden states in front of the first block."""
 
     def call_block(self, block: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Run one block over every token as the caller's module."""
+        """Call one block as the caller's module."""
         return block(hidden)
 
     @staticmethod
@@ -103,7 +102,7 @@ class Tower(ABC):
 
     @property
     def can_fuse(self) -> bool:
-        """True if this family fuses its blocks, unless a block was altered."""
+        """True if this family fuses blocks that are not altered."""
         return len(self._fusable) > 0
 
     def is_fused(self, index: int) -> bool:
@@ -123,10 +122,10 @@ class Tower(ABC):
         return None
 
     def lower(self, inputs: Tensor, *, drop_patches: bool = False) -> Tensor:
-        """Inputs to the hidden states at the cut.
+        """Map inputs to the hidden states at the cut.
 
-        Everything below the cut is in evaluation mode: cached features contain no dropout, and the statistics of batch
-        norms are constant. With `drop_patches` patches are dropped as in training, if the model does that.
+        Everything below the cut runs in evaluation mode: without dropout, with constant batch-norm statistics. With
+        `drop_patches`, patches are dropped as in training if the model has patch dropout.
         """
         frozen = [part for part in self.lower_parts if isinstance(part, nn.Module)]
         with evaluating(frozen, except_for=self.patch_dropout if drop_patches else None):
@@ -140,7 +139,7 @@ class Tower(ABC):
 
     @property
     def patch_dropout(self) -> nn.Module | None:
-        """The module that drops patches of images in training, if there is one."""
+        """Module that drops patches of images in training, or None."""
         return None
 
     @property
@@ -168,7 +167,7 @@ class Tower(ABC):
         known = {id(module) for module in self.model.modules()}
 
         def model_modules(block: nn.Module) -> list[int]:
-            """Identities of the caller's modules in a block, which may be a chain built by the tower."""
+            """Ids of the caller's modules in a block, which may be an `nn.Sequential` built by the tower."""
             if id(block) in known:
                 return [id(block)]
             return [x for child in block.children() for x in model_modules(child)]
@@ -237,9 +236,9 @@ class Tower(ABC):
         return fused_block(settings, rows, weights, query_rows)
 
     def _run_upper_block(self, index: int, hidden: Tensor, mask: Tensor | None, *, save_inputs_only: bool) -> Tensor:
-        """Run one block above the cut, fused or as the caller's module, which `memory="min"` recomputes in backward.
+        """Run one block above the cut; with `memory="min"`, a block that is not fused is recomputed in backward.
 
-        A module with a batch norm in training mode is not recomputed: it would update its statistics twice.
+        A block with a batch norm in training mode is not recomputed: it would update its statistics twice.
         """
         if self.is_fused(index):
             return self._run_fused_sequences(index, hidden, mask, save_inputs_only=save_inputs_only)
@@ -248,11 +247,11 @@ class Tower(ABC):
             return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
         return self.call_block(block, hidden, mask)
 
-    @torch.compiler.disable  # queries the system
+    @torch.compiler.disable  # queries the free memory
     def saves_inputs_only(self, hidden: Tensor) -> bool:
-        """Return True if the upper fused blocks save their inputs only.
+        """Return True if the fused blocks above the cut save only their inputs for backward.
 
-        With `memory="auto"` they do if all that they would save takes more than half of the free memory.
+        With `memory="auto"`, they do if saving everything would take more than half of the free memory.
         """
         if not any(map(self.is_fused, range(self.skip, len(self.blocks)))):
             return False

@@ -15,7 +15,7 @@ _OVERRIDABLE = {"forward", "attention", "__call__"}  # methods that may have bee
 
 
 def why_not_fusable(block: nn.Module, block_type: type, submodule_types: Mapping[str, tuple[type, ...]]) -> str | None:
-    """Return why a block is not an unaltered `block_type`, or None if it is.
+    """Return why a block differs from a plain `block_type`, or None if it does not.
 
     Args:
         block: The caller's block.
@@ -42,7 +42,7 @@ def why_weights_not_fusable(weights: BlockWeights) -> str | None:
     """Return why a block with these weights cannot be fused, or None if it can."""
     tensors = weights.tensors()
     if any(x is None for x in tensors):
-        return "a layer of a block has no bias, or a norm no weight"
+        return "a layer of a block has no bias, or a norm has no weight"
     if len({x.dtype for x in tensors if x.ndim == 2}) > 1:
         return "the weights of a block have more than one dtype"
     return None

@@ -4,11 +4,11 @@
     out = mid + act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
 
 Saved for backward: hidden; query, key, value, result and log-sum-exp of attention; mid; the product of the MLP before
-its bias; about 10·W values per token. Backward recomputes the norms and the activation, which are
-memory-bound, and no matrix product. With `save_inputs_only` only hidden is saved, and backward runs the forward pass.
+its bias; about 10·W values per token. Backward recomputes the norms and the activation, which are memory-bound, but no
+matrix product. With `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
 
-Tokens are rows [R, W], of any number of sequences; only `attention` knows where a sequence ends. Where it returns fewer
-rows than it gets (the pooled token in the last block), the rest of the block runs for those rows only.
+Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. With `query_rows` (the
+pooled tokens, in the last block), only LN₁, key and value are computed for all rows.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor
 from ..ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 
-SAVED_WIDTHS = 11  # at most saved for backward, in multiples of W per token, for an MLP of 4·W: 10, and the input
+SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
 
 
 class BlockWeights(NamedTuple):
-    """Parameters of a block, in the order of the computation. A layer scale is multiplied into W_o, b_o or W_p, b_p."""
+    """Parameters of a block in order of use. Layer scales are multiplied into W_o, b_o and W_p, b_p."""
 
     norm_1: Tensor
     norm_1_bias: Tensor
-    in_proj: Any  # [3W, W]: query, key, value; or a tuple of the three, which each pass concatenates
+    in_proj: Any  # [3W, W]: query, key, value; or a tuple of the three, concatenated in each pass
     in_proj_bias: Any
     out_proj: Tensor
     out_proj_bias: Tensor
@@ -43,7 +43,7 @@ class BlockWeights(NamedTuple):
     proj_bias: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, with separate projections of query, key and value one by one."""
+        """All tensors, in a flat list."""
         return [x for field in self for x in (field if isinstance(field, tuple) else (field,))]
 
 
@@ -82,17 +82,17 @@ class BlockSettings(NamedTuple):
     save_inputs_only: bool = False
 
 
-@torch.compiler.disable  # the node holds an autograd graph, which a compiler would break up
+@torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
 def fused_block(
     settings: BlockSettings, hidden: Tensor, weights: BlockWeights, query_rows: Tensor | None = None
 ) -> Tensor:
     """Run one block over rows.
 
     Args:
-        settings: What is computed.
+        settings: Settings of this call.
         hidden: [R, W].
         weights: Weights of the block, in the dtype of `hidden`; products run in `settings.dtype`.
-        query_rows: int64 [Q], rows to compute, without duplicates; all by default.
+        query_rows: int64 [Q], rows to compute, without duplicates; default: all.
 
     Returns:
         [Q, W] in the dtype of `hidden`.
@@ -120,7 +120,7 @@ def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: boo
 def _forward(
     settings: BlockSettings, hidden: Tensor, query_rows: Tensor | None, weights: BlockWeights, record: bool
 ) -> tuple[Tensor, _Attention | None, list[Tensor]]:
-    """Return the result, attention and the tensors saved for `_backward`; unless recorded, only the result."""
+    """Return the result and, if `record`, attention and the tensors saved for `_backward`."""
     _, normed, *statistics_1 = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
     normed = normed.to(settings.dtype)
     if query_rows is None:
@@ -247,7 +247,7 @@ def _backward(
     del d_projected
 
     def in_proj_gradient(inputs: Tensor) -> Tensor:
-        """Sum over tokens of the gradient of query, key and value times `inputs`, [3W, W]."""
+        """Gradient of query, key and value, transposed, times `inputs`, [3W, W]."""
         if query_rows is None:
             return d_all.T @ inputs
         return torch.cat([d_query.T @ inputs[query_rows], d_key_value.T @ inputs])

@@ -1,4 +1,4 @@
-"""Image towers: images or features at the cut to image embeddings."""
+"""Image towers: map images, or features at the cut, to image embeddings."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class ImageTower(Tower):
     image_size: tuple[int, int]
 
     def encoder(self) -> nn.Module:
-        """The caller's image encoder: images to embeddings [n, D], or a tuple that begins with them."""
+        """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
         return self.model.visual
 
     def _set_reductions(self, not_fused: str | None, not_pooled: str | None) -> None:
-        """Set the reductions by the reason against each, or None."""
+        """Set the reductions. An argument is the reason why one is disabled, or None."""
         self.reductions = {
             "fused_block": Reduction.unless(not_fused),
             "pooled_last_block": Reduction.unless(not_pooled),
@@ -38,13 +38,13 @@ class ImageTower(Tower):
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states behind the last block to embeddings [n, D].
+        """Map hidden states behind the last block to embeddings [n, D].
 
-        Contains every token, or only the first token if `pooled_last_block` is enabled.
+        They have every token, or only the first one if `pooled_last_block` is enabled.
         """
 
     def upper(self, hidden: Tensor) -> Tensor:
-        """Hidden states at the cut to image embeddings [n, D], not normalised."""
+        """Map hidden states at the cut to image embeddings [n, D], not normalised."""
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(hidden)
         pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
         for index in range(self.skip, depth - pools):

@@ -21,7 +21,7 @@ def evaluating(modules: Iterable[nn.Module], *, except_for: nn.Module | None = N
 
 @contextlib.contextmanager
 def deterministic_training(model: nn.Module) -> Iterator[None]:
-    """Set training mode, except for modules that would then draw at random and for batch norms."""
+    """Set training mode, except for batch norms and modules that drop values at random."""
     frozen = [m for m in model.modules() if _drops(m) or any(map(_drops, m.children())) or isinstance(m, _NormBase)]
     others = set(model.modules()) - set(frozen)
     with _in_mode(frozen, False), _in_mode(others, True):

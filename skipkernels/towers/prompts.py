@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool = False) -> int:
-    """Number of tokens that all prompts [C, L] begin with, in front of every pooled token [C].
+    """Length of the prefix that all prompts [C, L] share, in front of every pooled token [C].
 
-    If the pooled token excludes itself, its query takes the row in front of it, which then belongs to the suffix.
+    If the pooled token excludes itself, its query is computed at the row in front of it, which then belongs to the
+    suffix.
     """
     same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
     return max(min(int(same), int(pooled.min()) - excludes_self), 0)
@@ -46,19 +47,19 @@ class PackedPrompts:
         self._same_length = bool((self.lengths == self.max_length).all())
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move every tensor."""
+        """Apply `fn`, such as a move to a device, to every tensor."""
         self.tokens, self.pooled = fn(self.tokens), fn(self.pooled)
         self.lengths, self.starts = fn(self.lengths), fn(self.starts)
 
     def _packs(self, device: torch.device) -> bool:
-        """Return True if the suffixes of a step are packed there.
+        """Return True if the suffixes of a step are packed on this device.
 
-        On a GPU they are padded to the longest of all classes: the number of packed rows would take a host sync.
+        On a GPU they are padded to the longest of all classes: the number of packed rows would need a host sync.
         """
         return device.type == "cpu" and not self._same_length
 
     def pack(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
-        """Hidden states [K, L, W] of `class_ids` (all classes by default) to their rows, packed."""
+        """Pack hidden states [K, L, W] of `class_ids` (default: all classes) into rows."""
         return _pack(hidden, self, self.lengths if class_ids is None else self.lengths[class_ids])
 
     def select(self, class_ids: Tensor) -> SelectedPrompts:
@@ -71,8 +72,8 @@ class SelectedPrompts:
 
     Attributes:
         class_ids: int64 [K].
-        offsets: int64 [K + 1], where each packed suffix begins behind the prefix; None if each has S rows. Rows behind
-            a pooled token are not seen by it.
+        offsets: int64 [K + 1], start of each packed suffix, counted behind the prefix; None if each is padded to S
+            rows. A pooled token does not see the padding behind it.
         ends: int64 [K], rows of the pooled tokens.
     """
 
@@ -88,22 +89,22 @@ class SelectedPrompts:
             self.ends = first_rows + prompts.pooled[class_ids]
 
     def row_numbers(self) -> Tensor:
-        """Numbers of these rows among the rows of all classes, int64."""
+        """Indices of these rows among the rows of all classes, int64 [R]."""
         device, positions = self.class_ids.device, torch.arange(self._prompts.max_length, device=self.class_ids.device)
         rows = self._prompts.starts[self.class_ids][:, None] + positions
         if self._lengths is not None:
             rows = rows[positions < self._lengths[:, None]]
-        else:  # the padding of a suffix is the next suffix; of the last suffix, its last row again
+        else:  # padding is the next suffix; for the last suffix, its last row again
             rows = rows.clamp(max=self._prompts.row_count - 1).flatten()
         return torch.cat([torch.arange(self._prompts.prefix_length, device=device), rows])
 
     def pack(self, hidden: Tensor) -> Tensor:
-        """Hidden states [K, L, W] of these prompts to rows."""
+        """Pack hidden states [K, L, W] of these prompts into rows."""
         return _pack(hidden, self._prompts, self._lengths)
 
 
 def _pack(hidden: Tensor, prompts: PackedPrompts, lengths: Tensor | None) -> Tensor:
-    """Hidden states [K, L, W] to rows: suffixes of these `lengths` [K], or padded to the longest."""
+    """Pack hidden states [K, L, W] into rows. Suffixes have `lengths` [K] or, if None, are padded to the longest."""
     if not prompts.prefix_length:
         return hidden.flatten(0, 1)
     prefix, suffixes = hidden[0, : prompts.prefix_length], hidden[:, prompts.prefix_length :][:, : prompts.max_length]

@@ -1,4 +1,4 @@
-"""Construction of the two towers of a model, by the types of its modules."""
+"""Build the two towers of a model, chosen by the types of its modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .base import UnsupportedModel
 from .image import ImageTower
 from .text import TextTower
 
-# Type of the module → file in families/, and the class or function there that makes its tower. A file is imported when
-# a model needs it, so that a missing or old package matters only to the models of that package.
+# Type of the module → file in families/, and the class or function in it that makes the tower. A file is imported on
+# demand: only models of a package need that package.
 _IMAGE_TOWERS = {
     "open_clip.transformer.VisionTransformer": "open_clip:OpenClipImageTower",
     "open_clip.timm_model.TimmModel": "timm:timm_tower",
@@ -45,7 +45,7 @@ _HALVES = {
 
 
 def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
-    """Build the image and text tower of a model, with nothing skipped.
+    """Build the image and text tower of a model, with no blocks skipped.
 
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
@@ -79,11 +79,11 @@ def _factory(half: nn.Module, towers: Mapping[str, str], tower: str) -> Callable
     if name not in towers:
         raise UnsupportedModel(f"SkipCLIP: the {tower} tower must be one of {', '.join(towers)}; got {name}.")
     file, _, factory = towers[name].partition(":")
-    if file in ("hugging_face", "hf_text"):  # the arguments of its blocks differ between major versions
+    if file in ("hugging_face", "hf_text"):  # arguments of blocks differ between major versions of transformers
         version = importlib.metadata.version("transformers")
         if int(version.split(".")[0]) < 5:
             raise UnsupportedModel(
-                f"SkipCLIP: {name} is handled with transformers 5 or later; got {version}. Update it: "
+                f"SkipCLIP: {name} needs transformers 5 or later; got {version}. Update it: "
                 "pip install 'skipkernels[hugging-face]'."
             )
     return getattr(importlib.import_module(f".families.{file}", __package__), factory)

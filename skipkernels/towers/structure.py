@@ -1,4 +1,4 @@
-"""Detection of changes to a model after the construction of SkipCLIP: to modules that it does not call, and to weights.
+"""Detect changes to a model after SkipCLIP is constructed: to modules that it does not call, and to weights.
 
 A fused block reads the weights and settings of the caller's block and never calls it. The containers around the blocks
 (the model, `visual`, a stack of blocks) are not called either. A later change to them (a hook, a replaced layer,
@@ -81,7 +81,7 @@ _SETTINGS = 2  # position in `Structure._state`
 
 
 def _copied(values: Any) -> Any:
-    """Values of an itemgetter, one or a tuple, with dictionaries, lists and sets copied."""
+    """Copy the dictionaries, lists and sets among the values of an itemgetter, one or a tuple."""
     if isinstance(values, tuple):
         return tuple(map(_copied, values))
     return copy.copy(values) if isinstance(values, (dict, list, set)) else values
@@ -131,7 +131,7 @@ def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         if what is not None:
             where = names.get(id(module)) or type(module).__name__
             raise UnsupportedModel(
-                f"SkipCLIP: {where} has {what}, and SkipCLIP does not call this module, so that would be ignored. "
+                f"SkipCLIP: {where} has {what}, and SkipCLIP does not call this module, so it would have no effect. "
                 "Remove it, or put it on a block, an embedding or a head, which SkipCLIP calls."
             )
 
@@ -163,7 +163,7 @@ class WeightSnapshot:
         return any(x.requires_grad for x in self._tensors)
 
     def changed(self) -> bool:
-        """Return True if the values differ from the snapshot; changes past the version counter are not detected."""
+        """Return True if the values differ from the snapshot. Values written through `.data` are not detected."""
         try:
             same = self._members == self._seen and list(map(_VERSION, self._tensors)) == self._versions
             if same and not self._differs:
@@ -173,6 +173,6 @@ class WeightSnapshot:
         return self.content_changed()
 
     def content_changed(self) -> bool:
-        """Return True if the values differ from the snapshot, by content only."""
+        """Return True if the digests of the values differ from the snapshot."""
         self._differs = self._record() != self._digests
         return self._differs

@@ -1,4 +1,4 @@
-"""Text towers: prompts or their rows at the cut to text embeddings."""
+"""Text towers: map prompts, or their rows at the cut, to text embeddings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .reductions import Reduction
 
 
 class TextTower(Tower):
-    """A tower over the prompts of the task's classes, each of which becomes an embedding at one of its tokens.
+    """A tower over the prompts of the task's classes. The embedding of a prompt is computed from its pooled token.
 
-    Above the cut tokens are rows: the prefix that all prompts share, once, then the suffix of each class.
+    Above the cut, tokens are rows: the prefix that all prompts share, once, then the suffix of each class.
 
     Attributes:
         prompts: Tokens of the prompts, cropped where that is exact, and the layout of their rows.
@@ -47,7 +47,7 @@ class TextTower(Tower):
             not_fused: Why not all blocks are fused, or None.
             last_not_fused: Why the last block is not fused, or None.
             not_causal: Why the mask is not the causal one, or None.
-            not_cropped: Why the tokens behind the last visible one must stay, or None.
+            not_cropped: Why tokens behind the last visible one are not cropped, or None.
             visible_length: Number of tokens that a pooled token can see; by default up to the last pooled token.
             excludes_self: The pooled token attends to the tokens in front of it and not to itself.
         """
@@ -87,16 +87,16 @@ class TextTower(Tower):
         return self.model.encode_text(inputs)
 
     def mask(self, inputs: Tensor) -> Tensor | None:
-        """Causal mask, unless a family has another."""
+        """Causal mask; families may override it."""
         length = inputs.shape[1]
         return torch.full((1, 1, length, length), -torch.inf, device=inputs.device).triu(1)
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
+        """Map hidden states [K, W] of the pooled tokens behind the last block to embeddings [K, D]."""
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
-        """Rows [R, W] of some prompts at the cut to their text embeddings [K, D], not normalised."""
+        """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
         run = self._run_suffixes if self.prompts.prefix_length else self._run_whole_prompts
         return self.finish(run(rows, selected))
 

@@ -1,4 +1,4 @@
-"""Text features at the cut and prototypes in a folder, for more classes than fit in memory."""
+"""Store text features at the cut and prototypes in a folder, for more classes than fit in memory."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _SHARD_BYTES = 64 << 20
 _NAME_OF = {dtype: name for name, dtype in COMPUTED.items() if name in DTYPES}
 # Largest error of features of the same weights, relative to their norm; the same as for images in a FeatureCache.
 _FEATURE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-# Largest distance of stored prototypes. The same machine computes the same ones, up to 7e-7 in fp32 for smaller chunks;
-# another activation in a single block differs by at least 2e-3. Beyond the tolerance they are recomputed.
+# Largest distance between stored and recomputed prototypes; beyond it they are recomputed. On one machine it is at most
+# 7e-7 in fp32, with smaller chunks; another activation in one block changes at least 2e-3.
 _PROTOTYPE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 Lower = Callable[[Tensor], Tensor]
@@ -44,14 +44,14 @@ def representative_classes(text: TextTower) -> Tensor:
 
 
 class TextStore:
-    """Rows of all classes at the cut in a store, which is created unless it exists.
+    """Rows of all classes at the cut, in a store that the constructor creates unless it exists.
 
-    While another process creates it, the constructor waits, and then opens it.
+    If another process is creating it, the constructor waits and then opens it.
 
     Args:
         folder: Folder of the store.
         text: Text tower.
-        lower: Runs its blocks below the cut.
+        lower: Function that runs the blocks below the cut.
         chunk: Number of classes that run at once.
 
     Raises:
@@ -84,9 +84,9 @@ class TextStore:
         distance = ((stored - expected).double().norm() / expected.double().norm().clamp(min=1e-30)).item()
         if not distance <= _FEATURE_TOLERANCE[expected.dtype]:
             raise StoreError(
-                f"{self._folder}: holds a text_cache of another model: this one computes other features from the same "
-                f"weights ({distance:.1e} off on the first prompt), with another activation, number of heads or hook "
-                f"below the cut. {_remedy(self._folder)}"
+                f"{self._folder}: holds a text_cache of another model: the weights are equal, but the features of the "
+                f"first prompt differ by {distance:.1e}, so an activation, the number of heads or a hook below the cut "
+                f"differs. {_remedy(self._folder)}"
             )
 
     def check(self, lower_identity: dict[str, str | int]) -> None:
@@ -103,7 +103,7 @@ class TextStore:
         )
 
     def gather(self, row_numbers: Tensor) -> Tensor:
-        """Rows [R, W] by number [R], on the device of the tower."""
+        """Gather rows [R, W] by index, on the device of the tower."""
         return self._store.gather(row_numbers.cpu()).squeeze(1).to(self._device)
 
 
@@ -141,7 +141,7 @@ def _load_rows(folder: Path, fingerprint: dict[str, str | int]) -> Tensor | None
         rows = store.gather(torch.arange(store.layout.rows)).squeeze(1)
     except StoreError as error:
         if is_store(folder):
-            warnings.warn(f"{error} It is recomputed.", stacklevel=5)
+            warnings.warn(f"{error} The prototypes are recomputed.", stacklevel=5)
         return None
     return rows if store.layout.fingerprint == fingerprint else None
 
@@ -180,7 +180,7 @@ def _report_wait(held: str) -> None:
 
 
 def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
-    """(number of the first row, rows [n, W]) of every chunk of classes that a missing shard needs."""
+    """Yield (index of the first row, rows [n, W]) of each chunk of classes that a missing shard needs."""
     missing = [writer.layout.rows_of(number) for number in writer.missing]
     if not missing:
         return
@@ -205,7 +205,7 @@ class _RowStream:
         self._start, self._rows = 0, torch.empty(0)
 
     def read(self, rows: range) -> Tensor:
-        """Rows [n, W] of a range behind the one read before."""
+        """Read a range of rows [n, W], which must follow the range read before."""
         parts: list[Tensor] = []
         start = rows.start
         while start < rows.stop:

@@ -1,7 +1,7 @@
 """xformers as an optional attention backend: `memory_efficient_attention` on a GPU.
 
-Suffixes behind a shared prefix are one block-diagonal call in which each suffix has a copy of the prefix in front of
-its keys, with a causal mask aligned at the end of both. `suffix_attention` needs no copies of the prefix.
+Suffixes behind a shared prefix are one block-diagonal call, in which the keys of each suffix follow a copy of the
+prefix and the causal mask is aligned to the bottom right. `suffix_attention` needs no copies of the prefix.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def backend() -> AttentionBackend:
         offsets: Tensor | None = None,
         max_length: int | None = None,
     ) -> Tensor:
-        """See `functional.suffix_attention`. Packed suffixes take a host sync for their lengths; padded ones do not."""
+        """See `functional.suffix_attention`. Packed suffixes need a host sync for their lengths; padded ones do not."""
         suffix_lengths = [query.shape[1]] * len(query) if offsets is None else offsets.diff().tolist()
         rows = query.flatten(0, 1) if offsets is None else query
 

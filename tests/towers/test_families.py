@@ -320,7 +320,7 @@ def test_open_clip_half_precision_norms_in_fp32(dtype):
 def test_old_transformers_raises(monkeypatch):
     model = siglip()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
-    with pytest.raises(UnsupportedModel, match="SiglipModel is handled with transformers 5 or later; got 4.57.6"):
+    with pytest.raises(UnsupportedModel, match="SiglipModel needs transformers 5 or later; got 4.57.6"):
         sk.SkipCLIP(model, tiny_tokens(4), skip_layers=1)
 
 

@@ -178,7 +178,7 @@ def test_prototypes_with_flipped_bit_are_recomputed(tmp_path):
     shard = tmp_path / "prototypes" / "00000.safetensors"
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-100] + bytes([sound[-100] ^ 1]) + sound[-99:])
-    with pytest.warns(UserWarning, match=r"prototypes/00000.safetensors: damaged: .* It is recomputed"):
+    with pytest.warns(UserWarning, match=r"prototypes/00000.safetensors: damaged: .* The prototypes are recomputed"):
         clip = make_clip(tmp_path)
     assert same(step(clip), theirs) and shard.read_bytes() == sound
 

@@ -171,7 +171,7 @@ def test_weights_whose_answers_are_not_finite_are_refused(tmp_path, capsys):
     weights = {name: tensor * 1e30 for name, tensor in glyph_tiny.state_dict().items()}
     save_file(weights, tmp_path / "large.safetensors")
     arguments = [*ARGUMENTS, "--pretrained", tmp_path / "large.safetensors", "--out", tmp_path / "run"]
-    assert "gives texts an embedding that is not finite" in fails(arguments, capsys)
+    assert "embeddings of texts are not finite" in fails(arguments, capsys)
     assert main([*map(str, arguments), "--method", "zero-shot"]) == 1
     assert "logits of the test 'base' are not finite as the model came" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

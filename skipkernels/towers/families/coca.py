@@ -1,9 +1,9 @@
 """Text tower of open_clip's `CoCa`: a causal text transformer with the embedding at a class token.
 
 The class token comes last, behind the padding, and sees the prompt. In the published weights its mask is shifted by one
-position: it sees the prompt and one token of padding, and not itself (`correct_cls_mask=False`). Attention knows
-positions only by their embedding, so the class token is moved to directly behind the tokens that it sees. No token then
-sees the padding behind it, which is cropped.
+position: it sees the prompt and one token of padding, and not itself (`correct_cls_mask=False`). Attention depends
+on positions only through their embedding, so the class token is moved directly behind the tokens that it sees. No token
+then sees the padding behind it, which is cropped.
 """
 
 from __future__ import annotations

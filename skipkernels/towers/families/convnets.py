@@ -1,6 +1,6 @@
 """Image towers with blocks in stages: ConvNeXt, FastViT and Swin of timm, ResNets of open_clip and OpenAI.
 
-They are chains of the caller's modules. The layers in front of a stage (downsampling, positions) belong to its first
+A tower is a chain of the caller's modules. The layers in front of a stage (downsampling, positions) belong to its first
 block, and a tower may be cut between any two blocks. Hidden states are maps, [n, C, height, width] or channels last.
 
 Batch norms below the cut are frozen: evaluation mode, constant statistics. Above the cut they run as in the caller's
@@ -20,7 +20,7 @@ NOT_FUSED = "blocks in stages run as your modules"
 
 
 def chain_stages(stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]]]) -> list[nn.Module]:
-    """Blocks of all stages (layers in front, blocks), each first block together with the layers in front of it."""
+    """List the blocks of all stages (layers in front, blocks); a first block includes the layers in front of it."""
     blocks: list[nn.Module] = []
     pending: list[nn.Module] = []
     for front, stage in stages:
@@ -75,7 +75,7 @@ class ResNetTower(StagedTower):
         super().__init__(model, (size, size), [*stem, visual.avgpool], stages, [visual.attnpool])
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Images of any dtype, as in OpenAI's model, to maps."""
+        """Map images of any dtype, as in OpenAI's model, to feature maps."""
         return super().embed(inputs.to(self.dtype))
 
 

@@ -1,8 +1,8 @@
 """open_clip's `HFTextEncoder`: a text encoder of Hugging Face's transformers, a pooler and a projection.
 
-RoBERTa, XLM-RoBERTa and BERT normalise behind each half of a block; mT5 adds a learned bias by relative position,
-a parameter of its first block that all blocks use; NLLB is the encoder of M2M-100. A token sees every token that is not
-padding. Blocks run as the caller's modules, over prompts cropped behind the longest one.
+RoBERTa, XLM-RoBERTa and BERT are post-norm. All blocks of mT5 add the learned relative position bias of the
+first block. NLLB is the encoder of M2M-100. A token sees every token that is not padding. Blocks run as the caller's
+modules, on prompts cropped to the longest one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..text import TextTower
 
 
 class EncoderTextTower(TextTower):
-    """Text tower with such an encoder; `pooled` is the last token of each prompt that is not padding."""
+    """Text tower with an `HFTextEncoder`; `pooled` is the last token of each prompt that is not padding."""
 
     def __init__(self, model: Any, tokens: Tensor, layers: nn.ModuleList):
         self.model, self.encoder = model, model.text.transformer

@@ -1,8 +1,8 @@
 """Hugging Face's `CLIPModel` and `SiglipModel`.
 
-CLIP: as OpenAI's, with separate projections of query, key and value. SigLIP: no class token, no norm in front of the
-blocks; images are pooled by attention of a learned probe, texts at their last token, without a mask, through a linear
-layer. Fused blocks ignore the model's `attn_implementation`.
+CLIP: as OpenAI's model, but with separate projections of query, key and value. SigLIP: no class token, no norm in front
+of the blocks; images are pooled by attention of a learned probe, texts at their last token, without a mask, through a
+linear layer. Fused blocks ignore the model's `attn_implementation`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _ImageEncoder(nn.Module):
 
 
 class HuggingFaceImageTower(ImageTower):
-    """Image tower of such a model: `vision_model`, and the projection of CLIP."""
+    """Image tower of a `CLIPModel` or `SiglipModel`: `vision_model` and, for CLIP, the projection."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
@@ -133,7 +133,7 @@ class HuggingFaceImageTower(ImageTower):
 
 
 class HuggingFaceTextTower(TextTower):
-    """Text tower of such a model: `text_model`, and the projection of CLIP."""
+    """Text tower of a `CLIPModel` or `SiglipModel`: `text_model` and, for CLIP, the projection."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 
@@ -153,8 +153,8 @@ class HuggingFaceTextTower(TextTower):
             self._set_prompts(tokens, last, *reasons, not_causal="there is no mask", not_cropped=not_cropped)
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
-        end = self.text.eos_token_id  # its forward reads this, not the config, which may have changed
-        # Configs written before transformers 4.31 have 2 for any vocabulary; their end-of-text is the largest id.
+        end = self.text.eos_token_id  # read by its forward; the config may have changed
+        # Configs from before transformers 4.31 always have eos_token_id = 2; the end of text is the largest id.
         return tokens.argmax(dim=-1) if end == 2 else (tokens == end).int().argmax(dim=-1)
 
     def reference_forward(self, inputs: Tensor) -> Tensor:  # noqa: D102

@@ -47,7 +47,7 @@ _BLOCK: dict[str, tuple[type, ...]] = {
     "mlp.c_proj": (nn.Linear,),
     "ls_2": _SCALE,
 }
-# `Attention` of open_clip 4 in place of PyTorch's.
+# Further submodules if `attn` is the `Attention` of open_clip 4.
 _ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
 _ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
 
@@ -82,7 +82,7 @@ def _read_block(block: Any) -> FusableBlock:
 
 
 def _is_sin_cos_table(positions: Tensor, grid: tuple[int, int]) -> bool:
-    """Return True if they are the fixed table, which open_clip never trains. SkipCLIP sets `requires_grad`."""
+    """Return True for open_clip's fixed table, which it never trains; SkipCLIP changes `requires_grad`."""
     if grid[0] != grid[1] or positions.shape[1] % 4:
         return False
     table = torch.from_numpy(get_2d_sincos_pos_embed(positions.shape[1], grid[0], cls_token=True)).float()
@@ -128,7 +128,7 @@ class OpenClipImageTower(ImageTower):
 
 
 class OpenClipTextTower(TextTower):
-    """Text tower of such a model.
+    """Text tower of a `CLIP`, `CustomTextCLIP` or `CoCa`.
 
     Its modules are attributes of `text`: the model itself or, in `CustomTextCLIP` and `CoCa`, a `TextTransformer`.
     """
@@ -143,7 +143,7 @@ class OpenClipTextTower(TextTower):
         if tokens.shape[1] > context or (self.text is model and tokens.shape[1] != context):
             raise ValueError(
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
-                "Use the model's tokenizer: open_clip.get_tokenizer(its name)."
+                "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
         self.embedding = (self.text.token_embedding, self.text.positional_embedding)
         self.head = (self.text.ln_final, self.text.text_projection)
@@ -152,14 +152,14 @@ class OpenClipTextTower(TextTower):
         self._set_prompts(tokens, not_fused=not_fused, last_not_fused=last_not_fused, **layout)
 
     def _prompt_layout(self, tokens: Tensor) -> dict[str, Any]:
-        """Arguments of `_set_prompts`: which tokens are pooled, and which the pooled ones can see."""
+        """Arguments of `_set_prompts`: the pooled tokens, and the tokens that they can see."""
         pooled = self._pooled_positions(tokens)
         mask, length = self.text.attn_mask, int(pooled.max()) + 1
         if getattr(self.text, "use_pad_mask", False):
             visible = int((tokens != self.text.pad_id).long().cumsum(dim=1).argmax(dim=1).max()) + 1
             return {
                 "pooled": pooled,
-                "not_causal": "the mask hides padding alone, so a token sees later ones",
+                "not_causal": "the mask hides only padding, so a token sees later ones",
                 "not_cropped": None if length <= visible else "a pooled token is padding",
                 "visible_length": visible,
             }
@@ -211,7 +211,7 @@ class OpenClipTextTower(TextTower):
 
 
 def padding_mask(text: TextTransformer, tokens: Tensor) -> Tensor:
-    """Mask [n, 1, T, T] of a text transformer that hides padding from every token, causal or not."""
+    """Mask [n, 1, T, T] that hides padding from every token, added to the causal mask if the text tower has one."""
     length = tokens.shape[1] + (text.cls_emb is not None)
     mask = text._build_additive_mask(tokens, length, torch.float32)[:: text.heads, None]
     return mask if text.attn_mask is None else mask + text.attn_mask[:length, :length].to(mask)

@@ -1,4 +1,4 @@
-"""OpenAI's `clip.model.CLIP`, as `clip.load` returns it (not scripted): vision transformer, causal text transformer.
+"""OpenAI's `clip.model.CLIP`, as returned by `clip.load` (not scripted): vision transformer, causal text transformer.
 
 Its blocks take [tokens, n, W] and hold their attention mask.
 """
@@ -74,7 +74,7 @@ class OpenAIImageTower(ImageTower):
 
 
 class OpenAITextTower(TextTower):
-    """Text tower of such a model."""
+    """Text tower of a `clip.model.CLIP`."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
 

@@ -79,7 +79,7 @@ def timm_tower(model: Any) -> ImageTower:
 
 
 def _is_vitamin(trunk: Any) -> bool:
-    """Return True if the patches of a transformer come from stages of convolutions alone."""
+    """Return True if the patch embedding is that of a ViTamin: convolutional stages and a projection."""
     embed: Any = getattr(trunk, "patch_embed", None)
     plain = type(embed) is HybridEmbed and embed.flatten and not embed.dynamic_img_pad
     return plain and type(embed.backbone) is MbConvStages
@@ -93,7 +93,7 @@ def _why_not_fusable(block: Any) -> str | None:
     if any(rate > 0 for rate in rates):
         return "a block drops values or branches at random in training (dropout, drop path); set their rates to 0"
     if block.attn.qkv.out_features != 3 * block.attn.qkv.in_features:
-        return "the heads of a block are together not as wide as the block"
+        return "the total width of the heads of a block differs from the width of the block"
     if block.attn.scale != block.attn.head_dim**-0.5 or getattr(block.attn, "is_causal", False):
         return "a block's attention is causal or has an unusual scale"
     return None
@@ -143,7 +143,7 @@ class TransformerTower(ImageTower):
 
 
 class ViTaminTower(TransformerTower):
-    """Image tower with a ViTamin as its trunk: the blocks of its convolutional stages, then those of a transformer."""
+    """Image tower with a ViTamin as its trunk: blocks of convolutional stages, then transformer blocks."""
 
     def __init__(self, model: Any):
         super().__init__(model)
@@ -192,7 +192,7 @@ class EvaTower(TransformerTower):
     """Image tower with an `Eva` as its trunk: EVA, EVA-02, Perception Encoder.
 
     Rotary positions belong to the embedding, although every block uses them: learned ones ("mixed") train at
-    skip_layers=0 and are constants above a cut.
+    skip_layers=0 and are constant otherwise.
     """
 
     def __init__(self, model: Any):
@@ -215,14 +215,14 @@ class EvaTower(TransformerTower):
 
 
 def _refuse_varying_positions(trunk: Any) -> None:
-    """Refuse rotary positions that depend on the images: features at the cut do not hold them."""
+    """Refuse rotary positions that depend on the images: features at the cut do not contain them."""
     reasons = {
-        "follow the patches that dropout leaves in training (patch_drop_rate)": trunk.patch_drop is not None,
+        "depend on the patches that patch dropout keeps in training (patch_drop_rate)": trunk.patch_drop is not None,
         "depend on the size of the image (dynamic_img_size)": trunk.dynamic_img_size,
-        "are drawn at random in training (rope_shift_coords and others)": getattr(trunk.rope, "aug_active", False),
+        "are random in training (rope_shift_coords and others)": getattr(trunk.rope, "aug_active", False),
     }
     for reason, holds in reasons.items():
         if holds:
             raise UnsupportedModel(
-                f"SkipCLIP: the rotary positions of the image tower {reason}; features at the cut do not hold them."
+                f"SkipCLIP: the rotary positions of the image tower {reason}; features at the cut do not contain them."
             )
