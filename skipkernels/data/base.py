@@ -1,4 +1,4 @@
-"""Types of the datasets, and the error for unusable input."""
+"""Dataset types, and the error for unusable input."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def escape_unprintable(text: str) -> str:
 
 
 class InputError(ValueError):
-    """Input that can't be used; the message is one line that says why, and the remedy.
+    """Input that can't be used; the message is one line with the reason and the remedy.
 
     Args:
         message: "function: argument must be …; got …. Remedy." or "function: what is wrong. Remedy." Other arguments
             in it are in backquotes: "Fetch it with `download=True`."
-        argument: Name of the Python argument that is wrong, from which the command line makes its flag.
+        argument: Name of the invalid Python argument, which the command line translates into its flag.
 
     Attributes:
-        argument: As given; None if the error is not about an argument, but about a file, for instance.
+        argument: As above; None if the error is not about an argument but, for instance, about a file.
 
     Example:
         >>> raise InputError("few_shot: shots must be at least 1; got 0.", "shots")

@@ -1,14 +1,15 @@
 """Datasets in CoOp's layout: `coop:NAME` in the folder `root`, which holds all of them.
 
-There are eleven datasets to train and test on, and four variants of ImageNet to test on. The splits of most are a JSON
-file, `{"train"|"val"|"test": [[path, label, class name], …]}`. ImageNet and its variants have folders named by WordNet
-id, and names in `classnames.txt`, which a variant may have in a file of its own; Aircraft has text files of its own.
-ImageNet's test images are its validation images, so that it has no val split. ImageNet, ImageNetV2 and ImageNet-Sketch
-have 1000 classes. ImageNet-A and ImageNet-R have 200 of them, labelled by the rank of their folders, and are evaluated
-among these 200 names alone, as in CoOp.
+Eleven datasets are for training and testing, and four variants of ImageNet for testing. Most have a JSON file,
+`{"train"|"val"|"test": [[path, label, class name], …]}`. ImageNet and its variants have folders named by WordNet id,
+and class names in `classnames.txt`; a variant without this file uses that of ImageNet. Aircraft has text files.
 
-Paths in the files may not lead out of the folder that they are relative to; links in that folder may. CoOp's few-shot
-pickles are not read: a pickle can execute any code.
+ImageNet's validation images are used as test images, so it has no val split. ImageNet, ImageNetV2 and ImageNet-Sketch
+have 1000 classes. ImageNet-A and ImageNet-R have 200 of them, labelled in the order of their sorted folders, and are
+evaluated only among these 200 names, as in CoOp.
+
+Paths in the files must stay in the folder that they are relative to; links in that folder may lead out of it. CoOp's
+few-shot pickles are not read: a pickle can execute any code.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ _IMAGENET_TARGETS: Mapping[Protocol, list[str]] = {
     "cross-dataset": [f"coop:{name}" for name in DATASETS if name not in ("imagenet", *VARIANTS)],
     "domain-generalization": [f"coop:{name}" for name in VARIANTS],
 }
-_HELP = "See CoOp's DATASETS.md for where to get it."
+_HELP = "CoOp's DATASETS.md says where to get it."
 
 
 _Lists = dict[Split, tuple[list[str], list[int]]]  # paths and labels
@@ -124,7 +125,7 @@ def open_coop(name: str, root: str | Path | None, templates: Templates = None) -
         raise open_error(f"{dataset} needs the folder of all datasets, which contains {layout.folder}.", "root")
     base = absolute_path(root)
     if not os.path.isdir(base):
-        raise open_error(f"no folder {base}; it must be that of all datasets, which contains {layout.folder}.", "root")
+        raise open_error(f"no folder {base}; give the folder of all datasets, which contains {layout.folder}.", "root")
     folder = base / layout.folder
     _check_exists(dataset, "folder", folder)
     images = folder / layout.images
@@ -158,7 +159,7 @@ def _check_exists(dataset: str, kind: str, path: Path) -> None:
 
 
 def _from_lists(dataset: str, root: Path, names: list[str], listed: _Lists) -> _Contents:
-    """Return a dataset of lists of (paths, labels), with notes on duplicates."""
+    """Return the contents of lists of (paths, labels), with notes on duplicates."""
     counts = {split: Counter(map(posixpath.normpath, paths)) for split, (paths, _) in listed.items()}
     duplicates = {
         f"listed twice in {split}": [path for path, count in paths.items() if count > 1]
@@ -296,7 +297,7 @@ def _imagenet(dataset: str, images: Path) -> _Contents:
 
 def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: bool) -> _Contents:
     _check_exists(dataset, "folder", images)
-    if numbered:  # in the order of the WordNet ids
+    if numbered:  # folder i has the class of the i-th WordNet id
         wnids = sorted(names)
         folders = [str(label) for label in range(len(wnids))]
         absent = sorted(set(folders) - set(subfolders(images)), key=int)
@@ -304,7 +305,7 @@ def _variant(dataset: str, images: Path, names: dict[str, str], *, numbered: boo
             raise _error(dataset, f"no folder {format_names(absent)} in {images}; it must have one for each class.")
     else:
         folders = wnids = _wnid_folders(dataset, images, names)
-    reason = "it is a variant of ImageNet, for testing alone. Train on coop:imagenet."
+    reason = "it is a variant of ImageNet, for testing only. Train on coop:imagenet."
     splits: _Splits = {"test": partial(_folder_images, dataset, images, folders)}
     return _Contents([names[wnid] for wnid in wnids], splits, {"train": reason, "val": reason}, tuple(wnids))
 

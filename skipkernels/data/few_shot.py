@@ -1,4 +1,4 @@
-"""Few-shot subsets: a choice of images that depends on their names and a seed alone, and its file."""
+"""Few-shot subsets, which depend only on labels, names and a seed, and files of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .images import Images
 
 
 def hash_order(purpose: str, seed: int, name: str) -> tuple[bytes, str]:
-    """Sort key that puts names in a pseudorandom order; it depends on the purpose, the seed and the name alone."""
+    """Sort key for a pseudorandom order of names; it depends only on the purpose, the seed and the name."""
     text = f"{purpose}/{seed}/{name}".encode("utf-8", "surrogateescape")  # file names on Linux may not be UTF-8
     return hashlib.sha256(text).digest(), name
 
@@ -26,8 +26,8 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
     """Choose images of each class pseudorandomly.
 
     The choice depends on the seed, the names and the labels, and not on the order of the images, the process or the
-    machine. It is nested: the images of a class for 4 shots are the first of those for 8. An image that is added or
-    removed changes at most one image of the choice.
+    machine. It is nested: the images of a class for 4 shots are the first 4 of those for 8. Adding or removing an image
+    changes at most one chosen image.
 
     Args:
         labels: Label of each image.
@@ -61,7 +61,7 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
 
 
 def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> str | None:
-    """Return a note that names the classes with fewer than `shots` images; None if there are none.
+    """Return a note that lists the classes with fewer than `shots` images; None if there are none.
 
     Args:
         labels: Labels of the training images.
@@ -97,7 +97,7 @@ def save_few_shot(
     """
     chosen = [[name, label, classes[label]] for name, label in zip(images.names, images.labels, strict=True)]
     header = {"data": data, "shots": shots, "seed": seed}
-    lines = ",\n".join(f"    {json.dumps(item)}" for item in chosen)  # one image per line, to be read and compared
+    lines = ",\n".join(f"    {json.dumps(item)}" for item in chosen)  # one image per line, for diffs
     text = json.dumps(header, indent=2).removesuffix("\n}") + f',\n  "train": [\n{lines}\n  ]\n}}\n'
     replace_text(Path(path), text)
 
@@ -111,7 +111,7 @@ def load_few_shot(path: str | Path, images: Images, classes: Sequence[str]) -> l
         classes: Names by label.
 
     Raises:
-        InputError: If the file can't be read, or an entry is invalid, unknown or a duplicate; names the first.
+        InputError: If the file can't be read, or an entry is invalid, unknown or a duplicate.
 
     Example:
         >>> import tempfile

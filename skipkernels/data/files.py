@@ -1,4 +1,4 @@
-"""Listing folders and reading text files: in an order that does not depend on the file system, with one-line errors."""
+"""List folders, in an order that does not depend on the file system, and read text files; errors are one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..store import MANIFEST, open_regular
 from .base import InputError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
-# Folders that skipkernels writes: (contents, a file that is always there): others, at least one of which is there.
+# Folders that skipkernels writes: (contents, a file that each contains): other files; each contains at least one.
 _OUTPUT_FOLDERS = {
     ("results", "config.yaml"): {"metrics.json", "metrics.jsonl", "state.pt", "model.safetensors", "delta.safetensors"},
     ("features", MANIFEST): {"00000.safetensors"},
@@ -52,7 +52,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return True for a folder or a link to one; only for a link does this read the disk."""
+    """Return True for a folder or a link to one; reads the disk only for a link."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
@@ -73,8 +73,8 @@ def has_image_extension(name: str) -> bool:
 def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
     """Find the image files in a folder and its subfolders, and count the other files by extension.
 
-    Hidden files and folders are skipped. Links are followed. A folder that several paths lead to is visited once, by
-    the path without links if there is one, and parents of `folder` are not visited.
+    Hidden files and folders are skipped. Links are followed. A folder with several paths is visited once, by the path
+    without links if there is one. Parents of `folder` are not visited.
 
     Args:
         root: Folder that paths are relative to.
@@ -118,7 +118,7 @@ def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
 
 
 def _folder_id(folder: Path) -> tuple[int, int]:
-    """Device and inode of a folder, the same by whatever path."""
+    """Device and inode of a folder, equal for all paths to it."""
     try:
         status = os.stat(folder)
     except OSError as error:
@@ -127,7 +127,7 @@ def _folder_id(folder: Path) -> tuple[int, int]:
 
 
 def check_inside(path: str, location: str) -> None:
-    """Raise an InputError if a path leads out of the folder that it is relative to.
+    """Raise an InputError if a path leads out of its folder.
 
     Args:
         path: The path.
@@ -138,9 +138,9 @@ def check_inside(path: str, location: str) -> None:
 
 
 def missing_files(root: Path, paths: list[str]) -> list[str]:
-    """Return the paths below a root at which there is no file.
+    """Return the paths below a root that do not exist.
 
-    Each folder is listed once: over a network that is faster than to look for every file.
+    Each folder is listed once: over a network this is faster than checking every file.
     """
     listed: dict[str, frozenset[str]] = {}
     missing = []

@@ -1,23 +1,23 @@
 """Folders of images: `imagefolder:PATH`.
 
-PATH has a folder for each class; or it has the folders `train/`, `val/` (or `valid/`, `validation/`) and `test/` (also
-`training/`, `testing/`, in any case of letters), with the same class folders in each. A label is the rank of a class
-folder among the sorted names. Images are the files with torchvision's image extensions in a class folder and its
-subfolders; hidden files are skipped, other files are counted.
+PATH has a folder for each class, or the folders `train/` (or `training/`), `val/` (`valid/`, `validation/`) and `test/`
+(`testing/`), in upper or lower case, with the same class folders in each. Labels follow the sorted names of the class
+folders. Images are the files with torchvision's image extensions in a class folder and its subfolders; hidden files are
+skipped, other files are counted.
 
 Splits. Existing splits are used. With `val/` and without `test/`, the images of `val/` are the test images, as is usual
 for ImageNet. With neither, the images of each class are split by a hash of their paths: 30 % test, 20 % val, the rest
 train, rounded to the nearest, with at least one image of each class in train and in test. The order of files on the
 disk has no effect.
 
-Class names. They are the names of the folders, with spaces for "_"; or those of one of these files in PATH:
+Class names. They are the names of the folders, with "_" replaced by spaces, or are read from one file in PATH:
 
 - `classes.json`: {"folder": "name", …};
 - `classes.txt` with a folder, a tab and its name in each line, in any order;
 - `classes.txt` with a name in each line, in the order of the sorted folders.
 
-The first two may also name folders that do not exist. A line that begins with the name of a folder and a space is
-ambiguous: if all lines do, the file is refused.
+The first two may also name folders that do not exist. The third is refused if every line begins with the name of a
+folder and a space: the rest of the line may be the class name.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _split_folders(name: str, root: Path) -> dict[Split, str]:
     others = [folder for folder in folders if folder.lower() not in _SPLIT_OF_FOLDER]
     if others and (len(candidates) > 1 or any(subfolders(root / folder) for folder in candidates)):
         raise open_error(
-            f"{name}: {format_names(candidates)} and {format_names(others)} are side by side, so that they may be "
+            f"{name}: {format_names(candidates)} and {format_names(others)} are side by side, so they may be "
             "splits or classes. Move the folders that are neither elsewhere."
         )
     if others:  # a class may have the name of a split
@@ -167,7 +167,7 @@ def split_by_hash(name: str, paths: Mapping[str, list[str]]) -> dict[Split, dict
                 "test/."
             )
         order = sorted(images, key=lambda path: hash_order("split", 0, path))
-        tests = (_TEST_TENTHS * len(images) + 5) // 10  # 1 of 2 images
+        tests = (_TEST_TENTHS * len(images) + 5) // 10  # 1 if there are 2 images
         vals = (_VAL_TENTHS * len(images) + 5) // 10
         splits["train"][folder] = sorted(order[tests + vals :])
         splits["val"][folder] = sorted(order[tests : tests + vals])
@@ -193,7 +193,7 @@ def _class_names(name: str, root: Path, folders: list[str]) -> tuple[str, ...]:
 
 
 def _in_folder_order(file: Path, folders: list[str], names: object) -> list[str]:
-    """Return the names of a mapping of folders to names in the order of the folders."""
+    """Return the values of a mapping from folders to names, in the order of `folders`."""
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f'{file}: expected {{"folder": "name", …}}, a name for each class folder.')
     unnamed = [folder for folder in folders if folder not in names]
@@ -217,7 +217,7 @@ def _read_classes_txt(file: Path, folders: list[str]) -> list[str]:
         )
     if all(any(line.startswith(f"{folder} ") for folder in folders) for line in lines):
         raise InputError(
-            f"{file}: {lines[0]!r} is a name, or a folder and its name. Put a tab after the folder, or write "
+            f"{file}: {lines[0]!r} may be a name, or a folder and its name. Put a tab after the folder, or write "
             "classes.json."
         )
     folder_of_name = {normalize_class_name(folder).casefold(): folder for folder in folders}

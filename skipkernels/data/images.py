@@ -1,4 +1,4 @@
-"""Labelled images: in files, or the items of a map-style dataset. Labels are known without loading an image."""
+"""Labelled images, in files or in a map-style dataset. Labels are known without loading an image."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ImagesT = TypeVar("ImagesT", bound="Images")
 # Raised by Pillow's decoders for truncated or invalid files.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
 _UNREADABLE += (ArithmeticError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError)
-# Formats of `files.IMAGE_EXTENSIONS`, whatever the extension of a file is, and GIF: six .jpg files of Oxford-IIIT Pet
-# are GIFs. Pillow's other formats are excluded: it runs Ghostscript on PostScript.
+# Formats of `files.IMAGE_EXTENSIONS`, under any extension, and GIF: six .jpg files of Oxford-IIIT Pet are GIFs. Other
+# formats are excluded: Pillow runs Ghostscript on PostScript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-_DEEP_MODES = ("I", "F")  # also I;16 and its variants: Pillow clips values above 255, which turns most of them white
+_DEEP_MODES = ("I", "F")  # and I;16…: Pillow clips values above 255, so most images would become white
 
 
 class Images(Dataset):
@@ -52,7 +52,7 @@ class Images(Dataset):
 
     @abstractmethod
     def _with_items(self: ImagesT, indices: Sequence[int], labels: Sequence[int]) -> ImagesT:
-        """Return the images of some indices, with other labels."""
+        """Return the images at some indices, with the given labels."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,7 +135,7 @@ class LabelledImages(Images):
         """Load an image and its label.
 
         Raises:
-            InputError: If the file is missing or can't be read as an image; names it.
+            InputError: If the file is missing or can't be read as an image.
         """
         path, label = self.samples[index]
         image = read_image(path)
@@ -146,7 +146,7 @@ def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB; of an animation, the first frame.
 
     Raises:
-        InputError: If the file is missing, is not an image, is damaged, or has more than 8 bits per channel; names it.
+        InputError: If the file is missing, is not an image, is damaged, or has more than 8 bits per channel.
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
@@ -165,13 +165,13 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 class DatasetImages(Images):
-    """Items of a map-style dataset, which may be given other labels.
+    """Items of a map-style dataset, with labels and names.
 
     Args:
         dataset: Map-style dataset of (image, label).
         labels: Label of each item; default: `read_labels(dataset)`.
         names: Name of each item; default: its index.
-        transform: Applied to every image that is not a tensor: the dataset's own transform has made the tensors.
+        transform: Applied to every image that is not a tensor; tensors come from the dataset's own transform.
 
     Example:
         >>> images = DatasetImages([("a", 3), ("b", 4), ("c", 3)], transform=str.upper)
@@ -228,7 +228,7 @@ def read_labels(dataset: Any) -> list[int]:
     is loaded.
 
     Raises:
-        InputError: If there is not an integer for every item.
+        InputError: If an item has no label, or one that is not an integer.
 
     Example:
         >>> read_labels([("an image", 2), ("another", 0)])

@@ -39,12 +39,12 @@ _KINDS = {
 
 
 def register_source(kind: str, opener: Opener, usage: str) -> None:
-    """Let `open_source` open datasets named "KIND" and "KIND:NAME".
+    """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
 
     Args:
-        kind: The part of a dataset's name before the colon.
+        kind: Part of the name before the colon.
         opener: Function of (NAME, root, templates, download); see `open_source`. NAME is empty for "KIND".
-        usage: How such datasets are named, for error messages.
+        usage: Form of the names, for error messages.
     """
     _KINDS[kind] = _Kind(opener, usage)
 
@@ -56,7 +56,7 @@ def open_source(
 
     Args:
         data: "imagefolder:PATH" (see `image_folder`); "coop:NAME", a dataset in CoOp's layout below `root` (see
-            `coop`); "torchvision:NAME", one of torchvision's in `root`; after `import skipkernels.experiments` also
+            `coop`); "torchvision:NAME", a dataset of torchvision in `root`; after `import skipkernels.experiments` also
             "glyphs" or "glyphs:BLOCK[+BLOCK…]" (see `experiments.glyphs`).
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:

@@ -1,4 +1,4 @@
-"""Data sources: the classes, prompts and splits of a dataset. `from_datasets` makes one of map-style datasets."""
+"""Data sources: the classes, prompts and splits of a dataset. `from_datasets` makes one from map-style datasets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Source(ABC):
     Attributes:
         name: Name of the dataset, as `open_source` takes it.
         classes: Names by label, as in prompts.
-        templates: Prompt templates: the first is for training, evaluation averages the embeddings of all.
+        templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
         notes: Remarks for the user on how the dataset was read.
     """
 
@@ -38,17 +38,17 @@ class Source(ABC):
 
     @property
     def prompts(self) -> tuple[list[str], ...]:
-        """A prompt for each class, in a list for each template."""
+        """Prompts of all classes, in a list for each template."""
         return tuple([format_prompt(template, name) for name in self.classes] for template in self.templates)
 
     @property
     def class_keys(self) -> tuple[str, ...]:
-        """Keys by label, which match a class with the same class of other datasets: its name in lower case."""
+        """Key of each class, which identifies the same class in other datasets: its name in lower case."""
         return tuple(name.casefold() for name in self.classes)
 
     @property
     def domains(self) -> Mapping[str, Source]:
-        """The same classes in each domain of the dataset, by name; empty if it has no domains.
+        """Source of the same classes in each domain, by name; empty if the dataset has no domains.
 
         Domain generalization trains on the first domain and tests on all.
         """
@@ -70,7 +70,7 @@ class Source(ABC):
         """Return the images of a split.
 
         Raises:
-            InputError: If the dataset does not have the split.
+            InputError: If the dataset has no such split.
         """
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Source(ABC):
         """Return `shots` training images of each class, class by class; all images of a class that has fewer.
 
         Raises:
-            InputError: If a class has no training images, or an argument is out of its range.
+            InputError: If a class has no training images, or an argument is out of range.
         """
 
     @abstractmethod
@@ -88,11 +88,11 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class SplitSource(Source):
-    """Source with a function for each split that returns its images.
+    """Source that is defined by a function for each split.
 
     Attributes:
         splits: For each split of the dataset, a function that returns its images.
-        missing: For a split that it does not have, the reason and the remedy.
+        missing: For each missing split, the reason and the remedy.
         class_ids: Class keys by label, if they are not the names.
         targets: Default targets by protocol, as `open_source` takes them.
     """
@@ -156,7 +156,7 @@ def from_datasets(
     classes: Sequence[str] | None = None,
     templates: Templates = None,
 ) -> Source:
-    """Make a source of map-style datasets, for `load_task`.
+    """Make a source from map-style datasets, for `load_task`.
 
     A dataset must have:
 
@@ -169,13 +169,12 @@ def from_datasets(
 
     - `labels` or `targets`: the label of every item. Otherwise all images are loaded to read their labels.
     - `classes`: names by label. Otherwise `classes` must be given here.
-    - `names`: a name for each image, such as its path, by which `few_shot` chooses images, whatever their order.
+    - `names`: a name for each image, such as its path, so that the choice of `few_shot` does not depend on the order.
       Otherwise it chooses by index.
     - public attributes that describe it, such as `root`, `samples` and `transform`: a feature cache identifies it by
       them, and ignores attributes that begin with an underscore.
 
-    `sk.FeatureCache.build` takes the same datasets, if their images are tensors [3, height, width] that the model's
-    preprocessing has made.
+    `sk.FeatureCache.build` takes the same datasets if their images are preprocessed tensors [3, height, width].
 
     Args:
         name: Name of the dataset, for messages and results.
@@ -242,15 +241,15 @@ def normalize_class_names(
     """Normalize the names of classes; none may be empty, or equal to another in lower case.
 
     Args:
-        location: Beginning of an error message.
-        argument: Argument that an error is about.
+        location: Beginning of error messages.
+        argument: Invalid argument, for `InputError`.
         kind: Kind of the ids, such as "folder".
         ids: Id of each class, for error messages.
         names: Name of each class.
-        alternative: Remedy other than to rename a class.
+        alternative: Remedy other than renaming a class.
 
     Raises:
-        InputError: If a name can't be used; says of which class.
+        InputError: If a name can't be used.
 
     Example:
         >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")

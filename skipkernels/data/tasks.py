@@ -26,13 +26,13 @@ class TestSet:
     """Test images of some classes.
 
     Attributes:
-        name: "base", "new", "source", "all", or the name of a target dataset or domain.
+        name: "base", "new", "source", "all", or the name of the target dataset or domain.
         classes: Names by label.
-        prompts: For each template, a prompt for each class; the first template is that of training.
+        prompts: For each template, a list with the prompt of each class. Training uses the first template.
         images: Items are (image, label).
     """
 
-    __test__ = False  # the class is not a test of pytest's
+    __test__ = False  # not a pytest class
 
     name: str
     classes: list[str]
@@ -108,17 +108,17 @@ def load_task(
 
     - base-to-new: trains on the first half of the classes (`split_base_new`), and tests on "base" and "new" classes.
     - few-shot: trains on all classes, and tests on "all".
-    - cross-dataset: trains on the dataset, and tests on it, "source", and on each target dataset. Default targets of
+    - cross-dataset: trains on the dataset, and tests on it ("source") and on each target dataset. Default targets of
       coop:imagenet are the ten other datasets of CoOp; of glyphs, the other blocks of at least 100 characters.
-    - domain-generalization: the same, where targets have other images of the same classes, or of some of them. Classes
-      are matched by name, and those that both have are tested on. Default targets of coop:imagenet are its four
-      variants. The domains of glyphs are fonts: the first held-out font is trained on, and all are tested on.
+    - domain-generalization: the same, but targets have other images of the same classes, or of some of them. Classes
+      are matched by name, and the common ones are tested. Default targets of coop:imagenet are its four variants. The
+      domains of glyphs are fonts: training uses the first held-out font, and tests use all.
 
     Args:
         data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
         protocol: The protocol.
         shots: Training images of each class.
-        classes: Most classes of each dataset, base and new together, evenly spaced; None for all.
+        classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
         seed: Seed of the choice of training images.
         root: Folder of the datasets, for coop: and torchvision:.
         templates: Prompt templates; see `open_source`.
@@ -187,7 +187,7 @@ def load_task(
     if (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
         notes.append(f"{source.name}: {note}")
     notes += [
-        f"{source.name}: {test.name} has only the class {test.classes[0]}, so that all of its images count as correct."
+        f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
         for test in tests
         if len(test.classes) == 1
     ]
@@ -223,7 +223,7 @@ def _errors_about_targets(remedy: str) -> Iterator[None]:
 
 
 def _short_names(datasets: Sequence[str]) -> list[str]:
-    """Return distinct names of datasets, for tables and file names: as much of the end of each as is needed.
+    """Return short, distinct names of datasets for tables and file names, from the last words of each.
 
     Raises:
         InputError: If two are equal.
@@ -256,7 +256,7 @@ def _target_domains(domains: Mapping[str, Source], targets: Sequence[str | Sourc
 
 
 def _common_classes(target: Source, source: Source, trained: Source) -> Source:
-    """Return a target with the classes that are trained on, in the same order and by the same names.
+    """Return a target with only the classes that are trained on, in the same order and with the same names.
 
     Args:
         target: Source of the test images.

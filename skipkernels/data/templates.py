@@ -50,7 +50,7 @@ Templates = str | Sequence[str] | None  # see `resolve_templates`
 
 
 def format_prompt(template: str, name: str) -> str:
-    """Put the name of a class into a template.
+    """Replace {} in a template by the name of a class.
 
     >>> format_prompt("a photo of a {}.", "apple pie")
     'a photo of a apple pie.'
@@ -82,7 +82,7 @@ def resolve_templates(dataset: str | None, templates: Templates = None, default:
     if any(template in sets for template in chosen):
         raise InputError(
             f"resolve_templates: {' and '.join(sets)} are sets, which can't be combined with other templates; got "
-            f"{', '.join(map(repr, chosen))}. Name one set alone, or give templates of your own alone.",
+            f"{', '.join(map(repr, chosen))}. Give one set, or only templates of your own.",
             "templates",
         )
     for template in chosen:

@@ -110,7 +110,7 @@ def open_torchvision(
     """
     key = name.lower()
     if key not in DATASETS:
-        raise open_error(f"no dataset {name!r} of torchvision; choose torchvision: and {', '.join(DATASETS)}.")
+        raise open_error(f"no dataset {name!r} of torchvision; choose torchvision: and one of {', '.join(DATASETS)}.")
     full_name, dataset = f"torchvision:{key}", DATASETS[key]
     if root is None:
         raise open_error(f"{full_name} needs the folder where torchvision stores its datasets.", "root")
@@ -123,7 +123,7 @@ def open_torchvision(
         except ImportError as error:  # Flowers102 is read with scipy
             raise open_error(f"{full_name} needs another package: {error}. Install it with pip.") from error
         except _UNUSABLE as error:
-            remedy = "Are the network available and the folder writable?" if download else "Add `download=True`."
+            remedy = "Is the network available, and is the folder writable?" if download else "Add `download=True`."
             message = " ".join(str(error).split())
             raise open_error(f"{full_name}: not usable in {base} ({message}). {remedy}", "root") from error
 
@@ -135,13 +135,13 @@ def open_torchvision(
     splits: dict[Split, Callable[[], Images]] = {split: partial(images, split) for split in dataset.splits}
     if not dataset.splits:
         splits = {split: constant_split(part) for split, part in _split_by_hash(images("train"), full_name).items()}
-        notes = (f"{full_name}: without splits, so the images of each class are split by a hash of their paths.",)
+        notes = (f"{full_name}: has no splits, so the images of each class are split by a hash of their paths.",)
     classes = tuple(normalize_class_name(dataset.class_name(name)) for name in load("train").classes)
     return SplitSource(full_name, classes, resolve_templates(dataset.coop, templates), splits, notes=notes)
 
 
 def _images(dataset: Any, root: Path) -> Images:
-    """Return the images of a dataset, those in files in the order of their paths: SUN397 lists them in disk order."""
+    """Return the images of a dataset; files are sorted by path, since SUN397 lists them in disk order."""
     files = next((getattr(dataset, name) for name in ("_image_files", "_images") if hasattr(dataset, name)), None)
     if files is not None:
         listed = list(zip(map(str, files), read_labels(dataset), strict=True))

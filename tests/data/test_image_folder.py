@@ -225,7 +225,7 @@ def test_class_names_with_folder_as_prefix(tmp_path):
         ("classes.txt", "n01\ta\nn01\tb\nn02\tc\nn03\td", ["named twice"]),
         ("classes.txt", "a\nb", ["a name for each of 3 class folders; got 2 lines", "tab"]),
         ("classes.txt", "", ["got 0 lines"]),
-        ("classes.txt", "n01 a\nn02 b\nn03 c", ["'n01 a' is a name, or a folder and its name", "tab"]),
+        ("classes.txt", "n01 a\nn02 b\nn03 c", ["'n01 a' may be a name, or a folder and its name", "tab"]),
         ("classes.txt", "a\nn01\nb", ["by its position 'n01' is the name of folder n02", "Sort"]),
         ("classes.txt", "a\na\nb", ["n01 and n02 have the same class name"]),
     ],

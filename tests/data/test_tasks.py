@@ -180,7 +180,7 @@ def test_load_task_notes_few_images(tmp_path):
     assert task.notes == (
         "coop:dtd: 2 of 2 classes have fewer than 16 training images, all of which are used: apple pie (4), baby back "
         "ribs (4).",
-        "coop:dtd: new has only the class crème brûlée, so that all of its images count as correct.",
+        "coop:dtd: new has only the class crème brûlée, so all of its images count as correct.",
     )
 
 
@@ -438,7 +438,7 @@ def test_load_task_one_class(tmp_path):
 def test_load_task_notes_parts_of_one_class(tmp_path):
     data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
     assert [note.partition(": ")[2] for note in load(data).notes if "has only the class" in note] == [
-        f"{part} has only the class {name}, so that all of its images count as correct."
+        f"{part} has only the class {name}, so all of its images count as correct."
         for part, name in (("base", "cat"), ("new", "dog"))
     ]
     assert not any("has only the class" in note for note in load(data, "few-shot").notes)

@@ -262,7 +262,7 @@ def test_open_torchvision_failed_download(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.EuroSAT, "download", fail)
     with raises_input_error(
-        "torchvision:eurosat: not usable in", "failure in name", "Are the network available", argument="root"
+        "torchvision:eurosat: not usable in", "failure in name", "Is the network available", argument="root"
     ):
         open_source("torchvision:eurosat", tmp_path, download=True)
 
