@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.console import Console
 from skipkernels.experiments.studies import compare
 from skipkernels.experiments.studies.runs import Result
 from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.config import Method
+from skipkernels.tuner.registry import METHODS
 
 from . import measure
 
@@ -28,7 +27,7 @@ from . import measure
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(get_args(Method)), choices=get_args(Method))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--data", default="glyphs")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-import skipkernels.experiments.baselines  # noqa: F401  registers its methods with the tuner
+import skipkernels.experiments  # noqa: F401  registers its methods and glyph-tiny
 
 # No deadline: cores may be busy. Derandomised: a failure is the same on every machine.
 hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=40)

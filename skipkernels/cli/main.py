@@ -19,11 +19,11 @@ import tyro
 from rich.table import Table
 
 import skipkernels
+import skipkernels.experiments
 from skipkernels.cli import analyze, cache, study
 from skipkernels.cli.errors import with_flags
 from skipkernels.console import Terminal, plain, standard_streams
 from skipkernels.data import InputError, Protocol
-from skipkernels.experiments import baselines as _baselines  # noqa: F401  registers the methods
 from skipkernels.memory import out_of_memory
 from skipkernels.store import StoreError
 from skipkernels.store.lock import holder

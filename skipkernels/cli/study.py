@@ -12,7 +12,7 @@ from skipkernels.console import Terminal
 from skipkernels.data import InputError, Protocol
 from skipkernels.experiments.studies import SHOTS, Ablated, Study, ablate, compare, picture, run_protocol
 from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.config import Method
+from skipkernels.tuner.registry import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ProtocolRuns(TuneConfig):
 class ComparedRuns(TuneConfig):
     """Settings of every run of a comparison: not what the study sets itself."""
 
-    method: tyro.conf.Suppress[Method] = TuneConfig.method
+    method: tyro.conf.Suppress[str] = TuneConfig.method
     seed: tyro.conf.Suppress[int] = TuneConfig.seed
     resume: tyro.conf.Suppress[bool] = False
 
@@ -59,7 +59,7 @@ class CompareConfig:
 
     run: Annotated[ComparedRuns, tyro.conf.arg(name="")]
     """Settings of every run."""
-    methods: tuple[Method, ...] = get_args(Method)
+    methods: tuple[str, ...] = tuple(METHODS)
     """Which."""
     seeds: int = 3
     """How many: 0, 1, …"""
@@ -104,7 +104,7 @@ def run_comparison(command: CompareConfig, out: Terminal, err: Terminal) -> None
     base, seeds = _checked(command.run, command.seeds)
     overwrite = command.run.overwrite
     if command.ablate is not None:
-        if command.methods != get_args(Method):
+        if command.methods != tuple(METHODS):
             raise InputError("--methods: --ablate has other settings in their place; give one of them.")
         folder = command.run.out or Path("runs", f"ablate-{command.ablate}", _slug(base))
         study = ablate(base, command.ablate, command.values, seeds, folder, err, overwrite=overwrite)

@@ -17,17 +17,16 @@ import yaml
 
 from ..data import InputError, open_source
 from ..data.tasks import Protocol
-from ..experiments.glyph_tiny import NAME as GLYPH_TINY
 from ..features import Refresh, SamplerKind
 from ..selection import Tail
 from ..store import read_regular
 from ..towers import Memory
 from ..towers.attention import AttentionName
 from . import optimizers
-from .methods import METHODS, Recipe
+from .methods import METHODS, Method, Recipe
 from .precision import Precision
+from .registry import experiments_hint
 
-Method = Literal["skip", "zero-shot", "full", "linear-probe", "coop", "clip-adapter", "lora"]  # the keys of METHODS
 Preset = Literal["default", "reference"]
 CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]  # the keys of store.DTYPES
 
@@ -71,11 +70,11 @@ class TuneConfig:
     """Datasets to test on, with cross-dataset and domain-generalization; coop:imagenet and glyphs bring their own."""
     template: tuple[str, ...] | None = None
     """Prompts such as "a photo of a {}.", or paper or coop. The first trains; embeddings of several are averaged."""
-    model: str = GLYPH_TINY
+    model: str = "glyph-tiny"
     """Any open_clip model, such as ViT-B-16-quickgelu."""
     pretrained: str | None = None
     """Weights: a tag of open_clip, a file, or "random". glyph-tiny brings its own."""
-    method: Method = "skip"
+    method: str = "skip"
     """skip: Skip Tuning. full: full fine-tuning on all classes. The others are for comparison too."""
     preset: Preset = "default"
     """reference: as published, with one mask for the tail of classes and the paper's schedule."""
@@ -157,6 +156,7 @@ class TuneConfig:
         Raises:
             InputError: If a value is out of its range, or two don't go together.
         """
+        self.method_class()
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         try:
             torch.empty(0, device=device)
@@ -183,7 +183,7 @@ class TuneConfig:
             recipe["sampler"] = "random"
         recipe["classes"] = _GLYPH_CLASSES if self._on_glyphs else None
         recipe["protocol"] = self.chosen_protocol
-        if "tail" in inspect.signature(METHODS[self.method]).parameters:
+        if "tail" in inspect.signature(self.method_class()).parameters:
             recipe["tail"] = "fixed" if reference else "resample"
         return recipe
 
@@ -196,21 +196,32 @@ class TuneConfig:
     def _recipe(self) -> Recipe:
         """What the method trains with here."""
         name = "" if self.preset == "reference" else self.model  # that of no model is as published
-        recipe = partial(METHODS[self.method].recipe, name, self.chosen_protocol, self.shots, glyphs=self._on_glyphs)
+        recipe = partial(self.method_class().recipe, name, self.chosen_protocol, self.shots, data=self.data)
         if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
             return recipe()
         there = len(open_source(self.data, self.root, download=self.download).classes)
         classes = min(there, self.classes or there)
         return recipe(classes=math.ceil(classes / 2) if self.chosen_protocol == "base-to-new" else classes)
 
-    def of_method(self, method: Method) -> TuneConfig:
+    def method_class(self) -> type[Method]:
+        """Return the class of the method.
+
+        Raises:
+            InputError: If none is registered under this name.
+        """
+        if self.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise InputError(f"--method must be one of {known}; got {self.method!r}.{experiments_hint()}")
+        return METHODS[self.method]
+
+    def of_method(self, method: str) -> TuneConfig:
         """The same run of another method, without the settings that it has no use for."""
         config = dataclasses.replace(self, method=method)
         return dataclasses.replace(config, **{name: getattr(TuneConfig, name) for name in config._without_effect()})
 
     def _without_effect(self) -> list[str]:
         """Settings that differ from their default, and that the method has no use for."""
-        made = METHODS[self.method]
+        made = self.method_class()
         published = made.recipe(self.model, self.chosen_protocol, self.shots)
         takes, recipe = inspect.signature(made).parameters, dataclasses.asdict(published)
         if published.epochs > 0:
@@ -233,7 +244,7 @@ class TuneConfig:
             if getattr(self, name) is not None and not getattr(self, name) < limit:
                 raise InputError(f"--{name.replace('_', '-')} must be below {limit}; got {getattr(self, name)}.")
         assert self.epochs is not None
-        if self.epochs < 1 and METHODS[self.method].recipe(self.model, self.chosen_protocol, self.shots).epochs > 0:
+        if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self.shots).epochs > 0:
             raise InputError(f"--epochs must be at least 1; got {self.epochs}.")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise InputError(f"--clip-grad-norm must be above 0; got {self.clip_grad_norm}.")

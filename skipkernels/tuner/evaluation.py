@@ -19,7 +19,7 @@ from ..features import FeatureCache, Progress, Refresh
 from ..store import rounded
 from . import checkpoint, weights
 from .config import CacheDtype, TuneConfig
-from .methods import METHODS, Method, ZeroShot
+from .methods import Method, ZeroShot
 from .methods.base import FrozenModel
 from .model import augmentation, load_model, load_weights
 from .precision import REMEDY, Arithmetic
@@ -186,7 +186,7 @@ def make_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task
     Raises:
         InputError: If a setting does not suit the model.
     """
-    made = METHODS[config.method]
+    made = config.method_class()
     settings: dict[str, Any] = {
         "skip_layers": config.skip_layers,
         "keep_ratio": config.keep_ratio,

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ..data import InputError
-from ..experiments import glyph_tiny
+from .registry import MODELS, experiments_hint
 
 RANDOM = "random"
 # What open_clip raises for a file that is damaged, empty, of another structure, or another model's.
@@ -34,9 +34,9 @@ def load_model(
     """A model in evaluation mode, its image transform, and its tokenizer.
 
     Args:
-        name: A model of `open_clip.list_models()`, or "glyph-tiny".
+        name: A model of `open_clip.list_models()` or of `MODELS`.
         pretrained: A tag of open_clip, the path of a state dict (safetensors, or what `torch.load` reads with
-            `weights_only=True`), "random", or None for the weights that come with glyph-tiny.
+            `weights_only=True`), "random", or None for the weights of a model in `MODELS`.
         device: Where the model goes.
         architecture_only: Leave the weights random. The image transform is still that of the tag, if it has its own.
         seed: Of random weights.
@@ -44,13 +44,16 @@ def load_model(
     Raises:
         InputError: If there is no such model or weights, or the file does not fit.
     """
-    glyph_tiny.register()
-    if name not in open_clip.list_models():
-        close = difflib.get_close_matches(name, open_clip.list_models(), 3)
+    packaged = MODELS.get(name)
+    known = open_clip.list_models()
+    if name not in known and packaged is not None:
+        open_clip.add_model_config(packaged.config)
+    elif name not in known:
+        close = difflib.get_close_matches(name, [*known, *MODELS], 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
-        raise InputError(f"--model: open_clip has no model {name!r}; {hint}")
+        raise InputError(f"--model: open_clip has no model {name!r}; {hint}{experiments_hint()}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None and name != glyph_tiny.NAME:
+    if pretrained is None and packaged is None:
         raise InputError(
             f"--pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
         )
@@ -75,8 +78,8 @@ def load_model(
     if not architecture_only:
         if file is not None:
             load_weights(model, file)
-        elif pretrained is None:
-            model.load_state_dict(glyph_tiny.state_dict())
+        elif pretrained is None and packaged is not None:
+            model.load_state_dict(packaged.state_dict())
     return model.to(device).eval(), transform, _tokenizer(name)
 
 

@@ -1,12 +1,9 @@
 """Methods that Skip Tuning is compared with, one per module."""
 
-from ...tuner.methods import METHODS
 from .clip_adapter import CLIPAdapter
 from .coop import CoOp
 from .full import Full
 from .linear_probe import LinearProbe
 from .lora import LoRA
-
-METHODS.update({method.name: method for method in (Full, LinearProbe, CoOp, CLIPAdapter, LoRA)})
 
 __all__ = ["CLIPAdapter", "CoOp", "Full", "LinearProbe", "LoRA"]

@@ -21,7 +21,6 @@ from ...tuner.methods import METHODS
 from ...tuner.methods.base import Tokenizer
 from ...tuner.precision import Arithmetic
 from ...tuner.trainer import Trainer
-from .. import baselines as _baselines  # noqa: F401  registers the methods
 from .advice import Advice, advise
 from .feature_sensitivity import TEXT_CHUNK, Count, FeatureShift, feature_shift
 from .gradient_dependence import GradientSpread, gradient_spread

@@ -11,9 +11,7 @@ from rich.console import Console
 
 from ...data import InputError
 from ...tuner import TuneConfig
-from ...tuner.config import Method
 from ...tuner.methods import METHODS
-from .. import baselines as _baselines  # noqa: F401  registers the methods
 from .runs import Result, Variant, execute
 from .study import ACCURACY, COST, Column, Study, accuracy, cost
 
@@ -29,7 +27,7 @@ VALUES: dict[Ablated, tuple[int | float, ...]] = {
 
 def compare(
     config: TuneConfig,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     seeds: Sequence[int],
     folder: Path,
     console: Console,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
 from ...data import InputError, Protocol, Task
-from ...experiments.glyph_tiny import NAME as GLYPH_TINY
 from ...towers import evaluating
+from ..registry import MODELS
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts to tokens [n, L], as `open_clip.get_tokenizer` gives it."""
@@ -56,28 +56,6 @@ class Recipe:
     warmup_epochs: int | None = None
     warmup_lr: float | None = None
     sampler: Literal["class_pure", "random"] | None = None
-
-
-# What suits glyph-tiny in place of what was published for CLIPs that were trained on hundreds of millions of images.
-# It saw half a million small ones: at the published rates it does not move in 20 epochs, and with rates that move it,
-# it needs no warm-up. Full fine-tuning moves the lower blocks too, and does best at a tenth of the rate. All were
-# chosen on seed 10, by the harmonic mean: of skip and full from six pairs of rates, of the adapter from five rates, of
-# LoRA and CoOp from three. CoOp did best at the published one. LoRA's published 320 epochs are an hour on two cores.
-ON_GLYPH_TINY: dict[str, dict[str, Any]] = {
-    "skip": {"epochs": 8, "text_lr": 4e-3, "image_lr": 2e-3, "warmup_epochs": 0, "warmup_lr": 0.0},
-    "full": {"epochs": 8, "text_lr": 5e-4, "image_lr": 2e-4, "warmup_epochs": 0, "warmup_lr": 0.0},
-    "clip-adapter": {"image_lr": 0.2},
-    "lora": {"epochs": 20, "text_lr": 1e-3, "image_lr": 1e-3},
-}
-
-# What suits glyph-tiny on data other than glyphs, where its zero-shot accuracy is at chance. SGD makes all class
-# embeddings alike there and leaves that point slowly. CSkip ranks classes by zero-shot similarity, so nearly the same
-# classes are the negatives of every batch: with batches of one class, the others are hardly ever negatives, and all
-# images go to them. In a mixed batch the classes of the other images are negatives too. Chosen on seed 10 of two sets
-# of twenty emoji, from four rates.
-ON_GLYPH_TINY_OTHER_DATA: dict[str, dict[str, Any]] = {
-    "skip": {"optimizer": "adamw", "text_lr": 1e-3, "image_lr": 1e-3, "sampler": "random"},
-}
 
 
 class StepOutput(NamedTuple):
@@ -209,26 +187,23 @@ class Method(ABC):
 
     @classmethod
     def recipe(
-        cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100, *, glyphs: bool = True
+        cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100, *, data: str = "glyphs"
     ) -> Recipe:
-        """What it trains with: as published, or what suits glyph-tiny.
+        """Return the default recipe: the published one, with the changes of a model in `MODELS`.
 
         Args:
-            model_name: Of the model, as open_clip has it.
+            model_name: Name of the open_clip model.
             protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
-            shots: Training images of each class.
-            classes: That are tuned on. It matters where a number of steps was published.
-            glyphs: Whether the images are glyphs. It matters for glyph-tiny, which has seen nothing else.
+            shots: Training images per class.
+            classes: Number of classes that are tuned on. Used where the paper gives steps, not epochs.
+            data: Dataset. Used for a model in `MODELS`.
 
         Raises:
             InputError: If there is no such protocol.
         """
         if protocol not in get_args(Protocol):
             raise InputError(f"--protocol: no protocol {protocol!r}; choose {', '.join(get_args(Protocol))}.")
-        changes: dict[str, Any] = {}
-        if model_name == GLYPH_TINY:
-            changes |= ON_GLYPH_TINY.get(cls.name, {})
-            changes |= {} if glyphs else ON_GLYPH_TINY_OTHER_DATA.get(cls.name, {})
+        changes = MODELS[model_name].recipe(cls.name, data) if model_name in MODELS else {}
         return replace(cls._published(protocol, shots, classes), **changes)
 
     @classmethod

@@ -1,0 +1,85 @@
+"""Registries of methods, and of models that ship with their weights. An entry is imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .methods import Method
+
+_EXPERIMENTS = "skipkernels.experiments"
+Entry = TypeVar("Entry")
+
+
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """Entries by name, in the order of registration.
+
+    Example:
+        >>> registry = Registry()
+        >>> registry.register("square root", "math:sqrt")
+        >>> list(registry), registry["square root"](4.0)
+        (['square root'], 2.0)
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry | str] = {}
+
+    def register(self, name: str, entry: Entry | str) -> None:
+        """Add an entry, or replace the one of that name.
+
+        Args:
+            name: Its name.
+            entry: The entry, or "module:attribute", which is imported on first use.
+        """
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> Entry:
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+        return entry
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that ships with its weights.
+
+    Attributes:
+        config: JSON file of its open_clip model config, called as the model.
+        state_dict: Reads the weights.
+        recipe: (method, data) → the fields of the method's `Recipe` that differ for this model. `data` is a dataset as
+            `TuneConfig` names it.
+    """
+
+    config: Path
+    state_dict: Callable[[], dict[str, Tensor]]
+    recipe: Callable[[str, str], Mapping[str, Any]]
+
+
+METHODS: Registry[type[Method]] = Registry()
+MODELS: Registry[PackagedModel] = Registry()
+
+METHODS.register("skip", "skipkernels.tuner.methods.skip:Skip")
+METHODS.register("zero-shot", "skipkernels.tuner.methods.zero_shot:ZeroShot")
+
+
+def experiments_hint() -> str:
+    """Remedy for a name that `skipkernels.experiments` may register; "" where that is imported."""
+    return "" if _EXPERIMENTS in sys.modules else f" Import {_EXPERIMENTS} for its baselines and glyph-tiny."
