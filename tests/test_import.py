@@ -18,7 +18,18 @@ PACKAGE = Path(skipkernels.__file__).parent
 
 # A module may import from its own layer and from those before it; see CONTRIBUTING.md.
 LAYERS = [
-    ("_extension", "_namespace", "_progress", "checks", "console", "memory", "reference", "testing"),
+    (
+        "_extension",
+        "_lazy",
+        "_namespace",
+        "_progress",
+        "checks",
+        "console",
+        "memory",
+        "options",
+        "reference",
+        "testing",
+    ),
     ("ops",),
     ("functional",),
     ("store",),

@@ -17,9 +17,9 @@ from skipkernels.experiments.sensitivity.advice import ENOUGH, STILL
 from skipkernels.features import SamplerKind
 from skipkernels.store import replace_text
 from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.evaluation import task_of
 from skipkernels.tuner.model import load_model
-from skipkernels.tuner.run_folder import check_apart, check_can_be_made
+from skipkernels.tuner.run_folder import check_apart, check_writable
+from skipkernels.tuner.setup import build_task
 
 ANALYSIS, SHIFT, SPREAD = "analysis.json", "shift.svg", "spread.svg"
 _RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -95,14 +95,14 @@ def run(action: AnalyzeConfig, out: Terminal, err: Terminal) -> int:
     same = {field.name for field in dataclasses.fields(TuneConfig)} - {"out", "overwrite"}
     values = {name: value for name, value in vars(action).items() if name in same}
     compared = TuneConfig(precision="fp32", **values)
-    config = compared.of_method("full").resolved()
+    config = compared.with_method("full").resolved()
     folder = action.out or Path("runs", f"{action.data.replace(':', '-').replace('/', '-')}-analysis")
-    check_apart("--out", folder, config)
+    check_apart("out", folder, config)
     _check_folder(folder, action.overwrite)
     model, transform, tokenizer = load_model(
         config.model, config.pretrained, torch.device(config.device), seed=config.seed
     )
-    task = task_of(config, transform)
+    task = build_task(config, transform)
     for note in task.notes:
         err.print(f"note: {note}", soft_wrap=True)
     analysis = analyze(model, tokenizer, task, config, compared, images=action.images, console=err)
@@ -115,7 +115,7 @@ def run(action: AnalyzeConfig, out: Terminal, err: Terminal) -> int:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    check_can_be_made(folder)
+    check_writable(folder)
     earlier = [name for name in (ANALYSIS, SHIFT, SPREAD) if (folder / name).exists()]
     if earlier and not overwrite:
         raise InputError(

@@ -7,21 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
 
 from skipkernels.console import Terminal, escaped, plain, progress
-from skipkernels.data import InputError, Protocol
-from skipkernels.store import MANIFEST, Manifest, Store, StoreError, erase, is_store, leftovers, prune
-from skipkernels.store.lock import locked
+from skipkernels.data import InputError
+from skipkernels.options import CacheDtype, Precision, Protocol
+from skipkernels.store import MANIFEST, Manifest, Store, StoreError, is_store, leftovers, prune
 from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.config import CacheDtype, Precision
-from skipkernels.tuner.evaluation import Evaluator
-from skipkernels.tuner.model import load_model
 from skipkernels.tuner.run_folder import check_apart
+from skipkernels.tuner.setup import build_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,19 +143,10 @@ def _build(action: CacheBuildConfig, out: Terminal, err: Terminal) -> None:
     same = {field.name for field in dataclasses.fields(TuneConfig)}
     values = {name: value for name, value in vars(action).items() if name in same}
     config = TuneConfig(cache=action.path, cache_dtype=action.dtype, **values).resolved()
-    check_apart("--cache", action.path, config)
-    model, transform, tokenizer = load_model(
-        config.model, config.pretrained, torch.device(config.device), seed=config.seed
-    )
-    if action.overwrite:  # a store of texts is opened by SkipCLIP, which replaces none
-        for texts in sorted(action.path.glob("texts-*")):
-            for folder in _stores(texts, err):
-                with locked(folder):
-                    erase(folder)
-    how = {"resume": action.resume, "overwrite": action.overwrite}
-    evaluator = Evaluator.of(config, model, transform, tokenizer, **how)
-    evaluator.prepare(progress=True)
-    evaluator.training_images(progress=True)
+    check_apart("cache", action.path, config)
+    setup = build_run(config, resume=action.resume, overwrite=action.overwrite)
+    setup.test_features(progress=True)
+    setup.train_features(progress=True)
     _info(_stores(action.path, err), False, out)
 
 

@@ -136,7 +136,7 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
         _print_error(err, "error", with_flags(error) or "memory is used up")
         return 2
     except (FloatingPointError, OSError, BrokenExecutor) as error:
-        _print_error(err, "failed", error)
+        _print_error(err, "failed", with_flags(error) if isinstance(error, FloatingPointError) else error)
         return 1
     except RuntimeError as error:
         if out_of_memory(error):
@@ -147,7 +147,7 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
         _print_error(err, "failed", error)
         return 1
     except KeyboardInterrupt as error:
-        left = str(error)
+        left = with_flags(error)
         if isinstance(command, cache.CacheConfig) and isinstance(command.action, cache.CacheBuildConfig):
             left = "what is complete is in the folder; cache build goes on from there with --resume"
         elif isinstance(command, (study.ProtocolConfig, study.CompareConfig)):

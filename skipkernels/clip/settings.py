@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..options import AttentionName
 from ..towers import ImageTower, Memory, TextTower, xformers
-from ..towers.attention import SDPA, AttentionBackend, AttentionName
+from ..towers.attention import SDPA, AttentionBackend
 
 Trainable = Literal["upper", "as_is"]
 

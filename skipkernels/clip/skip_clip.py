@@ -13,9 +13,9 @@ from .. import functional
 from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..classifier import ImageClassifier
+from ..options import AttentionName
 from ..selection import ClassSelection, RankSampler, Tail, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
-from ..towers.attention import AttentionName
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
 from .image_encoder import ImageEncoder, sharing_weights

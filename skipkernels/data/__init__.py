@@ -1,11 +1,18 @@
 """Datasets and protocols: the images and classes of a task."""
 
-from .base import InputError, LabelledDataset, SizedDataset
-from .few_shot import few_shot, few_shot_note, load_few_shot, save_few_shot
-from .images import DatasetImages, Images, LabelledImages
-from .registry import open_source, register_source
-from .source import Protocol, Source, Split, from_datasets
-from .tasks import Task, TestSet, load_task, split_base_new, summarise
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .base import InputError, LabelledDataset, SizedDataset
+    from .few_shot import few_shot, few_shot_note, load_few_shot, save_few_shot
+    from .images import DatasetImages, Images, LabelledImages
+    from .registry import open_source, register_source
+    from .source import Protocol, Source, Split, from_datasets
+    from .tasks import Task, TestSet, load_task, split_base_new, summarise
 
 __all__ = [
     "DatasetImages",
@@ -30,3 +37,30 @@ __all__ = [
     "split_base_new",
     "summarise",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DatasetImages": "images",
+        "Images": "images",
+        "InputError": "base",
+        "LabelledDataset": "base",
+        "LabelledImages": "images",
+        "Protocol": "source",
+        "SizedDataset": "base",
+        "Source": "source",
+        "Split": "source",
+        "Task": "tasks",
+        "TestSet": "tasks",
+        "few_shot": "few_shot",
+        "few_shot_note": "few_shot",
+        "from_datasets": "source",
+        "load_few_shot": "few_shot",
+        "load_task": "tasks",
+        "open_source": "registry",
+        "register_source": "registry",
+        "save_few_shot": "few_shot",
+        "split_base_new": "tasks",
+        "summarise": "tasks",
+    },
+)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .base import open_error
-from .coop import open_coop
-from .image_folder import open_image_folder
-from .source import Source
 from .templates import Templates
 
-Opener = Callable[[str, "str | Path | None", Templates, bool], Source]
+if TYPE_CHECKING:
+    from .source import Source
+
+Opener = Callable[[str, "str | Path | None", Templates, bool], "Source"]
 
 
 class _Kind(NamedTuple):
@@ -20,20 +20,28 @@ class _Kind(NamedTuple):
     usage: str
 
 
+# Imported on demand: no other source needs torchvision, and registering a source needs none of these.
+def _open_image_folder(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+    from .image_folder import open_image_folder
+
+    return open_image_folder(name, templates)
+
+
+def _open_coop(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+    from .coop import open_coop
+
+    return open_coop(name, root, templates)
+
+
 def _open_torchvision(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .torchvision_sets import open_torchvision  # imported on demand: no other source needs torchvision
+    from .torchvision_sets import open_torchvision
 
     return open_torchvision(name, root, templates, download=download)
 
 
 _KINDS = {
-    "imagefolder": _Kind(
-        lambda name, root, templates, download: open_image_folder(name, templates), "imagefolder:PATH"
-    ),
-    "coop": _Kind(
-        lambda name, root, templates, download: open_coop(name, root, templates),
-        "coop:NAME such as coop:dtd (with `root`)",
-    ),
+    "imagefolder": _Kind(_open_image_folder, "imagefolder:PATH"),
+    "coop": _Kind(_open_coop, "coop:NAME such as coop:dtd (with `root`)"),
     "torchvision": _Kind(_open_torchvision, "torchvision:NAME such as torchvision:food101 (with `root`)"),
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
+from ..options import Protocol
 from .base import InputError, LabelledDataset, SizedDataset
 from .few_shot import few_shot
 from .files import format_names
@@ -16,7 +17,6 @@ from .images import DatasetImages, Images, Transform
 from .templates import Templates, format_prompt, resolve_templates
 
 Split = Literal["train", "val", "test"]
-Protocol = Literal["base-to-new", "cross-dataset", "domain-generalization", "few-shot"]
 SourceT = TypeVar("SourceT", bound="Source")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..options import Refresh
 from ..store import DTYPES, Store, StoreError, absolute_folder
 from . import fingerprint
 from .builder import SHARD_BYTES, BuildConfig, Encoder, check_first, write_store
@@ -22,7 +23,6 @@ from .samplers import BatchSampler, SamplerKind
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
-Refresh = Literal["never", "epoch"]
 Progress = Callable[[int], None] | bool
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-SamplerKind = Literal["class_pure", "random", "sequential"]
+from ..options import SamplerKind
 
 
 class BatchSampler(Sampler[list[int]]):

@@ -6,15 +6,13 @@ W = H · E. Rows may be strided: query, key and value are views of one packed pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-
-AttentionName = Literal["sdpa", "xformers"]
 
 
 class AttentionBackend(NamedTuple):

@@ -10,13 +10,14 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..memory import free_bytes
+from ..options import Memory
 from ..store import digest_tensors
 from . import attention
 from .eligibility import why_weights_not_fusable
@@ -24,7 +25,6 @@ from .fused_block import SAVED_WIDTHS, BlockSettings, FusableBlock, fused_block
 from .modes import evaluating, updates_statistics
 from .reductions import Reduction
 
-Memory = Literal["auto", "fast", "min"]
 Part = nn.Module | nn.Parameter | None
 
 

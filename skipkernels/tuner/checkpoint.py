@@ -1,8 +1,8 @@
-"""The checkpoint of a run: weights in safetensors, all else in state.pt, and never of two different epochs.
+"""Checkpoint of a run: weights in safetensors and the training state in state.pt, always of the same epoch.
 
-The weights of an epoch are written beside the old ones. Then state.pt is replaced, which names their digest: at that
-moment the new epoch takes the place of the old. Then the weights get their name. Whatever the moment at which a process
-is killed, `find` has both halves of one epoch.
+The weights of an epoch are written beside the old ones. Then state.pt, which has their digest, is replaced: this
+commits the new epoch. Then the weights are renamed. Whenever a process is killed, `find` returns both files of one
+epoch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from ..store.lock import holder
 from .state_checks import check_types
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
-FORMAT = 1
-_READS = 100  # at most, of a checkpoint that a run replaces meanwhile
-# What torch.load raises for a file that is damaged.
-_NO_STATE: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
-_NO_STATE += (AttributeError, zipfile.BadZipFile, zlib.error)
-
+FORMAT = 2
+_MAX_READS = 100  # of a checkpoint that a running process keeps replacing
+# Errors of torch.load for a damaged file.
+_LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
+_LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, zlib.error)
 
 _STATE: dict[str, Any] = {
     "config": "plain mapping",
@@ -47,86 +46,87 @@ _ROW: dict[str, Any] = {
     "kept_histogram": "numbers by name",
     "seconds": "number",
     "seconds_waiting_for_features": "number",
-    "budget": "numbers by name",
+    "stage_seconds": "numbers by name",
     "accuracy": "numbers by name",
 }
 
 
 class Checkpoint(NamedTuple):
-    """What a run left: the file of its weights, and the rest."""
+    """Weights file and training state of a run."""
 
     weights: Path
     state: dict[str, Any]
 
 
 def save(
-    folder: Path, file: str, weights: Mapping[str, Tensor], notes: Mapping[str, str], state: dict[str, Any]
+    folder: Path, file: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str], state: dict[str, Any]
 ) -> None:
-    """Replace the checkpoint of a run as a whole.
+    """Replace the checkpoint of a run atomically.
 
     Args:
-        folder: Of the run.
-        file: Name of the file of weights.
+        folder: Run folder.
+        file: Name of the weights file.
         weights: Tensors by name.
-        notes: Metadata of that file, as `weights.notes` makes them.
-        state: What `torch.load` reads with `weights_only=True`.
+        metadata: Metadata of the weights file.
+        state: Training state that `torch.load` reads with `weights_only=True`.
 
     Raises:
-        InputError: If there is no room, or the folder can't be written; the old checkpoint stays.
+        InputError: If the disk is full, or the folder can't be written; the old checkpoint is kept.
     """
-    following = folder / _following(file)
+    next_weights = folder / _next_name(file)
 
     def write(opened: BinaryIO) -> None:
-        _, digest = write_tensors(opened, weights, notes)
+        _, digest = write_tensors(opened, weights, metadata)
         state["weights"] = {"file": file, "xxh3": digest}
 
     state = state | {"format": FORMAT}
     try:
-        replace_file(following, write)
+        replace_file(next_weights, write)
         replace_file(folder / STATE, lambda opened: torch.save(state, opened))
-        os.replace(following, folder / file)
+        os.replace(next_weights, folder / file)
     except (OSError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"--out: the checkpoint can't be written to {folder}: {_reason(error)} The one before it, if any, is kept; "
-            "make room and go on with --resume."
+            f"tune: out: the checkpoint can't be written to {folder}: {_reason(error)} The previous one, if any, is "
+            "kept; free disk space and continue with `resume=True`.",
+            "out",
         ) from error
 
 
 def find(folder: Path) -> Checkpoint | None:
-    """The last complete checkpoint of a run; what was begun after it is of no account.
+    """Return the last complete checkpoint of a run; None if there is none.
 
-    A run may replace both files between the reading of one and of the other. So they are read again until they match,
-    or the same state was found twice without its weights.
+    A running process may replace both files between the two reads. So they are read until they match, or until the same
+    state is found twice without its weights.
 
     Raises:
         InputError: If it is damaged, or replaced faster than it is read.
     """
     missed = None
-    for _ in range(_READS):
+    for _ in range(_MAX_READS):
         if not (folder / STATE).exists():
             return None
         state = _load_state(folder / STATE)
         named = state["weights"]
-        for path in (folder / named["file"], folder / _following(named["file"])):
+        for path in (folder / named["file"], folder / _next_name(named["file"])):
             if _digest(path) == named["xxh3"]:
                 return Checkpoint(path, state)
         if missed == named:
             break
         missed = named
-    at_work = holder(folder)
-    if at_work is not None:
+    running = holder(folder)
+    if running is not None:
         raise InputError(
-            f"{folder / named['file']}: not the one that {STATE} belongs to, but a run is going on in this folder "
-            f"({at_work}) and replaces both. Try again, or wait for its end."
+            f"{folder / named['file']}: does not match {STATE}, but a run in progress in this folder ({running}) "
+            "replaces both. Try again, or wait for its end."
         )
     raise InputError(
-        f"{folder / named['file']}: missing or damaged: it is not the one that {STATE} belongs to. Put both back "
-        "from a copy, or tune again in another folder, or in this one with --overwrite."
+        f"{folder / named['file']}: missing or damaged: it does not match {STATE}. Restore both from a copy, or tune "
+        "again in another folder, or in this one with `overwrite=True`."
     )
 
 
 def _digest(path: Path) -> str | None:
-    """Digest of a file; None if there is none, or no longer."""
+    """Return the digest of a file; None if it does not exist, or no longer."""
     try:
         return digest_file(path) if path.is_file() else None
     except FileNotFoundError:
@@ -134,7 +134,7 @@ def _digest(path: Path) -> str | None:
 
 
 def settle(folder: Path) -> Checkpoint | None:
-    """`find`, and what a killed process left half-done is done: the weights have their name."""
+    """`find` a checkpoint, and rename its weights if a killed process did not."""
     found = find(folder)
     if found is None:
         return None
@@ -146,16 +146,16 @@ def settle(folder: Path) -> Checkpoint | None:
 
 
 def remove_leftovers(folder: Path, others: Iterable[str] = ()) -> None:
-    """Delete temporary files that killed processes left of a checkpoint and of `others`, files written beside it."""
-    following = [_following(file) for file in (MODEL, DELTA)]
-    written = {*others, MODEL, DELTA, STATE, *following}
+    """Delete temporary files, left by killed processes, of a checkpoint and of the files `others` beside it."""
+    next_names = [_next_name(file) for file in (MODEL, DELTA)]
+    written = {*others, MODEL, DELTA, STATE, *next_names}
     partial = [path for path in folder.iterdir() if partial_of(path.name) in written]
-    for path in (*partial, *(folder / name for name in following)):
+    for path in (*partial, *(folder / name for name in next_names)):
         path.unlink(missing_ok=True)
 
 
 def weights_of(folder: Path) -> Path:
-    """The file of the weights of a run that may still go on, or was copied without its state.
+    """Return the weights file of a run that may be in progress, or was copied without its state.
 
     Raises:
         InputError: If there is none, or it is damaged.
@@ -166,20 +166,20 @@ def weights_of(folder: Path) -> Path:
     for path in (folder / MODEL, folder / DELTA):
         if path.is_file():
             return path
-    at_work = holder(folder)
-    if at_work is not None:
+    running = holder(folder)
+    if running is not None:
         raise InputError(
-            f"{folder / MODEL}: no such file yet: the run that is going on in this folder ({at_work}) has not "
-            "completed its first epoch. Wait for that."
+            f"{folder / MODEL}: no such file yet: the run in progress in this folder ({running}) has not completed its "
+            "first epoch. Wait for it."
         )
     raise InputError(
-        f"{folder / MODEL}: no such file; the run stopped before its first epoch was complete. Begin it again with "
-        "tune --resume."
+        f"{folder / MODEL}: no such file; the run stopped before its first epoch was complete. Restart it with "
+        "`resume=True`."
     )
 
 
-def _following(file: str) -> str:
-    return f".next.{file}"  # with its suffix, by which open_clip knows how to read it
+def _next_name(file: str) -> str:
+    return f".next.{file}"  # keeps the suffix, by which open_clip selects the format
 
 
 def _load_state(path: Path) -> dict[str, Any]:
@@ -195,25 +195,27 @@ def _load_state(path: Path) -> dict[str, Any]:
                     raise zipfile.BadZipFile
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
-        raise InputError(f"{path}: damaged, or it holds more than a state; tune again with --overwrite.") from error
-    except _NO_STATE as error:  # whose texts are about parts of an archive
+    except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
         raise InputError(
-            f"{path}: damaged: it was cut short, or changed after it was written; tune again with --overwrite."
+            f"{path}: damaged, or it holds more than a state; tune again with `overwrite=True`."
+        ) from error
+    except _LOAD_ERRORS as error:  # their messages are about parts of the archive
+        raise InputError(
+            f"{path}: damaged: it was truncated, or changed after it was written; tune again with `overwrite=True`."
         ) from error
     if not (isinstance(state, dict) and "format" in state and _names_weights(state.get("weights"))):
-        raise InputError(f"{path}: not the state of a run; tune again with --overwrite.")
+        raise InputError(f"{path}: not the state of a run; tune again with `overwrite=True`.")
     if state["format"] != FORMAT:
         raise InputError(
             f"{path}: written in format {state['format']}, and this version reads {FORMAT}; use the version that wrote "
-            "it, or tune again with --overwrite."
+            "it, or tune again with `overwrite=True`."
         )
     try:
         check_types(state, _STATE)
         for number, row in enumerate(state["rows"]):
             check_types(row, _ROW, f"rows[{number}]")
     except ValueError as error:
-        raise InputError(f"{path}: damaged: {error}; tune again with --overwrite.") from error
+        raise InputError(f"{path}: damaged: {error}; tune again with `overwrite=True`.") from error
     return state
 
 
@@ -222,7 +224,9 @@ def _names_weights(value: Any) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):  # torch.save says only that it failed
+    if not isinstance(error, OSError) and isinstance(
+        error.__context__, OSError
+    ):  # the message of torch.save has no reason
         error = error.__context__
     text = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
     return text if text.endswith(".") else f"{text}."

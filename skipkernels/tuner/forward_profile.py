@@ -1,4 +1,4 @@
-"""What the forward of a step of Skip Tuning spends its time on."""
+"""Time of the parts of a forward of `SkipCLIP`."""
 
 from __future__ import annotations
 
@@ -6,36 +6,35 @@ from torch import Tensor
 
 from .. import functional
 from ..clip import SkipCLIP
-from .precision import Arithmetic
-from .stage_timer import Budget
+from .precision import MixedPrecision
+from .stage_timer import StageTimer
 
 _ROUNDS = 10
 
 
-def forward_milliseconds(clip: SkipCLIP, inputs: Tensor, labels: Tensor, arithmetic: Arithmetic) -> dict[str, float]:
-    """Mean time of each part of the forward of a batch, over ten steps that are no steps of the run.
+def forward_milliseconds(clip: SkipCLIP, inputs: Tensor, labels: Tensor, precision: MixedPrecision) -> dict[str, float]:
+    """Return the mean time of each part of `SkipCLIP.forward` on a batch, over ten rounds.
 
-    The parts are those of `SkipCLIP.forward`, one after the other, with all that they keep for backward. Nothing
-    trains, and the draws of classes go on as if there had been none.
+    Includes what is saved for backward. Weights and the state of the class sampler do not change.
 
     Args:
-        clip: As it trains.
+        clip: SkipCLIP in training mode.
         inputs: Features at the cut [B, N, W], or images [B, 3, H, W].
         labels: int64 [B].
-        arithmetic: The precision of the run.
+        precision: Mixed precision of the run.
     """
-    budget, draws = Budget(inputs.device), clip.sampler.state_dict()
+    timer, sampler_state = StageTimer(inputs.device), clip.sampler.state_dict()
     for round_ in range(1 + _ROUNDS):
-        with arithmetic.autocast():
-            with budget("image tower"):
+        with precision.autocast():
+            with timer("image tower"):
                 image = clip.encode_image(inputs)
-            with budget("class selection"):
+            with timer("class selection"):
                 class_ids, targets = clip.select(image, labels)
-            with budget("text tower"):
+            with timer("text tower"):
                 text = clip.encode_classes(class_ids)
-            with budget("loss"):
+            with timer("loss"):
                 functional.class_sampled_ce(image, text, targets, clip.model.logit_scale.exp())
         if round_ == 0:
-            budget.read()  # the first is for warming up
-    clip.sampler.load_state_dict(draws)
-    return {part: 1000 * seconds / _ROUNDS for part, seconds in budget.read().items()}
+            timer.read()  # discard the warm-up
+    clip.sampler.load_state_dict(sampler_state)
+    return {part: 1000 * seconds / _ROUNDS for part, seconds in timer.read().items()}

@@ -1,4 +1,4 @@
-"""What a model answers wrongly, in pictures: images that tuning mended or broke, and classes taken for others."""
+"""Misclassified test images for the report: predictions that tuning changed, and frequent confusions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..data import SizedDataset
 
-_SIDE = 128  # of a picture at most, in pixels
+_MAX_SIDE = 128  # of a thumbnail, in pixels
 
 
 @dataclass(frozen=True)
-class Example:
-    """A test image, its class, and the classes that came first before and after tuning."""
+class ChangedImage:
+    """Test image that is right either before or after tuning, with its class and both predictions."""
 
     test: str
     image: Image.Image
@@ -30,28 +30,28 @@ class Example:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class that is often taken for another.
+    """Class that is often predicted as another.
 
     Attributes:
-        test: Whose classes they are.
-        image: A test image of the class, taken for the other one.
+        test: Name of the test.
+        image: Test image of the class, predicted as the other.
         label: The class.
-        taken_for: The other one.
-        taken_image: A test image of the other one, if there is any.
-        count: Images of the class that are taken for the other one.
-        of: Test images of the class.
+        predicted: The other class.
+        predicted_image: Test image of the other class, if there is one.
+        count: Number of images of the class that are predicted as the other.
+        total: Number of test images of the class.
     """
 
     test: str
     image: Image.Image
     label: str
-    taken_for: str
-    taken_image: Image.Image | None
+    predicted: str
+    predicted_image: Image.Image | None
     count: int
-    of: int
+    total: int
 
 
-def examples(
+def changed_images(
     test: str,
     images: SizedDataset,
     classes: Sequence[str],
@@ -60,32 +60,34 @@ def examples(
     tuned: Tensor,
     *,
     limit: int = 12,
-) -> list[Example]:
-    """Test images that were wrong before tuning and are right after it, or the other way round: one of a class.
+) -> list[ChangedImage]:
+    """Select test images that are right either before or after tuning, not both: one per class.
 
     Args:
         test: Name of the test.
-        images: Items are (image, label): images of Pillow, or tensors [3, H, W].
-        classes: Names by label.
-        labels: [n], of the images.
-        zero_shot: [n], the classes that came first before tuning.
-        tuned: [n], the classes that come first after it.
-        limit: Images at most, of classes from all over.
+        images: Items (image, label), where image is a PIL image or a tensor [3, H, W].
+        classes: Class names by label.
+        labels: Labels of the images, [n].
+        zero_shot: Predicted classes before tuning, [n].
+        tuned: Predicted classes after tuning, [n].
+        limit: Maximum number of images, of classes spread over all labels.
 
     Example:
         >>> letters = [(Image.new("L", (8, 8)), 0), (Image.new("L", (8, 8)), 1)]
-        >>> example, = examples("new", letters, ["a", "b"], [0, 1], torch.tensor([1, 1]), torch.tensor([0, 1]))
-        >>> example.label, example.zero_shot, example.tuned
+        >>> changed, = changed_images("new", letters, ["a", "b"], [0, 1], torch.tensor([1, 1]), torch.tensor([0, 1]))
+        >>> changed.label, changed.zero_shot, changed.tuned
         ('a', 'b', 'a')
     """
     labels = torch.as_tensor(labels)
-    flipped = ((zero_shot == labels) != (tuned == labels)).nonzero().flatten().tolist()
-    first_of = {int(labels[index]): index for index in reversed(flipped)}
+    changed = ((zero_shot == labels) != (tuned == labels)).nonzero().flatten().tolist()
+    first_of = {int(labels[index]): index for index in reversed(changed)}
     found = [first_of[label] for label in sorted(first_of)]
-    shown = min(limit, len(found))
-    chosen = [found[place * len(found) // shown] for place in range(shown)]
+    count = min(limit, len(found))
+    chosen = [found[place * len(found) // count] for place in range(count)]
     return [
-        Example(test, picture(images[index][0]), *(classes[int(of[index])] for of in (labels, zero_shot, tuned)))
+        ChangedImage(
+            test, thumbnail(images[index][0]), *(classes[int(values[index])] for values in (labels, zero_shot, tuned))
+        )
         for index in chosen
     ]
 
@@ -99,61 +101,59 @@ def confusions(
     *,
     limit: int = 8,
 ) -> list[Confusion]:
-    """The classes with the most errors, each with the class that it is taken for most often.
-
-    Where two classes have as many errors, or are answered as often, the first of them in `classes` comes first.
+    """Select the classes with the most errors, each with its most frequent wrong prediction. Ties go by label.
 
     Args:
         test: Name of the test.
-        images: Items are (image, label): images of Pillow, or tensors [3, H, W].
-        classes: Names by label.
-        labels: [n], of the images.
-        predictions: [n], the classes that come first.
-        limit: Classes at most.
+        images: Items (image, label), where image is a PIL image or a tensor [3, H, W].
+        classes: Class names by label.
+        labels: Labels of the images, [n].
+        predictions: Predicted classes, [n].
+        limit: Maximum number of classes.
 
     Example:
         >>> letters = [(Image.new("L", (8, 8)), label) for label in (0, 0, 1)]
         >>> confusion, = confusions("base", letters, ["a", "b"], [0, 0, 1], torch.tensor([0, 1, 1]))
-        >>> confusion.label, confusion.taken_for, confusion.count, confusion.of
+        >>> confusion.label, confusion.predicted, confusion.count, confusion.total
         ('a', 'b', 1, 2)
     """
-    true, said = torch.as_tensor(labels).tolist(), predictions.tolist()
-    places: dict[int, dict[int, list[int]]] = {}  # of the errors, by label and answer
-    for index, (label, answer) in enumerate(zip(true, said, strict=True)):
-        if label != answer:
-            places.setdefault(label, {}).setdefault(answer, []).append(index)
-    size = Counter(true)
+    true, predicted = torch.as_tensor(labels).tolist(), predictions.tolist()
+    errors: dict[int, dict[int, list[int]]] = {}  # indices of images by label and prediction
+    for index, (label, prediction) in enumerate(zip(true, predicted, strict=True)):
+        if label != prediction:
+            errors.setdefault(label, {}).setdefault(prediction, []).append(index)
+    total = Counter(true)
     found = []
-    for label in sorted(places, key=lambda label: (-sum(map(len, places[label].values())), label))[:limit]:
-        answer = min(places[label], key=lambda answer: (-len(places[label][answer]), answer))
-        mistaken = places[label][answer]
+    for label in sorted(errors, key=lambda label: (-sum(map(len, errors[label].values())), label))[:limit]:
+        most = min(errors[label], key=lambda prediction: (-len(errors[label][prediction]), prediction))
+        indices = errors[label][most]
         found.append(
             Confusion(
                 test,
-                picture(images[mistaken[0]][0]),
+                thumbnail(images[indices[0]][0]),
                 classes[label],
-                classes[answer],
-                picture(images[true.index(answer)][0]) if answer in size else None,
-                count=len(mistaken),
-                of=size[label],
+                classes[most],
+                thumbnail(images[true.index(most)][0]) if most in total else None,
+                count=len(indices),
+                total=total[label],
             )
         )
     return found
 
 
-def picture(image: Any) -> Image.Image:
-    """An image of Pillow or a tensor as RGB, small enough to be shown: 128 pixels a side at most.
+def thumbnail(image: Any) -> Image.Image:
+    """Convert a PIL image or a tensor to RGB, at most 128 pixels a side.
 
-    A tensor was normalised somehow: its smallest value becomes black and its largest white.
+    A tensor has been normalised: its minimum becomes black and its maximum white.
 
-    >>> picture(Image.new("RGB", (4000, 3000))).size
+    >>> thumbnail(Image.new("RGB", (4000, 3000))).size
     (128, 96)
-    >>> picture(torch.randn(3, 32, 32)).size
+    >>> thumbnail(torch.randn(3, 32, 32)).size
     (32, 32)
     """
     if isinstance(image, Tensor):
         least, most = image.aminmax()
-        return picture(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()))
+        return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()))
     small = image.convert("RGB")
-    small.thumbnail((_SIDE, _SIDE))
+    small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     return small

@@ -1,4 +1,4 @@
-"""From the name of a model and of its weights to an open_clip model on a device."""
+"""Loading of open_clip models by name, with their weights, image transform and tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
@@ -19,30 +19,31 @@ from torch import nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ..data import InputError
+from ..options import Preset
 from .registry import MODELS, experiments_hint
 
 RANDOM = "random"
-# What open_clip raises for a file that is damaged, empty, of another structure, or another model's.
-_UNUSABLE: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
-_UNUSABLE += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
+# Errors of open_clip for a file that is damaged, empty, or of another structure or model.
+_LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
+_LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def load_model(
     name: str, pretrained: str | None, device: torch.device, *, architecture_only: bool = False, seed: int = 0
 ) -> tuple[nn.Module, Callable, Callable]:
-    """A model in evaluation mode, its image transform, and its tokenizer.
+    """Load a model in evaluation mode, with its image transform and tokenizer.
 
     Args:
         name: A model of `open_clip.list_models()` or of `MODELS`.
-        pretrained: A tag of open_clip, the path of a state dict (safetensors, or what `torch.load` reads with
+        pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
             `weights_only=True`), "random", or None for the weights of a model in `MODELS`.
-        device: Where the model goes.
-        architecture_only: Leave the weights random. The image transform is still that of the tag, if it has its own.
-        seed: Of random weights.
+        device: Device of the model.
+        architecture_only: Load no weights. The image transform is still that of the tag, if it has its own.
+        seed: Seed of random weights.
 
     Raises:
-        InputError: If there is no such model or weights, or the file does not fit.
+        InputError: If there is no such model or weights, or the file does not fit the model.
     """
     packaged = MODELS.get(name)
     known = open_clip.list_models()
@@ -51,11 +52,12 @@ def load_model(
     elif name not in known:
         close = difflib.get_close_matches(name, [*known, *MODELS], 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
-        raise InputError(f"--model: open_clip has no model {name!r}; {hint}{experiments_hint()}")
+        raise InputError(f"load_model: model: open_clip has no model {name!r}; {hint}{experiments_hint()}", "model")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and packaged is None:
         raise InputError(
-            f"--pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
+            f"load_model: pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}.",
+            "pretrained",
         )
     if pretrained is not None and not architecture_only:
         check_activation(name, pretrained)
@@ -63,10 +65,11 @@ def load_model(
     tag = pretrained if file is None and pretrained != RANDOM else None
     if tag is not None and tag not in tags:
         raise InputError(
-            f"--pretrained: {name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}."
+            f"load_model: pretrained: {name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}.",
+            "pretrained",
         )
     if file is not None and not architecture_only and not file.is_file():
-        raise InputError(f"--pretrained: no file {file}.")
+        raise InputError(f"load_model: pretrained: no file {file}.", "pretrained")
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -74,7 +77,7 @@ def load_model(
                 name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
             )
         except (OSError, RuntimeError) as error:
-            raise InputError(_not_loaded(name, tag, error)) from error
+            raise _not_loaded(name, tag, error) from error
     if not architecture_only:
         if file is not None:
             load_weights(model, file)
@@ -84,13 +87,12 @@ def load_model(
 
 
 def check_activation(name: str, tag: str) -> None:
-    """Refuse weights of open_clip that were trained with QuickGELU in a model with GELU, and the other way round.
+    """Check that the weights of a tag were trained with the activation of the model, QuickGELU or GELU.
 
-    open_clip loads them with a warning, and the model is then less accurate. Refused is what another model of the same
-    shape takes with its own activation, before anything is downloaded.
+    open_clip loads others with a warning, and the model is then less accurate. This check downloads nothing.
 
     Raises:
-        InputError: If so; names that model.
+        InputError: If not; names the model that fits.
     """
     suffix = "-quickgelu"
     other = name.removesuffix(suffix) if name.endswith(suffix) else name + suffix
@@ -99,14 +101,15 @@ def check_activation(name: str, tag: str) -> None:
         return
     has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
     if has != trained:
-        called = {True: "QuickGELU", False: "GELU"}
+        names = {True: "QuickGELU", False: "GELU"}
         raise InputError(
-            f"--model: {tag} was trained with {called[trained]}, and {name} has {called[has]}; use --model {other}."
+            f"load_model: model: {tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.",
+            "model",
         )
 
 
-def augmentation(model: Any, preset: Literal["default", "reference"] = "default") -> Callable:
-    """A random crop of most of an image, as open_clip trains a model; of Wu et al.: of any part, and flipped or not."""
+def augmentation(model: Any, preset: Preset = "default") -> Callable:
+    """Return the transform of training images: open_clip's random crop; for "reference" crop and flip of Wu et al."""
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     if preset == "default":
         return image_transform_v2(cfg, is_train=True)
@@ -119,13 +122,14 @@ def _tokenizer(name: str) -> Callable:
         return open_clip.get_tokenizer(name)
     except (OSError, ImportError) as error:
         raise InputError(
-            f"--model: the tokenizer of {name} is one of Hugging Face's and could not be loaded: {_first_line(error)} "
-            "It is downloaded once, and needs the package transformers (pip install 'skipkernels[hugging-face]')."
+            f"load_model: model: the Hugging Face tokenizer of {name} could not be loaded: {_first_line(error)} It is "
+            "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
+            "model",
         ) from error
 
 
 def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
-    """What a tag of open_clip says of the image transform, so that it holds without the tag's weights too."""
+    """Settings of the image transform of a tag, which open_clip ignores if it loads no weights."""
     settings = {"mean": "image_mean", "std": "image_std"}
     settings |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
     known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
@@ -133,34 +137,36 @@ def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict into a model; nothing in the file is executed.
+    """Load a state dict into a model, without executing code from the file.
 
     Raises:
         InputError: If the file is damaged, or is not a state dict of this model.
     """
     try:
         open_clip.load_checkpoint(model, str(path), weights_only=True)
-    except pickle.UnpicklingError as error:  # its text tells how to execute the file after all
+    except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
         raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
-    except _UNUSABLE as error:
+    except _LOAD_ERRORS as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         if isinstance(error, AssertionError) or (lines and lines[0].startswith("Error(s) in loading state_dict")):
             reason = textwrap.shorten(lines[-1] if lines else "another structure", 200, placeholder=" ….")
             raise InputError(
-                f"{path}: not usable as weights of this model: they are another model's ({reason.strip('. ')}). Name "
-                "theirs with --model."
+                f"{path}: not usable as weights of this model: they are another model's ({reason.strip('. ')}). Give "
+                "the right `model`."
             ) from error
         raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
 
 
-def _not_loaded(name: str, tag: str | None, error: BaseException) -> str:
-    """What to say where open_clip did not make a model: of a download that failed, the first cause alone."""
+def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
+    """Error for a model that open_clip could not create; of a failed download, the first cause."""
     while error.__context__ is not None and isinstance(error.__context__, OSError):
         error = error.__context__
     reason = textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 250, placeholder=" ….")
     if tag is None:
-        return f"--model: {name} could not be made: {reason}"
-    return f"--pretrained: the weights {tag} of {name} could not be downloaded: {reason}"
+        return InputError(f"load_model: model: {name} could not be created: {reason}", "model")
+    return InputError(
+        f"load_model: pretrained: the weights {tag} of {name} could not be downloaded: {reason}", "pretrained"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -170,7 +176,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without open_clip's warning that no weights were loaded: they are loaded here, or random was asked for."""
+    """Suppress open_clip's warning that no weights were loaded: they are loaded later, or random on purpose."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What a run says of settings that are easily mistaken, and of a result that is hardly one."""
+"""Notes and warnings about a run: settings that are easily confused, and weak results."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from ..data import Task
 from .config import TuneConfig
 
 
-def of_settings(config: TuneConfig) -> tuple[str, ...]:
-    """Notes on settings: `--skip-layers 1` is one block, and 1.0 all of them."""
+def setting_notes(config: TuneConfig) -> tuple[str, ...]:
+    """Return notes on settings: `skip_layers=1` skips one block, 1.0 all of them."""
     skip = config.skip_layers
     if config.method != "skip" or skip != 1:
         return ()
     if isinstance(skip, int):
-        return ("--skip-layers 1 skips one block of each tower; 1.0 would skip every block.",)
-    return ("--skip-layers 1.0 skips every block of each tower; 1 would skip one block.",)
+        return ("skip_layers=1 skips one block of each tower; 1.0 would skip every block.",)
+    return ("skip_layers=1.0 skips every block of each tower; 1 would skip one block.",)
 
 
 def weak_result(
     config: TuneConfig, task: Task, zero_shot: Mapping[str, float | None], tuned: Mapping[str, float | None]
 ) -> str | None:
-    """A warning if the classes that trained are below zero-shot, or within two standard errors of chance.
+    """Return a warning if the trained classes are below zero-shot, or within two standard errors of chance.
 
         chance = 1 / C,   standard error = √(chance · (1 − chance) / n)   for n test images of C classes
 
     Args:
-        config: The run, resolved.
-        task: Its task; the classes of the first test are those that trained.
-        zero_shot: Per cent, by test, before tuning.
-        tuned: The same after it.
+        config: Resolved configuration.
+        task: Task; its first test has the trained classes.
+        zero_shot: Accuracy in per cent before tuning, by test.
+        tuned: Accuracy after tuning.
     """
     test = task.tests[0]
     before, after = zero_shot.get(test.name), tuned.get(test.name)
@@ -39,15 +39,11 @@ def weak_result(
     chance = 1 / len(test.classes)
     limit = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / len(test.images)))
     if after < before:
-        what, how = f"below zero-shot ({before:.2f} %)", "Lower"
+        result, remedy = f"below zero-shot ({before:.2f} %)", "Lower"
     elif after <= limit and after < 100:
         images = f"{len(test.images)} images, within two standard errors"
-        what, how = f"not above chance ({100 * chance:.2f} % of {images})", "Raise"
+        result, remedy = f"not above chance ({100 * chance:.2f} % of {images})", "Raise"
     else:
         return None
-    rates = {"--text-lr": config.text_lr, "--image-lr": config.image_lr}
-    named = " and ".join(name for name, value in rates.items() if value is not None)
-    return (
-        f"accuracy on the classes that trained is {after:.2f} %, {what}. {how} {named}, or try other --epochs or more "
-        "--shots."
-    )
+    rates = " and ".join(name for name in ("text_lr", "image_lr") if getattr(config, name) is not None)
+    return f"accuracy on the trained classes is {after:.2f} %, {result}. {remedy} {rates}, or change epochs or shots."

@@ -1,4 +1,4 @@
-"""Curves and bars of report.html, as SVG that is readable on white and on black, and the same in every run."""
+"""Plots of report.html, as SVG that is readable on white and on black and identical between runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# For tests and for parts of the time: each has a contrast of at least 3 with white and with #121212, a browser's black.
+# Each has a contrast of at least 3 with white, and with #121212, the background of a browser's dark mode.
 COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0", "#1793a5")
 COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
-_BARS = 60  # of a plot in which each number of classes has its own
-_DOTS = 40  # of a line on which they don't touch
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none: the same run gives the same bytes
+_MAX_BARS = 60  # of a histogram
+_MAX_DOTS = 40  # on a line
+_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # left out, so that equal runs give equal bytes
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name; after the twelfth they begin again.
+    """Assign a colour to each name, cycling after the twelfth.
 
     >>> coloured(["base", "new"])
     {'base': '#3b7dd8', 'new': '#cf7a1f'}
@@ -35,12 +35,12 @@ def coloured(names: Iterable[str]) -> dict[str, str]:
 
 
 def finite(value: float | None) -> TypeGuard[float]:
-    """Whether there is a value to show."""
+    """Return True for a finite number."""
     return value is not None and math.isfinite(value)
 
 
 def loss_svg(rows: list[dict[str, Any]]) -> str:
-    """Training loss over the epochs; "" where no epoch has one.
+    """Plot the training loss over the epochs; "" if no epoch has one.
 
     >>> loss_svg([{"epoch": 1, "loss": None}])
     ''
@@ -50,12 +50,12 @@ def loss_svg(rows: list[dict[str, Any]]) -> str:
 
 
 def accuracy_svg(rows: list[dict[str, Any]], zero_shot: Mapping[str, float | None], colours: Mapping[str, str]) -> str:
-    """Accuracy of tests over the epochs, zero-shot at 0 and dotted; "" where there is no epoch.
+    """Plot the test accuracy over the epochs, zero-shot at 0 and dotted; "" if there is no epoch.
 
     Args:
-        rows: Of metrics.jsonl.
-        zero_shot: Per cent of each test.
-        colours: For each test that is drawn.
+        rows: Rows of metrics.jsonl.
+        zero_shot: Zero-shot accuracy in per cent, by test.
+        colours: Colours of the tests to plot.
     """
     steps = [(0, zero_shot), *((row["epoch"], row["accuracy"]) for row in rows)]
 
@@ -70,9 +70,9 @@ def accuracy_svg(rows: list[dict[str, Any]], zero_shot: Mapping[str, float | Non
 
 
 def kept_svg(histogram: Mapping[int, int]) -> str:
-    """Steps by the number of classes that were compared, as bars; where there are many numbers, several share a bar."""
+    """Plot the histogram of steps by number of kept classes; many numbers share bars."""
     least, most = min(histogram), max(histogram)
-    width = math.ceil((most - least + 1) / _BARS)
+    width = math.ceil((most - least + 1) / _MAX_BARS)
     bars = dict.fromkeys(range(least, most + 1, width), 0)
     for classes, steps in histogram.items():
         bars[least + (classes - least) // width * width] += steps
@@ -83,24 +83,22 @@ def kept_svg(histogram: Mapping[int, int]) -> str:
         axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_ylabel("steps")
 
-    return figure_svg(
-        "kept", "steps by the number of classes compared in them", draw, over="classes compared in a step"
-    )
+    return figure_svg("kept", "steps by the number of kept classes", draw, over="kept classes per step")
 
 
 def _line(axes: Axes, points: list[tuple[int, float]], colour: str) -> None:
-    marker = "o" if len(points) <= _DOTS else None
+    marker = "o" if len(points) <= _MAX_DOTS else None
     axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker, markersize=4, linewidth=1.6)
 
 
 def figure_svg(name: str, label: str, draw: Callable[[Axes], None], *, over: str = "epoch") -> str:
-    """What `draw` puts on axes over whole numbers, as SVG.
+    """Return a plot with integer x as SVG.
 
     Args:
-        name: Of the plot, different from those on the same page.
-        label: For those who can't see it.
-        draw: Draws.
-        over: What is along the bottom.
+        name: Name of the plot, unique on its page.
+        label: Description for screen readers.
+        draw: Draws the plot on axes.
+        over: Label of the x axis.
     """
 
     def framed(axes: Axes) -> None:
@@ -120,16 +118,16 @@ def panels_svg(
     size: tuple[float, float],
     columns: int | None = None,
 ) -> str:
-    """Plots side by side, or in full rows of `columns`, as SVG.
+    """Return plots side by side, or in full rows of `columns`, as SVG.
 
     Args:
-        name: As of `figure_svg`.
-        label: As of `figure_svg`.
-        panels: Each draws one.
-        size: Of all, in inches.
-        columns: Plots in a row; all by default.
+        name: See `figure_svg`.
+        label: See `figure_svg`.
+        panels: One function per plot, which draws it on axes.
+        size: Size of the whole in inches.
+        columns: Plots per row. Default: all.
     """
-    # Text stays text, in the font of the page. What a user's matplotlibrc says does not hold here.
+    # Text stays text, in the font of the page. The user's matplotlibrc is ignored.
     with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
@@ -148,6 +146,6 @@ def panels_svg(
         figure.savefig(buffer, format="svg", metadata=_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    used = set(re.findall(r"#([\w.-]+)", svg))  # the others, such as figure_1, would stand in every plot of a page
+    used = set(re.findall(r"#([\w.-]+)", svg))  # unused ids, such as figure_1, would repeat on a page
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -1,49 +1,48 @@
-"""In which numbers a run computes, and in which it keeps its weights."""
+"""Mixed precision: dtypes of computation and of weights, and loss scaling."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["auto", "fp32", "bf16", "bf16-sr", "fp16"]
+from ..options import Precision
 
-_COMPUTED_IN = {"bf16": torch.bfloat16, "bf16-sr": torch.bfloat16, "fp16": torch.float16}
-_KEPT = ("logit_scale", "logit_bias")  # in fp32: bf16 rounds a temperature of 100 to 98.9
-# What to do where numbers are not finite any more.
+_AUTOCAST = {"bf16": torch.bfloat16, "bf16-sr": torch.bfloat16, "fp16": torch.float16}
+_FP32 = ("logit_scale", "logit_bias")  # bf16 rounds a logit scale of 100 to 98.9
 REMEDY = (
-    "Lower --text-lr and --image-lr, or use --precision fp32. The checkpoint of the last good epoch, if any, is kept."
+    'Lower `text_lr` and `image_lr`, or use precision="fp32". The checkpoint of the last good epoch, if any, is kept.'
 )
-# PyTorch's 65,536 times CLIP's temperature of 100 overflows: the first steps of a run would be left out until it has
-# been halved often enough, on glyph-tiny down to 8,192.
-_FIRST_SCALE = 2.0**10
+# PyTorch's 65,536 times CLIP's logit scale of 100 overflows: the first steps would be skipped until the scale has been
+# halved often enough, on glyph-tiny down to 8,192.
+_INITIAL_SCALE = 2.0**10
 
 
-class Arithmetic:
-    """What a precision does to a model, to the steps, and to the updates.
+class MixedPrecision:
+    """Precision of the model, of the steps and of the updates.
 
     | precision | computes in | weights | update |
     |---|---|---|---|
     | fp32 | fp32 | fp32 | |
     | bf16 | bf16, by autocast | fp32 | |
-    | bf16-sr | bf16 | bf16 | rounded at random, up with the probability of the part that is lost (`FusedSGD`) |
-    | fp16 | fp16, by autocast | fp32 | left out where a scaled gradient is not finite; the scale follows |
+    | bf16-sr | bf16 | bf16 | stochastic rounding (`FusedSGD`) |
+    | fp16 | fp16, by autocast | fp32 | skipped if a scaled gradient is not finite; the scale adapts |
 
-    With fp16 each update waits for the device, which knows whether it may be made; in the others nothing waits.
+    Each update in fp16 synchronises with the device, to learn if it is skipped; the others never do.
 
     Args:
-        precision: One of the four; not auto, which a run resolves.
-        device: Where the run computes.
+        precision: fp32, bf16, bf16-sr or fp16; a resolved configuration has no auto.
+        device: Device of the run.
 
     Attributes:
-        scaler: Of the loss, for fp16.
+        scaler: Scaler of the loss; None except for fp16.
 
     Example:
-        >>> arithmetic = Arithmetic("bf16", torch.device("cpu"))
-        >>> with arithmetic.autocast():
+        >>> precision = MixedPrecision("bf16", torch.device("cpu"))
+        >>> with precision.autocast():
         ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
         torch.bfloat16
     """
@@ -51,42 +50,39 @@ class Arithmetic:
     def __init__(self, precision: Precision, device: torch.device):
         self._precision, self._device = precision, device
         fp16 = precision == "fp16"
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=_FIRST_SCALE) if fp16 else None
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=_INITIAL_SCALE) if fp16 else None
 
     def autocast(self) -> torch.autocast:
-        """For the forward of a step, and for evaluation."""
-        dtype = _COMPUTED_IN.get(self._precision)
+        """Return the context of a forward."""
+        dtype = _AUTOCAST.get(self._precision)
         return torch.autocast(self._device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def prepare(self, model: nn.Module) -> None:
-        """Give a model that was just loaded the weights that a run keeps."""
+        """Cast the weights of a model to their dtype in the run."""
         if self._precision != "bf16-sr":
             return
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if tensor.is_floating_point() and name.rpartition(".")[2] not in _KEPT:
+            if tensor.is_floating_point() and name.rpartition(".")[2] not in _FP32:
                 tensor.data = tensor.data.to(torch.bfloat16)
 
-    def groups(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Parameter groups as the optimizer takes them: bf16 weights are marked to be rounded at random.
-
-        A group that has weights in other types too, such as prompts that train, is divided.
-        """
+    def parameter_groups(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return groups for the optimizer, with stochastic rounding of bf16 weights; splits groups of mixed dtypes."""
         if self._precision != "bf16-sr":
             return list(groups)
-        divided = []
+        split = []
         for group in groups:
-            for half in (True, False):
-                some = [p for p in group["params"] if (p.dtype == torch.bfloat16) == half]
-                if some:
-                    divided.append(group | {"params": some, "stochastic_rounding": half})
-        return divided
+            for bf16 in (True, False):
+                params = [p for p in group["params"] if (p.dtype == torch.bfloat16) == bf16]
+                if params:
+                    split.append(group | {"params": params, "stochastic_rounding": bf16})
+        return split
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients."""
+        """Compute gradients, of the scaled loss in fp16."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def update(self, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> None:
-        """Clip the gradients if asked for, and update the weights."""
+        """Clip the gradients, if `clip_grad_norm` is given, and update the weights."""
         if clip_grad_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
@@ -99,10 +95,10 @@ class Arithmetic:
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the state of the scaler."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state of the scaler."""
         if self.scaler is not None:
             self.scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live view in a terminal, a line for each epoch where output is a file."""
+"""Progress of a run: a live view in a terminal, or a line per epoch in a file."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from ..console import escaped, plain
 from ..memory import PeakMemory
 from .plots import finite
 
-_REFRESHES = 2  # of the live view, a second: each takes 3 ms of the thread that trains
-_WIDTH = 88  # of the bars at most, in characters
-_SMOOTH = 0.8  # weight of the losses before, in the one that is shown
-_FEW = 4  # accuracies that fit in a line
-_MEMORY_SECONDS = 1.0  # between two looks at the memory
-_LOG_SECONDS = 60.0  # between two lines on features
+_REFRESHES = 2  # of the live view per second; each takes 3 ms of the training thread
+_MAX_WIDTH = 88  # of the bars, in characters
+_SMOOTHING = 0.8  # weight of previous losses in the displayed loss
+_MAX_ACCURACIES = 4  # in a line
+_MEMORY_SECONDS = 1.0  # between two reads of the memory
+_LOG_SECONDS = 60.0  # between two lines about features
 _STATM = Path("/proc/self/statm")  # Linux
 
 
-class Display:
-    """A live view of a run: of its features, then of its tuning. On what is no terminal, a line for each epoch.
+class ProgressDisplay:
+    """Context manager that displays the features and then the epochs of a run.
 
-    A context: leaving it, by Ctrl-C too, gives the terminal back with the last view on it. A quiet console shows
-    nothing.
+    In a terminal it is a live view, which stays when the context exits. Elsewhere it prints a line per epoch; on a
+    quiet console, nothing.
 
     Args:
-        console: Where it is shown.
-        title: Of the run.
-        memory: Whose peak is shown, and what is held now on its device; by default neither.
+        console: Console.
+        title: Title of the run.
+        memory: Memory, to display its peak and current use. Default: none.
 
     Example:
-        >>> with Display(Console(width=80), title="letters") as display:
+        >>> with ProgressDisplay(Console(width=80), title="letters") as display:
         ...     display.begin(epochs=1, steps_per_epoch=3, zero_shot={"new": 40.0}, batch_size=4)
         ...     display.epoch({"epoch": 1, "loss": 0.5, "accuracy": {"new": 50.0}})
         letters
@@ -63,7 +63,7 @@ class Display:
         live = console.is_interactive and not console.quiet
         self._live = Live(console=console, refresh_per_second=_REFRESHES, get_renderable=self._view) if live else None
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         if self._live is None:
             self._line(self._title)
         else:
@@ -77,10 +77,13 @@ class Display:
             self._live.stop()
 
     def features(self, total: int) -> Callable[[int], None]:
-        """Images of which features will be computed, besides those of earlier calls.
+        """Add images to the progress bar of the features.
+
+        Args:
+            total: Number of images.
 
         Returns:
-            To be called with the number of images, each time that some are done.
+            Function that advances the bar by a number of images.
         """
         if not self._features.total:
             self._features = _Stage("features")
@@ -104,16 +107,16 @@ class Display:
         batch_size: float,
         done: int = 0,
     ) -> None:
-        """Features are there, and tuning begins.
+        """Begin the epochs.
 
         Args:
-            epochs: Of the run.
-            steps_per_epoch: Calls of `step` in each.
+            epochs: Number of epochs.
+            steps_per_epoch: Calls of `step` per epoch.
             zero_shot: Accuracies before tuning, in per cent.
-            batch_size: Images in a step; their mean where it varies.
+            batch_size: Mean number of images per step.
             done: Epochs that an earlier process completed.
         """
-        self._features.done = self._features.total  # some may have been in a store already
+        self._features.done = self._features.total  # a store may have had some already
         self._features.end()
         self._epochs, self._epoch, self._steps_per_epoch, self._batch_size = epochs, done, steps_per_epoch, batch_size
         self._zero_shot = zero_shot
@@ -124,23 +127,23 @@ class Display:
             self._line("zero-shot", *self._accuracies(zero_shot))
 
     def step(self) -> None:
-        """A step is done. Cheap: nothing is drawn, and no device is asked."""
+        """Count a step. Draws nothing and does not synchronise with the device."""
         self._tuning.done += 1
         self._last_step = time.perf_counter()
 
     def loss(self, value: float) -> None:
-        """The loss of a step, read now and then."""
-        self._loss = value if self._loss is None else _SMOOTH * self._loss + (1 - _SMOOTH) * value
+        """Update the displayed loss."""
+        self._loss = value if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * value
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """An epoch is complete; `row` is that of metrics.jsonl."""
+        """Display a complete epoch; `row` is that of metrics.jsonl."""
         self._last_pace = pace = self._pace()
         self._epoch, self._accuracy = row["epoch"], row["accuracy"]
         self._tuning.done = self._epoch * self._steps_per_epoch
         if self._live is None:
             loss = [f"loss {row['loss']:.4f}"] if finite(row.get("loss")) else []
             accuracies, left = self._accuracies(self._accuracy), _left(self._tuning)
-            self._line(f"epoch {self._epoch}/{self._epochs}", *loss, *accuracies, *pace, left, *self._held())
+            self._line(f"epoch {self._epoch}/{self._epochs}", *loss, *accuracies, *pace, left, *self._memory_text())
         self._epoch_began = time.perf_counter()
 
     def _line(self, *parts: str) -> None:
@@ -148,28 +151,28 @@ class Display:
         self._console.print(plain("  ".join(filter(None, parts))), soft_wrap=True)
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
-        """Each with its change; of more than a line holds, the first and the last, which is a mean of the others."""
+        """Accuracies with their change; if they are many, the first and the last, which is a mean of the others."""
         shown = [(name, value) for name, value in accuracy.items() if finite(value)]
         found = []
-        for name, after in shown if len(shown) <= _FEW else (shown[0], shown[-1]):
+        for name, after in shown if len(shown) <= _MAX_ACCURACIES else (shown[0], shown[-1]):
             before = self._zero_shot.get(name)
             change = f" ({after - before:+.1f})" if accuracy is not self._zero_shot and finite(before) else ""
             found.append(f"{name} {after:.1f} %{change}")
         return found
 
     def _pace(self) -> list[str]:
-        """Images a second in this epoch, up to its last step; before its first, in the epoch before."""
+        """Images per second in this epoch up to its last step; before the first step, that of the previous epoch."""
         images = (self._tuning.done - self._epoch * self._steps_per_epoch) * self._batch_size
         seconds = self._last_step - self._epoch_began
         return [f"{images / seconds:,.0f} images/s"] if images > 0 and seconds > 0 else self._last_pace
 
-    def _held(self) -> list[str]:
+    def _memory_text(self) -> list[str]:
         return [] if self._memory is None else [self._memory.text()]
 
     def _view(self) -> RenderableType:
-        """What the terminal shows; called in the thread of the live view."""
+        """Render the live view; called in its thread."""
         bars = Table.grid(padding=(0, 1), expand=True)
-        bars.width = min(self._console.width, _WIDTH)
+        bars.width = min(self._console.width, _MAX_WIDTH)
         bars.add_column(no_wrap=True)
         bars.add_column(ratio=1)
         for _ in range(3):
@@ -182,11 +185,11 @@ class Display:
                 bars.add_row(stage.name, bar, state, _clock(stage.seconds), _left(stage))
         loss = [] if self._loss is None else [f"loss {self._loss:.4f}"]
         parts: list[RenderableType] = [Text(self._title, style="bold"), bars]
-        parts.append(Text("   ".join([*loss, *self._pace(), *self._held()])))
+        parts.append(Text("   ".join([*loss, *self._pace(), *self._memory_text()])))
         return Group(*parts, self._table()) if self._zero_shot else Group(*parts)
 
     def _table(self) -> Table:
-        """Accuracies of the last epoch against zero-shot."""
+        """Table of the accuracies of the last epoch and of zero-shot."""
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
         table.add_column("accuracy, %")
         for head in ("zero-shot", *([f"epoch {self._epoch}", "change"] if self._accuracy else [])):
@@ -204,12 +207,12 @@ class Display:
 
 @dataclass
 class _Stage:
-    """A part of a run that has a bar."""
+    """A part of a run with a progress bar."""
 
     name: str
     total: int = 0
     done: int = 0
-    before: int = 0  # what an earlier process did of `done`
+    before: int = 0  # part of `done` by an earlier process
     began: float = field(default_factory=time.perf_counter)
     ended: float | None = None
 
@@ -222,26 +225,26 @@ class _Stage:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far, everything between the steps included."""
+        """Estimate from the pace so far, including everything between steps."""
         here, left = self.done - self.before, self.total - self.done
         return self.seconds / here * left if here > 0 and left > 0 and self.ended is None else None
 
 
 class _Memory:
-    """What is held, as text; looked at once a second at most."""
+    """Memory use as text, read at most once per second."""
 
     def __init__(self, peak: PeakMemory):
-        self._peak, self._looked, self._text = peak, float("-inf"), ""
+        self._peak, self._read_at, self._text = peak, float("-inf"), ""
 
     def text(self) -> str:
         now = time.perf_counter()
-        if now - self._looked >= _MEMORY_SECONDS:
-            self._looked, held, peak = now, self._held(), self._peak.read()
-            self._text = f"memory {held / 2**20:,.0f} MiB, peak {max(held, peak) / 2**20:,.0f} MiB"
+        if now - self._read_at >= _MEMORY_SECONDS:
+            self._read_at, used, peak = now, self._used(), self._peak.read()
+            self._text = f"memory {used / 2**20:,.0f} MiB, peak {max(used, peak) / 2**20:,.0f} MiB"
         return self._text
 
-    def _held(self) -> int:
-        """In bytes, now; 0 where nobody says."""
+    def _used(self) -> int:
+        """Current use in bytes; 0 if unknown."""
         if self._peak.device.type == "cuda":
             return torch.cuda.memory_allocated(self._peak.device)
         return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if _STATM.exists() else 0

@@ -1,4 +1,4 @@
-"""report.html: one file without links that shows what a run did."""
+"""report.html: a self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 
 from .config import TuneConfig
-from .mistakes import Confusion, Example, picture
+from .mistakes import ChangedImage, Confusion, thumbnail
 from .plots import accuracy_svg, coloured, finite, kept_svg, loss_svg
 
-_PIXEL_ART = 64  # up to this side a picture is shown enlarged, pixel by pixel, and kept without loss
-_NOTHING = "–"  # where there is no value
+_PIXEL_ART = 64  # images up to this side are shown enlarged without smoothing, and stored as PNG
+_MISSING = "–"
 _SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
 
 _STYLE = """
@@ -53,17 +53,17 @@ def report_html(
     config: TuneConfig,
     metrics: Mapping[str, Any],
     rows: list[dict[str, Any]],
-    examples: Sequence[Example],
+    changed: Sequence[ChangedImage],
     confusions: Sequence[Confusion],
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        config: The run.
-        metrics: What metrics.json holds. What it has no value for is left out, or shown as a dash.
-        rows: What metrics.jsonl holds; none for a method without epochs.
-        examples: Test images that tuning mended or broke.
-        confusions: Classes that are often taken for others.
+        config: Configuration of the run.
+        metrics: Contents of metrics.json. Missing values are left out, or shown as a dash.
+        rows: Contents of metrics.jsonl; empty for a method without epochs.
+        changed: Test images that are right either before or after tuning.
+        confusions: Classes that are often predicted as others.
     """
     tests = list(metrics["classes"])
     epochs = f"{metrics['epochs']} epoch{'' if metrics['epochs'] == 1 else 's'}"
@@ -77,22 +77,22 @@ def report_html(
 {_accuracy(metrics, tests)}
 {"".join(f'<p class="worse">{_text(note)}</p>' for note in metrics.get("notes", ()))}
 {_charts(metrics, rows, coloured(tests))}
-{_budget(metrics, rows)}
+{_time(metrics, rows)}
 {_cost(config, metrics, rows)}
-{_gallery("What is taken for what", tests, [(each.test, _confusion(each)) for each in confusions])}
-{_gallery("What tuning mended and broke", tests, [(each.test, _example(each)) for each in examples])}
+{_gallery("Most frequent confusions", tests, [(each.test, _confusion(each)) for each in confusions])}
+{_gallery("Predictions changed by tuning", tests, [(each.test, _changed(each)) for each in changed])}
 <details class="settings"><summary>Settings</summary><pre>{_text(config.to_yaml())}</pre></details>
 </body></html>
 """
 
 
 def _text(text: str) -> str:
-    """As HTML; what no file can hold, such as half of a surrogate pair from a file's name, becomes "?"."""
+    """Escape for HTML; characters that UTF-8 can't encode, such as a lone surrogate of a file name, become "?"."""
     return html.escape(text.encode(errors="replace").decode())
 
 
-def _number(value: float | None, how: str, unit: str = "") -> str:
-    return f"{value:{how}}{unit}" if finite(value) else _NOTHING
+def _number(value: float | None, spec: str, unit: str = "") -> str:
+    return f"{value:{spec}}{unit}" if finite(value) else _MISSING
 
 
 def _verdict(before: float, after: float) -> str:
@@ -100,14 +100,14 @@ def _verdict(before: float, after: float) -> str:
 
 
 def _accuracy(metrics: Mapping[str, Any], tests: list[str]) -> str:
-    """Zero-shot and tuned, of every test and of what the protocol reports of them."""
+    """Table of zero-shot and tuned accuracy, of each test and of the summaries of the protocol."""
     zero_shot, tuned, classes = metrics["zero_shot"], metrics["tuned"] or {}, metrics["classes"]
     lines = []
     for name in [*tests, *(name for name in zero_shot if name not in tests)]:
         before, after = zero_shot.get(name), tuned.get(name)
         label = _text(name if name in tests else _SUMMARIES.get(name, name))
-        label += ", tuned on" if name == tests[0] else ""
-        change = f"<td>{_NOTHING}</td>"
+        label += ", trained on" if name == tests[0] else ""
+        change = f"<td>{_MISSING}</td>"
         if finite(before) and finite(after):
             change = f'<td class="{_verdict(before, after)}">{after - before:+.2f}</td>'
         lines.append(
@@ -119,13 +119,13 @@ def _accuracy(metrics: Mapping[str, Any], tests: list[str]) -> str:
 
 
 def _charts(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
-    """Loss, accuracy, and how many classes were compared, where that varies."""
+    """Plots of loss, accuracy, and kept classes, if their number varies."""
     legend = " ".join(f"<span>{_dot(colour)}{_text(name)}</span>" for name, colour in colours.items())
     kept = _kept(rows)
     charts = (
         ("training loss", loss_svg(rows), ""),
         ("test accuracy, % (dotted: zero-shot)", accuracy_svg(rows, metrics["zero_shot"], colours), legend),
-        ("how many classes were compared", kept_svg(kept) if len(kept) > 1 else "", ""),
+        ("kept classes per step", kept_svg(kept) if len(kept) > 1 else "", ""),
     )
     figures = "".join(
         f'<figure><figcaption>{title}</figcaption>{svg}<div class="legend">{below}</div></figure>'
@@ -136,25 +136,25 @@ def _charts(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Map
 
 
 def _kept(rows: list[dict[str, Any]]) -> Counter[int]:
-    """Steps by the number of classes that were compared."""
+    """Number of steps by number of kept classes."""
     kept: Counter[int] = Counter()
     for row in rows:
         kept.update({int(classes): steps for classes, steps in (row.get("kept_histogram") or {}).items()})
     return kept
 
 
-def _budget(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Where the time of the epochs went, and that of the forward of a step."""
+def _time(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Time by stage of all epochs, and by part of a forward."""
     seconds: Counter[str] = Counter()
     for row in rows:
-        seconds.update(row.get("budget") or {})
+        seconds.update(row.get("stage_seconds") or {})
     forward = metrics["cost"].get("forward_milliseconds") or {}
-    bars = _bar("in all epochs", seconds, "s") + _bar("in the forward of a step", forward, "ms")
-    return f"<h2>Where the time went</h2>{bars}" if bars else ""
+    bars = _bar("all epochs", seconds, "s") + _bar("forward of one step", forward, "ms")
+    return f"<h2>Time</h2>{bars}" if bars else ""
 
 
 def _bar(title: str, times: Mapping[str, float], unit: str) -> str:
-    """One bar, and what its parts are."""
+    """Stacked bar with a table of its parts."""
     total = sum(times.values())
     if not total:
         return ""
@@ -168,51 +168,51 @@ def _bar(title: str, times: Mapping[str, float], unit: str) -> str:
 
 def _cost(config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
-    trained_on, how = next(iter(metrics["classes"].values())), ",.0f" if len(_kept(rows)) == 1 else ",.1f"
+    trained_on, spec = next(iter(metrics["classes"].values())), ",.0f" if len(_kept(rows)) == 1 else ",.1f"
     lines = {
-        "time of the run": _number(cost["seconds_total"], ",.1f", " s"),
-        "time of an epoch": _number(cost["seconds_per_epoch"], ",.2f", " s"),
-        "time of a step": _number(cost["milliseconds_per_step"], ",.2f", " ms"),
+        "run": _number(cost["seconds_total"], ",.1f", " s"),
+        "epoch": _number(cost["seconds_per_epoch"], ",.2f", " s"),
+        "step": _number(cost["milliseconds_per_step"], ",.2f", " ms"),
         "peak memory": _number(cost["peak_memory_mib"], ",.0f", " MiB"),
-        "before the model was loaded": _number(cost["baseline_memory_mib"], ",.0f", " MiB"),
-        "classes compared in a step": _number(kept, how, f" of {trained_on:,}"),
+        "memory before loading the model": _number(cost["baseline_memory_mib"], ",.0f", " MiB"),
+        "kept classes per step": _number(kept, spec, f" of {trained_on:,}"),
         "trained parameters": f"{parameters['trained']:,} of {parameters['all']:,}",
         "checkpoint": _number(metrics.get("checkpoint", {}).get("mib"), ",.1f", " MiB"),
         "device": _text(f"{cost['device']}, {config.precision}"),
     }
-    table = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in lines.items() if value != _NOTHING)
+    table = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in lines.items() if value != _MISSING)
     return f"<h2>Cost</h2><table>{table}</table>"
 
 
 def _gallery(title: str, tests: list[str], cards: list[tuple[str, str]]) -> str:
-    """Cards (test, HTML) below a heading, those of a test together; two tests are open."""
+    """Heading with cards (test, HTML), grouped by test; the first two groups are open."""
     parts = {name: "".join(card for test, card in cards if test == name) for name in tests}
     shown = "".join(
-        f"<details{' open' if place < 2 else ''}><summary>{_text(name)}</summary>"
+        f"<details{' open' if position < 2 else ''}><summary>{_text(name)}</summary>"
         f'<div class="cards">{part}</div></details>'
-        for place, (name, part) in enumerate(parts.items())
+        for position, (name, part) in enumerate(parts.items())
         if part
     )
     return f"<h2>{title}</h2>{shown}" if shown else ""
 
 
 def _confusion(confusion: Confusion) -> str:
-    taken = "" if confusion.taken_image is None else _image(confusion.taken_image, confusion.taken_for)
+    image = "" if confusion.predicted_image is None else _image(confusion.predicted_image, confusion.predicted)
     return (
         f'<div class="card pair"><figure>{_image(confusion.image, confusion.label)}'
         f"<figcaption><b>{_text(confusion.label)}</b></figcaption></figure>"
-        f"<figure>{taken}<figcaption>{confusion.count} of {confusion.of} as <b>{_text(confusion.taken_for)}</b>"
+        f"<figure>{image}<figcaption>{confusion.count} of {confusion.total} as <b>{_text(confusion.predicted)}</b>"
         "</figcaption></figure></div>"
     )
 
 
-def _example(example: Example) -> str:
-    answers = "".join(
-        f'<br>{when}: <span class="{"better" if said == example.label else "worse"}">{_text(said)}</span>'
-        for when, said in (("zero-shot", example.zero_shot), ("tuned", example.tuned))
+def _changed(changed: ChangedImage) -> str:
+    predictions = "".join(
+        f'<br>{when}: <span class="{"better" if predicted == changed.label else "worse"}">{_text(predicted)}</span>'
+        for when, predicted in (("zero-shot", changed.zero_shot), ("tuned", changed.tuned))
     )
-    caption = f"<figcaption><b>{_text(example.label)}</b>{answers}</figcaption>"
-    return f'<figure class="card">{_image(example.image, example.label)}{caption}</figure>'
+    caption = f"<figcaption><b>{_text(changed.label)}</b>{predictions}</figcaption>"
+    return f'<figure class="card">{_image(changed.image, changed.label)}{caption}</figure>'
 
 
 def _dot(colour: str) -> str:
@@ -220,8 +220,8 @@ def _dot(colour: str) -> str:
 
 
 def _image(image: Image.Image, label: str) -> str:
-    """An <img> that holds its picture."""
-    image, buffer = picture(image), io.BytesIO()
+    """<img> element with embedded image data."""
+    image, buffer = thumbnail(image), io.BytesIO()
     pixels = max(image.size) <= _PIXEL_ART
     image.save(buffer, "png" if pixels else "jpeg", quality=80)
     kind = 'class="pixels" src="data:image/png' if pixels else 'src="data:image/jpeg'

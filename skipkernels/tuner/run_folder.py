@@ -1,4 +1,4 @@
-"""The folder of a run: what is written when, and what a process may be killed at."""
+"""Run folder: its files, the order in which they are written, and its locks."""
 
 from __future__ import annotations
 
@@ -27,20 +27,11 @@ from .state_checks import check_types
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
-# metrics.json says that a run is over: of an earlier one's files it goes first, and comes behind the last epoch.
-# config.yaml says that the others are a run's: it comes first, and goes last.
-_FILES = (
-    METRICS,
-    checkpoint.STATE,
-    REPORT,
-    EPOCHS,
-    checkpoint.MODEL,
-    checkpoint.DELTA,
-    FEW_SHOT,
-    CONFIG,
-)
+# In the order of deletion. metrics.json marks the end of a run: it is deleted first, and written after the last epoch.
+# config.yaml marks the other files as those of a run: it is deleted last, and written first.
+_FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, checkpoint.MODEL, checkpoint.DELTA, FEW_SHOT, CONFIG)
 
-_METRICS: dict[str, Any] = {  # what is read of a metrics.json
+_METRICS: dict[str, Any] = {  # fields of metrics.json that are read
     "status": "text",
     "classes": "numbers by name",
     "zero_shot": "numbers by name",
@@ -60,23 +51,25 @@ _METRICS: dict[str, Any] = {  # what is read of a metrics.json
         "milliseconds_per_step": ("number", "null"),
     },
 }
-_MOST_METRICS_BYTES = 1 << 24
+_MAX_METRICS_BYTES = 1 << 24
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
-_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # some that every config.yaml of a run has
+_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of a run of any version
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics.json of a run.
+    """Read the metrics.json of a run.
 
     Raises:
-        InputError: If it can't be read, or is not one.
+        InputError: If it can't be read, or is not that of a run.
     """
     metrics = _metrics_object(folder)
     try:
         check_types(metrics, _METRICS)
-        complete, timed = metrics["status"] == "complete", metrics["steps"] == 0 or metrics["kept_classes"] is not None
-        if complete and not (timed and (metrics["tuned"] or {}).keys() == metrics["zero_shot"].keys()):
+        kept = metrics["steps"] == 0 or metrics["kept_classes"] is not None
+        if metrics["status"] == "complete" and not (
+            kept and (metrics["tuned"] or {}).keys() == metrics["zero_shot"].keys()
+        ):
             raise ValueError("tuned or kept_classes is not that of a complete run")
     except ValueError as error:
         raise _damaged(folder, error) from error
@@ -84,50 +77,50 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def _metrics_object(folder: Path) -> dict[str, Any]:
-    """What a metrics.json holds, be it that of a run or not."""
+    """Contents of a metrics.json, unchecked."""
     try:
-        return read_object(folder / METRICS, _MOST_METRICS_BYTES)
+        return read_object(folder / METRICS, _MAX_METRICS_BYTES)
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
 
 
 def _damaged(folder: Path, error: OSError | ValueError) -> InputError:
-    what = error.strerror if isinstance(error, OSError) else error
-    return InputError(f"{folder / METRICS}: damaged ({what}); remove it, and --resume again.")
+    reason = error.strerror if isinstance(error, OSError) else error
+    return InputError(f"{folder / METRICS}: damaged ({reason}); delete it, and use `resume=True` again.")
 
 
-def check_can_be_made(folder: Path) -> Path:
-    """Refuse a folder of results that can't be made or written to; returns the folder above it that is there, or it.
+def check_writable(folder: Path) -> Path:
+    """Check that a run folder can be created and written; return it, or its closest parent that exists.
 
     Raises:
-        InputError: If so.
+        InputError: If not.
     """
     try:
         absolute_folder(folder)
     except StoreError as error:
-        raise InputError(f"--out: {error}") from error
+        raise InputError(f"tune: out: {error}", "out") from error
     if os.path.exists(folder) and not folder.is_dir():
-        raise InputError(f"--out: {folder} is a file; choose a folder.")
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+        raise InputError(f"tune: out: {folder} is a file; choose a folder.", "out")
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
-        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=there):  # that /proc takes none shows only so
-            return there
+        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
+            return existing
     except OSError as error:
         raise InputError(
-            f"--out: {folder} can't be made: {there} is not a folder that can be written to; choose another."
+            f"tune: out: {folder} can't be created: {existing} is not a writable folder; choose another.", "out"
         ) from error
 
 
-def check_apart(option: str, folder: Path, config: TuneConfig) -> None:
-    """Refuse to write where images are read: what a run writes would be taken for classes and images.
+def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
+    """Check that a folder for output is apart from the images, or its files would be read as classes and images.
 
     Args:
-        option: That names the folder: "--out" or "--cache".
-        folder: Where is written.
-        config: Whose data are looked at, as far as they are folders of images: imagefolder:PATH.
+        argument: Argument that names the folder: "out" or "cache".
+        folder: Folder for output.
+        config: Configuration; its `data` and `targets` of the form imagefolder:PATH are checked.
 
     Raises:
-        InputError: If the folder is that of the images or in it; of "--out" also if the images are in it.
+        InputError: If the folder is the folder of the images, or in it; for "out" also if the images are in it.
     """
     written = folder.expanduser().resolve()
     for data in (config.data, *(config.targets or ())):
@@ -136,28 +129,30 @@ def check_apart(option: str, folder: Path, config: TuneConfig) -> None:
             continue
         images = Path(path).expanduser().resolve()
         if written == images:
-            where = "is"
+            relation = "is"
         elif images in written.parents:
-            where = "is in"
-        elif written in images.parents and option == "--out":
-            where = "has"
+            relation = "is in"
+        elif written in images.parents and argument == "out":
+            relation = "contains"
         else:
             continue
         raise InputError(
-            f"{option}: {folder} {where} the folder of the images, {data}; choose another folder with {option}."
+            f"tune: {argument}: {folder} {relation} the folder of the images, {data}; choose another folder.", argument
         )
 
 
 def resumed(config: TuneConfig) -> TuneConfig:
-    """The run in the folder that `resume` names, with what is set otherwise; `config` itself where it names none.
+    """Return the configuration of the run in the folder `resume`, with the non-default settings of `config`.
+
+    Returns `config` itself if `resume` is no folder.
 
     Raises:
-        InputError: If there is no run.
+        InputError: If there is no run in the folder.
     """
     if isinstance(config.resume, bool):
         return config
     if config.out is not None:
-        raise InputError("--resume RUN goes on in RUN; leave out --out.")
+        raise InputError("tune: resume=RUN continues in RUN; leave out `out`.", "resume")
     names = [field.name for field in dataclasses.fields(TuneConfig)]
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
     given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
@@ -165,12 +160,12 @@ def resumed(config: TuneConfig) -> TuneConfig:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those of a run that are in a folder, config.yaml last."""
+    """Files of a run in a folder, config.yaml last."""
     return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in _FILES)) if path.exists()]
 
 
-def _is_a_runs(folder: Path) -> bool:
-    """Whether a folder has the config.yaml of a run, of whatever version, and not somebody's own."""
+def _has_run(folder: Path) -> bool:
+    """Return True if a folder has the config.yaml of a run, of any version."""
     try:
         settings = read_settings(folder / CONFIG)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -179,20 +174,20 @@ def _is_a_runs(folder: Path) -> bool:
 
 
 class RunFolder:
-    """The files of a run. metrics.json appears behind the last epoch, and says whether the run is complete.
+    """Files of a run. metrics.json is written after the last epoch, with the status of the run.
 
     Args:
-        config: The run. Nothing is written before `held`.
+        config: Resolved configuration. Nothing is written before `held`.
 
     Attributes:
-        path: The folder.
-        rows: Of the epochs that are complete.
-        resumed: Where the run goes on, or None.
-        finished: The metrics of a run that is complete and was to be resumed, or None.
+        path: Path of the folder.
+        rows: Rows of the complete epochs.
+        resumed: Checkpoint from which the run continues, or None.
+        finished: Metrics, if the run to be resumed is complete, or None.
 
     Raises:
-        InputError: If the folder can't be written, or holds another run, one whose checkpoint is damaged, or files
-            that have the names of a run's and are none.
+        InputError: If the folder can't be written, or contains another run, a run with a damaged checkpoint, or other
+            files with the names of a run's files.
     """
 
     def __init__(self, config: TuneConfig):
@@ -201,25 +196,29 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        check_apart("--out", self.path, config)
+        check_apart("out", self.path, config)
         if config.cache is not None:
-            check_apart("--cache", config.cache, config)
-        self._disk = check_can_be_made(self.path)
-        at_work = holder(self.path)
-        if at_work is not None:
-            raise InputError(f"--out: {self.path}: {at_work}, is at work in it. Wait for it, or choose another folder.")
-        earlier = [path.name for path in _files(self.path)]
-        if earlier and not _is_a_runs(self.path):
+            check_apart("cache", config.cache, config)
+        self._disk = check_writable(self.path)
+        running = holder(self.path)
+        if running is not None:
             raise InputError(
-                f"--out: {self.path} holds files that are called as a run's, and no {CONFIG} that a run wrote: "
-                f"{format_names(earlier)}; choose another folder, or move them."
+                f"tune: out: {self.path}: in use by {running}. Wait for it, or choose another folder.", "out"
+            )
+        earlier = [path.name for path in _files(self.path)]
+        if earlier and not _has_run(self.path):
+            raise InputError(
+                f"tune: out: {self.path} contains files with the names of a run's files, and no {CONFIG} of a run: "
+                f"{format_names(earlier)}; choose another folder, or move them.",
+                "out",
             )
         if config.resume:
             self._resume(earlier)
         elif earlier and not config.overwrite:
             raise InputError(
-                f"--out: {self.path} holds an earlier run ({', '.join(earlier)}); choose another folder, or add "
-                "--overwrite, or --resume."
+                f"tune: out: {self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
+                "`overwrite=True` or `resume=True`.",
+                "out",
             )
 
     def _resume(self, earlier: list[str]) -> None:
@@ -227,41 +226,44 @@ class RunFolder:
         if found is None:
             if METRICS in earlier and _metrics_object(self.path).get("epochs"):
                 raise InputError(
-                    f"--resume: {self.path} holds a run without {checkpoint.STATE}; choose another folder, or use "
-                    "--overwrite."
+                    f"tune: resume: {self.path} contains a run without {checkpoint.STATE}; choose another folder, or "
+                    "use `overwrite=True`.",
+                    "resume",
                 )
             return
         before, now = found.state["config"], self._config.identity()
         for name in now:
             if before.get(name) != now[name]:
                 raise InputError(
-                    f"--resume: {name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; give "
-                    "the same, or choose another folder."
+                    f"tune: resume: {name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; "
+                    "give the same, or choose another folder.",
+                    "resume",
                 )
         if METRICS in earlier and _metrics_object(self.path).get("status") == "complete":
             self.finished = read_metrics(self.path)
         self.resumed = found
 
     def check_room(self, size: int) -> None:
-        """Refuse a disk that two checkpoints of so many bytes, about, don't fit on: the old one stays until the new is.
+        """Check that the disk has room for two checkpoints of `size` bytes: the old one is deleted last.
 
         Raises:
-            InputError: If so.
+            InputError: If not.
         """
-        there = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
-        free = shutil.disk_usage(self._disk).free + there
+        reused = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
+        free = shutil.disk_usage(self._disk).free + reused
         if free < 2 * size:
             raise InputError(
-                f"--out: {self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB, and {free / 2**20:.0f} "
-                "MiB are free; make room, choose another disk, or add --delta."
+                f"tune: out: {self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB, and "
+                f"{free / 2**20:.0f} MiB are free; free disk space, choose another disk, or use `delta=True`.",
+                "out",
             )
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Begin a run, and keep other processes out until its end.
+        """Lock the folder for the duration of the run, and prepare its files.
 
         Raises:
-            InputError: If the folder can't be written, or another process is at work there.
+            InputError: If the folder can't be written, or another process uses it.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -269,13 +271,13 @@ class RunFolder:
                 stack.enter_context(locked(self.path))
                 self._begin()
             except StoreError as error:
-                raise InputError(f"--out: {error}") from error
+                raise InputError(f"tune: out: {error}", "out") from error
             except OSError as error:
-                raise InputError(f"--out: {self.path} can't be written: {error.strerror}.") from error
+                raise InputError(f"tune: out: {self.path} can't be written: {error.strerror}.", "out") from error
             yield
 
     def _begin(self) -> None:
-        """Remove what does not go on, metrics first, and write the configuration."""
+        """Delete files of an earlier run, or restore the resumed one, and write the configuration."""
         (self.path / METRICS).unlink(missing_ok=True)
         (self.path / REPORT).unlink(missing_ok=True)
         if self.resumed is not None:
@@ -289,11 +291,11 @@ class RunFolder:
         if self.rows:
             self._write_rows()
 
-    def complete_epoch(self, row: dict[str, Any] | None, weights: dict, notes: dict[str, str], state: dict) -> None:
-        """Keep an epoch: its checkpoint, then its row. A method without steps has no row."""
+    def complete_epoch(self, row: dict[str, Any] | None, weights: dict, metadata: dict[str, str], state: dict) -> None:
+        """Write the checkpoint of an epoch, then its row. A method without steps has no row."""
         rows = self.rows if row is None else [*self.rows, row]
         state = state | {"config": self._config.identity(), "rows": rows}
-        checkpoint.save(self.path, self.weights_file, weights, notes, state)
+        checkpoint.save(self.path, self.weights_file, weights, metadata, state)
         self.rows = rows
         self._write_rows()
 
@@ -304,30 +306,30 @@ class RunFolder:
 
     @property
     def weights_file(self) -> str:
-        """Name of the file of weights."""
+        """Name of the weights file."""
         return checkpoint.DELTA if self._config.delta else checkpoint.MODEL
 
     def _write_rows(self) -> None:
         self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write the metrics: from here on the run is over."""
+        """Write the metrics, which ends the run."""
         self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
 
     def write_report(self, report: str) -> None:
-        """Write report.html, after the metrics: it is no part of the result."""
+        """Write report.html."""
         self._write(REPORT, report)
 
     def _write(self, name: str, text: str) -> None:
         try:
             replace_text(self.path / name, text)
         except OSError as error:
-            raise InputError(f"--out: {self.path / name} can't be written: {error.strerror}.") from error
+            raise InputError(f"tune: out: {self.path / name} can't be written: {error.strerror}.", "out") from error
 
 
 @contextmanager
 def interrupt_deferred() -> Iterator[None]:
-    """Ctrl-C or termination waits until the block is done. Outside the main thread there is none to wait for."""
+    """Defer Ctrl-C and termination to the end of the block. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -339,5 +341,5 @@ def interrupt_deferred() -> Iterator[None]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-    if received:  # again, now that it does no harm
+    if received:
         signal.raise_signal(received[0])

@@ -1,4 +1,4 @@
-"""Learning rates over the epochs: constant warm-up, then a cosine."""
+"""Learning rate schedule: constant warm-up, then a cosine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int, warmup_lr: float) -> LambdaLR:
-    """A scheduler to be stepped once an epoch.
+    """Return a scheduler that is stepped once per epoch.
 
         lr(e) = min(lr, warmup_lr)                for e < warmup_epochs
-        lr(e) = lr · (1 + cos(π · e / epochs)) / 2   after that, with e counted from 0
+        lr(e) = lr · (1 + cos(π · e / epochs)) / 2   else, where e counts from 0
 
     Args:
-        optimizer: Each of its groups has a learning rate of its own, of which this is a multiple.
-        epochs: Of the run.
-        warmup_epochs: How many of them are at the warm-up rate.
-        warmup_lr: The same for all groups.
+        optimizer: Optimizer; each group has its own learning rate `lr`.
+        epochs: Number of epochs, warm-up included.
+        warmup_epochs: Number of epochs at the warm-up rate.
+        warmup_lr: Warm-up rate of all groups.
 
-    Source: Wu et al., CVPR 2025, whose cosine counts the epochs of the warm-up.
+    Source: Wu et al., CVPR 2025; the cosine counts from the first epoch, warm-up included.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
 
 
 def _factor(epoch: int, *, epochs: int, warmup_epochs: int, warmup_lr: float, base_lr: float) -> float:
-    """What a base learning rate is multiplied by in an epoch."""
+    """Return the factor of the base learning rate in an epoch."""
     if epoch < warmup_epochs:
         return min(1.0, warmup_lr / base_lr) if base_lr > 0 else 1.0
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))

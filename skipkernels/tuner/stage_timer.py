@@ -1,4 +1,4 @@
-"""Where the time of an epoch goes."""
+"""Timing of the stages of an epoch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 
-class Budget:
-    """Seconds by part. On a GPU they are the device's own, between events that are read at the end: nothing waits.
+class StageTimer:
+    """Seconds by stage. On a GPU, time between events on the stream; only `read` synchronises.
 
     Args:
-        device: Where the parts run.
+        device: Device that runs the stages.
 
     Example:
-        >>> budget = Budget(torch.device("cpu"))
-        >>> with budget("forward"):
+        >>> timer = StageTimer(torch.device("cpu"))
+        >>> with timer("forward"):
         ...     _ = torch.ones(2) + 1
-        >>> list(budget.read()), budget.read()
+        >>> list(timer.read()), timer.read()
         (['forward'], {})
     """
 
@@ -31,26 +31,22 @@ class Budget:
         self._events: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """What runs in this context is of that part."""
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the body of a `with` statement as part of a stage."""
         started = self._mark()
         yield
         ended = self._mark()
         if self._device.type == "cuda":
-            self._events.append((part, started, ended))
+            self._events.append((stage, started, ended))
         else:
-            self._seconds[part] += ended - started
-
-    def add(self, part: str, seconds: float) -> None:
-        """Time that someone else has measured."""
-        self._seconds[part] += seconds
+            self._seconds[stage] += ended - started
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since it was made or read; waits for the device."""
+        """Return the seconds by stage since the last read. Synchronises with the device."""
         if self._events:
             torch.cuda.synchronize(self._device)
-        for part, started, ended in self._events:
-            self._seconds[part] += started.elapsed_time(ended) / 1000
+        for stage, started, ended in self._events:
+            self._seconds[stage] += started.elapsed_time(ended) / 1000
         found = dict(self._seconds)
         self._seconds.clear()
         self._events.clear()

@@ -1,4 +1,4 @@
-"""Values that were read from a file, checked before they are used; an error names the first that is wrong."""
+"""Validation of values read from a file, before they are used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DEEPEST = 16  # levels of a plain value
+_MAX_DEPTH = 16  # of a plain value
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _is_plain(value: Any, levels: int = _DEEPEST) -> bool:
+def _is_plain(value: Any, levels: int = _MAX_DEPTH) -> bool:
     if isinstance(value, (dict, list, tuple)):
         keys, parts = (value.keys(), value.values()) if isinstance(value, dict) else ((), value)
         named = all(type(key) is str for key in keys)
@@ -39,16 +39,16 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def check_types(values: Any, wanted: dict[str, Any], where: str = "") -> None:
-    """Refuse a mapping that lacks a name, or has a value of another kind there.
+def check_types(values: Any, kinds: dict[str, Any], where: str = "") -> None:
+    """Check that a mapping has values of the expected kinds.
 
     Args:
-        values: What was read.
-        wanted: By name a key of `_KINDS`, several of which one has to fit, or such a mapping.
-        where: The values, for the message.
+        values: The mapping.
+        kinds: By name: a key of `_KINDS`, several keys as alternatives, or a mapping of kinds.
+        where: Name of the mapping, for the message.
 
     Raises:
-        ValueError: Names the value and what it must be.
+        ValueError: If not; names the value and the expected kind.
 
     Example:
         >>> check_types({"cost": {"seconds": "7"}}, {"cost": {"seconds": "number"}})
@@ -57,25 +57,25 @@ def check_types(values: Any, wanted: dict[str, Any], where: str = "") -> None:
     """
     if type(values) is not dict:
         raise ValueError(f"{where} must be mapping; got {type(values).__name__}")
-    for name, kinds in wanted.items():
+    for name, kind in kinds.items():
         path = f"{where}.{name}" if where else name
         if name not in values:
             raise ValueError(f"{path} is missing")
-        if isinstance(kinds, dict):
-            check_types(values[name], kinds, path)
+        if isinstance(kind, dict):
+            check_types(values[name], kind, path)
             continue
-        options = [kinds] if isinstance(kinds, str) else kinds
-        if not any(_KINDS[kind](values[name]) for kind in options):
+        options = [kind] if isinstance(kind, str) else kind
+        if not any(_KINDS[option](values[name]) for option in options):
             raise ValueError(f"{path} must be {' or '.join(options)}; got {type(values[name]).__name__}")
 
 
 def check_like(value: Any, like: Any, where: str) -> None:
-    """Refuse a value of another structure than `like`: keys, lengths, types, shapes and dtypes.
+    """Check that a value has the structure of `like`: keys, lengths, types, shapes and dtypes.
 
-    Where `like` has None, a plain value or a list of row numbers is accepted.
+    Where `like` has None, a plain value or a list of row numbers is valid.
 
     Raises:
-        ValueError: Names the first difference.
+        ValueError: If not; names the first difference.
 
     Example:
         >>> check_like({"draws": torch.ones(2)}, {"draws": torch.zeros(3)}, "state")
@@ -104,29 +104,29 @@ def check_like(value: Any, like: Any, where: str) -> None:
 
 
 def check_optimizer(state: Any, like: dict[str, Any], weights: Sequence[Tensor]) -> None:
-    """Refuse the state of an optimizer of other weights.
+    """Check that the state of an optimizer fits the weights.
 
     Args:
-        state: What was read.
-        like: Of the optimizer that is to go on.
-        weights: That it updates, in order.
+        state: State dict.
+        like: State dict of the optimizer that will load it.
+        weights: Weights of the optimizer, in order.
 
     Raises:
-        ValueError: Names the first difference.
+        ValueError: If not; names the first difference.
     """
     where = "trainer.optimizer"
     check_types(state, {"state": "mapping", "param_groups": "plain list"}, where)
     check_like(state["param_groups"], like["param_groups"], f"{where}.param_groups")
     for index, kept in state["state"].items():
         if type(index) is not int or not 0 <= index < len(weights) or type(kept) is not dict:
-            raise ValueError(f"{where}.state must have mappings by numbers of weights below {len(weights)}")
+            raise ValueError(f"{where}.state must have mappings by index of a weight, below {len(weights)}")
         for name, value in kept.items():
             if type(name) is not str or not _fits(value, weights[index]):
                 raise ValueError(f"{where}.state[{index}].{name} does not fit a weight of {_described(weights[index])}")
 
 
 def _fits(value: Any, weight: Tensor) -> bool:
-    """Whether an optimizer may keep a value for a weight: of its shape, or reduced over some dimensions."""
+    """Return True for a plain value, or a tensor with the shape of the weight or reduced over dimensions."""
     if not isinstance(value, Tensor):
         return _is_plain(value)
     same = value.ndim == weight.ndim and all(n in (1, m) for n, m in zip(value.shape, weight.shape, strict=True))

@@ -1,4 +1,4 @@
-"""The numbers of a run for TensorBoard, where it is installed."""
+"""Scalars of a run for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 from .plots import finite
 
-_SWITCH = "tensorboard.compat.notf"  # TensorBoard's own: where there is such a module, it leaves TensorFlow alone
+_SWITCH = "tensorboard.compat.notf"  # TensorBoard does not import TensorFlow if this module exists
 
 
-class Board:
-    """Scalars of each epoch, by `torch.utils.tensorboard.SummaryWriter`.
+class EventWriter:
+    """Writes scalars of each epoch.
 
     Args:
-        writer: The SummaryWriter.
+        writer: A `torch.utils.tensorboard.SummaryWriter`.
     """
 
     def __init__(self, writer: Any):
         self._writer = writer
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Write a row of metrics.jsonl; at once, so that a killed run has all its epochs."""
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write a row of metrics.jsonl, and flush, so that a killed run has all its epochs."""
         scalars = {"loss": row.get("loss"), "kept_classes": row.get("kept_classes"), "seconds": row.get("seconds")}
-        for group, values in (("lr", "lr"), ("accuracy", "accuracy"), ("seconds", "budget")):
+        for group, values in (("lr", "lr"), ("accuracy", "accuracy"), ("seconds", "stage_seconds")):
             scalars |= {f"{group}/{name}": value for name, value in (row.get(values) or {}).items()}
         for tag, value in scalars.items():
             if finite(value):
@@ -40,19 +40,19 @@ class Board:
         self._writer.close()
 
 
-def open_board(folder: Path) -> Board | None:
-    """A board whose events are in a folder; None where TensorBoard is not installed.
+def open_tensorboard(folder: Path) -> EventWriter | None:
+    """Return a writer of events in a folder; None if TensorBoard is not installed.
 
-    TensorFlow is not imported, even where it is installed: it would take seconds, and most of the memory of a GPU.
+    TensorFlow is not imported, even if it is installed: it takes seconds, and most of the memory of a GPU.
     """
     try:
         with _without_tensorflow():
             from torch.utils.tensorboard import SummaryWriter
 
-            return Board(SummaryWriter(log_dir=str(folder)))
+            return EventWriter(SummaryWriter(log_dir=str(folder)))
     except ImportError:
         return None
-    except (TypeError, AttributeError, ValueError) as error:  # of versions that don't go together
+    except (TypeError, AttributeError, ValueError) as error:  # incompatible versions
         warnings.warn(
             f"TensorBoard is installed, but fails here ({type(error).__name__}: {error}); no events are written.",
             stacklevel=2,
@@ -62,7 +62,7 @@ def open_board(folder: Path) -> Board | None:
 
 @contextmanager
 def _without_tensorflow() -> Iterator[None]:
-    """TensorBoard writes with its own stand-in for TensorFlow, unless the process has TensorFlow already."""
+    """Let TensorBoard use its own stub of TensorFlow, unless TensorFlow is already imported."""
     if "tensorflow" in sys.modules or _SWITCH in sys.modules:
         yield
         return

@@ -1,4 +1,4 @@
-"""Epochs of steps: optimizer, schedule and order of images, and what a checkpoint keeps of them."""
+"""Training: optimizer, learning rates and order of images over the epochs, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from . import optimizers
 from .config import TuneConfig
 from .methods import Method, StepOutput
 from .methods.base import TunedModel
-from .precision import REMEDY, Arithmetic
+from .precision import REMEDY, MixedPrecision
 from .schedule import cosine_with_warmup
-from .stage_timer import Budget
+from .stage_timer import StageTimer
 from .state_checks import check_like, check_optimizer, check_types
 
 
 class Trainer:
-    """Trains a method, an epoch each time. Within an epoch nothing waits for the device but `losses.read`.
+    """Trains a method by epochs. Within an epoch only the read of the losses synchronises with the device.
 
     Args:
-        config: The run, resolved.
-        method: What trains.
-        arithmetic: The precision of the run.
-        train: The training images as the method's steps take them.
-        classes: Their names by label, for messages.
+        config: Resolved configuration.
+        method: Method to train.
+        precision: Mixed precision of the run.
+        train: Features of the training images.
+        classes: Class names by label, for messages.
 
     Attributes:
-        steps: Of an epoch.
-        weights: That train.
+        steps: Number of steps per epoch.
+        weights: Trained weights.
     """
 
     def __init__(
-        self, config: TuneConfig, method: Method, arithmetic: Arithmetic, train: FeatureCache, classes: list[str]
+        self, config: TuneConfig, method: Method, precision: MixedPrecision, train: FeatureCache, classes: list[str]
     ):
         assert config.epochs and config.optimizer and config.batch_size and config.sampler
-        self._config, self._method, self._arithmetic, self._classes = config, method, arithmetic, classes
+        self._config, self._method, self._precision, self._classes = config, method, precision, classes
         self._labels, self._device = train.labels, torch.device(config.device)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
-        self._optimizer = optimizers.make(
+        self._optimizer = optimizers.build(
             config.optimizer,
-            arithmetic.groups(groups),
+            precision.parameter_groups(groups),
             in_backward=config.fused_optimizer,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -63,71 +63,70 @@ class Trainer:
             warmup_epochs=config.warmup_epochs or 0,
             warmup_lr=config.warmup_lr or 0.0,
         )
-        order = torch.Generator().manual_seed(config.seed)
-        self._batches = train.loader(config.batch_size, config.sampler, generator=order, device=self._device)
-        self.steps = len(self._batches)
+        generator = torch.Generator().manual_seed(config.seed)
+        self._loader = train.loader(config.batch_size, config.sampler, generator=generator, device=self._device)
+        self.steps = len(self._loader)
         self.weights = [weight for group in groups for weight in group["params"]]
-        self._draws = method.clip.sampler if isinstance(method, TunedModel) else None
-        self._budget = Budget(self._device)
+        self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
+        self._timer = StageTimer(self._device)
 
     @property
     def epochs(self) -> int:
-        """That are over."""
+        """Number of completed epochs."""
         return self._schedule.last_epoch
 
     def epoch(self, on_step: Callable[[], None], on_loss: Callable[[float], None]) -> dict[str, Any]:
-        """One pass over the training images; its row of metrics.jsonl but for the accuracy.
+        """Train for one epoch; return its row of metrics.jsonl, without the accuracy.
 
         Args:
-            on_step: Called after each step; it must not wait for the device.
-            on_loss: Called every `log_every` steps with the mean loss of those.
+            on_step: Called after each step; must not synchronise with the device.
+            on_loss: Called every `log_every` steps with their mean loss.
 
         Raises:
-            FloatingPointError: If the loss or a weight is not finite; says in which batch.
+            FloatingPointError: If the loss or a weight is not finite; names the batch.
         """
-        started, waited, order = time.perf_counter(), self._batches.seconds_waited, self._batches.state_dict()
-        losses, compared = Losses(self.steps, self._device), Counter[int]()
+        started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
+        losses, kept = EpochLosses(self.steps, self._device), Counter[int]()
         rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
         to_training_mode(self._method)
-        for step, (inputs, labels) in enumerate(self._batches, 1):
+        for step, (inputs, labels) in enumerate(self._loader, 1):
             out = self._step(inputs, labels)
             losses.add(out.loss, len(labels))
-            compared[out.classes] += 1
+            kept[out.classes] += 1
             on_step()
             if step % self._config.log_every == 0 or step == self.steps:
                 on_loss(self._read(losses, order))
         self._check_weights()
         self._schedule.step()
-        waited = self._batches.seconds_waited - waited
+        waited = self._loader.seconds_waited - waited
         return {
             "epoch": self.epochs,
             "loss": losses.mean,
             "lr": rates,
             "steps": self.steps,
-            "kept_classes": sum(classes * steps for classes, steps in compared.items()) / self.steps,
-            "kept_histogram": {str(classes): compared[classes] for classes in sorted(compared)},
+            "kept_classes": sum(classes * steps for classes, steps in kept.items()) / self.steps,
+            "kept_histogram": {str(classes): kept[classes] for classes in sorted(kept)},
             "seconds": time.perf_counter() - started,
             "seconds_waiting_for_features": waited,
-            "budget": {"data": waited} | self._budget.read(),
+            "stage_seconds": {"data": waited} | self._timer.read(),
         }
 
     def _step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """Forward, backward and update."""
-        with self._budget("forward"), self._arithmetic.autocast():
+        with self._timer("forward"), self._precision.autocast():
             out = self._method.step(inputs, labels)
-        with self._budget("backward"):
-            self._arithmetic.backward(out.loss)
-        with self._budget("update"):
-            self._arithmetic.update(self._optimizer, self._config.clip_grad_norm)
+        with self._timer("backward"):
+            self._precision.backward(out.loss)
+        with self._timer("update"):
+            self._precision.update(self._optimizer, self._config.clip_grad_norm)
             self._optimizer.zero_grad()
         return out
 
-    def _read(self, losses: Losses, order: dict[str, Any]) -> float:
-        """Mean of the losses since they were read, all of which are numbers.
+    def _read(self, losses: EpochLosses, order: dict[str, Any]) -> float:
+        """Return the mean of the new losses; check that they are finite.
 
         Args:
-            losses: Of this epoch.
-            order: State of the loader when it began.
+            losses: Losses of this epoch.
+            order: State of the loader at the start of the epoch.
         """
         first, values = losses.read()
         for step, value in enumerate(values, first):
@@ -139,12 +138,12 @@ class Trainer:
         return sum(values) / len(values)
 
     def _described(self, step: int, order: dict[str, Any]) -> str:
-        """Images of a batch, which the sampler gives again, and their classes."""
+        """Images and classes of a batch, from a sampler that repeats the epoch."""
         config = self._config
         assert config.batch_size and config.sampler
-        again = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
-        again.load_state_dict(order)
-        images = next(islice(again, step, None))
+        sampler = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
+        sampler.load_state_dict(order)
+        images = next(islice(sampler, step, None))
         classes = dict.fromkeys(self._classes[label] for label in self._labels[images].tolist())
         return f"training images {format_names(list(map(str, images)))} of {format_names(list(classes))}"
 
@@ -157,88 +156,90 @@ class Trainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on, besides the weights and the configuration."""
+        """Return the state that the next epoch depends on, besides the weights and the configuration."""
         random = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self._device)
         return {
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "batches": self._batches.state_dict(),
-            "images": digest_tensors([("labels", self._labels)]),
-            "draws": self._draws.state_dict() if self._draws is not None else {},
-            "arithmetic": self._arithmetic.state_dict(),
+            "loader": self._loader.state_dict(),
+            "labels": digest_tensors([("labels", self._labels)]),
+            "class_sampler": self._class_sampler.state_dict() if self._class_sampler is not None else {},
+            "precision": self._precision.state_dict(),
             "random": random,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Restore a state.
 
         Raises:
-            InputError: If the training images are others.
+            InputError: If the training images differ.
             ValueError: If it is not the state of such a trainer.
         """
         own = self.state_dict()
-        check_types(state, {name: "mapping" for name in own if name != "images"} | {"images": "text"}, "trainer")
+        check_types(state, {name: "mapping" for name in own if name != "labels"} | {"labels": "text"}, "trainer")
         check_optimizer(state["optimizer"], own["optimizer"], self.weights)
-        # A run may go on on another device, whose generators have other states.
-        for name in ("schedule", "batches", "draws", "arithmetic"):
+        for name in ("schedule", "loader", "class_sampler", "precision"):
             check_like(state[name], own[name], f"trainer.{name}")
+        # Another device has another generator, so only the state of the CPU's is checked.
         check_like(state["random"].get("cpu"), own["random"]["cpu"], "trainer.random.cpu")
-        if state["images"] != own["images"]:
-            raise InputError("--resume: the training images are others than those of the run; choose another folder.")
+        if state["labels"] != own["labels"]:
+            raise InputError(
+                "tune: resume: the training images differ from those of the run; choose another folder.", "resume"
+            )
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self._batches.load_state_dict(state["batches"])
-        if self._draws is not None:
-            self._draws.load_state_dict(state["draws"])
-        self._arithmetic.load_state_dict(state["arithmetic"])
+        self._loader.load_state_dict(state["loader"])
+        if self._class_sampler is not None:
+            self._class_sampler.load_state_dict(state["class_sampler"])
+        self._precision.load_state_dict(state["precision"])
         torch.set_rng_state(state["random"]["cpu"])
         if self._device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
 
 
 def to_training_mode(method: Method) -> None:
-    """What trains is in training mode, but for batch norms: images of one class are no sample to normalise by."""
+    """Set training mode, except for batch norms: a batch of one class has no representative statistics."""
     method.train(True)
     for module in method.model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
 
 
-class Losses:
-    """Losses of the steps of an epoch, which stay on the device until they are read.
+class EpochLosses:
+    """Losses of the steps of an epoch, on the device until they are read.
 
     Args:
-        steps: Of the epoch.
-        device: Where they are computed.
+        steps: Number of steps in the epoch.
+        device: Device of the losses.
 
     Example:
-        >>> losses = Losses(3, torch.device("cpu"))
+        >>> losses = EpochLosses(3, torch.device("cpu"))
         >>> losses.add(torch.tensor(2.0), images=4); losses.add(torch.tensor(5.0), images=2)
         >>> losses.read(), losses.read(), losses.mean
         ((0, [2.0, 5.0]), (2, []), 3.0)
     """
 
     def __init__(self, steps: int, device: torch.device):
-        self._there = torch.zeros(steps, device=device)
+        self._on_device = torch.zeros(steps, device=device)
         self._images: list[int] = []
-        self._here: list[float] = []
+        self._on_host: list[float] = []
 
     def add(self, loss: Tensor, images: int) -> None:
-        """Keep the loss of a step of so many images."""
-        self._there[len(self._images)] = loss.detach()
+        """Add the loss of a step over `images` images."""
+        self._on_device[len(self._images)] = loss.detach()
         self._images.append(images)
 
     def read(self) -> tuple[int, list[float]]:
-        """The number of the first that was not read yet, and those; waits for the device."""
-        first = len(self._here)
-        new = self._there[first : len(self._images)].tolist()
-        self._here += new
+        """Return the index of the first unread loss, and the unread losses. Synchronises with the device."""
+        first = len(self._on_host)
+        new = self._on_device[first : len(self._images)].tolist()
+        self._on_host += new
         return first, new
 
     @property
     def mean(self) -> float:
-        """Over the images of all steps that were read."""
-        weighted = (loss * images for loss, images in zip(self._here, self._images, strict=True))
+        """Mean over the images of all steps that were read."""
+        weighted = (loss * images for loss, images in zip(self._on_host, self._images, strict=True))
         return sum(weighted) / sum(self._images)

@@ -1,4 +1,4 @@
-"""What of a method goes into the file of its weights, and back."""
+"""Weights file of a run: a whole model, the state of a method, or the weights that changed."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from ..data import InputError
 from ..store import digest_json, digest_tensors, parse_object
 from .methods import Method
 
-# What the header of the file says that it holds: a whole model, as open_clip loads it; what a method keeps besides the
-# model's first weights; or of either only what tuning changed.
+# Contents of the file, in its metadata: a whole model, as open_clip loads it; the method's state, to be used with the
+# pretrained model; or the part of either that tuning changed.
 MODEL, METHOD, CHANGES = "model", "method", "changes"
-_NOTES = "skipkernels"  # the one key of a header's metadata: of several, safetensors writes the order at random
+_KEY = "skipkernels"  # the only metadata key: safetensors writes several in random order
 
 
-class Weights:
-    """The weights of a run as its checkpoints have them.
+class WeightsFile:
+    """Converts between a method and the weights file of its checkpoints.
 
     Args:
-        method: Before tuning.
+        method: Method, before training.
         model: Its CLIP.
-        delta: Keep only what changes. What that is is found by digests, without a copy.
+        delta: Save only changed weights. They are found by digests, without a copy.
     """
 
     def __init__(self, method: Method, model: nn.Module, *, delta: bool):
         self._method = method
-        self._first = Digests(method.state_dict()) if delta else None
+        self._first = WeightDigests(method.state_dict()) if delta else None
         self._whole = method.state_dict().keys() == model.state_dict().keys()
 
-    def to_save(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors by name, and what the header of the file says."""
+    def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors by name, and the metadata of the file."""
         weights = dict(self._method.state_dict())
         if self._first is None:
-            return weights, notes(holds=MODEL if self._whole else METHOD)
-        return self._first.changed(weights), notes(holds=CHANGES, of=self._first.all())
+            return weights, metadata(holds=MODEL if self._whole else METHOD)
+        return self._first.changed(weights), metadata(holds=CHANGES, of=self._first.digest())
 
     def load(self, path: Path) -> None:
-        """Take what such a file holds.
+        """Load a weights file into the method.
 
         Raises:
-            InputError: If it is damaged, or of another model or method, or of other first weights.
+            InputError: If it is damaged, or of another model, method or pretrained weights.
         """
-        holds = header(path)
+        found = read_metadata(path)
         try:
             weights = load_file(path)
-            if holds.get("holds") == CHANGES:
+            if found.get("holds") == CHANGES:
                 first = self._method.state_dict()
-                if holds.get("of") != Digests(first).all():
+                if found.get("of") != WeightDigests(first).digest():
                     raise InputError(
-                        f"{path}: it has the changes of other first weights than those of --pretrained; give the same."
+                        f"{path}: contains changes to other pretrained weights; give the same `pretrained`."
                     )
                 weights = {**first, **weights}
             self._method.load_state_dict(weights)
@@ -63,45 +63,46 @@ class Weights:
             raise _unusable(path, error) from error
 
 
-class Digests:
-    """Of weights before tuning, by which those that changed are found.
+class WeightDigests:
+    """Digests of weights before training, to find those that changed.
 
     Example:
         >>> import torch
-        >>> digests = Digests({"a": torch.ones(1), "b": torch.ones(1)})
+        >>> digests = WeightDigests({"a": torch.ones(1), "b": torch.ones(1)})
         >>> digests.changed({"a": torch.ones(1), "b": torch.zeros(1)})
         {'b': tensor([0.])}
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
-        self._of = {name: digest_tensors([(name, tensor)]) for name, tensor in weights.items()}
+        self._by_name = {name: digest_tensors([(name, tensor)]) for name, tensor in weights.items()}
 
-    def all(self) -> str:
-        """Of all of them together."""
-        return digest_json(self._of)
+    def digest(self) -> str:
+        """Return the digest of all weights together."""
+        return digest_json(self._by_name)
 
     def changed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those that are others now."""
-        return {name: tensor for name, tensor in weights.items() if self._of[name] != digest_tensors([(name, tensor)])}
+        """Return the weights with a different digest."""
+        digests = self._by_name
+        return {name: tensor for name, tensor in weights.items() if digests[name] != digest_tensors([(name, tensor)])}
 
 
-def notes(**says: str) -> dict[str, str]:
-    """Metadata of a file of weights, as `header` reads them."""
-    return {_NOTES: json.dumps(says, sort_keys=True)}
+def metadata(**values: str) -> dict[str, str]:
+    """Return the metadata of a weights file that `read_metadata` reads as `values`."""
+    return {_KEY: json.dumps(values, sort_keys=True)}
 
 
-def header(path: Path) -> dict[str, str]:
-    """What the header of a file of weights says; nothing in a file that is not a run's.
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a weights file; empty for a file that no run wrote.
 
     Raises:
         InputError: If it can't be read.
     """
     try:
         with safe_open(path, "pt") as file:
-            says = parse_object((file.metadata() or {}).get(_NOTES, "{}"))
-        if not all(isinstance(value, str) for value in says.values()):
-            raise ValueError("its notes must be texts by name")
-        return says
+            values = parse_object((file.metadata() or {}).get(_KEY, "{}"))
+        if not all(isinstance(value, str) for value in values.values()):
+            raise ValueError("its metadata must be strings by name")
+        return values
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise _unusable(path, error) from error
 

@@ -1,4 +1,4 @@
-"""A small task on a small model: two tests, two templates, random images that are near one another within a class."""
+"""Small task and model: two tests, two templates, random images in a cluster per class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = [name for name, method in METHODS.items() if method.recipe("ViT-B-16", "
 
 
 def tokenizer(texts: list[str]) -> Tensor:
-    """Tokens [n, 12]: one for each word and full stop, as `tiny_clip` has them, cut off as open_clip does."""
+    """Tokens [n, 12] of `tiny_clip`: one per word and full stop, truncated like in open_clip."""
     rows = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
     for row, text in zip(rows, texts, strict=True):
         words = [6 + zlib.crc32(word.encode()) % 50 for word in text.replace(".", " .").split()]
@@ -69,7 +69,7 @@ def made(name: str, model: Any = None, task: Task | None = None, **settings: Any
 
 
 def trained(method: Method, *, steps: int = 3, rate: float = 0.05, images: int | None = None) -> list[float]:
-    """Losses of some steps on the first training images, by default all; a method without steps is fitted to them."""
+    """Train some steps on the first training images, or fit; return the losses."""
     images, labels = (part[:images] for part in stacked(method.task.train))
     inputs = method.encode_frozen(images)
     if method.name not in STEPS:
@@ -96,7 +96,7 @@ def answers(method: Method) -> dict[str, Tensor | None]:
 
 
 def zero_shot(model: Any, images: Tensor, prompts: tuple[list[str], ...]) -> Tensor:
-    """Logits by the model's own embeddings, the mean over templates written out."""
+    """Logits from embeddings of the model, averaged over templates."""
     with torch.no_grad():
         image = F.normalize(model.encode_image(images), dim=-1)
         mean = sum(F.normalize(model.encode_text(tokenizer(texts)), dim=-1) for texts in prompts) / len(prompts)

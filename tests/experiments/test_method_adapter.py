@@ -1,4 +1,4 @@
-"""CLIP-Adapter, its formula written out."""
+"""CLIP-Adapter against its formula."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def formula(method, images, prompts, ratio: float):
 
 
 @pytest.mark.parametrize("settings", [{}, {"reduction": 3, "ratio": 0.6}], ids=["published", "others"])
-def test_logits_and_step_by_hand(settings):
+def test_adapter_logits_and_step_match_formula(settings):
     method, ratio = made("clip-adapter", **settings), settings.get("ratio", 0.2)
     trained(method, rate=0.5)
     assert method.state_dict()["down"].shape == (12 // settings.get("reduction", 4), 12)
@@ -35,7 +35,7 @@ def test_logits_and_step_by_hand(settings):
     assert classes == len(BASE) and loss.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-12)
 
 
-def test_texts_are_encoded_once():
+def test_adapter_encodes_texts_once():
     method = made("clip-adapter")
     images, labels = stacked(method.task.train)
     runs = []
@@ -45,20 +45,20 @@ def test_texts_are_encoded_once():
     assert len(runs) == 1
 
 
-def test_nothing_of_it_remains_at_ratio_zero():
+def test_adapter_ratio_zero_is_zero_shot():
     method = made("clip-adapter", ratio=0.0)
     images = stacked(method.task.train)[0]
     torch.testing.assert_close(method.logits("new", images), made("zero-shot").logits("new", images))
 
 
-def test_the_first_weights_are_those_of_a_linear_layer():
+def test_adapter_initial_weights():
     state = made("clip-adapter").state_dict()
     for weight, width in ((state["down"], 12), (state["up"], 3)):
         bound = width**-0.5
         assert 0.7 * bound < weight.abs().max() <= bound and weight.min() < 0 < weight.max()
 
 
-def test_numbers_out_of_range():
+def test_adapter_refuses_arguments():
     with pytest.raises(InputError, match="clip-adapter: reduction must be from 1 to the embedding's width 12; got 13"):
         made("clip-adapter", reduction=13)
     with pytest.raises(InputError, match="clip-adapter: ratio must be from 0 to 1; got 1.5"):

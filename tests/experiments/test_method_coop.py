@@ -1,4 +1,4 @@
-"""CoOp by hand, through the modules of the model; how many context vectors fit."""
+"""CoOp against its formula, and the number of context vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from skipkernels.tuner.methods import METHODS
 
 
 def embedded(model, context, name: str) -> torch.Tensor:
-    """[D] of start, context, name and full stop, end, from the rows of the embedding up, for one class."""
+    """Embedding [D] of one prompt: start, context, name, full stop, end."""
     text = model if isinstance(model, open_clip.CLIP) else model.text
     ids = tokenizer([f"{name}."])[0]
     words = ids[1 : ids.tolist().index(END)]
@@ -41,7 +41,7 @@ def embedded(model, context, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", [open_clip.CLIP, open_clip.CustomTextCLIP], ids=lambda family: family.__name__)
-def test_logits_and_step_by_hand(family):
+def test_coop_logits_and_step_match_formula(family):
     method = made("coop", tiny_model(family), vectors=3)
     trained(method)
     assert method.context.shape == (3, 16) and not method.notes
@@ -62,14 +62,14 @@ def test_logits_and_step_by_hand(family):
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
 
 
-def test_the_first_context_is_small_and_its_own():
+def test_coop_initial_context():
     method = made("coop", tiny_model(width=512, heads=8), vectors=6)
     assert method.context.std().item() == pytest.approx(0.02, rel=0.05)
     assert abs(method.context.mean().item()) < 2e-3
 
 
 @torch.no_grad()
-def test_the_model_is_left_as_it_was():
+def test_coop_does_not_change_model():
     model = tiny_model()
     images = stacked(tiny_task().train)[0][:2]
     tokens = tokenizer(BASE)
@@ -82,7 +82,7 @@ def test_the_model_is_left_as_it_was():
     assert not model.token_embedding._forward_hooks
 
 
-def test_as_many_vectors_as_fit():
+def test_coop_reduces_vectors_to_fit():
     method = made("coop")
     # start, three words, full stop and end leave 6 of 12
     assert len(method.context) == 6
@@ -94,10 +94,10 @@ def test_as_many_vectors_as_fit():
     assert last[-1] == END and (last == END).sum() == 1, "the longest prompt fills the context"
     assert len(made("coop", vectors=6).context) == 6 and not made("coop", vectors=6).notes
     short = tiny_task(new=["fig"])
-    assert len(made("coop", task=short).context) == 7, "names of the other tests count, and no more than there are"
+    assert len(made("coop", task=short).context) == 7, "names of all tests count"
 
 
-def test_a_name_that_fills_the_context_is_refused():
+def test_coop_refuses_long_name():
     name = " ".join("abcdefghijkl")
     with pytest.raises(InputError, match=f"coop: no context fits beside the class name '{name}', which takes all 12"):
         made("coop", task=tiny_task(new=[name]))
@@ -105,7 +105,7 @@ def test_a_name_that_fills_the_context_is_refused():
         made("coop", vectors=0)
 
 
-def test_end_of_text_may_be_pooled_by_its_id():
+def test_coop_pools_end_of_text_by_id():
     model = tiny_model(open_clip.CustomTextCLIP, pool_type="eos", eos_id=END)
     same = tiny_model(open_clip.CustomTextCLIP)
     for got, expected in zip(answers(made("coop", model)).values(), answers(made("coop", same)).values(), strict=True):
@@ -113,14 +113,14 @@ def test_end_of_text_may_be_pooled_by_its_id():
 
 
 @pytest.mark.parametrize("text", [{"pool_type": "last"}, {"embed_cls": True}], ids=["last", "class token"])
-def test_another_pooling_is_refused(text):
+def test_coop_refuses_other_pooling(text):
     with pytest.raises(InputError, match="coop: the text tower of model must pool the end-of-text token; that of this"):
         made("coop", tiny_model(open_clip.CustomTextCLIP, **text))
 
 
 @pytest.mark.parametrize("name", ["coop", "clip-adapter"])
-def test_kept_embeddings_give_the_same(name):
-    """And the image tower runs once for each image."""
+def test_coop_keep_embeddings_gives_same(name):
+    """The image tower runs once per image."""
     one, kept = (made(name, keep_embeddings=keep) for keep in (False, True))
     images, labels = stacked(one.task.train)
     assert one.encode_frozen(images) is images
@@ -133,12 +133,12 @@ def test_kept_embeddings_give_the_same(name):
     assert not runs
 
 
-def test_templates_play_no_part():
+def test_coop_ignores_templates():
     one, two = (answers(made("coop", task=tiny_task(templates))) for templates in (1, 2))
     assert all(one[test].equal(two[test]) for test in one)
 
 
-def test_a_context_is_what_it_keeps():
+def test_coop_state_dict_is_context():
     method = made("coop")
     assert list(method.state_dict()) == ["context"]
     assert not any(p.requires_grad for p in method.model.parameters())

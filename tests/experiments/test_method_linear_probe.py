@@ -1,4 +1,4 @@
-"""The linear probe: the minimum it is to find, the sweep, and the classes that it knows."""
+"""Linear probe: minimum, sweep of the penalty, and known classes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def points(n: int = 60, classes: int = 4, width: int = 6) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("l2", [1e-3, 1.0, 1e4])
-def test_it_finds_the_minimum(l2):
-    """The problem is strictly convex in the weight, so where the gradient is nil is the one minimum."""
+def test_logistic_regression_finds_minimum(l2):
+    """The problem is strictly convex in the weight: a zero gradient is the minimum."""
     image, labels = points()
     weight, bias = (x.requires_grad_() for x in logistic_regression(image, labels, 4, l2))
     z = image @ weight.T + bias
     loss = (z.exp().sum(dim=1).log() - z[torch.arange(60), labels]).sum() + l2 / 2 * (weight**2).sum()
     loss.backward()
-    # The tolerance of the mean loss, for 60 images; and what a change of the weight by 1e-4 of itself would do.
+    # Tolerance of the mean loss of 60 images; and the effect of a relative change of the weight by 1e-4.
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 60 * 1e-6 + 1e-4 * l2 * weight.abs().max()
     assert bias.detach().abs().max() < 10 and weight.detach().abs().max() > 0
 
 
-def test_the_bias_is_not_penalised():
-    """With a weight that is pressed to zero, the bias still gives the shares of the classes."""
+def test_logistic_regression_bias_has_no_penalty():
+    """With a weight near zero, the bias gives the class frequencies."""
     image, _ = points(n=10)
     labels = torch.tensor([0] * 7 + [1] * 3)
     weight, bias = logistic_regression(image, labels, 2, 1e9)
@@ -42,7 +42,7 @@ def test_the_bias_is_not_penalised():
     torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([0.7, 0.3], dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_fit_and_logits():
+def test_linear_probe_fit_and_logits():
     method = made("linear-probe")
     embeddings = method.encode_frozen(stacked(method.task.train)[0])
     assert embeddings.shape == (20, 12)
@@ -57,13 +57,13 @@ def test_fit_and_logits():
     assert right > 0.8
 
 
-def test_the_sweep(monkeypatch):
-    """Seven decades apart by two, then two penalties around the best for each halving, down to an eighth."""
+def test_linear_probe_sweep(monkeypatch):
+    """Seven penalties two decades apart, then two around the best per halving, down to an eighth of a decade."""
     best, tried = 1.3, []
 
     def fit(image, labels, classes, l2):
         tried.append(math.log10(l2))
-        # Held-out images are one of each class at 1: the closer to the best, the higher its own logit.
+        # One held-out image per class at 1: its logit grows towards the best penalty.
         return torch.eye(5, 12, dtype=torch.float64) / (1 + abs(tried[-1] - best)), torch.zeros(5, dtype=torch.float64)
 
     monkeypatch.setattr(linear_probe, "logistic_regression", fit)
@@ -74,7 +74,7 @@ def test_the_sweep(monkeypatch):
     assert tried == pytest.approx(expected) and tried[-1] == pytest.approx(1.25)
 
 
-def test_the_sweep_stays_in_its_range(monkeypatch):
+def test_linear_probe_sweep_stays_in_range(monkeypatch):
     tried = []
 
     def fit(image, labels, classes, l2):
@@ -89,12 +89,12 @@ def test_the_sweep_stays_in_its_range(monkeypatch):
     assert tried[7:] == pytest.approx([5, 5.5, 5.75, 5.875, 6])
 
 
-def test_accuracy_decides_before_the_loss(monkeypatch):
+def test_linear_probe_accuracy_precedes_loss(monkeypatch):
     def fit(image, labels, classes, l2):
         weight = torch.eye(5, 12, dtype=torch.float64)
-        if l2 == 1e4:  # all right, and hardly sure
+        if l2 == 1e4:  # all correct, with low confidence
             weight *= 0.01
-        else:  # sure of four, and of the fifth nearly right
+        else:  # four confident, the fifth nearly correct
             weight *= 5
             weight[1, 0] = 5.01
         return weight, torch.zeros(5, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_accuracy_decides_before_the_loss(monkeypatch):
     assert method.l2.item() == pytest.approx(1e4)
 
 
-def test_it_is_fitted_in_fp64():
+def test_linear_probe_fits_in_fp64():
     method = made("linear-probe", tiny_model(dtype=torch.float32))
     images, labels = stacked(method.task.train)
     embeddings = method.encode_frozen(images.float())
@@ -115,24 +115,24 @@ def test_it_is_fitted_in_fp64():
     assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
 
 
-def test_a_quarter_of_each_class_is_held_out():
+def test_linear_probe_holds_out_quarter():
     method = made("linear-probe")
     labels = torch.tensor([0] * 16 + [1] * 7 + [2] * 2 + [3])
     held_out = method._held_out(labels)
     assert [int(held_out[labels == label].sum()) for label in range(4)] == [4, 1, 1, 0]
-    assert not method._held_out(labels).equal(held_out), "drawn by the generator"
+    assert not method._held_out(labels).equal(held_out), "the generator chooses"
     again = made("linear-probe", generator=torch.Generator().manual_seed(0))
     assert again._held_out(labels).equal(held_out)
 
 
-def test_one_shot_has_no_sweep():
+def test_linear_probe_one_shot_has_no_sweep():
     method = made("linear-probe", task=tiny_task(shots=1))
     trained(method)
     assert method.l2.item() == pytest.approx(1 / 0.316)
     assert method.notes == ["linear-probe: no class has two training images, one of which could choose l2; it is 3.16."]
 
 
-def test_classes_that_it_knows():
+def test_linear_probe_logits_of_known_classes():
     some = [BASE[3], BASE[0]]
     method = made("linear-probe", task=tiny_task(new=some))
     trained(method)
@@ -142,10 +142,10 @@ def test_classes_that_it_knows():
     twins = ["yew", "yew", "ash"]
     method = made("linear-probe", task=tiny_task(base=twins, new=twins))
     method.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    assert method.logits("new", images)[0].tolist() == [1.0, 2.0, 3.0], "two classes of one name stay two"
+    assert method.logits("new", images)[0].tolist() == [1.0, 2.0, 3.0], "two classes with one name stay separate"
 
 
-def test_autocast_does_not_reach_the_fit():
+def test_linear_probe_ignores_autocast():
     method, plain = made("linear-probe"), made("linear-probe")
     images, labels = stacked(method.task.train)
     with torch.autocast("cpu", torch.bfloat16):

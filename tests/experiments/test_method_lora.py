@@ -1,4 +1,4 @@
-"""LoRA against a plain model with the change added to its weights; its dropout; what it does to the model."""
+"""LoRA against a model with merged weights, its dropout, and its changes to the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipkernels.experiments.baselines.lora import LowRankAttention
 
 
 def merged(method, plain, *, alpha: float = 1.0, rank: int = 2):
-    """A plain model whose packed weight has alpha/√rank · B A added, for q, k and v one after another."""
+    """Model with alpha/√rank · B A added to the packed weight of q, k and v."""
     state = method.state_dict()
     assert {key.rpartition(".")[0] for key in state} == {
         key.removesuffix(".in_proj_weight") for key in plain.state_dict() if key.endswith("attn.in_proj_weight")
@@ -34,7 +34,7 @@ def merged(method, plain, *, alpha: float = 1.0, rank: int = 2):
     [(open_clip.CLIP, {}), (open_clip.CustomTextCLIP, {}), (open_clip.CustomTextCLIP, {"embed_cls": True})],
     ids=["CLIP", "CustomTextCLIP", "a mask for each text"],
 )
-def test_logits_and_step_are_those_of_merged_weights(family, text):
+def test_lora_matches_merged_weights(family, text):
     method = made("lora", tiny_model(family, **text), dropout=0.0, rank=3, alpha=0.7)
     trained(method)
     plain = merged(method, tiny_model(family, **text), alpha=0.7, rank=3)
@@ -51,7 +51,7 @@ def test_logits_and_step_are_those_of_merged_weights(family, text):
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-12)
 
 
-def test_the_published_size():
+def test_lora_published_size():
     method = made("lora")
     for tower, width in (("text", 16), ("image", 24)):
         group = next(g for g in method.parameter_groups(text_lr=1e-3, image_lr=2e-3) if g["name"] == tower)
@@ -62,13 +62,13 @@ def test_the_published_size():
     assert attention.down.abs().max() <= 1 / 4 and attention.down.std().item() == pytest.approx(0.25 / 3**0.5, rel=0.2)
 
 
-def test_dropout_is_drawn_apart_for_q_k_and_v_and_only_for_the_change(monkeypatch):
+def test_lora_dropout_is_separate_for_q_k_v(monkeypatch):
     width, scale, p = 8, 0.5, 0.4
     plain = nn.MultiheadAttention(width, 2, batch_first=True, dtype=torch.float64)
     attention = LowRankAttention(plain, width, scale, p, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for part in (attention.down, attention.up):
-            part.copy_(torch.eye(width).expand(3, -1, -1))  # so that the change is what dropout left of the input
+            part.copy_(torch.eye(width).expand(3, -1, -1))  # so that the update is the dropped input
     seen = {}
     real = F.scaled_dot_product_attention
 
@@ -97,7 +97,7 @@ def test_dropout_is_drawn_apart_for_q_k_and_v_and_only_for_the_change(monkeypatc
     torch.testing.assert_close(got, F.linear(x, plain.in_proj_weight[8:16], plain.in_proj_bias[8:16]) + scale * x)
 
 
-def test_dropout_makes_steps_differ():
+def test_lora_dropout_changes_steps():
     method = made("lora")
     trained(method)
     images, labels = stacked(method.task.train)
@@ -107,7 +107,7 @@ def test_dropout_makes_steps_differ():
     assert method.step(images, labels).loss.item() == method.step(images, labels).loss.item()
 
 
-def test_the_model_keeps_its_weights_and_their_names():
+def test_lora_keeps_weights_and_keys():
     model, plain = tiny_model(), tiny_model()
     method = made("lora", model)
     trained(method)
@@ -116,11 +116,11 @@ def test_the_model_keeps_its_weights_and_their_names():
     assert state.keys() - plain.state_dict().keys() == method.state_dict().keys()
 
 
-def test_what_it_can_not_adapt():
+def test_lora_refuses_models_and_arguments():
     model = tiny_model()
     made("lora", model)
     with pytest.raises(
-        InputError, match="lora: the text tower .* got ResidualAttentionBlock with LowRankAttention. Make"
+        InputError, match="lora: the text tower .* got ResidualAttentionBlock with LowRankAttention. Create"
     ):
         made("lora", model)
     with pytest.raises(InputError, match="lora: the text tower .* got CustomResidualAttentionBlock with Attention"):

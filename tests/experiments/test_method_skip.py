@@ -1,4 +1,4 @@
-"""Skip and full: what SkipCLIP gives, by way of a method; and full's step by hand."""
+"""Skip and full against SkipCLIP, and the step of full against its formula."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def clip_over(model, prompts, **settings) -> sk.SkipCLIP:
 
 
 @pytest.mark.parametrize("name", ["skip", "full"])
-def test_with_one_template_the_logits_are_those_of_predict_to_the_bit(name):
+def test_logits_equal_predict_with_one_template(name):
     task = tiny_task(1)
     method = made(name, task=task)
     trained(method)
@@ -29,7 +29,7 @@ def test_with_one_template_the_logits_are_those_of_predict_to_the_bit(name):
         assert method.logits(test.name, method.encode_frozen(images)).equal(clip.predict(images))
 
 
-def test_with_two_templates_skip_averages_their_embeddings():
+def test_skip_averages_templates():
     task = tiny_task(2)
     method = made("skip", task=task)
     trained(method)
@@ -44,7 +44,7 @@ def test_with_two_templates_skip_averages_their_embeddings():
         assert not method.logits(test.name, images).allclose(clips[0].predict(images))
 
 
-def test_the_step_is_skipclip_s_over_the_first_template():
+def test_skip_step_uses_first_template():
     settings = {"keep_ratio": 0.2, "max_keep": 3, "decay": 5.0}
     method = made("skip", **settings, generator=torch.Generator().manual_seed(4))
     clip = clip_over(
@@ -57,7 +57,7 @@ def test_the_step_is_skipclip_s_over_the_first_template():
         assert loss.equal(out.loss) and classes == len(out.class_ids) < len(BASE)
 
 
-def test_what_is_frozen_of_an_image():
+def test_encode_frozen_of_skip():
     method, images = made("skip"), stacked(tiny_task().train)[0]
     features = method.encode_frozen(images)
     assert features.equal(method.cut.encode_lower(images)) and features.shape == (20, 5, 24)
@@ -67,8 +67,8 @@ def test_what_is_frozen_of_an_image():
         assert whole.cut is None and whole.encode_frozen(images) is images
 
 
-def test_full_s_step_is_written_out():
-    """Every class and every token, from the first template; a temperature that gets no gradient."""
+def test_full_step_matches_formula():
+    """All classes and tokens of the first template; no gradient for the logit scale."""
     method, other = made("full"), tiny_model()
     images, labels = stacked(method.task.train)
     loss, classes = method.step(images, labels)
@@ -85,7 +85,7 @@ def test_full_s_step_is_written_out():
             torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-12, msg=key)
 
 
-def test_texts_may_be_kept_in_a_folder_for_each_test(tmp_path):
+def test_skip_text_cache_has_folder_per_test(tmp_path):
     def logits(**settings) -> torch.Tensor:
         method = made("skip", tiny_model(dtype=torch.float32), **settings)
         return torch.cat([method.logits(test, images) for test in ("base", "new")], dim=1)
@@ -98,7 +98,7 @@ def test_texts_may_be_kept_in_a_folder_for_each_test(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["skip", "full"])
-def test_what_skipclip_refuses_is_an_input_error(name):
+def test_skip_translates_errors_of_skip_clip(name):
     with pytest.raises(InputError, match=f"tokens must be .* as long as the model's context; got .*{CONTEXT}"):
         made(name, tiny_model(context_length=CONTEXT + 1))
     if name == "skip":
@@ -108,7 +108,7 @@ def test_what_skipclip_refuses_is_an_input_error(name):
             made(name, skip_layers=0, text_cache="nowhere")
 
 
-def test_skip_takes_openai_s_model_and_full_does_not():
+def test_skip_supports_openai_model_and_full_does_not():
     model = openai_models().CLIP(12, 16, 2, 128, 8, CONTEXT, 60, 16, 2, 2)
     task = tiny_task(1)
     method = METHODS["skip"](model, tokenizer, task)
@@ -120,7 +120,7 @@ def test_skip_takes_openai_s_model_and_full_does_not():
         METHODS["full"](model, tokenizer, task)
 
 
-def test_coca():
+def test_skip_and_full_support_coca():
     torch.manual_seed(0)
     vision = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8, "attentional_pool": True}
     vision |= {"attn_pooler_queries": 4, "attn_pooler_heads": 2, "output_tokens": True}

@@ -1,8 +1,10 @@
-"""What holds for every method: what trains and what doesn't, what comes before training, checkpoints, errors."""
+"""Properties of all methods: trained weights, logits before training, checkpoints, errors."""
 
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -17,12 +19,12 @@ from skipkernels.tuner.methods import METHODS, Recipe
 from skipkernels.tuner.methods.base import mean_embedding
 
 FAMILIES = [open_clip.CLIP, open_clip.CustomTextCLIP]
-# Logits up to 14, through other orders of summation in fp64; measured 1e-14.
+# Logits up to 14 in fp64, with another order of summation; measured 1e-14.
 CLOSE = {"rtol": 0, "atol": 1e-11}
 
 
 def changed_by(method, family) -> set[str]:
-    """Names of the model's weights that a method is to change."""
+    """Names of the model weights that a method changes."""
     names = {name for name, _ in method.model.named_parameters()}
     if method.name == "full":
         return names - {"logit_scale"}
@@ -36,14 +38,14 @@ def changed_by(method, family) -> set[str]:
     return set()
 
 
-def test_every_method_is_there():
+def test_methods_registry():
     assert list(METHODS) == ["skip", "zero-shot", "full", "linear-probe", "coop", "clip-adapter", "lora"]
     assert all(method.name == name for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 @pytest.mark.parametrize("name", STEPS)
-def test_loss_falls_and_nothing_else_changes(name, family):
+def test_training_changes_own_weights_only(name, family):
     method = made(name, tiny_model(family))
     before = copy.deepcopy(method.model.state_dict())
     groups = method.parameter_groups(text_lr=0.1, image_lr=0.2)
@@ -59,7 +61,7 @@ def test_loss_falls_and_nothing_else_changes(name, family):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_gradients_reach_only_what_trains(name):
+def test_step_gradients_of_trained_weights_only(name):
     method = made(name, dropout=0.0) if name == "lora" else made(name)
     images, labels = stacked(method.task.train)
     method.step(method.encode_frozen(images), labels).loss.backward()
@@ -71,8 +73,8 @@ def test_gradients_reach_only_what_trains(name):
 
 @pytest.mark.parametrize("templates", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_before_training(name, templates):
-    """Skip, full and lora begin at zero-shot; the probe knows nothing; coop and the adapter begin at random."""
+def test_logits_before_training(name, templates):
+    """Skip, full and lora start at zero-shot, the probe at zero, coop and the adapter at random."""
     model, task = tiny_model(), tiny_task(templates)
     expected = {test.name: zero_shot(model, stacked(test.images)[0], test.prompts) for test in task.tests}
     got = answers(made(name, model, task))
@@ -85,8 +87,8 @@ def test_before_training(name, templates):
 
 
 @pytest.mark.parametrize("name", ["skip", "full"])
-def test_logits_after_training_are_the_model_s_own(name):
-    """So the checkpoint is a whole model that open_clip loads and agrees with."""
+def test_logits_after_training_match_model(name):
+    """The checkpoint is a whole model that open_clip loads, with the same logits."""
     method = made(name)
     trained(method)
     plain = tiny_model(seed=1)
@@ -97,14 +99,14 @@ def test_logits_after_training_are_the_model_s_own(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_state_dict_restores_to_the_bit(name):
+def test_state_dict_round_trip(name):
     method = made(name)
     trained(method)
     state = {key: tensor.clone() for key, tensor in method.state_dict().items()}
     assert (state.keys() == method.model.state_dict().keys()) == (name in ("skip", "full"))
     expected = answers(method)
     again = made(name, generator=torch.Generator().manual_seed(5))
-    answers(again)  # class embeddings are kept
+    answers(again)  # caches class embeddings
     again.load_state_dict(state)
     assert all(state[key].equal(tensor) for key, tensor in again.state_dict().items())
     for test, logits in answers(again).items():
@@ -112,7 +114,7 @@ def test_state_dict_restores_to_the_bit(name):
 
 
 @pytest.mark.parametrize("name", ["skip", "coop", "lora", "linear-probe"])
-def test_a_state_of_something_else_is_refused_and_changes_nothing(name):
+def test_load_state_dict_refuses_other_state(name):
     method = made(name)
     first = {key: tensor.clone() for key, tensor in method.state_dict().items()}
     last = list(first)[-1]
@@ -120,7 +122,7 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(name):
     for wrong, message in (
         (other_size, rf"{name}: the state has \[7, 7\] for {last}"),
         ({key: tensor for key, tensor in first.items() if key != last}, f"the state has nothing for {last}"),
-        (first | {"more": torch.zeros(1)}, "for more, and this model and task take nothing"),
+        (first | {"more": torch.zeros(1)}, "for more, and this model and task need nothing"),
     ):
         shifted = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in wrong.items()}
         with pytest.raises(InputError, match=message):
@@ -129,7 +131,7 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "linear-probe"])
-def test_class_embeddings_are_kept_until_weights_change(name, monkeypatch):
+def test_class_embeddings_are_cached_until_weights_change(name, monkeypatch):
     method, task = made(name), tiny_task()
     calls = []
     real = nn.Embedding.forward
@@ -141,7 +143,7 @@ def test_class_embeddings_are_kept_until_weights_change(name, monkeypatch):
     groups = [group for group in method.parameter_groups(text_lr=0, image_lr=0) if group["name"] == "text"]
     for group in groups:
         for parameter in group["params"]:
-            parameter.data.mul_(1.5).add_(0.1)  # which version counters don't see
+            parameter.data.mul_(1.5).add_(0.1)  # not seen by version counters
     changed = answers(method)
     assert bool(groups) == (name in ("skip", "full", "coop", "lora"))
     for test in task.tests:
@@ -149,7 +151,7 @@ def test_class_embeddings_are_kept_until_weights_change(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_logits_are_those_of_evaluation_mode(name):
+def test_logits_use_evaluation_mode(name):
     method = made(name)
     trained(method)
     expected = answers(method)
@@ -160,7 +162,7 @@ def test_logits_are_those_of_evaluation_mode(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_bf16(name):
+def test_methods_autocast_bf16(name):
     method = made(name, tiny_model(dtype=torch.float32), tiny_task())
     images, labels = stacked(method.task.train)
     with torch.autocast("cpu", torch.bfloat16):
@@ -173,20 +175,20 @@ def test_bf16(name):
     if name in STEPS:
         loss.backward()
         close = method.logits("base", method.encode_frozen(images.float()))
-        assert (logits - close).abs().max() < 1.5  # one hundredth of the largest angle at a scale of 14, and roundings
+        assert (logits - close).abs().max() < 1.5  # a hundredth of the largest angle at a scale of 14, and rounding
         assert (logits != close).any()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_weights_that_come_to_a_bf16_model_are_wide(name):
+def test_methods_add_fp32_weights_to_bf16_model(name):
     method = made(name, tiny_model(dtype=torch.float32).to(torch.bfloat16))
     own = [tensor.dtype for key, tensor in method.state_dict().items()]
     assert set(own) <= {torch.bfloat16 if name in ("skip", "full") else torch.float32}
 
 
 @pytest.mark.parametrize("name", ["skip", "coop", "clip-adapter", "lora"])
-def test_the_generator_decides_what_is_drawn(name):
-    settings = {"keep_ratio": 0.2, "decay": 10.0} if name == "skip" else {}  # one class always stays, of four some
+def test_methods_generator(name):
+    settings = {"keep_ratio": 0.2, "decay": 10.0} if name == "skip" else {}  # one class always kept, some of four
 
     def after(seed: int):
         method = made(name, generator=torch.Generator().manual_seed(seed), **settings)
@@ -199,11 +201,11 @@ def test_the_generator_decides_what_is_drawn(name):
     assert not all(one[key].equal(other[key]) for key in one)
 
 
-def test_what_a_method_has_not():
+def test_methods_refuse_missing_operations():
     images, labels = stacked(tiny_task().train)
-    with pytest.raises(TypeError, match="zero-shot: it has no steps; call fit"):
+    with pytest.raises(TypeError, match="zero-shot: the method has no steps; call fit"):
         made("zero-shot").step(images, labels)
-    with pytest.raises(TypeError, match="lora: it trains by steps; call step"):
+    with pytest.raises(TypeError, match="lora: the method trains by steps; call step"):
         made("lora").fit(images, labels)
     for name in METHODS:
         with pytest.raises(InputError, match=f"{name}: test must be one of the task's, base, new; got 'old'"):
@@ -211,7 +213,7 @@ def test_what_a_method_has_not():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_another_model_is_refused(name):
+def test_methods_refuse_other_model(name):
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -271,8 +273,8 @@ def test_recipes_on_glyph_tiny():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_on_glyphs(name):
-    """The shipped model and a task as it is loaded; what is frozen is kept in memory as the loop does it."""
+def test_methods_on_glyphs(name):
+    """The packaged model on a loaded task, with features in memory as in a run."""
     model, _, transform = open_clip.create_model_and_transforms(glyph_tiny_name())
     model.load_state_dict(glyph_tiny.state_dict())
     task = load_task("glyphs:greek", protocol="base-to-new", shots=1, classes=6, seed=0, transform=transform)
@@ -291,3 +293,14 @@ def test_on_glyphs(name):
 def glyph_tiny_name() -> str:
     glyph_tiny.register()
     return glyph_tiny.NAME
+
+
+def test_registry_of_tuner_alone():
+    code = (
+        "import sys; from skipkernels.tuner import TuneConfig; from skipkernels.tuner.registry import METHODS\n"
+        "assert list(METHODS) == ['skip', 'zero-shot'] and 'torch' not in sys.modules\n"
+        "try: TuneConfig(method='lora').method_class()\n"
+        "except ValueError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "method must be one of skip, zero-shot; got 'lora'. Import skipkernels.experiments" in out

@@ -1,4 +1,4 @@
-"""A run that many tests look at."""
+"""A run that many tests share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from tests.tuner.runs import small
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Its folder, which nobody changes, and its metrics."""
+    """Run folder, which no test changes, and metrics."""
     folder = tmp_path_factory.mktemp("run")
     return folder, tune(small(folder))

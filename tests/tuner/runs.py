@@ -1,4 +1,4 @@
-"""Small runs, and what they left."""
+"""Small runs and their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def small(out: Path, **changes: Any) -> TuneConfig:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Of metrics.jsonl."""
+    """Rows of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -30,9 +30,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def results(folder: Path) -> list[Any]:
-    """All that a run leaves but for its times: metrics, rows, and the bits of the weights."""
+    """Results of a run except times: metrics, rows, and digests of the weights."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    timed = ("seconds", "seconds_waiting_for_features", "budget")
+    timed = ("seconds", "seconds_waiting_for_features", "stage_seconds")
     file = folder / metrics["checkpoint"]["file"]
     return [
         without_cost(metrics),
@@ -46,14 +46,14 @@ def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def files(folder: Path) -> set[str]:
-    """Names of what is not hidden; TensorBoard's events aside."""
+    """Names of the files, except hidden ones and events of TensorBoard."""
     return {file.name for file in folder.iterdir() if not file.name.startswith((".", "events."))}
 
 
 def fails(arguments: list[Any], capsys) -> str:
-    """The one line that a command says on input that it can't use."""
+    """Error line of a command with unusable input."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]  # below what was done before
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress
     assert error.startswith("error") and "Traceback" not in error
     return error

@@ -1,4 +1,4 @@
-"""What is wrong with arguments, models, checkpoints and folders: one line each, exit code 2, nothing half-written."""
+"""Errors about arguments, models, checkpoints and folders: one line, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tuner.runs import fails
 
 @pytest.fixture
 def damaged(run, tmp_path):
-    """A run of which two files were copied, to be damaged."""
+    """Copy of two files of a run, to be damaged."""
     folder, _ = run
     for name in ("config.yaml", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -46,8 +46,8 @@ def damaged(run, tmp_path):
         (["--keep-ratio", "1.5"], "a share up to 1, or a whole number of classes); got 1.5"),
         (["--decay", "-1"], "error --decay must be above 0"),
         (["--max-keep", "0"], "error --max-keep must be at least 1"),
-        (["--method", "full", "--cache", "c"], "nothing below a cut is kept where every layer trains"),
-        (["--method", "coop", "--cache", "c"], "nothing below a cut is kept"),
+        (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
+        (["--method", "coop", "--cache", "c"], "--cache needs frozen blocks below a cut"),
         (
             ["--skip-layers", "0", "--cache", "c"],
             "--cache keeps features at the cut, and with --skip-layers 0 there is no cut",
@@ -59,29 +59,29 @@ def damaged(run, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments(arguments, message, tmp_path, capsys):
+def test_tune_refuses_argument(arguments, message, tmp_path, capsys):
     assert message in fails(["tune", "--shots", "2", "--classes", "12", "--out", tmp_path / "run", *arguments], capsys)
-    assert not (tmp_path / "run").exists(), "nothing half-written"
+    assert not (tmp_path / "run").exists(), "nothing is written"
 
 
-def test_unknown_arguments_exit_with_2():
+def test_tune_unknown_argument_exits_with_2():
     with pytest.raises(SystemExit) as exit_:
         main(["tune", "--shotz", "3"])
     assert exit_.value.code == 2
 
 
-def test_an_earlier_run_is_not_overwritten_unasked(run, capsys):
+def test_tune_keeps_earlier_run(run, capsys):
     folder, _ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert "holds an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
+    assert "contains an earlier run" in fails(["tune", "--out", folder, "--epochs", "1"], capsys)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_run_that_is_replaced_does_not_look_finished(run, tmp_path, monkeypatch):
-    """Metrics go first: a process that is killed then leaves no run that is complete with another's files."""
+def test_overwrite_deletes_metrics_first(run, tmp_path, monkeypatch):
+    """Metrics are deleted first, so a kill leaves no folder that looks complete with files of two runs."""
     for file in run[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "events.out.tfevents.1").write_text("an earlier run's")
+    (tmp_path / "events.out.tfevents.1").write_text("of an earlier run")
     removed, unlink = [], type(tmp_path).unlink
     monkeypatch.setattr(type(tmp_path), "unlink", lambda path, **how: removed.append(path.name) or unlink(path, **how))
     arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--overwrite", "--out", str(tmp_path)]
@@ -97,64 +97,64 @@ def test_a_run_that_is_replaced_does_not_look_finished(run, tmp_path, monkeypatc
      ("model.safetensors", ""), ("state.pt", ""), ("report.html", "<p>"), ("events.out.tfevents.1.host", "")],
 )  # fmt: skip
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]], ids=lambda flag: " ".join(flag))
-def test_a_file_that_is_no_runs_stays(tmp_path, name, text, flag, capsys):
+def test_out_keeps_files_of_no_run(tmp_path, name, text, flag, capsys):
     (tmp_path / name).write_text(text)
     message = fails(["tune", "--shots", "1", "--classes", "6", "--out", tmp_path, *flag], capsys)
-    assert f"{tmp_path} holds files that are called as a run's" in message
-    assert f"and no config.yaml that a run wrote: {name}; choose another folder, or move them." in message
+    assert f"{tmp_path} contains files with the names of a run's files" in message
+    assert f"and no config.yaml of a run: {name}; choose another folder, or move them." in message
     assert "--overwrite" not in message and "--resume" not in message
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
 
 
-def test_a_run_of_another_version_is_overwritten(run, tmp_path):
+def test_overwrite_replaces_run_of_other_version(run, tmp_path):
     config = (run[0] / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(config.replace("max_keep:", "most_kept:"))
     assert main(["tune", "--shots", "1", "--classes", "6", "--epochs", "1", "--overwrite", "--out", str(tmp_path)]) == 0
     assert "max_keep" in (tmp_path / "config.yaml").read_text()
 
 
-def test_out_that_is_a_file(tmp_path, capsys):
+def test_out_refuses_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "is a file" in fails(["tune", "--out", tmp_path / "file"], capsys)
 
 
-def test_out_that_cannot_be_made(tmp_path, capsys):
+def test_out_refuses_path_below_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "not a folder that can be written to" in fails(["tune", "--out", tmp_path / "file" / "run"], capsys)
+    assert "is not a writable folder" in fails(["tune", "--out", tmp_path / "file" / "run"], capsys)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no folder that says it can be written to and can't")
-def test_out_where_nothing_can_be_made(capsys):
+def test_out_refuses_proc(capsys):
     message = fails(["tune", "--shots", "1", "--classes", "6", "--out", "/proc/x"], capsys)
-    assert "--out: /proc/x can't be made: /proc is not a folder that can be written to" in message
+    assert "--out: /proc/x can't be created: /proc is not a writable folder" in message
 
 
-def test_eval_without_a_run(tmp_path, capsys):
+def test_eval_refuses_folder_without_run(tmp_path, capsys):
     assert "no such file" in fails(["eval", tmp_path], capsys)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 5000])
-def test_a_truncated_checkpoint(damaged, keep, capsys):
+def test_eval_refuses_truncated_weights(damaged, keep, capsys):
     file = damaged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     assert "not usable as weights" in fails(["eval", damaged], capsys)
 
 
-def test_a_checkpoint_of_another_model(damaged, capsys):
+def test_eval_refuses_weights_of_other_model(damaged, capsys):
     save_file({"weight": torch.zeros(2)}, damaged / "model.safetensors")
     assert "not usable as weights" in fails(["eval", damaged], capsys)
 
 
-def test_changes_of_other_weights(run, tmp_path, capsys):
+def test_eval_refuses_changes_to_other_weights(run, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--delta", "--out", str(out)]
     assert main(["tune", *arguments]) == 0
     config = (out / "config.yaml").read_text().replace("pretrained: null", "pretrained: random")
     (out / "config.yaml").write_text(config)
-    assert "changes of other first weights" in fails(["eval", out], capsys)
+    assert "contains changes to other pretrained weights; give the same --pretrained" in fails(["eval", out], capsys)
 
 
-def test_a_checkpoint_of_another_method(tmp_path, capsys):
+def test_eval_refuses_weights_of_other_method(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--shots", "4", "--classes", "12", "--epochs", "1", "--batch-size", "24"]
     assert main(["tune", *arguments, "--method", "clip-adapter", "--out", str(out)]) == 0
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_method(tmp_path, capsys):
     assert "coop: the state has" in fails(["eval", out], capsys)
 
 
-def test_a_pickle_is_not_executed(tmp_path, capsys):
+def test_pretrained_executes_no_pickle(tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "boom"), "w"))
@@ -176,17 +176,17 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [[1], "text", {"state_dict": {}}], ids=["list", "text", "empty"])
-def test_files_that_are_no_weights(tmp_path, content, capsys):
+def test_pretrained_refuses_file_without_weights(tmp_path, content, capsys):
     torch.save(content, tmp_path / "model.pt")
     arguments = ["tune", "--pretrained", tmp_path / "model.pt", "--out", tmp_path / "run"]
     assert "not usable as weights" in fails(arguments, capsys)
 
 
-def test_eval_takes_the_runs_own_checkpoint_only(run, capsys):
+def test_eval_refuses_other_file_in_run(run, capsys):
     assert "folder of a run" in fails(["eval", run[0] / "other.safetensors"], capsys)
 
 
-def test_a_tokenizer_that_cannot_be_had(monkeypatch, tmp_path, capsys):
+def test_load_model_names_missing_tokenizer(monkeypatch, tmp_path, capsys):
     def get_tokenizer(name):
         raise OSError("We couldn't connect to load the files.")
 
@@ -195,8 +195,8 @@ def test_a_tokenizer_that_cannot_be_had(monkeypatch, tmp_path, capsys):
     assert "tokenizer of glyph-tiny" in error and "couldn't connect" in error and "pip install" in error
 
 
-def test_the_transform_of_a_tag_does_not_need_its_weights():
-    tag = "laion2b_s32b_b82k"  # normalised with 0.5, where OpenAI's models take 0.48145466
+def test_load_model_architecture_only_has_transform_of_tag():
+    tag = "laion2b_s32b_b82k"  # normalised with 0.5; models of OpenAI with 0.48145466
     _, transform, _ = load_model("ViT-L-14", tag, torch.device("cpu"), architecture_only=True)
     assert "0.5, 0.5, 0.5" in str(transform)
 
@@ -226,7 +226,7 @@ BOMB = "template: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=["aliases", "list", "name", "hexadecimal", "float", "decimal", "nested", "large"],
 )
-def test_a_foreign_config_is_refused_in_a_short_line(tmp_path, text, message, capsys):
+def test_from_yaml_refuses_file_in_short_line(tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)
     said = fails(["eval", tmp_path], capsys)
     assert message in said and len(said) < 1200 + len(str(tmp_path)) and said.isprintable()
@@ -237,7 +237,7 @@ def test_a_foreign_config_is_refused_in_a_short_line(tmp_path, text, message, ca
     [["--data", "x" * 10**5], ["--data", "coop:imagenet", "--root", "a\n\x1b[2Jb\u202e"]],
     ids=["long", "control"],
 )
-def test_a_message_is_one_short_line_whatever_is_quoted_in_it(tmp_path, arguments, capsys):
+def test_error_message_is_one_short_line(tmp_path, arguments, capsys):
     said = fails(["tune", *arguments, "--out", tmp_path / "run"], capsys)
     assert len(said) < 1200 and said.isprintable() and arguments[-2] in said
 
@@ -248,12 +248,12 @@ def test_a_message_is_one_short_line_whatever_is_quoted_in_it(tmp_path, argument
         ("--out", "photos/runs/a", "is in the folder of the images"),
         ("--out", "photos", "is the folder of the images"),
         ("--out", "link/a", "is in the folder of the images"),
-        ("--out", ".", "has the folder of the images"),
+        ("--out", ".", "contains the folder of the images"),
         ("--cache", "photos", "is the folder of the images"),
         ("--cache", "photos/train", "is in the folder of the images"),
     ],
 )
-def test_results_and_images_are_kept_apart(tmp_path, monkeypatch, capsys, option, place, message):
+def test_out_and_cache_refuse_folder_of_images(tmp_path, monkeypatch, capsys, option, place, message):
     monkeypatch.chdir(tmp_path)
     make_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
     (tmp_path / "link").symlink_to(tmp_path / "photos")
@@ -261,23 +261,23 @@ def test_results_and_images_are_kept_apart(tmp_path, monkeypatch, capsys, option
     for arguments in (["--data", "imagefolder:photos"],
                       ["--protocol", "cross-dataset", "--targets", "imagefolder:photos"]):  # fmt: skip
         said = fails(["tune", *arguments, "--shots", "1", "--out", "elsewhere", option, place], capsys)
-        assert f"{option}: {place} {message}" in said and f"choose another folder with {option}." in said
+        assert f"{option}: {place} {message}" in said and "choose another folder." in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     "command", [["tune"], ["tune", "--method", "zero-shot"], ["analyze"], ["compare"], ["cache", "build", "features"]]
 )
-def test_folders_by_default_are_not_below_the_images(tmp_path, monkeypatch, capsys, command):
+def test_default_folder_refuses_folder_of_images(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(make_folders(tmp_path, {"cat": 4, "dog": 4}))
     assert "is in the folder of the images" in fails([*command, "--data", "imagefolder:."], capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog"]
 
 
 @pytest.fixture
-def nothing_is_made(monkeypatch):
+def no_model_is_created(monkeypatch):
     def create(*args, **named):
-        raise AssertionError("a model is made, and its weights are downloaded")
+        raise AssertionError("a model is created, and its weights are downloaded")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
 
@@ -292,29 +292,29 @@ def nothing_is_made(monkeypatch):
         ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "ViT-B-32", "GELU", "QuickGELU"),
     ],
 )
-def test_weights_of_another_activation(nothing_is_made, tmp_path, capsys, model, tag, right, trained, made):
+def test_load_model_refuses_other_activation(no_model_is_created, tmp_path, capsys, model, tag, right, trained, made):
     said = fails(["tune", "--model", model, "--pretrained", tag, "--out", tmp_path / "run"], capsys)
-    assert f"--model: {tag} was trained with {trained}, and {model} has {made}; use --model {right}." in said
+    assert f"--model: {tag} was trained with {trained}, and {model} has {made}; use {right}." in said
 
 
-def test_every_tag_of_open_clip_is_taken_by_one_model():
-    """Where no model of the same shape has a tag's activation, as of roberta-ViT-B-32, it is taken as it is."""
-    refused, taken = set(), set()
+def test_check_activation_accepts_one_model_per_tag():
+    """If no model of the same shape has the activation of a tag, as for roberta-ViT-B-32, the tag is accepted."""
+    refused, accepted = set(), set()
     for model, tag in open_clip.list_pretrained():
         try:
             check_activation(model, tag)
-            taken.add((model.removesuffix("-quickgelu"), tag))
+            accepted.add((model.removesuffix("-quickgelu"), tag))
         except InputError:
             refused.add((model, tag))
-    assert ("roberta-ViT-B-32", "laion2b_s12b_b32k") in taken and len(refused) > 10
-    assert {(model.removesuffix("-quickgelu"), tag) for model, tag in refused} <= taken
+    assert ("roberta-ViT-B-32", "laion2b_s12b_b32k") in accepted and len(refused) > 10
+    assert {(model.removesuffix("-quickgelu"), tag) for model, tag in refused} <= accepted
 
 
-def test_a_run_of_the_wrong_activation_is_still_read():
+def test_load_model_architecture_only_accepts_any_activation():
     load_model("ViT-B-32", "openai", torch.device("cpu"), architecture_only=True)
 
 
-def test_a_download_that_fails_says_so_once(monkeypatch, tmp_path, capsys):
+def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
     def download(*args, **named):
         raise OSError("[Errno -2] Name or service not known\nMax retries exceeded")
 
@@ -336,7 +336,7 @@ def test_a_download_that_fails_says_so_once(monkeypatch, tmp_path, capsys):
     ],
     ids=["width", "size", "missing"],
 )
-def test_weights_of_another_model(tmp_path, capsys, change, reason):
+def test_load_model_refuses_weights_of_other_model(tmp_path, capsys, change, reason):
     weights = {name: value for name, value in (glyph_tiny.state_dict() | change).items() if value is not None}
     save_file(weights, tmp_path / "model.safetensors")
     arguments = [
@@ -353,4 +353,4 @@ def test_weights_of_another_model(tmp_path, capsys, change, reason):
     ]
     said = fails(["tune", *arguments], capsys)
     assert f"not usable as weights of this model: they are another model's ({reason}" in said
-    assert said.endswith("Name theirs with --model.") and "Error" not in said
+    assert said.endswith("Give the right --model.") and "Error" not in said

@@ -1,4 +1,4 @@
-"""The two files of a checkpoint: never of two epochs, whatever happens while they are written; checked when read."""
+"""Checkpoints: both files are of one epoch whenever a process is killed, and are validated when read."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from skipkernels.data import InputError
 from skipkernels.store import atomic, replace_file
 from skipkernels.store.lock import locked
 from skipkernels.tuner import checkpoint, weights
-from skipkernels.tuner.weights import header
+from skipkernels.tuner.weights import read_metadata
 
 
 class Killed(BaseException):
-    """In place of a signal that nothing can catch."""
+    """Stands in for SIGKILL."""
 
 
 STATE = {"config": {}, "rows": [], "seconds": 1.0, "trainer": None}  # of a run before its first epoch
 
 
 def save(folder: Path, epoch: int, file: str = checkpoint.MODEL) -> None:
-    tensors, notes = {"weight": torch.full((3,), float(epoch))}, weights.notes(holds="model")
-    checkpoint.save(folder, file, tensors, notes, STATE | {"epoch": epoch})
+    tensors, metadata = {"weight": torch.full((3,), float(epoch))}, weights.metadata(holds="model")
+    checkpoint.save(folder, file, tensors, metadata, STATE | {"epoch": epoch})
 
 
-def there(folder: Path) -> int | None:
-    """The epoch of what is found; weights and state are of the same one."""
+def found_epoch(folder: Path) -> int | None:
+    """Epoch of the checkpoint; checks that weights and state agree."""
     found = checkpoint.find(folder)
     if found is None:
         return None
     weights = torch.tensor(list(found.weights.read_bytes()[-12:]), dtype=torch.uint8).view(torch.float32)
     assert weights.tolist() == [found.state["epoch"]] * 3
-    assert header(found.weights) == {"holds": "model"}
+    assert read_metadata(found.weights) == {"holds": "model"}
     return found.state["epoch"]
 
 
-def test_what_is_saved_is_found(tmp_path):
-    assert there(tmp_path) is None and checkpoint.settle(tmp_path) is None
+def test_find_after_save(tmp_path):
+    assert found_epoch(tmp_path) is None and checkpoint.settle(tmp_path) is None
     for epoch in (1, 2):
         save(tmp_path, epoch)
-        assert there(tmp_path) == epoch
+        assert found_epoch(tmp_path) == epoch
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("renaming", [1, 2, 3])
-def test_a_kill_at_each_renaming_leaves_one_epoch_or_the_other(tmp_path, monkeypatch, renaming, after):
+def test_save_killed_at_rename_leaves_one_epoch(tmp_path, monkeypatch, renaming, after):
     save(tmp_path, 1)
     replace, calls = os.replace, iter(range(1, 100))
 
@@ -66,47 +66,49 @@ def test_a_kill_at_each_renaming_leaves_one_epoch_or_the_other(tmp_path, monkeyp
             raise Killed
 
     monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(atomic.Path, "unlink", lambda *args, **kwargs: None)  # a killed process cleans nothing up
+    monkeypatch.setattr(atomic.Path, "unlink", lambda *args, **kwargs: None)  # a killed process does not clean up
     with pytest.raises(Killed):
         save(tmp_path, 2)
     monkeypatch.undo()
     expected = 1 if (renaming, after) < (2, True) else 2
-    assert there(tmp_path) == expected
+    assert found_epoch(tmp_path) == expected
     settled = checkpoint.settle(tmp_path)
-    assert settled is not None and settled.weights == tmp_path / "model.safetensors" and there(tmp_path) == expected
+    assert (
+        settled is not None and settled.weights == tmp_path / "model.safetensors" and found_epoch(tmp_path) == expected
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
     save(tmp_path, 3)
-    assert there(tmp_path) == 3
+    assert found_epoch(tmp_path) == 3
 
 
 @pytest.mark.parametrize(
-    ("method", "delta", "says"),
+    ("method", "delta", "expected"),
     [(nn.Linear, False, {"holds": "model"}), (nn.Sequential, False, {"holds": "method"}),
      (nn.Linear, True, {"holds": "changes", "of": ...})],
     ids=["model", "method", "changes"],
 )  # fmt: skip
-def test_the_same_weights_are_the_same_bytes(tmp_path, method, delta, says):
-    """Of several keys of a header, safetensors writes the order at random."""
+def test_save_is_deterministic(tmp_path, method, delta, expected):
+    """safetensors writes several metadata keys in random order."""
     model = nn.Linear(2, 2)
     tuned = model if method is nn.Linear else nn.Sequential(model)
-    kept = weights.Weights(tuned, model, delta=delta)
+    kept = weights.WeightsFile(tuned, model, delta=delta)
     model.bias.data.add_(1)
     written = set()
     for _ in range(20):
-        checkpoint.save(tmp_path, checkpoint.MODEL, *kept.to_save(), {})
+        checkpoint.save(tmp_path, checkpoint.MODEL, *kept.contents(), {})
         written.add((tmp_path / "model.safetensors").read_bytes())
     assert len(written) == 1
-    found = header(tmp_path / "model.safetensors")
-    assert found == says | ({"of": found["of"]} if delta else {})
+    found = read_metadata(tmp_path / "model.safetensors")
+    assert found == expected | ({"of": found["of"]} if delta else {})
 
 
-def test_a_file_of_someone_else_says_nothing(tmp_path):
+def test_read_metadata_of_other_files(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"format": "pt", "holds": "changes"})
-    assert header(tmp_path / "a.safetensors") == {}
+    assert read_metadata(tmp_path / "a.safetensors") == {}
     for notes in ("no notes", "[]", '"text"', '{"holds": 1}', '{"holds": ["model"]}', '{"a":' * 50_000, "[" * 50_000):
         save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"skipkernels": notes})
         with pytest.raises(InputError, match=r"a\.safetensors: not usable as weights"):
-            header(tmp_path / "a.safetensors")
+            read_metadata(tmp_path / "a.safetensors")
 
 
 OURS = [
@@ -116,18 +118,18 @@ OURS = [
     ".state.pt.4711.partial",  # of an older version
     ".next.delta.safetensors",
 ]
-THEIRS = [".my-download.partial", ".mine.partial", ".notes.txt.4711.partial", ".tmpAbCdEf"]
+OTHERS = [".my-download.partial", ".mine.partial", ".notes.txt.4711.partial", ".tmpAbCdEf"]
 
 
-def test_remove_leftovers_deletes_only_names_of_ours(tmp_path):
-    for name in (*OURS, *THEIRS):
+def test_remove_leftovers_keeps_other_files(tmp_path):
+    for name in (*OURS, *OTHERS):
         (tmp_path / name).touch()
     checkpoint.remove_leftovers(tmp_path, ["metrics.json"])
-    assert {path.name for path in tmp_path.iterdir()} == set(THEIRS)
+    assert {path.name for path in tmp_path.iterdir()} == set(OTHERS)
 
 
 class Full(io.RawIOBase):
-    """A file on a disk on which there is room for some bytes."""
+    """File on a disk with room for some bytes."""
 
     def __init__(self, room: int):
         self.room = room
@@ -143,8 +145,8 @@ class Full(io.RawIOBase):
 
 
 @pytest.mark.parametrize("room", [0, 100, 2000])
-def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path, monkeypatch, room):
-    """Whichever of the two files it is: torch.save raises an error of its own, after that of the system."""
+def test_save_on_full_disk_keeps_old_checkpoint(tmp_path, monkeypatch, room):
+    """torch.save raises its own error after that of the system."""
     save(tmp_path, 1)
     for name in (checkpoint.MODEL, checkpoint.STATE):
 
@@ -154,14 +156,14 @@ def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(tmp_path, monkeypatch
         monkeypatch.setattr(checkpoint, "replace_file", full)
         if name == checkpoint.MODEL and room == 2000:
             continue
-        message = "can't be written to .*: No space left on device. The one before it, if any, is kept; make room"
+        message = "can't be written to .*: No space left on device. The previous one, if any, is kept; free disk space"
         with pytest.raises(InputError, match=message):
             state = STATE | {"large": torch.zeros(1000)}
             checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.full((30,), 2.0)}, {}, state)
-        assert there(tmp_path) == 1
+        assert found_epoch(tmp_path) == 1
 
 
-def test_weights_without_a_state_are_used_as_they_are(tmp_path):
+def test_weights_of_run_without_state(tmp_path):
     with pytest.raises(InputError, match="before its first epoch was complete"):
         checkpoint.weights_of(tmp_path)
     save(tmp_path, 1, checkpoint.DELTA)
@@ -169,12 +171,12 @@ def test_weights_without_a_state_are_used_as_they_are(tmp_path):
     assert checkpoint.weights_of(tmp_path) == tmp_path / "delta.safetensors"
 
 
-def test_a_state_that_is_damaged_is_named(tmp_path):
+def test_find_refuses_damaged_state(tmp_path):
     save(tmp_path, 1)
     file = tmp_path / "state.pt"
     content = file.read_bytes()
     half = len(content) // 2
-    directory = content.index(b"PK\1\2")  # ten bytes on it says how a part is compressed, which is not at all
+    directory = content.index(b"PK\1\2")  # ten bytes later: compression method of a part, stored
     places = (content.index(b"epoch"), directory, directory + 10)
     changed = [content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :] for place in places]
     cut = [content[:keep] for keep in (0, 1, 100, half, len(content) - 1)]
@@ -182,22 +184,22 @@ def test_a_state_that_is_damaged_is_named(tmp_path):
         file.write_bytes(wrong)
         with pytest.raises(InputError) as caught:
             checkpoint.find(tmp_path)
-        expected = "damaged: it was cut short, or changed after it was written; tune again with --overwrite."
-        assert str(caught.value) == f"{file}: {expected}", "of the file, and not of parts of it"
+        expected = "damaged: it was truncated, or changed after it was written; tune again with `overwrite=True`."
+        assert str(caught.value) == f"{file}: {expected}", "names the file, not a part of it"
 
 
-def test_a_state_that_can_not_be_read(tmp_path):
+def test_find_refuses_unreadable_state(tmp_path):
     (tmp_path / "state.pt").mkdir()
     with pytest.raises(InputError, match=r"state\.pt: can't be read \(Is a directory\)\."):
         checkpoint.find(tmp_path)
 
 
-def test_a_state_executes_nothing(tmp_path):
+def test_find_executes_no_pickle(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "boom"), "w"))
 
-    torch.save({"format": 1, "weights": Bomb()}, tmp_path / "state.pt")
+    torch.save({"format": 2, "weights": Bomb()}, tmp_path / "state.pt")
     with pytest.raises(InputError, match="holds more than a state"):
         checkpoint.find(tmp_path)
     assert not (tmp_path / "boom").exists()
@@ -207,19 +209,19 @@ def test_a_state_executes_nothing(tmp_path):
     ("state", "message"),
     [
         ([1], "not the state of a run"),
-        ({"format": 1}, "not the state of a run"),
-        ({"format": 1, "weights": {"file": "../other.safetensors", "xxh3": ""}}, "not the state of a run"),
-        ({"format": 2, "weights": {"file": "model.safetensors", "xxh3": ""}}, "written in format 2"),
+        ({"format": 2}, "not the state of a run"),
+        ({"format": 2, "weights": {"file": "../other.safetensors", "xxh3": ""}}, "not the state of a run"),
+        ({"format": 1, "weights": {"file": "model.safetensors", "xxh3": ""}}, "written in format 1"),
     ],
 )
-def test_a_state_of_something_else(tmp_path, state, message):
+def test_find_refuses_other_state(tmp_path, state, message):
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(InputError, match=message):
         checkpoint.find(tmp_path)
 
 
 ROW = {"epoch": 1, "loss": 1.5, "lr": {"text": 0.1}, "steps": 2, "kept_classes": 3.0, "kept_histogram": {"3": 2}}
-ROW |= {"seconds": 1.0, "seconds_waiting_for_features": 0.0, "budget": {"data": 0.0}, "accuracy": {"base": None}}
+ROW |= {"seconds": 1.0, "seconds_waiting_for_features": 0.0, "stage_seconds": {"data": 0.0}, "accuracy": {"base": None}}
 
 
 @pytest.mark.parametrize(
@@ -239,15 +241,15 @@ ROW |= {"seconds": 1.0, "seconds_waiting_for_features": 0.0, "budget": {"data": 
         ({"trainer": []}, "trainer must be mapping or null; got list"),
     ],
 )
-def test_a_state_with_a_wrong_value_names_it(tmp_path, changes, message):
+def test_find_names_wrong_value(tmp_path, changes, message):
     checkpoint.save(tmp_path, checkpoint.MODEL, {}, {}, STATE | {"rows": [ROW]})
     assert checkpoint.find(tmp_path) is not None
     checkpoint.save(tmp_path, checkpoint.MODEL, {}, {}, STATE | {"rows": [ROW]} | changes)
-    with pytest.raises(InputError, match=rf"state\.pt: damaged: {message}.*; tune again with --overwrite\.$"):
+    with pytest.raises(InputError, match=rf"state\.pt: damaged: {message}.*; tune again with `overwrite=True`\.$"):
         checkpoint.find(tmp_path)
 
 
-def test_a_state_that_is_compressed_is_not_unpacked(tmp_path):
+def test_find_refuses_compressed_state(tmp_path):
     save(tmp_path, 1)
     file = tmp_path / "state.pt"
     with zipfile.ZipFile(file) as archive:
@@ -260,7 +262,7 @@ def test_a_state_that_is_compressed_is_not_unpacked(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_state_that_is_no_file_does_not_hang(tmp_path, kind):
+def test_find_refuses_special_file(tmp_path, kind):
     path = tmp_path / "state.pt"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     with pytest.raises(InputError, match=r"state\.pt: can't be read \(not a regular file\)"):
@@ -268,26 +270,26 @@ def test_a_state_that_is_no_file_does_not_hang(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
-def test_a_flipped_bit_does_no_harm(tmp_path, name):
+def test_find_detects_flipped_bits(tmp_path, name):
     save(tmp_path, 1)
     whole, found = (tmp_path / name).read_bytes(), 0
     expected = checkpoint.find(tmp_path)
     for place in range(0, len(whole), 5):
         (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         try:
-            assert checkpoint.find(tmp_path) == expected, "a place of the archive that nobody reads"
+            assert checkpoint.find(tmp_path) == expected, "a byte of the archive that is not read"
         except InputError:
             found += 1
     assert found > (0.99 if name == "model.safetensors" else 0.3) * len(whole) / 5
 
 
 def replaced_while_read(monkeypatch, folder: Path, epochs: list[int]) -> None:
-    """A run completes these epochs, one whenever the reader is about to digest a file."""
+    """Let a run complete one of these epochs each time a file is digested."""
     digest, left = checkpoint.digest_file, iter(epochs)
 
     def after_another_epoch(path, *how):
         for epoch in itertools.islice(left, 1):
-            monkeypatch.setattr(checkpoint, "digest_file", digest)  # the writer's own
+            monkeypatch.setattr(checkpoint, "digest_file", digest)  # for the writer
             save(folder, epoch)
             monkeypatch.setattr(checkpoint, "digest_file", after_another_epoch)
         return digest(path, *how)
@@ -296,14 +298,14 @@ def replaced_while_read(monkeypatch, folder: Path, epochs: list[int]) -> None:
 
 
 @pytest.mark.parametrize("epochs", [[2], [2, 3], [2, 3, 4, 5, 6]], ids=str)
-def test_find_beside_a_run_that_replaces_both_files(tmp_path, monkeypatch, epochs):
+def test_find_while_run_replaces_files(tmp_path, monkeypatch, epochs):
     save(tmp_path, 1)
     replaced_while_read(monkeypatch, tmp_path, epochs)
-    assert there(tmp_path) == epochs[-1]
+    assert found_epoch(tmp_path) == epochs[-1]
 
 
-def test_find_when_the_weights_get_their_name_meanwhile(tmp_path, monkeypatch):
-    """The state is the new one; the weights are renamed between a look at one name and at the other."""
+def test_find_while_weights_are_renamed(tmp_path, monkeypatch):
+    """The weights are renamed between the reads of the two names."""
     save(tmp_path, 1)
     old = (tmp_path / "model.safetensors").read_bytes()
     save(tmp_path, 2)
@@ -318,20 +320,20 @@ def test_find_when_the_weights_get_their_name_meanwhile(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(checkpoint, "digest_file", renamed_after_the_first)
-    assert there(tmp_path) == 2
+    assert found_epoch(tmp_path) == 2
 
 
-def test_find_says_that_a_run_is_going_on(tmp_path):
+def test_find_names_run_in_progress(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "model.safetensors").unlink()
     with locked(tmp_path), pytest.raises(InputError) as caught:
         checkpoint.find(tmp_path)
-    assert "a run is going on in this folder (this process, since" in str(caught.value)
-    assert "--overwrite" not in str(caught.value)
-    with pytest.raises(InputError, match=r"missing or damaged: .* Put both back from a copy, or .*--overwrite\.$"):
+    assert "a run in progress in this folder (this process, since" in str(caught.value)
+    assert "overwrite" not in str(caught.value)
+    with pytest.raises(InputError, match=r"missing or damaged: .* Restore both from a copy, or .*`overwrite=True`\.$"):
         checkpoint.find(tmp_path)
 
 
-def test_weights_of_a_run_that_has_only_begun(tmp_path):
-    with locked(tmp_path), pytest.raises(InputError, match="no such file yet: the run that is going on"):
+def test_weights_of_run_before_first_epoch(tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match="no such file yet: the run in progress"):
         checkpoint.weights_of(tmp_path)

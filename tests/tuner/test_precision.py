@@ -1,4 +1,4 @@
-"""What a precision does to a model, a step and an update; and that a step does not wait for the device."""
+"""Mixed precision of models, steps and updates; a step does not synchronize."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipkernels.towers.prompts import PackedPrompts
 from skipkernels.tuner import evaluate_run, optimizers, tune
 from skipkernels.tuner import trainer as trainer_module
 from skipkernels.tuner.model import load_model
-from skipkernels.tuner.precision import Arithmetic
+from skipkernels.tuner.precision import MixedPrecision
 from skipkernels.tuner.trainer import Trainer
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.tuner.runs import losses, rows, small
@@ -26,73 +26,73 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-sr", "fp16"])
-def test_half_precision_is_about_as_good(run, tmp_path, precision):
+def test_half_precision_keeps_accuracy(run, tmp_path, precision):
     folder, _ = run
     metrics = tune(small(tmp_path, epochs=1, precision=precision))
     assert losses(tmp_path) == pytest.approx(losses(folder)[:1], rel=0.1)
-    assert metrics["tuned"]["base"] == pytest.approx(rows(folder)[0]["accuracy"]["base"], abs=12)  # an image is 1.4 %
+    assert metrics["tuned"]["base"] == pytest.approx(rows(folder)[0]["accuracy"]["base"], abs=12)  # one image is 1.4 %
     assert evaluate_run(tmp_path) == metrics["tuned"]
     kept = {tensor.dtype for name, tensor in load_file(tmp_path / "model.safetensors").items() if name != "logit_scale"}
     assert kept == {torch.bfloat16 if precision == "bf16-sr" else torch.float32}
 
 
-def test_bf16_weights_leave_the_temperature_as_it_is():
+def test_bf16_sr_keeps_logit_scale():
     model, _, _ = load_model("glyph-tiny", None, CPU)
     scale = model.logit_scale.exp().item()
-    Arithmetic("bf16-sr", CPU).prepare(model)
+    MixedPrecision("bf16-sr", CPU).prepare(model)
     assert model.logit_scale.exp().item() == scale
     assert {p.dtype for name, p in model.named_parameters() if name != "logit_scale"} == {torch.bfloat16}
 
 
-def test_bf16_weights_that_are_rounded_at_random_move_by_less_than_half_a_step():
+def test_bf16_sr_applies_updates_below_half_ulp():
     weight = torch.nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16))
-    arithmetic = Arithmetic("bf16-sr", CPU)
-    groups = arithmetic.groups([{"name": "text", "params": [weight], "lr": 1e-4}])
-    optimizer = optimizers.make("sgd", groups, momentum=0.0, weight_decay=0.0, seed=0)
+    precision = MixedPrecision("bf16-sr", CPU)
+    groups = precision.parameter_groups([{"name": "text", "params": [weight], "lr": 1e-4}])
+    optimizer = optimizers.build("sgd", groups, momentum=0.0, weight_decay=0.0, seed=0)
     for _ in range(10):
         weight.grad = torch.ones_like(weight)
-        arithmetic.update(optimizer, None)
+        precision.update(optimizer, None)
     assert weight.float().mean().item() == pytest.approx(1 - 10 * 1e-4, rel=2e-4)
 
 
-def test_groups_of_two_types_are_divided():
+def test_parameter_groups_split_by_dtype():
     half, full = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16)), torch.nn.Parameter(torch.ones(1))
     group = {"name": "text", "params": [full, half], "lr": 1.0}
-    divided = Arithmetic("bf16-sr", CPU).groups([group])
-    assert [(g["params"], g["stochastic_rounding"], g["lr"]) for g in divided] == [
+    split = MixedPrecision("bf16-sr", CPU).parameter_groups([group])
+    assert [(g["params"], g["stochastic_rounding"], g["lr"]) for g in split] == [
         ([half], True, 1.0),
         ([full], False, 1.0),
     ]
-    assert Arithmetic("bf16", CPU).groups([group]) == [group]
+    assert MixedPrecision("bf16", CPU).parameter_groups([group]) == [group]
 
 
-def test_fp16_leaves_out_an_update_whose_gradient_overflows():
+def test_fp16_skips_update_on_overflow():
     weight = torch.nn.Parameter(torch.ones(1))
-    arithmetic = Arithmetic("fp16", CPU)
-    optimizer = optimizers.make("sgd", [{"params": [weight], "lr": 0.5}], momentum=0.9, weight_decay=0.1)
-    scale = arithmetic.scaler.get_scale()
-    arithmetic.backward(weight.sum() * float("inf"))
-    arithmetic.update(optimizer, None)
-    assert weight.item() == 1.0 and arithmetic.scaler.get_scale() == scale / 2
-    again = Arithmetic("fp16", CPU)
-    again.load_state_dict(arithmetic.state_dict())
+    precision = MixedPrecision("fp16", CPU)
+    optimizer = optimizers.build("sgd", [{"params": [weight], "lr": 0.5}], momentum=0.9, weight_decay=0.1)
+    scale = precision.scaler.get_scale()
+    precision.backward(weight.sum() * float("inf"))
+    precision.update(optimizer, None)
+    assert weight.item() == 1.0 and precision.scaler.get_scale() == scale / 2
+    again = MixedPrecision("fp16", CPU)
+    again.load_state_dict(precision.state_dict())
     assert again.scaler.get_scale() == scale / 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_clipping_is_of_the_gradients_themselves(precision):
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_clip_grad_norm_unscales_gradients(name):
     weight = torch.nn.Parameter(torch.zeros(2))
-    arithmetic = Arithmetic(precision, CPU)
-    optimizer = optimizers.make("sgd", [{"params": [weight], "lr": 1.0}], momentum=0.0, weight_decay=0.0)
-    arithmetic.backward((weight * torch.tensor([30.0, 40.0])).sum())
-    arithmetic.update(optimizer, 1.0)
+    precision = MixedPrecision(name, CPU)
+    optimizer = optimizers.build("sgd", [{"params": [weight], "lr": 1.0}], momentum=0.0, weight_decay=0.0)
+    precision.backward((weight * torch.tensor([30.0, 40.0])).sum())
+    precision.update(optimizer, 1.0)
     assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-4)
 
 
-class Reads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: a number that is read, a shape that depends on one."""
+class Synchronizing(TorchDispatchMode):
+    """Records operators that synchronize on a GPU: reads of a value, shapes that depend on one."""
 
-    WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique2", "_unique2"}
+    OPERATORS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique2", "_unique2"}
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masked = "index" in name and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1:]))
-        if name in self.WAITS or masked:
+        if name in self.OPERATORS or masked:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -112,29 +112,29 @@ class Reads(TorchDispatchMode):
      {"optimizer": "torch-sgd"}, {"tail": "fixed"}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()) or "default",
 )  # fmt: skip
-def test_a_step_does_not_wait_for_the_device(tmp_path, monkeypatch, changes):
+def test_step_does_not_synchronize(tmp_path, monkeypatch, changes):
     step, draw, reads = Trainer._step, RankSampler.draw, []
 
     def watched(self, *args):
-        with Reads() as mode:
+        with Synchronizing() as mode:
             out = step(self, *args)
         reads.append(mode.found)
         return out
 
-    def drawn(self, *args):  # on the host, whatever the device
+    def drawn(self, *args):  # on the host for any device
         with _disable_current_modes():
             return draw(self, *args)
 
     monkeypatch.setattr(Trainer, "_step", watched)
     monkeypatch.setattr(RankSampler, "draw", drawn)
-    monkeypatch.setattr(PackedPrompts, "_packs", lambda self, device: False)  # suffixes lie as on a GPU
+    monkeypatch.setattr(PackedPrompts, "_packs", lambda self, device: False)  # pad suffixes as on a GPU
     tune(small(tmp_path, epochs=1, **changes))
     assert reads == [[]] * 6
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-sr"])
-def test_a_step_does_not_wait_for_the_gpu(tmp_path, monkeypatch, precision):
+def test_step_does_not_synchronize_gpu(tmp_path, monkeypatch, precision):
     step, steps = Trainer._step, []
 
     def watched(self, *args):
@@ -150,33 +150,33 @@ def test_a_step_does_not_wait_for_the_gpu(tmp_path, monkeypatch, precision):
     assert len(steps) == 6
 
 
-def test_losses_are_read_only_now_and_then(tmp_path, monkeypatch):
+def test_losses_are_read_every_log_every(tmp_path, monkeypatch):
     reads = []
 
-    class Counted(trainer_module.Losses):
+    class Counted(trainer_module.EpochLosses):
         def read(self):
             reads.append(len(self._images))
             return super().read()
 
-    monkeypatch.setattr(trainer_module, "Losses", Counted)
+    monkeypatch.setattr(trainer_module, "EpochLosses", Counted)
     tune(small(tmp_path, epochs=1, log_every=4))
     assert reads == [4, 6]
 
 
-def test_batch_norms_keep_their_statistics():
-    """A batch of one class is no sample."""
+def test_to_training_mode_keeps_batch_norm_statistics():
+    """A batch of one class has no representative statistics."""
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
     trainer_module.to_training_mode(SimpleNamespace(model=model, train=model.train))
     assert [module.training for module in model] == [False, True]
 
 
-def test_skip_clip_with_bf16_weights_has_no_nan():
+def test_bf16_sr_skip_clip_has_no_nan():
     model = tiny_clip(torch.float32)
-    arithmetic = Arithmetic("bf16-sr", CPU)
-    arithmetic.prepare(model)
+    precision = MixedPrecision("bf16-sr", CPU)
+    precision.prepare(model)
     clip = sk.SkipCLIP(model, tiny_tokens(20), skip_layers=1 / 3)
     images, labels = tiny_batch(4, 20, torch.float32)
-    with arithmetic.autocast():
+    with precision.autocast():
         loss = clip(images, labels).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in clip.trainable_parameters())

@@ -1,4 +1,4 @@
-"""What a terminal and a log show of a run, and that the terminal is given back."""
+"""Progress in a terminal and in a log; the terminal is restored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from skipkernels.memory import PeakMemory
-from skipkernels.tuner.progress import Display
+from skipkernels.tuner.progress import ProgressDisplay
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
 ZERO_SHOT = {"base": 40.0, "new": 30.0, "harmonic": 34.29}
@@ -29,7 +29,7 @@ def row(epoch: int, **accuracy: float | None) -> dict:
 
 
 def run(on: Console, epochs: int = 2) -> None:
-    with Display(on, title="letters, [b]skip[/b]") as display:
+    with ProgressDisplay(on, title="letters, [b]skip[/b]") as display:
         advance = display.features(30)
         advance(10)
         advance(20)
@@ -52,7 +52,7 @@ def squeezed(on: Console) -> str:
 # ---- on a terminal -----------------------------------------------------------------------------------------------
 
 
-def test_the_last_view_stays_on_the_terminal():
+def test_display_last_view_stays():
     on = console(terminal=True)
     run(on)
     last = squeezed(on).rpartition("letters, [b]skip[/b]")[2]
@@ -65,16 +65,16 @@ def test_the_last_view_stays_on_the_terminal():
         "new 30.00 29.00 -1.00",
     ):
         assert text in last, text
-    assert "left" not in last, "of time, when all is done"
+    assert "left" not in last, "no time left at the end"
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, FloatingPointError])
-def test_the_terminal_is_given_back(error):
+def test_display_restores_terminal(error):
     on, before = console(terminal=True), (sys.stdout, sys.stderr)
     try:
-        with Display(on, title="letters") as display:
+        with ProgressDisplay(on, title="letters") as display:
             display.begin(epochs=2, steps_per_epoch=5, zero_shot=ZERO_SHOT, batch_size=4)
-            assert sys.stdout is not before[0], "what is printed goes above the view"
+            assert sys.stdout is not before[0], "prints go above the view"
             display.step()
             if error is not None:
                 raise error
@@ -83,35 +83,37 @@ def test_the_terminal_is_given_back(error):
     written = on.file.getvalue()
     assert written.count(HIDE) == 1 and written.endswith(SHOW)
     assert (sys.stdout, sys.stderr) == before
-    assert display._live._refresh_thread is None, "nobody draws on it any more"
+    assert display._live._refresh_thread is None, "no thread draws"
 
 
-def test_a_run_that_goes_on_begins_where_it_stopped():
+def test_display_resumed_run_starts_at_its_epoch():
     on = console(terminal=True)
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         display.begin(epochs=4, steps_per_epoch=5, zero_shot=ZERO_SHOT, batch_size=4, done=2)
         time.sleep(0.5)
         for _ in range(5):
             display.step()
         display._live.refresh()
     assert "epoch 3 of 4, test" in squeezed(on)
-    assert re.search(r"0:00:01 0:00:01 left|0:00:00 0:00:0[01] left", squeezed(on)), "as long again, for as many steps"
+    assert re.search(r"0:00:01 0:00:01 left|0:00:00 0:00:0[01] left", squeezed(on)), (
+        "the same time for the same number of steps"
+    )
 
 
-def test_names_are_shown_as_they_are_and_what_there_is_not_as_a_dash():
+def test_display_escapes_names_and_shows_dashes():
     on = console(terminal=True)
-    with Display(on, title="[red]letters[/red]") as display:
+    with ProgressDisplay(on, title="[red]letters[/red]") as display:
         display.begin(epochs=1, steps_per_epoch=1, zero_shot={"[b]a[/b]": 40.0, "new": 30.0}, batch_size=4)
         display.epoch(row(1, **{"[b]a[/b]": 50.0, "new": None}))
     assert "[red]letters[/red]" in squeezed(on)
     assert "[b]a[/b] 40.00 50.00 +10.00" in squeezed(on) and "new 30.00 - \n" in squeezed(on)
 
 
-def test_features_of_several_calls_add_up_and_those_in_a_store_are_done():
+def test_display_features_add_up():
     on = console(terminal=True)
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         display.features(30)(30)
-        display.features(12)  # all in a store: nothing advances
+        display.features(12)  # all from a store: no advance
         display._live.refresh()
         assert "30 images" in squeezed(on)
         display.begin(epochs=1, steps_per_epoch=1, zero_shot=ZERO_SHOT, batch_size=4)
@@ -119,7 +121,7 @@ def test_features_of_several_calls_add_up_and_those_in_a_store_are_done():
 
 
 @pytest.mark.parametrize("width", [20, 40, 300])
-def test_any_width(width):
+def test_display_any_width(width):
     on = Console(file=io.StringIO(), force_terminal=True, record=True, width=width, height=8)
     run(on)
     assert max(map(len, lines(on))) <= width
@@ -128,7 +130,7 @@ def test_any_width(width):
 # ---- in a log ----------------------------------------------------------------------------------------------------
 
 
-def test_a_log_has_a_line_for_each_epoch():
+def test_display_log_has_line_per_epoch():
     on = console(terminal=False)
     run(on)
     title, features, zero_shot, *epochs = lines(on)
@@ -140,10 +142,10 @@ def test_a_log_has_a_line_for_each_epoch():
     assert "\x1b" not in on.file.getvalue()
 
 
-def test_of_many_tests_a_line_has_the_first_and_their_mean():
+def test_display_log_many_tests_shows_first_and_mean():
     on = console(terminal=False)
     names = ["source", *(f"target-{place}" for place in range(10)), "targets"]
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         display.begin(epochs=1, steps_per_epoch=1, zero_shot=dict.fromkeys(names, 40.0), batch_size=4)
         display.epoch(row(1, **dict.fromkeys(names, 41.0)))
     assert lines(on)[1:] == [
@@ -152,24 +154,24 @@ def test_of_many_tests_a_line_has_the_first_and_their_mean():
     ]
 
 
-def test_a_method_without_loss_and_without_an_answer_to_new_classes():
+def test_display_log_without_loss_and_accuracy():
     on = console(terminal=False)
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         display.begin(epochs=0, steps_per_epoch=0, zero_shot=ZERO_SHOT, batch_size=4)
         display.epoch({"epoch": 1, "loss": None, "accuracy": {"base": 50.0, "new": None}})
     assert lines(on)[-1] == "epoch 1/0  base 50.0 % (+10.0)"
 
 
-def test_long_lines_are_not_broken():
+def test_display_log_does_not_wrap():
     on = Console(file=io.StringIO(), force_terminal=False, record=True, width=20)
     run(on)
     assert len(lines(on)) == 5
 
 
-def test_features_that_take_long_are_heard_of(monkeypatch):
+def test_display_log_reports_slow_features(monkeypatch):
     monkeypatch.setattr("skipkernels.tuner.progress._LOG_SECONDS", 0.05)
     on = console(terminal=False)
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         advance = display.features(100)
         advance(1)
         time.sleep(0.06)
@@ -178,10 +180,10 @@ def test_features_that_take_long_are_heard_of(monkeypatch):
     assert lines(on) == ["letters", "features  2 of 100 images  0:00:00"]
 
 
-def test_a_quiet_console_shows_nothing():
+def test_display_quiet_console_shows_nothing():
     on = console(terminal=True, quiet=True)
     before = threading.active_count()
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         display.begin(epochs=1, steps_per_epoch=1, zero_shot=ZERO_SHOT, batch_size=4)
         display.step()
         display.epoch(row(1))
@@ -189,14 +191,14 @@ def test_a_quiet_console_shows_nothing():
     assert on.file.getvalue() == ""
 
 
-# ---- what it costs -----------------------------------------------------------------------------------------------
+# ---- cost -----------------------------------------------------------------------------------------------
 
 
 class CountedMemory(PeakMemory):
     reads = 0
 
     def reset(self) -> None:
-        raise AssertionError("the mark is the run's")
+        raise AssertionError("only the run resets the peak")
 
     def __init__(self):
         self.device = torch.device("cpu")
@@ -206,9 +208,9 @@ class CountedMemory(PeakMemory):
         return 2**40
 
 
-def test_memory_is_looked_at_once_a_second_and_not_by_a_step():
+def test_display_reads_memory_once_per_second():
     on, memory = console(terminal=False), CountedMemory()
-    with Display(on, title="letters", memory=memory) as display:
+    with ProgressDisplay(on, title="letters", memory=memory) as display:
         display.begin(epochs=3, steps_per_epoch=1, zero_shot=ZERO_SHOT, batch_size=4)
         display.step()
         display.loss(1.0)
@@ -221,11 +223,11 @@ def test_memory_is_looked_at_once_a_second_and_not_by_a_step():
     assert not sys.platform.startswith("linux") or 50 < held < 100_000
 
 
-def test_a_step_is_cheap():
-    with Display(console(terminal=True), title="letters") as display:
+def test_display_step_is_cheap():
+    with ProgressDisplay(console(terminal=True), title="letters") as display:
         display.begin(epochs=1, steps_per_epoch=10_000, zero_shot=ZERO_SHOT, batch_size=4)
         best = float("inf")
-        for _ in range(10):  # 0.1 µs where nothing else runs
+        for _ in range(10):  # 0.1 µs on an idle machine
             began = time.perf_counter()
             for _ in range(1000):
                 display.step()
@@ -233,9 +235,9 @@ def test_a_step_is_cheap():
     assert best / 1000 < 20e-6
 
 
-def test_the_loss_is_smoothed():
+def test_display_smooths_loss():
     on = console(terminal=True)
-    with Display(on, title="letters") as display:
+    with ProgressDisplay(on, title="letters") as display:
         display.begin(epochs=1, steps_per_epoch=3, zero_shot=ZERO_SHOT, batch_size=4)
         for value in (1.0, 0.0):
             display.loss(value)

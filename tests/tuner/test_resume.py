@@ -1,4 +1,4 @@
-"""Runs that go on: to the same bits as if nothing had stopped them, and only where that is what was asked for."""
+"""Resuming runs: bitwise identical results, and refusal of other settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KILLS, SEED = 6, 0
 
 
 def stopped(folder, of=Skip, step: int = 9, **changes) -> None:
-    """A run that is interrupted in a step, by default the third of the second epoch."""
+    """Run that is interrupted in a step, by default the third of the second epoch."""
     calls, whole = iter(range(1, 1000)), of.step
 
     def until(self, *args):
@@ -41,7 +41,7 @@ def stopped(folder, of=Skip, step: int = 9, **changes) -> None:
         of.step = whole
 
 
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(run, tmp_path):
+def test_resume_is_bitwise_identical(run, tmp_path):
     stopped(tmp_path)
     assert "interrupted" in (tmp_path / "metrics.json").read_text()
     tune(small(tmp_path, resume=True))
@@ -49,7 +49,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(run, tmp_path):
     assert files(tmp_path) == files(run[0])
 
 
-def test_a_state_of_other_weights_is_refused_in_one_line(run, tmp_path):
+def test_resume_refuses_state_of_other_weights(run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     state = torch.load(folder / "state.pt")
     state["trainer"]["optimizer"]["state"][0]["momentum_buffer"] = torch.ones(3)
@@ -75,22 +75,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_metrics_that_are_damaged_are_told_in_one_line(run, tmp_path, kind):
+def test_read_metrics_refuses_damaged_file(run, tmp_path, kind):
     content, message = BROKEN[kind]
     if isinstance(content, dict):
         content = json.dumps(json.loads((run[0] / "metrics.json").read_text()) | content)
     (tmp_path / "metrics.json").write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{message}.*\); remove it") as caught:
+    with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{message}.*\); delete it") as caught:
         read_metrics(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "config.yaml"])
-def test_a_file_of_a_run_that_is_a_pipe_does_not_hang(run, tmp_path, name):
+def test_resume_refuses_pipe(run, tmp_path, name):
     folder = shutil.copytree(run[0], tmp_path / "run")
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(InputError, match=r"not a regular file" if name == "metrics.json" else "no config.yaml that"):
+    with pytest.raises(InputError, match=r"not a regular file" if name == "metrics.json" else "no config.yaml of"):
         RunFolder(small(folder, resume=True).resolved())
     with pytest.raises(InputError, match="not a regular file"):
         read_metrics(folder) if name == "metrics.json" else TuneConfig.from_yaml(folder / name)
@@ -103,7 +103,7 @@ def test_a_file_of_a_run_that_is_a_pipe_does_not_hang(run, tmp_path, name):
      {"fused_optimizer": True, "precision": "bf16"}, {"sampler": "random", "skip_layers": 0, "delta": True}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
-def test_whatever_there_is_to_remember(tmp_path, changes):
+def test_resume_with_settings_is_bitwise_identical(tmp_path, changes):
     tune(small(tmp_path / "whole", **changes))
     stopped(tmp_path / "cut", **changes)
     assert len(rows(tmp_path / "cut")) == 1
@@ -111,10 +111,10 @@ def test_whatever_there_is_to_remember(tmp_path, changes):
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
-def test_pytorchs_own_random_numbers_go_on(tmp_path):
-    """LoRA's dropout draws from them."""
+def test_resume_restores_global_generator(tmp_path):
+    """LoRA's dropout uses it."""
     changes = {"method": "lora", "batch_size": 4, "epochs": 2}
-    torch.manual_seed(1)  # the caller's are others each time
+    torch.manual_seed(1)  # another state of the caller's generator in each run
     tune(small(tmp_path / "whole", **changes))
     torch.manual_seed(2)
     stopped(tmp_path / "cut", LoRA, **changes)
@@ -124,20 +124,20 @@ def test_pytorchs_own_random_numbers_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])
-def test_features_on_the_disk_go_on_with_their_view(tmp_path, changes):
+def test_resume_continues_views_of_cache(tmp_path, changes):
     tune(small(tmp_path / "whole", cache=tmp_path / "first", epochs=3, **changes))
     stopped(tmp_path / "cut", cache=tmp_path / "second", epochs=3, **changes)
     tune(small(tmp_path / "cut", cache=tmp_path / "second", epochs=3, resume=True, **changes))
     assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
 
 
-def test_where_nothing_is_to_be_resumed_it_begins(run, tmp_path):
+def test_resume_before_first_epoch_starts(run, tmp_path):
     stopped(tmp_path, step=3)  # before the first epoch is complete
     tune(small(tmp_path, resume=True))
     assert results(tmp_path) == results(run[0])
 
 
-def test_a_run_that_is_complete_says_so(run, capsys):
+def test_resume_of_complete_run(run, capsys):
     folder, metrics = run
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert tune(small(folder, resume=True), Console()) == metrics
@@ -147,36 +147,36 @@ def test_a_run_that_is_complete_says_so(run, capsys):
     assert main(["tune", *arguments]) == 0
 
 
-def test_resume_a_run_by_its_folder(run, tmp_path, capsys):
+def test_resume_by_folder(run, tmp_path, capsys):
     stopped(tmp_path)
     assert main(["tune", "--resume", str(tmp_path), "--log-every", "7"]) == 0
     assert results(tmp_path) == results(run[0])
-    assert "log_every: 7" in (tmp_path / "config.yaml").read_text(), "what does not change results may be another"
+    assert "log_every: 7" in (tmp_path / "config.yaml").read_text(), "a setting without effect on results may differ"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--shots", 3], "shots is 4 in the run in"), (["--out", "elsewhere"], "goes on in RUN; leave out --out"),
+    [(["--shots", 3], "shots is 4 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out --out"),
      (["--overwrite"], "give one of them")],
 )  # fmt: skip
-def test_resume_by_folder_with_other_settings(copy, arguments, message, capsys):
+def test_resume_by_folder_refuses_settings(copy, arguments, message, capsys):
     assert message in fails(["tune", "--resume", copy, *arguments], capsys)
 
 
-def test_resume_takes_one_folder(capsys):
+def test_resume_refuses_two_folders(capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--resume", "a", "b"])
     assert "one folder; got a b" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_resume_of_a_folder_without_a_run(tmp_path, capsys):
+def test_resume_refuses_folder_without_run(tmp_path, capsys):
     assert "config.yaml: no such file" in fails(["tune", "--resume", tmp_path], capsys)
     with pytest.raises(InputError, match="no such file"):
         tune(TuneConfig(resume=tmp_path))
 
 
-def test_a_row_and_the_metrics_were_missing(run, tmp_path):
-    """Of a process that was killed behind its last checkpoint."""
+def test_resume_restores_rows_and_metrics(run, tmp_path):
+    """The process was killed after its last checkpoint."""
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "metrics.json").unlink()
     (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
@@ -186,7 +186,7 @@ def test_a_row_and_the_metrics_were_missing(run, tmp_path):
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """Of a run that has all epochs, and no metrics yet."""
+    """Copy of a run with all epochs and no metrics."""
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "metrics.json").unlink()
     return tmp_path
@@ -204,7 +204,7 @@ def copy(run, tmp_path):
         ({"delta": True}, "delta is False in"),
     ],
 )
-def test_another_run_is_not_gone_on_with(copy, changes, message, capsys):
+def test_resume_refuses_other_settings(copy, changes, message, capsys):
     arguments = {"shots": 4, "classes": 12, "epochs": 2, "out": copy, **changes}
     flags = [[f"--{k.replace('_', '-')}", *([] if v is True else [v])] for k, v in arguments.items()]
     said = fails(["tune", "--resume", *(part for flag in flags for part in flag)], capsys)
@@ -212,11 +212,11 @@ def test_another_run_is_not_gone_on_with(copy, changes, message, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"log_every": 7}, {"memory": "min"}, {"workers": 1}], ids=str)
-def test_what_does_not_matter_may_be_another(copy, changes):
+def test_resume_accepts_settings_without_effect(copy, changes):
     assert tune(small(copy, resume=True, **changes))["status"] == "complete"
 
 
-def test_weights_that_are_not_those_of_the_state(copy, capsys):
+def test_resume_refuses_other_weights(copy, capsys):
     file = copy / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -229,19 +229,19 @@ def test_weights_that_are_not_those_of_the_state(copy, capsys):
     assert main(["tune", "--overwrite", *map(str, arguments)]) == 0
 
 
-def test_a_run_without_its_state(copy, capsys):
+def test_resume_refuses_missing_state(copy, capsys):
     (copy / "state.pt").unlink()
     (copy / "metrics.json").write_text('{"status": "complete", "epochs": 2}')
     message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--out", copy], capsys)
-    assert "holds a run without state.pt" in message
+    assert "contains a run without state.pt" in message
 
 
-def test_other_training_images(copy, monkeypatch, capsys):
+def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
     from skipkernels.tuner import trainer
 
     monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
     message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy], capsys)
-    assert "the training images are others" in message
+    assert "the training images differ" in message
 
 
 # ---- kills -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ KILLED = {"epochs": 6}
 
 @pytest.fixture(scope="module")
 def processes():
-    """From a server that has imported everything, so that a process begins at once."""
+    """Forkserver with all imports, so that a process starts at once."""
     return server("skipkernels.tuner", "matplotlib.figure")
 
 
@@ -265,8 +265,8 @@ def work(config: TuneConfig, pipe) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_changes_no_bit(processes, tmp_path):
-    torch.set_num_threads(1)  # as the processes that are killed
+def test_resume_after_kill_is_bitwise_identical(processes, tmp_path):
+    torch.set_num_threads(1)  # like the killed processes
     whole, moments, between = tmp_path / "whole", random.Random(SEED), 0
     duration = run_for(processes, work, (small(whole, **KILLED),), seconds=100)
     for kill in range(KILLS):
@@ -277,4 +277,4 @@ def test_a_kill_at_any_moment_changes_no_bit(processes, tmp_path):
         tune(small(folder, resume=True, **KILLED))
         assert results(folder) == results(whole)
         assert not list(folder.glob(".*partial")) and not list(folder.glob(".next.*"))
-    assert between, "of the kills one at least came between two epochs"
+    assert between, "at least one kill came between two epochs"

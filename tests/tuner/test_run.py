@@ -1,4 +1,4 @@
-"""A whole run: what it writes, that it repeats, and what its options do."""
+"""Whole runs: results, reproducibility and options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import open_clip
 import pytest
@@ -20,12 +19,11 @@ from skipkernels.cli.main import main
 from skipkernels.optimizer import FusedSGD
 from skipkernels.store.lock import locked
 from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, optimizers, tune
-from skipkernels.tuner.config import Method
-from skipkernels.tuner.evaluation import task_of
 from skipkernels.tuner.forward_profile import forward_milliseconds
 from skipkernels.tuner.methods import METHODS
 from skipkernels.tuner.model import load_model
-from skipkernels.tuner.precision import Arithmetic
+from skipkernels.tuner.precision import MixedPrecision
+from skipkernels.tuner.setup import build_task
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.tuner.runs import files, losses, rows, small, without_cost
 
@@ -36,7 +34,7 @@ def first_weights() -> dict[str, torch.Tensor]:
     return load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
 
 
-def test_files_and_metrics(run):
+def test_tune_files_and_metrics(run):
     folder, metrics = run
     assert files(folder) == FILES
     assert json.loads((folder / "metrics.json").read_text()) == metrics
@@ -44,27 +42,29 @@ def test_files_and_metrics(run):
     assert rows(folder)[-1]["accuracy"] == metrics["tuned"]
     assert metrics["status"] == "complete" and metrics["steps"] == 12 and metrics["protocol"] == "base-to-new"
     assert metrics["classes"] == {"base": 6, "new": 6} and set(metrics["tuned"]) == {"base", "new", "harmonic"}
-    assert metrics["kept_classes"] == 5  # four labels fit, and one of two in the tail
+    assert metrics["kept_classes"] == 5  # four kept, and one of two in the tail
     assert metrics["cost"]["peak_memory_mib"] > metrics["cost"]["baseline_memory_mib"] * 0.5 > 50
     html = (folder / "report.html").read_text()
-    assert "<svg" in html and not re.search(r"""(src|href)=["']?(https?:|//)""", html), "the report stands alone"
+    assert "<svg" in html and "data:image/png" in html and not re.search(r"""(src|href)=["']?(https?:|//)""", html), (
+        "the report is self-contained"
+    )
 
 
-def test_where_the_time_went(run):
+def test_tune_stage_seconds(run):
     folder, metrics = run
     for row in rows(folder):
-        budget = row["budget"]
-        assert set(budget) == {"data", "forward", "backward", "update", "evaluation"}
-        trained = sum(seconds for part, seconds in budget.items() if part != "evaluation")
-        assert 0.5 * row["seconds"] < trained < row["seconds"], "little is spent on anything else"
-        assert budget["data"] == row["seconds_waiting_for_features"] and min(budget.values()) >= 0
+        seconds = row["stage_seconds"]
+        assert set(seconds) == {"data", "forward", "backward", "update", "evaluation"}
+        trained = sum(value for stage, value in seconds.items() if stage != "evaluation")
+        assert 0.5 * row["seconds"] < trained < row["seconds"], "other stages take little"
+        assert seconds["data"] == row["seconds_waiting_for_features"] and min(seconds.values()) >= 0
         assert row["kept_histogram"] == {"5": 6}
     parts = metrics["cost"]["forward_milliseconds"]
     assert list(parts) == ["image tower", "class selection", "text tower", "loss"]
-    assert sum(parts.values()) < 10 * 1000 * sum(row["budget"]["forward"] for row in rows(folder)) / 12
+    assert sum(parts.values()) < 10 * 1000 * sum(row["stage_seconds"]["forward"] for row in rows(folder)) / 12
 
 
-def test_skip_tuning_beats_zero_shot_on_characters_never_seen(tmp_path):
+def test_tune_beats_zero_shot_on_unseen_characters(tmp_path):
     metrics = tune(TuneConfig(shots=8, epochs=4, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "ten times chance over 50 classes"
@@ -73,14 +73,14 @@ def test_skip_tuning_beats_zero_shot_on_characters_never_seen(tmp_path):
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] / 2
 
 
-def test_eval_gives_the_reported_accuracy_to_the_digit(run, capsys):
+def test_eval_reproduces_accuracy(run, capsys):
     folder, metrics = run
     assert evaluate_run(folder) == metrics["tuned"]
     assert main(["eval", str(folder / "model.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metrics["tuned"]
 
 
-def test_eval_beside_a_run_says_that_it_is_going_on(run, capsys):
+def test_eval_notes_run_in_progress(run, capsys):
     folder, metrics = run
     with locked(folder):
         assert main(["eval", str(folder), "--json"]) == 0
@@ -89,7 +89,7 @@ def test_eval_beside_a_run_says_that_it_is_going_on(run, capsys):
     assert "note: a run is going on in this folder (this process, since" in shown.err
 
 
-def test_eval_reads_weights_again_that_a_run_has_renamed(run, tmp_path, monkeypatch):
+def test_evaluate_run_retries_renamed_weights(run, tmp_path, monkeypatch):
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").rename(tmp_path / ".next.model.safetensors")
     find = checkpoint.find
@@ -111,11 +111,11 @@ def test_eval_on_other_data(run, capsys):
     assert list(json.loads(capsys.readouterr().out)) == ["all"]
 
 
-def test_open_clip_loads_the_checkpoint_and_agrees(run):
+def test_open_clip_loads_checkpoint(run):
     folder, metrics = run
     model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
     open_clip.load_checkpoint(model, str(folder / "model.safetensors"))
-    base = task_of(small(folder), preprocess).tests[0]
+    base = build_task(small(folder), preprocess).tests[0]
     images, labels = zip(*base.images, strict=True)
     tokens = open_clip.get_tokenizer("glyph-tiny")(base.prompts[0])
     with torch.no_grad():
@@ -125,13 +125,13 @@ def test_open_clip_loads_the_checkpoint_and_agrees(run):
     )
 
 
-def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
+def test_tune_is_deterministic(run, tmp_path):
     folder, metrics = run
-    torch.manual_seed(7)  # the caller's own numbers don't matter
+    torch.manual_seed(7)  # the caller's generator has no effect
     expected = torch.rand(1)
     torch.manual_seed(7)
     again = tune(small(tmp_path / "again", log_every=1))
-    assert torch.rand(1) == expected, "and go on as they were"
+    assert torch.rand(1) == expected, "the caller's generator is restored"
     assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
     other = tune(small(tmp_path / "other", seed=1))
     assert other["tuned"] != metrics["tuned"] or other["zero_shot"] != metrics["zero_shot"]
@@ -142,16 +142,16 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     [({"fused_optimizer": True}, FusedSGD), ({"optimizer": "torch-sgd"}, torch.optim.SGD)],
     ids=["in backward", "torch"],
 )
-def test_every_sgd_gives_the_same_numbers(run, tmp_path, monkeypatch, changes, made):
+def test_tune_sgd_variants_agree(run, tmp_path, monkeypatch, changes, made):
     folder, metrics = run
-    found, make = [], optimizers.make
-    monkeypatch.setattr(optimizers, "make", lambda *args, **kwargs: found.append(make(*args, **kwargs)) or found[0])
+    found, build = [], optimizers.build
+    monkeypatch.setattr(optimizers, "build", lambda *args, **kwargs: found.append(build(*args, **kwargs)) or found[0])
     other = tune(small(tmp_path, **changes))
     assert type(found[0]) is made and other["tuned"] == metrics["tuned"]
-    assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5), "they round in other places"
+    assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5), "they round differently"
 
 
-def test_below_the_cut_nothing_moves_and_above_it_does(run):
+def test_tune_changes_weights_above_cut_only(run):
     folder, _ = run
     before, after = first_weights(), load_file(folder / "model.safetensors")
     moved = {name for name in before if not before[name].equal(after[name])}
@@ -162,7 +162,7 @@ def test_below_the_cut_nothing_moves_and_above_it_does(run):
     assert "logit_scale" not in moved
 
 
-def test_full_fine_tuning_moves_everything_and_is_compared_over_all_classes(tmp_path):
+def test_tune_full_changes_all_weights(tmp_path):
     metrics = tune(small(tmp_path, method="full", epochs=1))
     assert metrics["kept_classes"] == 6
     assert evaluate_run(tmp_path) == metrics["tuned"]
@@ -170,7 +170,7 @@ def test_full_fine_tuning_moves_everything_and_is_compared_over_all_classes(tmp_
     assert {name for name in before if before[name].equal(after[name])} <= {"logit_scale"}
 
 
-def test_only_what_changed_is_kept(run, tmp_path, capsys):
+def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     folder, metrics = run
     arguments = ["tune", "--shots", "4", "--classes", "12", "--epochs", "2", "--delta", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
@@ -194,14 +194,10 @@ def test_only_what_changed_is_kept(run, tmp_path, capsys):
      {"protocol": "domain-generalization"}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
-def test_options(tmp_path, changes):
+def test_tune_options(tmp_path, changes):
     metrics = tune(small(tmp_path, **{"epochs": 1, **changes}))
     assert metrics["status"] == "complete"
     assert evaluate_run(tmp_path) == metrics["tuned"]
-
-
-def test_the_methods_are_those_there_are():
-    assert get_args(Method) == tuple(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +205,14 @@ def test_the_methods_are_those_there_are():
     [(method, False) for method in METHODS if method not in ("skip", "full")]
     + [("lora", True), ("linear-probe", True)],
 )
-def test_other_methods(run, tmp_path, method, delta):
+def test_tune_methods(run, tmp_path, method, delta):
     steps = METHODS[method].recipe("glyph-tiny", "base-to-new", 4).epochs > 0
     metrics = tune(small(tmp_path, method=method, epochs=1 if steps else None, delta=delta))
-    assert metrics["zero_shot"] == run[1]["zero_shot"], "the model as it came"
+    assert metrics["zero_shot"] == run[1]["zero_shot"], "the pretrained model"
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert metrics["tuned"]["base"] is not None
     if method == "linear-probe":
-        assert metrics["tuned"]["new"] is metrics["tuned"]["harmonic"] is None, "it knows no texts"
+        assert metrics["tuned"]["new"] is metrics["tuned"]["harmonic"] is None, "it uses no texts"
         assert metrics["tuned"]["base"] > 50
     if method == "zero-shot":
         assert metrics["tuned"] == metrics["zero_shot"] and metrics["parameters"]["trained"] == 0
@@ -224,37 +220,37 @@ def test_other_methods(run, tmp_path, method, delta):
     assert files(tmp_path) >= {"report.html", "state.pt", "metrics.json"}
 
 
-def test_gradients_that_are_clipped_to_nothing_move_nothing(tmp_path):
+def test_tune_clip_grad_norm_near_zero(tmp_path):
     tune(small(tmp_path, epochs=1, clip_grad_norm=1e-30, weight_decay=0.0))
     before, after = first_weights(), load_file(tmp_path / "model.safetensors")
     assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-25) for name in before)
 
 
-def test_the_fixed_tail_keeps_the_same_number_of_classes(tmp_path):
+def test_tune_fixed_tail_keeps_constant_number(tmp_path):
     tune(small(tmp_path, classes=60, epochs=1, tail="fixed"))
     (row,) = rows(tmp_path)
     assert len(Counter(row["kept_histogram"])) == 1 and sum(row["kept_histogram"].values()) == row["steps"]
 
 
-def test_random_weights_are_those_of_the_seed():
+def test_load_model_random_weights_follow_seed():
     first, again, other = (
         load_model("glyph-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_timing_the_parts_of_a_forward_changes_nothing():
+def test_forward_milliseconds_changes_nothing():
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(60), skip_layers=1 / 3)
     images, labels = tiny_batch(4, 60, torch.float32)
     before = clip.sampler.state_dict()
-    parts = forward_milliseconds(clip, images, labels, Arithmetic("fp32", torch.device("cpu")))
+    parts = forward_milliseconds(clip, images, labels, MixedPrecision("fp32", torch.device("cpu")))
     assert min(parts.values()) > 0 and list(parts) == ["image tower", "class selection", "text tower", "loss"]
     assert clip.sampler.state_dict()["generator"].equal(before["generator"])
     assert all(weight.grad is None for weight in clip.trainable_parameters())
 
 
 def squares(folder: Path, *colours: str) -> Path:
-    """Six images in a folder for each class."""
+    """Folder with six images per class."""
     for colour in colours or ("red", "blue"):
         (folder / f"{colour} square").mkdir(parents=True)
         for number in range(6):
@@ -262,13 +258,13 @@ def squares(folder: Path, *colours: str) -> Path:
     return folder
 
 
-def test_every_class_of_own_images_trains(tmp_path):
+def test_tune_image_folder_trains_all_classes(tmp_path):
     data = f"imagefolder:{squares(tmp_path / 'images', 'red', 'blue', 'green', 'black')}"
     metrics = tune(small(tmp_path / "run", data=data, shots=2, classes=None, epochs=1))
     assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 4}
 
 
-def test_images_that_were_chosen_are_written_by_their_paths(tmp_path):
+def test_tune_writes_few_shot_paths(tmp_path):
     squares(tmp_path / "images")
     run = tmp_path / "run"
     data = f"imagefolder:{tmp_path / 'images'}"

@@ -1,4 +1,4 @@
-"""Runs whose features at the cut are on the disk."""
+"""Runs with a feature cache on disk."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.tuner.runs import losses, small, without_cost
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """A run whose features are kept, and where."""
+    """Folder and metrics of a run with a cache."""
     folder = tmp_path_factory.mktemp("cached")
     return folder, tune(small(folder / "run", cache=folder / "cache", cache_dtype="fp32"))
 
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """How many images at once were encoded for a store, call by call."""
+    """Number of images in each call of the encoder of a store."""
     calls, encode = [], builder.Encoder.__call__
 
     def counted(encoder, images):
@@ -37,7 +37,7 @@ def encoded(monkeypatch):
     return calls
 
 
-def test_features_on_the_disk_give_the_same_numbers(run, cached):
+def test_cache_gives_same_numbers(run, cached):
     (in_memory, expected), (folder, metrics) = run, cached
     assert without_cost(metrics) == without_cost(expected)
     assert losses(folder / "run") == losses(in_memory)
@@ -46,18 +46,18 @@ def test_features_on_the_disk_give_the_same_numbers(run, cached):
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_a_second_run_encodes_no_image_again(cached, tmp_path, encoded):
+def test_cache_second_run_encodes_no_image(cached, tmp_path, encoded):
     folder, metrics = cached
     again = tune(small(tmp_path / "again", cache=folder / "cache", cache_dtype="fp32"))
-    assert max(encoded) == 1, "the one image that tells how features lie"
+    assert max(encoded) == 1, "one image, for the layout of the features"
     assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder / "run")
     encoded.clear()
     tune(small(tmp_path / "another", cache=tmp_path / "cache", cache_dtype="fp32", epochs=1))
     assert sum(encoded) >= 12 // 2 * 4 + 12 * 12, "all training and test images"
 
 
-def test_eval_writes_nothing_and_needs_no_cache(cached, tmp_path, encoded):
-    """Not even where the configuration, which may be somebody else's, names a folder for it."""
+def test_evaluate_run_writes_nothing_and_needs_no_cache(cached, tmp_path, encoded):
+    """Also if the configuration names a folder for the cache."""
     folder, metrics = cached
     shutil.copytree(folder / "run", tmp_path / "run")
     config = (tmp_path / "run" / "config.yaml").read_text()
@@ -71,17 +71,17 @@ def test_eval_writes_nothing_and_needs_no_cache(cached, tmp_path, encoded):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_features_that_are_kept_in_fewer_bits_are_as_good(run, tmp_path, dtype):
+def test_cache_dtype_keeps_accuracy(run, tmp_path, dtype):
     _, expected = run
     metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype=dtype))
-    # 72 images of each kind: one of them is 1.4 %.
+    # One of 72 images is 1.4 %.
     assert metrics["tuned"]["base"] == pytest.approx(expected["tuned"]["base"], abs=6)
     assert metrics["tuned"]["new"] == pytest.approx(expected["tuned"]["new"], abs=6)
-    assert evaluate_run(tmp_path / "run") == metrics["tuned"], "from features that are rounded as those of the cache"
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"], "features are rounded like those of the cache"
 
 
 @pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])
-def test_crops_are_drawn_for_training_images_alone(run, cached, tmp_path, changes):
+def test_cache_crops_training_images_only(run, cached, tmp_path, changes):
     _, plain = run
     metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32", **changes))
     assert metrics["status"] == "complete" and metrics["zero_shot"] == plain["zero_shot"]
@@ -99,17 +99,17 @@ def test_crops_are_drawn_for_training_images_alone(run, cached, tmp_path, change
     ],
     ids=["weights", "cut", "dtype", "images"],
 )
-def test_a_cache_of_something_else_is_refused(cached, tmp_path, capsys, changes, message):
+def test_cache_refuses_mismatch(cached, tmp_path, capsys, changes, message):
     folder, _ = cached
     arguments = ["tune", "--shots", 4, "--classes", 12, "--epochs", 1, "--cache", folder / "cache"]
     arguments += ["--cache-dtype", "fp32", "--out", tmp_path / "run", *changes]
     assert main([str(argument) for argument in arguments]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]  # below the bar of what was done before
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress
     assert error.startswith("error") and re.search(message, error) and str(folder / "cache") in error
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_cache_is_repaired(cached, tmp_path):
+def test_cache_rebuilds_damaged_shard(cached, tmp_path):
     folder, metrics = cached
     shutil.copytree(folder / "cache", tmp_path / "cache")
     shard = tmp_path / "cache" / "train" / "00000.safetensors"
@@ -119,7 +119,7 @@ def test_damaged_cache_is_repaired(cached, tmp_path):
     assert without_cost(again) == without_cost(metrics)
 
 
-def test_the_published_crops_are_of_any_part_and_flipped_or_not():
+def test_augmentation_reference_crops_and_flips():
     model, _, _ = load_model("glyph-tiny", None, torch.device("cpu"))
     assert "scale=(0.9, 1.0)" in str(augmentation(model))
     published = str(augmentation(model, "reference"))

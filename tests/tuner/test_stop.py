@@ -1,4 +1,4 @@
-"""What ends a run before its time, and what it leaves."""
+"""Runs that stop early, and the files they leave."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
-from skipkernels.experiments import glyph_tiny
-from skipkernels.tuner import checkpoint, evaluate_run, evaluation, tune
+from skipkernels.experiments import glyph_tiny, glyphs
+from skipkernels.tuner import check, checkpoint, evaluate_run, tune
 from skipkernels.tuner import run as run_module
-from skipkernels.tuner.evaluation import task_of
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.methods.base import StepOutput
 from skipkernels.tuner.run import _memory_errors
 from skipkernels.tuner.run_folder import RunFolder
+from skipkernels.tuner.setup import build_task
 from tests.tuner.runs import fails, files, rows, small
 
 ARGUMENTS = ["tune", "--shots", "4", "--classes", "12"]
@@ -36,7 +36,7 @@ ARGUMENTS = ["tune", "--shots", "4", "--classes", "12"]
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Lets something happen in place of a step, counted from 1."""
+    """Replace a step, counted from 1, by a function."""
 
     def let(number: int, happen) -> None:
         step, calls = Skip.step, iter(range(1, 1000))
@@ -57,9 +57,9 @@ def not_a_number(self, inputs, labels):
     return StepOutput(self.clip(inputs, labels).loss * torch.tensor(float("nan")), 5)
 
 
-def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, at_step, capsys):
+def test_interrupt_keeps_last_epoch(tmp_path, at_step, capsys):
     at_step(10, interrupt)  # in the second epoch of six steps
-    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are complete in .*; --resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are complete in .*; resume=True continues it"):
         tune(small(tmp_path))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["status"], metrics["epochs"], metrics["steps"]) == ("interrupted", 1, 6)
@@ -69,22 +69,22 @@ def test_ctrl_c_leaves_the_last_complete_epoch(tmp_path, at_step, capsys):
     assert "the run was cut off, 1 epoch before its end; --resume goes on" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_the_first_epoch_says_so(tmp_path, at_step):
+def test_interrupt_before_first_epoch(tmp_path, at_step):
     at_step(1, interrupt)
     with pytest.raises(KeyboardInterrupt):
         tune(small(tmp_path))
     assert files(tmp_path) == {"config.yaml", "metrics.json"}
-    with pytest.raises(InputError, match="before its first epoch was complete. Begin it again with tune --resume"):
+    with pytest.raises(InputError, match="before its first epoch was complete. Restart it with `resume=True`"):
         evaluate_run(tmp_path)
 
 
 class Killed(BaseException):
-    """In place of a signal that nothing can catch."""
+    """Stands in for SIGKILL."""
 
 
 @pytest.mark.parametrize("moment", range(1, 21))
-def test_a_kill_while_a_run_is_replaced_leaves_a_run(tmp_path, monkeypatch, moment):
-    """Nothing is left that --resume or --overwrite would take for somebody else's."""
+def test_kill_during_overwrite_leaves_run(tmp_path, monkeypatch, moment):
+    """The remaining files are accepted by resume and overwrite."""
     config = small(tmp_path, overwrite=True).resolved()
     state = {"config": config.identity(), "rows": [], "seconds": 1.0, "trainer": None}
     checkpoint.save(tmp_path, checkpoint.MODEL, {"weight": torch.ones(1)}, {}, state)
@@ -97,7 +97,7 @@ def test_a_kill_while_a_run_is_replaced_leaves_a_run(tmp_path, monkeypatch, mome
     def until_killed(work):
         def until(*args, **named):
             if next(calls) >= moment:
-                raise Killed  # from here on nothing happens: a killed process cleans nothing up
+                raise Killed  # and in all later calls: a killed process does not clean up
             return work(*args, **named)
 
         return until
@@ -112,10 +112,10 @@ def test_a_kill_while_a_run_is_replaced_leaves_a_run(tmp_path, monkeypatch, mome
         with RunFolder(dataclasses.replace(config, **how)).held():
             assert "config.yaml" in files(tmp_path)
     if moment == 20:
-        assert next(calls) < moment, "all moments were looked at"
+        assert next(calls) < moment, "all moments were tested"
 
 
-def test_termination_leaves_what_ctrl_c_leaves(tmp_path, at_step):
+def test_sigterm_is_interrupt(tmp_path, at_step):
     at_step(1, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
@@ -124,7 +124,7 @@ def test_termination_leaves_what_ctrl_c_leaves(tmp_path, at_step):
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 50])
-def test_a_loss_that_is_not_finite_names_its_batch(tmp_path, at_step, log_every):
+def test_nan_loss_names_batch(tmp_path, at_step, log_every):
     seen = []
 
     def bad(self, inputs, labels):
@@ -134,17 +134,17 @@ def test_a_loss_that_is_not_finite_names_its_batch(tmp_path, at_step, log_every)
     at_step(9, bad)
     with pytest.raises(FloatingPointError, match="the loss of batch 3 of epoch 2 is nan") as error:
         tune(small(tmp_path, log_every=log_every))
-    task = task_of(small(tmp_path).resolved())
+    task = build_task(small(tmp_path).resolved())
     images, names = re.search(r"training images ([\d, ]+) of (.*)\. Lower", str(error.value)).groups()
     labels = [task.train[int(image)][1] for image in images.split(", ")]
-    assert labels == seen[0], "the images are those of the step"
+    assert labels == seen[0], "the message names the images of the step"
     assert names == ", ".join(dict.fromkeys(task.tests[0].classes[label] for label in labels))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["status"] == "diverged" and metrics["epochs"] == 1 and len(rows(tmp_path)) == 1
     assert evaluate_run(tmp_path) == metrics["tuned"] == rows(tmp_path)[0]["accuracy"]
 
 
-def test_weights_that_are_not_finite_after_the_last_batch_are_not_kept(tmp_path, at_step):
+def test_nan_weights_are_not_saved(tmp_path, at_step):
     def spoil(self, inputs, labels):
         loss = self.clip(inputs, labels).loss
         loss.register_hook(lambda gradient: gradient * float("nan"))
@@ -156,28 +156,29 @@ def test_weights_that_are_not_finite_after_the_last_batch_are_not_kept(tmp_path,
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"]
 
 
-def test_answers_that_are_not_finite_are_no_accuracy(tmp_path, capsys):
-    """Weights of 1e28 are finite, as the loss before them was; what they answer is not."""
+def test_infinite_logits_diverge(tmp_path, capsys):
+    """Weights of 1e28 are finite, and so is the last loss, but the logits are not."""
     rates = ["--epochs", "2", "--warmup-epochs", "1", "--warmup-lr", "1e-4", "--text-lr", "1e30", "--image-lr", "1e30"]
     steps = ["--shots", "1", "--classes", "6", "--batch-size", "3"]
     assert main(["tune", *steps, *rates, "--out", str(tmp_path)]) == 1
-    assert "logits of the test 'base' are not finite with the weights of this epoch" in capsys.readouterr().err
+    assert "logits of the test 'base' are not finite after this epoch" in capsys.readouterr().err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["status"] == "diverged" and metrics["epochs"] == 1
     assert evaluate_run(tmp_path) == metrics["tuned"]
 
 
-def test_weights_whose_answers_are_not_finite_are_refused(tmp_path, capsys):
+def test_infinite_logits_of_pretrained_weights(tmp_path, capsys):
     weights = {name: tensor * 1e30 for name, tensor in glyph_tiny.state_dict().items()}
     save_file(weights, tmp_path / "large.safetensors")
     arguments = [*ARGUMENTS, "--pretrained", tmp_path / "large.safetensors", "--out", tmp_path / "run"]
     assert "embeddings of texts are not finite" in fails(arguments, capsys)
     assert main([*map(str, arguments), "--method", "zero-shot"]) == 1
-    assert "logits of the test 'base' are not finite as the model came" in capsys.readouterr().err
+    message = "logits of the test 'base' are not finite for the pretrained weights. Check --pretrained"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_rates_that_are_too_high(tmp_path, capsys):
+def test_high_learning_rate_diverges(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = [*ARGUMENTS, "--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "1e-4"]
     assert main([*arguments, "--text-lr", "1e18", "--image-lr", "1e18", "--out", str(out)]) == 1
@@ -187,13 +188,13 @@ def test_rates_that_are_too_high(tmp_path, capsys):
     assert evaluate_run(out) == metrics["tuned"]
 
 
-# ---- the end -------------------------------------------------------------------------------------------------------
+# ---- report -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["report_html", "forward_milliseconds"])
-def test_a_report_that_fails_is_a_note(run, tmp_path, monkeypatch, part):
+def test_report_failure_is_note(run, tmp_path, monkeypatch, part):
     def fail(*_):
-        assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "complete", "metrics come first"
+        assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "complete", "metrics are written first"
         raise MemoryError("too much")
 
     monkeypatch.setattr(run_module, part, fail)
@@ -205,28 +206,28 @@ def test_a_report_that_fails_is_a_note(run, tmp_path, monkeypatch, part):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_ctrl_c_while_the_report_is_made_says_that_the_run_is_complete(tmp_path, monkeypatch):
+def test_interrupt_during_report(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "forward_milliseconds", interrupt)
     with pytest.raises(KeyboardInterrupt, match=f"the run in {tmp_path} is complete; report.html is not written"):
         tune(small(tmp_path))
     assert json.loads((tmp_path / "metrics.json").read_text())["status"] == "complete"
 
 
-def test_the_dataset_is_listed_once(tmp_path, monkeypatch):
-    listed, whole = [], evaluation.load_task
-    monkeypatch.setattr(evaluation, "load_task", lambda *args, **named: listed.append(args) or whole(*args, **named))
-    tune(small(tmp_path, epochs=1, shots=1))
-    assert len(listed) == 1
-    assert "data:image/png" in (tmp_path / "report.html").read_text(), "with images of the test"
+@pytest.mark.parametrize("changes", [{}, {"method": "lora", "preset": "reference"}], ids=["skip", "lora"])
+def test_check_opens_data_once(tmp_path, monkeypatch, changes):
+    opened, open_glyphs = [], glyphs.open_glyphs
+    monkeypatch.setattr(glyphs, "open_glyphs", lambda *args: opened.append(args) or open_glyphs(*args))
+    check(small(tmp_path / "run", epochs=None, **changes))
+    assert len(opened) == 1
 
 
 # ---- memory and disk -----------------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_in_a_step_is_one_line(tmp_path, at_step, capsys):
+def test_out_of_memory_in_step(tmp_path, at_step, capsys):
     at_step(2, lambda *args: torch.empty(2**60))
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
-    assert "memory is used up" in message and "--memory min" in message
+    assert "out of memory" in message and "--memory min" in message
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
@@ -241,13 +242,13 @@ def test_too_little_memory_in_a_step_is_one_line(tmp_path, at_step, capsys):
     ],
     ids=repr,
 )
-def test_too_little_memory_is_the_same_line_whoever_finds_out(error):
-    with pytest.raises(MemoryError, match=r"^tune: memory is used up \([^\n]+\) Use --memory min"), _memory_errors():
+def test_memory_errors_translates(error):
+    with pytest.raises(MemoryError, match=r'^tune: out of memory \([^\n]+\) Use memory="min"'), _memory_errors():
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError(), RuntimeError("no"), MemoryError("gather: too large")], ids=repr)
-def test_other_errors_keep_their_words(error):
+def test_memory_errors_passes_other_errors(error):
     with pytest.raises(type(error)) as caught, _memory_errors():
         raise error
     assert caught.value is error
@@ -255,7 +256,7 @@ def test_other_errors_keep_their_words(error):
 
 @pytest.fixture
 def small_disk():
-    """No file may grow beyond so many bytes, as on a disk that is full."""
+    """Limit the size of files, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int) -> None:
@@ -265,28 +266,28 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# What changed takes three megabytes, and what AdamW keeps of it six.
+# The changed weights have three megabytes, and the state of AdamW six.
 @pytest.mark.parametrize(
     ("size", "changes"),
     [(20 << 20, {}), (5 << 20, {"optimizer": "AdamW", "delta": True}), (100, {})],
     ids=["the weights", "the state", "all"],
 )
-def test_a_disk_that_is_full_leaves_the_epoch_before(tmp_path, at_step, small_disk, size, changes):
+def test_full_disk_keeps_last_epoch(tmp_path, at_step, small_disk, size, changes):
     def fill(self, inputs, labels):
         small_disk(size)
         return StepOutput(self.clip(inputs, labels).loss, 5)
 
     at_step(9, fill)
-    with pytest.raises(InputError, match="the checkpoint can't be written.* go on with --resume"):
+    with pytest.raises(InputError, match="the checkpoint can't be written.* continue with `resume=True`"):
         tune(small(tmp_path, **changes))
     small_disk(resource.RLIM_INFINITY)
-    assert not (tmp_path / "metrics.json").exists(), "it does not look finished"
+    assert not (tmp_path / "metrics.json").exists(), "the run is not marked complete"
     assert not list(tmp_path.glob(".*partial"))
     assert evaluate_run(tmp_path) == rows(tmp_path)[0]["accuracy"] and len(rows(tmp_path)) == 1
     assert tune(small(tmp_path, resume=True, **changes))["epochs"] == 2
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path, monkeypatch, capsys):
+def test_check_room_needs_two_checkpoints(tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 40 << 20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     message = fails([*ARGUMENTS, "--out", tmp_path / "run"], capsys)
@@ -294,11 +295,11 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_do_not_write_to_one_folder(tmp_path, capsys):
+def test_run_folder_refuses_second_process(tmp_path, capsys):
     from skipkernels.store.lock import locked
 
     with locked(tmp_path):
-        assert "is at work in it" in fails([*ARGUMENTS, "--out", tmp_path], capsys)
+        assert "in use by" in fails([*ARGUMENTS, "--out", tmp_path], capsys)
     assert not (tmp_path / checkpoint.STATE).exists()
 
 
@@ -311,20 +312,20 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["log", "live"])
-def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch, live):
+def test_broken_terminal_does_not_stop_run(tmp_path, monkeypatch, live):
     monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(f"a thread ended with {args.exc_value!r}"))
     console = Console(file=Broken(), force_terminal=live)
     assert tune(small(tmp_path, epochs=1), console)["status"] == "complete"
     assert not console.quiet
 
 
-def test_a_hangup_leaves_what_ctrl_c_leaves(tmp_path, at_step):
+def test_sighup_is_interrupt(tmp_path, at_step):
     at_step(1, lambda *args: signal.raise_signal(signal.SIGHUP))
     assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 128 + signal.SIGHUP
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
 
 
-def test_a_hangup_that_nohup_ignores_ends_nothing(monkeypatch):
+def test_sighup_ignored_by_nohup(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         monkeypatch.setattr("skipkernels.cli.main._doctor", lambda out: signal.raise_signal(signal.SIGHUP))
@@ -334,16 +335,16 @@ def test_a_hangup_that_nohup_ignores_ends_nothing(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_ctrl_c_says_what_is_complete(tmp_path, at_step, monkeypatch, capsys):
+def test_second_interrupt_names_complete_epochs(tmp_path, at_step, monkeypatch, capsys):
     at_step(10, interrupt)
     monkeypatch.setattr(RunFolder, "finish", interrupt)
     out = tmp_path / "run"
     assert main([*ARGUMENTS, "--epochs", "2", "--out", str(out)]) == 130
-    left = f"interrupted: 1 of 2 epochs are complete in {out}; --resume goes on"
+    left = f"interrupted: 1 of 2 epochs are complete in {out}; --resume continues it"
     assert " ".join(capsys.readouterr().err.split()).endswith(left)
 
 
-def test_ctrl_c_while_a_resumed_run_begins_says_what_is_complete(tmp_path, at_step, monkeypatch):
+def test_interrupt_of_resumed_run_names_complete_epochs(tmp_path, at_step, monkeypatch):
     at_step(10, interrupt)
     with pytest.raises(KeyboardInterrupt):
         tune(small(tmp_path))

@@ -25,7 +25,7 @@ def small_clip(**settings) -> sk.SkipCLIP:
 
 
 def train(clip: sk.SkipCLIP, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Two epochs of four steps of four images, of which each process has its part; gives the weights."""
+    """Train two epochs of four steps on four images, shared by the processes; return the weights."""
     torch.set_num_threads(1)
     images = FeatureCache.in_memory(list(zip(*tiny_batch(IMAGES, CLASSES), strict=True)))
     loader = images.loader(TOGETHER // world_size, "random", rank=rank, world_size=world_size)
@@ -49,7 +49,7 @@ def process(rank: int, folder: Path, settings: dict) -> None:
 
 
 def by_two(folder: Path, **settings) -> list[dict[str, torch.Tensor]]:
-    """The weights that each of two processes ends with."""
+    """Final weights of each of two processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.features", "skipkernels.clip"])
     both = [context.Process(target=process, args=(rank, folder, settings)) for rank in range(2)]
@@ -65,16 +65,16 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def test_two_processes_train_as_one_does_on_the_whole_batch(tmp_path):
-    """With every class kept; each takes the mean over its half, and the gradients' mean is that of the whole."""
+def test_ddp_matches_one_process_with_all_classes(tmp_path):
+    """With all classes kept, the mean of the processes' gradients is that of the whole batch."""
     first, second = by_two(tmp_path, keep_ratio=1.0)
     alone = train(small_clip(keep_ratio=1.0), 0, 1)
     assert distance(first, second) == 0.0
     assert distance(first, alone) < 1e-12 < 1e-4 < distance(alone, tiny_clip().state_dict())
 
 
-def test_each_process_chooses_classes_for_its_part(tmp_path):
-    """So the loss is not that of the whole batch; but all train the same weights."""
+def test_ddp_selects_classes_per_process(tmp_path):
+    """The loss is not that of the whole batch, but the processes have equal weights."""
     first, second = by_two(tmp_path, keep_ratio=0.3)
     assert distance(first, second) == 0.0
     assert distance(first, train(small_clip(keep_ratio=0.3), 0, 1)) > 1e-6
@@ -84,14 +84,14 @@ def test_each_process_chooses_classes_for_its_part(tmp_path):
 
 
 @pytest.mark.parametrize("inputs", ["images", "features"])
-def test_a_compiled_clip_gives_the_same(inputs):
+def test_compile_matches_eager(inputs):
     plain, other = small_clip(), small_clip()
     compiled = torch.compile(other, backend="aot_eager")
     images, labels = tiny_batch(TOGETHER, CLASSES)
     x = images if inputs == "images" else plain.encode_lower(images)
     for _ in range(2):
         expected, got = plain(x, labels), compiled(x, labels)
-        assert got.class_ids.equal(expected.class_ids), "the draws go on"
+        assert got.class_ids.equal(expected.class_ids), "equal draws"
         assert got.loss.item() == pytest.approx(expected.loss.item(), abs=1e-12)
         expected.loss.backward()
         got.loss.backward()

@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a small network behind the frozen image tower."""
+"""CLIP-Adapter: a small network on the embeddings of the frozen image tower."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data import InputError, Protocol, Task
-from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer, compare
+from ...data import InputError, Task
+from ...options import Protocol
+from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer, cross_entropy_step
 
 
 class CLIPAdapter(FrozenModel):
-    """CLIP-Adapter (Gao et al. 2021), its adapter of images.
+    """CLIP-Adapter (Gao et al. 2021) with its image adapter.
 
         a(x) = relu(W_up · relu(W_down · x));   x' = ratio · a(x) + (1 − ratio) · x
         z_bc = exp(logit_scale) · ⟨x'_b/|x'_b|, t̂_c⟩
 
-    x is the image embedding before it is normalised. Only W_down [D/reduction, D] and W_up [D, D/reduction] train; the
+    x is the image embedding before normalisation. Only W_down [D/reduction, D] and W_up [D, D/reduction] train; the
     class embeddings t̂ are frozen and computed once. Before training W_up is random, so the logits are not those of
     zero-shot.
 
-    The published code trains as CoOp does: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
+    The published code trains like CoOp: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
 
     Args:
-        model: An open_clip model, of which nothing changes.
-        tokenizer: Its tokenizer.
-        task: What it is tuned to.
-        reduction: How much narrower the network is than the embedding.
-        ratio: Share of what it gives.
-        keep_embeddings: Keep image embeddings in place of images, so that the image tower runs once for each; the
-            published code runs it in every step.
-        generator: Of the first weights.
+        model: An open_clip model; not changed.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        reduction: Ratio of the width of the embedding to that of the network.
+        ratio: Weight of the adapter's output.
+        keep_embeddings: Run the image tower once per image; the published code runs it in every step.
+        generator: Generator of the initial weights. Default: seed 0.
 
     Raises:
-        InputError: If it is no model of open_clip, or a number is out of its range.
+        InputError: If the model is not one of open_clip, or an argument is out of range.
 
     Source: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", 2021, arXiv 2110.04544.
 
@@ -58,8 +58,8 @@ class CLIPAdapter(FrozenModel):
         generator: torch.Generator | None = None,
     ):
         super().__init__(model, tokenizer, task, keep_embeddings=keep_embeddings, generator=generator)
-        like = self._like_an_embedding()
-        width = len(like)
+        embedding = self._empty_embedding()
+        width = len(embedding)
         if not 1 <= reduction <= width:
             raise InputError(
                 f"{self.name}: reduction must be from 1 to the embedding's width {width}; got {reduction}."
@@ -67,11 +67,11 @@ class CLIPAdapter(FrozenModel):
         if not 0 <= ratio <= 1:
             raise InputError(f"{self.name}: ratio must be from 0 to 1; got {ratio}.")
         self.ratio = ratio
-        self.down = self._linear(width, width // reduction).to(like)
-        self.up = self._linear(width // reduction, width).to(like)
+        self.down = self._linear(width, width // reduction).to(embedding)
+        self.up = self._linear(width // reduction, width).to(embedding)
 
     def _linear(self, width_in: int, width_out: int) -> nn.Linear:
-        """A layer without bias, with the first weights of `nn.Linear`."""
+        """Return a layer without bias, initialised like `nn.Linear`."""
         layer = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=False, device=self._generator.device)
         bound = width_in**-0.5
         nn.init.uniform_(layer.weight, -bound, bound, generator=self._generator)
@@ -92,18 +92,18 @@ class CLIPAdapter(FrozenModel):
         )
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """x' [B, D] of images, or of embeddings that were kept."""
+        """Adapted embeddings x' [B, D] of images or embeddings."""
         image = self.frozen_embedding(inputs).to(self.down.weight.dtype)
         adapted = F.relu(self.up(F.relu(self.down(image))))
         return self.ratio * adapted + (1 - self.ratio) * image
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of a batch over all classes."""
-        text = self.class_embeddings(self._tuned, templates=1)
-        return compare(self.embed(inputs), text, labels, self.model.logit_scale)
+        """Compute the loss of a batch over all classes."""
+        text = self.class_embeddings(self._train_test, templates=1)
+        return cross_entropy_step(self.embed(inputs), text, labels, self.model.logit_scale)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """The adapter, at `image_lr`."""
+        """Return the adapter, with `image_lr`."""
         return [{"name": "image", "params": [self.down.weight, self.up.weight], "lr": image_lr}]
 
     def _tensors(self) -> dict[str, Tensor]:

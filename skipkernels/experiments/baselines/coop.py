@@ -1,4 +1,4 @@
-"""CoOp: learned words in front of the name of each class."""
+"""CoOp: a learned context in front of each class name."""
 
 from __future__ import annotations
 
@@ -8,41 +8,50 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
-from ...data import InputError, Protocol, Task
-from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer, compare, text_transformer, unit_norm, wide
+from ...data import InputError, Task
+from ...options import Protocol
+from ...tuner.methods.base import (
+    FrozenModel,
+    Recipe,
+    StepOutput,
+    Tokenizer,
+    at_least_fp32,
+    cross_entropy_step,
+    text_transformer,
+    unit_norm,
+)
 
 
 class CoOp(FrozenModel):
-    """Context Optimization (Zhou et al. 2022), with one context for all classes and their names at its end.
+    """Context Optimization (Zhou et al. 2022), with one context for all classes, and the class name at the end.
 
         prompt of c = [start, v_1, …, v_M, name of c, ".", end];   t_c = text tower(prompt of c)
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only the context v [M, W] trains, in the place of M token embeddings; both towers are frozen. Classes of other tests
-    get the same context. Templates play no part. v begins at random, N(0, 0.02²), so the logits are not those of
-    zero-shot.
+    Only the context v [M, W] trains, in place of M token embeddings; both towers are frozen. Classes of other tests get
+    the same context. Templates are not used. v is initialised from N(0, 0.02²), so the logits before training are not
+    those of zero-shot.
 
-    M is 16, as published. Where the longest prompt of any test would not fit into the model's context length L, M is
-    as large as fits, L − 2 − the tokens of the longest name and its full stop; `notes` says so.
+    M is 16, as published. If the longest prompt of any test would exceed the context length L of the model, M is the
+    largest that fits, L − 2 − the tokens of the longest name and its full stop, with a note in `notes`.
 
     Trains with SGD at 0.002, in few-shot for 200, 100 or 50 epochs (8 or more shots, 2 or 4, 1) and else for 50, as on
     ImageNet and in later base-to-new comparisons.
 
     Args:
-        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's own text transformer. Its weights stop
-            training, `requires_grad` False.
-        tokenizer: Its tokenizer.
-        task: What it is tuned to.
-        vectors: M.
-        keep_embeddings: Keep image embeddings in place of images, so that the image tower runs once for each; as
-            published it runs in every step.
-        generator: Of the first context.
+        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's text transformer. `requires_grad` of its
+            weights is set to False.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        vectors: Number of context vectors, M.
+        keep_embeddings: Run the image tower once per image; the published code runs it in every step.
+        generator: Generator of the initial context. Default: seed 0.
 
     Attributes:
-        context: [M, W].
+        context: Context v, [M, W].
 
     Raises:
-        InputError: If it can't put a context into this model's texts, or none fits beside a name.
+        InputError: If the text tower is not supported, or no context fits beside a class name.
 
     Source: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
 
@@ -83,7 +92,7 @@ class CoOp(FrozenModel):
                 f"{self.name}: {count} context vectors in place of {vectors}: with {name!r} the prompt would have "
                 f"{longest + 1 + vectors} tokens, and the model takes {length}."
             )
-        # Any token holds the context's place, as long as it is neither padding nor the end: the name's own first.
+        # Placeholder of the context: a token that is neither padding nor end of text, the first of the name.
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
         sizes = [len(test.classes) for test in task.tests]
         device = next(model.parameters()).device
@@ -93,18 +102,18 @@ class CoOp(FrozenModel):
         words = self._text.token_embedding.weight
         first = torch.empty(count, words.shape[1], device=self._generator.device)
         nn.init.normal_(first, std=0.02, generator=self._generator)
-        self.context = nn.Parameter(first.to(device, wide(words.dtype)))
+        self.context = nn.Parameter(first.to(device, at_least_fp32(words.dtype)))
         model.requires_grad_(False)
 
     def _ends(self, tokens: Tensor) -> Tensor:
-        """Where each prompt ends [n]: the token that the model pools."""
-        one = isinstance(self._text, CLIP)
-        pool = self._text.text_pool_type if one else self._text.pool_type
+        """Position [n] of the end-of-text token, which the model pools, in each prompt."""
+        clip = isinstance(self._text, CLIP)
+        pool = self._text.text_pool_type if clip else self._text.pool_type
         if getattr(self._text, "cls_emb", None) is None:
             if pool == "argmax":
                 return tokens.argmax(dim=1)
             if pool == "eos":
-                return (tokens == (self._text.text_eos_id if one else self._text.eos_id)).int().argmax(dim=1)
+                return (tokens == (self._text.text_eos_id if clip else self._text.eos_id)).int().argmax(dim=1)
         raise InputError(
             f"{self.name}: the text tower of model must pool the end-of-text token; that of this "
             f"{type(self.model).__name__} pools {pool!r}. Use another model, or another method."
@@ -126,28 +135,28 @@ class CoOp(FrozenModel):
         )
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Text embeddings [n, D] of any length, by the model's own text tower, which sees the context.
+        """Text embeddings [n, D] of any norm, of prompts with the context.
 
-        A hook on the token embedding puts it there while the tower runs, so pooling, mask and dtypes are the model's.
+        A hook on the token embedding inserts the context, so that pooling, mask and dtypes are those of the model.
         """
-        handle = self._text.token_embedding.register_forward_hook(self._put_context)
+        handle = self._text.token_embedding.register_forward_hook(self._insert_context)
         try:
             return super().encode_texts(tokens)
         finally:
             handle.remove()
 
-    def _put_context(self, module: nn.Module, args: tuple[Tensor], embedded: Tensor) -> Tensor:
-        """[n, L, W] with the context behind the start-of-text token."""
+    def _insert_context(self, module: nn.Module, args: tuple[Tensor], embedded: Tensor) -> Tensor:
+        """Embeddings [n, L, W] with the context after the start-of-text token."""
         context = self.context.to(embedded.dtype).expand(len(embedded), -1, -1)
         return torch.cat([embedded[:, :1], context, embedded[:, 1 + len(self.context) :]], dim=1)
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of a batch over all classes."""
-        text = self.encode_texts(self._of(self._tuned)[0])
-        return compare(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
+        """Compute the loss of a batch over all classes."""
+        text = self.encode_texts(self._test_tokens(self._train_test)[0])
+        return cross_entropy_step(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """The context, at `text_lr`."""
+        """Return the context, with `text_lr`."""
         return [{"name": "text", "params": [self.context], "lr": text_lr}]
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Full fine-tuning, as one would write it: what Skip Tuning is compared with."""
+"""Full fine-tuning in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,35 +7,44 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...data import Protocol, Task
-from ...tuner.methods.base import Recipe, StepOutput, Tokenizer, TunedModel, check_open_clip, compare, unit_norm
+from ...data import Task
+from ...options import Protocol
+from ...tuner.methods.base import (
+    Recipe,
+    StepOutput,
+    Tokenizer,
+    TunedModel,
+    check_open_clip,
+    cross_entropy_step,
+    unit_norm,
+)
 from ...tuner.methods.skip import Skip
 
 
 class Full(TunedModel):
-    """Full fine-tuning: every layer of both towers, every class, every token, on images.
+    """Full fine-tuning: every layer of both towers, every class and every token, from images.
 
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only the temperature stays. The step is the model's own, in plain PyTorch; tests are SkipCLIP's, with nothing
-    skipped, which embeds each class once. Before training the logits are those of zero-shot.
+    Only the logit scale is frozen. A step is that of the model, in plain PyTorch; tests use SkipCLIP without skipped
+    layers, which embeds each class once. Before training the logits are those of zero-shot.
 
-    It trains by the recipe of Skip Tuning, whose paper has it as its baseline, but on random batches.
+    It trains by the recipe of Skip Tuning, where it is the baseline, on random batches.
 
     Args:
         model: An open_clip model.
-        tokenizer: Its tokenizer.
-        task: What it is tuned to.
-        generator: Not used: nothing is drawn.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        generator: Not used.
 
     Raises:
-        InputError: If it is no model of open_clip, or one that SkipCLIP does not take.
+        InputError: If the model is not one of open_clip, or SkipCLIP does not support it.
 
     Source: Wu et al., CVPR 2025, arXiv 2412.11509, section 3 (the baseline).
 
     Example:
-        >>> Full.recipe("glyph-tiny", "base-to-new", shots=16).text_lr
-        0.0005
+        >>> Full.recipe("ViT-B-16", "base-to-new", shots=16).sampler
+        'random'
     """
 
     name = "full"
@@ -49,7 +58,7 @@ class Full(TunedModel):
         return replace(Skip._published(protocol, shots, classes), sampler="random")
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of images [B, 3, H, W] over all classes."""
+        """Compute the loss of images [B, 3, H, W] over all classes."""
         image = self.model.encode_image(inputs, normalize=False)
-        text = self.encode_texts(self._of(self._tuned)[0])
-        return compare(image, unit_norm(text), labels, self.model.logit_scale)
+        text = self.encode_texts(self._test_tokens(self._train_test)[0])
+        return cross_entropy_step(image, unit_norm(text), labels, self.model.logit_scale)

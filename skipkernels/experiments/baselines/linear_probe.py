@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data import Protocol, Task
+from ...data import Task
+from ...options import Protocol
 from ...tuner.methods.base import FrozenModel, Recipe, Tokenizer
 
 _ITERATIONS = 1000
-_COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the penalties that are tried first
+_COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the penalties of the first sweep
 _FINEST = 1 / 8  # of a decade
-_WITHOUT_SWEEP = 1 / 0.316  # of the example in CLIP's repository, where no class has an image to hold out
-_HELD_OUT = 4  # of so many images one
+_WITHOUT_SWEEP = 1 / 0.316  # from the example in CLIP's repository; used if no image can be held out
+_HELD_OUT = 4  # one image in four is held out
 
 
 class LinearProbe(FrozenModel):
@@ -23,31 +24,30 @@ class LinearProbe(FrozenModel):
 
         min over W, b of  Σ_i −log softmax(W x_i + b)[label_i]  +  l2/2 · |W|²
 
-    by L-BFGS, at most 1000 iterations, begun at zero. x is the image embedding as it is, of any length. l2 is chosen as
-    the paper does: 1e-6, 1e-4, …, 1e6 on images held out, then the interval around the best is halved until it is an
-    eighth of a decade. A quarter of each class's training images is held out, where it has two or more; among equal
-    accuracies the lower loss decides. With l2 chosen, it is fitted to all images. Where no class has two, l2 is 3.16.
+    by L-BFGS, at most 1000 iterations from zero. x is the image embedding without normalisation. l2 is chosen as in the
+    paper: 1e-6, 1e-4, …, 1e6 on held-out images, then the interval around the best is halved down to an eighth of a
+    decade. A quarter of the training images of each class with two or more is held out; among equal accuracies the
+    lower loss decides. The final fit uses all images. If no class has two images, l2 is 3.16.
 
-    It knows no texts, so it has no logits for classes that it was not trained on. A test whose classes are all among
-    those by name, such as another domain, gets the logits of these. What is kept of an image is its embedding. Before
-    `fit` all logits are zero.
+    It uses no texts, so it has no logits for classes that it was not trained on. A test of another
+    domain, with class names that are all trained, uses their logits. Before `fit` all logits are zero.
 
-    The paper takes what is before the projection of a vision transformer; this takes the embedding, as the example in
-    CLIP's repository and CoOp's comparison do.
+    The paper uses the features before the projection of a vision transformer; this uses the embedding, like the example
+    in CLIP's repository and CoOp's comparison.
 
     Args:
-        model: An open_clip model, of which nothing changes.
-        tokenizer: Its tokenizer.
-        task: What it is fitted to.
-        generator: Of which images are held out.
+        model: An open_clip model; not changed.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        generator: Generator that chooses the held-out images. Default: seed 0.
 
     Attributes:
-        weight: [C, D].
-        bias: [C].
-        l2: [], the penalty that was chosen.
+        weight: Weight, [C, D].
+        bias: Bias, [C].
+        l2: Chosen penalty, [].
 
     Raises:
-        InputError: If it is no model of open_clip.
+        InputError: If the model is not one of open_clip.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
     2103.00020, appendix A.3.
@@ -61,13 +61,13 @@ class LinearProbe(FrozenModel):
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
         super().__init__(model, tokenizer, task, keep_embeddings=True, generator=generator)
-        like, tuned = self._like_an_embedding(), task.tests[0].classes
-        self.weight, self.bias = like.new_zeros(len(tuned), len(like)), like.new_zeros(len(tuned))
-        self.l2 = like.new_tensor(_WITHOUT_SWEEP)
-        rows = {name: row for row, name in enumerate(tuned)}
+        embedding, trained = self._empty_embedding(), task.tests[0].classes
+        self.weight, self.bias = embedding.new_zeros(len(trained), len(embedding)), embedding.new_zeros(len(trained))
+        self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)
+        rows = {name: row for row, name in enumerate(trained)}
         self._rows: dict[str, list[int] | None] = {
-            test.name: list(range(len(tuned)))
-            if test.classes == tuned
+            test.name: list(range(len(trained)))
+            if test.classes == trained
             else [rows[name] for name in test.classes]
             if rows.keys() >= set(test.classes)
             else None
@@ -87,7 +87,7 @@ class LinearProbe(FrozenModel):
         else:
             l2 = _WITHOUT_SWEEP
             self.notes.append(
-                f"{self.name}: no class has two training images, one of which could choose l2; it is {l2:.2f}."
+                f"{self.name}: no class has two training images, so none is held out to choose l2; it is {l2:.2f}."
             )
         weight, bias = logistic_regression(image, labels, len(self.bias), l2)
         self.weight.copy_(weight)
@@ -95,7 +95,7 @@ class LinearProbe(FrozenModel):
         self.l2.fill_(l2)
 
     def _held_out(self, labels: Tensor) -> Tensor:
-        """Which images [n] choose l2."""
+        """Mask [n] of the held-out images."""
         held_out = torch.zeros_like(labels, dtype=torch.bool)
         for label in labels.unique():
             images = (labels == label).nonzero().squeeze(1)
@@ -105,7 +105,7 @@ class LinearProbe(FrozenModel):
         return held_out
 
     def _choose(self, image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor) -> float:
-        """The penalty whose fit to the one part does best on the other."""
+        """Return the penalty with the best accuracy on the held-out images."""
         tried: dict[float, tuple[float, float]] = {}
 
         def best(exponents: tuple[float, ...]) -> float:
@@ -113,8 +113,8 @@ class LinearProbe(FrozenModel):
                 if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
                     weight, bias = logistic_regression(image, labels, len(self.bias), 10**exponent)
                     logits = held_out @ weight.T + bias
-                    right = (logits.argmax(dim=1) == held_out_labels).double().mean()
-                    tried[exponent] = right.item(), -F.cross_entropy(logits, held_out_labels).item()
+                    accuracy = (logits.argmax(dim=1) == held_out_labels).double().mean()
+                    tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
             return max(tried, key=lambda exponent: tried[exponent])
 
         around, width = best(_COARSE), _COARSE[1] - _COARSE[0]
@@ -125,8 +125,8 @@ class LinearProbe(FrozenModel):
 
     @torch.no_grad()
     def logits(self, test: str, inputs: Tensor) -> Tensor | None:
-        """W x + b [B, C] of the classes of a test; None if it was not trained on all of them."""
-        self._of(test)
+        """Logits W x + b [B, C] over the classes of a test; None if some are not trained."""
+        self._test_tokens(test)
         rows = self._rows[test]
         if rows is None:
             return None
@@ -135,7 +135,7 @@ class LinearProbe(FrozenModel):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """None: it is fitted."""
+        """Return no groups."""
         return []
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -143,15 +143,15 @@ class LinearProbe(FrozenModel):
 
 
 def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias is free.
+    """Return weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias has no penalty.
 
-    The same problem as that of scikit-learn's LogisticRegression with C = 1/l2.
+    This is the problem of scikit-learn's LogisticRegression with C = 1/l2.
 
     Args:
-        image: [n, D], fp64 to find the minimum beyond 1e-4; autocast leaves that as it is.
+        image: Image embeddings [n, D]; fp64 for a minimum beyond 1e-4, which autocast does not change.
         labels: int64 [n].
-        classes: C.
-        l2: Above 0.
+        classes: Number of classes C.
+        l2: Penalty, above 0.
 
     Example:
         >>> image = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
@@ -161,7 +161,7 @@ def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) 
     """
     weight, bias = image.new_zeros(classes, image.shape[1]), image.new_zeros(classes)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    # Divided by n, so that the tolerances mean the same for any number of images. scipy's L-BFGS keeps ten steps too.
+    # Divided by n, so that the tolerances do not depend on it. scipy's L-BFGS also has a history of ten steps.
     solver = torch.optim.LBFGS(
         parameters,
         max_iter=_ITERATIONS,

@@ -1,4 +1,4 @@
-"""CLIP-LoRA: low-rank changes of the attention of both towers."""
+"""CLIP-LoRA: low-rank updates of the attention weights of both towers."""
 
 from __future__ import annotations
 
@@ -10,43 +10,53 @@ import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...data import InputError, Protocol, Task
-from ...tuner.methods.base import Method, Recipe, StepOutput, Tokenizer, compare, text_transformer, unit_norm, wide
+from ...data import InputError, Task
+from ...options import Protocol
+from ...tuner.methods.base import (
+    Method,
+    Recipe,
+    StepOutput,
+    Tokenizer,
+    at_least_fp32,
+    cross_entropy_step,
+    text_transformer,
+    unit_norm,
+)
 
-_STEPS_A_SHOT = 500
+_STEPS_PER_SHOT = 500
 _BATCH = 32
 
 
 class LoRA(Method):
-    """CLIP-LoRA (Zanella & Ben Ayed 2024): q, k and v of every attention of both towers get a part of low rank.
+    """CLIP-LoRA (Zanella & Ben Ayed 2024): low-rank updates of q, k and v in all attention layers of both towers.
 
         q = x W_qᵀ + b_q + alpha/√rank · dropout(x) A_qᵀ B_qᵀ,   and k and v likewise
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only A [rank, W] and B [W, rank] train. B begins at zero, so before training the logits are those of zero-shot; A
-    is uniform in ±1/√W. The scale is that of the published code. Dropout takes PyTorch's own random numbers.
+    Only A [rank, W] and B [W, rank] train. B is initialised to zero, so before training the logits are those of
+    zero-shot; A is uniform in ±1/√W. The scale is that of the published code. Dropout uses PyTorch's global generator.
 
-    Trains with AdamW at 2e-4 for 500 steps a shot, batches of 32; as epochs, rounded up.
+    Trains with AdamW at 2e-4 for 500 steps per shot, in batches of 32; rounded up to epochs.
 
     Args:
-        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's own text transformer, with open_clip's own
-            vision transformer. Its weights stop training, and the modules of its attention are replaced by ones that
-            share their weights: the keys of its `state_dict` stay, and those of A and B come to them.
-        tokenizer: Its tokenizer.
-        task: What it is tuned to.
-        rank: Of the change.
-        alpha: Numerator of its scale.
-        dropout: Of its input, in training.
-        generator: Of the first A.
+        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's text transformer, with open_clip's vision
+            transformer. `requires_grad` of its weights is set to False. Its attention modules are replaced by modules
+            that share their weights: the keys of its `state_dict` stay, and those of A and B are added.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        rank: Rank of the update.
+        alpha: Numerator of the scale of the update.
+        dropout: Dropout rate of the input of the update.
+        generator: Generator of the initial A. Default: seed 0.
 
     Raises:
-        InputError: If the model has another attention, or a number is out of its range.
+        InputError: If the model has other attention modules, or an argument is out of range.
 
     Source: Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR workshops 2024, arXiv
     2405.18541.
 
     Example:
-        >>> LoRA.recipe("ViT-B-16", "few-shot", shots=16, classes=100).epochs  # 8000 steps of 50 an epoch
+        >>> LoRA.recipe("ViT-B-16", "few-shot", shots=16, classes=100).epochs  # 8000 steps, 50 per epoch
         160
     """
 
@@ -68,33 +78,33 @@ class LoRA(Method):
         if not 0 <= dropout < 1:
             raise InputError(f"{self.name}: dropout must be from 0 to below 1; got {dropout}.")
         towers = {"text": text_transformer(self.name, model), "image": model.visual}
-        blocks = {side: self._blocks(side, tower) for side, tower in towers.items()}
+        blocks_of = {side: self._blocks(side, tower) for side, tower in towers.items()}
         super().__init__(model, tokenizer, task, generator=generator)
         model.requires_grad_(False)
         self._groups: dict[str, list[nn.Parameter]] = {}
-        for side, of_tower in blocks.items():
-            for block in of_tower:
+        for side, blocks in blocks_of.items():
+            for block in blocks:
                 block.attn = LowRankAttention(block.attn, rank, alpha / math.sqrt(rank), dropout, self._generator)
-            self._groups[side] = [p for block in of_tower for p in (block.attn.down, block.attn.up)]
+            self._groups[side] = [p for block in blocks for p in (block.attn.down, block.attn.up)]
 
     def _blocks(self, side: str, tower: Any) -> list[Any]:
-        """The blocks of a tower, all of a kind that is known here."""
-        own = side == "text" or isinstance(tower, VisionTransformer)
-        blocks = list(tower.transformer.resblocks) if own else []
-        other = [block for block in blocks if not _is_plain(block)]
-        if blocks and not other:
+        """Return the blocks of a tower, or raise an InputError if they are not supported."""
+        supported = side == "text" or isinstance(tower, VisionTransformer)
+        blocks = list(tower.transformer.resblocks) if supported else []
+        others = [block for block in blocks if not _is_plain(block)]
+        if blocks and not others:
             return blocks
-        found = (other[0], getattr(other[0], "attn", None)) if other else (tower,)
+        found = (others[0], getattr(others[0], "attn", None)) if others else (tower,)
         got = " with ".join(type(part).__name__ for part in found)
         raise InputError(
-            f"{self.name}: the {side} tower of model must be open_clip's own transformer, with nn.MultiheadAttention "
-            f"in each block that is adapted once; got {got}. Make the model anew, or use another."
+            f"{self.name}: the {side} tower of model must be open_clip's transformer, with a plain "
+            f"nn.MultiheadAttention in each block; got {got}. Create the model again, or use another."
         )
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
         return Recipe(
-            epochs=math.ceil(_STEPS_A_SHOT * shots / math.ceil(shots * classes / _BATCH)),
+            epochs=math.ceil(_STEPS_PER_SHOT * shots / math.ceil(shots * classes / _BATCH)),
             batch_size=_BATCH,
             optimizer="adamw",
             text_lr=2e-4,
@@ -106,12 +116,12 @@ class LoRA(Method):
         )
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of images [B, 3, H, W] over all classes."""
-        text = self.encode_texts(self._of(self._tuned)[0])
-        return compare(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
+        """Compute the loss of images [B, 3, H, W] over all classes."""
+        text = self.encode_texts(self._test_tokens(self._train_test)[0])
+        return cross_entropy_step(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """A and B of each tower, at its own learning rate."""
+        """Return A and B of each tower, with its learning rate."""
         rates = {"text": text_lr, "image": image_lr}
         return [{"name": side, "params": params, "lr": rates[side]} for side, params in self._groups.items()]
 
@@ -137,22 +147,22 @@ def _is_plain(block: Any) -> bool:
 
 
 class LowRankAttention(nn.Module):
-    """Self-attention with a part of low rank in its q, k and v, in the place of an `nn.MultiheadAttention`.
+    """Self-attention with a low-rank update of q, k and v, in place of an `nn.MultiheadAttention`.
 
-    That packs W_q, W_k and W_v into one `in_proj_weight` and never calls a module for them, so nothing can be put
-    before or behind a projection; and a weight W + B A, computed anew in each call, would leave no place for the
-    dropout of what A alone sees. So this computes the projections itself and leaves the rest to PyTorch's attention.
+    `nn.MultiheadAttention` packs W_q, W_k and W_v into one `in_proj_weight` and calls no module for them, so nothing
+    can be inserted around a projection; a weight W + B A would not allow dropout on the input of A alone. This module
+    computes the projections itself, followed by PyTorch's attention.
 
     Args:
-        attention: Whose weights it shares, under the same names.
-        rank: Of the change.
-        scale: Of the change.
-        dropout: Of its input, drawn for q, k and v apart, as in the published code.
-        generator: Of the first `down`.
+        attention: Module that shares its weights, under the same names.
+        rank: Rank of the update.
+        scale: Scale of the update.
+        dropout: Dropout rate of its input, drawn separately for q, k and v, as in the published code.
+        generator: Generator of the initial `down`.
 
     Attributes:
-        down: [3, rank, W], A of q, k and v.
-        up: [3, W, rank], B.
+        down: A of q, k and v, [3, rank, W].
+        up: B of q, k and v, [3, W, rank].
     """
 
     def __init__(
@@ -171,7 +181,7 @@ class LowRankAttention(nn.Module):
         first = torch.empty(3, rank, width, device=generator.device)
         bound = width**-0.5
         nn.init.uniform_(first, -bound, bound, generator=generator)
-        self.down = nn.Parameter(first.to(weight.device, wide(weight.dtype)))
+        self.down = nn.Parameter(first.to(weight.device, at_least_fp32(weight.dtype)))
         self.up = nn.Parameter(self.down.new_zeros(3, width, rank))
         self.dropout = nn.Dropout(dropout)
 
@@ -183,20 +193,20 @@ class LowRankAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """As open_clip's block calls it, [B, N, W] → ([B, N, W], None); key and value are the query.
+        """Compute attention, [B, N, W] → ([B, N, W], None), with the signature that open_clip's block calls.
 
         Args:
             query: [B, N, W].
-            key: The same tensor.
-            value: The same tensor.
-            need_weights: Not heeded: the second result is None.
-            attn_mask: Added to the scores: [N, N], or [B · heads, N, N].
+            key: Same as query.
+            value: Same as query.
+            need_weights: Ignored; the second result is None.
+            attn_mask: Added to the scores, [N, N] or [B · heads, N, N].
         """
         B, N, W = query.shape
         dropped = self.dropout(query.expand(3, B, N, W)).flatten(1, 2)
-        change = dropped @ self.down.mT.to(query.dtype) @ self.up.mT.to(query.dtype)  # [3, B · N, W]
+        update = dropped @ self.down.mT.to(query.dtype) @ self.up.mT.to(query.dtype)  # [3, B · N, W]
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias).view(B, N, 3, W)
-        packed = packed + self.scale * change.view(3, B, N, W).permute(1, 2, 0, 3)
+        packed = packed + self.scale * update.view(3, B, N, W).permute(1, 2, 0, 3)
         q, k, v = packed.view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if attn_mask is not None:
             attn_mask = attn_mask.to(q.dtype)

@@ -19,7 +19,7 @@ from ...features import FeatureCache
 from ...tuner import TuneConfig
 from ...tuner.methods import METHODS
 from ...tuner.methods.base import Tokenizer
-from ...tuner.precision import Arithmetic
+from ...tuner.precision import MixedPrecision
 from ...tuner.trainer import Trainer
 from .advice import Advice, advise
 from .feature_sensitivity import TEXT_CHUNK, Count, FeatureShift, feature_shift
@@ -120,8 +120,8 @@ def _fine_tune(
     assert config.epochs is not None and config.precision != "auto"
     method = METHODS["full"](model, tokenizer, task)
     train = FeatureCache.in_memory(task.train, workers=config.workers, progress=bar("images", len(task.train)))
-    arithmetic = Arithmetic(config.precision, torch.device(config.device))
-    trainer = Trainer(config, method, arithmetic, train, task.tests[0].classes)
+    precision = MixedPrecision(config.precision, torch.device(config.device))
+    trainer = Trainer(config, method, precision, train, task.tests[0].classes)
     step = bar("fine-tuning", config.epochs * trainer.steps)
     for _ in range(config.epochs):
         trainer.epoch(on_step=lambda: step(1), on_loss=lambda loss: None)

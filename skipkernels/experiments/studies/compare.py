@@ -51,7 +51,7 @@ def compare(
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
         raise InputError(f"--methods: {got}; name each once, of {', '.join(METHODS)}.")
-    variants = [Variant(method, config.of_method(method)) for method in methods]
+    variants = [Variant(method, config.with_method(method)) for method in methods]
     results = execute(variants, seeds, folder, console, overwrite=overwrite)
     return Study("compare", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results))
 

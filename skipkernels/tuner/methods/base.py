@@ -1,4 +1,4 @@
-"""A way to adapt a CLIP: what every method offers, and what several of them share.
+"""Base classes of the methods that adapt a CLIP.
 
 Shapes: B images in a batch, n images, C classes of a test, D width of the joint embedding, L tokens of a prompt.
 """
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 from urllib.parse import quote
 
 import torch
@@ -21,29 +21,30 @@ from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
 from ...clip import SkipCLIP
-from ...data import InputError, Protocol, Task
+from ...data import InputError, Task
+from ...options import Protocol, SamplerKind
 from ...towers import evaluating
 from ..registry import MODELS
 
 Tokenizer = Callable[[list[str]], Tensor]
-"""Texts to tokens [n, L], as `open_clip.get_tokenizer` gives it."""
+"""Maps texts to tokens [n, L], as a tokenizer of `open_clip.get_tokenizer` does."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a method trains with; None where that is nothing to it.
+    """Default training settings of a method; None if the method does not use a setting.
 
     Attributes:
         epochs: Passes over the training images; 0 for a method without steps.
-        batch_size: Images in a step.
-        optimizer: "sgd", "adamw", or "lbfgs" for a method that fits by itself.
-        text_lr: Learning rate of what it trains on the side of the texts.
-        image_lr: The same, on the side of the images.
-        momentum: Of SGD.
-        weight_decay: Of the optimizer.
-        warmup_epochs: Epochs at the warm-up rate before the cosine.
-        warmup_lr: Learning rate of these.
-        sampler: Images of one class in a batch, or any.
+        batch_size: Images per step.
+        optimizer: "sgd", "adamw", or "lbfgs" for a method without steps.
+        text_lr: Learning rate of the weights on the text side.
+        image_lr: Learning rate of the weights on the image side.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+        warmup_epochs: Epochs at the warm-up rate, before the cosine.
+        warmup_lr: Learning rate of the warm-up.
+        sampler: "class_pure" or "random".
     """
 
     epochs: int
@@ -55,35 +56,35 @@ class Recipe:
     weight_decay: float | None = None
     warmup_epochs: int | None = None
     warmup_lr: float | None = None
-    sampler: Literal["class_pure", "random"] | None = None
+    sampler: SamplerKind | None = None
 
 
 class StepOutput(NamedTuple):
-    """What a step gives: the mean loss [] of its images, and how many classes they were compared with."""
+    """Mean loss [] of a step, and the number of classes in its softmax."""
 
     loss: Tensor
     classes: int
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Fp32, or what is wider: of what is compared, and of weights that a method adds to a model."""
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or `dtype` if it is wider: the dtype of logits, and of weights that a method adds to a model."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def unit_norm(embeddings: Tensor) -> Tensor:
-    """Embeddings [n, D] of unit norm, in fp32 at least.
+    """Normalize embeddings [n, D], in at least fp32.
 
     >>> unit_norm(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
     tensor([[0.6000, 0.8000]])
     """
-    return F.normalize(embeddings.to(wide(embeddings.dtype)), dim=-1)
+    return F.normalize(embeddings.to(at_least_fp32(embeddings.dtype)), dim=-1)
 
 
 def mean_embedding(templates: Sequence[Tensor]) -> Tensor:
-    """Unit-norm mean [C, D] of the unit-norm embeddings [C, D] of each template; of a single one, itself.
+    """Unit-norm mean [C, D] over templates of unit-norm embeddings [C, D]. A single template is returned as it is.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
-    2103.00020, section 3.1.4 (prompt ensembling in the space of embeddings).
+    2103.00020, section 3.1.4 (prompt ensembling in embedding space).
 
     >>> mean_embedding([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])
     tensor([[0.7071, 0.7071]])
@@ -92,14 +93,14 @@ def mean_embedding(templates: Sequence[Tensor]) -> Tensor:
 
 
 def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Logits [B, C] of images over classes, the way `SkipCLIP.predict` computes them.
+    """Logits [B, C] of images over classes, computed as in `SkipCLIP.predict`.
 
         z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
 
     Args:
-        image: [B, D], image embeddings of any length.
-        text: [C, D], class embeddings of unit norm; the logits are of their dtype.
-        logit_scale: [] or [1], the logarithm of the temperature's inverse. It gets no gradient.
+        image: Image embeddings of any norm, [B, D].
+        text: Unit-norm class embeddings, [C, D]; the logits have their dtype.
+        logit_scale: Logarithm of the inverse temperature, [] or [1]; receives no gradient.
 
     Example:
         >>> cosine_logits(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor(100.0).log())
@@ -110,22 +111,22 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         return logit_scale.detach().exp().to(text.dtype) * image @ text.T
 
 
-def compare(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor) -> StepOutput:
-    """The step of a method that compares images [B, D] with all classes: mean cross-entropy of `cosine_logits`."""
+def cross_entropy_step(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor) -> StepOutput:
+    """Mean cross-entropy of `cosine_logits` over all classes; arguments as there."""
     return StepOutput(F.cross_entropy(cosine_logits(image, text, logit_scale), labels), len(text))
 
 
 def check_open_clip(method: str, model: nn.Module) -> None:
-    """Refuse what is no model of open_clip with an InputError."""
+    """Raise an InputError if the model is not one of open_clip."""
     if not isinstance(model, (CLIP, CustomTextCLIP, CoCa)):
         raise InputError(
-            f"{method}: model must be an open_clip CLIP, CustomTextCLIP or CoCa; got {type(model).__name__}. Make it "
+            f"{method}: model must be an open_clip CLIP, CustomTextCLIP or CoCa; got {type(model).__name__}. Create it "
             "with open_clip.create_model."
         )
 
 
 def text_transformer(method: str, model: nn.Module) -> Any:
-    """Who has the modules of the text tower, `CLIP` itself or a `TextTransformer`; other towers are an InputError."""
+    """Return the module with the layers of the text tower, or raise an InputError if it is not open_clip's."""
     if isinstance(model, CLIP):
         return model
     text = getattr(model, "text", None)
@@ -139,24 +140,24 @@ def text_transformer(method: str, model: nn.Module) -> Any:
 
 
 class Method(ABC):
-    """A way to adapt a CLIP to the classes of a task's first test; the model is changed in place.
+    """Method that adapts a CLIP, in place, to the classes of a task's first test.
 
     Args:
         model: An open_clip model.
-        tokenizer: Its tokenizer.
-        task: Whose first test has the classes that are tuned on; the first of its templates is that of training.
-        generator: Source of all that is drawn but for dropout, which takes PyTorch's own; seeded with 0 if not given.
+        tokenizer: Tokenizer of the model.
+        task: Task; training uses the classes of its first test, in the first template.
+        generator: Generator of all random numbers except dropout, which uses PyTorch's global one. Default: seed 0.
 
     Attributes:
-        name: Its key in `METHODS`.
-        cut: SkipCLIP whose lower image tower is frozen, for a cache on the disk; None: nothing is kept there.
-        notes: What a user should be told of how it was set up.
+        name: Name of the method in `METHODS`.
+        cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.
+        notes: Notes for the user about the setup.
 
     Raises:
-        InputError: If it can't adapt this model, or not to this task.
+        InputError: If the method can't adapt this model, or not to this task.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip warns of random weights
+        >>> import logging; logging.disable()  # open_clip's warning about random weights
         >>> import open_clip
         >>> from skipkernels.data import load_task
         >>> from skipkernels.experiments import glyph_tiny
@@ -178,12 +179,10 @@ class Method(ABC):
         self.task = task
         self.notes: list[str] = []
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self._tuned = task.tests[0].name
+        self._train_test = task.tests[0].name
         device = next(model.parameters()).device
         self._tokens = {test.name: [tokenizer(texts).to(device) for texts in test.prompts] for test in task.tests}
-        self._kept: dict[tuple[str, int | None], tuple[Any, Tensor]] = {}  # class embeddings, and of which weights
-
-    # ---- how it trains -----------------------------------------------------------------------------------------
+        self._embeddings: dict[tuple[str, int | None], tuple[Any, Tensor]] = {}  # with the version of their weights
 
     @classmethod
     def recipe(
@@ -209,76 +208,74 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        """What its paper trains with."""
+        """Return the recipe of the paper."""
 
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """What never changes of images [B, 3, H, W], as `step` and `logits` take it: here the images themselves."""
+        """Run the frozen part on images [B, 3, H, W]; `step` and `logits` take the result. Here: no frozen part."""
         return images
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of a batch, to be differentiated.
+        """Compute the differentiable loss of a batch.
 
         Args:
-            inputs: As `encode_frozen` gives them, of B images.
+            inputs: `encode_frozen` of B images.
             labels: int64 [B], classes of the first test.
         """
-        raise TypeError(f"{self.name}: it has no steps; call fit.")
+        raise TypeError(f"{self.name}: the method has no steps; call fit.")
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train on all images at once: for methods whose recipe has no epochs, in place of steps.
+        """Train on all images at once; for methods without epochs.
 
         Args:
-            inputs: As `encode_frozen` gives them, of all n training images.
-            labels: int64 [n].
+            inputs: `encode_frozen` of all n training images.
+            labels: int64 [n], classes of the first test.
         """
-        raise TypeError(f"{self.name}: it trains by steps; call step.")
+        raise TypeError(f"{self.name}: the method trains by steps; call step.")
 
     @abstractmethod
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """Groups for a `torch.optim` optimizer, each with a learning rate and the "name" of its side, text or image."""
+        """Return groups for a `torch.optim` optimizer, each with a learning rate and a "name", "text" or "image"."""
 
     def train(self, training: bool) -> None:
-        """Training mode, or evaluation mode, of what trains."""
+        """Set training or evaluation mode of the trained modules."""
         self.model.train(training)
 
-    # ---- what it answers ---------------------------------------------------------------------------------------
-
     def embed(self, inputs: Tensor) -> Tensor:
-        """Image embeddings [B, D] of any length, from `inputs` as `encode_frozen` gives them."""
+        """Image embeddings [B, D] of any norm, from `inputs` of `encode_frozen`."""
         return self.model.encode_image(inputs, normalize=False)
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Text embeddings [n, D] of any length, from tokens [n, L]."""
+        """Text embeddings [n, D] of any norm, from tokens [n, L]."""
         return self.model.encode_text(tokens, normalize=False)
 
     def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:
-        """Unit-norm embeddings [C, D] of the classes of a test, without gradient, with the weights as they are.
+        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient.
 
-        They are those of evaluation mode, and are kept as long as what trains on the side of the texts is the same.
+        They are cached until trained weights on the text side change.
 
         Args:
             test: Name of the test.
-            templates: Take the mean of the first so many; of all by default.
+            templates: Number of templates to average over. Default: all.
         """
-        tokens, seen = self._of(test), self._seen()
-        kept = self._kept.get((test, templates))
-        if kept is None or kept[0] != seen:
+        tokens, version = self._test_tokens(test), self._text_version()
+        cached = self._embeddings.get((test, templates))
+        if cached is None or cached[0] != version:
             with torch.no_grad(), evaluating([self.model]):
                 embeddings = [
-                    torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in of_template.split(DEFAULT_CHUNK)])
-                    for of_template in tokens[:templates]
+                    torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
+                    for prompts in tokens[:templates]
                 ]
-            kept = self._kept[test, templates] = seen, mean_embedding(embeddings)
-        return kept[1]
+            cached = self._embeddings[test, templates] = version, mean_embedding(embeddings)
+        return cached[1]
 
-    def _of(self, test: str) -> list[Tensor]:
-        """Tokens [C, L] of a test, for each template."""
+    def _test_tokens(self, test: str) -> list[Tensor]:
+        """Tokens [C, L] of a test in each template."""
         if test not in self._tokens:
             raise InputError(f"{self.name}: test must be one of the task's, {', '.join(self._tokens)}; got {test!r}.")
         return self._tokens[test]
 
-    def _seen(self) -> Any:
-        """Changes when a class embedding may: the version counter misses a change through .data, the hash few."""
+    def _text_version(self) -> Any:
+        """Value that changes with the text weights: a change through .data misses the version counter, not the hash."""
         groups = self.parameter_groups(text_lr=0.0, image_lr=0.0)
         weights = [p for group in groups if group["name"] == "text" for p in group["params"]]
         device = self.model.logit_scale.device.type
@@ -287,14 +284,14 @@ class Method(ABC):
 
     @torch.no_grad()
     def logits(self, test: str, inputs: Tensor) -> Tensor | None:
-        """Logits [B, C] over the classes of a test, those of evaluation mode.
+        """Logits [B, C] over the classes of a test, in evaluation mode.
 
         Args:
             test: Name of the test.
-            inputs: As `encode_frozen` gives them, of B images.
+            inputs: `encode_frozen` of B images.
 
         Returns:
-            None if it can't tell these classes apart.
+            Logits, or None if the method can't classify these classes.
 
         Raises:
             InputError: If the task has no such test.
@@ -304,29 +301,27 @@ class Method(ABC):
             image = self.embed(inputs)
         return cosine_logits(image, text, self.model.logit_scale)
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
-        """What training changes, by name."""
+        """Tensors that training changes, by name."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: with the model's first weights, all of it. As of a module, these are no copies."""
+        """Return the tensors that a checkpoint needs besides the pretrained model, without copies."""
         return {name: tensor.detach() for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave.
+        """Load a state dict of `state_dict`.
 
         Raises:
-            InputError: If it is of something else; nothing has changed then.
+            InputError: If it does not fit; nothing is changed then.
         """
         own = self.state_dict()
         for name in [*own, *state]:
             expected, got = (str(list(part[name].shape)) if name in part else "nothing" for part in (own, state))
             if expected != got:
                 raise InputError(
-                    f"{self.name}: the state has {got} for {name}, and this model and task take {expected}. Load what "
-                    "the same method saved, with the same settings and classes."
+                    f"{self.name}: the state has {got} for {name}, and this model and task need {expected}. Load a "
+                    "state of the same method, with the same settings and classes."
                 )
         with torch.no_grad():
             for name, tensor in own.items():
@@ -334,11 +329,11 @@ class Method(ABC):
 
 
 class FrozenModel(Method):
-    """A method that leaves the model's own weights as they are, in evaluation mode.
+    """Method that freezes the weights of the model, in evaluation mode.
 
     Args:
-        keep_embeddings: What is kept of an image is its embedding [D], so that the image tower runs once for each and
-            not in every step: the same results, as long as images are not augmented.
+        keep_embeddings: Let `encode_frozen` return embeddings [B, D], so that the image tower runs once per image, not
+            in every step. The results are the same, unless images are augmented.
     """
 
     def __init__(
@@ -356,40 +351,40 @@ class FrozenModel(Method):
         model.eval()
 
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of images [B, 3, H, W] if they are kept, else the images."""
+        """Embeddings [B, D] of images [B, 3, H, W] with `keep_embeddings`, else the images."""
         return self.frozen_embedding(images) if self._keep_embeddings else images
 
     def frozen_embedding(self, inputs: Tensor) -> Tensor:
-        """The model's own embeddings [B, D] of images, or those that `encode_frozen` gave, without gradient."""
+        """Embeddings [B, D] of the pretrained model, from images or from embeddings, without gradient."""
         if inputs.ndim == 2:
             return inputs
         with torch.no_grad(), evaluating([self.model]):
             return self.model.encode_image(inputs, normalize=False)
 
-    def _like_an_embedding(self) -> Tensor:
-        """[D] where embeddings are, in the dtype of what is compared."""
+    def _empty_embedding(self) -> Tensor:
+        """Uninitialised [D], on the device of the embeddings, in the dtype of the logits."""
         with torch.no_grad():
-            first = self.model.encode_text(self._of(self._tuned)[0][:1], normalize=False)
-        return torch.empty_like(first[0], dtype=wide(first.dtype))
+            first = self.model.encode_text(self._test_tokens(self._train_test)[0][:1], normalize=False)
+        return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.frozen_embedding(inputs)
 
     def train(self, training: bool) -> None:
-        """Nothing changes: the model stays in evaluation mode."""
+        """Do nothing: the model stays in evaluation mode."""
 
 
 class TunedModel(Method):
-    """A method that changes the model's own weights, so that the checkpoint is a whole model.
+    """Method that trains weights of the model itself, so that its state is a whole model.
 
-    The classes of every test, in every template, are embedded by a SkipCLIP on the model.
+    A SkipCLIP on the model embeds the classes of each test in each template.
 
     Args:
-        text_cache: Folder to keep the texts' features at the cut in.
-        settings: Of SkipCLIP.
+        text_cache: Folder of the cache of text features at the cut.
+        settings: Settings of SkipCLIP.
 
     Attributes:
-        clip: SkipCLIP over the classes that are tuned on; its `sampler` has the state of its draws, for a checkpoint.
+        clip: SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers.
     """
 
     def __init__(
@@ -404,23 +399,23 @@ class TunedModel(Method):
     ):
         super().__init__(model, tokenizer, task, generator=generator)
 
-        def over(test: str, template: int, tokens: Tensor) -> SkipCLIP:
-            name = f"texts-{quote(test, safe=' ')}" + (f"+{template}" if template else "")  # quote leaves no +
-            draws = self._generator if (test, template) == (self._tuned, 0) else None
+        def skip_clip(test: str, template: int, tokens: Tensor) -> SkipCLIP:
+            name = f"texts-{quote(test, safe=' ')}" + (f"+{template}" if template else "")  # quote escapes +
+            own_generator = self._generator if (test, template) == (self._train_test, 0) else None
             folder = None if text_cache is None else Path(text_cache, name)
             try:
-                return SkipCLIP(model, tokens, generator=draws, text_cache=folder, **settings)
+                return SkipCLIP(model, tokens, generator=own_generator, text_cache=folder, **settings)
             except (ValueError, RuntimeError) as error:
                 raise InputError(str(error)) from error
 
         self._clips = {
-            test: [over(test, number, tokens) for number, tokens in enumerate(templates)]
+            test: [skip_clip(test, number, tokens) for number, tokens in enumerate(templates)]
             for test, templates in self._tokens.items()
         }
-        self.clip = self._clips[self._tuned][0]
+        self.clip = self._clips[self._train_test][0]
 
     def train(self, training: bool) -> None:
-        """Set the mode of the model, and compare the weights below the cut with those that gave the features."""
+        """Set the mode of the model, and check that the weights below the cut are those of the cached features."""
         super().train(training)
         self.clip.check_weights()
 
@@ -428,7 +423,7 @@ class TunedModel(Method):
         return self.clip.encode_image(inputs)
 
     def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:  # noqa: D102
-        self._of(test)
+        self._test_tokens(test)
         return mean_embedding([clip.class_embeddings() for clip in self._clips[test][:templates]])
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:  # noqa: D102

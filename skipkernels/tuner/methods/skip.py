@@ -1,4 +1,4 @@
-"""Skip Tuning: the blocks above a cut, on the classes that matter for each batch."""
+"""Skip Tuning: train the blocks above a cut, on the classes kept for each batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...data import Protocol, Task
-from ...selection import Tail
-from ...towers import Memory
-from ...towers.attention import AttentionName
+from ...data import Task
+from ...options import AttentionName, Memory, Protocol, Tail
 from .base import Recipe, StepOutput, Tokenizer, TunedModel
 
 
@@ -23,21 +21,21 @@ class Skip(TunedModel):
     Before training the logits are those of zero-shot.
 
     Args:
-        model: As SkipCLIP takes it.
-        tokenizer: Its tokenizer.
-        task: What it is tuned to.
-        skip_layers: Blocks skipped in each tower: a number, or a fraction of them.
-        keep_ratio: Share of classes that always stay in a step (up to 1), or their number.
-        max_keep: Most classes that always stay.
-        decay: How slowly the chance to stay falls over the other classes.
-        tail: "resample" draws these anew in each step, "fixed" once, as published.
-        memory: What a block keeps for backward, as for SkipCLIP.
-        attention: Who computes attention, as for SkipCLIP.
-        generator: Of the draws.
-        text_cache: Folder to keep the texts' features at the cut in, a folder for each test; in memory by default.
+        model: A model that SkipCLIP supports.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        skip_layers: Blocks of each tower below the cut: a number, or a fraction.
+        keep_ratio: Share of the classes (up to 1), or number of classes, that every step keeps.
+        max_keep: Maximum number of classes that every step keeps.
+        decay: Decay of the probability to keep one of the remaining classes, the tail.
+        tail: "resample" draws the kept classes of the tail in every step, "fixed" once, as published.
+        memory: Tensors saved for backward; see SkipCLIP.
+        attention: Attention backend; see SkipCLIP.
+        generator: Generator of the draws. Default: seed 0.
+        text_cache: Folder of the cache of text features, with a folder per test. Default: in memory.
 
     Raises:
-        InputError: If SkipCLIP does not take this model or a setting.
+        InputError: If SkipCLIP does not support the model or a setting.
 
     Source: Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters
     Themselves", CVPR 2025, arXiv 2412.11509.
@@ -104,10 +102,10 @@ class Skip(TunedModel):
 
     @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """Features at the cut [B, N, W] of images [B, 3, H, W]; the images where no block of theirs is skipped."""
+        """Features at the cut [B, N, W] of images [B, 3, H, W]; the images if the image tower has no cut."""
         return images if self.cut is None else self.cut.encode_lower(images)
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """The loss of a batch over the classes that are kept for it."""
+        """Compute the loss of a batch over its kept classes."""
         out = self.clip(inputs, labels)
         return StepOutput(out.loss, len(out.class_ids))

@@ -1,4 +1,4 @@
-"""Zero-shot: the model as it came."""
+"""Zero-shot classification by the pretrained model."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data import Protocol, Task
+from ...data import Task
+from ...options import Protocol
 from .base import FrozenModel, Recipe, Tokenizer
 
 
 class ZeroShot(FrozenModel):
-    """Zero-shot classification (Radford et al. 2021): nothing trains.
+    """Zero-shot classification (Radford et al. 2021). Nothing is trained.
 
         z_bc = exp(logit_scale) · ⟨x̂_b, t̂_c⟩,   t̂_c the unit-norm mean of the class's prompts
 
-    What is kept of an image is its embedding.
-
     Args:
-        model: An open_clip model, of which nothing changes, `requires_grad` neither.
-        tokenizer: Its tokenizer.
-        task: What it is tested on.
-        generator: Not used: nothing is drawn.
+        model: An open_clip model; not changed, not even `requires_grad`.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        generator: Not used.
 
     Raises:
-        InputError: If it is no model of open_clip.
+        InputError: If the model is not one of open_clip.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
     2103.00020.
@@ -45,10 +44,10 @@ class ZeroShot(FrozenModel):
         return Recipe(epochs=0)
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """None: nothing trains."""
+        """Return no groups."""
         return []
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,15 @@
+"""Types of string options. Imports nothing, so that the command line can list choices without importing torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Tail = Literal["resample", "fixed"]
+Memory = Literal["auto", "fast", "min"]
+AttentionName = Literal["sdpa", "xformers"]
+SamplerKind = Literal["class_pure", "random", "sequential"]
+Refresh = Literal["never", "epoch"]
+CacheDtype = Literal["fp32", "fp16", "bf16", "int8"]
+Protocol = Literal["base-to-new", "cross-dataset", "domain-generalization", "few-shot"]
+Precision = Literal["auto", "fp32", "bf16", "bf16-sr", "fp16"]
+Preset = Literal["default", "reference"]

@@ -1,0 +1,196 @@
+"""Setup of a run: model, precision, task, method and features of a resolved configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+
+from ..data import InputError, Source
+from ..data.tasks import Task, load_task
+from ..features import FeatureCache, Progress
+from ..options import CacheDtype, Refresh
+from ..store import MANIFEST, erase, is_store, rounded
+from ..store.lock import locked
+from .config import TuneConfig
+from .methods import Method, ZeroShot
+from .methods.base import FrozenModel
+from .model import augmentation, load_model
+from .precision import MixedPrecision
+
+BATCH = 64
+"""Images per batch where nothing trains."""
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Objects of a run; made by `build_run`.
+
+    Attributes:
+        config: Resolved configuration.
+        model: CLIP, on the device of the run.
+        precision: Mixed precision.
+        task: Training images and tests.
+        method: Method that is tuned.
+        zero_shot: Method for the predictions before tuning: `method`, or a `ZeroShot`.
+        resume, overwrite, rounded_to: See `build_run`.
+    """
+
+    config: TuneConfig
+    model: nn.Module
+    precision: MixedPrecision
+    task: Task
+    method: Method
+    zero_shot: Method
+    resume: bool = True
+    overwrite: bool = False
+    rounded_to: CacheDtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the run."""
+        return torch.device(self.config.device)
+
+    @property
+    def images(self) -> int:
+        """Number of images in `test_features` and `train_features` together."""
+        return len(self.task.train) * self.config.views + sum(len(test.images) for test in self.task.tests)
+
+    def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
+        """Compute what the method keeps of the images of each test; see `FeatureCache.build` for `progress`."""
+        return {
+            test.name: self._features(f"test-{quote(test.name, safe=' ')}", test.images, progress)
+            for test in self.task.tests
+        }
+
+    def train_features(self, progress: Progress = False) -> FeatureCache:
+        """Compute what the method keeps of the training images; see `FeatureCache.build` for `progress`."""
+        config = self.config
+        return self._features("train", self.task.train, progress, views=config.views, refresh=config.refresh)
+
+    def _features(
+        self, name: str, dataset: Any, progress: Progress, *, views: int = 1, refresh: Refresh = "never"
+    ) -> FeatureCache:
+        """Features of a dataset, in memory or in the folder `name` of the cache."""
+        config = self.config
+        if config.cache is not None and self.method.cut is not None:
+            with self.precision.autocast():
+                return FeatureCache.build(
+                    config.cache / name,
+                    self.method.cut,
+                    dataset,
+                    dtype=config.cache_dtype,
+                    batch_size=BATCH,
+                    views=views,
+                    refresh=refresh,
+                    workers=config.workers,
+                    resume=self.resume,
+                    overwrite=self.overwrite,
+                    progress=progress,
+                )
+
+        def encode(images: Tensor) -> Tensor:
+            with self.precision.autocast():
+                features = self.method.encode_frozen(images.to(self.device))
+            return features if self.rounded_to is None else rounded(features, self.rounded_to)
+
+        return FeatureCache.in_memory(dataset, encode, batch_size=BATCH, workers=config.workers, progress=progress)
+
+
+def build_run(
+    config: TuneConfig,
+    *,
+    open_data: Callable[[], Source] | None = None,
+    load: Callable[[nn.Module], object] | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    rounded_to: CacheDtype | None = None,
+) -> RunSetup:
+    """Load the model and the task of a run, and construct its method.
+
+    Args:
+        config: Resolved configuration.
+        open_data: Opens the dataset. Default: `config.open_data`.
+        load: Loads all weights of the model, in place of `config.pretrained`.
+        resume: Complete stores of the cache that are unfinished.
+        overwrite: Replace stores of the cache.
+        rounded_to: Dtype of a cache, to which features in memory are rounded. Default: no rounding.
+
+    Raises:
+        InputError: If the model, the dataset or a setting can't be used.
+    """
+    device = torch.device(config.device)
+    model, transform, tokenizer = load_model(
+        config.model, config.pretrained, device, architecture_only=load is not None, seed=config.seed
+    )
+    if load is not None:
+        load(model)
+    precision = MixedPrecision(config.precision, device)
+    precision.prepare(model)
+    crop = augmentation(model, config.preset) if config.augments else None
+    task = build_task(config, transform, crop, open_data=open_data)
+    if config.cache is not None and overwrite:
+        _erase_text_stores(config.cache)
+    method = build_method(config, model, tokenizer, task)
+    if config.cache is not None and method.cut is None:
+        raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
+    zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
+    return RunSetup(config, model, precision, task, method, zero_shot, resume, overwrite, rounded_to)
+
+
+def _erase_text_stores(cache: Path) -> None:
+    """Erase the stores of text features, which `SkipCLIP` opens and never replaces."""
+    for manifest in sorted(cache.glob(f"texts-*/**/{MANIFEST}")):
+        if is_store(manifest.parent):
+            with locked(manifest.parent):
+                erase(manifest.parent)
+
+
+def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
+    """Construct the method of a run with the settings that it takes.
+
+    Raises:
+        InputError: If a setting can't be used with the model.
+    """
+    method = config.method_class()
+    names = ("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "memory", "attention", "keep_embeddings")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"text_cache": config.cache, "generator": torch.Generator().manual_seed(config.seed)}
+    parameters = inspect.signature(method).parameters
+    return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in parameters})
+
+
+def build_task(
+    config: TuneConfig,
+    transform: Callable | None = None,
+    train_transform: Callable | None = None,
+    *,
+    open_data: Callable[[], Source] | None = None,
+) -> Task:
+    """Load the task of a run.
+
+    Args:
+        config: Configuration.
+        transform: Transform of the images.
+        train_transform: Transform of the training images, in its place.
+        open_data: Opens the dataset. Default: `config.open_data`.
+    """
+    return load_task(
+        (open_data or config.open_data)(),
+        protocol=config.chosen_protocol,
+        shots=config.shots,
+        classes=config.classes,
+        seed=config.seed,
+        root=config.root,
+        templates=config.template,
+        targets=config.targets,
+        transform=transform,
+        train_transform=train_transform,
+        download=config.download,
+    )
