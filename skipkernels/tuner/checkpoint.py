@@ -22,6 +22,7 @@ from ..data import InputError
 from ..store import open_regular, partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
 from ..store.lock import holder
+from .errors import argument_error
 from .state_checks import check_types
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
@@ -85,10 +86,10 @@ def save(
         replace_file(folder / STATE, lambda opened: torch.save(state, opened))
         os.replace(next_weights, folder / file)
     except (OSError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"tune: out: the checkpoint can't be written to {folder}: {_reason(error)} The previous one, if any, is "
-            "kept; free disk space and continue with `resume=True`.",
+        raise argument_error(
             "out",
+            f"the checkpoint can't be written to {folder}: {_reason(error)} The previous one, if any, is "
+            "kept; free disk space and continue with `resume=True`.",
         ) from error
 
 

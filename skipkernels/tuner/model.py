@@ -20,6 +20,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ..data import InputError
 from ..options import Preset
+from .errors import argument_error
 from .registry import MODELS, experiments_hint
 
 RANDOM = "random"
@@ -52,24 +53,22 @@ def load_model(
     elif name not in known:
         close = difflib.get_close_matches(name, [*known, *MODELS], 3)
         hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
-        raise InputError(f"load_model: model: open_clip has no model {name!r}; {hint}{experiments_hint()}", "model")
+        raise argument_error("model", f"open_clip has no model {name!r}; {hint}{experiments_hint()}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and packaged is None:
-        raise InputError(
-            f"load_model: pretrained: {name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}.",
-            "pretrained",
+        raise argument_error(
+            "pretrained", f"{name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
         )
     if pretrained is not None and not architecture_only:
         check_activation(name, pretrained)
     file = Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
     tag = pretrained if file is None and pretrained != RANDOM else None
     if tag is not None and tag not in tags:
-        raise InputError(
-            f"load_model: pretrained: {name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}.",
-            "pretrained",
+        raise argument_error(
+            "pretrained", f"{name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}."
         )
     if file is not None and not architecture_only and not file.is_file():
-        raise InputError(f"load_model: pretrained: no file {file}.", "pretrained")
+        raise argument_error("pretrained", f"no file {file}.")
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -102,9 +101,8 @@ def check_activation(name: str, tag: str) -> None:
     has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
     if has != trained:
         names = {True: "QuickGELU", False: "GELU"}
-        raise InputError(
-            f"load_model: model: {tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}.",
-            "model",
+        raise argument_error(
+            "model", f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}."
         )
 
 
@@ -121,10 +119,10 @@ def _tokenizer(name: str) -> Callable:
     try:
         return open_clip.get_tokenizer(name)
     except (OSError, ImportError) as error:
-        raise InputError(
-            f"load_model: model: the Hugging Face tokenizer of {name} could not be loaded: {_first_line(error)} It is "
-            "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
+        raise argument_error(
             "model",
+            f"the Hugging Face tokenizer of {name} could not be loaded: {_first_line(error)} It is "
+            "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
         ) from error
 
 
@@ -163,10 +161,8 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
         error = error.__context__
     reason = textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 250, placeholder=" ….")
     if tag is None:
-        return InputError(f"load_model: model: {name} could not be created: {reason}", "model")
-    return InputError(
-        f"load_model: pretrained: the weights {tag} of {name} could not be downloaded: {reason}", "pretrained"
-    )
+        return argument_error("model", f"{name} could not be created: {reason}")
+    return argument_error("pretrained", f"the weights {tag} of {name} could not be downloaded: {reason}")
 
 
 def _first_line(error: BaseException) -> str:

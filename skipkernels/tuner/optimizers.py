@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..data import InputError
 from ..optimizer import FusedSGD
+from .errors import argument_error
 
 FUSED = "sgd"
 _TORCH_SGD = "torch-sgd"
@@ -39,11 +39,11 @@ def find(name: str) -> type[Optimizer]:
         spelled = {known: value.__name__ for known, value in classes.items()} | {FUSED: FUSED, _TORCH_SGD: _TORCH_SGD}
         close = [spelled[known] for known in difflib.get_close_matches(key, spelled, 3)]
         hint = f"did you mean {' or '.join(close)}?" if close else "choose sgd, torch-sgd, or a class of torch.optim."
-        raise InputError(f"tune: optimizer: no optimizer {name!r}; {hint}", "optimizer")
+        raise argument_error("optimizer", f"no optimizer {name!r}; {hint}")
     found = classes[key]
     if found.__name__ in _UNSUPPORTED:
         reason = f"{found.__name__} {_UNSUPPORTED[found.__name__]}, which is not supported; use sgd."
-        raise InputError(f"tune: optimizer: {reason}", "optimizer")
+        raise argument_error("optimizer", reason)
     return found
 
 
@@ -66,4 +66,4 @@ def build(name: str, groups: list[dict[str, Any]], *, in_backward: bool = False,
         return found(groups, **{option: value for option, value in options.items() if option in known})
     except (TypeError, ValueError) as error:
         reason = f"{found.__name__} can't be used here: {str(error).splitlines()[0]}"
-        raise InputError(f"tune: optimizer: {reason}", "optimizer") from error
+        raise argument_error("optimizer", reason) from error

@@ -109,7 +109,7 @@ class _Run:
         except KeyboardInterrupt as error:  # also a second one, during the handling of the first
             epochs = self.folder.epochs
             complete = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
-            message = f"{complete} complete in {self.folder.path}{'; resume=True continues it' if epochs else ''}"
+            message = f"{complete} complete in {self.folder.path}{'; `resume=True` continues it' if epochs else ''}"
             error.args = error.args or (message,)
             raise
         finally:

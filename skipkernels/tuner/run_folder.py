@@ -23,6 +23,7 @@ from ..store import StoreError, absolute_folder, read_object, replace_text
 from ..store.lock import OWNER, holder, locked
 from . import checkpoint
 from .config import TuneConfig, read_settings
+from .errors import argument_error
 from .state_checks import check_types
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
@@ -98,16 +99,16 @@ def check_writable(folder: Path) -> Path:
     try:
         absolute_folder(folder)
     except StoreError as error:
-        raise InputError(f"tune: out: {error}", "out") from error
+        raise argument_error("out", str(error)) from error
     if os.path.exists(folder) and not folder.is_dir():
-        raise InputError(f"tune: out: {folder} is a file; choose a folder.", "out")
+        raise argument_error("out", f"{folder} is a file; choose a folder.")
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
             return existing
     except OSError as error:
-        raise InputError(
-            f"tune: out: {folder} can't be created: {existing} is not a writable folder; choose another.", "out"
+        raise argument_error(
+            "out", f"{folder} can't be created: {existing} is not a writable folder; choose another."
         ) from error
 
 
@@ -136,9 +137,7 @@ def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
             relation = "contains"
         else:
             continue
-        raise InputError(
-            f"tune: {argument}: {folder} {relation} the folder of the images, {data}; choose another folder.", argument
-        )
+        raise argument_error(argument, f"{folder} {relation} the folder of the images, {data}; choose another folder.")
 
 
 def resumed(config: TuneConfig) -> TuneConfig:
@@ -202,42 +201,40 @@ class RunFolder:
         self._disk = check_writable(self.path)
         running = holder(self.path)
         if running is not None:
-            raise InputError(
-                f"tune: out: {self.path}: in use by {running}. Wait for it, or choose another folder.", "out"
-            )
+            raise argument_error("out", f"{self.path}: in use by {running}. Wait for it, or choose another folder.")
         earlier = [path.name for path in _files(self.path)]
         if earlier and not _has_run(self.path):
-            raise InputError(
-                f"tune: out: {self.path} contains files with the names of a run's files, and no {CONFIG} of a run: "
-                f"{format_names(earlier)}; choose another folder, or move them.",
+            raise argument_error(
                 "out",
+                f"{self.path} contains files with the names of a run's files, and no {CONFIG} of a run: "
+                f"{format_names(earlier)}; choose another folder, or move them.",
             )
         if config.resume:
             self._resume(earlier)
         elif earlier and not config.overwrite:
-            raise InputError(
-                f"tune: out: {self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
-                "`overwrite=True` or `resume=True`.",
+            raise argument_error(
                 "out",
+                f"{self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
+                "`overwrite=True` or `resume=True`.",
             )
 
     def _resume(self, earlier: list[str]) -> None:
         found = checkpoint.find(self.path)
         if found is None:
             if METRICS in earlier and _metrics_object(self.path).get("epochs"):
-                raise InputError(
-                    f"tune: resume: {self.path} contains a run without {checkpoint.STATE}; choose another folder, or "
-                    "use `overwrite=True`.",
+                raise argument_error(
                     "resume",
+                    f"{self.path} contains a run without {checkpoint.STATE}; choose another folder, or "
+                    "use `overwrite=True`.",
                 )
             return
         before, now = found.state["config"], self._config.identity()
         for name in now:
             if before.get(name) != now[name]:
-                raise InputError(
-                    f"tune: resume: {name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; "
-                    "give the same, or choose another folder.",
+                raise argument_error(
                     "resume",
+                    f"{name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; "
+                    "give the same, or choose another folder.",
                 )
         if METRICS in earlier and _metrics_object(self.path).get("status") == "complete":
             self.finished = read_metrics(self.path)
@@ -252,10 +249,10 @@ class RunFolder:
         reused = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
         free = shutil.disk_usage(self._disk).free + reused
         if free < 2 * size:
-            raise InputError(
-                f"tune: out: {self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB, and "
-                f"{free / 2**20:.0f} MiB are free; free disk space, choose another disk, or use `delta=True`.",
+            raise argument_error(
                 "out",
+                f"{self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB, and "
+                f"{free / 2**20:.0f} MiB are free; free disk space, choose another disk, or use `delta=True`.",
             )
 
     @contextmanager
@@ -271,9 +268,9 @@ class RunFolder:
                 stack.enter_context(locked(self.path))
                 self._begin()
             except StoreError as error:
-                raise InputError(f"tune: out: {error}", "out") from error
+                raise argument_error("out", str(error)) from error
             except OSError as error:
-                raise InputError(f"tune: out: {self.path} can't be written: {error.strerror}.", "out") from error
+                raise argument_error("out", f"{self.path} can't be written: {error.strerror}.") from error
             yield
 
     def _begin(self) -> None:
@@ -324,7 +321,7 @@ class RunFolder:
         try:
             replace_text(self.path / name, text)
         except OSError as error:
-            raise InputError(f"tune: out: {self.path / name} can't be written: {error.strerror}.", "out") from error
+            raise argument_error("out", f"{self.path / name} can't be written: {error.strerror}.") from error
 
 
 @contextmanager

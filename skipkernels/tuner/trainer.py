@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data import InputError
 from ..data.files import format_names
 from ..features import BatchSampler, FeatureCache
 from ..store import digest_tensors
 from . import optimizers
 from .config import TuneConfig
+from .errors import argument_error
 from .methods import Method, StepOutput
 from .methods.base import TunedModel
 from .precision import REMEDY, MixedPrecision
@@ -185,9 +185,7 @@ class Trainer:
         # Another device has another generator, so only the state of the CPU's is checked.
         check_like(state["random"].get("cpu"), own["random"]["cpu"], "trainer.random.cpu")
         if state["labels"] != own["labels"]:
-            raise InputError(
-                "tune: resume: the training images differ from those of the run; choose another folder.", "resume"
-            )
+            raise argument_error("resume", "the training images differ from those of the run; choose another folder.")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._loader.load_state_dict(state["loader"])

@@ -186,13 +186,13 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "bf16"}, {"skip_layers": 0}, {"skip_layers": 1.0}, {"tail": "fixed"}, {"memory": "min"},
-     {"sampler": "random", "batch_size": 5}, {"classes": 2}, {"classes": 3}, {"clip_grad_norm": 1.0},
-     {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4}, {"template": ("the sign {}.", "{}")},
-     {"preset": "reference", "epochs": 1}, {"protocol": "few-shot"},
-     {"protocol": "cross-dataset", "targets": ("glyphs:greek", "glyphs:cyrillic")},
+    [{"skip_layers": 0}, {"skip_layers": 1.0}, {"classes": 2}, {"classes": 3}, {"preset": "reference"},
+     {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
+      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("the sign {}.", "{}")},
+     {"protocol": "few-shot"}, {"protocol": "cross-dataset", "targets": ("glyphs:greek", "glyphs:cyrillic")},
      {"protocol": "domain-generalization"}],
-    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+    ids=["no cut", "all skipped", "2 classes", "3 classes", "reference", "several", "few-shot", "cross-dataset",
+         "domain-generalization"],
 )  # fmt: skip
 def test_tune_options(tmp_path, changes):
     metrics = tune(small(tmp_path, **{"epochs": 1, **changes}))

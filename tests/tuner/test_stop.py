@@ -59,7 +59,7 @@ def not_a_number(self, inputs, labels):
 
 def test_interrupt_keeps_last_epoch(tmp_path, at_step, capsys):
     at_step(10, interrupt)  # in the second epoch of six steps
-    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are complete in .*; resume=True continues it"):
+    with pytest.raises(KeyboardInterrupt, match="1 of 2 epochs are complete in .*; `resume=True` continues it"):
         tune(small(tmp_path))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["status"], metrics["epochs"], metrics["steps"]) == ("interrupted", 1, 6)
