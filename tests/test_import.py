@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import resource
 import subprocess
@@ -110,6 +112,15 @@ def test_public_names():
         assert getattr(skipkernels, name) is not None
     with pytest.raises(AttributeError, match="module 'skipkernels' has no attribute 'nothing'"):
         _ = skipkernels.nothing
+
+
+@pytest.mark.parametrize("package", ["data", "tuner"])
+def test_lazy_names_are_no_modules(package):
+    """A submodule with the name of a public function would hide it once it is imported."""
+    for path in (PACKAGE / package).glob("*.py"):
+        importlib.import_module(f"skipkernels.{package}.{path.stem}")
+    found = importlib.import_module(f"skipkernels.{package}")
+    assert not [name for name in found.__all__ if inspect.ismodule(getattr(found, name))]
 
 
 def modules() -> list[Path]:

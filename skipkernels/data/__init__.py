@@ -8,9 +8,9 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .base import InputError, LabelledDataset, SizedDataset
-    from .few_shot import few_shot, few_shot_note, load_few_shot, save_few_shot
     from .images import DatasetImages, Images, LabelledImages
     from .registry import open_source, register_source
+    from .shots import few_shot, few_shot_note, load_few_shot, save_few_shot
     from .source import Protocol, Source, Split, from_datasets
     from .tasks import Task, TestSet, load_task, split_base_new, summarise
 
@@ -52,14 +52,14 @@ __getattr__ = lazy_names(
         "Split": "source",
         "Task": "tasks",
         "TestSet": "tasks",
-        "few_shot": "few_shot",
-        "few_shot_note": "few_shot",
+        "few_shot": "shots",
+        "few_shot_note": "shots",
         "from_datasets": "source",
-        "load_few_shot": "few_shot",
+        "load_few_shot": "shots",
         "load_task": "tasks",
         "open_source": "registry",
         "register_source": "registry",
-        "save_few_shot": "few_shot",
+        "save_few_shot": "shots",
         "split_base_new": "tasks",
         "summarise": "tasks",
     },

@@ -28,9 +28,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .base import InputError, open_error
-from .few_shot import hash_order
 from .files import absolute_path, find_images, format_names, has_image_extension, read_json, read_text, subfolders
 from .images import LabelledImages
+from .shots import hash_order
 from .source import Split, SplitSource, constant_split, normalize_class_name, normalize_class_names
 from .templates import Templates, resolve_templates
 

@@ -11,9 +11,9 @@ from typing import Literal, TypeVar, get_args
 
 from ..options import Protocol
 from .base import InputError, LabelledDataset, SizedDataset
-from .few_shot import few_shot
 from .files import format_names
 from .images import DatasetImages, Images, Transform
+from .shots import few_shot
 from .templates import Templates, format_prompt, resolve_templates
 
 Split = Literal["train", "val", "test"]

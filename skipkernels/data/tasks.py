@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .base import InputError, LabelledDataset, escape_unprintable
-from .few_shot import few_shot_note
 from .files import format_names
 from .registry import open_source
+from .shots import few_shot_note
 from .source import Protocol, Source
 from .templates import Templates
 
