@@ -129,7 +129,8 @@ def test_linear_probe_one_shot_has_no_sweep():
     method = made("linear-probe", task=tiny_task(shots=1))
     trained(method)
     assert method.l2.item() == pytest.approx(1 / 0.316)
-    assert method.notes == ["linear-probe: no class has two training images, one of which could choose l2; it is 3.16."]
+    note = "linear-probe: no class has two training images, so none is held out to choose l2; it is 3.16."
+    assert method.notes == [note]
 
 
 def test_linear_probe_logits_of_known_classes():

@@ -140,7 +140,7 @@ def _check(runs: Sequence[_Planned], console: Console) -> None:
         console.print(plain(f"looking at the settings of {', '.join(run.variant for run in runs)}", "dim"))
     for run in runs:
         with _named(run.variant):
-            _apart(check, run.config)
+            _apart(_check_config, run.config)
 
 
 def _complete(config: TuneConfig) -> dict[str, Any] | None:
@@ -162,6 +162,11 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
 def _apart(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(work, config).result()
+
+
+# Functions of this module, so that unpickling them in the subprocess imports the experiments, which register methods.
+def _check_config(config: TuneConfig) -> None:
+    check(config)
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:
