@@ -63,7 +63,6 @@ UNFINISHED = (
     "skipkernels/cli",
     "skipkernels/experiments",
     "skipkernels/ops",
-    "skipkernels/tuner",
     "tests",
     "tests/cli",
     "tests/experiments",
