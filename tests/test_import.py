@@ -25,6 +25,7 @@ LAYERS = [
         "_lazy",
         "_namespace",
         "_progress",
+        "formatting",
         "checks",
         "console",
         "memory",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _progress
-from .._progress import decimal, escaped
+from ..formatting import decimal, escaped
 from ..store import COMPUTED, DTYPES, Layout, StoreError, Writer
 from ..store.shards import map_shard, quantise
 from . import fingerprint

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from .._progress import decimal
+from ..formatting import decimal
 from .atomic import partial_of
 from .lock import LOCK, OWNER, locked
 from .manifest import (

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._progress import escaped, message, progress
+from .._progress import message, progress
+from ..formatting import escaped
 from ..store import (
     COMPUTED,
     DTYPES,
