@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from skipkernels.experiments.studies import compare
+from skipkernels.experiments.studies.compare import compare
 from skipkernels.experiments.studies.runs import Result
 from skipkernels.tuner import TuneConfig
 from skipkernels.tuner.registry import METHODS

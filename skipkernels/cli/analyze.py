@@ -12,8 +12,15 @@ from rich.table import Table
 
 from skipkernels.console import Terminal, plain
 from skipkernels.data import InputError
-from skipkernels.experiments.sensitivity import Advice, Analysis, Setting, analyze, shift_svg, spread_svg
-from skipkernels.experiments.sensitivity.advice import ENOUGH, STILL
+from skipkernels.experiments.sensitivity import (
+    Advice,
+    Analysis,
+    Setting,
+    analyze,
+    feature_sensitivity_svg,
+    gradient_dependence_svg,
+)
+from skipkernels.experiments.sensitivity.advice import GRADIENT_SHARE, INSENSITIVE_BELOW
 from skipkernels.features import SamplerKind
 from skipkernels.store import replace_text
 from skipkernels.tuner import TuneConfig
@@ -21,7 +28,7 @@ from skipkernels.tuner.model import load_model
 from skipkernels.tuner.run_folder import check_apart, check_writable
 from skipkernels.tuner.setup import build_task
 
-ANALYSIS, SHIFT, SPREAD = "analysis.json", "shift.svg", "spread.svg"
+ANALYSIS, FS_PLOT, GD_PLOT = "analysis.json", "feature_sensitivity.svg", "gradient_dependence.svg"
 _RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
@@ -110,13 +117,13 @@ def run(action: AnalyzeConfig, out: Terminal, err: Terminal) -> int:
     settings = vars(action) | resolved
     _write(folder, analysis, settings)
     _print(analysis, f"{config.model} on {task.name}, {config.shots} shots, {config.epochs} epochs", out)
-    out.print(f"{folder}: {ANALYSIS} {SHIFT} {SPREAD}", soft_wrap=True)
+    out.print(f"{folder}: {ANALYSIS} {FS_PLOT} {GD_PLOT}", soft_wrap=True)
     return 0
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
     check_writable(folder)
-    earlier = [name for name in (ANALYSIS, SHIFT, SPREAD) if (folder / name).exists()]
+    earlier = [name for name in (ANALYSIS, FS_PLOT, GD_PLOT) if (folder / name).exists()]
     if earlier and not overwrite:
         raise InputError(
             f"--out: {folder} holds an earlier analysis ({', '.join(earlier)}); choose another folder, or add "
@@ -129,8 +136,8 @@ def _write(folder: Path, analysis: Analysis, settings: dict[str, Any]) -> None:
     settings = {name: value for name, value in settings.items() if name not in ("out", "overwrite")}
     settings["root"] = settings["root"] and str(settings["root"])
     texts = {
-        SHIFT: shift_svg(analysis.shift, analysis.advice),
-        SPREAD: spread_svg(analysis.spread, analysis.advice),
+        FS_PLOT: feature_sensitivity_svg(analysis.sensitivity, analysis.advice),
+        GD_PLOT: gradient_dependence_svg(analysis.dependence, analysis.advice),
         ANALYSIS: json.dumps({"settings": settings} | analysis.as_dict(), indent=2) + "\n",
     }
     try:
@@ -143,18 +150,20 @@ def _write(folder: Path, analysis: Analysis, settings: dict[str, Any]) -> None:
 
 
 def _print(analysis: Analysis, title: str, out: Terminal) -> None:
-    shift, spread, advice = analysis.shift, analysis.spread, analysis.advice
+    sensitivity, dependence, advice = analysis.sensitivity, analysis.dependence, analysis.advice
     columns = {
-        "image: output": (shift.image, 0),
-        "added by the block": (shift.image_added, 0),
-        "text: output": (shift.text, 1),
-        "added by the block ": (shift.text_added, 1),
+        "image: output": (sensitivity.image, 0),
+        "added by the block": (sensitivity.image_added, 0),
+        "text: output": (sensitivity.text, 1),
+        "added by the block ": (sensitivity.text_added, 1),
     }
     moved = Table("block", title=f"FS, relative change of each block ({title})")
     for name in columns:
         moved.add_column(name, justify="right")
-    moved.add_row("embedding", f"{100 * shift.image_entered:.2f} %", "", f"{100 * shift.text_entered:.2f} %", "")
-    for block in range(max(len(shift.image), len(shift.text))):
+    moved.add_row(
+        "embedding", f"{100 * sensitivity.image_entered:.2f} %", "", f"{100 * sensitivity.text_entered:.2f} %", ""
+    )
+    for block in range(max(len(sensitivity.image), len(sensitivity.text))):
         cells = []
         for values, tower in columns.values():
             style = "dim" if block < advice.advised.skip_layers[tower] else "bold"
@@ -162,11 +171,11 @@ def _print(analysis: Analysis, title: str, out: Terminal) -> None:
         moved.add_row(str(block + 1), *cells)
     out.print(moved)
 
-    classes, cumulative = len(spread.share), spread.cumulative.tolist()
+    classes, cumulative = len(dependence.share), dependence.cumulative.tolist()
     marks = {advice.advised.kept.always: "advised", advice.other.kept.always: "compared with"}
     if advice.advised.kept.always == advice.other.kept.always:
         marks = {advice.advised.kept.always: "advised, and compared with"}
-    spreads = Table("first ranks", title=f"GD, share of the gradient ({spread.images} images, {classes} classes)")
+    spreads = Table("first ranks", title=f"GD, share of the gradient ({dependence.images} images, {classes} classes)")
     for name in ("of all classes", "share of the gradient"):
         spreads.add_column(name, justify="right")
     spreads.add_column("")
@@ -192,15 +201,15 @@ def _print_advice(advice: Advice, classes: int, out: Terminal) -> None:
         {which: f"{s.skip_layers[0]} and {s.skip_layers[1]}" for which, s in settings.items()},
     )
     row(
-        f"FS there, of the largest (below {100 * STILL:.0f} %)",
-        {which: f"{100 * s.shift[0]:.0f} % and {100 * s.shift[1]:.0f} %" for which, s in settings.items()},
+        f"FS there, of the largest (below {100 * INSENSITIVE_BELOW:.0f} %)",
+        {which: f"{100 * s.sensitivity[0]:.0f} % and {100 * s.sensitivity[1]:.0f} %" for which, s in settings.items()},
     )
     row(
         "keep ratio",
         {which: f"{s.keep_ratio:.4g}" for which, s in settings.items()},
     )
     row(
-        f"classes that always stay (first ranks with {100 * ENOUGH:g} %)",
+        f"classes that always stay (first ranks with {100 * GRADIENT_SHARE:g} %)",
         {which: f"{s.kept.always} of {classes}" for which, s in settings.items()},
     )
     row("classes in a step", {which: str(s.kept.expected) for which, s in settings.items()})

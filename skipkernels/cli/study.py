@@ -10,7 +10,11 @@ import tyro
 
 from skipkernels.console import Terminal
 from skipkernels.data import InputError, Protocol
-from skipkernels.experiments.studies import SHOTS, Ablated, Study, ablate, compare, picture, run_protocol
+from skipkernels.experiments.studies.compare import ablate, compare
+from skipkernels.experiments.studies.defaults import SHOTS, Ablated
+from skipkernels.experiments.studies.plots import study_svg
+from skipkernels.experiments.studies.protocol import run_protocol
+from skipkernels.experiments.studies.study import Study
 from skipkernels.tuner import TuneConfig
 from skipkernels.tuner.registry import METHODS
 
@@ -129,7 +133,7 @@ def _slug(config: TuneConfig) -> str:
 
 
 def _show(study: Study, folder: Path, out: Terminal) -> None:
-    paths = study.write(folder, picture(study))
+    paths = study.write(folder, study_svg(study))
     for table in study.tables():
         out.print(table)
     out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""FS: against a computation that keeps every hidden state, and what it must not see."""
+"""Feature sensitivity against a reference that stores every hidden state."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from timm_models import timm_clip
 from torch import Tensor, nn
 
 from skipkernels.data import InputError
-from skipkernels.experiments.sensitivity import FeatureShift, feature_shift
+from skipkernels.experiments.sensitivity import FeatureSensitivity, measure_feature_sensitivity
 
 DEPTH = 3
 TOKENS = tiny_tokens(7)
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-# The same sums in fp64 in another order.
+# fp64 sums in another order.
 CLOSE = {"rel": 1e-10}
 
 
@@ -28,7 +28,7 @@ def before() -> nn.Module:
 
 
 def perturbed(model: nn.Module, *names: str, by: float = 0.1) -> nn.Module:
-    """A copy whose parameters of these names, or those that begin so, moved."""
+    """Copy a model and add noise to the parameters with names that start with `names`."""
     after = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def perturbed(model: nn.Module, *names: str, by: float = 0.1) -> nn.Module:
 
 
 def image_states(model) -> list[Tensor]:
-    """What enters the first block and what leaves each, for all images at once."""
+    """Input of the first image block and output of each block, for all images."""
     states = [model.visual._embeds(IMAGES.to(model.visual.conv1.weight.dtype))]
     for block in model.visual.transformer.resblocks:
         states.append(block(states[-1]))
@@ -47,7 +47,7 @@ def image_states(model) -> list[Tensor]:
 
 
 def text_states(model) -> list[Tensor]:
-    """The same for all prompts, of the tokens up to the end of each."""
+    """Input of the first text block and output of each block, for the tokens up to the end of each prompt."""
     text = getattr(model, "text", model)
     states = [text.token_embedding(TOKENS) + text.positional_embedding]
     for block in text.transformer.resblocks:
@@ -57,13 +57,13 @@ def text_states(model) -> list[Tensor]:
 
 
 def relative(before: Tensor, after: Tensor) -> float:
-    """Mean over all rows."""
+    """Mean relative distance over rows."""
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
 
 
 @torch.no_grad()
-def naive(before: nn.Module, after: nn.Module) -> FeatureShift:
-    """FS from all hidden states of both models, in fp64."""
+def naive(before: nn.Module, after: nn.Module) -> FeatureSensitivity:
+    """Compute FS from all hidden states of both models, in fp64."""
     found = []
     for states in (image_states, text_states):
         old, new = ([state.double() for state in states(model)] for model in (before, after))
@@ -76,118 +76,121 @@ def naive(before: nn.Module, after: nn.Module) -> FeatureShift:
             )
         )
     (image, image_added, image_entered), (text, text_added, text_entered) = found
-    return FeatureShift(image, text, image_added, text_added, image_entered, text_entered)
+    return FeatureSensitivity(image, text, image_added, text_added, image_entered, text_entered)
 
 
-def assert_same(found: FeatureShift, expected: FeatureShift) -> None:
+def assert_same(found: FeatureSensitivity, expected: FeatureSensitivity) -> None:
     for name, values in vars(expected).items():
         assert getattr(found, name) == pytest.approx(values, **CLOSE, abs=1e-14), name
 
 
-def test_of_a_model_and_itself_it_is_zero(before):
+def test_measure_feature_sensitivity_same_model_is_zero(before):
     zero = [0.0] * DEPTH
-    shift = feature_shift(before, copy.deepcopy(before), IMAGES.split(2), TOKENS)
-    assert shift == FeatureShift(zero, zero, zero, zero, 0.0, 0.0)
+    sensitivity = measure_feature_sensitivity(before, copy.deepcopy(before), IMAGES.split(2), TOKENS)
+    assert sensitivity == FeatureSensitivity(zero, zero, zero, zero, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("block", range(DEPTH))
-def test_of_one_block_that_moved_only_it_and_later_ones_shift(before, block):
+def test_measure_feature_sensitivity_one_changed_block(before, block):
     names = f"visual.transformer.resblocks.{block}.", f"transformer.resblocks.{block}."
     after = perturbed(before, *names)
-    shift = feature_shift(before, after, IMAGES.split(2), TOKENS)
-    for values in (shift.image, shift.text, shift.image_added, shift.text_added):
+    sensitivity = measure_feature_sensitivity(before, after, IMAGES.split(2), TOKENS)
+    for values in (sensitivity.image, sensitivity.text, sensitivity.image_added, sensitivity.text_added):
         assert [value > 0 for value in values] == [number >= block for number in range(DEPTH)]
         assert all(value == 0 for value in values[:block])
-    assert shift.image_entered == shift.text_entered == 0.0
-    assert_same(shift, naive(before, after))
+    assert sensitivity.image_entered == sensitivity.text_entered == 0.0
+    assert_same(sensitivity, naive(before, after))
 
 
-def test_of_everything_that_moved_in_batches_of_any_size(before, monkeypatch):
+def test_measure_feature_sensitivity_any_batch_size(before, monkeypatch):
     after = perturbed(before, "", by=0.03)
     expected = naive(before, after)
-    assert_same(feature_shift(before, after, IMAGES.split(5), TOKENS), expected)
+    assert_same(measure_feature_sensitivity(before, after, IMAGES.split(5), TOKENS), expected)
     monkeypatch.setattr("skipkernels.experiments.sensitivity.feature_sensitivity.TEXT_CHUNK", 3)
-    assert_same(feature_shift(before, after, IMAGES.split(2), TOKENS), expected)
+    assert_same(measure_feature_sensitivity(before, after, IMAGES.split(2), TOKENS), expected)
 
 
-def test_one_tower_does_not_see_the_other(before):
-    shift = feature_shift(before, perturbed(before, "visual."), IMAGES.split(5), TOKENS)
-    assert min(shift.image) > 0 and max(shift.text) == shift.text_entered == 0
+def test_measure_feature_sensitivity_towers_are_independent(before):
+    sensitivity = measure_feature_sensitivity(before, perturbed(before, "visual."), IMAGES.split(5), TOKENS)
+    assert min(sensitivity.image) > 0 and max(sensitivity.text) == sensitivity.text_entered == 0
 
 
-def test_what_moves_behind_the_end_of_every_prompt_does_not_count(before):
+def test_measure_feature_sensitivity_ignores_causal_padding(before):
     after, last = copy.deepcopy(before), int(TOKENS.argmax(dim=1).max())
     with torch.no_grad():
         after.positional_embedding[last + 1 :] += 1.0
-    assert max(feature_shift(before, after, IMAGES.split(5), TOKENS).text) == 0
+    assert max(measure_feature_sensitivity(before, after, IMAGES.split(5), TOKENS).text) == 0
     with torch.no_grad():
         after.positional_embedding[last] += 1.0
-    assert min(feature_shift(before, after, IMAGES.split(5), TOKENS).text) > 0
+    assert min(measure_feature_sensitivity(before, after, IMAGES.split(5), TOKENS).text) > 0
 
 
-def test_without_a_causal_mask_every_token_counts():
+def test_measure_feature_sensitivity_no_causal_mask_counts_padding():
     before = tiny_clip(family=open_clip.CustomTextCLIP, text={"no_causal_mask": True}).eval()
     after = copy.deepcopy(before)
     with torch.no_grad():
         after.text.positional_embedding[-1] += 1.0
-    shift = feature_shift(before, after, IMAGES.split(5), TOKENS)
-    assert min(shift.text) > 0 and shift.text_entered > 0
+    sensitivity = measure_feature_sensitivity(before, after, IMAGES.split(5), TOKENS)
+    assert min(sensitivity.text) > 0 and sensitivity.text_entered > 0
 
 
-def test_of_a_timm_tower():
+def test_measure_feature_sensitivity_timm_tower():
     trunk = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=12)
     before = timm_clip(trunk)
-    shift = feature_shift(before, perturbed(before, "visual.trunk.blocks.1."), IMAGES.split(2), TOKENS)
-    assert shift.image[0] == 0 < shift.image[1]
+    sensitivity = measure_feature_sensitivity(
+        before, perturbed(before, "visual.trunk.blocks.1."), IMAGES.split(2), TOKENS
+    )
+    assert sensitivity.image[0] == 0 < sensitivity.image[1]
 
 
-def test_half_precision_is_compared_in_fp32():
-    """As in fp64: in bf16 a norm would be off by 2⁻⁹."""
+def test_measure_feature_sensitivity_bf16_compares_in_fp32():
+    """Norms in bf16 would have a relative error of 2⁻⁹."""
     before = tiny_clip(torch.bfloat16).eval()
     after = perturbed(before, "")
-    shift, expected = feature_shift(before, after, IMAGES.bfloat16().split(5), TOKENS), naive(before, after)
+    expected = naive(before, after)
+    sensitivity = measure_feature_sensitivity(before, after, IMAGES.bfloat16().split(5), TOKENS)
     for name, values in vars(expected).items():
-        assert getattr(shift, name) == pytest.approx(values, rel=1e-5), name
+        assert getattr(sensitivity, name) == pytest.approx(values, rel=1e-5), name
 
 
-def test_progress_counts_images_and_prompts(before):
+def test_measure_feature_sensitivity_progress(before):
     done: list[int] = []
-    feature_shift(before, before, IMAGES.split(2), TOKENS, progress=done.append)
+    measure_feature_sensitivity(before, before, IMAGES.split(2), TOKENS, progress=done.append)
     assert done == [2, 2, 1, 7]
 
 
-def test_models_are_left_as_they_were(before):
+def test_measure_feature_sensitivity_restores_models(before):
     after = perturbed(before, "").train()
-    feature_shift(before, after, IMAGES.split(5), TOKENS)
+    measure_feature_sensitivity(before, after, IMAGES.split(5), TOKENS)
     assert after.training and not before.training
     assert not any(module._forward_hooks for model in (before, after) for module in model.modules())
     assert all(parameter.grad is None for parameter in after.parameters())
 
 
-def test_in_training_mode_too_it_is_that_of_evaluation():
+def test_measure_feature_sensitivity_training_mode():
     before = tiny_clip(vision={"patch_dropout": 0.5})
     after = perturbed(before, "visual.")
-    shift = feature_shift(before.train(), after.train(), IMAGES.split(5), TOKENS)
-    assert shift == feature_shift(before.eval(), after.eval(), IMAGES.split(5), TOKENS)
+    sensitivity = measure_feature_sensitivity(before.train(), after.train(), IMAGES.split(5), TOKENS)
+    assert sensitivity == measure_feature_sensitivity(before.eval(), after.eval(), IMAGES.split(5), TOKENS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda before: {"before": nn.Linear(1, 1), "after": nn.Linear(1, 1)}, "open_clip's CLIP or CustomTextCLIP"),
-        (lambda before: {"after": tiny_clip(vision={"layers": 2})}, "after must have the parameters of before"),
+        (lambda before: {"after": tiny_clip(vision={"layers": 2})}, "after must have the same parameters as before"),
         (lambda before: {"images": IMAGES}, "images must be batches"),
-        (lambda before: {"images": []}, "there must be an image input"),
-        (lambda before: dict.fromkeys(("before", "after"), resnet()), "image blocks must pass on"),
+        (lambda before: {"images": []}, "there must be at least one image input"),
+        (lambda before: dict.fromkeys(("before", "after"), resnet()), "image blocks must all return"),
     ],
     ids=["other model", "other depth", "no batches", "no images", "convolutions"],
 )
-def test_bad_input(before, change, message):
+def test_measure_feature_sensitivity_bad_input(before, change, message):
     arguments = {"before": before, "after": before, "images": IMAGES.split(5), "tokens": TOKENS} | change(before)
     if isinstance(arguments["before"], open_clip.CLIP) and not hasattr(arguments["before"].visual, "transformer"):
         arguments["images"] = torch.zeros(2, 3, 32, 32, dtype=torch.float64).split(2)
     with pytest.raises(InputError, match=message):
-        feature_shift(**arguments)
+        measure_feature_sensitivity(**arguments)
 
 
 def resnet() -> nn.Module:

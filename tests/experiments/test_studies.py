@@ -1,4 +1,4 @@
-"""Many runs: what is run, what is not run again, and what is written of them."""
+"""Studies: which runs are started, skipped and resumed, and their tables and plots."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from rich.console import Console
 
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
-from skipkernels.experiments.studies import ablate, compare, picture, run_protocol, runs
-from skipkernels.experiments.studies.runs import Spread, Variant, execute, spread
+from skipkernels.experiments.studies import runs
+from skipkernels.experiments.studies.compare import ablate, compare
+from skipkernels.experiments.studies.plots import study_svg
+from skipkernels.experiments.studies.protocol import run_protocol
+from skipkernels.experiments.studies.runs import MeanAndDeviation, Variant, mean_and_deviation, run_variants
 from skipkernels.experiments.studies.study import Column, Study, accuracy, cost
 from skipkernels.tuner import TuneConfig, check
 
@@ -22,7 +25,7 @@ TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The configs of runs that would have been run, each of which is complete at once."""
+    """Configurations of the runs that would have started. Each completes immediately."""
     found = []
 
     def complete(work, config: TuneConfig) -> dict:
@@ -57,7 +60,7 @@ def ran(monkeypatch):
         (config.out / "metrics.json").write_text(json.dumps(metrics))
         return metrics
 
-    monkeypatch.setattr(runs, "_apart", complete)
+    monkeypatch.setattr(runs, "_in_subprocess", complete)
     return found
 
 
@@ -66,47 +69,47 @@ def two(**changes) -> list[Variant]:
     return [Variant("a", changed), Variant("b", dataclasses.replace(changed, decay=0.5))]
 
 
-def test_variants_take_turns_and_each_run_has_its_folder(ran, tmp_path):
-    results = execute(two(), range(2), tmp_path, QUIET)
+def test_run_variants_alternates_variants(ran, tmp_path):
+    results = run_variants(two(), range(2), tmp_path, QUIET)
     assert [(result.variant, result.seed) for result in results] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert [(config.seed, config.decay) for config in ran] == [(0, 0.3), (0, 0.5), (1, 0.3), (1, 0.5)]
     assert [config.out for config in ran] == [tmp_path / "runs" / name for name in ("a-0", "b-0", "a-1", "b-1")]
     assert not any(config.resume or config.overwrite for config in ran)
 
 
-def test_what_is_complete_is_not_run_again_and_what_was_cut_off_goes_on(ran, tmp_path):
-    first = execute(two(), range(2), tmp_path, QUIET)
+def test_run_variants_skips_complete_and_resumes_interrupted(ran, tmp_path):
+    first = run_variants(two(), range(2), tmp_path, QUIET)
     (tmp_path / "runs" / "b-0" / "metrics.json").unlink()
     del ran[:]
-    again = execute(two(), range(2), tmp_path, QUIET)
+    again = run_variants(two(), range(2), tmp_path, QUIET)
     assert [(config.out.name, config.resume) for config in ran] == [("b-0", True)]
     assert [result for result in again if (result.variant, result.seed) != ("b", 0)] == [first[0], *first[2:]]
     del ran[:]
-    execute(two(), range(2), tmp_path, QUIET, overwrite=True)
+    run_variants(two(), range(2), tmp_path, QUIET, overwrite=True)
     assert len(ran) == 4 and all(config.overwrite and not config.resume for config in ran)
 
 
-def test_runs_with_other_settings_are_refused_by_name(ran, tmp_path):
-    execute(two(), range(1), tmp_path, QUIET)
+def test_run_variants_other_settings_in_folder(ran, tmp_path):
+    run_variants(two(), range(1), tmp_path, QUIET)
     with pytest.raises(InputError, match="a-0 holds a run with another shots; choose another folder, or add"):
-        execute(two(shots=3), range(1), tmp_path, QUIET)
+        run_variants(two(shots=3), range(1), tmp_path, QUIET)
 
 
 def test_mean_and_deviation():
-    assert spread([2.0, 4.0, 6.0]) == Spread(4.0, 2.0)
-    assert spread([2.0]) == Spread(2.0, None)
-    assert spread([]) is None and spread([None, 2.0]) is None
+    assert mean_and_deviation([2.0, 4.0, 6.0]) == MeanAndDeviation(4.0, 2.0)
+    assert mean_and_deviation([2.0]) == MeanAndDeviation(2.0, None)
+    assert mean_and_deviation([]) is None and mean_and_deviation([None, 2.0]) is None
 
 
-def test_a_study_is_a_table_a_json_and_a_picture(ran, tmp_path):
+def test_compare_tables_json_and_plot(ran, tmp_path):
     study = compare(TINY, ["skip", "zero-shot"], range(2), tmp_path, QUIET)
     assert [config.method for config in ran] == ["skip", "zero-shot"] * 2
     summary = study.summary()
-    assert summary["skip"]["accuracy, %"]["base"] == spread([10.0, 30.0])
-    assert summary["zero-shot"]["accuracy, %"]["base"] == spread([20.0, 40.0])
+    assert summary["skip"]["accuracy, %"]["base"] == mean_and_deviation([10.0, 30.0])
+    assert summary["zero-shot"]["accuracy, %"]["base"] == mean_and_deviation([20.0, 40.0])
     assert summary["skip"]["accuracy, %"]["new"] is None and summary["skip"]["cost"]["step, ms"] is None
-    svg = picture(study)
-    assert ElementTree.fromstring(svg).tag.endswith("svg") and svg == picture(study)
+    svg = study_svg(study)
+    assert ElementTree.fromstring(svg).tag.endswith("svg") and svg == study_svg(study)
     assert "zero-shot" in svg and "peak, MiB" in svg
     paths = study.write(tmp_path, svg)
     assert [path.name for path in paths] == ["compare.json", "compare.svg"]
@@ -118,44 +121,44 @@ def test_a_study_is_a_table_a_json_and_a_picture(ran, tmp_path):
     assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
 
 
-def test_one_method_or_value_is_a_comparison_too(ran, tmp_path):
+def test_compare_and_ablate_single_variant(ran, tmp_path):
     for study in (
         compare(dataclasses.replace(TINY, protocol="few-shot"), ["skip"], range(1), tmp_path / "a", QUIET),
         ablate(TINY, "decay", [0.3], range(1), tmp_path / "b", QUIET),
     ):
-        assert ElementTree.fromstring(picture(study)).tag.endswith("svg")
+        assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
         accuracies, costs = study.tables()
         assert accuracies.columns[0].header == "accuracy, %" and list(costs.columns[4].cells) == ["100"]
 
 
-def test_settings_of_one_method_are_not_refused_by_the_others(ran, tmp_path):
+def test_compare_ignores_settings_of_other_methods(ran, tmp_path):
     compare(dataclasses.replace(TINY, skip_layers=2), ["skip", "full", "zero-shot"], range(1), tmp_path, QUIET)
     assert [config.skip_layers for config in ran] == [2, 0.5, 0.5]
 
 
-def test_few_shot_goes_through_numbers_of_shots(ran, tmp_path):
+def test_run_protocol_few_shot(ran, tmp_path):
     study = run_protocol(TINY, "few-shot", range(1), tmp_path, QUIET, shots=(1, 4))
     assert [(config.protocol, config.shots) for config in ran] == [("few-shot", 1), ("few-shot", 4)]
     assert list(study.summary()) == ["1 shot", "4 shots"]
-    assert ElementTree.fromstring(picture(study)).tag.endswith("svg")
+    assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
 
 
-def test_other_protocols_have_a_bar_for_each_test(ran, tmp_path):
+def test_run_protocol_cross_dataset(ran, tmp_path):
     study = run_protocol(TINY, "cross-dataset", range(1), tmp_path, QUIET)
     assert [config.protocol for config in ran] == ["cross-dataset"]
     (table,) = study.tables()
     assert [column.header for column in table.columns] == ["2 shots", "zero-shot", "tuned"]
     assert [list(column.cells) for column in table.columns] == [["base", "new"], ["5.0", "–"], ["10.0", "–"]]
-    assert ElementTree.fromstring(picture(study)).tag.endswith("svg")
+    assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
 
 
-def test_ablations_change_one_setting(ran, tmp_path):
+def test_ablate(ran, tmp_path):
     study = ablate(TINY, "skip_layers", (0, 0.5), range(1), tmp_path, QUIET)
     assert [config.skip_layers for config in ran] == [0, 0.5]
     assert study.name == "ablate-skip_layers" and list(study.summary()) == ["skip_layers 0", "skip_layers 0.5"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_study_write_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     study = Study("s", "t", [], [Column("g", "c", cost("x"))])
     with pytest.raises(InputError, match="--out: .*file can't be written"):
@@ -179,28 +182,28 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+def test_study_commands_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("option", ["--seed", "--resume", "--protocol"])
-def test_what_a_study_sets_itself_is_no_option(option, capsys):
+def test_protocol_has_no_option_for_study_settings(option, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["protocol", "few-shot", option, "cross-dataset"])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and "Unrecognized options" in error and option in error
 
 
-def test_all_variants_are_checked_before_the_first_one_runs(tmp_path, capsys):
+def test_ablate_checks_all_variants_first(tmp_path, capsys):
     arguments = "compare --ablate keep_ratio --values 0.5 1.5 --seeds 1 --shots 1 --classes 4".split()
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert "keep_ratio 1.5: --keep-ratio must be above 0" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_for_real(tmp_path, capsys):
+def test_compare_command(tmp_path, capsys):
     arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --classes 6 --device cpu".split()
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "linear-probe" in capsys.readouterr().out
@@ -212,20 +215,20 @@ def test_the_command_for_real(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("least", "most"), [(1.3, 15.2), (21.5, 58.2), (0.05, 7000.0), (20.0, 20.0)])
-def test_picture_of_variants_has_ticks_that_do_not_overlap(least, most):
-    """Of a logarithmic axis: between 1 and 15 there were eight labels, written over each other."""
+def test_study_svg_log_ticks_do_not_overlap(least, most):
+    """Between 1 and 15 there used to be eight overlapping labels."""
     metrics = [{"cost": {"seconds_tuning": value}} for value in (least, most)]
     results = [runs.Result(name, 0, of) for name, of in zip("ab", metrics, strict=True)]
-    svg = picture(Study("few", "few", results, [Column("cost", "tuning, s", cost("seconds_tuning"))]))
+    svg = study_svg(Study("few", "few", results, [Column("cost", "tuning, s", cost("seconds_tuning"))]))
     texts = [text.text or "" for text in ElementTree.fromstring(svg).findall(".//{*}text")]
     ticks = [float(text.replace(",", "")) for text in texts if text[:1].isdigit()]
     assert len(ticks) <= 4 and ticks[0] <= least and ticks[-1] >= most
 
 
 @pytest.mark.parametrize("layout", ["tests", "variants"])
-def test_picture_shows_dollar_signs_of_names(layout):
-    """matplotlib reads $…$ as mathematics, and refuses what it can't parse."""
+def test_study_svg_dollar_signs_in_names(layout):
+    """matplotlib parses $…$ as mathematics and raises if it cannot."""
     metrics = {"tuned": {"a$^$": 50.0}, "zero_shot": {"a$^$": 40.0}}
     groups = {"zero-shot": "zero_shot", "tuned": "tuned"} if layout == "tests" else {"accuracy, %": "tuned"}
     columns = [Column(group, "a$^$", accuracy("a$^$", when)) for group, when in groups.items()]
-    assert "a$^$" in picture(Study("few", "few", [runs.Result("b$^$", 0, metrics)], columns, layout))
+    assert "a$^$" in study_svg(Study("few", "few", [runs.Result("b$^$", 0, metrics)], columns, layout))

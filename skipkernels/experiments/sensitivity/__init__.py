@@ -1,27 +1,27 @@
-"""The two measurements that Skip Tuning stands on, of one's own model: they tell which ω and keep ratio to begin with.
+"""Feature sensitivity (FS) and gradient dependence (GD) of a model, and the settings of Skip Tuning they suggest.
 
-FS is feature sensitivity, in `feature_sensitivity.py`; GD is gradient dependence, in `gradient_dependence.py`.
+FS is defined in `feature_sensitivity.py`, GD in `gradient_dependence.py`.
 """
 
-from .advice import Advice, Setting, advise, still_blocks
-from .feature_sensitivity import FeatureShift, feature_shift
-from .gradient_dependence import GradientSpread, Kept, gradient_norms, gradient_spread
-from .measure import Analysis, analyze
-from .plots import shift_svg, spread_svg
+from .advice import Advice, Setting, advise, insensitive_blocks
+from .analysis import Analysis, analyze
+from .feature_sensitivity import FeatureSensitivity, measure_feature_sensitivity
+from .gradient_dependence import GradientDependence, KeptClasses, gradient_norms, measure_gradient_dependence
+from .plots import feature_sensitivity_svg, gradient_dependence_svg
 
 __all__ = [
     "Advice",
     "Analysis",
-    "FeatureShift",
-    "GradientSpread",
-    "Kept",
+    "FeatureSensitivity",
+    "GradientDependence",
+    "KeptClasses",
     "Setting",
     "advise",
     "analyze",
-    "feature_shift",
+    "feature_sensitivity_svg",
+    "gradient_dependence_svg",
     "gradient_norms",
-    "gradient_spread",
-    "shift_svg",
-    "spread_svg",
-    "still_blocks",
+    "insensitive_blocks",
+    "measure_feature_sensitivity",
+    "measure_gradient_dependence",
 ]

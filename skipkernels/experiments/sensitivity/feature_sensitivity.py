@@ -1,11 +1,11 @@
-"""FS, feature sensitivity: how much each block's output moves when every layer of a CLIP is fine-tuned.
+"""Feature sensitivity (FS): relative change of each block's output when every layer of a CLIP is fine-tuned.
 
     FS_l = mean over samples and tokens of ‖h'_l − h_l‖ / ‖h_l‖
 
-with h_l what leaves block l before fine-tuning and h'_l after it, both models run from their own inputs on. A block
-passes on what entered it, so FS also has what came before; d_l = h_l − h_{l−1}, what block l itself adds, has the same
-measure of its own: the mean of ‖d'_l − d_l‖ / ‖d_l‖. Of a prompt those tokens count that its embedding can depend on:
-the padding behind the end of a prompt does not, where the mask is causal.
+where h_l and h'_l are the outputs of block l before and after fine-tuning, each model running on its own hidden states.
+The residual stream carries the changes of earlier blocks into FS_l, so the residual branch d_l = h_l − h_{l−1} is
+measured too, by the mean of ‖d'_l − d_l‖ / ‖d_l‖. With a causal mask, padding after the end of a prompt is left out:
+the prompt's embedding does not depend on it.
 
 Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509; the relative distance is a choice made here.
 """
@@ -24,22 +24,22 @@ from torch import Tensor, nn
 from ...data import InputError
 from ...towers import ImageTower, TextTower, UnsupportedModel, build_towers, evaluating
 
-TEXT_CHUNK = 64  # prompts that run at once
+TEXT_CHUNK = 64  # prompts per forward pass
 
 Count = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class FeatureShift:
-    """FS of every block of both towers, from the first to the last.
+class FeatureSensitivity:
+    """FS of every block of both towers, from first to last.
 
     Attributes:
-        image: Of what leaves each block.
-        text: The same.
-        image_added: Of what each block itself adds.
-        text_added: The same.
-        image_entered: Of what enters the first block: the embedding trains too, and all blocks pass its change on.
-        text_entered: The same.
+        image: FS of the image blocks' outputs.
+        text: FS of the text blocks' outputs.
+        image_added: FS of the image blocks' residual branches.
+        text_added: FS of the text blocks' residual branches.
+        image_entered: FS of the input of the first image block: the embedding is fine-tuned too.
+        text_entered: FS of the input of the first text block.
     """
 
     image: list[float]
@@ -50,32 +50,32 @@ class FeatureShift:
     text_entered: float
 
 
-def feature_shift(
+def measure_feature_sensitivity(
     before: nn.Module,
     after: nn.Module,
     images: Iterable[Tensor],
     tokens: Tensor,
     *,
     progress: Count = lambda count: None,
-) -> FeatureShift:
-    """Compare the hidden states of two models of the same architecture, batch by batch.
+) -> FeatureSensitivity:
+    """Compare the hidden states of two models of the same architecture.
 
-    Both run in evaluation mode, as they are; of no more than one batch are hidden states in memory.
+    Both models run in evaluation mode. Hidden states of one batch at a time are in memory.
 
     Args:
-        before: An open_clip `CLIP` or `CustomTextCLIP` whose towers have blocks over tokens.
-        after: The same, fine-tuned.
-        images: Batches [B, 3, height, width] as the models take them.
-        tokens: [C, L] int64, prompts.
-        progress: Called with the number of images or prompts that are done.
+        before: open_clip `CLIP` or `CustomTextCLIP` with transformer towers.
+        after: The same model after fine-tuning.
+        images: Batches [B, 3, height, width] of preprocessed images.
+        tokens: Tokenized prompts, [C, L] int64.
+        progress: Called with the number of images or prompts processed since the last call.
 
     Raises:
-        InputError: If the models are of another kind, or differ in their blocks, or there is no image.
+        InputError: If a model is not supported, the parameters of the models differ in shape, or there are no images.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
     Example:
-        >>> import copy, logging; logging.disable()  # open_clip warns of random weights
+        >>> import copy, logging; logging.disable()  # open_clip warns about random weights
         >>> import open_clip
         >>> from skipkernels.experiments import glyph_tiny
         >>> glyph_tiny.register()
@@ -84,33 +84,33 @@ def feature_shift(
         >>> with torch.no_grad():
         ...     _ = after.visual.transformer.resblocks[4].mlp.c_proj.bias.add_(0.1)
         >>> tokens = open_clip.get_tokenizer("glyph-tiny")(["one.", "two."])
-        >>> shift = feature_shift(before, after, torch.rand(4, 3, 32, 32).split(2), tokens)
-        >>> [value > 0 for value in shift.image], shift.text
+        >>> sensitivity = measure_feature_sensitivity(before, after, torch.rand(4, 3, 32, 32).split(2), tokens)
+        >>> [value > 0 for value in sensitivity.image], sensitivity.text
         ([False, False, False, False, True, True], [0.0, 0.0, 0.0, 0.0])
     """
     if _shapes(before) != _shapes(after):
         raise InputError(
-            "feature_shift: after must have the parameters of before, with other values; fine-tune a copy."
+            "measure_feature_sensitivity: after must have the same parameters as before; got others. Fine-tune a copy."
         )
     image, text = _towers(before, tokens)
     image_after, text_after = _towers(after, tokens)
-    image_shift, text_shift = _Shift(image, image_after, "image"), _Shift(text, text_after, "text")
-    all_seen = not text.reductions["text_crop"].enabled
+    image_sums, text_sums = _TowerSums(image, image_after, "image"), _TowerSums(text, text_after, "text")
+    sees_padding = not text.reductions["text_crop"].enabled
     with torch.no_grad(), evaluating([before, after]):
         for batch in images:
             if batch.ndim != 4:
                 raise InputError(
-                    f"feature_shift: images must be batches [B, 3, height, width]; got one of {list(batch.shape)}. "
-                    "Split a tensor of images: images.split(32)."
+                    f"measure_feature_sensitivity: images must be batches [B, 3, height, width]; got one of "
+                    f"{list(batch.shape)}. Split a tensor of images: images.split(32)."
                 )
-            image_shift.add(batch)
+            image_sums.add(batch)
             progress(len(batch))
         on_device = tokens.to(text.tokens.device)
         for chunk, ends in zip(on_device.split(TEXT_CHUNK), text.pooled.split(TEXT_CHUNK), strict=True):
-            text_shift.add(chunk, None if all_seen else ends)
+            text_sums.add(chunk, None if sees_padding else ends)
             progress(len(chunk))
-    (image_fs, image_added), (text_fs, text_added) = image_shift.means(), text_shift.means()
-    return FeatureShift(image_fs[1:], text_fs[1:], image_added[1:], text_added[1:], image_fs[0], text_fs[0])
+    (image_fs, image_added), (text_fs, text_added) = image_sums.means(), text_sums.means()
+    return FeatureSensitivity(image_fs[1:], text_fs[1:], image_added[1:], text_added[1:], image_fs[0], text_fs[0])
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -120,8 +120,8 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 def _towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
     if type(model) not in (CLIP, CustomTextCLIP):
         raise InputError(
-            f"feature_shift: models must be open_clip's CLIP or CustomTextCLIP; got {type(model).__name__}. Load it "
-            "with open_clip.create_model."
+            "measure_feature_sensitivity: models must be open_clip's CLIP or CustomTextCLIP; got "
+            f"{type(model).__name__}. Load it with open_clip.create_model."
         )
     try:
         return build_towers(model, tokens)
@@ -129,8 +129,8 @@ def _towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
         raise InputError(str(error)) from error
 
 
-class _Shift:
-    """Both measures of the blocks of one tower, summed up over batches."""
+class _TowerSums:
+    """Sums over batches of the relative changes of one tower's blocks."""
 
     def __init__(self, before: Any, after: Any, name: str):
         self.before, self.after, self.name = before, after, name
@@ -138,7 +138,7 @@ class _Shift:
         self.count = 0
 
     def add(self, inputs: Tensor, ends: Tensor | None = None) -> None:
-        """Run a batch through both towers; of each sample the tokens up to its end [B] count, or all."""
+        """Add a batch; `ends` [B] are the last tokens to count, by default all tokens count."""
         pairs = list(zip(self._states(self.before, inputs), self._states(self.after, inputs), strict=True))
         tokens = pairs[0][0].shape[1]
         seen = slice(None) if ends is None else torch.arange(tokens, device=ends.device) <= ends[:, None]
@@ -152,15 +152,13 @@ class _Shift:
         self.count += len(left)
 
     def means(self) -> list[list[float]]:
-        """FS of the embedding and of every block, and that of what each adds."""
+        """FS of outputs and of residual branches, each of the embedding and then of every block."""
         if self.count == 0:
-            raise InputError(
-                f"feature_shift: there must be an {self.name} input to compare hidden states of; got none."
-            )
+            raise InputError(f"measure_feature_sensitivity: there must be at least one {self.name} input; got none.")
         return (self.sums / self.count).tolist()
 
     def _states(self, tower: Any, inputs: Tensor) -> list[Tensor]:
-        """What enters the first block and what leaves each, as the model itself runs: [B, tokens, W], fp32 or fp64."""
+        """Input of the first block and output of each block in the model's own forward, [B, tokens, W]."""
         states: list[Tensor] = []
 
         def keep(block: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
@@ -174,7 +172,7 @@ class _Shift:
         shapes = [state.shape for state in states]
         if any(len(shape) != 3 or shape != shapes[0] or shape[0] != len(inputs) for shape in shapes):
             raise InputError(
-                f"feature_shift: {self.name} blocks must pass on [{len(inputs)}, tokens, W], all of them the same; "
+                f"measure_feature_sensitivity: {self.name} blocks must all return [{len(inputs)}, tokens, W]; "
                 f"got {', '.join(str(list(shape)) for shape in dict.fromkeys(shapes))}. Use a plain transformer."
             )
         return [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
@@ -182,6 +180,6 @@ class _Shift:
 
 def _relative(before: Tensor, after: Tensor) -> Tensor:
     """Sum over rows of ‖after − before‖ / ‖before‖, fp64 on the CPU."""
-    # Where nothing was before, a block adds something for the first time: a large number then, and not infinity.
+    # clamp_min: a residual branch that was 0 before fine-tuning gives a large finite number.
     ratio = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
     return ratio.sum(dtype=torch.float64).cpu()

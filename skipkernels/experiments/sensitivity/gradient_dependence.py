@@ -1,17 +1,17 @@
-"""GD, gradient dependence: over how many classes the gradient of an image's loss is spread.
+"""Gradient dependence (GD): distribution over classes of the gradient of an image's loss.
 
-The loss of an image of class y is −log p_y, p the softmax over all C classes of s·⟨x̂, t̂_c⟩, with x̂ and t̂_c the
-unit-norm image and text embeddings. Its gradient at t̂_c is (p_c − y_c)·s·x̂, y_c being 1 for the true class and 0 for
-the others, of norm s·|p_c − y_c|. What the text encoder gets is the gradient at its own output t_c, of any length:
-t̂_c = t_c / ‖t_c‖ lets through what is at right angles to t_c, divided by its length, so that
+The loss of an image of class y is −log p_y, with p the softmax over all C classes of s·⟨x̂, t̂_c⟩, and x̂ and t̂_c the
+unit-norm image and text embeddings. Its gradient with respect to t̂_c is (p_c − y_c)·s·x̂, where y_c is 1 for the true
+class and 0 otherwise; its norm is s·|p_c − y_c|. The text encoder receives the gradient with respect to its output t_c,
+before normalization: t̂_c = t_c / ‖t_c‖ keeps the part orthogonal to t_c and divides it by ‖t_c‖, so
 
     g_c = ‖∂loss/∂t_c‖ = s·|p_c − y_c|·√(1 − ⟨x̂, t̂_c⟩²) / ‖t_c‖
 
-Classes are put in the order of CSkip: the true one, then by falling similarity. The share of a rank is g_c / Σg of the
-class that stands there, averaged over images. As Σ_{c≠y} p_c = 1 − p_y, the true class has about half of the gradient
-(half, but for the root and the length); the question is how many others the second half needs.
+Classes are ranked as in CSkip: the true class first, then by decreasing similarity. The share of a rank is g_c / Σg of
+the class at that rank, averaged over images. As Σ_{c≠y} p_c = 1 − p_y, the true class has about half of the gradient;
+GD shows how many other classes share the second half.
 
-Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509; the closed form is worked out here.
+Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509; the closed form is derived here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ from torch import Tensor
 from ...data import InputError
 from ...selection import RankSampler
 
-_CHUNK = 1024  # images whose [images, C] numbers are in memory at once
+_CHUNK = 1024  # images per [images, C] matrix
 
 
-class Kept(NamedTuple):
-    """What a setting of CSkip keeps: m classes always, K of C a step, and this share of the gradient."""
+class KeptClasses(NamedTuple):
+    """Classes that a setting of CSkip keeps.
+
+    Attributes:
+        always: Classes kept in every step, m.
+        expected: Classes kept per step, K.
+        share: Their expected share of the gradient.
+    """
 
     always: int
     expected: int
@@ -38,12 +44,12 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientSpread:
-    """GD: the share of the gradient by rank.
+class GradientDependence:
+    """Share of the gradient by rank.
 
     Attributes:
         share: [C] fp64, sums to 1; rank 0 is the true class.
-        images: Images that it is the mean of.
+        images: Number of images averaged over.
     """
 
     share: Tensor
@@ -51,36 +57,36 @@ class GradientSpread:
 
     @property
     def cumulative(self) -> Tensor:
-        """[C] fp64: the share of the first ranks together; the last is 1."""
+        """Cumulative share, [C] fp64; the last entry is 1."""
         return self.share.cumsum(0)
 
     def ranks_for(self, share: float) -> int:
-        """The least number of first ranks that have this share of the gradient.
+        """Return the smallest number of first ranks that have this share of the gradient.
 
-        >>> GradientSpread(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), 1).ranks_for(0.75)
+        >>> GradientDependence(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), 1).ranks_for(0.75)
         2
         """
-        enough = self.cumulative >= share - 1e-9  # sums round
+        enough = self.cumulative >= share - 1e-9  # rounding of the sum
         return int(enough.int().argmax()) + 1 if enough.any() else len(self.share)
 
-    def kept(self, *, keep_ratio: float, max_keep: int, decay: float, batch_size: int = 1) -> Kept:
-        """What CSkip keeps of the gradient: the first m ranks, and a rank behind them with its probability q.
+    def kept(self, *, keep_ratio: float, max_keep: int, decay: float, batch_size: int = 1) -> KeptClasses:
+        """Return the classes that CSkip keeps: the first m ranks, and each later rank with its probability q.
 
-        The q are those of the published policy; drawing an exact number follows them roughly. Ranks are those of one
-        image, where CSkip ranks by the best score of a batch: for batches of one class they are nearly the same.
+        The q are those of the published policy, which the draw of an exact number approximates. Ranks here are per
+        image, where CSkip ranks by the best score in the batch; for batches of one class the two are nearly equal.
 
         Args:
-            keep_ratio: Share of classes that always stay (up to 1), or their number.
-            max_keep: Most classes that always stay.
+            keep_ratio: Share of the classes to keep in every step (up to 1), or their number (above 1).
+            max_keep: Largest number of classes kept in every step.
             decay: λ of the tail.
-            batch_size: Images of a step, each of which may need a class of its own.
+            batch_size: Images per step, each of which may need a class of its own.
 
         Raises:
-            InputError: If one is out of its range.
+            InputError: If a value is out of range.
 
-        >>> spread = GradientSpread(torch.tensor([0.5, 0.3, 0.1, 0.1], dtype=torch.float64), 1)
-        >>> spread.kept(keep_ratio=0.5, max_keep=50, decay=0.3)
-        Kept(always=2, expected=3, share=0.9)
+        >>> dependence = GradientDependence(torch.tensor([0.5, 0.3, 0.1, 0.1], dtype=torch.float64), 1)
+        >>> dependence.kept(keep_ratio=0.5, max_keep=50, decay=0.3)
+        KeptClasses(always=2, expected=3, share=0.9)
         """
         try:
             sampler = RankSampler(keep_ratio, max_keep, decay)
@@ -88,61 +94,64 @@ class GradientSpread:
             raise InputError(str(error)) from error
         always, tail = sampler.plan(len(self.share), batch_size)
         share = self.share[:always].sum() + (self.share[always:] * tail).sum()
-        return Kept(always, sampler.expected_keep(len(self.share), batch_size), share.item())
+        return KeptClasses(always, sampler.expected_keep(len(self.share), batch_size), share.item())
 
 
 def gradient_norms(cosine: Tensor, length: Tensor, labels: Tensor, logit_scale: float) -> Tensor:
-    """g [B, C], the norm of the gradient of each image's loss at each class's text embedding, in closed form.
+    """Norms g_c of the gradient of each image's loss with respect to each text embedding, [B, C] fp64.
+
+    The formula is in the module's docstring.
 
     Args:
-        cosine: [B, C] fp64, ⟨x̂, t̂_c⟩.
-        length: [C] fp64, ‖t_c‖ of the text embeddings as the text encoder gives them.
+        cosine: ⟨x̂, t̂_c⟩, [B, C] fp64.
+        length: ‖t_c‖ of the text encoder's outputs, [C] fp64.
         labels: [B] int64 in [0, C).
         logit_scale: s.
-
-    Source: the head of this file.
     """
     probability = (logit_scale * cosine).softmax(dim=1)
     others = probability.scatter(1, labels[:, None], 0.0)
-    # 1 − p_y from the others: subtracting from 1 would leave nothing of a small difference.
+    # Sum the other classes: 1 − p_y would cancel to 0 for a small difference.
     residual = others.scatter(1, labels[:, None], others.sum(dim=1, keepdim=True))
     return logit_scale * residual * (1 - cosine.square()).clamp_min(0.0).sqrt() / length
 
 
-def gradient_spread(image: Tensor, text: Tensor, labels: Tensor, logit_scale: float) -> GradientSpread:
-    """GD of some images, from embeddings.
+def measure_gradient_dependence(image: Tensor, text: Tensor, labels: Tensor, logit_scale: float) -> GradientDependence:
+    """Compute GD from the embeddings of images and classes.
+
+    The formula is in the module's docstring.
 
     Args:
-        image: [B, D] floating, of any length.
-        text: [C, D] floating, as the text encoder gives them, before they are brought to unit norm.
-        labels: [B] int64 in [0, C), classes of the images.
-        logit_scale: s, by which cosines are multiplied: `model.logit_scale.exp().item()`.
+        image: Image embeddings of any norm, [B, D] floating point.
+        text: Outputs of the text encoder before normalization, [C, D] floating point.
+        labels: Classes of the images, [B] int64 in [0, C).
+        logit_scale: s, the factor of the cosines: `model.logit_scale.exp().item()`.
 
     Raises:
-        InputError: If shapes or labels don't fit, there are fewer than two classes, or no image has a gradient.
+        InputError: If shapes or labels are invalid, there are fewer than two classes, or no image has a gradient.
 
-    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509; the closed form is in the head of this file.
+    Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
     Example:
         >>> text = torch.eye(3)
-        >>> spread = gradient_spread(text[:1] + 0.1, text, torch.tensor([0]), 10.0)
-        >>> [round(share, 2) for share in spread.share.tolist()]
+        >>> dependence = measure_gradient_dependence(text[:1] + 0.1, text, torch.tensor([0]), 10.0)
+        >>> [round(share, 2) for share in dependence.share.tolist()]
         [0.11, 0.44, 0.44]
     """
+    name = "measure_gradient_dependence"
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
         raise InputError(
-            f"gradient_spread: image must be [B, D] and text [C, D]; got {list(image.shape)} and {list(text.shape)}. "
-            "Embed both with the same model."
+            f"{name}: image must be [B, D] and text [C, D]; got {list(image.shape)} and {list(text.shape)}. Embed both "
+            "with the same model."
         )
     if len(text) < 2:
-        raise InputError(f"gradient_spread: text must be of two classes or more; got {len(text)}. One has no gradient.")
+        raise InputError(f"{name}: text must have at least two classes; got {len(text)}. One class has no gradient.")
     if labels.shape != image.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
         raise InputError(
-            f"gradient_spread: labels must be int64 [B={len(image)}], B ≥ 1; got {labels.dtype} {list(labels.shape)}."
+            f"{name}: labels must be int64 [B={len(image)}], B ≥ 1; got {labels.dtype} {list(labels.shape)}."
         )
     if not (0 <= int(labels.min()) and int(labels.max()) < len(text)):
         raise InputError(
-            f"gradient_spread: labels must be in [0, C={len(text)}); got {int(labels.min())} to {int(labels.max())}."
+            f"{name}: labels must be in [0, C={len(text)}); got {int(labels.min())} to {int(labels.max())}."
         )
     total, count = torch.zeros(len(text), dtype=torch.float64, device=text.device), 0
     length, unit_text = text.double().norm(dim=1), F.normalize(text.double(), dim=1)
@@ -152,9 +161,9 @@ def gradient_spread(image: Tensor, text: Tensor, labels: Tensor, logit_scale: fl
         order = cosine.scatter(1, some_labels[:, None], torch.inf).argsort(dim=1, descending=True, stable=True)
         ranked = norms.gather(1, order)
         sums = ranked.sum(dim=1, keepdim=True)
-        there = sums.squeeze(1) > 0  # not so where p_y is 1 to the last digit
-        total += (ranked[there] / sums[there]).sum(dim=0)
-        count += int(there.sum())
+        has_gradient = sums.squeeze(1) > 0  # False where p_y rounds to 1
+        total += (ranked[has_gradient] / sums[has_gradient]).sum(dim=0)
+        count += int(has_gradient.sum())
     if count == 0:
-        raise InputError("gradient_spread: no image has a gradient: every loss is 0. Take images that are harder.")
-    return GradientSpread((total / count).cpu(), count)
+        raise InputError(f"{name}: no image has a gradient: every loss is 0. Use harder images.")
+    return GradientDependence((total / count).cpu(), count)

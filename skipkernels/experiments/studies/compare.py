@@ -1,28 +1,20 @@
-"""Skip Tuning against other methods, and against itself with other settings: accuracy, time, memory."""
+"""Compare methods, or settings of Skip Tuning: accuracy, time and memory."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from ...data import InputError
 from ...tuner import TuneConfig
 from ...tuner.methods import METHODS
-from .runs import Result, Variant, execute
+from .defaults import VALUES, Ablated
+from .runs import Result, Variant, run_variants
 from .study import ACCURACY, COST, Column, Study, accuracy, cost
-
-Ablated = Literal["skip_layers", "keep_ratio", "decay"]
-
-# What is tried of a setting if nothing is said; the rest is as usual.
-VALUES: dict[Ablated, tuple[int | float, ...]] = {
-    "skip_layers": (0, 0.25, 0.5, 0.75, 1.0),
-    "keep_ratio": (0.05, 0.1, 0.25, 0.5, 1.0),
-    "decay": (0.05, 0.1, 0.3, 0.6, 1.0),
-}
 
 
 def compare(
@@ -37,22 +29,23 @@ def compare(
     """Run methods on the same images, tests and machine.
 
     Args:
-        config: Of every run but for the method; what it leaves open is the method's own recipe.
-        methods: Keys of `METHODS`. Settings that one of them has no use for are those of the others.
-        seeds: Of the runs.
-        folder: Where they are written.
-        console: Where progress is shown.
-        overwrite: Run again what is there.
+        config: Configuration of every run except the method. Settings that are None follow each method's recipe;
+            settings that do not apply to a method are ignored for it.
+        methods: Keys of `METHODS`.
+        seeds: Seeds of the runs of each method.
+        folder: Output folder.
+        console: Console for progress.
+        overwrite: Run completed runs again.
 
     Raises:
-        InputError: If there is no such method, or something else can't be used.
+        InputError: If a method is unknown or repeated, or a configuration is invalid.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
         raise InputError(f"--methods: {got}; name each once, of {', '.join(METHODS)}.")
     variants = [Variant(method, config.with_method(method)) for method in methods]
-    results = execute(variants, seeds, folder, console, overwrite=overwrite)
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     return Study("compare", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results))
 
 
@@ -66,27 +59,34 @@ def ablate(
     *,
     overwrite: bool = False,
 ) -> Study:
-    """Run Skip Tuning with several values of a setting; arguments as of `compare`.
+    """Run Skip Tuning with several values of a setting.
+
+    Args:
+        config: Configuration of every run except the setting.
+        setting: Field of `TuneConfig` to vary.
+        values: Its values; if empty, those of `VALUES`.
+        seeds: Seeds of the runs of each value.
+        folder: Output folder.
+        console: Console for progress.
+        overwrite: Run completed runs again.
 
     Raises:
-        InputError: If something can't be used.
+        InputError: If a value is repeated, or a configuration is invalid.
     """
-    tried = values or VALUES[setting]
-    if len(set(tried)) < len(tried):
-        raise InputError(f"--values: name each once; got {' '.join(map(str, tried))}.")
-    changes: list[dict[str, Any]] = [{setting: value} for value in tried]
-    variants = [
-        Variant(f"{setting} {value:g}", dataclasses.replace(config, **change))
-        for value, change in zip(tried, changes, strict=True)
-    ]
-    results = execute(variants, seeds, folder, console, overwrite=overwrite)
-    return Study(
-        f"ablate-{setting}", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results)
-    )
+    values = values or VALUES[setting]
+    if len(set(values)) < len(values):
+        raise InputError(f"--values: name each once; got {' '.join(map(str, values))}.")
+    variants = []
+    for value in values:
+        change: dict[str, Any] = {setting: value}
+        variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
+    title = f"{config.model} on {config.data}, {config.shots} shots"
+    return Study(f"ablate-{setting}", title, results, _columns(results))
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:
-    """Accuracies as the protocol has them, and what they cost."""
+    """Columns for the accuracies of the protocol, and for time and memory."""
     return [
         *(Column(ACCURACY, key, accuracy(key)) for key in results[0].metrics["tuned"]),
         Column(COST, "tuning, s", cost("seconds_tuning")),

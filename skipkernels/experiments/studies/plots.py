@@ -1,4 +1,4 @@
-"""The picture of a study, in the manner of the plots of a run's report."""
+"""Plot of a study, in the style of the report of a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ...tuner.plots import COLOURS, GREY, panels_svg
 from .study import ACCURACY, Study
 
 _PANELS = ("tuning, s", "step, ms", "peak, MiB")
-_TICKS = 4  # labels that have room below a panel
+_TICKS = 4  # largest number of labels on the axis of a panel
 _LOGARITHMIC = ("tuning, s", "step, ms")  # they differ by orders of magnitude
 
 
-def picture(study: Study) -> str:
-    """As SVG: accuracy over shots, or of each test, or a panel for each figure of several variants."""
-    return {"shots": _over_shots, "tests": _tests, "variants": _figures}[study.layout](study)
+def study_svg(study: Study) -> str:
+    """Plot accuracy over shots, accuracy by test, or one panel per column of several variants, by `study.layout`."""
+    return {"shots": _over_shots, "tests": _by_test, "variants": _by_variant}[study.layout](study)
 
 
 def _over_shots(study: Study) -> str:
-    """Accuracy over the number of training images, zero-shot dotted."""
+    """Accuracy over the number of training images per class, zero-shot dotted."""
     figures = {int(name.split()[0]): groups[ACCURACY] for name, groups in study.summary().items()}
 
     def draw(axes: Axes) -> None:
@@ -35,15 +35,15 @@ def _over_shots(study: Study) -> str:
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(figures), list(map(str, figures)))
         axes.minorticks_off()
-        axes.set_xlabel("training images of each class")
+        axes.set_xlabel("training images per class")
         axes.set_ylabel(ACCURACY)
         axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
 
     return panels_svg(study.name, study.title, [draw], size=(5.2, 3.2))
 
 
-def _tests(study: Study) -> str:
-    """Bars of each figure of a protocol, zero-shot beside tuned."""
+def _by_test(study: Study) -> str:
+    """Bars of each test of a protocol, zero-shot beside tuned."""
     (groups,) = study.summary().values()
     names = list(groups["tuned"])
 
@@ -60,8 +60,8 @@ def _tests(study: Study) -> str:
     return panels_svg(study.name, study.title, [draw], size=(max(4.0, 1.1 * len(names)), 3.2))
 
 
-def _figures(study: Study) -> str:
-    """A panel of bars for each accuracy and for time and memory, with a bar for each variant."""
+def _by_variant(study: Study) -> str:
+    """One panel per accuracy, time and memory, with a bar for each variant."""
     summary = study.summary()
     names = list(summary)
     shown = [(c.group, c.name) for c in study.columns if c.group == ACCURACY or c.name in _PANELS]
@@ -75,7 +75,7 @@ def _figures(study: Study) -> str:
                     axes.barh(place, found.mean, xerr=error, color=colour, ecolor=GREY, capsize=3, height=0.7)
             first = (group, column) == shown[0]
             axes.set_yticks(range(len(names)), names if first else [""] * len(names), parse_math=False)
-            axes.set_ylim(len(names) - 0.5, -0.5)  # a variant without a figure keeps its place; the first is on top
+            axes.set_ylim(len(names) - 0.5, -0.5)  # the first variant on top; a variant without a value keeps its row
             axes.set_xlabel(f"{column}, %" if group == ACCURACY else column, parse_math=False)
             values = [of.mean for name in names if (of := summary[name][group][column]) is not None and of.mean > 0]
             if column in _LOGARITHMIC and values:
@@ -92,7 +92,7 @@ def _figures(study: Study) -> str:
 
 
 def _log_ticks(least: float, most: float) -> Sequence[float]:
-    """Round values of a logarithmic axis, from below `least` to above `most`: as many as have room in a panel.
+    """Return at most `_TICKS` round tick values of a logarithmic axis that includes `least` and `most`.
 
     >>> _log_ticks(21.5, 58.2), _log_ticks(1.3, 15.2), _log_ticks(0.5, 1e6)
     ([20.0, 50.0, 100.0], [1.0, 10.0, 100.0], [0.1, 100.0, 100000.0, 100000000.0])

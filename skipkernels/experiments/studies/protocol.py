@@ -1,4 +1,4 @@
-"""The paper's protocols over several seeds."""
+"""Run the paper's protocols over several seeds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from rich.console import Console
 
 from ...data import Protocol
 from ...tuner import TuneConfig
-from .runs import Result, Variant, execute
+from .defaults import SHOTS
+from .runs import Result, Variant, run_variants
 from .study import ACCURACY, Column, Study, accuracy
-
-SHOTS = (1, 2, 4, 8, 16)  # of few-shot, as CoOp
 
 
 def run_protocol(
@@ -26,19 +25,19 @@ def run_protocol(
     shots: Sequence[int] = SHOTS,
     overwrite: bool = False,
 ) -> Study:
-    """Run a protocol.
+    """Run a protocol with several seeds.
 
     Args:
-        config: Of every run.
-        protocol: Which.
-        seeds: Of the runs.
-        folder: Where they are written.
-        console: Where progress is shown.
-        shots: Training images of each class, for few-shot; others take those of `config`.
-        overwrite: Run again what is there.
+        config: Configuration of every run.
+        protocol: Name of the protocol.
+        seeds: Seeds of the runs.
+        folder: Output folder.
+        console: Console for progress.
+        shots: Numbers of training images per class for "few-shot"; other protocols use `config.shots`.
+        overwrite: Run completed runs again.
 
     Raises:
-        InputError: If something can't be used.
+        InputError: If a configuration is invalid.
     """
     config = dataclasses.replace(config, protocol=protocol)
     if protocol == "few-shot":
@@ -48,13 +47,13 @@ def run_protocol(
         ]
     else:
         variants = [Variant(f"{config.shots} shots", config)]
-    results = execute(variants, seeds, folder, console, overwrite=overwrite)
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     title = f"{protocol}: {config.model} on {config.data}, {config.method}"
     return Study(protocol, title, results, _columns(results), "shots" if protocol == "few-shot" else "tests")
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:
-    """Each figure of the protocol, before and after; few-shot has one, over several numbers of shots."""
+    """Columns for each accuracy of the protocol, zero-shot and tuned; few-shot has a single accuracy."""
     keys, when = list(results[0].metrics["tuned"]), {"zero-shot": "zero_shot", "tuned": "tuned"}
     if results[0].metrics["protocol"] == "few-shot":
         return [Column(ACCURACY, name, accuracy(keys[0], part)) for name, part in when.items()]

@@ -1,4 +1,4 @@
-"""Many runs of the tuner, one after the other, each in a process of its own, and what they say together."""
+"""Run several configurations with several seeds, one subprocess per run, and average over seeds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ RUNS = "runs"
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings that are compared with others.
+    """A configuration to run.
 
     Attributes:
-        name: As tables have it, and the folder of its runs.
-        config: All but the seed and the folder.
+        name: Name in tables and in the folders of its runs.
+        config: Configuration; its seed and output folder are replaced.
     """
 
     name: str
@@ -36,79 +36,78 @@ class Variant:
 
 
 class Result(NamedTuple):
-    """A run: of which variant, with which seed, and what its metrics.json holds."""
+    """Variant, seed and contents of metrics.json of a run."""
 
     variant: str
     seed: int
     metrics: dict[str, Any]
 
 
-class Spread(NamedTuple):
-    """Mean and standard deviation (of a sample) of some runs; of a single one there is no deviation."""
+class MeanAndDeviation(NamedTuple):
+    """Mean and sample standard deviation over runs; the deviation of a single run is None."""
 
     mean: float
     deviation: float | None
 
     def text(self, digits: int = 1) -> str:
-        """For a table.
+        """Format for a table.
 
-        >>> Spread(75.25, 1.0).text(), Spread(75.25, None).text()
+        >>> MeanAndDeviation(75.25, 1.0).text(), MeanAndDeviation(75.25, None).text()
         ('75.2 ± 1.0', '75.2')
         """
         deviation = f" ± {self.deviation:.{digits}f}" if self.deviation else ""
         return f"{self.mean:.{digits}f}{deviation}"
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
-    """Of values that are all there; None if one is not.
+def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
+    """Return mean and deviation; None if there are no values or one of them is None.
 
-    >>> spread([1.0, 3.0])
-    Spread(mean=2.0, deviation=1.4142135623730951)
-    >>> spread([1.0, None]) is None
+    >>> mean_and_deviation([1.0, 3.0])
+    MeanAndDeviation(mean=2.0, deviation=1.4142135623730951)
+    >>> mean_and_deviation([1.0, None]) is None
     True
     """
-    known = []
-    for value in values:
-        if value is None:
-            return None
-        known.append(value)
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None) if known else None
+    values = list(values)
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return MeanAndDeviation(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
-def execute(
+def run_variants(
     variants: Sequence[Variant], seeds: Sequence[int], folder: Path, console: Console, *, overwrite: bool = False
 ) -> list[Result]:
-    """Run every variant with every seed; variants in turn, so that a slow hour of the machine hits them alike.
+    """Run every variant with every seed.
 
-    A process of its own makes times and peaks of memory comparable. A run that is complete in the folder is not run
-    again, one that was cut off goes on; so the same command after Ctrl-C goes on, too. All variants are checked before
-    the first one runs.
+    Variants alternate, so that temporary load on the machine affects all of them. Each run has its own subprocess, so
+    that times and peak memory are comparable. Completed runs in the folder are not run again, and interrupted runs are
+    resumed. All configurations are checked before the first run starts.
 
     Args:
-        variants: With different names.
-        seeds: Of training images, order and draws.
-        folder: A run is in `folder/runs/VARIANT-SEED`.
-        console: Where progress is shown.
-        overwrite: Run all again.
+        variants: Variants with distinct names.
+        seeds: Seeds of training images, their order, and class draws.
+        folder: Output folder. Runs are in `folder/runs/VARIANT-SEED`.
+        console: Console for progress.
+        overwrite: Run completed runs again.
 
     Raises:
-        InputError: If a run's settings can't be used, or its folder holds one with others.
+        InputError: If a configuration is invalid, or the folder of a run holds a run with other settings.
     """
-    planned = [_Planned.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
+    planned = [_PlannedRun.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
     first_of = {run.variant: run for run in reversed(planned) if run.metrics is None}
-    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first one checks itself as it begins
+    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first run checks itself when it starts
     results = []
     for number, run in enumerate(planned, 1):
         metrics = run.metrics
         if metrics is None:
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.variant}, seed {run.seed}"))
-            metrics = _apart(_run, run.config)
+            metrics = _in_subprocess(_run, run.config)
         results.append(Result(run.variant, run.seed, metrics))
     return results
 
 
-class _Planned(NamedTuple):
-    """A run, and its metrics if it is complete."""
+class _PlannedRun(NamedTuple):
+    """A run to make; `metrics` are set if it is already complete."""
 
     variant: str
     seed: int
@@ -116,10 +115,10 @@ class _Planned(NamedTuple):
     metrics: dict[str, Any] | None
 
     @classmethod
-    def of(cls, variant: Variant, seed: int, folder: Path, overwrite: bool) -> _Planned:
+    def of(cls, variant: Variant, seed: int, folder: Path, overwrite: bool) -> _PlannedRun:
         out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
         config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False)
-        with _named(variant.name):
+        with _variant_in_errors(variant.name):
             config = config.resolved()
             metrics = None if overwrite else _complete(config)
         resume = not overwrite and (out / CONFIG).exists()
@@ -127,29 +126,28 @@ class _Planned(NamedTuple):
 
 
 @contextlib.contextmanager
-def _named(variant: str) -> Iterator[None]:
-    """An error says of which variant it is."""
+def _variant_in_errors(variant: str) -> Iterator[None]:
+    """Prefix input errors with the name of the variant."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{variant}: {error}", error.argument) from error
 
 
-def _check(runs: Sequence[_Planned], console: Console) -> None:
+def _check(runs: Sequence[_PlannedRun], console: Console) -> None:
     if runs:
-        console.print(plain(f"looking at the settings of {', '.join(run.variant for run in runs)}", "dim"))
+        console.print(plain(f"checking the settings of {', '.join(run.variant for run in runs)}", "dim"))
     for run in runs:
-        with _named(run.variant):
-            _apart(_check_config, run.config)
+        with _variant_in_errors(run.variant):
+            _in_subprocess(_check_config, run.config)
 
 
 def _complete(config: TuneConfig) -> dict[str, Any] | None:
-    """Metrics of a run that is complete in its folder with these settings."""
+    """Metrics of the run in the folder if it is complete, else None; raise if its settings differ."""
     assert config.out is not None
     if not (config.out / METRICS).exists():
         return None
-    kept = TuneConfig.from_yaml(config.out / CONFIG)
-    differing = config.differs_from(kept)
+    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG))
     if differing:
         raise InputError(
             f"--out: {config.out} holds a run with another {' and '.join(differing)}; choose another folder, or add "
@@ -159,7 +157,7 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     return metrics if metrics["status"] == "complete" else None
 
 
-def _apart(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any:
+def _in_subprocess(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(work, config).result()
 
@@ -173,7 +171,9 @@ def _run(config: TuneConfig) -> dict[str, Any]:
     return tune(config, stderr())
 
 
-def by_variant(results: Sequence[Result], value: Callable[[dict[str, Any]], float | None]) -> dict[str, Spread | None]:
-    """Of each variant, in order: mean and deviation of a value over its seeds."""
+def by_variant(
+    results: Sequence[Result], value: Callable[[dict[str, Any]], float | None]
+) -> dict[str, MeanAndDeviation | None]:
+    """Compute mean and deviation of a value over the seeds of each variant."""
     names = dict.fromkeys(result.variant for result in results)
-    return {name: spread(value(r.metrics) for r in results if r.variant == name) for name in names}
+    return {name: mean_and_deviation(value(r.metrics) for r in results if r.variant == name) for name in names}

@@ -1,4 +1,4 @@
-"""What a study writes: one JSON, one table, one picture."""
+"""Results of a study as a table, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ...data import InputError
 from ...store import replace_text
-from .runs import Result, Spread, by_variant
+from .runs import MeanAndDeviation, Result, by_variant
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 
@@ -25,13 +25,13 @@ Value = Callable[[dict[str, Any]], float | None]
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of every variant.
+    """A column of the tables of a study.
 
     Attributes:
-        group: The columns that it stands with, and their unit.
-        name: Its own, different from the others of the group.
-        value: Of a run's metrics; None where it has none.
-        digits: Behind the point.
+        group: Name of the group of columns, with the unit if it is common to them.
+        name: Name within the group.
+        value: Function of the metrics of a run; returns None if a run has no such value.
+        digits: Number of decimals.
     """
 
     group: str
@@ -42,14 +42,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs, and what of them is shown.
+    """Runs and the columns that summarize them.
 
     Attributes:
-        name: Of its files.
-        title: Of its table and picture.
-        results: All runs.
-        columns: Of its tables.
-        layout: What its table and picture go along: variants that are compared, the tests of a protocol, or shots.
+        name: Name of the output files without extension.
+        title: Title of tables and plot.
+        results: Results of all runs.
+        columns: Columns of the tables.
+        layout: Rows of the tables and axis of the plot: compared variants, tests of a protocol, or numbers of shots.
     """
 
     name: str
@@ -60,24 +60,24 @@ class Study:
 
     @property
     def variants(self) -> list[str]:
-        """In the order in which they were run."""
+        """Names of the variants, in the order of their runs."""
         return list(dict.fromkeys(result.variant for result in self.results))
 
     @property
     def seeds(self) -> list[int]:
-        """Of the runs."""
+        """Seeds of the runs, sorted."""
         return sorted({result.seed for result in self.results})
 
-    def summary(self) -> dict[str, dict[str, dict[str, Spread | None]]]:
-        """Of each variant, group and column: mean and deviation over the seeds."""
-        found: dict[str, dict[str, dict[str, Spread | None]]] = {variant: {} for variant in self.variants}
+    def summary(self) -> dict[str, dict[str, dict[str, MeanAndDeviation | None]]]:
+        """Mean and deviation over seeds, by variant, group and column."""
+        found: dict[str, dict[str, dict[str, MeanAndDeviation | None]]] = {variant: {} for variant in self.variants}
         for column in self.columns:
             for variant, figure in by_variant(self.results, column.value).items():
                 found[variant].setdefault(column.group, {})[column.name] = figure
         return found
 
     def tables(self) -> list[Table]:
-        """For the terminal: along tests a single table with a column for each group, else a table for each."""
+        """Tables for the terminal: with layout "tests" one table with a column per group, else one table per group."""
         summary, groups = self.summary(), list(dict.fromkeys(column.group for column in self.columns))
         title = f"{self.title}, {len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         digits = {(column.group, column.name): column.digits for column in self.columns}
@@ -103,7 +103,7 @@ class Study:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what was run where, every run's metrics, and the summary as [mean, deviation]."""
+        """Convert to JSON types: versions, the metrics of every run, and the summary as [mean, deviation]."""
         return {
             "study": self.name,
             "title": self.title,
@@ -115,15 +115,15 @@ class Study:
             "runs": [result._asdict() for result in self.results],
         }
 
-    def write(self, folder: Path, picture: str) -> list[Path]:
-        """Write NAME.json and NAME.svg; returns where they are.
+    def write(self, folder: Path, plot: str) -> list[Path]:
+        """Write NAME.json and NAME.svg, and return their paths.
 
         Raises:
-            InputError: If the folder can't be written to.
+            InputError: If the folder is not writable.
         """
         texts = {
             folder / f"{self.name}.json": json.dumps(self.as_dict(), indent=2) + "\n",
-            folder / f"{self.name}.svg": picture,
+            folder / f"{self.name}.svg": plot,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -145,10 +145,10 @@ def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str
 
 
 def accuracy(key: str, when: str = "tuned") -> Value:
-    """Of a run: a figure of its protocol, tuned or zero_shot."""
+    """Accuracy of a test, "tuned" or "zero_shot"."""
     return lambda metrics: metrics[when][key]
 
 
 def cost(key: str) -> Value:
-    """Of a run: what it cost."""
+    """Entry of the cost metrics of a run."""
     return lambda metrics: metrics["cost"][key]

@@ -1,4 +1,4 @@
-"""Both measurements of a model on a task, one after the other, and what they advise."""
+"""Measure GD and FS of a model on a task, and suggest settings from them."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from ...tuner.methods.base import Tokenizer
 from ...tuner.precision import MixedPrecision
 from ...tuner.trainer import Trainer
 from .advice import Advice, advise
-from .feature_sensitivity import TEXT_CHUNK, Count, FeatureShift, feature_shift
-from .gradient_dependence import GradientSpread, gradient_spread
+from .feature_sensitivity import TEXT_CHUNK, Count, FeatureSensitivity, measure_feature_sensitivity
+from .gradient_dependence import GradientDependence, measure_gradient_dependence
 
-_BATCH = 32  # images of which all hidden states are kept, before and after
+_BATCH = 32  # images with hidden states of both models in memory
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """FS, GD, and what they advise."""
+    """FS, GD and the settings they suggest."""
 
-    shift: FeatureShift
-    spread: GradientSpread
+    sensitivity: FeatureSensitivity
+    dependence: GradientDependence
     advice: Advice
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        spread = {name: getattr(self.spread, name).tolist() for name in ("share", "cumulative")}
+        """Convert to JSON types."""
+        shares = {name: getattr(self.dependence, name).tolist() for name in ("share", "cumulative")}
         advice = asdict(self.advice)
         for setting in (advice["advised"], advice["other"]):
             setting["kept"] = setting["kept"]._asdict()
         return {
-            "feature_shift": asdict(self.shift),
-            "gradient_spread": {"images": self.spread.images} | spread,
+            "feature_sensitivity": asdict(self.sensitivity),
+            "gradient_dependence": {"images": self.dependence.images} | shares,
             "advice": advice,
         }
 
@@ -62,17 +62,17 @@ def analyze(
     """Measure GD on the training images of a task, fine-tune every layer, and measure FS on its test images.
 
     Args:
-        model: An open_clip model on the device of `config`; it is fine-tuned.
-        tokenizer: Its own.
-        task: Of which the classes of the first test are compared.
-        config: Resolved, of method "full": how to fine-tune.
-        compared: Of method "skip": the settings to compare with.
-        images: Most images that each of both is measured on; evenly spaced ones are taken.
-        console: Where progress is shown; nowhere by default.
+        model: open_clip model on the device of `config`. It is fine-tuned in place.
+        tokenizer: Tokenizer of the model.
+        task: Task; its training images and first test set are used.
+        config: Resolved configuration of method "full" for the fine-tuning.
+        compared: Configuration of method "skip" to compare the suggested setting with.
+        images: Largest number of images for each measurement; they are evenly spaced.
+        console: Console for progress bars; by default none.
 
     Raises:
-        InputError: If the model or the task can't be measured.
-        MemoryError: If the training images would take more than half of the memory that is free.
+        InputError: If the model or the task is not supported.
+        MemoryError: If the training images would take more than half of the free memory.
         FloatingPointError: If the fine-tuning diverges.
     """
     task = replace(task, tests=task.tests[:1])
@@ -88,35 +88,37 @@ def analyze(
             return partial(bars.advance, bars.add_task(name, total=total))
 
         some = _some(task.train, images)
-        spread = _spread(model, batches(some), tokens, bar("gradients", len(some)))
-        # What would be refused after the fine-tuning is refused before it.
-        nothing = feature_shift(model, model, (inputs for inputs, _ in batches(_some(some, 1))), tokens)
-        advise(replace(nothing, image=[1.0] * len(nothing.image), text=[1.0] * len(nothing.text)), spread, **settings)
+        dependence = _gradient_dependence(model, batches(some), tokens, bar("gradients", len(some)))
+        # Raise errors of the model and of `compared` before the fine-tuning, not after it.
+        zero = measure_feature_sensitivity(model, model, (inputs for inputs, _ in batches(_some(some, 1))), tokens)
+        advise(replace(zero, image=[1.0] * len(zero.image), text=[1.0] * len(zero.text)), dependence, **settings)
 
         before = copy.deepcopy(model)
         _fine_tune(model, tokenizer, task, config, bar)
         some = _some(test.images, images)
         count = bar("hidden states", len(some) + len(tokens))
-        shift = feature_shift(before, model, (inputs for inputs, _ in batches(some)), tokens, progress=count)
-    return Analysis(shift, spread, advise(shift, spread, **settings))
+        inputs = (inputs for inputs, _ in batches(some))
+        sensitivity = measure_feature_sensitivity(before, model, inputs, tokens, progress=count)
+    return Analysis(sensitivity, dependence, advise(sensitivity, dependence, **settings))
 
 
 @torch.no_grad()
-def _spread(model: Any, batches: Iterator[tuple[Tensor, Tensor]], tokens: Tensor, progress: Count) -> GradientSpread:
-    """GD of a model as it is."""
+def _gradient_dependence(
+    model: Any, batches: Iterator[tuple[Tensor, Tensor]], tokens: Tensor, progress: Count
+) -> GradientDependence:
     text = torch.cat([model.encode_text(chunk, normalize=False) for chunk in tokens.split(TEXT_CHUNK)])
     embeddings, labels = [], []
     for images, some_labels in batches:
         embeddings.append(model.encode_image(images, normalize=False))
         labels.append(some_labels)
         progress(len(images))
-    return gradient_spread(torch.cat(embeddings), text, torch.cat(labels), model.logit_scale.exp().item())
+    return measure_gradient_dependence(torch.cat(embeddings), text, torch.cat(labels), model.logit_scale.exp().item())
 
 
 def _fine_tune(
     model: Any, tokenizer: Tokenizer, task: Task, config: TuneConfig, bar: Callable[[str, int], Count]
 ) -> None:
-    """All layers, for the epochs of `config`, and without a test."""
+    """Fine-tune every layer, without evaluation."""
     assert config.epochs is not None and config.precision != "auto"
     method = METHODS["full"](model, tokenizer, task)
     train = FeatureCache.in_memory(task.train, workers=config.workers, progress=bar("images", len(task.train)))
@@ -128,12 +130,12 @@ def _fine_tune(
 
 
 def _batches(dataset: Subset, *, device: torch.device, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) on a device."""
+    """Yield (images, labels) on a device."""
     for images, labels in DataLoader(dataset, batch_size=_BATCH, num_workers=workers):
         yield images.to(device), labels.to(device)
 
 
 def _some(dataset: SizedDataset, count: int) -> Subset:
-    """At most so many images, evenly spaced."""
+    """Select at most `count` evenly spaced images."""
     count = min(count, len(dataset))
     return Subset(dataset, [item * len(dataset) // count for item in range(count)])  # type: ignore[arg-type]
