@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
 import skipkernels
 
-_CLI_PACKAGES = {"rich", "tyro", "yaml", "matplotlib"}  # the extra `cli` in pyproject.toml
+_CLI_PACKAGES = ("rich", "tyro", "yaml", "matplotlib")  # the extra `cli` in pyproject.toml
 
 
 def main() -> int:
@@ -17,16 +18,14 @@ def main() -> int:
         return 0
     _open_closed_streams()
     _set_passive_wait()
+    for package in _CLI_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            sys.stderr.write(f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n")
+            return 1
     try:
         from skipkernels.cli import main as cli  # here, so that Ctrl-C may interrupt its imports
 
         return cli.main()
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _CLI_PACKAGES:
-            raise
-        sys.stderr.write(f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n")
-        return 1
     except KeyboardInterrupt:
         return 130
 

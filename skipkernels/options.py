@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+Ablated = Literal["skip_layers", "keep_ratio", "decay"]
 Tail = Literal["resample", "fixed"]
 Memory = Literal["auto", "fast", "min"]
 AttentionName = Literal["sdpa", "xformers"]

@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-import skipkernels
 from skipkernels import __main__ as entry
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
@@ -26,9 +25,3 @@ def test_passive_wait_before_import_of_torch(monkeypatch):
     monkeypatch.setattr(entry, "_set_passive_wait", lambda: order.append("waiting"))
     monkeypatch.setattr("skipkernels.cli.main.main", lambda: order.append("main") or 0)
     assert entry.main() == 0 and order == ["waiting", "main"]
-
-
-def test_version(monkeypatch, capsys):
-    monkeypatch.setattr(entry.sys, "argv", ["skipkernels", "--version"])
-    assert entry.main() == 0
-    assert capsys.readouterr().out == f"skipkernels {skipkernels.__version__}\n"

@@ -1,1 +1,1 @@
-"""Command line: one module per command. Arguments only; the work is done by the tuner and the experiments."""
+"""Command line: one module per command. Modules import torch only inside the functions that run a command."""

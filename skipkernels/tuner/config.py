@@ -1,4 +1,4 @@
-"""Configuration of a run. The command line and config.yaml are generated from this dataclass. Imports no torch."""
+"""Configuration of a run. The command line and config.yaml are generated from its option groups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..data.base import InputError
-from ..options import AttentionName, CacheDtype, Memory, Precision, Preset, Protocol, Refresh, SamplerKind, Tail
+from ..options import Precision, Protocol
+from .option_groups import (
+    CacheOptions,
+    ComputeOptions,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    ProtocolOptions,
+    RunOptions,
+    SkipOptions,
+    TrainingOptions,
+)
 from .registry import METHODS, experiments_hint
 
 if TYPE_CHECKING:
@@ -31,126 +43,20 @@ _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
 
 
-def _option(
-    default: Any,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    methods: Literal["all", "constructor", "rates"] = "all",
-    results: bool = True,
-) -> Any:
-    """Field of `TuneConfig`.
-
-    Args:
-        default: Default value.
-        minimum: Smallest value.
-        above: Bound that the value must exceed.
-        below: Bound that the value must stay under.
-        methods: Methods that use it: all, those with a constructor argument of this name, or those with this rate in
-            their recipe.
-        results: False if it changes the results by rounding at most, so that a resumed run may have another value.
-    """
-    metadata = {"minimum": minimum, "above": above, "below": below, "methods": methods, "results": results}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
-class TuneConfig:
-    """Tune a CLIP on a few images per class of a dataset, and test it, also on new classes or other datasets."""
-
-    data: str = "glyphs"
-    """glyphs, glyphs:BLOCK of the Unicode standard, imagefolder:PATH, coop:NAME or torchvision:NAME."""
-    root: Path | None = _option(None, results=False)
-    """Folder that contains the datasets, for coop: and torchvision:."""
-    download: bool = _option(False, results=False)
-    """Let torchvision download a missing dataset."""
-    protocol: Protocol | None = None
-    """few-shot: train on all classes; the default for imagefolder:. base-to-new: train on the first half of the
-    classes, test on both halves; the default for other data. The other two also test on --targets."""
-    targets: tuple[str, ...] | None = None
-    """Test datasets of cross-dataset and domain-generalization; coop:imagenet and glyphs have defaults."""
-    template: tuple[str, ...] | None = None
-    """Prompts such as "a photo of a {}.", or paper or coop. The first is trained on; tests average over all."""
-    model: str = "glyph-tiny"
-    """Name of an open_clip model, such as ViT-B-16-quickgelu."""
-    pretrained: str | None = None
-    """Weights: an open_clip tag, a file, or "random". Not needed for glyph-tiny."""
-    method: str = "skip"
-    """skip: Skip Tuning. full: full fine-tuning on all classes. The other methods are for comparison too."""
-    preset: Preset = "default"
-    """reference: the published settings, with a tail mask drawn once per run and the paper's schedule."""
-    shots: int = 16
-    """Training images per class."""
-    classes: int | None = _option(None, minimum=1)
-    """Maximum number of classes, base and new together. Default: all; 100 on glyphs."""
-    epochs: int | None = None
-    """Passes over the training images. Default: by method; for skip 8 on glyph-tiny, 20 on other models."""
-    batch_size: int | None = _option(None, minimum=1)
-    """Images per step. Default: by method; 4 for skip."""
-    sampler: SamplerKind | None = None
-    """class_pure: batches of one class, while it has enough images. random: shuffled. Default: by method."""
-    skip_layers: int | float = _option(0.5, methods="constructor")
-    """Blocks of each tower below the cut, which are frozen: a number, or a fraction such as 0.5."""
-    keep_ratio: float = _option(0.5, methods="constructor")
-    """Share of the classes (up to 1), or number of classes, that every step keeps: those with the highest scores."""
-    max_keep: int = _option(50, methods="constructor")
-    """Maximum number of classes that every step keeps."""
-    decay: float = _option(0.3, methods="constructor")
-    """Decay of the probability to keep one of the remaining classes, the tail; larger keeps more of them."""
-    tail: Tail | None = _option(None, methods="constructor")
-    """resample: draw the kept classes of the tail in every step; the default. fixed: once per run, as published."""
-    keep_embeddings: bool = _option(False, methods="constructor")
-    """coop and clip-adapter: run the frozen image tower once per image, not in every step as published."""
-    optimizer: str | None = None
-    """sgd: the fused SGD of skipkernels. torch-sgd, or a class of torch.optim such as AdamW. Default: by method."""
-    text_lr: float | None = _option(None, minimum=0, below=math.inf, methods="rates")
-    """Learning rate of the text tower. Default: by method; for skip 2e-5, on glyph-tiny 4e-3 (other data: 1e-3)."""
-    image_lr: float | None = _option(None, minimum=0, below=math.inf, methods="rates")
-    """Learning rate of the image tower. Default: by method; for skip 5e-6, on glyph-tiny 2e-3 (other data: 1e-3)."""
-    warmup_epochs: int | None = _option(None, minimum=0)
-    """Epochs at the warm-up learning rate, before the cosine. Default: by method."""
-    warmup_lr: float | None = _option(None, minimum=0, below=math.inf)
-    """Learning rate of the warm-up. Default: by method."""
-    momentum: float | None = _option(None, minimum=0, below=1)
-    """Momentum, for optimizers that have it. Default: by method."""
-    weight_decay: float | None = _option(None, minimum=0, below=math.inf)
-    """Weight decay of the optimizer. Default: by method."""
-    clip_grad_norm: float | None = _option(None, above=0, below=math.inf)
-    """Maximum norm of the gradient of a step. Default: no clipping."""
-    precision: Precision = "auto"
-    """bf16, fp16: autocast, fp32 weights. bf16-sr: bf16 weights, stochastic rounding. auto: bf16 if the GPU has it."""
-    memory: Memory = _option("auto", methods="constructor", results=False)
-    """Saved for backward per block. fast: all but what is cheap to recompute. min: its input. auto: fast if it fits."""
-    attention: AttentionName = _option("sdpa", methods="constructor", results=False)
-    """Attention backend. sdpa: PyTorch. xformers: on a GPU, if installed."""
-    cache: Path | None = _option(None, results=False)
-    """Folder of the feature cache, which later runs read again. Default: features are kept in memory."""
-    cache_dtype: CacheDtype = "bf16"
-    """Dtype of cached features; int8 is lossy."""
-    views: int = _option(1, minimum=1)
-    """Random crops per training image that epochs cycle through, with --cache; 1: the test transform, no crop."""
-    refresh: Refresh = "never"
-    """epoch: new random crops in every epoch, computed during the epoch before, with --cache."""
-    workers: int = _option(0, minimum=0, results=False)
-    """Processes that load images."""
-    fused_optimizer: bool = False
-    """Update each weight inside backward and free its gradient, which saves the memory of all gradients."""
-    device: str = _option("auto", results=False)
-    """cpu, cuda, cuda:1, …; auto: cuda if available."""
-    seed: int = _option(0, minimum=0, below=2**31)
-    """Seed of the training images, their order, and the classes drawn."""
-    log_every: int = _option(50, minimum=1, results=False)
-    """Steps between two reads of the loss."""
-    out: Path | None = _option(None, results=False)
-    """Run folder. Default: runs/DATA-METHOD."""
-    overwrite: bool = _option(False, results=False)
-    """Replace an earlier run in the run folder."""
-    resume: bool | Path = _option(False, results=False)
-    """Continue after the last complete epoch in the run folder, bitwise identical; start if there is none. A folder:
-    continue the run in it, with its settings."""
-    delta: bool = False
-    """Save only the weights that tuning changed, in delta.safetensors."""
+class TuneConfig(
+    OutputOptions,
+    RunOptions,
+    CacheOptions,
+    ComputeOptions,
+    TrainingOptions,
+    SkipOptions,
+    MethodOptions,
+    ModelOptions,
+    ProtocolOptions,
+    DataOptions,
+):
+    """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`."""
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in.

@@ -66,7 +66,7 @@ def test_interrupt_keeps_last_epoch(tmp_path, at_step, capsys):
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert "interrupted after 1 epoch" in (tmp_path / "report.html").read_text()
     assert main(["eval", str(tmp_path)]) == 0
-    assert "the run was cut off, 1 epoch before its end; --resume goes on" in capsys.readouterr().err
+    assert "the run was interrupted with 1 epoch left; --resume continues" in capsys.readouterr().err
 
 
 def test_interrupt_before_first_epoch(tmp_path, at_step):
@@ -328,7 +328,9 @@ def test_sighup_is_interrupt(tmp_path, at_step):
 def test_sighup_ignored_by_nohup(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr("skipkernels.cli.main._doctor", lambda out: signal.raise_signal(signal.SIGHUP))
+        monkeypatch.setattr(
+            "skipkernels.cli.doctor.DoctorCommand.execute", lambda *_: signal.raise_signal(signal.SIGHUP) or 0
+        )
         assert main(["doctor"]) == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

@@ -10,11 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from ...data import InputError
+from ...options import Ablated
 from ...tuner import TuneConfig
 from ...tuner.methods import METHODS
-from .defaults import VALUES, Ablated
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, COST, Column, Study, accuracy, cost
+
+VALUES: dict[Ablated, tuple[int | float, ...]] = {
+    "skip_layers": (0, 0.25, 0.5, 0.75, 1.0),
+    "keep_ratio": (0.05, 0.1, 0.25, 0.5, 1.0),
+    "decay": (0.05, 0.1, 0.3, 0.6, 1.0),
+}
 
 
 def compare(

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from ...data import Protocol
 from ...tuner import TuneConfig
-from .defaults import SHOTS
 from .runs import Result, Variant, run_variants
 from .study import ACCURACY, Column, Study, accuracy
+
+SHOTS = (1, 2, 4, 8, 16)  # training images per class in the few-shot protocol, as in CoOp
 
 
 def run_protocol(

@@ -1,4 +1,4 @@
-"""`skipkernels cache` from the command line."""
+"""`skipkernels cache`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from skipkernels.cli import cache
+from skipkernels.cli import cache_actions
 from skipkernels.cli.main import main
 from skipkernels.store import MANIFEST, Store
 
@@ -26,18 +26,18 @@ def _built(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def built(_built, tmp_path) -> Path:
-    """A cache of a small task, to be done with as a test likes."""
+    """Copy of a cache of a small task."""
     return Path(shutil.copytree(_built, tmp_path / "cache"))
 
 
 def said(capsys: pytest.CaptureFixture) -> str:
-    """On both, as one line."""
+    """Standard output and standard error as one line."""
     captured = capsys.readouterr()
     return " ".join(f"{captured.out} {captured.err}".split())
 
 
 @pytest.mark.parametrize("changes", [["--pretrained", "random"], ["--classes", "8"]], ids=["weights", "classes"])
-def test_overwrite_replaces_texts_of_another_model_or_task(built, capsys, changes):
+def test_cache_build_overwrite_replaces_texts(built, capsys, changes):
     before = load_file(built / "texts-base" / "prototypes" / "00000.safetensors")["rows"]
     (built / "texts-base" / "theirs").mkdir()
     assert main(["cache", "build", str(built), *TASK, *changes, "--resume"]) == 2
@@ -50,28 +50,28 @@ def test_overwrite_replaces_texts_of_another_model_or_task(built, capsys, change
     assert all(Store(manifest.parent, verify=True) for manifest in built.rglob(MANIFEST))
 
 
-def test_a_manifest_of_something_else_is_skipped_with_a_line(built, capsys):
+def test_cache_skips_other_manifests(built, capsys):
     app = built / "app" / MANIFEST
     app.parent.mkdir()
     app.write_text('{"name": "an app"}')
     (built / "train" / ".00000.safetensors.77.partial").write_text("left")
     for action in ("verify", "prune", "info"):
         assert main(["cache", action, str(built)]) == 0
-        assert f"skipped {app}: not of a store" in said(capsys)
+        assert f"skipped {app}: not the manifest of a store" in said(capsys)
     assert app.exists() and not list((built / "train").glob("*.partial"))
     assert main(["cache", "verify", str(app.parent)]) == 2
     (built / "train" / MANIFEST).write_text("damaged")
     assert main(["cache", "verify", str(built)]) == 1
-    assert "7 stores, 1 damages" in said(capsys)
+    assert "7 stores, 1 damaged parts" in said(capsys)
 
 
-def test_verify_says_what_it_cannot_see(built, capsys):
+def test_cache_verify_missing_store(built, capsys):
     shutil.rmtree(built / "test-new")
     assert main(["cache", "verify", str(built)]) == 0
-    assert "6 stores, all complete and sound; one that a build has not begun is not seen" in said(capsys)
+    assert "6 stores, all complete and undamaged; stores that a build has not started are not counted" in said(capsys)
 
 
-def test_names_are_folded_and_not_cut(built, capsys, monkeypatch):
+def test_cache_info_folds_long_names(built, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert main(["cache", "info", str(built)]) == 0
     out = capsys.readouterr().out
@@ -81,18 +81,18 @@ def test_names_are_folded_and_not_cut(built, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("how", "code"), [(KeyboardInterrupt, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminated"]
 )
-def test_a_build_that_is_interrupted_says_how_it_goes_on(tmp_path, monkeypatch, capsys, how, code):
-    def interrupted(*arguments):
+def test_cache_build_interrupted(tmp_path, monkeypatch, capsys, how, code):
+    def interrupted(*arguments, **options):
         if how is KeyboardInterrupt:
             raise how
         signal.raise_signal(how)
 
-    monkeypatch.setattr(cache, "_build", interrupted)
+    monkeypatch.setattr(cache_actions, "build", interrupted)
     assert main(["cache", "build", str(tmp_path)]) == code
-    assert "what is complete is in the folder; cache build goes on from there with --resume" in said(capsys)
+    assert "complete shards are kept; cache build --resume continues" in said(capsys)
 
 
-def test_names_of_folders_are_shown_as_they_are(built, capsys, monkeypatch):
+def test_cache_prints_folder_names_escaped(built, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     folder = Path(shutil.move(built, built.parent / "[/b]:ok:\x1b[2J"))
     (folder / "train" / ".00000.safetensors.77.partial").write_text("left")
@@ -107,27 +107,27 @@ def test_names_of_folders_are_shown_as_they_are(built, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (MemoryError(), 2, "error memory is used up"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), 2, "error memory is used up (Def"),
+        (MemoryError(), 2, "error out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), 2, "error out of memory (Def"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "failed DataLoader worker (pid 7"),
         (BrokenExecutor("A child process terminated abruptly"), 1, "failed A child process"),
     ],
     ids=["memory", "allocator", "worker", "process"],
 )
-def test_what_ends_any_command_is_one_line(tmp_path, monkeypatch, capsys, error, code, line):
-    def fail(*arguments):
+def test_main_error_is_one_line(tmp_path, monkeypatch, capsys, error, code, line):
+    def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cache, "_build", fail)
+    monkeypatch.setattr(cache_actions, "build", fail)
     assert main(["cache", "build", str(tmp_path)]) == code
     assert said(capsys).startswith(line)
 
 
 @pytest.mark.parametrize("action", ["info", "verify"])
-def test_a_look_that_is_interrupted_promises_nothing(built, monkeypatch, capsys, action):
+def test_cache_info_and_verify_interrupted(built, monkeypatch, capsys, action):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, f"_{action}", interrupt)
+    monkeypatch.setattr(cache_actions, action, interrupt)
     assert main(["cache", action, str(built)]) == 130
     assert said(capsys) == "interrupted"

@@ -1,0 +1,85 @@
+"""`skipkernels tune`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from skipkernels.console import Terminal
+from skipkernels.tuner.option_groups import OutputOptions
+
+from .options import Options, tune_config
+
+
+def _flag_or_path(words: list[str]) -> bool | Path:
+    if len(words) > 1:
+        raise ValueError(f"one folder; got {' '.join(words)}")
+    return Path(words[0]) if words else True
+
+
+_FLAG_OR_PATH = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[RUN]",
+    instance_from_str=_flag_or_path,
+    is_instance=lambda value: isinstance(value, (bool, Path)),
+    str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneOutputOptions(OutputOptions):
+    """Run folder."""
+
+    resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
+    """Resume after the last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings. Without
+    RUN: the run in --out, with the settings given here; start if there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneCommand(Options):
+    """Tune a CLIP on images of a dataset, and test it, also on new classes or other data."""
+
+    output: TuneOutputOptions = TuneOutputOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Tune, and print accuracy and cost. Returns 0."""
+        from rich.table import Table
+
+        from skipkernels.tuner import tune
+        from skipkernels.tuner.run_folder import resumed
+
+        config = resumed(tune_config(self)).resolved()
+        metrics = tune(config, console=err)
+        table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
+        for column in ("zero-shot", "tuned", "change"):
+            table.add_column(column, justify="right")
+        for key, before in metrics["zero_shot"].items():
+            after = metrics["tuned"][key]
+            change = None if before is None or after is None else after - before
+            table.add_row(key, number(before, ".2f"), number(after, ".2f"), number(change, "+.2f"))
+        out.print(table)
+        cost, weights, classes = metrics["cost"], metrics["checkpoint"], next(iter(metrics["classes"].values()))
+        costs = Table(show_header=False)
+        if metrics["steps"]:
+            pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
+            costs.add_row("time per epoch", pace)
+            costs.add_row("classes compared", f"{metrics['kept_classes']:.1f} of {classes} per step")
+        costs.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
+        baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
+        costs.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")
+        part = f" of {weights['mib_of_all']}" if config.delta else ""
+        costs.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
+        costs.add_row("results", str(config.out))
+        out.print(costs)
+        names = ("report.html", "metrics.json", "metrics.jsonl", weights["file"], "state.pt", "config.yaml")
+        files = [name for name in names if config.out is not None and (config.out / name).exists()]
+        out.print("  " + "  ".join(files), soft_wrap=True)
+        return 0
+
+
+def number(value: float | None, spec: str) -> str:
+    """Format a number that may be missing."""
+    return "–" if value is None else f"{value:{spec}}"

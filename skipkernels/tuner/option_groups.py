@@ -1,0 +1,193 @@
+"""Option groups of `TuneConfig`, from which the command line composes its commands. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..options import AttentionName, CacheDtype, Memory, Precision, Preset, Protocol, Refresh, SamplerKind, Tail
+
+
+def option(
+    default: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    methods: Literal["all", "constructor", "rates"] = "all",
+    results: bool = True,
+) -> Any:
+    """Field of an option group.
+
+    Args:
+        default: Default value.
+        minimum: Smallest value.
+        above: Bound that the value must exceed.
+        below: Bound that the value must stay under.
+        methods: Methods that use it: all, those with a constructor argument of this name, or those with this rate in
+            their recipe.
+        results: False if it changes the results by rounding at most, so that a resumed run may have another value.
+    """
+    metadata = {"minimum": minimum, "above": above, "below": below, "methods": methods, "results": results}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images and prompts."""
+
+    data: str = "glyphs"
+    """Dataset: imagefolder:PATH, coop:NAME, torchvision:NAME, glyphs, or glyphs:BLOCK with a block of Unicode."""
+    root: Path | None = option(None, results=False)
+    """Folder that contains the datasets of coop: and torchvision:."""
+    download: bool = option(False, results=False)
+    """Let torchvision download a missing dataset."""
+    template: tuple[str, ...] | None = None
+    """Prompts such as "a photo of a {}.", or paper or coop for the prompts of these papers. Training uses the first;
+    for evaluation the embeddings of all are averaged. By default paper."""
+    shots: int = 16
+    """Training images per class."""
+    classes: int | None = option(None, minimum=1)
+    """Largest number of classes, base and new together. By default all; 100 for glyphs."""
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """Classes that train, and test sets."""
+
+    protocol: Protocol | None = None
+    """few-shot: train and test on all classes. base-to-new: train on the first half of the classes, test on both
+    halves. cross-dataset: also test on other datasets. domain-generalization: also test on other images of the same
+    classes. By default few-shot for imagefolder:, else base-to-new."""
+    targets: tuple[str, ...] | None = None
+    """Datasets to test on with cross-dataset and domain-generalization. By default those of the paper for
+    coop:imagenet, and other glyphs for glyphs."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model and weights."""
+
+    model: str = "glyph-tiny"
+    """Name of an open_clip model, such as ViT-B-16-quickgelu."""
+    pretrained: str | None = None
+    """Weights: a tag of open_clip, a file, or "random". glyph-tiny has its own by default; other models need one."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Method of adaptation."""
+
+    method: str = "skip"
+    """skip: Skip Tuning. Baselines: zero-shot, full (full fine-tuning), linear-probe, coop, clip-adapter, lora."""
+    preset: Preset = "default"
+    """reference: settings of the published code, such as --tail fixed and the paper's schedule."""
+    tail: Tail | None = option(None, methods="constructor")
+    """Classes that CSkip draws from the tail. resample: new ones in every step, the default. fixed: drawn once, as
+    published."""
+    keep_embeddings: bool = option(False, methods="constructor")
+    """coop and clip-adapter: embed each image once, instead of in every step as published."""
+
+
+@dataclass(frozen=True)
+class SkipOptions:
+    """Settings of Skip Tuning."""
+
+    skip_layers: int | float = option(0.5, methods="constructor")
+    """Blocks that each tower skips (LSkip): a number, or a fraction of its blocks such as 0.5."""
+    keep_ratio: float = option(0.5, methods="constructor")
+    """Classes that CSkip keeps in every step: a share if below 1, all classes if 1, a number of classes if above 1."""
+    max_keep: int = option(50, methods="constructor")
+    """Upper limit of the number of classes kept in every step; it does not apply to --keep-ratio 1."""
+    decay: float = option(0.3, methods="constructor")
+    """Decay of the probability that a class of the tail is kept; larger values keep more classes."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Schedule and optimizer. By default those of the method."""
+
+    epochs: int | None = None
+    """Passes over the training images. For skip 20, or 8 on glyph-tiny."""
+    batch_size: int | None = option(None, minimum=1)
+    """Images per step. For skip 4."""
+    sampler: SamplerKind | None = None
+    """class_pure: batches of a single class if it has enough images. random: mixed batches. sequential: in order."""
+    optimizer: str | None = None
+    """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW."""
+    text_lr: float | None = option(None, minimum=0, below=math.inf, methods="rates")
+    """Learning rate of the text tower. For skip 2e-5; on glyph-tiny 4e-3, or 1e-3 with data other than glyphs."""
+    image_lr: float | None = option(None, minimum=0, below=math.inf, methods="rates")
+    """Learning rate of the image tower. For skip 5e-6; on glyph-tiny 2e-3, or 1e-3 with data other than glyphs."""
+    warmup_epochs: int | None = option(None, minimum=0)
+    """Epochs at the warm-up rate, before the cosine schedule."""
+    warmup_lr: float | None = option(None, minimum=0, below=math.inf)
+    """Learning rate of the warm-up."""
+    momentum: float | None = option(None, minimum=0, below=1)
+    """Momentum, for optimizers that have it."""
+    weight_decay: float | None = option(None, minimum=0, below=math.inf)
+    """Weight decay."""
+    clip_grad_norm: float | None = option(None, above=0, below=math.inf)
+    """Largest norm of the gradients of a step; longer ones are scaled down. By default no limit."""
+    fused_optimizer: bool = False
+    """Update each weight inside backward and free its gradient, so that only few gradients are in memory at once."""
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Arithmetic and memory."""
+
+    precision: Precision = "auto"
+    """bf16: bf16 arithmetic, fp32 weights. bf16-sr: bf16 weights with stochastic rounding. fp16: with a gradient
+    scaler. auto: bf16 on a GPU that supports it, else fp32."""
+    memory: Memory = option("auto", methods="constructor", results=False)
+    """Tensors that a block saves for backward. fast: all but cheap ones. min: its input, and recompute the rest. auto:
+    fast if it fits in memory."""
+    attention: AttentionName = option("sdpa", methods="constructor", results=False)
+    """Attention implementation. sdpa: PyTorch. xformers: on a GPU, if installed."""
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Feature cache."""
+
+    cache: Path | None = option(None, results=False)
+    """Folder that stores features at the cut, also for later runs. By default features are kept in memory."""
+    cache_dtype: CacheDtype = "bf16"
+    """Type of the stored features. int8 is lossy."""
+    views: int = option(1, minimum=1)
+    """Random crops per training image, used in turn by epochs; needs --cache. 1: no random crop."""
+    refresh: Refresh = "never"
+    """epoch: a new random crop of each training image in every epoch, computed in the background; needs --cache."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Device and seed."""
+
+    device: str = option("auto", results=False)
+    """cpu, cuda, cuda:1, …. auto: cuda if available."""
+    workers: int = option(0, minimum=0, results=False)
+    """Processes that load images."""
+    seed: int = option(0, minimum=0, below=2**31)
+    """Seed of the choice of training images, their order, and the classes drawn."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Run folder."""
+
+    out: Path | None = option(None, results=False)
+    """Folder of the results. By default runs/DATA-METHOD."""
+    overwrite: bool = option(False, results=False)
+    """Replace an earlier run in the folder."""
+    resume: bool | Path = option(False, results=False)
+    """Resume after the last complete epoch of the run in the folder, bit-exactly; start if there is none. A path:
+    resume the run in that folder, with its settings."""
+    delta: bool = False
+    """Save only the weights that tuning changed, in delta.safetensors."""
+    log_every: int = option(50, minimum=1, results=False)
+    """Steps between displays and checks of the loss."""
