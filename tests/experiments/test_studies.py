@@ -17,7 +17,7 @@ from skipkernels.experiments.studies.plots import study_svg
 from skipkernels.experiments.studies.protocol import run_protocol
 from skipkernels.experiments.studies.runs import MeanAndDeviation, Variant, mean_and_deviation, run_variants
 from skipkernels.experiments.studies.study import Column, Study, accuracy, cost
-from skipkernels.tuner import TuneConfig, check
+from skipkernels.tuner import TuneConfig
 
 QUIET = Console(quiet=True)
 TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
@@ -29,7 +29,7 @@ def ran(monkeypatch):
     found = []
 
     def complete(work, config: TuneConfig) -> dict:
-        if work is check:
+        if work is runs._check_config:
             return {}
         found.append(config)
         value = 10.0 * len(found)
@@ -91,7 +91,7 @@ def test_run_variants_skips_complete_and_resumes_interrupted(ran, tmp_path):
 
 def test_run_variants_other_settings_in_folder(ran, tmp_path):
     run_variants(two(), range(1), tmp_path, QUIET)
-    with pytest.raises(InputError, match="a-0 holds a run with another shots; choose another folder, or add"):
+    with pytest.raises(InputError, match="a-0 holds a run with another shots. Choose another folder, or add"):
         run_variants(two(shots=3), range(1), tmp_path, QUIET)
 
 
@@ -161,7 +161,7 @@ def test_ablate(ran, tmp_path):
 def test_study_write_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     study = Study("s", "t", [], [Column("g", "c", cost("x"))])
-    with pytest.raises(InputError, match="--out: .*file can't be written"):
+    with pytest.raises(InputError, match="file can't be written"):
         study.write(tmp_path / "file", "")
     assert accuracy("base")({"tuned": {"base": 1.0}}) == 1.0
 
@@ -169,13 +169,19 @@ def test_study_write_unwritable_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--methods", "skip", "skip"], "--methods: got skip skip; name each once"),
-        (["compare", "--seeds", "0"], "--seeds must be from 1 to 1000"),
-        (["compare", "--values", "1"], "--values are those of a setting; add --ablate"),
-        (["compare", "--ablate", "decay", "--methods", "skip"], "--methods: --ablate has other settings"),
-        (["compare", "--ablate", "decay", "--values", "1", "1"], "--values: name each once; got 1 1"),
-        (["compare", "--ablate", "decay", "--values", "1", "0"], "decay 0: --decay must be above 0"),
-        (["compare", "--ablate", "skip_layers", "--values", "0", "9"], "skip_layers 9: --skip-layers must be"),
+        (["compare", "--methods", "skip", "skip"], "--methods must be different names of skip, zero-shot, full"),
+        (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
+        (["compare", "--values", "1"], "--values are values of a setting; add --ablate"),
+        (["compare", "--ablate", "decay", "--methods", "skip"], "--methods: --ablate compares settings, not methods"),
+        (["compare", "--ablate", "decay", "--values", "1", "1"], "--values must be different; got 1 1"),
+        (
+            ["compare", "--ablate", "decay", "--values", "1", "0"],
+            "decay 0: --decay must be above 0 and finite; got 0.",
+        ),
+        (
+            ["compare", "--ablate", "skip_layers", "--values", "0", "9"],
+            "skip_layers 9: --skip-layers must be a whole number",
+        ),
         (["protocol", "few-shot", "--shots", "4"], "--shots 4 has no effect with few-shot; give --numbers-of-shots"),
         (["protocol", "base-to-new", "--numbers-of-shots", "4"], "no effect with base-to-new; give --shots"),
         (["protocol", "base-to-new", "--shots", "0"], "--shots must be"),

@@ -49,7 +49,7 @@ def compare(
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
-        raise InputError(f"--methods: {got}; name each once, of {', '.join(METHODS)}.")
+        raise InputError(f"compare: methods must be different names of {', '.join(METHODS)}; {got}.", "methods")
     variants = [Variant(method, config.with_method(method)) for method in methods]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     return Study("compare", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results))
@@ -81,7 +81,7 @@ def ablate(
     """
     values = values or VALUES[setting]
     if len(set(values)) < len(values):
-        raise InputError(f"--values: name each once; got {' '.join(map(str, values))}.")
+        raise InputError(f"ablate: values must be different; got {' '.join(map(str, values))}.", "values")
     variants = []
     for value in values:
         change: dict[str, Any] = {setting: value}

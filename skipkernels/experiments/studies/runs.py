@@ -150,8 +150,9 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG))
     if differing:
         raise InputError(
-            f"--out: {config.out} holds a run with another {' and '.join(differing)}; choose another folder, or add "
-            "--overwrite."
+            f"run_variants: {config.out} holds a run with another {' and '.join(differing)}. Choose another folder, or "
+            "add `overwrite=True`.",
+            "out",
         )
     metrics = read_metrics(config.out)
     return metrics if metrics["status"] == "complete" else None

@@ -130,7 +130,7 @@ class Study:
             for path, text in texts.items():
                 replace_text(path, text)
         except OSError as error:
-            raise InputError(f"--out: {folder} can't be written: {error.strerror}.") from error
+            raise InputError(f"Study.write: {folder} can't be written: {error.strerror}.", "out") from error
         return list(texts)
 
 
