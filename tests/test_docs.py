@@ -1,11 +1,11 @@
-"""What the pages show is so: their Python runs, their commands parse, and the files, tests and links they name exist.
+"""Documentation: Python blocks run, commands parse, and the named files, tests and links exist.
 
-- A `python` block runs, after those before it on its page, in one namespace and an empty folder. A `text` block right
-  behind it is what it prints.
-- A `cpp` block with a path is a quotation: its lines stand in that file, in this order.
-- Commands (plain blocks, `console`, `sh`, indented blocks, and what is set in backticks) parse with the parser of the
-  program, which does not run. In the latter "…" at the front stands for the module of the command before it.
-- Files and tests in backticks, options by themselves, links and their anchors exist.
+- `python` blocks of a page run in order, in one namespace and an empty folder. A `text` block directly after one is its
+  output.
+- A `cpp` block with a path quotes lines of that file, in order.
+- Commands in plain, `console`, `sh` and indented blocks and in backticks are parsed by their program, which does not
+  run. In backticks a leading "…" is the module of the previous command.
+- Files, tests and options in backticks, links and their anchors exist.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ import torch
 
 import skipkernels
 from skipkernels.cli import main as cli
+from skipkernels.cli.options import tune_config
 from skipkernels.ops import OPERATORS, registration
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
 
-# Words of a command that stand for one of several.
+# Placeholders in commands, and a value for each.
 PLACEHOLDERS = {"NAME": "mlp_activation"}
-# Programs that are not ours, whose arguments are not looked at.
-NOT_OURS = ("cd", "git", "pip")
+# Programs with arguments that are not checked.
+OTHER_PROGRAMS = ("cd", "git", "pip")
 
 
 class Block(NamedTuple):
-    """Between fences: what stands behind the opening one, and what is in between, whose first line is `line`."""
+    """A fenced block: its info string, its text, and the line number of the text."""
 
     kind: str
     text: str
@@ -78,7 +79,7 @@ class Page(NamedTuple):
 
     @property
     def prose(self) -> str:
-        """The page with its blocks blanked out."""
+        """The page with empty lines in place of its blocks."""
         lines = self.text.splitlines()
         for block in self.blocks:
             for number in range(block.line - 2, block.line + block.text.count("\n")):
@@ -87,7 +88,7 @@ class Page(NamedTuple):
 
     @property
     def spans(self) -> list[str]:
-        """What stands in backticks, in one line each."""
+        """Texts in backticks, one line each."""
         return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", self.prose)]
 
 
@@ -104,7 +105,7 @@ def page(request: pytest.FixtureRequest) -> Page:
 
 
 def narrow_model(name: str) -> torch.nn.Module:
-    """Of the architecture of an open_clip config, as deep, with random weights."""
+    """Create a narrow model with the architecture and depth of an open_clip config and random weights."""
     config = copy.deepcopy(open_clip.get_model_config(name))
     config["embed_dim"] = 16
     config["vision_cfg"] |= {"width": 32, "head_width": 16, "image_size": 32, "patch_size": 16}
@@ -113,7 +114,7 @@ def narrow_model(name: str) -> torch.nn.Module:
 
 
 def without_downloads(create: Callable[..., Any]) -> Callable[..., Any]:
-    """In the place of one of open_clip's functions: where it would fetch weights the model is a narrow one."""
+    """Wrap a function of open_clip: return a narrow model instead of downloading weights."""
 
     def instead(name: str, pretrained: str | None = None, **options: Any) -> Any:
         if pretrained not in open_clip.list_pretrained_tags_by_model(name):
@@ -125,8 +126,8 @@ def without_downloads(create: Callable[..., Any]) -> Callable[..., Any]:
     return instead
 
 
-def readers_own() -> dict[str, Any]:
-    """What a reader has, and a page does not make: names of classes and images of them."""
+def given_variables() -> dict[str, Any]:
+    """Variables that the pages use without defining them: class names, images and labels."""
     labels = torch.arange(8) % 4
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return {
@@ -140,15 +141,15 @@ def readers_own() -> dict[str, Any]:
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
-    """The namespace of a page in an empty folder. Operators that it defines go with it."""
-    skipkernels.backends()  # those that are there have registered themselves
+    """Namespace of a page in an empty folder. Operators that the page defines are removed afterwards."""
+    skipkernels.backends()  # registers the operators of the package
     library = torch.library.Library(registration.NAMESPACE, "FRAGMENT")
     monkeypatch.setattr(registration, "_library", library)
     monkeypatch.setattr(registration, "definitions", dict(registration.definitions))
     for create in (open_clip.create_model, open_clip.create_model_and_transforms):
         monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
     monkeypatch.chdir(tmp_path)
-    yield {"__name__": "page"} | readers_own()
+    yield {"__name__": "page"} | given_variables()
     library._destroy()
 
 
@@ -160,14 +161,14 @@ def run_python(page: Page, names: dict[str, Any]) -> None:
         code = compile("\n" * (block.line - 1) + block.text, page.path, "exec", dont_inherit=True)
         with contextlib.redirect_stdout(printed):
             exec(code, names)
-        last = block.line + block.text.count("\n")  # that of the closing fence
+        last = block.line + block.text.count("\n")  # the closing fence
         between = page.text.splitlines()[last : max(last, behind.line - 2)]
         if behind.kind == "text" and not "".join(between).strip():
             where = f"{page.path.name}, line {behind.line}: the block before it prints"
             assert printed.getvalue().split("\n") == behind.text.split("\n"), f"{where}\n{printed.getvalue()}"
 
 
-def test_python_runs(page, reader):
+def test_python_blocks_run(page, reader):
     run_python(page, reader)
 
 
@@ -182,7 +183,7 @@ def check_quotations(page: Page) -> None:
                 assert any(line == other.strip() for other in rest), f"{page.path.name}: {path} has no line {line!r}"
 
 
-def test_quotations_are_in_their_files(page):
+def test_cpp_blocks_match_their_files(page):
     check_quotations(page)
 
 
@@ -190,7 +191,7 @@ def test_quotations_are_in_their_files(page):
 
 
 class Command(NamedTuple):
-    """Words of a command line; `mention` if it stands in the prose, where its arguments may be left out."""
+    """Words of a command line; `mention` is True in running text, where arguments may be omitted."""
 
     words: tuple[str, ...]
     mention: bool
@@ -202,7 +203,7 @@ class Command(NamedTuple):
 def commands(page: Page) -> list[Command]:
     lines = [(line, False) for block in page.blocks for line in _command_lines(block)]
     lines += [(line, False) for line in re.findall(r"^ {4,}(\S.*)$", page.prose, re.MULTILINE)]
-    module = ""  # of the command before
+    module = ""  # of the previous command
     for span in page.spans:
         if found := re.match(r"python -m [\w.]+", span):
             module = found.group()
@@ -216,16 +217,16 @@ def commands(page: Page) -> list[Command]:
 
 
 def _command_lines(block: Block) -> list[str]:
-    """Lines of a block of commands: those that begin with "$", if there are any, else all."""
+    """Command lines of a block: lines that start with "$", if any, else all lines."""
     if block.kind not in ("", "console", "sh"):
         return []
     lines = [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
     lines = [line for line in lines if line.startswith("$ ")] or lines
     programs = [_program(part) for line in lines for part in line.split(" && ")]
     if block.kind == "" and not CHECKS.keys() & set(programs):
-        return []  # something else, such as a tree of files
-    unknown = set(programs) - {*CHECKS, *NOT_OURS}
-    assert not unknown, f"line {block.line}: not known what {', '.join(unknown)} is"
+        return []  # not commands, for example a file tree
+    unknown = set(programs) - {*CHECKS, *OTHER_PROGRAMS}
+    assert not unknown, f"line {block.line}: unknown program {', '.join(unknown)}"
     return lines
 
 
@@ -238,7 +239,7 @@ def _without_environment(line: str) -> str:
 
 
 def _words(line: str) -> list[str]:
-    """Of a command of a program that is known; nothing of other lines."""
+    """Words of a command of a known program; none for other lines."""
     line = _without_environment(line)
     if _program(line) not in CHECKS:
         return []
@@ -261,7 +262,7 @@ def check_python(arguments: tuple[str, ...], mention: bool) -> None:
         return check_pytest(arguments[2:], mention)
     if arguments[0] == "-m":
         found = importlib.util.find_spec(arguments[1])
-        assert found is not None, f"there is no {arguments[1]}"
+        assert found is not None, f"no module {arguments[1]}"
         name = arguments[1] if found.submodule_search_locations is None else f"{arguments[1]}.__main__"
         main, rest = importlib.import_module(name).main, arguments[2:]
     else:
@@ -309,7 +310,7 @@ CHECKS: dict[str, Callable[[tuple[str, ...], bool], None]] = {
 
 
 def run(main: Callable[..., int | None], *arguments: Any) -> None:
-    """A main function; what it says on its way out is the error."""
+    """Run a main function; its output is the message if it fails."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -321,14 +322,15 @@ def run(main: Callable[..., int | None], *arguments: Any) -> None:
 
 @pytest.fixture
 def nothing_runs(monkeypatch) -> None:
-    """What the command line has parsed is checked as far as settings go, and not run."""
-    monkeypatch.setattr(cli, "_tune", lambda command, out, err: command.resolved())
-    monkeypatch.setattr(cli, "_eval", lambda *_: None)
-    monkeypatch.setattr(cli, "_doctor", lambda *_: None)
-    monkeypatch.setattr(cli.study, "run_protocols", lambda *_: None)
-    monkeypatch.setattr(cli.study, "run_comparison", lambda *_: None)
-    for module in (cli.analyze, cli.cache):
-        monkeypatch.setattr(module, "run", lambda *_: 0)
+    """Parse commands without running them; check the settings of tune."""
+
+    def resolve(command: cli.TuneCommand, *_: Any) -> int:
+        tune_config(command).resolved()
+        return 0
+
+    for command in typing.get_args(cli.Command):
+        monkeypatch.setattr(typing.get_args(command)[0], "execute", lambda *_: 0)
+    monkeypatch.setattr(cli.TuneCommand, "execute", resolve)
 
 
 def check_commands(page: Page) -> None:
@@ -346,7 +348,7 @@ def test_commands_parse(page, nothing_runs):
 
 
 def options() -> set[str]:
-    """Of all our programs."""
+    """Options of all programs of the repository."""
     found: set[str] = set()
 
     def add(hint: Any) -> None:
@@ -354,7 +356,8 @@ def options() -> set[str]:
             add(part)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             for name, its_hint in typing.get_type_hints(hint).items():
-                found.add("--" + name.replace("_", "-"))
+                if not dataclasses.is_dataclass(its_hint):  # else it is a group of options
+                    found.add("--" + name.replace("_", "-"))
                 add(its_hint)
 
     add(cli.Command)
@@ -371,16 +374,16 @@ def check_options(page: Page) -> None:
             assert not unknown, f"{page.path.name}: {unknown[0]}: no program has this option"
 
 
-def test_options_by_themselves_exist(page):
+def test_options_in_backticks_exist(page):
     check_options(page)
 
 
-# ---- what pages point at -----------------------------------------------------------------------------------------
+# ---- files, tests and links ----------------------------------------------------------------------------------------
 
 
 def check_named(page: Page) -> None:
-    """Files with a folder, and tests."""
-    file = ""  # of the test before
+    """Check paths with a folder, and names of tests."""
+    file = ""  # of the previous test
     for span in page.spans:
         path, _, test = span.partition("::")
         if test:
@@ -394,7 +397,7 @@ def check_named(page: Page) -> None:
 
 
 def _files(page: Page, path: str) -> list[Path]:
-    """By its name from the root, the page, the package or the tests; NAME is that of any operator."""
+    """Find a path from the root, the page, the package or the tests; NAME is any operator."""
     tails = [path.replace("NAME", name.rstrip("_")) for name in OPERATORS] if "NAME" in path else [path]
     folders = (ROOT, page.path.parent, ROOT / "skipkernels", ROOT / "tests", ROOT / "tests" / "ops")
     return [folder / tail for folder in folders for tail in tails if (folder / tail).is_file()]
@@ -405,7 +408,7 @@ def test_files_and_tests_exist(page):
 
 
 def anchors(page: Page) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Anchors that GitHub generates from headings."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.*)$", page.prose, re.MULTILINE):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -421,12 +424,12 @@ def check_links(page: Page) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = page.path.parent / path
-        assert file.exists(), f"{page.path.name}: the link to {target} leads nowhere"
+        assert file.exists(), f"{page.path.name}: broken link to {target}"
         if anchor:
             assert anchor in anchors(Page.read(file) if path else page), f"{page.path.name}: {target}: no heading"
 
 
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
     check_links(page)
 
 
@@ -452,12 +455,12 @@ def broken(text: str) -> Page:
     ],
     ids=["attribute", "name", "printed", "weights", "open"],
 )
-def test_python_that_is_wrong_is_found(text, error, message, reader):
+def test_run_python_finds_errors(text, error, message, reader):
     with pytest.raises(error, match=message):
         run_python(broken(text), reader)
 
 
-def test_an_error_is_at_its_line_of_the_page(reader):
+def test_run_python_error_has_line_of_page(reader):
     with pytest.raises(ZeroDivisionError) as caught:
         run_python(broken("one\n\n```python\na = 1\na / 0\n```\n"), reader)
     entry = caught.traceback[-1]
@@ -469,12 +472,12 @@ def test_an_error_is_at_its_line_of_the_page(reader):
     [
         (check_commands, "```\nskipkernels tune --shotz 3\n```", "--shotz"),
         (check_commands, "```console\n$ skipkernels tune --views 4  # without a cache\nbad\n```", "add --cache"),
-        (check_commands, "```\nmake tune\nskipkernel tune\n```", "not known what skipkernel is"),
+        (check_commands, "```\nmake tune\nskipkernel tune\n```", "unknown program skipkernel"),
         (check_commands, "See `skipkernels tunes`.", "tunes"),
         (check_commands, "    skipkernels cache verify", "Missing from skipkernels cache verify"),
         (check_commands, "```\ncd x && make tuna\n```", "the Makefile has no tuna"),
         (check_commands, "`make race SIMULATED=python`", "the Makefile has no SIMULATED"),
-        (check_commands, "`python -m bench.runs`", "there is no bench.runs"),
+        (check_commands, "`python -m bench.runs`", "no module bench.runs"),
         (check_commands, "`python -m bench --budget 9x`", "expected a time such as 9m"),
         (check_commands, "`python -m bench.step` or `… --round 3 --no-such`", "--no-such: no such option"),
         (check_commands, "`python -m bench.run --op NAME --dtype fp8`", "fp8"),
@@ -485,26 +488,26 @@ def test_an_error_is_at_its_line_of_the_page(reader):
         (check_quotations, "```cpp csrc/rows.h\n#pragma once\nnamespace skip {\n```", "no line 'namespace skip {'"),
         (check_named, "In `csrc/NAMES.cpp`.", "there is no csrc/NAMES.cpp"),
         (check_named, "`tests/test_clip.py::test_predict_…`, `…::test_nothing`", "no tests/test_clip.py::test_nothing"),
-        (check_links, "[a](../README.md) [b](nowhere.md)", "nowhere.md leads nowhere"),
+        (check_links, "[a](../README.md) [b](nowhere.md)", "broken link to nowhere.md"),
         (check_links, "# A `b`, c\n[a](#a-b-c) [b](#c)", "#c: no heading"),
         (check_links, "[a](../README.md#no-such)", "README.md#no-such: no heading"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )  # fmt: skip
-def test_what_is_not_there_is_found(check, text, message, nothing_runs):
+def test_checks_find_errors(check, text, message, nothing_runs):
     with pytest.raises(AssertionError, match=re.escape(message)):
         check(broken(text))
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(("simulator", "set_up"), [([], True), (["SIMULATOR=python"], False)])
-def test_race_with_a_simulator_sets_up_no_environment(simulator, set_up):
+def test_make_race_with_simulator_creates_no_environment(simulator, set_up):
     command = ["make", "--dry-run", "--always-make", "-C", str(ROOT), "race", *simulator]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert ("-m venv .venv" in done.stdout) == set_up
 
 
-def test_what_is_there_passes(nothing_runs):
+def test_checks_pass(nothing_runs):
     text = """# One, two
 
 ```cpp csrc/rows.h
