@@ -116,7 +116,7 @@ SKIPKERNELS_INLINE double dot_body(const A* x, const A* y, int64_t n) {
   return sum;
 }
 
-// The x whose scale · x is largest. A lane for each position in a vector: compilers differ on reductions by maximum.
+// The x with the largest scale · x. One maximum per vector lane: compilers differ on reductions by maximum.
 template <class A>
 SKIPKERNELS_INLINE A top_of(A start, const A* x, A scale, int64_t n) {
   constexpr int64_t W = Vector<A>::width;

@@ -55,7 +55,7 @@ struct Softmax {
   void multiply(A* out, const A* x, A factor, int64_t n);                                                    \
   /* out = max(out, x), NaN if either is. */                                                                 \
   void maximum(A* out, const A* x, int64_t n);                                                               \
-  /* Σ x · y, summed in fp64: for sums whose terms may cancel. */                                            \
+  /* Σ x · y, summed in fp64: for sums with cancelling terms. */                                            \
   double dot(const A* x, const A* y, int64_t n);                                                             \
   /* Takes n more cosines into the running top and sum (0 before the first); see Softmax. */                 \
   void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n);                                  \

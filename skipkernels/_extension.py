@@ -1,4 +1,4 @@
-"""The C++ kernels: what they are built from, and how they get into the process.
+"""Build and load the C++ kernels.
 
 `setup.py` builds them into the package when torch is there at build time. Where they are missing they are built when an
 operator is first used, once, into the user's cache. Both ways use the lists below. This file imports nothing but the
@@ -38,7 +38,7 @@ SOURCES = (
 )
 HEADERS = ("attention.h", "rows.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")
 
-# The oldest torch whose stable ABI the binary needs: 2.10, as 0xMMmm and twelve zeros.
+# The oldest torch with the stable ABI of the binary: 2.10, as 0xMMmm and twelve zeros.
 DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)
 COMPILE_FLAGS = (
     "-std=c++17",
@@ -59,19 +59,19 @@ _PACKAGE = Path(__file__).parent
 
 
 class Extension(NamedTuple):
-    """Where the kernels were loaded from, or why there are none."""
+    """Path of the loaded library, or the reason for its absence."""
 
     path: Path | None
     reason: str = ""
 
 
 def source_dir() -> Path:
-    """`csrc/`: inside the package when installed, beside it in a checkout."""
+    """Path of `csrc/`: inside the package when installed, beside it in a checkout."""
     return next((d for d in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if d.is_dir()), _PACKAGE / "csrc")
 
 
 def sources_digest() -> str:
-    """Digest of `csrc/`, part of a prebuilt library's name: one that was built from other sources is not loaded."""
+    """Digest of `csrc/`, part of the name of a prebuilt library, so that one from other sources is not loaded."""
     digest = hashlib.sha256()
     for name in (*SOURCES, *HEADERS):
         digest.update((source_dir() / name).read_bytes() + b"\0")
@@ -83,7 +83,7 @@ _extension: Extension | None = None
 
 
 def load() -> Extension:
-    """Load the C++ kernels, and build them first if need be; the first call decides for the whole process."""
+    """Load the C++ kernels, built first if necessary; the first call decides for the whole process."""
     global _extension
     if _extension is None:
         with _lock:
@@ -122,11 +122,11 @@ def _find_or_build() -> Extension:
 
 
 class BuildError(Exception):
-    """Why there can be no library."""
+    """The library cannot be built."""
 
 
 def build() -> Path:
-    """Path of the library in the user's cache, built if it is not there.
+    """Return the path of the library in the user's cache; build it if absent.
 
     The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
     """
@@ -141,7 +141,7 @@ def build() -> Path:
         return library
     with _only_process(folder / "lock"):
         library = _whole_library(folder)
-        if library is not None:  # another process has built it while this one waited
+        if library is not None:  # built by another process meanwhile
             return library
         for damaged in folder.glob("_C.*.so"):
             damaged.unlink()
@@ -151,7 +151,7 @@ def build() -> Path:
 
 
 def _whole_library(folder: Path) -> Path | None:
-    """The library in a folder, if it is as it was written: a truncated one would crash the process that loads it."""
+    """Return the library in a folder if its digest matches: a truncated one would crash the process that loads it."""
     for path in folder.glob("_C.*.so"):
         _check_own(path)
         if path.name == f"_C.{_digest(path)}.so":
@@ -160,7 +160,7 @@ def _whole_library(folder: Path) -> Path | None:
 
 
 def _check_own(path: Path) -> None:
-    """Refuse a file or folder that is not this user's or root's, or that others may write: they could plant code."""
+    """Raise for a file or folder that another user owns or may write to, and so could plant code in."""
     for status in (path.lstat(), path.stat()):  # a link, and what it points to
         others_write = status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)
         if os.name == "posix" and (others_write or status.st_uid not in (0, os.geteuid())):
@@ -175,7 +175,7 @@ def _digest(path: Path) -> str:
 
 
 def _keep(built: Path, folder: Path) -> Path:
-    """Put a library into a folder: on the disk first, then under its name, whole or not at all."""
+    """Move a library into a folder atomically: synced to disk first, then renamed."""
     with built.open("rb+") as file:
         os.fsync(file.fileno())
     built.chmod(stat.S_IMODE(built.stat().st_mode) & 0o644)
@@ -185,7 +185,7 @@ def _keep(built: Path, folder: Path) -> Path:
 
 
 def _compiler() -> list[str]:
-    """The command that compiles, with its flags; CXX may have some of its own, as in `ccache g++`."""
+    """Compiler command with flags; CXX may have arguments, as in `ccache g++`."""
     asked = os.environ.get("CXX", "").strip()
     further = _words("CXXFLAGS")
     for program, *arguments in [_words("CXX")] if asked else [["c++"], ["g++"], ["clang++"]]:
@@ -196,7 +196,7 @@ def _compiler() -> list[str]:
 
 
 def _words(variable: str) -> list[str]:
-    """Those of an environment variable, as a shell splits them."""
+    """Words of an environment variable, as a shell splits them."""
     try:
         return shlex.split(os.environ.get(variable, ""))
     except ValueError as error:
@@ -204,7 +204,7 @@ def _words(variable: str) -> list[str]:
 
 
 def check_compiler() -> None:
-    """Raise a BuildError where there is no C++ compiler that runs."""
+    """Raise a BuildError if no C++ compiler runs."""
     try:
         _run([*_compiler(), "--version"])
     except OSError as error:
@@ -219,7 +219,7 @@ def _cache_dir() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """Changes with everything that the binary depends on."""
+    """Digest of everything that the binary depends on."""
     import torch
 
     digest = hashlib.sha256()

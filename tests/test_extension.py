@@ -1,4 +1,4 @@
-"""How the C++ kernels get into the process: prebuilt, built on first use, refused, or impossible."""
+"""C++ kernels: prebuilt, built on first use, refused, or impossible."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def pretended(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("changed", [False, True], ids=["same_sources", "changed_sources"])
 def test_prebuilt_library_of_other_sources_is_not_loaded(pretended, monkeypatch, tmp_path, changed):
-    """As in an editable checkout whose csrc/ has changed since; its operators may have other arguments."""
+    """Case: an editable checkout with changes in csrc/ since; its operators may have other arguments."""
     package, loaded = tmp_path / "package", []
     shutil.copytree(_extension.source_dir(), package / "csrc")
     monkeypatch.setattr(_extension, "_PACKAGE", package)
@@ -153,7 +153,7 @@ def umask_0():
     os.umask(before)
 
 
-def test_nobody_else_may_write_what_is_built(pretended, umask_0):
+def test_built_files_are_writable_by_the_user_only(pretended, umask_0):
     library = _extension.build()
     lock = library.parent / "lock"
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (library.parent.parent, library.parent, library, lock)]
@@ -212,7 +212,7 @@ def no_home() -> Path:
         ("no library", "Could not load this library|invalid ELF header"),
     ],
 )
-def test_what_goes_wrong_is_one_warning(pretended, monkeypatch, tmp_path, case, reason):
+def test_failed_build_is_one_warning(pretended, monkeypatch, tmp_path, case, reason):
     monkeypatch.setenv("SKIPKERNELS_CPP", "build")
     scripts = {"format": "\x7f", "killed": "kill -9 $$", "words": "printf '\\377no' >&2; exit 1", "nothing": "exit 0"}
     if case in scripts:
