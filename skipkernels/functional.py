@@ -6,16 +6,15 @@ tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H head
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_one_dtype, check_shape
+from .ops import registration
 from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
@@ -41,26 +40,7 @@ __all__ = [
     "sgd_momentum_",
 ]
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
-
-def _refuses_values(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Let what a C++ kernel refuses be a ValueError also where PyTorch makes a RuntimeError of it (2.15 does)."""
-
-    @functools.wraps(function)
-    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        try:
-            return function(*args, **kwargs)
-        except RuntimeError as error:
-            if type(error) is RuntimeError and str(error).startswith(f"{function.__name__}: "):
-                raise ValueError(str(error)) from None
-            raise
-
-    return call
-
-
-@_refuses_values
 def class_sampled_ce(
     image: Tensor,
     text: Tensor,
@@ -131,7 +111,8 @@ def class_sampled_ce(
     scale = _scale_tensor(name, logit_scale, image)
     # On the CPU gradients cost less in the forward pass; with "none", what they are summed up with is not known there.
     keep = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
-    return _class_sampled_ce(
+    return registration.call(
+        _class_sampled_ce,
         image,
         text,
         labels,
@@ -145,7 +126,6 @@ def class_sampled_ce(
     )[0]
 
 
-@_refuses_values
 def class_sampled_logits(
     image: Tensor,
     text: Tensor,
@@ -185,10 +165,9 @@ def class_sampled_logits(
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=None)
     scale = _scale_tensor(name, logit_scale, image)
-    return _class_sampled_logits(image, text, scale, class_ids)[0]
+    return registration.call(_class_sampled_logits, image, text, scale, class_ids)[0]
 
 
-@_refuses_values
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     """Score of every class for a batch: its best cosine with an image; the classes in the batch come first of all.
 
@@ -219,7 +198,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     name = "class_scores"
     _check_features(name, image, "prototypes", prototypes)
     _check_ids(name, "labels", labels, image, B=image.shape[0])
-    return _class_scores(image, prototypes, labels)
+    return registration.call(_class_scores, image, prototypes, labels)
 
 
 def add_layer_norm(
@@ -312,7 +291,6 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     return _mlp_activation(x, bias, KINDS.index(kind))
 
 
-@_refuses_values
 def suffix_attention(
     query: Tensor,
     prefix_key: Tensor,
@@ -383,14 +361,14 @@ def suffix_attention(
     if offsets is not None and max_length is not None:
         _check_offsets(name, offsets, max_length, query)
         max_length = min(max_length, query.shape[0])
-        return _suffix_attention(query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length, scale)[
-            0
-        ]
+        return registration.call(
+            _suffix_attention, query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length, scale
+        )[0]
     q, k, v = (x.flatten(0, 1) for x in (query, suffix_key, suffix_value))
-    return _suffix_attention(q, prefix_key, prefix_value, k, v, None, query.shape[1], scale)[0].view(query.shape)
+    out = registration.call(_suffix_attention, q, prefix_key, prefix_value, k, v, None, query.shape[1], scale)[0]
+    return out.view(query.shape)
 
 
-@_refuses_values
 def pooled_attention(
     query: Tensor,
     key: Tensor,
@@ -437,10 +415,9 @@ def pooled_attention(
         check_dtype(name, "lengths", lengths, [torch.int64], "Use lengths.long().")
         check_shape(name, "lengths", lengths, ("query", query), B=B)
         check_device(name, "lengths", lengths, ("query", query))
-    return _pooled_attention(query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
+    return registration.call(_pooled_attention, query, key, value, lengths, E**-0.5 if scale is None else scale)[0]
 
 
-@_refuses_values
 def gather_rows(
     rows: Tensor,
     index: Tensor,
@@ -521,7 +498,7 @@ def gather_rows(
                 f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"
                 f"{'' if torch.cuda.is_available() else ' and no GPU'}. Leave it out."
             )
-        return _gather_rows(rows, index, token_scale, dtype, pin_memory)
+        return registration.call(_gather_rows, rows, index, token_scale, dtype, pin_memory)
     if dtype is not None or pin_memory:
         raise ValueError(f"{name}: dtype and pin_memory are those of out; got both. Leave them out.")
     B = index.shape[0]
@@ -540,7 +517,7 @@ def gather_rows(
     # In a graph that is being compiled nobody knows addresses.
     if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         raise ValueError(f"{name}: out must have memory of its own; got a view of that of rows.")
-    _gather_rows_out(rows, index, token_scale, out_index, out)
+    registration.call(_gather_rows_out, rows, index, token_scale, out_index, out)
     return out
 
 

@@ -112,28 +112,3 @@ def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_
     before = memory.read()
     function()
     return memory.read() - before
-
-
-# Mean of the ratio of errors over DRAWS seeds. Where a softmax is nearly one-hot, a few rows decide the error of a
-# draw, and the ratio of one draw varies by a factor of e; its geometric mean over 12 draws by 1.3 (e^(1/√12)).
-DRAWS = 12
-RATIO = 1.1
-
-
-def mean_error_ratios(
-    make: Callable[[int], Any],
-    kernel: Callable[[Any], list[Tensor]],
-    eager: Callable[[Any], list[Tensor]],
-    truth: Callable[[Any], list[Tensor]],
-) -> list[float]:
-    """Geometric mean over DRAWS seeds of err(kernel) / err(eager), for each result in fp32.
-
-    An error below half a step of fp32, 2⁻²⁴, is luck and counts as that.
-    """
-    ratios: list[list[float]] = []
-    for seed in range(DRAWS):
-        case = make(seed)
-        triples = zip(kernel(case), eager(case), truth(case), strict=True)
-        errors = ([max(relative_error(x.cpu(), exact.cpu()), 2**-24) for x in (a, b)] for a, b, exact in triples)
-        ratios.append([error / bound for error, bound in errors])
-    return torch.tensor(ratios, dtype=torch.float64).log().mean(dim=0).exp().tolist()

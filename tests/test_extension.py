@@ -350,6 +350,6 @@ def test_backends_tell_the_truth():
         assert bool(devices["cpu"].reason) != cpp
         assert devices["cuda"].kernel == "Triton"
         assert bool(devices["cuda"].reason) != torch.cuda.is_available()
-        assert devices["cuda"].leaves.startswith("fp64") and not devices["cpu"].leaves
+        assert devices["cuda"].fallback_cases.startswith("fp64") and not devices["cpu"].fallback_cases
         assert callable(getattr(skipkernels.reference, name))
     assert (table["class_sampled_ce"]["cpu"].kernel == "C++") == loaded

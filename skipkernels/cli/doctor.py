@@ -40,6 +40,6 @@ class DoctorCommand:
             for device, backend in devices.items():
                 if device == "cuda" and not torch.cuda.is_available():
                     continue
-                kernels.add_row(operator, device, backend.kernel, backend.reason, backend.leaves)
+                kernels.add_row(operator, device, backend.kernel, backend.reason, backend.fallback_cases)
         out.print(kernels)
         return 0

@@ -1,4 +1,4 @@
-"""The operators, one file each, and who serves them. Importing this package registers all of them."""
+"""The operators, one file each. Importing this package registers all of them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ OPERATORS = (
 
 
 class Backend(NamedTuple):
-    """Who serves an operator on a device, why nobody faster does, and what is left to plain PyTorch all the same."""
+    """Implementation of an operator on a device, why it is not a faster one, and the calls that use the reference."""
 
     kernel: str
     reason: str = ""
-    leaves: str = ""
+    fallback_cases: str = ""
 
 
 def backends() -> dict[str, dict[str, Backend]]:
-    """Which kernel serves each operator on each kind of device, and why not a faster one.
+    """Return the implementation of each operator on each kind of device.
 
-    Loads the C++ kernels, and builds them if that was never done.
+    Loads the C++ kernels; the first time, it builds them.
 
     Returns:
-        For each operator, for "cpu" and "cuda" (ROCm devices too): the kernel ("C++", "Triton", or "reference", which
-        is plain PyTorch), the reason why it is not a faster one (empty where it is the fastest there is), and the calls
-        that it leaves to plain PyTorch.
+        For each operator, for "cpu" and "cuda" (also ROCm devices): the implementation ("C++", "Triton", or
+        "reference", which is plain PyTorch), the reason why it is not a faster one (empty if there is none), and the
+        calls for which the reference is used all the same.
 
     Example:
         >>> sorted(backends()["class_scores"])
@@ -61,7 +61,7 @@ def _on_cuda(name: str) -> Backend:
     if not launching.installed:
         return Backend("reference", "Triton is not installed")
     reason = "" if torch.cuda.is_available() else "there is no CUDA or ROCm device here"
-    return Backend("Triton", reason, leaves=registration.definitions[name].leaves)
+    return Backend("Triton", reason, registration.definitions[name].fallback_cases)
 
 
 for _name in OPERATORS:

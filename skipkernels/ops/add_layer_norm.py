@@ -239,7 +239,7 @@ def _launch_backward(
     return d_x, d_weight, d_bias
 
 
-def _serve(
+def _fallback(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = (x if residual is None else x + residual).contiguous()
@@ -252,7 +252,7 @@ def _serve(
     return x.new_empty(0) if residual is None else hidden, normed.to(x.dtype), mean, rstd
 
 
-def _serve_backward(
+def _fallback_backward(
     d_normed: Tensor,
     d_hidden: Tensor | None,
     hidden: Tensor,
@@ -263,22 +263,25 @@ def _serve_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide, hidden = mean.dtype, hidden.contiguous()
-    upstream = d_normed.contiguous().to(wide)
-    unit = (hidden.to(wide) - mean[..., None]) * rstd[..., None]
-    d_x, d_weight, d_bias = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    if need_x:
-        g = upstream * weight.to(wide)
-        d_row = g - g.mean(dim=-1, keepdim=True) - unit * (g * unit).mean(dim=-1, keepdim=True)
-        d_row = rstd[..., None] * d_row
-        if d_hidden is not None:
-            d_row = d_row + d_hidden.to(wide)
-        d_x = d_row.to(hidden.dtype)
-    if need_weight:
-        d_weight = (upstream * unit).flatten(0, -2).sum(dim=0).to(weight.dtype)
-    if need_bias:
-        d_bias = upstream.flatten(0, -2).sum(dim=0).to(weight.dtype)
-    return d_x, d_weight, d_bias
+    # Not autograd of the reference: backward gets the statistics instead of eps.
+    dtype = mean.dtype
+    wide, upstream = (x.contiguous().to(dtype) for x in (hidden, d_normed))
+    d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
+        upstream,
+        wide,
+        hidden.shape[-1:],
+        mean[..., None],
+        rstd[..., None],
+        weight.to(dtype),
+        torch.zeros_like(weight, dtype=dtype),
+        (need_x, need_weight, need_bias),
+    )
+    if d_x is None:
+        d_x = hidden.new_empty(0)
+    elif d_hidden is not None:
+        d_x = d_x + d_hidden
+    d_weight, d_bias = (weight.new_empty(0) if x is None else x for x in (d_weight, d_bias))
+    return d_x.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
 def _fake(
@@ -301,14 +304,14 @@ def _wide(x: Tensor) -> torch.dtype:
 add_layer_norm = registration.define(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
-    serve=_serve,
+    fallback=_fallback,
     fake=_fake,
     launch=_launch,
 )
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
-    serve=_serve_backward,
+    fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
 )

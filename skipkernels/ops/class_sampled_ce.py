@@ -11,7 +11,7 @@ the others come back empty.
 On the CPU a matrix product costs more than anything else, and one of four is saved if the gradients are computed while
 the logits are there: with `keep_…`, which a mean or a sum allows, forward returns the gradients of the unit rows, up to
 the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64), and backward only takes them through the
-unit norm. What is not kept comes back empty.
+unit norm. What is not kept comes back empty. The Triton kernels and the fallback return zeros, which they do not read.
 
 On a GPU, forward cuts the [B, K] plane into tiles, and into splits of the classes where there are few images; each
 split leaves the running top and sum of its images, and a second kernel combines them in order. Backward writes a panel
@@ -35,7 +35,7 @@ from .unit_rows import (
     contract,
     cosine_arguments,
     cosine_tile,
-    lengths,
+    row_norms,
     upstream_of,
     with_contiguous_rows,
 )
@@ -358,13 +358,10 @@ def _launch(
     label_smoothing: float,
     ignore_index: int,
     reduction: int,
-    keep_image: bool,
-    keep_text: bool,
-    keep_logit_scale: bool,
+    *keep: bool,
 ) -> tuple[Tensor, ...]:
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     B, C, device = image.shape[0], text.shape[0], image.device
-    options = class_ids, class_weight, label_smoothing, ignore_index
     common = _arguments(labels, logit_scale, class_ids, class_weight, label_smoothing)
     total_weight = common.pop("total_weight_ptr")
     K = C if class_ids is None else class_ids.shape[0]
@@ -378,7 +375,7 @@ def _launch(
     if measure:
         image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
     else:
-        image_norm, text_norm = lengths(image), lengths(text, common["class_ids_ptr"])
+        image_norm, text_norm = row_norms(image), row_norms(text, common["class_ids_ptr"])
     loss = torch.empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32, device=device)
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
@@ -420,11 +417,7 @@ def _launch(
         REDUCTION=REDUCTIONS[reduction],
         BLOCK=BLOCK_COMBINE,
     )
-    keep = keep_image, keep_text, keep_logit_scale
-    saved = image, text, labels, logit_scale, lse, image_norm, text_norm
-    *sums, d_scale = _launch_sums(None, *saved, *options, *keep)
-    kept_scale = _launch_scale(d_scale, lse.new_empty(1)) if keep_logit_scale else lse.new_empty(0)
-    return loss, lse, image_norm, text_norm, denominator, *sums, kept_scale
+    return loss, lse, image_norm, text_norm, denominator, *_kept_as_zeros(loss, image, text, class_ids, *keep)
 
 
 def _launch_sums(
@@ -555,13 +548,9 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     needs = need_image, need_text, need_logit_scale
-    sums = kept_image, kept_text, kept_logit_scale
-    upstream = (None, None) if REDUCTIONS[reduction] == "none" else (d_loss, denominator)
-    if any(need and x.numel() == 0 for need, x in zip(needs, sums, strict=True)):
-        options = class_ids, class_weight, label_smoothing, ignore_index
-        each = d_loss if REDUCTIONS[reduction] == "none" else None
-        saved = image, text, labels, logit_scale, lse, image_norm, text_norm
-        sums = _launch_sums(each, *saved, *options, *needs)
+    each, upstream = (d_loss, (None, None)) if REDUCTIONS[reduction] == "none" else (None, (d_loss, denominator))
+    saved = image, text, labels, logit_scale, lse, image_norm, text_norm
+    sums = _launch_sums(each, *saved, class_ids, class_weight, label_smoothing, ignore_index, *needs)
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if need_image:
         d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
@@ -573,7 +562,7 @@ def _launch_backward(
     return d_image, d_text, d_logit_scale
 
 
-def _serve(
+def _fallback(
     image: Tensor,
     text: Tensor,
     labels: Tensor,
@@ -583,14 +572,10 @@ def _serve(
     label_smoothing: float,
     ignore_index: int,
     reduction: int,
-    keep_image: bool,
-    keep_text: bool,
-    keep_logit_scale: bool,
+    *keep: bool,
 ) -> tuple[Tensor, ...]:
-    if image.device.type == "cpu":  # a GPU is not made to wait: there a bad label ends in a device-side assertion
-        _check_values(labels, text.shape[0], logit_scale, class_ids, ignore_index)
-    options = class_ids, class_weight, label_smoothing, ignore_index, reduction
-    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:-1], REDUCTIONS[reduction])
+    options = class_ids, class_weight, label_smoothing, ignore_index, REDUCTIONS[reduction]
+    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options)
     lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
     rows = text if class_ids is None else text.index_select(0, class_ids)
     image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=loss.dtype) for x in (image, rows))
@@ -599,92 +584,33 @@ def _serve(
         weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
         ignored = labels == ignore_index
         denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    keep = keep_image, keep_text, keep_logit_scale
-    saved = image, text, labels, logit_scale, lse, image_norm, text_norm, denominator
-    return loss, *saved[4:], *_unit_gradients(torch.ones_like(loss), *saved, *options, *keep)
+    return loss, lse, image_norm, text_norm, denominator, *_kept_as_zeros(loss, image, text, class_ids, *keep)
 
 
-def _unit_gradients(
-    d_loss: Tensor,
+def _fallback_backward(
+    d_loss: Tensor, image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    class_ids, class_weight, label_smoothing, ignore_index, reduction, *needs = rest[7:]
+
+    def forward(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        options = class_ids, class_weight, label_smoothing, ignore_index, REDUCTIONS[reduction]
+        return reference.class_sampled_ce(image, text, labels, logit_scale, *options)
+
+    return registration.reference_gradients(forward, (image, text, logit_scale), needs, d_loss)
+
+
+def _check(
     image: Tensor,
     text: Tensor,
     labels: Tensor,
     logit_scale: Tensor,
-    lse: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    denominator: Tensor,
     class_ids: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
-    reduction: int,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the unit rows, up to the factor logit_scale, and of the scale, in fp64."""
-    wide, C = image_norm.dtype, text.shape[0]
-    rows = torch.arange(C, device=text.device) if class_ids is None else class_ids
-    K = rows.shape[0]
-    place = rows.new_zeros(C).scatter(0, rows, torch.arange(K, device=rows.device))
-    ignored = labels == ignore_index
-    target = place[labels.masked_fill(ignored, 0)]
-    weight = text_norm.new_ones(K) if class_weight is None else class_weight.to(wide)[rows]
-
-    # d_z = up · ((1 − ε) · w_y · (p − [k = y]) + ε/K · (W p − w_k)),   W = Σ_k w_k
-    upstream = (d_loss / denominator).expand(labels.shape).masked_fill(ignored, 0)
-    hit = (1 - label_smoothing) * upstream * weight[target]
-    spread = label_smoothing / K * upstream
-    unit_image, unit_text = unit_rows.unit(image, image_norm), unit_rows.unit(text[rows], text_norm)
-    cosine, scale = unit_image @ unit_text.T, logit_scale.reshape(()).to(wide)
-    probability = (scale * cosine - lse[:, None]).exp().to(wide)
-    d_logits = (hit + spread * weight.sum())[:, None] * probability - spread[:, None] * weight
-    d_logits.scatter_add_(1, target[:, None], -hit[:, None])
-    return (
-        d_logits @ unit_text if need_image else image_norm.new_empty(0, image.shape[1]),
-        d_logits.T @ unit_image if need_text else image_norm.new_empty(0, image.shape[1]),
-        (d_logits * cosine).sum(dtype=torch.float64).view(1) if need_logit_scale else lse.new_empty(0),
-    )
-
-
-def _serve_backward(
-    d_loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor,
-    lse: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    denominator: Tensor,
-    kept_image: Tensor,
-    kept_text: Tensor,
-    kept_logit_scale: Tensor,
-    class_ids: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs = need_image, need_text, need_logit_scale = rest[-3:]
-    kept = kept_image, kept_text, kept_logit_scale
-    factor = d_loss
-    if any(need and x.numel() == 0 for need, x in zip(needs, kept, strict=True)):
-        saved = image, text, labels, logit_scale, lse, image_norm, text_norm, denominator
-        kept = _unit_gradients(d_loss, *saved, class_ids, *rest)
-        factor = torch.ones_like(denominator)
-    scale = logit_scale.reshape(()).to(image_norm.dtype)
-    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    if need_image:
-        d_image = unit_rows.serve_through_unit_norm(image, None, factor * scale * kept[0], image_norm)
-    if need_text:
-        d_text = unit_rows.serve_through_unit_norm(text, class_ids, factor * scale * kept[1], text_norm)
-    if need_logit_scale:
-        d_logit_scale = (factor * kept[2]).to(logit_scale.dtype).reshape(logit_scale.shape)
-    return d_image, d_text, d_logit_scale
-
-
-def _check_values(labels: Tensor, C: int, logit_scale: Tensor, class_ids: Tensor | None, ignore_index: int) -> None:
-    """Refuse what the C++ kernel refuses."""
-    name = "class_sampled_ce"
+    *_: object,
+) -> None:
+    name, C = "class_sampled_ce", text.shape[0]
     if not logit_scale.isfinite().item():
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")
     if class_ids is not None:
@@ -708,13 +634,31 @@ def _fake(
     image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
     *_, reduction, keep_image, keep_text, keep_logit_scale = options
-    (B, D), K = image.shape, (text if class_ids is None else class_ids).shape[0]
+    keep = keep_image, keep_text, keep_logit_scale
+    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     loss = image.new_empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
     lse = image.new_empty(B, dtype=torch.float64)
-    kept_image, kept_text = (loss.new_empty(n if keep else 0, D) for n, keep in ((B, keep_image), (K, keep_text)))
-    kept = kept_image, kept_text, lse.new_empty(1 if keep_logit_scale else 0)
+    kept = _kept_as_zeros(loss, image, text, class_ids, *keep)
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *kept
+
+
+def _kept_as_zeros(
+    loss: Tensor,
+    image: Tensor,
+    text: Tensor,
+    class_ids: Tensor | None,
+    keep_image: bool,
+    keep_text: bool,
+    keep_logit_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kept_…` of all but the C++ kernel: of the same shapes, and not read by backward."""
+    (B, D), K = image.shape, (text if class_ids is None else class_ids).shape[0]
+    return (
+        loss.new_zeros(B if keep_image else 0, D),
+        loss.new_zeros(K if keep_text else 0, D),
+        loss.new_zeros(int(keep_logit_scale), dtype=torch.float64),
+    )
 
 
 def _fake_backward(
@@ -728,8 +672,9 @@ class_sampled_ce = registration.define(
     " bool keep_image, bool keep_text, bool keep_logit_scale)"
     " -> (Tensor loss, Tensor lse, Tensor image_norm, Tensor text_norm, Tensor denominator,"
     " Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale)",
-    serve=_serve,
+    fallback=_fallback,
     launch=_launch,
+    check=_check,
     fake=_fake,
 )
 class_sampled_ce_backward = registration.define(
@@ -738,7 +683,7 @@ class_sampled_ce_backward = registration.define(
     f" Tensor kept_image, Tensor kept_text, Tensor kept_logit_scale, {_OPTIONS},"
     " bool need_image, bool need_text, bool need_logit_scale)"
     " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
-    serve=_serve_backward,
+    fallback=_fallback_backward,
     launch=_launch_backward,
     fake=_fake_backward,
 )

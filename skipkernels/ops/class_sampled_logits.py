@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import reference
 from . import registration, unit_rows
 from .launching import launch, tl, triton
-from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, lengths, with_contiguous_rows
+from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, row_norms, with_contiguous_rows
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _launch(
     if measure:
         image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
     else:
-        image_norm, text_norm = lengths(image), lengths(text, class_ids)
+        image_norm, text_norm = row_norms(image), row_norms(text, class_ids)
     logits = torch.empty(B, K, dtype=torch.float32, device=device)
     blocks = blocks_for(B, image.dtype, device)
     launch(
@@ -151,16 +151,21 @@ def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Ten
     return total.to(logit_scale.dtype).reshape(logit_scale.shape)
 
 
-def _serve(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    if image.device.type == "cpu" and class_ids is not None:
+def _check(image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None) -> None:
+    if class_ids is not None:
         unit_rows.check_class_ids("class_sampled_logits", class_ids, text.shape[0])
+
+
+def _fallback(
+    image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = reference.class_sampled_logits(image, text, logit_scale, class_ids)
     rows = text if class_ids is None else text.index_select(0, class_ids)
     image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=logits.dtype) for x in (image, rows))
     return logits, image_norm, text_norm
 
 
-def _serve_backward(
+def _fallback_backward(
     d_logits: Tensor,
     image: Tensor,
     text: Tensor,
@@ -171,17 +176,17 @@ def _serve_backward(
     need_image: bool,
     need_text: bool,
     need_logit_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = text if class_ids is None else text.index_select(0, class_ids)
-    unit_image, unit_text = unit_rows.unit(image, image_norm), unit_rows.unit(rows, text_norm)
-    d_cosine = d_logits * logit_scale.reshape(()).to(d_logits.dtype)
-    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    if need_image:
-        d_image = unit_rows.serve_through_unit_norm(image, None, d_cosine @ unit_text, image_norm)
-    if need_text:
-        d_text = unit_rows.serve_through_unit_norm(text, class_ids, d_cosine.T @ unit_image, text_norm)
-    if need_logit_scale:
-        d_logit_scale = _d_logit_scale(d_logits, unit_image @ unit_text.T, logit_scale)
+) -> tuple[Tensor, ...]:
+    d_image, d_text = registration.reference_gradients(
+        lambda image, text: reference.class_sampled_logits(image, text, logit_scale, class_ids),
+        (image, text),
+        (need_image, need_text),
+        d_logits,
+    )
+    d_logit_scale = logit_scale.new_empty(0)
+    if need_logit_scale:  # not autograd of the reference, which sums in fp32
+        cosine = reference.class_sampled_logits(image, text, 1.0, class_ids)
+        d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
     return d_image, d_text, d_logit_scale
 
 
@@ -201,15 +206,16 @@ def _fake_backward(
 class_sampled_logits = registration.define(
     "class_sampled_logits(Tensor image, Tensor text, Tensor logit_scale, Tensor? class_ids)"
     " -> (Tensor logits, Tensor image_norm, Tensor text_norm)",
-    serve=_serve,
+    fallback=_fallback,
     fake=_fake,
     launch=_launch,
+    check=_check,
 )
 class_sampled_logits_backward = registration.define(
     "class_sampled_logits_backward(Tensor d_logits, Tensor image, Tensor text, Tensor logit_scale,"
     " Tensor image_norm, Tensor text_norm, Tensor? class_ids, bool need_image, bool need_text, bool need_logit_scale)"
     " -> (Tensor d_image, Tensor d_text, Tensor d_logit_scale)",
-    serve=_serve_backward,
+    fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
 )

@@ -110,11 +110,10 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def _serve(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def _check(image: Tensor, prototypes: Tensor, labels: Tensor) -> None:
     C = prototypes.shape[0]
-    if labels.device.type == "cpu" and (labels.amin() < 0 or labels.amax() >= C):
+    if labels.amin() < 0 or labels.amax() >= C:
         raise ValueError(f"class_scores: labels must be rows of prototypes, 0 to {C - 1}; got {labels.tolist()}.")
-    return reference.class_scores(image, prototypes, labels)
 
 
 def _fake(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
@@ -124,9 +123,10 @@ def _fake(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 
 class_scores = registration.define(
     "class_scores(Tensor image, Tensor prototypes, Tensor labels) -> Tensor scores",
-    serve=_serve,
+    fallback=reference.class_scores,
     fake=_fake,
     launch=_launch,
+    check=_check,
 )
 registration.not_differentiable(class_scores)
 registration.autocast_features(class_scores, features=2)

@@ -109,17 +109,9 @@ def _launch(
     return out
 
 
-def _serve(
-    rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
-) -> Tensor:
-    _check_values(rows, index)
-    return reference.gather_rows(rows, index, token_scale, dtype, pin_memory)
-
-
-def _serve_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:
-    _check_values(rows, index)
-    if out_index is not None:
-        _check_out_values(out_index, out)
+def _fallback_out(
+    rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor
+) -> None:
     batch = reference.gather_rows(rows, index, token_scale, out.dtype)
     if out_index is None:
         out.copy_(batch)
@@ -127,23 +119,23 @@ def _serve_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_inde
         out.index_copy_(0, out_index, batch)
 
 
-def _check_values(rows: Tensor, index: Tensor) -> None:
-    """Refuse what the C++ kernel refuses; a GPU is not made to wait: there it is a device-side assertion."""
+def _check(rows: Tensor, index: Tensor, *_: object) -> None:
     R = rows.shape[0]
-    if index.device.type == "cpu" and (wrong := index[(index < 0) | (index >= R)]).numel() > 0:
+    if (wrong := index[(index < 0) | (index >= R)]).numel() > 0:
         raise ValueError(f"gather_rows: index must be rows of rows, 0 to {R - 1}; got {wrong[0]}.")
 
 
-def _check_out_values(out_index: Tensor, out: Tensor) -> None:
-    """The same; but on a GPU nobody sees that a row is named twice."""
-    if out_index.device.type != "cpu":
+def _check_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:
+    """Also check `out_index`. Duplicates in it are not found on a GPU."""
+    _check(rows, index)
+    if out_index is None:
         return
     M = out.shape[0]
     if (wrong := out_index[(out_index < 0) | (out_index >= M)]).numel() > 0:
         raise ValueError(f"gather_rows: out_index must be rows of out, 0 to {M - 1}; got {wrong[0]}.")
     row, times = out_index.unique(return_counts=True)
-    if (twice := row[times > 1]).numel() > 0:
-        raise ValueError(f"gather_rows: out_index must have no duplicates; got {twice[0]} more than once.")
+    if (repeated := row[times > 1]).numel() > 0:
+        raise ValueError(f"gather_rows: out_index must have no duplicates; got {repeated[0]} more than once.")
 
 
 def _fake(
@@ -163,17 +155,19 @@ def _empty(rows: Tensor, index: Tensor, dtype: torch.dtype | None, pin_memory: b
 
 gather_rows = registration.define(
     "gather_rows(Tensor rows, Tensor index, Tensor? token_scale, ScalarType? dtype, bool pin_memory) -> Tensor out",
-    serve=_serve,
+    fallback=reference.gather_rows,
     fake=_fake,
     launch=_launch,
+    check=_check,
 )
 registration.not_differentiable(gather_rows)
 
 gather_rows_out = registration.define(
     "gather_rows_out(Tensor rows, Tensor index, Tensor? token_scale, Tensor? out_index, Tensor(a!) out) -> ()",
-    serve=_serve_out,
+    fallback=_fallback_out,
     fake=_fake_out,
     launch=_launch_out,
+    check=_check_out,
 )
 registration.not_differentiable(gather_rows_out)
 registration.mutates(gather_rows_out)

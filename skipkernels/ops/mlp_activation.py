@@ -12,7 +12,6 @@ their order. CPU kernel: csrc/mlp_activation.cpp.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -202,34 +201,20 @@ def _launch_backward(
     return d_x, d_bias
 
 
-def _serve(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return reference.mlp_activation(x.contiguous(), bias, KINDS[kind])
 
 
-def _serve_backward(
+def _fallback_backward(
     d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
-) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    u = x.contiguous().to(wide)
-    if bias is not None:
-        u = u + bias.to(wide)
-    if KINDS[kind] == "gelu":
-        value, slope = 0.5 * torch.special.erfc(u * -(0.5**0.5)), (-0.5 * u * u).exp() / math.sqrt(2 * math.pi)
-    else:
-        factor, cubic = (1.702, 0.0) if KINDS[kind] == "quick_gelu" else (2 * math.sqrt(2 / math.pi), 0.044715)
-        inner = (
-            u if KINDS[kind] == "quick_gelu" else u.clamp(-30, 30)
-        )  # beyond it σ is 0 or 1, while u³ may be infinite
-        z = factor * inner * (1 + cubic * inner * inner)
-        value = z.sigmoid()
-        slope = factor * (1 + 3 * cubic * inner * inner) * (value * (-z).sigmoid())
-    d_wide = d_out.contiguous().to(wide) * (value + u * slope)
-    d_x, d_bias = x.new_empty(0), (x if bias is None else bias).new_empty(0)
-    if need_x:
-        d_x = d_wide.to(x.dtype)
-    if need_bias and bias is not None:
-        d_bias = d_wide.reshape(-1, x.shape[-1]).sum(dim=0).to(bias.dtype)
-    return d_x, d_bias
+) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reference.mlp_activation(x, bias, KINDS[kind])
+
+    x = x.contiguous()
+    if bias is None:
+        return *registration.reference_gradients(forward, (x,), (need_x,), d_out), x.new_empty(0)
+    return registration.reference_gradients(forward, (x, bias), (need_x, need_bias), d_out)
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -243,12 +228,12 @@ def _fake_backward(
 
 
 mlp_activation = registration.define(
-    "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out", serve=_serve, fake=_fake, launch=_launch
+    "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out", fallback=_fallback, fake=_fake, launch=_launch
 )
 mlp_activation_backward = registration.define(
     "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias)"
     " -> (Tensor d_x, Tensor d_bias)",
-    serve=_serve_backward,
+    fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
 )

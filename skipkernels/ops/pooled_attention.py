@@ -179,7 +179,7 @@ def _pooled_attention_bwd_kernel(
 def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     B, H, E = query.shape
     if E > WIDEST:
-        return _serve(query, key, value, lengths, scale)
+        return _fallback(query, key, value, lengths, scale)
     out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)
     launch(
         _pooled_attention_fwd_kernel,
@@ -206,7 +206,7 @@ def _launch_backward(
 ) -> tuple[Tensor, ...]:
     B, H, E = query.shape
     if E > WIDEST:
-        return _serve_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
+        return _fallback_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
     needs = need_query, need_key, need_value
     d_query, d_key, d_value = registration.gradients_like((query, key, value), needs)
     (d_out,) = in_one_layout(d_out)
@@ -258,16 +258,18 @@ def _arguments(
     )
 
 
-def _serve(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    if lengths is not None and lengths.device.type == "cpu":  # on a GPU the check would be a host sync
-        wrong = lengths[(lengths < 1) | (lengths > key.shape[1])]
-        if wrong.numel() > 0:
-            raise ValueError(f"pooled_attention: lengths must be 1 to N={key.shape[1]}; got {wrong[0]}.")
+def _check(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> None:
+    N = key.shape[1]
+    if lengths is not None and (wrong := lengths[(lengths < 1) | (lengths > N)]).numel() > 0:
+        raise ValueError(f"pooled_attention: lengths must be 1 to N={N}; got {wrong[0]}.")
+
+
+def _fallback(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = reference.pooled_attention_and_lse(query, key, value, lengths, scale)
     return out.contiguous(), lse.contiguous()
 
 
-def _serve_backward(
+def _fallback_backward(
     d_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -294,16 +296,17 @@ def _fake_backward(d_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 pooled_attention = registration.define(
     "pooled_attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, float scale)"
     " -> (Tensor out, Tensor lse)",
-    serve=_serve,
+    fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    leaves=f"fp64, heads of more than {WIDEST}",
+    check=_check,
+    fallback_cases=f"fp64, heads of more than {WIDEST}",
 )
 pooled_attention_backward = registration.define(
     "pooled_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
     " Tensor? lengths, float scale, bool need_query, bool need_key, bool need_value)"
     " -> (Tensor d_query, Tensor d_key, Tensor d_value)",
-    serve=_serve_backward,
+    fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
 )

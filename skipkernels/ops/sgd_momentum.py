@@ -103,7 +103,7 @@ def _launch(
         first += numel
 
 
-def _serve(
+def _fallback(
     weights: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
@@ -122,7 +122,7 @@ def _fake(weights: list[Tensor], *_: object) -> None:
 sgd_momentum_ = registration.define(
     "sgd_momentum_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, float momentum,"
     " float weight_decay, Tensor? seed) -> ()",
-    serve=_serve,
+    fallback=_fallback,
     fake=_fake,
     launch=_launch,
 )

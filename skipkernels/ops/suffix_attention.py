@@ -418,7 +418,7 @@ def _launch(
     inputs = (query, prefix_key, prefix_value, suffix_key, suffix_value)
     T, H, _ = query.shape
     if max_length > TILES[-1]:
-        return _serve(*inputs, offsets, max_length, scale)
+        return _fallback(*inputs, offsets, max_length, scale)
     out, lse = query.new_empty(query.shape), query.new_empty((T, H), dtype=torch.float64)
     query, suffix_key, suffix_value = in_one_layout(query, suffix_key, suffix_value)
     prefix_key, prefix_value = in_one_layout(prefix_key, prefix_value)
@@ -456,7 +456,7 @@ def _launch_backward(
     T, H, E = query.shape
     P = prefix_key.shape[0]
     if max_length > TILES[-1]:
-        return _serve_backward(d_out, *inputs, out, lse, offsets, max_length, scale, *needs)
+        return _fallback_backward(d_out, *inputs, out, lse, offsets, max_length, scale, *needs)
     need_query, need_prefix_key, need_prefix_value, need_suffix_key, need_suffix_value = needs
     gradients = d_query, d_prefix_key, d_prefix_value, d_suffix_key, d_suffix_value = registration.gradients_like(
         inputs, needs
@@ -580,7 +580,23 @@ def _prefix_arguments(prefix_key: Tensor, prefix_value: Tensor) -> dict[str, Any
     )
 
 
-def _serve(
+def _check(query: Tensor, *rest: Any) -> None:
+    *_, offsets, max_length, _ = rest
+    if offsets is None:
+        return
+    T, first, last = query.shape[0], offsets[0].item(), offsets[-1].item()
+    if first != 0 or last != T:
+        raise ValueError(
+            f"suffix_attention: offsets must go from 0 to {T}, the tokens of query; got {first} to {last}."
+        )
+    lengths = offsets.diff()
+    if (wrong := lengths[(lengths < 0) | (lengths > max_length)]).numel() > 0:
+        raise ValueError(
+            f"suffix_attention: offsets must rise by 0 to max_length ({max_length}); got a suffix of {wrong[0]} tokens."
+        )
+
+
+def _fallback(
     query: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
@@ -593,14 +609,12 @@ def _serve(
     T = query.shape[0]
     if offsets is None:
         offsets = torch.arange(0, T + 1, max_length, device=query.device)
-    elif offsets.device.type == "cpu":  # on a GPU the check would be a host sync
-        _check_values(offsets, T, max_length)
     inputs = (query, prefix_key, prefix_value, suffix_key, suffix_value)
     out, lse = reference.suffix_attention_and_lse(*inputs, scale, offsets, max_length)
     return out.contiguous(), lse.contiguous()
 
 
-def _serve_backward(
+def _fallback_backward(
     d_out: Tensor,
     query: Tensor,
     prefix_key: Tensor,
@@ -625,21 +639,6 @@ def _serve_backward(
     )
 
 
-def _check_values(offsets: Tensor, T: int, max_length: int) -> None:
-    """Refuse what the C++ kernel refuses."""
-    first, last = offsets[0].item(), offsets[-1].item()
-    if first != 0 or last != T:
-        raise ValueError(
-            f"suffix_attention: offsets must go from 0 to {T}, the tokens of query; got {first} to {last}."
-        )
-    lengths = offsets.diff()
-    wrong = lengths[(lengths < 0) | (lengths > max_length)]
-    if wrong.numel() > 0:
-        raise ValueError(
-            f"suffix_attention: offsets must rise by 0 to max_length ({max_length}); got a suffix of {wrong[0]} tokens."
-        )
-
-
 def _fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float64)
 
@@ -653,16 +652,17 @@ _OPTIONS = "Tensor? offsets, SymInt max_length, float scale"
 
 suffix_attention = registration.define(
     f"suffix_attention({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
-    serve=_serve,
+    fallback=_fallback,
     fake=_fake,
     launch=_launch,
-    leaves=f"fp64, suffixes of more than {TILES[-1]} tokens",
+    check=_check,
+    fallback_cases=f"fp64, suffixes of more than {TILES[-1]} tokens",
 )
 suffix_attention_backward = registration.define(
     f"suffix_attention_backward(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, {_OPTIONS}, bool need_query,"
     " bool need_prefix_key, bool need_prefix_value, bool need_suffix_key, bool need_suffix_value)"
     " -> (Tensor d_query, Tensor d_prefix_key, Tensor d_prefix_value, Tensor d_suffix_key, Tensor d_suffix_value)",
-    serve=_serve_backward,
+    fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
 )

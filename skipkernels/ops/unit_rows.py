@@ -103,7 +103,7 @@ def cosine_tile(
 
 
 @triton.jit
-def _lengths_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: tl.constexpr):
+def _row_norms_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: tl.constexpr):
     """|x|. One program: one row; without ids they are in order.
 
     Ids out of range stand for row 0 until they are refused.
@@ -169,12 +169,12 @@ def measures(B: int) -> bool:
     return B <= FEW
 
 
-def lengths(rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Lengths of the rows, in fp32."""
+def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Norms of the rows, [n], in fp32."""
     n, D = (rows if ids is None else ids).shape[0], rows.shape[1]
     norm = torch.empty(n, dtype=torch.float32, device=rows.device)
     launch(
-        _lengths_kernel,
+        _row_norms_kernel,
         (n,),
         device=rows.device,
         num_warps=1,
@@ -252,26 +252,6 @@ def through_unit_norm(
         BLOCK_D=triton.next_power_of_2(D),
     )
     return d_rows
-
-
-def unit(rows: Tensor, norm: Tensor) -> Tensor:
-    """The rows over their lengths, in the dtype of these."""
-    return rows.to(norm.dtype) / norm.clamp_min(reference.UNIT_NORM_EPS)[:, None]
-
-
-def serve_through_unit_norm(rows: Tensor, ids: Tensor | None, d_unit: Tensor, norm: Tensor) -> Tensor:
-    """In plain PyTorch, from the gradient of the unit rows: d_x = (d_unit − unit · ⟨unit, d_unit⟩)/|x|.
-
-    A row shorter than eps was divided by a constant: d_x = d_unit/eps. Rows that are not among the ids get zero.
-    """
-    sampled = unit(rows if ids is None else rows[ids], norm)
-    along = (sampled * d_unit).sum(dim=1, keepdim=True).masked_fill(norm[:, None] < reference.UNIT_NORM_EPS, 0)
-    d_rows = unit(d_unit - sampled * along, norm).to(rows.dtype)
-    return (
-        d_rows
-        if ids is None
-        else torch.zeros_like(rows, memory_format=torch.contiguous_format).index_copy(0, ids, d_rows)
-    )
 
 
 def check_class_ids(name: str, class_ids: Tensor, C: int) -> None:

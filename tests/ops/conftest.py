@@ -59,7 +59,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for name, definition in registration.definitions.items():
-            function = definition.serve if chosen.name == "reference" else definition.launch
+            function = definition.fallback if chosen.name == "reference" else definition.launch
             library.impl(name, function, "CPU", allow_override=True)
     with _device_assertions() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen

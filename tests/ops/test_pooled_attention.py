@@ -15,7 +15,7 @@ from skipkernels import reference
 from skipkernels.functional import pooled_attention
 from skipkernels.ops.pooled_attention import pooled_attention as operator
 from skipkernels.ops.pooled_attention import pooled_attention_backward as backward_operator
-from skipkernels.testing import RATIO, SLACK, mean_error_ratios, relative_error
+from skipkernels.testing import SLACK, relative_error
 from tests.ops import gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -117,22 +117,6 @@ def test_no_worse_than_eager_at_any_deviation_of_scores(backend, deviation, dtyp
     for i, factor in (0, deviation), (1, 1):
         case.inputs[i].data.mul_(8 * factor).round_().div_(8)
     check_three_ways(case.to(dtype, backend.device))
-
-
-@pytest.mark.parametrize("deviation", [10, 30, 100, 300])
-def test_gradients_in_fp32_are_no_worse_than_eager_on_average(backend, deviation):
-    def draw(seed: int) -> Case:
-        case = make(16, 7, 1, 64, device=backend.device, seed=seed)
-        case.inputs[0].data.mul_(deviation)
-        return case
-
-    ratios = mean_error_ratios(
-        draw,
-        lambda case: result_and_gradients(kernel, case)[1:],
-        lambda case: result_and_gradients(eager, case)[1:],
-        lambda case: result_and_gradients(truth, case.to(torch.float64))[1:],
-    )
-    assert max(ratios) < RATIO, dict(zip(NAMES, ratios, strict=True))
 
 
 def test_large_products_neither_overflow_nor_underflow(backend):
