@@ -11,7 +11,7 @@ the others come back empty.
 On the CPU a matrix product costs more than anything else, and one of four is saved if the gradients are computed while
 the logits are there: with `keep_…`, which a mean or a sum allows, forward returns the gradients of the unit rows, up to
 the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64), and backward only takes them through the
-unit norm. What is not kept comes back empty. The Triton kernels and the fallback return zeros, which they do not read.
+unit norm. What is not kept comes back empty. Only the C++ kernel writes and reads them.
 
 On a GPU, forward cuts the [B, K] plane into tiles, and into splits of the classes where there are few images; each
 split leaves the running top and sum of its images, and a second kernel combines them in order. Backward writes a panel
@@ -417,7 +417,7 @@ def _launch(
         REDUCTION=REDUCTIONS[reduction],
         BLOCK=BLOCK_COMBINE,
     )
-    return loss, lse, image_norm, text_norm, denominator, *_kept_as_zeros(loss, image, text, class_ids, *keep)
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, text, class_ids, *keep)
 
 
 def _launch_sums(
@@ -584,7 +584,7 @@ def _fallback(
         weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
         ignored = labels == ignore_index
         denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    return loss, lse, image_norm, text_norm, denominator, *_kept_as_zeros(loss, image, text, class_ids, *keep)
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, text, class_ids, *keep)
 
 
 def _fallback_backward(
@@ -639,11 +639,11 @@ def _fake(
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     loss = image.new_empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
     lse = image.new_empty(B, dtype=torch.float64)
-    kept = _kept_as_zeros(loss, image, text, class_ids, *keep)
+    kept = _unwritten(loss, image, text, class_ids, *keep)
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *kept
 
 
-def _kept_as_zeros(
+def _unwritten(
     loss: Tensor,
     image: Tensor,
     text: Tensor,
@@ -652,12 +652,12 @@ def _kept_as_zeros(
     keep_text: bool,
     keep_logit_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kept_…` of all but the C++ kernel: of the same shapes, and not read by backward."""
+    """Allocate `kept_…`, which only the C++ kernel writes and reads."""
     (B, D), K = image.shape, (text if class_ids is None else class_ids).shape[0]
     return (
-        loss.new_zeros(B if keep_image else 0, D),
-        loss.new_zeros(K if keep_text else 0, D),
-        loss.new_zeros(int(keep_logit_scale), dtype=torch.float64),
+        loss.new_empty(B if keep_image else 0, D),
+        loss.new_empty(K if keep_text else 0, D),
+        loss.new_empty(int(keep_logit_scale), dtype=torch.float64),
     )
 
 
