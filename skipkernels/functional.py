@@ -1,7 +1,7 @@
-"""The operators as public functions: inputs checked, then handed to the fastest kernel for their device.
+"""The operators as public functions: validate the inputs, then call the fastest kernel for their device.
 
 Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding, W width of a tower; N image
-tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H the width of one.
+tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H width of a head.
 """
 
 from __future__ import annotations
@@ -55,37 +55,37 @@ def class_sampled_ce(
 ) -> Tensor:
     """Cross-entropy of images against a sample of the rows of a class bank.
 
-    With z_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩ over the rows k of the bank that take part, y_b the label,
-    w the class weights and ε the smoothing:
+    With z_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩ over the sampled rows k of the bank, y_b the label, w the
+    class weights and ε the smoothing:
 
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
-    The same numbers as `torch.nn.functional.cross_entropy` gives for the gathered logits, but the [B, K] logits are
-    never in memory as a whole: without gradients tiles of them are, with gradients a panel of some images at a time, of
-    32 MiB or, where K is above half a million, of 16 images. Gradients flow to `image`, `text` (to the rows that took
-    part; zero elsewhere) and `logit_scale`.
+    The result equals `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in
+    memory as a whole: without gradients a tile at a time, with gradients a panel of images at a time (32 MiB or, for K
+    above half a million, 16 images). Gradients flow to `image`, `text` (zero for rows outside the sample) and
+    `logit_scale`.
 
     Args:
-        image: [B, D], image embeddings of any length, in fp32, bf16, fp16 or fp64. A row shorter than 1e-12 is divided
-            by 1e-12 instead of its length, as `torch.nn.functional.normalize` does.
-        text: [C, D] in the dtype of `image`, the class bank, rows of any length.
+        image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64. A row with a norm below 1e-12 is
+            divided by 1e-12, as in `torch.nn.functional.normalize`.
+        text: [C, D] class bank with rows of any norm, in the dtype of `image`.
         labels: int64 [B], rows of the bank, or `ignore_index`.
-        logit_scale: the factor itself, not its logarithm: a number, or a tensor of one element on the device of
-            `image` (it is not read by the host).
-        class_ids: int64 [K], the rows of the bank that take part, without duplicates; all of them by default.
-        class_weight: [C], one weight for each row of the bank; 1 by default. A constant: no gradient flows to it.
-        label_smoothing: ε in [0, 1].
-        ignore_index: a label that stands for "no label": such an image has no loss and no gradient.
-        reduction: "mean" (over the images that are not ignored, weighted by w_y), "sum" or "none".
+        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
+            `image` (without a host sync).
+        class_ids: int64 [K], sampled rows of the bank, without duplicates; default: all rows.
+        class_weight: [C], weight of each row of the bank, a constant; default: 1.
+        label_smoothing: ε in [0, 1]; default: 0.
+        ignore_index: label of images without loss and gradient; default: -100.
+        reduction: "mean" (default; over the images that are not ignored, weighted by w_y), "sum" or "none".
 
     Returns:
         The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape, device or option that does not fit. On the CPU also for a label that is no row of the
-            bank or not among `class_ids`, for `class_ids` out of range or with duplicates, and for a `logit_scale`
-            that is not finite.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device, or an invalid option. On the CPU also for a label that is not a
+            row of the bank or not among `class_ids`, for `class_ids` out of range or with duplicates, and for a
+            `logit_scale` that is not finite.
 
     Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
 
@@ -109,7 +109,7 @@ def class_sampled_ce(
     if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
-    # On the CPU gradients cost less in the forward pass; with "none", what they are summed up with is not known there.
+    # The CPU kernel computes gradients at less cost in forward; for "none" it would need the upstream gradient.
     keep = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return registration.call(
         _class_sampled_ce,
@@ -138,20 +138,19 @@ def class_sampled_logits(
         logits_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩
 
     Args:
-        image: [B, D], image embeddings of any length, in fp32, bf16, fp16 or fp64.
-        text: [C, D] in the dtype of `image`, the class bank, rows of any length.
-        logit_scale: the factor itself, not its logarithm: a number, or a tensor of one element on the device of
+        image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
+        text: [C, D] class bank with rows of any norm, in the dtype of `image`.
+        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
             `image`.
-        class_ids: int64 [K], the rows of the bank that take part, without duplicates; all of them by default.
+        class_ids: int64 [K], sampled rows of the bank, without duplicates; default: all rows.
 
     Returns:
-        [B, K] logits: fp64 for fp64 features, else fp32 (at a scale of 100, bf16 logits are half a unit apart).
+        [B, K] logits: fp64 for fp64 features, else fp32: at a scale of 100, bf16 logits have steps of 0.5.
         Gradients flow to `image`, `text` and `logit_scale`.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape or device that does not fit; on the CPU also for `class_ids` out of range or with
-            duplicates.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device; on the CPU also for `class_ids` out of range or with duplicates.
 
     Example:
         >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
@@ -169,23 +168,23 @@ def class_sampled_logits(
 
 
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
-    """Score of every class for a batch: its best cosine with an image; the classes in the batch come first of all.
+    """Score of every class for a batch: its highest cosine with an image, or infinity for the labels of the batch.
 
         score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
 
-    Not differentiable: it selects.
+    Not differentiable: the scores select classes.
 
     Args:
-        image: [B, D], image embeddings of any length, B ≥ 1, in fp32, bf16, fp16 or fp64.
-        prototypes: [C, D] in the dtype of `image`, one embedding per class, already of unit norm.
+        image: [B, D] image embeddings of any norm, B ≥ 1, in fp32, bf16, fp16 or fp64.
+        prototypes: [C, D] class embeddings of unit norm, in the dtype of `image`.
         labels: int64 [B], rows of `prototypes`.
 
     Returns:
         [C] scores: fp64 for fp64 features, else fp32.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape or device that does not fit; on the CPU also for a label that is no row of `prototypes`.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device; on the CPU also for a label that is not a row of `prototypes`.
 
     Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
 
@@ -212,26 +211,25 @@ def add_layer_norm(
 
         hidden = x + residual,   normed = (hidden − mean(hidden)) / sqrt(var(hidden) + eps) · weight + bias
 
-    For backward it keeps `hidden`, which the model keeps anyway, and two numbers a row. Under autocast `x` and
-    `residual` are cast, and the weight and bias are not.
+    Saved for backward: `hidden`, which the model saves anyway, and two numbers per row. Autocast casts `x` and
+    `residual`, not the weight and bias.
 
     Args:
-        x: [..., W], what the sub-layer gave, in fp32, bf16, fp16 or fp64.
-        residual: like `x`, what the sub-layer was given; or None, which makes it a plain LayerNorm of x.
-        weight: [W], in any of these dtypes: fp32 beside bf16 features is usual.
-        bias: [W] in the dtype of `weight`.
-        eps: added to the variance; at least 0.
+        x: [..., W] output of the sub-layer, in fp32, bf16, fp16 or fp64.
+        residual: [..., W] input of the sub-layer, in the dtype of `x`; None for a plain LayerNorm of `x`.
+        weight: [W], in any of these dtypes; usually fp32, also with bf16 features.
+        bias: [W], in the dtype of `weight`.
+        eps: added to the variance, at least 0; default: 1e-5.
 
     Returns:
-        `hidden` and `normed`, both [..., W] in the dtype of `x`; statistics in fp32 (fp64 for fp64). `normed` is that
-        of the sum as rounded to the dtype of `x`. Without a residual `hidden` is `x` itself, and
-        is not cast under autocast.
-        A row whose variance overflows in that dtype (in fp32, values around 1e19 and more) is NaN in `normed`, as are
-        its gradients; `torch.nn.functional.layer_norm` returns NaN or 0 there, depending on the width.
+        `hidden` and `normed`, both [..., W] in the dtype of `x`. `normed` is computed from the rounded `hidden`, with
+        statistics in fp32 (fp64 for fp64). Without a residual `hidden` is `x` itself, which autocast does not cast. A
+        row whose variance overflows (in fp32, values of 1e19 and more) is NaN in `normed`, as are its gradients;
+        `torch.nn.functional.layer_norm` returns NaN or 0, depending on the width.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape or device that does not fit.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 3.0, 2.0]])                 # [1, W=4]
@@ -255,23 +253,23 @@ def add_layer_norm(
 
 
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
-    """Bias and activation of a CLIP block's MLP, in one pass.
+    """Bias and activation of the MLP of a CLIP block, in one pass.
 
-    With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is the tanh form of the latter.
+    With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is its tanh approximation.
 
-    For backward it keeps `x` and `bias`, and computes the rest again. Under autocast `x` is cast and the bias is not.
+    Saved for backward: `x` and `bias`; the rest is recomputed. Autocast casts `x`, not the bias.
 
     Args:
         x: [..., W], before the bias, in fp32, bf16, fp16 or fp64.
-        bias: [W], in any of these dtypes; or None, nothing to add.
-        kind: "quick_gelu" (OpenAI's weights), "gelu" (exact) or "gelu_tanh".
+        bias: [W], in any of these dtypes; default: None, no bias.
+        kind: "quick_gelu" (default; OpenAI's weights), "gelu" (exact) or "gelu_tanh".
 
     Returns:
         [..., W] in the dtype of `x`; computed in fp32 (fp64 for fp64).
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape, device or kind that does not fit.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device, or an unknown kind.
 
     Example:
         >>> mlp_activation(torch.tensor([-1.0, 0.0, 1.0]))
@@ -302,35 +300,34 @@ def suffix_attention(
     offsets: Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Causal attention of many short class suffixes over one prefix that they share, and over themselves.
+    """Causal attention of many short class suffixes over a shared prefix and over themselves.
 
     Token s of class k attends to the P tokens of the prefix and to tokens 0…s of its own suffix:
 
         out_ks = softmax_j(scale · ⟨q_ks, key_kj⟩, j ≤ P + s) · value_k,   key_k = [prefix_key; suffix_key_k]
 
-    The prefix is never copied for each class, and its gradient is the sum over classes, in an order that depends on the
-    shapes alone. Suffixes of one length are [K, S, …]. Others are packed, the tokens of all in a row, [T, …]: suffix k
-    has the rows offsets[k] to offsets[k + 1], the end not included.
+    The prefix is not copied for each class. Its gradient is the sum over classes, in an order that depends only on the
+    shapes. Suffixes of one length are [K, S, …]. Suffixes of several lengths are packed to [T, …]: suffix k is rows
+    offsets[k] to offsets[k + 1] − 1.
 
     Args:
-        query: [K, S, H, E], or packed: [T, H, E]; in fp32, bf16, fp16 or fp64. Views with gaps between heads or tokens,
-            such as a part of a packed projection, are read where they are.
+        query: [K, S, H, E], or packed [T, H, E]; in fp32, bf16, fp16 or fp64. Views with gaps between heads or tokens,
+            such as a part of a packed projection, are not copied.
         prefix_key: [P, H, E] in the dtype of `query`, P ≥ 1.
         prefix_value: [P, H, E].
-        suffix_key: like `query`.
-        suffix_value: like `query`.
-        scale: of the products, 1/sqrt(E) by default.
-        offsets: int64 [K + 1], from 0 to T, never falling, where suffixes are packed. On a GPU nobody reads it but the
-            kernel, so nobody checks it.
-        max_length: of the longest suffix, in tokens; required with `offsets`, and only there.
+        suffix_key: shape of `query`.
+        suffix_value: shape of `query`.
+        scale: factor of the products; default: 1/sqrt(E).
+        offsets: int64 [K + 1] of packed suffixes, non-decreasing from 0 to T. Not validated on a GPU.
+        max_length: tokens of the longest suffix; required with `offsets`, refused without.
 
     Returns:
-        Like `query`, contiguous.
+        Contiguous tensor of the shape and dtype of `query`.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape, device or option that does not fit; on the CPU also for offsets that do not go from 0
-            to T in steps of 0 to `max_length`.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for offsets that do not go
+            from 0 to T in steps of 0 to `max_length`.
 
     Example:
         >>> query = torch.zeros(2, 1, 1, 1)                    # [K=2, S=1, H=1, E=1]: equal weights
@@ -355,7 +352,8 @@ def suffix_attention(
     _check_like(name, query, "suffix_value", suffix_value, **sizes)
     if (offsets is None) != (max_length is None):
         raise ValueError(
-            f"{name}: offsets and max_length go together; got {'max_length' if offsets is None else 'offsets'} alone."
+            f"{name}: offsets and max_length go together; got {'max_length' if offsets is None else 'offsets'} alone. "
+            "Pass both, or neither."
         )
     scale = E**-0.5 if scale is None else scale
     if offsets is not None and max_length is not None:
@@ -377,25 +375,24 @@ def pooled_attention(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one query per sequence, that of the pooled token, over all keys of the sequence.
+    """Attention of one query per sequence, of the pooled token, over all keys of the sequence.
 
         out_b = softmax_n(scale · ⟨q_b, k_bn⟩, n < length_b) · v_bn
 
     Args:
         query: [B, H, E], in fp32, bf16, fp16 or fp64.
         key: [B, N, H, E] in the dtype of `query`. Views with gaps between heads or tokens, such as a part of a packed
-            projection, are read where they are.
+            projection, are not copied.
         value: [B, N, H, E].
-        lengths: int64 [B], how many keys count, 1 to N; all N by default. On a GPU nobody reads it but the kernel, so
-            nobody checks it.
-        scale: of the products, 1/sqrt(E) by default.
+        lengths: int64 [B], number of keys of each sequence, 1 to N; default: N. Not validated on a GPU.
+        scale: factor of the products; default: 1/sqrt(E).
 
     Returns:
         [B, H, E] in the dtype of `query`.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape or device that does not fit; on the CPU also for lengths that are not 1 to N.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device; on the CPU also for lengths that are not 1 to N.
 
     Example:
         >>> query = torch.zeros(1, 1, 1)                             # [B=1, H=1, E=1]: equal weights
@@ -432,29 +429,28 @@ def gather_rows(
 
         out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 
-    Every number is read once, where it is (a memory-mapped file will do), and written once. Not differentiable: the
-    cache is a constant. From a store of several shards a batch is gathered shard by shard: `out_index` says which rows
-    of the batch are those of a shard.
+    Every number is read once, also from a memory-mapped file, and written once. Not differentiable: the cache is a
+    constant. A batch from several shards is gathered shard by shard: `out_index` are the rows of the batch that belong
+    to a shard.
 
     Args:
-        rows: [R, N, W], one row of features per sample; fp32, bf16, fp16, fp64, or int8.
-        index: int64 [B], which rows, in any order, with or without repeats.
-        token_scale: fp32 [R, N], what one step of int8 is worth, one for each token; required for int8 and only there.
-        dtype: that of the result; by default that of `rows`, and fp32 for int8.
-        pin_memory: put the result in page-locked memory, so that it can go to a GPU on a side stream.
-        out: contiguous [B, N, W], where to put the result instead of new memory, not that of `rows`; its dtype counts.
-            With `out_index` it is [M, N, W], M ≥ 1.
-        out_index: int64 [B], the rows of `out` to write, in any order, none of them twice: on a GPU, where nobody
-            looks, such a row would hold anything. The other rows keep what they hold. Only with `out`; by default 0 to
-            B − 1.
+        rows: [R, N, W] features, one row per sample; in fp32, fp16, bf16, fp64 or int8.
+        index: int64 [B], rows to gather, in any order, with or without repeats.
+        token_scale: fp32 [R, N], scale of each token; required for int8, refused otherwise.
+        dtype: dtype of the result; default: that of `rows`, or fp32 for int8.
+        pin_memory: allocate the result in page-locked memory, for a copy to a GPU on a side stream; default: False.
+        out: contiguous [B, N, W] tensor for the result, in any floating-point dtype, that does not share memory with
+            `rows`. With `out_index` it is [M, N, W], M ≥ 1.
+        out_index: int64 [B], rows of `out` to write, in any order, without duplicates (not validated on a GPU, where a
+            duplicate row is undefined). Other rows do not change. Only with `out`; default: 0 to B − 1.
 
     Returns:
-        [B, N, W]: `out`, if there is one.
+        [B, N, W] tensor, or `out`.
 
     Raises:
-        TypeError: for a dtype that does not fit.
-        ValueError: for a shape, device or option that does not fit, and, on the CPU, for an index that is no row, or an
-            `out_index` that names a row twice; nothing is written then.
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for an index that is not a
+            row, or duplicates in `out_index`. Nothing is written then.
 
     Example:
         >>> rows = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)   # [R=2, N=1, W=2]
@@ -474,7 +470,7 @@ def gather_rows(
     name = "gather_rows"
     check_shape(name, "rows", rows, R=None, N=None, W=None)
     check_dtype(name, "rows", rows, (*FEATURE_DTYPES, torch.int8), "Convert them first.")
-    if index.dim() != 1 or index.numel() > 0:  # no rows at all is a batch, too
+    if index.dim() != 1 or index.numel() > 0:  # an empty batch is valid
         check_shape(name, "index", index, B=None)
     check_dtype(name, "index", index, [torch.int64], "Use index.long().")
     check_device(name, "index", index, ("rows", rows))
@@ -492,7 +488,7 @@ def gather_rows(
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
     if out is None:
         if out_index is not None:
-            raise ValueError(f"{name}: out_index must come with out, whose rows it names; got no out. Pass it, too.")
+            raise ValueError(f"{name}: out_index must come with out, whose rows it names; got no out. Pass both.")
         if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
             raise ValueError(
                 f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"
@@ -514,7 +510,7 @@ def gather_rows(
         )
     check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
     check_device(name, "out", out, ("rows", rows))
-    # In a graph that is being compiled nobody knows addresses.
+    # Addresses are unknown while a graph is compiled.
     if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
         raise ValueError(f"{name}: out must have memory of its own; got a view of that of rows.")
     registration.call(_gather_rows_out, rows, index, token_scale, out_index, out)
@@ -535,30 +531,31 @@ def sgd_momentum_(
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    It is `torch.optim.SGD`'s step for a buffer that starts at zero, in one pass over memory. As under `torch.no_grad`,
-    nothing is recorded. No two of the tensors may share memory. Give the parameters of a
-    model as lists: that is one call for all of them. Every number is rounded as in `skipkernels.reference`, to the
-    same bits on any device and with any number of threads.
+    This is the step of `torch.optim.SGD` for a buffer that starts at zero, in one pass over memory. Autograd does not
+    record it. The tensors must not share memory. Pass the parameters of a model as lists: one call for all of them.
+    Every number is rounded as in `skipkernels.reference`: the bits are the same on any device, with any number of
+    threads.
 
-    With a seed, bf16 weights are rounded at random, up with the probability of the part that is lost, so that updates
-    smaller than half a step survive on average. The random bits depend on the seed and on the place of a weight in the
-    list, on nothing else. Use another seed for every step.
+    With a seed, bf16 weights are rounded at random, up with the probability of the truncated part, so that updates
+    smaller than half a step survive on average. The random bits depend only on the seed and on the position of a weight
+    in the list. Use a new seed for every step.
 
     Args:
-        weight: any shape, in fp32, bf16, fp16 or fp64, changed; or a list of such tensors of one dtype and device.
-        grad: the shape of `weight`, in any floating-point dtype; or a list as long.
-        momentum_buffer: the shape of `weight`, in any floating-point dtype, changed; or a list as long. Zeros before
-            the first step.
-        lr: learning rate: a number, or a tensor of one element on the device of `weight`, which is read there: a
-            captured CUDA graph takes what it holds at each replay.
-        momentum: share of the buffer that stays, at least 0.
-        weight_decay: L2 penalty, at least 0.
-        seed: for stochastic rounding of bf16 weights: a number, or an int64 tensor of one element as `lr`. Without it
-            they are rounded to nearest.
+        weight: tensor of any shape, in fp32, bf16, fp16 or fp64, updated in place; or a list of such tensors of one
+            dtype and device.
+        grad: tensor of the shape of `weight`, in any floating-point dtype; or a list of the same length.
+        momentum_buffer: tensor of the shape of `weight`, in any floating-point dtype, updated in place; or a list of
+            the same length. Zeros before the first step.
+        lr: learning rate: a number, or a tensor of one element on the device of `weight`. The kernel reads it there: a
+            captured CUDA graph uses its value at each replay.
+        momentum: decay of the buffer, at least 0; default: 0.9.
+        weight_decay: L2 penalty, at least 0; default: 0.
+        seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element as `lr`; default:
+            None, round to nearest.
 
     Raises:
-        TypeError: for a dtype that does not fit, and for a seed where weights are not bf16.
-        ValueError: for a shape, device, length or rate that does not fit.
+        TypeError: for an unsupported or mismatched dtype, and for a seed with weights that are not bf16.
+        ValueError: for a mismatched shape, device or length, or a negative rate.
 
     Example:
         >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])
@@ -592,7 +589,7 @@ def sgd_momentum_(
                 f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and {w.dtype} "
                 f"on {w.device}. Make a call for each."
             )
-        # A model has hundreds: most are done with one look.
+        # A model has hundreds of tensors: check the common case at once.
         alike = g.shape == w.shape == b.shape and g.dtype == dtype == b.dtype and g.device == device == b.device
         if not (alike and g.layout == torch.strided == b.layout):
             for argument, x in (("grad", g), ("momentum_buffer", b)):
@@ -660,9 +657,9 @@ def _number_tensor(
     dtypes: Sequence[torch.dtype],
     dtype: torch.dtype,
 ) -> Tensor:
-    """A number as a tensor on the device of another, without the host waiting for it: in `dtype`, or as it is given."""
+    """Convert a number to a tensor of `dtype` without a host sync; validate a tensor and return it unchanged."""
     if not isinstance(value, Tensor):
-        if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:  # a NaN is the kernel's to refuse
+        if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:  # the kernel refuses NaN
             value = math.copysign(math.inf, value)
         return torch.full((), value, dtype=dtype, device=like[1].device)
     if value.numel() != 1 or value.dim() > 1:

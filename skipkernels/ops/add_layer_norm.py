@@ -243,7 +243,7 @@ def _fallback(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = (x if residual is None else x + residual).contiguous()
-    wide = hidden.to(_wide(x))
+    wide = hidden.to(_dtype(x))
     mean = wide.mean(dim=-1)
     centred = wide - mean[..., None]
     variance = centred.square().mean(dim=-1) + eps
@@ -287,7 +287,7 @@ def _fallback_backward(
 def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_wide(x)) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_dtype(x)) for _ in range(2))
     return x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape), mean, rstd
 
 
@@ -297,7 +297,7 @@ def _fake_backward(
     return registration.gradients_like((hidden, weight, weight), needs)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
