@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -122,6 +123,12 @@ def slug(device: str) -> str:
     'amd-epyc-avx2-avx512_bf16'
     """
     return re.sub(r"[^a-z0-9_]+", "-", device.lower()).strip("-")
+
+
+def save(args: argparse.Namespace, rows: list[dict[str, Any]], table: str) -> None:
+    """Append rows, with the columns of the machine, unless --no-save was given."""
+    if rows and not args.no_save:
+        print(f"appended to {append_rows([machine(args.device) | row for row in rows], table)}")
 
 
 def append_rows(rows: list[dict[str, Any]], name: str) -> Path:

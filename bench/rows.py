@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     """One kind of rows.
 
     Attributes:
-        command: Module that writes the rows.
+        command: Command that writes the rows, after `python -m`.
         case: Columns that identify a case.
         measured: Column that is empty if nothing was measured.
         needed: Further columns that a file must have.
@@ -41,9 +41,9 @@ KINDS = {
     "operators": Kind("bench.run", "op shape dtype implementation", "p50_ms", "wanted note"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
     "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
-    "cache_build": Kind("bench.cache.build", "model images B precision dtype extraction", "images_s", "faster"),
-    "cache_read": Kind("bench.cache.read", "store N W B", "loader_gb_s", "of_list"),
-    "cache_disk": Kind("bench.cache.disk", "way store_mib memory_mib B", "gb_s", "of_threads"),
+    "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s", "faster"),
+    "cache_read": Kind("bench.cache read", "store N W B", "loader_gb_s", "of_list"),
+    "cache_disk": Kind("bench.cache disk", "way store_mib memory_mib B", "gb_s", "of_threads"),
 }
 
 

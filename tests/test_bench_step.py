@@ -113,7 +113,7 @@ def test_peak_memory_excludes_earlier_gradients(monkeypatch, table):
         held.append(any(weight.grad is not None for weight in step.model.parameters()))
         return 0
 
-    monkeypatch.setattr(measure, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(testing, "peak_bytes", peak_bytes)
     table("--implementation", "skipkernels", "published", "full", "--precision", "fp32")
     assert held == [False] * 3
 

@@ -5,7 +5,7 @@ Inputs are drawn on the CPU, so that they are the same on every device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from ..peers import Peer
 Run = Callable[[], list[Tensor]]
 
 CPU = torch.device("cpu")
-COMPILED = "compiled reference"
+OURS, COMPILED = "skipkernels", "compiled reference"
 
 
 class Case(NamedTuple):
@@ -42,24 +42,68 @@ class Case(NamedTuple):
     target: str = ""
     """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
 
-    def with_peers(self, peers: dict[str, Peer], run: Callable[[Callable[..., Tensor]], Run]) -> Case:
-        """Add peers; `run` makes a `Run` from the function of a peer."""
-        usable = {name: peer.function for name, peer in peers.items() if peer.function is not None}
-        return self._replace(
-            runs=self.runs | {name: run(function) for name, function in usable.items()},
-            absent=self.absent | {name: peer.note for name, peer in peers.items() if name not in usable},
-            versions=self.versions | {name: peers[name].note for name in usable},
-        )
+
+def case(
+    shape: str,
+    functions: dict[str, Callable[..., Any]],
+    reference: Callable[..., Any],
+    inputs: Sequence[Any],
+    d_outputs: Sequence[Tensor] = (),
+    *,
+    moved: int,
+    flops: int = 0,
+    target: str = "",
+    peers: dict[str, Peer] | None = None,
+    adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    not_compiled: str = "",
+    **options: Any,
+) -> Case:
+    """The case of a pure operator.
+
+    Args:
+        shape: Shape in the form of test ids.
+        functions: Implementations with the signature of the reference.
+        reference: The correct result in fp64; also timed under torch.compile.
+        inputs: Positional arguments; all floating-point tensors get gradients.
+        d_outputs: Gradients of the results; none for the forward pass alone.
+        moved: Least bytes to read and write.
+        flops: Least FLOPs of matrix products.
+        target: Goal of the speed-up over eager.
+        peers: Functions of other packages, with one common signature.
+        adapt: Turns a peer's function into one with the signature of the reference.
+        not_compiled: Reason to leave out the compiled reference.
+        options: Keyword arguments.
+    """
+    peers = peers or {}
+    usable = {name: peer for name, peer in peers.items() if peer.function is not None}
+    functions = functions | {name: adapt(peer.function) for name, peer in usable.items() if peer.function is not None}
+    if not not_compiled:
+        functions = functions | {COMPILED: compiled(reference)}
+    absent = {COMPILED: not_compiled} if not_compiled else {}
+    absent |= {name: peer.note for name, peer in peers.items() if name not in usable}
+    inputs = [x.detach().requires_grad_(bool(d_outputs)) if _is_real(x) else x for x in inputs]
+
+    def truth() -> list[Tensor]:
+        wide = [x.detach().double().requires_grad_(bool(d_outputs)) if _is_real(x) else x for x in inputs]
+        return _run(reference, wide, options, [x.double() for x in d_outputs])
+
+    runs = {n: lambda function=f: _run(function, inputs, options, d_outputs) for n, f in functions.items()}
+    versions = {name: peer.note for name, peer in usable.items()}
+    return Case(shape, runs, truth, moved, flops, absent, versions, target=target)
 
 
-def with_gradients(function: Callable[[], list[Tensor]], inputs: list[Tensor], d_outputs: list[Tensor]) -> Run:
-    """Forward and backward: the results of `function` and the gradients of `inputs`, for the given `d_outputs`."""
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
-    def run() -> list[Tensor]:
-        outputs = function()
-        return [*outputs, *torch.autograd.grad(outputs, inputs, d_outputs)]
 
-    return run
+def _run(
+    function: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], d_outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The results of a function, and the gradients of its inputs."""
+    outputs = function(*inputs, **options)
+    outputs = [outputs] if isinstance(outputs, Tensor) else [*outputs]
+    leaves = [x for x in inputs if _is_real(x)]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, d_outputs)] if d_outputs else outputs
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,6 +111,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def random(rng: torch.Generator, *size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A normally distributed tensor."""
-    return torch.randn(*size, generator=rng).to(dtype).to(device)
+class Random:
+    """Normally distributed tensors of a dtype, the same on every device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.rng, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
+
+    def __call__(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*size, generator=self.rng).to(dtype or self.dtype).to(self.device)
+
+    def integers(self, high: int, *size: int) -> Tensor:
+        """Uniform int64 numbers below `high`."""
+        return torch.randint(0, high, size, generator=self.rng).to(self.device)
+
+    def sample(self, total: int, count: int) -> Tensor | None:
+        """`count` of the numbers below `total` in random order, or None for all."""
+        return torch.randperm(total, generator=self.rng)[:count].to(self.device) if count < total else None

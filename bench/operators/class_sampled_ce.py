@@ -6,7 +6,7 @@ the operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from .. import peers
-from . import COMPILED, CPU, Case, compiled, with_gradients
+from . import CPU, OURS, Case, Random, case
 
 # B, C, K, D. At K = C there are no class_ids.
 SHAPES = (
@@ -29,8 +29,9 @@ SHAPES = (
 PAIRS = (1024, 512)  # B, D
 TARGETS = {(4, 50): "≥ 1", (4096, 21841): "≥ 1.2"}
 COMPILED_WORK = 4 * 21841 * 512  # on a CPU: above this, torch.compile takes minutes and is not faster than eager
-NOT_COMPILED = "not timed here: its matrix products are eager's"
 SCALE = 100.0
+
+Loss = Callable[..., Tensor]
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
@@ -39,82 +40,61 @@ def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     yield of_pairs(*PAIRS, dtype, device)
 
 
+def over_sample(cross_entropy: Loss) -> Loss:
+    """A cross-entropy over the kept rows and the positions of the labels among them, in plain PyTorch."""
+
+    def loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor, class_ids: Tensor | None) -> Tensor:
+        if class_ids is not None:
+            text, labels = text[class_ids], (labels[:, None] == class_ids).int().argmax(dim=1)
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        return cross_entropy(image, text, labels, scale.to(image.dtype)).float()
+
+    return loss
+
+
+@over_sample
+def eager(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(image @ text.T * scale, labels)
+
+
+def of_peer(cross_entropy: Loss) -> Loss:
+    return over_sample(lambda image, text, labels, scale: cross_entropy(scale * image, text, labels))
+
+
 def of_classes(B: int, C: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
-    rng = torch.Generator().manual_seed(0)
-    sampled = torch.randperm(C, generator=rng)[:K] if K < C else None
-    named = torch.arange(C) if sampled is None else sampled
-    named = named[torch.randint(0, K, (B,), generator=rng)]
-    bank = torch.randn(C, D, generator=rng)
-    image = (0.1 * bank[named] + torch.randn(B, D, generator=rng)).to(dtype).to(device).requires_grad_()
-    text = bank.to(dtype).to(device).requires_grad_()
-    labels = named.to(device)
-    class_ids = None if sampled is None else sampled.to(device)
-    scale = torch.tensor(SCALE, device=device, requires_grad=True)
-    inputs = [image, text, scale]
-    d_loss = [torch.ones((), device=device)]
-
-    def sample() -> tuple[Tensor, Tensor]:
-        """The kept rows and the positions of the labels among them, in plain PyTorch."""
-        if class_ids is None:
-            return text, labels
-        return text[class_ids], (labels[:, None] == class_ids).int().argmax(dim=1)
-
-    def ours() -> list[Tensor]:
-        return [functional.class_sampled_ce(image, text, labels, scale, class_ids=class_ids)]
-
-    def eager() -> list[Tensor]:
-        rows, target = sample()
-        logits = F.normalize(image, dim=-1) @ F.normalize(rows, dim=-1).T * scale.to(dtype)
-        return [F.cross_entropy(logits, target).float()]
-
-    def of_peer(cross_entropy):
-        def loss() -> list[Tensor]:
-            rows, target = sample()
-            unit = scale.to(dtype) * F.normalize(image, dim=-1)
-            return [cross_entropy(unit, F.normalize(rows, dim=-1), target).float()]
-
-        return with_gradients(loss, inputs, d_loss)
-
-    def truth() -> list[Tensor]:
-        wide = [x.detach().double().requires_grad_() for x in inputs]
-        loss = reference.class_sampled_ce(wide[0], wide[1], labels, wide[2], class_ids)
-        return [loss.detach(), *torch.autograd.grad(loss, wide)]
-
-    runs = {"skipkernels": with_gradients(ours, inputs, d_loss), "eager": with_gradients(eager, inputs, d_loss)}
-    absent = {}
-    if worth_compiling(B * K * D, device):
-        loss = compiled(reference.class_sampled_ce)
-        runs[COMPILED] = with_gradients(lambda: [loss(image, text, labels, scale, class_ids)], inputs, d_loss)
-    else:
-        absent[COMPILED] = NOT_COMPILED
-    return Case(
-        shape=f"B{B}-C{C}-K{K}-D{D}",
-        runs=runs,
-        truth=truth,
+    random = Random(dtype, device)
+    class_ids = random.sample(C, K)
+    labels = random.integers(K, B)
+    labels = labels if class_ids is None else class_ids[labels]
+    bank = random(C, D, dtype=torch.float32)
+    image = 0.1 * bank[labels] + random(B, D, dtype=torch.float32)
+    return case(
+        f"B{B}-C{C}-K{K}-D{D}",
+        {OURS: functional.class_sampled_ce, "eager": eager},
+        reference.class_sampled_ce,
+        [image.to(dtype), bank.to(dtype), labels, torch.tensor(SCALE, device=device)],
+        [torch.ones((), device=device)],
+        class_ids=class_ids,
         # Forward and backward read the rows and backward writes their gradients, that of the text for the whole bank;
         # also labels, class ids and row statistics.
         moved=dtype.itemsize * (3 * B + 2 * K + C) * D + 16 * (B + K) + 24 * B + 8 * K,
         flops=3 * 2 * B * K * D,
-        absent=absent,
         target=TARGETS.get((B, K), ""),
-    ).with_peers(peers.cross_entropies(device, dtype, B), of_peer)
+        peers=peers.cross_entropies(device, dtype, B),
+        adapt=of_peer,
+        not_compiled=not_compiled(B * K * D, device),
+    )
 
 
 def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
     """Cases of pairs: image b belongs to text b. The scale is a number, since not every peer has a gradient for it."""
-    rng = torch.Generator().manual_seed(0)
-    bank = torch.randn(B, D, generator=rng)
+    random = Random(dtype, device)
+    bank = random(B, D, dtype=torch.float32)
     # Cosines of pairs are about 0.3, as CLIP's are.
-    image = (0.3 * bank + torch.randn(B, D, generator=rng)).to(dtype).to(device).requires_grad_()
-    text = bank.to(dtype).to(device).requires_grad_()
+    image = 0.3 * bank + random(B, D, dtype=torch.float32)
     labels = torch.arange(B, device=device)
-    inputs = [image, text]
 
-    def run(loss, inputs=inputs):
-        d_loss = [torch.ones((), device=device, dtype=torch.float64 if inputs[0].dtype == torch.float64 else None)]
-        return with_gradients(lambda: [loss(*inputs)], inputs, d_loss)
-
-    def both_directions(cross_entropy):
+    def both_directions(cross_entropy: Loss) -> Loss:
         def loss(image: Tensor, text: Tensor) -> Tensor:
             return (cross_entropy(image, text, labels, SCALE) + cross_entropy(text, image, labels, SCALE)) / 2
 
@@ -124,25 +104,21 @@ def of_pairs(B: int, D: int, dtype: torch.dtype, device: torch.device) -> Case:
         logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * SCALE
         return ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).float()
 
-    runs = {"skipkernels": run(both_directions(functional.class_sampled_ce)), "eager": run(eager)}
-    absent = {}
-    if worth_compiling(B * B * D, device):
-        runs[COMPILED] = run(compiled(both_directions(reference.class_sampled_ce)))
-    else:
-        absent[COMPILED] = NOT_COMPILED
-    return Case(
-        shape=f"B{B}-D{D}-pairs",
-        runs=runs,
-        truth=run(both_directions(reference.class_sampled_ce), [x.detach().double().requires_grad_() for x in inputs]),
+    return case(
+        f"B{B}-D{D}-pairs",
+        {OURS: both_directions(functional.class_sampled_ce), "eager": eager},
+        both_directions(reference.class_sampled_ce),
+        [image.to(dtype), bank.to(dtype)],
+        [torch.ones((), device=device)],
         # Forward and backward read both and backward writes their gradients; both directions have the same logits.
         moved=dtype.itemsize * 6 * B * D,
         flops=3 * 2 * B * B * D,
-        absent=absent,
-    ).with_peers(
-        peers.contrastive_losses(device, dtype, B),
-        lambda loss: run(lambda image, text: loss(image, text, SCALE).float()),
+        peers=peers.contrastive_losses(device, dtype, B),
+        adapt=lambda loss: lambda image, text: loss(image, text, SCALE).float(),
+        not_compiled=not_compiled(B * B * D, device),
     )
 
 
-def worth_compiling(work: int, device: torch.device) -> bool:
-    return device.type != "cpu" or work <= COMPILED_WORK
+def not_compiled(work: int, device: torch.device) -> str:
+    is_slow = device.type == "cpu" and work > COMPILED_WORK
+    return "not timed here: its matrix products are eager's" if is_slow else ""

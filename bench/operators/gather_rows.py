@@ -7,14 +7,14 @@ shard is gathered into its positions of the buffer. With --device cuda the store
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from skipkernels import functional, reference
 
-from . import COMPILED, CPU, Case, compiled, random
+from . import COMPILED, CPU, OURS, Case, Random, compiled
 
 R, N, W = 500, 197, 768
 BATCHES = (4, 32, 256)
@@ -31,50 +31,37 @@ def into_places(out: Tensor, places: Tensor, shard: Tensor, own: Tensor) -> None
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
-    rng = torch.Generator().manual_seed(0)
-    rows = random(rng, R, N, W, dtype=dtype, device=device)
-    quantised = torch.randint(-127, 128, (R, N, W), generator=rng, dtype=torch.int8).to(device)
-    scale = torch.rand(R, N, generator=rng).to(device)
+    random = Random(dtype, device)
+    rows = random(R, N, W)
+    quantised = torch.randint(-127, 128, (R, N, W), generator=random.rng, dtype=torch.int8).to(device)
+    scale = torch.rand(R, N, generator=random.rng).to(device)
     for B in BATCHES:
-        index = torch.randint(0, R, (B,), generator=rng).to(device)
-        yield plain(rows, index)
-        yield from_int8(quantised, scale, index, dtype)
+        index = random.integers(R, B)
+        yield from_store(rows, index, dtype)
+        yield from_store(quantised, index, dtype, scale)
     yield from_shards(rows, index)
 
 
-def plain(rows: Tensor, index: Tensor) -> Case:
-    (B,) = index.shape
-    ours, theirs = rows.new_empty(B, N, W), rows.new_empty(B, N, W)
-    gather = compiled(into)
-    return Case(
-        shape=f"B{B}-N{N}-W{W}",
-        runs={
-            "skipkernels": lambda: [functional.gather_rows(rows, index, out=ours)],
-            "eager": lambda: [torch.index_select(rows, 0, index, out=theirs)],
-            COMPILED: lambda: [gather(theirs, rows, index)],
-        },
-        truth=lambda: [reference.gather_rows(rows, index)],
-        moved=2 * B * N * W * rows.element_size() + 8 * B,
-        target="≥ 1",
-    )
-
-
-def from_int8(rows: Tensor, scale: Tensor, index: Tensor, dtype: torch.dtype) -> Case:
+def from_store(rows: Tensor, index: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Case:
     (B,) = index.shape
     ours, theirs = (torch.empty(B, N, W, dtype=dtype, device=rows.device) for _ in range(2))
     gather = compiled(into)
+
+    def eager() -> list[Tensor]:
+        if scale is None:
+            return [torch.index_select(rows, 0, index, out=theirs)]
+        return [theirs.copy_(rows.index_select(0, index) * scale.index_select(0, index).unsqueeze(-1))]
+
     return Case(
-        shape=f"B{B}-N{N}-W{W}-from-int8",
+        shape=f"B{B}-N{N}-W{W}" + ("" if scale is None else "-from-int8"),
         runs={
-            "skipkernels": lambda: [functional.gather_rows(rows, index, scale, out=ours)],
-            "eager": lambda: [
-                theirs.copy_(rows.index_select(0, index) * scale.index_select(0, index).unsqueeze(-1)),
-            ],
+            OURS: lambda: [functional.gather_rows(rows, index, scale, out=ours)],
+            "eager": eager,
             COMPILED: lambda: [gather(theirs, rows, index, scale)],
         },
-        truth=lambda: [reference.gather_rows(rows, index, scale, torch.float64)],
-        moved=B * N * W * (1 + dtype.itemsize) + 4 * B * N + 8 * B,
-        target="> 1",
+        truth=lambda: [reference.gather_rows(rows, index, scale, None if scale is None else torch.float64)],
+        moved=B * N * W * (rows.itemsize + dtype.itemsize) + (0 if scale is None else 4 * B * N) + 8 * B,
+        target="≥ 1" if scale is None else "> 1",
     )
 
 
@@ -86,26 +73,23 @@ def from_shards(rows: Tensor, index: Tensor) -> Case:
         (shard, index[(here := index // each == i)] - i * each, here.nonzero()[:, 0])
         for i, shard in enumerate(rows.split(each))
     ]
+
+    def ours_into(out: Tensor, places: Tensor, shard: Tensor, own: Tensor) -> None:
+        functional.gather_rows(shard, own, out=out, out_index=places)
+
+    def by(gather: Callable[..., None], out: Tensor) -> list[Tensor]:
+        for shard, own, places in parts:
+            gather(out, places, shard, own)
+        return [out]
+
     assign = compiled(into_places)
-
-    def gathered() -> list[Tensor]:
-        for shard, own, places in parts:
-            functional.gather_rows(shard, own, out=ours, out_index=places)
-        return [ours]
-
-    def assigned() -> list[Tensor]:
-        for shard, own, places in parts:
-            theirs[places] = shard[own]
-        return [theirs]
-
-    def assigned_by_compiled() -> list[Tensor]:
-        for shard, own, places in parts:
-            assign(theirs, places, shard, own)
-        return [theirs]
-
     return Case(
         shape=f"B{B}-N{N}-W{W}-from-{SHARDS}-shards",
-        runs={"skipkernels": gathered, "eager": assigned, COMPILED: assigned_by_compiled},
+        runs={
+            OURS: lambda: by(ours_into, ours),
+            "eager": lambda: by(into_places, theirs),
+            COMPILED: lambda: by(assign, theirs),
+        },
         truth=lambda: [reference.gather_rows(rows, index)],
         moved=2 * B * N * W * rows.element_size() + 16 * B,
         target="> 1",

@@ -11,7 +11,7 @@ from torch import Tensor
 from skipkernels import functional, reference
 
 from .. import peers
-from . import COMPILED, CPU, Case, compiled, random, with_gradients
+from . import CPU, OURS, Case, Random, case
 
 SHAPES = ((4 * 197, 768), (4 * 197, 3072), (26 * 5, 2048), (788 * 5, 512), (788 * 5, 2048))
 TARGETS = {"quick_gelu": "≥ 2.5", "gelu": "≥ 1.3", "gelu_tanh": "≥ 1.3"}
@@ -25,24 +25,16 @@ def eager(x: Tensor, bias: Tensor, kind: str) -> Tensor:
 
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
-    rng = torch.Generator().manual_seed(0)
+    random = Random(dtype, device)
     for (T, W), kind in ((shape, kind) for shape in SHAPES for kind in TARGETS):
-        inputs = [random(rng, *size, dtype=dtype, device=device).requires_grad_() for size in ((T, W), (W,))]
-        upstream = [random(rng, T, W, dtype=dtype, device=device)]
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-
-        def run(function, inputs=inputs, upstream=upstream, kind=kind):
-            return with_gradients(lambda: [function(*inputs, kind)], inputs, upstream)
-
-        yield Case(
-            shape=f"T{T}-W{W}-{kind}",
-            runs={
-                "skipkernels": run(functional.mlp_activation),
-                "eager": run(eager),
-                COMPILED: run(compiled(reference.mlp_activation)),
-            },
-            truth=run(reference.mlp_activation, exact, [x.double() for x in upstream]),
+        yield case(
+            f"T{T}-W{W}-{kind}",
+            {OURS: functional.mlp_activation, "eager": eager},
+            reference.mlp_activation,
+            [random(T, W), random(W), kind],
+            [random(T, W)],
             # Forward reads one and writes one, backward reads two and writes one; the bias twice, and its gradient.
             moved=(5 * T + 3) * W * dtype.itemsize,
             target=TARGETS[kind],
-        ).with_peers(peers.activations(), run)
+            peers=peers.activations(),
+        )

@@ -19,7 +19,7 @@ from torch.optim.sgd import sgd
 
 from skipkernels import functional, reference
 
-from . import COMPILED, CPU, Case, Run, compiled, random
+from . import COMPILED, CPU, OURS, Case, Random, Run, compiled
 
 LR, MOMENTUM, WEIGHT_DECAY, SEED = 2e-5, 0.9, 5e-4, 1
 
@@ -34,7 +34,7 @@ def case(shape: str, sizes: list[tuple[int, ...]], dtype: torch.dtype, device: t
     start = functools.cache(functools.partial(random_lists, sizes, dtype, device))
     seed = SEED if dtype == torch.bfloat16 else None
     steps = {
-        "skipkernels": Step(start, dtype, functional.sgd_momentum_, seed=seed),
+        OURS: Step(start, dtype, functional.sgd_momentum_, seed=seed),
         "eager": Step(start, torch.float32, torch_sgd, fused=True),
         "foreach": Step(start, torch.float32, torch_sgd, foreach=True),
     }
@@ -85,8 +85,8 @@ class Step:
 
 def random_lists(sizes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
     """Weights, gradients and momentum buffers."""
-    rng = torch.Generator().manual_seed(0)
-    return [[random(rng, *size, dtype=dtype, device=device) for size in sizes] for _ in range(3)]
+    random = Random(dtype, device)
+    return [[random(*size) for size in sizes] for _ in range(3)]
 
 
 def torch_sgd(weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float, **options: Any) -> None:

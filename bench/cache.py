@@ -1,0 +1,489 @@
+"""Benchmarks of the feature cache. Each command appends its rows to bench/results/DEVICE/cache_COMMAND.csv.
+
+    python -m bench.cache build --images 64 --rounds 3
+    python -m bench.cache read --images 800 --rounds 7
+    python -m bench.cache disk --memory 1024 --batch 32
+    python -m bench.cache features --model ViT-B-16
+    python -m bench.cache tuning --seeds 0 1 2
+    python -m bench.cache epoch --classes 50 --shots 16 --precision fp32
+    python -m bench.cache texts --classes 21841
+
+build       Time of `FeatureCache.build` against the published extraction of the same images. The published one runs
+            every block of the image tower and keeps the hidden states at the cut in a list (in fp32, in memory). Ours
+            runs only the blocks below the cut, checks that values are finite, and writes a store that is flushed to
+            disk. Features are compared first (the store's in fp32).
+read        Time of an epoch in random order from a store in the page cache: `FeatureCache.loader`, which gathers from
+            the mapped files into reused buffers, the published way (a list of tensors, `torch.stack` and
+            `.to(torch.float32)`), and a plain copy of as many bytes. All return fp32 batches, except "bf16 as it is".
+            The batches of the first epoch are compared.
+disk        Time of an epoch in random order from a bf16 store four times as large as the memory, in a new process in a
+            Linux control group with this many MiB. Without the right to make a group, pages are dropped after each
+            batch, and the row records that. Under the same limit: `read` of the same rows in the same order, one by one
+            and by 16 threads, and sequential reading of the files, the most that the disk delivers. Each starts with a
+            cold page cache; the peak resident memory of the process includes mapped files.
+features    Error of the store dtypes in the features, in the worst token, and in the loss over all classes, against
+            fp32. (Trained weights have some features that are a hundred times larger than others; int8, with one scale
+            per token, then loses more.)
+tuning      `make tune` from a store of each dtype: accuracy, and the largest difference of an epoch's loss, against the
+            run with an fp32 store.
+epoch       Share of an epoch that is spent waiting for features, the time of the loop in `next()`: a bf16 store with a
+            cold page cache; class-pure batches of 4; forward, backward and `torch.optim.SGD`.
+texts       Many classes: text features in memory, into an empty folder, and from that folder, each in a new process
+            that constructs SkipCLIP and runs some steps of batch 4. All must give the same losses.
+
+Features, models and images are random: ViT-B/16, 197 × 768, where no model is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import skipkernels as sk
+from skipkernels.features import BatchSampler, FeatureCache
+from skipkernels.memory import PeakMemory
+from skipkernels.store import DTYPES, Layout, Writer
+from skipkernels.store.shards import path_of, quantise
+from skipkernels.testing import relative_error
+from skipkernels.tuner import TuneConfig, tune
+
+from . import measure
+from .inputs import autocast, parser, random_inputs
+
+Rows = list[dict[str, Any]]
+Epoch = Callable[[], Iterable[Tensor]]
+
+SHAPE = (197, 768)  # shape of the features of an image in ViT-B/16
+_SLACK = {"fp32": 1e-5, "bf16": 2e-2}  # relative error of features: the same arithmetic in another order
+_STORES = {  # dtype of the store, of the batch
+    "fp32": ("fp32", torch.float32),
+    "bf16": ("bf16", torch.float32),
+    "int8": ("int8", torch.float32),
+    "bf16 as it is": ("bf16", torch.bfloat16),
+}
+_TIMES = 4  # store size over memory
+_BLOCK = 4 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    outer = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = outer.add_subparsers(dest="command", required=True)
+
+    def add(command: Callable[[argparse.Namespace], Rows], options: dict[str, Any], **of_model: Any) -> None:
+        parents = [parser("", **of_model)] if of_model else []
+        added = commands.add_parser(command.__name__, parents=parents, add_help=not of_model)
+        added.set_defaults(run=command)
+        if not of_model:
+            added.set_defaults(device=measure.CPU)
+            options = options | {"--no-save": False}
+        for name, default in options.items():
+            many, kind = isinstance(default, list), type(default[0] if isinstance(default, list) else default)
+            how: Any = {"action": "store_true"} if kind is bool else {"type": kind, "nargs": "+" if many else None}
+            added.add_argument(name, default=default, **how)
+
+    add(build, {"--images": 64, "--dtype": "bf16"}, batch=64, classes=2, rounds=3)
+    add(read, {"--images": 800, "--batches": [4, 16, 64, 256], "--rounds": 7})
+    add(disk, {"--memory": 1024, "--batch": 32, "--rounds": 3, "--folder": tempfile.gettempdir()})
+    add(features, {}, batch=32, classes=50)
+    add(tuning, {"--seeds": [0, 1, 2]})
+    add(epoch, {"--shots": 16, "--dtype": "bf16"}, batch=4, classes=50)
+    add(texts, {"--steps": 5}, batch=4, classes=21841)
+    args = outer.parse_args(arguments)
+    measure.save(args, args.run(args), f"cache_{args.command}")
+
+
+def random_store(folder: Path, images: int, dtype: str) -> Layout:
+    """Write a complete store of random features."""
+    generator = torch.Generator().manual_seed(0)
+    fingerprint: dict[str, str | int] = {"number of images": images, "number of views": 1}
+    rows = (128 << 20) // (SHAPE[0] * SHAPE[1] * DTYPES[dtype].itemsize)
+    layout = Layout(images, SHAPE, dtype, "fp32", rows, True, fingerprint, {})
+    with Writer(folder, layout) as writer:
+        for number in writer.missing:
+            numbers = torch.randn(len(layout.rows_of(number)), *SHAPE, generator=generator)
+            tensors = {"labels": torch.arange(layout.rows_of(number).start, layout.rows_of(number).stop) // 16}
+            if dtype == "int8":
+                tensors["rows"], tensors["token_scale"] = quantise(numbers)
+            else:
+                tensors["rows"] = numbers.to(DTYPES[dtype])
+            writer.write(number, tensors)
+    return layout
+
+
+# ---- build -----------------------------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace) -> Rows:
+    model, tokens, images, labels = random_inputs(args.model, args.images, args.classes, args.device)
+    dataset = TensorDataset(images.cpu(), labels.cpu())
+    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
+    scratch = tempfile.TemporaryDirectory()
+
+    def built(dtype: str = args.dtype) -> FeatureCache:
+        options = {"dtype": dtype, "batch_size": args.batch, "overwrite": True, "progress": False}
+        with autocast(args.device, args.precision):
+            return FeatureCache.build(scratch.name, clip, dataset, **options)
+
+    with scratch:
+        extract = partial(published, model, dataset, args)
+        ours = torch.stack([built("fp32")[i][0] for i in range(min(8, args.images))])
+        error = relative_error(ours, torch.cat(extract())[: len(ours)].float())
+        print(f"features differ by {error:.1e} of their norm in {args.precision}")
+        if not error <= _SLACK[args.precision]:
+            raise SystemExit("other features: no timing")
+        seconds = measure.time_alternately({"published": extract, "build": built}, args.rounds, args.device)
+    ratio = measure.median_ratio(seconds["published"], seconds["build"])
+    rows = []
+    for name, times in seconds.items():
+        rate = args.images / measure.quantile(times, 0.5)
+        rows.append(
+            {"extraction": name, "model": args.model, "images": args.images, "B": args.batch}
+            | {"skip_layers": args.skip_layers, "precision": args.precision, "dtype": args.dtype}
+            | measure.milliseconds(times)
+            | {"images_s": round(rate, 2), "faster": round(ratio if name == "build" else 1.0, 3)}
+        )
+        print(f"{name:10} {measure.shown(rows[-1])}  {rate:.1f} images/s")
+    print(f"build is {ratio:.2f} times as fast (median of {args.rounds} pairs)")
+    return rows
+
+
+@torch.no_grad()
+def published(model: Any, dataset: TensorDataset, args: argparse.Namespace) -> list[Tensor]:
+    """Hidden states at the cut of all images, from a pass through the whole tower."""
+    kept: list[Tensor] = []
+    cut = model.visual.transformer.resblocks[args.skip_layers - 1]
+    hook = cut.register_forward_hook(lambda module, inputs, output: kept.append(output.cpu()))
+    try:
+        with autocast(args.device, args.precision):
+            for images, _labels in DataLoader(dataset, batch_size=args.batch):
+                model.encode_image(images.to(args.device))
+    finally:
+        hook.remove()
+    return kept
+
+
+# ---- read ------------------------------------------------------------------------------------------------------------
+
+
+def read(args: argparse.Namespace) -> Rows:
+    rows = []
+    for case, (dtype, out) in _STORES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            layout = random_store(Path(folder), args.images, dtype)
+            cache = FeatureCache.open(folder)
+            kept = [cache.store.gather(torch.tensor([i]))[0] for i in range(args.images)]
+            if dtype != "int8":  # the published list has no int8
+                kept = [features.to(DTYPES[dtype]) for features in kept]
+            tokens, width = layout.stored_shape
+            moved = layout.row_bytes + tokens * width * out.itemsize  # for an image
+            for batch in args.batches:
+                epochs = epochs_of(cache, kept, batch, out)
+                refuse_if_other(epochs, args.images)
+                copy, copies = measure.copying(moved * batch), args.images // batch
+                epochs["memcpy"] = lambda copy=copy, copies=copies: (copy() for _ in range(copies))
+                passes = {name: lambda epoch=epoch: [None for _ in epoch()] for name, epoch in epochs.items()}
+                seconds = measure.time_alternately(passes, args.rounds, measure.CPU)
+                images = dict.fromkeys(seconds, args.images) | {"memcpy": copies * batch}  # without a smaller last one
+                rates = {n: images[n] * moved / measure.quantile(times, 0.5) / 1e9 for n, times in seconds.items()}
+                ratio = measure.median_ratio(seconds["list"], seconds["loader"])
+                ahead = measure.median_ratio(seconds["list"], seconds["loader, read ahead"])
+                of_copy = rates["loader"] / rates["memcpy"]
+                rows.append(
+                    {"store": case, "images": args.images, "N": SHAPE[0], "W": SHAPE[1], "B": batch}
+                    | {f"{name}_gb_s": round(rate, 2) for name, rate in rates.items()}
+                    | {"of_list": round(ratio, 2), "ahead_of_list": round(ahead, 2), "of_memcpy": round(of_copy, 3)}
+                )
+                shown = ", ".join(f"{name} {rate:.1f} GB/s" for name, rate in rates.items())
+                print(f"{case:14} B{batch:<4} {shown}: loader over list {ratio:.1f}, reading ahead {ahead:.1f}")
+    return rows
+
+
+def epochs_of(cache: FeatureCache, kept: list[Tensor], batch: int, out: torch.dtype) -> dict[str, Epoch]:
+    """The implementations to time; each call is an epoch in the same order."""
+    order, *orders = (BatchSampler(cache.labels, batch, "random") for _ in range(3))
+    loaders = [cache.loader(sampler=orders[i], dtype=out, prefetch=prefetch) for i, prefetch in enumerate((0, 2))]
+    return {
+        "list": lambda: (torch.stack([kept[i] for i in numbers]).to(out) for numbers in order),
+        "loader": lambda: (features for features, _ in loaders[0]),
+        "loader, read ahead": lambda: (features for features, _ in loaders[1]),
+    }
+
+
+def refuse_if_other(epochs: dict[str, Epoch], images: int) -> None:
+    """Exit if the features of an implementation differ."""
+    seen = 0
+    for batches in zip(*(epoch() for epoch in epochs.values()), strict=True):
+        if not all(batch.equal(batches[0]) for batch in batches):
+            raise SystemExit(f"{', '.join(epochs)}: other features: no timing")
+        seen += len(batches[0])
+    if seen != images:
+        raise SystemExit(f"{seen} of {images} images came: no timing")
+
+
+# ---- disk ------------------------------------------------------------------------------------------------------------
+
+
+def disk(args: argparse.Namespace) -> Rows:
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        images = (_TIMES * args.memory << 20) // (SHAPE[0] * SHAPE[1] * 2)
+        layout = random_store(folder, images, "bf16")
+        total = images * layout.row_bytes
+        print(f"{images} images, {total / 2**30:.1f} GiB")
+        ways = {"loader": read_epoch, "rows, one by one": partial(read_rows, threads=1)}
+        ways |= {"rows, 16 threads": partial(read_rows, threads=16), "files": read_files}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        peaks: dict[str, int] = {}
+        for _ in range(args.rounds):
+            for way, function in ways.items():
+                drop(folder)
+                took, peaks[way], limited = in_new_process(in_group, function, folder, args.batch, args.memory)
+                seconds[way].append(took)
+    for way, times in seconds.items():
+        rate = total / measure.quantile(times, 0.5) / 1e9
+        rows.append(
+            {"way": way, "images": images, "store_mib": total >> 20, "memory_mib": args.memory, "B": args.batch}
+            | {"limited": limited, "gb_s": round(rate, 3), "peak_resident_mib": peaks[way] >> 20}
+            | {"of_threads": round(measure.median_ratio(seconds["rows, 16 threads"], times), 3)}
+            | {"of_files": round(measure.median_ratio(seconds["files"], times), 3)}
+        )
+        print(f"{way:16} {rate:6.2f} GB/s, {peaks[way] >> 20} MiB resident at most")
+    print("memory was limited by " + ("a control group" if limited else "advice to the system alone"))
+    return rows
+
+
+def drop(folder: Path) -> None:
+    """Drop the files of a folder from the page cache."""
+    os.sync()
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def in_group(
+    function: Callable[[Path, int, bool], None], folder: Path, batch: int, mebibytes: int
+) -> tuple[float, int, bool]:
+    """Seconds, peak resident bytes of a call, and True if its memory was limited by a group."""
+    memory = PeakMemory(measure.CPU)
+    with group(mebibytes) as limited:
+        started = time.perf_counter()
+        function(folder, batch, not limited)
+        return time.perf_counter() - started, memory.read(), limited
+
+
+@contextmanager
+def group(mebibytes: int) -> Iterator[bool]:
+    """Run in a new memory control group; yields False if none can be made."""
+    own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    if "memory" in own:
+        parent, limit = Path("/sys/fs/cgroup/memory" + own["memory"]), "memory.limit_in_bytes"
+    else:
+        parent, limit = Path("/sys/fs/cgroup" + own.get("", "/")), "memory.max"
+    made = parent / f"skipkernels-{os.getpid()}"
+    limited = False
+    try:
+        with suppress(OSError):
+            made.mkdir()
+            (made / limit).write_text(str(mebibytes << 20))
+            (made / "cgroup.procs").write_text(str(os.getpid()))
+            limited = True
+        yield limited
+    finally:
+        with suppress(OSError):
+            if limited:
+                (parent / "cgroup.procs").write_text(str(os.getpid()))
+            made.rmdir()
+
+
+def read_epoch(folder: Path, batch: int, drop_pages: bool) -> None:
+    """Read an epoch by the loader, in random order."""
+    total = torch.zeros(())
+    for features, _ in FeatureCache.open(folder).loader(batch, "random"):
+        total += features[:, 0, 0].sum()  # use the batch
+        if drop_pages:
+            drop(folder)
+
+
+def read_rows(folder: Path, batch: int, drop_pages: bool, threads: int) -> None:
+    """Read the same rows in the same order, one call each."""
+    cache = FeatureCache.open(folder)
+    layout = cache.store.layout
+    files = [os.open(path_of(folder, number), os.O_RDONLY) for number in range(layout.shards)]
+    own = threading.local()
+
+    def read(row: int) -> None:
+        if not hasattr(own, "buffer"):
+            own.buffer = bytearray(layout.row_bytes)
+        number, place = divmod(row, layout.shard_rows)
+        os.preadv(files[number], [own.buffer], place * layout.row_bytes)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for numbers in BatchSampler(cache.labels, 16 * batch, "random"):
+            list(pool.map(read, numbers))
+            if drop_pages:
+                drop(folder)
+    for file in files:
+        os.close(file)
+
+
+def read_files(folder: Path, batch: int, drop_pages: bool) -> None:
+    """Read every file sequentially."""
+    buffer = bytearray(_BLOCK)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+        if drop_pages:
+            drop(folder)
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def features(args: argparse.Namespace) -> Rows:
+    model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
+    dataset = TensorDataset(images.cpu(), labels.cpu())
+    truth = clip.encode_lower(images).cpu()
+    rows = []
+    for dtype in DTYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            cache = FeatureCache.build(folder, clip, dataset, dtype=dtype, batch_size=args.batch, progress=False)
+            (kept, _), *_ = cache.loader(args.batch, "sequential")
+            size = cache.store.bytes / len(cache)
+        token = ((kept - truth).norm(dim=-1) / truth.norm(dim=-1)).max().item()
+        with torch.no_grad():  # the same classes: all of them
+            expected, got = (clip.predict(x.to(args.device)).double() for x in (truth, kept))
+        loss = torch.nn.functional.cross_entropy
+        change = abs(loss(got, labels) - loss(expected, labels)).item()
+        errors = {"error": relative_error(kept, truth), "error_of_worst_token": token}
+        errors |= {"error_of_logits": relative_error(got, expected), "loss_differs_by": change}
+        row = {"model": args.model, "images": args.batch, "skip_layers": args.skip_layers, "dtype": dtype}
+        rows.append(row | {"kb_an_image": round(size / 1000, 1)} | {name: f"{e:.2e}" for name, e in errors.items()})
+        print(f"{dtype}: {size / 1000:.0f} KB an image; " + ", ".join(f"{n} {e:.2e}" for n, e in errors.items()))
+    return rows
+
+
+def tuning(args: argparse.Namespace) -> Rows:
+    found: dict[str, Rows] = {dtype: [] for dtype in DTYPES}
+    for seed in args.seeds:
+        for dtype in DTYPES:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder, "run")
+                config = TuneConfig(seed=seed, cache=Path(folder, "cache"), cache_dtype=dtype, out=out)
+                metrics = tune(config, Console(stderr=True))
+                losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+            found[dtype].append(metrics["tuned"] | {"losses": losses})
+    rows = []
+    for dtype, results in found.items():
+        pairs = list(zip(results, found["fp32"], strict=True))
+        curves = [zip(ours["losses"], exact["losses"], strict=True) for ours, exact in pairs]
+        row: dict[str, Any] = {"dtype": dtype, "seeds": " ".join(map(str, args.seeds))}
+        for key in ("base", "new", "harmonic"):
+            mean = sum(result[key] for result in results) / len(results)
+            differs = [ours[key] - exact[key] for ours, exact in pairs]
+            row |= {key: round(mean, 2), f"{key}_from_fp32": round(sum(differs) / len(differs), 2)}
+            row |= {f"{key}_at_most": round(max(map(abs, differs)), 2)}
+        rows.append(row | {"loss_at_most": f"{max(abs(a - b) / b for curve in curves for a, b in curve):.1e}"})
+        print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    return rows
+
+
+# ---- epoch -----------------------------------------------------------------------------------------------------------
+
+
+def epoch(args: argparse.Namespace) -> Rows:
+    model, tokens, _, _ = random_inputs(args.model, 1, args.classes, args.device)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-6, image_lr=1e-6), momentum=0.9)
+    with tempfile.TemporaryDirectory() as name:
+        random_store(Path(name), args.classes * args.shots, args.dtype)
+        cache = FeatureCache.open(name)
+        loader = cache.loader(args.batch, device=args.device)
+        drop(Path(name))
+        measure.synchronize(args.device)
+        started = time.perf_counter()
+        for batch, labels in track(loader, "an epoch", total=len(loader), transient=True):
+            with autocast(args.device, args.precision):
+                loss = clip(batch, labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        measure.synchronize(args.device)
+        seconds = time.perf_counter() - started
+    waited, steps = loader.seconds_waited, len(loader)
+    print(f"{steps} steps in {seconds:.1f} s, of which {waited:.2f} s waiting: {waited / seconds:.2%}")
+    row = {"model": args.model, "images": len(cache), "B": args.batch, "C": args.classes, "dtype": args.dtype}
+    row |= {"skip_layers": args.skip_layers, "precision": args.precision, "steps": steps, "seconds": round(seconds, 2)}
+    return [row | {"seconds_waited": round(waited, 4), "share": round(waited / seconds, 5)}]
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def texts(args: argparse.Namespace) -> Rows:
+    rows, losses = [], []
+    with tempfile.TemporaryDirectory() as name:
+        ways = {"in memory": None, "into a folder": Path(name), "from a folder": Path(name)}
+        for way, folder in ways.items():
+            ready, step, before, peak, found = in_new_process(steps_of, args, folder)
+            losses.append(found)
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
+            row = {"texts": way, "model": args.model, "B": args.batch, "C": args.classes, "precision": args.precision}
+            row |= {"skip_layers": args.skip_layers, "seconds_ready": round(ready, 2), "step_ms": round(1000 * step, 1)}
+            rows.append(row | {"before_mib": before >> 20, "peak_mib": peak >> 20, "folder_mib": size >> 20})
+            print(
+                f"{way:14} ready in {ready:.1f} s, {1000 * step:.0f} ms a step; {peak >> 20} MiB resident at most, "
+                f"{before >> 20} with the model alone; {size >> 20} MiB on the disk"
+            )
+    if not all(found == losses[0] for found in losses):
+        raise SystemExit(f"the losses differ: {losses}")
+    return rows
+
+
+def steps_of(args: argparse.Namespace, folder: Path | None) -> tuple[float, float, int, int, list[float]]:
+    """Seconds of construction and of a step, resident memory before and at the peak, and the losses."""
+    model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
+    memory = PeakMemory(args.device)
+    before = memory.read()
+    started = time.perf_counter()
+    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers, text_cache=folder)
+    ready = time.perf_counter() - started
+    at_the_cut, losses, seconds = clip.encode_lower(images), [], []
+    for _ in range(args.steps):
+        started = time.perf_counter()
+        with autocast(args.device, args.precision):
+            loss = clip(at_the_cut, labels).loss
+        loss.backward()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    return ready, measure.quantile(seconds, 0.5), before, memory.read(), losses
+
+
+if __name__ == "__main__":
+    main()
