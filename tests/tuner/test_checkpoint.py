@@ -328,7 +328,7 @@ def test_find_names_run_in_progress(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with locked(tmp_path), pytest.raises(InputError) as caught:
         checkpoint.find(tmp_path)
-    assert "a run in progress in this folder (this process, since" in str(caught.value)
+    assert "a run in progress in this folder (this process, for" in str(caught.value)
     assert "overwrite" not in str(caught.value)
     with pytest.raises(InputError, match=r"missing or damaged: .* Restore both from a copy, or .*`overwrite=True`\.$"):
         checkpoint.find(tmp_path)

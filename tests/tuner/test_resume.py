@@ -62,7 +62,7 @@ def test_resume_refuses_state_of_other_weights(run, tmp_path):
 
 BROKEN = {
     "deep": ("[" * 100_000, "nested too deeply"),
-    "list": ("[]", "no mapping"),
+    "list": ("[]", "not a JSON object"),
     "nan": ('{"epochs": NaN}', "NaN is not a finite number"),
     "infinite": ('{"epochs": 1e999}', "1e999 is not a finite number"),
     "empty": ("{}", "status is missing"),

@@ -86,7 +86,7 @@ def test_eval_notes_run_in_progress(run, capsys):
         assert main(["eval", str(folder), "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == metrics["tuned"]
-    assert "note: a run is in progress in this folder (this process, since" in shown.err
+    assert "note: a run is in progress in this folder (this process, for" in shown.err
 
 
 def test_evaluate_run_retries_renamed_weights(run, tmp_path, monkeypatch):
