@@ -357,7 +357,7 @@ def test_forward_bad_inputs():
 @pytest.mark.parametrize(
     ("alter", "error", "message"),
     [
-        (lambda x, y: ((255 * x).to(torch.uint8), y), TypeError, r"images must be floating-point .*got torch.uint8"),
+        (lambda x, y: ((255 * x).to(torch.uint8), y), TypeError, r"images must be floating-point, .*got torch.uint8"),
         (lambda x, y: (torch.full_like(x, torch.nan), y), ValueError, r"NaN or infinity in images \[0, 1, 2\]"),
         (lambda x, y: (x[:0], y[:0]), ValueError, r"at least one image; got \[0, 3, 16, 16\]"),
         (lambda x, y: (x.repeat(1, 1, 2, 2), y), ValueError, r"must be \[B, 3, 16, 16\].*got \[3, 3, 32, 32\]"),
@@ -418,7 +418,7 @@ def test_construction_token_outside_vocabulary(number):
 
 
 def test_construction_under_inference_mode():
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be made under torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be created under torch.inference_mode"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1)
 
 

@@ -408,7 +408,7 @@ def test_verify_wrong_activation(dtype, tower, monkeypatch):
     (model.visual.transformer if tower == "image" else model.transformer).resblocks[2].mlp.gelu = QuickGELU()
     sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
     monkeypatch.setitem(open_clip_towers._ACTIVATIONS, QuickGELU, "gelu")
-    with pytest.raises(RuntimeError, match=f"embeds {'an image' if tower == 'image' else 'texts'} differently"):
+    with pytest.raises(RuntimeError, match=f"embeddings of {'an image' if tower == 'image' else 'texts'} differ"):
         sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
 
 

@@ -98,7 +98,7 @@ def test_load_state_dict_without_sampler_warns():
         (lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(5), skip_layers=1).get_extra_state(), r"prototypes \[5, 12\]"),
         (
             lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(C).flip(0), skip_layers=1).get_extra_state(),
-            "of the same in another order",
+            "of these in another order",
         ),
     ],
     ids=["floats", "dictionary", "damaged", "other_classes", "other_order"],

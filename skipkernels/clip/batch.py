@@ -1,4 +1,4 @@
-"""Checks of a batch. Values are checked on the CPU only: elsewhere that would be a host sync."""
+"""Checks of a batch. Values are checked on the CPU only: on a GPU the check would be a host sync."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def one_batch(x: Any, pixel_values: Any, images: Any) -> Any:
-    """Return the one of three synonymous arguments that was given."""
+    """Return the argument that was given, of three names of one argument."""
     given = [value for value in (x, pixel_values, images) if value is not None]
     if len(given) != 1:
         raise TypeError(
@@ -20,7 +20,7 @@ def one_batch(x: Any, pixel_values: Any, images: Any) -> Any:
 
 
 def check_images(x: Any) -> None:
-    """Raise unless x may be images or features: floating point, not empty, and finite if it is images on the CPU."""
+    """Raise unless x can be images or features: floating point, not empty; images on the CPU must be finite."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"SkipCLIP: x must be a tensor, images [B, 3, height, width] or features at the cut; got "
@@ -28,8 +28,8 @@ def check_images(x: Any) -> None:
         )
     if not x.is_floating_point():
         raise TypeError(
-            f"SkipCLIP: images must be floating-point and normalised as the model's image transform does it; got "
-            f"{x.dtype}. Apply the transform, or (images / 255 − mean) / std."
+            f"SkipCLIP: images must be floating-point, normalised by the model's image transform; got {x.dtype}. "
+            "Apply the transform, or (images / 255 − mean) / std."
         )
     if x.ndim < 3:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_labels(labels: Any, batch_size: int) -> None:
 
 
 def check_label_range(labels: Tensor, classes: int) -> None:
-    """Raise if a label is no class. A host sync on a GPU."""
+    """Raise if a label is outside [0, classes). A host sync on a GPU."""
     low, high = (int(x) for x in torch.aminmax(labels))
     if low < 0 or high >= classes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Images, or their features at the cut, to image embeddings."""
+"""Encoding of images, or of their features at the cut, to image embeddings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ImageEncoder:
         chunk: Largest number of images that run below the cut at once.
 
     Attributes:
-        lower_device: Device of the modules below the cut, if it is not that of the rest.
+        lower_device: Device of the modules below the cut, if it differs from the device above the cut.
         features: Shape [N, W] of one image's features at the cut, and their dtype.
-        weights: The weights below the cut that gave the features.
+        weights: Snapshot of the weights below the cut that computed the features.
         gave_features: True once features at the cut were computed or used.
     """
 
@@ -39,8 +39,11 @@ class ImageEncoder:
 
     def lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
+        lower, x = partial(self.tower.lower, drop_patches=drop_patches), images.to(self.tower.dtype)
         try:
-            return self._lower(images, drop_patches)
+            if self.tower.skip == 0:
+                return lower(x)
+            return LSkipBoundary.apply(lower, x.to(self.lower_device or x.device), self.chunk).to(images.device)
         except RuntimeError as error:
             height, width = self.tower.image_size
             if tuple(images.shape[1:]) == (3, height, width):
@@ -50,13 +53,6 @@ class ImageEncoder:
                 f"{list(images.shape)}. Use the model's image transform."
             ) from error
 
-    def _lower(self, images: Tensor, drop_patches: bool) -> Tensor:
-        lower, device = partial(self.tower.lower, drop_patches=drop_patches), images.device
-        images = images.to(self.tower.dtype)
-        if self.tower.skip == 0:
-            return lower(images)
-        return LSkipBoundary.apply(lower, images.to(self.lower_device or device), self.chunk).to(device)
-
     def encode(self, x: Tensor) -> Tensor:
         """Images or features at the cut to embeddings [B, D], not normalised."""
         if self.are_images(x):
@@ -64,25 +60,21 @@ class ImageEncoder:
         self.gave_features = True
         if self.weights.changed():
             raise RuntimeError(
-                "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so features at the cut from "
-                "before are of another model. Compute them again, then call clip.refresh()."
+                "SkipCLIP: the weights below the cut have changed since SkipCLIP was made, so earlier features "
+                "at the cut do not match the model. Compute them again, then call clip.refresh()."
             )
         return self.tower.upper(x.to(self.features[1]))
 
     def are_images(self, x: Tensor) -> bool:
-        """Return True for images, False for features at the cut.
-
-        Raises:
-            ValueError: If x has the shape of neither, or of features although nothing is skipped.
-        """
+        """Return True for images, False for features at the cut; raise a ValueError for anything else."""
         shape, _ = self.features
-        sample = self.tower.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
-        are_features = x.shape[1:] == shape or sample
+        some_patches = self.tower.patch_dropout is not None and x.ndim == 3 and x.shape[2] == shape[1]
+        are_features = x.shape[1:] == shape or some_patches
         if x.ndim == 4 and x.shape[1] == 3 and not are_features:
             return True
         if self.tower.skip == 0:
             raise ValueError(
-                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be kept; pass images "
+                "SkipCLIP: with skip_layers=0 the embedding trains, so features can't be cached; pass images "
                 f"[B, 3, height, width]; got {list(x.shape)}."
             )
         if not are_features:
@@ -93,20 +85,20 @@ class ImageEncoder:
         return False
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
-        """`lower` of copied modules in evaluation mode that share the weights."""
+        """Return `lower` of copied modules that share the weights and stay in evaluation mode."""
         self.gave_features = True
-        twin = copy.copy(self)
-        twin.tower = sharing_weights(self.tower, self.tower.model)
-        for part in twin.tower.lower_parts:
+        copied = copy.copy(self)
+        copied.tower = sharing_weights(self.tower, self.tower.model)
+        for part in copied.tower.lower_parts:
             if isinstance(part, nn.Module):
                 part.eval()
-        return twin.lower
+        return copied.lower
 
     def accept_weights(self) -> None:
-        """Take the weights below the cut as those of all features that follow."""
+        """Record the present weights below the cut as those of the features."""
         self.weights = WeightSnapshot(self.tower.lower_parts)
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:
-    """Copy the modules of a part of a model, each with its own mode, on the same tensors."""
+    """Copy a part of a model: the modules have their own mode, and share parameters and buffers."""
     return copy.deepcopy(part, {id(x): x for x in (*model.parameters(), *model.buffers())})

@@ -15,7 +15,7 @@ Trainable = Literal["upper", "as_is"]
 
 
 class Settings(NamedTuple):
-    """Arguments of SkipCLIP that `refresh` applies again."""
+    """Arguments of SkipCLIP that construction and `refresh` apply to the towers."""
 
     skip_layers: tuple[int | float, int | float]
     memory: Memory
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     def checked(
         cls, skip_layers: Any, memory: Memory, attention: AttentionName, trainable: Trainable, train_logit_scale: bool
     ) -> Settings:
-        """Create settings after the checks that need no model."""
+        """Return settings, or raise if an argument is invalid for every model."""
         if memory not in get_args(Memory):
             raise ValueError(f'SkipCLIP: memory must be "auto", "fast" or "min"; got {memory!r}.')
         if attention not in get_args(AttentionName):
@@ -40,11 +40,7 @@ class Settings(NamedTuple):
         return cls(pair, memory, attention, trainable, train_logit_scale)
 
     def apply(self, image: ImageTower, text: TextTower) -> None:
-        """Set cut, memory mode and attention backend of the towers.
-
-        Raises:
-            ValueError: If there are fewer blocks than to skip, or the backend is not available.
-        """
+        """Set cut, memory mode and attention backend of the towers; raise a ValueError if a tower can't have them."""
         for tower, name, skip in zip((image, text), ("image", "text"), self.skip_layers, strict=True):
             tower.memory, tower.skip = self.memory, blocks_to_skip(skip, len(tower.blocks), name)
         image.attention_backend = text.attention_backend = SDPA if self.attention == "sdpa" else _xformers(image, text)
@@ -96,7 +92,7 @@ def check_tokens(tokens: Any) -> None:
 
 
 def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
-    """Raise if a token id is outside the embedding of the model."""
+    """Raise if a token id is outside the vocabulary of the model."""
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or (vocabulary is not None and largest >= vocabulary):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""SkipCLIP, the module that users see."""
+"""SkipCLIP: a CLIP with the step of Skip Tuning."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SkipOutput(NamedTuple):
 
     Attributes:
         loss: [], mean cross-entropy over the batch.
-        logits: [B, K]; in training [B, 0] unless asked for.
-        class_ids: [K] int64, ascending, the classes compared. In evaluation all classes, K = C.
+        logits: [B, K]; in training [B, 0] unless `return_logits`.
+        class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
         targets: [B] int64, positions of the labels in `class_ids`.
     """
 
@@ -78,23 +78,24 @@ class SkipCLIP(nn.Module):
         lower_device: Device of parameters and buffers below the cut; by default that of the model.
         train_logit_scale: True also trains the temperature.
         trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
-            "as_is" trains the parameters above the cut with `requires_grad` set: only adapters, norms or biases.
+            "as_is" trains the parameters above the cut that require gradients, such as only adapters, norms or biases.
         chunk: Largest number of samples that run below the cut at once.
         memory: What a block above the cut saves for backward. "fast": all but cheap recomputations, about 10·W values
             per token. "min": only its input, and recomputes the rest. "auto": "fast" while that takes less than half
-            of the free memory. Results are the same. A block that is not fused saves what autograd saves, unless "min".
+            of the free memory. Results are the same. A block that is not fused saves what autograd saves, except with
+            "min".
         attention: Backend of attention. "sdpa": PyTorch, and operators of this package for texts behind a shared prefix
             and for pooled tokens. "xformers": xformers for full and causal attention and behind the prefix, on a GPU
             only.
-        text_cache: Folder for the text features at the cut instead of memory, for very many classes. The first process
-            fills it while others wait. On a GPU each step then has a host sync for the classes drawn.
+        text_cache: Folder that stores the text features at the cut, instead of memory, if there are very many classes.
+            The first process fills it while others wait. On a GPU each step then has a host sync to read class ids.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
 
     Raises:
-        UnsupportedModel: If no tower handles the model, or a module that SkipCLIP does not call has hooks.
+        UnsupportedModel: If the model is not supported, or a module that SkipCLIP does not call has hooks.
         TypeError: If tokens are not a tensor.
         ValueError: If an argument is out of range.
         RuntimeError: If embeddings or gradients differ from those of the model itself.
@@ -115,7 +116,7 @@ class SkipCLIP(nn.Module):
         (torch.Size([]), torch.Size([6]), [3, 3, 3, 3])
     """
 
-    model: Any  # of the caller, with the attributes of its family
+    model: Any  # nn.Module; its attributes depend on its library
     prototypes: Tensor
 
     def __init__(
@@ -142,7 +143,7 @@ class SkipCLIP(nn.Module):
         if chunk < 1:
             raise ValueError(f"SkipCLIP: chunk must be at least 1; got {chunk}.")
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("SkipCLIP: cannot be made under torch.inference_mode(): its tensors could not train.")
+            raise RuntimeError("SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train.")
         self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
         self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
         self.model = model
@@ -169,12 +170,12 @@ class SkipCLIP(nn.Module):
                 parameter.requires_grad_(requires_grad)
             raise
 
-        # Only now: all classes have run on the device of the model.
+        # After the text features of all classes were computed, on the device of the model.
         self._take_over(None if lower_device is None else torch.device(lower_device))
         self.register_load_state_dict_post_hook(_after_load)
 
     def _set_up(self, image: ImageTower, text: TextTower) -> None:
-        """Cut the towers, set which parameters train, and take the snapshot that later calls are compared with."""
+        """Cut the towers, set which parameters train, and take a snapshot of the model to detect later changes."""
         check_vocabulary(self._tokens, text.vocabulary)
         self._settings.apply(image, text)
         refuse_overrides(self.model, containers(self.model, (image, text)))
@@ -184,8 +185,8 @@ class SkipCLIP(nn.Module):
             fused = tower.reductions["fused_block"]
             if tower.can_fuse and not fused.enabled and self._settings.trainable == "upper":
                 warn_caller(
-                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). It runs as your module: "
-                    "the results are the same, time and memory are not."
+                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). Blocks that are "
+                    "not fused run as your modules: the results are the same, with more time and memory."
                 )
 
     # ---- properties --------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class SkipCLIP(nn.Module):
 
     @property
     def reductions(self) -> dict[str, Reduction]:
-        """The exact reductions by name: `enabled`, or the `reason` why not."""
+        """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
         states: dict[str, Reduction] = {}
         for prefix, tower in (("image", self._image), ("text", self._text)):
@@ -282,7 +283,7 @@ class SkipCLIP(nn.Module):
         return SkipOutput(loss, logits, class_ids, targets)
 
     def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
-        """Loss and logits over all classes. Without gradients the class embeddings are computed once."""
+        """Loss and logits over all classes. Without gradients, cached class embeddings are used."""
         class_ids = torch.arange(len(self.prototypes), device=image.device)
         if torch.is_grad_enabled():
             text = self._text_encoder.encode(class_ids)
@@ -349,17 +350,16 @@ class SkipCLIP(nn.Module):
     def class_embeddings(self) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes with the present weights, without gradient.
 
-        They are those of evaluation mode, and computed again only after a change of weights, also one that bypasses
-        autograd.
+        Computed in evaluation mode, and again only after the weights have changed, in whatever way.
         """
         self._check_unaltered()
         return self._text_encoder.class_embeddings()
 
     def classifier(self) -> nn.Module:
-        """Return a plain module, images [B, 3, height, width] to logits [B, C], with the present class embeddings.
+        """Return a plain module from images [B, 3, height, width] to logits [B, C], with the present class embeddings.
 
-        It shares the weights of the image tower, runs in evaluation mode and holds no SkipCLIP, so `torch.export` and
-        ONNX accept it. After further training create it again.
+        It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
+        and ONNX accept it. Create it again after further training.
         """
         self._check_unaltered()
         with torch.no_grad():
@@ -368,7 +368,7 @@ class SkipCLIP(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Logits [B, C] over all classes, in evaluation mode whatever the mode of the model.
+        """Logits [B, C] over all classes, always in evaluation mode.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -388,9 +388,9 @@ class SkipCLIP(nn.Module):
     def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W], constants that may be cached.
 
-        Features of a convolutional tower are maps, as its blocks pass them on. Below the cut all modules run in
-        evaluation mode: no dropout, batch norms use their statistics. `drop_patches` drops patches of a model in
-        training mode if its image tower does that; such features are random, and not to be cached.
+        Features of a convolutional tower are the feature maps between its blocks. Below the cut all modules run in
+        evaluation mode: no dropout, and batch norms use their running statistics. `drop_patches=True` applies the
+        patch dropout of a model in training mode, if it has one; do not cache such features: they are random.
         """
         check_images(images)
         self._check_unaltered(lower_image=True)
@@ -405,10 +405,10 @@ class SkipCLIP(nn.Module):
     def encode_image(self, x: Tensor) -> Tensor:
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
 
-        In training mode patches of images are dropped, if the image tower of the model does that.
+        In training mode the patch dropout of the model, if any, is applied to images.
 
         Raises:
-            ValueError: If x is neither, or is features although nothing is skipped.
+            ValueError: If x has another shape, or is features although nothing is skipped.
         """
         check_images(x)
         self._image_encoder.are_images(x)
@@ -425,7 +425,7 @@ class SkipCLIP(nn.Module):
         return self._image_encoder.lower_copy()
 
     def lower_identity(self, tower: Literal["image", "text"]) -> dict[str, str | int]:
-        """Return by name everything that the features of a tower at the cut depend on, such as digests of weights."""
+        """Return everything that determines the features of a tower at the cut, by name, such as digests of weights."""
         if tower == "image":
             self._image_encoder.accept_weights()
         return (self._image if tower == "image" else self._text).lower_identity()
@@ -433,10 +433,10 @@ class SkipCLIP(nn.Module):
     # ---- changes to the model ----------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Read the model again after it was altered on purpose, or after features at the cut were computed again.
+        """Read the model again, after a deliberate change to it or after computing features at the cut again.
 
-        Every check of the construction is repeated and `requires_grad` is set again. Prototypes and sampler stay. An
-        optimizer that holds replaced parameters must be created again.
+        Repeats every check of the construction and sets `requires_grad` again; keeps prototypes and sampler. Create the
+        optimizer again if it holds replaced parameters.
         """
         device = self.prototypes.device
         image, text = build_towers(self.model, self._tokens.to(device).long())
@@ -448,7 +448,7 @@ class SkipCLIP(nn.Module):
         self._take_over(self._image_encoder.lower_device)
 
     def _take_over(self, lower_device: torch.device | None) -> None:
-        """Move the modules below the cut, accept their weights, and end other SkipCLIPs on the model."""
+        """Move the modules below the cut, accept their weights, and supersede other SkipCLIPs on the model."""
         if lower_device is not None:
             for encoder in (self._image_encoder, self._text_encoder):
                 encoder.lower_device = lower_device
@@ -459,10 +459,9 @@ class SkipCLIP(nn.Module):
     def check_weights(self) -> None:
         """Compare the weights below the cut by content with those that gave the features at the cut.
 
-        Each step compares identities and versions only, which a change through `.data` or `numpy()` leaves as they are.
-        This is called at each switch between training and evaluation mode, and by `skipkernels tune` in each epoch.
-        Text features are computed again after a change; image features are the caller's, and a later call with them is
-        an error.
+        Each step compares only identities and versions, which do not show a change through `.data` or `numpy()`. This
+        is called at each switch between training and evaluation mode, and by `skipkernels tune` in each epoch. After a
+        change, text features are computed again, and calls with image features computed before raise an error.
 
         Raises:
             RuntimeError: If a parameter below the cut is set to train.
@@ -479,11 +478,7 @@ class SkipCLIP(nn.Module):
             )
 
     def _check_unaltered(self, *, lower_image: bool = False) -> None:
-        """Raise if the model was altered since it was read.
-
-        Raises:
-            RuntimeError: If it was, or if another SkipCLIP has changed which parameters train.
-        """
+        """Raise a RuntimeError if the model was altered, or another SkipCLIP changed which parameters train."""
         if self._trained.superseded:
             raise RuntimeError(
                 "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
@@ -508,7 +503,7 @@ class SkipCLIP(nn.Module):
             self._text_encoder.apply(lambda x: x.to(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkipCLIP:
-        """Convert or move everything, tensors of the towers included; prototypes stay in fp32 at least."""
+        """Convert or move everything, including tensors of the towers; prototypes stay at least fp32."""
         before, encoder = self.prototypes, self._image_encoder
         dtype, stale = encoder.tower.dtype, encoder.weights.changed()
         super()._apply(fn, recurse)
@@ -528,7 +523,7 @@ class SkipCLIP(nn.Module):
     # ---- state -------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Return the state of the sampler and the prototypes as one uint8 tensor, which holds a safetensors file."""
+        """Return the state of the sampler and the prototypes as a uint8 tensor: the bytes of a safetensors file."""
         return pack_state(self.prototypes, self._tokens, self.sampler.tensors())
 
     def set_extra_state(self, state: Any) -> None:
@@ -550,18 +545,18 @@ class SkipCLIP(nn.Module):
             missing.remove(key)
             warn_caller(
                 "SkipCLIP: the state dict has no sampler and no prototypes (it was saved by an older version, or is "
-                "the model's own); the draws continue from where they are."
+                "the model's own); the sampler keeps its present state."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_snapshot": None}  # of the modules of this process
+        return super().__getstate__() | {"_snapshot": None}  # it refers to modules of this process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trained.register(self.model)  # the model of a copy is another one
+        self._trained.register(self.model)  # a copy has its own model
 
 
 def _after_load(clip: SkipCLIP, keys: Any) -> None:
-    """Take the loaded weights below the cut as those of all features, unless the former ones gave some."""
+    """Accept the loaded weights below the cut, unless features of other weights are in use."""
     if not clip._image_encoder.gave_features:
         clip._image_encoder.accept_weights()

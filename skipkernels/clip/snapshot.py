@@ -9,7 +9,7 @@ from ..towers.structure import Structure, containers, fused_modules, refuse_over
 
 
 class Snapshot:
-    """The modules that SkipCLIP reads and does not call: containers and fused blocks."""
+    """Snapshot of the modules that SkipCLIP reads but does not call: containers and fused blocks."""
 
     def __init__(self, model: nn.Module, image: ImageTower, text: TextTower):
         around = containers(model, (image, text))
@@ -19,29 +19,25 @@ class Snapshot:
         self._lower_image = Structure(fused_modules(image, range(image.skip)))
 
     def is_unchanged(self, *, lower_image: bool) -> bool:
-        """Return True if nothing has changed; image blocks below the cut are compared if asked for.
+        """Return True if nothing has changed; `lower_image` includes the image blocks below the cut.
 
         Raises:
-            RuntimeError: If a class of the modules has another method.
+            RuntimeError: If a method of a module's class was replaced.
         """
         parts = (self._step, self._lower_image)[: 1 + lower_image]
         if all(part.is_unchanged() for part in parts):
             return True
         if any(part.replaced_method() for part in parts):
             raise RuntimeError(
-                "SkipCLIP: a class of the model's modules was altered after SkipCLIP was made: its forward() is "
-                "another function, and SkipCLIP does not call it. Undo that, or call clip.refresh() to compare "
-                "with the model again."
+                "SkipCLIP: a class of the model's modules was altered after SkipCLIP was made: its forward() was "
+                "replaced, and SkipCLIP does not call it. Undo that, or call clip.refresh() to compare with the model "
+                "again."
             )
         return False
 
 
 def refuse_alterations(model: nn.Module, tokens: Tensor, image: ImageTower, text: TextTower) -> None:
-    """Compare the towers with those that the model would give now.
-
-    Raises:
-        RuntimeError: If they differ.
-    """
+    """Raise a RuntimeError if towers read from the model now would differ from these."""
     try:
         refuse_overrides(model, containers(model, (image, text)))
         fresh = build_towers(model, tokens.long())
@@ -51,10 +47,10 @@ def refuse_alterations(model: nn.Module, tokens: Tensor, image: ImageTower, text
         was, now = old.summary(), new.summary()
         for part in was:
             if was[part] != now[part]:
-                found = now[part] if isinstance(now[part], list) else []
-                reason = next((x for x in found if isinstance(x, str)), "")
+                values = now[part] if isinstance(now[part], list) else []
+                reason = next((f" ({value})" for value in values if isinstance(value, str)), "")
                 raise RuntimeError(
-                    f"SkipCLIP: the {name} tower was altered after SkipCLIP was made: {part} changed"
-                    f"{f' ({reason})' if reason else ''}. Undo that, or call clip.refresh() to read the model "
-                    "again, and create the optimizer again if parameters were replaced."
+                    f"SkipCLIP: the {name} tower was altered after SkipCLIP was made: {part} changed{reason}. Undo "
+                    "that, or call clip.refresh() to read the model again, and create the optimizer again if "
+                    "parameters were replaced."
                 )

@@ -1,4 +1,4 @@
-"""The extra state of SkipCLIP in a state dict: one uint8 tensor, which holds a safetensors file."""
+"""Extra state of SkipCLIP in a state dict: a uint8 tensor with the bytes of a safetensors file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FORMAT = "1"
 
 
 def pack_state(prototypes: Tensor, tokens: Tensor, sampler: dict[str, Tensor]) -> Tensor:
-    """Return prototypes, a digest of the tokens, and the state of the sampler as uint8 [n]."""
+    """Pack prototypes, a digest of the tokens, and the state of the sampler into uint8 [n]."""
     tensors = {"prototypes": prototypes.cpu(), "prompts": _digest(tokens)} | sampler
     data = safetensors.torch.save(tensors, metadata={"format": _FORMAT})
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -24,7 +24,7 @@ def unpack_state(state: Any, prototypes: Tensor, tokens: Tensor) -> tuple[Tensor
     """Return prototypes and the state of the sampler.
 
     Raises:
-        ValueError: If it is damaged, or differs in the prompts, the number of classes or the width.
+        ValueError: If the state is damaged, or differs in the prompts, the number of classes or the width.
     """
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
         raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
@@ -40,7 +40,7 @@ def unpack_state(state: Any, prototypes: Tensor, tokens: Tensor) -> tuple[Tensor
         )
     if prompts is not None and not prompts.equal(_digest(tokens)):
         raise ValueError(
-            "SkipCLIP: the extra state has the prototypes of other prompts, or of the same in another order. Load "
+            "SkipCLIP: the extra state has the prototypes of other prompts, or of these in another order. Load "
             "it into a SkipCLIP with the same prompts, or load the weights alone into clip.model."
         )
     return loaded, tensors

@@ -10,15 +10,15 @@ from ..checks import warn_caller
 from ..towers import ImageTower, TextTower, UnsupportedModel
 from .settings import Settings
 
-_ADAPTERS = ("peft", "loralib", "adapters")  # packages with modules that hold trainable weights beside the model's own
-_frozen: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # by a SkipCLIP, by identity
+_ADAPTERS = ("peft", "loralib", "adapters")  # packages of adapter modules, with weights beside the model's own
+_frozen: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # ids that a SkipCLIP froze
 
 
 def set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings: Settings) -> None:
     """Set `requires_grad` of every parameter of the model.
 
     Raises:
-        UnsupportedModel: If a parameter is on both sides of the cut, or `trainable="upper"` meets an adapter.
+        UnsupportedModel: If a parameter is on both sides of the cut, or the model has adapters and `trainable="upper"`.
     """
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
     upper = {id(parameter): parameter for tower in (image, text) for parameter in tower.upper_parameters()}
@@ -27,8 +27,8 @@ def set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings
     for key in upper:
         if key in lower:
             raise UnsupportedModel(
-                f"SkipCLIP: parameter {names[key]} is used on both sides of the cut, so it would change what is "
-                "cached. Untie it, or use skip_layers=0."
+                f"SkipCLIP: parameter {names[key]} is used on both sides of the cut, so training it would change "
+                "cached features. Untie it, or use skip_layers=0."
             )
     if settings.trainable == "upper":
         adapter = next((name for name, module in model.named_modules() if _is_adapter(module)), None)
@@ -41,16 +41,15 @@ def set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings
         if frozen:
             warn_caller(
                 f'SkipCLIP: trainable="upper" sets requires_grad of {len(frozen)} parameters above the cut that '
-                f"were frozen ({_numbers(frozen)}). "
-                'Pass trainable="as_is" to leave them frozen.'
+                f'were frozen ({_numbers(frozen)}). Pass trainable="as_is" to leave them frozen.'
             )
     else:
         below = [p for p in model.parameters() if id(p) in lower and p.requires_grad]
         if below and any(not p.requires_grad for p in model.parameters()):
             warn_caller(
-                f"SkipCLIP: {len(below)} trainable parameters below the cut are frozen "
-                f"({_numbers(below)}), {names[id(below[0])]} among them: features at the "
-                "cut are constants. Put adapters above the cut, or lower skip_layers."
+                f"SkipCLIP: {len(below)} trainable parameters below the cut are frozen ({_numbers(below)}), "
+                f"{names[id(below[0])]} among them: features at the cut are constants. Put adapters above the cut, or "
+                "lower skip_layers."
             )
     # Other parameters are frozen too: a bias of all logits, which a softmax cancels, and the decoder of CoCa.
     frozen_here |= {id(p) for p in model.parameters() if p.requires_grad and id(p) not in upper}
@@ -80,17 +79,16 @@ class TrainedParameters:
     _ids: frozenset[int] = frozenset()
 
     def register(self, model: nn.Module) -> None:
-        """Take the parameters of a model that train now."""
+        """Record the parameters of a model that train now."""
         self._ids = frozenset(id(p) for p in model.parameters() if p.requires_grad)
         _on_model.setdefault(model, weakref.WeakSet()).add(self)
 
     def supersede_others(self, model: nn.Module) -> None:
-        """Register, and mark every earlier one on the model that differs."""
+        """Register, and mark every earlier SkipCLIP on the model that trains other parameters as superseded."""
         self.superseded = False
         self.register(model)
         for other in _on_model[model]:
             other.superseded = other.superseded or other._ids != self._ids
 
 
-# A later SkipCLIP may freeze or train parameters on which an earlier one relies.
 _on_model: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TrainedParameters]] = weakref.WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Comparison of both encoders with the model itself, when SkipCLIP is made or refreshed."""
+"""Comparison of both encoders with the model itself, at construction and `refresh`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from .text_encoder import TextEncoder
 
 
 def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEncoder, tokens: Tensor) -> None:
-    """Compare embeddings and gradients with those of the model, in evaluation and in training mode.
+    """Compare embeddings and gradients of a random image and a few classes with those of the model.
 
-    Sets `image_encoder.features`.
-
-    Args:
-        model: The model.
-        image_encoder: Compared on a random image.
-        text_encoder: Compared on a few classes.
-        tokens: [C, L], the prompts before cropping.
+    In evaluation and in training mode. Sets `image_encoder.features`. `tokens` [C, L] are the prompts before cropping.
 
     Raises:
         RuntimeError: If they differ.
@@ -32,7 +26,7 @@ def verify(model: nn.Module, image_encoder: ImageEncoder, text_encoder: TextEnco
     image = torch.randn(1, 3, *image_tower.image_size, generator=generator).to(device, image_tower.dtype)
     tokens = tokens.to(device).long()[class_ids]
     text_parameters = list(text_tower.upper_parameters())
-    # Kept features are rounded to half precision, which the model's own are not in this comparison.
+    # Cached features are rounded to half precision, unlike those of the model in this comparison.
     half = any(torch.finfo(parameter.dtype).bits < 32 for parameter in text_parameters)
     encode_texts = text_encoder.encode_uncached if half else text_encoder.encode
 

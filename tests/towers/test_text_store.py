@@ -135,13 +135,13 @@ def test_text_store_late_lower_hook_raises(tmp_path):
     clip.model.ln_final.register_forward_hook(lambda module, args, out: out)  # above the cut: the module is called
     step(clip)
     note = clip.model.token_embedding.register_forward_hook(lambda module, args, out: None)
-    with pytest.raises(RuntimeError, match="which the features of text_cache are without"):
+    with pytest.raises(RuntimeError, match="has other hooks or settings than when the features of text_cache"):
         step(clip)
     clip.refresh()
     step(clip)
     note.remove()
     clip.model.token_embedding.register_forward_hook(lambda module, args, out: 1.3 * out)
-    with pytest.raises(RuntimeError, match="embeds texts differently"):
+    with pytest.raises(RuntimeError, match="embeddings of texts differ"):
         clip.refresh()
 
 
