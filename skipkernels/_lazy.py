@@ -1,4 +1,4 @@
-"""Packages that import their public names at first use."""
+"""Lazy import of the public names of a package, at first use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     """Return the `__getattr__` of a package.
 
     Args:
-        package: Its `__name__`.
-        modules: Module in the package that defines each public name.
+        package: `__name__` of the package.
+        modules: For each public name, the module in the package that defines it.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Progress bars of library code, on stderr: rich's if it is installed, else none."""
+"""Progress bars of library code, on stderr; none if rich is not installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def message(text: str) -> None:
 
 
 class NoProgress:
-    """The part of rich.progress.Progress that library code uses, without output."""
+    """Replacement of rich.progress.Progress without output, with the methods that library code uses."""
 
     def __enter__(self) -> NoProgress:
         return self
@@ -38,10 +38,10 @@ class NoProgress:
 
 
 def progress(*columns: str, **how: Any) -> Any:
-    """Return a progress display on stderr, or a NoProgress without rich.
+    """Return a progress display on stderr, or a NoProgress if rich is not installed.
 
     Args:
-        columns: Columns behind the bar: names of column classes in rich.progress, or the format of a text column.
+        columns: Columns after the bar: names of column classes in rich.progress, or formats of text columns.
         how: Options of rich.progress.Progress.
     """
     try:

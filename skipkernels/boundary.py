@@ -1,7 +1,7 @@
 """LSkip: the cut in each tower. Blocks below it are frozen, and their output is a constant.
 
-They run without autograd, a bounded number of samples at a time. The first block above the cut computes no gradient of
-its input, and backward stops there.
+Blocks below the cut run without autograd, a bounded number of samples at a time. Backward stops at the first block
+above the cut, which computes no gradient of its input.
 Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 

@@ -9,16 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FEATURE_DTYPES",
-    "check_alike",
-    "check_device",
-    "check_dtype",
-    "check_one_dtype",
-    "check_shape",
-    "warn_caller",
-]
-
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -65,20 +55,17 @@ def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[t
 
 
 def check_one_dtype(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Raise a TypeError unless two tensors have one dtype, or autocast will cast them to one."""
+    """Raise a TypeError unless two tensors have the same dtype, or autocast will cast them to the same dtype."""
     name, other = like
-    dtypes, remedy = [other.dtype], f"Convert one of them: {name} is in another."
-    if tensor.dtype != other.dtype and other.dtype != torch.float64 and _autocasts(other.device.type):
-        dtypes = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
-    check_dtype(function, argument, tensor, dtypes, remedy)
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    dtypes, kind = [other.dtype], other.device.type
+    if tensor.dtype != other.dtype and other.dtype != torch.float64:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtypes = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
+    check_dtype(function, argument, tensor, dtypes, f"Convert one of {argument} and {name}.")
 
 
 def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Raise a ValueError unless two tensors are on one device."""
+    """Raise a ValueError unless two tensors are on the same device."""
     name, other = like
     if tensor.device != other.device:
         raise ValueError(
@@ -88,7 +75,7 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
 
 
 def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Raise unless two tensors agree in shape, device, and dtype or what autocast makes of it."""
+    """Raise unless two tensors have the same shape, device and dtype (see `check_one_dtype`)."""
     name, other = like
     if tensor.shape != other.shape:
         raise ValueError(

@@ -9,7 +9,7 @@ class ImageClassifier(nn.Module):
     """Images [B, 3, height, width] to logits [B, C] over fixed class embeddings: scale · cos(image, class).
 
     Args:
-        encoder: Module from images to embeddings [B, D], or to a tuple that begins with them.
+        encoder: Module that returns embeddings [B, D] of images, or a tuple with the embeddings first.
         class_embeddings: [C, D], unit norm.
         scale: [], the exponential of `logit_scale`.
     """

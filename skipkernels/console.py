@@ -1,4 +1,4 @@
-"""Terminal output: strings are shown literally, and write errors do not end a run."""
+"""Terminal output: strings are printed literally, and write errors do not stop a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SPELLED = str.maketrans({"–": "-", "×": "x", "±": "+/-", "→": "->", "…"
 
 
 def plain(text: object, style: str = "") -> Text:
-    """Return a rich text without markup, emoji codes and highlighting, `escaped`."""
+    """Return `escaped` text as a rich text, without markup, emoji codes and highlighting."""
     return Text(escaped(text), style)
 
 
 class Terminal(Console):
-    """A rich console that shows every string like `plain`, except that line breaks remain.
+    """Rich console that shows every string like `plain`, but keeps line breaks.
 
-    Write errors are stored in `output.error` and not raised.
+    Write errors are not raised but stored in `output.error`.
     """
 
     def __init__(self, file: IO[str] | None, **options: Any):
@@ -41,7 +41,7 @@ class Terminal(Console):
 
 
 def stderr() -> Terminal:
-    """Return a console on the present `sys.stderr`."""
+    """Return a console on the current `sys.stderr`."""
     return Terminal(sys.stderr)
 
 
@@ -52,10 +52,7 @@ def progress(*columns: ProgressColumn, console: Console, **options: Any) -> Prog
 
 
 class Output:
-    """A text stream that writes nothing after its first error, and spells out characters that its encoding lacks.
-
-    Args:
-        file: The stream.
+    """Text stream that writes nothing after its first error, and replaces characters that its encoding lacks.
 
     Attributes:
         error: The first error, or None.
@@ -69,7 +66,7 @@ class Output:
 
     @classmethod
     def over(cls, file: IO[str] | None) -> Any:
-        """Wrap a stream, or the one below a live view of rich. None, a closed stream, discards all output."""
+        """Wrap a stream, or the stream under a live display of rich; None discards all output."""
         file = getattr(file, "rich_proxied_file", file)
         return file if isinstance(file, Output) else cls(io.StringIO() if file is None else file)
 
@@ -105,12 +102,12 @@ class Output:
 
     @property
     def unread(self) -> bool:
-        """True if the reader is gone: a pipe to a process that has ended, or a closed terminal."""
+        """True if nothing reads the stream: a pipe to a process that has ended, or a closed terminal."""
         gone = (errno.EPIPE, errno.EIO) if self._is_terminal else (errno.EPIPE,)
         return isinstance(self.error, OSError) and self.error.errno in gone
 
     def release(self) -> None:
-        """Flush at the end of a process, and discard what cannot be written: Python would retry and print an error."""
+        """Flush at the end of a process. Discard what cannot be written: Python would retry and print an error."""
         self.flush()
         if self.error is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -121,7 +118,7 @@ class Output:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[tuple[Terminal, Terminal]]:
-    """Yield consoles on stdout and stderr. Meanwhile everything printed on these goes through an `Output`."""
+    """Yield consoles on stdout and stderr, and send everything printed on these through an `Output`."""
     out, err = Terminal(sys.stdout), Terminal(sys.stderr)
     with contextlib.redirect_stdout(out.file), contextlib.redirect_stderr(err.file):
         try:
@@ -133,7 +130,7 @@ def standard_streams() -> Iterator[tuple[Terminal, Terminal]]:
 
 @contextlib.contextmanager
 def ignore_write_errors(console: Console) -> Iterator[None]:
-    """Do not raise write errors of a console, so that a run continues after its terminal was closed."""
+    """Ignore write errors of a console, so that a run continues after its terminal was closed."""
     file = console._file  # not `console.file`: None means that the console follows sys.stdout or sys.stderr
     console.file = Output.over(console.file)
     try:

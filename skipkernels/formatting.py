@@ -1,4 +1,4 @@
-"""Text of messages: unprintable characters and sizes in bytes."""
+"""Formatting of messages: unprintable characters, and sizes in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FusedSGD: SGD that updates weights inside backward, so that the gradients of the model are never all in memory."""
+"""FusedSGD: SGD that updates weights inside backward, so that only a few gradients are in memory at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from . import functional
 from .checks import FEATURE_DTYPES, check_dtype
 
-__all__ = ["FusedSGD"]
-
 # Options that torch.optim.SGD reads from its groups, so that it loads a state dict of FusedSGD.
 _TORCH_OPTIONS = {
     "dampening": 0,
@@ -33,23 +31,23 @@ _TORCH_OPTIONS = {
 
 
 class FusedSGD(torch.optim.Optimizer):
-    """SGD with momentum that updates each weight inside backward, once its gradient is complete, and frees that.
+    """SGD with momentum that updates each weight inside backward, as soon as its gradient is complete.
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
     The update and the defaults are those of `torch.optim.SGD`, in one pass over memory (`functional.sgd_momentum_`).
-    A gradient is in memory from its node of backward to its update: gradients of a block, not of the model. The
-    training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (a weight
-    frozen at construction, a gradient set by hand) and begins the next step. Options of a group are read at each
-    update, so learning-rate schedulers work. State dicts load into `torch.optim.SGD` and from it. Keep a reference to
-    the optimizer: its hooks are removed with it.
+    Memory holds the gradients of about one block, not of the model. The training loop is unchanged: `step()` after each
+    backward updates the weights that still have a gradient (a weight frozen at construction, a gradient set by hand)
+    and begins the next step. Options of a group are read at each update, so learning-rate schedulers work. State dicts
+    are interchangeable with those of `torch.optim.SGD`. Keep a reference to the optimizer: its hooks are removed with
+    it.
 
     Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
     before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_` (after backward it finds no
-    gradient and clips nothing, without an error), `DistributedDataParallel` (updates in backward are refused in a
-    process group of several members), a weight shared by checkpoints with `use_reentrant=True`. A second gradient of a
-    weight before `step()` is an error, as is a second backward through a graph that needs the old value of a weight. A
-    backward that raises leaves some weights updated and others not.
+    gradient and clips nothing, without an error), `DistributedDataParallel` (updates in backward raise an error in a
+    process group of several ranks), a weight shared by checkpoints with `use_reentrant=True`. A second gradient of a
+    weight before `step()` is an error, as is a second backward through a graph that needs the old value of a weight. If
+    backward raises an error, some weights are updated and others are not.
 
     Args:
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
@@ -68,8 +66,8 @@ class FusedSGD(torch.optim.Optimizer):
     Raises:
         TypeError: If the dtype of a weight is not supported; in backward, if a gradient is sparse.
         ValueError: If an option is out of range, or one of `torch.optim.SGD` that is not supported.
-        RuntimeError: In backward, at a second gradient before `step()` or one that another optimizer has consumed; in
-            backward and at construction, for updates in backward in a process group of several members.
+        RuntimeError: In backward, for a second gradient before `step()` or a gradient that another optimizer has
+            consumed; in backward and at construction, for updates in backward in a process group of several ranks.
 
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
     arXiv 2306.09782, for updates inside backward.
@@ -164,7 +162,7 @@ class FusedSGD(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], number: int, weights: list[Any]) -> None:
-        """Update some weights of a group by one call; `number` is the index of the first in the optimizer."""
+        """Update weights of a group by one call; `number` is the index of the first one in the optimizer."""
         functional.sgd_momentum_(
             weights,
             [weight.grad for weight in weights],
@@ -184,7 +182,7 @@ class FusedSGD(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     def close(self) -> None:
-        """Remove the hooks: from now on gradients remain for `step()` or another optimizer."""
+        """Remove the hooks: later gradients remain for `step()` or another optimizer."""
         self._in_backward = False
         self._remove_hooks()
 
@@ -201,11 +199,11 @@ class FusedSGD(torch.optim.Optimizer):
 
 
 def _refuse_several_processes() -> None:
-    """Refuse a process group of several members: weights would be updated before gradients are averaged."""
+    """Refuse a process group of several ranks: weights would be updated before gradients are averaged."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
-            "FusedSGD: in_backward must be False in a process group of several members; got True in one of "
+            "FusedSGD: in_backward must be False in a process group of several ranks; got True in one of "
             f"{distributed.get_world_size()}. Backward consumes gradients before they are averaged: the weights of the "
             "ranks would diverge. Use in_backward=False."
         )
@@ -235,5 +233,5 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 
 def _random_bits(*numbers: int) -> int:
-    """Return 64 bits that depend on the numbers and on nothing else."""
+    """Return 64 random bits, determined by the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

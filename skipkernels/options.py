@@ -1,4 +1,4 @@
-"""Types of string options. Imports nothing, so that the command line can list choices without importing torch."""
+"""Types of string options. Imports nothing, so that the command line lists choices without importing torch."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Classes are ranked by their score for the batch. The first m are always kept. Rank m + j of the tail is kept with
 probability q_j, which falls exponentially from 1 to 0. The published policy draws each rank of the tail independently,
-once per run. The default policy draws in each step by systematic sampling: each rank has its probability, and the
-number K of kept classes is the same in every step.
+once per run. The default policy draws in each step by systematic sampling, so that the number K of kept classes is the
+same in every step.
 Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
@@ -102,7 +102,7 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
 
 @dataclass
 class RankSampler:
-    """Draw the ranks [K] that are kept in a step, by one of two policies.
+    """Sampler of the ranks [K] that are kept in a step, by one of two policies.
 
     Args:
         keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class.
@@ -181,7 +181,7 @@ class RankSampler:
         return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)])
 
     def state_dict(self) -> dict[str, Tensor | int | None]:
-        """Return the state that continues the draws of a run."""
+        """Return the state of the draws, for `load_state_dict`."""
         assert self.generator is not None
         return {"generator": self.generator.get_state(), "fixed": self._fixed, "min_keep": self._min_keep}
 
@@ -200,7 +200,7 @@ class RankSampler:
         """Continue from the result of `tensors`.
 
         Raises:
-            ValueError: If it is not the state of such a generator.
+            ValueError: If the tensors are not the state of a generator on this device.
         """
         assert self.generator is not None
         try:
@@ -213,8 +213,8 @@ class RankSampler:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be pickled, so its device and state are. The state as bytes: a spawned process would open
-        # the shared memory of a tensor after this process has freed it.
+        # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
+        # process would open the shared memory of a tensor after this process has freed it.
         assert self.generator is not None
         return vars(self) | {"generator": (self.generator.device, self.generator.get_state().numpy().tobytes())}
 
@@ -226,7 +226,7 @@ class RankSampler:
 
 
 def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
-    """Return the classes at the given ranks by descending score, with every label before all other classes.
+    """Return the classes at the given ranks, ordered by descending score with all labels first.
 
     Args:
         scores: [C], any floating dtype. NaN ranks last.

@@ -91,7 +91,7 @@ LAYER_NORM = [
     ({"weight": torch.ones(W).long()}, TypeError, r"weight must be float32, .* got torch.int64. Use weight.float"),
     ({"weight": torch.randn(W, device="meta")}, ValueError, r"weight must be on cpu, where x is; got meta"),
     ({"bias": torch.randn(7)}, ValueError, r"bias must be \[16\], the shape of weight; got \[7\]"),
-    ({"bias": torch.randn(W).double()}, TypeError, r"bias must be float32; got torch.float64. Convert one of them"),
+    ({"bias": torch.randn(W).double()}, TypeError, r"bias must be float32; got torch.float64. Convert one of bias and"),
 ]
 
 

@@ -371,7 +371,7 @@ def test_backward_in_several_processes(two_members):
     net = Net()
     early = sk.FusedSGD(net.groups(), **HYPER)
     two_members()
-    message = r"FusedSGD: in_backward must be False in a process group of several members; got True in one of 2\."
+    message = r"FusedSGD: in_backward must be False in a process group of several ranks; got True in one of 2\."
     with pytest.raises(RuntimeError, match=message):
         net.loss(0).backward()
     early.close()
