@@ -1,6 +1,6 @@
 """Storage of rows of numbers in a folder: crash-safe writing, checksums, and memory-mapped reading.
 
-docs/cache.md specifies the format. The store does not depend on what the rows are.
+docs/cache.md specifies the format.
 """
 
 from .atomic import partial_of, replace_file, replace_text

@@ -1,4 +1,4 @@
-"""Digests: XXH3 with 128 bits. Detects damage and changes at memory speed; not secure against forgery."""
+"""Digests by XXH3, which detect damage and changes at memory speed; not secure against forgery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """Digest of a tree of JSON values; the order of keys does not matter.
+    """Digest of a JSON value, independent of the order of keys.
 
     >>> digest_json({"a": 1, "b": [2]}) == digest_json({"b": [2], "a": 1})
     True
@@ -45,7 +45,7 @@ def digest_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def digests(tensors: Iterable[Tensor]) -> list[int]:
-    """64-bit digest of each tensor: depends on every element, its sign and its position; computed on its device.
+    """64-bit digest of each tensor, computed on its device; depends on the bits and the position of every element.
 
     >>> a, b = digests([torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])])
     >>> a == b

@@ -1,4 +1,4 @@
-"""The lock of a store's folder: one builder at a time."""
+"""Lock of a folder, for one writing process at a time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def locked(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Ite
 
     Args:
         folder: The folder.
-        on_wait: Called with a description of the holder, which is then waited for; None: a held lock is an error.
+        on_wait: Called with a description of the process that holds the lock, before waiting for it. Default None: do
+            not wait.
 
     Raises:
-        StoreError: If another process holds it; says which one, and since when.
+        StoreError: If another process holds the lock; the message describes it.
     """
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False)  # another thread may release it
     try:
@@ -72,7 +73,7 @@ def _missing_locks_as_errors(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Describe the process that holds the lock of a folder; None if it is free. Nothing is written."""
+    """Describe the process that holds the lock of a folder; None if it is free. Writes nothing."""
     if not (folder / OWNER).exists():
         return None
     try:

@@ -1,7 +1,7 @@
-"""The manifest of a store: layout of its rows, fingerprint of what they depend on, and list of complete shards.
+"""Manifest of a store: layout of its rows, fingerprint of their inputs, and list of complete shards.
 
-A manifest is JSON with its own digest, and every value is checked when it is read. It names no files: shard 7 is always
-`00007.safetensors`.
+A manifest is JSON with its own digest, and every value is checked when it is read. File names follow from the number:
+shard 7 is `00007.safetensors`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _MAX_DEPTH = 16  # levels of notes
 
 
 class StoreError(ValueError):
-    """A store that cannot be used. The message names the file, the fault and the remedy."""
+    """Error for a store that cannot be used. The message names the file, the fault and the remedy."""
 
 
 class DifferentStore(StoreError):
-    """A store of other rows than expected.
+    """Error for a store with other rows than expected.
 
     Attributes:
         difference: First entry that differs, with both values.
@@ -61,10 +61,10 @@ def file_errors(path: Path, remedy: str) -> Iterator[None]:
 
 
 def absolute_folder(folder: Path) -> Path:
-    """Return the absolute path of a folder, so that changing the working folder of the process has no effect.
+    """Return the absolute path of a folder, so that a later change of the working directory has no effect.
 
     Raises:
-        StoreError: If it is not UTF-8: safetensors cannot open such a path.
+        StoreError: If the path is not UTF-8; safetensors could not open it.
     """
     with file_errors(folder, "Pass an absolute path."):
         folder = folder.absolute()
@@ -77,12 +77,12 @@ def absolute_folder(folder: Path) -> Path:
 
 
 class LostManifest(StoreError):
-    """A damaged or missing manifest: the contents of the shards are unknown."""
+    """Error for a damaged or missing manifest: the contents of the shards are unknown."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of the rows of a store, and fingerprint of what they depend on.
+    """Layout of the rows of a store, and fingerprint of their inputs.
 
     Attributes:
         rows: Number of rows.
@@ -91,8 +91,8 @@ class Layout:
         computed: Dtype of rows before they are stored and after they are read, a key of `COMPUTED`.
         shard_rows: Rows per shard; the last shard may have fewer.
         labelled: True if each row has a label.
-        fingerprint: Numbers and strings that the rows depend on, by name; compared when a store is resumed.
-        notes: Further JSON values, not compared.
+        fingerprint: Inputs of the rows: numbers and strings by name, compared when a store is resumed.
+        notes: Other JSON values, not compared.
     """
 
     rows: int
@@ -130,17 +130,13 @@ class Layout:
         """Attributes by name. Unlike `dataclasses.asdict`, this copies no notes."""
         return {name: getattr(self, name) for name in Layout.__dataclass_fields__}
 
-    @functools.cached_property  # it is needed each time a shard is mapped
+    @functools.cached_property  # used each time a shard is mapped
     def digest(self) -> str:
         """Digest of everything except the notes."""
         return digest_json({**self.values(), "notes": None, "format": FORMAT})
 
     def check_manifest(self, folder: Path) -> None:
-        """Refuse a store with a manifest that would be too large to read.
-
-        Raises:
-            StoreError: If its complete manifest would exceed the limit.
-        """
+        """Raise a StoreError if the complete manifest of this layout would be too large to read."""
         empty = Manifest(replace(self, shard_rows=self.rows), (Shard(_MAX_SIZE - 1, "0" * 32),)).text()
         size = len(empty) + (self.shards - 1) * _SHARD_TEXT
         if size > _MAX_BYTES:
@@ -150,7 +146,7 @@ class Layout:
             )
 
     def difference(self, other: Layout) -> str | None:
-        """Describe the first difference of another layout; `shard_rows` and notes are not compared."""
+        """Describe the first difference from another layout; None if equal except for `shard_rows` and notes."""
         for name in (*self.fingerprint, *(name for name in other.fingerprint if name not in self.fingerprint)):
             theirs, ours = other.fingerprint.get(name, "nothing"), self.fingerprint.get(name, "nothing")
             if theirs != ours:
@@ -164,7 +160,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """A complete shard: bytes of its file, and their digest."""
+    """Size in bytes and digest of the file of a complete shard."""
 
     bytes: int
     xxh3: str
@@ -172,7 +168,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A layout and its shards; None for a missing one."""
+    """Layout of a store and its shards, None for a missing shard."""
 
     layout: Layout
     shards: tuple[Shard | None, ...]
@@ -222,7 +218,7 @@ class Manifest:
                 f"{path}: unreadable: {error.strerror}. Make it readable, or choose another folder."
             ) from None
         try:
-            values = parse_object(text, finite=False)  # samples of images may be NaN
+            values = parse_object(text, finite=False)  # numbers of sampled images may be NaN
         except ValueError as error:
             damaged(str(error))
         check = _Check(damaged)
@@ -239,7 +235,7 @@ class Manifest:
 
 
 class _Check:
-    """Checks values; calls `damaged` with a description of a wrong one."""
+    """Checks of values. Call `damaged` with a description of an invalid value."""
 
     def __init__(self, damaged: Callable[[str], NoReturn]):
         self.damaged = damaged
@@ -267,26 +263,16 @@ def _layout(values: Any, check: _Check) -> Layout:
     check(isinstance(shape, list) and 1 <= len(shape) <= 4, "shape must have one to four sizes")
     sizes = tuple(check.integer(size, "a size of shape", 1) for size in shape)
     check(math.prod(sizes) < _MAX_SIZE, "shape is too large")
-    check(isinstance(values["dtype"], str) and values["dtype"] in DTYPES, f"dtype must be one of {', '.join(DTYPES)}")
-    check(
-        isinstance(values["computed"], str) and values["computed"] in COMPUTED,
-        f"computed must be one of {', '.join(COMPUTED)}",
-    )
+    for name, dtypes in (("dtype", DTYPES), ("computed", COMPUTED)):
+        check(isinstance(values[name], str) and values[name] in dtypes, f"{name} must be one of {', '.join(dtypes)}")
     check(isinstance(values["labelled"], bool), "labelled must be true or false")
     fingerprint = check.mapping(values["fingerprint"], "fingerprint")
     check(all(isinstance(value, (str, int)) for value in fingerprint.values()), "fingerprint must be numbers and text")
     notes = check.mapping(values["notes"], "notes")
     check(depth_at_most(notes, _MAX_DEPTH), f"notes must be at most {_MAX_DEPTH} levels deep")
-    return Layout(
-        rows=check.integer(values["rows"], "rows", 1),
-        shape=sizes,
-        dtype=values["dtype"],
-        computed=values["computed"],
-        shard_rows=check.integer(values["shard_rows"], "shard_rows", 1),
-        labelled=values["labelled"],
-        fingerprint=fingerprint,
-        notes=notes,
-    )
+    for name in ("rows", "shard_rows"):
+        check.integer(values[name], name, 1)
+    return Layout(**values | {"shape": sizes})
 
 
 def _shards(values: dict[str, Any], check: _Check) -> tuple[Shard | None, ...]:

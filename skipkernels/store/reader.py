@@ -27,7 +27,7 @@ _READ_AHEAD = 128 << 10  # bytes per madvise call: the system's default limit fo
 
 
 def _system_call() -> Callable[[int, int, int], int] | None:
-    """Return madvise, if the system has it."""
+    """Return `madvise`; None if the system does not have it."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         call = ctypes.CDLL(None).madvise
         call.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
@@ -79,7 +79,7 @@ class Store:
         self._read = 0  # bytes read from these maps
 
     def __getstate__(self) -> dict[str, Any]:
-        """State without the maps, which another process opens itself."""
+        # Without the maps: another process opens its own.
         return self.__dict__ | {"_maps": {}, "_read": 0}
 
     @property
@@ -94,7 +94,7 @@ class Store:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype in which rows were computed, and are gathered."""
+        """Dtype of rows before they were stored, and of gathered rows."""
         return COMPUTED[self.layout.computed]
 
     @property
@@ -108,7 +108,7 @@ class Store:
         return sum(shard.bytes for shard in self.manifest.shards if shard is not None)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
-        """Read every byte; returns a message for each damaged file. `on_bytes` is called with bytes read."""
+        """Read every byte; return a message for each damaged file. `on_bytes` is called with numbers of bytes."""
         return [reason for _, reason in find_damage(self.folder, self.manifest, on_bytes)]
 
     def labels(self) -> Tensor:
@@ -118,14 +118,14 @@ class Store:
 
     @property
     def rows_per_read(self) -> int:
-        """Number of rows to gather at once while others are expected."""
+        """Number of rows to gather at once while the next rows are read ahead."""
         return max(_ANNOUNCED // self._row_bytes, 1)
 
     def expect(self, index: Tensor) -> None:
         """Ask the system to read rows by number [B] that will be gathered soon.
 
-        Without this, rows in random order are read page by page as they are touched: 40 times slower as measured. A
-        small store that has been read once is in memory, so nothing is done.
+        Without this, rows in random order are read page by page on access, 40 times slower in a measurement. Does
+        nothing for a small store that has been read once, which is in memory.
         """
         small_and_read = self._limit == math.inf and self._read >= self.layout.rows * self._row_bytes
         if _madvise is None or small_and_read:

@@ -1,4 +1,4 @@
-"""A shard: a safetensors file of some rows, their labels, and the scales of int8.
+"""Shards: safetensors files of rows, their labels, and the scales of int8.
 
 rows         [n, N, W], in the dtype of the store
 token_scale  [n, N] fp32, for int8
@@ -43,7 +43,7 @@ def path_of(folder: Path, number: int) -> Path:
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise features [n, N, W] to int8 [n, N, W] with an fp32 scale per token [n, N]: the largest is ±127.
+    """Quantise features [n, N, W] to int8 [n, N, W] with fp32 scales [n, N], which map the largest of a token to ±127.
 
     >>> quantise(torch.tensor([[[0.5, -2.0]]]))[0].tolist()
     [[[32, -127]]]
@@ -55,7 +55,7 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(features: Tensor, dtype: str) -> Tensor:
-    """Round features [n, N, …] as storing them in a dtype, a key of `DTYPES`, and reading them does.
+    """Round features [n, N, …] as if stored in `dtype`, a key of `DTYPES`, and read again.
 
     >>> rounded(torch.tensor([[[0.5, -2.0]]]), "int8").tolist()
     [[[0.5039370059967041, -2.0]]]
@@ -76,7 +76,7 @@ def is_shard_name(name: str) -> bool:
 
 
 def is_shard(path: Path) -> bool:
-    """Return True if the name and the header of a file are those of a shard, of any store."""
+    """Return True if a file has the name and the header of a shard of any store."""
     if not is_shard_name(path.name):
         return False
     try:
@@ -88,7 +88,7 @@ def is_shard(path: Path) -> bool:
 
 
 def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Tensor]) -> Shard:
-    """Write a shard. The digest is of the tensors in memory, so that a faulty write is detected later."""
+    """Write a shard. The digest is computed from memory, so that a faulty write is detected later."""
     shards: list[Shard] = []
 
     def write(file: BinaryIO) -> None:
@@ -150,7 +150,7 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
 def find_damage(
     folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None
 ) -> list[tuple[int, str]]:
-    """Read every byte of all shards; returns the number of each damaged shard and a message."""
+    """Read every byte of all shards; return the number of each damaged shard and a message."""
     found = []
     for number, shard in enumerate(manifest.shards):
         if shard is not None and (reason := _damage(folder, manifest.layout, number, shard, on_bytes)):
@@ -184,7 +184,7 @@ def _expected_tensors(layout: Layout, count: int) -> dict[str, tuple[tuple[int, 
 
 
 def _offsets(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """Start of the data in a file, and offsets of each tensor from there; safetensors has checked the header."""
+    """Start of the data in a file, and offsets of each tensor from there. The header was checked by safetensors."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-# In the order of safetensors: the widest dtype first, so that every tensor is aligned.
+# In safetensors' order of tensors: the widest dtype first, so that every tensor is aligned.
 DTYPE_NAMES = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -43,7 +43,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         Number of bytes, and their digest as computed by `digest_file`.
 
     Raises:
-        TypeError: If safetensors does not have a dtype.
+        TypeError: If a dtype has no name in safetensors.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:

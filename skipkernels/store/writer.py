@@ -1,4 +1,4 @@
-"""Writing of a store, shard by shard; continues where an earlier build was killed."""
+"""Writing of a store, shard by shard; a killed build can be resumed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _SPARE = 1 << 24  # bytes of the disk kept free: for manifests, and for the syst
 
 
 class Writer:
-    """Writes a store, as the only process in its folder.
+    """Context manager that writes a store, as the only process in its folder.
 
-    A context manager: entering takes the lock and inspects the folder. The store is consistent at every moment.
-    Resuming a complete store without damage takes no lock and writes nothing, so that its disk may be read-only.
+    Entering acquires the lock and checks the folder. The store is consistent at every moment. Resuming a complete store
+    without damage acquires no lock and writes nothing, so its disk can be read-only.
 
     Args:
         folder: Folder of the store; created if needed.
@@ -43,8 +43,7 @@ class Writer:
         resume: Keep existing shards without damage.
         overwrite: Replace any store in the folder.
         on_bytes: Called with the bytes of existing shards that were read to verify them.
-        on_wait: Called with a description of the process that holds the lock, which is then waited for; None: a held
-            lock is an error.
+        on_wait: See `store.lock.locked`.
 
     Raises:
         DifferentStore: On entering, if the folder has another store.
@@ -86,7 +85,7 @@ class Writer:
         try:
             with self._full_disk_errors():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if not (self.folder / LOCK).exists():  # else another process may be creating and deleting files
+                if not (self.folder / LOCK).exists():  # otherwise another process may be changing files
                     self._refuse_foreign_files()  # before a lock file is created
                 self._held.enter_context(locked(self.folder, on_wait=self._on_wait))
         except OSError as error:
@@ -139,7 +138,7 @@ class Writer:
             raise StoreError(f"{self.folder}: holds other files ({foreign[0]}). Choose an empty folder.")
 
     def _inspect(self) -> None:
-        """Find the shards to keep, and delete the other files of earlier builds."""
+        """Find the shards to keep, and delete all other files of earlier builds."""
         self._refuse_foreign_files()
         old, reason = _read(self.folder)
         files = _files(self.folder, old)
@@ -166,7 +165,7 @@ class Writer:
         difference = manifest.layout.difference(self.layout)
         if difference is not None:
             if not any(manifest.shards):
-                return  # it has no shards yet
+                return
             raise DifferentStore(
                 f"{self.folder}: holds a store that differs in {difference}. Choose another folder, or replace it with "
                 "`overwrite=True`.",
@@ -224,7 +223,7 @@ def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> l
 
     Args:
         folder: Folder of a store.
-        unfinished: Delete the store, too, if it is incomplete.
+        unfinished: Also delete the store if it is incomplete.
         dry_run: Delete nothing.
 
     Returns:
@@ -248,7 +247,7 @@ def erase(folder: Path) -> None:
     """Delete the files of a store, except those of the lock.
 
     Raises:
-        StoreError: If the manifest is not of a store; nothing is deleted.
+        StoreError: If the manifest is not that of a store; nothing is deleted.
     """
     manifest, reason = _read(folder)
     if reason is not None and (folder / MANIFEST).exists() and not is_store(folder):
@@ -259,14 +258,14 @@ def erase(folder: Path) -> None:
 
 
 def is_store(folder: Path) -> bool:
-    """Return True if a folder has a store, possibly damaged; a manifest of something else does not count."""
+    """Return True if a folder has a store, possibly damaged; a manifest of another program is not a store."""
     _, reason = _read(folder)
     with file_errors(folder, _TRY_AGAIN):
         return not isinstance(reason, LostManifest) or (folder.is_dir() and any(map(is_shard, folder.iterdir())))
 
 
 def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Files in a store's folder that it does not use: temporary files of killed builds, and unlisted shards."""
+    """Unused files in the folder of a store: temporary files of killed builds, and shards not in the manifest."""
     with file_errors(folder, _TRY_AGAIN):
         return sorted(_files(folder, manifest) - _used(folder, manifest))
 
@@ -278,7 +277,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, manifest: Manifest | None) -> set[Path]:
-    """Files of builds: shards by the manifest or by their header, and temporary files."""
+    """Files of builds: shards, recognised by the manifest or their header, and temporary files."""
     places = set() if manifest is None else {path_of(folder, number) for number in range(manifest.layout.shards)}
 
     def of_store(path: Path) -> bool:
