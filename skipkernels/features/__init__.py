@@ -1,4 +1,4 @@
-"""Features of images at the LSkip cut: computed once, kept in a store or in memory, and read in batches."""
+"""Features of images at the LSkip cut: computed once, cached on the disk or in memory, and read in batches."""
 
 from .feature_cache import FeatureCache, Progress, Refresh
 from .loader import FeatureLoader

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 _NAME_OF = {dtype: name for name, dtype in COMPUTED.items()}
 
 SHARD_BYTES = 128 << 20
-"""Approximate bytes of a shard: at most this is recomputed after a kill, and memory holds it twice."""
+"""Approximate bytes of a shard. A kill loses at most one shard; a build holds two in memory."""
 
 
 class Encoder:
-    """Images to features at the cut, on the CPU, from any thread.
+    """Function from images to features at the cut on the CPU, callable from any thread.
 
-    It runs a copy of the modules below the cut that shares their weights and stays in evaluation mode, under the
-    autocast that is enabled at construction.
+    Runs a copy of the modules below the cut that shares their weights and stays in evaluation mode, with the autocast
+    that was enabled at construction.
     """
 
     def __init__(self, clip: SkipCLIP):
@@ -51,7 +51,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """[n, 3, height, width] → [n, …]."""
+        """Encode images [n, 3, height, width] to features [n, …]."""
         if images.shape[1:] != (3, *self.image_size):
             raise StoreError(
                 f"FeatureCache.build: images must be [3, {self.image_size[0]}, {self.image_size[1]}], the model's "
@@ -77,7 +77,7 @@ class BuildConfig:
         dataset_key: Fingerprint of the dataset, from `dataset_key`.
         samples: Summaries of a few items, from `sample_images`.
         shard_bytes: Approximate bytes of a shard.
-        labels: Labels [n] of the images, if known: a view with other labels is refused.
+        labels: Labels [n] of the images, if known; a view with other labels is an error.
     """
 
     clip: SkipCLIP
@@ -94,7 +94,7 @@ class BuildConfig:
     labels: Tensor | None = None
 
     def load(self, batches: list[range]) -> contextlib.closing[Generator[Batch, None, None]]:
-        """Load batches of rows; leaving the context ends the worker processes."""
+        """Load batches of rows; on exit the context stops the worker processes."""
         options = {"seed": self.seed, "first_view": self.first_view, "workers": self.workers}
         return contextlib.closing(load_batches(self.dataset, batches, **options))
 
@@ -111,23 +111,19 @@ class BuildConfig:
             shard_rows=1,
             labelled=True,
             fingerprint=fingerprint.of_model(self.clip)
-            | {"number of images": items}  # before the digests: it says more
+            | {"number of images": items}  # before the digests: this difference is reported first
             | self.dataset_key
             | {"number of views": self.views, "first view": self.first_view}
             | {"seed": self.seed, "batch size": self.batch_size, "autocast": encode.precision},
             notes={"probe": fingerprint.probe(self.clip), "samples": self.samples},
         )
-        # A shard is whole batches, so that a resumed build computes the same batches.
+        # A shard has whole batches, so that a resumed build computes the same batches.
         batches = max(self.shard_bytes // layout.row_bytes // self.batch_size, 1)
         return replace(layout, shard_rows=batches * self.batch_size)
 
 
 def check_first(folder: Path, config: BuildConfig, encode: Encoder) -> None:
-    """Compute the first batch and discard it, to fail before an existing store is replaced.
-
-    Raises:
-        StoreError: If one of its items or their features cannot be used.
-    """
+    """Compute and discard the first batch, so that an error is raised before an existing store is replaced."""
     layout = config.layout(encode)
     layout.check_manifest(folder)
     rows = layout.rows_of(0)[: config.batch_size]
@@ -145,19 +141,19 @@ def write_store(
     progress: Callable[[int], None] | bool,
     on_loading: Callable[[], None] = lambda: None,
 ) -> None:
-    """Build a store, or the missing part of it.
+    """Build a store, or its missing shards.
 
     Args:
         folder: Folder of the store.
-        config: Its inputs and options.
-        encode: Images to features.
+        config: Inputs and options of the store.
+        encode: Encoder of the images.
         resume: Keep the shards of an earlier build.
         overwrite: Replace the store.
         progress: Function called with the number of images after each batch; True shows a bar.
         on_loading: Called when worker processes have started.
 
     Raises:
-        StoreError: If it cannot be built; existing shards stay.
+        StoreError: If the store cannot be built; existing shards stay.
     """
     with _worker_errors(), _Progress(folder, config, progress) as shown:
         layout = config.layout(encode)
@@ -187,7 +183,7 @@ def write_store(
 
 @contextlib.contextmanager
 def _worker_errors() -> Iterator[None]:
-    """Convert the error that PyTorch raises, at any point of the program, after a worker process has died."""
+    """Convert the error that PyTorch raises, at any point, after a worker process has died."""
     try:
         yield
     except RuntimeError as error:
@@ -197,7 +193,7 @@ def _worker_errors() -> Iterator[None]:
 
 
 class _LabelCheck:
-    """Check that labels are the same in all views: training has one label for each image."""
+    """Check that all views of an image have the same label."""
 
     def __init__(self, config: BuildConfig):
         self._first_view = config.first_view
@@ -206,11 +202,7 @@ class _LabelCheck:
             self._known[:] = config.labels.tolist()
 
     def add(self, rows: Sequence[int], labels: Tensor | None) -> None:
-        """Record the labels of some rows.
-
-        Raises:
-            StoreError: If one differs from another view of the item.
-        """
+        """Record the labels of rows; raise a StoreError if one differs from another view of the item."""
         assert labels is not None
         for row, label in zip(rows, labels.tolist(), strict=True):
             view, item = divmod(row, len(self._known))
@@ -232,7 +224,6 @@ def _shard(
     labels: _LabelCheck,
     on_batch: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Compute the tensors of a shard."""
     tensors = {
         "rows": torch.empty(len(rows), *layout.stored_shape, dtype=DTYPES[layout.dtype]),
         "labels": torch.empty(len(rows), dtype=torch.int64),
@@ -257,7 +248,7 @@ def _shard(
 
 
 def _check_range(features: Tensor, layout: Layout, rows: list[int]) -> None:
-    """Refuse features that are not finite, or out of the range of fp16."""
+    """Raise a StoreError if features are not finite, or out of the range of fp16 storage."""
     largest = features.abs().amax(dim=(1, 2)).float()
     limit = torch.finfo(torch.float16).max if layout.dtype == "fp16" else torch.finfo(torch.float32).max
     in_range = largest <= limit  # False for NaN
@@ -273,7 +264,7 @@ def _check_range(features: Tensor, layout: Layout, rows: list[int]) -> None:
 
 
 class _Progress(contextlib.AbstractContextManager):
-    """Progress bar with images, rate, time left and bytes written; or calls of a function."""
+    """Progress bar with images, rate, bytes written and time left; or calls of a function."""
 
     def __init__(self, folder: Path, config: BuildConfig, progress: Callable[[int], None] | bool):
         columns = ("MofNCompleteColumn", "{task.fields[state]}", "TimeRemainingColumn")
@@ -281,8 +272,8 @@ class _Progress(contextlib.AbstractContextManager):
         self._bar = _progress.progress(*columns, disable=progress is not True)
         self._images = len(config.dataset) * config.views
         self._task = self._bar.add_task(f"features → {escaped(folder)}", total=self._images, state="")
-        self._started, self._count = time.perf_counter(), 0  # images encoded; before that, bytes verified
-        self._completed = 0  # images: of existing shards, and encoded
+        self._started, self._count = time.perf_counter(), 0  # bytes verified; after `start`, images encoded
+        self._completed = 0  # images in existing shards, and encoded
         self._layout: Layout | None = None
 
     def __enter__(self) -> _Progress:
@@ -298,7 +289,7 @@ class _Progress(contextlib.AbstractContextManager):
         self._bar.update(self._task, state=f"checking, {decimal(self._count)}")
 
     def start(self, layout: Layout, missing: list[int]) -> None:
-        """Begin with the images of shards that exist already."""
+        """Start to count images, from those of existing shards."""
         existing = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
         self._started, self._count, self._layout = time.perf_counter(), 0, layout
         self._completed = existing

@@ -1,6 +1,6 @@
 """Identification of the dataset of a cache: a key from the caller, or its files, labels, transform and some images.
 
-docs/cache.md lists what this notices and what it does not.
+docs/cache.md lists the changes that this detects.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from ..store import Layout, StoreError, digest_json
 from .image_batches import Batch, is_iterable_only, is_one_shot, load_batches
 
 NOT_GIVEN = "not given"
-# Attributes with the files of a dataset, as paths or (path, label): torchvision's ImageFolder and its kin, those of
-# torchvision's other datasets (private), and names relative to `root`.
+# Attributes that list the files of a dataset, as paths or (path, label), absolute or relative to `root`: those of
+# torchvision's ImageFolder and similar datasets, then private ones of other torchvision datasets.
 _PATHS = ("samples", "imgs", "paths", "names", "_samples", "_image_files", "_images")
 _LABELS = ("labels", "targets", "_labels")
 
 _SPREAD = 6  # sampled images besides the first and the last
-_GOLDEN = 0.6180339887498949  # its multiples, modulo 1, spread evenly however many there are
+_GOLDEN = 0.6180339887498949  # multiples modulo 1 are spread evenly, for any number of them
 _BLOCKS = 8  # along each side of a sampled image; the mean of each block is kept
-# Largest difference of a number of a sampled image, relative to the image's largest number. Not 0: another version of a
-# library may decode or resize a pixel differently by 1 of 255. Measured at 224 × 224 on noise with a photograph's
-# spectrum: that gives at most 0.0016; bilinear instead of bicubic 0.017, JPEG of quality 95 0.018, 8 pixels aside 0.15.
+# Tolerance of the numbers of a sampled image, relative to the largest. Another version of a library may decode or
+# resize a pixel differently by 1 of 255. Measured at 224 × 224 on noise with the spectrum of a photograph: at most
+# 0.0016 by that, 0.017 by bilinear for bicubic, 0.018 by JPEG of quality 95, 0.15 by a shift of 8 pixels.
 _SAMPLE_TOLERANCE = 5e-3
 
 
 def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
-    """Describe a dataset by entries of a cache's fingerprint.
+    """Return the entries of a fingerprint that describe a dataset.
 
     Args:
         dataset: Dataset of (image, label).
-        key: Text or JSON value that identifies the dataset and its transform; None: digests of the paths (relative to
-            their common folder), sizes and modification times of the files, or of the indices of a subset without
+        key: Text or JSON value that identifies the dataset and its transform. None uses digests: of the paths (relative
+            to their common folder), sizes and modification times of the files, or of the indices of a subset without
             files; of the labels; and of the transform's repr.
 
     Returns:
-        Value of each entry, by name; "not listed" for images or labels that the dataset does not list.
+        Entries by name; "not listed" for images or labels that the dataset does not list.
 
     Raises:
         ValueError: If `key` is not a JSON value.
@@ -73,7 +73,7 @@ def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
 
 
 class _Description(NamedTuple):
-    """Path or index and label of every item, if the dataset lists them, and the repr of its transforms."""
+    """Paths or indices and labels of all items, None if the dataset does not list them, and reprs of transforms."""
 
     images: list[str | int] | None
     labels: list[int] | None
@@ -139,7 +139,7 @@ def _labels(dataset: Any) -> list[int] | None:
 
 
 def _with_status(images: Sequence[str | int]) -> list[Any]:
-    """Replace each path by its end, size and modification time. Moving the folder of all files changes nothing."""
+    """Replace each path by its part below the common folder, size and modification time."""
     paths = [os.path.abspath(image) for image in images if isinstance(image, str)]
     if not paths:
         return list(images)
@@ -161,18 +161,18 @@ def _with_status(images: Sequence[str | int]) -> list[Any]:
 
 
 def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, Any]]:
-    """Summarise a few items as a build loads them, after the transform, in view 0.
+    """Summarise a few transformed items, as a build loads them for view 0.
 
-    They are the first, the last and six spread over the dataset; of an iterable the first eight, if it can be iterated
-    again. Each has the label, means and standard deviations of channels, and means over 8 × 8 blocks.
+    Samples the first item, the last, and six between; of an iterable the first eight, if it can be iterated again. A
+    summary has the label, mean and standard deviation of each channel, and means over 8 × 8 blocks.
 
     Args:
         dataset: Dataset of (image, label).
         seed: Seed of random transforms.
-        workers: Load in another process if above 0, so that the dataset here stays unopened.
+        workers: Load in another process if above 0, so that the dataset opens no files in this one.
 
     Raises:
-        StoreError: If one of them cannot be loaded, or differs when it is loaded again.
+        StoreError: If an item cannot be loaded, or differs when it is loaded again.
     """
     count = len(dataset)
     if is_iterable_only(dataset):
@@ -188,8 +188,8 @@ def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, A
         if not _alike(first, second):
             raise StoreError(
                 f"FeatureCache: item {first['item']} of the dataset differs each time it is loaded, although the "
-                "generators of PyTorch, NumPy and Python are seeded the same. Draw from these, or pass `key`, a "
-                "text that you change when the images or the transform change."
+                "generators of PyTorch, NumPy and Python are seeded the same. Use these for random numbers, or pass "
+                "`key`: a text that you change when the images or the transform change."
             )
     return found
 
@@ -210,11 +210,7 @@ def _alike(stored: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def check_samples(layout: Layout, found: list[dict[str, Any]], folder: Path) -> None:
-    """Refuse a dataset with sampled images or labels other than those that a store was built from.
-
-    Raises:
-        StoreError: Names the first item that differs.
-    """
+    """Raise a StoreError with the first sampled item that differs from those of the dataset of a store."""
     remedy = "Build another cache, or replace this one with `overwrite=True`."
     try:
         pairs = list(zip(layout.notes["samples"], found, strict=True))
@@ -224,5 +220,5 @@ def check_samples(layout: Layout, found: list[dict[str, Any]], folder: Path) -> 
     if wrong is not None:
         raise StoreError(
             f"{folder}: item {wrong} of the dataset has another image or label than when the cache was built: the "
-            f"images, the code of the transform, or what that reads has changed. {remedy}"
+            f"images, the code of the transform, or data that it reads has changed. {remedy}"
         )

@@ -29,8 +29,7 @@ Progress = Callable[[int], None] | bool
 class FeatureCache(Dataset):
     """Features of images at the cut, and their labels, on the disk or in memory.
 
-    Made by `build`, `open` or `in_memory`. It is a map-style dataset of (features, label); training reads it through
-    `loader`.
+    Created by `build`, `open` or `in_memory`. A map-style dataset of (features, label); training reads it by `loader`.
 
     Attributes:
         labels: Label of every image, [n] int64.
@@ -82,36 +81,36 @@ class FeatureCache(Dataset):
     ) -> FeatureCache:
         """Encode all images up to the cut and store the features in a folder.
 
-        A build may be killed at any time: `resume` computes what is missing or damaged, and the result has the same
-        bits as that of an uninterrupted build.
+        A build may be killed at any time: with `resume`, missing and damaged shards are computed, and the result is
+        bitwise that of an uninterrupted build.
 
         Args:
             path: Folder of the store; created if needed.
-            clip: Model that computes the features. Its weights above the cut do not matter.
+            clip: Model that computes the features; its weights above the cut are not used.
             dataset: Map-style dataset of (image, label), or an iterable of those with a length. Images are tensors
                 [3, height, width], preprocessed for the model; labels are whole numbers.
             dtype: Storage dtype: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token, which is
                 lossy (errors: docs/cache.md).
             views: Number of views of every image, for a dataset with a random transform; default 1. Epochs cycle
                 through them. All views must have the same labels, so an iterable must keep its order.
-            refresh: "epoch" computes a new view for every epoch, in the background of the epoch before, as in the
-                published method, and keeps two epochs on the disk. Default "never".
+            refresh: "epoch" computes a new view for every epoch, as in the published method, in the background during
+                the epoch before; two epochs are on the disk. Default "never".
             batch_size: Images per forward pass; default 64.
             workers: Number of processes that load images; default 0: this process.
             seed: Seed of random transforms; each view of each image has its own seed, derived from it.
             key: Text or JSON value that identifies the images and their transform; change it when they change. Default:
-                files, labels, transform and a few images of the dataset (docs/cache.md says what this notices).
-            resume: Continue the store in the folder if its inputs are the same, and repair it.
+                files, labels, transform and a few images of the dataset (docs/cache.md lists the changes detected).
+            resume: Complete and repair the store in the folder, if its inputs are the same.
             overwrite: Replace the store in the folder, after the first batch of the new one has been computed.
-            shard_bytes: Approximate bytes of a shard: at most one is lost by a kill, and two are in memory.
-            progress: False for no progress bar, or a function that is called with the number of images done.
+            shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds two in memory.
+            progress: False for no progress bar, or a function called with the number of images of each batch.
 
         Returns:
             FeatureCache: The complete cache.
 
         Raises:
-            StoreError: If the folder has another store (says in what it differs), another process builds in it, the
-                disk is full, or an image or its features cannot be used. Existing shards stay.
+            StoreError: If the folder has another store (the message says how it differs), another process builds in it,
+                the disk is full, or an image or its features cannot be used. Existing shards stay.
             ValueError: If an argument is out of range.
         """
         folder = absolute_folder(Path(path))
@@ -185,14 +184,13 @@ class FeatureCache(Dataset):
 
         Args:
             path: Folder of the store.
-            clip: Model that will train on it; refused if its features at the cut differ.
-            dataset: Dataset that it should have been built from; refused if it differs in what docs/cache.md lists.
+            clip: Model that will train on the features; an error if its features at the cut differ.
+            dataset: Dataset of the images; an error if it differs from that of the build, as far as docs/cache.md says.
             key: Key that was passed to `build`.
             verify: Read every byte and compare checksums; by default only sizes and headers are checked.
 
         Raises:
-            StoreError: If there is no store, or it is incomplete, damaged, or made from something else; names the file
-                or what differs.
+            StoreError: If there is no store, or it is incomplete, damaged, or of another model or dataset.
         """
         folder = absolute_folder(Path(path))
         store = Store(folder, verify=verify)
@@ -228,7 +226,7 @@ class FeatureCache(Dataset):
             encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`.
             batch_size: Images per call of `encode`.
             workers: Number of processes that load images.
-            progress: Function that is called with the number of images done.
+            progress: Function called with the number of images of each batch.
 
         Raises:
             MemoryError: If the outputs would take more than half of the free memory.
@@ -256,12 +254,12 @@ class FeatureCache(Dataset):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype in which features were computed, and are returned."""
+        """Dtype of the features as computed and returned."""
         return self._rows.dtype
 
     @property
     def store(self) -> Store | None:
-        """The store on the disk; None in memory."""
+        """Store on the disk; None if the features are in memory."""
         return self._rows if isinstance(self._rows, Store) else None
 
     def loader(
@@ -283,16 +281,16 @@ class FeatureCache(Dataset):
             sampler: "class_pure", "random" or "sequential", or lists of image numbers, such as a
                 `torch.utils.data.BatchSampler`. See `BatchSampler`.
             generator: Generator of the order; default: a new one with seed 0.
-            rank: Index of this process in `world_size`: it gets its part of every global batch. Lists of image numbers
-                are not divided.
+            rank: Index of this process in `world_size`; a process gets its part of every global batch. Lists of image
+                numbers are not divided.
             world_size: Number of processes that train together.
             dtype: Dtype of the features; default: the dtype in which they were computed.
-            device: Device of the batches; default: where the features are. To a GPU, batches are copied from pinned
-                memory on a separate stream.
+            device: Device of the batches; default: that of the features. Batches are copied to a GPU from pinned memory
+                on a separate stream.
             prefetch: Number of batches read ahead; default: two from the disk, none from memory.
 
         Returns:
-            FeatureLoader: Its `state_dict` belongs into a checkpoint.
+            FeatureLoader: Save its `state_dict` in checkpoints.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -323,7 +321,7 @@ class FeatureCache(Dataset):
         return self._rows, epoch % self.views * len(self)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
-        """Read every byte of the store and compare checksums; returns a message for each damaged file."""
+        """Read every byte of the store and compare checksums; return a message for each damaged file."""
         return [] if self.store is None else self.store.verify(on_bytes)
 
     def close(self) -> None:
@@ -332,15 +330,11 @@ class FeatureCache(Dataset):
             self._epochs.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for another process, such as a worker of a DataLoader.
-
-        Raises:
-            TypeError: With refresh="epoch": one process computes the epochs.
-        """
+        """Return the state for another process, such as a DataLoader worker; an error with refresh="epoch"."""
         if self._epochs is not None:
             raise TypeError(
-                'FeatureCache: with refresh="epoch" it cannot be sent to another process; iterate over its loader() '
-                "in this one."
+                'FeatureCache: a cache with refresh="epoch" cannot be sent to another process; iterate over its '
+                "loader() in this one."
             )
         return self.__dict__
 

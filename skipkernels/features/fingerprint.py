@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
 _PROBED = 64  # numbers of the probe that are stored
-# Largest distance of the probe, relative to its norm. Another device, another number of threads and TF32 round
-# differently; another activation, mask or number of heads changes more, even with small random weights.
+# Tolerance of the probe, relative to its norm. Rounding differs with the device, number of threads and TF32; another
+# activation, mask or number of heads changes more, even with small random weights.
 _PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -29,12 +29,12 @@ _HINTS = {  # by the entry that differs
 
 
 def of_model(clip: SkipCLIP) -> dict[str, str | int]:
-    """Fingerprint of what image features depend on in a model: everything below the cut."""
+    """Fingerprint of a model below the cut: everything that image features depend on."""
     return {f"image {name}": value for name, value in clip.lower_identity("image").items()}
 
 
 def probe(clip: SkipCLIP) -> list[float]:
-    """Some numbers of the features of one fixed image: they depend on what the weights alone do not determine."""
+    """Some features of one fixed image, to detect changes that leave the weights equal, such as another activation."""
     return _probed(clip).double().tolist()
 
 
@@ -42,16 +42,12 @@ def _probed(clip: SkipCLIP) -> Tensor:
     height, width = clip.image_size
     image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(clip.prototypes.device)
     with torch.autocast(image.device.type, enabled=False):
-        features = clip.lower_copy()(image).flatten()  # a copy: the model may be training meanwhile
+        features = clip.lower_copy()(image).flatten()  # a copy: the model may be in use by training
     return features.cpu()[torch.linspace(0, len(features) - 1, _PROBED).long()]
 
 
 def check(layout: Layout, expected: dict[str, Any], folder: Path) -> None:
-    """Refuse a store with a fingerprint that differs in one of `expected`.
-
-    Raises:
-        StoreError: Names the entry that differs.
-    """
+    """Raise a StoreError if an entry of the fingerprint of a store differs from `expected`."""
     for name, here in expected.items():
         there = layout.fingerprint.get(name, "nothing")
         if there != here:
@@ -64,11 +60,7 @@ def check(layout: Layout, expected: dict[str, Any], folder: Path) -> None:
 
 
 def check_probe(layout: Layout, clip: SkipCLIP, folder: Path) -> None:
-    """Refuse a model that computes features other than those of the store although its weights are the same.
-
-    Raises:
-        StoreError: If the probe differs, or the manifest has none.
-    """
+    """Raise a StoreError if the probe of a model differs from that of the store, or the store has none."""
     try:
         stored = torch.tensor(layout.notes["probe"], dtype=torch.float64)
         expected = stored if stored.shape == (_PROBED,) else None

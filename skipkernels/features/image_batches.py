@@ -1,4 +1,4 @@
-"""Loading of a dataset's images in batches, with a seed for each view of each item, and checks of every item."""
+"""Loading of the images of a dataset in batches, with a seed per view and item, and checks of every item."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..store import StoreError
 
 
 class Batch(NamedTuple):
-    """Some items of a dataset.
+    """Batch of items of a dataset.
 
     Attributes:
         rows: Row numbers: view · items + item.
@@ -36,7 +36,7 @@ def is_iterable_only(dataset: Any) -> bool:
 
 
 def is_one_shot(dataset: Any) -> bool:
-    """Return True if an iterable continues where it stopped, instead of starting over, when it is iterated again."""
+    """Return True if an iterable can be iterated only once, as an iterator or a generator."""
     with _seeded(0):
         return iter(dataset) is iter(dataset)
 
@@ -46,18 +46,18 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Load rows of a dataset, in order.
 
-    Row r is item r mod n in view r div n. Every view of every item is drawn with its own seed, in any process, so that
-    a resumed build makes the same rows. Worker processes are started before this returns.
+    Row r is item r mod n in view r div n. Every view of every item has its own seed, so that a resumed build computes
+    the same rows, in any process. Worker processes are started before this returns.
 
     Args:
         dataset: Map-style dataset of (image tensor, label), or an iterable of those with a length.
         batches: Rows of each batch, ascending.
         seed: Seed of random transforms.
-        first_view: View of the rows from 0 on.
+        first_view: Number of the view that starts with row 0.
         workers: Number of processes that load images; at most one for an iterable, which cannot be divided.
 
     Raises:
-        StoreError: If an item cannot be loaded or has another type; names the item.
+        StoreError: If an item cannot be loaded or has a wrong type; names the item.
     """
     data: Dataset
     if is_iterable_only(dataset):
@@ -79,11 +79,11 @@ def _loaded(loading: Iterator[Batch | StoreError], workers: int) -> Generator[Ba
             raise
         raise worker_error(error) from error
     finally:
-        del loading  # ends its processes now: a caller that keeps the error would keep them
+        del loading  # stops its processes now; a stored error would keep them alive by its traceback
 
 
 def worker_error(error: Exception) -> StoreError:
-    """Error to raise when worker processes have failed."""
+    """Return the error for worker processes that have died."""
     reason = str(error).partition("\n")[0].strip(" .") or type(error).__name__
     return StoreError(
         f"FeatureCache: a process that loads images has died ({reason}). Use fewer workers if memory was short; "
@@ -92,7 +92,7 @@ def worker_error(error: Exception) -> StoreError:
 
 
 class _MapItems(Dataset):
-    """The batch of given rows of a map-style dataset. Errors are returned: raised, they would lose their text."""
+    """Batches of a map-style dataset by rows. Errors are returned: DataLoader changes the text of raised ones."""
 
     def __init__(self, dataset: Any, seed: int, first_view: int):
         self.dataset, self.seed, self.first_view = dataset, seed, first_view
@@ -114,7 +114,7 @@ _END = object()
 
 
 class _IterableItems(IterableDataset):
-    """Batches of an iterable, which is iterated once for each view, or the error that stopped it."""
+    """Batches of an iterable, which is iterated once per view; errors are returned."""
 
     def __init__(self, dataset: Any, batches: Sequence[Sequence[int]], seed: int, first_view: int):
         self.dataset, self.batches, self.seed, self.first_view = dataset, batches, seed, first_view
@@ -148,7 +148,7 @@ class _IterableItems(IterableDataset):
                 yield view * items + item, loaded, item
 
     def _view(self, view: int) -> Iterator[Any]:
-        """Items of one view, drawn with its seeds; the order is drawn with them, too."""
+        """Items of one view; the seeds determine the items and their order."""
         stream: Iterator[Any] | None = None
         for item in itertools.count():
             try:
@@ -163,18 +163,14 @@ class _IterableItems(IterableDataset):
 
 
 def _load_error(item: int, error: Exception) -> StoreError:
-    """Error of a dataset; those of this package name the file and the remedy already."""
+    """Return a StoreError for an error of a dataset; errors of this package already name the file and the remedy."""
     if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
         return StoreError(str(error))
     return StoreError(f"FeatureCache: item {item} of the dataset cannot be loaded: {error!r}")
 
 
 def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
-    """Return an item as (image tensor, label).
-
-    Raises:
-        StoreError: If it has another type or shape.
-    """
+    """Return an item as (image tensor, label); raise a StoreError if it has another type or shape."""
     where = f"item {item} of the dataset"
     if not (isinstance(loaded, (tuple, list)) and len(loaded) == 2):
         raise StoreError(f"FeatureCache: {where} must be (image, label); got {type(loaded).__name__}.")
@@ -200,7 +196,7 @@ def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
 
 
 def _batch(found: Iterable[tuple[int, Tensor, int]], items: int) -> Batch | StoreError:
-    """Stack items into a batch, or return the error of one of them."""
+    """Stack items into a batch, or return the error of an item."""
     try:
         rows, images, labels = zip(*found, strict=True)
         for row, image in zip(rows, images, strict=True):
@@ -235,7 +231,7 @@ def _seeded(*seeds: int) -> Iterator[None]:
 
 
 def split_batches(ranges: Iterable[range], batch_size: int) -> list[range]:
-    """Split ranges into batches, none of which crosses from one range into the next.
+    """Split each range into batches.
 
     >>> split_batches([range(0, 5), range(5, 7)], 3)
     [range(0, 3), range(3, 5), range(5, 7)]

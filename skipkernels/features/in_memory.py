@@ -1,4 +1,4 @@
-"""Features in memory, for few-shot sets; refused if they would not fit."""
+"""Features in memory, for few-shot data sets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MemoryRows:
 
     @property
     def rows_per_read(self) -> int:
-        """0: no limit."""
+        """Return 0: no limit."""
         return 0
 
     def expect(self, index: Tensor) -> None:
@@ -76,7 +76,7 @@ def collect(
         on_batch: Called with the number of images after each batch.
 
     Returns:
-        The outputs, and the labels [n] int64.
+        Outputs, and labels [n] int64.
 
     Raises:
         MemoryError: If the outputs would take more than half of the free memory.

@@ -64,7 +64,7 @@ class _Piece(NamedTuple):
 class FeatureLoader:
     """Iterable over the batches of an epoch: (features [B, …], labels [B] int64).
 
-    Made by `FeatureCache.loader`. A buffer is reused once nothing refers to it: keeping batches is safe.
+    Created by `FeatureCache.loader`. Batches can be stored: a buffer is reused only when no tensor refers to it.
 
     Args:
         rows_of_epoch: Function that returns the rows of an epoch and the number of its first row.
@@ -88,9 +88,7 @@ class FeatureLoader:
         device: torch.device | None,
         prefetch: int,
     ):
-        self.sampler, self.prefetch = sampler, prefetch
-        self.dtype = dtype
-        self.device = device
+        self.sampler, self.prefetch, self.dtype, self.device = sampler, prefetch, dtype, device
         self.seconds_waited = 0.0
         self._rows_of_epoch, self._labels = rows_of_epoch, labels
         self._epoch = 0  # for samplers that do not count epochs
@@ -138,7 +136,7 @@ class FeatureLoader:
         self._epoch, self._initial, self._yielded = self._epoch + 1, None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the current epoch: after loading it, the next iteration yields the batches that were not yielded.
+        """Return the position in the current epoch; after loading it, the next iteration yields the remaining batches.
 
         Raises:
             TypeError: If the sampler has no `state_dict`.
@@ -151,7 +149,7 @@ class FeatureLoader:
         return state | {"batches": state["batches"] + self._yielded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
+        """Continue from the result of `state_dict`.
 
         Raises:
             TypeError: If the sampler has no `load_state_dict`.
@@ -177,8 +175,8 @@ class FeatureLoader:
             following = next(pieces, None)
             if self.prefetch > 0 and following is not None:
                 rows.expect(following.rows)
-            if piece.start == 0:
-                out = self._buffer(rows, len(piece.batch))
+            if piece.start == 0 and rows.device.type == "cpu":
+                out = self._buffers.take((len(piece.batch), *rows.shape), self.dtype or rows.dtype)
             stop = piece.start + len(piece.rows)
             features = rows.gather(piece.rows, out=None if out is None else out[piece.start : stop])
             if stop == len(piece.batch):
@@ -205,14 +203,8 @@ class FeatureLoader:
             raise IndexError(f"FeatureLoader: images are numbered from 0 to {len(self._labels) - 1}; got {wrong}.")
         return torch.from_numpy(numbers)
 
-    def _buffer(self, rows: Rows, count: int) -> Tensor | None:
-        """Memory for a batch; None if the rows are not on the CPU."""
-        if rows.device.type != "cpu":
-            return None
-        return self._buffers.take((count, *rows.shape), self.dtype or rows.dtype)
-
     def _to_device(self, batches: Iterator[Pair]) -> Generator[tuple[Tensor, Tensor, Any], None, None]:
-        """Batches on the target device; on a GPU with the event that marks the end of the copy."""
+        """Move batches to the device; on a GPU, yield also the event at the end of the copy."""
         if self.device is None or self.device.type != "cuda":
             for features, labels in batches:
                 if self.device is not None:
@@ -240,7 +232,7 @@ class FeatureLoader:
 
 
 class _Buffers:
-    """Memory for batches, reused when the last tensor on it has been freed."""
+    """Pool of memory for batches; memory is reused when its last tensor has been freed."""
 
     def __init__(self, pinned: bool):
         self._pinned = pinned
@@ -250,7 +242,7 @@ class _Buffers:
         """Return an uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
         memory = None
-        while memory is None or memory.nbytes < size:  # smaller: from the last batch of an epoch, or another dtype
+        while memory is None or memory.nbytes < size:  # smaller memory is dropped: that of a short last batch
             try:
                 memory = self._free.pop()  # atomic: another thread may take and return memory
             except IndexError:
@@ -264,7 +256,7 @@ class _Buffers:
 
 
 def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
-    """Yield the same batches, read ahead by a thread that keeps up to `depth` in a queue."""
+    """Yield batches that a thread reads ahead, up to `depth` in a queue."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Features with a new view of every image for each epoch, computed while training uses the epoch before."""
+"""Features with a new view of every image for each epoch, computed during the epoch before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def clear_epochs(folder: Path, *, overwrite: bool) -> None:
     """Delete the stores of epochs in a folder, before another store is built in it.
 
     Raises:
-        StoreError: If there are some and `overwrite` is False, or the folder has foreign files; nothing is deleted.
+        StoreError: If there are such stores and `overwrite` is False, or foreign files; nothing is deleted.
     """
     if not (folder.is_dir() and any(folder.glob("epoch-*"))):
         return
@@ -37,14 +37,14 @@ def clear_epochs(folder: Path, *, overwrite: bool) -> None:
 
 
 class EpochStores:
-    """A folder with a store for the current epoch, and one in progress for the next.
+    """Folder with a store for the current epoch, and one in progress for the next.
 
-    Epoch e is view e of every image, so that rebuilding an epoch draws the same transforms.
+    Epoch e is view e of every image, so that an epoch that is built again has the same random transforms.
 
     Args:
         folder: Folder of the stores.
         config: Inputs and options of a store.
-        encode: Images to features.
+        encode: Encoder of the images.
         progress: As for `write_store`, for the first epoch that is built.
         overwrite: Delete the stores in the folder.
 
@@ -90,16 +90,12 @@ class EpochStores:
         atexit.register(_close, weakref.ref(self))  # the interpreter aborts if it ends while the thread computes
 
     def check_open(self) -> None:
-        """Raise an error after `close`: another process may use the folder.
-
-        Raises:
-            StoreError: If it is closed.
-        """
+        """Raise a StoreError after `close`, when another process may use the folder."""
         if self._closed:
             raise StoreError(f"{self._folder}: this FeatureCache was closed. Build it again to continue.")
 
     def store(self, epoch: int) -> Store:
-        """Return the features of an epoch, start the next one, and delete all others."""
+        """Return the store of an epoch, start to build the next one, and delete all others."""
         if self._building != epoch:
             self._stop()
         self._join()
@@ -115,12 +111,13 @@ class EpochStores:
         self._loading.clear()
         self._thread = threading.Thread(target=self._run, name="skipkernels extraction", daemon=True)
         self._thread.start()
-        # A process forked while this thread holds a lock of PyTorch, as training does, would wait forever.
+        # Worker processes must be forked before training continues: a process that is forked while another thread
+        # holds a lock of PyTorch would wait forever.
         self._loading.wait()
         return store
 
     def close(self) -> None:
-        """Stop the build in progress, which a later one resumes, and release the folder."""
+        """Stop the build in progress, which can be resumed, and release the folder."""
         self._closed = True
         self._stop()
         self._lock.close()
@@ -134,7 +131,6 @@ class EpochStores:
             raise error
 
     def _stop(self) -> None:
-        """Stop the build in progress."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -147,7 +143,7 @@ class EpochStores:
 
     def _run(self) -> None:
         assert self._building is not None
-        # In another process: transforms draw from its generators, and training from those of this one.
+        # Load in another process, so that transforms do not seed the generators that training uses here.
         config = replace(self._config, workers=max(self._config.workers, 1))
         try:
             self._write(config, self._building, self._check_stopped)
@@ -174,7 +170,7 @@ def _name(epoch: int) -> str:
 
 @contextlib.contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    """Create a folder, and hold its lock."""
+    """Create a folder and hold its lock."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file. Choose a folder.")
     with contextlib.ExitStack() as lock:
@@ -190,11 +186,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 
 
 def _epochs_in(folder: Path) -> set[int]:
-    """Epochs that have a store in a folder.
-
-    Raises:
-        StoreError: If there are files of anything else.
-    """
+    """Numbers of the epochs with a store in a folder; raise a StoreError if there are foreign files."""
     epochs = set()
     for name in _foreign(folder):
         path = folder / name
@@ -207,19 +199,18 @@ def _epochs_in(folder: Path) -> set[int]:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Names of files that belong to no store, a manifest of something else included."""
+    """Names of files that belong to no store, including a manifest of another program."""
     foreign_manifest = (folder / MANIFEST).exists() and not is_store(folder)
     return foreign_files(folder) + [MANIFEST] * foreign_manifest
 
 
 def _remove(epoch: Path) -> None:
-    """Delete the store of an epoch."""
     if epoch.is_dir():
         erase(epoch)
         with file_errors(epoch, "Delete it, and continue with `resume=True`."):
             for name in (OWNER, LOCK):
                 (epoch / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it has foreign files by now
+        with contextlib.suppress(OSError):  # foreign files were added
             epoch.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""Order of training images, in batches. Every image comes once per epoch."""
+"""Order of training images, in batches. Every image is in one batch per epoch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BatchSampler(Sampler[list[int]]):
     Args:
         labels: Label of every item, [n].
         batch_size: Items per batch of one process; the last batch of an epoch may have fewer.
-        kind: "random"; "sequential": in order; or "class_pure" (default): batches of one class as long as that class
-            fills one, and the remainders of all classes mixed.
-        generator: Generator of the order, equal in all processes; default: a new one with seed 0.
+        kind: "random"; "sequential"; or "class_pure" (default): full batches of one class, and batches that mix the
+            remaining images of all classes.
+        generator: Generator of the order, in the same state in all processes; default: a new one with seed 0.
         rank: Index of this process in `world_size`. Each process gets its part of every global batch of
             batch_size · world_size items, so that all take the same number of steps.
         world_size: Number of processes that train together.
@@ -83,15 +83,15 @@ class BatchSampler(Sampler[list[int]]):
         self._initial, self._yielded = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, epoch, number of its batches that were yielded, and the generator's state before the epoch."""
+        """Return settings, epoch, number of batches yielded in it, and the state of the generator before it."""
         initial = self.generator.get_state() if self._initial is None else self._initial
         return self._settings() | {"epoch": self.epoch, "batches": self._yielded or self._skip, "generator": initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
+        """Continue from the result of `state_dict`.
 
         Raises:
-            ValueError: If the state is not one of this class, or of a sampler with other settings; nothing changes.
+            ValueError: If the state is not of this class, or is of a sampler with other settings; nothing changes.
         """
         expected = self._settings()
         if not isinstance(state, dict) or not state.keys() >= expected.keys() | {"epoch", "batches", "generator"}:

@@ -294,7 +294,7 @@ def test_loader_of_a_closed_cache(tmp_path):
 def test_cache_cannot_be_pickled(tmp_path):
     with (
         refreshed(tmp_path) as cache,
-        pytest.raises(TypeError, match='with refresh="epoch" it cannot be sent to another'),
+        pytest.raises(TypeError, match='cache with refresh="epoch" cannot be sent to another'),
     ):
         pickle.dumps(cache)
 
