@@ -224,7 +224,7 @@ def add_layer_norm(
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`. `normed` is computed from the rounded `hidden`, with
         statistics in fp32 (fp64 for fp64). Without a residual `hidden` is `x` itself, which autocast does not cast. A
-        row whose variance overflows (in fp32, values of 1e19 and more) is NaN in `normed`, as are its gradients;
+        row with a variance that overflows (in fp32, values of 1e19 and more) is NaN in `normed`, as are its gradients;
         `torch.nn.functional.layer_norm` returns NaN or 0, depending on the width.
 
     Raises:
@@ -488,7 +488,7 @@ def gather_rows(
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
     if out is None:
         if out_index is not None:
-            raise ValueError(f"{name}: out_index must come with out, whose rows it names; got no out. Pass both.")
+            raise ValueError(f"{name}: out_index is for rows of out; got no out. Pass both.")
         if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
             raise ValueError(
                 f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"

@@ -114,8 +114,8 @@ def add_layer_norm(
 
         hidden = x + residual,   normed = (hidden − mean(hidden)) / sqrt(var(hidden) + eps) · weight + bias
 
-    A row whose variance overflows becomes NaN or 0, depending on the width, as in `torch.nn.functional.layer_norm`; the
-    operator returns NaN.
+    A row with a variance that overflows is NaN or 0, depending on the width, as in `torch.nn.functional.layer_norm`;
+    the operator returns NaN.
 
     See `skipkernels.functional.add_layer_norm`.
     """
@@ -313,7 +313,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of [B, queries, H, E] over [B, keys, H, E], and the lse of the scores, [B, queries, H]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # Contiguous: matmul would copy k.mT to [E, keys], whose products BLAS libraries sum over E in one sequence.
+    # Contiguous: else matmul copies k.mT to [E, keys], and BLAS sums such a product over E in one sequence.
     q, k, v = (at_least_fp32(x).transpose(1, 2).contiguous() for x in (query, key, value))  # [B, H, tokens, E]
     scores = scale * (q @ k.mT)
     if visible is not None:

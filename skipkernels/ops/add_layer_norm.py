@@ -5,15 +5,14 @@
     d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
     d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 
-Without a residual hidden is x itself. An operator must not return what it was given: it returns an empty `hidden`, and
-the public function hands back x.
+Without a residual hidden is x itself. An operator must not return one of its inputs: `hidden` is then empty, and the
+public function returns x.
 
 Forward also returns the mean and rstd of each row, in fp32 (fp64 for fp64). Saved for backward: hidden, which the model
-keeps anyway, these two numbers a row, and the weight. Backward computes only the gradients that are asked for; the
-others come back empty.
+saves anyway, these two numbers per row, and the weight. Gradients that are not needed are empty.
 
-On a GPU backward is two kernels: sums over all rows come from fixed blocks of rows, added in their order by the second.
-CPU kernel: csrc/add_layer_norm.cpp.
+On a GPU backward is two kernels: the first sums fixed blocks of rows, the second adds these sums in order. Reference:
+`reference.add_layer_norm`. CPU kernel: csrc/add_layer_norm.cpp.
 """
 
 from __future__ import annotations
@@ -23,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from . import registration
 from .launching import launch, tl, triton
 from .row_sums import sum_in_order
 
-TILE = 1024  # numbers in a tile: one row, or as many as fit
-ROWS_PER_SUM = 8  # rows, at least, that a program of the backward pass adds up: fewer would be more to write than read
-MAX_SUMS = 512  # programs of the backward pass: they fill every GPU, and the second kernel has little to add
-BLOCK_SUMS = 64  # partial sums that the second kernel adds at a time
-BLOCK_COLUMNS = 32  # columns of one program of it: 128 bytes
+TILE = 1024  # numbers in a tile: one row, or as many rows as fit
+ROWS_PER_SUM = 8  # least number of rows per program of backward; with fewer it would write more than it reads
+MAX_SUMS = 512  # largest number of programs of backward: enough for every GPU, few sums for the second kernel
+BLOCK_SUMS = 64  # partial sums per iteration of the second kernel
+BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
 
 
 @triton.jit
@@ -55,14 +55,14 @@ def _add_layer_norm_fwd_kernel(
     offs_w = tl.arange(0, BLOCK_W)
     mask_r, mask_w = offs_r < R, offs_w < W
     offs, mask = offs_r[:, None] * W + offs_w[None, :], mask_r[:, None] & mask_w[None, :]
-    wide = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    hidden = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
     if residual_ptr is not None:
-        wide += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        hidden = wide.to(hidden_ptr.dtype.element_ty)
-        tl.store(hidden_ptr + offs, hidden, mask=mask)
-        wide = hidden.to(tl.float32)
-    mean = tl.sum(wide, axis=1) / W
-    centred = tl.where(mask_w[None, :], wide - mean[:, None], 0.0)
+        hidden += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        rounded = hidden.to(hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + offs, rounded, mask=mask)
+        hidden = rounded.to(tl.float32)
+    mean = tl.sum(hidden, axis=1) / W  # [BLOCK_R]
+    centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / W + eps
     rstd = tl.sqrt(variance) / variance  # NaN where the variance overflows, not 0
     weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
@@ -92,8 +92,8 @@ def _add_layer_norm_bwd_rows_kernel(
 ):
     """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)), and Σ d_normed · x̂ and Σ d_normed over some rows.
 
-    One program: `rows` rows, BLOCK_R at a time, and its own row of both sums [P, W]. A null pointer stands for a
-    gradient that is not there or not wanted.
+    One program: `rows` rows, BLOCK_R at a time, and its own row of both sums [P, W]. The pointer of a gradient that is
+    absent or not needed is None.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
@@ -105,13 +105,13 @@ def _add_layer_norm_bwd_rows_kernel(
         offs_r = program * rows + start + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         offs, mask = offs_r[:, None] * W + offs_w[None, :], mask_r[:, None] & mask_w[None, :]
-        d_normed = tl.load(d_normed_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        d_normed = tl.load(d_normed_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
         hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)
+        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
         rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
         unit = (hidden - mean[:, None]) * rstd[:, None]
         if d_x_ptr is not None:
-            g = d_normed * weight[None, :]  # zero beyond the row
+            g = d_normed * weight[None, :]  # 0 beyond W
             mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W
             d_row = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]
             if d_hidden_ptr is not None:
@@ -195,7 +195,7 @@ def _launch_backward(
     tile = _tile(W)
     blocks = triton.cdiv(R, tile["BLOCK_R"])
     blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
-    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows: sums of nothing
+    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows the sums are 0
 
     def sums(need: bool) -> Tensor | None:
         return torch.empty(P, W, dtype=torch.float32, device=device) if need else None
@@ -243,12 +243,12 @@ def _fallback(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = (x if residual is None else x + residual).contiguous()
-    wide = hidden.to(_dtype(x))
-    mean = wide.mean(dim=-1)
-    centred = wide - mean[..., None]
+    hidden_fp32 = reference.at_least_fp32(hidden)
+    mean = hidden_fp32.mean(dim=-1)
+    centred = hidden_fp32 - mean[..., None]
     variance = centred.square().mean(dim=-1) + eps
     rstd = variance.sqrt() / variance  # NaN where the variance overflows, not 0
-    normed = centred * rstd[..., None] * weight.to(wide.dtype) + bias.to(wide.dtype)
+    normed = centred * rstd[..., None] * weight.to(mean.dtype) + bias.to(mean.dtype)
     return x.new_empty(0) if residual is None else hidden, normed.to(x.dtype), mean, rstd
 
 
@@ -263,12 +263,12 @@ def _fallback_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Not autograd of the reference: backward gets the statistics instead of eps.
+    # Not autograd of the reference: backward receives the statistics instead of eps.
     dtype = mean.dtype
-    wide, upstream = (x.contiguous().to(dtype) for x in (hidden, d_normed))
+    hidden_fp32, upstream = (x.contiguous().to(dtype) for x in (hidden, d_normed))
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         upstream,
-        wide,
+        hidden_fp32,
         hidden.shape[-1:],
         mean[..., None],
         rstd[..., None],
@@ -287,7 +287,8 @@ def _fallback_backward(
 def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=_dtype(x)) for _ in range(2))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=dtype) for _ in range(2))
     return x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape), mean, rstd
 
 
@@ -295,10 +296,6 @@ def _fake_backward(
     d_normed: Tensor, d_hidden: Tensor | None, hidden: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *needs: bool
 ) -> tuple[Tensor, ...]:
     return registration.gradients_like((hidden, weight, weight), needs)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 add_layer_norm = registration.define(

@@ -3,21 +3,20 @@
     z_bk   = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
     loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
-Forward also returns what backward needs besides the inputs: lse [B], in fp64 (fp32 would round it by 4e-6 at a scale of
-100, and every probability with it), the lengths of the rows, [B] and [K], and what the sum of the losses was divided
-by. Backward computes the logits again, a bounded panel at a time; it computes only the gradients that are asked for,
-the others come back empty.
+Saved for backward: the inputs; lse [B] in fp64, since fp32 rounds it, and every probability, by 4e-6 at a scale of 100;
+the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits in panels of
+bounded size. Gradients that are not needed are empty.
 
-On the CPU a matrix product costs more than anything else, and one of four is saved if the gradients are computed while
-the logits are there: with `keep_…`, which a mean or a sum allows, forward returns the gradients of the unit rows, up to
-the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64), and backward only takes them through the
-unit norm. What is not kept comes back empty. Only the C++ kernel writes and reads them.
+On the CPU matrix products dominate, and gradients that are computed in forward save one of four. With `keep_…`, for a
+mean or a sum, the C++ kernel returns the gradients of the unit rows, up to the factors logit_scale and d_loss, in
+fp32 [B, D] and [K, D] (fp64 for fp64). What is not kept is empty. Other implementations allocate these results and
+neither write nor read them.
 
-On a GPU, forward cuts the [B, K] plane into tiles, and into splits of the classes where there are few images; each
-split leaves the running top and sum of its images, and a second kernel combines them in order. Backward writes a panel
-of d_z over the lengths of its rows, bounded in size, and hands the two contractions to the library (unit_rows.py).
+On a GPU forward cuts the [B, K] plane into tiles, and for few images into splits of the classes. Each split stores the
+maximum and sum of its images; a second kernel combines them in order. Backward writes a bounded panel of d_z over the
+norms of its rows; the two contractions are calls of the BLAS library (unit_rows.py).
 
-CPU kernel: csrc/class_sampled_ce.cpp.
+Reference: `reference.class_sampled_ce`. CPU kernel: csrc/class_sampled_ce.cpp.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from .unit_rows import (
     with_contiguous_rows,
 )
 
-# Programs that fill a large GPU twice. It is the same for all, so that all split, and round, alike.
+# Number of programs that fills a large GPU twice. One number for all GPUs: all split, and round, alike.
 PROGRAMS = 256
-BLOCK_COMBINE = 256  # images, or classes, that the combining program takes at once
+BLOCK_COMBINE = 256  # images or classes per iteration of the combining program
 BLOCK_SUM = 1024
 
 REDUCTIONS = ("mean", "sum", "none")  # `reduction` of the schemas is an index: strings leak in the stable ABI
 
-# What follows image, text, labels and logit_scale in both schemas.
+# Options of both schemas.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
 
 
@@ -80,9 +79,9 @@ def _class_sampled_ce_fwd_kernel(
 ):
     """top_b = max_k ±cosine_bk,   sum_b = Σ_k exp(|s| · (±cosine_bk − top_b)),   with the sign of s.
 
-    One program: BLOCK_B images, a loop over the tiles of a split of the classes with an online maximum of each image.
-    It leaves both, ±cosine_by, how often y was found and, with smoothing, Σ_k w_k ±cosine_bk, one after the other; and
-    the lengths of the rows if it measures them.
+    One program: BLOCK_B images; a loop over the tiles of a split of the classes with an online maximum of each image.
+    It stores both, ±cosine_by, the number of k = y and, with smoothing, Σ_k w_k ±cosine_bk; with MEASURE also the norms
+    of the rows.
     """
     split = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -102,25 +101,25 @@ def _class_sampled_ce_fwd_kernel(
         places_k = tl.minimum(offs_k, K - 1)
         rows_k = places_k
         if class_ids_ptr is not None:
-            # Those out of range stop the device later; until then they must be rows.
+            # Ids out of range stop the device in the combining kernel; until then rows must be valid.
             rows_k = tl.minimum(tl.maximum(tl.load(class_ids_ptr + places_k).to(tl.int32), 0), C - 1)
         cosine, image_norm, text_norm = cosine_tile(
-            image_ptr,
-            text_ptr,
-            image_norm_ptr,
-            text_norm_ptr,
-            tl.minimum(offs_b, B - 1),
-            places_k,
-            rows_k,
-            D,
-            stride_image_b,
-            stride_text_k,
-            eps,
-            BLOCK_B,
-            BLOCK_K,
-            BLOCK_D,
-            PRECISION,
-            MEASURE,
+            image_ptr=image_ptr,
+            text_ptr=text_ptr,
+            image_norm_ptr=image_norm_ptr,
+            text_norm_ptr=text_norm_ptr,
+            rows_b=tl.minimum(offs_b, B - 1),
+            places_k=places_k,
+            rows_k=rows_k,
+            D=D,
+            stride_image_b=stride_image_b,
+            stride_text_k=stride_text_k,
+            eps=eps,
+            BLOCK_B=BLOCK_B,
+            BLOCK_K=BLOCK_K,
+            BLOCK_D=BLOCK_D,
+            PRECISION=PRECISION,
+            MEASURE=MEASURE,
         )
         if MEASURE:
             if tl.program_id(0) == 0:
@@ -128,7 +127,7 @@ def _class_sampled_ce_fwd_kernel(
             if start_k == 0:
                 tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
         cosine = sign * cosine
-        # Beyond K the last class comes again: that leaves the top as it is, and it is taken out of the sum.
+        # Beyond K the last class is repeated: the maximum does not change, the sum excludes it.
         higher = tl.maximum(top, tl.max(cosine, axis=1))
         absent = tl.where(mask_k, 0.0, float("-inf"))
         terms = tl.exp(sign * scale * (cosine - higher[:, None]) + absent[None, :])
@@ -143,7 +142,7 @@ def _class_sampled_ce_fwd_kernel(
                 weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
             weighted += tl.sum(weight[None, :] * cosine, axis=1)
 
-    partial = partial_ptr + split * B + offs_b  # 32 bits: there are few splits where there are many images
+    partial = partial_ptr + split * B + offs_b  # 32 bits suffice: many images have few splits
     tl.store(partial, top, mask=mask_b)
     tl.store(partial + stride_partial, exp_sum, mask=mask_b)
     tl.store(partial + 2 * stride_partial, target, mask=mask_b)
@@ -176,7 +175,7 @@ def _class_sampled_ce_fwd_combine_kernel(
 ):
     """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b from it, and their sum or mean.
 
-    One program in all: it goes through the images in order, and checks labels and class ids.
+    A single program: a loop over the images in order. It also asserts the range of labels and class ids.
     """
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
@@ -224,7 +223,7 @@ def _class_sampled_ce_fwd_combine_kernel(
         target_weight = counts.to(tl.float32)
         if class_weight_ptr is not None:
             target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)
-        # Not lse − z_y: the difference is small where the loss is.
+        # Not lse − z_y, which cancels if the loss is small.
         loss = target_weight * (magnitude * (top - target) + log_sum)
         if SMOOTH:
             spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted
@@ -273,10 +272,10 @@ def _class_sampled_ce_bwd_logits_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """factor_bk = d_z_bk/(|x_b| |t_k|) unless factors_ptr is None; Σ d_z_bk · cosine_bk unless d_scale_ptr is.
+    """factor_bk = d_z_bk/(|x_b| |t_k|), and Σ d_z_bk · cosine_bk; each only if its pointer is not None.
 
-    d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)), where up_b is 1 without d_loss_ptr.
-    One program: a tile of BLOCK_B images and BLOCK_K classes, of B images that the pointers start at.
+    d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)), with up_b = 1 without d_loss_ptr.
+    One program: a tile of BLOCK_B images and BLOCK_K classes; the pointers are those of the first image of a panel.
     """
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -286,21 +285,21 @@ def _class_sampled_ce_bwd_logits_kernel(
     if class_ids_ptr is not None:
         rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)
     cosine, image_norm, text_norm = cosine_tile(
-        image_ptr,
-        text_ptr,
-        image_norm_ptr,
-        text_norm_ptr,
-        rows_b,
-        places_k,
-        rows_k,
-        D,
-        stride_image_b,
-        stride_text_k,
-        eps,
-        BLOCK_B,
-        BLOCK_K,
-        BLOCK_D,
-        PRECISION,
+        image_ptr=image_ptr,
+        text_ptr=text_ptr,
+        image_norm_ptr=image_norm_ptr,
+        text_norm_ptr=text_norm_ptr,
+        rows_b=rows_b,
+        places_k=places_k,
+        rows_k=rows_k,
+        D=D,
+        stride_image_b=stride_image_b,
+        stride_text_k=stride_text_k,
+        eps=eps,
+        BLOCK_B=BLOCK_B,
+        BLOCK_K=BLOCK_K,
+        BLOCK_D=BLOCK_D,
+        PRECISION=PRECISION,
         MEASURE=False,
     )
     labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
@@ -318,7 +317,7 @@ def _class_sampled_ce_bwd_logits_kernel(
         total_weight = tl.load(total_weight_ptr)
     spread = label_smoothing / K * upstream
 
-    # The softmax from lse, in fp64: the top cosine may be any that is near lse/s.
+    # Softmax from lse in fp64; any cosine near lse/s will do as the maximum.
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     lse = tl.load(lse_ptr + rows_b)
     top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)
@@ -340,7 +339,7 @@ def _class_sampled_ce_bwd_logits_kernel(
 
 @triton.jit
 def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, total_ptr, n, BLOCK: tl.constexpr):
-    """d_s = factor/divisor · Σ of the partial sums, in order. One program in all."""
+    """d_s = factor/divisor · Σ of the partial sums, in order. A single program."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -437,9 +436,9 @@ def _launch_sums(
     need_text: bool,
     need_logit_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the factors (see unit_rows.py), in fp32 [B, D] and [K, D], and partial sums of d_logit_scale.
+    """Compute sums over the factors (see unit_rows.py), fp32 [B, D] and [K, D], and partial sums of d_logit_scale.
 
-    They are those of a sum of the losses, weighted by d_loss [B] if it is given: a mean's divisor comes later.
+    These are for a sum of the losses, weighted by d_loss [B] unless it is None; the divisor of a mean is applied later.
     """
     (B, D), device = image.shape, image.device
     K = text.shape[0] if class_ids is None else class_ids.shape[0]
@@ -449,7 +448,7 @@ def _launch_sums(
     panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
     k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
     b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
-    # A last panel of fewer images leaves the rest as it is.
+    # Zeros: a last panel of fewer images does not write all of them.
     d_scale = torch.zeros(panels if need_logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
     if not (need_image or need_text or need_logit_scale):
         return d_image, d_text, d_scale
@@ -490,7 +489,7 @@ def _launch_sums(
 def _arguments(
     labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, class_weight: Tensor | None, label_smoothing: float
 ) -> dict[str, Any]:
-    """What the kernels take besides the rows; W, the weight of all classes, only where there is smoothing."""
+    """Arguments of the kernels besides the rows; the weight of all classes, W, only with smoothing."""
     total_weight = None
     if class_weight is not None:
         class_weight = class_weight.float().contiguous()
@@ -508,7 +507,7 @@ def _arguments(
 def _launch_scale(
     partial: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None
 ) -> Tensor:
-    """factor/divisor · Σ of the partial sums, put into `total`."""
+    """Store factor/divisor · Σ of the partial sums in `total`."""
     launch(
         _class_sampled_ce_bwd_scale_kernel,
         (1,),

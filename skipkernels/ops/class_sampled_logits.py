@@ -2,11 +2,11 @@
 
     z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
 
-The logits are fp32 whatever the features are (fp64 for fp64). Forward also returns what backward needs besides the
-inputs: the lengths of the rows, [B] and [K]. Backward computes only the gradients that are asked for, the others come
-back empty; that of the scale, Σ d_z_bk · cosine_bk, may compute the cosines again.
+The logits are fp32 for every dtype of the features (fp64 for fp64). Forward also returns the norms of the rows, [B] and
+[K]. Saved for backward: the inputs and the norms. Gradients that are not needed are empty; the gradient of the scale,
+Σ d_z_bk · cosine_bk, recomputes the cosines.
 
-CPU kernel: csrc/class_sampled_logits.cpp.
+Reference: `reference.class_sampled_logits`. CPU kernel: csrc/class_sampled_logits.cpp.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _class_sampled_logits_fwd_kernel(
 ):
     """z_bk = s · cosine_bk. One program: a tile of BLOCK_B images and BLOCK_K classes.
 
-    It also leaves the lengths of the rows if it measures them.
+    With MEASURE it also stores the norms of the rows.
     """
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -56,24 +56,24 @@ def _class_sampled_logits_fwd_kernel(
     if class_ids_ptr is not None:
         ids = tl.load(class_ids_ptr + places_k)
         tl.device_assert((ids >= 0) & (ids < C), "class_sampled_logits: class_ids must be rows of text")
-        rows_k = tl.minimum(tl.maximum(ids.to(tl.int32), 0), C - 1)  # the device stops, but not at once
+        rows_k = tl.minimum(tl.maximum(ids.to(tl.int32), 0), C - 1)  # valid until the assertion stops the device
     cosine, image_norm, text_norm = cosine_tile(
-        image_ptr,
-        text_ptr,
-        image_norm_ptr,
-        text_norm_ptr,
-        rows_b,
-        places_k,
-        rows_k,
-        D,
-        stride_image_b,
-        stride_text_k,
-        eps,
-        BLOCK_B,
-        BLOCK_K,
-        BLOCK_D,
-        PRECISION,
-        MEASURE,
+        image_ptr=image_ptr,
+        text_ptr=text_ptr,
+        image_norm_ptr=image_norm_ptr,
+        text_norm_ptr=text_norm_ptr,
+        rows_b=rows_b,
+        places_k=places_k,
+        rows_k=rows_k,
+        D=D,
+        stride_image_b=stride_image_b,
+        stride_text_k=stride_text_k,
+        eps=eps,
+        BLOCK_B=BLOCK_B,
+        BLOCK_K=BLOCK_K,
+        BLOCK_D=BLOCK_D,
+        PRECISION=PRECISION,
+        MEASURE=MEASURE,
     )
     if MEASURE:
         if tl.program_id(1) == 0:
@@ -132,8 +132,8 @@ def _launch_backward(
     class_ids = None if class_ids is None else class_ids.contiguous()
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
     if need_image or need_text:
-        image_length, text_length = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
-        factors = (d_logits / image_length[:, None] / text_length).to(unit_rows.factors_dtype(image.dtype))
+        image_divisor, text_divisor = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
+        factors = (d_logits / image_divisor[:, None] / text_divisor).to(unit_rows.factors_dtype(image.dtype))
         if need_image:
             sums = contract(factors, text if class_ids is None else text.index_select(0, class_ids))
             d_image = unit_rows.through_unit_norm(image, None, sums, logit_scale)
@@ -146,7 +146,7 @@ def _launch_backward(
 
 
 def _d_logit_scale(d_logits: Tensor, cosine: Tensor, logit_scale: Tensor) -> Tensor:
-    """Σ d_z_bk · cosine_bk, summed in fp64: the terms are of either sign."""
+    """Compute Σ d_z_bk · cosine_bk in fp64, since the terms cancel."""
     total = (d_logits * cosine).sum(dtype=torch.float64)
     return total.to(logit_scale.dtype).reshape(logit_scale.shape)
 
@@ -184,7 +184,7 @@ def _fallback_backward(
         d_logits,
     )
     d_logit_scale = logit_scale.new_empty(0)
-    if need_logit_scale:  # not autograd of the reference, which sums in fp32
+    if need_logit_scale:  # autograd of the reference sums in fp32
         cosine = reference.class_sampled_logits(image, text, 1.0, class_ids)
         d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
     return d_image, d_text, d_logit_scale

@@ -1,9 +1,9 @@
-"""`class_scores`: the score by which classes are selected for a batch.
+"""`class_scores`: scores that select the classes of a step.
 
     score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
 
-One pass over the prototypes; the [B, C] cosines are never written. Not differentiable. CPU kernel:
-csrc/class_scores.cpp.
+One pass over the prototypes; the [B, C] cosines are never written. Not differentiable. Reference:
+`reference.class_scores`. CPU kernel: csrc/class_scores.cpp.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from . import registration
 from .launching import dot_precision, launch, tl, triton
 from .unit_rows import with_contiguous_rows
 
-BLOCK_B = 16  # images: a batch has few, and this is the least that the matrix units take
-BYTES_D = 128  # of every row at a time
-# Classes of a program, and its warps. Of few classes 16, so that a thousand of them still occupy 63 multiprocessors; of
-# many 64, for which the images are read a quarter as often, by wgmma on sm_90 and tcgen05 on sm_100.
+BLOCK_B = 16  # images: a batch has few, and matrix units need at least 16
+BYTES_D = 128  # bytes of a row per iteration
+# Classes and warps of a program. With few classes 16, so that a thousand classes occupy 63 multiprocessors; from
+# MANY_FROM on 64, which reads the images a quarter as often and uses wgmma on sm_90 and tcgen05 on sm_100.
 FEW, MANY, MANY_FROM = (16, 2), (64, 4), 4096
 NUM_STAGES = 4
 
@@ -42,10 +42,10 @@ def _class_scores_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels, which have to be classes.
+    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels.
 
-    One program: BLOCK_C classes, a loop over blocks of images, for each a loop over D that sums the products and the
-    squares together. The maximum is kept for every column of the tile and reduced once, at the end.
+    One program: BLOCK_C classes, a loop over blocks of images, and a loop over D that sums products and squares. The
+    maximum is kept for every column of the tile and reduced once at the end.
     """
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -61,18 +61,19 @@ def _class_scores_kernel(
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
+            # [BLOCK_C, BLOCK_D] and [BLOCK_D, BLOCK_B]
             prototypes = tl.load(prototypes_row + offs_d[None, :], mask=mask_c[:, None] & mask_d[None, :], other=0.0)
             image = tl.load(image_row + offs_d[:, None], mask=mask_d[:, None] & mask_b[None, :], other=0.0)
             product = tl.dot(prototypes, image, product, input_precision=PRECISION)
             squares += image.to(tl.float32) * image.to(tl.float32)
         norm = tl.sqrt(tl.sum(squares, axis=0))
         cosine = product / tl.maximum(norm, eps, propagate_nan=tl.PropagateNan.ALL)[None, :]
-        cosine = tl.where(mask_b[None, :], cosine, float("-inf"))
+        cosine = tl.where(mask_b[None, :], cosine, float("-inf"))  # [BLOCK_C, BLOCK_B]
         best = tl.maximum(best, cosine, propagate_nan=tl.PropagateNan.ALL)
         labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)
         tl.device_assert((labels >= 0) & (labels < C) | ~mask_b, "class_scores: labels must be rows of prototypes")
         labelled |= labels[None, :] == offs_c[:, None]
-    # tl.max drops NaN, an image that is NaN must not pass for a score.
+    # tl.max drops NaN; a NaN image must give NaN scores.
     nan = tl.max((best != best).to(tl.int32), axis=1) > 0
     score = tl.where(nan, float("nan"), tl.max(best, axis=1))
     score = tl.where(tl.max(labelled.to(tl.int32), axis=1) > 0, float("inf"), score)
@@ -89,7 +90,7 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
         (triton.cdiv(C, block_c),),
         device=device,
         num_warps=num_warps,
-        debug=True,  # for the assertion
+        debug=True,  # compiles the assertion
         num_stages=NUM_STAGES,
         image_ptr=image,
         prototypes_ptr=prototypes,

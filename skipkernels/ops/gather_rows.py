@@ -1,10 +1,10 @@
-"""`gather_rows`: rows of a feature store → a batch.
+"""`gather_rows`: gather a batch of rows of a feature store.
 
     out_b = rows[index_b] · token_scale[index_b]
 
-Every number is read once and written once. `gather_rows_out` writes into a buffer that the caller has, which may be
-pinned and used again; with `out_index` into its rows out_index_b, so that a batch can be gathered from several stores.
-Not differentiable: the store is a constant. CPU kernel: csrc/gather_rows.cpp.
+Every number is read once and written once. `gather_rows_out` writes into an existing buffer, which may be pinned and
+reused; with `out_index` into its rows out_index_b, so that a batch can be gathered from several stores. Not
+differentiable: the store is a constant. Reference: `reference.gather_rows`. CPU kernel: csrc/gather_rows.cpp.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .. import reference
 from . import registration
 from .launching import launch, tl, triton
 
-BLOCK_N = 4  # tokens of a program
-MAX_BLOCK_W = 1024  # columns that it reads at once: with 4 tokens in bf16, 8 KiB in flight
+BLOCK_N = 4  # tokens per program
+MAX_BLOCK_W = 1024  # columns per iteration: 8 KiB in flight with 4 tokens in bf16
 NUM_WARPS = 4
 
 
@@ -45,7 +45,7 @@ def _gather_rows_kernel(
 ):
     """out_bn = rows[index_b, n] · token_scale[index_b, n]. One program: BLOCK_N tokens of one image, all columns.
 
-    With out_index it is out[out_index_b, n].
+    With out_index it writes out[out_index_b, n].
     """
     blocks = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -65,7 +65,7 @@ def _gather_rows_kernel(
     for start in range(0, W, BLOCK_W):
         offs_w = start + tl.arange(0, BLOCK_W)
         mask = mask_n[:, None] & (offs_w < W)[None, :]
-        tokens = tl.load(rows_ptrs + offs_w[None, :].to(tl.int64) * stride_rows_w, mask=mask)
+        tokens = tl.load(rows_ptrs + offs_w[None, :].to(tl.int64) * stride_rows_w, mask=mask)  # [BLOCK_N, BLOCK_W]
         if QUANTISED:
             tokens = tokens.to(tl.float32) * scale[:, None]
         tl.store(out_ptrs + offs_w[None, :], tokens.to(out_ptr.dtype.element_ty), mask=mask)
@@ -78,7 +78,7 @@ def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_ind
         (B * triton.cdiv(N, BLOCK_N),),
         device=rows.device,
         num_warps=NUM_WARPS,
-        debug=True,  # for the assertion
+        debug=True,  # compiles the assertions
         rows_ptr=rows,
         index_ptr=index,
         token_scale_ptr=token_scale,

@@ -1,10 +1,10 @@
-"""How the operators' Triton kernels are launched.
+"""Launches of the Triton kernels of the operators.
 
-`launch` is the only way in: it puts a kernel on the device of its tensors and not on the current one, and writes out
-each option that can change a result. What differs from one GPU to the next (block tables, the precision of a matrix
-product) is looked up by `target`.
+All kernels are launched by `launch`, on the device of their tensors, which need not be the current device, with every
+option that can change a result. Settings that depend on the GPU (block tables, the precision of a matrix product) are
+looked up by `target`.
 
-Where Triton is not installed the kernels stay plain functions that nobody launches: the reference serves.
+Without Triton, the reference implementation is used.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ installed = tl is not None
 
 
 class Target(NamedTuple):
-    """What machine code is made for: ("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"), …"""
+    """Target of compilation: ("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"), …"""
 
     backend: str
     arch: int | str
 
 
 def target(device: torch.device) -> Target:
-    """The target of a device; for the CPU, where Triton's interpreter runs the kernels, that of an A100."""
+    """Return the target of a device; for the CPU, where the interpreter of Triton runs the kernels, that of an A100."""
     return Target("cuda", 80) if device.type == "cpu" else _target_of_gpu(device.index)
 
 
@@ -51,9 +51,9 @@ def _target_of_gpu(index: int) -> Target:
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """`input_precision` of a `tl.dot` of tiles of this dtype: fp32 must come out as fp32, on the matrix units.
+    """Return the `input_precision` of a `tl.dot` with fp32 accuracy on the matrix units.
 
-    NVIDIA's have no fp32: three tf32 products stand for one. AMD's have.
+    Matrix units of NVIDIA have no fp32: one product is three of tf32. Those of AMD have fp32.
     """
     return "tf32x3" if dtype == torch.float32 and target(device).backend == "cuda" else "ieee"
 
@@ -69,17 +69,17 @@ def launch(
     debug: bool = False,
     **arguments: Tensor | int | float | bool | str | None,
 ) -> None:
-    """Launch a kernel, if there is anything to do.
+    """Launch a kernel, unless the grid is empty.
 
     Args:
-        kernel: decorated with `triton.jit`.
-        grid: programs in each dimension, the largest number first: the others end at 65,535.
-        device: that of the tensors.
-        num_warps: of 32 threads (64 on AMD) a program.
-        num_stages: of the software pipeline of its loops.
-        fp_fusion: whether a · b + c may be rounded once, as the libraries do it; not where PyTorch's bits are wanted.
-        debug: whether its `tl.device_assert`s are compiled in. They stop the device without the host waiting.
-        arguments: the kernel's, by name.
+        kernel: function decorated with `triton.jit`.
+        grid: number of programs in each dimension, the largest first: the limit of the others is 65,535.
+        device: device of the tensors.
+        num_warps: warps per program, of 32 threads (64 on AMD).
+        num_stages: stages of the software pipeline of its loops.
+        fp_fusion: allow a · b + c to be rounded once; False for the bits of PyTorch.
+        debug: compile `tl.device_assert`s, which stop the device without a host sync.
+        arguments: arguments of the kernel by name.
     """
     if min(grid) == 0:
         return
@@ -92,7 +92,7 @@ def launch(
                 num_stages=num_stages,
                 enable_fp_fusion=fp_fusion,
                 debug=debug,
-                sanitize_overflow=False,  # of every sum and product of integers, which debug would check too
+                sanitize_overflow=False,  # debug would check every integer operation for overflow
             ),
             arguments,
         )

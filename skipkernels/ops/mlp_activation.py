@@ -3,11 +3,10 @@
     u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
     quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
 
-Saved for backward are x and bias, and nothing else: backward computes g again. It computes only the gradients that are
-asked for; the others come back empty.
+Saved for backward: x and bias; g is recomputed. Gradients that are not needed are empty.
 
-On a GPU the gradient of the bias takes a second kernel: fixed blocks of rows have sums of their own, which it adds in
-their order. CPU kernel: csrc/mlp_activation.cpp.
+On a GPU the gradient of the bias is summed for fixed blocks of rows; a second kernel adds these sums in order.
+Reference: `reference.mlp_activation`. CPU kernel: csrc/mlp_activation.cpp.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from .row_sums import sum_in_order
 
 KINDS = ("quick_gelu", "gelu", "gelu_tanh")  # `kind` of the schemas is an index: strings leak in the stable ABI
 
-TILE = 2048  # numbers in a tile: 16 a thread
+TILE = 2048  # numbers in a tile: 16 per thread
 NUM_WARPS = 4
-BLOCK_COLUMNS = 256  # columns of a tile, at most
-ROWS_PER_SUM = 32  # rows, at least, that one program of the backward pass adds up; fewer would be much more to write
-MAX_SUMS = 256  # such blocks of rows, at most: with the blocks of columns they fill every GPU
-BLOCK_SUMS = 64  # partial sums that the second kernel adds at a time
-BLOCK_SUMS_COLUMNS = 32  # columns of one program of it: 128 bytes
+BLOCK_COLUMNS = 256  # largest number of columns of a tile
+ROWS_PER_SUM = 32  # least number of rows per program of backward; with fewer there are many more sums to write
+MAX_SUMS = 256  # largest number of blocks of rows: with the blocks of columns enough for every GPU
+BLOCK_SUMS = 64  # partial sums per iteration of the second kernel
+BLOCK_SUMS_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
 
 
 @triton.jit
 def _sigmoid(z, scale):
-    """σ(z) and scale · σ'(z). With the exponential of −|z| nothing overflows and nothing cancels."""
+    """Compute σ(z) and scale · σ'(z) from exp(−|z|), without overflow or cancellation."""
     e = tl.exp(-tl.abs(z))
     upper = 1.0 / (1.0 + e)
     return tl.where(z < 0, e * upper, upper), scale * (e * upper * upper)
@@ -43,7 +42,7 @@ def _sigmoid(z, scale):
 
 @triton.jit
 def _gate(u, KIND: tl.constexpr):
-    """g(u) and g'(u)."""
+    """Compute g(u) and g'(u)."""
     if KIND == "quick_gelu":
         value, slope = _sigmoid(1.702 * u, 1.702)
     elif KIND == "gelu":
@@ -75,7 +74,7 @@ def _mlp_activation_fwd_kernel(
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
     offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
-    u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
     if bias_ptr is not None:
         u += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
     value, _ = _gate(u, KIND)
@@ -99,7 +98,7 @@ def _mlp_activation_bwd_rows_kernel(
     """d_x = d_out · (g(u) + u · g'(u)), and Σ d_x over some rows.
 
     One program: BLOCK_W columns of `rows` rows, BLOCK_R at a time, and these columns of its own row of the sums [P, W].
-    A null pointer stands for a gradient that is not wanted.
+    The pointer of a gradient that is not needed is None.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -112,11 +111,11 @@ def _mlp_activation_bwd_rows_kernel(
         offs_r = program * rows + start + tl.arange(0, BLOCK_R)
         offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
         u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        value, slope = _gate(u, KIND)
+        value, slope = _gate(u, KIND)  # [BLOCK_R, BLOCK_W]
         d_x = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32) * (value + u * slope)
         if d_x_ptr is not None:
             tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
-        d_bias += tl.where(mask, d_x, 0.0)  # a row that is not there: 0 · g, and g of an infinite bias is NaN
+        d_bias += tl.where(mask, d_x, 0.0)  # beyond R d_x is 0 · g, and NaN if the bias is infinite
     if d_bias_sums_ptr is not None:
         tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)
 
@@ -167,7 +166,7 @@ def _launch_backward(
     R = x.numel() // W
     blocks = triton.cdiv(R, tile["BLOCK_R"])
     blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
-    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows: sums of nothing
+    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows the sums are 0
     d_x, d_bias = registration.gradients_like((x, x if bias is None else bias), (need_x, need_bias))
     d_bias_sums = torch.empty(P, W, dtype=torch.float32, device=device) if need_bias else None
     launch(

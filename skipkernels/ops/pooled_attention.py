@@ -1,4 +1,4 @@
-"""`pooled_attention`: one query per sequence, that of the pooled token, against all keys of the sequence.
+"""`pooled_attention`: attention of one query per sequence, of the pooled token, over all keys of the sequence.
 
     weight_n = exp(scale · ⟨q, k_n⟩ − lse),   n < length
     out      = Σ_n weight_n v_n
@@ -6,11 +6,11 @@
     d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
     d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 
-Forward also returns lse [B, H] in fp64; backward gets it, the inputs and the result. Only the gradients
-that are asked for are computed, the others come back empty. Those of keys and values past the length are zero.
+Forward also returns lse [B, H] in fp64. Saved for backward: the inputs, the result and lse. Gradients that are not
+needed are empty; those of keys and values past the length are 0.
 
-With one query there is no matrix product to speak of: keys and values are read, that is all. On a GPU a program has one
-head of one sequence. CPU kernel: csrc/pooled_attention.cpp.
+With one query, time is that of reading keys and values. On a GPU a program computes one head of one sequence.
+Reference: `reference.pooled_attention`. CPU kernel: csrc/pooled_attention.cpp.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from . import registration
 from .attention import in_one_layout, load_lse, load_rows, store_rows
 from .launching import launch, tl, triton
 
-TILE = 4096  # keys or values at a time, in numbers: 64 keys of 64
-TILE_BACKWARD = 2048  # which has two loops over them: with 4096 it spills
-WIDEST = 1024  # a tile has whole rows; wider heads are the reference's
+TILE = 4096  # numbers of keys or values per iteration: 64 keys of width 64
+TILE_BACKWARD = 2048  # backward has two loops; with 4096 numbers it spills registers
+MAX_WIDTH = 1024  # a tile has whole rows; wider heads use the fallback
 WARPS = 8
 
 
@@ -55,7 +55,7 @@ def _pooled_attention_fwd_kernel(
 ):
     """out = Σ_n exp(s_n − lse) v_n,   lse = log Σ_n exp(s_n),   s_n = scale · ⟨q, k_n⟩,   n < length.
 
-    One program: one head of one sequence, a loop over its keys with a running maximum and sum.
+    One program: one head of one sequence; a loop over its keys with a running maximum and sum.
     """
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     key_ptr += b * stride_key_b + head * stride_key_h
@@ -73,10 +73,10 @@ def _pooled_attention_fwd_kernel(
     for start_n in range(0, length, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
-        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
+        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
         score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)
-        score = tl.where(mask_n, score, float("-inf"))
+        score = tl.where(mask_n, score, float("-inf"))  # [BLOCK_N]
         higher = tl.maximum(top, tl.max(score, axis=0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
@@ -121,7 +121,7 @@ def _pooled_attention_bwd_kernel(
 ):
     """d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out; 0 past the length.
 
-    One program: one head of one sequence, a loop over all N rows.
+    One program: one head of one sequence; a loop over its keys for the mean of d_weight, then one over all N rows.
     """
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     key_ptr += b * stride_key_b + head * stride_key_h
@@ -140,8 +140,8 @@ def _pooled_attention_bwd_kernel(
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
     if NEED_QUERY or NEED_KEY:
-        # `out` is rounded; where one key has nearly all the weight, that is more than the gradient. The mean of the
-        # remainder corrects it.
+        # ⟨d_out, out⟩ has the rounding of `out`: more than the gradient, if one key has nearly all the weight. The mean
+        # of the remainder corrects it.
         remainder = 0.0
         for start_n in range(0, length, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -178,7 +178,7 @@ def _pooled_attention_bwd_kernel(
 
 def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     B, H, E = query.shape
-    if E > WIDEST:
+    if E > MAX_WIDTH:
         return _fallback(query, key, value, lengths, scale)
     out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)
     launch(
@@ -205,7 +205,7 @@ def _launch_backward(
     need_value: bool,
 ) -> tuple[Tensor, ...]:
     B, H, E = query.shape
-    if E > WIDEST:
+    if E > MAX_WIDTH:
         return _fallback_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
     needs = need_query, need_key, need_value
     d_query, d_key, d_value = registration.gradients_like((query, key, value), needs)
@@ -232,7 +232,7 @@ def _launch_backward(
 def _arguments(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float, tile: int
 ) -> dict[str, Any]:
-    """What both kernels take."""
+    """Arguments of both kernels."""
     (query,), (key, value) = in_one_layout(query), in_one_layout(key, value)
     block_e = triton.next_power_of_2(query.shape[2])
     return dict(
@@ -300,7 +300,7 @@ pooled_attention = registration.define(
     fake=_fake,
     launch=_launch,
     check=_check,
-    fallback_cases=f"fp64, heads of more than {WIDEST}",
+    fallback_cases=f"fp64, heads of more than {MAX_WIDTH}",
 )
 pooled_attention_backward = registration.define(
     "pooled_attention_backward(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"

@@ -105,7 +105,7 @@ def call(operator: torch._ops.OpOverload, *args: Any) -> Any:
 
 
 def _first(args: tuple[Any, ...]) -> torch.Tensor:
-    """The tensor whose device and dtype choose the implementation: the first argument, or the first of a list."""
+    """Return the tensor that chooses the implementation by device and dtype: the first, also of a list."""
     return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
 
 

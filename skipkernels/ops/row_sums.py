@@ -1,4 +1,4 @@
-"""Sums over rows that are the same every time: partial sums of blocks of rows, added in the order of the blocks."""
+"""Deterministic sums over rows: partial sums of blocks of rows, added in the order of the blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .launching import tl, triton
 
 @triton.jit
 def sum_in_order(sums_ptr, P, offs_w, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Σ_p sums[p, w] of fp32 sums [P, W] for BLOCK_W columns w, BLOCK_P rows at a time; P · W < 2³¹."""
+    """Compute Σ_p sums[p, w], [BLOCK_W], of fp32 sums [P, W], BLOCK_P rows at a time; P · W < 2³¹."""
     total = tl.zeros([BLOCK_P, BLOCK_W], tl.float32)
     for start in range(0, P, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)

@@ -2,12 +2,12 @@
 
     g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-One pass: every number is read once and written once. The learning rate and the seed of stochastic rounding are tensors
-on the device, so that a captured graph takes new ones at each replay. Each product is rounded by itself, as in the
-reference: all kernels give the same bits. CPU kernel: csrc/sgd_momentum.cpp.
+Every number is read once and written once. The learning rate and the seed of stochastic rounding are tensors on the
+device, so that a captured graph reads new values at each replay. Each product is rounded, as in the reference
+(`reference.sgd_momentum_`): all kernels return the same bits. CPU kernel: csrc/sgd_momentum.cpp.
 
-A list is one operator call. On the CPU it is one parallel region (a model has some 150 parameters, most of them small);
-on a GPU it is a launch for each tensor, which a captured graph makes cheap.
+A list is one call of the operator. On the CPU it is one parallel region (a model has some 150 parameters, most of them
+small); on a GPU it is one launch per tensor, at little cost in a captured graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .. import reference
 from . import registration
 from .launching import launch, tl, triton
 
-GROUPS = 256  # of four elements, a program: 1,024 numbers of each tensor
+GROUPS = 256  # groups of four elements per program: 1,024 numbers of each tensor
 NUM_WARPS = 4
 
 
@@ -38,12 +38,12 @@ def _sgd_momentum_kernel(
 ):
     """buffer ← momentum · buffer + grad + weight_decay · weight; weight ← weight − lr · buffer.
 
-    One program: GROUPS groups of four elements that share a hash. `first` is the number of the tensor's first element
-    among those of the list, whose groups its own need not begin at: the first program's first group may be cut.
+    One program: GROUPS groups of four elements that share a hash. `first` is the index of the first element of the
+    tensor in the list; the first group of the first program may begin before the tensor.
     """
     group = first // 4 + tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     lane = tl.arange(0, 4)
-    offs = group[:, None] * 4 + lane[None, :] - first
+    offs = group[:, None] * 4 + lane[None, :] - first  # [GROUPS, 4]
     mask = (offs >= 0) & (offs < numel)
 
     lr = tl.load(lr_ptr).to(tl.float32)
@@ -55,7 +55,7 @@ def _sgd_momentum_kernel(
     weight = weight - lr * momentum_buffer
     tl.store(momentum_buffer_ptr + offs, momentum_buffer.to(momentum_buffer_ptr.dtype.element_ty), mask=mask)
 
-    if STOCHASTIC:  # bf16: random bits are added below the last one that stays, and the sum is cut
+    if STOCHASTIC:  # add random bits below the last bit of bf16 and truncate
         x = tl.load(seed_ptr).to(tl.uint64) + (group.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB

@@ -1,22 +1,21 @@
-"""`suffix_attention`: causal attention of many short class suffixes over one prefix that they share, and themselves.
+"""`suffix_attention`: causal attention of many short class suffixes over a shared prefix and over themselves.
 
-    weight_ij = exp(scale · ⟨q_i, k_j⟩ − lse_i),   j over the prefix, and over the tokens of i's suffix up to i itself
+    weight_ij = exp(scale · ⟨q_i, k_j⟩ − lse_i),   j in the prefix, and in the suffix of i up to i
     out_i     = Σ_j weight_ij v_j
 
     d_weight_ij = ⟨d_out_i, v_j⟩,   d_score_ij = weight_ij (d_weight_ij − mean_i),   mean_i = Σ_j weight_ij d_weight_ij
     d_q_i = scale Σ_j d_score_ij k_j,   d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i
 
-The operator takes the suffixes' tokens in a row, [T, H, E], and either `offsets`, [K + 1], or none where all suffixes
-have `max_length` tokens: then the padded form [K, S, …] is the same memory. The host never reads the offsets.
+The operator takes packed tokens of the suffixes, [T, H, E], and `offsets`, [K + 1], or None if all suffixes have
+`max_length` tokens: the padded form [K, S, …] is then the same memory. The host does not read the offsets.
 
-Forward also returns lse [T, H] in fp64; backward gets it, the inputs and the result. Only the gradients that are asked
-for are computed, the others come back empty. The gradient of the prefix is a sum over all suffixes, in
-an order that the shapes alone decide.
+Forward also returns lse [T, H] in fp64. Saved for backward: the inputs, the result and lse. Gradients that are not
+needed are empty. The gradient of the prefix is a sum over all suffixes, in an order that depends only on the shapes.
 
-On a GPU a tile is some whole suffixes packed to BLOCK_T tokens: their attention over themselves is a block-diagonal
-causal one, over the prefix it is dense. Backward is a kernel each for the queries, for the suffixes' keys and values,
-and for the prefix's, which are summed over a chunk of tokens; then, where there are several, over the chunks. CPU
-kernel: csrc/suffix_attention.cpp.
+On a GPU a tile has whole suffixes, up to BLOCK_T tokens: attention over themselves is causal and block-diagonal, over
+the prefix it is dense. Backward has one kernel for queries and mean_i, one for keys and values of suffixes, and one for
+those of the prefix, which sums over a chunk of tokens; another adds the chunks. Reference:
+`reference.suffix_attention`. CPU kernel: csrc/suffix_attention.cpp.
 """
 
 from __future__ import annotations
@@ -33,20 +32,19 @@ from .attention import BYTES_E, in_one_layout, load_lse, load_rows, products, ro
 from .launching import dot_precision, launch, tl, triton
 from .row_sums import sum_in_order
 
-# Tokens of a tile: the first that holds the longest suffix. Longer ones are the reference's.
+# Tokens of a tile: the first that holds the longest suffix. Longer suffixes use the fallback.
 TILES = (32, 64)
 WARPS = 4
-WARPS_SUFFIX = {32: 4, 64: 8}  # of the suffixes' gradient, by the tile
-BLOCK_P = 16  # prefix tokens at a time; a prompt's prefix has 5 to 8
-# Of the prefix's gradient: tokens at a time, warps, tokens that one program sums over, and how many such chunks there
-# are at most.
+WARPS_SUFFIX = {32: 4, 64: 8}  # gradient of the suffixes, by tile
+BLOCK_P = 16  # prefix tokens per iteration; the prefix of a prompt has 5 to 8
+# Gradient of the prefix: tokens per iteration, warps, tokens per program, largest number of chunks of tokens.
 BLOCK_T_PREFIX, WARPS_PREFIX, CHUNK, MAX_CHUNKS = 16, 2, 256, 128
-BLOCK_CHUNKS, BLOCK_SUM = 16, 128  # of the sum over chunks: chunks at a time, and numbers of one program
+BLOCK_CHUNKS, BLOCK_SUM = 16, 128  # sum over chunks: chunks per iteration, numbers per program
 
 
 @triton.jit
 def _tile_of_suffixes(tile, offsets_ptr, K, max_length, BLOCK_T: tl.constexpr, HAS_OFFSETS: tl.constexpr):
-    """First token and end of a tile's suffixes, and for each of its tokens the one that its suffix starts with."""
+    """Compute the first token and the end of a tile, and the start of the suffix of each of its tokens, [BLOCK_T]."""
     suffixes = BLOCK_T // max_length
     first = tile.to(tl.int64) * suffixes
     last = tl.minimum(first + suffixes, K)
@@ -66,9 +64,9 @@ def _tile_of_suffixes(tile, offsets_ptr, K, max_length, BLOCK_T: tl.constexpr, H
 
 @triton.jit
 def _visible(start, BLOCK_T: tl.constexpr):
-    """Which tokens of a tile see which, [BLOCK_T, BLOCK_T]: those from the start of their suffix on to themselves.
+    """Compute the attention mask of a tile, [BLOCK_T, BLOCK_T]: tokens of the same suffix up to the query.
 
-    (Past the end a token sees itself, so that no row of the softmax is empty.)
+    Past the end a token attends to itself, so that no row of the softmax is empty.
     """
     offs = tl.arange(0, BLOCK_T)
     return (start[:, None] <= offs[None, :]) & (offs[None, :] <= offs[:, None])
@@ -102,8 +100,8 @@ def _suffix_attention_fwd_kernel(
 ):
     """out_i = Σ_j exp(s_ij − lse_i) v_j,   lse_i = log Σ_j exp(s_ij),   s_ij = scale · ⟨q_i, k_j⟩.
 
-    One program: one head of a tile of suffixes. Their scores over themselves, which stay; a loop over the prefix for
-    lse, with a running maximum and sum; then the result, BLOCK_E numbers at a time, with the prefix's scores again.
+    One program: one head of a tile of suffixes. It computes the scores of suffixes; lse in a loop over the prefix with
+    a running maximum and sum; the result, BLOCK_E numbers at a time, with recomputed scores of the prefix.
     """
     head = tl.program_id(1).to(tl.int64)
     query_ptr += head * stride_suffix_h
@@ -119,7 +117,7 @@ def _suffix_attention_fwd_kernel(
         query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    score = tl.where(_visible(start, BLOCK_T), score, float("-inf"))
+    score = tl.where(_visible(start, BLOCK_T), score, float("-inf"))  # [BLOCK_T, BLOCK_T]
     top = tl.max(score, axis=1)
     total = tl.sum(tl.exp(score - top[:, None]), axis=1)
     for start_p in range(0, P, BLOCK_P):
@@ -129,7 +127,7 @@ def _suffix_attention_fwd_kernel(
             query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
             E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
         )  # fmt: skip
-        over_prefix = tl.where(mask_p[None, :], over_prefix, float("-inf"))
+        over_prefix = tl.where(mask_p[None, :], over_prefix, float("-inf"))  # [BLOCK_T, BLOCK_P]
         higher = tl.maximum(top, tl.max(over_prefix, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(over_prefix - higher[:, None]), axis=1)
         top = higher
@@ -137,7 +135,7 @@ def _suffix_attention_fwd_kernel(
 
     weight = tl.exp(score - top[:, None]).to(suffix_value_ptr.dtype.element_ty)
     for start_e in range(0, E, BLOCK_E):
-        value = load_rows(suffix_value_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
+        value = load_rows(suffix_value_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
         out = tl.dot(weight, value, input_precision=PRECISION)
         for start_p in range(0, P, BLOCK_P):
             offs_p = start_p + tl.arange(0, BLOCK_P)
@@ -186,8 +184,8 @@ def _suffix_attention_bwd_query_kernel(
 ):
     """d_q_i = scale Σ_j d_score_ij k_j.
 
-    One program: one head of a tile of suffixes. Their d_scores over themselves, which stay; then the result, BLOCK_E
-    numbers at a time, with a loop over the prefix.
+    One program: one head of a tile of suffixes. It computes mean_i = Σ_j weight_ij d_weight_ij, which the other kernels
+    load; then the result, BLOCK_E numbers at a time, with a loop over the prefix.
     """
     head = tl.program_id(1).to(tl.int64)
     d_out_ptr += head * stride_d_out_h
@@ -210,8 +208,8 @@ def _suffix_attention_bwd_query_kernel(
         d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    # `out` is rounded; where one key has nearly all the weight, that is more than the gradient. The mean of the
-    # remainder corrects it.
+    # ⟨d_out, out⟩ has the rounding of `out`: more than the gradient, if one key has nearly all the weight. The mean of
+    # the remainder corrects it.
     remainder = tl.sum(weight * (d_weight - mean[:, None]), axis=1)
     for start_p in range(0, P, BLOCK_P):
         offs_p = start_p + tl.arange(0, BLOCK_P)
@@ -281,10 +279,10 @@ def _suffix_attention_bwd_suffix_kernel(
     NEED_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For suffixes d_k_j = scale Σ_i d_score_ij q_i, d_v_j = Σ_i weight_ij d_out_i.
+    """Suffixes: d_k_j = scale Σ_i d_score_ij q_i, d_v_j = Σ_i weight_ij d_out_i.
 
-    One program: one head of a tile of suffixes, which has all queries that see these keys. Their weights and d_scores;
-    then the results, BLOCK_E numbers at a time.
+    One program: one head of a tile of suffixes, which has all queries that attend to these keys. It computes weights
+    and d_scores, then the results, BLOCK_E numbers at a time.
     """
     head = tl.program_id(1).to(tl.int64)
     d_out_ptr += head * stride_d_out_h
@@ -349,10 +347,10 @@ def _suffix_attention_bwd_prefix_kernel(
     NEED_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """For the prefix d_k_j = scale Σ_i d_score_ij q_i, d_v_j = Σ_i weight_ij d_out_i over a chunk of the tokens.
+    """Prefix: d_k_j = scale Σ_i d_score_ij q_i, d_v_j = Σ_i weight_ij d_out_i, over a chunk of the tokens.
 
-    One program: BLOCK_E numbers of one head of BLOCK_P prefix tokens, and a chunk; a loop over its tokens. Every token
-    sees the prefix, so suffixes do not matter here. d_key and d_value are [chunks, P, H, E].
+    One program: BLOCK_E numbers of one head of BLOCK_P prefix tokens; a loop over the tokens of a chunk. All tokens
+    attend to the prefix: the offsets are not needed. d_key and d_value are [chunks, P, H, E].
     """
     head = tl.program_id(1).to(tl.int64)
     d_out_ptr += head * stride_d_out_h
@@ -375,7 +373,7 @@ def _suffix_attention_bwd_prefix_kernel(
             prefix_key_ptr, offs_p, mask_p, stride_prefix_p, query_ptr, offs_t, mask_t, stride_suffix_t,
             E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
         )  # fmt: skip
-        weight = tl.exp(score - lse[None, :]) * exp_rest[None, :]
+        weight = tl.exp(score - lse[None, :]) * exp_rest[None, :]  # [BLOCK_P, BLOCK_T]
         if NEED_VALUE:
             d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
             d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
@@ -399,7 +397,7 @@ def _suffix_attention_bwd_prefix_kernel(
 def _suffix_attention_bwd_sum_kernel(
     partial_ptr, out_ptr, chunks, N, BLOCK_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """out_n = Σ_c partial_cn. One program: BLOCK_N numbers, a loop over the chunks."""
+    """out_n = Σ_c partial_cn. One program: BLOCK_N numbers; a loop over the chunks."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = sum_in_order(partial_ptr, chunks, offs_n, N, BLOCK_CHUNKS, BLOCK_N)
     tl.store(out_ptr + offs_n, total.to(out_ptr.dtype.element_ty), mask=offs_n < N)
@@ -506,7 +504,7 @@ def _launch_backward(
         chunk = max(CHUNK, triton.cdiv(T, MAX_CHUNKS))
         chunks = triton.cdiv(T, chunk)
         totals = (d_prefix_key, d_prefix_value)
-        # A single chunk is the sum.
+        # With one chunk the kernel writes the result.
         sums = [x if chunks == 1 else x.new_empty((chunks, *x.shape), dtype=torch.float32) for x in totals]
         launch(
             _suffix_attention_bwd_prefix_kernel,
@@ -540,7 +538,7 @@ def _launch_backward(
 
 
 def _packing(T: int, offsets: Tensor | None, max_length: int) -> dict[str, Any]:
-    """Tiles of suffixes, and how they are packed."""
+    """Arguments about tiles and packing."""
     block_t = next(tile for tile in TILES if max_length <= tile)
     return dict(
         offsets_ptr=offsets,
@@ -552,7 +550,7 @@ def _packing(T: int, offsets: Tensor | None, max_length: int) -> dict[str, Any]:
 
 
 def _arguments(query: Tensor, scale: float) -> dict[str, Any]:
-    """What all kernels but the sum take. Query, suffix_key and suffix_value are in one layout."""
+    """Arguments of all kernels except the sum; query, suffix_key and suffix_value have equal strides."""
     _, H, E = query.shape
     return dict(
         device=query.device,
@@ -569,7 +567,7 @@ def _arguments(query: Tensor, scale: float) -> dict[str, Any]:
 
 
 def _prefix_arguments(prefix_key: Tensor, prefix_value: Tensor) -> dict[str, Any]:
-    """Keys and values are in one layout."""
+    """Arguments about the prefix; its key and value have equal strides."""
     return dict(
         prefix_key_ptr=prefix_key,
         prefix_value_ptr=prefix_value,

@@ -1,11 +1,11 @@
-"""What the Triton kernels of operators on unit rows share: a tile of cosines, and the way back from the logits.
+"""Tiles of cosines and their gradients, shared by the Triton kernels of the operators on unit rows.
 
     cosine_bk = ⟨x_b/|x_b|, t_k/|t_k|⟩
     d_x_b = s · (1 − u_b u_bᵀ) Σ_k G_bk t_k,   d_t_k = s · (1 − v_k v_kᵀ) Σ_b G_bk x_b,   G_bk = d_z_bk/(|x_b| |t_k|)
 
-with u and v the unit rows. With both lengths in the factors G, the sums are matrix products with the rows as they are
-in memory: `contract` leaves them to the library, which fills a GPU at any shape. What is theirs, a panel of G, has a
-bounded size. A kernel of our own would save no launch: gathered rows, product and unit norm are one each either way.
+with u and v the unit rows. With both norms in the factors G, the sums are matrix products with the rows in memory:
+`contract` calls the BLAS library, which fills a GPU at any shape. A panel of G is bounded. A Triton kernel would save no
+launch: gather, product and unit norm are one launch each in both cases.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from .. import reference
 from .launching import dot_precision, launch, target, tl, triton
 
-PANEL = 1 << 24  # factors in memory at once: 32 MiB in bf16
+PANEL = 1 << 24  # largest number of factors in memory: 32 MiB in bf16
 
 
 class Blocks(NamedTuple):
-    """Tiles of the product [images, classes], and how they are computed."""
+    """Tile of the product [images, classes] and options of its launch."""
 
     BLOCK_B: int
     BLOCK_K: int
@@ -31,9 +31,9 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# Up to FEW images take the 16 rows that the matrix units ask for, and few classes, so that 1,000 of them occupy some of
-# the GPU; more take squarer tiles, which read each row less often, as large as registers allow beside the softmax
-# (bench.aot). BLOCK_D is 128 bytes of a row, a line of the cache.
+# Up to FEW images: 16 rows, the least of the matrix units, and few classes, so that 1,000 classes occupy many
+# multiprocessors. More images: squarer tiles, which read each row less often, as large as registers allow beside the
+# softmax (bench.aot). BLOCK_D is 128 bytes of a row, a cache line.
 FEW = 32
 _BLOCKS = {
     ("cuda", "few", 4): Blocks(16, 32, 32, num_warps=4, num_stages=4),
@@ -48,7 +48,7 @@ _BLOCKS = {
 
 
 def blocks_for(B: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Tiles for so many images of a dtype."""
+    """Return the tile for a number of images and a dtype."""
     return _BLOCKS[target(device).backend, "few" if B <= FEW else "many", dtype.itemsize]
 
 
@@ -71,11 +71,11 @@ def cosine_tile(
     PRECISION: tl.constexpr,
     MEASURE: tl.constexpr,
 ):
-    """Cosines [BLOCK_B, BLOCK_K] of images and rows of the bank, and the lengths of both.
+    """Compute cosines [BLOCK_B, BLOCK_K] of images and rows of the bank, and the norms of both.
 
-    All rows must exist: beyond the last one it comes again, which costs nothing, where masks would cost registers.
-    places_k are those of rows_k among the sampled ones. The rows themselves are multiplied, their products exact in 16
-    bits, and the cosines divided in fp32. The lengths are loaded, or summed up on the way if they are to be measured.
+    Row indices must be valid: callers repeat the last row past the end, since masks would cost registers. places_k are
+    the positions of rows_k in the sample. Rows are multiplied before the division by their norms: products of 16-bit
+    numbers are exact in fp32. With MEASURE the norms are computed, else loaded.
     """
     image_row = image_ptr + rows_b.to(tl.int64)[:, None] * stride_image_b
     text_row = text_ptr + rows_k.to(tl.int64)[None, :] * stride_text_k
@@ -86,8 +86,8 @@ def cosine_tile(
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        image = tl.load(image_row + offs_d[None, :], mask=mask_d[None, :], other=0.0)
-        text = tl.load(text_row + offs_d[:, None], mask=mask_d[:, None], other=0.0)
+        image = tl.load(image_row + offs_d[None, :], mask=mask_d[None, :], other=0.0)  # [BLOCK_B, BLOCK_D]
+        text = tl.load(text_row + offs_d[:, None], mask=mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_K]
         product = tl.dot(image, text, product, input_precision=PRECISION)
         if MEASURE:
             image_squares += image.to(tl.float32) * image.to(tl.float32)
@@ -104,9 +104,9 @@ def cosine_tile(
 
 @triton.jit
 def _row_norms_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: tl.constexpr):
-    """|x|. One program: one row; without ids they are in order.
+    """|x|. One program: one row, ids[i] or without ids row i.
 
-    Ids out of range stand for row 0 until they are refused.
+    Ids out of range read row 0; another kernel asserts their range.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid
@@ -133,9 +133,9 @@ def _unit_rows_bwd_kernel(
     eps,
     BLOCK_D: tl.constexpr,
 ):
-    """d_x = s · factor/divisor · (sum − x · ⟨x, sum⟩/|x|²); a row shorter than eps was divided by a constant.
+    """d_x = s · factor/divisor · (sum − x · ⟨x, sum⟩/|x|²), without the projection if |x| < eps.
 
-    One program: one row. Without ids the rows are in order; without factor or divisor these are 1.
+    One program: one row, ids[i] or without ids row i. A factor or divisor of None is 1.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = pid
@@ -154,7 +154,7 @@ def _unit_rows_bwd_kernel(
 
 @triton.jit
 def upstream_of(factor_ptr, divisor_ptr):
-    """factor/divisor; 0 where the divisor is: a mean over nothing has no gradient."""
+    """Compute factor/divisor; 0 for a divisor of 0: the mean over no image has no gradient."""
     factor = 1.0
     if factor_ptr is not None:
         factor = tl.load(factor_ptr).to(tl.float32)
@@ -165,7 +165,7 @@ def upstream_of(factor_ptr, divisor_ptr):
 
 
 def measures(B: int) -> bool:
-    """Whether the product itself is to measure the rows: it saves two launches, and costs registers."""
+    """Return True if the kernel of the product computes the norms: it saves two launches and costs registers."""
     return B <= FEW
 
 
@@ -190,7 +190,7 @@ def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
 
 
 def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
-    """Arguments that every kernel with a `cosine_tile` takes; image and text have contiguous rows."""
+    """Arguments of kernels with a `cosine_tile`; image and text have contiguous rows."""
     return dict(
         image_ptr=image,
         text_ptr=text,
@@ -205,18 +205,18 @@ def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm:
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
-    """The matrix, copied if its columns are apart."""
+    """Return the matrix, copied if its rows are not contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def factors_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the panel of factors. fp16 has no room for lengths and small probabilities: its products are fp32's."""
+    """Return the dtype of a panel of factors; fp16 has too small a range for norms and small probabilities."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def contract(factors: Tensor, rows: Tensor) -> Tensor:
-    """factors · rows, summed and returned in fp32."""
-    # On the CPU, where the kernels run only to be checked (interpreter, simulator), `mm` has no out_dtype.
+    """Compute factors · rows in fp32."""
+    # On the CPU (interpreter, simulator) `mm` has no out_dtype.
     if factors.dtype == torch.float32 or factors.device.type == "cpu":
         return factors.float() @ rows.float()
     return torch.mm(factors, rows, out_dtype=torch.float32)
@@ -230,7 +230,7 @@ def through_unit_norm(
     factor: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the rows from the sums over factors; zero for rows that are not among the ids."""
+    """Compute the gradient of the rows from the sums over factors; 0 for rows that are not in ids."""
     D = rows.shape[1]
     d_rows = (torch.empty if ids is None else torch.zeros)(rows.shape, dtype=rows.dtype, device=rows.device)
     launch(
@@ -255,7 +255,7 @@ def through_unit_norm(
 
 
 def check_class_ids(name: str, class_ids: Tensor, C: int) -> None:
-    """Refuse what the C++ kernels refuse."""
+    """Raise ValueError for ids that the C++ kernels refuse."""
     if class_ids.amin() < 0 or class_ids.amax() >= C:
         raise ValueError(f"{name}: class_ids must be rows of text, 0 to {C - 1}; got {class_ids.tolist()}.")
     if class_ids.unique().numel() != class_ids.numel():
