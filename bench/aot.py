@@ -37,14 +37,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich.progress
-import rich.table
 from rich.console import Console
 
 from skipkernels.ops import OPERATORS, launching, registration
 
 from . import measure, tables
 from .launches import CALLS, DTYPES, DTYPES_OF
-from .targets import ARCHITECTURES, Architecture
 
 for _op in OPERATORS:
     with contextlib.suppress(ModuleNotFoundError):  # not written yet
@@ -59,6 +57,26 @@ LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _MATRIX_INSTRUCTIONS = {
     "ptx": re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b[\w.:]*"),
     "amdgcn": re.compile(r"\b(v_mfma)_\w+"),
+}
+
+
+class Architecture(NamedTuple):
+    """A target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes.
+
+    From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 ISA guide.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    block_shared: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 32, 163 << 10),
+    "sm_90": Architecture("cuda", 90, 32, 227 << 10),
+    "sm_100": Architecture("cuda", 100, 32, 227 << 10),
+    "gfx942": Architecture("hip", "gfx942", 64, 64 << 10),
 }
 
 
@@ -186,29 +204,14 @@ def compile_job(job: Job) -> Result:
     source = triton.compiler.ASTSource(job.kernel, job.signature, job.constants, job.attributes)
     compiled = triton.compile(source, target=gpu_target(job.target), options=job.options)
     if "cubin" in compiled.asm:
-        assembly = "ptx"
-        registers, spilled = resources_of_cubin(compiled.asm["cubin"])
+        assembly, (registers, spilled) = "ptx", resources_of_cubin(compiled.asm["cubin"])
     else:
-        assembly = "amdgcn"
-        registers, spilled = resources_of_amdgcn(compiled.asm["amdgcn"])
+        assembly, (registers, spilled) = "amdgcn", resources_of_amdgcn(compiled.asm["amdgcn"])
     instructions = {match[0] for match in _MATRIX_INSTRUCTIONS[assembly].finditer(compiled.asm[assembly])}
-    row = Row(
-        op=job.op,
-        shape=job.shape,
-        dtype=job.dtype,
-        launch=job.number,
-        kernel=job.kernel.fn.__name__,
-        target=job.target,
-        constants=constants_of(job),
-        programs=math.prod(job.grid),
-        num_warps=compiled.metadata.num_warps,
-        num_stages=compiled.metadata.num_stages,
-        registers=registers,
-        spilled_bytes=spilled,
-        shared_bytes=compiled.metadata.shared,
-        matrix_instruction=" ".join(sorted(instructions)),
-        triton=triton.__version__,
-    )
+    matrix, metadata = " ".join(sorted(instructions)), compiled.metadata
+    called = job.op, job.shape, job.dtype, job.number, job.kernel.fn.__name__, job.target, constants_of(job)
+    launched = math.prod(job.grid), metadata.num_warps, metadata.num_stages
+    row = Row(*called, *launched, registers, spilled, metadata.shared, matrix, triton.__version__)
     return Result(row, job.grid, has_dot="tt.dot" in compiled.asm["ttir"])
 
 
@@ -335,33 +338,18 @@ def write_table(rows: Sequence[Row]) -> None:
     tables.write(TABLE, rows)
 
 
-def print_rows(rows: Sequence[Row], console: Console) -> None:
+def print_rows(rows: Sequence[Row]) -> None:
     """Print a line for each kernel and target, with ranges over dtypes and shapes."""
-    columns = (
-        "operator",
-        "kernel",
-        "target",
-        "compiled",
-        "warps",
-        "registers",
-        "spilled",
-        "shared",
-        "matrix instruction",
-    )
-    table = rich.table.Table(*columns)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (list(CALLS).index(row.op), row.kernel)):
         groups.setdefault((row.op, row.kernel, row.target), []).append(row)
+    ranged, lines = ("num_warps", "registers", "spilled_bytes", "shared_bytes"), []
     for key, group in groups.items():
-        ranges = []
-        for name in ("num_warps", "registers", "spilled_bytes", "shared_bytes"):
-            values = [getattr(row, name) for row in group]
-            ranges.append("–".join(map(str, dict.fromkeys((min(values), max(values))))))
-        instructions = {
-            name for row in group for name in re.findall(r"\b(?:wg)?mma|tcgen05|v_mfma", row.matrix_instruction)
-        }
-        table.add_row(*key, str(len(group)), *ranges, " ".join(sorted(instructions)))
-    console.print(table)
+        values = [[getattr(row, name) for row in group] for name in ranged]
+        ranges = ["–".join(map(str, dict.fromkeys((min(each), max(each))))) for each in values]
+        used = {name for row in group for name in re.findall(r"\b(?:wg)?mma|tcgen05|v_mfma", row.matrix_instruction)}
+        lines.append([*key, len(group), *ranges, " ".join(sorted(used))])
+    tables.show(["operator", "kernel", "target", "compiled", *ranged, "matrix instruction"], lines, width=170)
 
 
 def main() -> None:
@@ -396,7 +384,7 @@ def main() -> None:
             table = [row for row in table if (row.op, row.dtype, row.shape) in shapes]
         problems += compare(rows, table)
     else:
-        print_rows(rows, console)
+        print_rows(rows)
     for problem in problems:
         console.print(problem, style="red", highlight=False)
     console.print(f"{len(rows)} kernels, {len(problems)} problems")

@@ -38,13 +38,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -255,7 +254,7 @@ def disk(args: argparse.Namespace) -> Rows:
         for _ in range(args.rounds):
             for way, function in ways.items():
                 drop(folder)
-                took, peaks[way], limited = in_new_process(in_group, function, folder, args.batch, args.memory)
+                took, peaks[way], limited = measure.in_new_process(in_group, function, folder, args.batch, args.memory)
                 seconds[way].append(took)
     for way, times in seconds.items():
         rate = total / measure.quantile(times, 0.5) / 1e9
@@ -277,12 +276,6 @@ def drop(folder: Path) -> None:
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
 
 
 def in_group(
@@ -451,7 +444,7 @@ def texts(args: argparse.Namespace) -> Rows:
     with tempfile.TemporaryDirectory() as name:
         ways = {"in memory": None, "into a folder": Path(name), "from a folder": Path(name)}
         for way, folder in ways.items():
-            ready, step, before, peak, found = in_new_process(steps_of, args, folder)
+            ready, step, before, peak, found = measure.in_new_process(steps_of, args, folder)
             losses.append(found)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
             row = {"texts": way, "model": args.model, "B": args.batch, "C": args.classes, "precision": args.precision}

@@ -38,10 +38,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from . import measure, tables  # these import no skipkernels: a side imports this file with its own package
 from .budget import add_budget
 
 _HERE = Path(__file__).parents[1]
@@ -148,25 +147,24 @@ def run_jobs(device: str, jobs: Sequence[str]) -> None:
     """Run jobs in this process; print a line of JSON for each: median seconds and norm of the result, or the error."""
     for name in jobs:
         try:
-            print(json.dumps({"job": name} | _timed(JOBS[name](torch.device(device)), device)), flush=True)
+            print(
+                json.dumps({"job": name} | _timed(JOBS[name](torch.device(device)), torch.device(device))), flush=True
+            )
         except Exception as error:  # reported; the other jobs run
             reason = (str(error).strip().splitlines() or [""])[0]
             print(json.dumps({"job": name, "error": f"{type(error).__name__}: {reason}"}), flush=True)
 
 
-def _timed(job: Job, device: str) -> dict[str, float]:
+def _timed(job: Job, device: torch.device) -> dict[str, float]:
     results = job()
-    norm = math.hypot(
-        *(x.detach().float().norm().item() for x in (results if isinstance(results, list) else [results]))
-    )
+    results = results if isinstance(results, list) else [results]
+    norm = math.hypot(*(x.detach().float().norm().item() for x in results))
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < _LEAST_SECONDS:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        measure.synchronize(device)
         start = time.perf_counter()
         job()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        measure.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds), "norm": norm}
 
@@ -274,7 +272,7 @@ def status(rows: Sequence[dict[str, Any]], fail_above: float | None) -> int:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def compared(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def compared(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run the rounds and return a row for each job."""
     if args.rounds < 1:
         raise Refused(f"--rounds must be at least 1; got {args.rounds}")
@@ -287,7 +285,7 @@ def compared(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]
         for number in range(args.rounds):
             if not args.budget.allows(expected):
                 break
-            console.print(f"[dim]round {number + 1} of {args.rounds}[/dim]")
+            print(f"round {number + 1} of {args.rounds}")
             start = time.monotonic()
             found = {side: measured(trees[side], str(args.device), jobs) for side in order.sample((BASE, HEAD), 2)}
             rounds.append({job: {side: found[side][job] for side in found} for job in jobs})
@@ -302,33 +300,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="the commit to compare with")
     parser.add_argument("--head", metavar="COMMIT", help="another commit; default: the working tree")
-    parser.add_argument(
-        "--jobs", nargs="+", default=["step", "predict", "operators"], help="names, or their beginnings"
-    )
+    jobs = ["step", "predict", "operators"]
+    parser.add_argument("--jobs", nargs="+", default=jobs, help="names, or their beginnings")
     parser.add_argument("--rounds", type=int, default=9, help="at most; an interval needs 6")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fail-above", type=float, metavar="RATIO", help="fail if an interval is above this ratio")
     parser.add_argument("--no-save", action="store_true", help="print only")
     add_budget(parser)
     args = parser.parse_args(arguments)
-    console = Console()
-    console.width = max(console.width, 120)
     try:
-        rows = compared(args, console)
+        rows = compared(args)
     except Refused as refusal:
         print(f"bench.compare: {refusal}", file=sys.stderr)
         return 2 if args.fail_above is None else UNDECIDED
-    table = Table("job", "base ms", "head ms", "ratio", "95 % interval", "verdict")
-    for row in rows:
-        interval = f"{row['low']} – {row['high']}" if row["low"] else ""
-        table.add_row(row["job"], row["base_ms"], row["head_ms"], row["ratio"], interval, row["verdict"])
-    table.title = f"{rows[0][HEAD]} against {rows[0][BASE]}"
-    console.print(table)
-    if not args.no_save:
-        from . import measure  # not at the top: a side imports this file with its own package
-
-        kept = [measure.machine(args.device) | row for row in rows]
-        console.print(f"appended to {measure.append_rows(kept, 'compare')}", soft_wrap=True)
+    columns = ("job", "base_ms", "head_ms", "ratio", "low", "high", "verdict")
+    title = f"{rows[0][HEAD]} against {rows[0][BASE]}; low and high bound a 95 % interval"
+    tables.show(columns, [[row[column] for column in columns] for row in rows], title)
+    measure.save(args, rows, "compare")
     return status(rows, args.fail_above)
 
 

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -48,7 +47,6 @@ from .flops import flops_of
 from .inputs import PRECISIONS, Inputs, autocast, random_inputs
 from .launches import CALLS
 from .published import PublishedStep
-from .targets import ARCHITECTURES
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
@@ -151,7 +149,7 @@ class _Calls(TorchDispatchMode):
 def launches_of(op: str, arguments: Sequence[Any]) -> int:
     """Kernels that one of our operators launches on a GPU: Triton kernels and PyTorch's within its launcher."""
     arguments = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(arguments))
-    with aot.recording(ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
+    with aot.recording(aot.ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
         registration.definitions[op].launch(*arguments)
     return calls.torch + len(recorded)
 
@@ -281,15 +279,6 @@ def write_table(rows: Sequence[Row]) -> None:
     tables.write(TABLE, rows)
 
 
-def print_rows(rows: Sequence[Row], console: Console) -> None:
-    columns = ("what", "model", "C", "K", "precision", "memory", *COUNTS)
-    table = Table(*(name.replace("_", " ") for name in columns))
-    for row in rows:
-        values = (getattr(row, name) for name in columns)
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in values))
-    console.print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
@@ -305,13 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = [size for size in SIZES if not args.model or size.model in args.model]
     rows = [row for size in sizes for row in rows_of(size, published=not args.check)]
     if not args.check:
-        print_rows(rows, console)
+        columns = ("what", "model", "C", "K", "precision", "memory", *COUNTS)
+        tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
         if not (args.no_save or args.model):
             write_table(rows)
-            with LAUNCHES.open("w", newline="") as file:
-                writer = csv.DictWriter(file, ("op", "shape", "launches"), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(launches_by_operator())
+            tables.write_dicts(LAUNCHES, launches_by_operator())
             console.print(f"wrote {TABLE} and {LAUNCHES.name}")
         return
     table = [row for row in read_table() if row.what != PUBLISHED and (not args.model or row.model in args.model)]

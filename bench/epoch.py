@@ -50,8 +50,10 @@ IMPLEMENTATIONS = (OURS, ON_DISK, PUBLISHED, FULL)
 _COLUMNS = "implementation model images tests B C skip_layers precision steps features_s training_s".split()
 _COLUMNS += "evaluation_s epoch_s step_ms faster loss note".split()
 
-Parts = tuple[Callable[[Sequence[int]], Tensor], Callable[[], Any], float]
-"""A training step that returns its loss, an evaluation, and the seconds spent on features."""
+Train = Callable[[Sequence[int]], Tensor]
+"""A training step that returns its loss, from the indices of a batch."""
+Parts = tuple[Train, Callable[[], Any], float]
+"""A training step, an evaluation, and the seconds spent on features."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,19 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in args.implementation:
         left = args.budget.allows(2 * found[OURS]["epoch_s"] if OURS in found else 0.0)
         found[name] = task.run(name) if left else {"note": NO_TIME}
-        row = dict.fromkeys(_COLUMNS, "") | {
-            "implementation": name,
-            "model": args.model,
+        row: dict[str, Any] = dict.fromkeys(_COLUMNS, "") | {"implementation": name, "model": args.model}
+        row |= {
             "images": len(task.train),
+            "tests": args.tests,
+            "B": args.batch,
+            "C": args.classes,
+            "skip_layers": args.skip_layers,
         }
-        row |= {"tests": args.tests, "B": args.batch, "C": args.classes, "skip_layers": args.skip_layers}
         row |= {"precision": args.precision} | found[name]
         if "epoch_s" in found[name] and "epoch_s" in found.get(OURS, {}) and name != OURS:
             row["faster"] = round(row["epoch_s"] / found[OURS]["epoch_s"], 3)
         refuse_another_loss(found, args.precision)
         print(shown(row))
-        if not args.no_save:
-            measure.append_rows([measure.machine(args.device) | row], "epoch")
+        measure.save(args, [row], "epoch")
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -170,8 +173,6 @@ class Task:
         """Autocast of the precision."""
         return autocast(self.args.device, self.args.precision)
 
-    # ---- implementations: a training step, an evaluation, and the seconds for features --------------------------
-
     def _ours(self, folder: Path | None) -> Parts:
         started, skip = time.perf_counter(), self.args.skip_layers
         clip = sk.SkipCLIP(copy.deepcopy(self.model), self.tokens, skip_layers=skip, generator=self.sampler().generator)
@@ -184,13 +185,7 @@ class Task:
         features_s = time.perf_counter() - started
         optimizer = sk.FusedSGD(clip.trainable_parameters(), **_RATE)
         loader = iter(train.loader(self.args.batch, "class_pure", device=self.args.device))
-
-        def step(_: Sequence[int]) -> Tensor:
-            features, labels = next(loader)
-            with self.autocast():
-                loss = clip(features, labels).loss
-            return _updated(loss, optimizer)
-
+        step = self._step(lambda _: clip(*next(loader)).loss, optimizer)
         return step, lambda: [clip.predict(features) for features in tested], features_s
 
     def _published(self, _: Path | None) -> Parts:
@@ -202,35 +197,30 @@ class Task:
             features = torch.cat([step.image_features(self.images(part)[0]) for part in parts])
         features_s = time.perf_counter() - started
         labels = torch.tensor(self.train.labels, device=self.args.device)
-        optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], **_RATE)
-
-        def train(batch: Sequence[int]) -> Tensor:
-            with self.autocast():
-                loss = step(features[batch], labels[batch])[0]
-            return _updated(loss, optimizer)
-
-        return train, lambda: [model.get_logits(images, self.tokens)[0] for images in self.tested()], features_s
+        return *self._plain(model, lambda batch: step(features[batch], labels[batch])[0]), features_s
 
     def _full(self, _: Path | None) -> Parts:
         model = copy.deepcopy(self.model).requires_grad_(True)
         model.logit_scale.requires_grad_(False)
         step = full_step(model, self.tokens)
+        return *self._plain(model, lambda batch: step(*self.images(batch))), 0.0
+
+    def _plain(self, model: Any, loss: Callable[[Any], Tensor]) -> tuple[Train, Callable[[], Any]]:
+        """A step with `torch.optim.SGD`, and the published evaluation."""
         optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], **_RATE)
+        evaluate = lambda: [model.get_logits(images, self.tokens)[0] for images in self.tested()]  # noqa: E731
+        return self._step(loss, optimizer), evaluate
 
-        def train(batch: Sequence[int]) -> Tensor:
+    def _step(self, loss_of: Callable[[Any], Tensor], optimizer: torch.optim.Optimizer) -> Train:
+        def step(batch: Sequence[int]) -> Tensor:
             with self.autocast():
-                loss = step(*self.images(batch))[0]
-            return _updated(loss, optimizer)
+                loss = loss_of(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
 
-        return train, lambda: [model.get_logits(images, self.tokens)[0] for images in self.tested()], 0.0
-
-
-def _updated(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Run backward and the update; return the detached loss."""
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+        return step
 
 
 if __name__ == "__main__":

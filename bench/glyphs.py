@@ -31,15 +31,13 @@ def main() -> None:
     parser.add_argument("--data", default="glyphs")
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
-    machine = measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         config = TuneConfig(data=args.data, keep_embeddings=True)
         study = compare(config, args.methods, range(args.seeds), Path(folder), Console(stderr=True))
     for table in study.tables():
         Console(width=120).print(table)
-    if not args.no_save:
-        rows = [machine | {"data": args.data} | row(result) for result in study.results]
-        print(f"appended to {measure.append_rows(rows, 'glyphs')}")
+    measure.save(args, [{"data": args.data} | row(result) for result in study.results], "glyphs")
 
 
 def row(result: Result) -> dict:

@@ -17,13 +17,12 @@ Rows are appended to bench/results/DEVICE/infer.csv after each number of classes
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,23 +31,18 @@ from torch import Tensor
 import skipkernels as sk
 from skipkernels.testing import relative_error
 
-from . import ceilings, measure
-from .budget import NO_TIME, Plan, add_budget
-from .cost_model import CostModel, Probe
+from .budget import CostModel, add_budget
+from .curve import OURS, PUBLISHED, Curve, Key
 from .flops import flops_of
 from .inputs import Inputs, autocast, parser, random_inputs
 
 # Relative error of the logits against the published evaluation in fp32. It may exceed that of the published evaluation
 # in the same precision by this. ViT-S-32-alt: 2e-6 in fp32; in bf16 2.5e-2, published 3e-2.
 _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
-PUBLISHED, ONCE, OURS, CACHED = "published", "eager, texts once", "skipkernels", "skipkernels, cached"
+ONCE, CACHED = "eager, texts once", "skipkernels, cached"
 IMPLEMENTATIONS = (PUBLISHED, ONCE, OURS, CACHED)
-_PROBES = 12, 24  # classes
 _PROBED = 8  # images
 _RUNS = 3  # besides the rounds: comparing logits, warm-up, counting FLOPs
-_COLUMNS = "implementation model images B C skip_layers precision p20_ms p50_ms p80_ms rounds faster".split()
-_COLUMNS += "images_s gflop floor_ms above_floor note".split()
-
 Evaluation = Callable[[], list[Tensor]]
 """Returns the logits [B, C] of each batch."""
 
@@ -58,35 +52,70 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, several=True, rounds=3, **cases)
     options.add_argument("--images", type=int, default=100, help="number of images")
     options.add_argument("--longest", type=float, default=60.0, help="seconds per implementation")
+    options.set_defaults(implementation=IMPLEMENTATIONS, seconds=math.inf)
     add_budget(options)
     args = options.parse_args(arguments)
-    for model, batch, precision in itertools.product(args.model, args.batch, args.precision):
-        cost_models = cost_models_of(args, model, precision)
-        for classes in args.classes:
-            rows = rows_of(args, cost_models, model, batch, classes, precision)
-            for row in rows:
-                result = measure.shown(row) if row["p50_ms"] != "" else row["note"]
-                print(f"{row['implementation']:20} C = {classes:5}  {result}")
-            if not args.no_save:
-                measure.append_rows([measure.machine(args.device) | row for row in rows], "infer")
+    for model, batch in itertools.product(args.model, args.batch):
+        Evaluations(args, model, batch).measure("infer")
 
 
-def cost_models_of(args: argparse.Namespace, model: str, precision: str) -> dict[str, CostModel]:
-    """Cost models over the number of classes, by implementation, from a batch of a few images."""
-    found: dict[str, list[Probe]] = {}
-    for classes in _PROBES:
-        inputs = random_inputs(model, _PROBED, classes, args.device)
-        for name, run in runs_of(inputs, _PROBED, args.skip_layers, precision).items():
-            run()  # the first call includes set-up
-            started = time.perf_counter()
-            run()
-            found.setdefault(name, []).append(Probe(classes, time.perf_counter() - started, 0))
-    return {name: CostModel.of(*probes) for name, probes in found.items()}
+class Evaluations(Curve):
+    """The evaluations of one model and batch size."""
+
+    columns = (
+        "implementation model images B C skip_layers precision p20_ms p50_ms p80_ms rounds faster "
+        "images_s gflop floor_ms above_floor note"
+    ).split()
+    probes = 12, 24
+    compared = IMPLEMENTATIONS
+    unchecked = "logits compared at {} classes: the published evaluation is not run here"
+
+    def case(self, classes: int, name: str) -> dict[str, Any]:
+        return super().case(classes, name) | {"images": self.args.images, "skip_layers": self.args.skip_layers}
+
+    def once(self, classes: int, key: Key) -> float:
+        """Predicted seconds for all images."""
+        return seconds_of(key[0], self.cost_models[key], self.args.images, self.batch, classes)
+
+    def reason(self, classes: int, key: Key) -> str:
+        seconds = self.once(classes, key)
+        return f"left out: it takes about {seconds:.0f} s" if seconds > self.args.longest else ""
+
+    def seconds(self, classes: int, key: Key) -> float:
+        return (_RUNS + self.args.rounds) * self.once(classes, key)
+
+    def build(self, classes: int, keys: Sequence[Key], folder: Path, *, probing: bool = False) -> dict[Key, Any]:
+        images, batch = (_PROBED, _PROBED) if probing else (self.args.images, self.batch)
+        inputs = random_inputs(self.model, images, classes, self.args.device)
+        self.weights = sum(weight.nbytes for weight in inputs.model.parameters())
+        found: dict[Key, Any] = {}
+        for precision in dict.fromkeys(precision for _, precision in keys):
+            runs = runs_of(inputs, batch, self.args.skip_layers, precision)
+            found |= {(n, precision): run for n, run in runs.items() if (n, precision) in keys}
+            if (PUBLISHED, precision) in found:
+                every = {name: run() for (name, p), run in found.items() if p == precision}
+                exact = runs_of(inputs, batch, self.args.skip_layers, "fp32")[PUBLISHED]
+                refuse_if_wrong(every, None if precision == "fp32" else exact(), precision)
+        return found
+
+    def sizes(self, key: Key, function: Callable[[], Tensor], found: dict[Key, dict[str, Any]]) -> dict[str, Any]:
+        return {"gflop": round(flops_of(function) / 1e9, 3)}
+
+    def moved(self, function: Callable[[], Tensor]) -> int:
+        """Weights are read once."""
+        return self.weights
+
+    def rows(self, classes: int) -> list[dict[str, Any]]:
+        rows = super().rows(classes)
+        for row in rows:
+            row["images_s"] = round(1000 * self.args.images / row["p50_ms"], 2) if row["p50_ms"] else ""
+        return rows
 
 
 def seconds_of(name: str, line: CostModel, images: int, batch: int, classes: int) -> float:
     """Predicted seconds for all images; the published evaluation encodes the texts for each batch.
 
+    >>> from bench.budget import Probe
     >>> line = CostModel.of(Probe(10, 2.0, 0), Probe(20, 3.0, 0))  # a second for 8 images, 0.1 for a class
     >>> seconds_of(PUBLISHED, line, 32, 16, 10), seconds_of(OURS, line, 32, 16, 10)
     (6.0, 5.0)
@@ -95,65 +124,13 @@ def seconds_of(name: str, line: CostModel, images: int, batch: int, classes: int
     return line.seconds(0) * images / _PROBED + encoded * classes * line.seconds_each
 
 
-def rows_of(
-    args: argparse.Namespace, cost_models: dict[str, CostModel], model: str, batch: int, classes: int, precision: str
-) -> list[dict[str, Any]]:
-    """The row of each implementation for a number of classes."""
-    notes, plan = {}, Plan(args.budget)
-    for name, line in cost_models.items():
-        seconds = seconds_of(name, line, args.images, batch, classes)
-        if seconds > args.longest:
-            notes[name] = f"left out: it takes about {seconds:.0f} s"
-        elif not plan.takes((_RUNS + args.rounds) * seconds):
-            notes[name] = NO_TIME
-    runs: dict[str, Callable[[], Tensor]] = {}
-    if len(notes) < len(cost_models):
-        inputs = random_inputs(model, args.images, classes, args.device)
-        runs = {n: run for n, run in runs_of(inputs, batch, args.skip_layers, precision).items() if n not in notes}
-        if PUBLISHED in runs:
-            truth = runs_of(inputs, batch, args.skip_layers, "fp32")[PUBLISHED]() if precision != "fp32" else None
-            refuse_if_wrong({name: run() for name, run in runs.items()}, truth, precision)
-    seconds = measure.time_alternately(runs, args.rounds, args.device, warm_up=PUBLISHED not in runs)
-    rows = []
-    for name in cost_models:
-        row = dict.fromkeys(_COLUMNS, "") | {"implementation": name, "model": model, "images": args.images, "B": batch}
-        row |= {"C": classes, "skip_layers": args.skip_layers, "precision": precision, "note": notes.get(name, "")}
-        if name in runs:
-            row |= measured(args, seconds, name, runs[name], inputs, precision)
-            if PUBLISHED not in runs:
-                row["note"] = f"logits compared at {_PROBES[1]} classes: the published evaluation is not run here"
-        rows.append(row)
-    return rows
-
-
-def measured(
-    args: argparse.Namespace,
-    seconds: dict[str, list[float]],
-    name: str,
-    run: Callable[[], Tensor],
-    inputs: Inputs,
-    precision: str,
-) -> dict[str, Any]:
-    """Columns of a timed implementation."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    operations, weights = flops_of(run), sum(weight.nbytes for weight in inputs.model.parameters())
-    floor = operations / ceilings.matrix_rate(args.device, dtype) + weights / ceilings.bandwidth(args.device)
-    row = measure.milliseconds(seconds[name]) | {"rounds": args.rounds}
-    row |= {"images_s": round(1000 * args.images / row["p50_ms"], 2), "gflop": round(operations / 1e9, 1)}
-    row |= {"floor_ms": round(1000 * floor, 1), "above_floor": round(row["p50_ms"] / (1000 * floor), 3)}
-    if name != OURS and OURS in seconds:
-        row["faster"] = round(measure.median_ratio(seconds[name], seconds[OURS]), 3)
-    return row
-
-
 def runs_of(inputs: Inputs, batch: int, skip_layers: int, precision: str) -> dict[str, Callable[[], Tensor]]:
     """Logits [images, C] by implementation, without gradients."""
 
     @torch.no_grad()
     def run(evaluation: Evaluation) -> Tensor:
-        with autocast(
-            inputs.images.device, precision
-        ):  # entered for each call: its cache of cast weights is dropped at exit
+        # Entered for each call: its cache of cast weights is dropped at exit.
+        with autocast(inputs.images.device, precision):
             return torch.cat(evaluation())
 
     evaluations = evaluations_of(inputs, batch, skip_layers, precision)

@@ -26,6 +26,16 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+Calls = Callable[[torch.dtype], Iterator[Call]]
+CALLS: dict[str, Calls] = {}
+
+
+def calls(function: Calls) -> Calls:
+    """Add the calls of the operator with the name of the function."""
+    CALLS[function.__name__] = function
+    return function
+
+
 def on_meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -53,11 +63,13 @@ def _class_sampled_ce(
         yield f"B{B}-C{C}-K{K}-D{D}", tensors, options, (B, K, D)
 
 
+@calls
 def class_sampled_ce(dtype: torch.dtype) -> Iterator[Call]:
     for shape, tensors, options, _ in _class_sampled_ce(dtype):
         yield Call(shape, (*tensors, *options, False, False, False))
 
 
+@calls
 def class_sampled_ce_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, tensors, options, (B, K, D) in _class_sampled_ce(dtype):
         each = (B,) if REDUCTIONS[options[-1]] == "none" else ()
@@ -68,18 +80,21 @@ def class_sampled_ce_backward(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (d_loss, *tensors, *saved, *options, True, True, True))
 
 
+@calls
 def class_sampled_logits(dtype: torch.dtype) -> Iterator[Call]:
     """Calls at evaluation sizes first."""
     for shape, (image, text, _, scale), (class_ids, *_), _ in reversed(list(_class_sampled_ce(dtype))):
         yield Call(shape, (image, text, scale, class_ids))
 
 
+@calls
 def class_sampled_logits_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (image, text, _, scale), (class_ids, *_), (B, K, _) in reversed(list(_class_sampled_ce(dtype))):
         d_logits, *norms = (on_meta(*s, dtype=torch.float32) for s in ((B, K), (B,), (K,)))
         yield Call(shape, (d_logits, image, text, scale, *norms, class_ids, True, True, False))
 
 
+@calls
 def class_scores(dtype: torch.dtype) -> Iterator[Call]:
     for B, C, D in ((4, 1000, 512), (4, 21841, 512), (5, 1001, 100)):
         yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))
@@ -87,22 +102,19 @@ def class_scores(dtype: torch.dtype) -> Iterator[Call]:
 
 def layer_norm_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Shape, rows, weight: the image tower, then one width for each entry of the tile table; also fp32 weights."""
-    for T, W, weight_dtype in (
-        (788, 768, dtype),
-        (690, 512, torch.float32),
-        (33, 64, dtype),
-        (33, 2048, dtype),
-        (33, 4096, dtype),
-    ):
+    widths = ((788, 768, dtype), (690, 512, torch.float32), *((33, W, dtype) for W in (64, 2048, 4096)))
+    for T, W, weight_dtype in widths:
         yield f"T{T}-W{W}", on_meta(T, W, dtype=dtype), on_meta(W, dtype=weight_dtype)
 
 
+@calls
 def add_layer_norm(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         yield Call(shape, (x, x, weight, weight, 1e-5))
     yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5))
 
 
+@calls
 def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
@@ -117,31 +129,31 @@ def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | 
     x, bias = on_meta(788, 3072, dtype=dtype), on_meta(3072, dtype=dtype)
     for kind, name in enumerate(KINDS):
         yield f"T788-W3072-{name}", x, bias, kind
-    yield (
-        "T33-W64-quick_gelu",
-        on_meta(33, 64, dtype=dtype),
-        on_meta(64, dtype=torch.float32),
-        KINDS.index("quick_gelu"),
-    )
-    yield "T788-W3072-quick_gelu-plain", x, None, KINDS.index("quick_gelu")
+    kind, narrow = KINDS.index("quick_gelu"), (on_meta(33, 64, dtype=dtype), on_meta(64, dtype=torch.float32))
+    yield "T33-W64-quick_gelu", *narrow, kind
+    yield "T788-W3072-quick_gelu-plain", x, None, kind
 
 
+@calls
 def mlp_activation(dtype: torch.dtype) -> Iterator[Call]:
     for shape, *arguments in activation_rows(dtype):
         yield Call(shape, tuple(arguments))
 
 
+@calls
 def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, bias, kind in activation_rows(dtype):
         yield Call(shape, (x, x, bias, kind, True, bias is not None))
 
 
+@calls
 def gather_rows(dtype: torch.dtype) -> Iterator[Call]:
     """A batch of ViT-B/16 features, and a narrower batch of another dtype than the store."""
     for R, N, W, B, to in ((800, 197, 768, 4, None), (9, 5, 67, 3, torch.float16)):
         yield Call(f"R{R}-N{N}-W{W}-B{B}", (*_stored(R, N, W, B, dtype), to, False))
 
 
+@calls
 def gather_rows_out(dtype: torch.dtype) -> Iterator[Call]:
     """Gathers into a bf16 batch buffer; the part of a batch of 32 that is in one of several stores."""
     R, N, W, B = 800, 197, 768, 4
@@ -156,6 +168,7 @@ def _stored(R: int, N: int, W: int, B: int, dtype: torch.dtype) -> tuple[Tensor,
     return on_meta(R, N, W, dtype=dtype), ids(B), token_scale
 
 
+@calls
 def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
     """The two largest weights of a block and a bias, with both roundings; momentum buffers in fp32."""
     lr = on_meta(dtype=torch.float64)
@@ -171,6 +184,7 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
 _SUFFIXES = ((1380, 5, 6, 8, 64), (50, 40, 70, 12, 80))
 
 
+@calls
 def suffix_attention(dtype: torch.dtype) -> Iterator[Call]:
     for K, S, P, H, E in _SUFFIXES:
         suffix, prefix = on_meta(K * S, H, E, dtype=dtype), on_meta(P, H, E, dtype=dtype)
@@ -179,6 +193,7 @@ def suffix_attention(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (suffix, prefix, prefix, suffix, suffix, offsets, S, E**-0.5))
 
 
+@calls
 def suffix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (suffix, prefix, *_, offsets, S, scale) in suffix_attention(dtype):
         T, H, E = suffix.shape
@@ -186,6 +201,7 @@ def suffix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
         yield Call(shape, (suffix, *inputs, suffix, on_meta(T, H, dtype=torch.float64), offsets, S, scale, *[True] * 5))
 
 
+@calls
 def pooled_attention(dtype: torch.dtype) -> Iterator[Call]:
     for B, N, H, E in ((4, 197, 12, 64), (4, 577, 16, 80), (26, 11, 8, 32), (4, 50, 4, 256)):
         query, key = on_meta(B, H, E, dtype=dtype), on_meta(B, N, H, E, dtype=dtype)
@@ -194,27 +210,8 @@ def pooled_attention(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"B{B}-N{N}-H{H}-E{E}{form}", (query, key, key, lengths, E**-0.5))
 
 
+@calls
 def pooled_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, (query, key, value, lengths, scale) in pooled_attention(dtype):
         lse = on_meta(*query.shape[:2], dtype=torch.float64)
         yield Call(shape, (query, query, key, value, query, lse, lengths, scale, True, True, True))
-
-
-CALLS: dict[str, Callable[[torch.dtype], Iterator[Call]]] = {
-    "class_sampled_ce": class_sampled_ce,
-    "class_sampled_ce_backward": class_sampled_ce_backward,
-    "class_sampled_logits": class_sampled_logits,
-    "class_sampled_logits_backward": class_sampled_logits_backward,
-    "class_scores": class_scores,
-    "add_layer_norm": add_layer_norm,
-    "add_layer_norm_backward": add_layer_norm_backward,
-    "mlp_activation": mlp_activation,
-    "mlp_activation_backward": mlp_activation_backward,
-    "gather_rows": gather_rows,
-    "gather_rows_out": gather_rows_out,
-    "sgd_momentum_": sgd_momentum_,
-    "suffix_attention": suffix_attention,
-    "suffix_attention_backward": suffix_attention_backward,
-    "pooled_attention": pooled_attention,
-    "pooled_attention_backward": pooled_attention_backward,
-}

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import multiprocessing
 import os
 import platform
 import random
@@ -13,6 +14,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +61,12 @@ def copying(moved: int, device: torch.device = CPU) -> Callable[[], Any]:
     """A copy that reads and writes `moved` bytes in total, a bound for memory-bound operators."""
     source, target = (torch.zeros(max(moved // 2, 1), dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a new process, which reuses no memory that was freed here."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,10 +10,7 @@ max_memory_allocated), and the time, in turn. Appends to bench/results/DEVICE/me
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +20,8 @@ from skipkernels import testing
 from skipkernels.testing import relative_error
 
 from . import measure
-from .inputs import autocast, random_inputs
-from .training import step_parser
+from .inputs import random_inputs
+from .training import skip_step, step_parser
 
 _OPTIMIZERS = {"torch.optim.SGD": torch.optim.SGD, "FusedSGD": sk.FusedSGD}
 _HYPER = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-4}
@@ -33,23 +30,23 @@ _HYPER = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 5e-4}
 _SLACK = {"fp32": 1e-4, "bf16": 1e-2}
 
 
-class Training(NamedTuple):
-    """A training step: forward, backward and update.
+class Training:
+    """A training step with new weights, the same on each call except for the optimizer.
 
     Attributes:
-        K: Number of kept classes.
+        step: Forward and backward.
         weights: Trainable parameters.
-        loss: The forward pass.
         optimizer: Updates the weights, in backward or after it.
     """
 
-    K: int
-    weights: list[torch.nn.Parameter]
-    loss: Callable[[], Tensor]
-    optimizer: torch.optim.Optimizer
+    def __init__(self, args: argparse.Namespace, optimizer: str):
+        inputs = random_inputs(args.model, args.batch, args.classes, args.device)
+        self.step = skip_step(inputs, args.skip_layers, args.memory, args.precision)
+        self.weights = [weight for weight in self.step.model.parameters() if weight.requires_grad]
+        self.optimizer = _OPTIMIZERS[optimizer](self.weights, **_HYPER)
 
     def __call__(self) -> None:
-        self.loss().backward()
+        self.step.loss().backward()
         self.update()
 
     def update(self) -> None:
@@ -59,24 +56,23 @@ class Training(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = step_parser(__doc__, rounds=7).parse_args(arguments)
-    trainings = {name: training(args, name) for name in _OPTIMIZERS}
+    trainings = {name: Training(args, name) for name in _OPTIMIZERS}
     check(trainings, args.precision)
-    saved = {name: testing.saved_bytes(each.loss) for name, each in trainings.items()}
-    gradients = {name: gradient_bytes(each) for name, each in trainings.items()}
+    saved = {name: testing.saved_bytes(each.step.loss) for name, each in trainings.items()}
+    gradients = {}
+    for name, each in trainings.items():
+        gradients[name] = testing.gradient_bytes(each.step.loss())
+        each.update()
     seconds = measure.time_alternately(trainings, args.rounds, args.device)
-    peaks = {name: in_a_process_of_its_own(args, name) for name in trainings}
+    peaks = {name: measure.in_new_process(peak, args, name) for name in trainings}
     rows = []
     for name, each in trainings.items():
         times = measure.milliseconds(seconds[name])
         sizes = {"saved_mib": saved[name], "gradients_mib": gradients[name], "peak_mib": peaks[name]}
         sizes = {column: round(size / 2**20, 1) for column, size in sizes.items()}
-        rows.append(
-            measure.machine(args.device)
-            | {"optimizer": name, "model": args.model, "B": args.batch, "C": args.classes, "K": each.K}
-            | {"skip_layers": args.skip_layers, "precision": args.precision, "memory": args.memory}
-            | times
-            | sizes
-        )
+        row = {"optimizer": name, "model": args.model, "B": args.batch, "C": args.classes, "K": each.step.K}
+        row |= {"skip_layers": args.skip_layers, "precision": args.precision, "memory": args.memory}
+        rows.append(row | times | sizes)
         print(
             f"{name:15} {measure.shown(times)}  {sizes['saved_mib']:.1f} MiB saved, gradients of "
             f"{sizes['gradients_mib']:.1f} MiB at once; {sizes['peak_mib']:.1f} MiB more at the peak than between steps"
@@ -86,23 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{measure.median_ratio(seconds[ours], seconds[theirs]):.2f} of the time (median of {args.rounds} pairs), "
         f"{gradients[ours] / gradients[theirs]:.1%} of the gradients; memory={args.memory}, {args.precision}"
     )
-    if not args.no_save:
-        print(f"appended to {measure.append_rows(rows, 'memory')}")
-
-
-def training(args: argparse.Namespace, optimizer: str) -> Training:
-    """A step with new weights, the same on each call except for the optimizer."""
-    model, tokens, images, labels = random_inputs(args.model, args.batch, args.classes, args.device)
-    clip = sk.SkipCLIP(model, tokens, skip_layers=args.skip_layers, memory=args.memory)
-    features, weights = clip.encode_lower(images), clip.trainable_parameters()
-
-    def forward() -> sk.SkipOutput:
-        with autocast(args.device, args.precision):
-            return clip(features, labels)
-
-    with torch.no_grad():
-        K = len(forward().class_ids)
-    return Training(K, weights, lambda: forward().loss, _OPTIMIZERS[optimizer](weights, **_HYPER))
+    measure.save(args, rows, "memory")
 
 
 def check(trainings: dict[str, Training], precision: str) -> None:
@@ -126,22 +106,9 @@ def check(trainings: dict[str, Training], precision: str) -> None:
         raise SystemExit("the two optimizers leave other weights: no measurement")
 
 
-def gradient_bytes(each: Training) -> int:
-    """Peak bytes of gradients during a step."""
-    most = testing.gradient_bytes(each.loss())
-    each.update()
-    return most
-
-
-def in_a_process_of_its_own(args: argparse.Namespace, optimizer: str) -> int:
-    """Rise of memory during a step, in a new process, so that no freed memory of another step is reused."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(peak, args, optimizer).result()
-
-
 def peak(args: argparse.Namespace, optimizer: str) -> int:
     """Bytes above the memory between steps, which holds weights and momentum."""
-    return testing.peak_bytes(training(args, optimizer), args.device)
+    return testing.peak_bytes(Training(args, optimizer), args.device)
 
 
 if __name__ == "__main__":

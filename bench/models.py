@@ -23,6 +23,7 @@ from unittest import mock
 import open_clip
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from open_clip.factory import get_model_config
 from rich.progress import track
@@ -42,13 +43,8 @@ VOCABULARY = 3000  # of text encoders; their vocabulary of 250,000 would dominat
 _ROBERTA = {"num_hidden_layers": BLOCKS, "vocab_size": VOCABULARY, "max_position_embeddings": 514, "pad_token_id": 1}
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
 _MT5 = {"num_layers": BLOCKS, "vocab_size": VOCABULARY, "d_kv": 64}
-_NLLB = {
-    "d_model": 1024,
-    "encoder_layers": BLOCKS,
-    "decoder_layers": 1,
-    "vocab_size": VOCABULARY,
-    "encoder_layerdrop": 0,
-}
+_NLLB = {"d_model": 1024, "encoder_layers": BLOCKS, "decoder_layers": 1, "vocab_size": VOCABULARY}
+_NLLB |= {"encoder_layerdrop": 0}
 ENCODERS: dict[str, Callable[[], Any]] = {
     "roberta-base": lambda: transformers.RobertaConfig(**_ROBERTA, type_vocab_size=1),
     "xlm-roberta-base": lambda: transformers.XLMRobertaConfig(**_ROBERTA, type_vocab_size=1),
@@ -168,11 +164,9 @@ def compare(name: str, model: Any, tokens: torch.Tensor) -> Row:
     out.loss.backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    image, text = (
-        torch.nn.functional.normalize(x, dim=-1)
-        for x in (clip._image.reference_forward(images), clip._text.reference_forward(tokens))
-    )
-    loss = torch.nn.functional.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
+    outputs = clip._image.reference_forward(images), clip._text.reference_forward(tokens)
+    image, text = (F.normalize(x, dim=-1) for x in outputs)
+    loss = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
     loss.backward()
     # Gradients that are rounding only are not compared; a key bias, for example, changes nothing.
     largest = max(p.grad.norm() for p in model.parameters() if p.grad is not None)

@@ -45,12 +45,7 @@ def cross_entropies(device: torch.device, dtype: torch.dtype, B: int) -> dict[st
         "cut-cross-entropy": cut(exact, cannot=too_wide),
         # By default it drops gradients below a threshold.
         "cut-cross-entropy filtered": cut(lambda module: module.linear_cross_entropy, cannot=too_wide),
-        "Liger": _package(
-            device,
-            "liger-kernel",
-            "liger_kernel.transformers.functional",
-            lambda module: module.liger_fused_linear_cross_entropy,
-        ),
+        "Liger": _liger(device, "liger_fused_linear_cross_entropy"),
         "inf-cl": _package(device, "inf-cl", "inf_cl", averaged, cannot=torn),
         "memeff": Peer(None, "another loss: over the pairs of one batch; timed where there are pairs"),
         "siglip-kernel": Peer(None, "another loss: a sigmoid for each pair, no softmax"),
@@ -83,11 +78,7 @@ def contrastive_losses(device: torch.device, dtype: torch.dtype, B: int) -> dict
 
 def layer_norms(device: torch.device) -> dict[str, Peer]:
     """Peers for LayerNorm, from (x [T, W], weight [W], bias [W], eps). None adds the residual in the same pass."""
-    return {
-        "add, then Liger": _package(
-            device, "liger-kernel", "liger_kernel.transformers.functional", lambda module: module.liger_layer_norm
-        )
-    }
+    return {"add, then Liger": _liger(device, "liger_layer_norm")}
 
 
 def activations() -> dict[str, Peer]:
@@ -114,6 +105,11 @@ def _linear_cross_entropy() -> Peer:
         return Peer(None, "F.linear_cross_entropy needs torch 2.13")
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=False)
     return Peer(functools.partial(F.linear_cross_entropy, options=options))
+
+
+def _liger(device: torch.device, name: str) -> Peer:
+    module = "liger_kernel.transformers.functional"
+    return _package(device, "liger-kernel", module, lambda module: getattr(module, name))
 
 
 def _package(

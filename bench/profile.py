@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from . import ceilings, measure
 from .inputs import random_inputs
-from .training import agreeing_steps, step_parser
+from .training import Published, skip_step, step_parser
 
 MATRIX, ATTENTION, OURS, REST = "matrix products", "attention", "our operators", "the rest"
 # Products whose FLOPs the profiler counts. Other products (of a matrix and a vector) are small.
@@ -46,7 +46,7 @@ class Profile(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> None:
     args = step_parser(__doc__, rounds=5).parse_args(arguments)
     inputs = random_inputs(args.model, args.batch, args.classes, args.device)
-    step, _ = agreeing_steps(inputs, args.skip_layers, args.memory, args.precision, args.precision)
+    step = skip_step(inputs, args.skip_layers, args.memory, args.precision, Published(inputs, args.skip_layers))
     profiles = [profile_of(step, args.device) for _ in range(args.rounds + 1)][1:]  # the first is a warm-up
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     peak = ceilings.matrix_rate(args.device, dtype) / 1e9
@@ -59,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         times = measure.milliseconds([profile.group(group) for profile in profiles])
         share = measure.quantile([profile.share(group) for profile in profiles], 0.5)
         rows.append(
-            measure.machine(args.device)
-            | {"step": step.name, "model": args.model, "B": args.batch, "C": args.classes, "K": step.K}
+            {"step": step.name, "model": args.model, "B": args.batch, "C": args.classes, "K": step.K}
             | {"skip_layers": step.skip_layers, "precision": step.precision, "group": group}
             | times
             | {"share": round(share, 4)}
@@ -73,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     largest = sorted(rest, key=rest.__getitem__, reverse=True)[:_LISTED]
     whole = sum(last.seconds.values())
     print(f"in {REST}: " + ", ".join(f"{name} {rest[name] / whole:.1%}" for name in largest))
-    if not args.no_save:
-        print(f"appended to {measure.append_rows(rows, 'profile')}")
+    measure.save(args, rows, "profile")
 
 
 def profile_of(function: Callable[[], Any], device: torch.device) -> Profile:

@@ -218,36 +218,27 @@ def operators(device: Device) -> str:
         goal = ", ".join(dict.fromkeys(row["wanted"] for row in of if row["wanted"]))
         speed_ups = [eager.get(dtype, "") for dtype in dtypes]
         lines.append([f"`{op}`", shape, *speed_ups, goal, *(fastest(of, dtype) for dtype in dtypes)])
-    header = [
-        "",
-        "shape",
-        *(f"over eager, {d}" for d in dtypes),
-        "goal",
-        *(f"over the fastest other, {d}" for d in dtypes),
-    ]
+    header = ["", "shape", *(f"over eager, {d}" for d in dtypes), "goal"]
+    header += [f"over the fastest other, {d}" for d in dtypes]
     return table(header, lines) + origin("operators", rows) if rows else ""
 
 
 # For each kind of rows: the column with our speed-up, what is compared, and against what.
-COMPARED: dict[str, tuple[str, Callable[[Row], str], Callable[[Row], str]]] = {
-    "operators": ("faster", lambda r: f"`{r['op']}`, {r['shape']}, {r['dtype']}", lambda r: r["implementation"]),
-    "step": ("faster", lambda r: "a step, {model}, B{B}, C{C}, {precision}".format(**r), lambda r: r["implementation"]),
-    "epoch": ("faster", lambda r: "an epoch, {model}, C{C}, {precision}".format(**r), lambda r: r["implementation"]),
-    "infer": (
-        "faster",
-        lambda r: "classifying {images} images, {model}, C{C}, {precision}".format(**r),
-        lambda r: r["implementation"],
-    ),
-    "cache_build": ("faster", lambda r: "building a cache, {model}, {precision}".format(**r), lambda r: "published"),
-    "cache_read": ("of_list", lambda r: "reading {B} images, {store}".format(**r), lambda r: "a list of tensors"),
-    "cache_disk": ("of_threads", lambda r: "reading a {store_mib} MiB store".format(**r), lambda r: "16 threads"),
+COMPARED = {
+    "operators": ("faster", "`{op}`, {shape}, {dtype}", "{implementation}"),
+    "step": ("faster", "a step, {model}, B{B}, C{C}, {precision}", "{implementation}"),
+    "epoch": ("faster", "an epoch, {model}, C{C}, {precision}", "{implementation}"),
+    "infer": ("faster", "classifying {images} images, {model}, C{C}, {precision}", "{implementation}"),
+    "cache_build": ("faster", "building a cache, {model}, {precision}", "published"),
+    "cache_read": ("of_list", "reading {B} images, {store}", "a list of tensors"),
+    "cache_disk": ("of_threads", "reading a {store_mib} MiB store", "16 threads"),
 }
 
 
 def losses(device: Device, most: int | None = None) -> str:
     """Comparisons in which another implementation is faster, the largest factor first."""
     every = [
-        (float(row[column]), what(row), against(row))
+        (float(row[column]), what.format(**row), against.format(**row))
         for kind, (column, what, against) in COMPARED.items()
         for row in device.rows(kind)
         if row.get(column) and not row.get("implementation", "").startswith(OURS)

@@ -5,29 +5,49 @@
 
 The time of an operator, forward and backward, is at least its bytes over the memory bandwidth and at least the
 operations of its matrix products over the rate of the matrix units. Both counts come from the microbenchmark of the
-operator (`Case.moved` and `Case.flops` in bench/operators); bandwidths and rates are the vendors' (bench/targets.py).
+operator (`Case.moved` and `Case.flops` in bench/operators); bandwidths and rates are the vendors'.
 An fp32 product counts as three tf32 products (`launching.dot_precision`).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from skipkernels.ops import OPERATORS
 
-from . import measure
-from .targets import GPUS, Gpu
+from . import measure, tables
 
 TABLE = measure.RESULTS / "roofline.csv"
 BASIS = "computed, not measured"
+
+
+class Gpu(NamedTuple):
+    """Published specifications, without sparsity: memory bandwidth in bytes/s, and rates in FLOP/s.
+
+    Attributes:
+        bandwidth: Memory bandwidth.
+        half: Rate of the matrix units in fp16 or bf16 with fp32 accumulation.
+        tf32: Rate of the matrix units in tf32.
+    """
+
+    bandwidth: float
+    half: float
+    tf32: float
+
+
+# NVIDIA's data sheets: A100 80 GB SXM; H100 SXM; H200 SXM; HGX B200, per GPU. Where a sheet gives rates "with
+# sparsity" only, half of the rate.
+GPUS = {
+    "A100": Gpu(2.039e12, 312e12, 156e12),
+    "H100": Gpu(3.35e12, 989.4e12, 494.7e12),
+    "H200": Gpu(4.8e12, 989.4e12, 494.7e12),
+    "B200": Gpu(7.7e12, 2250e12, 1100e12),
+}
 
 
 class Floor(NamedTuple):
@@ -58,19 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
-    rows, console = list(floors()), Console(width=170)
-    title = f"Least time in µs, forward and backward ({BASIS})"
-    table = Table("operator", "shape", "dtype", "bytes", "operations", *GPUS, title=title)
-    for row in rows:
-        floors_us = (f"{row[f'{gpu}_us']} {row[f'{gpu}_bound']}" for gpu in GPUS)
-        table.add_row(row["op"], row["shape"], row["dtype"], f"{row['bytes']:,}", f"{row['flops']:,}", *floors_us)
-    console.print(table)
+    rows, columns = list(floors()), ("op", "shape", "dtype", "bytes", "flops")
+    lines = [[row[n] for n in columns] + [f"{row[f'{gpu}_us']} {row[f'{gpu}_bound']}" for gpu in GPUS] for row in rows]
+    tables.show([*columns, *GPUS], lines, f"Least time in µs, forward and backward ({BASIS})", width=170)
     if not args.no_save:
-        with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        console.print(f"wrote {TABLE}")
+        tables.write_dicts(TABLE, rows)
+        print(f"wrote {TABLE}")
 
 
 if __name__ == "__main__":

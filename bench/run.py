@@ -26,23 +26,19 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from skipkernels import testing
 from skipkernels.ops import OPERATORS
 from skipkernels.testing import SLACK, relative_error
 
-from . import ceilings, measure
+from . import ceilings, measure, tables
 from .budget import Budget, add_budget
-from .operators import COMPILED, Case, Run
+from .operators import COMPILED, OURS, Case, Run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OURS = "skipkernels"
 MEASURED = ("p20_ms", "p50_ms", "p80_ms", "faster", "wanted", "peak_mib", "gbytes_s", "gflops_s", "of_ceiling")
 SECONDS, QUICK_SECONDS = 3.0, 0.5
 MOST_ROUNDS = 2000
@@ -68,75 +64,52 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.system_malloc:
         measure.keep_freed_memory()
 
-    session = Session(args)
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
+    without = dict.fromkeys(args.without, "left out with --without")
+    if args.quick:
+        without[COMPILED] = "left out with --quick: it compiles for longer than all the rest takes"
+    print(", ".join(str(value) for value in measure.machine(args.device).values()))
+    print(ceilings_of(args.device, args.dtype))
+    ends: list[str] = []
     for number, op in enumerate(args.op):
-        session.operator(op, Budget(args.budget.left / (len(args.op) - number)))
-    session.end()
-    if session.wrong:
+        ends += operator(op, args, without, seconds, Budget(args.budget.left / (len(args.op) - number)))
+    print("\n".join(ends))
+    if any(line.startswith(OURS) for line in ends):
         sys.exit(1)
 
 
-class Session:
-    """One run of the command, with the notes that are printed at its end."""
+def operator(op: str, args: argparse.Namespace, without: dict[str, str], seconds: float, budget: Budget) -> list[str]:
+    """Time the cases of an operator in order while the budget allows; append the rows after each case.
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
-        self.without = dict.fromkeys(args.without, "left out with --without")
-        if args.quick:
-            self.without[COMPILED] = "left out with --quick: it compiles for longer than all the rest takes"
-        self.machine = measure.machine(args.device)
-        self.saved_to: Path | None = None
-        self.left_out: list[str] = []
-        self.wrong: list[str] = []
-        self.console = Console()
-        self.console.width = max(self.console.width, 160)  # wide enough for every column, also if piped
-        self.tell(", ".join(str(value) for value in self.machine.values()))
-        self.tell(ceilings_of(args.device, args.dtype))
-
-    def operator(self, op: str, budget: Budget) -> None:
-        """Time the cases of an operator in order while the budget allows; append the rows after each case."""
-        table = table_of(f"{op}: forward and backward, {self.args.device}, {self.args.threads} threads")
-        notes: dict[str, None] = {}  # without duplicates, in order
-        expected = self.seconds  # of the first case; later ones take as long as the one before
-        count = len(self.args.dtype) if self.args.quick else None
-        for dtype, case in itertools.islice(cases_of(op, self.args.dtype, self.args.device), count):
-            if not budget.allows(expected):
-                self.left_out.append(f"{op}, from {case.shape} in {dtype} on")
-                break
-            self.console.print(f"[dim]{op} {case.shape} {dtype}[/dim]", end="\r" if self.console.is_terminal else "\n")
-            start = time.monotonic()
-            rows = rows_of(leaving_out(case, self.without), DTYPES[dtype], self.args.device, self.seconds)
-            expected = time.monotonic() - start
-            if not self.args.no_save:
-                told = self.machine | {"op": op, "shape": case.shape, "dtype": dtype}
-                self.saved_to = measure.append_rows([told | row for row in rows], "operators")
-            for row in rows:
-                implementation, note = row["implementation"], row["note"]
-                if row["p50_ms"]:
-                    table.add_row(case.shape, dtype, implementation, *(row[column] for column in MEASURED))
-                elif implementation in case.runs and implementation not in self.without:
-                    implementation += f", {case.shape} in {dtype}"  # wrong for this case only
-                    if row["implementation"] == OURS:
-                        self.wrong.append(f"{op}, {case.shape} in {dtype}: {note}")
-                if note:
-                    notes[f"    {implementation}: {note}"] = None
-        self.console.print(table)
-        for line in notes:
-            self.tell(line)
-
-    def end(self) -> None:
-        """Print notes and skipped cases."""
-        if self.saved_to is not None:
-            self.tell(f"appended to {self.saved_to}")
-        for line in self.left_out:
-            self.tell(f"no time was left for {line}")
-        for line in self.wrong:
-            self.tell(f"{OURS} is wrong: {line}")
-
-    def tell(self, line: str) -> None:
-        """Print a line without markup or wrapping."""
-        self.console.print(line, markup=False, highlight=False)
+    Returns lines to print at the end: skipped cases, and wrong results of ours.
+    """
+    lines: list[list[str]] = []
+    ends: list[str] = []
+    notes: dict[str, None] = {}  # without duplicates, in order
+    expected = seconds  # of the first case; later ones take as long as the one before
+    count = len(args.dtype) if args.quick else None
+    for dtype, case in itertools.islice(cases_of(op, args.dtype, args.device), count):
+        if not budget.allows(expected):
+            ends.append(f"no time was left for {op}, from {case.shape} in {dtype} on")
+            break
+        start = time.monotonic()
+        rows = rows_of(leaving_out(case, without), DTYPES[dtype], args.device, seconds)
+        expected = time.monotonic() - start
+        measure.save(args, [{"op": op, "shape": case.shape, "dtype": dtype} | row for row in rows], "operators")
+        for row in rows:
+            name, note = row["implementation"], row["note"]
+            if row["p50_ms"]:
+                lines.append([case.shape, dtype, name, *(row[column] for column in MEASURED)])
+            elif name in case.runs and name not in without:
+                name += f", {case.shape} in {dtype}"  # wrong for this case only
+                if row["implementation"] == OURS:
+                    ends.append(f"{OURS} is wrong: {op}, {case.shape} in {dtype}: {note}")
+            if note:
+                notes[f"    {name}: {note}"] = None
+    title = f"{op}: forward and backward, {args.device}, {args.threads} threads"
+    tables.show(["shape", "dtype", "implementation", *MEASURED], lines, title)
+    print("\n".join(notes))
+    return ends
 
 
 def default_device() -> torch.device:
@@ -175,26 +148,21 @@ def rows_of(case: Case, dtype: torch.dtype, device: torch.device, seconds: float
     runs = {name: run for name, run in case.runs.items() if name not in wrong}
     times = timed(runs, seconds, device)
     rows = []
-    for name in case.runs:
-        row = (
-            {"implementation": name}
-            | dict.fromkeys(MEASURED, "")
-            | {"note": wrong.get(name) or case.versions.get(name, "")}
-        )
-        if name in times:
-            median = measure.quantile(times[name], 0.5)
-            for q in (20, 50, 80):
-                row[f"p{q}_ms"] = f"{1000 * measure.quantile(times[name], q / 100):.3f}"
-            if name != OURS and OURS in times:
-                row["faster"] = f"{measure.median_ratio(times[name], times[OURS]):.3f}"
-                row["wanted"] = case.target if name == "eager" else ""
-            row["peak_mib"] = f"{testing.peak_bytes(case.runs[name], device) / 2**20:.1f}"
-            row["gbytes_s"] = f"{case.moved / median / 1e9:.3f}"
-            row["gflops_s"] = f"{case.flops / median / 1e9:.2f}" if case.flops else ""
-            row["of_ceiling"] = f"{least_seconds(case, dtype, device) / median:.4f}"
+    for name in (*case.runs, *case.absent):
+        note = wrong.get(name) or case.absent.get(name) or case.versions.get(name, "")
+        row = {"implementation": name} | dict.fromkeys(MEASURED, "") | {"note": note}
         rows.append(row)
-    for name, reason in case.absent.items():
-        rows.append({"implementation": name} | dict.fromkeys(MEASURED, "") | {"note": reason})
+        if name not in times:
+            continue
+        median = measure.quantile(times[name], 0.5)
+        row |= {f"p{q}_ms": f"{1000 * measure.quantile(times[name], q / 100):.3f}" for q in (20, 50, 80)}
+        if name != OURS and OURS in times:
+            row["faster"] = f"{measure.median_ratio(times[name], times[OURS]):.3f}"
+            row["wanted"] = case.target if name == "eager" else ""
+        row["peak_mib"] = f"{testing.peak_bytes(case.runs[name], device) / 2**20:.1f}"
+        row["gbytes_s"] = f"{case.moved / median / 1e9:.3f}"
+        row["gflops_s"] = f"{case.flops / median / 1e9:.2f}" if case.flops else ""
+        row["of_ceiling"] = f"{least_seconds(case, dtype, device) / median:.4f}"
     return rows
 
 
@@ -213,16 +181,6 @@ def least_seconds(case: Case, dtype: torch.dtype, device: torch.device) -> float
 def ceilings_of(device: torch.device, dtypes: list[str]) -> str:
     rates = [f"{ceilings.matrix_rate(device, DTYPES[name]) / 1e9:.0f} GFLOP/s in {name}" for name in dtypes]
     return f"ceilings of {device}: {ceilings.bandwidth(device) / 1e9:.1f} GB/s, {', '.join(rates)}"
-
-
-def table_of(title: str) -> Table:
-    units = {"gbytes_s": "GB/s", "gflops_s": "GFLOP/s"}
-    columns = ("shape", "dtype", "implementation", *MEASURED)
-    table = Table(*(units.get(column, column.replace("_", " ").replace("mib", "MiB")) for column in columns))
-    for column in table.columns:
-        column.no_wrap = column.header != "wanted"
-    table.title = title
-    return table
 
 
 class Gate:

@@ -1,15 +1,39 @@
-"""Committed CSV tables of bench.aot and bench.counts, and their comparison with new rows."""
+"""Printed tables, committed CSV tables of NamedTuples, and their comparison with new rows."""
 
 from __future__ import annotations
 
 import csv
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
+from rich.table import Table
+
 R = TypeVar("R", bound=Any)
 """A NamedTuple of strings and integers with the properties `key`, which identifies a row, and `name`."""
+
+
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None, width: int = 160) -> None:
+    """Print a table without wrapping, also if the output is piped; integers get thousands separators."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, no_wrap=column != "wanted")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+    console = Console()
+    console.width = max(console.width, width)
+    console.print(table)
+
+
+def write_dicts(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with equal columns."""
+    first, *rest = rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(first), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([first, *rest])
 
 
 def read(path: Path, kind: type[R]) -> list[R]:

@@ -61,12 +61,8 @@ class Step(NamedTuple):
 def step_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with the options of a SkipCLIP step."""
     options = parser(description, batch=4, classes=50, **defaults)
-    options.add_argument(
-        "--memory",
-        choices=("fast", "min"),
-        default="fast",
-        help="saved for backward: outputs (fast) or inputs of blocks (min)",
-    )
+    memory = "saved for backward: outputs (fast) or inputs of blocks (min)"
+    options.add_argument("--memory", choices=("fast", "min"), default="fast", help=memory)
     return options
 
 
@@ -94,11 +90,10 @@ class Published:
         """Gradients of the trainable parameters, by name."""
         return _gradients(self.loss(precision, class_ids), self._model)
 
-    def step(self, precision: str) -> Step:
+    def step(self, precision: str, loss: Callable[[], Tensor] | None = None) -> Step:
         """The step to time."""
-        return Step(
-            "published", len(self.chosen), self._skip_layers, precision, self._model, lambda: self.loss(precision)
-        )
+        loss = loss or (lambda: self.loss(precision))
+        return Step("published", len(self.chosen), self._skip_layers, precision, self._model, loss)
 
     def compiled(self, precision: str) -> Step:
         """The step under torch.compile, already compiled.
@@ -114,7 +109,7 @@ class Published:
 
         with torch.no_grad():
             _refuse_another(loss(self.chosen), self.loss(precision, self.chosen), precision, "the compiled step")
-        step = Step("published, compiled", len(self.chosen), self._skip_layers, precision, self._model, loss)
+        step = self.step(precision, loss)._replace(name="published, compiled")
         step()
         return step
 
@@ -163,14 +158,6 @@ def skip_step(
     return Step(name, K, skip_layers, precision, model, lambda: forward().loss)
 
 
-def agreeing_steps(
-    inputs: Inputs, skip_layers: Skip, memory: str, precision: str, published_precision: str
-) -> tuple[Step, Step]:
-    """SkipCLIP's step and the published step, checked by `skip_step`."""
-    published = Published(inputs, skip_layers)
-    return skip_step(inputs, skip_layers, memory, precision, published), published.step(published_precision)
-
-
 def _gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -204,13 +191,13 @@ def _own_loss(inputs: Inputs, precision: str) -> Tensor:
         return F.cross_entropy(model.get_logits(images, tokens)[0], labels)
 
 
-def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
-    """A plain step of full fine-tuning: (images, labels) → (loss, number of classes)."""
+def full_step(model: Any, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A plain step of full fine-tuning: (images, labels) → loss."""
 
-    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
         image = model.encode_image(images, normalize=True)
         text = model.encode_text(tokens, normalize=True)
-        return F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels), len(tokens)
+        return F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels)
 
     return step
 
@@ -228,7 +215,7 @@ def full_fine_tuning(inputs: Inputs, precision: str) -> Step:
 
     def loss() -> Tensor:
         with autocast(images.device, precision):
-            return step(images, labels)[0]
+            return step(images, labels)
 
     with torch.no_grad():
         _refuse_another(loss(), _own_loss(inputs, precision), precision, "full fine-tuning")

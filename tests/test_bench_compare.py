@@ -158,6 +158,7 @@ def test_main_runs_the_files_of_each_side(repository, folders, monkeypatch, caps
     assert not list(folders.iterdir())
 
 
+@pytest.mark.slow
 @in_a_repository
 def test_main_compares_a_commit_with_itself(folders, capsys):
     command = ["HEAD", "--head", "HEAD", "--jobs", "step/glyph-tiny", "--rounds", "1", "--no-save"]

@@ -11,14 +11,12 @@ import open_clip
 import pytest
 import torch
 
-from bench import ceilings, cost_model, inputs, measure, profile, step, training
-from bench.budget import Budget
-from bench.cost_model import CostModel, Probe
+from bench import budget, ceilings, inputs, measure, profile, step, training
+from bench.budget import CostModel, Probe
 from bench.published import PublishedStep
 from skipkernels import testing
 
 SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
-STEP = [*SMALL, "--no-save", "--precision", "fp32"]
 
 
 @pytest.fixture(autouse=True)
@@ -83,29 +81,6 @@ def test_main_skips_a_step_that_does_not_fit(monkeypatch, table):
     assert "compared at 12 classes" in rows["skipkernels", "fp32", 1000]["note"]
 
 
-def test_main_skips_a_slow_step(table):
-    rows = table("--implementation", "skipkernels", "published", "--precision", "fp32", "--longest", "1e-9")
-    assert all(row["note"].startswith("left out: a step takes about") for row in rows.values())
-
-
-def test_main_notes_an_exhausted_budget(monkeypatch, table):
-    monkeypatch.setattr(Budget, "left", property(lambda budget: 0.0))
-    rows = table("--implementation", "skipkernels", "compiled", "--precision", "fp32")
-    assert rows["skipkernels", "fp32", 20]["note"] == "left out: no time left"
-    assert rows["published, compiled", "fp32", 20]["note"].startswith("left out: no time left")
-
-
-def test_main_shares_the_budget(monkeypatch, table):
-    monkeypatch.setattr(step.Curve, "_needs", lambda *of: 40.0)
-    monkeypatch.setattr(Budget, "left", property(lambda budget: 100.0))
-    rows = table("--implementation", "skipkernels", "min", "published", "--precision", "fp32")
-    assert [row["note"] for row in rows.values()] == [
-        "gradients compared at 12 classes: the published step is not run here",
-        "gradients compared at 12 classes: the published step is not run here",
-        "left out: no time left",
-    ]
-
-
 def test_peak_memory_excludes_earlier_gradients(monkeypatch, table):
     held = []
 
@@ -151,7 +126,7 @@ def test_append_rows_keeps_a_file_with_other_columns(results):
 def test_cost_model_is_linear():
     line = CostModel.of(Probe(10, 2.0, 100), Probe(30, 4.0, 500))
     assert (line.seconds(50), line.saved(50)) == (6.0, 900.0)
-    free = cost_model._MARGIN / cost_model._MOST * 900
+    free = budget._MARGIN / budget._MOST * 900
     assert line.fits(50, free + 1e-6) and not line.fits(51, free) and line.most_classes(free + 1e-6) == 50
     noisy = CostModel.of(Probe(10, 2.0, 100), Probe(30, 1.0, 100))
     assert noisy.seconds(1000) == 2.0, "more classes never take less"
@@ -160,8 +135,17 @@ def test_cost_model_is_linear():
 # ---- wrong results get no time -------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def random() -> inputs.Inputs:
+    return inputs.random_inputs("glyph-tiny", 4, 20, measure.CPU)
+
+
+def checked_step(random: inputs.Inputs, precision: str = "fp32") -> training.Step:
+    return training.skip_step(random, 3, "fast", precision, training.Published(random, 3))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_agreeing_steps_refuse_different_gradients(monkeypatch, capsys, precision):
+def test_skip_step_refuses_different_gradients(monkeypatch, random, precision):
     right = PublishedStep.__call__
 
     def wrong(self, features, labels, class_ids=None):
@@ -169,41 +153,39 @@ def test_agreeing_steps_refuse_different_gradients(monkeypatch, capsys, precisio
         return 1.1 * loss, class_ids
 
     monkeypatch.setattr(PublishedStep, "__call__", wrong)
-    for main, options in ((step.main, []), (profile.main, ["--skip-layers", "3"])):
-        with pytest.raises(SystemExit, match="do not agree: no timing"):
-            main([*SMALL, "--no-save", *options, "--precision", precision])
-    assert " ms " not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="do not agree: no timing"):
+        checked_step(random, precision)
 
 
-def test_agreeing_steps_refuse_different_classes(monkeypatch, capsys):
+@pytest.mark.parametrize("main", [step.main, profile.main])
+def test_main_does_not_time_a_wrong_step(monkeypatch, capsys, main):
     right = PublishedStep.choose
     monkeypatch.setattr(PublishedStep, "choose", lambda self, *batch: torch.arange(len(right(self, *batch))))
     with pytest.raises(SystemExit, match="choose other classes: no timing"):
-        step.main(STEP)
+        main([*SMALL, "--no-save", "--skip-layers", "3", "--precision", "fp32"])
     assert " ms " not in capsys.readouterr().out
 
 
-def test_agreeing_steps_refuse_different_parameters(monkeypatch):
+def test_skip_step_refuses_different_parameters(monkeypatch, random):
     monkeypatch.setattr(PublishedStep, "_freeze", lambda self: None)
     with pytest.raises(SystemExit, match="train other parameters: no timing"):
-        step.main(STEP)
+        checked_step(random)
 
 
 @pytest.mark.parametrize("factor", [0.999, math.nan])
-def test_full_fine_tuning_refuses_another_loss(monkeypatch, capsys, factor):
+def test_full_fine_tuning_refuses_another_loss(monkeypatch, random, factor):
     right = training.full_step
-    monkeypatch.setattr(training, "full_step", lambda *of: lambda *batch: (factor * right(*of)(*batch)[0], 20))
+    monkeypatch.setattr(training, "full_step", lambda *of: lambda *batch: factor * right(*of)(*batch))
     with pytest.raises(SystemExit, match="full fine-tuning has another loss: no timing"):
-        step.main([*STEP, "--implementation", "full"])
-    assert " ms " not in capsys.readouterr().out
+        training.full_fine_tuning(random, "fp32")
 
 
-def test_prompt_tuning_refuses_another_loss(monkeypatch):
+def test_prompt_tuning_refuses_another_loss(monkeypatch, random):
     right = training.CoOp.step
     other = lambda self, *batch: right(self, *batch)._replace(loss=right(self, *batch).loss * 1.01)  # noqa: E731
     monkeypatch.setattr(training.CoOp, "step", other)
     with pytest.raises(SystemExit, match="prompt tuning has another loss: no timing"):
-        step.main([*STEP, "--implementation", "prompts"])
+        training.prompt_tuning(random, "fp32", open_clip.get_tokenizer("glyph-tiny"))
 
 
 def test_baselines_train_their_parameters():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from bench import roofline
-from bench.targets import GPUS
 
 
 def test_floor_is_the_larger_of_memory_and_products():
-    A100 = GPUS["A100"]
+    A100 = roofline.GPUS["A100"]
     assert roofline.floor(2_039_000, 0, "bf16", A100) == (pytest.approx(1.0), "memory")
     assert roofline.floor(2_039_000, 312_000_000, "bf16", A100).bound == "memory"
     assert roofline.floor(2_039_000, 624_000_000, "bf16", A100) == (pytest.approx(2.0), "products")
