@@ -4,8 +4,8 @@
     d_x_b = s · (1 − u_b u_bᵀ) Σ_k G_bk t_k,   d_t_k = s · (1 − v_k v_kᵀ) Σ_b G_bk x_b,   G_bk = d_z_bk/(|x_b| |t_k|)
 
 with u and v the unit rows. With both norms in the factors G, the sums are matrix products with the rows in memory:
-`contract` calls the BLAS library, which fills a GPU at any shape. A panel of G is bounded. A Triton kernel would save no
-launch: gather, product and unit norm are one launch each in both cases.
+`contract` calls the BLAS library, which fills a GPU at any shape. A panel of G is bounded. A Triton kernel would save
+no launch: gather, product and unit norm are one launch each in both cases.
 """
 
 from __future__ import annotations
