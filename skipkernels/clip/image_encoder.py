@@ -95,7 +95,7 @@ class ImageEncoder:
         return copied.lower
 
     def accept_weights(self) -> None:
-        """Record the present weights below the cut as those of the features."""
+        """Record the current weights below the cut as those of the features."""
         self.weights = WeightSnapshot(self.tower.lower_parts)
 
 

@@ -348,7 +348,7 @@ class SkipCLIP(nn.Module):
     # ---- inference ---------------------------------------------------------------------------------------------
 
     def class_embeddings(self) -> Tensor:
-        """Unit-norm text embeddings [C, D] of all classes with the present weights, without gradient.
+        """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient.
 
         Computed in evaluation mode, and again only after the weights have changed, in whatever way.
         """
@@ -356,7 +356,7 @@ class SkipCLIP(nn.Module):
         return self._text_encoder.class_embeddings()
 
     def classifier(self) -> nn.Module:
-        """Return a plain module from images [B, 3, height, width] to logits [B, C], with the present class embeddings.
+        """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
 
         It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
         and ONNX accept it. Create it again after further training.
@@ -545,7 +545,7 @@ class SkipCLIP(nn.Module):
             missing.remove(key)
             warn_caller(
                 "SkipCLIP: the state dict has no sampler and no prototypes (it was saved by an older version, or is "
-                "the model's own); the sampler keeps its present state."
+                "the model's own); the sampler keeps its current state."
             )
 
     def __getstate__(self) -> dict[str, Any]:

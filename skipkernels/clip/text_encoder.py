@@ -46,7 +46,7 @@ class TextEncoder:
 
     def encode(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to text embeddings [K, D], not normalised."""
-        return self._from_kept()(class_ids) if self.tower.skip > 0 else self.encode_uncached(class_ids)
+        return self._cached_encoder()(class_ids) if self.tower.skip > 0 else self.encode_uncached(class_ids)
 
     def encode_uncached(self, class_ids: Tensor) -> Tensor:
         """Encode class ids without the cached features."""
@@ -62,7 +62,7 @@ class TextEncoder:
             lower_tokens = tokens.to(self.lower_device or tokens.device)
             return LSkipBoundary.apply(self.tower.lower, lower_tokens, self.chunk).to(tokens.device)
 
-    def _from_kept(self) -> Callable[[Tensor], Tensor]:
+    def _cached_encoder(self) -> Callable[[Tensor], Tensor]:
         """Return an encoder of class ids [K] that reads cached features, from memory or a folder."""
         tower = self.tower
         self._follow_called_modules()
@@ -88,7 +88,7 @@ class TextEncoder:
         if class_ids is None:
             class_ids = torch.arange(len(self.tower.tokens), device=self.tower.tokens.device)
         with torch.no_grad():
-            encode = self.encode_uncached if self.tower.skip == 0 else self._from_kept()
+            encode = self.encode_uncached if self.tower.skip == 0 else self._cached_encoder()
             embeddings = torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)])
             wide = torch.promote_types(embeddings.dtype, torch.float32)
             return nn.functional.normalize(embeddings.to(wide), dim=-1)
