@@ -2,7 +2,6 @@
 
 Blocks below the cut run without autograd, a bounded number of samples at a time. Backward stops at the first block
 above the cut, which computes no gradient of its input.
-Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Classes are ranked by their score for the batch. The first m are always kept. Ra
 probability q_j, which falls exponentially from 1 to 0. The published policy draws each rank of the tail independently,
 once per run. The default policy draws in each step by systematic sampling, so that the number K of kept classes is the
 same in every step.
-Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 """
 
 from __future__ import annotations

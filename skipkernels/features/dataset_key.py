@@ -90,7 +90,8 @@ def _describe(dataset: Any) -> _Description:
         )
     images, labels = _paths(dataset), _labels(dataset)
     names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
-    transforms = [_address_free(value) for name in names if (value := getattr(dataset, name, None)) is not None]
+    found = [value for name in names if (value := getattr(dataset, name, None)) is not None]
+    transforms = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform)) for transform in found]
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's DatasetImages
         inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
         if images is None:
@@ -103,10 +104,6 @@ def _describe(dataset: Any) -> _Description:
 
 def _joined(parts: list[Any]) -> list[Any] | None:
     return None if any(part is None for part in parts) else list(chain.from_iterable(parts))
-
-
-def _address_free(transform: Any) -> str:
-    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform))
 
 
 def _paths(dataset: Any) -> list[str | int] | None:

@@ -125,9 +125,7 @@ class FeatureCache(Dataset):
             if value < least[name]:
                 raise ValueError(f"FeatureCache.build: {name} must be at least {least[name]}; got {value}.")
         if resume and overwrite:
-            raise ValueError(
-                "FeatureCache.build: resume continues a store and overwrite replaces it; pass one of them."
-            )
+            raise ValueError("FeatureCache.build: resume continues a store, and overwrite replaces it; pass only one.")
         if refresh == "epoch" and views != 1:
             raise ValueError(
                 f'FeatureCache.build: views must be 1 with refresh="epoch", which computes a view per epoch; got '
@@ -138,9 +136,10 @@ class FeatureCache(Dataset):
                 "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
                 "a block, or train from images."
             )
-        if not hasattr(dataset, "__len__") or len(dataset) == 0:
-            fault = "is empty" if hasattr(dataset, "__len__") else "has no length"
-            raise ValueError(f"FeatureCache.build: the dataset {fault}; it must have at least one image.")
+        if not hasattr(dataset, "__len__"):
+            raise ValueError("FeatureCache.build: the dataset has no length; it must have at least one image.")
+        if len(dataset) == 0:
+            raise ValueError("FeatureCache.build: the dataset is empty; it must have at least one image.")
         config = BuildConfig(
             clip=clip,
             dataset=dataset,

@@ -36,7 +36,7 @@ def is_iterable_only(dataset: Any) -> bool:
 
 
 def is_one_shot(dataset: Any) -> bool:
-    """Return True if an iterable can be iterated only once, as an iterator or a generator."""
+    """Return True if an iterable can be iterated only once, such as an iterator."""
     with _seeded(0):
         return iter(dataset) is iter(dataset)
 

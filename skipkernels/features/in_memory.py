@@ -18,11 +18,7 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class MemoryRows:
-    """Rows [n, *shape] in one tensor, with the interface of a `Store`.
-
-    Attributes:
-        rows: The tensor.
-    """
+    """Rows [n, *shape] in a tensor, `rows`, with the interface of a `Store`."""
 
     def __init__(self, rows: Tensor):
         self.rows = rows

@@ -238,8 +238,9 @@ def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> l
         if unfinished and not manifest.complete:
             gone = _all_files(folder, manifest)
         sized = [(path, path.stat().st_size) for path in gone]
-        for path, _ in [] if dry_run else sized:
-            path.unlink(missing_ok=True)
+        if not dry_run:
+            for path in gone:
+                path.unlink(missing_ok=True)
     return sized
 
 

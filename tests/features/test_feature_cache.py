@@ -542,7 +542,7 @@ def test_overwrite_keeps_the_store_if_the_first_batch_fails(tmp_path, refresh):
         ({"shard_bytes": 1e6}, r"shard_bytes must be a whole number; got 1000000\.0"),
         (
             {"resume": True, "overwrite": True},
-            "resume continues a store and overwrite replaces it; pass one of them",
+            "resume continues a store, and overwrite replaces it; pass only one",
         ),
         ({"views": 2, "refresh": "epoch"}, "views must be 1 with refresh"),
         ({"dataset": []}, "the dataset is empty"),
