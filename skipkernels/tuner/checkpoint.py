@@ -1,8 +1,7 @@
-"""Checkpoint of a run: weights in safetensors and the training state in state.pt, always of the same epoch.
+"""Checkpoint of a run: weights in safetensors, and training state of the same epoch in state.pt.
 
-The weights of an epoch are written beside the old ones. Then state.pt, which has their digest, is replaced: this
-commits the new epoch. Then the weights are renamed. Whenever a process is killed, `find` returns both files of one
-epoch.
+New weights are written beside the old file. Then state.pt, which has their digest, is replaced, which commits the new
+epoch. Then the weights are renamed. If a process is killed at any point, `find` returns both files of one epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .state_checks import check_types
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
 FORMAT = 2
-_MAX_READS = 100  # of a checkpoint that a running process keeps replacing
+_MAX_READS = 100  # attempts to read a checkpoint that a running process replaces
 # Errors of torch.load for a damaged file.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError)
 _LOAD_ERRORS += (AttributeError, zipfile.BadZipFile, zlib.error)
@@ -96,11 +95,11 @@ def save(
 def find(folder: Path) -> Checkpoint | None:
     """Return the last complete checkpoint of a run; None if there is none.
 
-    A running process may replace both files between the two reads. So they are read until they match, or until the same
+    A running process may replace both files between the two reads. They are read until they match, or until the same
     state is found twice without its weights.
 
     Raises:
-        InputError: If it is damaged, or replaced faster than it is read.
+        InputError: If the checkpoint is damaged, or replaced faster than it is read.
     """
     missed = None
     for _ in range(_MAX_READS):
@@ -127,7 +126,7 @@ def find(folder: Path) -> Checkpoint | None:
 
 
 def _digest(path: Path) -> str | None:
-    """Return the digest of a file; None if it does not exist, or no longer."""
+    """Return the digest of a file; None if there is no such file."""
     try:
         return digest_file(path) if path.is_file() else None
     except FileNotFoundError:
@@ -135,7 +134,7 @@ def _digest(path: Path) -> str | None:
 
 
 def settle(folder: Path) -> Checkpoint | None:
-    """`find` a checkpoint, and rename its weights if a killed process did not."""
+    """Find a checkpoint, and complete it: rename the weights and delete temporary files of a killed process."""
     found = find(folder)
     if found is None:
         return None
@@ -147,7 +146,7 @@ def settle(folder: Path) -> Checkpoint | None:
 
 
 def remove_leftovers(folder: Path, others: Iterable[str] = ()) -> None:
-    """Delete temporary files, left by killed processes, of a checkpoint and of the files `others` beside it."""
+    """Delete the temporary files that killed processes left of a checkpoint and of `others`, names of other files."""
     next_names = [_next_name(file) for file in (MODEL, DELTA)]
     written = {*others, MODEL, DELTA, STATE, *next_names}
     partial = [path for path in folder.iterdir() if partial_of(path.name) in written]
@@ -156,10 +155,10 @@ def remove_leftovers(folder: Path, others: Iterable[str] = ()) -> None:
 
 
 def weights_of(folder: Path) -> Path:
-    """Return the weights file of a run that may be in progress, or was copied without its state.
+    """Return the weights file of a run, which may be in progress, or a copy without the training state.
 
     Raises:
-        InputError: If there is none, or it is damaged.
+        InputError: If there is no such file, or it is damaged.
     """
     found = find(folder)
     if found is not None:
@@ -180,7 +179,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def _next_name(file: str) -> str:
-    return f".next.{file}"  # keeps the suffix, by which open_clip selects the format
+    return f".next.{file}"  # the same suffix: open_clip selects the format by it
 
 
 def _load_state(path: Path) -> dict[str, Any]:
@@ -225,9 +224,7 @@ def _names_weights(value: Any) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    if not isinstance(error, OSError) and isinstance(
-        error.__context__, OSError
-    ):  # the message of torch.save has no reason
+    if isinstance(error.__context__, OSError) and not isinstance(error, OSError):  # torch.save gives no reason
         error = error.__context__
     text = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
     return text if text.endswith(".") else f"{text}."

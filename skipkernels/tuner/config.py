@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..data.base import InputError
 from ..options import Precision, Protocol
@@ -38,7 +38,7 @@ _GLYPH_CLASSES = 100  # default of `classes` on glyphs
 _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 _MAX_BYTES = 2**20  # of a config.yaml
-_MAX_BITS = 63  # of an integer in it
+_MAX_BITS = 63  # of an integer in a config.yaml
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
 
@@ -109,7 +109,7 @@ class TuneConfig(
 
     @property
     def chosen_protocol(self) -> Protocol:
-        """The protocol. Default: few-shot for a folder of images, base-to-new for other data."""
+        """Protocol. Default: few-shot for a folder of images, base-to-new for other data."""
         own_images = self.data.partition(":")[0] == "imagefolder"
         return self.protocol or ("few-shot" if own_images else "base-to-new")
 
@@ -157,30 +157,26 @@ class TuneConfig(
         return [f.name for f in fields if not used(f) and getattr(self, f.name) != getattr(TuneConfig, f.name)]
 
     def _check(self) -> None:
-        def refuse(argument: str, message: str) -> None:
-            raise InputError(f"TuneConfig: {message}", argument)
-
         for name in self._unused():
-            value = f'{name}={getattr(self, name)} has no effect with method="{self.method}"'
-            refuse(name, f"{value}; leave it out.")
+            _refuse(name, f'{name}={getattr(self, name)} has no effect with method="{self.method}"; leave it out.')
         for field in dataclasses.fields(TuneConfig):
             name, bounds, value = field.name, field.metadata, getattr(self, field.name)
             if value is None or not bounds:
                 continue
             if bounds["minimum"] is not None and not value >= bounds["minimum"]:
-                refuse(name, f"{name} must be at least {bounds['minimum']}; got {value}.")
+                _refuse(name, f"{name} must be at least {bounds['minimum']}; got {value}.")
             if bounds["above"] is not None and not value > bounds["above"]:
-                refuse(name, f"{name} must be above {bounds['above']}; got {value}.")
+                _refuse(name, f"{name} must be above {bounds['above']}; got {value}.")
             if bounds["below"] is not None and not value < bounds["below"]:
-                refuse(name, f"{name} must be below {bounds['below']}; got {value}.")
+                _refuse(name, f"{name} must be below {bounds['below']}; got {value}.")
         assert self.epochs is not None
         if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self.shots).epochs > 0:
-            refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
+            _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
         if self.cache is None and self.augments:
             name = "views" if self.views > 1 else "refresh"
-            refuse(name, f"{name}={getattr(self, name)} keeps random crops on disk; add `cache=…`.")
+            _refuse(name, f"{name}={getattr(self, name)} keeps random crops on disk; add `cache=…`.")
         if self.resume and self.overwrite:
-            refuse("resume", "resume continues a run and `overwrite` replaces it; give one of them.")
+            _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:
@@ -191,8 +187,7 @@ class TuneConfig(
         optimizers.find(self.optimizer)
         fused = self.optimizer == optimizers.FUSED
         if self.precision == "bf16-sr" and not fused:
-            message = f'precision="bf16-sr" needs optimizer="sgd"; got {self.optimizer}. Use bf16 with it.'
-            raise InputError(f"TuneConfig: {message}", "precision")
+            _refuse("precision", f'precision="bf16-sr" needs optimizer="sgd"; got {self.optimizer}. Use bf16 with it.')
         if self.fused_optimizer:
             conflicts = {
                 f'optimizer="{self.optimizer}" does not; use sgd': not fused,
@@ -201,8 +196,7 @@ class TuneConfig(
             }
             for reason, conflict in conflicts.items():
                 if conflict:
-                    message = f"fused_optimizer updates weights inside backward, and {reason}."
-                    raise InputError(f"TuneConfig: {message}", "fused_optimizer")
+                    _refuse("fused_optimizer", f"fused_optimizer updates weights inside backward, and {reason}.")
 
     @property
     def augments(self) -> bool:
@@ -210,7 +204,7 @@ class TuneConfig(
         return self.views > 1 or self.refresh == "epoch"
 
     def identity(self) -> dict[str, Any]:
-        """Settings that change the results, as plain values; a run is resumed with the same."""
+        """Settings that change the results, as plain values; a run can only be resumed with equal ones."""
         results = {field.name for field in dataclasses.fields(TuneConfig) if field.metadata.get("results", True)}
         values = {name: value for name, value in _plain(self).items() if name in results}
         return values | {"cache_dtype": None if self.cache is None else self.cache_dtype}
@@ -221,7 +215,7 @@ class TuneConfig(
         return [name for name in own if own[name] != others[name]]
 
     def to_yaml(self) -> str:
-        """Return the text that `from_yaml` reads."""
+        """Return the configuration as YAML, for `from_yaml`."""
         import yaml
 
         return yaml.safe_dump(_plain(self), sort_keys=False)
@@ -231,7 +225,7 @@ class TuneConfig(
         """Read a configuration that `to_yaml` wrote.
 
         Raises:
-            InputError: If the file is missing or no YAML mapping, or has an unknown or mistyped field.
+            InputError: If the file is missing, is not a YAML mapping, or has an unknown field or a wrong type.
         """
         import yaml
 
@@ -254,37 +248,39 @@ class TuneConfig(
         return cls(**{name: _converted(value, hints[name]) for name, value in values.items()})
 
 
+def _refuse(argument: str, message: str) -> NoReturn:
+    raise InputError(f"TuneConfig: {message}", argument)
+
+
 def read_settings(path: Path) -> Any:
-    """Read a config.yaml, which may be any file, at bounded cost.
+    """Read an untrusted config.yaml, with bounded memory.
 
     Raises:
-        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is no YAML.
+        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is not YAML.
     """
     import yaml
 
     from ..store import read_regular
 
     class Loader(yaml.SafeLoader):
-        """Refuses aliases, with which a few lines can expand to more than fits into memory."""
+        """Loader without aliases, which let a few lines expand to more than fits into memory."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases are not read")
+                raise yaml.YAMLError("aliases are not supported")
             return super().compose_node(parent, index)
 
     return yaml.load(read_regular(path, _MAX_BYTES), Loader)
 
 
 def _shown(value: Any) -> str:
-    """Format a value for a message, in about a hundred characters at most."""
+    """Format a value for a message, in at most about 100 characters."""
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return f"a number of {value.bit_length()} bits"
     return _short.repr(value)
 
 
 def _plain(config: TuneConfig) -> dict[str, Any]:
-    """Settings as plain values of YAML."""
-
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 

@@ -1,4 +1,4 @@
-"""Evaluation: accuracy of a method on the tests of its task, and of the checkpoint of a run."""
+"""Evaluation of a method on the tests of its task, and of the checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .run_folder import CONFIG
 from .setup import BATCH, RunSetup, build_run
 
 Accuracies = dict[str, float | None]
-"""Accuracy in per cent by test, and the summaries that the protocol reports."""
+"""Accuracy in per cent by test and by summary of the protocol."""
 Result = TypeVar("Result")
 
 
 class Evaluator:
-    """Tests a method on all tests of its task.
+    """Evaluator of a method on all tests of its task.
 
     Args:
         setup: The run.
@@ -40,7 +40,7 @@ class Evaluator:
         self._setup, self._features = setup, features
 
     def zero_shot(self) -> dict[str, Tensor]:
-        """`predictions` of the zero-shot model. Call it before training."""
+        """Return the `predictions` of the zero-shot model. Call it before training."""
         return self._predictions(
             self._setup.zero_shot, 'for the pretrained weights. Check `pretrained`, or use precision="fp32".'
         )
@@ -78,7 +78,7 @@ class Evaluator:
         return self._features[test].labels
 
     def accuracies(self, predictions: Mapping[str, Tensor]) -> Accuracies:
-        """Return the accuracy of `predictions`; None for tests without predictions, and for summaries of those."""
+        """Return the accuracies of `predictions`; None for tests without predictions, and for their summaries."""
         task = self._setup.task
 
         def accuracy(name: str) -> float:
@@ -92,10 +92,10 @@ class Evaluator:
 
 
 def epochs_left(folder: Path) -> int:
-    """Return the number of epochs that an unfinished run still has to train; 0 if there is no training state.
+    """Return the number of epochs that a run has not completed; 0 if there is no training state.
 
     Raises:
-        InputError: If the folder is no run folder, or its checkpoint is damaged.
+        InputError: If the folder is not a run folder, or its checkpoint is damaged.
     """
     config, found = TuneConfig.from_yaml(folder / CONFIG), checkpoint.find(folder)
     return (config.epochs or 0) - len(found.state["rows"]) if found is not None else 0
@@ -112,14 +112,14 @@ def evaluate_run(
     """Compute the accuracy of the checkpoint of a run. Writes nothing, and does not read the feature cache.
 
     Args:
-        folder: Run folder that `tune` wrote, or is writing.
+        folder: Run folder of `tune`, which may be in progress.
         device: Device. Default: that of the run.
         data: Dataset of the test images. Default: that of the run.
         root: Folder of the datasets, for coop: and torchvision:. Default: that of the run.
         protocol: Protocol that selects test classes and images. Default: that of the run.
 
     Raises:
-        InputError: If the folder is no run folder, or its checkpoint is damaged.
+        InputError: If the folder is not a run folder, or its checkpoint is damaged.
         FloatingPointError: If a logit is not finite.
     """
     config = TuneConfig.from_yaml(folder / CONFIG)
@@ -135,7 +135,7 @@ def evaluate_run(
         workers=0,
         download=False,
     )
-    if device is not None:  # xformers may not support it
+    if device is not None:  # xformers may not support this device
         config = replace(config, device=device, attention="sdpa")
     setup = _load_run(config.resolved(), folder, rounded_to)
     evaluator = Evaluator(setup, setup.test_features())
@@ -155,7 +155,7 @@ def _load_run(config: TuneConfig, folder: Path, rounded_to: CacheDtype | None) -
 
 
 def _read_weights(folder: Path, read: Callable[[Path], Result]) -> Result:
-    """Call `read` with the weights file of a run; again if a running process renamed it before it was opened."""
+    """Call `read` with the weights file of a run; repeat it if a running process renamed the file meanwhile."""
     path = checkpoint.weights_of(folder)
     try:
         return read(path)

@@ -1,4 +1,4 @@
-"""Time of the parts of a forward of `SkipCLIP`."""
+"""Timing of the parts of `SkipCLIP.forward`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROUNDS = 10
 def forward_milliseconds(clip: SkipCLIP, inputs: Tensor, labels: Tensor, precision: MixedPrecision) -> dict[str, float]:
     """Return the mean time of each part of `SkipCLIP.forward` on a batch, over ten rounds.
 
-    Includes what is saved for backward. Weights and the state of the class sampler do not change.
+    Includes saving tensors for backward. Weights and the state of the class sampler do not change.
 
     Args:
         clip: SkipCLIP in training mode.

@@ -19,7 +19,7 @@ _MAX_SIDE = 128  # of a thumbnail, in pixels
 
 @dataclass(frozen=True)
 class ChangedImage:
-    """Test image that is right either before or after tuning, with its class and both predictions."""
+    """Test image with one correct prediction, before or after tuning, with its class and both predictions."""
 
     test: str
     image: Image.Image
@@ -30,15 +30,15 @@ class ChangedImage:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Class that is often predicted as another.
+    """Class that is often predicted as another class.
 
     Attributes:
         test: Name of the test.
-        image: Test image of the class, predicted as the other.
+        image: Test image of the class, predicted as the other class.
         label: The class.
         predicted: The other class.
         predicted_image: Test image of the other class, if there is one.
-        count: Number of images of the class that are predicted as the other.
+        count: Number of images of the class that are predicted as the other class.
         total: Number of test images of the class.
     """
 
@@ -61,7 +61,7 @@ def changed_images(
     *,
     limit: int = 12,
 ) -> list[ChangedImage]:
-    """Select test images that are right either before or after tuning, not both: one per class.
+    """Select test images that are predicted correctly either before or after tuning, not both; one per class.
 
     Args:
         test: Name of the test.
@@ -70,7 +70,7 @@ def changed_images(
         labels: Labels of the images, [n].
         zero_shot: Predicted classes before tuning, [n].
         tuned: Predicted classes after tuning, [n].
-        limit: Maximum number of images, of classes spread over all labels.
+        limit: Maximum number of images; their classes are spread over all labels.
 
     Example:
         >>> letters = [(Image.new("L", (8, 8)), 0), (Image.new("L", (8, 8)), 1)]
@@ -101,15 +101,9 @@ def confusions(
     *,
     limit: int = 8,
 ) -> list[Confusion]:
-    """Select the classes with the most errors, each with its most frequent wrong prediction. Ties go by label.
+    """Select the classes with the most errors, each with its most frequent wrong prediction; the lower label in ties.
 
-    Args:
-        test: Name of the test.
-        images: Items (image, label), where image is a PIL image or a tensor [3, H, W].
-        classes: Class names by label.
-        labels: Labels of the images, [n].
-        predictions: Predicted classes, [n].
-        limit: Maximum number of classes.
+    Arguments as for `changed_images`, with the predicted classes [n] and the maximum number of classes.
 
     Example:
         >>> letters = [(Image.new("L", (8, 8)), label) for label in (0, 0, 1)]
@@ -144,7 +138,7 @@ def confusions(
 def thumbnail(image: Any) -> Image.Image:
     """Convert a PIL image or a tensor to RGB, at most 128 pixels a side.
 
-    A tensor has been normalised: its minimum becomes black and its maximum white.
+    A tensor is scaled so that its minimum is black and its maximum white.
 
     >>> thumbnail(Image.new("RGB", (4000, 3000))).size
     (128, 96)

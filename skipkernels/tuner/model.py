@@ -88,10 +88,10 @@ def load_model(
 def check_activation(name: str, tag: str) -> None:
     """Check that the weights of a tag were trained with the activation of the model, QuickGELU or GELU.
 
-    open_clip loads others with a warning, and the model is then less accurate. This check downloads nothing.
+    Otherwise open_clip only warns, and the model is less accurate. Downloads nothing.
 
     Raises:
-        InputError: If not; names the model that fits.
+        InputError: If the activations differ; names the model that fits.
     """
     suffix = "-quickgelu"
     other = name.removesuffix(suffix) if name.endswith(suffix) else name + suffix
@@ -107,7 +107,7 @@ def check_activation(name: str, tag: str) -> None:
 
 
 def augmentation(model: Any, preset: Preset = "default") -> Callable:
-    """Return the transform of training images: open_clip's random crop; for "reference" crop and flip of Wu et al."""
+    """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
     cfg = PreprocessCfg(**model.visual.preprocess_cfg)
     if preset == "default":
         return image_transform_v2(cfg, is_train=True)
@@ -127,7 +127,7 @@ def _tokenizer(name: str) -> Callable:
 
 
 def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
-    """Settings of the image transform of a tag, which open_clip ignores if it loads no weights."""
+    """Return the image transform settings of a tag, which open_clip ignores when it loads no weights."""
     settings = {"mean": "image_mean", "std": "image_std"}
     settings |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
     known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
@@ -149,14 +149,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if isinstance(error, AssertionError) or (lines and lines[0].startswith("Error(s) in loading state_dict")):
             reason = textwrap.shorten(lines[-1] if lines else "another structure", 200, placeholder=" ….")
             raise InputError(
-                f"{path}: not usable as weights of this model: they are another model's ({reason.strip('. ')}). Give "
-                "the right `model`."
+                f"{path}: not usable as weights of this model: they are those of another ({reason.strip('. ')}). Pass "
+                "the `model` of the weights."
             ) from error
         raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
 
 
 def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
-    """Error for a model that open_clip could not create; of a failed download, the first cause."""
+    """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
     while error.__context__ is not None and isinstance(error.__context__, OSError):
         error = error.__context__
     reason = textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 250, placeholder=" ….")
@@ -172,7 +172,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress open_clip's warning that no weights were loaded: they are loaded later, or random on purpose."""
+    """Suppress open_clip's warning that no weights were loaded: they are loaded later, or meant to be random."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Notes and warnings about a run: settings that are easily confused, and weak results."""
+"""Notes and warnings about a run: settings that are easily confused, and low accuracy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def weak_result(
 
     Args:
         config: Resolved configuration.
-        task: Task; its first test has the trained classes.
+        task: Task; the classes of its first test are trained.
         zero_shot: Accuracy in per cent before tuning, by test.
         tuned: Accuracy after tuning.
     """

@@ -21,7 +21,7 @@ def find(name: str) -> type[Optimizer]:
     """Return an optimizer class: "sgd" is `FusedSGD`, "torch-sgd" is `torch.optim.SGD`, else a class of `torch.optim`.
 
     Raises:
-        InputError: If there is none, or it can't be used here.
+        InputError: If there is no such optimizer, or it is not supported.
 
     Example:
         >>> find("adamw")
@@ -54,10 +54,10 @@ def build(name: str, groups: list[dict[str, Any]], *, in_backward: bool = False,
         name: Name, as for `find`.
         groups: Parameter groups, each with a learning rate.
         in_backward: Update each weight inside backward; only `FusedSGD` does.
-        options: momentum, weight_decay and the like; those that the class does not have are left out.
+        options: Options such as momentum and weight_decay; those that the class does not have are left out.
 
     Raises:
-        InputError: If it does not take these weights or options.
+        InputError: If the optimizer does not accept these weights or options.
     """
     found = find(name)
     known = inspect.signature(found).parameters

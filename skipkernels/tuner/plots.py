@@ -1,4 +1,4 @@
-"""Plots of report.html, as SVG that is readable on white and on black and identical between runs."""
+"""Plots of report.html, as SVG that is readable on white and on black, with equal bytes for equal data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Each has a contrast of at least 3 with white, and with #121212, the background of a browser's dark mode.
+# Contrast of at least 3 with white, and with #121212, the background of the dark mode of browsers.
 COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0", "#1793a5")
 COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
 _MAX_BARS = 60  # of a histogram
 _MAX_DOTS = 40  # on a line
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # left out, so that equal runs give equal bytes
+_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 
 
 def coloured(names: Iterable[str]) -> dict[str, str]:
@@ -70,7 +70,7 @@ def accuracy_svg(rows: list[dict[str, Any]], zero_shot: Mapping[str, float | Non
 
 
 def kept_svg(histogram: Mapping[int, int]) -> str:
-    """Plot the histogram of steps by number of kept classes; many numbers share bars."""
+    """Plot the histogram of steps by number of kept classes, with at most 60 bars."""
     least, most = min(histogram), max(histogram)
     width = math.ceil((most - least + 1) / _MAX_BARS)
     bars = dict.fromkeys(range(least, most + 1, width), 0)
@@ -124,10 +124,10 @@ def panels_svg(
         name: See `figure_svg`.
         label: See `figure_svg`.
         panels: One function per plot, which draws it on axes.
-        size: Size of the whole in inches.
+        size: Size of the figure in inches.
         columns: Plots per row. Default: all.
     """
-    # Text stays text, in the font of the page. The user's matplotlibrc is ignored.
+    # Text is not drawn as paths, so that it has the font of the page. The matplotlibrc of the user is ignored.
     with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
@@ -146,6 +146,6 @@ def panels_svg(
         figure.savefig(buffer, format="svg", metadata=_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    used = set(re.findall(r"#([\w.-]+)", svg))  # unused ids, such as figure_1, would repeat on a page
+    used = set(re.findall(r"#([\w.-]+)", svg))  # other ids, such as figure_1, are removed: pages have several plots
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -16,13 +16,13 @@ _FP32 = ("logit_scale", "logit_bias")  # bf16 rounds a logit scale of 100 to 98.
 REMEDY = (
     'Lower `text_lr` and `image_lr`, or use precision="fp32". The checkpoint of the last good epoch, if any, is kept.'
 )
-# PyTorch's 65,536 times CLIP's logit scale of 100 overflows: the first steps would be skipped until the scale has been
-# halved often enough, on glyph-tiny down to 8,192.
+# PyTorch's default of 65,536 times CLIP's logit scale of 100 overflows: the first steps would be skipped until it has
+# been halved enough, to 8,192 on glyph-tiny.
 _INITIAL_SCALE = 2.0**10
 
 
 class MixedPrecision:
-    """Precision of the model, of the steps and of the updates.
+    """Precision of the weights, the forward and the updates of a run.
 
     | precision | computes in | weights | update |
     |---|---|---|---|
@@ -31,10 +31,10 @@ class MixedPrecision:
     | bf16-sr | bf16 | bf16 | stochastic rounding (`FusedSGD`) |
     | fp16 | fp16, by autocast | fp32 | skipped if a scaled gradient is not finite; the scale adapts |
 
-    Each update in fp16 synchronises with the device, to learn if it is skipped; the others never do.
+    In fp16 each update has a host sync, to find out if it is skipped; the other precisions have none.
 
     Args:
-        precision: fp32, bf16, bf16-sr or fp16; a resolved configuration has no auto.
+        precision: fp32, bf16, bf16-sr or fp16.
         device: Device of the run.
 
     Attributes:
@@ -53,7 +53,7 @@ class MixedPrecision:
         self.scaler = torch.amp.GradScaler(device.type, init_scale=_INITIAL_SCALE) if fp16 else None
 
     def autocast(self) -> torch.autocast:
-        """Return the context of a forward."""
+        """Return the autocast context of a forward."""
         dtype = _AUTOCAST.get(self._precision)
         return torch.autocast(self._device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
@@ -66,7 +66,7 @@ class MixedPrecision:
                 tensor.data = tensor.data.to(torch.bfloat16)
 
     def parameter_groups(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return groups for the optimizer, with stochastic rounding of bf16 weights; splits groups of mixed dtypes."""
+        """Return optimizer groups with stochastic rounding for bf16 weights; groups of mixed dtypes are split."""
         if self._precision != "bf16-sr":
             return list(groups)
         split = []

@@ -1,4 +1,4 @@
-"""Progress of a run: a live view in a terminal, or a line per epoch in a file."""
+"""Progress of a run: a live display in a terminal, or a line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..console import escaped, plain
 from ..memory import PeakMemory
 from .plots import finite
 
-_REFRESHES = 2  # of the live view per second; each takes 3 ms of the training thread
+_REFRESHES = 2  # of the live display per second; each delays the training thread by 3 ms
 _MAX_WIDTH = 88  # of the bars, in characters
 _SMOOTHING = 0.8  # weight of previous losses in the displayed loss
 _MAX_ACCURACIES = 4  # in a line
@@ -33,13 +33,13 @@ _STATM = Path("/proc/self/statm")  # Linux
 class ProgressDisplay:
     """Context manager that displays the features and then the epochs of a run.
 
-    In a terminal it is a live view, which stays when the context exits. Elsewhere it prints a line per epoch; on a
-    quiet console, nothing.
+    In a terminal it is a live display, which remains after the context exits. Elsewhere it prints a line per epoch, or
+    nothing on a quiet console.
 
     Args:
         console: Console.
         title: Title of the run.
-        memory: Memory, to display its peak and current use. Default: none.
+        memory: Memory counter, to display current and peak use. Default: no display of memory.
 
     Example:
         >>> with ProgressDisplay(Console(width=80), title="letters") as display:
@@ -77,7 +77,7 @@ class ProgressDisplay:
             self._live.stop()
 
     def features(self, total: int) -> Callable[[int], None]:
-        """Add images to the progress bar of the features.
+        """Add `total` images to the progress bar of the features.
 
         Args:
             total: Number of images.
@@ -116,7 +116,7 @@ class ProgressDisplay:
             batch_size: Mean number of images per step.
             done: Epochs that an earlier process completed.
         """
-        self._features.done = self._features.total  # a store may have had some already
+        self._features.done = self._features.total  # existing features of a store were not counted
         self._features.end()
         self._epochs, self._epoch, self._steps_per_epoch, self._batch_size = epochs, done, steps_per_epoch, batch_size
         self._zero_shot = zero_shot
@@ -127,7 +127,7 @@ class ProgressDisplay:
             self._line("zero-shot", *self._accuracies(zero_shot))
 
     def step(self) -> None:
-        """Count a step. Draws nothing and does not synchronise with the device."""
+        """Count a step, without output and without a host sync."""
         self._tuning.done += 1
         self._last_step = time.perf_counter()
 
@@ -136,7 +136,7 @@ class ProgressDisplay:
         self._loss = value if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * value
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """Display a complete epoch; `row` is that of metrics.jsonl."""
+        """Display a complete epoch from its row of metrics.jsonl."""
         self._last_pace = pace = self._pace()
         self._epoch, self._accuracy = row["epoch"], row["accuracy"]
         self._tuning.done = self._epoch * self._steps_per_epoch
@@ -151,7 +151,7 @@ class ProgressDisplay:
         self._console.print(plain("  ".join(filter(None, parts))), soft_wrap=True)
 
     def _accuracies(self, accuracy: Mapping[str, float | None]) -> list[str]:
-        """Accuracies with their change; if they are many, the first and the last, which is a mean of the others."""
+        """Accuracies with their change; of more than four, the first and the last, which is a mean of the others."""
         shown = [(name, value) for name, value in accuracy.items() if finite(value)]
         found = []
         for name, after in shown if len(shown) <= _MAX_ACCURACIES else (shown[0], shown[-1]):
@@ -161,7 +161,7 @@ class ProgressDisplay:
         return found
 
     def _pace(self) -> list[str]:
-        """Images per second in this epoch up to its last step; before the first step, that of the previous epoch."""
+        """Images per second in this epoch up to its latest step; before its first step, those of the previous epoch."""
         images = (self._tuning.done - self._epoch * self._steps_per_epoch) * self._batch_size
         seconds = self._last_step - self._epoch_began
         return [f"{images / seconds:,.0f} images/s"] if images > 0 and seconds > 0 else self._last_pace
@@ -170,7 +170,7 @@ class ProgressDisplay:
         return [] if self._memory is None else [self._memory.text()]
 
     def _view(self) -> RenderableType:
-        """Render the live view; called in its thread."""
+        """Render the live display; called in the thread of the display."""
         bars = Table.grid(padding=(0, 1), expand=True)
         bars.width = min(self._console.width, _MAX_WIDTH)
         bars.add_column(no_wrap=True)
@@ -207,7 +207,7 @@ class ProgressDisplay:
 
 @dataclass
 class _Stage:
-    """A part of a run with a progress bar."""
+    """Part of a run with a progress bar."""
 
     name: str
     total: int = 0
@@ -225,13 +225,13 @@ class _Stage:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate from the pace so far, including everything between steps."""
+        """Estimate from the mean time per step so far, including everything between steps."""
         here, left = self.done - self.before, self.total - self.done
         return self.seconds / here * left if here > 0 and left > 0 and self.ended is None else None
 
 
 class _Memory:
-    """Memory use as text, read at most once per second."""
+    """Text of the memory use, read at most once per second."""
 
     def __init__(self, peak: PeakMemory):
         self._peak, self._read_at, self._text = peak, float("-inf"), ""

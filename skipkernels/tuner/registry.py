@@ -1,4 +1,4 @@
-"""Registries of methods, and of models that ship with their weights. An entry is imported when it is first used."""
+"""Registries of methods, and of models that are packaged with weights. Entries are imported at first use."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that ships with its weights.
+    """Model that is packaged with weights.
 
     Attributes:
-        config: JSON file of its open_clip model config, called as the model.
-        state_dict: Reads the weights.
-        recipe: (method, data) → the fields of the method's `Recipe` that differ for this model. `data` is a dataset as
-            `TuneConfig` names it.
+        config: JSON file of the open_clip model config, with the name of the model.
+        state_dict: Function that reads the weights.
+        recipe: Function of a method name and a dataset name of `TuneConfig` that returns the fields of the method's
+            `Recipe` that differ for this model.
     """
 
     config: Path
@@ -81,5 +81,5 @@ METHODS.register("zero-shot", "skipkernels.tuner.methods.zero_shot:ZeroShot")
 
 
 def experiments_hint() -> str:
-    """Remedy for a name that `skipkernels.experiments` may register; "" where that is imported."""
+    """Return the remedy for a name that `skipkernels.experiments` may register; "" if it is already imported."""
     return "" if _EXPERIMENTS in sys.modules else f" Import {_EXPERIMENTS} for its baselines and glyph-tiny."

@@ -1,4 +1,4 @@
-"""report.html: a self-contained page about a run."""
+"""report.html: a self-contained page of the results of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config import TuneConfig
 from .mistakes import ChangedImage, Confusion, thumbnail
 from .plots import accuracy_svg, coloured, finite, kept_svg, loss_svg
 
-_PIXEL_ART = 64  # images up to this side are shown enlarged without smoothing, and stored as PNG
+_PIXEL_ART = 64  # images up to this size are enlarged without smoothing, and stored as PNG
 _MISSING = "–"
 _SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
 
@@ -62,8 +62,8 @@ def report_html(
         config: Configuration of the run.
         metrics: Contents of metrics.json. Missing values are left out, or shown as a dash.
         rows: Contents of metrics.jsonl; empty for a method without epochs.
-        changed: Test images that are right either before or after tuning.
-        confusions: Classes that are often predicted as others.
+        changed: See `changed_images`.
+        confusions: See `confusions`.
     """
     tests = list(metrics["classes"])
     epochs = f"{metrics['epochs']} epoch{'' if metrics['epochs'] == 1 else 's'}"
@@ -119,7 +119,7 @@ def _accuracy(metrics: Mapping[str, Any], tests: list[str]) -> str:
 
 
 def _charts(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
-    """Plots of loss, accuracy, and kept classes, if their number varies."""
+    """Plots of loss, accuracy, and number of kept classes if it varies."""
     legend = " ".join(f"<span>{_dot(colour)}{_text(name)}</span>" for name, colour in colours.items())
     kept = _kept(rows)
     charts = (
@@ -185,7 +185,7 @@ def _cost(config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, A
 
 
 def _gallery(title: str, tests: list[str], cards: list[tuple[str, str]]) -> str:
-    """Heading with cards (test, HTML), grouped by test; the first two groups are open."""
+    """Section of cards (test, HTML), grouped by test; the first two groups are open."""
     parts = {name: "".join(card for test, card in cards if test == name) for name in tests}
     shown = "".join(
         f"<details{' open' if position < 2 else ''}><summary>{_text(name)}</summary>"

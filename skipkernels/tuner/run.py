@@ -1,4 +1,4 @@
-"""The run: zero-shot evaluation, epochs of training, and the order in which results are written."""
+"""Run of the tuner: zero-shot evaluation, epochs of training, and writing of the results."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Status = Literal["complete", "interrupted", "diverged"]
 def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     """Tune a model and write the results.
 
-    The configuration is checked before anything is written. Each epoch replaces the checkpoint and the metrics, so an
-    interrupted run leaves its last complete epoch, from which it can be resumed.
+    Checks the configuration before writing anything. Each epoch replaces the checkpoint, so an interrupted run can be
+    resumed from its last complete epoch.
 
     Args:
         config: Configuration of the run.
@@ -47,10 +47,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         Contents of metrics.json: zero-shot and tuned accuracy, kept classes, steps, and cost in seconds and memory.
 
     Raises:
-        InputError: If something in the configuration can't be used, or the disk is full.
-        MemoryError: If memory runs out.
+        InputError: If a setting can't be used, or the disk is full.
+        MemoryError: If the device or the host is out of memory.
         FloatingPointError: If the loss is not finite. The last good checkpoint is kept.
-        KeyboardInterrupt: After the complete epochs have been written; the message says how many.
+        KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
     """
     config, console = resumed(config), console or Console(quiet=True)
     open_data = functools.cache(config.open_data)
@@ -64,7 +64,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
 
 
 def check(config: TuneConfig) -> None:
-    """Raise the errors that `tune` would raise before it starts, without starting."""
+    """Raise the errors that `tune` would raise before training, without training."""
     config = resumed(config)
     open_data = functools.cache(config.open_data)
     config = config.resolved(open_data)
@@ -73,8 +73,6 @@ def check(config: TuneConfig) -> None:
 
 
 class _Run:
-    """A run, from loading its model to metrics.json."""
-
     def __init__(self, config: TuneConfig, console: Console, folder: RunFolder, open_data: Callable[[], Source]):
         self.config, self.folder, self.console = config, folder, console
         self.started = time.perf_counter()
@@ -91,7 +89,7 @@ class _Run:
         self.zero_shot: dict[str, Tensor] = {}
         self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch
         self.warnings: list[str] = []
-        self.seconds_before = self.seconds_fit = 0.0  # of earlier processes; of a method without steps
+        self.seconds_before = self.seconds_fit = 0.0  # of earlier processes; of `fit`
 
     def run(self) -> dict[str, Any]:
         """Compute features, train, and write the results. Returns the metrics."""
@@ -101,12 +99,13 @@ class _Run:
                 self.evaluator = Evaluator(self.setup, self.setup.test_features(advance))
                 with self.setup.train_features(advance) as train:
                     self.zero_shot = self.evaluator.zero_shot()
-                    trainer = self._trainer(train)
+                    arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
+                    trainer = Trainer(*arguments) if self.config.epochs else None
                     with self.folder.held():
                         self._save_few_shot()
                         self._resume(trainer)
                         return self._train(trainer, train)
-        except KeyboardInterrupt as error:  # also a second one, during the handling of the first
+        except KeyboardInterrupt as error:  # also a second one, while the first is handled
             epochs = self.folder.epochs
             complete = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
             message = f"{complete} complete in {self.folder.path}{'; `resume=True` continues it' if epochs else ''}"
@@ -117,7 +116,7 @@ class _Run:
                 _print(self.console, f"warning: {warning}")
 
     def _save_few_shot(self) -> None:
-        """Write which images are trained on, if they are files or items of a dataset; glyphs follow from the seed."""
+        """Write the list of training images, unless they are glyphs, which the seed determines."""
         if isinstance(self.task.train, Images):
             config, classes = self.config, self.task.tests[0].classes
             path = self.folder.path / FEW_SHOT
@@ -125,14 +124,8 @@ class _Run:
                 path, self.task.train, data=config.data, classes=classes, shots=config.shots, seed=config.seed
             )
 
-    def _trainer(self, train: FeatureCache) -> Trainer | None:
-        """Return the trainer; None for a method without steps."""
-        if not self.config.epochs:
-            return None
-        return Trainer(self.config, self.method, self.setup.precision, train, self.task.tests[0].classes)
-
     def _train(self, trainer: Trainer | None, train: FeatureCache) -> dict[str, Any]:
-        """Run the remaining epochs and write the metrics, also of a run that is interrupted or diverges."""
+        """Train and write the metrics, also if the run is interrupted or diverges."""
         self.memory.reset()
         try:
             if trainer is not None:
@@ -165,7 +158,6 @@ class _Run:
         self.tuned = self.evaluator.predictions()
 
     def _epochs(self, trainer: Trainer) -> None:
-        """Run the remaining epochs."""
         config = self.config
         assert config.epochs
         self.display.begin(
@@ -212,17 +204,17 @@ class _Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _forward_parts(self, train: FeatureCache) -> dict[str, float]:
-        """Milliseconds of each part of a forward of `SkipCLIP`; empty for other methods."""
+        """Milliseconds of each part of `SkipCLIP.forward`; empty for other methods."""
         if not isinstance(self.method, Skip):
             return {}
         images = range(min(self.config.batch_size or 1, len(train)))
-        batch = [train[image] for image in images]  # views of the last epoch: a loader would start at the first
+        batch = [train[image] for image in images]  # features of the last epoch: a loader would read those of the first
         inputs, labels = torch.stack([features for features, _ in batch]), torch.tensor([label for _, label in batch])
         device = self.setup.device
         return forward_milliseconds(self.method.clip, inputs.to(device), labels.to(device), self.setup.precision)
 
     def _finish(self, status: Status, train: FeatureCache) -> dict[str, Any]:
-        """Write the metrics, then the report. A report that fails leaves a complete run, with a warning."""
+        """Write the metrics, then the report. An error in the report becomes a warning."""
         metrics = {"status": status} | self._metrics()
         if status == "complete":
             weak = notes.weak_result(self.config, self.task, metrics["zero_shot"], metrics["tuned"])
@@ -238,7 +230,7 @@ class _Run:
                     page = report_html(self.config, metrics, self.folder.rows, *self._mistakes(self.tuned))
                     self.folder.write_report(page)
                 self.folder.finish(metrics)
-        except Exception as error:  # any: the epochs are complete, and the report is only a view of them
+        except Exception as error:  # any: the results are complete without the report
             reason = (str(error).strip().splitlines() or [""])[0]
             self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {reason}).")
             self.folder.finish(metrics)
@@ -298,11 +290,10 @@ class _Run:
         return {name: sum(w.numel() for w in by_id.values()) for name, by_id in (("trained", trained), ("all", every))}
 
     def _state_bytes(self) -> int:
-        """Size of the method's state dict."""
         return sum(weight.nbytes for weight in self.method.state_dict().values())
 
     def _checkpoint_bytes(self) -> int:
-        """Estimated size of a checkpoint, with two values of an optimizer per trained weight."""
+        """Estimated size of a checkpoint, with two optimizer values per trained weight."""
         trained = sum(weight.nbytes for weight in self._trained())
         return 2 * trained + (trained if self.config.delta else self._state_bytes())
 
@@ -323,7 +314,7 @@ def _seeded(config: TuneConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Raise a MemoryError of one line where PyTorch, its C++ code or Python runs out of memory."""
+    """Convert out-of-memory errors of PyTorch and Python to a MemoryError of one line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Run folder: its files, the order in which they are written, and its locks."""
+"""Run folder: its files, the order in which they are written, and its lock."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .state_checks import check_types
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
-# In the order of deletion. metrics.json marks the end of a run: it is deleted first, and written after the last epoch.
-# config.yaml marks the other files as those of a run: it is deleted last, and written first.
+# In the order of deletion. metrics.json marks a run that has ended: deleted first, written after the last epoch.
+# config.yaml marks the files as those of a run: deleted last, written first.
 _FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, checkpoint.MODEL, checkpoint.DELTA, FEW_SHOT, CONFIG)
 
 _METRICS: dict[str, Any] = {  # fields of metrics.json that are read
@@ -55,7 +55,7 @@ _METRICS: dict[str, Any] = {  # fields of metrics.json that are read
 _MAX_METRICS_BYTES = 1 << 24
 
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's
-_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of a run of any version
+_SETTINGS = {"data", "protocol", "method", "skip_layers", "out"}  # in the config.yaml of every version
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def _metrics_object(folder: Path) -> dict[str, Any]:
-    """Contents of a metrics.json, unchecked."""
+    """Read a metrics.json without checks of its fields."""
     try:
         return read_object(folder / METRICS, _MAX_METRICS_BYTES)
     except (OSError, ValueError) as error:
@@ -91,10 +91,10 @@ def _damaged(folder: Path, error: OSError | ValueError) -> InputError:
 
 
 def check_writable(folder: Path) -> Path:
-    """Check that a run folder can be created and written; return it, or its closest parent that exists.
+    """Check that a run folder can be created and written; return it, or its closest existing parent.
 
     Raises:
-        InputError: If not.
+        InputError: If it can't be created or written.
     """
     try:
         absolute_folder(folder)
@@ -113,12 +113,12 @@ def check_writable(folder: Path) -> Path:
 
 
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
-    """Check that a folder for output is apart from the images, or its files would be read as classes and images.
+    """Check that an output folder is outside the folder of the images, where its files would be read as images.
 
     Args:
         argument: Argument that names the folder: "out" or "cache".
-        folder: Folder for output.
-        config: Configuration; its `data` and `targets` of the form imagefolder:PATH are checked.
+        folder: Output folder.
+        config: Configuration with `data` and `targets`, of which those of the form imagefolder:PATH are checked.
 
     Raises:
         InputError: If the folder is the folder of the images, or in it; for "out" also if the images are in it.
@@ -143,7 +143,7 @@ def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
 def resumed(config: TuneConfig) -> TuneConfig:
     """Return the configuration of the run in the folder `resume`, with the non-default settings of `config`.
 
-    Returns `config` itself if `resume` is no folder.
+    Returns `config` itself if `resume` is not a folder.
 
     Raises:
         InputError: If there is no run in the folder.
@@ -173,7 +173,7 @@ def _has_run(folder: Path) -> bool:
 
 
 class RunFolder:
-    """Files of a run. metrics.json is written after the last epoch, with the status of the run.
+    """Files of a run.
 
     Args:
         config: Resolved configuration. Nothing is written before `held`.
@@ -182,11 +182,11 @@ class RunFolder:
         path: Path of the folder.
         rows: Rows of the complete epochs.
         resumed: Checkpoint from which the run continues, or None.
-        finished: Metrics, if the run to be resumed is complete, or None.
+        finished: Metrics of the run to resume if it is complete, or None.
 
     Raises:
-        InputError: If the folder can't be written, or contains another run, a run with a damaged checkpoint, or other
-            files with the names of a run's files.
+        InputError: If the folder can't be written, or contains another run, a damaged checkpoint, or foreign files with
+            the names of run files.
     """
 
     def __init__(self, config: TuneConfig):
@@ -206,7 +206,7 @@ class RunFolder:
         if earlier and not _has_run(self.path):
             raise argument_error(
                 "out",
-                f"{self.path} contains files with the names of a run's files, and no {CONFIG} of a run: "
+                f"{self.path} contains files with names of run files, but no {CONFIG} of a run: "
                 f"{format_names(earlier)}; choose another folder, or move them.",
             )
         if config.resume:
@@ -234,18 +234,14 @@ class RunFolder:
                 raise argument_error(
                     "resume",
                     f"{name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; "
-                    "give the same, or choose another folder.",
+                    "pass the same, or choose another folder.",
                 )
         if METRICS in earlier and _metrics_object(self.path).get("status") == "complete":
             self.finished = read_metrics(self.path)
         self.resumed = found
 
     def check_room(self, size: int) -> None:
-        """Check that the disk has room for two checkpoints of `size` bytes: the old one is deleted last.
-
-        Raises:
-            InputError: If not.
-        """
+        """Raise an InputError unless the disk has room for two checkpoints of `size` bytes, the old and the new."""
         reused = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
         free = shutil.disk_usage(self._disk).free + reused
         if free < 2 * size:
@@ -257,7 +253,7 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the folder for the duration of the run, and prepare its files.
+        """Hold the lock of the folder during the run, and prepare its files.
 
         Raises:
             InputError: If the folder can't be written, or another process uses it.
@@ -326,7 +322,7 @@ class RunFolder:
 
 @contextmanager
 def interrupt_deferred() -> Iterator[None]:
-    """Defer Ctrl-C and termination to the end of the block. Does nothing outside the main thread."""
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -13,7 +13,7 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
     """Return a scheduler that is stepped once per epoch.
 
         lr(e) = min(lr, warmup_lr)                for e < warmup_epochs
-        lr(e) = lr · (1 + cos(π · e / epochs)) / 2   else, where e counts from 0
+        lr(e) = lr · (1 + cos(π · e / epochs)) / 2   otherwise; e counts from 0
 
     Args:
         optimizer: Optimizer; each group has its own learning rate `lr`.
@@ -44,7 +44,6 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
 
 
 def _factor(epoch: int, *, epochs: int, warmup_epochs: int, warmup_lr: float, base_lr: float) -> float:
-    """Return the factor of the base learning rate in an epoch."""
     if epoch < warmup_epochs:
         return min(1.0, warmup_lr / base_lr) if base_lr > 0 else 1.0
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))

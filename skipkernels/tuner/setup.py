@@ -25,20 +25,20 @@ from .model import augmentation, load_model
 from .precision import MixedPrecision
 
 BATCH = 64
-"""Images per batch where nothing trains."""
+"""Images per batch without training."""
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Objects of a run; made by `build_run`.
+    """Objects of a run, created by `build_run`.
 
     Attributes:
         config: Resolved configuration.
         model: CLIP, on the device of the run.
         precision: Mixed precision.
         task: Training images and tests.
-        method: Method that is tuned.
-        zero_shot: Method for the predictions before tuning: `method`, or a `ZeroShot`.
+        method: Method to tune.
+        zero_shot: Method that predicts before tuning: `method`, or a `ZeroShot`.
         resume, overwrite, rounded_to: See `build_run`.
     """
 
@@ -63,14 +63,14 @@ class RunSetup:
         return len(self.task.train) * self.config.views + sum(len(test.images) for test in self.task.tests)
 
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
-        """Compute what the method keeps of the images of each test; see `FeatureCache.build` for `progress`."""
+        """Compute the features of the images of each test; see `FeatureCache.build` for `progress`."""
         return {
             test.name: self._features(f"test-{quote(test.name, safe=' ')}", test.images, progress)
             for test in self.task.tests
         }
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
-        """Compute what the method keeps of the training images; see `FeatureCache.build` for `progress`."""
+        """Compute the features of the training images; see `FeatureCache.build` for `progress`."""
         config = self.config
         return self._features("train", self.task.train, progress, views=config.views, refresh=config.refresh)
 
@@ -117,10 +117,10 @@ def build_run(
     Args:
         config: Resolved configuration.
         open_data: Opens the dataset. Default: `config.open_data`.
-        load: Loads all weights of the model, in place of `config.pretrained`.
-        resume: Complete stores of the cache that are unfinished.
+        load: Function that loads all weights of the model, instead of `config.pretrained`.
+        resume: Resume incomplete stores of the cache.
         overwrite: Replace stores of the cache.
-        rounded_to: Dtype of a cache, to which features in memory are rounded. Default: no rounding.
+        rounded_to: Dtype to which features in memory are rounded, as in a cache. Default: no rounding.
 
     Raises:
         InputError: If the model, the dataset or a setting can't be used.
@@ -145,7 +145,7 @@ def build_run(
 
 
 def _erase_text_stores(cache: Path) -> None:
-    """Erase the stores of text features, which `SkipCLIP` opens and never replaces."""
+    """Delete the stores of text features, which `SkipCLIP` reads but never replaces."""
     for manifest in sorted(cache.glob(f"texts-*/**/{MANIFEST}")):
         if is_store(manifest.parent):
             with locked(manifest.parent):
@@ -153,7 +153,7 @@ def _erase_text_stores(cache: Path) -> None:
 
 
 def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
-    """Construct the method of a run with the settings that it takes.
+    """Construct the method of a run, with the settings that it has.
 
     Raises:
         InputError: If a setting can't be used with the model.
@@ -178,7 +178,7 @@ def build_task(
     Args:
         config: Configuration.
         transform: Transform of the images.
-        train_transform: Transform of the training images, in its place.
+        train_transform: Transform of the training images. Default: `transform`.
         open_data: Opens the dataset. Default: `config.open_data`.
     """
     return load_task(

@@ -12,7 +12,7 @@ import torch
 
 
 class StageTimer:
-    """Seconds by stage. On a GPU, time between events on the stream; only `read` synchronises.
+    """Timer of stages, in seconds. On a GPU it uses events of the stream; only `read` has a host sync.
 
     Args:
         device: Device that runs the stages.
@@ -42,7 +42,7 @@ class StageTimer:
             self._seconds[stage] += ended - started
 
     def read(self) -> dict[str, float]:
-        """Return the seconds by stage since the last read. Synchronises with the device."""
+        """Return the seconds by stage since the last read. On a GPU this is a host sync."""
         if self._events:
             torch.cuda.synchronize(self._device)
         for stage, started, ended in self._events:

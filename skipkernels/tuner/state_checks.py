@@ -1,4 +1,4 @@
-"""Validation of values read from a file, before they are used."""
+"""Validation of values that were read from a file."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def check_types(values: Any, kinds: dict[str, Any], where: str = "") -> None:
 
     Args:
         values: The mapping.
-        kinds: By name: a key of `_KINDS`, several keys as alternatives, or a mapping of kinds.
+        kinds: Kind of each value by name: a key of `_KINDS`, a tuple of alternatives, or a mapping of kinds.
         where: Name of the mapping, for the message.
 
     Raises:
-        ValueError: If not; names the value and the expected kind.
+        ValueError: Names the first wrong value and the expected kind.
 
     Example:
         >>> check_types({"cost": {"seconds": "7"}}, {"cost": {"seconds": "number"}})
@@ -72,10 +72,10 @@ def check_types(values: Any, kinds: dict[str, Any], where: str = "") -> None:
 def check_like(value: Any, like: Any, where: str) -> None:
     """Check that a value has the structure of `like`: keys, lengths, types, shapes and dtypes.
 
-    Where `like` has None, a plain value or a list of row numbers is valid.
+    For None in `like`, any plain value or int64 vector is valid.
 
     Raises:
-        ValueError: If not; names the first difference.
+        ValueError: Names the first difference.
 
     Example:
         >>> check_like({"draws": torch.ones(2)}, {"draws": torch.zeros(3)}, "state")
@@ -108,11 +108,11 @@ def check_optimizer(state: Any, like: dict[str, Any], weights: Sequence[Tensor])
 
     Args:
         state: State dict.
-        like: State dict of the optimizer that will load it.
+        like: State dict of the optimizer that will load `state`.
         weights: Weights of the optimizer, in order.
 
     Raises:
-        ValueError: If not; names the first difference.
+        ValueError: Names the first difference.
     """
     where = "trainer.optimizer"
     check_types(state, {"state": "mapping", "param_groups": "plain list"}, where)
@@ -126,7 +126,7 @@ def check_optimizer(state: Any, like: dict[str, Any], weights: Sequence[Tensor])
 
 
 def _fits(value: Any, weight: Tensor) -> bool:
-    """Return True for a plain value, or a tensor with the shape of the weight or reduced over dimensions."""
+    """Return True for a plain value, or a float tensor that is a scalar or broadcasts to the weight."""
     if not isinstance(value, Tensor):
         return _is_plain(value)
     same = value.ndim == weight.ndim and all(n in (1, m) for n, m in zip(value.shape, weight.shape, strict=True))

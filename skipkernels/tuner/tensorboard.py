@@ -16,7 +16,7 @@ _SWITCH = "tensorboard.compat.notf"  # TensorBoard does not import TensorFlow if
 
 
 class EventWriter:
-    """Writes scalars of each epoch.
+    """Writer of the scalars of each epoch.
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`.
@@ -26,7 +26,7 @@ class EventWriter:
         self._writer = writer
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Write a row of metrics.jsonl, and flush, so that a killed run has all its epochs."""
+        """Write a row of metrics.jsonl, and flush, so that a kill loses no complete epoch."""
         scalars = {"loss": row.get("loss"), "kept_classes": row.get("kept_classes"), "seconds": row.get("seconds")}
         for group, values in (("lr", "lr"), ("accuracy", "accuracy"), ("seconds", "stage_seconds")):
             scalars |= {f"{group}/{name}": value for name, value in (row.get(values) or {}).items()}
@@ -43,7 +43,7 @@ class EventWriter:
 def open_tensorboard(folder: Path) -> EventWriter | None:
     """Return a writer of events in a folder; None if TensorBoard is not installed.
 
-    TensorFlow is not imported, even if it is installed: it takes seconds, and most of the memory of a GPU.
+    TensorFlow is not imported even if installed: it takes seconds, and most of the memory of a GPU.
     """
     try:
         with _without_tensorflow():

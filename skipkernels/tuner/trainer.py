@@ -28,7 +28,7 @@ from .state_checks import check_like, check_optimizer, check_types
 
 
 class Trainer:
-    """Trains a method by epochs. Within an epoch only the read of the losses synchronises with the device.
+    """Trainer of a method, epoch by epoch. Within an epoch, only reading the losses is a host sync.
 
     Args:
         config: Resolved configuration.
@@ -79,7 +79,7 @@ class Trainer:
         """Train for one epoch; return its row of metrics.jsonl, without the accuracy.
 
         Args:
-            on_step: Called after each step; must not synchronise with the device.
+            on_step: Called after each step; must not cause a host sync.
             on_loss: Called every `log_every` steps with their mean loss.
 
         Raises:
@@ -122,12 +122,7 @@ class Trainer:
         return out
 
     def _read(self, losses: EpochLosses, order: dict[str, Any]) -> float:
-        """Return the mean of the new losses; check that they are finite.
-
-        Args:
-            losses: Losses of this epoch.
-            order: State of the loader at the start of the epoch.
-        """
+        """Return the mean of the new losses, which must be finite. `order` is the loader's state before the epoch."""
         first, values = losses.read()
         for step, value in enumerate(values, first):
             if not math.isfinite(value):
@@ -138,7 +133,7 @@ class Trainer:
         return sum(values) / len(values)
 
     def _described(self, step: int, order: dict[str, Any]) -> str:
-        """Images and classes of a batch, from a sampler that repeats the epoch."""
+        """Describe the images and classes of a batch, from a sampler that repeats the epoch."""
         config = self._config
         assert config.batch_size and config.sampler
         sampler = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
@@ -171,18 +166,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state.
+        """Restore the result of `state_dict`.
 
         Raises:
             InputError: If the training images differ.
-            ValueError: If it is not the state of such a trainer.
+            ValueError: If it is the state of a different trainer, or damaged.
         """
         own = self.state_dict()
         check_types(state, {name: "mapping" for name in own if name != "labels"} | {"labels": "text"}, "trainer")
         check_optimizer(state["optimizer"], own["optimizer"], self.weights)
         for name in ("schedule", "loader", "class_sampler", "precision"):
             check_like(state[name], own[name], f"trainer.{name}")
-        # Another device has another generator, so only the state of the CPU's is checked.
+        # The state of a GPU's generator is not checked: the run may be resumed on another device.
         check_like(state["random"].get("cpu"), own["random"]["cpu"], "trainer.random.cpu")
         if state["labels"] != own["labels"]:
             raise argument_error("resume", "the training images differ from those of the run; choose another folder.")
@@ -230,7 +225,7 @@ class EpochLosses:
         self._images.append(images)
 
     def read(self) -> tuple[int, list[float]]:
-        """Return the index of the first unread loss, and the unread losses. Synchronises with the device."""
+        """Return the index of the first unread loss, and the unread losses. A host sync."""
         first = len(self._on_host)
         new = self._on_device[first : len(self._images)].tolist()
         self._on_host += new
@@ -238,6 +233,6 @@ class EpochLosses:
 
     @property
     def mean(self) -> float:
-        """Mean over the images of all steps that were read."""
+        """Mean over the images of all steps; read all losses first."""
         weighted = (loss * images for loss, images in zip(self._on_host, self._images, strict=True))
         return sum(weighted) / sum(self._images)

@@ -15,19 +15,19 @@ from ..data import InputError
 from ..store import digest_json, digest_tensors, parse_object
 from .methods import Method
 
-# Contents of the file, in its metadata: a whole model, as open_clip loads it; the method's state, to be used with the
-# pretrained model; or the part of either that tuning changed.
+# Contents of a weights file, named in its metadata: a whole model that open_clip can load; the state of a method, for
+# use with the pretrained model; or the part of either that tuning changed.
 MODEL, METHOD, CHANGES = "model", "method", "changes"
 _KEY = "skipkernels"  # the only metadata key: safetensors writes several in random order
 
 
 class WeightsFile:
-    """Converts between a method and the weights file of its checkpoints.
+    """Contents of the weights file of a method.
 
     Args:
         method: Method, before training.
-        model: Its CLIP.
-        delta: Save only changed weights. They are found by digests, without a copy.
+        model: CLIP of the method.
+        delta: Save only changed weights, found by digests without a copy.
     """
 
     def __init__(self, method: Method, model: nn.Module, *, delta: bool):
@@ -87,7 +87,7 @@ class WeightDigests:
 
 
 def metadata(**values: str) -> dict[str, str]:
-    """Return the metadata of a weights file that `read_metadata` reads as `values`."""
+    """Return metadata of a weights file, which `read_metadata` converts back to `values`."""
     return {_KEY: json.dumps(values, sort_keys=True)}
 
 

@@ -100,8 +100,8 @@ def test_overwrite_deletes_metrics_first(run, tmp_path, monkeypatch):
 def test_out_keeps_files_of_no_run(tmp_path, name, text, flag, capsys):
     (tmp_path / name).write_text(text)
     message = fails(["tune", "--shots", "1", "--classes", "6", "--out", tmp_path, *flag], capsys)
-    assert f"{tmp_path} contains files with the names of a run's files" in message
-    assert f"and no config.yaml of a run: {name}; choose another folder, or move them." in message
+    assert f"{tmp_path} contains files with names of run files" in message
+    assert f"but no config.yaml of a run: {name}; choose another folder, or move them." in message
     assert "--overwrite" not in message and "--resume" not in message
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: text}
 
@@ -215,7 +215,7 @@ BOMB = "template: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "aliases are not read"),
+        (BOMB, "aliases are not supported"),
         ("shots: [" + "x, " * 10**5 + "]", "shots must be"),
         ("? " + "x" * 1000 + "\n: 1", "unknown setting"),
         ("shots: 0x" + "f" * 10**4, "shots must be"),
@@ -352,5 +352,5 @@ def test_load_model_refuses_weights_of_other_model(tmp_path, capsys, change, rea
         tmp_path / "run",
     ]
     said = fails(["tune", *arguments], capsys)
-    assert f"not usable as weights of this model: they are another model's ({reason}" in said
-    assert said.endswith("Give the right --model.") and "Error" not in said
+    assert f"not usable as weights of this model: they are those of another ({reason}" in said
+    assert said.endswith("Pass the --model of the weights.") and "Error" not in said

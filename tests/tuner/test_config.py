@@ -133,7 +133,7 @@ def test_differs_from():
         ({"optimizer": "AdamW", "fused_optimizer": True}, 'optimizer="AdamW" does not; use sgd'),
         ({"clip_grad_norm": 1.0, "fused_optimizer": True}, "needs all gradients"),
         ({"precision": "fp16", "fused_optimizer": True}, "needs gradients to scale"),
-        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"resume": True, "overwrite": True}, "pass only one"),
         ({"device": "cuda:99"}, "can't be used"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

@@ -157,7 +157,7 @@ def test_resume_by_folder(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--shots", 3], "shots is 4 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out --out"),
-     (["--overwrite"], "give one of them")],
+     (["--overwrite"], "pass only one")],
 )  # fmt: skip
 def test_resume_by_folder_refuses_settings(copy, arguments, message, capsys):
     assert message in fails(["tune", "--resume", copy, *arguments], capsys)

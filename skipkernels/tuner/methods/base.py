@@ -27,12 +27,12 @@ from ...towers import evaluating
 from ..registry import MODELS
 
 Tokenizer = Callable[[list[str]], Tensor]
-"""Maps texts to tokens [n, L], as a tokenizer of `open_clip.get_tokenizer` does."""
+"""Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Default training settings of a method; None if the method does not use a setting.
+    """Default training settings of a method; None for settings that it does not use.
 
     Attributes:
         epochs: Passes over the training images; 0 for a method without steps.
@@ -81,7 +81,7 @@ def unit_norm(embeddings: Tensor) -> Tensor:
 
 
 def mean_embedding(templates: Sequence[Tensor]) -> Tensor:
-    """Unit-norm mean [C, D] over templates of unit-norm embeddings [C, D]. A single template is returned as it is.
+    """Unit-norm mean [C, D] over templates of unit-norm embeddings [C, D]. A single template is returned unchanged.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
     2103.00020, section 3.1.4 (prompt ensembling in embedding space).
@@ -112,7 +112,7 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def cross_entropy_step(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor) -> StepOutput:
-    """Mean cross-entropy of `cosine_logits` over all classes; arguments as there."""
+    """Mean cross-entropy over all classes, with the arguments of `cosine_logits`."""
     return StepOutput(F.cross_entropy(cosine_logits(image, text, logit_scale), labels), len(text))
 
 
@@ -126,7 +126,7 @@ def check_open_clip(method: str, model: nn.Module) -> None:
 
 
 def text_transformer(method: str, model: nn.Module) -> Any:
-    """Return the module with the layers of the text tower, or raise an InputError if it is not open_clip's."""
+    """Return the open_clip module with the layers of the text tower, or raise an InputError."""
     if isinstance(model, CLIP):
         return model
     text = getattr(model, "text", None)
@@ -146,7 +146,7 @@ class Method(ABC):
         model: An open_clip model.
         tokenizer: Tokenizer of the model.
         task: Task; training uses the classes of its first test, in the first template.
-        generator: Generator of all random numbers except dropout, which uses PyTorch's global one. Default: seed 0.
+        generator: Generator of all random numbers except those of dropout, which are PyTorch's. Default: seed 0.
 
     Attributes:
         name: Name of the method in `METHODS`.
@@ -154,7 +154,7 @@ class Method(ABC):
         notes: Notes for the user about the setup.
 
     Raises:
-        InputError: If the method can't adapt this model, or not to this task.
+        InputError: If the method does not support this model or this task.
 
     Example:
         >>> import logging; logging.disable()  # open_clip's warning about random weights
@@ -194,14 +194,14 @@ class Method(ABC):
             model_name: Name of the open_clip model.
             protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
             shots: Training images per class.
-            classes: Number of classes that are tuned on. Used where the paper gives steps, not epochs.
-            data: Dataset. Used for a model in `MODELS`.
+            classes: Number of classes to train on; used by methods with a published number of steps, not of epochs.
+            data: Dataset; used for a model in `MODELS`.
 
         Raises:
             InputError: If there is no such protocol.
         """
         if protocol not in get_args(Protocol):
-            raise InputError(f"--protocol: no protocol {protocol!r}; choose {', '.join(get_args(Protocol))}.")
+            raise InputError(f"recipe: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.")
         changes = MODELS[model_name].recipe(cls.name, data) if model_name in MODELS else {}
         return replace(cls._published(protocol, shots, classes), **changes)
 
@@ -211,7 +211,7 @@ class Method(ABC):
         """Return the recipe of the paper."""
 
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """Run the frozen part on images [B, 3, H, W]; `step` and `logits` take the result. Here: no frozen part."""
+        """Run the frozen part on images [B, 3, H, W], for `step` and `logits`. By default there is no frozen part."""
         return images
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
@@ -275,7 +275,7 @@ class Method(ABC):
         return self._tokens[test]
 
     def _text_version(self) -> Any:
-        """Value that changes with the text weights: a change through .data misses the version counter, not the hash."""
+        """Value that changes with the text weights. The hash detects a change through .data, the version does not."""
         groups = self.parameter_groups(text_lr=0.0, image_lr=0.0)
         weights = [p for group in groups if group["name"] == "text" for p in group["params"]]
         device = self.model.logit_scale.device.type
@@ -310,10 +310,10 @@ class Method(ABC):
         return {name: tensor.detach() for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load a state dict of `state_dict`.
+        """Load the result of `state_dict`.
 
         Raises:
-            InputError: If it does not fit; nothing is changed then.
+            InputError: If names or shapes differ; nothing is changed.
         """
         own = self.state_dict()
         for name in [*own, *state]:
@@ -351,7 +351,7 @@ class FrozenModel(Method):
         model.eval()
 
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of images [B, 3, H, W] with `keep_embeddings`, else the images."""
+        """Embeddings [B, D] of images [B, 3, H, W] with `keep_embeddings`, otherwise the images."""
         return self.frozen_embedding(images) if self._keep_embeddings else images
 
     def frozen_embedding(self, inputs: Tensor) -> Tensor:
@@ -362,7 +362,7 @@ class FrozenModel(Method):
             return self.model.encode_image(inputs, normalize=False)
 
     def _empty_embedding(self) -> Tensor:
-        """Uninitialised [D], on the device of the embeddings, in the dtype of the logits."""
+        """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
         with torch.no_grad():
             first = self.model.encode_text(self._test_tokens(self._train_test)[0][:1], normalize=False)
         return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))
@@ -415,7 +415,7 @@ class TunedModel(Method):
         self.clip = self._clips[self._train_test][0]
 
     def train(self, training: bool) -> None:
-        """Set the mode of the model, and check that the weights below the cut are those of the cached features."""
+        """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_weights`."""
         super().train(training)
         self.clip.check_weights()
 

@@ -13,25 +13,17 @@ from .base import Recipe, StepOutput, Tokenizer, TunedModel
 
 
 class Skip(TunedModel):
-    """Skip Tuning (Wu et al., CVPR 2025), by `SkipCLIP`.
+    """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`.
 
         loss = mean over b of −log softmax_k(exp(logit_scale) · ⟨x̂_b, t̂_k⟩)[label_b],   k over the kept classes
 
     Trains the blocks above the cut and the heads of both towers, from features at the cut that are computed once.
-    Before training the logits are those of zero-shot.
+    Before training the logits are the zero-shot ones.
 
     Args:
         model: A model that SkipCLIP supports.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        skip_layers: Blocks of each tower below the cut: a number, or a fraction.
-        keep_ratio: Share of the classes (up to 1), or number of classes, that every step keeps.
-        max_keep: Maximum number of classes that every step keeps.
-        decay: Decay of the probability to keep one of the remaining classes, the tail.
-        tail: "resample" draws the kept classes of the tail in every step, "fixed" once, as published.
-        memory: Tensors saved for backward; see SkipCLIP.
-        attention: Attention backend; see SkipCLIP.
-        generator: Generator of the draws. Default: seed 0.
+        tokenizer, task: See `Method`.
+        skip_layers, keep_ratio, max_keep, decay, tail, memory, attention, generator: See `SkipCLIP`.
         text_cache: Folder of the cache of text features, with a folder per test. Default: in memory.
 
     Raises:
@@ -102,7 +94,7 @@ class Skip(TunedModel):
 
     @torch.no_grad()
     def encode_frozen(self, images: Tensor) -> Tensor:
-        """Features at the cut [B, N, W] of images [B, 3, H, W]; the images if the image tower has no cut."""
+        """Features [B, N, W] at the cut of images [B, 3, H, W]; the images if the image tower has no cut."""
         return images if self.cut is None else self.cut.encode_lower(images)
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:

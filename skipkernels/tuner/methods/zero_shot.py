@@ -18,13 +18,13 @@ class ZeroShot(FrozenModel):
         z_bc = exp(logit_scale) · ⟨x̂_b, t̂_c⟩,   t̂_c the unit-norm mean of the class's prompts
 
     Args:
-        model: An open_clip model; not changed, not even `requires_grad`.
+        model: An open_clip model; nothing in it is changed, including `requires_grad`.
         tokenizer: Tokenizer of the model.
         task: Task.
         generator: Not used.
 
     Raises:
-        InputError: If the model is not one of open_clip.
+        InputError: If the model is not an open_clip model.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
     2103.00020.
