@@ -50,7 +50,7 @@ def progress(*columns: str, **how: Any) -> Any:
         return NoProgress()
     from . import console
 
-    made = [
+    parts = [
         getattr(rich.progress, name)() if name.isidentifier() else rich.progress.TextColumn(name) for name in columns
     ]
-    return console.progress(*made, console=console.stderr(), **how)
+    return console.progress(*parts, console=console.stderr(), **how)

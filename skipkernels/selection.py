@@ -64,7 +64,7 @@ def tail_probabilities(tail: int, decay: float) -> Tensor:
 
 
 def inclusion_probabilities(q: Tensor) -> Tensor:
-    """π [tail] in fp64: q scaled to a whole sum, with no entry above 1.
+    """π [tail] in fp64: q scaled so that its sum is an integer, with no entry above 1.
 
     π_j = min(1, a · q_j) with a such that Σπ = round(Σq). So K is the same in every step, and Σ|π − q| ≤ 1/2.
 

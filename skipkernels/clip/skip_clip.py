@@ -13,8 +13,8 @@ from .. import functional
 from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..classifier import ImageClassifier
-from ..options import AttentionName
-from ..selection import ClassSelection, RankSampler, Tail, select_ranks
+from ..options import AttentionName, Tail
+from ..selection import ClassSelection, RankSampler, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
@@ -58,7 +58,7 @@ class SkipCLIP(nn.Module):
     raises an error, until `refresh` reads the model again. Weights below the cut are compared by content at each switch
     between training and evaluation mode, and by version in each step.
 
-    `torch.compile(clip)` runs the step uncompiled. Activation checkpointing around SkipCLIP is refused, since its
+    `torch.compile(clip)` does not compile the step. Activation checkpointing around SkipCLIP raises an error, since its
     second forward would draw other classes: use `memory="min"`.
 
     With `DistributedDataParallel(clip, forward_sync_buffers=False)` each process selects classes for its part of a
@@ -250,7 +250,7 @@ class SkipCLIP(nn.Module):
             SkipOutput: the mean cross-entropy over the selected classes, and these classes.
 
         Raises:
-            TypeError: If x or labels are no tensors, or of the wrong dtype.
+            TypeError: If x or labels are not tensors, or have the wrong dtype.
             ValueError: If shapes don't fit, the batch is empty, an image is not finite, or a label is out of range.
             RuntimeError: If the model was altered, or in training if called within a backward pass.
         """
@@ -259,11 +259,13 @@ class SkipCLIP(nn.Module):
         self._image_encoder.are_images(x)
         check_labels(labels, len(x))
         assert labels is not None
+        classes = len(self.prototypes)
         if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
-            check_label_range(labels, len(self.prototypes))
+            check_label_range(labels, classes)
         self._check_unaltered(lower_image=True)
         self._follow(x.device)
-        if self.training and torch._C._current_graph_task_id() != -1 and self._draws(len(x)):
+        in_backward = self.training and torch._C._current_graph_task_id() != -1
+        if in_backward and self.sampler.plan(classes, len(x))[0] < classes:  # the step would draw from the tail
             raise RuntimeError(
                 "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
                 'would draw other classes than the first time. Use memory="min" instead.'
@@ -275,7 +277,7 @@ class SkipCLIP(nn.Module):
         try:
             class_ids, targets = self.select(image, labels)
         except ValueError:
-            check_label_range(labels, len(self.prototypes))  # with a message that names SkipCLIP
+            check_label_range(labels, classes)  # with a message that names SkipCLIP
             raise
         text = self._text_encoder.encode(class_ids)
         loss = functional.class_sampled_ce(image, text, targets, scale)
@@ -291,10 +293,6 @@ class SkipCLIP(nn.Module):
             text = self.class_embeddings().to(image.dtype)
         loss = functional.class_sampled_ce(image, text, labels, scale)
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
-
-    def _draws(self, batch_size: int) -> bool:
-        classes = len(self.prototypes)
-        return self.sampler.plan(classes, batch_size)[0] < classes
 
     @torch.no_grad()
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
