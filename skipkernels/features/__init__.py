@@ -1,7 +1,7 @@
 """Features of images at the LSkip cut: computed once, cached on the disk or in memory, and read in batches."""
 
-from .feature_cache import FeatureCache, Progress, Refresh
+from .feature_cache import FeatureCache, Progress
 from .loader import FeatureLoader
-from .samplers import BatchSampler, SamplerKind
+from .samplers import BatchSampler
 
-__all__ = ["BatchSampler", "FeatureCache", "FeatureLoader", "Progress", "Refresh", "SamplerKind"]
+__all__ = ["BatchSampler", "FeatureCache", "FeatureLoader", "Progress"]

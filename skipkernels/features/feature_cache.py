@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..options import Refresh
+from ..options import Refresh, SamplerKind
 from ..store import DTYPES, Store, StoreError, absolute_folder
 from . import fingerprint
 from .builder import SHARD_BYTES, BuildConfig, Encoder, check_first, write_store
@@ -18,7 +18,7 @@ from .dataset_key import check_samples, dataset_key, sample_images
 from .in_memory import Encode, collect
 from .loader import FeatureLoader, Rows
 from .refresh import EpochStores, clear_epochs
-from .samplers import BatchSampler, SamplerKind
+from .samplers import BatchSampler
 
 if TYPE_CHECKING:
     from ..clip import SkipCLIP

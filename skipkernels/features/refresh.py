@@ -29,7 +29,7 @@ def clear_epochs(folder: Path, *, overwrite: bool) -> None:
         epochs = _epochs_in(folder)
         if not overwrite:
             raise StoreError(
-                f'{folder}: holds the features of epochs ({_name(min(epochs))}), made with refresh="epoch". Choose '
+                f'{folder}: holds the features of epochs ({_name(min(epochs))}), built with refresh="epoch". Choose '
                 "another folder, or replace them with `overwrite=True`."
             )
         for epoch in epochs:

@@ -195,7 +195,7 @@ class Store:
 
 
 def _version(folder: Path) -> tuple[int, int, int] | None:
-    """Inode, time and size of the manifest, which change when it is replaced; None if there is none."""
+    """Inode, time and size of the manifest, which change when it is replaced; None without a manifest."""
     try:
         status = os.stat(folder / MANIFEST)
     except OSError:
