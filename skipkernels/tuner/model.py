@@ -65,7 +65,7 @@ def load_model(
     tag = pretrained if file is None and pretrained != RANDOM else None
     if tag is not None and tag not in tags:
         raise argument_error(
-            "pretrained", f"{name} has no tag {tag!r}, and it is no file; tags: {', '.join(tags) or 'none'}."
+            "pretrained", f"{name} has no tag {tag!r}, and {tag} is not a file; tags: {', '.join(tags) or 'none'}."
         )
     if file is not None and not architecture_only and not file.is_file():
         raise argument_error("pretrained", f"no file {file}.")

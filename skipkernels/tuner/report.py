@@ -95,10 +95,6 @@ def _number(value: float | None, spec: str, unit: str = "") -> str:
     return f"{value:{spec}}{unit}" if finite(value) else _MISSING
 
 
-def _verdict(before: float, after: float) -> str:
-    return "better" if after > before else "worse" if after < before else ""
-
-
 def _accuracy(metrics: Mapping[str, Any], tests: list[str]) -> str:
     """Table of zero-shot and tuned accuracy, of each test and of the summaries of the protocol."""
     zero_shot, tuned, classes = metrics["zero_shot"], metrics["tuned"] or {}, metrics["classes"]
@@ -109,7 +105,8 @@ def _accuracy(metrics: Mapping[str, Any], tests: list[str]) -> str:
         label += ", trained on" if name == tests[0] else ""
         change = f"<td>{_MISSING}</td>"
         if finite(before) and finite(after):
-            change = f'<td class="{_verdict(before, after)}">{after - before:+.2f}</td>'
+            verdict = "better" if after > before else "worse" if after < before else ""
+            change = f'<td class="{verdict}">{after - before:+.2f}</td>'
         lines.append(
             f'<tr class="{"test" if name in tests else "summary"}"><td>{label}</td><td>{classes.get(name, "")}</td>'
             f"<td>{_number(before, '.2f')}</td><td>{_number(after, '.2f')}</td>{change}</tr>"
