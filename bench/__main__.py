@@ -10,7 +10,6 @@ compiles one step here and no operators, which would take longer than everything
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from . import measure
 from .budget import Budget, budget
 from .operators import COMPILED
 
@@ -37,9 +37,8 @@ JOBS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if every job succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(__doc__)
     parser.add_argument("--budget", type=budget, default=Budget(18 * 60), help="time for all of it, such as 9m")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # subprocess.run ends the running job
     console, failed = Console(), 0

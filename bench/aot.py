@@ -20,7 +20,6 @@ another version of Triton, registers and shared memory may grow by ALLOWANCE.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import importlib
@@ -353,13 +352,12 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(__doc__)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="forward and backward of these")
     parser.add_argument("--target", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, "int8"], default=[*DTYPES, "int8"])
     parser.add_argument("--quick", action="store_true", help="the first call of each operator only")
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     console = Console()
     console.width = max(console.width, 170)  # wide enough for every column, also if piped

@@ -297,7 +297,7 @@ def compared(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(__doc__)
     parser.add_argument("base", metavar="BASE", help="the commit to compare with")
     parser.add_argument("--head", metavar="COMMIT", help="another commit; default: the working tree")
     jobs = ["step", "predict", "operators"]
@@ -305,7 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="at most; an interval needs 6")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fail-above", type=float, metavar="RATIO", help="fail if an interval is above this ratio")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     add_budget(parser)
     args = parser.parse_args(arguments)
     try:

@@ -26,13 +26,11 @@ checked.
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -280,16 +278,13 @@ def write_table(rows: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(arguments)
     if not launching.installed:
         parser.error("Triton is not installed, and its launches are counted: pip install triton")
     measure.keep_freed_memory()  # else half of the time is the system clearing pages
-    console = Console()
-    console.width = max(console.width, 160)  # wide enough for every column, also if piped
 
     sizes = [size for size in SIZES if not args.model or size.model in args.model]
     rows = [row for size in sizes for row in rows_of(size, published=not args.check)]
@@ -299,13 +294,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (args.no_save or args.model):
             write_table(rows)
             tables.write_dicts(LAUNCHES, launches_by_operator())
-            console.print(f"wrote {TABLE} and {LAUNCHES.name}")
+            print(f"wrote {TABLE} and {LAUNCHES.name}")
         return
     table = [row for row in read_table() if row.what != PUBLISHED and (not args.model or row.model in args.model)]
     problems = [*compare(rows, table), *compare_launches()]
     for problem in problems:
-        console.print(problem, style="red", highlight=False)
-    console.print(f"{len(rows)} rows, {len(problems)} problems")
+        print(problem)
+    print(f"{len(rows)} rows, {len(problems)} problems")
     if problems:
         raise SystemExit(1)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from skipkernels.data import InputError
 from skipkernels.tuner.model import RANDOM, load_model
 
+from . import measure
+
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -43,7 +45,7 @@ class Inputs(NamedTuple):
 
 def parser(description: str, *, several: bool = False, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with the common options; with `several`, the options of cases take lists."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(description)
     count: Any = {"nargs": "+"} if several else {}
     parser.add_argument("--model", default="ViT-B-16", help="one of open_clip's; its weights are random", **count)
     parser.add_argument("--batch", type=positive, help="images in a batch", **count)
@@ -52,7 +54,6 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast", **count)
     parser.add_argument("--rounds", type=positive, help="at most; everyone runs in each")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     parser.set_defaults(**defaults)
     return parser
 

@@ -25,6 +25,13 @@ CPU = torch.device("cpu")
 Key = TypeVar("Key")
 
 
+def command(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a command that appends or writes rows."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    return parser
+
+
 def time_alternately(
     functions: dict[Key, Callable[[], Any]], rounds: int, device: torch.device, *, warm_up: bool = True
 ) -> dict[Key, list[float]]:

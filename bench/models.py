@@ -10,7 +10,6 @@ gradient of every weight above the cut with those of the model's own forward.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import logging
@@ -67,10 +66,9 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(__doc__)
     names = [*open_clip.list_models(), *OTHERS]
     parser.add_argument("--model", nargs="+", default=names, choices=names, metavar="NAME", help="by default all")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # open_clip warns about random weights
     rows = [row_of(name) for name in track(args.model, description="models")]

@@ -11,7 +11,6 @@ An fp32 product counts as three tf32 products (`launching.dot_precision`).
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -75,8 +74,7 @@ def floors() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    parser = measure.command(__doc__)
     args = parser.parse_args()
     rows, columns = list(floors()), ("op", "shape", "dtype", "bytes", "flops")
     lines = [[row[n] for n in columns] + [f"{row[f'{gpu}_us']} {row[f'{gpu}_bound']}" for gpu in GPUS] for row in rows]

@@ -46,7 +46,7 @@ MOST_ERROR = 0.25  # of eager, whose error is the bound for the others; in bf16 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.command(__doc__)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="which operators; all by default")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
@@ -55,7 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one shape of each operator, without torch.compile")
     parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="implementations to leave out")
     parser.add_argument("--system-malloc", action="store_true", help="return freed memory to the system")
-    parser.add_argument("--no-save", action="store_true", help="print only")
     add_budget(parser)
     args = parser.parse_args(arguments)
     if "eager" in args.without:

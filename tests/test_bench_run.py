@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import itertools
 import subprocess
@@ -67,8 +68,13 @@ def rows_of(case: Case) -> dict[str, dict[str, str]]:
     return {row["implementation"]: row for row in run.rows_of(case, torch.float32, CPU, 0.01)}
 
 
+@functools.cache
+def rows_of_all() -> dict[str, dict[str, str]]:
+    return rows_of(doubling())
+
+
 def test_rows_of_a_correct_result():
-    rows = rows_of(doubling())
+    rows = rows_of_all()
     ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
     assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
     assert float(eager["faster"]) > 0 and float(peer["faster"]) > 0 and ours["faster"] == ""
@@ -93,7 +99,7 @@ def test_rows_of_a_wrong_result():
     ],
 )
 def test_rows_of_a_peer_without_a_time(implementation, note):
-    row = rows_of(doubling())[implementation]
+    row = rows_of_all()[implementation]
     assert row["note"].startswith(note) and "\n" not in row["note"]
     assert not any(row[column] for column in run.MEASURED)
 
@@ -117,6 +123,7 @@ def test_rows_raise_on_a_lost_device():
 @pytest.mark.parametrize("flops, least", [(0, 4096 / 2e6), (100, 4096 / 2e6), (10000, 10000 / 1e6)])
 def test_rows_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
     monkeypatch.setattr(run, "timed", lambda runs, seconds, device: dict.fromkeys(runs, [0.020, 0.040, 0.100]))
+    monkeypatch.setattr(testing, "peak_bytes", lambda function, device: 0)
     row = rows_of(doubling(flops=flops))["skipkernels"]
     assert float(row["of_ceiling"]) == pytest.approx(least / 0.040, abs=1e-4)
     assert float(row["gbytes_s"]) == pytest.approx(4096 / 0.040 / 1e9, abs=1e-3)
@@ -183,6 +190,7 @@ def test_main_keeps_rows_when_interrupted(monkeypatch, results):
         yield "fp32", doubling()
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(testing, "peak_bytes", lambda function, device: 0)
     monkeypatch.setattr(run, "cases_of", stopped)
     with pytest.raises(KeyboardInterrupt):
         run.main(COMMAND)
@@ -198,6 +206,7 @@ def test_main_quick_runs_the_first_shape(two_cases, results):
 
 
 def test_main_exit_status_of_a_wrong_result(monkeypatch, results, capsys):
+    monkeypatch.setattr(testing, "peak_bytes", lambda function, device: 0)
     monkeypatch.setattr(run, "cases_of", lambda op, dtypes, device: iter([("fp32", doubling(2.001))]))
     with pytest.raises(SystemExit) as ended:
         run.main(COMMAND)
