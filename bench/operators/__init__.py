@@ -85,9 +85,9 @@ def case(
 
     def truth() -> list[Tensor]:
         wide = [x.detach().double().requires_grad_(bool(d_outputs)) if _is_real(x) else x for x in inputs]
-        return _run(reference, wide, options, [x.double() for x in d_outputs])
+        return _run_of(reference, wide, options, [x.double() for x in d_outputs])()
 
-    runs = {n: lambda function=f: _run(function, inputs, options, d_outputs) for n, f in functions.items()}
+    runs = {name: _run_of(function, inputs, options, d_outputs) for name, function in functions.items()}
     versions = {name: peer.note for name, peer in usable.items()}
     return Case(shape, runs, truth, moved, flops, absent, versions, target=target)
 
@@ -96,14 +96,18 @@ def _is_real(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _run(
+def _run_of(
     function: Callable[..., Any], inputs: Sequence[Any], options: dict[str, Any], d_outputs: Sequence[Tensor]
-) -> list[Tensor]:
-    """The results of a function, and the gradients of its inputs."""
-    outputs = function(*inputs, **options)
-    outputs = [outputs] if isinstance(outputs, Tensor) else [*outputs]
+) -> Run:
+    """A run that returns the results of a function, and the gradients of its inputs."""
     leaves = [x for x in inputs if _is_real(x)]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, d_outputs)] if d_outputs else outputs
+
+    def run() -> list[Tensor]:
+        outputs = function(*inputs, **options)
+        outputs = [outputs] if isinstance(outputs, Tensor) else [*outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, d_outputs)] if d_outputs else outputs
+
+    return run
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
