@@ -38,7 +38,7 @@ class Budget:
         return seconds <= self.left
 
     def fitting(self, needs: Mapping[Any, float]) -> list[Any]:
-        """The keys whose seconds fit one after the other; one that does not fit is left out."""
+        """The keys with seconds that fit one after the other; others are left out."""
         left, found = self.left, []
         for key, seconds in needs.items():
             if seconds <= left:

@@ -44,7 +44,7 @@ from . import measure, tables  # these import no skipkernels: a side imports thi
 from .budget import add_budget
 
 _HERE = Path(__file__).parents[1]
-ROOT = _HERE  # the repository whose commits are compared
+ROOT = _HERE  # the repository of the commits
 BASE, HEAD = "base", "head"
 UNDECIDED = 125  # exit status: git bisect skips such a commit
 _LEAST_SECONDS = 0.2  # a job is repeated for this long, at least three times
@@ -125,7 +125,7 @@ JOBS: dict[str, Callable[[torch.device], Job]] = {
 
 
 def chosen(words: Sequence[str]) -> list[str]:
-    """The jobs whose names are the words, or begin with them up to a slash.
+    """The jobs with these names, or with names that begin with them up to a slash.
 
     >>> chosen(["predict", "operators/class_scores"])
     ['predict/ViT-B-16/fp32', 'operators/class_scores/fp32', 'operators/class_scores/bf16']

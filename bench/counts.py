@@ -257,7 +257,7 @@ def compare(rows: Sequence[Row], table: Sequence[Row]) -> Iterator[str]:
 
 
 def compare_launches() -> Iterator[str]:
-    """Yield each operator whose number of launches differs from launches.csv."""
+    """Yield each operator with another number of launches than in launches.csv."""
     with LAUNCHES.open(newline="") as file:
         committed = {(row["op"], row["shape"]): row["launches"] for row in csv.DictReader(file)}
     for row in launches_by_operator():

@@ -23,7 +23,7 @@ from .inputs import random_inputs
 from .training import Published, skip_step, step_parser
 
 MATRIX, ATTENTION, OURS, REST = "matrix products", "attention", "our operators", "the rest"
-# Products whose FLOPs the profiler counts. Other products (of a matrix and a vector) are small.
+# Products with FLOPs counted by the profiler. Other products (of a matrix and a vector) are small.
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _LISTED = 4  # largest operators of the rest to print
 

@@ -61,7 +61,7 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        """True for a CPU, whose name ends with its vector instructions (`measure.cpu_name`)."""
+        """True for a CPU: its name ends with its vector instructions (`measure.cpu_name`)."""
         return self.name.endswith(")")
 
     def all(self, kind: str) -> list[Row]:

@@ -9,7 +9,7 @@ tests is reported in place of a time. Ratios are medians over rounds in which th
 `of_ceiling` is the least time by the measured limits of the machine (bench.ceilings) over the measured time; it is
 above 1 if the inputs were in a CPU cache. Peers that cannot run here are listed with the reason (bench.peers).
 
---quick takes the first shape of each operator, short rounds and no torch.compile, whose compilation takes longest. With
+--quick takes the first shape of each operator, short rounds and no torch.compile, since compilation takes longest. With
 --budget each operator gets an equal part of the remaining time, its shapes in order; skipped cases are printed at the
 end. Rows are appended to bench/results/DEVICE/operators.csv after each case.
 
@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED = ("p20_ms", "p50_ms", "p80_ms", "faster", "wanted", "peak_mib", "gbytes_s", "gflops_s", "of_ceiling")
 SECONDS, QUICK_SECONDS = 3.0, 0.5
 MOST_ROUNDS = 2000
-MOST_ERROR = 0.25  # of eager, whose error is the bound for the others; in bf16 it is up to 0.06
+MOST_ERROR = 0.25  # of eager; its error is the bound for the others; in bf16 it is up to 0.06
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What tests/test_aot.py needs a process for whose kernels are compiled: it prints what `bench.aot` makes of them.
+"""Print what `bench.aot` finds in compiled kernels; tests/test_aot.py runs it in a process without the interpreter.
 
 python -m tests.ahead_of_time faults          kernels with the faults that have to be found in machine code
 python -m tests.ahead_of_time differences     where it would compile something else than a launch does
@@ -44,7 +44,7 @@ def faults() -> None:
 
 
 class Driver:
-    """Stands for that of a GPU."""
+    """Replaces the driver of a GPU."""
 
     def __init__(self, target: str):
         self.target = target

@@ -24,7 +24,7 @@ FIRST_CALL = ("class_scores", "B4-C1000-D512", "sm_80", "bf16")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process whose kernels are compiled and not interpreted."""
+    """Run a process that compiles kernels and does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 

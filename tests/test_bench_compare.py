@@ -103,7 +103,7 @@ def folders(monkeypatch, tmp_path) -> Path:
 
 
 class Repository:
-    """A temporary repository whose commits are compared."""
+    """A temporary repository."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -91,7 +91,7 @@ def test_suffix_attention_is_sdpa_on_the_whole_sequence(rng):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
-def test_packed_suffixes_are_each_by_itself(rng):
+def test_packed_suffixes_are_independent(rng):
     lengths, P, H, E = [3, 0, 1, 5], 2, 2, 4
     prefix = [torch.randn(P, H, E, generator=rng, **torch_double) for _ in "kv"]
     query, key, value = (torch.randn(sum(lengths), H, E, generator=rng, **torch_double) for _ in "qkv")

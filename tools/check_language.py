@@ -1,7 +1,6 @@
 """Check the English of docstrings, comments, messages and documentation. `make lint` runs it.
 
-`python tools/check_language.py --only skipkernels/towers csrc` lists the findings in these paths as file:line: text.
-Without `--only` it prints the number of findings for each package, and fails if one outside UNFINISHED has any.
+Prints the findings as file:line: text and fails if there are any. `--only skipkernels/towers csrc` checks these paths.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ import io
 import re
 import sys
 import tokenize
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("skipkernels", "csrc", "bench", "examples", "tests", "docs")
-FILES = ("README.md", "CONTRIBUTING.md", "setup.py")
+FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "setup.py")
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".md")
 
 PHRASES = (
@@ -51,19 +49,6 @@ ALLOWED: dict[str, set[str]] = {
         "lies in",
     },
 }
-
-# Packages that are still being rewritten; empty in the end.
-UNFINISHED = (
-    "bench",
-    "csrc",
-    "docs",
-    "skipkernels",
-    "skipkernels/ops",
-    "tests",
-    "tests/features",
-    "tests/ops",
-    "tests/tuner",
-)
 
 Finding = tuple[int, str]  # line, and the text found
 
@@ -127,31 +112,17 @@ def files(paths: list[Path]) -> list[Path]:
     return sorted(path for path in set(found) if path.suffix in SUFFIXES and "egg-info" not in str(path))
 
 
-def package(path: Path) -> str:
-    """The folder that a file counts for, or the file itself at the root."""
-    parts = path.relative_to(ROOT).parts
-    return "/".join(parts[: min(2, max(1, len(parts) - 1))])
-
-
 def main() -> int:
-    """Check the files and print what was found."""
+    """Check the files, print the findings, and return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", type=Path, metavar="PATH", help="check these files and folders alone")
     only: list[Path] | None = parser.parse_args().only
     paths = [path.resolve() for path in only] if only else [ROOT / name for name in (*FOLDERS, *FILES)]
-    counts: Counter[str] = Counter()
     failed = False
     for path in files([path for path in paths if path.exists()]):
-        found = findings(path)
-        counts[package(path)] += len(found)
-        if only or package(path) not in UNFINISHED:
-            failed = failed or bool(found)
-            for line, text in found:
-                print(f"{path.relative_to(ROOT)}:{line}: {text}")
-    if not only:
-        for name, count in sorted(counts.items()):
-            if count or name in UNFINISHED:
-                print(f"{count:5} {name}{'' if count else ': remove it from UNFINISHED'}")
+        for line, text in findings(path):
+            print(f"{path.relative_to(ROOT)}:{line}: {text}")
+            failed = True
     return int(failed)
 
 

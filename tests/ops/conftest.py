@@ -1,4 +1,4 @@
-"""Who serves the operators in a test: the same tests run on each."""
+"""The implementations of the operators; the same tests run on each."""
 
 from __future__ import annotations
 

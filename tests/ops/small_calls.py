@@ -36,7 +36,7 @@ def _reference_class_sampled_ce(image: Tensor, text: Tensor, scale: Tensor, labe
 
 
 def small_call(name: str) -> SmallCall:
-    """Of a name in `functional.__all__`."""
+    """A small call of a function in `functional.__all__`."""
     rng = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:

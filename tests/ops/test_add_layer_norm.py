@@ -1,4 +1,4 @@
-"""LayerNorm of the sum against fp64 and against eager, whoever serves it."""
+"""add_layer_norm against fp64 and eager, for every implementation."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_every_shape(backend: Backend, data):
         mean=data.draw(st.sampled_from([0.0, 30.0])),
     )
     exact, ours = run(reference.add_layer_norm, case.to(torch.float64)), run(add_layer_norm, case)
-    rounding = SLACK[dtype] * (1 + 30 * case.x.detach().abs().max().item())  # of hidden, whose deviation is about 1
+    rounding = SLACK[dtype] * (1 + 30 * case.x.detach().abs().max().item())  # of hidden, with a deviation of about 1
     for value, right in zip(ours, exact, strict=True):
         assert (value.double() - right).abs().max() <= (SLACK[value.dtype] + rounding) * (1 + right.abs().max()) * 4
 

@@ -1,4 +1,4 @@
-"""The loss and its gradients against fp64 and against eager, whoever serves them."""
+"""class_sampled_ce and its gradients against fp64 and eager, for every implementation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make(
 
 
 def eager(case: Case) -> Tensor:
-    """What a user writes, all in the dtype of the features."""
+    """Eager PyTorch, all in the dtype of the features."""
     options = dict(case.options)
     class_ids, weight = options.pop("class_ids", None), options.pop("class_weight", None)
     text = case.text if class_ids is None else case.text[class_ids]
@@ -408,7 +408,7 @@ def test_memory_is_a_panel_not_the_logits(backend: Backend):
 
 
 def test_every_element_is_written(backend: Backend, request: pytest.FixtureRequest):
-    """What was never written is NaN."""
+    """Unwritten results would be NaN."""
     cases = [
         make(37, 61, 40, 33, device=backend.device),
         make(4, 61, 40, 33, reduction="none", label_smoothing=0.1).on(backend.device),

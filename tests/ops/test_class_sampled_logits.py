@@ -1,4 +1,4 @@
-"""The logits and their gradients against fp64 and against eager, whoever serves them."""
+"""class_sampled_logits and its gradients against fp64 and eager, for every implementation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make(B, C, K, D, dtype=torch.float32, *, scale=100.0, seed=0, device="cpu") 
 
 
 def eager(image, text, scale, class_ids) -> Tensor:
-    """What a user writes, all in the dtype of the features."""
+    """Eager PyTorch, all in the dtype of the features."""
     rows = text if class_ids is None else text[class_ids]
     return scale.to(image.dtype) * (F.normalize(image, dim=-1) @ F.normalize(rows, dim=-1).T)
 

@@ -1,4 +1,4 @@
-"""The scores against fp64 and against eager, whoever serves them."""
+"""class_scores against fp64 and eager, for every implementation."""
 
 from __future__ import annotations
 

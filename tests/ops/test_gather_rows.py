@@ -145,7 +145,7 @@ def test_any_strides(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 def test_straight_from_a_file(tmp_path, dtype):
-    """As a safetensors shard has them: some bytes into the file, at no multiple of anything."""
+    """Rows as in a safetensors shard: at an unaligned offset in the file."""
     rows, index, scale = make(9, 5, 64, 6, dtype)
     path = tmp_path / "shard"
     path.write_bytes(b"head!!" + rows.view(torch.uint8).numpy().tobytes())
@@ -159,7 +159,7 @@ def test_straight_from_a_file(tmp_path, dtype):
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16], ids=["to-fp32", "to-bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
 def test_any_number_of_threads_and_past_the_caches(dtype, to):
-    """A batch large enough to be streamed, whose rows are no multiple of a cache line; a row of the buffer is left."""
+    """A batch large enough for streaming stores, with rows that are not a multiple of a cache line."""
     rows, index, scale = make(5, 97, 771, 120, dtype)
     right = reference.gather_rows(rows, index, scale, to)
     out = torch.empty(right.numel() + 1, dtype=to)[1:].view(right.shape)  # unaligned

@@ -23,7 +23,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def bytes_in_use() -> int:
-    """Of all arenas of glibc, to the byte."""
+    """Allocated bytes in all arenas of glibc."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = _Mallinfo
     info = mallinfo()

@@ -1,4 +1,4 @@
-"""Bias and activation against fp64 and against eager, whoever serves them."""
+"""mlp_activation against fp64 and eager, for every implementation."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def everywhere(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_number_by_itself(backend: Backend, kind, dtype):
+def test_every_element_error(backend: Backend, kind, dtype):
     """Not the norm over all: the error of each result, in steps of its dtype, from −max to max."""
     backend.skip_unless_supported(dtype)
     if backend.name == "reference":

@@ -1,4 +1,4 @@
-"""The operator against fp64 and against eager, through the public function and by itself."""
+"""pooled_attention against fp64 and eager, through the public function and the operator."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_only_the_gradients_that_are_asked_for(backend, wanted, monkeypatch):
 
 
 def test_every_element_is_written(backend, poisoned_memory):
-    """Results that nobody wrote would be NaN."""
+    """Unwritten results would be NaN."""
     case = make(3, 40, 2, 16, device=backend.device, lengths="drawn")
     assert all(x.isfinite().all() for x in result_and_gradients(kernel, case))
 
@@ -315,7 +315,7 @@ def test_refuses(backend, bad, error, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [None, "drawn"], ids=["whole", "lengths"])
 def test_graph_replays(lengths):
-    """So nobody reads the lengths on the host."""
+    """The lengths are not read on the host."""
     cases = [make(4, 197, 12, 64, torch.bfloat16, "cuda", lengths=lengths, seed=seed) for seed in (0, 1)]
     gpu.check_replays(
         lambda *inputs: result_and_gradients(kernel, cases[0]._replace(inputs=inputs)), *(case.inputs for case in cases)

@@ -1,4 +1,4 @@
-"""The operator against fp64 and against eager, through the public function and by itself."""
+"""suffix_attention against fp64 and eager, through the public function and the operator."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def truth(case: Case) -> Tensor:
 
 
 def eager(case: Case) -> Tensor:
-    """What a user writes: each suffix by itself, behind the prefix."""
+    """Eager PyTorch: each suffix separately, after the prefix."""
     query, prefix_key, prefix_value, suffix_key, suffix_value = case.inputs
     bounds = [0, *itertools.accumulate([query.shape[1]] * query.shape[0])]
     if "offsets" in case.options:
@@ -249,7 +249,7 @@ def test_gradcheck(backend, lengths):
 
 
 def arguments(case: Case) -> tuple:
-    """Of the operator."""
+    """Results and gradients of the operator."""
     query, prefix_key, prefix_value, suffix_key, suffix_value = case.inputs
     if "offsets" in case.options:
         return (*case.inputs, case.options["offsets"], case.options["max_length"], 0.5)
@@ -290,7 +290,7 @@ def test_only_the_gradients_that_are_asked_for(backend, wanted, monkeypatch):
 
 
 def test_every_element_is_written(backend, poisoned_memory):
-    """Results that nobody wrote would be NaN."""
+    """Unwritten results would be NaN."""
     case = make(None, 9, 6, 2, 16, device=backend.device, lengths=LENGTHS["any"])
     assert all(x.isfinite().all() for x in result_and_gradients(kernel, case))
 
@@ -388,7 +388,7 @@ def test_refuses(backend, bad, error, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [None, LENGTHS["any"]], ids=["padded", "packed"])
 def test_graph_replays(lengths):
-    """So nobody reads the offsets on the host."""
+    """The offsets are not read on the host."""
     cases = [make(90, 9, 6, 8, 64, torch.bfloat16, "cuda", lengths=lengths, seed=seed) for seed in (0, 1)]
     gpu.check_replays(
         lambda *inputs: result_and_gradients(kernel, cases[0]._replace(inputs=inputs)), *(case.inputs for case in cases)
