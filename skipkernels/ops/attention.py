@@ -73,14 +73,3 @@ def products(
         b = load_rows(b_ptr, offs_b, mask_b, stride_b, start_e, E, BLOCK_E)  # [BLOCK_B, BLOCK_E]
         product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
     return product
-
-
-@triton.jit
-def row_products(a_ptr, stride_a, b_ptr, stride_b, offs, mask, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Compute ⟨a_i, b_i⟩ of rows of one head, [BLOCK]."""
-    product = tl.zeros([BLOCK], tl.float32)
-    for start_e in range(0, E, BLOCK_E):
-        a = load_rows(a_ptr, offs, mask, stride_a, start_e, E, BLOCK_E)
-        b = load_rows(b_ptr, offs, mask, stride_b, start_e, E, BLOCK_E)
-        product += tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
-    return product

@@ -95,7 +95,6 @@ def _pooled_attention_bwd_kernel(
     key_ptr,
     value_ptr,
     lengths_ptr,
-    out_ptr,
     lse_ptr,
     d_query_ptr,
     d_key_ptr,
@@ -133,16 +132,14 @@ def _pooled_attention_bwd_kernel(
     query = query.to(tl.float32)
     d_out = tl.load(d_out_ptr + b * stride_d_out_b + head * stride_d_out_h + offs_e, mask=mask_e, other=0.0)
     d_out = d_out.to(tl.float32)
-    out = tl.load(out_ptr + of_head * E + offs_e, mask=mask_e, other=0.0)
-    mean = tl.sum(d_out * out.to(tl.float32), axis=0)
+    mean = 0.0
     lse, exp_rest = load_lse(lse_ptr, of_head, True)
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
     if NEED_QUERY or NEED_KEY:
-        # ⟨d_out, out⟩ has the rounding of `out`: more than the gradient, if one key has nearly all the weight. The mean
-        # of the remainder corrects it.
-        remainder = 0.0
+        # Not ⟨d_out, out⟩: if one key has nearly all the weight, the rounding of `out` is more than the gradient.
+        total = 0.0
         for start_n in range(0, length, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < length
@@ -151,8 +148,9 @@ def _pooled_attention_bwd_kernel(
             score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)
             weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)
             d_weight = tl.sum(d_out[None, :] * value.to(tl.float32), axis=1)
-            remainder += tl.sum(weight * (d_weight - mean), axis=0)
-        mean += remainder
+            mean += tl.sum(weight * d_weight, axis=0)
+            total += tl.sum(weight, axis=0)
+        mean /= total
     gradient = (b * N * H + head) * E
     d_query = tl.zeros([BLOCK_E], tl.float32)
     for start_n in range(0, N, BLOCK_N):
@@ -217,7 +215,6 @@ def _launch_backward(
         d_out_ptr=d_out,
         stride_d_out_b=d_out.stride(0),
         stride_d_out_h=d_out.stride(1),
-        out_ptr=out,
         lse_ptr=lse,
         d_query_ptr=d_query,
         d_key_ptr=d_key,

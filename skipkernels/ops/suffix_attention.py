@@ -13,7 +13,7 @@ Forward also returns lse [T, H] in fp64. Saved for backward: the inputs, the res
 needed are empty. The gradient of the prefix is a sum over all suffixes, in an order that depends only on the shapes.
 
 On a GPU a tile has whole suffixes, up to BLOCK_T tokens: attention over themselves is causal and block-diagonal, over
-the prefix it is dense. Backward has one kernel for queries and mean_i, one for keys and values of suffixes, and one for
+the prefix it is dense. Backward has a kernel each for mean_i, for queries, for keys and values of suffixes, and for
 those of the prefix, which sums over a chunk of tokens; another adds the chunks. Reference:
 `reference.suffix_attention`. CPU kernel: csrc/suffix_attention.cpp.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import reference
 from . import registration
-from .attention import BYTES_E, in_one_layout, load_lse, load_rows, products, row_products, store_rows
+from .attention import BYTES_E, in_one_layout, load_lse, load_rows, products, store_rows
 from .launching import dot_precision, launch, tl, triton
 from .row_sums import sum_in_order
 
@@ -151,6 +151,83 @@ def _suffix_attention_fwd_kernel(
 
 
 @triton.jit
+def _suffix_attention_bwd_mean_kernel(
+    d_out_ptr,
+    query_ptr,
+    prefix_key_ptr,
+    prefix_value_ptr,
+    suffix_key_ptr,
+    suffix_value_ptr,
+    offsets_ptr,
+    lse_ptr,
+    mean_ptr,
+    K,
+    P,
+    H,
+    E,
+    max_length,
+    stride_d_out_t,
+    stride_d_out_h,
+    stride_suffix_t,
+    stride_suffix_h,
+    stride_prefix_p,
+    stride_prefix_h,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """mean_i = Σ_j weight_ij d_weight_ij.
+
+    One program: one head of a tile of suffixes; a loop over the prefix. Not ⟨d_out_i, out_i⟩: if one key has nearly all
+    the weight, the rounding of `out` is more than the gradient of the scores.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    d_out_ptr += head * stride_d_out_h
+    query_ptr += head * stride_suffix_h
+    prefix_key_ptr += head * stride_prefix_h
+    prefix_value_ptr += head * stride_prefix_h
+    suffix_key_ptr += head * stride_suffix_h
+    suffix_value_ptr += head * stride_suffix_h
+    begin, end, start = _tile_of_suffixes(tl.program_id(0), offsets_ptr, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+    lse, exp_rest = load_lse(lse_ptr + head, offs_t * H, mask_t)
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for start_p in range(0, P, BLOCK_P):
+        offs_p = start_p + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < P
+        over_prefix = scale * products(
+            query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
+            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
+        over_prefix *= exp_rest[:, None]
+        d_over_prefix = products(
+            d_out_ptr, offs_t, mask_t, stride_d_out_t, prefix_value_ptr, offs_p, mask_p, stride_prefix_p,
+            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
+        )  # fmt: skip
+        mean += tl.sum(over_prefix * d_over_prefix, axis=1)
+        total += tl.sum(over_prefix, axis=1)
+    score = scale * products(
+        query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
+        E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    weight = tl.exp(tl.where(_visible(start, BLOCK_T), score, float("-inf")) - lse[:, None]) * exp_rest[:, None]
+    d_weight = products(
+        d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
+        E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
+    )  # fmt: skip
+    mean += tl.sum(weight * d_weight, axis=1)
+    total += tl.sum(weight, axis=1)
+    mean /= tl.where(mask_t, total, 1.0)
+    tl.store(mean_ptr + head + offs_t * H, mean, mask=mask_t)
+
+
+@triton.jit
 def _suffix_attention_bwd_query_kernel(
     d_out_ptr,
     query_ptr,
@@ -159,7 +236,6 @@ def _suffix_attention_bwd_query_kernel(
     suffix_key_ptr,
     suffix_value_ptr,
     offsets_ptr,
-    out_ptr,
     lse_ptr,
     mean_ptr,
     d_query_ptr,
@@ -179,13 +255,12 @@ def _suffix_attention_bwd_query_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
-    NEED_QUERY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_q_i = scale Σ_j d_score_ij k_j.
 
-    One program: one head of a tile of suffixes. It computes mean_i = Σ_j weight_ij d_weight_ij, which the other kernels
-    load; then the result, BLOCK_E numbers at a time, with a loop over the prefix.
+    One program: one head of a tile of suffixes. It computes the d_scores of suffixes, then the result, BLOCK_E numbers
+    at a time, with a loop over the prefix.
     """
     head = tl.program_id(1).to(tl.int64)
     d_out_ptr += head * stride_d_out_h
@@ -198,7 +273,7 @@ def _suffix_attention_bwd_query_kernel(
     offs_t = begin + tl.arange(0, BLOCK_T)
     mask_t = offs_t < end
     lse, exp_rest = load_lse(lse_ptr + head, offs_t * H, mask_t)
-    mean = row_products(d_out_ptr, stride_d_out_t, out_ptr + head * E, H * E, offs_t, mask_t, E, BLOCK_T, BLOCK_E)
+    mean = tl.load(mean_ptr + head + offs_t * H, mask=mask_t, other=0.0)
     score = scale * products(
         query_ptr, offs_t, mask_t, stride_suffix_t, suffix_key_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
@@ -208,27 +283,6 @@ def _suffix_attention_bwd_query_kernel(
         d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
         E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
     )  # fmt: skip
-    # ⟨d_out, out⟩ has the rounding of `out`: more than the gradient, if one key has nearly all the weight. The mean of
-    # the remainder corrects it.
-    remainder = tl.sum(weight * (d_weight - mean[:, None]), axis=1)
-    for start_p in range(0, P, BLOCK_P):
-        offs_p = start_p + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < P
-        over_prefix = scale * products(
-            query_ptr, offs_t, mask_t, stride_suffix_t, prefix_key_ptr, offs_p, mask_p, stride_prefix_p,
-            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
-        )  # fmt: skip
-        over_prefix = tl.exp(tl.where(mask_p[None, :], over_prefix, float("-inf")) - lse[:, None])
-        over_prefix *= exp_rest[:, None]
-        d_over_prefix = products(
-            d_out_ptr, offs_t, mask_t, stride_d_out_t, prefix_value_ptr, offs_p, mask_p, stride_prefix_p,
-            E, BLOCK_T, BLOCK_P, BLOCK_E, PRECISION,
-        )  # fmt: skip
-        remainder += tl.sum(over_prefix * (d_over_prefix - mean[:, None]), axis=1)
-    mean += remainder
-    tl.store(mean_ptr + offs_t * H + head, mean, mask=mask_t)
-    if not NEED_QUERY:
-        return
     d_score = (weight * (d_weight - mean[:, None])).to(suffix_key_ptr.dtype.element_ty)
     for start_e in range(0, E, BLOCK_E):
         key = load_rows(suffix_key_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
@@ -305,11 +359,11 @@ def _suffix_attention_bwd_suffix_kernel(
             d_value = tl.dot(factor, d_out, input_precision=PRECISION)
             store_rows(d_value_ptr + head * E, d_value, offs_t, mask_t, H * E, start_e, E, BLOCK_E)
     if NEED_KEY:
-        mean = tl.load(mean_ptr + offs_t * H + head, mask=mask_t, other=0.0)
         d_weight = products(
             d_out_ptr, offs_t, mask_t, stride_d_out_t, suffix_value_ptr, offs_t, mask_t, stride_suffix_t,
             E, BLOCK_T, BLOCK_T, BLOCK_E, PRECISION,
         )  # fmt: skip
+        mean = tl.load(mean_ptr + head + offs_t * H, mask=mask_t, other=0.0)
         d_score = weight * (d_weight - mean[:, None])
         factor = tl.trans(d_score.to(suffix_key_ptr.dtype.element_ty))
         for start_e in range(0, E, BLOCK_E):
@@ -378,11 +432,11 @@ def _suffix_attention_bwd_prefix_kernel(
             d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_t, start_e, E, BLOCK_E)
             d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
         if NEED_KEY:
-            mean = tl.load(mean_ptr + offs_t * H + head, mask=mask_t, other=0.0)
             d_weight = products(
                 prefix_value_ptr, offs_p, mask_p, stride_prefix_p, d_out_ptr, offs_t, mask_t, stride_d_out_t,
                 E, BLOCK_P, BLOCK_T, BLOCK_E, PRECISION,
             )  # fmt: skip
+            mean = tl.load(mean_ptr + head + offs_t * H, mask=mask_t, other=0.0)
             query = load_rows(query_ptr, offs_t, mask_t, stride_suffix_t, start_e, E, BLOCK_E)
             d_score = weight * (d_weight - mean[None, :])
             d_key = tl.dot(d_score.to(query.dtype), query, d_key, input_precision=PRECISION)
@@ -474,6 +528,17 @@ def _launch_backward(
     tiles = triton.cdiv(packing["K"], packing["BLOCK_T"] // max_length)
     if need_query or need_prefix_key or need_suffix_key:
         launch(
+            _suffix_attention_bwd_mean_kernel,
+            (tiles, H),
+            num_warps=WARPS,
+            **shared,
+            **packing,
+            **prefix,
+            suffix_key_ptr=suffix_key,
+            suffix_value_ptr=suffix_value,
+        )
+    if need_query:
+        launch(
             _suffix_attention_bwd_query_kernel,
             (tiles, H),
             num_warps=WARPS,
@@ -482,9 +547,7 @@ def _launch_backward(
             **prefix,
             suffix_key_ptr=suffix_key,
             suffix_value_ptr=suffix_value,
-            out_ptr=out,
             d_query_ptr=d_query,
-            NEED_QUERY=need_query,
         )
     if need_suffix_key or need_suffix_value:
         launch(
