@@ -153,7 +153,7 @@ GATHER = [
     ({"out": torch.ones(2, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
     ({"out": torch.ones(2, 3, 4).long()}, TypeError, r"out must be float32, .* got torch.int64"),
     ({"out": torch.ones(2, 3, 4), "dtype": torch.float32}, ValueError, r"dtype and pin_memory are those of out"),
-    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index must come with out, .* got no out\. Pass it, too"),
+    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index is for rows of out; got no out\. Pass both"),
     *(
         ({"out": torch.ones(7, 3, 4), "out_index": torch.tensor([6, 0])} | bad, error, message)
         for bad, error, message in (

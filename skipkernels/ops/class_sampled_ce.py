@@ -21,7 +21,7 @@ Reference: `reference.class_sampled_ce`. CPU kernel: csrc/class_sampled_ce.cpp.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,44 @@ BLOCK_SUM = 1024
 
 REDUCTIONS = ("mean", "sum", "none")  # `reduction` of the schemas is an index: strings leak in the stable ABI
 
-# Options of both schemas.
+# Options of both schemas, see `_Options`.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
+
+
+class _Options(NamedTuple):
+    class_ids: Tensor | None
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    reduction: int
+
+    def classes(self, text: Tensor) -> int:
+        return (text if self.class_ids is None else self.class_ids).shape[0]
+
+
+class _Saved(NamedTuple):
+    image: Tensor
+    text: Tensor
+    labels: Tensor
+    logit_scale: Tensor
+    lse: Tensor
+    image_norm: Tensor
+    text_norm: Tensor
+    denominator: Tensor
+    kept_image: Tensor
+    kept_text: Tensor
+    kept_logit_scale: Tensor
+
+
+class _Needs(NamedTuple):
+    image: bool
+    text: bool
+    logit_scale: bool
+
+
+def _unpack(rest: tuple[Any, ...]) -> tuple[_Saved, _Options, _Needs]:
+    """Name the arguments of the backward operator after d_loss."""
+    return _Saved(*rest[:11]), _Options(*rest[11:16]), _Needs(*rest[16:])
 
 
 @triton.jit
@@ -347,23 +383,13 @@ def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, tot
     tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
 
 
-def _launch(
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor,
-    class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    *keep: bool,
-) -> tuple[Tensor, ...]:
+def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options, keep = _Options(*rest[:5]), _Needs(*rest[5:])
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
-    B, C, device = image.shape[0], text.shape[0], image.device
-    common = _arguments(labels, logit_scale, class_ids, class_weight, label_smoothing)
+    B, C, K, device = image.shape[0], text.shape[0], options.classes(text), image.device
+    reduction, smooth = REDUCTIONS[options.reduction], options.label_smoothing != 0
+    common = _arguments(labels, logit_scale, options)
     total_weight = common.pop("total_weight_ptr")
-    K = C if class_ids is None else class_ids.shape[0]
 
     blocks = blocks_for(B, image.dtype, device)
     b_blocks, tiles = triton.cdiv(B, blocks.BLOCK_B), triton.cdiv(K, blocks.BLOCK_K)
@@ -375,10 +401,9 @@ def _launch(
         image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
     else:
         image_norm, text_norm = row_norms(image), row_norms(text, common["class_ids_ptr"])
-    loss = torch.empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32, device=device)
+    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
-    smooth = label_smoothing != 0
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
     split = dict(partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth)
     launch(
@@ -411,52 +436,38 @@ def _launch(
         K=K,
         C=C,
         splits=splits,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        REDUCTION=REDUCTIONS[reduction],
+        label_smoothing=options.label_smoothing,
+        ignore_index=options.ignore_index,
+        REDUCTION=reduction,
         BLOCK=BLOCK_COMBINE,
     )
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, text, class_ids, *keep)
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, K, keep)
 
 
 def _launch_sums(
-    d_loss: Tensor | None,
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor,
-    lse: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
+    d_loss: Tensor | None, saved: _Saved, options: _Options, needs: _Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute sums over the factors (see unit_rows.py), fp32 [B, D] and [K, D], and partial sums of d_logit_scale.
 
     These are for a sum of the losses, weighted by d_loss [B] unless it is None; the divisor of a mean is applied later.
     """
-    (B, D), device = image.shape, image.device
-    K = text.shape[0] if class_ids is None else class_ids.shape[0]
-    d_image = torch.empty(B if need_image else 0, D, dtype=torch.float32, device=device)
+    image, text = saved.image, saved.text
+    (B, D), K, device = image.shape, options.classes(text), image.device
+    d_image = torch.empty(B if needs.image else 0, D, dtype=torch.float32, device=device)
     d_text = torch.empty(0, D, dtype=torch.float32, device=device)
     blocks = blocks_for(B, image.dtype, device)
     panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
     k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
     b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
     # Zeros: a last panel of fewer images does not write all of them.
-    d_scale = torch.zeros(panels if need_logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
-    if not (need_image or need_text or need_logit_scale):
+    d_scale = torch.zeros(panels if needs.logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
+    if not any(needs):
         return d_image, d_text, d_scale
-    common = _arguments(labels, logit_scale, class_ids, class_weight, label_smoothing)
+    common = _arguments(saved.labels, saved.logit_scale, options)
     factors = None
-    if need_image or need_text:
+    if needs.image or needs.text:
         factors = torch.empty(min(panel, B), K, dtype=unit_rows.factors_dtype(image.dtype), device=device)
-    sampled = text if class_ids is None or not need_image else text.index_select(0, class_ids)
+    sampled = text if options.class_ids is None or not needs.image else text.index_select(0, options.class_ids)
     for number, start in enumerate(range(0, B, panel)):
         images = slice(start, start + panel)
         count = min(panel, B - start)
@@ -466,34 +477,32 @@ def _launch_sums(
             device=device,
             **blocks._asdict(),
             **{**common, "labels_ptr": common["labels_ptr"][images]},
-            **cosine_arguments(image[images], text, image_norm[images], text_norm),
+            **cosine_arguments(image[images], text, saved.image_norm[images], saved.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
-            lse_ptr=lse[images],
+            lse_ptr=saved.lse[images],
             factors_ptr=factors,
-            d_scale_ptr=d_scale[number] if need_logit_scale else None,
+            d_scale_ptr=d_scale[number] if needs.logit_scale else None,
             B=count,
             K=K,
             stride_d_loss=0 if d_loss is None else d_loss.stride(0),
             stride_factors=K,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
+            label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index,
         )
-        if factors is not None and need_image:
+        if factors is not None and needs.image:
             d_image[images] = contract(factors[:count], sampled)
-        if factors is not None and need_text:
+        if factors is not None and needs.text:
             product = contract(factors[:count].T, image[images])
             d_text = product if number == 0 else d_text.add_(product)
     return d_image, d_text, d_scale.flatten()
 
 
-def _arguments(
-    labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, class_weight: Tensor | None, label_smoothing: float
-) -> dict[str, Any]:
+def _arguments(labels: Tensor, logit_scale: Tensor, options: _Options) -> dict[str, Any]:
     """Arguments of the kernels besides the rows; the weight of all classes, W, only with smoothing."""
-    total_weight = None
+    class_ids, class_weight, total_weight = options.class_ids, options.class_weight, None
     if class_weight is not None:
         class_weight = class_weight.float().contiguous()
-        if label_smoothing:
+        if options.label_smoothing:
             total_weight = (class_weight if class_ids is None else class_weight[class_ids]).sum()
     return dict(
         labels_ptr=labels.contiguous(),
@@ -523,92 +532,52 @@ def _launch_scale(
     return total
 
 
-def _launch_backward(
-    d_loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor,
-    lse: Tensor,
-    image_norm: Tensor,
-    text_norm: Tensor,
-    denominator: Tensor,
-    kept_image: Tensor,
-    kept_text: Tensor,
-    kept_logit_scale: Tensor,
-    class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    image, text = with_contiguous_rows(image), with_contiguous_rows(text)
-    needs = need_image, need_text, need_logit_scale
-    each, upstream = (d_loss, (None, None)) if REDUCTIONS[reduction] == "none" else (None, (d_loss, denominator))
-    saved = image, text, labels, logit_scale, lse, image_norm, text_norm
-    sums = _launch_sums(each, *saved, class_ids, class_weight, label_smoothing, ignore_index, *needs)
+def _launch_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved, options, needs = _unpack(rest)
+    saved = saved._replace(image=with_contiguous_rows(saved.image), text=with_contiguous_rows(saved.text))
+    each = REDUCTIONS[options.reduction] == "none"
+    upstream = (None, None) if each else (d_loss, saved.denominator)
+    sums = _launch_sums(d_loss if each else None, saved, options, needs)
+    image, text, logit_scale = saved.image, saved.text, saved.logit_scale
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    if need_image:
+    if needs.image:
         d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
-    if need_text:
-        ids = None if class_ids is None else class_ids.contiguous()
+    if needs.text:
+        ids = None if options.class_ids is None else options.class_ids.contiguous()
         d_text = unit_rows.through_unit_norm(text, ids, sums[1], logit_scale, *upstream)
-    if need_logit_scale:
+    if needs.logit_scale:
         d_logit_scale = _launch_scale(sums[2], torch.empty_like(logit_scale), *upstream)
     return d_image, d_text, d_logit_scale
 
 
-def _fallback(
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor,
-    class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    *keep: bool,
-) -> tuple[Tensor, ...]:
-    options = class_ids, class_weight, label_smoothing, ignore_index, REDUCTIONS[reduction]
-    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options)
+def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options, keep = _Options(*rest[:5]), _Needs(*rest[5:])
+    class_ids, class_weight, _, ignore_index, _ = options
+    reduction = REDUCTIONS[options.reduction]
+    loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:4], reduction)
     lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
     rows = text if class_ids is None else text.index_select(0, class_ids)
     image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=loss.dtype) for x in (image, rows))
     denominator = loss.new_ones(())
-    if REDUCTIONS[reduction] == "mean":
+    if reduction == "mean":
         weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
         ignored = labels == ignore_index
         denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, text, class_ids, *keep)
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, rows.shape[0], keep)
 
 
-def _fallback_backward(
-    d_loss: Tensor, image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    class_ids, class_weight, label_smoothing, ignore_index, reduction, *needs = rest[7:]
+def _fallback_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    saved, options, needs = _unpack(rest)
 
     def forward(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        options = class_ids, class_weight, label_smoothing, ignore_index, REDUCTIONS[reduction]
-        return reference.class_sampled_ce(image, text, labels, logit_scale, *options)
+        reduction = REDUCTIONS[options.reduction]
+        return reference.class_sampled_ce(image, text, saved.labels, logit_scale, *options[:4], reduction)
 
-    return registration.reference_gradients(forward, (image, text, logit_scale), needs, d_loss)
+    return registration.reference_gradients(forward, (saved.image, saved.text, saved.logit_scale), needs, d_loss)
 
 
-def _check(
-    image: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    logit_scale: Tensor,
-    class_ids: Tensor | None,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    *_: object,
-) -> None:
+def _check(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> None:
+    class_ids, _, _, ignore_index, _ = _Options(*rest[:5])
     name, C = "class_sampled_ce", text.shape[0]
     if not logit_scale.isfinite().item():
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")
@@ -629,41 +598,28 @@ def _check(
             )
 
 
-def _fake(
-    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    *_, reduction, keep_image, keep_text, keep_logit_scale = options
-    keep = keep_image, keep_text, keep_logit_scale
-    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    loss = image.new_empty((B,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
+def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options, keep = _Options(*rest[:5]), _Needs(*rest[5:])
+    B, K = image.shape[0], options.classes(text)
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    loss = image.new_empty((B,) if REDUCTIONS[options.reduction] == "none" else (), dtype=dtype)
     lse = image.new_empty(B, dtype=torch.float64)
-    kept = _unwritten(loss, image, text, class_ids, *keep)
-    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *kept
+    return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unwritten(loss, image, K, keep)
 
 
-def _unwritten(
-    loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    class_ids: Tensor | None,
-    keep_image: bool,
-    keep_text: bool,
-    keep_logit_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _unwritten(loss: Tensor, image: Tensor, K: int, keep: _Needs) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate `kept_…`, which only the C++ kernel writes and reads."""
-    (B, D), K = image.shape, (text if class_ids is None else class_ids).shape[0]
+    B, D = image.shape
     return (
-        loss.new_empty(B if keep_image else 0, D),
-        loss.new_empty(K if keep_text else 0, D),
-        loss.new_empty(int(keep_logit_scale), dtype=torch.float64),
+        loss.new_empty(B if keep.image else 0, D),
+        loss.new_empty(K if keep.text else 0, D),
+        loss.new_empty(int(keep.logit_scale), dtype=torch.float64),
     )
 
 
-def _fake_backward(
-    d_loss: Tensor, image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return registration.gradients_like((image, text, logit_scale), rest[-3:])
+def _fake_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    saved, _, needs = _unpack(rest)
+    return registration.gradients_like((saved.image, saved.text, saved.logit_scale), needs)
 
 
 class_sampled_ce = registration.define(

@@ -286,7 +286,7 @@ def arguments(case: Case, keep: bool = False) -> tuple:
 def test_opcheck(backend: Backend, K, options):
     case = make(3, 9, K, 5, **options).on(backend.device)
     torch.library.opcheck(operator, arguments(case))
-    if "reduction" not in options:
+    if "reduction" not in options and backend.name == "cpp":  # others do not write what is kept
         torch.library.opcheck(operator, arguments(case, keep=True))
     with torch.no_grad():
         loss, *statistics = operator(*arguments(case))
