@@ -129,7 +129,7 @@ def test_cli_exit_code_if_results_cannot_be_printed(monkeypatch, capsys, stream,
     monkeypatch.setattr(sys, stream, Broken(number))
     assert main(["doctor"]) == code
     error = capsys.readouterr().err
-    assert error == ("failed stdout can't be written: [Errno 28] No space left on device; files of results are "
+    assert error == ("failed stdout can't be written: [Errno 28] No space left on device; result files are "
                      "complete\n" if code else "")  # fmt: skip
 
 

@@ -15,12 +15,12 @@ from .options import settings, tune_config
 
 @dataclasses.dataclass(frozen=True)
 class ComparedOptions(SkipOptions):
-    """Setting of Skip Tuning to compare the suggested one with."""
+    """Setting of Skip Tuning that the suggested setting is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuningOptions:
-    """Full fine-tuning. By default as tune --method full."""
+    """Full fine-tuning, before FS is measured. Except for the epochs, the defaults are those of tune --method full."""
 
     epochs: int = 3
     """Passes over the training images."""
@@ -44,7 +44,7 @@ class AnalysisOptions:
     """few-shot: use all classes. base-to-new: use the first half, as tune does for training. By default few-shot for
     imagefolder:, else base-to-new."""
     images: int = 256
-    """Largest number of images for each of the two measurements."""
+    """Maximum number of images for each of the two measurements."""
     out: Path | None = None
     """Folder of the results. By default runs/DATA-analysis."""
     overwrite: bool = False

@@ -29,7 +29,8 @@ class BuildOptions:
     """An interrupted build continues with --resume."""
 
     skip_layers: int | float = SkipOptions.skip_layers
-    """Blocks that each tower skips: a number, or a fraction of its blocks such as 0.5. Features are their output."""
+    """Blocks that each tower skips: a number, or a fraction of its blocks such as 0.5. Features are the output of the
+    last skipped block."""
     dtype: CacheDtype = CacheOptions.cache_dtype
     """Type of the stored features. int8 is lossy."""
     views: int = CacheOptions.views
@@ -59,7 +60,7 @@ class CacheBuild:
         from . import cache_actions
 
         config = tune_config(self, cache=self.path, cache_dtype=self.build.dtype, resume=False, overwrite=False)
-        with on_interrupt("complete shards are kept; cache build --resume continues"):
+        with on_interrupt("complete shards are kept; resume with cache build --resume"):
             cache_actions.build(config, self.path, out, err, resume=self.build.resume, overwrite=self.build.overwrite)
         return 0
 
@@ -97,7 +98,7 @@ class CacheVerify:
 
 @dataclasses.dataclass(frozen=True)
 class CachePrune:
-    """Delete files that interrupted builds left behind and no store uses."""
+    """Delete files of interrupted builds that no store uses."""
 
     path: tyro.conf.Positional[Path]
     """Folder of a store, or a folder that contains stores."""

@@ -1,4 +1,4 @@
-"""Work of `skipkernels cache`; imports torch."""
+"""Implementation of `skipkernels cache`. Imports torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from skipkernels.tuner.setup import build_run
 
 
 def stores_in(path: Path, err: Terminal) -> list[Path]:
-    """List the folders of stores below a path; report other manifests.
+    """List the folders of stores in a path and its subfolders; report manifests that are not of a store.
 
     Raises:
         InputError: If there is no store.
     """
     stores = _stores(path, err)
     if not stores:
-        raise InputError(f"{path}: no store in it (no {MANIFEST}); make one with skipkernels cache build.")
+        raise InputError(f"{path} contains no store (no {MANIFEST}); create one with skipkernels cache build.")
     return stores
 
 
@@ -55,12 +55,12 @@ def build(config: TuneConfig, path: Path, out: Terminal, err: Terminal, *, resum
 
 
 def info(folders: list[Path], as_json: bool, out: Terminal) -> None:
-    """Print what stores hold and what they depend on."""
+    """Print the contents of stores, and the model and data that they depend on."""
     described = {str(folder): _described(folder) for folder in folders}
     if as_json:
         out.print_json(data=described)
         return
-    short = (Column(name, no_wrap=True) for name in ("rows", "of", "kept in", "on disk"))
+    short = (Column(name, no_wrap=True) for name in ("rows", "shape", "dtype", "on disk"))
     table = Table(Column("store", overflow="fold"), *short, Column("state", overflow="fold"))
     for name, values in described.items():
         if "error" in values:
@@ -85,15 +85,15 @@ def _described(folder: Path) -> dict[str, Any]:
         manifest = Manifest.read(folder)
     except StoreError as error:
         return {"error": str(error)}
-    layout, there = manifest.layout, [shard for shard in manifest.shards if shard is not None]
+    layout, written = manifest.layout, [shard for shard in manifest.shards if shard is not None]
     return {
         "rows": layout.rows,
         "shape": list(layout.shape),
         "dtype": layout.dtype,
         "computed": layout.computed,
-        "bytes": sum(shard.bytes for shard in there),
+        "bytes": sum(shard.bytes for shard in written),
         "shards": layout.shards,
-        "shards there": len(there),
+        "shards there": len(written),
         "complete": manifest.complete,
         "leftover bytes": sum(path.stat().st_size for path in leftovers(folder, manifest)),
         "depends on": layout.fingerprint,
@@ -101,7 +101,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def verify(folders: list[Path], out: Terminal, err: Terminal) -> int:
-    """Compare checksums, and print damaged parts. Returns 0, or 1 if a store is damaged."""
+    """Verify checksums, and print damaged parts. Returns 0, or 1 if a store is damaged."""
     damages: list[str] = []
     columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with progress(*columns, console=err) as bars:

@@ -60,9 +60,9 @@ class CompareCommand(Options):
         config, overwrite = run_config(self, self.study.seeds), self.output.overwrite
         seeds, setting, values = range(self.study.seeds), self.study.ablate, self.study.values
         if setting is not None and self.study.methods is not None:
-            raise InputError("--methods: --ablate compares settings, not methods; give one of the two.")
+            raise InputError("--methods: --ablate compares values of a setting, not methods; give one of the two.")
         if setting is None and values:
-            raise InputError("--values are values of a setting; add --ablate skip_layers, keep_ratio or decay.")
+            raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
         folder = self.output.out or default_folder("compare" if setting is None else f"ablate-{setting}", config)
         with on_interrupt(after_interrupt(overwrite)):
             if setting is None:

@@ -9,23 +9,23 @@ from skipkernels.tuner import TuneConfig
 
 _FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument → flag, where they differ
 _ARGUMENTS = "|".join([*(field.name for field in dataclasses.fields(TuneConfig)), *_FLAGS])
-_FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # perhaps behind a prefix, such as the name of a variant
+_FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # optionally after a prefix, such as the name of a variant
 _ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers
 
 
 def with_flags(error: BaseException) -> str:
     """Return the message of an error with flags in place of Python arguments.
 
-    The argument is `error.argument`, or the first word behind the name of the function. Others are translated where
-    they are in backquotes or have a value.
+    The invalid argument is `error.argument`, or else the first word after the function's name. Other arguments are
+    translated if they are in backquotes or have a value (`name=value`).
 
     >>> from skipkernels.data import InputError
     >>> with_flags(InputError("few_shot: shots must be at least 1; got 0.", "shots"))
     '--shots must be at least 1; got 0.'
     >>> with_flags(InputError("open_source: coop:dtd: no folder data/dtd. Fetch it with `download=True`.", "root"))
     '--root: coop:dtd: no folder data/dtd. Fetch it with --download.'
-    >>> with_flags(ValueError("SkipCLIP: text_cache is for what is below a cut; with skip_layers=0 there is nothing."))
-    '--cache is for what is below a cut; with --skip-layers 0 there is nothing.'
+    >>> with_flags(ValueError("SkipCLIP: text_cache keeps features at the cut; with skip_layers=0 there is no cut."))
+    '--cache keeps features at the cut; with --skip-layers 0 there is no cut.'
     >>> with_flags(InputError("full: open_source: no dataset 'x'.", "data"))
     "full: --data: no dataset 'x'."
     >>> with_flags(ValueError('SkipCLIP: attention="xformers" cannot be used: there is no GPU.'))

@@ -17,7 +17,7 @@ from .tune import number
 
 @dataclasses.dataclass(frozen=True)
 class EvalCommand:
-    """Compute the accuracy of a run again from its checkpoint. Writes no files."""
+    """Recompute the accuracy of a run from its checkpoint. Writes no files."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or the model.safetensors or delta.safetensors in it."""
@@ -47,7 +47,7 @@ class EvalCommand:
 
         is_file = self.run.suffix == ".safetensors"
         if is_file and self.run.name not in (MODEL, DELTA):
-            raise InputError(f"eval: RUN must be the folder of a run or its {MODEL}; got {self.run}.")
+            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
         folder = self.run.parent if is_file else self.run
         accuracies = evaluate_run(folder, device=self.device, data=self.data, root=self.root, protocol=self.protocol)
         running, left = holder(folder), epochs_left(folder)
@@ -55,7 +55,9 @@ class EvalCommand:
             err.print(f"note: a run is in progress in this folder ({running}), with {left} epochs left")
         elif left:
             err.print(
-                f"note: the run was interrupted with {left} epoch{'s' if left > 1 else ''} left; --resume continues"
+                f"note: the run was interrupted with {left} epoch{'s' if left > 1 else ''} left; resume it with "
+                f"skipkernels tune --resume {folder}",
+                soft_wrap=True,
             )
         if self.json:
             out.print(json.dumps(accuracies), soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """Interruption by another signal than that of Ctrl-C."""
+    """Interruption by a signal other than SIGINT (Ctrl-C)."""
 
     number: int = signal.SIGTERM
 
@@ -23,7 +23,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def termination_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM (a cluster ends the job) and SIGHUP (the terminal closes) as Ctrl-C."""
+    """Raise `Terminated` on SIGTERM (a cluster ends the job) and SIGHUP (the terminal closes)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,7 +39,7 @@ def termination_as_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_interrupt(message: str) -> Iterator[None]:
-    """Give an interruption a message for the user."""
+    """Set the message of a `KeyboardInterrupt` that is raised in the block."""
     try:
         yield
     except KeyboardInterrupt as error:

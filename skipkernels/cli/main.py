@@ -41,15 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Arguments after the program's name; by default those of the process.
 
     Returns:
-        0; 2 for invalid input; 1 for a run that failed or results that can't be printed; 128 + the number of the signal
-        that interrupted it.
+        0; 1 if the run failed or its results can't be printed; 2 for invalid input or too little memory; 128 + the
+        number of the signal that interrupted the command.
     """
     with standard_streams() as (out, err):
         code = _run(arguments, out, err)
         out.output.flush()
-        if out.output.error is None or out.output.unread:  # unread: `| head -1` closed the pipe, which is no error
+        if out.output.error is None or out.output.unread:  # unread: the reader closed the pipe (`| head -1`)
             return code
-        _print_error(err, "failed", f"stdout can't be written: {out.output.error}; files of results are complete")
+        _print_error(err, "failed", f"stdout can't be written: {out.output.error}; result files are complete")
         return code or 1
 
 
@@ -87,7 +87,7 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
 
 
 def _failure(error: Exception) -> tuple[int, str, str] | None:
-    """Return exit code, kind and message of an error that is not a defect of this package."""
+    """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
     from skipkernels.data import InputError
     from skipkernels.memory import out_of_memory
     from skipkernels.store import StoreError

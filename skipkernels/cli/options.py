@@ -63,9 +63,9 @@ class StudyOutputOptions(OutputOptions):
 
 
 def tune_config(options: Any, **changes: Any) -> TuneConfig:
-    """Make the configuration of a run from the fields of a command and of its option groups.
+    """Convert the options of a command to the configuration of a run.
 
-    Fields that `TuneConfig` lacks are left out; `changes` replace fields.
+    Options that are not fields of `TuneConfig` are ignored; `changes` replace fields.
     """
     from skipkernels.tuner import TuneConfig
 
@@ -74,7 +74,7 @@ def tune_config(options: Any, **changes: Any) -> TuneConfig:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """Collect the options of a command and of its groups by name."""
+    """Collect the options of a command and of its option groups by name."""
     found: dict[str, Any] = {}
     for name, value in vars(options).items():
         found |= settings(value) if dataclasses.is_dataclass(value) else {name: value}
@@ -83,9 +83,10 @@ def settings(options: Any) -> dict[str, Any]:
 
 @REGISTRY.struct_rule
 def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    """Hide "(default: None)", since the text of an option says what its default is, and join lines of the source.
+    """Hide "(default: None)", because help texts state the default, and join the lines of help texts.
 
-    Called for every dataclass; `_in_rule` keeps it from calling itself when it asks tyro for its own rule.
+    tyro calls this rule for every dataclass. `get_struct_spec` applies tyro's own rule, and `_in_rule` prevents it from
+    calling this one again.
     """
     if _in_rule or not dataclasses.is_dataclass(info.type):
         return None

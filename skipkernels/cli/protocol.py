@@ -38,7 +38,7 @@ class ProtocolCommand(Options):
     """Run a protocol of the paper with several seeds, and write a table, a JSON file and a plot."""
 
     name: tyro.conf.Positional[Protocol | Literal["all"]]
-    """Protocol; all runs the four of them."""
+    """Protocol. all: run all four."""
     study: StudyOptions = StudyOptions()
     protocol: TargetOptions = TargetOptions()
     run: StudyRunOptions = StudyRunOptions()

@@ -43,5 +43,5 @@ def show(study: Study, folder: Path, out: Terminal) -> None:
 
 
 def after_interrupt(overwrite: bool) -> str:
-    """Tell how to resume a study after Ctrl-C."""
+    """Message that says how to resume a study after Ctrl-C."""
     return f"complete runs are kept; repeat the command{' without --overwrite' if overwrite else ''} to resume"

@@ -34,13 +34,13 @@ class TuneOutputOptions(OutputOptions):
     """Run folder."""
 
     resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
-    """Resume after the last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings. Without
-    RUN: the run in --out, with the settings given here; start if there is none."""
+    """Resume a run after its last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings.
+    Without RUN: the run in --out, with the settings given here; if there is none, start it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TuneCommand(Options):
-    """Tune a CLIP on images of a dataset, and test it, also on new classes or other data."""
+    """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
     output: TuneOutputOptions = TuneOutputOptions()
 
@@ -66,7 +66,7 @@ class TuneCommand(Options):
         if metrics["steps"]:
             pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
             costs.add_row("time per epoch", pace)
-            costs.add_row("classes compared", f"{metrics['kept_classes']:.1f} of {classes} per step")
+            costs.add_row("kept classes", f"{metrics['kept_classes']:.1f} of {classes} per step")
         costs.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
         baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
         costs.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")

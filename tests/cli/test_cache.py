@@ -89,7 +89,7 @@ def test_cache_build_interrupted(tmp_path, monkeypatch, capsys, how, code):
 
     monkeypatch.setattr(cache_actions, "build", interrupted)
     assert main(["cache", "build", str(tmp_path)]) == code
-    assert "complete shards are kept; cache build --resume continues" in said(capsys)
+    assert "complete shards are kept; resume with cache build --resume" in said(capsys)
 
 
 def test_cache_prints_folder_names_escaped(built, capsys, monkeypatch):

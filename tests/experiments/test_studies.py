@@ -171,8 +171,11 @@ def test_study_write_unwritable_folder(tmp_path):
     [
         (["compare", "--methods", "skip", "skip"], "--methods must be different names of skip, zero-shot, full"),
         (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
-        (["compare", "--values", "1"], "--values are values of a setting; add --ablate"),
-        (["compare", "--ablate", "decay", "--methods", "skip"], "--methods: --ablate compares settings, not methods"),
+        (["compare", "--values", "1"], "--values needs a setting; add --ablate"),
+        (
+            ["compare", "--ablate", "decay", "--methods", "skip"],
+            "--methods: --ablate compares values of a setting, not methods",
+        ),
         (["compare", "--ablate", "decay", "--values", "1", "1"], "--values must be different; got 1 1"),
         (
             ["compare", "--ablate", "decay", "--values", "1", "0"],

@@ -66,7 +66,8 @@ def test_interrupt_keeps_last_epoch(tmp_path, at_step, capsys):
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert "interrupted after 1 epoch" in (tmp_path / "report.html").read_text()
     assert main(["eval", str(tmp_path)]) == 0
-    assert "the run was interrupted with 1 epoch left; --resume continues" in capsys.readouterr().err
+    note = f"the run was interrupted with 1 epoch left; resume it with skipkernels tune --resume {tmp_path}"
+    assert note in capsys.readouterr().err
 
 
 def test_interrupt_before_first_epoch(tmp_path, at_step):
