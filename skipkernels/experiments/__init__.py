@@ -1,6 +1,7 @@
 """Experiments of the paper: glyphs, baselines, studies and sensitivity analysis.
 
-Importing it registers glyphs as a dataset, the baselines as methods, and glyph-tiny as a model; none is imported.
+Importing this package registers the dataset glyphs, the baselines and the model glyph-tiny, but does not import their
+modules.
 """
 
 from __future__ import annotations

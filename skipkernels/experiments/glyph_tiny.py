@@ -1,8 +1,8 @@
 """`glyph-tiny`: a small CLIP that ships with the package, with an open_clip model config.
 
 It was pre-trained on `glyphs` without the held-out blocks and fonts; `examples/pretrain_glyph_tiny.py` reproduces it.
-The file holds half-precision weights. Of the token embedding it has only the rows of `token_ids`, the tokens in the
-names of glyphs; the other rows are random, so that untrained tokens are distinct.
+The file contains fp16 weights, and of the token embedding only the rows `token_ids`, the tokens in the names of glyphs.
+`state_dict` fills the other rows with random numbers, so that untrained tokens are distinct.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ WEIGHTS = Path(__file__).with_name("glyph-tiny.safetensors")
 
 _ROW_STD = 0.05  # standard deviation of the token embedding's rows in the file
 
-# Published rates are for CLIPs that were trained on hundreds of millions of images; glyph-tiny saw half a million small
-# ones. At those rates its accuracy does not change in 20 epochs; at rates where it does, warm-up does not help. Full
-# fine-tuning also changes the lower blocks, and is best at a tenth of the rate. All were chosen on seed 10 by the
-# harmonic mean: for skip and full from six pairs of rates, for CLIP-Adapter from five rates, for LoRA and CoOp from
-# three. The published rate was best for CoOp. LoRA's published 320 epochs take an hour on two cores.
+# Published rates are for CLIP models trained on hundreds of millions of images; glyph-tiny was trained on half a
+# million small ones. At those rates its accuracy does not change in 20 epochs; at rates at which it changes, warm-up
+# does not help. Full fine-tuning also changes the lower blocks, and is best at a tenth of the rate. All rates were
+# chosen on seed 10 by the harmonic mean: for skip and full from six pairs of rates, for CLIP-Adapter from five rates,
+# for LoRA and CoOp from three. The published rate was best for CoOp. LoRA's published 320 epochs take an hour on two
+# cores.
 _RECIPES: dict[str, dict[str, Any]] = {
     "skip": {"epochs": 8, "text_lr": 4e-3, "image_lr": 2e-3, "warmup_epochs": 0, "warmup_lr": 0.0},
     "full": {"epochs": 8, "text_lr": 5e-4, "image_lr": 2e-4, "warmup_epochs": 0, "warmup_lr": 0.0},
@@ -36,11 +37,11 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"epochs": 20, "text_lr": 1e-3, "image_lr": 1e-3},
 }
 
-# On data other than glyphs zero-shot accuracy is at chance. SGD makes all class embeddings alike there and leaves that
-# point slowly. CSkip ranks classes by zero-shot similarity, so nearly the same classes are the negatives of every
-# batch: with batches of one class, the other classes are hardly ever negatives, and all images are assigned to them. In
-# a mixed batch the classes of the other images are negatives too. Chosen on seed 10 of two sets of twenty emoji, from
-# four rates.
+# On data other than glyphs, zero-shot accuracy is at chance. There SGD makes all class embeddings alike, and separates
+# them slowly. CSkip ranks classes by zero-shot similarity, so nearly the same classes are the negatives of every batch:
+# with batches of one class, the other classes are hardly ever negatives, and all images are assigned to them. In a
+# mixed batch, the classes of the other images are negatives too. The rate was chosen from four, on seed 10 of two sets
+# of twenty emoji.
 _RECIPES_OTHER_DATA: dict[str, dict[str, Any]] = {
     "skip": {"optimizer": "adamw", "text_lr": 1e-3, "image_lr": 1e-3, "sampler": "random"},
 }
@@ -77,7 +78,7 @@ def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
     rows, token_ids = state["token_embedding.weight"], state.pop("token_ids")
     vocabulary = open_clip.get_model_config(NAME)["text_cfg"]["vocab_size"]
-    # With rows of zeros, all names of untrained tokens would have one embedding. Uniform: bit-exact on every CPU.
+    # With rows of zeros, all names of untrained tokens would have one embedding. torch.rand is bit-exact on any CPU.
     drawn = torch.rand(vocabulary, rows.shape[1], generator=torch.Generator().manual_seed(0))
     drawn = (drawn - 0.5) * (_ROW_STD * 12**0.5)
     state["token_embedding.weight"] = drawn.index_copy_(0, token_ids, rows)
@@ -85,7 +86,7 @@ def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:
 
 
 def recipe(method: str, data: str) -> dict[str, Any]:
-    """Fields of a method's recipe that differ for this model on a dataset.
+    """Fields of a method's recipe that this model changes for a dataset.
 
     >>> recipe("clip-adapter", "glyphs:greek")
     {'image_lr': 0.2}

@@ -1,9 +1,9 @@
-"""Glyphs: images paired with text that need no download.
+"""Glyphs: a dataset of images with text that needs no download.
 
 A class is a Unicode character, its text is the character's name in the Unicode standard ("latin small letter e with
 acute"), and an image is the character drawn in one of matplotlib's fonts at a random scale, angle and offset. Fonts are
-domains, blocks of the standard are datasets, and characters held out of training are new classes, so that all protocols
-of CLIP fine-tuning exist in miniature. `import skipkernels.experiments` registers them: `open_source("glyphs:greek")`.
+domains, blocks of the standard are datasets, and characters held out of training are new classes: all protocols of CLIP
+fine-tuning are possible. `import skipkernels.experiments` registers them: `open_source("glyphs:greek")`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def distinct_characters(codepoints: Iterable[int], font: str) -> list[int]:
 
 
 def block_characters(blocks: Sequence[str], fonts: Sequence[str]) -> list[int]:
-    """Return the characters of some blocks that each of some fonts draws distinctly, in the order of the standard."""
+    """Return the sorted characters of `blocks` that every font of `fonts` draws distinctly."""
     candidates: list[int] = []
     for block in blocks:
         if block not in BLOCKS:
@@ -229,15 +229,15 @@ def draw_glyph(
 
 
 class GlyphDataset(Dataset):
-    """Images of characters, drawn on demand: item i is (image, label), the label a position in `codepoints`.
+    """Images of characters, drawn on demand: item i is (image, label), with the label an index of `codepoints`.
 
-    The images are reproducible: the pose of an image depends on the seed, the character, the font and its number alone,
-    and not on the other classes.
+    The images are reproducible: an image depends only on the seed, the character, the font, and the number of the image
+    within its class.
 
     Args:
         codepoints: The characters, one class each.
-        fonts: Fonts, which the images of a class use in turn.
-        per_class: Images of each class.
+        fonts: Keys of `FONTS`. The images of a class use the fonts in turn.
+        per_class: Number of images of each class.
         seed: Seed of the poses. Datasets with different seeds share no image.
         size: Side of the images, in pixels.
         noise: See `draw_glyph`.
@@ -274,7 +274,7 @@ class GlyphDataset(Dataset):
 
     @property
     def labels(self) -> list[int]:
-        """Label of every item; nothing is drawn."""
+        """Label of every item, without drawing any image."""
         return [index // self.per_class for index in range(len(self))]
 
     def __len__(self) -> int:
@@ -291,20 +291,20 @@ class GlyphDataset(Dataset):
 
 
 _TEST_IMAGES = 12  # of each class: three in each of four fonts
-_TEST_SEED = 2**31  # training seeds are below it, so that no image is in both sets
-_TARGET_CHARACTERS = 100  # least characters of a block that is a default target: as many classes as are tuned on
+_TEST_SEED = 2**31  # training seeds are smaller, so that no image is in both sets
+_TARGET_CHARACTERS = 100  # minimum number of characters of a default target: the default number of classes of glyphs
 
 
 @dataclass(frozen=True)
 class GlyphSource(Source):
-    """Characters, drawn in the fonts held out of `glyph-tiny`'s pre-training; the fonts are its domains.
+    """Characters drawn in the fonts held out of `glyph-tiny`'s pre-training. Each font is a domain.
 
     The number of training images is unlimited: `few_shot` draws them, and `images("train")` is 16 of each class with
-    seed 0. The splits "val" and "test" have seeds of their own, so that no image is in two sets.
+    seed 0. The splits "val" and "test" have seeds that training cannot use, so that no image is in two sets.
 
     Attributes:
         codepoints: The characters, by label.
-        fonts: Fonts that they are drawn in.
+        fonts: Fonts of the images.
     """
 
     codepoints: tuple[int, ...] = field(repr=False)
@@ -347,13 +347,13 @@ class GlyphSource(Source):
         return GlyphDataset(self.codepoints, self.fonts, per_class=per_class, seed=seed, transform=transform)
 
     def subset_classes(self, labels: Sequence[int]) -> GlyphSource:
-        """Return some of the classes; see `Source`."""
+        """Return the source of some of the classes; see `Source`."""
         chosen = tuple(self.codepoints[label] for label in labels)
         return replace(self, classes=tuple(self.classes[label] for label in labels), codepoints=chosen)
 
 
 def open_glyphs(name: str, templates: Templates = None) -> GlyphSource:
-    """Open some blocks as a source.
+    """Open one or more blocks as a source.
 
     Args:
         name: "BLOCK[+BLOCK…]" with keys of `BLOCKS`; if empty, "latin-extended-additional".

@@ -60,7 +60,7 @@ def test_advise_flat_sensitivity_keeps_other_cut_with_note():
 def test_advise_fewer_classes_adds_note():
     fewer = advise(curves(GROWING, GROWING), geometric(100, 0.5))
     (note,) = fewer.notes
-    assert note.startswith("GD is that of the model before tuning")
+    assert note.startswith("GD is measured before tuning")
     assert advise(curves(GROWING, GROWING), geometric(100, 0.5), keep_ratio=0.1).notes == ()
 
 

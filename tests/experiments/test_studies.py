@@ -169,7 +169,7 @@ def test_study_write_unwritable_folder(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--methods", "skip", "skip"], "--methods must be different names of skip, zero-shot, full"),
+        (["compare", "--methods", "skip", "skip"], "--methods must be distinct names of skip, zero-shot, full"),
         (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
         (["compare", "--values", "1"], "--values needs a setting; add --ablate"),
         (

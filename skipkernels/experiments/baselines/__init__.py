@@ -1,4 +1,4 @@
-"""Methods that Skip Tuning is compared with, one per module."""
+"""Baselines that Skip Tuning is compared with, one per module."""
 
 from .clip_adapter import CLIPAdapter
 from .coop import CoOp

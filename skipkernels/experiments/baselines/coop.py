@@ -28,15 +28,15 @@ class CoOp(FrozenModel):
         prompt of c = [start, v_1, …, v_M, name of c, ".", end];   t_c = text tower(prompt of c)
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
-    Only the context v [M, W] trains, in place of M token embeddings; both towers are frozen. Classes of other tests get
-    the same context. Templates are not used. v is initialised from N(0, 0.02²), so the logits before training are not
-    those of zero-shot.
+    Only the context v [M, W] trains, in place of M token embeddings; both towers are frozen. All tests use the same
+    context. Templates are not used. v is initialised from N(0, 0.02²), so the logits before training are not those of
+    zero-shot.
 
     M is 16, as published. If the longest prompt of any test would exceed the context length L of the model, M is the
-    largest that fits, L − 2 − the tokens of the longest name and its full stop, with a note in `notes`.
+    largest number that fits, L − 2 − (number of tokens of the longest name and its full stop), with a note in `notes`.
 
-    Trains with SGD at 0.002, in few-shot for 200, 100 or 50 epochs (8 or more shots, 2 or 4, 1) and else for 50, as on
-    ImageNet and in later base-to-new comparisons.
+    Trains with SGD at 0.002. Few-shot takes 200 epochs for 8 or more shots, 100 for 2 to 7, and 50 for one; the other
+    protocols take 50, as on ImageNet and in later base-to-new comparisons.
 
     Args:
         model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's text transformer. `requires_grad` of its
@@ -92,7 +92,7 @@ class CoOp(FrozenModel):
                 f"{self.name}: {count} context vectors in place of {vectors}: with {name!r} the prompt would have "
                 f"{longest + 1 + vectors} tokens, and the model takes {length}."
             )
-        # Placeholder of the context: a token that is neither padding nor end of text, the first of the name.
+        # Placeholder of the context: the first token of the name, which is neither padding nor end of text.
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:2].expand(-1, count), tokens[:, 1 : length - count]], dim=1)
         sizes = [len(test.classes) for test in task.tests]
         device = next(model.parameters()).device
@@ -106,7 +106,7 @@ class CoOp(FrozenModel):
         model.requires_grad_(False)
 
     def _ends(self, tokens: Tensor) -> Tensor:
-        """Position [n] of the end-of-text token, which the model pools, in each prompt."""
+        """Position of the end-of-text token, which the model pools, in each prompt, [n]."""
         clip = isinstance(self._text, CLIP)
         pool = self._text.text_pool_type if clip else self._text.pool_type
         if getattr(self._text, "cls_emb", None) is None:

@@ -14,7 +14,7 @@ from ...tuner.methods.base import FrozenModel, Recipe, Tokenizer
 
 _ITERATIONS = 1000
 _COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the penalties of the first sweep
-_FINEST = 1 / 8  # of a decade
+_FINEST = 1 / 8  # last step of the search, in decades
 _WITHOUT_SWEEP = 1 / 0.316  # from the example in CLIP's repository; used if no image can be held out
 _HELD_OUT = 4  # one image in four is held out
 
@@ -24,16 +24,17 @@ class LinearProbe(FrozenModel):
 
         min over W, b of  Σ_i −log softmax(W x_i + b)[label_i]  +  l2/2 · |W|²
 
-    by L-BFGS, at most 1000 iterations from zero. x is the image embedding without normalisation. l2 is chosen as in the
-    paper: 1e-6, 1e-4, …, 1e6 on held-out images, then the interval around the best is halved down to an eighth of a
-    decade. A quarter of the training images of each class with two or more is held out; among equal accuracies the
-    lower loss decides. The final fit uses all images. If no class has two images, l2 is 3.16.
+    by L-BFGS, at most 1000 iterations from zero. x is the image embedding without normalisation. l2 is chosen by the
+    accuracy on held-out images, as in the paper: first among 1e-6, 1e-4, …, 1e6, then in steps around the best that are
+    halved down to an eighth of a decade. Of equal accuracies, the one with the lower loss is best. A quarter of the
+    training images of each class with two or more is held out. The final fit uses all images. If no class has two
+    images, l2 is 3.16.
 
-    It uses no texts, so it has no logits for classes that it was not trained on. A test of another
-    domain, with class names that are all trained, uses their logits. Before `fit` all logits are zero.
+    The probe uses no texts, so it has no logits for classes that it was not trained on. A test with trained class names
+    only, such as one of another domain, uses their logits. Before `fit` all logits are zero.
 
-    The paper uses the features before the projection of a vision transformer; this uses the embedding, like the example
-    in CLIP's repository and CoOp's comparison.
+    The paper uses the features before the projection of a vision transformer; this class uses the embedding, as do the
+    example in CLIP's repository and CoOp's comparison.
 
     Args:
         model: An open_clip model; not changed.
@@ -47,7 +48,7 @@ class LinearProbe(FrozenModel):
         l2: Chosen penalty, [].
 
     Raises:
-        InputError: If the model is not one of open_clip.
+        InputError: If the model is not an open_clip model.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
     2103.00020, appendix A.3.
@@ -143,12 +144,12 @@ class LinearProbe(FrozenModel):
 
 
 def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Return weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias has no penalty.
+    """Fit weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias has no penalty.
 
     This is the problem of scikit-learn's LogisticRegression with C = 1/l2.
 
     Args:
-        image: Image embeddings [n, D]; fp64 for a minimum beyond 1e-4, which autocast does not change.
+        image: Image embeddings [n, D]. In fp64 the minimum is more accurate than 1e-4, and autocast has no effect.
         labels: int64 [n].
         classes: Number of classes C.
         l2: Penalty, above 0.
@@ -161,7 +162,7 @@ def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) 
     """
     weight, bias = image.new_zeros(classes, image.shape[1]), image.new_zeros(classes)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    # Divided by n, so that the tolerances do not depend on it. scipy's L-BFGS also has a history of ten steps.
+    # The objective is divided by n, so that the tolerances do not depend on n. A history of ten steps, as in scipy.
     solver = torch.optim.LBFGS(
         parameters,
         max_iter=_ITERATIONS,

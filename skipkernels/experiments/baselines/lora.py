@@ -36,12 +36,12 @@ class LoRA(Method):
     Only A [rank, W] and B [W, rank] train. B is initialised to zero, so before training the logits are those of
     zero-shot; A is uniform in ±1/√W. The scale is that of the published code. Dropout uses PyTorch's global generator.
 
-    Trains with AdamW at 2e-4 for 500 steps per shot, in batches of 32; rounded up to epochs.
+    Trains with AdamW at 2e-4 in batches of 32, for 500 steps per shot, rounded up to whole epochs.
 
     Args:
         model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's text transformer, with open_clip's vision
             transformer. `requires_grad` of its weights is set to False. Its attention modules are replaced by modules
-            that share their weights: the keys of its `state_dict` stay, and those of A and B are added.
+            that share their weights: its `state_dict` keeps its keys, and gains those of A and B.
         tokenizer: Tokenizer of the model.
         task: Task.
         rank: Rank of the update.
@@ -50,7 +50,7 @@ class LoRA(Method):
         generator: Generator of the initial A. Default: seed 0.
 
     Raises:
-        InputError: If the model has other attention modules, or an argument is out of range.
+        InputError: If the towers or their attention modules are not supported, or an argument is out of range.
 
     Source: Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR workshops 2024, arXiv
     2405.18541.
@@ -154,10 +154,10 @@ class LowRankAttention(nn.Module):
     computes the projections itself, followed by PyTorch's attention.
 
     Args:
-        attention: Module that shares its weights, under the same names.
+        attention: Module to replace. Its weights are shared, under the same names.
         rank: Rank of the update.
         scale: Scale of the update.
-        dropout: Dropout rate of its input, drawn separately for q, k and v, as in the published code.
+        dropout: Dropout rate of the input of the update, drawn separately for q, k and v, as in the published code.
         generator: Generator of the initial `down`.
 
     Attributes:
@@ -200,7 +200,7 @@ class LowRankAttention(nn.Module):
             key: Same as query.
             value: Same as query.
             need_weights: Ignored; the second result is None.
-            attn_mask: Added to the scores, [N, N] or [B · heads, N, N].
+            attn_mask: Mask that is added to the scores, [N, N] or [B · heads, N, N].
         """
         B, N, W = query.shape
         dropped = self.dropout(query.expand(3, B, N, W)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Suggest ω and a keep ratio from FS and GD. The rules are starting points: they do not see the tuned accuracy."""
+"""Suggest ω and a keep ratio from FS and GD, by rules of thumb that ignore the accuracy of the tuned model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Setting:
         skip_layers: ω of the image tower and of the text tower.
         keep_ratio: See `TuneConfig`.
         max_keep: See `TuneConfig`.
-        sensitivity: FS of the last skipped block of each tower, as a share of its largest; 0 if none is skipped.
+        sensitivity: FS of the last skipped block of each tower, as a share of the tower's largest; else 0.
         kept: Number of kept classes and their share of the gradient.
     """
 
@@ -45,7 +45,8 @@ class Advice:
     Attributes:
         advised: The suggested setting.
         other: The setting to compare with.
-        skip_share: Largest share of the blocks, to three digits, with which no tower skips more than in `advised`.
+        skip_share: Largest `skip_layers`, as a share to three digits, with which no tower skips more blocks than in
+            `advised`.
         notes: Caveats to show to the user.
     """
 
@@ -56,7 +57,7 @@ class Advice:
 
 
 def insensitive_blocks(sensitivity: list[float], share: float = INSENSITIVE_BELOW) -> int:
-    """Count the first blocks of a tower that all have an FS below a share of the largest.
+    """Return the number of first blocks of a tower that all have an FS below a share of the largest.
 
     >>> insensitive_blocks([0.1, 0.2, 0.3, 0.2, 1.0])
     2
@@ -79,18 +80,18 @@ def advise(
 
     ω is the number of first blocks with an FS below a quarter of the largest FS of the tower: blocks below the cut are
     frozen, so full fine-tuning should hardly change them. If even the first block is above that limit, FS does not
-    determine a cut; ω stays at the setting to compare with, and a note says so. The keep ratio is m / C with the
-    smallest m such that the first m ranks have 99.9 % of the gradient. Both are rules of thumb that do not see the
-    accuracy of the tuned model: try the suggested setting beside the default.
+    determine a cut; ω is then that of the setting to compare with, and a note says so. The keep ratio is m / C with the
+    smallest m such that the first m ranks have 99.9 % of the gradient. Both are rules of thumb that ignore the accuracy
+    of the tuned model: also try the default setting.
 
     Args:
         sensitivity: FS of the model.
         dependence: GD of the model.
         skip_layers: Number or share of blocks skipped in each tower, in the setting to compare with.
         keep_ratio: Keep ratio of the setting to compare with.
-        max_keep: `max_keep` of the setting to compare with; larger in the suggested setting if it needs more classes.
+        max_keep: `max_keep` of the setting to compare with. The suggested setting has a larger one if it needs it.
         decay: λ of the tail in both settings.
-        batch_size: Images per step, each of which may need a class of its own.
+        batch_size: Images per step. Each may be of a different class, which must be kept.
 
     Raises:
         InputError: If no block of a tower changed, or `skip_layers` exceeds the number of blocks.
@@ -137,8 +138,8 @@ def advise(
     other = setting(blocks, keep_ratio, max_keep)
     if advised.kept.always < other.kept.always:
         notes.append(
-            "GD is that of the model before tuning. Keeping fewer classes can cost accuracy that GD does not show: try "
-            "both settings."
+            "GD is measured before tuning. Keeping fewer classes can cost accuracy that GD does not show: try both "
+            "settings."
         )
     shares = [skip / len(values) for skip, values in zip(insensitive, towers.values(), strict=True)]
     return Advice(advised, other, min(math.floor(1000 * share) / 1000 for share in shares), tuple(notes))

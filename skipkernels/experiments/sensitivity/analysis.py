@@ -25,7 +25,7 @@ from .advice import Advice, advise
 from .feature_sensitivity import TEXT_CHUNK, Count, FeatureSensitivity, measure_feature_sensitivity
 from .gradient_dependence import GradientDependence, measure_gradient_dependence
 
-_BATCH = 32  # images with hidden states of both models in memory
+_BATCH = 32  # images per batch; the hidden states of both models are in memory
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def analyze(
         model: open_clip model on the device of `config`. It is fine-tuned in place.
         tokenizer: Tokenizer of the model.
         task: Task; its training images and first test set are used.
-        config: Resolved configuration of method "full" for the fine-tuning.
-        compared: Configuration of method "skip" to compare the suggested setting with.
-        images: Largest number of images for each measurement; they are evenly spaced.
+        config: Resolved configuration of the fine-tuning, with method "full".
+        compared: Configuration with method "skip" that the suggested setting is compared with.
+        images: Maximum number of images for each measurement, evenly spaced in the dataset.
         console: Console for progress bars; by default none.
 
     Raises:
@@ -89,7 +89,7 @@ def analyze(
 
         some = _some(task.train, images)
         dependence = _gradient_dependence(model, batches(some), tokens, bar("gradients", len(some)))
-        # Raise errors of the model and of `compared` before the fine-tuning, not after it.
+        # Raise errors of the model and of `compared` before the fine-tuning, which takes long.
         zero = measure_feature_sensitivity(model, model, (inputs for inputs, _ in batches(_some(some, 1))), tokens)
         advise(replace(zero, image=[1.0] * len(zero.image), text=[1.0] * len(zero.text)), dependence, **settings)
 

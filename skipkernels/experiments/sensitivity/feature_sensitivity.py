@@ -4,8 +4,8 @@
 
 where h_l and h'_l are the outputs of block l before and after fine-tuning, each model running on its own hidden states.
 The residual stream carries the changes of earlier blocks into FS_l, so the residual branch d_l = h_l − h_{l−1} is
-measured too, by the mean of ‖d'_l − d_l‖ / ‖d_l‖. With a causal mask, padding after the end of a prompt is left out:
-the prompt's embedding does not depend on it.
+measured too, by the mean of ‖d'_l − d_l‖ / ‖d_l‖. With a causal mask, padding after the end of a prompt is not counted:
+the embedding of the prompt does not depend on it.
 
 Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509; the relative distance is a choice made here.
 """
@@ -90,7 +90,8 @@ def measure_feature_sensitivity(
     """
     if _shapes(before) != _shapes(after):
         raise InputError(
-            "measure_feature_sensitivity: after must have the same parameters as before; got others. Fine-tune a copy."
+            "measure_feature_sensitivity: after must have the same parameters as before, with the same shapes. "
+            "Fine-tune a copy."
         )
     image, text = _towers(before, tokens)
     image_after, text_after = _towers(after, tokens)
@@ -130,7 +131,7 @@ def _towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
 
 
 class _TowerSums:
-    """Sums over batches of the relative changes of one tower's blocks."""
+    """Sums over batches of the relative changes of the blocks of a tower."""
 
     def __init__(self, before: Any, after: Any, name: str):
         self.before, self.after, self.name = before, after, name
@@ -138,32 +139,32 @@ class _TowerSums:
         self.count = 0
 
     def add(self, inputs: Tensor, ends: Tensor | None = None) -> None:
-        """Add a batch; `ends` [B] are the last tokens to count, by default all tokens count."""
+        """Add a batch. `ends` [B] is the last token to count of each prompt; by default all tokens count."""
         pairs = list(zip(self._states(self.before, inputs), self._states(self.after, inputs), strict=True))
         tokens = pairs[0][0].shape[1]
         seen = slice(None) if ends is None else torch.arange(tokens, device=ends.device) <= ends[:, None]
-        entered: Tensor | float = 0.0
-        entered_after: Tensor | float = 0.0
+        previous: Tensor | float = 0.0
+        previous_after: Tensor | float = 0.0
         for block, pair in enumerate(pairs):
-            left, left_after = (state[seen].flatten(0, -2) for state in pair)
-            self.sums[0, block] += _relative(left, left_after)
-            self.sums[1, block] += _relative(left - entered, left_after - entered_after)
-            entered, entered_after = left, left_after
-        self.count += len(left)
+            output, output_after = (state[seen].flatten(0, -2) for state in pair)
+            self.sums[0, block] += _relative(output, output_after)
+            self.sums[1, block] += _relative(output - previous, output_after - previous_after)
+            previous, previous_after = output, output_after
+        self.count += len(output)
 
     def means(self) -> list[list[float]]:
-        """FS of outputs and of residual branches, each of the embedding and then of every block."""
+        """FS of outputs and FS of residual branches, [2][1 + blocks]; entry 0 is the embedding."""
         if self.count == 0:
             raise InputError(f"measure_feature_sensitivity: there must be at least one {self.name} input; got none.")
         return (self.sums / self.count).tolist()
 
     def _states(self, tower: Any, inputs: Tensor) -> list[Tensor]:
-        """Input of the first block and output of each block in the model's own forward, [B, tokens, W]."""
+        """Run the model's own forward; return the input of the first block and the output of each, [B, tokens, W]."""
         states: list[Tensor] = []
 
         def keep(block: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
-            left = output[0] if isinstance(output, tuple) else output
-            states.extend((left,) if states else (arguments[0], left))
+            hidden = output[0] if isinstance(output, tuple) else output
+            states.extend((hidden,) if states else (arguments[0], hidden))
 
         with contextlib.ExitStack() as hooks:
             for block in tower.blocks:
@@ -180,6 +181,6 @@ class _TowerSums:
 
 def _relative(before: Tensor, after: Tensor) -> Tensor:
     """Sum over rows of ‖after − before‖ / ‖before‖, fp64 on the CPU."""
-    # clamp_min: a residual branch that was 0 before fine-tuning gives a large finite number.
+    # clamp_min: the result is finite also for a residual branch that was 0 before fine-tuning.
     ratio = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
     return ratio.sum(dtype=torch.float64).cpu()

@@ -35,7 +35,7 @@ class KeptClasses(NamedTuple):
     Attributes:
         always: Classes kept in every step, m.
         expected: Classes kept per step, K.
-        share: Their expected share of the gradient.
+        share: Expected share of the gradient of the kept classes.
     """
 
     always: int
@@ -61,7 +61,7 @@ class GradientDependence:
         return self.share.cumsum(0)
 
     def ranks_for(self, share: float) -> int:
-        """Return the smallest number of first ranks that have this share of the gradient.
+        """Return the smallest number of first ranks that together have this share of the gradient.
 
         >>> GradientDependence(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), 1).ranks_for(0.75)
         2
@@ -72,14 +72,15 @@ class GradientDependence:
     def kept(self, *, keep_ratio: float, max_keep: int, decay: float, batch_size: int = 1) -> KeptClasses:
         """Return the classes that CSkip keeps: the first m ranks, and each later rank with its probability q.
 
-        The q are those of the published policy, which the draw of an exact number approximates. Ranks here are per
-        image, where CSkip ranks by the best score in the batch; for batches of one class the two are nearly equal.
+        The probabilities q are those of the published policy; a draw of an exact number of classes approximates them.
+        Ranks here are per image, whereas CSkip ranks by the best score in the batch. For batches of one class the two
+        are nearly equal.
 
         Args:
             keep_ratio: Share of the classes to keep in every step (up to 1), or their number (above 1).
             max_keep: Largest number of classes kept in every step.
             decay: λ of the tail.
-            batch_size: Images per step, each of which may need a class of its own.
+            batch_size: Images per step. Each may be of a different class, which must be kept.
 
         Raises:
             InputError: If a value is out of range.
@@ -110,7 +111,7 @@ def gradient_norms(cosine: Tensor, length: Tensor, labels: Tensor, logit_scale: 
     """
     probability = (logit_scale * cosine).softmax(dim=1)
     others = probability.scatter(1, labels[:, None], 0.0)
-    # Sum the other classes: 1 − p_y would cancel to 0 for a small difference.
+    # The sum over the other classes, not 1 − p_y, which cancels to 0 where p_y is close to 1.
     residual = others.scatter(1, labels[:, None], others.sum(dim=1, keepdim=True))
     return logit_scale * residual * (1 - cosine.square()).clamp_min(0.0).sqrt() / length
 

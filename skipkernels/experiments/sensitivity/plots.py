@@ -9,11 +9,11 @@ from .advice import GRADIENT_SHARE, INSENSITIVE_BELOW, Advice
 from .feature_sensitivity import FeatureSensitivity
 from .gradient_dependence import GradientDependence
 
-_LEAST = 1e-5  # share of the gradient below which ranks are not drawn: they would compress the rest of the plot
+_LEAST = 1e-5  # ranks with less of the gradient beyond them are not drawn: they would compress the rest of the plot
 
 
 def feature_sensitivity_svg(sensitivity: FeatureSensitivity, advice: Advice) -> str:
-    """Plot FS over the blocks of both towers, that of residual branches dashed, with the suggested cuts."""
+    """Plot FS of the blocks of both towers (dashed: of the residual branches), and the suggested cuts."""
 
     def draw(axes: Axes) -> None:
         for name, values, added, skip, colour in (
@@ -38,9 +38,9 @@ def feature_sensitivity_svg(sensitivity: FeatureSensitivity, advice: Advice) -> 
 
 def gradient_dependence_svg(dependence: GradientDependence, advice: Advice) -> str:
     """Plot the share of the gradient beyond each rank, with the kept classes of both settings."""
-    left = [1 - share for share in dependence.cumulative.tolist()]
+    beyond = [1 - share for share in dependence.cumulative.tolist()]
     settings = (("advised", advice.advised, COLOURS[2]), ("compared with", advice.other, COLOURS[3]))
-    points = [(rank, share) for rank, share in enumerate(left, 1) if rank == 1 or share >= _LEAST]
+    points = [(rank, share) for rank, share in enumerate(beyond, 1) if rank == 1 or share >= _LEAST]
 
     def draw(axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), color=COLOURS[0], marker="o" if len(points) < 40 else None, markersize=3)
@@ -50,11 +50,11 @@ def gradient_dependence_svg(dependence: GradientDependence, advice: Advice) -> s
         for name, setting, colour in settings:
             label = f"{name}: {setting.kept.always} always kept"
             axes.axvline(setting.kept.always, color=colour, linewidth=2, alpha=0.7, label=label)
-        axes.set_ylabel("share of the gradient beyond")
+        axes.set_ylabel("share of the gradient beyond the rank")
         _legend(axes)
 
     label = "share of the gradient of the classes beyond a rank"
-    over = f"first ranks, of {len(left)} classes (dotted: {100 * (1 - GRADIENT_SHARE):.1g} %)"
+    over = f"first ranks, of {len(beyond)} classes (dotted: {100 * (1 - GRADIENT_SHARE):.1g} %)"
     return figure_svg("gradient_dependence", label, draw, over=over)
 
 

@@ -24,7 +24,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """Check that an analysis can be written to a folder.
 
     Raises:
-        InputError: If the folder can't be made, or holds an earlier analysis that is not to be replaced.
+        InputError: If the folder can't be created, or contains an earlier analysis and `overwrite` is False.
     """
     check_writable(folder)
     earlier = [name for name in (ANALYSIS, FS_PLOT, GD_PLOT) if (folder / name).exists()]
@@ -65,7 +65,7 @@ def tables(analysis: Analysis, title: str) -> list[Table]:
 
 
 def command(advice: Advice) -> str:
-    """Command line that tunes with the suggested setting."""
+    """Line that shows the command to tune with the suggested setting."""
     advised = advice.advised
     return (
         f"to try: skipkernels tune --skip-layers {advice.skip_share:g} --keep-ratio {advised.keep_ratio:g} "
@@ -127,7 +127,7 @@ def _advice_table(analysis: Analysis) -> Table:
         )
     rows = (
         "blocks to skip, image and text",
-        f"FS there, of the largest (below {100 * INSENSITIVE_BELOW:.0f} %)",
+        f"FS of the last of them, of the largest (below {100 * INSENSITIVE_BELOW:.0f} %)",
         "keep ratio",
         f"classes always kept (first ranks with {100 * GRADIENT_SHARE:g} %)",
         "classes per step",

@@ -1,4 +1,4 @@
-"""Compare methods, or settings of Skip Tuning: accuracy, time and memory."""
+"""Compare methods, or values of a setting of Skip Tuning, by accuracy, time and memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compare(
     *,
     overwrite: bool = False,
 ) -> Study:
-    """Run methods on the same images, tests and machine.
+    """Run several methods with the same training images and tests.
 
     Args:
         config: Configuration of every run except the method. Settings that are None follow each method's recipe;
@@ -49,7 +49,7 @@ def compare(
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
-        raise InputError(f"compare: methods must be different names of {', '.join(METHODS)}; {got}.", "methods")
+        raise InputError(f"compare: methods must be distinct names of {', '.join(METHODS)}; {got}.", "methods")
     variants = [Variant(method, config.with_method(method)) for method in methods]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     return Study("compare", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results))

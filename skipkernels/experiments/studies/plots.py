@@ -13,24 +13,24 @@ from .study import ACCURACY, Study
 
 _PANELS = ("tuning, s", "step, ms", "peak, MiB")
 _TICKS = 4  # largest number of labels on the axis of a panel
-_LOGARITHMIC = ("tuning, s", "step, ms")  # they differ by orders of magnitude
+_LOGARITHMIC = ("tuning, s", "step, ms")  # columns with values of different orders of magnitude
 
 
 def study_svg(study: Study) -> str:
-    """Plot accuracy over shots, accuracy by test, or one panel per column of several variants, by `study.layout`."""
+    """Plot a study by its layout: accuracy over shots, accuracy of each test, or a panel of bars for each column."""
     return {"shots": _over_shots, "tests": _by_test, "variants": _by_variant}[study.layout](study)
 
 
 def _over_shots(study: Study) -> str:
-    """Accuracy over the number of training images per class, zero-shot dotted."""
+    """Accuracy over the number of training images per class; zero-shot as a dotted line."""
     figures = {int(name.split()[0]): groups[ACCURACY] for name, groups in study.summary().items()}
 
     def draw(axes: Axes) -> None:
-        tuned = {count: found for count, of in figures.items() if (found := of["tuned"]) is not None}
+        tuned = {count: found for count, row in figures.items() if (found := row["tuned"]) is not None}
         deviations = [found.deviation or 0.0 for found in tuned.values()]
         means = [found.mean for found in tuned.values()]
         axes.errorbar(list(tuned), means, yerr=deviations, color=COLOURS[0], marker="o", capsize=3, label="tuned")
-        for zero_shot in {found.mean for of in figures.values() if (found := of["zero-shot"]) is not None}:
+        for zero_shot in {found.mean for row in figures.values() if (found := row["zero-shot"]) is not None}:
             axes.axhline(zero_shot, color=GREY, linestyle=":", linewidth=1, label="zero-shot")
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(figures), list(map(str, figures)))
@@ -75,9 +75,9 @@ def _by_variant(study: Study) -> str:
                     axes.barh(place, found.mean, xerr=error, color=colour, ecolor=GREY, capsize=3, height=0.7)
             first = (group, column) == shown[0]
             axes.set_yticks(range(len(names)), names if first else [""] * len(names), parse_math=False)
-            axes.set_ylim(len(names) - 0.5, -0.5)  # the first variant on top; a variant without a value keeps its row
+            axes.set_ylim(len(names) - 0.5, -0.5)  # first variant on top; a variant without a value has an empty row
             axes.set_xlabel(f"{column}, %" if group == ACCURACY else column, parse_math=False)
-            values = [of.mean for name in names if (of := summary[name][group][column]) is not None and of.mean > 0]
+            values = [f.mean for name in names if (f := summary[name][group][column]) is not None and f.mean > 0]
             if column in _LOGARITHMIC and values:
                 ticks = _log_ticks(min(values), max(values))
                 axes.set_xscale("log")

@@ -60,7 +60,7 @@ class MeanAndDeviation(NamedTuple):
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
-    """Return mean and deviation; None if there are no values or one of them is None.
+    """Return mean and deviation, or None if there are no values or one of them is None.
 
     >>> mean_and_deviation([1.0, 3.0])
     MeanAndDeviation(mean=2.0, deviation=1.4142135623730951)
@@ -85,17 +85,17 @@ def run_variants(
 
     Args:
         variants: Variants with distinct names.
-        seeds: Seeds of training images, their order, and class draws.
+        seeds: Seeds of the choice and order of training images, and of class draws.
         folder: Output folder. Runs are in `folder/runs/VARIANT-SEED`.
         console: Console for progress.
         overwrite: Run completed runs again.
 
     Raises:
-        InputError: If a configuration is invalid, or the folder of a run holds a run with other settings.
+        InputError: If a configuration is invalid, or the output folder of a run contains a run with other settings.
     """
     planned = [_PlannedRun.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
     first_of = {run.variant: run for run in reversed(planned) if run.metrics is None}
-    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first run checks itself when it starts
+    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first run is checked when it starts
     results = []
     for number, run in enumerate(planned, 1):
         metrics = run.metrics
@@ -107,7 +107,7 @@ def run_variants(
 
 
 class _PlannedRun(NamedTuple):
-    """A run to make; `metrics` are set if it is already complete."""
+    """A run of a variant; `metrics` is None unless the run is already complete."""
 
     variant: str
     seed: int
@@ -163,7 +163,7 @@ def _in_subprocess(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any
         return process.submit(work, config).result()
 
 
-# Functions of this module, so that unpickling them in the subprocess imports the experiments, which register methods.
+# Defined in this module, so that unpickling them in the subprocess imports the experiments, which register methods.
 def _check_config(config: TuneConfig) -> None:
     check(config)
 

@@ -1,4 +1,4 @@
-"""Results of a study as a table, a JSON file and a plot."""
+"""Results of a study as tables, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Column:
     """A column of the tables of a study.
 
     Attributes:
-        group: Name of the group of columns, with the unit if it is common to them.
+        group: Name of the group of columns, with the unit if they all share one.
         name: Name within the group.
-        value: Function of the metrics of a run; returns None if a run has no such value.
+        value: Function of the metrics of a run that returns the value, or None if the run has none.
         digits: Number of decimals.
     """
 
@@ -69,7 +69,7 @@ class Study:
         return sorted({result.seed for result in self.results})
 
     def summary(self) -> dict[str, dict[str, dict[str, MeanAndDeviation | None]]]:
-        """Mean and deviation over seeds, by variant, group and column."""
+        """Mean and deviation over seeds, as [variant][group][column]."""
         found: dict[str, dict[str, dict[str, MeanAndDeviation | None]]] = {variant: {} for variant in self.variants}
         for column in self.columns:
             for variant, figure in by_variant(self.results, column.value).items():
@@ -145,10 +145,10 @@ def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str
 
 
 def accuracy(key: str, when: str = "tuned") -> Value:
-    """Accuracy of a test, "tuned" or "zero_shot"."""
+    """Return the function of the metrics that gives the accuracy of a test, "tuned" or "zero_shot"."""
     return lambda metrics: metrics[when][key]
 
 
 def cost(key: str) -> Value:
-    """Entry of the cost metrics of a run."""
+    """Return the function of the metrics that gives an entry of the cost."""
     return lambda metrics: metrics["cost"][key]
