@@ -61,18 +61,18 @@ def class_sampled_ce(
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
     The result equals `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in
-    memory as a whole: without gradients a tile at a time, with gradients a panel of images at a time (32 MiB or, for K
-    above half a million, 16 images). Gradients flow to `image`, `text` (zero for rows outside the sample) and
-    `logit_scale`.
+    memory all at once: without gradients there is one tile at a time, with gradients one panel of images at a time (32
+    MiB or, for K above half a million, 16 images). Gradients flow to `image`, `text` (zero for rows outside the sample)
+    and `logit_scale`.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64. A row with a norm below 1e-12 is
             divided by 1e-12, as in `torch.nn.functional.normalize`.
         text: [C, D] class bank with rows of any norm, in the dtype of `image`.
-        labels: int64 [B], rows of the bank, or `ignore_index`.
+        labels: int64 [B], indices of rows of the bank, or `ignore_index`.
         logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
             `image` (without a host sync).
-        class_ids: int64 [K], sampled rows of the bank, without duplicates; default: all rows.
+        class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
         class_weight: [C], weight of each row of the bank, a constant; default: 1.
         label_smoothing: ε in [0, 1]; default: 0.
         ignore_index: label of images without loss and gradient; default: -100.
@@ -109,8 +109,8 @@ def class_sampled_ce(
     if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
-    # The CPU kernel computes gradients at less cost in forward; for "none" it would need the upstream gradient.
-    keep = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
+    # The CPU kernel computes gradients at less cost in forward; with "none" they depend on the upstream gradient.
+    in_forward = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return registration.call(
         _class_sampled_ce,
         image,
@@ -122,7 +122,7 @@ def class_sampled_ce(
         label_smoothing,
         ignore_index,
         REDUCTIONS.index(reduction),
-        *(keep and x.requires_grad for x in (image, text, scale)),
+        *(in_forward and x.requires_grad for x in (image, text, scale)),
     )[0]
 
 
@@ -142,11 +142,11 @@ def class_sampled_logits(
         text: [C, D] class bank with rows of any norm, in the dtype of `image`.
         logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
             `image`.
-        class_ids: int64 [K], sampled rows of the bank, without duplicates; default: all rows.
+        class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
 
     Returns:
-        [B, K] logits: fp64 for fp64 features, else fp32: at a scale of 100, bf16 logits have steps of 0.5.
-        Gradients flow to `image`, `text` and `logit_scale`.
+        [B, K] logits: fp64 for fp64 features, else fp32, because bf16 logits near 100 have steps of 0.5. Gradients flow
+        to `image`, `text` and `logit_scale`.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype.
@@ -172,12 +172,12 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 
         score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
 
-    Not differentiable: the scores select classes.
+    Not differentiable, because the scores only select classes.
 
     Args:
         image: [B, D] image embeddings of any norm, B ≥ 1, in fp32, bf16, fp16 or fp64.
         prototypes: [C, D] class embeddings of unit norm, in the dtype of `image`.
-        labels: int64 [B], rows of `prototypes`.
+        labels: int64 [B], indices of rows of `prototypes`.
 
     Returns:
         [C] scores: fp64 for fp64 features, else fp32.
@@ -223,8 +223,8 @@ def add_layer_norm(
 
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`. `normed` is computed from the rounded `hidden`, with
-        statistics in fp32 (fp64 for fp64). Without a residual `hidden` is `x` itself, which autocast does not cast. A
-        row with a variance that overflows (in fp32, values of 1e19 and more) is NaN in `normed`, as are its gradients;
+        statistics in fp32 (fp64 for fp64). Without a residual `hidden` is `x` itself, not cast by autocast. If the
+        variance of a row overflows (in fp32, with values of 1e19 and more), its `normed` and its gradients are NaN;
         `torch.nn.functional.layer_norm` returns NaN or 0, depending on the width.
 
     Raises:
@@ -247,7 +247,7 @@ def add_layer_norm(
     check_device(name, "weight", weight, ("x", x))
     check_alike(name, "bias", bias, ("weight", weight))
     if not 0 <= eps < math.inf:
-        raise ValueError(f"{name}: eps must be a number, at least 0; got {eps}.")
+        raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
     hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
     return x if residual is None else hidden, normed
 
@@ -257,7 +257,7 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
 
     With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is its tanh approximation.
 
-    Saved for backward: `x` and `bias`; the rest is recomputed. Autocast casts `x`, not the bias.
+    Saved for backward: `x` and `bias`. Autocast casts `x`, not the bias.
 
     Args:
         x: [..., W], before the bias, in fp32, bf16, fp16 or fp64.
@@ -319,7 +319,7 @@ def suffix_attention(
         suffix_value: shape of `query`.
         scale: factor of the products; default: 1/sqrt(E).
         offsets: int64 [K + 1] of packed suffixes, non-decreasing from 0 to T. Not validated on a GPU.
-        max_length: tokens of the longest suffix; required with `offsets`, refused without.
+        max_length: at least the tokens of the longest suffix; required with `offsets`, not allowed without.
 
     Returns:
         Contiguous tensor of the shape and dtype of `query`.
@@ -352,8 +352,8 @@ def suffix_attention(
     _check_like(name, query, "suffix_value", suffix_value, **sizes)
     if (offsets is None) != (max_length is None):
         raise ValueError(
-            f"{name}: offsets and max_length go together; got {'max_length' if offsets is None else 'offsets'} alone. "
-            "Pass both, or neither."
+            f"{name}: offsets and max_length must be given together; got only "
+            f"{'max_length' if offsets is None else 'offsets'}. Pass both, or neither."
         )
     scale = E**-0.5 if scale is None else scale
     if offsets is not None and max_length is not None:
@@ -375,7 +375,7 @@ def pooled_attention(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one query per sequence, of the pooled token, over all keys of the sequence.
+    """Attention of one query per sequence, that of the pooled token, over all keys of the sequence.
 
         out_b = softmax_n(scale · ⟨q_b, k_bn⟩, n < length_b) · v_bn
 
@@ -425,32 +425,32 @@ def gather_rows(
     out: Tensor | None = None,
     out_index: Tensor | None = None,
 ) -> Tensor:
-    """A batch of cached features: rows of a store, dequantised.
+    """Gather rows of a feature store into a batch, dequantised.
 
         out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 
-    Every number is read once, also from a memory-mapped file, and written once. Not differentiable: the cache is a
-    constant. A batch from several shards is gathered shard by shard: `out_index` are the rows of the batch that belong
-    to a shard.
+    Every number is read once, also from a memory-mapped file, and written once. Not differentiable: cached features are
+    constants. A batch from several shards takes one call per shard, with the rows of the batch that belong to the shard
+    as `out_index`.
 
     Args:
         rows: [R, N, W] features, one row per sample; in fp32, fp16, bf16, fp64 or int8.
-        index: int64 [B], rows to gather, in any order, with or without repeats.
-        token_scale: fp32 [R, N], scale of each token; required for int8, refused otherwise.
+        index: int64 [B], indices of the rows to gather, in any order, with or without repeats.
+        token_scale: fp32 [R, N], scale of each token; required for int8, not allowed otherwise.
         dtype: dtype of the result; default: that of `rows`, or fp32 for int8.
         pin_memory: allocate the result in page-locked memory, for a copy to a GPU on a side stream; default: False.
         out: contiguous [B, N, W] tensor for the result, in any floating-point dtype, that does not share memory with
             `rows`. With `out_index` it is [M, N, W], M ≥ 1.
-        out_index: int64 [B], rows of `out` to write, in any order, without duplicates (not validated on a GPU, where a
-            duplicate row is undefined). Other rows do not change. Only with `out`; default: 0 to B − 1.
+        out_index: int64 [B], indices of the rows of `out` to write, in any order, without duplicates (not validated on
+            a GPU, where a duplicate row is undefined). Other rows do not change. Only with `out`; default: 0 to B − 1.
 
     Returns:
         [B, N, W] tensor, or `out`.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for an index that is not a
-            row, or duplicates in `out_index`. Nothing is written then.
+        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for an index out of range
+            or duplicates in `out_index`. Nothing is written in these cases.
 
     Example:
         >>> rows = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)   # [R=2, N=1, W=2]
@@ -488,7 +488,7 @@ def gather_rows(
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
     if out is None:
         if out_index is not None:
-            raise ValueError(f"{name}: out_index is for rows of out; got no out. Pass both.")
+            raise ValueError(f"{name}: out_index must come with out, to select its rows; got no out. Pass it, too.")
         if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
             raise ValueError(
                 f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"
@@ -496,7 +496,10 @@ def gather_rows(
             )
         return registration.call(_gather_rows, rows, index, token_scale, dtype, pin_memory)
     if dtype is not None or pin_memory:
-        raise ValueError(f"{name}: dtype and pin_memory are those of out; got both. Leave them out.")
+        raise ValueError(
+            f"{name}: dtype and pin_memory must not be given with out, which has its own; got dtype={dtype} and "
+            f"pin_memory={pin_memory}. Leave them out."
+        )
     B = index.shape[0]
     if out_index is not None:
         check_shape(name, "out_index", out_index, ("index", index), B=B)
@@ -510,9 +513,9 @@ def gather_rows(
         )
     check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
     check_device(name, "out", out, ("rows", rows))
-    # Addresses are unknown while a graph is compiled.
+    # Under torch.compile tensors have no addresses.
     if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
-        raise ValueError(f"{name}: out must have memory of its own; got a view of that of rows.")
+        raise ValueError(f"{name}: out must not share memory with rows; got a tensor in the same storage.")
     registration.call(_gather_rows_out, rows, index, token_scale, out_index, out)
     return out
 
@@ -532,13 +535,13 @@ def sgd_momentum_(
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
     This is the step of `torch.optim.SGD` for a buffer that starts at zero, in one pass over memory. Autograd does not
-    record it. The tensors must not share memory. Pass the parameters of a model as lists: one call for all of them.
-    Every number is rounded as in `skipkernels.reference`: the bits are the same on any device, with any number of
-    threads.
+    record it. The tensors must not share memory. Pass the parameters of a model as lists: one call updates all of them.
+    Every number is rounded as in `skipkernels.reference`, so results are bit-equal on all devices and for any number
+    of threads.
 
-    With a seed, bf16 weights are rounded at random, up with the probability of the truncated part, so that updates
-    smaller than half a step survive on average. The random bits depend only on the seed and on the position of a weight
-    in the list. Use a new seed for every step.
+    With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction, so that
+    updates smaller than half a step are applied on average. The random bits depend only on the seed and on the position
+    of a weight in the list. Use a new seed for every step.
 
     Args:
         weight: tensor of any shape, in fp32, bf16, fp16 or fp64, updated in place; or a list of such tensors of one
@@ -546,16 +549,16 @@ def sgd_momentum_(
         grad: tensor of the shape of `weight`, in any floating-point dtype; or a list of the same length.
         momentum_buffer: tensor of the shape of `weight`, in any floating-point dtype, updated in place; or a list of
             the same length. Zeros before the first step.
-        lr: learning rate: a number, or a tensor of one element on the device of `weight`. The kernel reads it there: a
-            captured CUDA graph uses its value at each replay.
+        lr: learning rate: a number, or a tensor of one element on the device of `weight`, which the kernel reads, so
+            that each replay of a captured CUDA graph uses its current value.
         momentum: decay of the buffer, at least 0; default: 0.9.
         weight_decay: L2 penalty, at least 0; default: 0.
-        seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element as `lr`; default:
-            None, round to nearest.
+        seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element, read like `lr`;
+            default: None, round to nearest.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype, and for a seed with weights that are not bf16.
-        ValueError: for a mismatched shape, device or length, or a negative rate.
+        ValueError: for a mismatched shape, device or length, or a rate that is negative or not finite.
 
     Example:
         >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])
@@ -573,9 +576,9 @@ def sgd_momentum_(
         )
     for option, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: {option} must be at least 0; got {value}.")
+            raise ValueError(f"{name}: {option} must be finite and at least 0; got {value}.")
     if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
-        raise ValueError(f"{name}: lr must be at least 0; got {lr}.")
+        raise ValueError(f"{name}: lr must be finite and at least 0; got {lr}.")
     if not weights:
         return
     first = weights[0]
@@ -587,9 +590,9 @@ def sgd_momentum_(
         if w.dtype != dtype or w.device != device:
             raise ValueError(
                 f"{name}: the weights of a list must have one dtype and device; got {dtype} on {device} and {w.dtype} "
-                f"on {w.device}. Make a call for each."
+                f"on {w.device}. Use one call per dtype and device."
             )
-        # A model has hundreds of tensors: check the common case at once.
+        # A model has hundreds of tensors: check the common case in one expression.
         alike = g.shape == w.shape == b.shape and g.dtype == dtype == b.dtype and g.device == device == b.device
         if not (alike and g.layout == torch.strided == b.layout):
             for argument, x in (("grad", g), ("momentum_buffer", b)):
@@ -659,8 +662,8 @@ def _number_tensor(
 ) -> Tensor:
     """Convert a number to a tensor of `dtype` without a host sync; validate a tensor and return it unchanged."""
     if not isinstance(value, Tensor):
-        if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:  # the kernel refuses NaN
-            value = math.copysign(math.inf, value)
+        if dtype.is_floating_point and abs(value) > torch.finfo(dtype).max:
+            value = math.copysign(math.inf, value)  # torch.full raises on overflow; the CPU kernel rejects inf
         return torch.full((), value, dtype=dtype, device=like[1].device)
     if value.numel() != 1 or value.dim() > 1:
         raise ValueError(f"{name}: {argument} must be a number, [] or [1]; got {list(value.shape)}.")

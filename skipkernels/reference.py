@@ -1,9 +1,9 @@
 """Every operator in plain PyTorch: the specification, the test oracle and the fallback.
 
 Each function has the name, the arguments and the defaults of the function in `skipkernels.functional`, where arguments,
-shapes and errors are documented; options need not be keywords here, and arguments are not validated. All functions run
-on any device, also in fp64, and are differentiable by autograd unless stated otherwise. For fp16 and bf16 inputs the
-arithmetic is in fp32, as in the kernels.
+shapes and errors are documented; options may also be positional here, and arguments are not validated. All functions
+run on any device, also in fp64, and are differentiable by autograd unless stated otherwise. For fp16 and bf16 inputs
+the arithmetic is in fp32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def class_sampled_ce(
     targets = torch.where(labels == ignore_index, -100, labels)
     if class_ids is not None:
         K = class_ids.shape[0]
-        # cross_entropy refuses K: the position of a label outside the sample.
+        # Labels outside the sample get position K, for which cross_entropy raises an error.
         position = class_ids.new_full((text.shape[0],), K).scatter(0, class_ids, torch.arange(K, device=text.device))
         targets = torch.where(targets < 0, targets, position[targets.clamp_min(0)])
         class_weight = None if class_weight is None else class_weight[class_ids]
@@ -174,7 +174,7 @@ def suffix_attention_and_lse(
     offsets: Tensor | None = None,
     max_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`suffix_attention`, and the log-sum-exp of the scores: `query` without its last dimension."""
+    """`suffix_attention`, and the log-sum-exp of the scores, with the shape of `query` without its last dimension."""
     T = query.shape[0]
     if offsets is not None:
         assert max_length is not None
@@ -228,7 +228,7 @@ def pooled_attention_and_lse(
     visible = None
     if lengths is not None:
         visible = torch.arange(key.shape[1], device=key.device) < lengths[:, None]
-        # Zero keys and values as well as weights: 0 · NaN is NaN.
+        # Also set masked keys and values to zero, because they may be NaN, and 0 · NaN is NaN.
         key, value = (x.masked_fill(~visible[:, :, None, None], 0) for x in (key, value))
         visible = visible[:, None, None]
     out, lse = _attention(query[:, None], key, value, visible, scale)
@@ -243,7 +243,7 @@ def gather_rows(
     dtype: torch.dtype | None = None,
     pin_memory: bool = False,
 ) -> Tensor:
-    """A batch of cached features: rows of a store, dequantised.
+    """Gather rows of a feature store into a batch, dequantised.
 
         out_b = rows[index_b] · token_scale[index_b]
 
@@ -276,12 +276,12 @@ def sgd_momentum_(
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    Every product and every sum is rounded on its own: kernels return the same bits. A list of tensors is one tensor
-    that is cut into pieces.
+    Every product and every sum is rounded separately, so that kernels can return the same bits. A list is equivalent to
+    one tensor cut into pieces.
 
-    With a seed, bf16 weights are rounded at random, up with the probability of the truncated part. Four elements share
-    a hash: the random bits of element i, counted through the list, are bits 16 · (i mod 4) to 16 · (i mod 4) + 15 of
-    splitmix64(seed, i div 4).
+    With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction. Four
+    elements share a hash: the random bits of element i, counted through the list, are bits 16 · (i mod 4) to
+    16 · (i mod 4) + 15 of splitmix64(seed, i div 4).
 
     See `skipkernels.functional.sgd_momentum_`.
     """
@@ -313,7 +313,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of [B, queries, H, E] over [B, keys, H, E], and the lse of the scores, [B, queries, H]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    # Contiguous: else matmul copies k.mT to [E, keys], and BLAS sums such a product over E in one sequence.
+    # Contiguous: otherwise matmul copies k.mT to [E, keys], for which BLAS sums over E sequentially.
     q, k, v = (at_least_fp32(x).transpose(1, 2).contiguous() for x in (query, key, value))  # [B, H, tokens, E]
     scores = scale * (q @ k.mT)
     if visible is not None:
@@ -336,11 +336,11 @@ def _round_at_random(x: Tensor, seed: Tensor | int, first: int) -> Tensor:
 
 
 def signed64(value: int) -> int:
-    """Convert to the int64 of the same 64 bits: PyTorch multiplies int64 modulo 2⁶⁴, as uint64."""
+    """Convert a uint64 to the int64 with the same bits: PyTorch multiplies int64 modulo 2⁶⁴, like uint64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 logically; `>>` copies the sign bit."""
+    """Shift an int64 right and fill with zeros; `>>` copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -152,8 +152,8 @@ GATHER = [
     ({"out": torch.ones(2, 3, 5)}, ValueError, r"out must be contiguous \[B=2, N=3, W=4\]; got \[2, 3, 5\]"),
     ({"out": torch.ones(2, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
     ({"out": torch.ones(2, 3, 4).long()}, TypeError, r"out must be float32, .* got torch.int64"),
-    ({"out": torch.ones(2, 3, 4), "dtype": torch.float32}, ValueError, r"dtype and pin_memory are those of out"),
-    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index is for rows of out; got no out\. Pass both"),
+    ({"out": torch.ones(2, 3, 4), "dtype": torch.float32}, ValueError, "dtype and pin_memory must not be given with"),
+    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index must come with out, .* got no out\. Pass it, too"),
     *(
         ({"out": torch.ones(7, 3, 4), "out_index": torch.tensor([6, 0])} | bad, error, message)
         for bad, error, message in (
@@ -221,13 +221,13 @@ SGD = [
     ),
     ({"grad": [torch.ones(3), torch.ones(2, 2).long()]}, TypeError, r"grad must be float32, .* got torch.int64"),
     ({"grad": [torch.ones(3), torch.ones(2, 2, device="meta")]}, ValueError, r"grad must be on cpu, where weight is"),
-    ({"lr": -0.1}, ValueError, r"lr must be at least 0; got -0.1"),
-    ({"lr": float("nan")}, ValueError, r"lr must be at least 0; got nan"),
+    ({"lr": -0.1}, ValueError, r"lr must be finite and at least 0; got -0.1"),
+    ({"lr": float("nan")}, ValueError, r"lr must be finite and at least 0; got nan"),
     ({"lr": torch.ones(2)}, ValueError, r"lr must be a number, \[\] or \[1\]; got \[2\]"),
     ({"lr": torch.tensor(1)}, TypeError, r"lr must be float32, .* got torch.int64"),
     ({"lr": torch.tensor(0.1, device="meta")}, ValueError, r"lr must be on cpu, where weight is; got meta"),
-    ({"momentum": -1.0}, ValueError, r"momentum must be at least 0; got -1.0"),
-    ({"weight_decay": -1.0}, ValueError, r"weight_decay must be at least 0; got -1.0"),
+    ({"momentum": -1.0}, ValueError, r"momentum must be finite and at least 0; got -1.0"),
+    ({"weight_decay": -1.0}, ValueError, r"weight_decay must be finite and at least 0; got -1.0"),
     ({"seed": 3}, TypeError, r"weight must be bfloat16; got torch.float32. Leave out seed"),
 ]
 
@@ -320,7 +320,7 @@ def test_meta_tensors_have_shapes():
 @pytest.mark.parametrize("eps", [-1e-5, math.nan, math.inf])
 def test_add_layer_norm_refuses_such_an_eps(eps):
     x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="eps must be a number, at least 0"):
+    with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         functional.add_layer_norm(x, x, torch.ones(4), torch.zeros(4), eps)
 
 
@@ -332,9 +332,9 @@ def test_a_logit_scale_beyond_fp32_is_not_finite():
 
 def test_gather_rows_does_not_gather_into_its_rows():
     rows = torch.randn(4, 2, 3)
-    with pytest.raises(ValueError, match="out must have memory of its own"):
+    with pytest.raises(ValueError, match="out must not share memory with rows"):
         functional.gather_rows(rows, torch.tensor([3, 2, 1, 0]), out=rows)
-    with pytest.raises(ValueError, match="out must have memory of its own"):
+    with pytest.raises(ValueError, match="out must not share memory with rows"):
         functional.gather_rows(rows[:2], torch.tensor([1]), out=rows[2:], out_index=torch.tensor([0]))
 
 
