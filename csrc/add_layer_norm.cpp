@@ -5,8 +5,8 @@
 //   d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
 //   d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 //
-// Map: blocks of rows are tasks (RowPlan). A row is read from memory once, forward and backward; the later passes over
-// it find it in the L1 cache.
+// Map: blocks of rows are tasks (RowPlan). Forward and backward read a row from memory once, and then from the L1
+// cache.
 #include <tuple>
 
 #include "rows.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr const char* NAME = "add_layer_norm";
 
-// A null pointer: an input that is absent or an output that is not needed. residual and hidden come together.
+// Absent inputs, and outputs that are not needed, are null. hidden is written only with a residual.
 template <class T, class A = accumulate_t<T>>
 struct Forward {
   int64_t W;
@@ -55,7 +55,7 @@ SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, in
       for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA { sum = sum + load_columns(x + i, n); });
     }
     const A mean = sum.sum() / A(W);
-    // The variance is that of the centred row: a difference of squares would lose it where the mean is large.
+    // From the centred row: E[x²] − E[x]² would cancel where the mean is large.
     for_columns<T>(W, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
       const Columns<T> centred = only(load_columns(row + i, n) - mean, n);
       squares = squares + centred * centred;
@@ -72,7 +72,7 @@ SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, in
   }
 }
 
-// Compile-time flags for the pointers that are given, so that the inner loops have no branches.
+// The flags say which pointers are not null; they are template arguments, so that the inner loops have no branches.
 template <bool D_X, bool D_HIDDEN, bool SUMS, class T, class A>
 SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, A* d_weight, A* d_bias) {
   const int64_t W = b.W;
@@ -126,7 +126,7 @@ DEFINE_ROW_LOOPS(double, double)
 DEFINE_ROW_LOOPS(BFloat16, float)
 DEFINE_ROW_LOOPS(Half, float)
 
-// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
+// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
 void check_vector(const Tensor& vector, int64_t W, const char* argument) {
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == W, NAME, ": ", argument, " must be [W].");
 }

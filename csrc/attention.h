@@ -1,4 +1,4 @@
-// Shared by the attention operators: tokens in memory, tiles of them in scratch, and products of tiles.
+// Shared by the attention operators: tokens in tensors, tiles of tokens in scratch, and products of tiles.
 //
 // A tile is n rows of E numbers, widened to the type of arithmetic and padded with zeros to `width`, a whole number of
 // vectors, so that inner loops have no remainder. Everything here is inlined into the MULTIVERSION functions.
@@ -26,7 +26,7 @@ inline Tensor with_contiguous_heads(const Tensor& tokens) {
   return tokens.size(last) == 1 || tokens.stride(last) == 1 ? tokens : make_contiguous(tokens);
 }
 
-// Uses the last three dimensions; the caller handles those before.
+// Tokens of the last three dimensions, at index 0 of the others.
 template <class T>
 Tokens<const T> tokens_of(const Tensor& tokens) {
   return {tokens.const_data_ptr<T>(), tokens.stride(tokens.dim() - 3), tokens.stride(tokens.dim() - 2)};
@@ -175,7 +175,7 @@ SKIPKERNELS_INLINE void multiply_block(
     for (int i = 0; i < I; ++i)
       for (int j = 0; j < J; ++j)
         sum[i][j] += factor.data[i * factor.stride_row + k * factor.stride_column] * vec(b.data + k * b.stride + j * W);
-  // The products are summed before they are added: a gradient that sums over classes rounds once per class.
+  // The products are summed before they are added to out, so that a gradient summed over classes rounds once per class.
   for (int i = 0; i < I; ++i)
     for (int j = 0; j < J; ++j) {
       Vec<A>& total = vec(out + i * width + j * W);
@@ -233,8 +233,8 @@ SKIPKERNELS_INLINE A exp_row(A* x, A top, int64_t n, int64_t end) {
 }
 
 // x_j → weight_j = exp(scale · x_j − lse) for j < n, 0 from there to `end`, a whole number of vectors. Returns lse.
-// Backward recomputes the weights instead of reading lse: weights normalised by a rounded lse do not sum to 1, and
-// where one key has nearly all the weight that error exceeds the gradient.
+// Backward calls this too, instead of reading lse: weights normalised by a rounded lse do not sum to 1, and where one
+// key has nearly all the weight, that error exceeds the gradient.
 template <class A>
 SKIPKERNELS_INLINE double softmax_row(A* x, A scale, int64_t n, int64_t end) {
   constexpr int64_t W = Vector<A>::width;
@@ -257,7 +257,7 @@ SKIPKERNELS_INLINE void score_gradient_row(A* d_weight, const A* weight, int64_t
     sum += vec(weight + j) * vec(d_weight + j);
   }
   const A mean = horizontal_sum<A>(sum);
-  Vec<A> left = {}; // the mean of the differences: the rounding error of the first mean
+  Vec<A> left = {}; // the weighted mean of the differences, which is the rounding error of `mean`
   for (int64_t j = 0; j < end; j += W) {
     vec(d_weight + j) -= mean;
     left += vec(weight + j) * vec(d_weight + j);

@@ -4,13 +4,13 @@
 //   loss_b = (1 − ε) w_y (lse_b − z_by) + ε/K Σ_k w_k (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 //   d_z_bk = up_b · ((1 − ε) w_y (p_bk − [k = y]) + ε/K (W p_bk − w_k)),   p_bk = exp(z_bk − lse_b),  W = Σ_k w_k
 //
-// Map: a panel of images at a time; the panel's plane of images × classes is cut into blocks (Plan), a task each. A
-// task goes through its block in tiles and leaves the running top and sum of each image (vector.h, Softmax); these are
-// combined at the end. Without gradients the panel is the whole batch, and only tiles of cosines are ever written.
-// With gradients its cosines are kept, [panel, K], turned into d_z in place, and contracted with the rows at once:
-// three matrix products in all, as many as with all logits in memory. So they are computed in the forward pass, up to
-// the factor d_loss, if gradients are needed and the reduction is not "none"; backward applies the gradient of the unit
-// norm, or recomputes everything if forward computed no gradients.
+// Map: one panel of images at a time. The panel's plane of images × classes is cut into blocks (Plan), one task each. A
+// task computes its block in tiles and stores the running top and sum of each image (vector.h, Softmax); these are
+// combined at the end. Without gradients the panel is the whole batch, and only tiles of cosines are written. With
+// gradients the cosines of the panel are kept, [panel, K], turned into d_z in place, and contracted with the rows
+// before the next panel: three matrix products in all, as many as with all logits in memory. The forward pass therefore
+// computes the gradients, up to the factor d_loss, if they are needed and the reduction is not "none". Backward then
+// applies the gradient of the unit norm; if forward computed no gradients, it recomputes everything.
 #include "unit_rows.h"
 
 #include <cmath>
@@ -24,7 +24,7 @@ namespace {
 constexpr const char* NAME = "class_sampled_ce";
 enum Reduction : int64_t { MEAN, SUM, NONE }; // as REDUCTIONS of skipkernels/ops/class_sampled_ce.py
 
-// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
+// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
 void check_shapes(
     const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight) {
@@ -53,7 +53,7 @@ struct Problem {
   Tensor image_storage, text_storage; // memory of the rows
   std::vector<int64_t> ids; // the sampled rows of the bank; empty: all of them
   Rows<T> image, text;
-  std::vector<int64_t> target; // the label's place among the sampled rows, or −1: ignored
+  std::vector<int64_t> target; // position of the label among the sampled rows; −1: ignored
   std::vector<A> weight; // of the sampled rows; empty: all 1, and no smoothing
   A scale, smoothing;
   A total_weight; // Σ_k w_k
@@ -121,7 +121,7 @@ struct Problem {
   }
 };
 
-// Outputs; null if not needed. Gradients with respect to the unit rows, without the factor scale.
+// Outputs; null if not needed. d_image and d_text are gradients of the unit rows, without the factor scale.
 template <class A>
 struct Results {
   double *loss, *lse; // [B]
@@ -134,7 +134,7 @@ struct Results {
   }
 };
 
-// Loss, lse and norms of the images p0 to p0 + plan.B. `cosines`, unless it is null, is left with the cosines.
+// Loss, lse and norms of the images p0 to p0 + plan.B − 1. Also writes the cosines if `cosines` is not null.
 template <class T, class A = accumulate_t<T>>
 void forward(
     const Problem<T>& problem, const Plan& plan, int64_t p0, A* cosines, int64_t stride, const Results<A>& out) {
@@ -203,15 +203,15 @@ void forward(
   }
 }
 
-// Softmax of an image from its lse, in fp64: any cosine near lse/scale can be the top.
+// Softmax of an image from its lse, in fp64, with lse/scale in place of the top: any number near the top works.
 template <class A>
 Softmax<A> softmax_of(double lse, A scale) {
   const A top = scale == 0 ? A(0) : A(lse / scale);
   return {scale, top, A(lse - double(scale) * double(top))};
 }
 
-// The tile's row of cosines of one image → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is the gradient of
-// its loss.
+// Cosines of one image with k_count classes → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is the gradient
+// of the loss of the image.
 template <class T, class A = accumulate_t<T>>
 A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, int64_t k, int64_t k_count, A* cosine) {
   if (problem.target[b] < 0) {
@@ -226,7 +226,7 @@ A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, 
   const int64_t y = problem.target[b] - k;
   if (y < 0 || y >= k_count)
     return softmax_gradient(cosine, softmax, factor, spread, weight, k_count);
-  // The true class apart: p − 1 is formed before rounding.
+  // The true class separately: expm1 computes p − 1 without cancellation.
   const A cosine_y = cosine[y], log_p = softmax.scale * (cosine_y - softmax.top) - softmax.log_sum;
   const A d_logit =
       hit * std::expm1(log_p) + spread * (problem.total_weight * std::exp(log_p) - (weight ? weight[y] : 0));
@@ -237,7 +237,7 @@ A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, 
   return along + d_logit * cosine_y;
 }
 
-// All needed outputs; `upstream` is the gradient of each image's loss.
+// Computes all needed outputs; `upstream` is the gradient of the loss of each image.
 template <class T, class A = accumulate_t<T>>
 void run(const Problem<T>& problem, const std::vector<A>& upstream, const Results<A>& out) {
   const int64_t B = problem.B, K = problem.K;
@@ -373,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     if (need_text) {
       const Tensor rows = with_contiguous_rows(text);
       const std::vector<int64_t> ids = class_ids ? integers(*class_ids) : std::vector<int64_t>();
-      places_of(NAME, ids, C); // none out of range
+      places_of(NAME, ids, C); // checks the range
       if (class_ids)
         std::memset(d_text.mutable_data_ptr(), 0, d_text.numel() * sizeof(T));
       store_gradient<T>(

@@ -2,10 +2,10 @@
 //
 //   z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
 //
-// Map: the B × K plane is cut into blocks (Plan), a task each, which goes through its block in tiles. Backward
-// contracts d_z with the rows (unit_rows.h). The gradient of s, Σ_bk d_z_bk · cosine_bk, is the sum over images of
-// ⟨x_b/|x_b|, Σ_k d_z_bk t_k/|t_k|⟩, and the sum over classes of ⟨t_k/|t_k|, Σ_b d_z_bk x_b/|x_b|⟩: dot products with a
-// gradient that is computed anyway. If it is not, or is rounded to bf16, the cosines are computed again.
+// Map: the B × K plane is cut into blocks (Plan), one task each; a task computes its block in tiles. Backward contracts
+// d_z with the rows (unit_rows.h). The gradient of s, Σ_bk d_z_bk · cosine_bk, is the sum over images of
+// ⟨x_b/|x_b|, Σ_k d_z_bk t_k/|t_k|⟩, and also the sum over classes of ⟨t_k/|t_k|, Σ_b d_z_bk x_b/|x_b|⟩: dot products
+// with a gradient of unit rows. If that gradient is not needed, or is rounded to bf16, the cosines are recomputed.
 #include "unit_rows.h"
 
 #include <numeric>
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
       store_gradient<T>(sample.text, norms[1], unit_text.get(), K, D, scale, d_text.mutable_data_ptr<T>());
     }
     if (need_logit_scale) {
-      // The gradient of a unit row is a sum over the other side. The shorter sums round less.
+      // d_image is a sum over classes, d_text a sum over images. The shorter sum has less rounding error.
       const bool sums_over_images = B <= K;
       double d_scale = 0;
       if ((sums_over_images ? need_text : need_image) && !std::is_same_v<T, BFloat16>) {

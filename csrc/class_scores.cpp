@@ -2,8 +2,8 @@
 //
 //   score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
 //
-// Map: as in class_sampled_ce.cpp; a block leaves the maximum over its images, and the blocks of one class are combined
-// at the end.
+// Map: blocks and tiles as in class_sampled_ce.cpp. A task stores the maximum over the images of its block for each
+// class; the blocks of a class are combined at the end.
 #include "tensor.h"
 
 #include <limits>

@@ -3,7 +3,7 @@
 //   out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 //
 // Map: the B · N tokens of the batch are divided among the threads. Adjacent tokens of the output type are copied
-// together; others are converted one by one. The rows may be a memory-mapped file: they are read in place, once, at
+// together; others are converted one at a time. The rows may be a memory-mapped file: they are read in place, once, at
 // any alignment.
 #include "tensor.h"
 
@@ -16,7 +16,7 @@ namespace {
 
 constexpr const char* NAME = "gather_rows";
 
-// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
+// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
 void check(const Tensor& rows, const Tensor& index, const std::optional<Tensor>& token_scale) {
   STD_TORCH_CHECK(rows.dim() == 3, NAME, ": rows must be [R, N, W].");
   STD_TORCH_CHECK(
@@ -38,7 +38,7 @@ std::vector<int64_t> checked_rows(const char* argument, const Tensor& index, con
   return ids;
 }
 
-// Duplicates would be written by two threads at the same time.
+// Two threads could write a duplicate row at the same time.
 void check_no_duplicates(const std::vector<int64_t>& out_ids, int64_t M) {
   std::vector<bool> named(M);
   for (const int64_t row : out_ids) {
@@ -56,7 +56,7 @@ void dispatch_rows(const Tensor& rows, const F& f) {
   dispatch_features(rows, NAME, f);
 }
 
-// Copies with non-temporal stores: the output is not read into the caches first. For data that is not read soon.
+// Copies with non-temporal stores, which do not load the output into the caches; for data that is not read soon.
 void stream(char* out, const char* x, int64_t bytes) {
 #if defined(__SSE2__)
   const int64_t head = std::min(int64_t(-reinterpret_cast<uintptr_t>(out) % 64), bytes);
@@ -77,12 +77,12 @@ void end_stream() {
 #endif
 }
 
-// Without out_ids row b of the batch is row b of out.
+// If out_ids is empty, row b of the batch is row b of out.
 template <class In, class Out>
 void gather(
     const Tensor& rows, const std::vector<int64_t>& ids, const std::optional<Tensor>& token_scale,
     const std::vector<int64_t>& out_ids, Out* out) {
-  constexpr int64_t GRAIN = 1 << 17; // least bytes per thread: about 10 µs
+  constexpr int64_t GRAIN = 1 << 17; // minimum bytes per thread: about 10 µs
   // Larger batches use non-temporal stores. Measured with 32 MiB of L3: 1.4 times as fast at 19 MB and 1.5 at 155 MB,
   // but 0.6 at 2.4 MB.
   constexpr int64_t LARGE = 16 << 20;

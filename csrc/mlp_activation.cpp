@@ -3,8 +3,8 @@
 //   u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
 //   quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
 //
-// Map: blocks of rows are tasks (RowPlan). A row goes through a buffer of the type of arithmetic, CHUNK numbers at a
-// time: loaded into it, computed in it, stored from it.
+// Map: blocks of rows are tasks (RowPlan). A row is processed CHUNK numbers at a time in a buffer of the type of
+// arithmetic: load, compute in place, store.
 #include <tuple>
 
 #include "rows.h"
@@ -17,9 +17,10 @@ constexpr int64_t CHUNK = 512; // 2 KiB in fp32: the L1 cache has room for it be
 
 enum class Kind { quick_gelu, gelu, gelu_tanh }; // as KINDS of skipkernels/ops/mlp_activation.py
 
-// Relative errors of the functions below, and so of g where it vanishes (for negative u): with ROUGH, for 16-bit
-// results, below 2.6e-5, a tenth of half a step of fp16; else below 1e-8 plus rounding: with exp(−t) the size of g,
-// t · 2⁻²³ + 4 · 2⁻²⁴. Polynomials: least squares, weighted for the smallest maximal relative error.
+// Relative errors of the functions below, and therefore of g for negative u, where g vanishes. With ROUGH, for 16-bit
+// results: below 2.6e-5, a tenth of half a step of fp16. Else: below 1e-8 plus rounding, which is t · 2⁻²³ + 4 · 2⁻²⁴
+// where g has the size of exp(−t). The polynomials are least-squares fits, weighted to minimise the largest relative
+// error.
 
 // 2ᵗ for −127.4 < t < 127.4, and 0 below −126.5.
 template <bool ROUGH>
@@ -81,7 +82,7 @@ struct Gate {
 
 constexpr double TANH_FACTOR = 1.5957691216057308, TANH_CUBIC = 0.044715; // 2 √(2/π)
 
-// Where g rounds to 1 or 0, g must be exactly that and g' exactly 0: u may be 1e38.
+// Where g rounds to 1 or 0, g must be exactly 1 or 0, and g' exactly 0: u may be 1e38.
 template <Kind KIND, bool ROUGH>
 SKIPKERNELS_INLINE Gate<float> gate(float u) {
   constexpr float LOG2_E = 1.44269504f;
@@ -200,7 +201,7 @@ DEFINE_ROW_LOOPS(double, double)
 DEFINE_ROW_LOOPS(BFloat16, float)
 DEFINE_ROW_LOOPS(Half, float)
 
-// skipkernels.functional validates for users; these checks keep a direct call inside the memory.
+// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
 void check_shapes(const Tensor& x, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0, NAME, ": x must be [..., W] with W at least 1.");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == x.size(x.dim() - 1)), NAME, ": bias must be [W].");

@@ -5,9 +5,9 @@
 //   d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
 //   d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 //
-// Map: a task has some heads of one sequence. It reads the keys in blocks, head by head within a block: the heads of a
-// token are adjacent, so memory is read in long runs. Forward: all scores, softmax, then all values. Backward: all
-// weights and their gradients, then the keys again; nothing is summed across tasks.
+// Map: a task computes some heads of one sequence. It reads the keys in blocks, and within a block head by head: the
+// heads of a token are adjacent, so memory is read in long runs. Forward: all scores, softmax, then all values.
+// Backward: all weights and their gradients, then the keys again. Nothing is summed across tasks.
 #include "attention.h"
 
 namespace skipkernels {
@@ -45,7 +45,7 @@ struct Forward {
 template <class T>
 struct Backward {
   Tokens<const T> d_out; // [B, H, E]
-  Tokens<T> d_query; // [B, H, E]; null data if not needed, as the next two
+  Tokens<T> d_query; // [B, H, E]; data is null if not needed, as in the next two
   Tokens<T> d_key, d_value; // [B · N, H, E]
 };
 
@@ -71,7 +71,7 @@ struct Workspace {
         d_weight(zeros<A>(backward ? heads * columns : 0)) {}
 };
 
-// One head of `count` tokens from n on: in place if the layout allows, else loaded into the tile.
+// One head of `count` tokens from n on: the tensor itself if its layout allows, else a copy in the tile.
 template <class T, class A = accumulate_t<T>>
 SKIPKERNELS_INLINE TileRows<A> rows_at(
     const Tokens<const T>& tokens, Workspace<T>& workspace, int64_t n, int64_t h, int64_t count, int64_t E) {
@@ -198,8 +198,8 @@ void attend_all(const Problem<T>& problem, const Result& result) {
   });
 }
 
-// Inputs with a contiguous last dimension. skipkernels.functional validates for users; these checks keep a direct call
-// inside the memory.
+// Inputs with a contiguous last dimension. skipkernels.functional validates the inputs; these checks keep direct calls
+// from accessing memory out of bounds.
 struct Inputs {
   Tensor query, key, value;
   std::vector<int64_t> lengths; // empty: all keys

@@ -1,4 +1,4 @@
-// Shared by the operators on rows of features: [..., W] as rows, blocks of rows as tasks, sums over all rows.
+// Shared by the operators on rows of features: division of [..., W] into blocks of rows, and sums over all rows.
 #pragma once
 
 #include "tensor.h"
@@ -33,7 +33,7 @@ class Slots {
       const auto* data = vector->template const_data_ptr<decltype(type)>();
       for (int64_t i = 0; i < W; ++i) {
         const A number = A(widen(data[i * stride]));
-        slots_[slot<T>(i)] = std::isnan(number) ? std::numeric_limits<A>::quiet_NaN() : number; // round_to_bfloat16
+        slots_[slot<T>(i)] = std::isnan(number) ? std::numeric_limits<A>::quiet_NaN() : number; // see round_to_bfloat16
       }
     });
   }
@@ -73,7 +73,7 @@ void parallel_rows(const RowPlan& plan, const F& f) {
   });
 }
 
-// Column sums over all rows: partial sums of each block, then their sum in order.
+// Column sums over all rows: partial sums of each block, which are then added in the order of the blocks.
 template <class T>
 class ColumnSums {
  public:

@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* NAME = "sgd_momentum_";
 constexpr int64_t RANDOM_BLOCK = 512; // elements: 2 KiB
-constexpr int64_t GRAIN = 1 << 15; // least elements per thread: about 10 µs
+constexpr int64_t GRAIN = 1 << 15; // minimum elements per thread: about 10 µs
 
 template <class A>
 struct Rates {
@@ -33,8 +33,8 @@ MULTIVERSION void fill_random(uint16_t* random, uint64_t seed, uint64_t group, i
   fill_random_body(random, seed, group, n);
 }
 
-// bf16 in the upper half of the word, before truncation of the lower half. x is a sum: a NaN has a mantissa bit set in
-// the upper half.
+// Rounds to bf16 at random: the result is in the upper half; the caller truncates the lower half. x is a sum, so a NaN
+// has a mantissa bit set in the upper half.
 SKIPKERNELS_INLINE uint32_t round_at_random(float x, uint32_t random) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -56,7 +56,7 @@ SKIPKERNELS_INLINE A moved(A weight, A grad, A buffer, const Rates<A>& rates) {
   return rates.momentum * buffer + (grad + rates.weight_decay * weight);
 }
 
-// Steps n elements; rounds to nearest, or stochastically if random bits are given.
+// Updates n elements; rounds to nearest, or at random if random bits are given.
 template <class W, class G, class M, class A = accumulate_t<W>>
 SKIPKERNELS_INLINE void steps_body(W* weight, const G* grad, M* buffer, const Rates<A> rates, int64_t n) {
 #pragma omp simd
@@ -94,14 +94,15 @@ SKIPKERNELS_INLINE float number(uint32_t upper_half) {
 SKIPKERNELS_INLINE uint32_t word_of(float x) {
   return load_word(&x);
 }
-// Rounded to bf16, ties to even, in the upper half.
+// Rounds to bf16, ties to even; the result is in the upper half.
 SKIPKERNELS_INLINE uint32_t to_nearest(float x) {
   const uint32_t bits = word_of(x);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-// All in bf16: a shift and a mask unpack two neighbours from one word, so that no number changes its vector lane.
-// Infinity and NaN need no case: widened from bf16 they have zeros in the lower half, so nothing carries out of it.
+// Weight, gradient and buffer in bf16: a shift and a mask unpack two neighbours from one word, so that no number
+// changes its vector lane. Infinity and NaN need no special case: widened from bf16 they have zeros in the lower half,
+// so nothing carries out of it.
 template <bool RANDOM>
 SKIPKERNELS_INLINE void paired_steps_body(
     BFloat16* weight, const BFloat16* grad, BFloat16* buffer, const Rates<float> rates, const uint16_t* random,
@@ -173,7 +174,7 @@ struct Options {
 struct Parameter {
   void *weight, *grad, *buffer;
   ScalarType type, grad_type, buffer_type;
-  int64_t first, numel; // index of its first element among all elements of the list
+  int64_t first, numel; // first: index of the first element among all elements of the list
 };
 
 template <class W, class G, class M>
@@ -218,10 +219,10 @@ bool is_number(const Tensor& x) {
   return x.is_cpu() && x.numel() == 1 && x.dim() <= 1;
 }
 
-// The tensors that are updated; copies of those that the kernel cannot update in place.
+// Memory of the tensors for the kernel: their own, or that of copies, which are written back after the update.
 class Changed {
  public:
-  // A contiguous tensor, in its own type or in one of the two that the weights allow.
+  // Elements of the tensor, contiguous and in the type of the weights or of the arithmetic; sets `type`.
   void* numbers(const Tensor& tensor, ScalarType& type, bool changed, ScalarType weight_type) {
     const ScalarType wide = weight_type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     type = tensor.scalar_type();

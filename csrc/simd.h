@@ -1,6 +1,7 @@
 // Building blocks of the inner loops: functions compiled per instruction set, vectors, conversions, exp.
 //
 // T is the type in memory, A the type of arithmetic: double for double, float for all others.
+//
 // MULTIVERSION marks a function (not a template: a macro in the operator's file defines one per type) that is compiled
 // for AVX-512, for AVX2 with FMA, and for the baseline; the loader selects one at load time, so that one binary runs on
 // every machine. SKIPKERNELS_INLINE marks the functions that are inlined into it. MULTIVERSION_256 omits AVX-512: a
@@ -94,13 +95,13 @@ SKIPKERNELS_INLINE void horizontal_sums(A* out, const typename Vector<A>::type* 
   std::memcpy(out, &sums, sizeof(sums));
 }
 
-// exp for arguments up to about 0, as in a softmax: 0 below −87, where fp32 would be denormal.
+// exp for arguments up to about 0, as in a softmax. Returns 0 below −87, where fp32 is denormal.
 SKIPKERNELS_INLINE float exp_nonpositive(float x) {
   const float rounder = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer, in the low bits of the sum
   const float shifted = x * 1.44269504f + rounder;
   const float n = shifted - rounder;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts: n · 0.693359375 is exact
-  float p = 1.0f / 5040.0f; // Taylor to r⁷: |r| ≤ ln(2)/2, so what is left out is below 2⁻²⁷
+  float p = 1.0f / 5040.0f; // Taylor to r⁷: |r| ≤ ln(2)/2, so the remainder is below 2⁻²⁷
   p = p * r + 1.0f / 720.0f;
   p = p * r + 1.0f / 120.0f;
   p = p * r + 1.0f / 24.0f;
@@ -116,8 +117,8 @@ SKIPKERNELS_INLINE double exp_nonpositive(double x) {
   return std::exp(x);
 }
 
-// Conversions on bits. F is float and U uint32_t, or both are vectors of them. Without branches, which keep compilers
-// from vectorising the loop.
+// Conversions on bits. F is float and U uint32_t, or both are vectors of them. No branches: they keep compilers from
+// vectorising the loop.
 template <class U>
 SKIPKERNELS_INLINE U one_if_greater(const U& a, const U& b) { // both below 2³¹
   return (b - a) >> 31;
@@ -127,8 +128,8 @@ SKIPKERNELS_INLINE U choose(const U& one, const U& a, const U& b) { // a where `
   return b ^ ((a ^ b) & (0u - one));
 }
 
-// To nearest even: the high half is the bfloat16, the low half is arbitrary. Not for a NaN with bits in the low half,
-// which computations on bfloat16 numbers do not produce.
+// Rounds to nearest even: the high half of the result is the bfloat16, the low half is arbitrary. Not for a NaN with
+// bits in the low half, which computations on bfloat16 numbers do not produce.
 template <class U>
 SKIPKERNELS_INLINE U round_to_bfloat16(const U& bits) {
   return bits + (0x7fffu + ((bits >> 16) & 1u));
@@ -209,7 +210,8 @@ struct Columns {
 template <class T>
 constexpr bool is_16_bit = sizeof(T) == 2;
 
-// Index of column i in a row of A that is used with rows of T, and the length of that row.
+// slot: index of column i in a row of A that is stored in the order of Columns<T>. slots: length of that row, a whole
+// number of Columns.
 template <class T>
 SKIPKERNELS_INLINE int64_t slot(int64_t i) {
   constexpr int64_t N = Columns<T>::count;
@@ -232,7 +234,7 @@ SKIPKERNELS_INLINE void store_slots(accumulate_t<T>* row, const Columns<T>& x) {
   *reinterpret_cast<V*>(row + Columns<T>::count / 2) = x.second;
 }
 
-// Columns of a row of T, from and to memory of any alignment.
+// load_columns and store_columns: Columns of a row of T in memory of any alignment.
 typedef uint32_t Words __attribute__((vector_size(64), aligned(2), may_alias));
 
 template <class T>
@@ -249,7 +251,7 @@ SKIPKERNELS_INLINE Columns<T> load_columns(const T* x) {
   }
 }
 
-// Stores x and rounds it to the stored values.
+// Stores x, and sets x to the stored values, which are rounded to T.
 template <class T>
 SKIPKERNELS_INLINE void store_columns(T* out, Columns<T>& x) {
   using V = typename Columns<T>::V;
@@ -267,8 +269,8 @@ SKIPKERNELS_INLINE void store_columns(T* out, Columns<T>& x) {
   }
 }
 
-// Calls f(i, n) along a row: i is the first column, n their number: Whole, except at the end if W is not a multiple.
-// The functions below take n; columns beyond the row are read as zero and not written.
+// Calls f(i, n) for all Columns of a row. i is the first column; n is Whole, or the number of columns at the end of the
+// row if they are fewer. The functions below take n: columns beyond the row are read as zero and not written.
 struct Whole {};
 
 template <class T, class F>
@@ -302,7 +304,7 @@ SKIPKERNELS_INLINE void store_columns(T* out, Columns<T>& x, int64_t n) {
   store_columns(row, x);
   std::memcpy(out, row, n * sizeof(T));
 }
-// x, with zeros beyond the row.
+// Returns x with zeros in the columns beyond the row.
 template <class T>
 SKIPKERNELS_INLINE Columns<T> only(const Columns<T>& x, Whole) {
   return x;

@@ -5,17 +5,18 @@
 //   d_weight_ij = ⟨d_out_i, v_j⟩,   d_score_ij = weight_ij (d_weight_ij − Σ_j weight_ij d_weight_ij)
 //   d_q_i = scale Σ_j d_score_ij k_j,   d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i
 //
-// Map: a task has a block of classes. For each head its scratch holds the keys and values of the prefix, followed by
-// those of one suffix, so that a class is a small attention over one tile of keys. Backward holds the gradients of that
-// tile in the same layout; the gradient of the prefix is summed over the classes of a task, then over tasks.
+// Map: a task computes a block of classes. For each head its scratch contains the keys and values of the prefix,
+// followed by those of one suffix, so that a class is a small attention over one tile of keys. Backward stores the
+// gradients of that tile in the same layout; the gradient of the prefix is summed over the classes of a task, then over
+// tasks.
 #include "attention.h"
 
 namespace skipkernels {
 namespace {
 
 constexpr const char* NAME = "suffix_attention";
-constexpr int64_t GROUP = 8; // queries at a time: small, so that few masked keys are multiplied
-constexpr int64_t WINDOW = 32; // tokens per head before the next head's scratch is used
+constexpr int64_t GROUP = 8; // queries per product: small, so that few masked keys are multiplied
+constexpr int64_t WINDOW = 32; // tokens that are computed for one head before the next head
 
 // Products with keys are fastest in groups of four; surplus keys of a tile are masked like future keys.
 constexpr int64_t whole_fours(int64_t keys) {
@@ -43,7 +44,7 @@ struct Forward {
 template <class T>
 struct Backward {
   Tokens<const T> d_out;
-  Tokens<T> d_query, d_suffix_key, d_suffix_value; // null data if not needed
+  Tokens<T> d_query, d_suffix_key, d_suffix_value; // data is null if not needed
   bool need_key, need_value; // of the prefix or of the suffix
 };
 
@@ -100,7 +101,7 @@ SKIPKERNELS_INLINE void attend(
   }
 }
 
-// Adds to the gradient of keys or values; the last `fresh` rows are overwritten.
+// Adds to the gradient of keys or values; overwrites the last `fresh` rows.
 template <class A>
 SKIPKERNELS_INLINE void add_key_gradient(
     A* d_keys, const A* factor, int64_t columns, const A* queries, int64_t keys, int64_t fresh, int64_t rows,
@@ -148,7 +149,7 @@ SKIPKERNELS_INLINE void attend_backward(
     store_rows(result.d_suffix_value, begin, h, &tile.d_value[suffix], width, A(1), length, problem.E);
 }
 
-// Classes k0 to k1, in windows; within a window head by head.
+// Classes k0 to k1 − 1, in windows of WINDOW tokens; within a window head by head.
 template <class T, class Result>
 SKIPKERNELS_INLINE void attend_classes_body(
     const Problem<T>& problem, const Result& result, Workspace<T>& tile, int64_t k0, int64_t k1) {
@@ -210,7 +211,7 @@ int64_t tasks_of(const Problem<T>& problem, int64_t tokens, int64_t products) {
   return std::clamp<int64_t>(int64_t(std::min(wanted, MAX_TASKS)), 1, problem.K);
 }
 
-// Calls f(scratch, task, begin, end) with the classes begin to end of each task.
+// Calls f(scratch, task, begin, end) for each task, with its classes begin to end − 1.
 template <class T, class F>
 void parallel_classes(const Problem<T>& problem, int64_t tasks, bool backward, const F& f) {
   parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
@@ -221,7 +222,7 @@ void parallel_classes(const Problem<T>& problem, int64_t tasks, bool backward, c
   });
 }
 
-// Adds up the partial sums, [tasks, H, P, width], and stores them.
+// Adds up the partial sums of the tasks, [tasks, H, P, width], and stores the total.
 template <class T, class A = accumulate_t<T>>
 void store_prefix_gradient(
     const Problem<T>& problem, Tensor& d_prefix, A* sums, int64_t tasks, int64_t width, A factor) {
@@ -236,8 +237,8 @@ void store_prefix_gradient(
   });
 }
 
-// Inputs with a contiguous last dimension. skipkernels.functional validates for users; these checks keep a direct call
-// inside the memory.
+// Inputs with a contiguous last dimension. skipkernels.functional validates the inputs; these checks keep direct calls
+// from accessing memory out of bounds.
 struct Inputs {
   Tensor query, prefix_key, prefix_value, suffix_key, suffix_value;
   std::vector<int64_t> offsets; // empty: all suffixes have one length

@@ -27,7 +27,7 @@ namespace skipkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An error in the values that a caller passed. Python sees std::invalid_argument as ValueError.
+// Throws an error about the values of the arguments. std::invalid_argument is ValueError in Python.
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream message;
@@ -35,8 +35,8 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// PyTorch's allocations. The stable ABI of the target version names the failed call but no reason; with valid arguments
-// it is out of memory.
+// Calls a function that allocates a tensor. The stable ABI of the target version reports a failed call without the
+// reason; with valid arguments, that is too little memory.
 template <class F>
 Tensor allocated(const F& allocate) {
   try {
@@ -55,7 +55,7 @@ inline Tensor make_contiguous(const Tensor& tensor) {
   return allocated([&] { return torch::stable::contiguous(tensor); });
 }
 
-// Calls f(begin, end) on parts of a range, on up to torch.get_num_threads() threads. Rethrows the exception of f: the
+// Calls f(begin, end) for parts of a range, on up to torch.get_num_threads() threads. Rethrows an exception of f: the
 // stable ABI would only report that parallel_for failed.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
@@ -73,7 +73,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     std::rethrow_exception(failure);
 }
 
-// Uninitialised scratch of a task, aligned to a cache line.
+// Uninitialised memory for a task, aligned to a cache line.
 struct Free {
   void operator()(void* memory) const {
     ::operator delete[](memory, std::align_val_t(64));
@@ -99,7 +99,7 @@ template <class A>
 Tensor scalar_of() {
   return make_empty({}, scalar_type_of<A>);
 }
-// A contiguous output; empty if not needed.
+// A contiguous tensor of the shape of `like`; empty if not needed.
 inline Tensor empty_if(bool need, const Tensor& like) {
   std::vector<int64_t> sizes{0};
   if (need) {
@@ -151,7 +151,7 @@ inline std::vector<int64_t> integers(const Tensor& tensor) {
   return values;
 }
 
-// A matrix with contiguous rows and any row stride; or some of its rows, by index.
+// A matrix with contiguous rows and any row stride, or the rows `ids` of it.
 template <class T>
 struct Rows {
   const T* data;
@@ -205,8 +205,8 @@ void library_matmul(const Matrix<A>& out, const Matrix<A>& a, const Matrix<A>& b
   });
 }
 
-// PyTorch's product is faster from this size on. It is only called inside a parallel region, where it is serial: a
-// product divided among threads may depend on their number.
+// True if PyTorch's product is faster than small_matmul. It is only called inside a parallel region, where it is
+// serial: the result of a product that is divided among threads may depend on their number.
 inline bool is_large(int64_t m, int64_t n, int64_t d) {
   return std::min({m, n, d}) >= 16 && double(m) * double(n) * double(d) >= 1 << 20;
 }
@@ -231,7 +231,7 @@ struct Plan {
 
 struct Block {
   int64_t b_index, k_index;
-  int64_t b0, b1, k0, k1; // images b0 to b1, classes k0 to k1, the ends not included
+  int64_t b0, b1, k0, k1; // images b0 to b1 − 1, classes k0 to k1 − 1
 };
 
 constexpr int64_t B_TILE = 256; // a tile of logits, 256 × 512 fp32, is 512 KiB: it stays in the L2 cache
@@ -267,7 +267,7 @@ void parallel_blocks(const Plan& plan, const F& f) {
   });
 }
 
-// The same without tiles.
+// Without tiles.
 template <class F>
 void parallel_blocks(const Plan& plan, const F& f) {
   parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {

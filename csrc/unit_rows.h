@@ -31,8 +31,8 @@ inline bool has_bf16_products() {
 #endif
 }
 
-// out[m, d] (+)= Σ_n factors[m, n] · unit row n, a tile of n at a time. A task is a range of m and of columns; there
-// are none without `out`. `whole`: the problem is too small to divide; one task, without PyTorch's product.
+// out[m, d] (+)= Σ_n factors[m, n] · unit row n, a tile of n at a time. A task is a range of m and of columns; if `out`
+// is null, there are no tasks. `whole`: the problem is too small to divide; one task, without PyTorch's product.
 //
 // Large products of bf16 rows round both operands and the product of each tile to bf16, as plain PyTorch does; tiles
 // are summed in fp32.
@@ -112,7 +112,7 @@ struct Contraction {
   void add_product_bf16(A* piece, const Matrix<A>& a, const Matrix<A>& b, Workspace& own) const {
     if constexpr (IS_BF16) {
       narrow_row(own.tile_bf16.get(), b.data, b.rows * b.columns);
-      // In memory order: one contraction reads d_logits as it is, the other transposed.
+      // Convert in memory order: one of the two contractions has d_logits transposed.
       const bool by_rows = a.stride_column == 1;
       const Matrix<A> in = by_rows ? a : a.transposed();
       for (int64_t i = 0; i < in.rows; ++i)
@@ -155,8 +155,8 @@ void contract(
   });
 }
 
-// Gradient of the unit norm: rows of d_rows from the gradients of the n unit rows, times scale. The caller sets the
-// other rows to zero.
+// Gradient of the unit norm, times scale: writes d_rows at the n rows from the gradients of the unit rows. The caller
+// sets the other rows to zero.
 template <class T, class A = accumulate_t<T>>
 void store_gradient(const Rows<T>& rows, const A* norm, const A* d_unit, int64_t n, int64_t D, A scale, T* d_rows) {
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / D);

@@ -7,7 +7,7 @@
 namespace skipkernels {
 namespace {
 
-// I × J dot products at once: I · J independent chains of FMAs, and each loaded value is used several times.
+// I × J dot products: I · J independent chains of FMAs, and each loaded value is used several times.
 template <class A, int I, int J>
 SKIPKERNELS_INLINE void dot_block(A* out, int64_t stride_out, const A* a, const A* b, int64_t d) {
   using V = typename Vector<A>::type;
@@ -116,7 +116,7 @@ SKIPKERNELS_INLINE double dot_body(const A* x, const A* y, int64_t n) {
   return sum;
 }
 
-// The x with the largest scale · x. One maximum per vector lane: compilers differ on reductions by maximum.
+// The x with the largest scale · x. One maximum per vector lane: not all compilers vectorise a reduction by maximum.
 template <class A>
 SKIPKERNELS_INLINE A top_of(A start, const A* x, A scale, int64_t n) {
   constexpr int64_t W = Vector<A>::width;

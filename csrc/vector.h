@@ -1,4 +1,4 @@
-// The inner loops: rows of numbers in, rows of numbers out. No tensors, no threads, no allocation.
+// The inner loops: functions from rows of numbers to rows of numbers, without tensors, threads or allocations.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +24,7 @@ SKIPKERNELS_DECLARE_FEATURE_LOOPS(BFloat16, float);
 SKIPKERNELS_DECLARE_FEATURE_LOOPS(Half, float);
 #undef SKIPKERNELS_DECLARE_FEATURE_LOOPS
 
-// out = x · scale, from any type to another; int8 as input only.
+// out = x · scale, from any type to a different one; int8 as input only.
 #define SKIPKERNELS_FOR_CONVERSIONS(F)                                                             \
   F(float, int8_t) F(float, BFloat16) F(float, Half) F(float, double) F(BFloat16, int8_t)          \
   F(BFloat16, float) F(BFloat16, Half) F(BFloat16, double) F(Half, int8_t) F(Half, float)          \
@@ -57,10 +57,10 @@ struct Softmax {
   void maximum(A* out, const A* x, int64_t n);                                                               \
   /* Σ x · y, summed in fp64: for sums with cancelling terms. */                                            \
   double dot(const A* x, const A* y, int64_t n);                                                             \
-  /* Takes n more cosines into the running top and sum (0 before the first); see Softmax. */                 \
+  /* Updates the running top and sum with n cosines; sum is 0 before the first call. See Softmax. */         \
   void online_softmax(A* top, A* sum, const A* cosine, A scale, int64_t n);                                  \
   /* cosine → d_logit = factor · p − spread · weight, in place; returns Σ d_logit · cosine. */               \
-  /* Without weights, without the second term. */                                                            \
+  /* If weight is null, there is no second term. */                                                          \
   A softmax_gradient(A* cosine, const Softmax<A>& softmax, A factor, A spread, const A* weight, int64_t n)
 
 SKIPKERNELS_DECLARE_LOOPS(float);
