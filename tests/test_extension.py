@@ -312,9 +312,9 @@ def test_reference_serves_with_the_same_errors(tmp_path):
     code = """
 from tests import test_functional
 for bad in test_functional.CROSS_ENTROPY:
-    test_functional.test_cross_entropy_refuses(*bad)
+    test_functional.test_class_sampled_ce_refuses(*bad)
 for bad in test_functional.SCORES:
-    test_functional.test_scores_refuse(*bad)
+    test_functional.test_class_scores_refuses(*bad)
 """
     out, err = finish(start(WITHOUT_PREBUILT + USE + code, tmp_path, SKIPKERNELS_CPP="0"))
     assert out.split()[-1] == "reference", err

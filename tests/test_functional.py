@@ -1,4 +1,4 @@
-"""Bad input: each error names the function, the argument, what it wanted, what it got, and what to do."""
+"""Invalid inputs: each error names the function, the argument, the expected and actual value, and a remedy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CROSS_ENTROPY = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), CROSS_ENTROPY, ids=lambda x: x if isinstance(x, str) else "")
-def test_cross_entropy_refuses(bad, error, message):
+def test_class_sampled_ce_refuses(bad, error, message):
     functional.class_sampled_ce(**good())
     with pytest.raises(error, match=rf"^class_sampled_ce: {message}"):
         functional.class_sampled_ce(**{**good(), **bad})
@@ -72,7 +72,7 @@ SCORES = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), SCORES, ids=lambda x: x if isinstance(x, str) else "")
-def test_scores_refuse(bad, error, message):
+def test_class_scores_refuses(bad, error, message):
     arguments = {"image": torch.randn(B, D), "prototypes": torch.randn(C, D), "labels": torch.tensor([0, 3, 5, 8])}
     functional.class_scores(**arguments)
     with pytest.raises(error, match=rf"^class_scores: {message}"):
@@ -96,7 +96,7 @@ LAYER_NORM = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), LAYER_NORM, ids=lambda x: x if isinstance(x, str) else "")
-def test_layer_norm_refuses(bad, error, message):
+def test_add_layer_norm_refuses(bad, error, message):
     arguments = {"x": torch.randn(B, W), "residual": torch.randn(B, W), "weight": torch.ones(W), "bias": torch.ones(W)}
     functional.add_layer_norm(**arguments)
     with pytest.raises(error, match=rf"^add_layer_norm: {message}"):
@@ -114,7 +114,7 @@ ACTIVATION = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), ACTIVATION, ids=lambda x: x if isinstance(x, str) else "")
-def test_activation_refuses(bad, error, message):
+def test_mlp_activation_refuses(bad, error, message):
     arguments = {"x": torch.randn(B, W), "bias": torch.ones(W)}
     functional.mlp_activation(**arguments)
     with pytest.raises(error, match=rf"^mlp_activation: {message}"):
@@ -184,7 +184,7 @@ GATHER = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), GATHER, ids=lambda x: x if isinstance(x, str) else "")
-def test_gather_refuses(bad, error, message):
+def test_gather_rows_refuses(bad, error, message):
     functional.gather_rows(**stored())
     with pytest.raises(error, match=rf"^gather_rows: {message}"):
         functional.gather_rows(**{**stored(), **bad})
@@ -233,19 +233,19 @@ SGD = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), SGD, ids=lambda x: x if isinstance(x, str) else "")
-def test_sgd_refuses(bad, error, message):
+def test_sgd_momentum_refuses(bad, error, message):
     functional.sgd_momentum_(**trained())
     with pytest.raises(error, match=rf"^sgd_momentum_: {message}"):
         functional.sgd_momentum_(**{**trained(), **bad})
 
 
-def test_sgd_refuses_a_seed_that_is_no_integer():
+def test_sgd_momentum_refuses_a_fractional_seed():
     bf16 = {name: torch.ones(2).bfloat16() for name in ("weight", "grad", "momentum_buffer")}
     with pytest.raises(TypeError, match=r"^sgd_momentum_: seed must be int64; got torch.float32. Use seed.to"):
         functional.sgd_momentum_(**bf16, lr=0.1, seed=torch.tensor(1.0))
 
 
-def test_logits_refuse():
+def test_class_sampled_logits_refuses():
     with pytest.raises(ValueError, match=r"^class_sampled_logits: text must be \[C, D=16\]"):
         functional.class_sampled_logits(torch.randn(B, D), torch.randn(C, 7), 1.0)
     with pytest.raises(TypeError, match=r"^class_sampled_logits: class_ids must be int64"):
@@ -269,7 +269,7 @@ def test_gradient_of_the_scale_has_its_shape_and_dtype():
 
 
 def test_logits_are_fp32_under_autocast():
-    """Which casts the features and nothing else: logits of bf16 would be half a unit apart."""
+    """Autocast casts only the features: bf16 logits have steps of 0.5 at this scale."""
     image, text, scale = torch.randn(B, D), torch.randn(C, D), 100.3
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = functional.class_sampled_logits(image, text, scale)
@@ -277,7 +277,7 @@ def test_logits_are_fp32_under_autocast():
     assert torch.equal(logits, functional.class_sampled_logits(image.bfloat16(), text.bfloat16(), scale))
 
 
-# ---- what no kernel is for ---------------------------------------------------------------------------------------
+# ---- unsupported calls ---------------------------------------------------------------------------------------------
 
 
 def test_forward_mode_is_refused():
@@ -286,7 +286,7 @@ def test_forward_mode_is_refused():
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
         torch.func.jvp(lambda x: functional.mlp_activation(x), (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        functional.mlp_activation(x)  # without a tangent it is a call like any other
+        functional.mlp_activation(x)  # no tangent: no error
         with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
             functional.class_sampled_logits(torch.autograd.forward_ad.make_dual(x, x), x, 1.0)
 
@@ -318,7 +318,7 @@ def test_meta_tensors_have_shapes():
 
 
 @pytest.mark.parametrize("eps", [-1e-5, math.nan, math.inf])
-def test_add_layer_norm_refuses_such_an_eps(eps):
+def test_add_layer_norm_refuses_eps(eps):
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         functional.add_layer_norm(x, x, torch.ones(4), torch.zeros(4), eps)
@@ -339,7 +339,7 @@ def test_gather_rows_does_not_gather_into_its_rows():
 
 
 def test_max_length_may_be_any_number():
-    """Scratch is for the suffixes that are there."""
+    """Scratch memory depends on the longest suffix, not on max_length."""
     q, p, offsets = torch.randn(6, 2, 4), torch.randn(5, 2, 4), torch.tensor([0, 2, 6])
     exact = functional.suffix_attention(q, p, p, q, q, offsets=offsets, max_length=4)
     assert functional.suffix_attention(q, p, p, q, q, offsets=offsets, max_length=2**58).equal(exact)

@@ -21,7 +21,7 @@ def rng() -> torch.Generator:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_cross_entropy_is_torchs_on_the_gathered_logits(rng, reduction, label_smoothing, weighted):
+def test_class_sampled_ce_matches_cross_entropy_of_gathered_logits(rng, reduction, label_smoothing, weighted):
     image, text = torch.randn(5, 8, generator=rng, **torch_double), torch.randn(9, 8, generator=rng, **torch_double)
     class_ids, labels = torch.tensor([7, 2, 4, 0]), torch.tensor([4, 7, -1, 2, 4])
     weight = torch.rand(9, generator=rng, **torch_double) if weighted else None
@@ -38,7 +38,7 @@ def test_cross_entropy_is_torchs_on_the_gathered_logits(rng, reduction, label_sm
 
 
 @pytest.mark.parametrize("label", [3, -1, 9])
-def test_cross_entropy_refuses_a_label_outside_the_sample(label):
+def test_class_sampled_ce_refuses_a_label_outside_the_sample(label):
     with pytest.raises(IndexError):
         reference.class_sampled_ce(torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label]), 1.0, torch.tensor([0, 8]))
 
@@ -53,7 +53,7 @@ def test_half_precision_is_computed_in_fp32(rng):
         )
 
 
-def test_add_layer_norm_is_torchs(rng):
+def test_add_layer_norm_matches_torch(rng):
     x, residual = (torch.randn(3, 5, 16, generator=rng, **torch_double) for _ in "xr")
     weight, bias = (torch.randn(16, generator=rng, **torch_double) for _ in "wb")
     hidden, normed = reference.add_layer_norm(x, residual, weight, bias)
@@ -129,7 +129,7 @@ def test_gather_rows_dequantises(rng):
         reference.gather_rows(rows.float(), index, scale)
 
 
-def test_sgd_momentum_is_torchs(rng):
+def test_sgd_momentum_matches_torch(rng):
     start, grads = torch.randn(7, generator=rng), torch.randn(3, 7, generator=rng)
     theirs = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)

@@ -1,4 +1,4 @@
-"""The implementations of the operators; the same tests run on each."""
+"""Implementations of the operators: the same tests run with each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from skipkernels.ops import registration
 
 
 class Backend(NamedTuple):
-    """`cpp`, `reference`, `interpreter` (Triton's kernels and launchers on the CPU) or `gpu` (the same on a device); or
-    `simulator` (the same on the CPU, where each access to memory is checked: see `make race`)."""
+    """An implementation of the operators.
+
+    `cpp`, `reference`, `interpreter` (Triton kernels and launchers on the CPU), `gpu` (the same on a device), or
+    `simulator` (the same on the CPU with every memory access checked, see `make race`).
+    """
 
     name: str
     device: torch.device
@@ -27,7 +30,7 @@ class Backend(NamedTuple):
 
     def skip_unless_supported(self, dtype: torch.dtype) -> None:
         if dtype not in self.dtypes:
-            pytest.skip(f"{dtype} is not for {self.name}")
+            pytest.skip(f"{self.name} does not support {dtype}")
 
 
 CPU = torch.device("cpu")
@@ -35,26 +38,26 @@ ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = {
     "cpp": Backend("cpp", CPU, ALL),
     "reference": Backend("reference", CPU, ALL),
-    # Its bf16 arithmetic is not that of bf16, and fp64 is the reference's.
+    # The interpreter does not round to bf16; fp64 uses the fallback.
     "interpreter": Backend("interpreter", CPU, (torch.float32, torch.float16)),
     "gpu": Backend("gpu", torch.device("cuda", 0), (torch.float32, torch.bfloat16, torch.float16)),
 }
 
 
-if "ttsem" in sys.modules:  # it runs the tests, and every launch goes to it; the tensors are on the CPU and deny it
+if "ttsem" in sys.modules:  # the simulator runs the tests; its tensors are CPU tensors
     BACKENDS = {"simulator": Backend("simulator", CPU, (torch.float32, torch.bfloat16, torch.float16))}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.gpu] * (name == "gpu")) for name in BACKENDS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each of them in turn; the operators of the test are served by it."""
+    """Run the test with each implementation."""
     chosen = BACKENDS[request.param]
     if chosen.name == "cpp" and _extension.load().path is None:
         pytest.skip(f"no C++ kernels: {_extension.load().reason}")
     if chosen.name in ("cpp", "gpu"):
         yield chosen
         return
-    _extension.load()  # later it would put the C++ kernels first again
+    _extension.load()  # loading it later would override the implementation
     library = torch.library.Library(registration.NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
@@ -68,7 +71,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @contextlib.contextmanager
 def _device_assertions() -> Iterator[None]:
-    """Let `tl.device_assert` fail in Triton's interpreter, which does not look at the option of a launch."""
+    """Enable `tl.device_assert` in the interpreter of Triton, which ignores the option of the launch."""
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
     before = builder.options
     builder.options = dataclasses.replace(before, debug=True, sanitize_overflow=False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def check_replays(step: Callable[..., list[Tensor]], inputs: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """`step`, captured with some inputs and replayed with others, gives what it gives for these."""
-    stream = torch.cuda.Stream()  # a backward pass can only be captured on the stream that it was warmed up on
+    """Check that `step`, captured with `inputs` and replayed with `others`, returns the results for `others`."""
+    stream = torch.cuda.Stream()  # backward must be captured on the stream of its warm-up
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(*inputs)  # kernels are compiled before the capture
@@ -27,7 +27,7 @@ def check_replays(step: Callable[..., list[Tensor]], inputs: Sequence[Tensor], o
 
 
 def second_device() -> torch.device:
-    """A device that is not the current one; the test is skipped where there is one only."""
+    """Return a device that is not current; skip the test if there is none."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one device")
     return torch.device("cuda", 1)

@@ -1,4 +1,4 @@
-"""A small call of each public operator, with all of its tensors, for what must hold of every one of them."""
+"""A small call of each public operator, with all of its tensors, for properties of all operators."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class SmallCall(NamedTuple):
     function: Callable[..., Any]
     reference: Callable[..., Any]
     inputs: tuple[Tensor, ...]
-    """The first arguments, those that can have a gradient."""
+    """Differentiable arguments, which come first."""
     rest: tuple[Any, ...]
     options: dict[str, Any]
 
     def total(self, *inputs: Tensor, reference: bool = False) -> Tensor:
-        """Sum of the squares of what the operator, or its reference, returns for these or its own inputs."""
+        """Sum of the squared results of the operator, or of its reference, for `inputs` (default: its own)."""
         function = self.reference if reference else self.function
         out = function(*(inputs or self.inputs), *self.rest, **self.options)
         results = out if isinstance(out, tuple) else (out,)

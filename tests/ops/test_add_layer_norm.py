@@ -213,7 +213,7 @@ def test_any_strides(backend: Backend, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(788, 768), (3000, 100), (131, 4096)])
-def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+def test_bits_do_not_depend_on_threads(shape, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -242,7 +242,7 @@ def test_opcheck(backend: Backend):
 
 
 @pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations(range(4), n)])
-def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, monkeypatch):
+def test_only_needed_gradients_are_computed(backend: Backend, wanted, monkeypatch):
     case = make(5, 40, device=backend.device)
     everything = run(add_layer_norm, case)[2:]
     inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(case.inputs())]
@@ -287,7 +287,7 @@ def test_gradients_of_x_and_residual_are_two_tensors(backend: Backend):
     assert torch.equal(case.residual.grad, before)
 
 
-def test_two_backward_passes_give_the_same_gradients(backend: Backend):
+def test_second_backward_gives_equal_gradients(backend: Backend):
     case = make(5, 40, device=backend.device)
     outputs = add_layer_norm(*case[:4])
     once, twice = (
@@ -297,7 +297,7 @@ def test_two_backward_passes_give_the_same_gradients(backend: Backend):
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_saves_hidden_the_weight_and_two_numbers_a_row(backend: Backend, residual):
+def test_saves_hidden_weight_and_two_numbers_per_row(backend: Backend, residual):
     case = make(6, 40, device=backend.device, residual=residual)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -307,7 +307,7 @@ def test_saves_hidden_the_weight_and_two_numbers_a_row(backend: Backend, residua
     assert [x.numel() for x in saved if x.data_ptr() not in given] == [6, 6]
 
 
-def test_gradient_of_a_gradient_is_an_error(backend: Backend):
+def test_double_backward_is_an_error(backend: Backend):
     case = make(5, 40, device=backend.device)
     (d_x,) = torch.autograd.grad(add_layer_norm(*case[:4])[1].sum(), case.x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"add_layer_norm_backward: the gradient of a gradient is not implemented"):
@@ -329,7 +329,7 @@ def test_autocast_casts_features_and_not_the_weights(backend: Backend, dtype, re
     assert case.x.grad.dtype == case.weight.grad.dtype == torch.float32
 
 
-def test_every_number_is_written(backend: Backend, poisoned_memory):
+def test_every_element_is_written(backend: Backend, poisoned_memory):
     for residual in (True, False):
         for shape in ((5, 33), (70, 64)):
             assert all(

@@ -38,7 +38,7 @@ def nearly_no_memory() -> Iterator[Callable[[], None]]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of the process is read from /proc")
 @pytest.mark.parametrize("what", CALLS)
-def test_too_little_memory_is_said(what, nearly_no_memory):
+def test_out_of_memory_is_an_error(what, nearly_no_memory):
     _extension.load()
     rows = torch.zeros(8, 4 * MIB)
     small = torch.ones(8, 2)

@@ -46,7 +46,7 @@ class Case(NamedTuple):
 def make(
     B, C, K, D, dtype=torch.float32, *, scale=100.0, noise=2.0, ignored=0.0, seed=0, device="cpu", **options
 ) -> Case:
-    """Every other image is near the text of its label, the others near none: confident and not, in one batch."""
+    """A batch of confident and other images: every second image is near the text of its label."""
     rng = torch.Generator().manual_seed(seed)
     text = torch.randn(C, D, generator=rng) + torch.randn(D, generator=rng)
     if K is not None:
@@ -208,7 +208,7 @@ def test_any_strides(backend: Backend, layout):
     "shape", [(64, 700, None, 128), (400, 30, 20, 256), (3, 5000, 4000, 64), (300, 1100, 1029, 96)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+def test_bits_do_not_depend_on_threads(shape, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -220,7 +220,7 @@ def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
 @pytest.mark.parametrize("scale", [100.0, 1000.0, 1e4])
 @pytest.mark.parametrize("image_is", ["on its text", "opposite to its text"])
 def test_large_scale_neither_overflows_nor_underflows(backend: Backend, scale, image_is):
-    """A fixed maximum of 1/τ would underflow for the second: every logit is 2 · scale below it."""
+    """A constant maximum of 1/τ underflows in the second case: every logit is 2 · scale below it."""
     text = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     text = text * 0.01 + text[:1]  # all near one direction
     image = text[:4] if image_is == "on its text" else -text[:4]
@@ -231,7 +231,7 @@ def test_large_scale_neither_overflows_nor_underflows(backend: Backend, scale, i
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_zero_rows_are_the_references(backend: Backend):
+def test_zero_rows_match_the_reference(backend: Backend):
     """x/max(|x|, 1e-12): a zero row has cosine 0 and passes its gradient on, times 1e12."""
     case = make(4, 9, None, 16, device=backend.device)
     case.image.data[1] = 0
@@ -248,8 +248,8 @@ def test_zero_rows_are_the_references(backend: Backend):
 @pytest.mark.parametrize("zero", ["image", "text", None])
 @pytest.mark.parametrize("K", [None, 1])
 def test_one_class_has_no_loss_and_no_gradient(backend: Backend, K, zero, reduction):
-    """Also through the norm of a zero row, by which the gradient is divided: by 1e-12. In fp32, in which 16 bits are
-    computed, all of it is 0 to the bit; in fp64 the roundings of lse are seen."""
+    """Also for a zero row, with a gradient that is divided by 1e-12. In fp32 all results are exactly 0; fp64 shows the
+    rounding of lse."""
     for dtype, label_smoothing in itertools.product(backend.dtypes, (0.0, 0.3)):
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         case = make(3, 1, K, 16, dtype, device=backend.device, **options)
@@ -309,7 +309,7 @@ def test_opcheck(backend: Backend, K, options):
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1)])
-def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, reduction, monkeypatch):
+def test_only_needed_gradients_are_computed(backend: Backend, wanted, reduction, monkeypatch):
     case = make(4, 9, 6, 16, reduction=reduction, device=backend.device)
     everything = loss_and_gradients(kernel, case)[1:]
     inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((case.image, case.text, case.logit_scale))]
@@ -327,7 +327,7 @@ def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, reducti
             assert torch.equal(x.grad, everything[i])
 
 
-def test_two_backward_passes_give_the_same_gradients(backend: Backend):
+def test_second_backward_gives_equal_gradients(backend: Backend):
     case = make(4, 30, 20, 64, label_smoothing=0.1, device=backend.device)
     loss = kernel(case)
     once, twice = (
@@ -337,8 +337,8 @@ def test_two_backward_passes_give_the_same_gradients(backend: Backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_saves_what_the_docstring_says(reduction):
-    """Three rows of statistics and what the mean divides by; with a mean also the gradients of the unit rows."""
+def test_saves_the_documented_tensors(reduction):
+    """lse, norms and the divisor of the mean; for a mean also the gradients of the unit rows."""
     case = make(16, 300, 200, 64, reduction=reduction)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -349,14 +349,14 @@ def test_saves_what_the_docstring_says(reduction):
     assert sorted(own) == sorted([16, 16, 200, 1, *gradients])
 
 
-def test_gradient_of_a_gradient_is_an_error(backend: Backend):
+def test_double_backward_is_an_error(backend: Backend):
     case = make(4, 9, 6, 16, device=backend.device)
     (d_image,) = torch.autograd.grad(kernel(case), case.image, create_graph=True)
     with pytest.raises(RuntimeError, match=r"class_sampled_ce_backward: the gradient of a gradient is not implemented"):
         d_image.sum().backward()
 
 
-def test_bank_rows_out_of_the_sample_get_zero(backend: Backend):
+def test_rows_outside_the_sample_have_zero_gradient(backend: Backend):
     case = make(4, 30, 10, 16, device=backend.device)
     _, _, d_text, _ = loss_and_gradients(kernel, case)
     absent = torch.ones(30, dtype=torch.bool, device=backend.device)
@@ -400,7 +400,7 @@ def test_compiles_into_one_graph(backend: Backend):
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_memory_is_a_panel_not_the_logits(backend: Backend):
+def test_peak_memory_is_a_panel_of_logits(backend: Backend):
     """[B, K] would be 160 MB."""
     case = make(2000, 20_000, None, 8)
     peak = peak_bytes(lambda: loss_and_gradients(kernel, case))
@@ -421,8 +421,8 @@ def test_every_element_is_written(backend: Backend, request: pytest.FixtureReque
 
 
 @pytest.mark.parametrize("backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
-def test_panels_and_splits_change_nothing(backend: Backend, monkeypatch):
-    """The gradient of the text sums up panels of images; few images split the classes among programs."""
+def test_panels_and_splits_agree(backend: Backend, monkeypatch):
+    """The gradient of the text is a sum over panels of images; for few images programs split the classes."""
     case = make(70, 90, 80, 20, label_smoothing=0.1, device=backend.device)
     whole = loss_and_gradients(kernel, case)
     monkeypatch.setattr("skipkernels.ops.unit_rows.PANEL", 1)
@@ -433,8 +433,8 @@ def test_panels_and_splits_change_nothing(backend: Backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["interpreter"], indirect=True)
 @pytest.mark.parametrize("bad", [{"labels": 7}, {"labels": 9}, {"class_ids": 9}, {"class_ids": 0}])
-def test_the_device_stops_at_bad_ids(backend: Backend, bad):
-    """A label outside the sample or the bank, an id outside the bank, or twice where a label asks for it."""
+def test_bad_ids_fail_a_device_assertion(backend: Backend, bad):
+    """A label outside the sample or the bank, an id outside the bank, and a repeated id of a label."""
     arguments = {"labels": [0, 3, 5, 8], "class_ids": [8, 0, 3, 5]}
     arguments = {k: [*v[:-1], bad[k]] if k in bad else v for k, v in arguments.items()}
     image, text = torch.randn(4, 16), torch.randn(9, 16)
@@ -445,7 +445,7 @@ def test_the_device_stops_at_bad_ids(backend: Backend, bad):
 
 @pytest.mark.gpu
 def test_batches_of_any_size_share_their_kernels():
-    """No size of a batch or a sample is a constant of a kernel: it would be compiled again for each."""
+    """Sizes of batch and sample are not constants of a kernel, which would be compiled for each size."""
     kernels = importlib.import_module("skipkernels.ops.class_sampled_ce")
     compiled = []
     for B, K in ((5, 37), (6, 39), (7, 41), (9, 43)):

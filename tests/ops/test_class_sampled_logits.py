@@ -91,7 +91,7 @@ def test_no_worse_than_eager(backend: Backend, shape, dtype):
 
 
 def test_gradient_of_the_scale_is_summed_in_fp64(backend: Backend):
-    """Sums over classes that cancel over images: fp32 would keep what each of them was rounded by."""
+    """Sums over classes that cancel over images: in fp32 their rounding would remain."""
     image, text, scale, _ = make(8, 500, None, 16, device=backend.device)
     cosine = kernel(image.detach(), text.detach(), torch.ones_like(scale), None).detach()
     d_logits = cosine.sign() * torch.tensor([1.0, -1.0], device=cosine.device).repeat(4)[:, None]
@@ -147,7 +147,7 @@ def test_any_strides(backend: Backend, layout):
             assert torch.equal(ours, theirs)
 
 
-def test_zero_rows_are_the_references(backend: Backend):
+def test_zero_rows_match_the_reference(backend: Backend):
     image, text, scale, class_ids = make(4, 9, None, 16, device=backend.device)
     image.data[1] = 0
     text.data[[2, 5]] = 0
@@ -177,7 +177,7 @@ def test_opcheck(backend: Backend, K):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1)])
-def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, monkeypatch):
+def test_only_needed_gradients_are_computed(backend: Backend, wanted, monkeypatch):
     inputs = make(4, 9, 6, 16, device=backend.device)
     everything = torch.autograd.grad(kernel(*inputs).sum(), inputs[:3])
     leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs[:3])]
@@ -206,7 +206,7 @@ def test_two_backward_passes_and_none_of_a_gradient(backend: Backend):
         d_image.sum().backward()
 
 
-def test_saves_the_inputs_and_the_lengths():
+def test_saves_the_inputs_and_norms():
     inputs = make(16, 300, 200, 64)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -217,7 +217,7 @@ def test_saves_the_inputs_and_the_lengths():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(64, 700, None, 128), (400, 30, 20, 256), (300, 1100, 1029, 96)])
-def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+def test_bits_do_not_depend_on_threads(shape, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

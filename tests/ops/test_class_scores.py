@@ -78,14 +78,14 @@ def test_any_strides(backend: Backend):
 
 
 def test_rows_of_wider_tensors(backend: Backend):
-    """Rows that are contiguous are read where they lie, also from an address that is no multiple of 16 bytes."""
+    """Contiguous rows are not copied, also at an address that is not a multiple of 16 bytes."""
     image, prototypes, labels = make(6, 20, 33, device=backend.device)
     within = [F.pad(x, (1, 2), value=torch.nan)[:, 1:-2] for x in (image, prototypes)]
     check(*within, labels)
 
 
 @pytest.mark.parametrize("shape", [(64, 700, 128), (400, 30, 256), (300, 1100, 96)])
-def test_any_number_of_threads_gives_the_same_bits(shape):
+def test_bits_do_not_depend_on_threads(shape):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

@@ -75,7 +75,7 @@ def test_out_index_leaves_the_other_rows(backend, shape, dtype, to):
 
 
 def test_a_batch_from_several_shards(backend):
-    """Shard by shard into a buffer of NaN: every row is written once, also where a shard has nothing of the batch."""
+    """Shard by shard into a buffer of NaN: every row is written, also if a shard has no row of the batch."""
     rows, index, scale = make(12, 5, 67, 9, torch.int8, backend.device)
     index = index.masked_fill(index // 4 == 1, 0)  # the second of three shards has nothing
     out = torch.full((9, 5, 67), torch.nan, device=backend.device)
@@ -210,7 +210,7 @@ def test_out_index_that_cannot_be_is_named(backend, out_index, message):
 
 @pytest.mark.parametrize("backend", ["interpreter"], indirect=True)
 @pytest.mark.parametrize("wrong", [-1, 7])
-def test_the_device_stops_at_an_out_index_out_of_range(backend, wrong):
+def test_bad_out_index_fails_a_device_assertion(backend, wrong):
     rows, index, _ = make(4, 2, 5, 2)
     with pytest.raises(Exception, match="gather_rows: out_index must be rows of out"):
         gather_rows(rows, index, out=torch.zeros(7, 2, 5), out_index=torch.tensor([3, wrong]))
@@ -233,7 +233,7 @@ def test_opcheck(backend):
         torch.library.opcheck(gather_rows_out, (rows, index, scale, make_places(2, 7, backend.device), out))
 
 
-def test_out_counts_up_its_version():
+def test_out_increments_its_version():
     rows, index, _ = make(3, 2, 5, 2)
     out = torch.empty(2, 2, 5)
     before = out._version
@@ -257,8 +257,8 @@ def test_compiles_into_one_graph():
         assert torch.equal(outs[0], outs[1]) and torch.equal(wides[0], wides[1])
 
 
-def test_another_thread_runs_meanwhile():
-    """The interpreter's lock is not held: while a large batch is gathered, a thread of Python counts on."""
+def test_releases_the_interpreter_lock():
+    """A Python thread keeps counting while a large batch is gathered."""
     torch.set_num_threads(1)
     rows = torch.zeros(64, 197, 768, dtype=torch.int8)
     scale, index = torch.zeros(64, 197), torch.zeros(400, dtype=torch.int64)
@@ -307,7 +307,7 @@ def test_captured_in_a_graph():
 
 
 @pytest.mark.gpu
-def test_places_are_read_when_a_graph_is_replayed():
+def test_out_index_is_read_at_replay():
     rows, index, scale = make(9, 5, 31, 4, torch.int8, "cuda")
     out, out_index = torch.zeros(11, 5, 31, device="cuda"), make_places(4, 11, "cuda")
     gather_rows(rows, index, scale, out=out, out_index=out_index)
@@ -322,6 +322,6 @@ def test_places_are_read_when_a_graph_is_replayed():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
-def test_on_the_device_of_its_tensors():
+def test_runs_on_the_device_of_its_tensors():
     rows, index, scale = make(9, 5, 31, 4, torch.int8, "cuda:1")
     assert same(gather_rows(rows, index, scale), reference.gather_rows(rows, index, scale))

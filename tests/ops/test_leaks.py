@@ -11,7 +11,7 @@ from skipkernels import functional
 from tests.ops.small_calls import small_call
 
 CALLS = 2000
-# What an allocator's own caches may hold more or less of. A leak of 8 bytes a call is 16,000.
+# Bytes by which caches of the allocator may change. A leak of 8 bytes per call is 16,000.
 NOISE = 8192
 
 

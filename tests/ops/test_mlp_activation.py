@@ -123,7 +123,7 @@ def test_every_shape(backend: Backend, data):
 
 
 def everywhere(dtype: torch.dtype) -> Tensor:
-    """Numbers of every size and sign up to the largest, the denormal ones and zero among them; dense from −15 to 15."""
+    """Numbers of every magnitude and sign, including denormal numbers and 0; dense from −15 to 15."""
     tiny, largest = torch.finfo(dtype).smallest_normal / 8, torch.finfo(dtype).max
     sizes = torch.logspace(torch.tensor(tiny).log2().item(), torch.tensor(largest).log2().item() - 1e-3, 500, 2.0)
     dense = torch.linspace(-15, 15, 20001)
@@ -155,7 +155,7 @@ def test_every_element_error(backend: Backend, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relative_precision_where_the_result_vanishes(kind):
-    """C++ has it down to 1e-37, with 2⁻²² for every unit of the argument of exp; 1 + erf(u/√2) has no digit left."""
+    """C++ is accurate down to 1e-37, to 2⁻²² per unit of the argument of exp; 1 + erf(u/√2) cancels to 0."""
     u = torch.linspace(-12.7, -1, 1001)
     wide = u.double()
     gate = {
@@ -170,7 +170,7 @@ def test_relative_precision_where_the_result_vanishes(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_infinity_and_nan_are_what_the_formula_makes_of_them(backend: Backend, kind):
+def test_infinity_and_nan_follow_the_formula(backend: Backend, kind):
     if backend.name == "reference":
         pytest.skip("PyTorch's own functions serve, of which gelu makes NaN of infinity where it is vectorised")
     for dtype in backend.dtypes:
@@ -196,7 +196,7 @@ def test_any_strides(backend: Backend, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(788, 768), (3000, 100), (31, 4096)])
-def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+def test_bits_do_not_depend_on_threads(shape, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -223,7 +223,7 @@ def test_opcheck(backend: Backend):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
-def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, monkeypatch):
+def test_only_needed_gradients_are_computed(backend: Backend, wanted, monkeypatch):
     case = make(5, 40, device=backend.device)
     everything = run(mlp_activation, case)[1:]
     inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(case.inputs())]
@@ -239,7 +239,7 @@ def test_only_the_gradients_that_are_asked_for(backend: Backend, wanted, monkeyp
             assert torch.equal(x.grad, everything[i])
 
 
-def test_two_backward_passes_give_the_same_gradients(backend: Backend):
+def test_second_backward_gives_equal_gradients(backend: Backend):
     case = make(5, 40, device=backend.device)
     out = mlp_activation(*case[:2])
     once, twice = (torch.autograd.grad(out, case.inputs(), case.d_out, retain_graph=True) for _ in "ab")
@@ -254,7 +254,7 @@ def test_saves_the_inputs_and_nothing_else(backend: Backend):
     assert {x.data_ptr() for x in saved} == {case.x.data_ptr(), case.bias.data_ptr()}
 
 
-def test_gradient_of_a_gradient_is_an_error(backend: Backend):
+def test_double_backward_is_an_error(backend: Backend):
     case = make(5, 40, device=backend.device)
     (d_x,) = torch.autograd.grad(mlp_activation(*case[:2]).sum(), case.x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"mlp_activation_backward: the gradient of a gradient is not implemented"):
@@ -273,7 +273,7 @@ def test_autocast_casts_features_and_not_the_bias(backend: Backend, dtype):
     assert case.x.grad.dtype == case.bias.grad.dtype == torch.float32
 
 
-def test_every_number_is_written(backend: Backend, poisoned_memory):
+def test_every_element_is_written(backend: Backend, poisoned_memory):
     for shape in ((5, 33), (70, 64), (3, 513)):
         assert all(x.isfinite().all() for x in run(mlp_activation, make(*shape, device=backend.device)))
 

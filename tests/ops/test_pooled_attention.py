@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def make(B, N, H, E, dtype=torch.float32, device="cpu", *, lengths=None, seed=0, **options) -> Case:
-    """Rounded to the dtype, so that all start from the same numbers. `lengths` are drawn where it is "drawn"."""
+    """Inputs rounded to the dtype, so that all are equal; random `lengths` if "drawn"."""
     rng = torch.Generator().manual_seed(seed)
     inputs = tuple(torch.randn(shape, generator=rng) for shape in ((B, H, E), (B, N, H, E), (B, N, H, E)))
     if lengths is not None:
@@ -94,7 +94,7 @@ def test_no_worse_than_eager(backend, shape, dtype, lengths):
     check_three_ways(make(*shape, dtype, backend.device, lengths=lengths))
 
 
-def test_one_key_is_the_answer(backend):
+def test_one_key_returns_its_value(backend):
     case = make(3, 1, 2, 16, device=backend.device)
     out, d_query, d_key, d_value = result_and_gradients(kernel, case)
     assert torch.equal(out, case.inputs[2][:, 0])
@@ -111,7 +111,7 @@ def test_any_scale(backend, scale):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("deviation", [10, 30, 100, 300])
 def test_no_worse_than_eager_at_any_deviation_of_scores(backend, deviation, dtype):
-    """Queries and keys are multiples of 1/8, so that scores are exact: what is left is softmax and its gradient."""
+    """Queries and keys are multiples of 1/8, so that scores are exact; errors are those of softmax and its gradient."""
     backend.skip_unless_supported(dtype)
     case = make(24, 12, 2, 16, device=backend.device)
     for i, factor in (0, deviation), (1, 1):
@@ -124,11 +124,11 @@ def test_large_products_neither_overflow_nor_underflow(backend):
     case.inputs[0].data.mul_(1000)
     exact = result_and_gradients(truth, case.to(torch.float64))
     for value, right in zip(result_and_gradients(kernel, case), exact, strict=True):
-        # Products of 10⁴ are known to 10⁻³; gradients vanish where one key has all the weight.
+        # Products of 10⁴ have errors of 10⁻³; gradients vanish if one key has all the weight.
         assert (value.cpu() - right).abs().max() < 1e-3 * max(1.0, right.abs().max().item())
 
 
-def test_what_is_past_the_length_does_not_count(backend):
+def test_keys_past_the_length_are_ignored(backend):
     case = make(4, 70, 2, 16, device=backend.device, lengths="drawn")
     clean = result_and_gradients(kernel, case)
     past = torch.arange(70, device=backend.device) >= case.options["lengths"][:, None]
@@ -179,7 +179,7 @@ def test_any_strides(backend, layout):
     inputs = [lay_out(x.detach()) for x in case.inputs]
     strided = case._replace(inputs=tuple(x.detach().requires_grad_() for x in inputs))
     plain = case._replace(inputs=tuple(x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs))
-    tolerance = 1e-5 if backend.name == "reference" else 0  # einsum sums in an order of its own for each layout
+    tolerance = 1e-5 if backend.name == "reference" else 0  # BLAS sums in another order
     for ours, theirs in zip(result_and_gradients(kernel, strided), result_and_gradients(kernel, plain), strict=True):
         assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
@@ -195,7 +195,7 @@ def test_saves_the_inputs_the_result_and_lse_without_a_copy():
 
 @pytest.mark.parametrize("shape", [(4, 197, 12, 64), (26, 11, 8, 64), (1, 3000, 5, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+def test_bits_do_not_depend_on_threads(shape, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -223,7 +223,7 @@ def test_opcheck(lengths):
 
 
 @pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 1}, {1, 2}], ids=str)
-def test_only_the_gradients_that_are_asked_for(backend, wanted, monkeypatch):
+def test_only_needed_gradients_are_computed(backend, wanted, monkeypatch):
     case = make(3, 40, 2, 16, device=backend.device, lengths="drawn")
     everything = result_and_gradients(kernel, case)[1:]
     case = case._replace(inputs=tuple(x.detach().requires_grad_(i in wanted) for i, x in enumerate(case.inputs)))
@@ -247,14 +247,14 @@ def test_every_element_is_written(backend, poisoned_memory):
     assert all(x.isfinite().all() for x in result_and_gradients(kernel, case))
 
 
-def test_two_backward_passes_give_the_same_gradients(backend):
+def test_second_backward_gives_equal_gradients(backend):
     case = make(3, 40, 2, 16, device=backend.device)
     out = kernel(case)
     once, twice = (torch.autograd.grad(out, case.inputs, torch.ones_like(out), retain_graph=True) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-def test_gradient_of_a_gradient_is_an_error():
+def test_double_backward_is_an_error():
     case = make(2, 3, 1, 4)
     (d_query,) = torch.autograd.grad(kernel(case).sum(), case.inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"pooled_attention_backward: the gradient of a gradient is not implemented"):

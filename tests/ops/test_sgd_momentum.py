@@ -104,7 +104,7 @@ def test_every_size_and_option(sizes, dtypes, seed, momentum, weight_decay):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
-def test_is_torchs(dtype):
+def test_matches_torch_sgd(dtype):
     """To rounding: `torch.optim.SGD` adds in other places."""
     ours = State([(1000,), (37, 3)], dtype)
     parameters = [torch.nn.Parameter(w.clone()) for w in ours.lists[0]]
@@ -144,7 +144,7 @@ def test_one_tensor_needs_no_list(backend):
     [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 3)],
     ids=["fp32", "bf16-nearest", "bf16-random"],
 )
-def test_any_number_of_threads_gives_the_same_bits(dtype, seed):
+def test_bits_do_not_depend_on_threads(dtype, seed):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -210,7 +210,7 @@ def test_random_rounding_keeps_what_rounding_to_nearest_loses():
     assert correlation.abs().max() < 5 / (n / 4) ** 0.5
 
 
-def test_needs_no_no_grad_and_counts_up_versions():
+def test_runs_without_no_grad_and_increments_versions():
     weight = torch.nn.Parameter(torch.ones(5))
     buffer = torch.zeros(5)
     before = weight._version, buffer._version

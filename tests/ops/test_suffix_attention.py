@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def make(K, S, P, H, E, dtype=torch.float32, device="cpu", *, lengths=None, seed=0, **options) -> Case:
-    """Suffixes of S tokens, or packed ones of these lengths. Rounded to the dtype: all start from the same numbers."""
+    """Suffixes of S tokens, or packed suffixes of `lengths`; rounded to the dtype, so that all inputs are equal."""
     rng = torch.Generator().manual_seed(seed)
     tokens = (K, S)
     if lengths is not None:
@@ -128,7 +128,7 @@ def test_packed_equal_lengths_are_the_padded_form(backend):
     query, prefix_key, prefix_value, suffix_key, suffix_value = case.inputs
     packed = [x.flatten(0, 1) for x in (query, suffix_key, suffix_value)]
     offsets = torch.arange(0, 37, 4, device=backend.device)
-    for longest in (4, 7):  # that no suffix is as long as the longest may be changes nothing
+    for longest in (4, 7):  # max_length may exceed the longest suffix
         out = suffix_attention(packed[0], prefix_key, prefix_value, *packed[1:], offsets=offsets, max_length=longest)
         assert torch.allclose(out.view(query.shape), kernel(case), rtol=1e-5, atol=1e-6)
 
@@ -141,7 +141,7 @@ def test_any_scale(backend, scale):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("deviation", [10, 30, 100, 300])
 def test_no_worse_than_eager_at_any_deviation_of_scores(backend, deviation, dtype):
-    """Queries and keys are multiples of 1/8, so that scores are exact: what is left is softmax and its gradient."""
+    """Queries and keys are multiples of 1/8, so that scores are exact; errors are those of softmax and its gradient."""
     backend.skip_unless_supported(dtype)
     case = make(30, 5, 6, 2, 16, device=backend.device)
     for i, factor in (0, deviation), (1, 1), (3, 1):
@@ -154,12 +154,12 @@ def test_large_products_neither_overflow_nor_underflow(backend):
     case.inputs[0].data.mul_(1000)
     exact = result_and_gradients(truth, case.to(torch.float64))
     for value, right in zip(result_and_gradients(kernel, case), exact, strict=True):
-        # Products of 10⁴ are known to 10⁻³; gradients vanish where one key has all the weight.
+        # Products of 10⁴ have errors of 10⁻³; gradients vanish if one key has all the weight.
         assert (value.cpu() - right).abs().max() < 1e-3 * max(1.0, right.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"], indirect=True)  # a GPU's tile is of several classes
-def test_a_class_with_nan_spoils_no_other(backend):
+@pytest.mark.parametrize("backend", ["cpp", "reference"], indirect=True)  # a tile of a GPU has several classes
+def test_nan_stays_in_its_class(backend):
     case = make(9, 5, 6, 2, 16, device=backend.device)
     clean = kernel(case)
     for x in case.inputs[0], *case.inputs[3:]:
@@ -213,7 +213,7 @@ def test_any_strides(backend, layout):
     inputs = [lay_out(x.detach()) for x in case.inputs]
     strided = case._replace(inputs=tuple(x.detach().requires_grad_() for x in inputs))
     plain = case._replace(inputs=tuple(x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in inputs))
-    tolerance = 1e-5 if backend.name == "reference" else 0  # einsum sums in an order of its own for each layout
+    tolerance = 1e-5 if backend.name == "reference" else 0  # BLAS sums in another order
     for ours, theirs in zip(result_and_gradients(kernel, strided), result_and_gradients(kernel, plain), strict=True):
         assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
@@ -232,7 +232,7 @@ def test_a_packed_projection_is_not_copied(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(26, 5, 6, 8, 64), (700, 5, 6, 4, 64), (90, 30, 70, 3, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_any_number_of_threads_gives_the_same_bits(shape, dtype):
+def test_bits_do_not_depend_on_threads(shape, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -271,7 +271,7 @@ WANTED = [{0}, {1}, {2}, {3}, {4}, {1, 2}, {0, 3, 4}, {1, 3}, {0, 2, 4}]
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda wanted: "-".join(NAMES[i] for i in sorted(wanted)))
-def test_only_the_gradients_that_are_asked_for(backend, wanted, monkeypatch):
+def test_only_needed_gradients_are_computed(backend, wanted, monkeypatch):
     case = make(5, 4, 3, 2, 16, device=backend.device)
     everything = result_and_gradients(kernel, case)[1:]
     case = case._replace(inputs=tuple(x.detach().requires_grad_(i in wanted) for i, x in enumerate(case.inputs)))
@@ -295,14 +295,14 @@ def test_every_element_is_written(backend, poisoned_memory):
     assert all(x.isfinite().all() for x in result_and_gradients(kernel, case))
 
 
-def test_two_backward_passes_give_the_same_gradients(backend):
+def test_second_backward_gives_equal_gradients(backend):
     case = make(26, 5, 6, 2, 16, device=backend.device)
     out = kernel(case)
     once, twice = (torch.autograd.grad(out, case.inputs, torch.ones_like(out), retain_graph=True) for _ in "ab")
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-def test_gradient_of_a_gradient_is_an_error():
+def test_double_backward_is_an_error():
     case = make(3, 2, 2, 1, 4)
     (d_query,) = torch.autograd.grad(kernel(case).sum(), case.inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"suffix_attention_backward: the gradient of a gradient is not implemented"):

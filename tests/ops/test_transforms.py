@@ -1,4 +1,4 @@
-"""The operators under torch.func: gradients, also of each element of a batch; what is not there is refused."""
+"""The operators under torch.func: grad, vmap of grad, and errors for double backward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_grad_is_that_of_backward(backend: Backend, call):
         assert torch.allclose(ours, right, atol=1e-4, rtol=1e-4)
 
 
-def test_leaves_outside_of_the_transform_are_recorded(call):
+def test_inputs_outside_the_transform_are_recorded(call):
     """Forward is recorded at each level: by torch.func for the first input, and by autograd for all."""
     leaves = [x.clone().requires_grad_() for x in call.inputs]
     total, _ = torch.func.vjp(lambda x: call.total(x, *leaves[1:]), leaves[0])
@@ -46,7 +46,7 @@ def test_vmap_is_a_loop(call):
     assert torch.equal(vmap(of_one)(batch), torch.stack([of_one(x) for x in batch]))
 
 
-def test_gradient_of_a_gradient_is_an_error(call):
+def test_double_backward_is_an_error(call):
     first, *rest = call.inputs
     with pytest.raises(RuntimeError, match=r"_backward: the gradient of a gradient is not implemented"):
         grad(lambda x: grad(call.total)(x, *rest).sum())(first)
