@@ -608,12 +608,12 @@ def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *res
 
 
 def _unwritten(loss: Tensor, image: Tensor, K: int, keep: _Needs) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for `kept_…`, which only the C++ kernel writes and reads; opcheck compares them."""
+    """Allocate `kept_…`, which only the C++ kernel writes and reads."""
     B, D = image.shape
     return (
-        loss.new_zeros(B if keep.image else 0, D),
-        loss.new_zeros(K if keep.text else 0, D),
-        loss.new_zeros(int(keep.logit_scale), dtype=torch.float64),
+        loss.new_empty(B if keep.image else 0, D),
+        loss.new_empty(K if keep.text else 0, D),
+        loss.new_empty(int(keep.logit_scale), dtype=torch.float64),
     )
 
 
