@@ -17,12 +17,11 @@ import torch
 
 import skipkernels as sk
 from skipkernels.features import FeatureCache
-from skipkernels.store import Manifest, Store, StoreError
+from skipkernels.store import Store, StoreError
 from skipkernels.store.lock import OWNER
-from skipkernels.store.shards import find_damage
 from tests.kills import run_for, server
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.store.stores import contents
+from tests.store.stores import contents, listed_shards
 
 IMAGES, SHARDS, KILLS, SEED = 80, 20, 8, 0
 BAD = IMAGES // 2 + 1  # in the shard in the middle, and not sampled
@@ -43,17 +42,6 @@ def build(folder: Path, clip: sk.SkipCLIP | None = None, dataset=None, **options
     return FeatureCache.build(folder, clip or small_model(), dataset or small_images(), **options)
 
 
-def listed(folder: Path) -> int:
-    """Number of listed shards; asserts that none is damaged."""
-    try:
-        manifest = Manifest.read(folder)
-    except StoreError as error:
-        assert "no manifest.json" in str(error)
-        return 0
-    assert find_damage(folder, manifest) == []
-    return sum(shard is not None for shard in manifest.shards)
-
-
 @pytest.fixture(scope="module")
 def processes():
     """A fork server with imported modules."""
@@ -65,7 +53,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
     """Files of an uninterrupted build."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     build(folder)
-    assert listed(folder) == SHARDS
+    assert listed_shards(folder) == SHARDS
     return contents(folder)
 
 
@@ -94,7 +82,7 @@ def test_kill_at_any_moment_loses_at_most_two_shards(processes, whole, tmp_path)
         folder = tmp_path / f"{kill}"
         seconds = (kill + moments.random()) / KILLS * duration
         run(processes, folder, seconds)
-        done = listed(folder)
+        done = listed_shards(folder)
         print(f"killed {seconds:.3f} s into {duration:.3f} s: {done} shards")  # noqa: T201
         partial += 0 < done < SHARDS
         if done < SHARDS:
@@ -151,7 +139,7 @@ def half_built(processes, tmp_path):
     process.start()
     assert asked.wait(60)
     deadline = time.monotonic() + 60
-    while listed(tmp_path / "store") < SHARDS // 2:  # the last one may not be written yet
+    while listed_shards(tmp_path / "store") < SHARDS // 2:  # the last one may not be written yet
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield process, proceed
@@ -180,7 +168,7 @@ def test_killed_builder_releases_the_folder(half_built, tmp_path):
     process.join()
     assert (tmp_path / "store" / OWNER).exists()
     build(tmp_path / "store", key="images", resume=True)
-    assert listed(tmp_path / "store") == SHARDS and not (tmp_path / "store" / OWNER).exists()
+    assert listed_shards(tmp_path / "store") == SHARDS and not (tmp_path / "store" / OWNER).exists()
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------------
@@ -206,7 +194,7 @@ def test_build_resumes_after_a_bad_image_with_the_same_shard_rows(tmp_path, shar
     dataset = Failing(tmp_path / "asked", at=1)
     with pytest.raises(StoreError, match=f"item {BAD} of the dataset cannot be loaded: .*a bad sector"):
         build(tmp_path / "store", dataset=dataset)
-    assert listed(tmp_path / "store") == SHARDS // 2
+    assert listed_shards(tmp_path / "store") == SHARDS // 2
     build(tmp_path / "store", dataset=dataset, resume=True, shard_bytes=shard_bytes)
     build(tmp_path / "whole", dataset=dataset)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipkernels.store import COMPUTED, DTYPES, MANIFEST, Layout, Writer, digest_json
+from skipkernels.store import COMPUTED, DTYPES, MANIFEST, Layout, Manifest, StoreError, Writer, digest_json
 from skipkernels.store.lock import LOCK, OWNER
-from skipkernels.store.shards import quantise
+from skipkernels.store.shards import find_damage, quantise
 
 
 def layout_of(
@@ -74,3 +74,14 @@ def write_manifest(folder: Path, values: Any) -> None:
     if isinstance(values, dict):
         values = {**values, "xxh3": digest_json({name: value for name, value in values.items() if name != "xxh3"})}
     (folder / MANIFEST).write_text(json.dumps(values))
+
+
+def listed_shards(folder: Path) -> int:
+    """Number of listed shards; asserts that none is damaged."""
+    try:
+        manifest = Manifest.read(folder)
+    except StoreError as error:
+        assert "no manifest.json" in str(error)
+        return 0
+    assert find_damage(folder, manifest) == []
+    return sum(shard is not None for shard in manifest.shards)

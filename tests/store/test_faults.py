@@ -21,8 +21,7 @@ import torch
 from skipkernels.store import Store, StoreError, Writer, erase, leftovers, partial_of, prune
 from skipkernels.store.lock import OWNER
 from skipkernels.store.manifest import Manifest
-from skipkernels.store.shards import find_damage
-from tests.store.stores import contents, fill, layout_of, truth_of
+from tests.store.stores import contents, fill, layout_of, listed_shards, truth_of
 
 pytestmark = pytest.mark.filterwarnings("error")  # no shard is damaged by a fault
 
@@ -95,17 +94,6 @@ def interrupted(folder: Path, where: str, at: int, error: BaseException) -> Base
             return raised.with_traceback(None)
     assert fault.raised == (at < OWNERS[where])
     return None
-
-
-def listed_shards(folder: Path) -> int:
-    """Number of listed shards; asserts that none is damaged."""
-    try:
-        manifest = Manifest.read(folder)
-    except StoreError as error:
-        assert "no manifest.json" in str(error)
-        return 0
-    assert find_damage(folder, manifest) == []
-    return sum(shard is not None for shard in manifest.shards)
 
 
 @pytest.fixture(scope="module")
