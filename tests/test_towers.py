@@ -41,7 +41,7 @@ def run_fused(block, hidden, save_inputs_only=False, query_rows=None):
     weights, activation, eps, heads = OpenClipTextTower.read_block(block)
     all_rows = partial(sequences, backend=SDPA, n=N, heads=heads, mask=None)
     attention = all_rows if query_rows is None else partial(pooled, heads=heads, mask=None)
-    settings = BlockSettings(attention, activation, eps, hidden.dtype, save_inputs_only)
+    settings = BlockSettings(attention, activation, eps, hidden.dtype, save_inputs_only, query_rows is not None)
     return fused_block(settings, hidden.flatten(0, 1), weights, query_rows)
 
 

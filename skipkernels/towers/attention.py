@@ -1,6 +1,6 @@
-"""Attention over rows of tokens [R, W]: full sequences, one pooled query per sequence, or suffixes behind a prefix.
+"""Attention over rows of tokens: full sequences, one pooled query per sequence, or suffixes behind a prefix.
 
-W = H · E. Rows may be strided: query, key and value are views of one packed projection.
+Rows are packed projections: query, key and value of a token side by side, [R, 3W], W = H · E.
 """
 
 from __future__ import annotations
@@ -42,84 +42,79 @@ SDPA = AttentionBackend(_sdpa, _causal_sdpa, functional.suffix_attention)
 
 
 def sequences(
-    query: Tensor, key: Tensor, value: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None
+    packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None
 ) -> Tensor:
     """Attention within each of n sequences of equal length; `mask` [1 or n, 1, tokens, tokens] is added to the logits.
 
     With a mask, PyTorch's attention is used instead of the backend.
     """
-    query, key, value = (x.view(n, -1, heads, x.shape[1] // heads) for x in (query, key, value))
+    query, key, value = packed.view(n, -1, 3, heads, packed.shape[1] // (3 * heads)).unbind(2)
     if mask is None:
         return backend.full(query, key, value).flatten(2).flatten(0, 1)
     return _sdpa(query, key, value, mask=mask.to(query.dtype)).flatten(2).flatten(0, 1)
 
 
-def pooled(query: Tensor, key: Tensor, value: Tensor, *, heads: int, mask: Tensor | None) -> Tensor:
-    """One query per sequence, [n, W], over its keys; `mask` [n, tokens] is added to the logits."""
+def pooled(query: Tensor, key_value: Tensor, *, heads: int, mask: Tensor | None) -> Tensor:
+    """One query per sequence, [n, W], over its keys and values [R, 2W]; `mask` [n, tokens] is added to the logits."""
     n, width = query.shape
     query = query.view(n, heads, width // heads)
-    key, value = (x.view(n, -1, heads, width // heads) for x in (key, value))
+    key, value = key_value.view(n, -1, 2, heads, width // heads).unbind(2)
     if mask is None:
         return functional.pooled_attention(query, key, value).flatten(1)
     return _sdpa(query[:, None], key, value, mask=mask[:, None, None].to(query.dtype)).flatten(1)
 
 
 def suffixes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    packed: Tensor,
     *,
     backend: AttentionBackend,
     heads: int,
     prefix_length: int,
     offsets: Tensor | None,
     max_length: int,
-    query_rows: Tensor | None = None,
+    rows: Tensor | None = None,
     excludes_self: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of class suffixes over the shared prefix in front of them, and over themselves.
+    """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
 
     Args:
-        query: [R, W], or [Q, W] with `query_rows`.
-        key: [R, W], the prefix, then the suffixes, packed by `offsets` or padded to `max_length` tokens.
-        value: [R, W].
+        packed: [R, 3W], the prefix, then the suffixes, packed by `offsets` or padded to `max_length` tokens.
         backend: Attention functions.
         heads: H.
         prefix_length: P ≥ 1.
         offsets: int64 [K + 1] into the rows behind the prefix, or None.
         max_length: Number of tokens of the longest suffix.
-        query_rows: int64 [Q], rows to compute, all behind the prefix; default: all rows.
+        rows: int64 [Q], rows to return, all behind the prefix; default: all rows.
         excludes_self: int64 [K], rows that attend to the rows in front of them and not to themselves; none is the
-            first of its suffix. Must equal `query_rows`, if given.
+            first of its suffix. Must equal `rows`, if given.
 
     Returns:
         [R, W] or [Q, W].
     """
-    tokens, width = key.shape
-    query, key, value = (x.unflatten(1, (heads, width // heads)) for x in (query, key, value))
+    tokens, width = packed.shape[0], packed.shape[1] // 3
+    query, key, value = packed.view(tokens, 3, heads, width // heads).unbind(1)
 
     def behind_prefix(query: Tensor) -> Tensor:
         """[R − P, H, E] to [R − P, W]."""
-        packed = [query, key[prefix_length:], value[prefix_length:]]
+        suffixes = [query, key[prefix_length:], value[prefix_length:]]
         if offsets is None:
-            packed = [x.unflatten(0, (-1, max_length)) for x in packed]
+            suffixes = [x.unflatten(0, (-1, max_length)) for x in suffixes]
         out = backend.behind_prefix(
-            packed[0], key[:prefix_length], value[:prefix_length], *packed[1:],
+            suffixes[0], key[:prefix_length], value[:prefix_length], *suffixes[1:],
             offsets=offsets, max_length=None if offsets is None else max_length,
         )  # fmt: skip
         return out.reshape(tokens - prefix_length, width)
 
-    def some_rows(query: Tensor, rows: Tensor) -> Tensor:
-        """[Q, H, E] to [Q, W]. The query of a row that excludes itself is computed at the row in front of it."""
-        positions = rows - prefix_length if excludes_self is None else rows - prefix_length - 1
-        # The other queries are zeros: attention over a few tokens costs less than copies of the keys per class.
-        query = query.new_zeros(tokens - prefix_length, *query.shape[1:]).index_copy(0, positions, query)
-        return behind_prefix(query).index_select(0, positions)
+    def without_self(rows: Tensor) -> Tensor:
+        """Attention [K, W] of rows over those in front of them: the query is computed at the row in front of it."""
+        positions = rows - prefix_length
+        shifted = query[prefix_length:].index_copy(0, positions - 1, query.index_select(0, rows))
+        return behind_prefix(shifted).index_select(0, positions - 1)
 
-    if query_rows is not None:
-        return some_rows(query, query_rows)
+    if rows is not None:
+        if excludes_self is not None:
+            return without_self(rows)
+        return behind_prefix(query[prefix_length:]).index_select(0, rows - prefix_length)
     prefix = backend.causal(*(x[None, :prefix_length] for x in (query, key, value))).reshape(prefix_length, width)
     out = torch.cat([prefix, behind_prefix(query[prefix_length:])])
-    if excludes_self is None:
-        return out
-    return out.index_copy(0, excludes_self, some_rows(query.index_select(0, excludes_self), excludes_self))
+    return out if excludes_self is None else out.index_copy(0, excludes_self, without_self(excludes_self))

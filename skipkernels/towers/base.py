@@ -226,13 +226,15 @@ class Tower(ABC):
         *,
         save_inputs_only: bool,
         query_rows: Tensor | None = None,
+        separate_queries: bool = False,
     ) -> Tensor:
         """Run fused block `index` over rows [R, W]; `attention_fn` takes the number of heads as `heads`."""
         weights, activation, eps, heads = self.fused(index)
         dtype = weights.fc.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
-        settings = BlockSettings(partial(attention_fn, heads=heads), activation, eps, dtype, save_inputs_only)
+        attention_fn = partial(attention_fn, heads=heads)
+        settings = BlockSettings(attention_fn, activation, eps, dtype, save_inputs_only, separate_queries)
         return fused_block(settings, rows, weights, query_rows)
 
     def _run_upper_block(self, index: int, hidden: Tensor, mask: Tensor | None, *, save_inputs_only: bool) -> Tensor:

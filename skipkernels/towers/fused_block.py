@@ -8,7 +8,8 @@ its bias; about 10·W values per token. Backward recomputes the norms and the ac
 matrix product. With `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
 
 Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. With `query_rows` (the
-pooled tokens, in the last block), only LN₁, key and value are computed for all rows.
+pooled tokens, in the last block), only LN₁ and the projections are computed for all rows; with `separate_queries` only
+LN₁, key and value.
 """
 
 from __future__ import annotations
@@ -67,19 +68,22 @@ class BlockSettings(NamedTuple):
     """Settings of one call of a fused block.
 
     Attributes:
-        attention: (query [Q, W], key [R, W], value [R, W]) → [Q, W], heads and scale included; plain differentiable
-            code.
+        attention: packed query, key and value [R, 3W] → [R, W], heads and scale included; plain differentiable code.
+            With `query_rows` it returns these rows, [Q, W].
         activation: Name of the activation in `functional.mlp_activation`.
         eps: Epsilons of the two norms.
         dtype: Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
         save_inputs_only: Save only hidden for backward.
+        separate_queries: With `query_rows`, compute queries for these rows only; `attention` is then
+            (query [Q, W], key_value [R, 2W]) → [Q, W].
     """
 
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attention: Callable[..., Tensor]
     activation: str
     eps: tuple[float, float]
     dtype: torch.dtype
     save_inputs_only: bool = False
+    separate_queries: bool = False
 
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
@@ -105,7 +109,7 @@ def fused_block(
 
 
 class _Attention(NamedTuple):
-    """Attention with the graph from its result back to query, key and value."""
+    """Attention with the graph from its result back to the projections."""
 
     projected: tuple[Tensor, ...]
     result: Tensor
@@ -123,14 +127,14 @@ def _forward(
     """Return the result and, if `record`, attention and the tensors saved for `_backward`."""
     _, normed, *statistics_1 = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
     normed = normed.to(settings.dtype)
-    if query_rows is None:
-        residual, projected = hidden, F.linear(normed, weights.in_proj, weights.in_proj_bias).chunk(3, dim=1)
+    residual = hidden if query_rows is None else hidden[query_rows]
+    if query_rows is None or not settings.separate_queries:
+        projected: tuple[Tensor, ...] = (F.linear(normed, weights.in_proj, weights.in_proj_bias),)
     else:
         W = hidden.shape[1]
         query = F.linear(normed[query_rows], weights.in_proj[:W], weights.in_proj_bias[:W])
-        key_value = F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
-        residual, projected = hidden[query_rows], (query, *key_value.chunk(2, dim=1))
-        del query, key_value
+        projected = query, F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
+        del query
     del normed
     attention = _attention(settings, projected, record)
     del projected
@@ -174,7 +178,9 @@ class _FusedBlock(torch.autograd.Function):
             if not saved:
                 _, attention, saved = _forward(settings, hidden, query_rows, cast, record=True)
             else:
-                attention, saved = attention or _attention(settings, saved[:3], record=True), saved[3:]
+                *projected, mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved
+                attention = attention or _attention(settings, projected, record=True)
+                saved = [mid, inner, mean_1, rstd_1, mean_2, rstd_2]
             d_hidden, gradients = _backward(
                 settings, d_out, hidden, query_rows, cast, attention, saved, needs_hidden, needs
             )
@@ -240,19 +246,15 @@ def _backward(
         upstream, attention.result.detach(), needs.out_proj, needs.out_proj_bias
     )
     d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
-    if query_rows is not None:
-        d_query, d_key_value = d_projected[0], torch.cat(d_projected[1:], dim=1)
-    else:
-        d_all = torch.cat(d_projected, dim=1)
-    del d_projected
+    separate = len(d_projected) > 1
 
     def in_proj_gradient(inputs: Tensor) -> Tensor:
         """Gradient of query, key and value, transposed, times `inputs`, [3W, W]."""
-        if query_rows is None:
-            return d_all.T @ inputs
-        return torch.cat([d_query.T @ inputs[query_rows], d_key_value.T @ inputs])
+        if not separate:
+            return d_projected[0].T @ inputs
+        return torch.cat([d_projected[0].T @ inputs[query_rows], d_projected[1].T @ inputs])
 
-    d_in_proj_bias = d_all.sum(dim=0) if query_rows is None else torch.cat([d_query.sum(dim=0), d_key_value.sum(dim=0)])
+    d_in_proj_bias = torch.cat([x.sum(dim=0) for x in d_projected]) if separate else d_projected[0].sum(dim=0)
     if not needs_hidden:
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
@@ -268,12 +270,13 @@ def _backward(
         _, normed, *_ = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
         d_in_proj = in_proj_gradient(normed.to(settings.dtype)) if needs.in_proj else None
         del normed
-        if query_rows is None:
-            d_normed = d_all @ weights.in_proj
-        else:
+        if separate:
             W = hidden.shape[1]
-            d_normed = d_key_value @ weights.in_proj[W:]
-            d_normed[query_rows] += d_query @ weights.in_proj[:W]
+            d_normed = d_projected[1] @ weights.in_proj[W:]
+            d_normed[query_rows] += d_projected[0] @ weights.in_proj[:W]
+        else:
+            d_normed = d_projected[0] @ weights.in_proj
+        if query_rows is not None:
             d_mid = torch.zeros_like(hidden).index_copy_(0, query_rows, d_mid)
         d_hidden, d_norm_1, d_norm_1_bias = add_layer_norm_backward(
             d_normed.to(hidden.dtype),

@@ -55,6 +55,11 @@ class ImageTower(Tower):
         first = torch.arange(n, device=hidden.device) * tokens
         attention_fn = partial(attention.pooled, mask=None)
         rows = self._run_fused_block(
-            depth - 1, hidden.flatten(0, 1), attention_fn, save_inputs_only=save_inputs_only, query_rows=first
+            depth - 1,
+            hidden.flatten(0, 1),
+            attention_fn,
+            save_inputs_only=save_inputs_only,
+            query_rows=first,
+            separate_queries=True,
         )
         return self.finish(rows[:, None])

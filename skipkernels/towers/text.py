@@ -116,7 +116,12 @@ class TextTower(Tower):
             mask = mask.expand(n, 1, length, length)[torch.arange(n, device=rows.device), 0, positions]
         attention_fn = partial(attention.pooled, mask=mask)
         return self._run_fused_block(
-            depth - 1, hidden.flatten(0, 1), attention_fn, save_inputs_only=save_inputs_only, query_rows=selected.ends
+            depth - 1,
+            hidden.flatten(0, 1),
+            attention_fn,
+            save_inputs_only=save_inputs_only,
+            query_rows=selected.ends,
+            separate_queries=True,
         )
 
     def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
@@ -134,5 +139,5 @@ class TextTower(Tower):
         )
         for index in range(self.skip, depth - 1):
             rows = self._run_fused_block(index, rows, attention_fn, save_inputs_only=save_inputs_only)
-        last = partial(attention_fn, query_rows=selected.ends)
+        last = partial(attention_fn, rows=selected.ends)
         return self._run_fused_block(depth - 1, rows, last, save_inputs_only=save_inputs_only, query_rows=selected.ends)

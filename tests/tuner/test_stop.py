@@ -321,8 +321,12 @@ def test_broken_terminal_does_not_stop_run(tmp_path, monkeypatch, live):
 
 
 def test_sighup_is_interrupt(tmp_path, at_step):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, as the next test checks
     at_step(1, lambda *args: signal.raise_signal(signal.SIGHUP))
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 128 + signal.SIGHUP
+    try:
+        assert main([*ARGUMENTS, "--out", str(tmp_path / "run")]) == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "interrupted"
 
 
