@@ -41,9 +41,7 @@ def _causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 SDPA = AttentionBackend(_sdpa, _causal_sdpa, functional.suffix_attention)
 
 
-def sequences(
-    packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None
-) -> Tensor:
+def sequences(packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None) -> Tensor:
     """Attention within each of n sequences of equal length; `mask` [1 or n, 1, tokens, tokens] is added to the logits.
 
     With a mask, PyTorch's attention is used instead of the backend.
