@@ -106,8 +106,8 @@ def origin(kind: str, rows: Sequence[Row]) -> str:
 
 def growth(device: Device, **case: str) -> tuple[float, float | None] | None:
     """Time and peak memory of our step at MANY classes over FEW, both of one commit."""
-    for many in device.rows("step", **case, implementation=OURS, C=MANY):
-        if (few := same_run(device.all("step"), many, C=FEW)) and many["p50_ms"]:
+    for many in device.latest_rows("step", **case, implementation=OURS, C=MANY):
+        if (few := same_run(device.all_rows("step"), many, C=FEW)) and many["p50_ms"]:
             peaks = number(many, "peak_mib"), number(few, "peak_mib")
             return float(many["p50_ms"]) / float(few["p50_ms"]), peaks[0] / peaks[1] if peaks[0] and peaks[1] else None
     return None
@@ -117,8 +117,8 @@ def headline(device: Device) -> str:
     faster, saved, grown = [], [], []
     for precision in PRECISIONS:
         case = SHOWN | {"precision": precision}
-        published = next(iter(device.rows("step", **case, C=HEADLINE, implementation=step.PUBLISHED)), None)
-        ours = same_run(device.all("step"), published, implementation=OURS) if published else None
+        published = next(iter(device.latest_rows("step", **case, C=HEADLINE, implementation=step.PUBLISHED)), None)
+        ours = same_run(device.all_rows("step"), published, implementation=OURS) if published else None
         pair = [published, ours] if published and ours else []
         faster.append(f"{times(number(pair[0], 'faster'))} times faster" if pair else "")
         saved.append(" → ".join(figure(number(row, "saved_mib"), " MiB") for row in pair))
@@ -131,12 +131,12 @@ def headline(device: Device) -> str:
         ["saved for backward, the published step → ours", *saved, "the same"],
         [f"our step at {int(MANY):,} classes, against {FEW}", *grown, command.format(f"{FEW} {MANY}", "skipkernels")],
     ]
-    used = device.rows("step", **SHOWN, implementation=OURS)
+    used = device.latest_rows("step", **SHOWN, implementation=OURS)
     return table(["", *PRECISIONS, "command"], lines) + origin("step", used) if used else ""
 
 
 def steps(device: Device) -> str:
-    rows = device.rows("step", **SHOWN)
+    rows = device.latest_rows("step", **SHOWN)
     if not rows:
         return ""
     by_case = {(row["implementation"], row["precision"], row["C"]): row for row in rows}
@@ -152,7 +152,7 @@ def steps(device: Device) -> str:
 
 
 def memory(device: Device) -> str:
-    rows = device.rows("memory", **SHOWN)
+    rows = device.latest_rows("memory", **SHOWN)
     lines = [
         [
             f"`{row['optimizer']}`" + (f', `memory="{row["memory"]}"`' if row["memory"] != "fast" else ""),
@@ -168,7 +168,7 @@ def memory(device: Device) -> str:
 
 
 def classifying(device: Device) -> str:
-    rows = device.rows("infer", model=SHOWN["model"])
+    rows = device.latest_rows("infer", model=SHOWN["model"])
     cases = sorted(
         grouped(rows, "images B C precision").items(),
         key=lambda item: (*map(int, item[0][:3]), PRECISIONS.index(item[0][3])),
@@ -186,7 +186,7 @@ def classifying(device: Device) -> str:
 
 
 def glyphs(device: Device) -> str:
-    rows = device.rows("glyphs", data="glyphs")
+    rows = device.latest_rows("glyphs", data="glyphs")
     lines = []
     by_method = {method: of for (method,), of in grouped(rows, "method").items()}
     for method in sorted(by_method, key=[*METHODS, *by_method].index):
@@ -204,7 +204,7 @@ def glyphs(device: Device) -> str:
 
 def operators(device: Device) -> str:
     """Speed-up of each shape over eager and over the fastest other implementation."""
-    rows = [row for row in device.rows("operators") if row["op"] in OPERATORS]
+    rows = [row for row in device.latest_rows("operators") if row["op"] in OPERATORS]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
 
     def fastest(of: Sequence[Row], dtype: str) -> str:
@@ -240,7 +240,7 @@ def losses(device: Device, most: int | None = None) -> str:
     every = [
         (float(row[column]), what.format(**row), against.format(**row))
         for kind, (column, what, against) in COMPARED.items()
-        for row in device.rows(kind)
+        for row in device.latest_rows(kind)
         if row.get(column) and not row.get("implementation", "").startswith(OURS)
         if row.get("extraction", "build") == "build" and row.get("way", "loader") == "loader"
     ]
@@ -250,7 +250,7 @@ def losses(device: Device, most: int | None = None) -> str:
     text = f"Another implementation is faster in {len(lost)} of {len(every)} comparisons"
     if most is not None and len(lost) > most:
         text += f" ([all of them](docs/benchmarks.md#where-we-lose)); the {most} largest factors"
-    failed = [row for row in device.rows("operators", implementation=OURS) if not row["p50_ms"]]
+    failed = [row for row in device.latest_rows("operators", implementation=OURS) if not row["p50_ms"]]
     notes = "".join(f"\n\n- `{row['op']}`, {row['shape']}, {row['dtype']}: {row['note']}" for row in failed)
     lines = [[what, against, times(faster)] for faster, what, against in lost[:most]]
     return f"{text}:\n\n" + table(["", "faster", "our speed-up"], lines) + notes if lost else f"{text}.{notes}"
@@ -259,7 +259,9 @@ def losses(device: Device, most: int | None = None) -> str:
 def goals(device: Device) -> str:
     """Each goal, the measurement, and whether it is met."""
     lines = []
-    for (model, B, precision), of in grouped(device.rows("step", implementation=OURS), "model B precision").items():
+    for (model, B, precision), of in grouped(
+        device.latest_rows("step", implementation=OURS), "model B precision"
+    ).items():
         case = f"{model}, batch {B}, {precision}"
         if ratios := growth(device, model=model, B=B, precision=precision):
             met = "yes" if ratios[0] <= GROWTH else "no"
@@ -270,7 +272,7 @@ def goals(device: Device) -> str:
         if above and device.is_cpu:
             met = "yes" if max(above) <= FLOORS[precision] else "no"
             lines.append([f"step time over its floor, worst: {case}", f"≤ {FLOORS[precision]}", times(max(above)), met])
-    eager = [row for row in device.rows("operators", implementation=EAGER) if row["wanted"] and row["faster"]]
+    eager = [row for row in device.latest_rows("operators", implementation=EAGER) if row["wanted"] and row["faster"]]
     for (op, dtype, goal), of in grouped(eager, "op dtype wanted").items():
         worst, limit = min(of, key=lambda row: float(row["faster"])), float(goal.split()[1])
         met = "yes" if float(worst["faster"]) >= limit else f"no, worst at {worst['shape']}"
@@ -302,7 +304,7 @@ def files(root: Path) -> dict[Path, str]:
             text = "\n\n".join(f"**{device}**\n\n{t}" if len(parts) > 1 else t for device, t in parts.items())
             texts[root / page] = filled(texts[root / page], name, text or "Not measured yet.")
     for device in shown[:1]:
-        rows = device.rows("step", **SHOWN)
+        rows = device.latest_rows("step", **SHOWN)
         for name, draw in PICTURES.items():
             digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
             signature = f"<!-- matplotlib {matplotlib.__version__}, rows {digest} -->"

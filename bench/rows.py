@@ -64,11 +64,11 @@ class Device:
         """True for a CPU: its name ends with its vector instructions (`measure.cpu_name`)."""
         return self.name.endswith(")")
 
-    def all(self, kind: str) -> list[Row]:
+    def all_rows(self, kind: str) -> list[Row]:
         """Every row of a kind, in the order in which they were written."""
         return self._all[kind]
 
-    def rows(self, kind: str, **where: str) -> list[Row]:
+    def latest_rows(self, kind: str, **where: str) -> list[Row]:
         """The rows of a kind that count and have these values."""
         return [row for row in latest(self._all[kind], KINDS[kind]) if where.items() <= row.items()]
 

@@ -81,7 +81,7 @@ def test_latest_keeps_the_last_row_but_no_skipped_one():
 
 def test_read_ignores_a_file_without_a_needed_column(root):
     old = {name: value for name, value in step("published", 10, 1.0).items() if name != "above_floor"}
-    assert save(root, "step", old).all("step") == [] == read(root / "nowhere.csv", KINDS["step"])
+    assert save(root, "step", old).all_rows("step") == [] == read(root / "nowhere.csv", KINDS["step"])
 
 
 def test_growth_compares_rows_of_one_commit_and_machine(root):

@@ -41,7 +41,7 @@ class EvalCommand:
         from rich.table import Table
 
         from skipkernels.data import InputError
-        from skipkernels.store.lock import holder
+        from skipkernels.store.lock import lock_owner
         from skipkernels.tuner import epochs_left, evaluate_run
         from skipkernels.tuner.checkpoint import DELTA, MODEL
 
@@ -50,7 +50,7 @@ class EvalCommand:
             raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
         folder = self.run.parent if is_file else self.run
         accuracies = evaluate_run(folder, device=self.device, data=self.data, root=self.root, protocol=self.protocol)
-        running, left = holder(folder), epochs_left(folder)
+        running, left = lock_owner(folder), epochs_left(folder)
         if running is not None:
             err.print(f"note: a run is in progress in this folder ({running}), with {left} epochs left")
         elif left:

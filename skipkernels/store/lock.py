@@ -72,7 +72,7 @@ def _missing_locks_as_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def holder(folder: Path) -> str | None:
+def lock_owner(folder: Path) -> str | None:
     """Describe the process that holds the lock of a folder; None if it is free. Writes nothing."""
     if not (folder / OWNER).exists():
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data import InputError
 from ..store import open_regular, partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
-from ..store.lock import holder
+from ..store.lock import lock_owner
 from .errors import argument_error
 from .state_checks import check_types
 
@@ -113,7 +113,7 @@ def find(folder: Path) -> Checkpoint | None:
         if missed == named:
             break
         missed = named
-    running = holder(folder)
+    running = lock_owner(folder)
     if running is not None:
         raise InputError(
             f"{folder / named['file']}: does not match {STATE}, but a run in progress in this folder ({running}) "
@@ -133,7 +133,7 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def settle(folder: Path) -> Checkpoint | None:
+def recover(folder: Path) -> Checkpoint | None:
     """Find a checkpoint, and complete it: rename the weights and delete temporary files of a killed process."""
     found = find(folder)
     if found is None:
@@ -166,7 +166,7 @@ def weights_of(folder: Path) -> Path:
     for path in (folder / MODEL, folder / DELTA):
         if path.is_file():
             return path
-    running = holder(folder)
+    running = lock_owner(folder)
     if running is not None:
         raise InputError(
             f"{folder / MODEL}: no such file yet: the run in progress in this folder ({running}) has not completed its "

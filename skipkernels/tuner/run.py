@@ -101,7 +101,7 @@ class _Run:
                     self.zero_shot = self.evaluator.zero_shot()
                     arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
                     trainer = Trainer(*arguments) if self.config.epochs else None
-                    with self.folder.held():
+                    with self.folder.lock():
                         self._save_few_shot()
                         self._resume(trainer)
                         return self._train(trainer, train)

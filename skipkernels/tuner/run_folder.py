@@ -20,7 +20,7 @@ import yaml
 from ..data import InputError
 from ..data.files import format_names
 from ..store import StoreError, absolute_folder, read_object, replace_text
-from ..store.lock import OWNER, holder, locked
+from ..store.lock import OWNER, lock_owner, locked
 from . import checkpoint
 from .config import TuneConfig, read_settings
 from .errors import argument_error
@@ -176,7 +176,7 @@ class RunFolder:
     """Files of a run.
 
     Args:
-        config: Resolved configuration. Nothing is written before `held`.
+        config: Resolved configuration. Nothing is written before `lock`.
 
     Attributes:
         path: Path of the folder.
@@ -199,7 +199,7 @@ class RunFolder:
         if config.cache is not None:
             check_apart("cache", config.cache, config)
         self._disk = check_writable(self.path)
-        running = holder(self.path)
+        running = lock_owner(self.path)
         if running is not None:
             raise argument_error("out", f"{self.path}: in use by {running}. Wait for it, or choose another folder.")
         earlier = [path.name for path in _files(self.path)]
@@ -252,7 +252,7 @@ class RunFolder:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the lock of the folder during the run, and prepare its files.
 
         Raises:
@@ -274,7 +274,7 @@ class RunFolder:
         (self.path / METRICS).unlink(missing_ok=True)
         (self.path / REPORT).unlink(missing_ok=True)
         if self.resumed is not None:
-            self.resumed = checkpoint.settle(self.path)
+            self.resumed = checkpoint.recover(self.path)
             self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
         else:
             for path in _files(self.path):

@@ -44,7 +44,7 @@ def found_epoch(folder: Path) -> int | None:
 
 
 def test_find_after_save(tmp_path):
-    assert found_epoch(tmp_path) is None and checkpoint.settle(tmp_path) is None
+    assert found_epoch(tmp_path) is None and checkpoint.recover(tmp_path) is None
     for epoch in (1, 2):
         save(tmp_path, epoch)
         assert found_epoch(tmp_path) == epoch
@@ -72,9 +72,11 @@ def test_save_killed_at_rename_leaves_one_epoch(tmp_path, monkeypatch, renaming,
     monkeypatch.undo()
     expected = 1 if (renaming, after) < (2, True) else 2
     assert found_epoch(tmp_path) == expected
-    settled = checkpoint.settle(tmp_path)
+    recovered = checkpoint.recover(tmp_path)
     assert (
-        settled is not None and settled.weights == tmp_path / "model.safetensors" and found_epoch(tmp_path) == expected
+        recovered is not None
+        and recovered.weights == tmp_path / "model.safetensors"
+        and found_epoch(tmp_path) == expected
     )
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
     save(tmp_path, 3)

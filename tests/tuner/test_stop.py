@@ -107,10 +107,10 @@ def test_kill_during_overwrite_leaves_run(tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", until_killed(os.replace))
         patched.setattr(Path, "unlink", until_killed(Path.unlink))
-        with pytest.raises(Killed), folder.held():
+        with pytest.raises(Killed), folder.lock():
             raise Killed
     for how in ({"overwrite": False, "resume": True}, {"overwrite": True}):
-        with RunFolder(dataclasses.replace(config, **how)).held():
+        with RunFolder(dataclasses.replace(config, **how)).lock():
             assert "config.yaml" in files(tmp_path)
     if moment == 20:
         assert next(calls) < moment, "all moments were tested"
