@@ -43,6 +43,7 @@ from .unit_rows import (
 PROGRAMS = 256
 BLOCK_COMBINE = 256  # images or classes per iteration of the combining program
 BLOCK_SUM = 1024
+GROUP = 8  # tiles of images that are computed for a tile of classes before the next
 
 REDUCTIONS = ("mean", "sum", "none")  # `reduction` of the schemas is an index: strings leak in the stable ABI
 
@@ -306,6 +307,7 @@ def _class_sampled_ce_bwd_logits_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """factor_bk = d_z_bk/(|x_b| |t_k|), and Σ d_z_bk · cosine_bk; each only if its pointer is not None.
@@ -313,8 +315,10 @@ def _class_sampled_ce_bwd_logits_kernel(
     d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)), with up_b = 1 without d_loss_ptr.
     One program: a tile of BLOCK_B images and BLOCK_K classes; the pointers are those of the first image of a panel.
     """
-    offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Programs that run at the same time read the same rows: GROUP tiles of images for each tile of classes.
+    tile_b, tile_k = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
+    offs_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_b, mask_k = offs_b < B, offs_k < K
     rows_b, places_k = tl.minimum(offs_b, B - 1), tl.minimum(offs_k, K - 1)
     rows_k = places_k
@@ -486,6 +490,7 @@ def _launch_sums(
             K=K,
             stride_d_loss=0 if d_loss is None else d_loss.stride(0),
             stride_factors=K,
+            GROUP=GROUP,
             label_smoothing=options.label_smoothing,
             ignore_index=options.ignore_index,
         )

@@ -33,13 +33,15 @@ class Blocks(NamedTuple):
 
 # Up to FEW images: 16 rows, the least of the matrix units, and few classes, so that 1,000 classes occupy many
 # multiprocessors. More images: squarer tiles, which read each row less often, as large as registers allow beside the
-# softmax (bench.aot). BLOCK_D is 128 bytes of a row, a cache line.
-FEW = 32
+# softmax (bench.aot); from LARGE images in 16 bits, taller ones, since 128 × 128 would spill. BLOCK_D is 128 bytes of a
+# row, a cache line.
+FEW, LARGE = 32, 512
 _BLOCKS = {
     ("cuda", "few", 4): Blocks(16, 32, 32, num_warps=4, num_stages=4),
     ("cuda", "few", 2): Blocks(16, 32, 64, num_warps=4, num_stages=4),
     ("cuda", "many", 4): Blocks(64, 32, 32, num_warps=4, num_stages=3),
     ("cuda", "many", 2): Blocks(64, 64, 64, num_warps=8, num_stages=3),
+    ("cuda", "large", 2): Blocks(128, 64, 64, num_warps=8, num_stages=3),
     ("hip", "few", 4): Blocks(16, 32, 32, num_warps=2, num_stages=2),
     ("hip", "few", 2): Blocks(16, 32, 64, num_warps=2, num_stages=2),
     ("hip", "many", 4): Blocks(64, 32, 32, num_warps=4, num_stages=2),
@@ -49,7 +51,10 @@ _BLOCKS = {
 
 def blocks_for(B: int, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Return the tile for a number of images and a dtype."""
-    return _BLOCKS[target(device).backend, "few" if B <= FEW else "many", dtype.itemsize]
+    backend = target(device).backend
+    if B >= LARGE and (large := _BLOCKS.get((backend, "large", dtype.itemsize))):
+        return large
+    return _BLOCKS[backend, "few" if B <= FEW else "many", dtype.itemsize]
 
 
 @triton.jit

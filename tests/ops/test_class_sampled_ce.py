@@ -187,6 +187,12 @@ def test_all_ignored_is_what_cross_entropy_makes_of_it(backend: Backend):
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 
+@pytest.mark.parametrize("backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_large_batches_no_worse_than_eager(backend: Backend):
+    # Tiles of 128 images, in one whole group of tiles and a part of one; two tiles of classes.
+    check_three_ways(make(1030, 90, 70, 32, torch.float16, device=backend.device))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(backend: Backend, layout):
     case = make(6, 20, 11, 32, device=backend.device)
