@@ -107,11 +107,21 @@ def layer_norm_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield f"T{T}-W{W}", on_meta(T, W, dtype=dtype), on_meta(W, dtype=weight_dtype)
 
 
+def mixed_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Shape, fp32 residual stream, product in a 16-bit dtype, fp32 weight: both towers under autocast."""
+    for T, W in ((788, 768), (690, 512)) if dtype != torch.float32 else ():
+        x, low = (on_meta(T, W, dtype=each) for each in (torch.float32, dtype))
+        yield f"T{T}-W{W}-autocast", x, low, on_meta(W, dtype=torch.float32)
+
+
 @calls
 def add_layer_norm(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
-        yield Call(shape, (x, x, weight, weight, 1e-5))
-    yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5))
+        yield Call(shape, (x, x, weight, weight, 1e-5, None))
+    yield Call(f"{shape}-plain", (x, None, weight, weight, 1e-5, None))
+    yield Call(f"{shape}-unit", (x, None, None, None, 1e-5, None))
+    for shape, x, low, weight in mixed_rows(dtype):
+        yield Call(shape, (x, low, weight, weight, 1e-5, dtype))
 
 
 @calls
@@ -119,9 +129,13 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
         saved = (x, statistic, statistic, weight)
-        yield Call(shape, (x, x, *saved, True, True, True))
-    yield Call(f"{shape}-frozen", (x, x, *saved, True, False, False))
-    yield Call(f"{shape}-first", (x, None, *saved, False, True, True))
+        yield Call(shape, (x, x, *saved, None, True, True, True, False, None))
+        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, None))
+    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, None))
+    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, None))
+    for shape, x, low, weight in mixed_rows(dtype):
+        statistic = on_meta(x.shape[0], dtype=torch.float32)
+        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, dtype))
 
 
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
@@ -143,7 +157,8 @@ def mlp_activation(dtype: torch.dtype) -> Iterator[Call]:
 @calls
 def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, bias, kind in activation_rows(dtype):
-        yield Call(shape, (x, x, bias, kind, True, bias is not None))
+        yield Call(shape, (x, x, bias, kind, True, bias is not None, False))
+    yield Call(f"{shape}-block", (x, x, None, kind, True, False, True))
 
 
 @calls

@@ -6,7 +6,8 @@
 //   d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 //
 // Map: blocks of rows are tasks (RowPlan). Forward and backward read a row from memory once, and then from the L1
-// cache.
+// cache. If the features have several types, each row is converted to the type of arithmetic in a buffer, and results
+// from it; the loops over its numbers are the same.
 #include <tuple>
 
 #include "rows.h"
@@ -31,8 +32,14 @@ template <class T, class A = accumulate_t<T>>
 struct Backward {
   int64_t W;
   const T *d_normed, *d_hidden, *hidden;
-  const A *mean, *rstd, *weight;
-  T* d_x;
+  const A *mean, *rstd, *weight, *bias;
+  T *d_x, *normed;
+};
+
+// Sums over rows, in slots. The first two, and the last two, are null if not needed.
+template <class A>
+struct Sums {
+  A *d_weight, *d_bias, *d_hidden, *d_x;
 };
 
 template <class T, class A>
@@ -72,9 +79,14 @@ SKIPKERNELS_INLINE void forward_rows_body(const Forward<T>& f, int64_t begin, in
   }
 }
 
+template <class T, class A>
+SKIPKERNELS_INLINE void add_to_slots(A* sum, const Columns<T>& x) {
+  store_slots(sum, load_slots<T>(sum) + x);
+}
+
 // The flags say which pointers are not null; they are template arguments, so that the inner loops have no branches.
 template <bool D_X, bool D_HIDDEN, bool SUMS, class T, class A>
-SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, A* d_weight, A* d_bias) {
+SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, int64_t end, const Sums<A>& sums) {
   const int64_t W = b.W;
   for (int64_t r = begin; r < end; ++r) {
     const T *d_normed = b.d_normed + r * W, *hidden = b.hidden + r * W;
@@ -91,34 +103,46 @@ SKIPKERNELS_INLINE void backward_rows_body(const Backward<T>& b, int64_t begin, 
       const Columns<T> upstream = load_columns(d_normed + i, n);
       const Columns<T> unit = (load_columns(hidden + i, n) - mean) * rstd;
       if constexpr (SUMS) {
-        store_slots(d_weight + i, load_slots<T>(d_weight + i) + upstream * unit);
-        store_slots(d_bias + i, load_slots<T>(d_bias + i) + upstream);
+        add_to_slots(sums.d_weight + i, upstream * unit);
+        add_to_slots(sums.d_bias + i, upstream);
+      }
+      if (b.normed != nullptr) {
+        Columns<T> normed = unit * load_slots<T>(b.weight + i) + load_slots<T>(b.bias + i);
+        store_columns(b.normed + r * W + i, normed, n);
       }
       if constexpr (D_X) {
         Columns<T> d_row = (upstream * load_slots<T>(b.weight + i) - mean_g + unit * -mean_gx) * rstd;
-        if constexpr (D_HIDDEN)
-          d_row = d_row + load_columns(b.d_hidden + r * W + i, n);
+        if constexpr (D_HIDDEN) {
+          const Columns<T> d_hidden = load_columns(b.d_hidden + r * W + i, n);
+          d_row = d_row + d_hidden;
+          if (sums.d_x != nullptr) {
+            add_to_slots(sums.d_hidden + i, d_hidden);
+            add_to_slots(sums.d_x + i, d_row);
+          }
+        }
         store_columns(b.d_x + r * W + i, d_row, n);
       }
     });
   }
 }
 
-#define DEFINE_ROW_LOOPS(T, A)                                                                                \
-  MULTIVERSION void forward_rows(const Forward<T>& f, int64_t begin, int64_t end) {                           \
-    forward_rows_body<T, A>(f, begin, end);                                                                   \
-  }                                                                                                           \
-  MULTIVERSION void backward_rows(const Backward<T>& b, int64_t begin, int64_t end, A* d_weight, A* d_bias) { \
-    if (b.d_x != nullptr && b.d_hidden != nullptr && d_weight != nullptr)                                     \
-      backward_rows_body<true, true, true, T, A>(b, begin, end, d_weight, d_bias);                            \
-    else if (b.d_x != nullptr && b.d_hidden != nullptr)                                                       \
-      backward_rows_body<true, true, false, T, A>(b, begin, end, d_weight, d_bias);                           \
-    else if (b.d_x != nullptr && d_weight != nullptr)                                                         \
-      backward_rows_body<true, false, true, T, A>(b, begin, end, d_weight, d_bias);                           \
-    else if (b.d_x != nullptr)                                                                                \
-      backward_rows_body<true, false, false, T, A>(b, begin, end, d_weight, d_bias);                          \
-    else if (d_weight != nullptr)                                                                             \
-      backward_rows_body<false, false, true, T, A>(b, begin, end, d_weight, d_bias);                          \
+#define DEFINE_ROW_LOOPS(T, A)                                                                             \
+  MULTIVERSION void forward_rows(const Forward<T>& f, int64_t begin, int64_t end) {                        \
+    forward_rows_body<T, A>(f, begin, end);                                                                \
+  }                                                                                                        \
+  MULTIVERSION void backward_rows(const Backward<T>& b, int64_t begin, int64_t end, const Sums<A>& sums) { \
+    if (b.d_x != nullptr && b.d_hidden != nullptr && sums.d_weight != nullptr)                             \
+      backward_rows_body<true, true, true, T, A>(b, begin, end, sums);                                     \
+    else if (b.d_x != nullptr && b.d_hidden != nullptr)                                                    \
+      backward_rows_body<true, true, false, T, A>(b, begin, end, sums);                                    \
+    else if (b.d_x != nullptr && sums.d_weight != nullptr)                                                 \
+      backward_rows_body<true, false, true, T, A>(b, begin, end, sums);                                    \
+    else if (b.d_x != nullptr)                                                                             \
+      backward_rows_body<true, false, false, T, A>(b, begin, end, sums);                                   \
+    else if (sums.d_weight != nullptr)                                                                     \
+      backward_rows_body<false, false, true, T, A>(b, begin, end, sums);                                   \
+    else if (b.normed != nullptr)                                                                          \
+      backward_rows_body<false, false, false, T, A>(b, begin, end, sums);                                  \
   }
 
 DEFINE_ROW_LOOPS(float, float)
@@ -131,79 +155,185 @@ void check_vector(const Tensor& vector, int64_t W, const char* argument) {
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == W, NAME, ": ", argument, " must be [W].");
 }
 
+// One row at a time, since x, residual and normed have several types. A is the type of arithmetic of x.
+template <class A>
+void forward_converted_rows(
+    Forward<A> f, const Tensor& x_, const std::optional<Tensor>& residual_, Tensor& hidden_, Tensor& normed_,
+    int64_t begin, int64_t end) {
+  const int64_t W = f.W;
+  const ConvertedRows<A> x(x_, W), residual(residual_ ? *residual_ : x_, W);
+  ConvertedRows<A> hidden(hidden_, W), normed(normed_, W);
+  const auto buffer = scratch<A>(W), residual_buffer = scratch<A>(W), normed_buffer = scratch<A>(W);
+  A *const mean = f.mean, *const rstd = f.rstd;
+  for (int64_t r = begin; r < end; ++r) {
+    f.x = x.load(r, buffer.get());
+    f.residual = f.hidden = nullptr;
+    if (residual_ && hidden_.scalar_type() == scalar_type_of<A>) {
+      f.residual = residual.load(r, residual_buffer.get());
+      f.hidden = hidden.destination(r, nullptr);
+    } else if (residual_) { // normed is computed from the rounded sum
+      add(buffer.get(), residual.load(r, residual_buffer.get()), W);
+      hidden.store(r, buffer.get());
+      f.x = hidden.load(r, buffer.get());
+    }
+    f.normed = normed.destination(r, normed_buffer.get());
+    f.mean = mean + r;
+    f.rstd = rstd + r;
+    forward_rows(f, 0, 1);
+    normed.store(r, f.normed);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
-    const Tensor& x_, const std::optional<Tensor>& residual_, const Tensor& weight_, const Tensor& bias_, double eps) {
+    const Tensor& x_, const std::optional<Tensor>& residual_, const std::optional<Tensor>& weight_,
+    const std::optional<Tensor>& bias_, double eps, std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(x_.dim() > 0 && x_.size(x_.dim() - 1) > 0, NAME, ": x must be [..., W] with W at least 1.");
   const int64_t W = x_.size(x_.dim() - 1), R = x_.numel() / W;
-  if (residual_)
-    check_like(NAME, x_, *residual_, "residual");
-  check_vector(weight_, W, "weight");
-  check_vector(bias_, W, "bias");
+  STD_TORCH_CHECK(!residual_ || same_sizes(x_, *residual_), NAME, ": residual must have the shape of x.");
+  if (weight_)
+    check_vector(*weight_, W, "weight");
+  if (bias_)
+    check_vector(*bias_, W, "bias");
+  const Tensor x = as_contiguous(x_);
+  const std::optional<Tensor> residual = residual_ ? std::optional(as_contiguous(*residual_)) : std::nullopt;
+  const ScalarType type_of_x = x.scalar_type();
+  Tensor hidden = empty_if(residual.has_value(), x), normed = empty_if(true, x, dtype);
+  const bool one_type = normed.scalar_type() == type_of_x && (!residual || residual->scalar_type() == type_of_x);
   std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor>> outputs;
-  dispatch_features(x_, NAME, [&](auto type) {
+  dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
-    const Tensor x = as_contiguous(x_), residual = residual_ ? as_contiguous(*residual_) : x;
-    const Slots<T> weight(weight_, W), bias(bias_, W);
     const auto sizes = x.sizes();
-    Tensor hidden = empty_if(residual_.has_value(), x);
-    Tensor normed = make_empty_like(x);
     Tensor mean = make_empty(sizes.slice(0, sizes.size() - 1), scalar_type_of<A>);
     Tensor rstd = make_empty_like(mean);
-    const Forward<T> f{
-        W,
-        x.const_data_ptr<T>(),
-        residual_ ? residual.const_data_ptr<T>() : nullptr,
-        weight,
-        bias,
-        A(eps),
-        hidden.mutable_data_ptr<T>(),
-        normed.mutable_data_ptr<T>(),
-        mean.mutable_data_ptr<A>(),
-        rstd.mutable_data_ptr<A>()};
-    parallel_rows(RowPlan(R, W), [&](int64_t, int64_t begin, int64_t end) { forward_rows(f, begin, end); });
+    A *const means = mean.mutable_data_ptr<A>(), *const rstds = rstd.mutable_data_ptr<A>();
+    const RowPlan plan(R, W);
+    if (one_type) {
+      const Slots<T> weight(weight_, W, 1), bias(bias_, W);
+      const Forward<T> f{
+          W,
+          x.const_data_ptr<T>(),
+          residual ? residual->const_data_ptr<T>() : nullptr,
+          weight,
+          bias,
+          A(eps),
+          hidden.mutable_data_ptr<T>(),
+          normed.mutable_data_ptr<T>(),
+          means,
+          rstds};
+      parallel_rows(plan, [&](int64_t, int64_t begin, int64_t end) { forward_rows(f, begin, end); });
+    } else {
+      const Slots<A> weight(weight_, W, 1), bias(bias_, W);
+      const Forward<A> f{W, nullptr, nullptr, weight, bias, A(eps), nullptr, nullptr, means, rstds};
+      parallel_rows(plan, [&](int64_t, int64_t begin, int64_t end) {
+        forward_converted_rows<A>(f, x, residual, hidden, normed, begin, end);
+      });
+    }
     outputs.emplace(hidden, normed, mean, rstd);
   });
   return *outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
+// One row at a time, since the tensors have several types.
+template <class A>
+void backward_converted_rows(
+    Backward<A> b, const Tensor& d_normed_, const std::optional<Tensor>& d_hidden_, const Tensor& hidden_, Tensor& d_x_,
+    Tensor& d_x_cast_, Tensor& normed_, bool need_x, bool need_cast, bool need_normed, int64_t begin, int64_t end,
+    const Sums<A>& sums) {
+  const int64_t W = b.W;
+  const ConvertedRows<A> d_normed(d_normed_, W), d_hidden(d_hidden_ ? *d_hidden_ : d_normed_, W), hidden(hidden_, W);
+  ConvertedRows<A> d_x(d_x_, W), d_x_cast(d_x_cast_, W), normed(normed_, W);
+  Scratch<A> buffers[5];
+  for (auto& buffer : buffers)
+    buffer = scratch<A>(W);
+  const A *const mean = b.mean, *const rstd = b.rstd;
+  for (int64_t r = begin; r < end; ++r) {
+    b.d_normed = d_normed.load(r, buffers[0].get());
+    b.d_hidden = d_hidden_ ? d_hidden.load(r, buffers[1].get()) : nullptr;
+    b.hidden = hidden.load(r, buffers[2].get());
+    b.d_x = need_x ? d_x.destination(r, buffers[3].get()) : nullptr;
+    b.normed = need_normed ? normed.destination(r, buffers[4].get()) : nullptr;
+    b.mean = mean + r;
+    b.rstd = rstd + r;
+    backward_rows(b, 0, 1, sums);
+    if (need_x)
+      d_x.store(r, b.d_x);
+    if (need_cast)
+      d_x_cast.store(r, b.d_x);
+    if (need_normed)
+      normed.store(r, b.normed);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& d_normed_, const std::optional<Tensor>& d_hidden_, const Tensor& hidden_, const Tensor& mean_,
-    const Tensor& rstd_, const Tensor& weight_, bool need_x, bool need_weight, bool need_bias) {
+    const Tensor& rstd_, const Tensor& weight_, const std::optional<Tensor>& bias_, bool need_x, bool need_weight,
+    bool need_bias, bool need_sums, std::optional<ScalarType> cast) {
   STD_TORCH_CHECK(
       hidden_.dim() > 0 && hidden_.size(hidden_.dim() - 1) > 0, NAME, ": hidden must be [..., W] with W at least 1.");
   const int64_t W = hidden_.size(hidden_.dim() - 1), R = hidden_.numel() / W;
-  check_like(NAME, hidden_, d_normed_, "d_normed");
-  if (d_hidden_)
-    check_like(NAME, hidden_, *d_hidden_, "d_hidden");
+  STD_TORCH_CHECK(
+      same_sizes(hidden_, d_normed_) && (!d_hidden_ || same_sizes(hidden_, *d_hidden_)), NAME,
+      ": d_normed and d_hidden must have the shape of hidden.");
+  STD_TORCH_CHECK(need_x || !cast, NAME, ": a cast of d_x needs d_x.");
+  STD_TORCH_CHECK((need_x && d_hidden_) || !need_sums, NAME, ": the sums need d_hidden and d_x.");
   check_vector(weight_, W, "weight");
-  std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
-  dispatch_features(hidden_, NAME, [&](auto type) {
+  if (bias_)
+    check_vector(*bias_, W, "bias");
+  const Tensor hidden = as_contiguous(hidden_), d_normed = as_contiguous(d_normed_), mean = as_contiguous(mean_);
+  const Tensor rstd = as_contiguous(rstd_);
+  const std::optional<Tensor> d_hidden = d_hidden_ ? std::optional(as_contiguous(*d_hidden_)) : std::nullopt;
+  Tensor d_x = empty_if(need_x, hidden), d_x_cast = empty_if(cast.has_value(), hidden, cast);
+  Tensor normed = empty_if(bias_.has_value(), hidden, d_normed.scalar_type());
+  const auto has_type_of_hidden = [&](const Tensor& x) { return x.scalar_type() == hidden.scalar_type(); };
+  const bool one_type = has_type_of_hidden(d_normed) && (!d_hidden || has_type_of_hidden(*d_hidden)) && !cast;
+  std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> outputs;
+  dispatch_features(hidden, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     STD_TORCH_CHECK(
-        mean_.numel() == R && rstd_.numel() == R && mean_.scalar_type() == scalar_type_of<A> &&
-            rstd_.scalar_type() == scalar_type_of<A>,
+        mean.numel() == R && rstd.numel() == R && mean.scalar_type() == scalar_type_of<A> &&
+            rstd.scalar_type() == scalar_type_of<A>,
         NAME, ": backward must be given what forward returned.");
-    const Tensor hidden = as_contiguous(hidden_), d_normed = as_contiguous(d_normed_), mean = as_contiguous(mean_);
-    const Tensor d_hidden = d_hidden_ ? as_contiguous(*d_hidden_) : d_normed, rstd = as_contiguous(rstd_);
-    const Slots<T> weight(weight_, W);
-    Tensor d_x = empty_if(need_x, hidden);
-    const Backward<T> b{
-        W,
-        d_normed.const_data_ptr<T>(),
-        d_hidden_ ? d_hidden.const_data_ptr<T>() : nullptr,
-        hidden.const_data_ptr<T>(),
-        mean.const_data_ptr<A>(),
-        rstd.const_data_ptr<A>(),
-        weight,
-        need_x ? d_x.mutable_data_ptr<T>() : nullptr};
+    const A *const means = mean.const_data_ptr<A>(), *const rstds = rstd.const_data_ptr<A>();
     const RowPlan plan(R, W);
-    const ColumnSums<T> d_weight(plan, need_weight || need_bias), d_bias(plan, need_weight || need_bias);
-    parallel_rows(plan, [&](int64_t block, int64_t begin, int64_t end) {
-      backward_rows(b, begin, end, d_weight.start(block), d_bias.start(block));
-    });
-    outputs.emplace(d_x, d_weight.total(weight_, need_weight), d_bias.total(weight_, need_bias));
+    // Calls rows(begin, end, sums) for every block. The sums are in the order of slots of S.
+    const auto sum_blocks = [&](auto slot_type, const auto& rows) {
+      using S = decltype(slot_type);
+      const ColumnSums<S> d_weight(plan, need_weight || need_bias), d_bias(plan, need_weight || need_bias);
+      const ColumnSums<S> d_hidden_sum(plan, need_sums), d_x_sum(plan, need_sums);
+      parallel_rows(plan, [&](int64_t block, int64_t begin, int64_t end) {
+        rows(
+            begin, end,
+            Sums<A>{d_weight.start(block), d_bias.start(block), d_hidden_sum.start(block), d_x_sum.start(block)});
+      });
+      outputs.emplace(
+          d_x, d_weight.total(weight_, need_weight), d_bias.total(weight_, need_bias), d_x_cast, normed,
+          d_hidden_sum.total(weight_, need_sums), d_x_sum.total(weight_, need_sums));
+    };
+    if (one_type) {
+      const Slots<T> weight(weight_, W), bias(bias_, W);
+      const Backward<T> b{
+          W,
+          d_normed.const_data_ptr<T>(),
+          d_hidden ? d_hidden->const_data_ptr<T>() : nullptr,
+          hidden.const_data_ptr<T>(),
+          means,
+          rstds,
+          weight,
+          bias,
+          need_x ? d_x.mutable_data_ptr<T>() : nullptr,
+          bias_ ? normed.mutable_data_ptr<T>() : nullptr};
+      sum_blocks(T(), [&](int64_t begin, int64_t end, const Sums<A>& sums) { backward_rows(b, begin, end, sums); });
+    } else {
+      const Slots<A> weight(weight_, W), bias(bias_, W);
+      const Backward<A> b{W, nullptr, nullptr, nullptr, means, rstds, weight, bias, nullptr, nullptr};
+      sum_blocks(A(), [&](int64_t begin, int64_t end, const Sums<A>& sums) {
+        backward_converted_rows<A>(
+            b, d_normed, d_hidden, hidden, d_x, d_x_cast, normed, need_x, cast.has_value(), bias_.has_value(), begin,
+            end, sums);
+      });
+    }
   });
   return *outputs;
 }

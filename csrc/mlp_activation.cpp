@@ -131,7 +131,7 @@ struct Problem {
   int64_t W;
   const T *x, *d_out; // d_out: backward only
   const A* bias;
-  T *out, *d_x; // one of them; d_x is null if not needed
+  T *out, *d_x; // null if not needed
 };
 
 // u = x + bias, in slots.
@@ -164,16 +164,23 @@ SKIPKERNELS_INLINE void forward_rows_body(const Problem<T>& problem, int64_t beg
 template <Kind KIND, class T, class A>
 SKIPKERNELS_INLINE void backward_rows_body(const Problem<T>& problem, int64_t begin, int64_t end, A* d_bias) {
   const int64_t W = problem.W;
-  alignas(64) A u[CHUNK];
+  alignas(64) A u[CHUNK], active[CHUNK];
   for (int64_t r = begin; r < end; ++r)
     for (int64_t start = 0; start < W; start += CHUNK) {
       const int64_t count = std::min(CHUNK, W - start), padded = slots<T>(count), at = r * W + start;
       load_sum(u, problem.x + at, problem.bias + start, count);
+      // active is computed also where out is not needed: one product beside an exponential.
 #pragma omp simd
       for (int64_t i = 0; i < padded; ++i) {
         const Gate<A> g = gate<KIND, is_16_bit<T>>(u[i]);
+        active[i] = u[i] * g.value;
         u[i] = g.value + u[i] * g.slope;
       }
+      if (problem.out != nullptr)
+        for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
+          Columns<T> result = load_slots<T>(active + i);
+          store_columns(problem.out + at + i, result, n);
+        });
       for_columns<T>(count, [&](int64_t i, auto n) SKIPKERNELS_INLINE_LAMBDA {
         Columns<T> d_x = load_columns(problem.d_out + at + i, n) * load_slots<T>(u + i);
         if (d_bias != nullptr)
@@ -236,27 +243,28 @@ Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, int6
   return out;
 }
 
-std::tuple<Tensor, Tensor> mlp_activation_backward(
+std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(
     const Tensor& d_out_, const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_, bool need_x,
-    bool need_bias) {
+    bool need_bias, bool need_out) {
   check_shapes(x_, bias_);
   check_like(NAME, x_, d_out_, "d_out");
   STD_TORCH_CHECK(bias_ || !need_bias, NAME, ": without a bias there is no gradient of it.");
   const Kind kind = kind_of(kind_);
   const Tensor x = as_contiguous(x_), d_out = as_contiguous(d_out_);
-  Tensor d_x = empty_if(need_x, x);
+  Tensor d_x = empty_if(need_x, x), out = empty_if(need_out, x);
   std::optional<Tensor> d_bias;
   dispatch_features(x, NAME, [&](auto type) {
     using T = decltype(type);
     const RowPlan plan = rows_of_width(x);
     const Slots<T> bias(bias_, plan.W);
     const ColumnSums<T> sums(plan, need_bias);
-    const Problem<T> problem{plan.W,
-                             x.const_data_ptr<T>(),
-                             d_out.const_data_ptr<T>(),
-                             bias,
-                             nullptr,
-                             need_x ? d_x.mutable_data_ptr<T>() : nullptr};
+    const Problem<T> problem{
+        plan.W,
+        x.const_data_ptr<T>(),
+        d_out.const_data_ptr<T>(),
+        bias,
+        need_out ? out.mutable_data_ptr<T>() : nullptr,
+        need_x ? d_x.mutable_data_ptr<T>() : nullptr};
     parallel_rows(plan, [&](int64_t block, int64_t begin, int64_t end) {
       auto* block_sums = sums.start(block);
       if (kind == Kind::quick_gelu)
@@ -268,7 +276,7 @@ std::tuple<Tensor, Tensor> mlp_activation_backward(
     });
     d_bias = sums.total(bias_ ? *bias_ : x, need_bias);
   });
-  return {d_x, *d_bias};
+  return {d_x, *d_bias, out};
 }
 
 } // namespace

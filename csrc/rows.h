@@ -9,12 +9,57 @@ inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : make_contiguous(x);
 }
 
-inline void check_like(const char* function, const Tensor& x, const Tensor& other, const char* argument) {
-  bool same = other.dim() == x.dim() && other.scalar_type() == x.scalar_type();
+inline bool same_sizes(const Tensor& x, const Tensor& other) {
+  bool same = other.dim() == x.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i)
     same = other.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, function, ": ", argument, " must have the shape and the dtype of the other features.");
+  return same;
 }
+
+inline void check_like(const char* function, const Tensor& x, const Tensor& other, const char* argument) {
+  STD_TORCH_CHECK(
+      same_sizes(x, other) && other.scalar_type() == x.scalar_type(), function, ": ", argument,
+      " must have the shape and the dtype of the other features.");
+}
+
+// Rows of W numbers of any type, read and written through a buffer in the type of arithmetic.
+template <class A>
+class ConvertedRows {
+ public:
+  ConvertedRows(const Tensor& rows, int64_t W) : rows_(rows), W_(W) {}
+
+  // Row r: the row itself if it has the type A, else its copy in the buffer.
+  const A* load(int64_t r, A* buffer) const {
+    const A* row = buffer;
+    dispatch_features(rows_, "skipkernels", [&](auto type) {
+      using T = decltype(type);
+      const T* data = rows_.const_data_ptr<T>() + r * W_;
+      if constexpr (std::is_same_v<T, A>)
+        row = data;
+      else
+        convert_row(buffer, data, 1.0f, W_);
+    });
+    return row;
+  }
+  // Memory for row r: the row itself if it has the type A, else the buffer; to be followed by `store`.
+  A* destination(int64_t r, A* buffer) {
+    return rows_.scalar_type() == scalar_type_of<A> ? rows_.mutable_data_ptr<A>() + r * W_ : buffer;
+  }
+  void store(int64_t r, const A* buffer) {
+    dispatch_features(rows_, "skipkernels", [&](auto type) {
+      using T = decltype(type);
+      T* row = rows_.mutable_data_ptr<T>() + r * W_;
+      if constexpr (!std::is_same_v<T, A>)
+        convert_row(row, buffer, 1.0f, W_);
+      else if (row != buffer)
+        std::copy(buffer, buffer + W_, row);
+    });
+  }
+
+ private:
+  Tensor rows_;
+  int64_t W_;
+};
 
 // A vector in the type of arithmetic, in the order in which loops over rows of T load it (simd.h, slot), padded with
 // zeros.
@@ -23,9 +68,9 @@ class Slots {
  public:
   using A = accumulate_t<T>;
 
-  // Without a vector: all zeros.
-  Slots(const std::optional<Tensor>& vector, int64_t W) : slots_(scratch<A>(slots<T>(W))) {
-    std::fill(&slots_[0], &slots_[slots<T>(W)], A(0));
+  // Without a vector: all `otherwise`.
+  Slots(const std::optional<Tensor>& vector, int64_t W, A otherwise = 0) : slots_(scratch<A>(slots<T>(W))) {
+    std::fill(&slots_[0], &slots_[slots<T>(W)], vector ? A(0) : otherwise);
     if (!vector)
       return;
     const int64_t stride = vector->stride(0);

@@ -99,15 +99,15 @@ template <class A>
 Tensor scalar_of() {
   return make_empty({}, scalar_type_of<A>);
 }
-// A contiguous tensor of the shape of `like`; empty if not needed.
-inline Tensor empty_if(bool need, const Tensor& like) {
+// A contiguous tensor of the shape of `like`, by default of its type; empty if not needed.
+inline Tensor empty_if(bool need, const Tensor& like, std::optional<ScalarType> type = std::nullopt) {
   std::vector<int64_t> sizes{0};
   if (need) {
     sizes.clear();
     for (int64_t i = 0; i < like.dim(); ++i)
       sizes.push_back(like.size(i));
   }
-  return make_empty(sizes, like.scalar_type());
+  return make_empty(sizes, type.value_or(like.scalar_type()));
 }
 
 // Calls f with a value of the type of the features.

@@ -54,10 +54,17 @@ def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[t
         raise TypeError(f"{function}: {argument} must be {names}; got {tensor.dtype}. {remedy}")
 
 
-def check_one_dtype(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
-    """Raise a TypeError unless two tensors have the same dtype, or autocast will cast them to the same dtype."""
+def check_one_dtype(
+    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
+) -> None:
+    """Raise a TypeError unless two tensors have the same dtype, or autocast will cast them to the same dtype.
+
+    With `narrower`, a 16-bit tensor beside an fp32 one is accepted as well.
+    """
     name, other = like
     dtypes, kind = [other.dtype], other.device.type
+    if narrower and other.dtype == torch.float32:
+        dtypes += [torch.bfloat16, torch.float16]
     if tensor.dtype != other.dtype and other.dtype != torch.float64:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtypes = [dtype for dtype in FEATURE_DTYPES if dtype != torch.float64]
@@ -74,14 +81,16 @@ def check_device(function: str, argument: str, tensor: Tensor, like: tuple[str, 
         )
 
 
-def check_alike(function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
+def check_alike(
+    function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
+) -> None:
     """Raise unless two tensors have the same shape, device and dtype (see `check_one_dtype`)."""
     name, other = like
     if tensor.shape != other.shape:
         raise ValueError(
             f"{function}: {argument} must be {list(other.shape)}, the shape of {name}; got {list(tensor.shape)}."
         )
-    check_one_dtype(function, argument, tensor, like)
+    check_one_dtype(function, argument, tensor, like, narrower=narrower)
     check_device(function, argument, tensor, like)
 
 

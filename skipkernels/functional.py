@@ -206,6 +206,7 @@ def add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and LayerNorm of the sum, in one pass.
 
@@ -216,16 +217,19 @@ def add_layer_norm(
 
     Args:
         x: [..., W] output of the sub-layer, in fp32, bf16, fp16 or fp64.
-        residual: [..., W] input of the sub-layer, in the dtype of `x`; None for a plain LayerNorm of `x`.
+        residual: [..., W] input of the sub-layer, in the dtype of `x`, or in bf16 or fp16 if `x` is fp32; None for a
+            plain LayerNorm of `x`.
         weight: [W], in any of these dtypes; usually fp32, also with bf16 features.
         bias: [W], in the dtype of `weight`.
         eps: added to the variance, at least 0; default: 1e-5.
+        out_dtype: dtype of `normed`, one of the same dtypes; default: that of `x`.
 
     Returns:
-        `hidden` and `normed`, both [..., W] in the dtype of `x`. `normed` is computed from the rounded `hidden`, with
-        statistics in fp32 (fp64 for fp64). Without a residual `hidden` is `x` itself, not cast by autocast. If the
-        variance of a row overflows (in fp32, with values of 1e19 and more), its `normed` and its gradients are NaN;
-        `torch.nn.functional.layer_norm` returns NaN or 0, depending on the width.
+        `hidden` and `normed`, both [..., W] in the dtype of `x`, or `normed` in `out_dtype`. `normed` is computed from
+        the rounded `hidden`, with statistics in fp32 (fp64 for fp64), and rounded once. Without a residual `hidden` is
+        `x` itself, not cast by autocast. If the variance of a row overflows (in fp32, with values of 1e19 and more),
+        its `normed` and its gradients are NaN; `torch.nn.functional.layer_norm` returns NaN or 0, depending on the
+        width.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype.
@@ -241,14 +245,16 @@ def add_layer_norm(
     check_shape(name, "x", x, rest=None, W=None)
     check_dtype(name, "x", x, FEATURE_DTYPES, "Convert it first.")
     if residual is not None:
-        check_alike(name, "residual", residual, ("x", x))
+        check_alike(name, "residual", residual, ("x", x), narrower=True)
     check_shape(name, "weight", weight, ("x", x), W=x.shape[-1])
     check_dtype(name, "weight", weight, FEATURE_DTYPES, "Use weight.float().")
     check_device(name, "weight", weight, ("x", x))
     check_alike(name, "bias", bias, ("weight", weight))
     if not 0 <= eps < math.inf:
         raise ValueError(f"{name}: eps must be finite and at least 0; got {eps}.")
-    hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
+    if out_dtype is not None and out_dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name}: out_dtype must be float32, bfloat16, float16 or float64; got {out_dtype}.")
+    hidden, normed, _, _ = _add_layer_norm(x, residual, weight, bias, eps, out_dtype)
     return x if residual is None else hidden, normed
 
 

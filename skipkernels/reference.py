@@ -109,6 +109,7 @@ def add_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual addition and LayerNorm of the sum.
 
@@ -119,10 +120,10 @@ def add_layer_norm(
 
     See `skipkernels.functional.add_layer_norm`.
     """
-    hidden = x if residual is None else x + residual
-    x = at_least_fp32(hidden)
-    normed = F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
-    return hidden, normed.to(hidden.dtype)
+    hidden = x if residual is None else (x + residual).to(x.dtype)
+    wide = at_least_fp32(hidden)
+    normed = F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    return hidden, normed.to(out_dtype or hidden.dtype)
 
 
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:

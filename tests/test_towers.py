@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
+from bench import counts
+from skipkernels.ops import launching
 from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
 from skipkernels.towers.families.open_clip import OpenClipTextTower
-from skipkernels.towers.fused_block import SAVED_WIDTHS, BlockSettings, fused_block
+from skipkernels.towers.fused_block import SAVED_WIDTHS, BlockSettings, Hidden, fused_block
 from skipkernels.towers.prompts import PackedPrompts
 
 N, TOKENS, W = 3, 5, 24
@@ -37,12 +39,13 @@ def gradients(out, block, hidden):
     return dict(zip(named, found, strict=True))
 
 
-def run_fused(block, hidden, save_inputs_only=False, query_rows=None):
+def run_fused(block, hidden, save_inputs_only=False, query_rows=None, product_dtype=None):
     weights, activation, eps, heads = OpenClipTextTower.read_block(block)
     all_rows = partial(sequences, backend=SDPA, n=N, heads=heads, mask=None)
     attention = all_rows if query_rows is None else partial(pooled, heads=heads, mask=None)
-    settings = BlockSettings(attention, activation, eps, hidden.dtype, save_inputs_only, query_rows is not None)
-    return fused_block(settings, hidden.flatten(0, 1), weights, query_rows)
+    dtype = product_dtype or hidden.dtype
+    settings = BlockSettings(attention, activation, eps, dtype, save_inputs_only, query_rows is not None)
+    return fused_block(settings, Hidden(hidden.flatten(0, 1)), weights, query_rows).sum()
 
 
 def hidden_states(dtype=torch.float64, requires_grad=True):
@@ -67,6 +70,94 @@ def test_fused_block_equals_callers_module(dtype, layer_scale, pool, constant, s
     for name, gradient in gradients(out, block, hidden).items():
         assert gradient.dtype == dtype
         assert relative_error(gradient, truth[name]) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("save_inputs_only", [False, True], ids=["fast", "min"])
+@pytest.mark.parametrize("constant", [False, True], ids=["inner", "first"])
+@pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_fused_block_under_autocast(dtypes, pool, constant, save_inputs_only):
+    """Products in a narrower dtype than weights and residual stream, or in another."""
+    dtype, product_dtype = dtypes
+    block, hidden = make_block(dtype), hidden_states(dtype, not constant)
+    exact, exact_hidden = copy.deepcopy(block).double(), hidden.detach().double().requires_grad_(not constant)
+    rows = torch.arange(N) * TOKENS if pool else None
+    expected = exact(exact_hidden).flatten(0, 1)
+    expected = expected if rows is None else expected[rows]
+    out = run_fused(block, hidden, save_inputs_only, rows, product_dtype)
+    assert out.dtype == dtype and relative_error(out, expected) < 1e-2
+    truth = gradients(expected, exact, exact_hidden)
+    for name, gradient in gradients(out, block, hidden).items():
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, truth[name]) < TOLERANCE[torch.bfloat16], name
+
+
+@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_block_separate_projections(product_dtype):
+    """Separate projections of query, key and value, as in Hugging Face's models, give the bits of a joined one."""
+    block, hidden = make_block(torch.float32), hidden_states(torch.float32)
+    weights, activation, eps, heads = OpenClipTextTower.read_block(block)
+    attention = partial(sequences, backend=SDPA, n=N, heads=heads, mask=None)
+    parts = [x.detach().chunk(3) for x in (weights.in_proj, weights.in_proj_bias)]
+    parts = [tuple(part.requires_grad_() for part in x) for x in parts]
+    separate = weights._replace(in_proj=parts[0], in_proj_bias=parts[1])
+    for save_inputs_only in (False, True):
+        found = []
+        for each in (weights, separate):
+            options = BlockSettings(attention, activation, eps, product_dtype or torch.float32, save_inputs_only)
+            out = fused_block(options, Hidden(hidden.flatten(0, 1)), each).sum()
+            found.append(torch.autograd.grad(out.square().sum(), [hidden, *each.tensors()]))
+        joined = [*found[1][:3], torch.cat(found[1][3:6]), torch.cat(found[1][6:9]), *found[1][9:]]
+        assert all(a.equal(b) for a, b in zip(found[0], joined, strict=True))
+
+
+class _NoLaunch(torch.autograd.Function):
+    """Attention that launches nothing."""
+
+    @staticmethod
+    def forward(ctx, packed, rows):
+        ctx.shape = packed.shape
+        return packed.new_empty(rows, W)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.new_empty(ctx.shape), None
+
+
+# Kernels of the forward and backward pass of a block on a GPU, without those of attention. Autocast adds one that casts
+# all weights, and for the first block two that widen vectors and weights.
+LAUNCHES = {
+    ("inner", torch.float32): (7, 15),
+    ("inner", torch.bfloat16): (8, 15),
+    ("first", torch.float32): (7, 18),
+    ("first", torch.bfloat16): (8, 19),
+    ("last", torch.float32): (8, 16),
+    ("last", torch.bfloat16): (9, 17),
+}
+
+
+@pytest.mark.skipif(not launching.installed, reason="Triton is not installed")
+@pytest.mark.parametrize(("kind", "product_dtype"), LAUNCHES, ids=lambda x: str(x).removeprefix("torch."))
+def test_fused_block_launches(kind, product_dtype):
+    block = make_block(torch.float32).to("meta")
+    weights, activation, eps, _ = OpenClipTextTower.read_block(block)
+    stream = torch.empty(N * TOKENS, W, device="meta", requires_grad=kind != "first")
+    branch = None if kind == "first" else stream.detach().to(product_dtype).requires_grad_()
+    hidden, inputs = (
+        Hidden(stream, branch),
+        [x for x in (stream, branch, *weights) if x is not None and x.requires_grad],
+    )
+    rows = torch.empty(N, dtype=torch.int64, device="meta") if kind == "last" else None
+    options = BlockSettings(
+        lambda x: _NoLaunch.apply(x, N if rows is not None else len(x)), activation, eps, product_dtype
+    )
+    found = []
+    for _ in range(2):  # the first call also tests what the device can do
+        results = []
+        found = [counts.counts_of(lambda out=results: out.extend(fused_block(options, hidden, weights, rows)))]
+        upstream = [torch.empty_like(x) for x in results]
+        found.append(counts.counts_of(lambda out=results, up=upstream: torch.autograd.grad(out, inputs, up)))
+    assert tuple(count["launches"] for count in found) == LAUNCHES[kind, product_dtype]
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])

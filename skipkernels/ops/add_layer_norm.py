@@ -5,11 +5,15 @@
     d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
     d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 
-Without a residual hidden is x itself. An operator must not return one of its inputs: `hidden` is then empty, and the
-public function returns x.
+x, residual and normed may have three dtypes. Without a residual hidden is x itself. An operator must not return one of
+its inputs: `hidden` is then empty, and the public function returns x. Without a weight and bias, normed is x̂.
 
 Forward also returns the mean and rstd of each row, in fp32 (fp64 for fp64). Saved for backward: hidden, which the model
 saves anyway, these two numbers per row, and the weight. Gradients that are not needed are empty.
+
+Backward also emits, where a fused block needs it: d_x in a second dtype; normed, recomputed, in the dtype of d_normed,
+if it is given the bias; and Σ d_hidden and Σ d_x over all rows, the gradients of the biases of the two products beside
+the norm.
 
 On a GPU backward is two kernels: the first sums fixed blocks of rows, the second adds these sums in order. Reference:
 `reference.add_layer_norm`. CPU kernel: csrc/add_layer_norm.cpp.
@@ -17,7 +21,7 @@ On a GPU backward is two kernels: the first sums fixed blocks of rows, the secon
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +36,28 @@ ROWS_PER_SUM = 8  # least number of rows per program of backward; with fewer it 
 MAX_SUMS = 512  # largest number of programs of backward: enough for every GPU, few sums for the second kernel
 BLOCK_SUMS = 64  # partial sums per iteration of the second kernel
 BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
+
+
+class Gradients(NamedTuple):
+    """Results of `add_layer_norm_backward`; empty if not needed.
+
+    Attributes:
+        d_x: [..., W], in the dtype of hidden.
+        d_weight: [W], as all vectors in the dtype of the weight.
+        d_bias: [W].
+        d_x_cast: d_x in the dtype `cast`, rounded once.
+        normed: [..., W], in the dtype of d_normed.
+        d_hidden_sum: Σ d_hidden over all rows, [W].
+        d_x_sum: Σ d_x over all rows, [W].
+    """
+
+    d_x: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    d_x_cast: Tensor
+    normed: Tensor
+    d_hidden_sum: Tensor
+    d_x_sum: Tensor
 
 
 @triton.jit
@@ -65,9 +91,11 @@ def _add_layer_norm_fwd_kernel(
     centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / W + eps
     rstd = tl.sqrt(variance) / variance  # NaN where the variance overflows, not 0
-    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
-    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    normed = centred * rstd[:, None]
+    if weight_ptr is not None:
+        normed *= tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        normed += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
     tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + offs_r, mean, mask=mask_r)
     tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
@@ -81,19 +109,24 @@ def _add_layer_norm_bwd_rows_kernel(
     mean_ptr,
     rstd_ptr,
     weight_ptr,
+    bias_ptr,
     d_x_ptr,
+    d_x_cast_ptr,
+    normed_ptr,
     d_weight_sums_ptr,
     d_bias_sums_ptr,
+    d_hidden_sums_ptr,
+    d_x_sums_ptr,
     R,
     rows,
     W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)), and Σ d_normed · x̂ and Σ d_normed over some rows.
+    """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)); Σ d_normed · x̂, Σ d_normed, Σ d_hidden, Σ d_x.
 
-    One program: `rows` rows, BLOCK_R at a time, and its own row of both sums [P, W]. The pointer of a gradient that is
-    absent or not needed is None.
+    One program: `rows` rows, BLOCK_R at a time, and its own row of the sums, each [P, W]. The pointer of a tensor that
+    is absent or not needed is None. Rows beyond R have rstd = 0 and add 0 to every sum.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
@@ -101,6 +134,8 @@ def _add_layer_norm_bwd_rows_kernel(
     weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    d_hidden_sum = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    d_x_sum = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     for start in range(0, rows, BLOCK_R):
         offs_r = program * rows + start + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
@@ -110,40 +145,70 @@ def _add_layer_norm_bwd_rows_kernel(
         mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
         rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
         unit = (hidden - mean[:, None]) * rstd[:, None]
+        if normed_ptr is not None:
+            bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+            normed = unit * weight[None, :] + bias[None, :]
+            tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
         if d_x_ptr is not None:
             g = d_normed * weight[None, :]  # 0 beyond W
             mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W
             d_row = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]
             if d_hidden_ptr is not None:
-                d_row += tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                d_hidden = tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                d_row += d_hidden
+                if d_hidden_sums_ptr is not None:
+                    d_hidden_sum += d_hidden
             tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
+            if d_x_cast_ptr is not None:
+                tl.store(d_x_cast_ptr + offs, d_row.to(d_x_cast_ptr.dtype.element_ty), mask=mask)
+            if d_x_sums_ptr is not None:
+                d_x_sum += d_row
         d_weight += d_normed * unit
         d_bias += d_normed
+    offs = program * W + offs_w
     if d_weight_sums_ptr is not None:
-        tl.store(d_weight_sums_ptr + program * W + offs_w, tl.sum(d_weight, axis=0), mask=mask_w)
+        tl.store(d_weight_sums_ptr + offs, tl.sum(d_weight, axis=0), mask=mask_w)
     if d_bias_sums_ptr is not None:
-        tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)
+        tl.store(d_bias_sums_ptr + offs, tl.sum(d_bias, axis=0), mask=mask_w)
+    if d_hidden_sums_ptr is not None:
+        tl.store(d_hidden_sums_ptr + offs, tl.sum(d_hidden_sum, axis=0), mask=mask_w)
+    if d_x_sums_ptr is not None:
+        tl.store(d_x_sums_ptr + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)
+
+
+@triton.jit
+def _store_sum(sums_ptr, out_ptr, P, offs_w, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
+    if out_ptr is not None:
+        total = sum_in_order(sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)
 
 
 @triton.jit
 def _add_layer_norm_bwd_sums_kernel(
     d_weight_sums_ptr,
     d_bias_sums_ptr,
+    d_hidden_sums_ptr,
+    d_x_sums_ptr,
     d_weight_ptr,
     d_bias_ptr,
+    d_hidden_sum_ptr,
+    d_x_sum_ptr,
     P,
     W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_weight = Σ_p d_weight_sums, and the same for d_bias. One program: BLOCK_W columns of both."""
+    """d_weight = Σ_p d_weight_sums, and so on. One program: BLOCK_W columns of one of the four."""
     offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    if d_weight_ptr is not None:
-        d_weight = sum_in_order(d_weight_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
-        tl.store(d_weight_ptr + offs_w, d_weight.to(d_weight_ptr.dtype.element_ty), mask=offs_w < W)
-    if d_bias_ptr is not None:
-        d_bias = sum_in_order(d_bias_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
-        tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)
+    which = tl.program_id(1)
+    if which == 0:
+        _store_sum(d_weight_sums_ptr, d_weight_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+    elif which == 1:
+        _store_sum(d_bias_sums_ptr, d_bias_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+    elif which == 2:
+        _store_sum(d_hidden_sums_ptr, d_hidden_sum_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+    else:
+        _store_sum(d_x_sums_ptr, d_x_sum_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
 
 
 def _tile(W: int) -> dict[str, Any]:
@@ -153,21 +218,24 @@ def _tile(W: int) -> dict[str, Any]:
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    W, device = x.shape[-1], x.device
-    hidden = torch.empty(0 if residual is None else x.shape, dtype=x.dtype, device=device)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=device)
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=device) for _ in range(2))
+    W = x.shape[-1]
+    hidden, normed, mean, rstd = _fake(x, residual, weight, bias, eps, dtype)
     R, tile = mean.numel(), _tile(W)
     launch(
         _add_layer_norm_fwd_kernel,
         (triton.cdiv(R, tile["BLOCK_R"]),),
-        device=device,
+        device=x.device,
         x_ptr=x.contiguous(),
-        residual_ptr=None if residual is None else residual.contiguous(),
-        weight_ptr=weight.contiguous(),
-        bias_ptr=bias.contiguous(),
+        residual_ptr=_contiguous(residual),
+        weight_ptr=_contiguous(weight),
+        bias_ptr=_contiguous(bias),
         hidden_ptr=None if residual is None else hidden,
         normed_ptr=normed,
         mean_ptr=mean,
@@ -180,6 +248,10 @@ def _launch(
     return hidden, normed, mean, rstd
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _launch_backward(
     d_normed: Tensor,
     d_hidden: Tensor | None,
@@ -187,69 +259,90 @@ def _launch_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_sums: bool,
+    cast: torch.dtype | None,
+) -> Gradients:
+    if hidden.dtype == torch.float64:  # with d_normed of another dtype
+        return _fallback_backward(
+            d_normed, d_hidden, hidden, mean, rstd, weight, bias, need_x, need_weight, need_bias, need_sums, cast
+        )
     W, R, device = hidden.shape[-1], mean.numel(), hidden.device
     tile = _tile(W)
     blocks = triton.cdiv(R, tile["BLOCK_R"])
     blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
     P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows the sums are 0
-
-    def sums(need: bool) -> Tensor | None:
-        return torch.empty(P, W, dtype=torch.float32, device=device) if need else None
-
-    needs = need_x, need_weight, need_bias
-    d_x, d_weight, d_bias = registration.gradients_like((hidden, weight, weight), needs)
-    d_weight_sums, d_bias_sums = sums(need_weight), sums(need_bias)
+    out = _fake_backward(
+        d_normed, d_hidden, hidden, mean, rstd, weight, bias, need_x, need_weight, need_bias, need_sums, cast
+    )
+    needs = {"d_weight": need_weight, "d_bias": need_bias, "d_hidden": need_sums, "d_x": need_sums}
+    sums: dict[str, Any] = {
+        f"{name}_sums_ptr": torch.empty(P, W, dtype=torch.float32, device=device) if need else None
+        for name, need in needs.items()
+    }
     launch(
         _add_layer_norm_bwd_rows_kernel,
         (P,),
         device=device,
         d_normed_ptr=d_normed.contiguous(),
-        d_hidden_ptr=None if d_hidden is None else d_hidden.contiguous(),
+        d_hidden_ptr=_contiguous(d_hidden),
         hidden_ptr=hidden.contiguous(),
         mean_ptr=mean.contiguous(),
         rstd_ptr=rstd.contiguous(),
         weight_ptr=weight.contiguous(),
-        d_x_ptr=d_x if need_x else None,
-        d_weight_sums_ptr=d_weight_sums,
-        d_bias_sums_ptr=d_bias_sums,
+        bias_ptr=_contiguous(bias),
+        d_x_ptr=out.d_x if need_x else None,
+        d_x_cast_ptr=None if cast is None else out.d_x_cast,
+        normed_ptr=None if bias is None else out.normed,
+        **sums,
         R=R,
         rows=blocks_per_sum * tile["BLOCK_R"],
         W=W,
         **tile,
     )
-    if need_weight or need_bias:
+    if any(needs.values()):
         launch(
             _add_layer_norm_bwd_sums_kernel,
-            (triton.cdiv(W, BLOCK_COLUMNS),),
+            (triton.cdiv(W, BLOCK_COLUMNS), 4 if need_sums else 2),
             device=device,
             num_warps=4,
-            d_weight_sums_ptr=d_weight_sums,
-            d_bias_sums_ptr=d_bias_sums,
-            d_weight_ptr=d_weight if need_weight else None,
-            d_bias_ptr=d_bias if need_bias else None,
+            **sums,
+            d_weight_ptr=out.d_weight if need_weight else None,
+            d_bias_ptr=out.d_bias if need_bias else None,
+            d_hidden_sum_ptr=out.d_hidden_sum if need_sums else None,
+            d_x_sum_ptr=out.d_x_sum if need_sums else None,
             P=P,
             W=W,
             BLOCK_P=BLOCK_SUMS,
             BLOCK_W=BLOCK_COLUMNS,
         )
-    return d_x, d_weight, d_bias
+    return out
 
 
 def _fallback(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = (x if residual is None else x + residual).contiguous()
+    hidden = (x if residual is None else (x + residual).to(x.dtype)).contiguous()
     hidden_fp32 = reference.at_least_fp32(hidden)
     mean = hidden_fp32.mean(dim=-1)
     centred = hidden_fp32 - mean[..., None]
     variance = centred.square().mean(dim=-1) + eps
     rstd = variance.sqrt() / variance  # NaN where the variance overflows, not 0
-    normed = centred * rstd[..., None] * weight.to(mean.dtype) + bias.to(mean.dtype)
-    return x.new_empty(0) if residual is None else hidden, normed.to(x.dtype), mean, rstd
+    normed = _affine(centred * rstd[..., None], weight, bias)
+    return x.new_empty(0) if residual is None else hidden, normed.to(dtype or x.dtype), mean, rstd
+
+
+def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scaled = unit if weight is None else unit * weight.to(unit.dtype)
+    return scaled if bias is None else scaled + bias.to(unit.dtype)
 
 
 def _fallback_backward(
@@ -259,10 +352,13 @@ def _fallback_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_sums: bool,
+    cast: torch.dtype | None,
+) -> Gradients:
     # Not autograd of the reference: backward receives the statistics instead of eps.
     dtype = mean.dtype
     hidden_fp32, upstream = (x.contiguous().to(dtype) for x in (hidden, d_normed))
@@ -276,30 +372,71 @@ def _fallback_backward(
         torch.zeros_like(weight, dtype=dtype),
         (need_x, need_weight, need_bias),
     )
-    if d_x is None:
-        d_x = hidden.new_empty(0)
-    elif d_hidden is not None:
+    if d_x is not None and d_hidden is not None:
         d_x = d_x + d_hidden
-    d_weight, d_bias = (weight.new_empty(0) if x is None else x for x in (d_weight, d_bias))
-    return d_x.to(hidden.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    unit = None if bias is None else (hidden_fp32 - mean[..., None]) * rstd[..., None]
+
+    def column_sum(x: Tensor | None) -> Tensor | None:
+        return x.to(dtype).flatten(0, -2).sum(dim=0) if need_sums and x is not None else None
+
+    def result(x: Tensor | None, like: torch.dtype) -> Tensor:
+        return hidden.new_empty(0, dtype=like) if x is None else x.to(like)
+
+    return Gradients(
+        d_x=result(d_x, hidden.dtype),
+        d_weight=result(d_weight, weight.dtype),
+        d_bias=result(d_bias, weight.dtype),
+        d_x_cast=result(None if cast is None else d_x, cast or hidden.dtype),
+        normed=result(None if unit is None else _affine(unit, weight, bias), d_normed.dtype),
+        d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
+        d_x_sum=result(column_sum(d_x), weight.dtype),
+    )
 
 
 def _fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=dtype) for _ in range(2))
-    return x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape), mean, rstd
+    hidden = x.new_empty(0 if residual is None else x.shape)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=wide) for _ in range(2))
+    return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 
 def _fake_backward(
-    d_normed: Tensor, d_hidden: Tensor | None, hidden: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, *needs: bool
-) -> tuple[Tensor, ...]:
-    return registration.gradients_like((hidden, weight, weight), needs)
+    d_normed: Tensor,
+    d_hidden: Tensor | None,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_sums: bool,
+    cast: torch.dtype | None,
+) -> Gradients:
+    def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_empty(like.shape if need else 0, dtype=dtype)
+
+    return Gradients(
+        d_x=empty(hidden, need_x),
+        d_weight=empty(weight, need_weight),
+        d_bias=empty(weight, need_bias),
+        d_x_cast=empty(hidden, cast is not None, cast),
+        normed=empty(hidden, bias is not None, d_normed.dtype),
+        d_hidden_sum=empty(weight, need_sums),
+        d_x_sum=empty(weight, need_sums),
+    )
 
 
 add_layer_norm = registration.define(
-    "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps)"
+    "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype)"
     " -> (Tensor hidden, Tensor normed, Tensor mean, Tensor rstd)",
     fallback=_fallback,
     fake=_fake,
@@ -307,7 +444,9 @@ add_layer_norm = registration.define(
 )
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
-    " bool need_x, bool need_weight, bool need_bias) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)",
+    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, ScalarType? cast)"
+    " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
+    " Tensor d_x_sum)",
     fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
@@ -315,20 +454,27 @@ add_layer_norm_backward = registration.define(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, _, _ = inputs
+    x, residual, weight, *_ = inputs
     hidden, _, mean, rstd = output
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.mark_non_differentiable(mean, rstd, *([hidden] if residual is None else []))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else hidden, mean, rstd, weight)
 
 
 def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+    need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
+    hidden, mean, rstd, weight = ctx.saved_tensors
+    cast = None if not need_residual or ctx.residual_dtype == hidden.dtype else ctx.residual_dtype
     if d_normed is None:
-        return d_hidden, d_hidden
+        return d_hidden, d_hidden if cast is None or d_hidden is None else d_hidden.to(cast)
+    if weight is None:
+        weight = mean.new_ones(hidden.shape[-1])
     needs = need_x or need_residual, need_weight, need_bias
-    d_x, d_weight, d_bias = add_layer_norm_backward(d_normed, d_hidden, *ctx.saved_tensors, *needs)
-    return d_x, d_x, d_weight, d_bias
+    d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(
+        d_normed, d_hidden, hidden, mean, rstd, weight, None, *needs, False, cast
+    )
+    return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
 
 
 registration.differentiate(add_layer_norm, _backward, _save)

@@ -3,7 +3,8 @@
     u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
     quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
 
-Saved for backward: x and bias; g is recomputed. Gradients that are not needed are empty.
+Saved for backward: x and bias; g is recomputed. Gradients that are not needed are empty. Backward also returns out,
+recomputed, where a fused block needs it.
 
 On a GPU the gradient of the bias is summed for fixed blocks of rows; a second kernel adds these sums in order.
 Reference: `reference.mlp_activation`. CPU kernel: csrc/mlp_activation.cpp.
@@ -87,6 +88,7 @@ def _mlp_activation_bwd_rows_kernel(
     x_ptr,
     bias_ptr,
     d_x_ptr,
+    out_ptr,
     d_bias_sums_ptr,
     R,
     rows,
@@ -95,10 +97,10 @@ def _mlp_activation_bwd_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_x = d_out · (g(u) + u · g'(u)), and Σ d_x over some rows.
+    """d_x = d_out · (g(u) + u · g'(u)), out = u · g(u), and Σ d_x over some rows.
 
     One program: BLOCK_W columns of `rows` rows, BLOCK_R at a time, and these columns of its own row of the sums [P, W].
-    The pointer of a gradient that is not needed is None.
+    The pointer of a result that is not needed is None.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -115,6 +117,8 @@ def _mlp_activation_bwd_rows_kernel(
         d_x = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32) * (value + u * slope)
         if d_x_ptr is not None:
             tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+        if out_ptr is not None:
+            tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)
         d_bias += tl.where(mask, d_x, 0.0)  # beyond R d_x is 0 · g, and NaN if the bias is infinite
     if d_bias_sums_ptr is not None:
         tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)
@@ -160,14 +164,14 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _launch_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
-) -> tuple[Tensor, Tensor]:
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool, need_out: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
     R = x.numel() // W
     blocks = triton.cdiv(R, tile["BLOCK_R"])
     blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
     P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows the sums are 0
-    d_x, d_bias = registration.gradients_like((x, x if bias is None else bias), (need_x, need_bias))
+    d_x, d_bias, out = _fake_backward(d_out, x, bias, kind, need_x, need_bias, need_out)
     d_bias_sums = torch.empty(P, W, dtype=torch.float32, device=device) if need_bias else None
     launch(
         _mlp_activation_bwd_rows_kernel,
@@ -177,6 +181,7 @@ def _launch_backward(
         x_ptr=x.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(),
         d_x_ptr=d_x if need_x else None,
+        out_ptr=out if need_out else None,
         d_bias_sums_ptr=d_bias_sums,
         R=R,
         rows=blocks_per_sum * tile["BLOCK_R"],
@@ -197,7 +202,7 @@ def _launch_backward(
             BLOCK_P=BLOCK_SUMS,
             BLOCK_W=BLOCK_SUMS_COLUMNS,
         )
-    return d_x, d_bias
+    return d_x, d_bias, out
 
 
 def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -205,15 +210,16 @@ def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _fallback_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool, need_out: bool
 ) -> tuple[Tensor, ...]:
     def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.mlp_activation(x, bias, KINDS[kind])
 
     x = x.contiguous()
+    out = forward(x, bias) if need_out else x.new_empty(0)
     if bias is None:
-        return *registration.reference_gradients(forward, (x,), (need_x,), d_out), x.new_empty(0)
-    return registration.reference_gradients(forward, (x, bias), (need_x, need_bias), d_out)
+        return *registration.reference_gradients(forward, (x,), (need_x,), d_out), x.new_empty(0), out
+    return *registration.reference_gradients(forward, (x, bias), (need_x, need_bias), d_out), out
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -221,17 +227,17 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _fake_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool
+    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool, need_out: bool
 ) -> tuple[Tensor, ...]:
-    return registration.gradients_like((x, x if bias is None else bias), (need_x, need_bias))
+    return registration.gradients_like((x, x if bias is None else bias, x), (need_x, need_bias, need_out))
 
 
 mlp_activation = registration.define(
     "mlp_activation(Tensor x, Tensor? bias, int kind) -> Tensor out", fallback=_fallback, fake=_fake, launch=_launch
 )
 mlp_activation_backward = registration.define(
-    "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias)"
-    " -> (Tensor d_x, Tensor d_bias)",
+    "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias,"
+    " bool need_out) -> (Tensor d_x, Tensor d_bias, Tensor out)",
     fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
@@ -245,7 +251,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
     need_x, need_bias, _ = ctx.needs_input_grad
-    return mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias)
+    return mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias, False)[:2]
 
 
 registration.differentiate(mlp_activation, _backward, _save)

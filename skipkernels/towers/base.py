@@ -21,7 +21,7 @@ from ..options import Memory
 from ..store import digest_tensors
 from . import attention
 from .eligibility import why_weights_not_fusable
-from .fused_block import SAVED_WIDTHS, BlockSettings, FusableBlock, fused_block
+from .fused_block import SAVED_WIDTHS, BlockSettings, FusableBlock, Hidden, fused_block
 from .modes import evaluating, updates_statistics
 from .reductions import Reduction
 
@@ -129,13 +129,13 @@ class Tower(ABC):
         """
         frozen = [part for part in self.lower_parts if isinstance(part, nn.Module)]
         with evaluating(frozen, except_for=self.patch_dropout if drop_patches else None):
-            hidden, mask = self.embed(inputs), self.mask(inputs)
+            hidden, mask = Hidden(self.embed(inputs)), self.mask(inputs)
             for index in range(self.skip):
                 if self.is_fused(index):
                     hidden = self._run_fused_sequences(index, hidden, mask, save_inputs_only=False)
                 else:
-                    hidden = self.call_block(self.blocks[index], hidden, mask)
-        return hidden
+                    hidden = Hidden(self.call_block(self.blocks[index], hidden.sum(), mask))
+        return hidden.sum()
 
     @property
     def patch_dropout(self) -> nn.Module | None:
@@ -211,33 +211,35 @@ class Tower(ABC):
         yield from (parameter for parameter in _parameters(upper) if id(parameter) not in constants)
 
     def _run_fused_sequences(
-        self, index: int, hidden: Tensor, mask: Tensor | None, *, save_inputs_only: bool
-    ) -> Tensor:
+        self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool
+    ) -> Hidden:
         """Run fused block `index` over sequences [n, tokens, W]."""
-        attention_fn = partial(attention.sequences, backend=self.attention_backend, n=len(hidden), mask=mask)
-        rows = self._run_fused_block(index, hidden.flatten(0, 1), attention_fn, save_inputs_only=save_inputs_only)
-        return rows.view_as(hidden)
+        n, tokens, _ = hidden.stream.shape
+        attention_fn = partial(attention.sequences, backend=self.attention_backend, n=n, mask=mask)
+        rows = hidden.map(lambda x: x.flatten(0, 1))
+        rows = self._run_fused_block(index, rows, attention_fn, save_inputs_only=save_inputs_only)
+        return rows.map(lambda x: x.view(n, tokens, -1))
 
     def _run_fused_block(
         self,
         index: int,
-        rows: Tensor,
+        rows: Hidden,
         attention_fn: Callable,
         *,
         save_inputs_only: bool,
         query_rows: Tensor | None = None,
         separate_queries: bool = False,
-    ) -> Tensor:
+    ) -> Hidden:
         """Run fused block `index` over rows [R, W]; `attention_fn` takes the number of heads as `heads`."""
         weights, activation, eps, heads = self.fused(index)
-        dtype = weights.fc.dtype
-        if torch.is_autocast_enabled(rows.device.type):
-            dtype = torch.get_autocast_dtype(rows.device.type)
+        dtype, device_type = weights.fc.dtype, rows.stream.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
         attention_fn = partial(attention_fn, heads=heads)
         settings = BlockSettings(attention_fn, activation, eps, dtype, save_inputs_only, separate_queries)
         return fused_block(settings, rows, weights, query_rows)
 
-    def _run_upper_block(self, index: int, hidden: Tensor, mask: Tensor | None, *, save_inputs_only: bool) -> Tensor:
+    def _run_upper_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool) -> Hidden:
         """Run one block above the cut; with `memory="min"`, a block that is not fused is recomputed in backward.
 
         A block with a batch norm in training mode is not recomputed: it would update its statistics twice.
@@ -246,8 +248,8 @@ class Tower(ABC):
             return self._run_fused_sequences(index, hidden, mask, save_inputs_only=save_inputs_only)
         block = self.blocks[index]
         if self.memory == "min" and torch.is_grad_enabled() and not updates_statistics(block):
-            return checkpoint(self.call_block, block, hidden, mask, use_reentrant=False)
-        return self.call_block(block, hidden, mask)
+            return Hidden(checkpoint(self.call_block, block, hidden.sum(), mask, use_reentrant=False))
+        return Hidden(self.call_block(block, hidden.sum(), mask))
 
     @torch.compiler.disable  # queries the free memory
     def saves_inputs_only(self, hidden: Tensor) -> bool:

@@ -1,11 +1,18 @@
 """A pre-norm transformer block as one autograd node that saves little for backward.
 
+    hidden = stream + branch of the previous block
     mid = hidden + attention(LN₁(hidden)) · W_o + b_o
-    out = mid + act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
+    branch = act(LN₂(mid) · W_fc + b_fc) · W_p + b_p
+
+The result is the sum of mid and branch, returned as `Hidden`, so that the norm of the next block adds them.
 
 Saved for backward: hidden; query, key, value, result and log-sum-exp of attention; mid; the product of the MLP before
 its bias; about 10·W values per token. Backward recomputes the norms and the activation, which are memory-bound, but no
 matrix product. With `save_inputs_only`, only hidden is saved, and backward repeats the forward pass.
+
+Under autocast the weights of products are cast once, by one launch, and their copies are saved as well: 24·W² bytes for
+an MLP of width 4·W. With `save_inputs_only` they are cast again in backward. The norms write the dtype of the products,
+and the residual stream keeps its own.
 
 Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. With `query_rows` (the
 pooled tokens, in the last block), only LN₁ and the projections are computed for all rows; with `separate_queries` only
@@ -14,17 +21,42 @@ LN₁, key and value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.add_layer_norm import add_layer_norm, add_layer_norm_backward
+from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 
 SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
+
+
+PRODUCTS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
+"""Fields of `BlockWeights` that are in the dtype of the products. The operators upcast the others."""
+
+
+class Hidden(NamedTuple):
+    """Hidden states as a sum that is not computed yet: the next norm adds it.
+
+    Both terms must have the same gradient up to rounding, as those of a sum: a fused block takes its residual gradient
+    from `stream` and that of its product from `branch`.
+    """
+
+    stream: Tensor
+    branch: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """Compute the sum in the dtype of the stream."""
+        return self.stream if self.branch is None else (self.stream + self.branch).to(self.stream.dtype)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Hidden:
+        """Apply a view or a selection of rows to both terms."""
+        return Hidden(function(self.stream), None if self.branch is None else function(self.branch))
 
 
 class BlockWeights(NamedTuple):
@@ -88,24 +120,31 @@ class BlockSettings(NamedTuple):
 
 @torch.compiler.disable  # the node holds an autograd graph, which would cause graph breaks
 def fused_block(
-    settings: BlockSettings, hidden: Tensor, weights: BlockWeights, query_rows: Tensor | None = None
-) -> Tensor:
+    settings: BlockSettings, hidden: Hidden, weights: BlockWeights, query_rows: Tensor | None = None
+) -> Hidden:
     """Run one block over rows.
 
     Args:
         settings: Settings of this call.
-        hidden: [R, W].
-        weights: Weights of the block, in the dtype of `hidden`; products run in `settings.dtype`.
+        hidden: [R, W], the branch in `settings.dtype`.
+        weights: Weights of the block, in the dtype of the stream; products run in `settings.dtype`.
         query_rows: int64 [Q], rows to compute, without duplicates; default: all.
 
     Returns:
-        [Q, W] in the dtype of `hidden`.
+        [Q, W], the stream in its dtype and the branch in `settings.dtype`.
     """
     flat = weights.tensors()
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *flat)):
-        return _FusedBlock.apply(settings, hidden, query_rows, *flat)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _forward(settings, hidden, query_rows, _cast(settings, flat), record=False)[0]
+    inputs = [x for x in hidden if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *flat)):
+        return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, *flat))
+    with _without_autocast(hidden.stream.device):
+        return Hidden(*_forward(settings, hidden, query_rows, _cast(settings, flat), record=False).out)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Turn autocast off on a device that has it; the meta device has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class _Attention(NamedTuple):
@@ -115,6 +154,26 @@ class _Attention(NamedTuple):
     result: Tensor
 
 
+class _Saved(NamedTuple):
+    """Tensors saved for backward, besides the sum of the inputs and the projections."""
+
+    mid: Tensor
+    inner: Tensor
+    mean_1: Tensor
+    rstd_1: Tensor
+    mean_2: Tensor
+    rstd_2: Tensor
+
+
+class _Forward(NamedTuple):
+    """Results of a forward pass: mid and branch, the sum of the inputs, and what `_backward` needs if recorded."""
+
+    out: tuple[Tensor, Tensor]
+    hidden: Tensor
+    attention: _Attention | None
+    saved: _Saved | None
+
+
 def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: bool) -> _Attention:
     leaves = tuple(x.detach().requires_grad_(record) for x in projected)
     with torch.set_grad_enabled(record):
@@ -122,76 +181,99 @@ def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: boo
 
 
 def _forward(
-    settings: BlockSettings, hidden: Tensor, query_rows: Tensor | None, weights: BlockWeights, record: bool
-) -> tuple[Tensor, _Attention | None, list[Tensor]]:
-    """Return the result and, if `record`, attention and the tensors saved for `_backward`."""
-    _, normed, *statistics_1 = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
-    normed = normed.to(settings.dtype)
-    residual = hidden if query_rows is None else hidden[query_rows]
+    settings: BlockSettings, inputs: Hidden, query_rows: Tensor | None, weights: BlockWeights, record: bool
+) -> _Forward:
+    norm_1 = weights.norm_1, weights.norm_1_bias, settings.eps[0], settings.dtype
+    hidden, normed, *statistics_1 = add_layer_norm(*inputs, *norm_1)
+    if inputs.branch is None:
+        hidden = inputs.stream
+    residual = hidden if query_rows is None else hidden.index_select(0, query_rows)
     if query_rows is None or not settings.separate_queries:
         projected: tuple[Tensor, ...] = (F.linear(normed, weights.in_proj, weights.in_proj_bias),)
     else:
         W = hidden.shape[1]
-        query = F.linear(normed[query_rows], weights.in_proj[:W], weights.in_proj_bias[:W])
+        query = F.linear(normed.index_select(0, query_rows), weights.in_proj[:W], weights.in_proj_bias[:W])
         projected = query, F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
         del query
     del normed
     attention = _attention(settings, projected, record)
     del projected
-    branch = F.linear(attention.result.detach(), weights.out_proj, weights.out_proj_bias).to(hidden.dtype)
+    branch = F.linear(attention.result.detach(), weights.out_proj, weights.out_proj_bias)
     recorded = attention if record else None
     del attention
-    mid, normed, *statistics_2 = add_layer_norm(residual, branch, weights.norm_2, weights.norm_2_bias, settings.eps[1])
+    norm_2 = weights.norm_2, weights.norm_2_bias, settings.eps[1], settings.dtype
+    mid, normed, *statistics_2 = add_layer_norm(residual, branch, *norm_2)
     del branch
-    inner = normed.to(settings.dtype) @ weights.fc.T
+    inner = normed @ weights.fc.T
     del normed
-    saved = [mid, inner, *statistics_1, *statistics_2] if record else []
+    saved = _Saved(mid, inner, *statistics_1, *statistics_2) if record else None
     active = mlp_activation(inner, weights.fc_bias, KINDS.index(settings.activation))
     del inner
-    return mid + F.linear(active, weights.proj, weights.proj_bias), recorded, saved
+    return _Forward((mid, F.linear(active, weights.proj, weights.proj_bias)), hidden, recorded, saved)
 
 
 class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, settings: BlockSettings, hidden: Tensor, query_rows: Tensor | None, *weights: Tensor
-    ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            out, attention, saved = _forward(
-                settings, hidden, query_rows, _cast(settings, weights), record=not settings.save_inputs_only
-            )
-        ctx.settings, ctx.attention, ctx.count = settings, attention, len(weights)
-        ctx.save_for_backward(hidden, query_rows, *weights, *(attention.projected if attention else ()), *saved)
+        ctx: Any,
+        settings: BlockSettings,
+        stream: Tensor,
+        branch: Tensor | None,
+        query_rows: Tensor | None,
+        *flat: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        record = not settings.save_inputs_only
+        with _without_autocast(stream.device):
+            weights = _cast(settings, flat)
+            out, hidden, attention, saved = _forward(settings, Hidden(stream, branch), query_rows, weights, record)
+        projected = attention.projected if attention else ()
+        casts = [getattr(weights, name) for name in PRODUCTS] if record and _dtype(flat) != settings.dtype else []
+        ctx.settings, ctx.attention, ctx.has_branch = settings, attention, branch is not None
+        ctx.counts = len(flat), len(casts), len(projected)
+        ctx.save_for_backward(hidden, query_rows, *flat, *casts, *projected, *(saved or ()))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         settings: BlockSettings = ctx.settings
         hidden, query_rows, *rest = ctx.saved_tensors
-        weights, saved = rest[: ctx.count], rest[ctx.count :]
-        needs_hidden, needed = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        needs = BlockWeights(*_join_qkv(needed, any))
-        with torch.autocast(hidden.device.type, enabled=False):
-            cast = _cast(settings, weights)
-            attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
-            if not saved:
-                _, attention, saved = _forward(settings, hidden, query_rows, cast, record=True)
+        flat, casts, projected, saved = _split(rest, *ctx.counts)
+        needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[4:]
+        attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
+        with _without_autocast(hidden.device):
+            weights = _cast(settings, flat, casts)
+            recorded: tuple[_Attention | None, _Saved | None]
+            if saved:
+                recorded = attention or _attention(settings, projected, record=True), _Saved(*saved)
             else:
-                *projected, mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved
-                attention = attention or _attention(settings, projected, record=True)
-                saved = [mid, inner, mean_1, rstd_1, mean_2, rstd_2]
+                recorded = _forward(settings, Hidden(hidden), query_rows, weights, record=True)[2:]
+            needs = BlockWeights(*_join_qkv(needed, any))
             d_hidden, gradients = _backward(
-                settings, d_out, hidden, query_rows, cast, attention, saved, needs_hidden, needs
-            )
-        if len(weights) > len(gradients):
+                settings, (d_mid, d_branch), hidden, query_rows, weights, *recorded, needs_hidden, needs,
+                _dtype(flat),
+            )  # fmt: skip
+        if len(flat) > len(gradients):
             qkv = (None if g is None else g.chunk(3) for g in gradients[2:4])
             gradients = (*gradients[:2], *(part for parts in qkv for part in parts or [None] * 3), *gradients[4:])
         d_weights = (
-            None if g is None or not need else g.to(x.dtype)
-            for g, x, need in zip(gradients, weights, needed, strict=True)
+            None if g is None or not need else g.to(x.dtype) for g, x, need in zip(gradients, flat, needed, strict=True)
         )
-        return None, d_hidden if needs_hidden else None, None, *d_weights
+        d_stream, d_input = d_hidden
+        return None, d_stream, d_input if ctx.has_branch else None, None, *d_weights
+
+
+def _split(items: Sequence[Tensor], *counts: int) -> Iterator[Sequence[Tensor]]:
+    """Yield parts of `counts` items, and the rest."""
+    for count in counts:
+        yield items[:count]
+        items = items[count:]
+    yield items
+
+
+def _dtype(flat: Sequence[Tensor]) -> torch.dtype:
+    """Dtype of the matrices of a block; its vectors may have another."""
+    return flat[BlockWeights._fields.index("proj") - len(BlockWeights._fields)].dtype
 
 
 def _join_qkv(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequence[Any]:
@@ -201,101 +283,146 @@ def _join_qkv(flat: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Sequ
     return (*flat[:2], join(flat[2:5]), join(flat[5:8]), *flat[8:])
 
 
-def _cast(settings: BlockSettings, flat: Sequence[Tensor]) -> BlockWeights:
-    """Cast the weights of matrix products; the operators upcast norm parameters and the activation bias."""
-    weights = BlockWeights(*_join_qkv(flat, lambda qkv: torch.cat(list(qkv))))
-    names = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
-    return weights._replace(**{name: getattr(weights, name).to(settings.dtype) for name in names})
+def _cast(settings: BlockSettings, flat: Sequence[Tensor], casts: Sequence[Tensor] = ()) -> BlockWeights:
+    """Weights with those of products in the dtype of the products: `casts`, else cast and joined by one launch."""
+    weights = BlockWeights(*_join_qkv(flat, tuple))
+    copies = dict(zip(PRODUCTS, casts, strict=False))
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for name in () if casts else PRODUCTS:
+        weight = getattr(weights, name)
+        parts = weight if isinstance(weight, tuple) else (weight,)
+        if len(parts) > 1 or weight.dtype != settings.dtype:
+            lengths = [len(part) for part in parts]
+            copies[name] = parts[0].new_empty(sum(lengths), *parts[0].shape[1:], dtype=settings.dtype)
+            targets += copies[name].split(lengths)
+            sources += parts
+    if sources:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
+    return weights._replace(**copies)
+
+
+@functools.cache
+def _products_widen(device_type: str) -> bool:
+    """True if a product of 16-bit matrices can be written in fp32."""
+    try:
+        one = torch.ones(8, 8, dtype=torch.bfloat16, device=device_type)
+        return torch.mm(one, one, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
+
+
+def _product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which `_product` writes a product of tensors like `x`."""
+    is_16_bit = x.dtype in (torch.bfloat16, torch.float16)
+    return dtype if is_16_bit and dtype == torch.float32 and _products_widen(x.device.type) else x.dtype
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left · right, in `dtype` if the device can write it without another launch, else in the dtype of both."""
+    if _product_dtype(left, dtype) == left.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=dtype, out=out)
 
 
 def _backward(
     settings: BlockSettings,
-    d_out: Tensor,
+    d_out: tuple[Tensor, Tensor],
     hidden: Tensor,
     query_rows: Tensor | None,
     weights: BlockWeights,
-    attention: _Attention,
-    saved: list[Tensor],
+    attention: _Attention | None,
+    saved: _Saved | None,
     needs_hidden: bool,
     needs: Any,
-) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    dtype: torch.dtype,
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, ...]]:
+    """Return the gradients of the sum of the inputs, in the dtypes of stream and products, and of the weights.
+
+    Those of the matrices are in `dtype` or in that of the products.
+    """
+    assert attention is not None and saved is not None
     mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved
-    d_hidden: Tensor | None = None
-    d_in_proj: Tensor | None = None
-    upstream = d_out.to(settings.dtype)
+    cast = None if settings.dtype == hidden.dtype else settings.dtype
+    d_stream, d_branch = d_out
+    d_hidden: tuple[Tensor | None, Tensor | None] = None, None
     # MLP
-    active = mlp_activation(inner, weights.fc_bias, KINDS.index(settings.activation))
-    d_proj, d_proj_bias = _weight_gradient(upstream, active, needs.proj, needs.proj_bias)
+    d_inner, d_fc_bias, active = mlp_activation_backward(
+        d_branch @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation),
+        True, needs.fc_bias, needs.proj,
+    )  # fmt: skip
+    d_proj = _product(d_branch.T, active, dtype) if needs.proj else None
     del active
-    d_inner, d_fc_bias = mlp_activation_backward(
-        upstream @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation), True, needs.fc_bias
-    )
-    d_fc = None
-    if needs.fc:
-        _, normed, *_ = add_layer_norm(mid, None, weights.norm_2, weights.norm_2_bias, settings.eps[1])
-        d_fc = d_inner.T @ normed.to(settings.dtype)
-        del normed
-    d_normed = (d_inner @ weights.fc).to(hidden.dtype)
-    del d_inner
-    d_mid, d_norm_2, d_norm_2_bias = add_layer_norm_backward(
-        d_normed, d_out, mid, mean_2, rstd_2, weights.norm_2, True, needs.norm_2, needs.norm_2_bias
-    )
+    d_norm = Gradients(
+        *add_layer_norm_backward(
+            d_inner @ weights.fc, d_stream, mid, mean_2, rstd_2, weights.norm_2,
+            weights.norm_2_bias if needs.fc else None, True, needs.norm_2, needs.norm_2_bias,
+            needs.out_proj_bias or needs.proj_bias, cast,
+        )
+    )  # fmt: skip
+    d_mid, d_norm_2, d_norm_2_bias, d_mid_cast, normed, d_proj_bias, d_out_proj_bias = d_norm
+    d_fc = _product(d_inner.T, normed, dtype) if needs.fc else None
+    del d_inner, normed, d_norm
     # Attention
-    upstream = d_mid.to(settings.dtype)
-    d_out_proj, d_out_proj_bias = _weight_gradient(
-        upstream, attention.result.detach(), needs.out_proj, needs.out_proj_bias
-    )
+    upstream = d_mid if cast is None else d_mid_cast
+    del d_mid_cast
+    d_out_proj = _product(upstream.T, attention.result.detach(), dtype) if needs.out_proj else None
     d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
-    separate = len(d_projected) > 1
+    del upstream
+    W = hidden.shape[1]
 
     def in_proj_gradient(inputs: Tensor) -> Tensor:
         """Gradient of query, key and value, transposed, times `inputs`, [3W, W]."""
-        if not separate:
-            return d_projected[0].T @ inputs
-        return torch.cat([d_projected[0].T @ inputs[query_rows], d_projected[1].T @ inputs])
+        if len(d_projected) == 1:
+            return _product(d_projected[0].T, inputs, dtype)
+        assert query_rows is not None
+        out = inputs.new_empty(3 * W, W, dtype=_product_dtype(inputs, dtype))
+        _product(d_projected[0].T, inputs.index_select(0, query_rows), dtype, out=out[:W])
+        _product(d_projected[1].T, inputs, dtype, out=out[W:])
+        return out
 
-    d_in_proj_bias = torch.cat([x.sum(dim=0) for x in d_projected]) if separate else d_projected[0].sum(dim=0)
+    d_in_proj: Tensor | None = None
+    d_in_proj_bias: Tensor | None = None
+    if needs.in_proj_bias or not needs_hidden:
+        d_in_proj_bias = hidden.new_empty(3 * W, dtype=settings.dtype if hidden.is_cpu else dtype)
+        for x, part in zip(d_projected, d_in_proj_bias.split([x.shape[1] for x in d_projected]), strict=True):
+            # On a CPU a sum in another dtype would convert all rows first.
+            torch.sum(x, 0, dtype=part.dtype, out=part)
     if not needs_hidden:
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
-        ones, zeros = torch.ones_like(weights.norm_1), torch.zeros_like(weights.norm_1)
-        _, unit, *_ = add_layer_norm(hidden, None, ones, zeros, settings.eps[0])
+        assert d_in_proj_bias is not None
+        _, unit, *_ = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype)
         wide = mean_1.dtype
-        unit_gradient, d_bias = in_proj_gradient(unit.to(settings.dtype)).to(wide), d_in_proj_bias.to(wide)
-        d_norm_1, d_norm_1_bias = (weights.in_proj * unit_gradient).sum(dim=0), d_bias @ weights.in_proj.to(wide)
+        unit_gradient, d_bias = in_proj_gradient(unit).to(wide), d_in_proj_bias.to(wide)
+        d_norm_1 = (weights.in_proj * unit_gradient).sum(dim=0)
+        d_norm_1_bias = (d_bias[None] @ weights.in_proj.to(wide))[0]
         d_in_proj = torch.addcmul(
             d_bias[:, None] * weights.norm_1_bias.to(wide), unit_gradient, weights.norm_1.to(wide)
         )
     else:
-        _, normed, *_ = add_layer_norm(hidden, None, weights.norm_1, weights.norm_1_bias, settings.eps[0])
-        d_in_proj = in_proj_gradient(normed.to(settings.dtype)) if needs.in_proj else None
-        del normed
-        if separate:
-            W = hidden.shape[1]
+        if len(d_projected) > 1:
             d_normed = d_projected[1] @ weights.in_proj[W:]
-            d_normed[query_rows] += d_projected[0] @ weights.in_proj[:W]
+            d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
         else:
             d_normed = d_projected[0] @ weights.in_proj
-        if query_rows is not None:
-            d_mid = torch.zeros_like(hidden).index_copy_(0, query_rows, d_mid)
-        d_hidden, d_norm_1, d_norm_1_bias = add_layer_norm_backward(
-            d_normed.to(hidden.dtype),
-            d_mid,
-            hidden,
-            mean_1,
-            rstd_1,
-            weights.norm_1,
-            True,
-            needs.norm_1,
-            needs.norm_1_bias,
-        )
+        d_norm = Gradients(
+            *add_layer_norm_backward(
+                d_normed, d_mid if query_rows is None else None, hidden, mean_1, rstd_1, weights.norm_1,
+                weights.norm_1_bias if needs.in_proj else None, True, needs.norm_1, needs.norm_1_bias,
+                False, cast if query_rows is None else None,
+            )
+        )  # fmt: skip
+        del d_normed
+        d_norm_1, d_norm_1_bias = d_norm.d_weight, d_norm.d_bias
+        if query_rows is None:
+            d_hidden = d_norm.d_x, d_norm.d_x if cast is None else d_norm.d_x_cast
+        else:
+            d_rows = d_norm.d_x.index_add_(0, query_rows, d_mid)
+            d_hidden = d_rows, d_rows.to(settings.dtype)
+        d_in_proj = in_proj_gradient(d_norm.normed) if needs.in_proj else None
     return d_hidden, (
         d_norm_1, d_norm_1_bias, d_in_proj, d_in_proj_bias, d_out_proj, d_out_proj_bias,
         d_norm_2, d_norm_2_bias, d_fc, d_fc_bias, d_proj, d_proj_bias,
     )  # fmt: skip
-
-
-def _weight_gradient(
-    upstream: Tensor, inputs: Tensor, need: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    return upstream.T @ inputs if need else None, upstream.sum(dim=0) if need_bias else None

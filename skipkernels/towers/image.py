@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import attention
 from .base import Tower
+from .fused_block import Hidden
 from .reductions import Reduction
 
 
@@ -43,23 +44,24 @@ class ImageTower(Tower):
         They have every token, or only the first one if `pooled_last_block` is enabled.
         """
 
-    def upper(self, hidden: Tensor) -> Tensor:
+    def upper(self, features: Tensor) -> Tensor:
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""
-        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(hidden)
+        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
+        hidden = Hidden(features)
         pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
         for index in range(self.skip, depth - pools):
             hidden = self._run_upper_block(index, hidden, None, save_inputs_only=save_inputs_only)
         if not pools:
-            return self.finish(hidden)
-        n, tokens, _ = hidden.shape
-        first = torch.arange(n, device=hidden.device) * tokens
+            return self.finish(hidden.sum())
+        n, tokens, _ = features.shape
+        first = torch.arange(0, n * tokens, tokens, device=features.device)
         attention_fn = partial(attention.pooled, mask=None)
         rows = self._run_fused_block(
             depth - 1,
-            hidden.flatten(0, 1),
+            hidden.map(lambda x: x.flatten(0, 1)),
             attention_fn,
             save_inputs_only=save_inputs_only,
             query_rows=first,
             separate_queries=True,
         )
-        return self.finish(rows[:, None])
+        return self.finish(rows.sum()[:, None])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import attention
 from .base import Tower
+from .fused_block import Hidden
 from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
 from .reductions import Reduction
 
@@ -102,27 +103,29 @@ class TextTower(Tower):
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
-        hidden = rows.unflatten(0, (len(selected.class_ids), -1))
+        features = rows.unflatten(0, (len(selected.class_ids), -1))
         mask = self.mask(self.tokens[selected.class_ids])
-        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(hidden)
+        depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
         pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
+        hidden = Hidden(features)
         for index in range(self.skip, depth - pools):
             hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=save_inputs_only)
         if not pools:
-            return hidden.flatten(0, 1)[selected.ends]
+            return hidden.sum().flatten(0, 1)[selected.ends]
         if mask is not None:
-            n, length, _ = hidden.shape
+            n, length, _ = features.shape
             positions = self.pooled[selected.class_ids]
             mask = mask.expand(n, 1, length, length)[torch.arange(n, device=rows.device), 0, positions]
         attention_fn = partial(attention.pooled, mask=mask)
-        return self._run_fused_block(
+        pooled = self._run_fused_block(
             depth - 1,
-            hidden.flatten(0, 1),
+            hidden.map(lambda x: x.flatten(0, 1)),
             attention_fn,
             save_inputs_only=save_inputs_only,
             query_rows=selected.ends,
             separate_queries=True,
         )
+        return pooled.sum()
 
     def _run_suffixes(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run every block over the shared prefix and the suffixes; return hidden states [K, W] of the pooled tokens."""
@@ -137,7 +140,8 @@ class TextTower(Tower):
             max_length=self.prompts.max_length,
             excludes_self=selected.ends if self.prompts.excludes_self else None,
         )
+        hidden, options = Hidden(rows), {"save_inputs_only": save_inputs_only}
         for index in range(self.skip, depth - 1):
-            rows = self._run_fused_block(index, rows, attention_fn, save_inputs_only=save_inputs_only)
+            hidden = self._run_fused_block(index, hidden, attention_fn, **options)
         last = partial(attention_fn, rows=selected.ends)
-        return self._run_fused_block(depth - 1, rows, last, save_inputs_only=save_inputs_only, query_rows=selected.ends)
+        return self._run_fused_block(depth - 1, hidden, last, query_rows=selected.ends, **options).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from skipkernels import reference
 from skipkernels.functional import add_layer_norm
+from skipkernels.ops.add_layer_norm import Gradients, add_layer_norm_backward
 from skipkernels.ops.add_layer_norm import add_layer_norm as operator
-from skipkernels.ops.add_layer_norm import add_layer_norm_backward
 from skipkernels.testing import SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops import gpu
@@ -113,6 +114,82 @@ def test_fp32_weights_beside_narrow_features(backend: Backend, dtype):
     case = make(9, 100, dtype=dtype, weight_dtype=torch.float32, device=backend.device)
     check_three_ways(case)
     assert run(add_layer_norm, case)[-1].dtype == torch.float32
+
+
+def mixed(shape, stream, product, device) -> tuple[Case, torch.dtype]:
+    """A residual stream of one dtype, a residual and a result of another, fp32 weights."""
+    case = make(*shape, dtype=stream, weight_dtype=torch.float32, device=device)
+    residual, d_normed = (leaf(x.to(product)) for x in (case.residual, case.d_normed))
+    return case._replace(residual=residual, d_normed=d_normed), product
+
+
+def dtype_ids(dtypes: tuple[torch.dtype, ...]) -> str:
+    return "-".join(str(dtype)[6:] for dtype in dtypes)
+
+
+MIXED = [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("dtypes", MIXED, ids=dtype_ids)
+@pytest.mark.parametrize("shape", [(1, 7), (13, 127), (2, 5, 768), (70, 33)], ids=str)
+def test_several_dtypes(backend: Backend, shape, dtypes):
+    """The residual stream, and the dtype of the products beside it: results are rounded once."""
+    for dtype in dtypes:
+        backend.skip_unless_supported(dtype)
+    case, product = mixed(shape, *dtypes, backend.device)
+    exact = run(reference.add_layer_norm, case.to(torch.float64))
+    function = add_layer_norm if dtypes[0] == torch.float32 else raw
+    ours, theirs = (run(partial(f, out_dtype=product), case) for f in (function, reference.add_layer_norm))
+    expected = [dtypes[0], product, dtypes[0], product, torch.float32, torch.float32]
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs] == expected
+    for name, value, other, right in zip(NAMES, ours, theirs, exact, strict=True):
+        error, bound = relative_error(value, right), relative_error(other, right)
+        assert error <= bound + SLACK[value.dtype], f"{name}: {error:.2e} against the reference's {bound:.2e}"
+
+
+def raw(x, residual, weight, bias, out_dtype) -> tuple[Tensor, Tensor]:
+    """The operator, which accepts more pairs of dtypes than the public function."""
+    return operator(x, residual, weight, bias, 1e-5, out_dtype)[:2]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, *MIXED], ids=lambda dtypes: "-".join(str(d)[6:] for d in dtypes)
+)
+@pytest.mark.parametrize("rows", [1, 70, 257])
+def test_backward_of_a_block(backend: Backend, rows, dtypes):
+    """Everything that backward emits for a fused block: d_x twice, normed, and the sums of both gradients."""
+    stream, product = dtypes
+    for dtype in dtypes:
+        backend.skip_unless_supported(dtype)
+    case, _ = mixed((rows, 100), stream, product, backend.device)
+    with torch.no_grad():
+        hidden, normed, mean, rstd = operator(*case[:4], 1e-5, product)
+        cast = None if stream == product else product
+        saved = case.d_normed, case.d_hidden, hidden, mean, rstd, case.weight
+        found = Gradients(*add_layer_norm_backward(*saved, case.bias, True, True, True, True, cast))
+        plain = Gradients(*add_layer_norm_backward(*saved, None, True, True, True, False, None))
+    for name in ("d_x", "d_weight", "d_bias"):
+        assert torch.equal(getattr(found, name), getattr(plain, name)), name
+    assert (found.d_x.dtype, found.normed.dtype, found.d_x_sum.dtype) == (stream, product, torch.float32)
+    assert relative_error(found.normed, normed) < SLACK[product]
+    if cast is not None:
+        assert found.d_x_cast.dtype == product and relative_error(found.d_x_cast, found.d_x) < 2 * SLACK[torch.bfloat16]
+    for sums, terms in ((found.d_hidden_sum, case.d_hidden), (found.d_x_sum, found.d_x)):
+        exact, size = terms.double().sum(dim=0), terms.double().abs().sum(dim=0)
+        assert ((sums.double() - exact).abs() <= 4 * max(SLACK[stream], SLACK[torch.float32]) * size).all()
+
+
+def test_without_weight_is_the_unit_row(backend: Backend):
+    case = make(5, 70, device=backend.device)
+    ones, zeros = torch.ones_like(case.weight), torch.zeros_like(case.bias)
+    unit = operator(case.x, None, None, None, 1e-5, None)[1]
+    torch.testing.assert_close(unit, operator(case.x, None, ones, zeros, 1e-5, None)[1])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
@@ -232,13 +309,17 @@ def test_gradcheck(backend: Backend, residual):
 def test_opcheck(backend: Backend):
     for residual in (True, False):
         case = make(2, 3, 33, device=backend.device, residual=residual)
-        torch.library.opcheck(operator, (*case[:4], 1e-5))
+        torch.library.opcheck(operator, (*case[:4], 1e-5, None))
         with torch.no_grad():
-            hidden, _, mean, rstd = operator(*case[:4], 1e-5)
+            hidden, _, mean, rstd = operator(*case[:4], 1e-5, None)
         saved = (hidden if residual else case.x.detach(), mean, rstd, case.weight.detach())
         for needs in itertools.product([True, False], repeat=3):
             d_hidden = case.d_hidden.detach() if residual else None
-            torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), d_hidden, *saved, *needs))
+            rest = (None, *needs, False, None)
+            torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), d_hidden, *saved, *rest))
+        torch.library.opcheck(operator, (case.x, None, None, None, 1e-5, torch.float16))
+    rest = (case.bias.detach(), True, True, True, True, torch.float16)
+    torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), case.d_hidden.detach(), *saved, *rest))
 
 
 @pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations(range(4), n)])
@@ -258,7 +339,8 @@ def test_only_needed_gradients_are_computed(backend: Backend, wanted, monkeypatc
         assert (x.grad is not None) == (i in wanted)
         if i in wanted:
             assert torch.equal(x.grad, everything[i])
-    d_x, d_weight, d_bias = calls[0]
+    d_x, d_weight, d_bias, *rest = calls[0]
+    assert not any(x.numel() for x in rest)
     assert [d_x.numel() > 0, d_weight.numel() > 0, d_bias.numel() > 0] == [
         0 in wanted or 1 in wanted,
         2 in wanted,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..base import UnsupportedModel
+from ..fused_block import Hidden
 from ..prompts import SelectedPrompts
 from ..text import TextTower
 
@@ -42,10 +43,10 @@ class EncoderTextTower(TextTower):
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:  # noqa: D102
         tokens = self.tokens[selected.class_ids]
-        hidden, mask = rows.unflatten(0, (len(tokens), -1)), self.mask(tokens)
+        states, mask = Hidden(rows.unflatten(0, (len(tokens), -1))), self.mask(tokens)
         for index in range(self.skip, len(self.blocks)):
-            hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=False)
-        hidden = self.finish_encoder(hidden)
+            states = self._run_upper_block(index, states, mask, save_inputs_only=False)
+        hidden = self.finish_encoder(states.sum())
         pooler = getattr(self.encoder, "pooler", None)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, pooler_output=None if pooler is None else pooler(hidden)
