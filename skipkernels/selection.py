@@ -18,6 +18,8 @@ from torch import Tensor
 from .options import Tail
 
 _TAIL_SPAN = 5.0  # the published code spaces the tail evenly over [0, 5] and takes exp(−x / decay)
+_TABLE_STEPS = 1024  # steps drawn ahead on a GPU
+_TABLE_RANKS = 1 << 20  # in at most 8 MiB
 
 
 class ClassSelection(NamedTuple):
@@ -99,6 +101,66 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
     return torch.searchsorted(ends, points, right=True).clamp_(max=len(ends) - 1)
 
 
+class _Intervals(NamedTuple):
+    """Ends of the intervals of the sampled ranks, fp64 [C − m], and 0, 1, …, n − 1, one for each rank to draw."""
+
+    ends: Tensor
+    grid: Tensor
+
+    def draw(self, starts: Tensor) -> Tensor:
+        """Draw positions in the tail, [..., n], for uniform numbers [...]."""
+        return systematic_sample(self.ends, starts[..., None] + self.grid)
+
+
+class _RankTable:
+    """Kept ranks of the coming steps, on a device, at addresses that do not change: a captured graph can read them.
+
+    Attributes:
+        rows: int64 [steps, K]; one row if every step keeps the same ranks.
+        counter: int64 [1], row of the next step.
+        starts: The uniform number that each row is drawn with.
+        next: Index of the next row on the host.
+    """
+
+    def __init__(self, device: torch.device, certain: Tensor, intervals: _Intervals | None):
+        self._certain, self._intervals = certain, intervals
+        kept = len(certain) + (0 if intervals is None else len(intervals.grid))
+        steps = 1 if intervals is None else max(1, min(_TABLE_STEPS, _TABLE_RANKS // kept))
+        self.rows = torch.empty(steps, kept, dtype=torch.int64, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.starts: list[float] = []
+        self.next = 0
+        if intervals is None:
+            self._upload(certain[None])
+
+    def fits(self, device: torch.device, certain: Tensor, intervals: _Intervals | None) -> bool:
+        """Return True if the rows are drawn from these ranks, for this device."""
+        tails = [None if x is None else len(x.ends) for x in (self._intervals, intervals)]
+        return self.rows.device == device and tails[0] == tails[1] and self._certain.equal(certain)
+
+    def fill(self, start: Tensor, generator: torch.Generator) -> None:
+        """Draw every row: the first with `start`, the others with the next numbers of the generator, which stays."""
+        assert self._intervals is not None
+        ahead = torch.Generator().set_state(generator.get_state())
+        rest = torch.rand(len(self.rows) - 1, generator=ahead, dtype=torch.float64)
+        starts = torch.cat([start[None], rest])
+        certain = self._certain.expand(len(starts), -1)
+        self._upload(torch.cat([certain, len(self._certain) + self._intervals.draw(starts)], dim=1))
+        self.counter.zero_()
+        self.starts, self.next = starts.tolist(), 0
+
+    def _upload(self, ranks: Tensor) -> None:
+        self.rows.copy_(ranks.pin_memory() if self.rows.device.type == "cuda" else ranks, non_blocking=True)
+
+    def take(self) -> Tensor:
+        """Return the next row, without the host: in a captured graph, another one at each replay."""
+        if self._intervals is None:
+            return self.rows[0]
+        ranks = self.rows.index_select(0, self.counter)[0]
+        self.counter.add_(1)
+        return ranks
+
+
 @dataclass
 class RankSampler:
     """Sampler of the ranks [K] that are kept in a step, by one of two policies.
@@ -135,8 +197,9 @@ class RankSampler:
             self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
         self._plan: tuple[int, Tensor] | None = None
-        self._intervals: tuple[Tensor, Tensor, Tensor] | None = None  # q, ends of the intervals, 0 to n − 1
+        self._intervals: tuple[Tensor, _Intervals] | None = None  # of q
         self._fixed: Tensor | None = None
+        self._table: _RankTable | None = None
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
         """Return m, raised so that every label of a batch fits, and q of the tail after it.
@@ -160,24 +223,64 @@ class RankSampler:
 
     def draw(self, num_classes: int, batch_size: int) -> Tensor:
         """Draw the kept ranks [K] of a step, int64, ascending, on the device of the generator."""
+        certain, intervals = self._certain(num_classes, batch_size)
+        if intervals is None:
+            return certain
+        return torch.cat([certain, len(certain) + intervals.draw(self._uniform())])
+
+    def draw_on(self, device: torch.device, num_classes: int, batch_size: int) -> Tensor:
+        """Draw as `draw` does, for a device: on a GPU from `reserve` and `take`."""
+        assert self.generator is not None
+        if device.type == "cpu" or self.generator.device.type != "cpu":
+            return self.draw(num_classes, batch_size)
+        self.reserve(device, num_classes, batch_size)
+        return self.take()
+
+    def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
+        """Draw the kept ranks of a step as `draw` does, from a CPU generator, to be read by `take` on `device`.
+
+        The ranks of many steps are copied to the device at once, drawn with a copy of the generator. The generator
+        advances by one number in each step, so that its state is always that of the steps so far. If the number is not
+        that of the next row (the generator was seeded, or continues from a checkpoint), all rows are drawn again.
+        """
+        assert self.generator is not None
+        certain, intervals = self._certain(num_classes, batch_size)
+        if self._table is None or not self._table.fits(device, certain, intervals):
+            self._table = _RankTable(device, certain, intervals)
+        if intervals is not None:
+            table, start = self._table, self._uniform()
+            if table.starts[table.next : table.next + 1] != [start.item()]:
+                table.fill(start, self.generator)
+            table.next += 1
+
+    def take(self) -> Tensor:
+        """Return the reserved ranks [K]. Uses no host value: in a captured graph, each replay returns the next ones."""
+        assert self._table is not None
+        return self._table.take()
+
+    def _uniform(self) -> Tensor:
+        assert self.generator is not None
+        return torch.rand((), generator=self.generator, dtype=torch.float64, device=self.generator.device)
+
+    def _certain(self, num_classes: int, batch_size: int) -> tuple[Tensor, _Intervals | None]:
+        """Return the ranks that this step certainly keeps, and the intervals that the others are drawn from, if any."""
         assert self.generator is not None
         keep, q = self.plan(num_classes, batch_size)
         self._min_keep = max(self._min_keep, batch_size)
         device = self.generator.device
         top = torch.arange(keep, device=device)
         if self.expected_keep(num_classes, batch_size) == keep:
-            return top
+            return top, None
         if self.tail == "resample":
             if self._intervals is None or self._intervals[0] is not q:
                 ends = inclusion_probabilities(q).cumsum(0)
-                self._intervals = q, ends.to(device), torch.arange(round(ends[-1].item()), device=device)
-            _, ends, grid = self._intervals
-            start = torch.rand((), generator=self.generator, dtype=torch.float64, device=device)
-            return torch.cat([top, keep + systematic_sample(ends, start + grid)])
+                grid = torch.arange(round(ends[-1].item()), device=device)
+                self._intervals = q, _Intervals(ends.to(device), grid)
+            return top, self._intervals[1]
         q = q.to(device)
         if self._fixed is None or len(self._fixed) != len(q):
             self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=q.device) < q
-        return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)])
+        return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)]), None
 
     def state_dict(self) -> dict[str, Tensor | int | None]:
         """Return the state of the draws, for `load_state_dict`."""
@@ -215,7 +318,8 @@ class RankSampler:
         # A generator cannot be pickled; its device and state can. The state is pickled as bytes, because a spawned
         # process would open the shared memory of a tensor after this process has freed it.
         assert self.generator is not None
-        return vars(self) | {"generator": (self.generator.device, self.generator.get_state().numpy().tobytes())}
+        generator = self.generator.device, self.generator.get_state().numpy().tobytes()
+        return vars(self) | {"generator": generator, "_table": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]
@@ -242,7 +346,7 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
     """
     forced = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).scatter(0, labels, math.inf)
     order = forced.argsort(descending=True, stable=True)
-    class_ids = order[ranks.to(order.device, non_blocking=True)].sort().values  # no host sync
+    class_ids = order[ranks.to(order.device, non_blocking=True)].sort().values
     return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skipkernels import selection
 from skipkernels.selection import (
     RankSampler,
     base_keep,
@@ -151,6 +152,44 @@ def test_load_state_dict_continues_the_draws(tail):
     resumed.load_state_dict(state)
     assert [resumed.draw(300, 4).tolist() for _ in range(3)] == rest
     assert draws != rest or tail == "fixed"
+
+
+@pytest.mark.parametrize("tail", ["fixed", "resample"])
+@pytest.mark.parametrize("steps", [1, 3, 1024])
+def test_reserve_draws_the_same_ranks(tail, steps, monkeypatch):
+    """Whatever the length of the table; after a larger batch, other classes, a new seed and a checkpoint too."""
+    monkeypatch.setattr(selection, "_TABLE_STEPS", steps)
+    ours, theirs = RankSampler(tail=tail), RankSampler(tail=tail)
+
+    def same_draws(classes: int, batch: int, count: int = 4) -> None:
+        for _ in range(count):
+            ours.reserve(torch.device("cpu"), classes, batch)
+            assert ours.take().equal(theirs.draw(classes, batch))
+            assert ours.generator.get_state().equal(theirs.generator.get_state())
+
+    for classes, batch in ((300, 4), (300, 2), (300, 80), (300, 4), (90, 4), (2, 1), (3, 3)):
+        same_draws(classes, batch)
+    state = {name: value.clone() for name, value in ours.tensors().items()}
+    same_draws(300, 4)
+    for sampler in (ours, theirs):
+        sampler.load_tensors(state)
+    same_draws(300, 4)
+    for sampler in (ours, theirs):
+        sampler.generator.manual_seed(7)
+        sampler._fixed = None
+    same_draws(300, 4)
+    assert pickle.loads(pickle.dumps(ours)).draw(300, 4).equal(theirs.draw(300, 4))
+
+
+@pytest.mark.parametrize("tail", ["fixed", "resample"])
+def test_reserve_keeps_addresses(tail, monkeypatch):
+    monkeypatch.setattr(selection, "_TABLE_STEPS", 2)
+    sampler, addresses = RankSampler(tail=tail), set()
+    for batch in (4, 4, 1, 4, 4):
+        sampler.reserve(torch.device("cpu"), 300, batch)
+        sampler.take()
+        addresses.add((sampler._table.rows.data_ptr(), sampler._table.counter.data_ptr()))
+    assert len(addresses) == 1
 
 
 def test_select_ranks_nan_last_labels_first():

@@ -297,8 +297,12 @@ class SkipCLIP(nn.Module):
     @torch.no_grad()
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
-        scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
-        return select_ranks(scores, labels, self.sampler.draw(len(self.prototypes), len(labels)))
+        return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
+
+    def _select(self, image: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
+        with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
+            scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
+        return select_ranks(scores, labels, ranks)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that trains."""
@@ -502,19 +506,29 @@ class SkipCLIP(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkipCLIP:
         """Convert or move everything, including tensors of the towers; prototypes stay at least fp32."""
-        before, encoder = self.prototypes, self._image_encoder
-        dtype, stale = encoder.tower.dtype, encoder.weights.changed()
+        before = self.prototypes
+        encoders: tuple[ImageEncoder | TextEncoder, ...] = self._image_encoder, self._text_encoder
+        dtype, stale = self._image.dtype, [encoder.weights.changed() for encoder in encoders]
+        keeps_text = self._text_encoder.is_current()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         super()._apply(fn, recurse)
         if self.prototypes.dtype != before.dtype:
             self.prototypes = before.to(self.prototypes.device)
-        self._text_encoder.apply(fn)
-        if encoder.tower.dtype != dtype:
-            encoder.features = encoder.features[0], encoder.tower.dtype
-            if not stale:
+        replaced = {
+            id(parameters[name]): parameter
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter is not parameters[name]
+        }
+        for encoder, is_stale in zip(encoders, stale, strict=True):
+            encoder.tower.replace_parameters(replaced)
+            if encoder.lower_device is not None:
+                encoder.tower.move_lower(encoder.lower_device)
+            if not is_stale:  # the digests of another device or dtype differ
                 encoder.accept_weights()
-        for tower in (self._image, self._text):  # a parameter may be another object now
-            if tower.can_fuse:
-                tower.read_blocks()
+        self._text_encoder.apply(fn, keep=keeps_text)
+        if self._image.dtype != dtype:
+            self._image_encoder.features = self._image_encoder.features[0], self._image.dtype
+        self._trained.register(self.model)
         self._snapshot = None
         return self
 

@@ -74,7 +74,7 @@ class TextEncoder:
             if self._rows is None or self.weights.changed():
                 with torch.inference_mode(False), torch.no_grad():  # used beyond the caller's context
                     self._rows = tower.prompts.pack(self.lower())
-                self.weights = WeightSnapshot(tower.lower_parts)
+                self.accept_weights()
             gather = partial(self._rows.index_select, 0)
 
         def encode(class_ids: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class TextEncoder:
         if self.tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
         self._store = TextStore(folder / "features", self.tower, self.lower, self.chunk)
-        self.weights = WeightSnapshot(self.tower.lower_parts)
+        self.accept_weights()
 
     def prototypes(self, folder: Path | None) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes before tuning; stored in `folder` if given."""
@@ -124,7 +124,7 @@ class TextEncoder:
     def _check_store(self) -> None:
         assert self._store is not None
         self._store.check(self.tower.lower_identity())
-        self.weights = WeightSnapshot(self.tower.lower_parts)
+        self.accept_weights()
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
@@ -140,10 +140,25 @@ class TextEncoder:
         """Drop the features and embeddings that are cached in memory."""
         self._rows = self._embeddings = None
 
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Move the tensors that belong to no module."""
+    def apply(self, fn: Callable[[Tensor], Tensor], *, keep: bool = True) -> None:
+        """Move or convert the tensors that belong to no module; the features at the cut only if `keep`.
+
+        Features are computed again in another dtype.
+        """
         self.tower.apply(fn)
+        rows = self._rows if keep else None
         self.forget()
+        if rows is not None and (moved := fn(rows)).dtype == rows.dtype:
+            self._rows = moved
+            self.see_called_modules()
+
+    def is_current(self) -> bool:
+        """Return True if no module that the tower calls, and no weight below the cut, has changed."""
+        return self._called is not None and self._called[0].is_unchanged() and not self.weights.changed()
+
+    def accept_weights(self) -> None:
+        """Record the current weights below the cut as those of the cached features."""
+        self.weights = WeightSnapshot(self.tower.lower_parts)
 
     def compare_weights(self) -> None:
         """Compare the weights below the cut by content, and drop cached features if they differ."""

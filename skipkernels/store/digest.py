@@ -51,7 +51,13 @@ def digests(tensors: Iterable[Tensor]) -> list[int]:
     >>> a == b
     False
     """
-    found = [_device_digest(x) if x.device.type != "cpu" else xxhash.xxh3_64_intdigest(_bytes(x)) for x in tensors]
+
+    def digest(x: Tensor) -> Tensor | int:
+        if x.is_meta:
+            return 0  # no elements
+        return xxhash.xxh3_64_intdigest(_bytes(x)) if x.device.type == "cpu" else _device_digest(x)
+
+    found = list(map(digest, tensors))
     on_device = [x for x in found if isinstance(x, Tensor)]
     read = iter(torch.stack(on_device).tolist() if on_device else [])  # one host sync
     return [next(read) if isinstance(x, Tensor) else x for x in found]

@@ -6,9 +6,10 @@ A model family defines the embedding, the blocks and the head; this file runs th
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -196,6 +197,16 @@ class Tower(ABC):
             "lower blocks": digest_tensors(_named_tensors(self.blocks[: self.skip])),
         }
 
+    def replace_parameters(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Follow a move that made new parameters, given by the id of the old one: a move to "meta" does."""
+
+        def follow(parts: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(replaced.get(id(part), part) for part in parts)
+
+        self.embedding, self.head, self.constants = map(follow, (self.embedding, self.head, self.constants))
+        if self.can_fuse:
+            self.read_blocks()
+
     def move_lower(self, device: torch.device) -> None:
         """Move the parameters and buffers below the cut to another device."""
         for part in self.lower_parts:
@@ -251,18 +262,30 @@ class Tower(ABC):
             return Hidden(checkpoint(self.call_block, block, hidden.sum(), mask, use_reentrant=False))
         return Hidden(self.call_block(block, hidden.sum(), mask))
 
+    @functools.cached_property
+    def _decisions(self) -> dict[tuple[int, torch.device], bool]:
+        """Answers of `saves_inputs_only` by bytes and device."""
+        return {}
+
     @torch.compiler.disable  # queries the free memory
     def saves_inputs_only(self, hidden: Tensor) -> bool:
         """Return True if the fused blocks above the cut save only their inputs for backward.
 
-        With `memory="auto"`, they do if saving everything would take more than half of the free memory.
+        With `memory="auto"`, they do if saving everything would take more than half of the free memory; on a GPU, of
+        the memory that is free in the first step with as many rows.
         """
         if not any(map(self.is_fused, range(self.skip, len(self.blocks)))):
             return False
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"
         saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS * (len(self.blocks) - self.skip)
-        return saved > free_bytes(hidden.device) / 2
+        if hidden.device.type == "cpu":
+            return saved > free_bytes(hidden.device) / 2
+        # On a GPU the number of rows never changes within a run, and a captured graph must not ask the driver.
+        key = saved, hidden.device
+        if key not in self._decisions:
+            self._decisions[key] = saved > free_bytes(hidden.device) / 2
+        return self._decisions[key]
 
 
 def _parameters(parts: Iterable[Part]) -> Iterator[nn.Parameter]:
