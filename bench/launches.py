@@ -192,7 +192,7 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
             sizes = ((3072, 768), (768, 3072), (768,), (67,))
             lists = [[on_meta(*size, dtype=x) for size in sizes] for x in (dtype, dtype, buffer)]
             how = ("" if seed is None else "-random") + ("" if buffer == dtype else "-fp32-buffer")
-            yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed))
+            yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed, None))
 
 
 # One tile of each kind, for suffixes of one length and of several.

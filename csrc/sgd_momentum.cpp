@@ -174,7 +174,8 @@ struct Options {
 struct Parameter {
   void *weight, *grad, *buffer;
   ScalarType type, grad_type, buffer_type;
-  int64_t first, numel; // first: index of the first element among all elements of the list
+  int64_t begin, numel; // begin: index of the first element among those of the list
+  int64_t first; // index of the first element among those that share the seed
 };
 
 template <class W, class G, class M>
@@ -250,12 +251,14 @@ class Changed {
 
 void sgd_momentum_(
     std::vector<Tensor> weights, std::vector<Tensor> grads, std::vector<Tensor> buffers, const Tensor& lr,
-    double momentum, double weight_decay, const std::optional<Tensor>& seed) {
+    double momentum, double weight_decay, const std::optional<Tensor>& seed,
+    const std::optional<std::vector<int64_t>>& offsets) {
   STD_TORCH_CHECK(
       weights.size() == grads.size() && weights.size() == buffers.size(), NAME, ": the lists must be of one length.");
   STD_TORCH_CHECK(is_number(lr), NAME, ": lr must have one element.");
   STD_TORCH_CHECK(
       !seed || (is_number(*seed) && seed->scalar_type() == ScalarType::Long), NAME, ": seed must be one int64.");
+  STD_TORCH_CHECK(!offsets || offsets->size() == weights.size(), NAME, ": there must be one offset for each weight.");
   Options options{numbers(lr)[0], momentum, weight_decay, std::nullopt};
   if (seed)
     options.seed = uint64_t(*seed->const_data_ptr<int64_t>());
@@ -273,7 +276,8 @@ void sgd_momentum_(
         grad.is_cpu() && buffer.is_cpu() && grad.sizes().equals(weight.sizes()) &&
             buffer.sizes().equals(weight.sizes()),
         NAME, ": all must have the shape of the weight.");
-    p.first = total;
+    p.begin = total;
+    p.first = offsets ? (*offsets)[i] : total;
     p.numel = weight.numel();
     p.weight = changed.numbers(weight, p.type, true, p.type);
     p.grad = changed.numbers(grad, p.grad_type, false, p.type);
@@ -283,9 +287,9 @@ void sgd_momentum_(
 
   parallel_for(0, total, GRAIN, [&](int64_t begin, int64_t end) {
     auto p = std::upper_bound(
-        parameters.begin(), parameters.end(), begin, [](int64_t at, const Parameter& x) { return at < x.first; });
-    for (--p; p != parameters.end() && p->first < end; ++p)
-      run(*p, options, std::max<int64_t>(begin - p->first, 0), std::min(end - p->first, p->numel));
+        parameters.begin(), parameters.end(), begin, [](int64_t at, const Parameter& x) { return at < x.begin; });
+    for (--p; p != parameters.end() && p->begin < end; ++p)
+      run(*p, options, std::max<int64_t>(begin - p->begin, 0), std::min(end - p->begin, p->numel));
   });
   changed.write_back();
 }

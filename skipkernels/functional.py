@@ -535,6 +535,7 @@ def sgd_momentum_(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     seed: Tensor | int | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> None:
     """One step of SGD with momentum, in place.
 
@@ -547,7 +548,9 @@ def sgd_momentum_(
 
     With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction, so that
     updates smaller than half a step are applied on average. The random bits depend only on the seed and on the position
-    of a weight in the list. Use a new seed for every step.
+    of a weight in the list, or on its offset. Use a new seed for every step.
+
+    On a GPU all tensors are updated by one launch. Addresses of the tensors are copied to the device when they change.
 
     Args:
         weight: tensor of any shape, in fp32, bf16, fp16 or fp64, updated in place; or a list of such tensors of one
@@ -561,6 +564,8 @@ def sgd_momentum_(
         weight_decay: L2 penalty, at least 0; default: 0.
         seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element, read like `lr`;
             default: None, round to nearest.
+        offsets: index of the first element of each weight among all elements that share the seed, so that a weight has
+            the same random bits in any list; default: the elements are counted through the list.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype, and for a seed with weights that are not bf16.
@@ -580,6 +585,8 @@ def sgd_momentum_(
             f"{name}: weight, grad and momentum_buffer must be lists of one length; got {len(weights)}, {len(grads)} "
             f"and {len(buffers)}."
         )
+    if offsets is not None and (len(offsets) != len(weights) or min(offsets, default=0) < 0):
+        raise ValueError(f"{name}: offsets must be an index ≥ 0 for each of {len(weights)} weights; got {offsets}.")
     for option, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}: {option} must be finite and at least 0; got {value}.")
@@ -613,7 +620,7 @@ def sgd_momentum_(
     if seed is not None:
         seed = seed if isinstance(seed, Tensor) else reference.signed64(seed)
         seed = _number_tensor(name, "seed", seed, ("weight", first), [torch.int64], torch.int64)
-    _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed)
+    _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed, offsets)
 
 
 def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import functional
 from .checks import FEATURE_DTYPES, check_dtype
+from .reference import signed64
 
 # Options that torch.optim.SGD reads from its groups, so that it loads a state dict of FusedSGD.
 _TORCH_OPTIONS = {
@@ -28,19 +29,25 @@ _TORCH_OPTIONS = {
     "differentiable": False,
     "fused": None,
 }
+_GATHERED_BYTES = 32 << 20  # gradients that wait in backward for one launch; a block of ViT-B has 28 MB in fp32
+# Odd, so that a group has 2⁶⁴ seeds; not the constant that the operator multiplies positions by, so that the bits of a
+# step are not those of another step, shifted.
+_SEED_STRIDE = signed64(0xD1B54A32D192ED03)
 
 
 class FusedSGD(torch.optim.Optimizer):
-    """SGD with momentum that updates each weight inside backward, as soon as its gradient is complete.
+    """SGD with momentum that updates weights inside backward, as soon as their gradients are complete.
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
     The update and the defaults are those of `torch.optim.SGD`, in one pass over memory (`functional.sgd_momentum_`).
-    Memory holds the gradients of about one block, not of the model. The training loop is unchanged: `step()` after each
-    backward updates the weights that still have a gradient (a weight frozen at construction, a gradient set by hand)
-    and begins the next step. Options of a group are read at each update, so learning-rate schedulers work. State dicts
-    are interchangeable with those of `torch.optim.SGD`. Keep a reference to the optimizer: its hooks are removed with
-    it.
+    Memory holds the gradients of about one block, not of the model: on the CPU each weight is updated at once, on a GPU
+    gradients are gathered up to 32 MiB for one launch, the last of them at the end of backward.
+
+    The training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (a
+    weight frozen at construction, a gradient set by hand) and begins the next step. Options of a group are read at each
+    update, so learning-rate schedulers work. State dicts are interchangeable with those of `torch.optim.SGD`. Keep a
+    reference to the optimizer: its hooks are removed with it.
 
     Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
     before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_` (after backward it finds no
@@ -53,14 +60,15 @@ class FusedSGD(torch.optim.Optimizer):
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
             or fp64. Momentum buffers have the shape and dtype of their weights.
         lr: Learning rate ≥ 0, 1e-3 by default: a number, or a tensor of one element on the device of the weights. The
-            kernel reads the tensor, so a captured CUDA graph uses its value at each replay.
+            kernel reads the tensor, so a captured CUDA graph uses its value at each replay. A number is copied to the
+            device when it changes: see `copy_rates`.
         momentum: Factor of the buffer, ≥ 0; 0 (default) keeps no buffer.
         weight_decay: L2 penalty ≥ 0, 0 by default.
         in_backward: True (default) updates weights in backward. False updates all in `step()`, with one call per group,
             dtype and device.
         stochastic_rounding: True rounds bf16 weights up with the probability of the discarded part, so that updates
             below half a unit in the last place survive on average. Only for groups of bf16 weights. The random bits
-            differ for each weight and step, and continue with the state dict; a captured graph repeats its bits.
+            differ for each weight, step and replay of a captured graph, and continue with the state dict.
         seed: Seed of stochastic rounding, ≥ 0.
 
     Raises:
@@ -94,13 +102,20 @@ class FusedSGD(torch.optim.Optimizer):
     ):
         self._in_backward = False  # until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
+        self._waiting: list[tuple[int, int, Tensor]] = []  # group, index and weight of gathered gradients
+        self._waiting_bytes = 0
+        self._offsets: list[int] = []  # index of the first element of each weight, and of the next weight
+        # Learning rates of the groups that are numbers: a tensor on the device, and the number that it has.
+        self._rates: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
         self._hooks: list[RemovableHandle] = []
         self._remove_hooks = weakref.finalize(self, _remove, self._hooks)
         self._remove_hooks.atexit = False
         if in_backward:
             _refuse_several_processes()
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **_TORCH_OPTIONS}
-        super().__init__(params, options | {"stochastic_rounding": stochastic_rounding, "seed": seed, "steps": 0})
+        super().__init__(
+            params, options | {"stochastic_rounding": stochastic_rounding, "seed": seed, "step_seed": None}
+        )
         if in_backward:
             self._in_backward = True
             for group in range(len(self.param_groups)):
@@ -109,7 +124,13 @@ class FusedSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its options."""
         super().add_param_group(param_group)
-        _check(self.param_groups[-1])
+        group = self.param_groups[-1]
+        _check(group)
+        _set_step_seed(group)
+        offsets = self._offsets or [0]
+        for weight in group["params"]:
+            offsets.append(offsets[-1] + -(-weight.numel() // 4) * 4)  # four elements share a hash
+        self._offsets = offsets
         if self._in_backward:
             self._hook(len(self.param_groups) - 1)
 
@@ -126,18 +147,38 @@ class FusedSGD(torch.optim.Optimizer):
         if not self._updated:  # once per step: a process group may be created after the optimizer
             _refuse_several_processes()
         if weight.grad is None:
-            raise RuntimeError(
-                "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one "
-                "updates it in backward too. Call close() on that one."
-            )
+            _refuse_consumed()
         if number in self._updated:
             raise RuntimeError(
                 "FusedSGD: a weight must get one gradient per step; got a second one since step(), after the first was "
                 "consumed. Call step() after each backward, or use in_backward=False."
             )
-        self._update(self.param_groups[group], number, [weight])
         self._updated.add(number)
-        weight.grad = None
+        if not _gathers(weight):
+            self._update(group, [(number, weight)])
+            weight.grad = None
+            return
+        if not self._waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # at the end of backward
+        self._waiting.append((group, number, weight))
+        self._waiting_bytes += weight.grad.nbytes
+        if self._waiting_bytes >= _GATHERED_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Update the weights with gathered gradients."""
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        if any(weight.grad is None for *_, weight in waiting):
+            _refuse_consumed()
+        for group in range(len(self.param_groups)):
+            self._update(group, [(number, weight) for of, number, weight in waiting if of == group])
+        for *_, weight in waiting:
+            weight.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all weights, see `torch.optim.Optimizer.zero_grad`."""
+        self._waiting, self._waiting_bytes = [], 0  # of a backward that raised an error
+        super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """End a step: update every weight that still has a gradient.
@@ -149,37 +190,74 @@ class FusedSGD(torch.optim.Optimizer):
             The result of the closure.
         """
         loss = None if closure is None else closure()
+        self._waiting, self._waiting_bytes = [], 0  # of a backward that raised an error
         numbers = itertools.count()
-        for group in self.param_groups:
-            alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = defaultdict(list)
-            for weight, number in zip(group["params"], numbers, strict=False):
-                if weight.grad is not None:
-                    alike[weight.dtype, weight.device].append((number, weight))
-            for numbered in alike.values():
-                self._update(group, numbered[0][0], [weight for _, weight in numbered])
-            group["steps"] += 1
+        for index, group in enumerate(self.param_groups):
+            numbered = zip(group["params"], numbers, strict=False)  # the longer one last: zip takes from the first
+            self._update(index, [(number, weight) for weight, number in numbered if weight.grad is not None])
+            if group["step_seed"] is not None:
+                group["step_seed"].add_(_SEED_STRIDE)
         self._updated.clear()
         return loss
 
-    def _update(self, group: dict[str, Any], number: int, weights: list[Any]) -> None:
-        """Update weights of a group by one call; `number` is the index of the first one in the optimizer."""
-        functional.sgd_momentum_(
-            weights,
-            [weight.grad for weight in weights],
-            [self._momentum_buffer(weight, group["momentum"]) for weight in weights],
-            group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            seed=_random_bits(group["seed"], group["steps"], number) if group["stochastic_rounding"] else None,
-        )
+    def copy_rates(self) -> None:
+        """Copy the learning rates that are numbers to the device, where they have changed.
 
-    def _momentum_buffer(self, weight: Tensor, momentum: float) -> Tensor:
-        if momentum == 0:  # never read
-            return torch.zeros_like(weight)
-        state = self.state[weight]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        return state["momentum_buffer"]
+        `step` does that too. A captured graph only reads the device: call this before each replay.
+        """
+        for index, device in self._rates:
+            self._rate(index, device)
+
+    def _update(self, index: int, numbered: list[tuple[int, Any]]) -> None:
+        """Update weights of a group, given with their index in the optimizer, by one call for each dtype and device."""
+        group = self.param_groups[index]
+        alike: defaultdict[tuple[torch.dtype, torch.device], list[tuple[int, Any]]] = defaultdict(list)
+        for number, weight in numbered:
+            alike[weight.dtype, weight.device].append((number, weight))
+        for (_, device), of_kind in alike.items():
+            weights = [weight for _, weight in of_kind]
+            functional.sgd_momentum_(
+                weights,
+                [weight.grad for weight in weights],
+                self._momentum_buffers(weights, group["momentum"]),
+                self._rate(index, device),
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                seed=_moved_seed(group, device),
+                offsets=[self._offsets[number] for number, _ in of_kind],
+            )
+
+    def _rate(self, index: int, device: torch.device) -> Tensor | float:
+        """Learning rate of a group on a device: a tensor of a constant address, except on the CPU."""
+        lr = self.param_groups[index]["lr"]
+        if isinstance(lr, Tensor) or device.type == "cpu":
+            return lr
+        rate, number = self._rates.get((index, device)) or (torch.empty((), dtype=torch.float64, device=device), None)
+        if number != lr:
+            rate.fill_(lr)
+            self._rates[index, device] = rate, lr
+        return rate
+
+    def _momentum_buffers(self, weights: list[Tensor], momentum: float) -> list[Tensor]:
+        if momentum == 0:  # written, and never read
+            zeros = weights[0].new_zeros(sum(weight.numel() for weight in weights))
+            sizes = [weight.numel() for weight in weights]
+            return [part.view(weight.shape) for part, weight in zip(zeros.split(sizes), weights, strict=True)]
+        buffers = []
+        for weight in weights:
+            state = self.state[weight]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            buffers.append(state["momentum_buffer"])
+        return buffers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, see `torch.optim.Optimizer.state_dict`; with stochastic rounding, a host sync."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if isinstance(group["step_seed"], Tensor):
+                group["step_seed"] = group["step_seed"].item()
+        return state
 
     def close(self) -> None:
         """Remove the hooks: later gradients remain for `step()` or another optimizer."""
@@ -193,6 +271,7 @@ class FusedSGD(torch.optim.Optimizer):
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
             _check(group)
+            _set_step_seed(group)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("FusedSGD: cannot be copied or pickled: its hooks are on its parameters. Use state_dict().")
@@ -207,6 +286,34 @@ def _refuse_several_processes() -> None:
             f"{distributed.get_world_size()}. Backward consumes gradients before they are averaged: the weights of the "
             "ranks would diverge. Use in_backward=False."
         )
+
+
+def _refuse_consumed() -> NoReturn:
+    raise RuntimeError(
+        "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one updates it in "
+        "backward too. Call close() on that one."
+    )
+
+
+def _gathers(weight: Tensor) -> bool:
+    """Return True if updates in backward wait for others: on a GPU, where a launch takes longer than most of them."""
+    return weight.device.type != "cpu"
+
+
+def _set_step_seed(group: dict[str, Any]) -> None:
+    """Make the seed of the step an int64 tensor [] on the device of the weights; each step adds a constant to it."""
+    seed = group["step_seed"]  # a number if it is from a state dict
+    if isinstance(seed, Tensor) or not (group["stochastic_rounding"] and group["params"]):
+        return
+    if seed is None:
+        seed = signed64(int(np.random.SeedSequence(group["seed"]).generate_state(1, np.uint64)[0]))
+    group["step_seed"] = torch.full((), seed, dtype=torch.int64, device=group["params"][0].device)
+
+
+def _moved_seed(group: dict[str, Any], device: torch.device) -> Tensor | None:
+    if group["step_seed"] is not None and group["step_seed"].device != device:  # weights were moved, or state loaded
+        group["step_seed"] = group["step_seed"].to(device)
+    return group["step_seed"]
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -230,8 +337,3 @@ def _check(group: dict[str, Any]) -> None:
 def _remove(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def _random_bits(*numbers: int) -> int:
-    """Return 64 random bits, determined by the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -272,6 +272,7 @@ def sgd_momentum_(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     seed: Tensor | int | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> None:
     """One step of SGD with momentum, in place.
 
@@ -281,14 +282,15 @@ def sgd_momentum_(
     one tensor cut into pieces.
 
     With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction. Four
-    elements share a hash: the random bits of element i, counted through the list, are bits 16 · (i mod 4) to
-    16 · (i mod 4) + 15 of splitmix64(seed, i div 4).
+    elements share a hash: the random bits of element i are bits 16 · (i mod 4) to 16 · (i mod 4) + 15 of
+    splitmix64(seed, i div 4). Elements are counted through the list, or in each tensor from its offset.
 
     See `skipkernels.functional.sgd_momentum_`.
     """
     lists = ([x] if isinstance(x, Tensor) else x for x in (weight, grad, momentum_buffer))
     first = 0
-    for w, g, b in zip(*lists, strict=True):
+    for number, (w, g, b) in enumerate(zip(*lists, strict=True)):
+        first = first if offsets is None else offsets[number]
         if seed is not None and w.dtype != torch.bfloat16:
             raise TypeError(f"sgd_momentum_: seed is for bfloat16 weights; got {w.dtype}. Leave it out.")
         old = at_least_fp32(w)

@@ -15,6 +15,7 @@ from torch import nn
 
 import skipkernels as sk
 from skipkernels import functional
+from skipkernels import optimizer as optimizer_module
 from skipkernels.testing import gradient_bytes
 
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -139,6 +140,84 @@ def test_gradients_in_memory_are_those_of_a_block(memory):
     assert gradient_bytes(clip(images, labels).loss) == largest
     assert all(p.grad is None for p in weights)
     optimizer.close()
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """Gather gradients in backward as on a GPU, up to 200 bytes; return the number of weights of each update."""
+    calls, update = [], functional.sgd_momentum_
+    monkeypatch.setattr(optimizer_module, "_gathers", lambda weight: True)
+    monkeypatch.setattr(optimizer_module, "_GATHERED_BYTES", 200)
+
+    def counted(weights, *args, **options):
+        calls.append(len(weights))
+        update(weights, *args, **options)
+
+    monkeypatch.setattr(functional, "sgd_momentum_", counted)
+    return calls
+
+
+@pytest.mark.parametrize("stochastic", [True, False], ids=["stochastic", "nearest"])
+def test_gathered_updates_are_those_of_step(gathering, stochastic):
+    """To the bit: random bits do not depend on the list that a weight is updated in."""
+    nets = Net(torch.bfloat16), Net(torch.bfloat16)
+    for net, in_backward in zip(nets, (True, False), strict=True):
+        groups = [{**group, "stochastic_rounding": stochastic} for group in net.groups()]
+        train(net, sk.FusedSGD(groups, **HYPER, in_backward=in_backward))
+    assert equal(*nets) and not equal(nets[0], Net(torch.bfloat16))
+
+
+def test_gathered_updates_are_few_and_bounded(gathering):
+    net = Net()  # 280, 392 and 8 bytes in fp64
+    optimizer = sk.FusedSGD(net.groups(), **HYPER)
+    net.loss(0).backward()
+    assert sum(gathering) == 3 and len(gathering) <= 3
+    assert all(p.grad is None for p in net.parameters())
+    gathering.clear()
+    weights = [nn.Parameter(torch.ones(5)) for _ in range(30)]  # 20 bytes each
+    _other = sk.FusedSGD(weights)
+    sum(weight.sum() for weight in weights).backward()
+    assert gathering == [10, 10, 10]
+    optimizer.close()
+
+
+def test_gathered_gradients_of_a_failed_backward_are_dropped(gathering):
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = sk.FusedSGD([first, second], lr=0.5)
+    handle = first.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        (first.sum() + second).sum().backward()
+    handle.remove()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert second.tolist() == [1.0, 1.0]
+    second.sum().backward()
+    assert second.tolist() == [0.5, 0.5] and first.tolist() == [1.0, 1.0]
+
+
+def test_gathered_gradients_with_two_optimizers(gathering):
+    weight = nn.Parameter(torch.ones(2))
+    _first, _second = sk.FusedSGD([weight]), sk.FusedSGD([weight])
+    with pytest.raises(RuntimeError, match=r"FusedSGD: the gradient of a weight was consumed .* Call close\(\)"):
+        weight.sum().backward()
+
+
+def test_device_tensors_keep_their_addresses():
+    """Rates and seeds are tensors on a device, filled in place: a captured graph reads them."""
+    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device="meta"))
+    optimizer = sk.FusedSGD([weight], lr=0.1, momentum=0.9, stochastic_rounding=True)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    seen = set()
+    for _ in range(3):
+        weight.sum().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.copy_rates()
+        ((rate, number),) = optimizer._rates.values()
+        assert number == optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
+        buffer = optimizer.state[weight]["momentum_buffer"]
+        seen.add((id(rate), id(optimizer.param_groups[0]["step_seed"]), id(buffer)))
+    assert len(seen) == 1
 
 
 @pytest.mark.gpu

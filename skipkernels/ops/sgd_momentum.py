@@ -6,47 +6,75 @@ Every number is read once and written once. The learning rate and the seed of st
 device, so that a captured graph reads new values at each replay. Each product is rounded, as in the reference
 (`reference.sgd_momentum_`): all kernels return the same bits. CPU kernel: csrc/sgd_momentum.cpp.
 
-A list is one call of the operator. On the CPU it is one parallel region (a model has some 150 parameters, most of them
-small); on a GPU it is one launch per tensor, at little cost in a captured graph.
+A list (a model has some 150 parameters, most of them small) is one parallel region on the CPU and one launch on a GPU.
+The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import registration
 from .launching import launch, tl, triton
 
-GROUPS = 256  # groups of four elements per program: 1,024 numbers of each tensor
+BLOCK = 2048  # elements per program
+LANES, LANES_RANDOM = 8, 4  # elements per group; with stochastic rounding, those that share a hash
 NUM_WARPS = 4
+COLUMNS = 6  # of the table: addresses of weight and buffer, number of elements, offset, first program, vectorised
+MAX_TABLES = 512  # kept between calls; 8 bytes per number
+PINNED = 1 << 17  # numbers of pinned memory for the tables that are made while a graph is captured: 1 MiB
+
+_TRITON_DTYPES = {
+    getattr(torch, name): getattr(tl, name, None) for name in ("float32", "bfloat16", "float16", "float64")
+}
 
 
 @triton.jit
-def _sgd_momentum_kernel(
-    weight_ptr,
-    grad_ptr,
-    momentum_buffer_ptr,
-    lr_ptr,
-    seed_ptr,
+def _update(
+    weight,
+    grad,
+    momentum_buffer,
     numel,
     first,
+    block,
+    lr,
+    seed,
     momentum,
     weight_decay,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENTUM_BUFFER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTORISED: tl.constexpr,
 ):
-    """buffer ← momentum · buffer + grad + weight_decay · weight; weight ← weight − lr · buffer.
+    """Update GROUPS groups of LANES elements of one tensor; the first three arguments are addresses.
 
-    One program: GROUPS groups of four elements that share a hash. `first` is the index of the first element of the
-    tensor in the list; the first group of the first program may begin before the tensor.
+    VECTORISED: addresses and the number of elements are multiples of 16, and the offset is one of LANES. With
+    stochastic rounding, groups are those that share a hash; the first may begin before the tensor.
     """
-    group = first // 4 + tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    lane = tl.arange(0, 4)
-    offs = group[:, None] * 4 + lane[None, :] - first  # [GROUPS, 4]
-    mask = (offs >= 0) & (offs < numel)
+    group = block * GROUPS + tl.arange(0, GROUPS)
+    lane = tl.arange(0, LANES)
+    offs = group[:, None] * LANES + lane[None, :]  # [GROUPS, LANES]
+    weight_ptr = weight.to(tl.pointer_type(WEIGHT))
+    grad_ptr = grad.to(tl.pointer_type(GRAD))
+    momentum_buffer_ptr = momentum_buffer.to(tl.pointer_type(MOMENTUM_BUFFER))
+    if VECTORISED:
+        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        momentum_buffer_ptr = tl.multiple_of(momentum_buffer_ptr, 16)
+        mask = offs < numel // 16 * 16  # the product tells the compiler that groups are masked as a whole
+    else:
+        if STOCHASTIC:
+            offs -= first % LANES
+        mask = (offs >= 0) & (offs < numel)
 
-    lr = tl.load(lr_ptr).to(tl.float32)
     weight = tl.load(weight_ptr + offs, mask=mask).to(tl.float32)
     grad = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
     momentum_buffer = tl.load(momentum_buffer_ptr + offs, mask=mask).to(tl.float32)
@@ -56,7 +84,7 @@ def _sgd_momentum_kernel(
     tl.store(momentum_buffer_ptr + offs, momentum_buffer.to(momentum_buffer_ptr.dtype.element_ty), mask=mask)
 
     if STOCHASTIC:  # add random bits below the last bit of bf16 and truncate
-        x = tl.load(seed_ptr).to(tl.uint64) + (group.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+        x = seed.to(tl.uint64) + ((first // LANES + group).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB
         x = x ^ (x >> 31)
@@ -67,6 +95,58 @@ def _sgd_momentum_kernel(
     tl.store(weight_ptr + offs, weight.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _sgd_momentum_kernel(
+    tensors_ptr,
+    grads_ptr,
+    programs_ptr,
+    lr_ptr,
+    seed_ptr,
+    momentum,
+    weight_decay,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENTUM_BUFFER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """buffer ← momentum · buffer + grad + weight_decay · weight; weight ← weight − lr · buffer.
+
+    One program: GROUPS · LANES elements of one tensor. Tables: int64 [tensors, COLUMNS], addresses of the gradients
+    [tensors], and the tensor of each program.
+    """
+    tensor = tl.load(programs_ptr + tl.program_id(0))
+    row_ptr = tensors_ptr + tensor * COLUMNS
+    weight = tl.load(row_ptr)
+    momentum_buffer = tl.load(row_ptr + 1)
+    grad = tl.load(grads_ptr + tensor)
+    numel = tl.load(row_ptr + 2)
+    first = tl.load(row_ptr + 3)
+    block = tl.program_id(0) - tl.load(row_ptr + 4)
+    vectorised = tl.load(row_ptr + 5)
+    lr = tl.load(lr_ptr).to(tl.float32)
+    seed = tl.load(seed_ptr) if STOCHASTIC else 0
+    # fmt: off
+    if vectorised != 0:
+        _update(weight, grad, momentum_buffer, numel, first, block, lr, seed, momentum, weight_decay,
+                WEIGHT, GRAD, MOMENTUM_BUFFER, STOCHASTIC, GROUPS, LANES, VECTORISED=True)
+    else:
+        _update(weight, grad, momentum_buffer, numel, first, block, lr, seed, momentum, weight_decay,
+                WEIGHT, GRAD, MOMENTUM_BUFFER, STOCHASTIC, GROUPS, LANES, VECTORISED=False)
+    # fmt: on
+
+
+class _Tensors(NamedTuple):
+    """One tensor of the list, contiguous, with the offset of its random bits."""
+
+    weight: Tensor
+    grad: Tensor
+    momentum_buffer: Tensor
+    first: int
+
+
 def _launch(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -75,32 +155,106 @@ def _launch(
     momentum: float,
     weight_decay: float,
     seed: Tensor | None,
+    offsets: Sequence[int] | None,
 ) -> None:
+    alike: dict[tuple[torch.dtype, torch.dtype], list[_Tensors]] = {}
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def contiguous(tensor: Tensor) -> Tensor:
+        copy = tensor.contiguous()
+        if copy is not tensor:
+            copies.append((tensor, copy))
+        return copy
+
     first = 0
-    for weight, grad, momentum_buffer in zip(weights, grads, momentum_buffers, strict=True):
-        numel, changed = weight.numel(), [weight.contiguous(), momentum_buffer.contiguous()]
-        launch(
-            _sgd_momentum_kernel,
-            (triton.cdiv(first % 4 + numel, 4 * GROUPS) if numel else 0,),
-            device=weight.device,
-            num_warps=NUM_WARPS,
-            fp_fusion=False,
-            weight_ptr=changed[0],
-            grad_ptr=grad.contiguous(),
-            momentum_buffer_ptr=changed[1],
-            lr_ptr=lr,
-            seed_ptr=seed,
-            numel=numel,
-            first=first,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            STOCHASTIC=seed is not None,
-            GROUPS=GROUPS,
-        )
-        for tensor, new in zip((weight, momentum_buffer), changed, strict=True):
-            if new is not tensor:
-                tensor.copy_(new)
-        first += numel
+    for number, (weight, grad, momentum_buffer) in enumerate(zip(weights, grads, momentum_buffers, strict=True)):
+        first = first if offsets is None else offsets[number]
+        if weight.numel() > 0:
+            tensors = _Tensors(contiguous(weight), grad.contiguous(), contiguous(momentum_buffer), first)
+            alike.setdefault((grad.dtype, momentum_buffer.dtype), []).append(tensors)
+        first += weight.numel()
+    for tensors_alike in alike.values():
+        _launch_alike(tensors_alike, lr, momentum, weight_decay, seed)
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+
+
+def _launch_alike(
+    tensors: list[_Tensors], lr: Tensor, momentum: float, weight_decay: float, seed: Tensor | None
+) -> None:
+    """Launch the kernel for tensors of one dtype."""
+    weight, grad, momentum_buffer, _ = tensors[0]
+    device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
+    rows: list[int] = []
+    programs: list[int] = []
+    grad_addresses: list[int] = []
+    for number, x in enumerate(tensors):
+        first = 0 if seed is None else x.first
+        addresses = x.weight.data_ptr(), x.momentum_buffer.data_ptr()
+        grad_addresses.append(x.grad.data_ptr())
+        numel = x.weight.numel()
+        vectorised = all(n % 16 == 0 for n in (*addresses, grad_addresses[-1], numel)) and first % lanes == 0
+        rows += (*addresses, numel, first, len(programs), vectorised)
+        programs += [number] * triton.cdiv(first % lanes + numel, BLOCK)
+    launch(
+        _sgd_momentum_kernel,
+        (len(programs),),
+        device=device,
+        num_warps=NUM_WARPS,
+        fp_fusion=False,
+        tensors_ptr=_table(rows, device),
+        grads_ptr=_table(grad_addresses, device),
+        programs_ptr=_table(programs, device),
+        lr_ptr=lr,
+        seed_ptr=seed,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        WEIGHT=_TRITON_DTYPES[weight.dtype],
+        GRAD=_TRITON_DTYPES[grad.dtype],
+        MOMENTUM_BUFFER=_TRITON_DTYPES[momentum_buffer.dtype],
+        STOCHASTIC=seed is not None,
+        GROUPS=BLOCK // lanes,
+        LANES=lanes,
+        COLUMNS=COLUMNS,
+    )
+
+
+_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+_of_graphs: list[Tensor] = []  # tables that captured graphs read: never freed
+_pinned: dict[torch.device, Tensor] = {}  # what is left of the pinned memory for them
+
+
+def _table(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return int64 numbers on a device; numbers that are not there yet are copied without a host sync."""
+    key = device, tuple(numbers)
+    table, captures = _tables.get(key), device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if table is None:
+        table = torch.tensor(numbers, dtype=torch.int64)
+        if device.type != "cpu":
+            source = _in_pinned_memory(table, captures) if device.type == "cuda" else table
+            table = torch.empty_like(table, device=device).copy_(source, non_blocking=True)
+        if not captures:
+            while len(_tables) >= MAX_TABLES:
+                del _tables[next(iter(_tables))]
+            _tables[key] = table
+    if captures:
+        _of_graphs.append(table)
+    return table
+
+
+def _in_pinned_memory(numbers: Tensor, captures: bool) -> Tensor:
+    """Copy numbers to pinned memory; while a graph is captured, to memory that each replay can copy from."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _pinned and not captures:
+        _pinned[device] = torch.empty(PINNED, dtype=torch.int64, pin_memory=True)
+    left = _pinned.get(device)
+    if not captures or left is None or len(left) < len(numbers):
+        pinned = numbers.pin_memory()
+        if captures:
+            _of_graphs.append(pinned)
+        return pinned
+    pinned, _pinned[device] = left[: len(numbers)].copy_(numbers), left[len(numbers) :]
+    return pinned
 
 
 def _fallback(
@@ -111,8 +265,9 @@ def _fallback(
     momentum: float,
     weight_decay: float,
     seed: Tensor | None,
+    offsets: Sequence[int] | None,
 ) -> None:
-    reference.sgd_momentum_(weights, grads, momentum_buffers, lr, momentum, weight_decay, seed)
+    reference.sgd_momentum_(weights, grads, momentum_buffers, lr, momentum, weight_decay, seed, offsets)
 
 
 def _fake(weights: list[Tensor], *_: object) -> None:
@@ -121,7 +276,7 @@ def _fake(weights: list[Tensor], *_: object) -> None:
 
 sgd_momentum_ = registration.define(
     "sgd_momentum_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, float momentum,"
-    " float weight_decay, Tensor? seed) -> ()",
+    " float weight_decay, Tensor? seed, int[]? offsets) -> ()",
     fallback=_fallback,
     fake=_fake,
     launch=_launch,

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from skipkernels import reference
 from skipkernels.functional import sgd_momentum_
+from skipkernels.ops import launching, registration
+from skipkernels.ops import sgd_momentum as sgd_momentum_module
 from skipkernels.ops.sgd_momentum import sgd_momentum_ as operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SIZES = [(1,), (3, 5), (0,), (1025,), (16, 64), (2, 3, 7)]
+# On a GPU one kernel launch: 16 · 64 elements take the vectorised path, 4,200 take three programs.
+SIZES = [(1,), (3, 5), (0,), (1025,), (16, 64), (2, 3, 7), (4200,)]
 HYPER = {"lr": 0.013, "momentum": 0.9, "weight_decay": 5e-4}
 # Weights, gradient and buffer in one dtype; gradients or buffer or both in that of arithmetic; something else.
 TRIPLES = [
@@ -131,6 +134,34 @@ def test_a_list_is_its_tensors_one_after_the_other():
     assert all(torch.equal(torch.cat(a), b[0]) for a, b in zip(ours.lists, whole.lists, strict=True))
 
 
+def test_offsets_give_the_same_bits_in_any_list(backend):
+    """Also for offsets that are no multiples of four."""
+    sizes, offsets = [(3,), (32,), (7,), (16,)], [0, 8, 41, 48]
+    dtype = torch.float32 if backend.name == "interpreter" else torch.bfloat16
+    seed = 5 if dtype == torch.bfloat16 else None
+    ours = State(sizes, dtype, device=backend.device)
+    theirs, by_reference = ours.clone(), ours.clone()
+    ours.step(seed=seed, offsets=offsets)
+    for i in (2, 0, 3, 1):
+        sgd_momentum_(*([x[i]] for x in theirs.lists), **HYPER, seed=seed, offsets=offsets[i : i + 1])
+    assert ours == theirs == by_reference.step(reference.sgd_momentum_, seed=seed, offsets=offsets)
+
+
+def test_one_launch_for_a_list(monkeypatch):
+    """And tables that were copied to the device are used again."""
+    launches = []
+    monkeypatch.setattr(launching, "_run", lambda kernel, grid, options, arguments: launches.append(arguments))
+    state = State(SIZES, torch.float32)
+    for _ in range(2):
+        registration.definitions["sgd_momentum_"].launch(*state.lists, torch.tensor(0.1), 0.9, 0.0, None, None)
+    first, second = launches
+    for name in ("tensors_ptr", "grads_ptr", "programs_ptr"):
+        assert first[name] is second[name]
+    rows = first["tensors_ptr"].view(-1, sgd_momentum_module.COLUMNS)
+    assert rows[:, 0].tolist() == [x.data_ptr() for x in state.lists[0] if x.numel()]
+    assert rows[3, 5], "1,024 elements are vectorised"
+
+
 def test_one_tensor_needs_no_list(backend):
     ours = State([(5, 7)], torch.float32, device=backend.device)
     theirs = ours.clone()
@@ -225,10 +256,10 @@ def test_runs_without_no_grad_and_increments_versions():
 def test_opcheck(backend):
     state = State([(5,), (2, 3)], torch.float32, device=backend.device)
     lr = torch.tensor(0.1, dtype=torch.float64, device=backend.device)
-    torch.library.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, None))
+    torch.library.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, None, None))
     if backend.name != "interpreter":
         state = State([(5,), (2, 3)], torch.bfloat16, device=backend.device)
-        torch.library.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, torch.tensor(3, device=backend.device)))
+        torch.library.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, torch.tensor(3, device=backend.device), [8, 3]))
 
 
 def test_compiles_into_one_graph():
