@@ -24,7 +24,7 @@ from .published import PublishedStep
 
 # Relative error of a gradient against the published step in fp32. Ours may exceed that of the published step in the
 # same precision by this: another order of summation through six blocks in fp32; in bf16 other rounding to 8 bits.
-_SLACK = {"fp32": 1e-3, "bf16": 0.05}
+SLACK = {"fp32": 1e-3, "bf16": 0.05}
 # Relative difference of the loss of full fine-tuning and prompt tuning from the cross-entropy of the model's own
 # logits: the same operations except a logit bias, which softmax ignores, and unit norms; another order if compiled.
 _LOSS = {"fp32": 1e-4, "bf16": 0.05}
@@ -174,7 +174,7 @@ def _refuse_wrong(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dic
         f"worst gradient in {precision}, of {name}: off by {ours_off:.1e} of its norm from fp32, the published step "
         f"by {theirs_off:.1e}"
     )
-    if not ours_off <= theirs_off + _SLACK[precision]:
+    if not ours_off <= theirs_off + SLACK[precision]:
         raise SystemExit("the two steps do not agree: no timing")
 
 

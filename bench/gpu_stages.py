@@ -1,0 +1,190 @@
+"""The stages of bench/gpu.sh: python -m bench.gpu_stages STAGE FOLDER SECONDS [--dry-run]"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import csv
+import importlib.metadata
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from skipkernels.ops import OPERATORS, launching
+from tests.ops.small_calls import small_call
+
+from . import cuda, measure
+from . import run as microbenchmarks
+from .budget import Budget
+from .gpu import ROOT, STAGES
+from .operators import COMPILED, OURS, Case
+
+_MOST_COPIES = 8  # of the inputs of an operator
+
+
+class Sizes(NamedTuple):
+    """Sizes of the inputs, and the arguments of pytest."""
+
+    device: str = "cuda"
+    model: str = "ViT-B-16"
+    skip_layers: int = 6
+    batch: int = 4
+    classes: tuple[int, ...] = (1000, 50)
+    precisions: tuple[str, ...] = ("bf16", "fp32")
+    operators: Sequence[str] = OPERATORS
+    shapes: int = 99
+    rounds: int = 50
+    rotated_bytes: int = 256 << 20  # of the inputs of an operator: more than the L2 cache holds
+    tests: tuple[str, ...] = ("-m", "gpu", "-n", "8", "--maxfail", "40")
+
+
+DRY = Sizes("cpu", "glyph-tiny", 3, 4, (20,), ("bf16",), ("class_scores", "add_layer_norm"), 1, 2, 1 << 20)
+DRY = DRY._replace(tests=("--version",))
+
+
+class Run:
+    """The sizes, device, time and tables of a stage."""
+
+    def __init__(self, out: Path, seconds: float, dry_run: bool):
+        self.sizes, self.out = DRY if dry_run else Sizes(), out
+        self.device, self.on_gpu = torch.device(self.sizes.device), not dry_run
+        self.budget = Budget(seconds - 10)  # the rest is for start and end
+        if dry_run:
+            torch.compile = lambda function, **_: function
+        else:
+            count_hits()
+
+    def write(self, table: str, row: dict[str, Any]) -> None:
+        """Append a row and print it; the file is complete after every row."""
+        print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
+        with (self.out / f"{table}.csv").open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def cases(
+        self, dtypes: Sequence[str], shapes: range, *, rotated: bool = False
+    ) -> Iterator[tuple[str, str, list[Case]]]:
+        """Operator, dtype and a case while time is left, the first shape of every operator first.
+
+        With `rotated`, copies of the case, which together are larger than the L2 cache if at most eight are.
+        """
+        streams: dict[str, list[Iterator[tuple[str, Case]]]] = {}
+        for number in range(shapes.stop):
+            for op, dtype in itertools.product(self.sizes.operators, dtypes):
+                if op not in streams:
+                    streams[op] = [microbenchmarks.cases_of(op, [*dtypes], self.device) for _ in range(_MOST_COPIES)]
+                if (case := next(streams[op][0], None)) is None:
+                    continue
+                if number == 0 and dtype == dtypes[0]:
+                    copies = 1 + self.sizes.rotated_bytes // case[1].moved if rotated else 1
+                    del streams[op][copies:]
+                others = [next(each)[1] for each in streams[op][1:]]
+                if number in shapes:
+                    yield op, dtype, [case[1], *others]
+                if not self.budget.allows(2):
+                    return
+
+
+def count_hits() -> None:
+    """Print at the end how many kernels were in Triton's cache."""
+    found = collections.Counter[bool]()
+    launching.triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.update([cache_hit])
+    atexit.register(lambda: print(f"Triton's cache: {found[True]} of {found.total()} kernels found", flush=True))
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def machine(run: Run) -> None:
+    """Versions, the GPU, and which tools are installed."""
+    print(measure.machine(run.device), {stage.tool[0]: shutil.which(stage.tool[0]) for stage in STAGES if stage.tool})
+    print(*sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions()), sep=", ", flush=True)
+    with contextlib.suppress(FileNotFoundError):
+        subprocess.run(["nvidia-smi"])
+
+
+def kernels(run: Run) -> None:
+    """Errors of ours and eager against fp64, with poisoned memory."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for op, dtype, (case, *_) in run.cases(("fp32", "bf16", "fp16"), range(run.sizes.shapes)):
+        case = case._replace(runs={name: case.runs[name] for name in (OURS, "eager")})
+        gate = microbenchmarks.Gate(case, microbenchmarks.DTYPES[dtype], run.device)
+        result = {"result": gate.error_of(OURS) or "ok", "worst_of_eager": f"{max(gate.bounds):.1e}"}
+        run.write("kernels", {"op": op, "shape": case.shape, "dtype": dtype} | result)
+
+
+def tests(run: Run) -> int:
+    command = [sys.executable, "-m", "pytest", "-q", "--tb", "short", "-p", "no:cacheprovider", *run.sizes.tests]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def smoke(run: Run) -> None:
+    """A small call of every operator, forward and backward."""
+    for op in run.sizes.operators:
+        call = small_call(op)
+        inputs, rest, options = tree_map_only(
+            Tensor, lambda x: x.to(run.device), (call.inputs, call.rest, call.options)
+        )
+        call = call._replace(inputs=[x.requires_grad_() for x in inputs], rest=rest, options=options)
+        total = call.total()
+        if inputs:
+            total.backward()
+        print(f"{op}: {total.item():.6f}", flush=True)
+
+
+def operators(run: Run) -> None:
+    """Replays of each implementation with rotating inputs; torch.compile, which takes longest, at the first shape."""
+    for shapes, compiled in ((range(1), False), (range(1), True), (range(1, run.sizes.shapes), False)):
+        for op, dtype, cases in run.cases(("bf16", "fp32"), shapes, rotated=True):
+            names = [name for name in cases[0].runs if name == OURS or (name == COMPILED) == compiled]
+            time_replays(run, op, dtype, cases, names)
+
+
+def time_replays(run: Run, op: str, dtype: str, cases: list[Case], names: list[str]) -> None:
+    """A row for each implementation, ours first; one with a wrong result gets no time."""
+    gate = microbenchmarks.Gate(cases[0], microbenchmarks.DTYPES[dtype], run.device)
+    ours: list[float] = []
+    for name in sorted(names, key=lambda name: name != OURS):
+        row = {"op": op, "shape": cases[0].shape, "dtype": dtype, "implementation": name, "copies": len(cases)}
+        row |= dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "faster"), "")
+        if not (note := gate.error_of(name)):
+            try:
+                replays = [cuda.captured(case.runs[name]) if run.on_gpu else case.runs[name] for case in cases]
+                turns = itertools.islice(itertools.cycle(replays), run.sizes.rounds)
+                times = [measure.seconds_of(replay, run.device) for replay in turns]
+                ours = ours or times
+                row |= measure.milliseconds(times, 4) | {"faster": round(measure.median_ratio(times, ours), 3)}
+            except RuntimeError as error:
+                note = f"no CUDA graph: {str(error).splitlines()[0]}"
+        run.write("operators", row | {"note": note or cases[0].versions.get(name, "")})
+
+
+def step(run: Run) -> None:
+    """Training steps of a whole model."""
+    from . import gpu_step  # imports open_clip, which takes seconds
+
+    gpu_step.measure_steps(run)
+
+
+def one_step(run: Run) -> None:
+    """A step for a profiler."""
+    from . import gpu_step
+
+    gpu_step.one_step(run)
+
+
+if __name__ == "__main__":
+    name, out, seconds, *rest = sys.argv[1:]
+    sys.exit(globals()[name](Run(Path(out), float(seconds), rest == ["--dry-run"])))

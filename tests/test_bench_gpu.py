@@ -1,0 +1,77 @@
+"""bench/gpu.sh: every stage runs on the CPU, a stage that takes too long is cut off, and the total is bounded."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import skipkernels as sk
+from bench import gpu, measure
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "x")}
+    script = Path(gpu.__file__).with_name("gpu.sh")
+    done = subprocess.run([script, "--dry-run"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "log.txt").read_text()
+    for stage in gpu.STAGES:
+        assert f"{stage.name}: exit status 0" in log, log
+    assert len([*tmp_path.iterdir()]) == 8
+    rows = {name: [*csv.DictReader((tmp_path / f"{name}.csv").open())] for name in ("kernels", "step", "operators")}
+    assert {row["result"] for row in rows["kernels"]} == {"ok"}
+    assert all(float(row["p50_ms"]) > 0 for row in rows["operators"])
+    notes = {row["what"]: row["note"] for row in rows["step"]}
+    assert len(notes) == 7 and notes["gradients"].startswith("ok") and notes["host syncs"] == "none"
+    missing = set() if hasattr(sk.SkipCLIP, "graphed") else {"replay = eager", "skipkernels, graphed"}
+    assert {what for what, note in notes.items() if "failed" in note or "differs" in note} == missing
+    for name, printed in (("sanitizer.txt", "racecheck"), ("ncu.txt", "--kernel-name regex:^(")):
+        assert (
+            f"stand-in --{'tool ' if name == 'sanitizer.txt' else 'clock-control none '}{printed}"
+            in (tmp_path / name).read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    "ignored, ended", [("", "exit status -2, cut off"), ("signal.signal(signal.SIGINT, signal.SIG_IGN); ", "killed")]
+)
+def test_a_stage_is_cut_off(tmp_path, ignored, ended):
+    code = f"import signal, time; {ignored}print('begun', flush=True); time.sleep(60)"
+    with (tmp_path / "log.txt").open("w") as output:
+        assert gpu.run_limited([sys.executable, "-c", code], output, 5) == ended
+    assert (tmp_path / "log.txt").read_text().startswith("begun")
+
+
+def test_stages_fit_the_total():
+    assert sum(stage.seconds for stage in gpu.STAGES) == gpu.TOTAL < 540
+    assert len({"kernels.csv", "step.csv", "slowest.csv", "operators.csv", *(s.file for s in gpu.STAGES)}) <= 8
+
+
+def test_a_gpu_is_timed_with_events(monkeypatch):
+    """Events stand for the clock of the GPU, which is at 5 ms before the call and at 7 ms after it."""
+    clock = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = 7.0 if clock else 5.0
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, last: Event) -> float:
+            return last.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    assert measure.seconds_of(lambda: clock.append(1), torch.device("cuda", 0)) == pytest.approx(0.002)
