@@ -102,8 +102,15 @@ def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
 
 
 class _Intervals(NamedTuple):
-    """Ends of the intervals of the sampled ranks, fp64 [C − m], and 0, 1, …, n − 1, one for each rank to draw."""
+    """Intervals of the sampled ranks.
 
+    Attributes:
+        certain: int64 [m], the ranks before them.
+        ends: fp64 [C − m], ends of the intervals.
+        grid: 0, 1, …, n − 1 for the n ranks to draw.
+    """
+
+    certain: Tensor
     ends: Tensor
     grid: Tensor
 
@@ -135,8 +142,12 @@ class _RankTable:
 
     def fits(self, device: torch.device, certain: Tensor, intervals: _Intervals | None) -> bool:
         """Return True if the rows are drawn from these ranks, for this device."""
+        if self.rows.device != device:
+            return False
+        if self._intervals is not None and self._intervals is intervals:
+            return True
         tails = [None if x is None else len(x.ends) for x in (self._intervals, intervals)]
-        return self.rows.device == device and tails[0] == tails[1] and self._certain.equal(certain)
+        return tails[0] == tails[1] and self._certain.equal(certain)
 
     def fill(self, start: Tensor, generator: torch.Generator) -> None:
         """Draw every row: the first with `start`, the others with the next numbers of the generator, which stays."""
@@ -258,6 +269,10 @@ class RankSampler:
         assert self._table is not None
         return self._table.take()
 
+    def discard_reserved(self) -> None:
+        """Drop the rows ahead, after a reserved row was not taken; they are drawn again."""
+        self._table = None
+
     def _uniform(self) -> Tensor:
         assert self.generator is not None
         return torch.rand((), generator=self.generator, dtype=torch.float64, device=self.generator.device)
@@ -267,15 +282,16 @@ class RankSampler:
         assert self.generator is not None
         keep, q = self.plan(num_classes, batch_size)
         self._min_keep = max(self._min_keep, batch_size)
+        if self._intervals is not None and self._intervals[0] is q:
+            return self._intervals[1].certain, self._intervals[1]
         device = self.generator.device
         top = torch.arange(keep, device=device)
         if self.expected_keep(num_classes, batch_size) == keep:
             return top, None
         if self.tail == "resample":
-            if self._intervals is None or self._intervals[0] is not q:
-                ends = inclusion_probabilities(q).cumsum(0)
-                grid = torch.arange(round(ends[-1].item()), device=device)
-                self._intervals = q, _Intervals(ends.to(device), grid)
+            ends = inclusion_probabilities(q).cumsum(0)
+            grid = torch.arange(round(ends[-1].item()), device=device)
+            self._intervals = q, _Intervals(top, ends.to(device), grid)
             return top, self._intervals[1]
         q = q.to(device)
         if self._fixed is None or len(self._fixed) != len(q):

@@ -1,6 +1,8 @@
 """SkipCLIP: Skip Tuning of a CLIP that is already loaded."""
 
+from .graphed import GraphedStep
+from .output import SkipOutput
 from .settings import blocks_to_skip
-from .skip_clip import SkipCLIP, SkipOutput
+from .skip_clip import SkipCLIP
 
-__all__ = ["SkipCLIP", "SkipOutput", "blocks_to_skip"]
+__all__ = ["GraphedStep", "SkipCLIP", "SkipOutput", "blocks_to_skip"]

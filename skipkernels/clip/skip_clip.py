@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +18,15 @@ from ..selection import ClassSelection, RankSampler, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
+from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
+from .output import SkipOutput
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
 from .snapshot import Snapshot, refuse_alterations
 from .state import pack_state, unpack_state
 from .text_encoder import TextEncoder
 from .trainable import TrainedParameters, set_trainable
 from .verify import verify
-
-
-class SkipOutput(NamedTuple):
-    """Result of a step.
-
-    Attributes:
-        loss: [], mean cross-entropy over the batch.
-        logits: [B, K]; in training [B, 0] unless `return_logits`.
-        class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
-        targets: [B] int64, positions of the labels in `class_ids`.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    class_ids: Tensor
-    targets: Tensor
 
 
 class SkipCLIP(nn.Module):
@@ -255,10 +241,17 @@ class SkipCLIP(nn.Module):
             RuntimeError: If the model was altered, or in training if called within a backward pass.
         """
         x = one_batch(x, pixel_values, images)
+        self._check_step(x, labels)
+        assert labels is not None
+        if not self.training:
+            return self._evaluate(self._image_encoder.encode(x), labels, self.model.logit_scale.exp())
+        return self._step(x, labels, self.sampler.draw_on, return_logits=return_logits)
+
+    def _check_step(self, x: Any, labels: Any) -> None:
+        """Check the batch and the model on the host, and move what belongs to no module to the device of the batch."""
         check_images(x)
         self._image_encoder.are_images(x)
         check_labels(labels, len(x))
-        assert labels is not None
         classes = len(self.prototypes)
         if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
             check_label_range(labels, classes)
@@ -270,12 +263,21 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
                 'would draw other classes than the first time. Use memory="min" instead.'
             )
+
+    def _step(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        draw_on: Callable[[torch.device, int, int], Tensor],
+        *,
+        return_logits: bool = False,
+    ) -> SkipOutput:
+        """Run a training step with the ranks of `draw_on`(device, C, B). With `sampler.take`, no host value enters."""
         image = self._image_encoder.encode(x)
         scale = self.model.logit_scale.exp()
-        if not self.training:
-            return self._evaluate(image, labels, scale)
+        classes = len(self.prototypes)
         try:
-            class_ids, targets = self.select(image, labels)
+            class_ids, targets = self._select(image, labels, draw_on(image.device, classes, len(labels)))
         except ValueError:
             check_label_range(labels, classes)  # with a message that names SkipCLIP
             raise
@@ -294,15 +296,34 @@ class SkipCLIP(nn.Module):
         loss = functional.class_sampled_ce(image, text, labels, scale)
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
 
-    @torch.no_grad()
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
         return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
 
+    @torch.no_grad()
     def _select(self, image: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
         with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
             scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
         return select_ranks(scores, labels, ranks)
+
+    def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
+        """Return a function that runs a whole training step: on a GPU by one replay of a captured CUDA graph.
+
+        See `GraphedStep`.
+
+        Example:
+            >>> import logging; logging.disable()  # open_clip warns about random weights
+            >>> import open_clip
+            >>> from skipkernels.experiments import glyph_tiny
+            >>> glyph_tiny.register()
+            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+            >>> clip = SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+            >>> optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
+            >>> step = clip.graphed(optimizer, batch_size=4)
+            >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).class_ids.shape
+            torch.Size([6])
+        """
+        return GraphedStep(self, optimizer, batch_size)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return every parameter that trains."""

@@ -1,0 +1,336 @@
+"""A whole training step as one CUDA graph: forward, backward, update and zero_grad by one launch of the host."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..optimizer import FusedSGD
+from ..towers.attention import SDPA
+from ..towers.eligibility import HOOKS
+from .output import SkipOutput
+
+if TYPE_CHECKING:
+    from .skip_clip import SkipCLIP
+
+WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
+
+
+class _Captured(NamedTuple):
+    """A captured step: its graph, and the tensors that it reads and writes."""
+
+    graph: Any
+    x: Tensor
+    labels: Tensor
+    out: SkipOutput
+    frozen: _Frozen
+
+
+class GraphedStep:
+    """A training step: forward, backward, `optimizer.step()` and `optimizer.zero_grad()`.
+
+    On a GPU the first three calls run these one by one, on a stream of their own; the fourth captures them in a CUDA
+    graph, and from then on a call is one replay. Every call is a step of the training, with the same draws, learning
+    rates and random bits as those of the loop
+
+        out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    On other devices every call is this loop. Batches of another size than `batch_size`, such as the last one of an
+    epoch, always run one by one.
+
+    A scheduler may change learning rates between calls. Evaluation, checkpoints and `load_state_dict` are possible
+    between calls too. Each call compares the model, the optimizer and the autocast settings with those that were
+    captured, on the host and without a host sync: a model that was altered raises an error as in `SkipCLIP`, and
+    whatever else a graph would not follow (another `requires_grad`, a moved or replaced tensor, another weight decay)
+    is captured again after three more steps.
+
+    The result of a replay is in buffers that the next call overwrites: read them, or copy what is kept, before it. Its
+    tensors are detached. Random numbers of a model with dropout are those of the captured graph, which differ from
+    those of the loop.
+
+    Args:
+        clip: SkipCLIP in training mode.
+        optimizer: Optimizer of its parameters: `FusedSGD`, `torch.optim.SGD(fused=True)`, or one that is constructed
+            with `capturable=True`, such as `torch.optim.AdamW`.
+        batch_size: Number of images of the batches to capture.
+
+    Raises:
+        ValueError: If `batch_size` is below 1; on a GPU, if the step cannot be captured: names the reason.
+        RuntimeError: In a call, if SkipCLIP is not in training mode or the model was altered; on a GPU, under fp16
+            autocast, since the `GradScaler` that it needs has a host sync in each step.
+
+    Example:
+        >>> import logging; logging.disable()  # open_clip warns about random weights
+        >>> import open_clip, skipkernels
+        >>> from skipkernels.experiments import glyph_tiny
+        >>> glyph_tiny.register()
+        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+        >>> clip = skipkernels.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
+        >>> step = GraphedStep(clip, optimizer, batch_size=4)
+        >>> for _ in range(2):
+        ...     loss = step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss
+        >>> loss.shape
+        torch.Size([])
+    """
+
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
+        if batch_size < 1:
+            raise ValueError(f"graphed: batch_size must be at least 1; got {batch_size}.")
+        self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
+        self._captured: dict[Any, _Captured] = {}
+        self._warm: dict[Any, int] = {}
+        self._rates: dict[int, tuple[Tensor, float]] = {}  # of groups of PyTorch's optimizers: tensor, number in it
+        self._stream: Any = None
+        self._pool: Any = None
+        if self._captures():
+            reason = why_not_capturable(clip, optimizer)
+            if reason is not None:
+                raise ValueError(f"graphed: this step cannot be captured: {reason} Or run the steps one by one.")
+        optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
+
+    def _captures(self) -> bool:
+        return self._clip.prototypes.device.type == "cuda"
+
+    def reset(self) -> None:
+        """Drop the captured graphs: the next calls run one by one, then a step is captured again."""
+        self._captured.clear()
+        self._warm.clear()
+
+    def __call__(self, x: Tensor, labels: Tensor) -> SkipOutput:
+        """Run one step.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            labels: [B] int64, classes of the images.
+        """
+        clip = self._clip
+        if not clip.training:
+            raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
+        if not self._captures():
+            return self._update(clip(x, labels))
+        device = clip.prototypes.device
+        x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        clip._check_step(x, labels)
+        if clip._image_encoder.lower_device is not None and clip._image_encoder.are_images(x):
+            raise RuntimeError(
+                "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
+                "features at the cut, or leave lower_device out."
+            )
+        autocast = _autocast(device)
+        if autocast == torch.float16:
+            raise RuntimeError(
+                "graphed: fp16 autocast needs a GradScaler, which has a host sync in each step. Use bfloat16."
+            )
+        clip.sampler.reserve(device, len(clip.prototypes), len(x))
+        try:
+            return self._run(x, labels, (x.shape, x.dtype, autocast))
+        except BaseException:
+            clip.sampler.discard_reserved()
+            raise
+
+    def _run(self, x: Tensor, labels: Tensor, key: Any) -> SkipOutput:
+        """Run a step with reserved ranks: by a replay of the graph of `key`, if there is one or it is time for one."""
+        captured = self._captured.get(key)
+        if captured is not None and not captured.frozen.is_unchanged():
+            self.reset()
+            captured = None
+        if captured is None:
+            if len(x) != self._batch_size or self._warm.get(key, 0) < WARMUP:
+                self._warm[key] = self._warm.get(key, 0) + 1
+                return self._on_stream(x, labels)
+            captured = self._captured[key] = self._capture(x, labels)
+        captured.x.copy_(x, non_blocking=True)
+        captured.labels.copy_(labels, non_blocking=True)
+        self._copy_rates()
+        captured.graph.replay()
+        return captured.out
+
+    # ---- one by one --------------------------------------------------------------------------------------------
+
+    def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
+        return self._clip._step(x, labels, lambda *_: self._clip.sampler.take())
+
+    def _update(self, out: SkipOutput) -> SkipOutput:
+        device_type = out.loss.device.type
+        enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext():
+            out.loss.backward()
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        if enabled:  # within the caller's autocast; casts of the weights before the update would be used again
+            torch.clear_autocast_cache()
+        return SkipOutput(out.loss.detach(), out.logits.detach(), out.class_ids, out.targets)
+
+    def _on_stream(self, x: Tensor, labels: Tensor) -> SkipOutput:
+        """Run the step one by one on the stream of the capture; its ranks are reserved."""
+        current = torch.cuda.current_stream(x.device)
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(x.device), torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), self._rates_on_device():
+            out = self._update(self._forward(x, labels))
+        current.wait_stream(self._stream)
+        for tensor in out:
+            tensor.record_stream(current)
+        return out
+
+    # ---- capture -----------------------------------------------------------------------------------------------
+
+    def _capture(self, x: Tensor, labels: Tensor) -> _Captured:
+        static_x, static_labels = x.clone(), labels.clone()
+
+        def step() -> SkipOutput:
+            torch.clear_autocast_cache()  # casts of the warm-up would be constants of the graph
+            return self._update(self._forward(static_x, static_labels))
+
+        with self._rates_on_device():
+            graph, out = record(step, self._stream, self._pool)
+        return _Captured(graph, static_x, static_labels, out, _Frozen(self._clip, self._optimizer))
+
+    def _copy_rates(self) -> None:
+        """Copy learning rates that a scheduler has changed to the device."""
+        if isinstance(self._optimizer, FusedSGD):
+            self._optimizer.copy_rates()
+            return
+        for number, group in enumerate(self._optimizer.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                continue
+            rate, copied = self._rates.get(number) or (torch.empty((), device=self._clip.prototypes.device), None)
+            if copied != lr:
+                rate.fill_(lr)
+                self._rates[number] = rate, lr
+
+    @contextlib.contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Set learning rates that are numbers to tensors for one step; a captured number would be a constant."""
+        self._copy_rates()
+        numbers = [(group, group["lr"]) for group in self._optimizer.param_groups]
+        for index, (rate, _) in self._rates.items():
+            self._optimizer.param_groups[index]["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, lr in numbers:
+                group["lr"] = lr
+
+
+def record(step: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any, SkipOutput]:
+    """Capture a function on a stream; return the graph and the static results.
+
+    Without garbage collection: a collected tensor of another graph would be freed during the capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            out = step()
+    finally:
+        if collects:
+            gc.enable()
+    return graph, out
+
+
+def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:
+    """Return why the step of a SkipCLIP and an optimizer cannot be captured in a CUDA graph, or None."""
+    hooked = next((name for name, x in clip.model.named_modules() if any(getattr(x, hook) for hook in HOOKS)), None)
+    generator = clip.sampler.generator
+    for applies, reason in (
+        (clip._image.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
+        (clip._text_encoder._store is not None, "text_cache reads class ids on the host. Leave it out."),
+        (hooked is not None, f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."),
+        (generator is not None and generator.device.type != "cpu", "the generator must be on the CPU."),
+        (_processes() > 1, "gradients of several processes are averaged by hooks."),
+    ):
+        if applies:
+            return reason
+    return _why_optimizer_is_not_capturable(optimizer)
+
+
+def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
+    name = type(optimizer).__name__
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return f"{name} has step hooks, which would run at the capture only. Remove them."
+    if isinstance(optimizer, FusedSGD):
+        return None
+    if isinstance(optimizer, torch.optim.SGD):
+        fused = all(group["fused"] for group in optimizer.param_groups)
+        return None if fused else "SGD reads its learning rate on the host. Use FusedSGD, or SGD with fused=True."
+    if all(group.get("capturable") for group in optimizer.param_groups):
+        return None
+    return f"{name} is not capturable. Construct it with capturable=True if it has that option, or use FusedSGD."
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class _Frozen:
+    """Everything that a captured graph takes as constant: modules, modes, hooks, addresses, and options.
+
+    `SkipCLIP` itself checks in each step that the blocks are unaltered.
+    """
+
+    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
+        self._clip, self._optimizer = clip, optimizer
+        modules = list(clip.model.modules())
+        held = ("_parameters", "_buffers", "_modules")
+        self._members = [members for module in modules for name in held if (members := getattr(module, name))]
+        self._held = [dict(members) for members in self._members]
+        # Tensors of one element are compared by value if they are other objects, so these are compared by identity.
+        self._small = [
+            (m, n, x) for m in self._members for n, x in m.items() if isinstance(x, Tensor) and x.numel() == 1
+        ]
+        self._hooks = [getattr(module, name) for module in modules for name in HOOKS]
+        self._modules: list[nn.Module] = modules
+        self._tensors = [*clip.model.parameters(), *clip.model.buffers()]
+        self._tensors += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        self._parameters = list(clip.model.parameters())
+        self._seen = self._state()
+
+    def _state(self) -> list[Any]:
+        clip, prompts, table = self._clip, self._clip._text.prompts, self._clip.sampler._table
+        assert table is not None
+        beside = (clip.prototypes, clip._text_encoder._rows, prompts.tokens, prompts.pooled, prompts.lengths,
+                  prompts.starts, table.rows, table.counter)  # fmt: skip
+        return [
+            list(map(id, beside)),
+            [None if x is None else x.data_ptr() for x in beside],
+            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(attrgetter("requires_grad"), self._parameters)),
+            list(map(attrgetter("training"), self._modules)),
+            [clip._image.memory, clip._text.memory],
+            [_constants(group) for group in self._optimizer.param_groups],
+        ]
+
+    def is_unchanged(self) -> bool:
+        """Return True if a replay is the step that would run now."""
+        try:
+            same = self._members == self._held and all(members.get(name) is x for members, name, x in self._small)
+        except RuntimeError:  # tensors were compared by value
+            return False
+        return same and not any(self._hooks) and self._state() == self._seen
+
+
+def _constants(group: dict[str, Any]) -> list[Any]:
+    """Options of a group that a graph takes as constants: numbers, except for the learning rate; ids of tensors."""
+    options: list[Any] = [list(map(id, group["params"]))]
+    for name, value in group.items():
+        if isinstance(value, Tensor):
+            options.append((name, id(value)))
+        elif name not in ("params", "lr", "initial_lr"):
+            options.append((name, value))
+    return options

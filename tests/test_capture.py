@@ -1,0 +1,483 @@
+"""The step in a CUDA graph: what may not happen in it, and its twin on the CPU.
+
+The meta device stands in for a GPU: the code takes the paths of a GPU, and whatever needs a value on the host raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import skipkernels as sk
+from skipkernels.clip import graphed
+from skipkernels.clip.snapshot import Snapshot
+
+CLASSES = 30
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Refuse operators that mix host and device, or read a value of the device, and count those of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        devices |= {x.device.type for x in tree_leaves(out) if isinstance(x, Tensor)}
+        if "meta" in devices:
+            assert devices == {"meta"}, f"{function} takes or returns a tensor of the host"
+            assert torch.Tag.data_dependent_output not in function.tags, f"{function} is a host sync"
+            # `index` has the tag for masks; on the meta device they raise an error.
+            dynamic = torch.Tag.dynamic_output_shape in function.tags and function is not torch.ops.aten.index.Tensor
+            assert not dynamic, f"{function} has a data-dependent shape"
+            self.count += 1
+        return out
+
+
+@pytest.fixture
+def meta_autocast(monkeypatch):
+    """Take the autocast settings of the CPU for the meta device, which has none."""
+
+    def of_cpu(function):
+        return lambda *args: function(*("cpu" if x == "meta" else x for x in args))
+
+    class Autocast(torch.autocast):
+        def __init__(self, device_type: str, *args: Any, **options: Any):
+            super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
+
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        monkeypatch.setattr(torch, name, of_cpu(getattr(torch, name)))
+    monkeypatch.setattr(torch, "autocast", Autocast)
+
+
+def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP:
+    """SkipCLIP in training mode; weights in `dtype`, but the logit scale in fp32."""
+    model = tiny_clip(torch.float32)
+    for name, parameter in model.named_parameters():
+        if name != "logit_scale":
+            parameter.data = parameter.data.to(dtype)
+    return sk.SkipCLIP(model, tiny_tokens(CLASSES), **{"skip_layers": 1, **options}).train()
+
+
+def batches(clip: sk.SkipCLIP, count: int, batch: int = 4) -> list[tuple[Tensor, Tensor]]:
+    """Features at the cut, or images without one."""
+    found = []
+    for seed in range(count):
+        images, labels = tiny_batch(batch, CLASSES, clip._image.dtype, seed=seed)
+        found.append((clip.encode_lower(images) if clip.skip_layers[0] else images, labels))
+    return found
+
+
+def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, Any]]:
+    groups = clip.parameter_groups(text_lr=0.02, image_lr=0.01)
+    return [
+        {**group, "params": params, "stochastic_rounding": bf16}
+        for group in groups
+        for bf16 in ((True, False) if stochastic else (False,))
+        if (params := [p for p in group["params"] if not stochastic or (p.dtype == torch.bfloat16) == bf16])
+    ]
+
+
+def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything outside a step that its kernels read."""
+    prompts, table = clip._text.prompts, clip.sampler._table
+    found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
+    found |= {name: getattr(prompts, name) for name in ("tokens", "pooled", "lengths", "starts")}
+    found |= {"prototypes": clip.prototypes, "table": table.rows, "counter": table.counter}
+    if clip.skip_layers[1]:
+        found["rows"] = clip._text_encoder._rows
+    for number, state in enumerate(optimizer.state.values()):
+        found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
+    if isinstance(optimizer, sk.FusedSGD):
+        found |= {f"rate {key}": rate for key, (rate, _) in optimizer._rates.items()}
+    for number, group in enumerate(optimizer.param_groups):
+        found |= {f"{name} of group {number}": x for name, x in group.items() if isinstance(x, Tensor)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "in_backward", "options"),
+    [
+        ("fp32", False, {}),
+        ("bf16", True, {"memory": "min"}),
+        ("bf16-sr", True, {}),
+        ("bf16-sr", False, {"tail": "fixed"}),
+        ("fp32", True, {"skip_layers": 0, "train_logit_scale": True}),
+    ],
+    ids=str,
+)
+def test_nothing_from_the_host_enters_a_step(meta_autocast, monkeypatch, options, precision, in_backward):
+    clip = skip_clip(torch.bfloat16 if precision == "bf16-sr" else torch.float32, **options)
+    x, labels = batches(clip, 1)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        clip(x, labels)  # caches the text features at the cut, which needs values
+    clip.to("meta")
+    x, labels = x.to("meta"), labels.to("meta")
+    clip._snapshot = Snapshot(clip.model, clip._image, clip._text)  # without a comparison of the values
+    groups = groups_of(clip, stochastic=precision == "bf16-sr")
+    optimizer = sk.FusedSGD(groups, momentum=0.9, weight_decay=0.01, in_backward=in_backward)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    step, launched, held = clip.graphed(optimizer, batch_size=4), [], []
+    for number in range(4):
+        mode = contextlib.nullcontext() if number == 0 else DeviceOnly()
+        if number == 2:  # a query of the free memory is a call of the driver
+            monkeypatch.setattr("skipkernels.towers.base.free_bytes", lambda device: 1 / 0)
+        with mode, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            step(x, labels)
+        schedule.step()
+        held.append(persistent_tensors(clip, optimizer))
+        launched.append(getattr(mode, "count", None))
+    for name, tensor in held[0].items():
+        assert all(other[name] is tensor for other in held[1:]), f"{name} is another tensor in each step"
+    assert launched[2] == launched[3] > 0
+
+
+def test_addresses_do_not_change_between_steps():
+    clip = skip_clip()
+    optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9)
+    seen = []
+    for x, labels in batches(clip, 3):
+        clip.sampler.reserve(x.device, CLASSES, len(x))
+        clip._step(x, labels, lambda *_: clip.sampler.take()).loss.backward()
+        optimizer.step()
+        seen.append({name: x.data_ptr() for name, x in persistent_tensors(clip, optimizer).items()})
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_move_carries_what_belongs_to_no_module():
+    clip = skip_clip(torch.float32)
+    x, labels = batches(clip, 1)[0]
+    clip(x, labels)
+    rows = clip._text_encoder._rows
+    assert rows is not None
+    clip.to("meta")
+    prompts = clip._text.prompts
+    for tensor in (clip.prototypes, clip._text_encoder._rows, prompts.tokens, prompts.pooled, prompts.lengths,
+                   prompts.starts, *clip._image.head[1].parameters(), clip._image.head[2]):  # fmt: skip
+        assert tensor.device.type == "meta"
+    assert clip._text_encoder._rows.shape == rows.shape
+    assert not clip._image_encoder.weights.content_changed()
+
+
+# ---- the twin on the CPU, and the captured path with a graph that calls the function again --------------------------
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: a replay runs the step again and copies the results into the static buffers."""
+
+    replays = 0
+
+    def __init__(self, step, out):
+        self.step, self.out = step, out
+
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+        for static, new in zip(self.out, self.step(), strict=True):
+            static.copy_(new)
+
+
+class FakeStream:
+    def __init__(self, *_: Any):
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Run the captured path on the CPU; return a function that returns the number of replays."""
+
+    def record(step, stream, pool):
+        """A capture launches nothing: undo what the function does."""
+        clip, optimizer = GRAPHED[-1]._clip, GRAPHED[-1]._optimizer
+        tensors = list(persistent_tensors(clip, optimizer).values())
+        before = [x.detach().clone() for x in tensors]
+        random = torch.get_rng_state()
+        draws, out = clip.sampler.generator.get_state(), step()
+        assert clip.sampler.generator.get_state().equal(draws), "a capture draws nothing on the host"
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for x, value in zip(tensors, before, strict=True):
+                x.copy_(value)
+        return FakeGraph(step, out), out
+
+    monkeypatch.setattr(graphed.GraphedStep, "_captures", lambda self: GRAPHED.append(self) or True)
+    monkeypatch.setattr(graphed, "record", record)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    FakeGraph.replays = 0
+    yield lambda: FakeGraph.replays
+    GRAPHED.clear()
+
+
+GRAPHED: list[graphed.GraphedStep] = []
+
+
+@pytest.fixture(params=["cpu", "captured"])
+def path(request) -> str:
+    """The plain loop of the CPU, and the captured path with a fake graph."""
+    if request.param == "captured":
+        request.getfixturevalue("fake_cuda")
+    return request.param
+
+
+def optimizer_of(kind: str, clip: sk.SkipCLIP) -> torch.optim.Optimizer:
+    groups = groups_of(clip, stochastic=kind == "stochastic")
+    if kind == "adam":
+        return torch.optim.AdamW([{k: v for k, v in g.items() if k != "stochastic_rounding"} for g in groups])
+    return sk.FusedSGD(groups, momentum=0.9, weight_decay=0.01, in_backward=kind == "in_backward")
+
+
+class Run:
+    """A training: SkipCLIP, optimizer and schedule, in a loop of its own or by `graphed`."""
+
+    def __init__(self, kind: str, *, by_graph: bool):
+        self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
+        self.optimizer = optimizer_of(kind, self.clip)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
+        self.step = self.clip.graphed(self.optimizer, batch_size=4) if by_graph else self.plain
+
+    def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
+        out = self.clip(x, labels)
+        out.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return out
+
+    def train(self, some: list[tuple[Tensor, Tensor]]) -> list[Any]:
+        """Losses and classes of the steps, and the weights after them."""
+        found: list[Any] = []
+        for x, labels in some:
+            out = self.step(x, labels)
+            found += [out.loss.item(), out.class_ids.tolist()]
+            self.schedule.step()
+        return [*found, *(p.detach().tolist() for p in self.clip.parameters())]
+
+    def state(self) -> Any:
+        states = self.clip.state_dict(), self.optimizer.state_dict(), self.schedule.state_dict()
+        return copy.deepcopy(states)
+
+    def load(self, state: Any) -> None:
+        for part, saved in zip((self.clip, self.optimizer, self.schedule), copy.deepcopy(state), strict=True):
+            part.load_state_dict(saved)
+
+
+@pytest.fixture
+def without_capturable(monkeypatch):
+    """Adam on the CPU cannot be capturable; the fake graph does not mind."""
+    monkeypatch.setattr(graphed, "_why_optimizer_is_not_capturable", lambda optimizer: None)
+
+
+@pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
+def test_graphed_equals_the_loop(path, kind):
+    """To the bit: weights, draws, learning rates, rounding; with evaluation and a short batch on the way."""
+    ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    some, odd = batches(ours.clip, 8), batches(ours.clip, 1, batch=3)
+    for part in (some, odd, some[:3]):
+        assert ours.train(part) == theirs.train(part)
+        for run in (ours, theirs):
+            run.clip.eval()
+        assert ours.clip.predict(some[0][0]).equal(theirs.clip.predict(some[0][0]))
+        for run in (ours, theirs):
+            run.clip.train()
+    assert FakeGraph.replays == (8 - graphed.WARMUP + 3 if path == "captured" else 0)
+
+
+@pytest.mark.parametrize("kind", ["in_backward", "stochastic"])
+def test_graphed_resumes_within_an_epoch(path, kind):
+    whole, cut = Run(kind, by_graph=True), Run(kind, by_graph=True)
+    some = batches(whole.clip, 7)
+    whole.train(some[:5])
+    state = whole.state()
+    rest = whole.train(some[5:])
+    cut.train(some[2:7])  # other steps, with captured graphs
+    cut.load(state)
+    assert cut.train(some[5:]) == rest
+    whole.load(state)
+    assert whole.train(some[5:]) == rest
+
+
+def test_graphed_takes_new_rates_of_other_optimizers(fake_cuda, without_capturable):
+    ours, theirs = Run("adam", by_graph=True), Run("adam", by_graph=False)
+    some = batches(ours.clip, 6)
+    a, b = ours.train(some)[:12], theirs.train(some)[:12]
+    assert fake_cuda() == 3 and a[1::2] == b[1::2]
+    # The rate is a tensor in fp32, and Adam divides by small roots.
+    assert a[::2] == pytest.approx(b[::2], rel=1e-3)
+    assert [type(group["lr"]) for group in ours.optimizer.param_groups] == [float, float]
+
+
+def _freeze(run: Run) -> None:
+    run.clip.model.ln_final.weight.requires_grad_(False)
+
+
+def _decay(run: Run) -> None:
+    for group in run.optimizer.param_groups:
+        group["weight_decay"] = 0.5
+
+
+def _scale(run: Run) -> None:
+    run.clip.model.ln_final.weight = nn.Parameter(run.clip.model.ln_final.weight.detach().clone())
+
+
+def _recompute(run: Run) -> None:
+    run.clip.set_grad_checkpointing()
+
+
+@pytest.mark.parametrize("change", [_freeze, _decay, _scale, _recompute])
+def test_graphed_captures_again_after_a_change(fake_cuda, change):
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some = batches(ours.clip, 5)
+    assert ours.train(some) == theirs.train(some)
+    for run in (ours, theirs):
+        change(run)
+    assert ours.train(some) == theirs.train(some)
+    assert fake_cuda() == 2 + 2, "three more steps one by one, before the next capture"
+
+
+def test_graphed_notices_an_altered_block(path):
+    run = Run("in_step", by_graph=True)
+    some = batches(run.clip, 5)
+    run.train(some)
+    handle = run.clip.model.visual.transformer.resblocks[2].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"SkipCLIP: the image tower was altered .* hooks"):
+        run.step(*some[0])
+    handle.remove()
+    run.train(some)
+    run.clip.eval()
+    with pytest.raises(RuntimeError, match=r"^graphed: a step needs clip.train\(\)"):
+        run.step(*some[0])
+
+
+def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
+    clip = skip_clip()
+    groups = clip.parameter_groups(text_lr=0.1, image_lr=0.1)
+
+    def refused(match: str, optimizer: torch.optim.Optimizer | None = None, clip: sk.SkipCLIP = clip) -> None:
+        with pytest.raises(ValueError, match=f"^graphed: this step cannot be captured: .*{match}"):
+            clip.graphed(optimizer or sk.FusedSGD(clip.trainable_parameters()), batch_size=4)
+
+    refused("SGD reads its learning rate on the host", torch.optim.SGD(groups))
+    refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
+    refused("text_cache reads class ids", clip=skip_clip(text_cache=tmp_path))
+    hooked = skip_clip()
+    hooked.model.visual.ln_post.register_forward_hook(lambda *_: None)
+    refused("visual.ln_post has hooks", clip=hooked)
+    stepped = sk.FusedSGD(groups)
+    stepped.register_step_post_hook(lambda *_: None)
+    refused("FusedSGD has step hooks", stepped)
+    with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1; got 0"):
+        clip.graphed(sk.FusedSGD(groups), batch_size=0)
+
+
+def test_graphed_refuses_fp16_autocast(fake_cuda):
+    run = Run("in_step", by_graph=True)
+    with pytest.raises(RuntimeError, match="^graphed: fp16 autocast needs a GradScaler"):
+        with torch.autocast("cpu", torch.float16):
+            run.step(*batches(run.clip, 1)[0])
+
+
+def test_graphed_follows_autocast(path):
+    """One graph for each setting; casts of one step are not used in another."""
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some = batches(ours.clip, 6)
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            a = ours.train(some)
+        b = []
+        for x, labels in some:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = theirs.clip(x, labels)
+            out.loss.backward()
+            theirs.optimizer.step()
+            theirs.optimizer.zero_grad()
+            theirs.schedule.step()
+            b += [out.loss.item(), out.class_ids.tolist()]
+        assert a == [*b, *(p.detach().tolist() for p in theirs.clip.parameters())]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sync_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
+def test_replays_equal_eager_steps(kind):
+    """Ten replays and ten eager steps: weights, draws, learning rates through a schedule, rounding."""
+    runs = Run(kind, by_graph=True), Run(kind, by_graph=False)
+    found = []
+    some = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, graphed.WARMUP + 11)]
+    odd = [(x.cuda(), labels.cuda()) for x, labels in batches(runs[0].clip, 1, batch=3)]
+    for run in runs:
+        run.clip.cuda()
+        run.train(some[: graphed.WARMUP + 1])
+        with sync_is_an_error():
+            outs = []
+            for x, labels in some[graphed.WARMUP + 1 :]:
+                out = run.step(x, labels)
+                outs += [out.loss.clone(), out.class_ids.clone()]
+                run.schedule.step()
+        found.append([*(x.tolist() for x in outs), *run.train(odd), *run.train(some[:2])])
+    assert found[0] == found[1]
+    assert len(runs[0].step._captured) == 1
+
+
+@pytest.mark.gpu
+def test_replays_resume_within_an_epoch():
+    whole, cut = Run("stochastic", by_graph=True), Run("stochastic", by_graph=True)
+    some = [(x.cuda(), labels.cuda()) for x, labels in batches(whole.clip, 9)]
+    for run in (whole, cut):
+        run.clip.cuda()
+    whole.train(some[:6])
+    state = whole.state()
+    rest = whole.train(some[6:])
+    cut.train(some[1:7])
+    cut.load(state)
+    assert cut.train(some[6:]) == rest
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_replays_of_other_optimizers(kind):
+    losses = []
+    for by_graph in (True, False):
+        clip = skip_clip().cuda()
+        groups = clip.parameter_groups(text_lr=0.02, image_lr=0.01)
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, momentum=0.9, fused=True)
+            if kind == "sgd"
+            else torch.optim.AdamW(groups, capturable=True)
+        )
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        step = clip.graphed(optimizer, batch_size=4)
+        if not by_graph:
+            step._batch_size = -1  # nothing is captured
+        found = []
+        for x, labels in batches(skip_clip(), 10):
+            found.append(step(x.cuda(), labels.cuda()).loss.item())
+            schedule.step()
+        losses.append(found)
+    assert losses[0] == losses[1]
