@@ -101,6 +101,8 @@ class _Run:
                     self.zero_shot = self.evaluator.zero_shot()
                     arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
                     trainer = Trainer(*arguments) if self.config.epochs else None
+                    if trainer is not None and trainer.not_graphed is not None:
+                        _print(self.console, f"note: steps run one by one: {trainer.not_graphed}")
                     with self.folder.lock():
                         self._save_few_shot()
                         self._resume(trainer)

@@ -40,6 +40,7 @@ class Trainer:
     Attributes:
         steps: Number of steps per epoch.
         weights: Trained weights.
+        not_graphed: Why the steps are not one CUDA graph, although `graph` is set on a GPU; or None.
     """
 
     def __init__(
@@ -69,6 +70,21 @@ class Trainer:
         self.weights = [weight for group in groups for weight in group["params"]]
         self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
         self._timer = StageTimer(self._device)
+        self.not_graphed: str | None = None
+        self._graphed = self._graphed_step(config.batch_size) if config.graph and _captures(self._device) else None
+
+    def _graphed_step(self, batch_size: int) -> Callable[[Tensor, Tensor], StepOutput] | None:
+        """Return the captured step of the method, or None; sets `not_graphed`."""
+        try:
+            step = self._method.graphed(self._optimizer, batch_size)
+        except ValueError as error:
+            self.not_graphed = str(error)
+            return None
+        if step is not None and self._precision.scaler is not None:
+            self.not_graphed = "the gradient scaler of fp16 has a host sync in each step."
+        elif step is not None and self._config.clip_grad_norm is not None:
+            self.not_graphed = "clip_grad_norm is between backward and the update."
+        return None if self.not_graphed else step
 
     @property
     def epochs(self) -> int:
@@ -112,6 +128,9 @@ class Trainer:
         }
 
     def _step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        if self._graphed is not None:
+            with self._timer("step"), self._precision.autocast():
+                return self._graphed(inputs, labels)
         with self._timer("forward"), self._precision.autocast():
             out = self._method.step(inputs, labels)
         with self._timer("backward"):
@@ -190,6 +209,10 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         if self._device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def to_training_mode(method: Method) -> None:

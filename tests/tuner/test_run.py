@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,20 +13,21 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 import skipkernels as sk
 from skipkernels.cli.main import main
 from skipkernels.optimizer import FusedSGD
 from skipkernels.store.lock import locked
-from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, optimizers, tune
+from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, optimizers, trainer, tune
 from skipkernels.tuner.forward_profile import forward_milliseconds
 from skipkernels.tuner.methods import METHODS
 from skipkernels.tuner.model import load_model
 from skipkernels.tuner.precision import MixedPrecision
 from skipkernels.tuner.setup import build_task
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.tuner.runs import files, losses, rows, small, without_cost
+from tests.tuner.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "state.pt", "report.html"}
 
@@ -62,6 +64,28 @@ def test_tune_stage_seconds(run):
     parts = metrics["cost"]["forward_milliseconds"]
     assert list(parts) == ["image tower", "class selection", "text tower", "loss"]
     assert sum(parts.values()) < 10 * 1000 * sum(row["stage_seconds"]["forward"] for row in rows(folder)) / 12
+
+
+def test_tune_graphed_gives_the_same_results(tmp_path, monkeypatch):
+    """On the CPU the graphed step is the plain loop; its only stage is "step"."""
+    monkeypatch.setattr(trainer, "_captures", lambda device: True)
+    graphed, plain = tmp_path / "graphed", tmp_path / "plain"
+    tune(small(graphed))
+    tune(small(plain, graph=False))
+    assert results(graphed)[1:] == results(plain)[1:]
+    assert set(rows(graphed)[0]["stage_seconds"]) == {"data", "step", "evaluation"}
+    assert set(rows(plain)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"precision": "fp16"}, "the gradient scaler"), ({"clip_grad_norm": 1.0}, "clip_grad_norm")]
+)
+def test_tune_says_why_steps_are_not_graphed(changes, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_captures", lambda device: True)
+    console = Console(file=io.StringIO())
+    tune(small(tmp_path, epochs=1, **changes), console)
+    assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
+    assert f"note: steps run one by one: {reason}" in " ".join(console.file.getvalue().split())
 
 
 def test_tune_beats_zero_shot_on_unseen_characters(tmp_path):

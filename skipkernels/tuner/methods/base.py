@@ -223,6 +223,16 @@ class Method(ABC):
         """
         raise TypeError(f"{self.name}: the method has no steps; call fit.")
 
+    def graphed(
+        self, optimizer: torch.optim.Optimizer, batch_size: int
+    ) -> Callable[[Tensor, Tensor], StepOutput] | None:
+        """Return a whole training step, update included, that is captured in a CUDA graph; None if there is none.
+
+        Raises:
+            ValueError: If the step cannot be captured; names the reason.
+        """
+        return None
+
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
         """Train on all images at once; for methods without epochs.
 

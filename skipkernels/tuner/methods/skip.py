@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -101,3 +102,15 @@ class Skip(TunedModel):
         """Compute the loss of a batch over its kept classes."""
         out = self.clip(inputs, labels)
         return StepOutput(out.loss, len(out.class_ids))
+
+    def graphed(
+        self, optimizer: torch.optim.Optimizer, batch_size: int
+    ) -> Callable[[Tensor, Tensor], StepOutput] | None:
+        """Return the step of `SkipCLIP.graphed`."""
+        graphed = self.clip.graphed(optimizer, batch_size=batch_size)
+
+        def step(inputs: Tensor, labels: Tensor) -> StepOutput:
+            out = graphed(inputs, labels)
+            return StepOutput(out.loss, len(out.class_ids))
+
+        return step
