@@ -74,6 +74,7 @@ counts: $(READY) ## Count what a step costs on any machine; compare with the tab
 
 aot: $(READY) ## Compile every Triton kernel for GPUs that need not be here; compare with the table in bench/results.
 	$(BIN)/python -m bench.aot --check
+	$(BIN)/python -m bench.aot --sweep --target sm_90
 
 clean: ## Remove .venv and what was built.
 	rm -rf .venv build dist *.egg-info skipkernels/*.so

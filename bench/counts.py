@@ -37,10 +37,10 @@ from torch.utils._pytree import tree_map_only
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.ops import OPERATORS, launching, registration
+from skipkernels.ops import OPERATORS, launching, precompile, registration
 from skipkernels.selection import RankSampler
 
-from . import aot, measure, tables
+from . import measure, tables
 from .flops import flops_of
 from .inputs import PRECISIONS, Inputs, autocast, random_inputs
 from .launches import CALLS
@@ -147,7 +147,7 @@ class _Calls(TorchDispatchMode):
 def launches_of(op: str, arguments: Sequence[Any]) -> int:
     """Kernels that one of our operators launches on a GPU: Triton kernels and PyTorch's within its launcher."""
     arguments = tree_map_only(Tensor, lambda x: x.to("meta"), tuple(arguments))
-    with aot.recording(aot.ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
+    with precompile.recording(precompile.ARCHITECTURES["sm_80"]) as recorded, _Calls() as calls:
         registration.definitions[op].launch(*arguments)
     return calls.torch + len(recorded)
 

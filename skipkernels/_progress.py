@@ -32,7 +32,7 @@ class NoProgress:
 
     start = stop = update = reset = add_task = lambda self, *args, **how: 0
 
-    def track(self, values: Iterable[Any], description: str = "") -> Iterator[Any]:
+    def track(self, values: Iterable[Any], total: float | None = None, *, description: str = "") -> Iterator[Any]:
         """Yield the values."""
         yield from values
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench import aot
-from bench.launches import CALLS, on_meta
+from bench.launches import CALLS, Call, on_meta
+from skipkernels.ops import precompile, registration
 from skipkernels.ops.launching import launch, tl, triton
 
 
@@ -36,27 +37,28 @@ CASES = [
 def faults() -> None:
     x = on_meta(1, dtype=torch.float32)
     for case, target, options in CASES:
-        with aot.recording(aot.ARCHITECTURES[target]) as launches:
+        architecture = precompile.ARCHITECTURES[target]
+        with precompile.recording(architecture) as launches:
             launch(product_kernel, (1,), device=x.device, x_ptr=x, y_ptr=x, **options)
-        backend = triton.compiler.compiler.make_backend(aot.gpu_target(target))
-        job = aot.Job("product", "1", "fp32", 0, target, (1,), product_kernel, *aot.specialise(launches[0], backend))
+        (kernel,) = precompile.kernels_of(launches, architecture)
+        job = aot.Job("product", "1", "fp32", 0, target, (1,), True, {}, kernel)
         print(f"{case}, {target}: {list(aot.problems_of(aot.compile_job(job)))}")  # noqa: T201
 
 
 class Driver:
     """Replaces the driver of a GPU."""
 
-    def __init__(self, target: str):
+    def __init__(self, target: precompile.Architecture):
         self.target = target
 
     def get_current_device(self) -> str:
-        return self.target
+        return str(self.target)
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
     def get_current_target(self) -> Any:
-        return aot.gpu_target(self.target)
+        return precompile.gpu_target(self.target)
 
 
 def differences() -> None:
@@ -65,26 +67,47 @@ def differences() -> None:
         compiled.append((signature, constants, attributes, dict(options.__dict__)))
     )
     compared = 0
-    for target, architecture in aot.ARCHITECTURES.items():
-        triton.runtime.driver.set_active(Driver(target))
-        backend = triton.compiler.compiler.make_backend(aot.gpu_target(target))
+    for target in aot.IN_TABLE:
+        architecture = precompile.ARCHITECTURES[target]
+        triton.runtime.driver.set_active(Driver(architecture))
         for op, calls in CALLS.items():
             for call in calls(torch.bfloat16):
-                for launched in aot.record(op, call.arguments, architecture):
+                for launched in precompile.launches_of(op, call.arguments, architecture):
                     launched.kernel.run(grid=launched.grid, warmup=True, **launched.arguments, **launched.options)
                     compared += 1
-                    if compiled.pop() != aot.specialise(launched, backend):
+                    if compiled.pop() != precompile.kernels_of([launched], architecture)[0][1:]:
                         print(f"{launched.kernel.fn.__name__} ({op}, {call.shape}, {target})")  # noqa: T201
     print(f"{compared} compared")  # noqa: T201
+
+
+@triton.jit
+def length_kernel(x_ptr, N):
+    tl.store(x_ptr, N.to(tl.int64))  # an argument of 1 is a constant, which has no method
+
+
+def sweep() -> None:
+    x = on_meta(1, dtype=torch.float32)
+    registration.definitions["length"] = registration.definitions["class_scores"]._replace(
+        launch=lambda x: launch(length_kernel, (1,), device=x.device, x_ptr=x, N=5, num_warps=4)
+    )
+    CALLS["length"] = lambda dtype: iter([Call("N5", (x,))])
+    print(aot.sweep("sm_90", ["length"]))  # noqa: T201
+
+
+def warmup() -> None:
+    """Compile a kernel in another process, then find it in the cache."""
+    (job,) = aot.jobs_of(["class_scores"], ["sm_90"], ["bf16"], quick=True)
+    for _ in range(2):
+        print(list(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1)))  # noqa: T201
 
 
 def paths() -> None:
     aot.forget_paths()
     (job,) = aot.jobs_of(["class_scores"], ["gfx942"], ["bf16"], quick=True)
-    source = triton.compiler.ASTSource(job.kernel, job.signature, job.constants, job.attributes)
-    assembly = triton.compile(source, target=aot.gpu_target(job.target), options=job.options).asm["amdgcn"]
-    print([path in assembly for path in (inspect.getsourcefile(job.kernel.fn), job.kernel.file_name)])  # noqa: T201
+    function = job.kernel.function
+    assembly = precompile.compile_one(job.kernel, aot.ARCHITECTURES[job.target]).asm["amdgcn"]
+    print([path in assembly for path in (inspect.getsourcefile(function.fn), function.file_name)])  # noqa: T201
 
 
 if __name__ == "__main__":
-    {"faults": faults, "differences": differences, "paths": paths}[sys.argv[1]]()
+    globals()[sys.argv[1]]()

@@ -35,7 +35,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_are_sound_and_no_worse_than_the_table():
-    done = run("bench.aot", "--check", "--quick")
+    done = run("bench.aot", "--check", "--quick", "--target", "sm_90", "sm_100", "gfx942")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -71,6 +71,19 @@ def test_what_is_compiled_is_what_a_launch_compiles():
     assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)
 
 
+def test_the_sweep_finds_arguments_that_do_not_compile():
+    done = run("tests.ahead_of_time", "sweep")
+    assert done.stdout.startswith("(3, ['length_kernel does not compile with N = 1: "), done.stdout + done.stderr
+    assert done.stdout.count("does not compile") == 1
+
+
+def test_warmup_fills_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = run("tests.ahead_of_time", "warmup")
+    assert done.stdout == "['']\n['cached']\n", done.stdout + done.stderr
+    assert len([*tmp_path.glob("*/_class_scores_kernel.cubin")]) == 1
+
+
 def test_machine_code_is_the_same_in_every_folder():
     done = run("tests.ahead_of_time", "paths")
     assert done.stdout == "[False, True]\n", done.stdout + done.stderr
@@ -92,6 +105,9 @@ ROW = aot.Row(
     shared_bytes=14336,
     matrix_instruction="v_mfma_f32_16x16x16_bf16",
     triton="3.6.0",
+    load_bits=128,
+    loop_barriers=32,
+    rounds=40,
 )
 
 
@@ -104,6 +120,12 @@ ROW = aot.Row(
         ({"shared_bytes": 64 * 1024 + 1, "target": "sm_80"}, None),
         ({"spilled_bytes": 4}, "spills 4 bytes"),
         ({"matrix_instruction": ""}, "no matrix instruction"),
+        ({"local_accesses": 1}, "accesses local memory in 1 places"),
+        ({"loop_barriers": 33}, "has 33 barriers in loops; at most 32"),
+        ({"load_bits": 64}, None),  # as wide as needed with 64 threads per warp
+        ({"load_bits": 64, "target": "sm_90"}, "the widest load has 64 bits, not 128"),
+        ({"load_bits": 64, "target": "sm_90", "kernel": "_sgd_momentum_kernel"}, None),
+        ({"rounds": 41}, "waits for 41 rounds of loads (18,450 cycles); at most 40"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -111,6 +133,11 @@ def test_limits(changes, problem):
     found = list(aot.problems_of(aot.Result(ROW._replace(**changes), (32,), has_dot=True)))
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]
+
+
+def test_only_typical_calls_are_checked_for_speed():
+    row = ROW._replace(rounds=1000, load_bits=32, target="sm_90")
+    assert not list(aot.problems_of(aot.Result(row, (32,), has_dot=True, typical=False)))
 
 
 def test_grids_that_no_gpu_takes_are_found():

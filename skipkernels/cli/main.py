@@ -20,6 +20,7 @@ from .interrupt import Terminated, termination_as_interrupt
 from .options import REGISTRY
 from .protocol import ProtocolCommand
 from .tune import TuneCommand
+from .warmup import WarmupCommand
 
 _LONGEST = 1000  # characters of an error message
 
@@ -30,6 +31,7 @@ Command = (
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]
     | Annotated[CacheCommand, tyro.conf.subcommand("cache")]
+    | Annotated[WarmupCommand, tyro.conf.subcommand("warmup")]
     | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
 )
 

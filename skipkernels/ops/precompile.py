@@ -1,0 +1,199 @@
+"""Compilation of Triton kernels before they are launched, also for a GPU that is not here.
+
+The launchers run on meta tensors with a recorder in place of the launch, and Triton's binder gives the specialisation
+of each launch, so the compiled kernels are those that a launch needs: the same constants, types, divisibility, warps
+and stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from .._progress import progress
+from . import launching, registration
+
+_KIB = 1024
+CACHED = "cached"
+Result = TypeVar("Result")
+
+
+class Architecture(NamedTuple):
+    """A target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes.
+
+    From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 and CDNA4 ISA guides.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    block_shared: int
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture("cuda", 80, 32, 163 * _KIB),
+    "sm_86": Architecture("cuda", 86, 32, 99 * _KIB),
+    "sm_89": Architecture("cuda", 89, 32, 99 * _KIB),
+    "sm_90": Architecture("cuda", 90, 32, 227 * _KIB),
+    "sm_100": Architecture("cuda", 100, 32, 227 * _KIB),
+    "sm_120": Architecture("cuda", 120, 32, 99 * _KIB),
+    "gfx942": Architecture("hip", "gfx942", 64, 64 * _KIB),
+    "gfx950": Architecture("hip", "gfx950", 64, 160 * _KIB),
+}
+
+
+class Launch(NamedTuple):
+    """The arguments of one call of `launching.launch`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+class Kernel(NamedTuple):
+    """The input of Triton's compiler."""
+
+    function: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for kernels that are compiled once."""
+        return (self.function.fn.__qualname__, *map(repr, self[1:]))
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """The architecture of a device of this machine."""
+    properties = torch.cuda.get_device_properties(device)
+    warp, shared = properties.warp_size, properties.shared_memory_per_block
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return Architecture(*launching._target_of_gpu(index), warp, shared)
+
+
+@contextlib.contextmanager
+def recording(architecture: Architecture) -> Iterator[list[Launch]]:
+    """Record launches on the meta device in a list, as they would be made for this architecture."""
+    launches: list[Launch] = []
+    run, target = launching._run, launching._target_of_gpu
+    launching._run = lambda *launch: launches.append(Launch(*launch))
+    launching._target_of_gpu = lambda index: launching.Target(architecture.backend, architecture.arch)  # type: ignore[assignment]
+    try:
+        yield launches
+    finally:
+        launching._run, launching._target_of_gpu = run, target
+
+
+def launches_of(op: str, arguments: Sequence[Any], architecture: Architecture) -> list[Launch]:
+    """The kernels that one call of an operator with meta tensors launches."""
+    with recording(architecture) as launches:
+        registration.definitions[op].launch(*arguments)
+    return launches
+
+
+class Recorder(TorchDispatchMode):
+    """Records the launches of our operators in `launches`; the operators return zeros and compute nothing."""
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        self.architecture, self.launches = architecture, list[Launch]()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace != registration.NAMESPACE:
+            return operator(*args, **kwargs or {})
+        arguments = tree_map_only(Tensor, _on_meta, args)
+        self.launches += launches_of(operator._opname, arguments, self.architecture)
+        device = registration._first(args).device
+        return tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), operator(*arguments))
+
+
+def _on_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def gpu_target(architecture: Architecture) -> Any:
+    """Triton's description of a target."""
+    GPUTarget = importlib.import_module("triton.backends.compiler").GPUTarget
+    return GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+
+
+def specialise(launch: Launch, backend: Any) -> Kernel:
+    """The input that `JITFunction.run` would pass to the compiler."""
+    kernel = launch.kernel
+    bind = importlib.import_module("triton.runtime.jit").create_function_from_signature(
+        kernel.signature, kernel.params, backend
+    )
+    given = {**launch.arguments, **launch.options}
+    options, signature, constants, attributes = kernel._pack_args(backend, given, *bind(**given))
+    return Kernel(kernel, signature, constants, attributes, dict(options.__dict__))
+
+
+def kernels_of(launches: Iterable[Launch], architecture: Architecture) -> list[Kernel]:
+    """The kernels of these launches, each once."""
+    backend = importlib.import_module("triton.compiler.compiler").make_backend(gpu_target(architecture))
+    return list({kernel.key: kernel for kernel in (specialise(launch, backend) for launch in launches)}.values())
+
+
+def compile_one(kernel: Kernel, architecture: Architecture) -> Any:
+    """Compile a kernel, or load it from Triton's cache."""
+    source = launching.triton.compiler.ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
+    return launching.triton.compile(source, target=gpu_target(architecture), options=kernel.options)
+
+
+def compile_all(
+    kernels: Sequence[Kernel], architecture: Architecture, processes: int | None = None, title: str = ""
+) -> Iterator[str]:
+    """Compile kernels in processes into Triton's cache, with a progress bar.
+
+    Yields:
+        For each kernel "" if it was compiled, CACHED if it was in the cache, or the error.
+    """
+    listening = launching.triton.knobs.compilation
+
+    def compile_numbered(number: int) -> str:
+        hits: list[bool] = []
+        listening.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        try:
+            compile_one(kernels[number], architecture)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [""]
+            return f"{kernels[number].function.fn.__name__} does not compile: {type(error).__name__}: {reason[-1]}"
+        return CACHED if hits[-1] else ""
+
+    with progress("BarColumn", "MofNCompleteColumn", "TimeRemainingColumn") as bar:
+        yield from bar.track(in_processes(compile_numbered, len(kernels), processes), len(kernels), description=title)
+
+
+def in_processes(function: Callable[[int], Result], count: int, processes: int | None = None) -> Iterator[Result]:
+    """The results of function(0), function(1), …, computed in forked processes (default: one per core).
+
+    They are forked since kernels cannot be pickled. If a compiler aborts, BrokenProcessPool is raised.
+    """
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes or os.cpu_count(), fork, _set_function, (function,)) as pool:
+        yield from pool.map(_call, range(count))
+
+
+_function: Callable[[int], Any] = len  # type: ignore[assignment]  # of a forked process
+
+
+def _set_function(function: Callable[[int], Any]) -> None:
+    global _function
+    _function = function
+
+
+def _call(number: int) -> Any:
+    return _function(number)
