@@ -13,6 +13,6 @@ export CUBLAS_WORKSPACE_CONFIG=:4096:8 # deterministic products
 export SKIPKERNELS_CPP=${SKIPKERNELS_CPP:-0} # no time to compile what runs on a CPU
 if [ "${1:-}" = --prepare ]; then
   "$python" -m pip install --quiet --no-deps --upgrade --target .gpu/packages open_clip_torch ftfy wcwidth
-  exec "$python" -m skipkernels warmup --target "${2:-sm_90}" --model ViT-B-16
+  exec "$python" -m bench.gpu_stages prepare "${2:-sm_90}" 0
 fi
 exec timeout --kill-after=5 540 "$python" -m bench.gpu "$@"

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import importlib.metadata
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -19,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from skipkernels.ops import OPERATORS, launching
+from skipkernels.ops import OPERATORS, launching, precompile
 from tests.ops.small_calls import small_call
 
 from . import cuda, measure
 from . import run as microbenchmarks
 from .budget import Budget
 from .gpu import ROOT, STAGES
-from .operators import COMPILED, OURS, Case
+from .operators import COMPILED, CPU, OURS, Case
 
 _MOST_COPIES = 8  # of the inputs of an operator
 
@@ -57,10 +58,10 @@ class Run:
     def __init__(self, out: Path, seconds: float, dry_run: bool):
         self.sizes, self.out = DRY if dry_run else Sizes(), out
         self.device, self.on_gpu = torch.device(self.sizes.device), not dry_run
-        self.budget = Budget(seconds - 10)  # the rest is for start and end
+        self.budget = Budget(seconds - 10 if seconds else math.inf)  # the rest is for start and end
         if dry_run:
             torch.compile = lambda function, **_: function
-        else:
+        elif seconds > 0:
             count_hits()
 
     def write(self, table: str, row: dict[str, Any]) -> None:
@@ -169,6 +170,36 @@ def time_replays(run: Run, op: str, dtype: str, cases: list[Case], names: list[s
             except RuntimeError as error:
                 note = f"no CUDA graph: {str(error).splitlines()[0]}"
         run.write("operators", row | {"note": note or cases[0].versions.get(name, "")})
+
+
+def prepare(run: Run) -> int:
+    """Compile what the stages launch into Triton's cache, without a GPU; FOLDER is the name of the target."""
+    architecture = precompile.ARCHITECTURES[run.out.name]
+    run.sizes, run.device, run.on_gpu = run.sizes._replace(device="cpu"), CPU, False
+    kernels = precompile.kernels_of(launches_of_stages(run, architecture), architecture)
+    results = list(precompile.compile_all(kernels, architecture, title="compiling"))
+    problems = [result for result in results if result not in ("", precompile.CACHED)]
+    triton = launching.triton
+    print(f"{len(kernels)} kernels for {run.out.name} in {triton.knobs.cache.dir}, Triton {triton.__version__}, Python")
+    print(sys.version, *problems, sep="\n")
+    return len(problems)
+
+
+def launches_of_stages(run: Run, architecture: precompile.Architecture) -> list[precompile.Launch]:
+    """The launches of the stages, recorded on the CPU. On a GPU some differ: it packs prompts in another way."""
+    from . import gpu_step
+
+    with precompile.Recorder(architecture) as recorder:
+        smoke(run)
+        for _, _, (case,) in run.cases(("fp32", "bf16", "fp16"), range(min(2, run.sizes.shapes))):
+            case.prepare()
+            case.runs[OURS]()
+    for classes, precision in itertools.product(run.sizes.classes, run.sizes.precisions):
+        training = gpu_step.Training(run, gpu_step.inputs_of(run, classes), precision)  # compares results: not recorded
+        with recorder:
+            training.clip.predict(training.features)
+            training()
+    return recorder.launches
 
 
 def step(run: Run) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import gpu, measure
+from bench import gpu, gpu_stages, measure
+from skipkernels.ops import precompile
 
 
 @pytest.mark.slow
@@ -37,6 +38,16 @@ def test_dry_run(tmp_path):
             f"stand-in --{'tool ' if name == 'sanitizer.txt' else 'clock-control none '}{printed}"
             in (tmp_path / name).read_text()
         )
+
+
+def test_prepare_records_the_kernels_of_all_stages(monkeypatch):
+    monkeypatch.setattr(torch, "compile", torch.compile)  # a dry run replaces it
+    run = gpu_stages.Run(Path("sm_90"), 0, dry_run=True)
+    launches = gpu_stages.launches_of_stages(run, precompile.ARCHITECTURES["sm_90"])
+    kernels = {launch.kernel.fn.__name__ for launch in launches}
+    assert {"_class_scores_kernel", "_add_layer_norm_fwd_kernel", "_sgd_momentum_kernel"} <= kernels
+    dtypes = {launch.arguments["image_ptr"].dtype for launch in launches if "class_scores" in launch.kernel.fn.__name__}
+    assert dtypes >= {torch.float32, torch.bfloat16, torch.float16}
 
 
 @pytest.mark.parametrize(
