@@ -11,6 +11,7 @@ import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
+from skipkernels import functional
 from skipkernels.selection import RankSampler
 from skipkernels.testing import saved_bytes
 
@@ -201,6 +202,20 @@ def test_forward_under_autocast():
     full = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)(images, labels)
     # bf16 has 8 bits: the error of cosines is about 2^-8, and the temperature multiplies it by 14.
     assert out.loss.item() == pytest.approx(full.loss.item(), abs=14 * 2**-6)
+
+
+def test_selection_under_autocast_does_not_cast_prototypes(monkeypatch):
+    clip, seen = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(13), skip_layers=1), []
+    scores = functional.class_scores
+
+    def class_scores(image, prototypes, labels):
+        seen.append((image.dtype, prototypes.dtype, torch.is_autocast_enabled("cpu")))
+        return scores(image, prototypes, labels)
+
+    monkeypatch.setattr(functional, "class_scores", class_scores)
+    with torch.autocast("cpu", torch.bfloat16):
+        clip(*tiny_batch(4, 13, torch.float32))
+    assert seen == [(torch.float32, torch.float32, False)]
 
 
 def test_construction_under_autocast():

@@ -20,8 +20,8 @@ from skipkernels.ops import registration
 class Backend(NamedTuple):
     """An implementation of the operators.
 
-    `cpp`, `reference`, `interpreter` (Triton kernels and launchers on the CPU), `gpu` (the same on a device), or
-    `simulator` (the same on the CPU with every memory access checked, see `make race`).
+    `cpp`, `reference`, `interpreter` (Triton kernels and launchers on the CPU, without a GPU), `gpu` (the same on a
+    device), or `simulator` (the same on the CPU with every memory access checked, see `make race`).
     """
 
     name: str
@@ -52,6 +52,8 @@ if "ttsem" in sys.modules:  # the simulator runs the tests; its tensors are CPU 
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Run the test with each implementation."""
     chosen = BACKENDS[request.param]
+    if chosen.name == "interpreter" and torch.cuda.is_available():
+        pytest.skip("Triton launches on the GPU, where it is available")
     if chosen.name == "cpp" and _extension.load().path is None:
         pytest.skip(f"no C++ kernels: {_extension.load().reason}")
     if chosen.name in ("cpp", "gpu"):
