@@ -14,9 +14,12 @@ For training steps of SkipCLIP, the published step, and `predict` from features 
     waits              host syncs: a value is read, or a shape depends on values
 
 Matrix products return zeros and are not computed, since the counts depend on shapes only. All scores are then equal and
-the first classes are kept. Processor, threads and the implementation of our operators change nothing; torch 2.10 and
-2.13 give the same counts. Counted is the step on a CPU: its two waits do not occur on a GPU, where suffixes are not
-packed and the sampler's tensors are on the host.
+the first classes are kept. Processor, threads and the implementation of our operators change nothing.
+
+Calls, launches and waits of a step of SkipCLIP are those of `clip.graphed` on a GPU, update included: the step runs on
+the meta device. Those of the published step, with the update of torch.optim.SGD, are counted on a CPU, with the same
+operators: a call of a multi-tensor operator counts as one launch. FLOPs and bytes are those on a CPU, where suffixes
+are packed without spare rows.
 
 `--check` fails if a count is larger than in the table, or smaller, so that an improvement is recorded. If another minor
 version of torch made the table, it fails only if a count is larger by more than ALLOWANCE. The launches of each
@@ -26,6 +29,7 @@ checked.
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -33,10 +37,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import skipkernels as sk
 from skipkernels import testing
+from skipkernels.clip.snapshot import Snapshot
 from skipkernels.ops import OPERATORS, launching, precompile, registration
 from skipkernels.selection import RankSampler
 
@@ -45,12 +50,14 @@ from .flops import flops_of
 from .inputs import PRECISIONS, Inputs, autocast, random_inputs
 from .launches import CALLS
 from .published import PublishedStep
+from .stand_in import meta_as_gpu
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
 COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "waits")
 STEP, PREDICT, PUBLISHED = "SkipCLIP, step", "SkipCLIP, predict", "published, step"
+SGD, IN_BACKWARD, TORCH_SGD = "FusedSGD", "FusedSGD in backward", "torch.optim.SGD"
 BATCH = 4
 _CPU = torch.device("cpu")
 
@@ -77,6 +84,7 @@ class Row(NamedTuple):
     K: int
     precision: str
     memory: str
+    optimizer: str
     flops: int
     saved_bytes: int
     gradient_bytes: int
@@ -87,12 +95,12 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self[:7]
+        return self[:8]
 
     @property
     def name(self) -> str:
-        memory = f", memory={self.memory}" if self.memory else ""
-        return f"{self.what} ({self.model}, B{self.B}-C{self.C}-K{self.K}, {self.precision}{memory})"
+        options = (self.precision, f"memory={self.memory}" if self.memory else "", self.optimizer)
+        return f"{self.what} ({self.model}, B{self.B}-C{self.C}-K{self.K}, {', '.join(filter(None, options))})"
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -130,18 +138,24 @@ def launches_a_kernel(operator: torch._ops.OpOverload) -> bool:
 
 
 class _Calls(TorchDispatchMode):
-    def __init__(self) -> None:
+    """Count calls; with `gpu` only those with a tensor on the meta device, which stands in for a GPU."""
+
+    def __init__(self, *, gpu: bool = False) -> None:
         super().__init__()
         self.torch = self.waits = 0
         self.ours: list[tuple[str, tuple[Any, ...]]] = []
+        self._gpu = gpu
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **kwargs or {})
+        if self._gpu and not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+            return out
         if operator.namespace == registration.NAMESPACE:
             self.ours.append((operator._opname, args))
         else:
             self.torch += launches_a_kernel(operator)
             self.waits += waits(operator, args)
-        return operator(*args, **kwargs or {})
+        return out
 
 
 def launches_of(op: str, arguments: Sequence[Any]) -> int:
@@ -162,9 +176,9 @@ def launches_by_operator() -> Iterator[dict[str, Any]]:
         yield {"op": op, "shape": call.shape, "launches": launches}
 
 
-def counts_of(function: Callable[[], Any]) -> dict[str, int]:
-    """FLOPs, calls, launches and waits of one call."""
-    calls = _Calls()
+def counts_of(function: Callable[[], Any], *, gpu: bool = False) -> dict[str, int]:
+    """FLOPs, calls, launches and waits of one call; with `gpu`, of its work on the meta device."""
+    calls = _Calls(gpu=gpu)
 
     def counted() -> None:
         with calls:
@@ -187,37 +201,73 @@ def rows_of(size: Size, *, published: bool) -> list[Row]:
     sampling: dict[str, Any] = {"keep_ratio": K - 1, "max_keep": K - 1, "decay": 1e-6}
     rows: list[Row] = []
 
-    def add(what: str, precision: str, memory: str, counts: dict[str, int]) -> None:
+    def add(what: str, precision: str, memory: str, optimizer: str, counts: dict[str, int]) -> None:
         version = ".".join(torch.__version__.split(".")[:2])  # minor
-        rows.append(Row(what, size.model, BATCH, size.C, K, precision, memory, **counts, torch=version))
+        rows.append(Row(what, size.model, BATCH, size.C, K, precision, memory, optimizer, **counts, torch=version))
 
     with WithoutProducts():
-        for memory in ("fast", "min"):
+        for memory, optimizer in (("fast", SGD), ("fast", IN_BACKWARD), ("min", SGD)):
             clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=size.skip_layers, memory=memory, **sampling)
             features = clip.encode_lower(inputs.images)
             for precision in PRECISIONS:
-                counts = _step(inputs, precision, lambda: clip(features, inputs.labels).loss)  # noqa: B023 called here
-                add(STEP, precision, memory, counts)
+                counts = _step(inputs, precision, optimizer, lambda: clip(features, inputs.labels).loss)  # noqa: B023
+                counts |= _on_a_gpu(clip, features, inputs.labels, precision, optimizer)
+                add(STEP, precision, memory, optimizer, counts)
         for precision in PRECISIONS:
-            add(PREDICT, precision, "", _predict(clip, features, precision))
+            add(PREDICT, precision, "", "", _predict(clip, features, precision))
         if size.published and published:
             theirs = PublishedStep(inputs.model, inputs.tokens, size.skip_layers, RankSampler(**sampling))
             features = theirs.image_features(inputs.images)
             for precision in PRECISIONS:
-                counts = _step(inputs, precision, lambda: theirs(features, inputs.labels)[0])  # noqa: B023
-                add(PUBLISHED, precision, "", counts)
+                counts = _step(inputs, precision, TORCH_SGD, lambda: theirs(features, inputs.labels)[0])  # noqa: B023
+                add(PUBLISHED, precision, "", TORCH_SGD, counts)
     return rows
 
 
-def _step(inputs: Inputs, precision: str, forward: Callable[[], Tensor]) -> dict[str, int]:
+def _step(inputs: Inputs, precision: str, optimizer: str, forward: Callable[[], Tensor]) -> dict[str, int]:
+    """Counts of forward, backward and update."""
+
     def loss() -> Tensor:
         with autocast(_CPU, precision):
             return forward()
 
+    weights = [weight for weight in inputs.model.parameters() if weight.requires_grad]
+    if optimizer == TORCH_SGD:
+        update: torch.optim.Optimizer = torch.optim.SGD(weights, lr=0.0, momentum=0.9, foreach=True)
+    else:
+        update = sk.FusedSGD(weights, lr=0.0, momentum=0.9, in_backward=optimizer == IN_BACKWARD)
     saved, gradients = testing.saved_bytes(loss), []
-    counts = counts_of(lambda: gradients.append(testing.gradient_bytes(loss())))
-    inputs.model.zero_grad()
-    return counts | {"saved_bytes": saved, "gradient_bytes": gradients[0]}
+
+    def step() -> None:
+        gradients.append(testing.gradient_bytes(loss()))
+        update.step()
+        update.zero_grad()
+
+    step()  # the first makes the momentum buffers
+    counts = counts_of(step)
+    if isinstance(update, sk.FusedSGD):
+        update.close()
+    return counts | {"saved_bytes": saved, "gradient_bytes": gradients[-1]}
+
+
+def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: str, optimizer: str) -> dict[str, int]:
+    """Calls, launches and waits of a step on a GPU, for which the meta device stands in."""
+    clip = copy.deepcopy(clip)
+    clip(features, labels)  # caches the text features at the cut, which needs values
+    clip.to("meta")
+    clip._snapshot = Snapshot(clip.model, clip._image, clip._text)  # without a comparison of values
+    features, labels = features.to("meta"), labels.to("meta")
+    groups = clip.parameter_groups(text_lr=0.0, image_lr=0.0)
+    step = clip.graphed(sk.FusedSGD(groups, momentum=0.9, in_backward=optimizer == IN_BACKWARD), batch_size=BATCH)
+
+    def run() -> None:
+        with autocast(_CPU, precision):
+            step(features, labels)
+
+    with meta_as_gpu():
+        counts_of(run, gpu=True)  # makes momentum buffers, and tables of addresses of the update
+        counts = counts_of(run, gpu=True)
+    return {name: counts[name] for name in ("calls", "launches", "waits")}
 
 
 def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, int]:
@@ -289,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = [size for size in SIZES if not args.model or size.model in args.model]
     rows = [row for size in sizes for row in rows_of(size, published=not args.check)]
     if not args.check:
-        columns = ("what", "model", "C", "K", "precision", "memory", *COUNTS)
+        columns = ("what", "model", "C", "K", "precision", "memory", "optimizer", *COUNTS)
         tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
         if not (args.no_save or args.model):
             write_table(rows)

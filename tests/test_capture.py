@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
+from bench.stand_in import meta_as_gpu
 from skipkernels.clip import graphed
 from skipkernels.clip.snapshot import Snapshot
 
@@ -46,19 +47,9 @@ class DeviceOnly(TorchDispatchMode):
 
 
 @pytest.fixture
-def meta_autocast(monkeypatch):
-    """Take the autocast settings of the CPU for the meta device, which has none."""
-
-    def of_cpu(function):
-        return lambda *args: function(*("cpu" if x == "meta" else x for x in args))
-
-    class Autocast(torch.autocast):
-        def __init__(self, device_type: str, *args: Any, **options: Any):
-            super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
-
-    for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        monkeypatch.setattr(torch, name, of_cpu(getattr(torch, name)))
-    monkeypatch.setattr(torch, "autocast", Autocast)
+def as_on_a_gpu():
+    with meta_as_gpu():
+        yield
 
 
 def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP:
@@ -117,7 +108,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     ],
     ids=str,
 )
-def test_nothing_from_the_host_enters_a_step(meta_autocast, monkeypatch, options, precision, in_backward):
+def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, precision, in_backward):
     clip = skip_clip(torch.bfloat16 if precision == "bf16-sr" else torch.float32, **options)
     x, labels = batches(clip, 1)[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

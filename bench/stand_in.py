@@ -1,0 +1,49 @@
+"""The meta device in place of a GPU: the code takes the paths of a GPU, and whatever needs a host value raises."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, F.linear}
+
+
+class _AsOnAGpu(TorchFunctionMode):
+    """Call the fused attention of a GPU, and cast the inputs of matrix products under autocast."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and args[0].is_meta:
+            query, key, value = args
+            attention = torch.ops.aten._scaled_dot_product_efficient_attention
+            with_lse, causal = torch.is_grad_enabled(), kwargs.get("is_causal", False)
+            return attention(query, key, value, kwargs.get("attn_mask"), with_lse, 0.0, causal)[0]
+        if function in _PRODUCTS and args[0].is_meta and torch.is_autocast_enabled("meta"):
+            dtype = torch.get_autocast_dtype("meta")
+            args = tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in args)
+        return function(*args, **kwargs)
+
+
+def _as_on_the_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*("cpu" if x == "meta" else x for x in args))
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device_type: str, *args: Any, **options: Any):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
+
+
+@contextlib.contextmanager
+def meta_as_gpu() -> Iterator[None]:
+    """Let the meta device follow the autocast settings of the CPU, since it has none, and use a GPU's attention."""
+    names = "is_autocast_enabled", "get_autocast_dtype"
+    patches = {name: _as_on_the_cpu(getattr(torch, name)) for name in names} | {"autocast": _Autocast}
+    with mock.patch.multiple(torch, **patches), _AsOnAGpu():
+        yield
