@@ -358,6 +358,8 @@ def options() -> set[str]:
             for name, its_hint in typing.get_type_hints(hint).items():
                 if not dataclasses.is_dataclass(its_hint):  # else it is a group of options
                     found.add("--" + name.replace("_", "-"))
+                if its_hint is bool:
+                    found.add("--no-" + name.replace("_", "-"))
                 add(its_hint)
 
     add(cli.Command)
