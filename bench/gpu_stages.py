@@ -12,6 +12,7 @@ import math
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,18 @@ class Run:
                     return
 
 
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Print an error and go on, unless the device is lost."""
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        print(f"{what}: failed", flush=True)
+        traceback.print_exception(error)
+
+
 def count_hits() -> None:
     """Print at the end how many kernels were in Triton's cache."""
     found = collections.Counter[bool]()
@@ -109,10 +122,11 @@ def count_hits() -> None:
 
 def machine(run: Run) -> None:
     """Versions, the GPU, and which tools are installed."""
-    print(measure.machine(run.device), {stage.tool[0]: shutil.which(stage.tool[0]) for stage in STAGES if stage.tool})
+    print({stage.tool[0]: shutil.which(stage.tool[0]) for stage in STAGES if stage.tool})
     print(*sorted(f"{each.name} {each.version}" for each in importlib.metadata.distributions()), sep=", ", flush=True)
-    with contextlib.suppress(FileNotFoundError):
-        subprocess.run(["nvidia-smi"])
+    for show in (lambda: subprocess.run(["nvidia-smi"]), lambda: print(measure.machine(run.device))):
+        with contextlib.suppress(FileNotFoundError):
+            show()
 
 
 def kernels(run: Run) -> None:
@@ -120,10 +134,11 @@ def kernels(run: Run) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     for op, dtype, (case, *_) in run.cases(("fp32", "bf16", "fp16"), range(run.sizes.shapes)):
-        case = case._replace(runs={name: case.runs[name] for name in (OURS, "eager")})
-        gate = microbenchmarks.Gate(case, microbenchmarks.DTYPES[dtype], run.device)
-        result = {"result": gate.error_of(OURS) or "ok", "worst_of_eager": f"{max(gate.bounds):.1e}"}
-        run.write("kernels", {"op": op, "shape": case.shape, "dtype": dtype} | result)
+        with reported(f"{op}, {case.shape}, {dtype}"):
+            case = case._replace(runs={name: case.runs[name] for name in (OURS, "eager")})
+            gate = microbenchmarks.Gate(case, microbenchmarks.DTYPES[dtype], run.device)
+            result = {"result": gate.error_of(OURS) or "ok", "worst_of_eager": f"{max(gate.bounds):.1e}"}
+            run.write("kernels", {"op": op, "shape": case.shape, "dtype": dtype} | result)
 
 
 def tests(run: Run) -> int:
@@ -134,15 +149,14 @@ def tests(run: Run) -> int:
 def smoke(run: Run) -> None:
     """A small call of every operator, forward and backward."""
     for op in run.sizes.operators:
-        call = small_call(op)
-        inputs, rest, options = tree_map_only(
-            Tensor, lambda x: x.to(run.device), (call.inputs, call.rest, call.options)
-        )
-        call = call._replace(inputs=[x.requires_grad_() for x in inputs], rest=rest, options=options)
-        total = call.total()
-        if inputs:
-            total.backward()
-        print(f"{op}: {total.item():.6f}", flush=True)
+        with reported(op):
+            call = small_call(op)
+            arguments = tree_map_only(Tensor, lambda x: x.to(run.device), (call.inputs, call.rest, call.options))
+            inputs = tuple(x.requires_grad_() for x in arguments[0])
+            total = call._replace(inputs=inputs, rest=arguments[1], options=arguments[2]).total()
+            if inputs:
+                total.backward()
+            print(f"{op}: {total.item():.6f}", flush=True)
 
 
 def operators(run: Run) -> None:
@@ -150,7 +164,8 @@ def operators(run: Run) -> None:
     for shapes, compiled in ((range(1), False), (range(1), True), (range(1, run.sizes.shapes), False)):
         for op, dtype, cases in run.cases(("bf16", "fp32"), shapes, rotated=True):
             names = [name for name in cases[0].runs if name == OURS or (name == COMPILED) == compiled]
-            time_replays(run, op, dtype, cases, names)
+            with reported(f"{op}, {cases[0].shape}, {dtype}"):
+                time_replays(run, op, dtype, cases, names)
 
 
 def time_replays(run: Run, op: str, dtype: str, cases: list[Case], names: list[str]) -> None:
@@ -167,6 +182,8 @@ def time_replays(run: Run, op: str, dtype: str, cases: list[Case], names: list[s
                 times = [measure.seconds_of(replay, run.device) for replay in turns]
                 ours = ours or times
                 row |= measure.milliseconds(times, 4) | {"faster": round(measure.median_ratio(times, ours), 3)}
+            except torch.AcceleratorError:
+                raise
             except RuntimeError as error:
                 note = f"no CUDA graph: {str(error).splitlines()[0]}"
         run.write("operators", row | {"note": note or cases[0].versions.get(name, "")})

@@ -159,7 +159,8 @@ class Training:
 
         def replay() -> Tensor:
             with self.autocast():
-                return step(self.features, self.labels).loss.detach()
+                out = step(self.features, self.labels)
+            return getattr(out, "loss", out).detach()
 
         return replay
 
