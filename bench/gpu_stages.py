@@ -100,7 +100,7 @@ class Run:
 
 @contextlib.contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Print an error and go on, unless the device is lost."""
+    """Print an error instead of raising it, unless the device is lost."""
     try:
         yield
     except torch.AcceleratorError:
