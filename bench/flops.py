@@ -36,8 +36,10 @@ def flops_of(function: Callable[[], Any]) -> int:
         ours.class_sampled_logits: lambda image, *_, out_shape, **__: 2 * image.numel() * out_shape[0][1],
         ours.class_sampled_logits_backward: lambda d_logits, image, *_, **__: 4 * image.numel() * d_logits[1],
         ours.class_scores: lambda image, prototypes, *_, **__: 2 * image.numel() * prototypes[0],
-        ours.suffix_attention: lambda *arguments, **_: 2 * _suffix_pairs(*arguments),
-        ours.suffix_attention_backward: lambda _, *arguments, **__: 5 * _suffix_pairs(*_without_results(arguments)),
+        ours.shared_prefix_attention: lambda *shapes, **_: 2 * _prompt_pairs(*shapes),
+        ours.shared_prefix_attention_backward: lambda _, packed, __, *options, **___: (
+            5 * _prompt_pairs(packed, *options)
+        ),
         ours.pooled_attention: lambda query, key, *_, **__: 4 * key.numel(),
         ours.pooled_attention_backward: lambda _, query, key, *__, **___: 10 * key.numel(),
     }
@@ -61,14 +63,8 @@ def _whole_attention(query: Shape, key: Shape, value: Shape, W: int, heads: int,
     return 2 * B * Q * W * 4 * W + 4 * B * Q * key[1] * W
 
 
-def _suffix_pairs(query: Shape, prefix_key: Shape, *rest: Any) -> int:
-    """FLOPs of suffix attention: each token attends to the prefix and to half of its suffix, on average."""
-    T, H, E = query
-    offsets, longest = rest[3], rest[4]
-    length = T / (offsets[0] - 1) if offsets is not None else longest
-    return round(2 * T * H * E * (prefix_key[0] + (length + 1) / 2))
-
-
-def _without_results(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of forward, from those of backward, which has the results between the tensors and the rest."""
-    return *arguments[:5], *arguments[7:]
+def _prompt_pairs(packed: Shape, heads: int, P: int, offsets: Shape | None, max_length: int, *_: Any) -> int:
+    """FLOPs of a product: a token attends to half of its sequence, on average; one of a suffix also to the prefix."""
+    T = packed[0] - P
+    length = T / (offsets[0] - 1) if offsets is not None else max_length
+    return round(2 * (T * (P + (length + 1) / 2) + P * (P + 1) / 2) * (packed[1] // 3))

@@ -195,25 +195,25 @@ def sgd_momentum_(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"block{how}", (*lists, lr, 0.9, 5e-4, seed, None))
 
 
-# One tile of each kind, for suffixes of one length and of several.
-_SUFFIXES = ((1380, 5, 6, 8, 64), (50, 40, 70, 12, 80))
+# K, S, P, H, E: prompts of classes, and suffixes and a prefix of several tiles with wide heads.
+_PROMPTS = ((1380, 5, 6, 8, 64), (50, 40, 70, 10, 128))
 
 
 @calls
-def suffix_attention(dtype: torch.dtype) -> Iterator[Call]:
-    for K, S, P, H, E in _SUFFIXES:
-        suffix, prefix = on_meta(K * S, H, E, dtype=dtype), on_meta(P, H, E, dtype=dtype)
+def shared_prefix_attention(dtype: torch.dtype) -> Iterator[Call]:
+    for K, S, P, H, E in _PROMPTS:
+        packed = on_meta(P + K * S, 3 * H * E, dtype=dtype)
         for offsets in (None, ids(K + 1)):
             form = "" if offsets is None else "-packed"
-            yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (suffix, prefix, prefix, suffix, suffix, offsets, S, E**-0.5))
+            yield Call(f"K{K}-S{S}-P{P}-H{H}-E{E}{form}", (packed, H, P, offsets, S, E**-0.5))
 
 
 @calls
-def suffix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
-    for shape, (suffix, prefix, *_, offsets, S, scale) in suffix_attention(dtype):
-        T, H, E = suffix.shape
-        inputs = (suffix, prefix, prefix, suffix, suffix)
-        yield Call(shape, (suffix, *inputs, suffix, on_meta(T, H, dtype=torch.float64), offsets, S, scale, *[True] * 5))
+def shared_prefix_attention_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, (packed, H, *options) in shared_prefix_attention(dtype):
+        R, width = packed.shape
+        d_out, lse = on_meta(R, width // 3, dtype=dtype), on_meta(R, H, dtype=torch.float64)
+        yield Call(shape, (d_out, packed, lse, H, *options))
 
 
 @calls

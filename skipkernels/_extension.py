@@ -33,7 +33,7 @@ SOURCES = (
     "mlp_activation.cpp",
     "pooled_attention.cpp",
     "sgd_momentum.cpp",
-    "suffix_attention.cpp",
+    "shared_prefix_attention.cpp",
     "vector.cpp",
 )
 HEADERS = ("attention.h", "rows.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")

@@ -26,7 +26,7 @@ from .ops.mlp_activation import KINDS
 from .ops.mlp_activation import mlp_activation as _mlp_activation
 from .ops.pooled_attention import pooled_attention as _pooled_attention
 from .ops.sgd_momentum import sgd_momentum_ as _sgd_momentum_
-from .ops.suffix_attention import suffix_attention as _suffix_attention
+from .ops.shared_prefix_attention import shared_prefix_attention as _shared_prefix_attention
 
 __all__ = [
     "add_layer_norm",
@@ -35,7 +35,7 @@ __all__ = [
     "class_scores",
     "mlp_activation",
     "pooled_attention",
-    "suffix_attention",
+    "shared_prefix_attention",
     "gather_rows",
     "sgd_momentum_",
 ]
@@ -295,82 +295,77 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     return _mlp_activation(x, bias, KINDS.index(kind))
 
 
-def suffix_attention(
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
+def shared_prefix_attention(
+    packed: Tensor,
     *,
-    scale: float | None = None,
+    heads: int,
+    prefix_length: int,
+    max_length: int,
     offsets: Tensor | None = None,
-    max_length: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of many short class suffixes over a shared prefix and over themselves.
+    """Causal attention of a prefix that all prompts share, once, and of the suffix of each class behind it.
 
-    Token s of class k attends to the P tokens of the prefix and to tokens 0…s of its own suffix:
+    Rows are the P tokens of the prefix, then the tokens of each suffix. A token of the prefix attends to the prefix up
+    to itself; a token of a suffix to the whole prefix and to its own suffix up to itself. With V_i these tokens,
 
-        out_ks = softmax_j(scale · ⟨q_ks, key_kj⟩, j ≤ P + s) · value_k,   key_k = [prefix_key; suffix_key_k]
+        out_i = Σ_j weight_ij v_j,   weight_ij = softmax_j(scale · ⟨q_i, k_j⟩),   j ∈ V_i
 
-    The prefix is not copied for each class. Its gradient is the sum over classes, in an order that depends only on the
-    shapes. Suffixes of one length are [K, S, …]. Suffixes of several lengths are packed to [T, …]: suffix k is rows
-    offsets[k] to offsets[k + 1] − 1.
+    This is causal attention over every prompt, without a copy of the prefix for each class. The gradient of the prefix
+    is the sum over classes, in an order that depends only on the shapes.
 
     Args:
-        query: [K, S, H, E], or packed [T, H, E]; in fp32, bf16, fp16 or fp64. Views with gaps between heads or tokens,
-            such as a part of a packed projection, are not copied.
-        prefix_key: [P, H, E] in the dtype of `query`, P ≥ 1.
-        prefix_value: [P, H, E].
-        suffix_key: shape of `query`.
-        suffix_value: shape of `query`.
-        scale: factor of the products; default: 1/sqrt(E).
-        offsets: int64 [K + 1] of packed suffixes, non-decreasing from 0 to T. Not validated on a GPU.
-        max_length: at least the tokens of the longest suffix; required with `offsets`, not allowed without.
+        packed: [R, 3W], query, key and value of each token side by side, each of H heads; in fp32, bf16, fp16 or fp64.
+            Not copied if its last dimension is contiguous.
+        heads: H; W is a multiple of it.
+        prefix_length: P, number of tokens of the prefix, 0 to R − 1.
+        max_length: without `offsets`, number of tokens of every suffix; R − P is a multiple of it. With `offsets`, at
+            least the tokens of the longest suffix.
+        offsets: int64 [K + 1], non-decreasing from 0 to at most R − P: suffix k is rows P + offsets[k] to
+            P + offsets[k + 1] − 1. Rows behind the last suffix are not read; their result and gradient are 0. Not
+            validated on a GPU. Default: suffixes of equal length.
+        scale: factor of the products; default: 1/sqrt(W/H).
 
     Returns:
-        Contiguous tensor of the shape and dtype of `query`.
+        Contiguous [R, W] tensor in the dtype of `packed`.
 
     Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for offsets that do not go
-            from 0 to T in steps of 0 to `max_length`.
+        TypeError: for an unsupported dtype.
+        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for offsets that do not rise
+            from 0 to at most R − P in steps of 0 to `max_length`.
 
     Example:
-        >>> query = torch.zeros(2, 1, 1, 1)                    # [K=2, S=1, H=1, E=1]: equal weights
-        >>> prefix = torch.tensor([1.0, 2.0]).view(2, 1, 1)    # [P=2, H=1, E=1]
-        >>> suffix = torch.tensor([3.0, 6.0]).view(2, 1, 1, 1)
-        >>> suffix_attention(query, prefix, prefix, suffix, suffix).flatten()
-        tensor([2., 3.])
-        >>> query, suffix = torch.zeros(3, 1, 1), torch.tensor([3.0, 6.0, 1.0]).view(3, 1, 1)  # [T=3, H=1, E=1]
-        >>> offsets = torch.tensor([0, 1, 3])                  # suffixes of 1 and of 2 tokens
-        >>> suffix_attention(query, prefix, prefix, suffix, suffix, offsets=offsets, max_length=2).flatten()
-        tensor([2.0000, 3.0000, 2.5000])
+        >>> value = torch.tensor([1.0, 2.0, 3.0, 9.0])  # a prefix of two tokens, two suffixes of one
+        >>> packed = torch.stack([torch.zeros(4), torch.zeros(4), value], dim=1)  # [R=4, 3W=3]: equal weights
+        >>> shared_prefix_attention(packed, heads=1, prefix_length=2, max_length=1).flatten()
+        tensor([1.0000, 1.5000, 2.0000, 4.0000])
+        >>> offsets = torch.tensor([0, 2])  # one suffix of two tokens
+        >>> shared_prefix_attention(packed, heads=1, prefix_length=2, max_length=2, offsets=offsets).flatten()
+        tensor([1.0000, 1.5000, 2.0000, 3.7500])
     """
-    name = "suffix_attention"
-    sizes: dict[str, int | None] = dict.fromkeys("KSHE" if offsets is None else "THE")
-    check_shape(name, "query", query, None, **sizes)
-    check_dtype(name, "query", query, FEATURE_DTYPES, "Convert it first.")
-    H, E = query.shape[-2:]
-    _check_like(name, query, "prefix_key", prefix_key, P=None, H=H, E=E)
-    _check_like(name, query, "prefix_value", prefix_value, P=prefix_key.shape[0], H=H, E=E)
-    sizes = dict(zip(sizes, query.shape, strict=True))
-    _check_like(name, query, "suffix_key", suffix_key, **sizes)
-    _check_like(name, query, "suffix_value", suffix_value, **sizes)
-    if (offsets is None) != (max_length is None):
+    name = "shared_prefix_attention"
+    check_shape(name, "packed", packed, **{"R": None, "3W": None})
+    check_dtype(name, "packed", packed, FEATURE_DTYPES, "Convert it first.")
+    R, width = packed.shape
+    if heads < 1 or width % (3 * heads) != 0:
+        raise ValueError(f"{name}: heads must divide W, with packed [R, 3W]; got {heads} and {list(packed.shape)}.")
+    if not 0 <= prefix_length < R:
+        raise ValueError(f"{name}: prefix_length must be 0 to {R - 1}, with packed {[R, width]}; got {prefix_length}.")
+    if max_length < 1:
+        raise ValueError(f"{name}: max_length must be at least 1; got {max_length}.")
+    if offsets is not None:
+        check_dtype(name, "offsets", offsets, [torch.int64], "Use offsets.long().")
+        if offsets.dim() != 1 or offsets.shape[0] < 2:
+            raise ValueError(f"{name}: offsets must be [K + 1] with K ≥ 1; got {list(offsets.shape)}.")
+        check_device(name, "offsets", offsets, ("packed", packed))
+        max_length = min(max_length, R)
+    elif (R - prefix_length) % max_length != 0:
         raise ValueError(
-            f"{name}: offsets and max_length must be given together; got only "
-            f"{'max_length' if offsets is None else 'offsets'}. Pass both, or neither."
+            f"{name}: max_length must divide the {R - prefix_length} rows behind the prefix; got {max_length}. "
+            "Pass offsets for suffixes of several lengths."
         )
-    scale = E**-0.5 if scale is None else scale
-    if offsets is not None and max_length is not None:
-        _check_offsets(name, offsets, max_length, query)
-        max_length = min(max_length, query.shape[0])
-        return registration.call(
-            _suffix_attention, query, prefix_key, prefix_value, suffix_key, suffix_value, offsets, max_length, scale
-        )[0]
-    q, k, v = (x.flatten(0, 1) for x in (query, suffix_key, suffix_value))
-    out = registration.call(_suffix_attention, q, prefix_key, prefix_value, k, v, None, query.shape[1], scale)[0]
-    return out.view(query.shape)
+    scale = (width // (3 * heads)) ** -0.5 if scale is None else scale
+    return registration.call(_shared_prefix_attention, packed, heads, prefix_length, offsets, max_length, scale)[0]
 
 
 def pooled_attention(
@@ -635,15 +630,6 @@ def _check_like(name: str, query: Tensor, argument: str, tensor: Tensor, **sizes
     check_shape(name, argument, tensor, ("query", query), **sizes)
     check_one_dtype(name, argument, tensor, ("query", query))
     check_device(name, argument, tensor, ("query", query))
-
-
-def _check_offsets(name: str, offsets: Tensor, max_length: int, query: Tensor) -> None:
-    check_dtype(name, "offsets", offsets, [torch.int64], "Use offsets.long().")
-    if offsets.dim() != 1 or offsets.shape[0] < 2:
-        raise ValueError(f"{name}: offsets must be [K + 1] with K ≥ 1; got {list(offsets.shape)}.")
-    check_device(name, "offsets", offsets, ("query", query))
-    if max_length < 1:
-        raise ValueError(f"{name}: max_length must be at least 1; got {max_length}.")
 
 
 def _check_ids(name: str, argument: str, ids: Tensor, image: Tensor, **size: int | None) -> None:

@@ -25,7 +25,7 @@ __all__ = [
     "mlp_activation",
     "pooled_attention",
     "sgd_momentum_",
-    "suffix_attention",
+    "shared_prefix_attention",
 ]
 
 UNIT_NORM_EPS = 1e-12
@@ -145,51 +145,54 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
     return activated.to(x.dtype)
 
 
-def suffix_attention(
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    scale: float | None = None,
+def shared_prefix_attention(
+    packed: Tensor,
+    heads: int,
+    prefix_length: int,
+    max_length: int,
     offsets: Tensor | None = None,
-    max_length: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of class suffixes over a shared prefix and themselves.
+    """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
 
-        out_ks = softmax_j(scale · ⟨q_ks, key_kj⟩, j ≤ P + s) · value_k,   key_k = [prefix_key; suffix_key_k]
+        out_i = softmax_j(scale · ⟨q_i, k_j⟩) · v_j,   j ≤ i in the sequence of i, or in the prefix
 
-    See `skipkernels.functional.suffix_attention`.
+    Rows behind the last suffix are 0.
+
+    See `skipkernels.functional.shared_prefix_attention`.
     """
-    inputs = query, prefix_key, prefix_value, suffix_key, suffix_value
-    return suffix_attention_and_lse(*inputs, scale, offsets, max_length)[0]
+    return shared_prefix_attention_and_lse(packed, heads, prefix_length, max_length, offsets, scale)[0]
 
 
-def suffix_attention_and_lse(
-    query: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    suffix_key: Tensor,
-    suffix_value: Tensor,
-    scale: float | None = None,
+def shared_prefix_attention_and_lse(
+    packed: Tensor,
+    heads: int,
+    prefix_length: int,
+    max_length: int,
     offsets: Tensor | None = None,
-    max_length: int | None = None,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`suffix_attention`, and the log-sum-exp of the scores, with the shape of `query` without its last dimension."""
-    T = query.shape[0]
-    if offsets is not None:
-        assert max_length is not None
-        padded = (padded_suffixes(x, offsets, max_length) for x in (query, suffix_key, suffix_value))
-        query, suffix_key, suffix_value = padded
+    """`shared_prefix_attention`, and the log-sum-exp of the scores, fp64 [R, H]; 0 behind the last suffix."""
+    P, T = prefix_length, packed.shape[0] - prefix_length
+    prefix, suffixes = packed.unflatten(1, (3, heads, -1)).split([P, T])  # [tokens, 3, H, E]
+    if offsets is None:
+        padded = suffixes.unflatten(0, (-1, max_length))
+    else:
+        padded = padded_suffixes(suffixes, offsets, max_length)
+    query, key, value = padded.unbind(2)  # [K, S, H, E]
     K, S, H, E = query.shape
-    P = prefix_key.shape[0]
-    key = torch.cat([prefix_key.expand(K, P, H, E), suffix_key], dim=1)
-    value = torch.cat([prefix_value.expand(K, P, H, E), suffix_value], dim=1)
-    visible = torch.ones(S, P + S, dtype=torch.bool, device=query.device).tril(diagonal=P)
-    out, lse = _attention(query, key, value, visible, scale)
-    if offsets is not None:
-        out, lse = packed_suffixes(out, offsets, T), packed_suffixes(lse, offsets, T)
-    return out, lse
+    key, value = (
+        torch.cat([shared.expand(K, P, H, E), own], dim=1)
+        for shared, own in zip(prefix.unbind(1)[1:], (key, value), strict=True)
+    )
+    visible = torch.ones(S, P + S, dtype=torch.bool, device=packed.device).tril(diagonal=P)
+    results = _attention(query, key, value, visible, scale)
+    out, lse = (x.flatten(0, 1) if offsets is None else packed_suffixes(x, offsets, T) for x in results)
+    if P > 0:
+        query, key, value = prefix[None].unbind(2)
+        results = _attention(query, key, value, visible.new_ones(P, P).tril(), scale)
+        out, lse = (torch.cat([own[0], x]) for own, x in zip(results, (out, lse), strict=True))
+    return out.flatten(1), lse
 
 
 def padded_suffixes(packed: Tensor, offsets: Tensor, max_length: int) -> Tensor:
@@ -200,10 +203,12 @@ def padded_suffixes(packed: Tensor, offsets: Tensor, max_length: int) -> Tensor:
 
 
 def packed_suffixes(padded: Tensor, offsets: Tensor, T: int) -> Tensor:
-    """Remove the padding: [K, S, …] → [T, …]."""
+    """Remove the padding: [K, S, …] → [T, …]; rows behind the last suffix are 0."""
     rows = torch.arange(T, device=offsets.device)
-    suffix = torch.searchsorted(offsets, rows, right=True) - 1
-    return padded[suffix, rows - offsets[suffix]]
+    suffix = torch.searchsorted(offsets[1:].contiguous(), rows, right=True).clamp_max(padded.shape[0] - 1)
+    behind = (rows >= offsets[-1]).view(T, *[1] * (padded.dim() - 2))
+    position = (rows - offsets[suffix]).clamp_max(padded.shape[1] - 1)
+    return padded[suffix, position].masked_fill(behind, 0)
 
 
 def pooled_attention(

@@ -53,16 +53,14 @@ def test_flops_of_pooled_attention():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_flops_of_suffix_attention(packed):
+def test_flops_of_shared_prefix_attention(packed):
     K, S, P, H, E = 6, 3, 4, 2, 8
-    suffix, prefix = torch.randn(K * S, H, E, requires_grad=True), torch.randn(P, H, E, requires_grad=True)
-    offsets = torch.arange(K + 1) * S if packed else None
-    once = 2 * H * E * K * (S * P + 1 + 2 + 3)
+    tokens = torch.randn(P + K * S, 3 * H * E, requires_grad=True)
+    how = {"heads": H, "prefix_length": P, "max_length": S, "offsets": torch.arange(K + 1) * S if packed else None}
+    once = 2 * H * E * (K * (S * P + 1 + 2 + 3) + 1 + 2 + 3 + 4)
 
     def attend():
-        how = {"offsets": offsets, "max_length": S} if packed else {}
-        shape = suffix if packed else suffix.view(K, S, H, E)
-        return sk.functional.suffix_attention(shape, prefix, prefix, shape, shape, **how)
+        return sk.functional.shared_prefix_attention(tokens, **how)
 
     assert flops_of(attend) == 2 * once
     assert flops_of(lambda: attend().sum().backward()) == 7 * once

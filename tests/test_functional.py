@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -346,11 +347,12 @@ def test_gather_rows_does_not_gather_into_its_rows():
 
 def test_max_length_may_be_any_number():
     """Scratch memory depends on the longest suffix, not on max_length."""
-    q, p, offsets = torch.randn(6, 2, 4), torch.randn(5, 2, 4), torch.tensor([0, 2, 6])
-    exact = functional.suffix_attention(q, p, p, q, q, offsets=offsets, max_length=4)
-    assert functional.suffix_attention(q, p, p, q, q, offsets=offsets, max_length=2**58).equal(exact)
-    if registration.has_cpp("suffix_attention"):
-        direct, _ = torch.ops.skipkernels.suffix_attention(q, p, p, q, q, offsets, 2**58, 0.5)
+    packed, offsets = torch.randn(11, 24), torch.tensor([0, 2, 6])
+    attend = functools.partial(functional.shared_prefix_attention, packed, heads=2, prefix_length=5, offsets=offsets)
+    exact = attend(max_length=4)
+    assert attend(max_length=2**58).equal(exact)
+    if registration.has_cpp("shared_prefix_attention"):
+        direct, _ = torch.ops.skipkernels.shared_prefix_attention(packed, 2, 5, offsets, 2**58, 0.5)
         assert direct.equal(exact)
 
 

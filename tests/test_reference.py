@@ -75,33 +75,31 @@ def test_mlp_activation(rng):
         reference.mlp_activation(x, bias, "relu")
 
 
-def test_suffix_attention_is_sdpa_on_the_whole_sequence(rng):
+def test_shared_prefix_attention_is_sdpa_on_the_whole_sequence(rng):
     K, P, S, H, E = 3, 4, 5, 2, 8
-    prefix = [torch.randn(P, H, E, generator=rng, **torch_double, requires_grad=True) for _ in "kv"]
-    query, *suffix = (torch.randn(K, S, H, E, generator=rng, **torch_double, requires_grad=True) for _ in "qkv")
-    ours = reference.suffix_attention(query, *prefix, *suffix)
-    key, value = (torch.cat([p.expand(K, P, H, E), s], dim=1) for p, s in zip(prefix, suffix, strict=True))
-    whole = torch.cat([torch.zeros(K, P, H, E, **torch_double), query], dim=1)
-    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (whole, key, value)), is_causal=True)
-    theirs = theirs.transpose(1, 2)[:, P:]
+    packed = torch.randn(P + K * S, 3 * H * E, generator=rng, **torch_double, requires_grad=True)
+    ours = reference.shared_prefix_attention(packed, H, P, S)
+    prefix, suffixes = packed.unflatten(1, (3, H, E)).split([P, K * S])
+    whole = torch.cat([prefix.expand(K, P, 3, H, E), suffixes.unflatten(0, (K, S))], dim=1)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in whole.unbind(2)), is_causal=True)
+    theirs = theirs.transpose(1, 2).flatten(2)
+    theirs = torch.cat([theirs[0, :P], theirs[:, P:].flatten(0, 1)])
     assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
-    inputs = (query, *prefix, *suffix)
     d_out = torch.randn(ours.shape, generator=rng, **torch_double)
-    for a, b in zip(torch.autograd.grad(ours, inputs, d_out), torch.autograd.grad(theirs, inputs, d_out), strict=True):
-        assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+    gradients = (torch.autograd.grad(x, packed, d_out)[0] for x in (ours, theirs))
+    assert torch.allclose(*gradients, rtol=1e-11, atol=1e-13)
 
 
 def test_packed_suffixes_are_independent(rng):
     lengths, P, H, E = [3, 0, 1, 5], 2, 2, 4
-    prefix = [torch.randn(P, H, E, generator=rng, **torch_double) for _ in "kv"]
-    query, key, value = (torch.randn(sum(lengths), H, E, generator=rng, **torch_double) for _ in "qkv")
+    packed = torch.randn(P + sum(lengths) + 2, 3 * H * E, generator=rng, **torch_double)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    ours = reference.suffix_attention(query, *prefix, key, value, offsets=offsets, max_length=5)
-    for begin, end in itertools.pairwise(offsets.tolist()):
-        alone = reference.suffix_attention(
-            query[None, begin:end], *prefix, key[None, begin:end], value[None, begin:end]
-        )
-        assert torch.allclose(ours[begin:end], alone[0], rtol=1e-13)
+    ours = reference.shared_prefix_attention(packed, H, P, 5, offsets)
+    assert not ours[P + sum(lengths) :].any()
+    for begin, end in itertools.pairwise((P + offsets).tolist()):
+        if begin < end:
+            alone = reference.shared_prefix_attention(torch.cat([packed[:P], packed[begin:end]]), H, P, end - begin)
+            assert torch.allclose(ours[begin:end], alone[P:], rtol=1e-13)
 
 
 def test_pooled_attention_is_one_row_of_sdpa(rng):

@@ -18,7 +18,7 @@ OPERATORS = (
     "class_scores",
     "add_layer_norm",
     "mlp_activation",
-    "suffix_attention",
+    "shared_prefix_attention",
     "pooled_attention",
     "gather_rows",
     "sgd_momentum_",

@@ -6,9 +6,6 @@ from torch import Tensor
 
 from .launching import tl, triton
 
-BYTES_E = 64
-"""Bytes of a row of a tile. A loop over the head width keeps the registers of a program independent of it."""
-
 
 def in_one_layout(*tokens: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of equal strides with contiguous heads; copy them unless they are so already.

@@ -20,25 +20,19 @@ class AttentionBackend(NamedTuple):
 
     Attributes:
         full: (query, key, value), each [n, tokens, H, E] → [n, tokens, H, E], without a mask.
-        causal: The same, with a causal mask.
-        behind_prefix: `functional.suffix_attention`.
+        shared_prefix: `functional.shared_prefix_attention`.
     """
 
     full: Callable[[Tensor, Tensor, Tensor], Tensor]
-    causal: Callable[[Tensor, Tensor, Tensor], Tensor]
-    behind_prefix: Callable[..., Tensor]
+    shared_prefix: Callable[..., Tensor]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
-def _causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _sdpa(query, key, value, causal=True)
-
-
-SDPA = AttentionBackend(_sdpa, _causal_sdpa, functional.suffix_attention)
+SDPA = AttentionBackend(_sdpa, functional.shared_prefix_attention)
 
 
 def sequences(packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None) -> Tensor:
@@ -89,30 +83,20 @@ def suffixes(
     Returns:
         [R, W] or [Q, W].
     """
-    tokens, width = packed.shape[0], packed.shape[1] // 3
-    query, key, value = packed.view(tokens, 3, heads, width // heads).unbind(1)
 
-    def behind_prefix(query: Tensor) -> Tensor:
-        """[R − P, H, E] to [R − P, W]."""
-        suffixes = [query, key[prefix_length:], value[prefix_length:]]
-        if offsets is None:
-            suffixes = [x.unflatten(0, (-1, max_length)) for x in suffixes]
-        out = backend.behind_prefix(
-            suffixes[0], key[:prefix_length], value[:prefix_length], *suffixes[1:],
-            offsets=offsets, max_length=None if offsets is None else max_length,
-        )  # fmt: skip
-        return out.reshape(tokens - prefix_length, width)
+    def attend(packed: Tensor) -> Tensor:
+        return backend.shared_prefix(
+            packed, heads=heads, prefix_length=prefix_length, max_length=max_length, offsets=offsets
+        )
 
     def without_self(rows: Tensor) -> Tensor:
         """Attention [K, W] of rows over those in front of them: the query is computed at the row in front of it."""
-        positions = rows - prefix_length
-        shifted = query[prefix_length:].index_copy(0, positions - 1, query.index_select(0, rows))
-        return behind_prefix(shifted).index_select(0, positions - 1)
+        width = packed.shape[1] // 3
+        query, key_value = packed.split([width, 2 * width], dim=1)
+        shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))
+        return attend(torch.cat([shifted, key_value], dim=1)).index_select(0, rows - 1)
 
     if rows is not None:
-        if excludes_self is not None:
-            return without_self(rows)
-        return behind_prefix(query[prefix_length:]).index_select(0, rows - prefix_length)
-    prefix = backend.causal(*(x[None, :prefix_length] for x in (query, key, value))).reshape(prefix_length, width)
-    out = torch.cat([prefix, behind_prefix(query[prefix_length:])])
+        return attend(packed).index_select(0, rows) if excludes_self is None else without_self(rows)
+    out = attend(packed)
     return out if excludes_self is None else out.index_copy(0, excludes_self, without_self(excludes_self))

@@ -1,7 +1,7 @@
 """xformers as an optional attention backend: `memory_efficient_attention` on a GPU.
 
 Suffixes behind a shared prefix are one block-diagonal call, in which the keys of each suffix follow a copy of the
-prefix and the causal mask is aligned to the bottom right. `suffix_attention` needs no copies of the prefix.
+prefix and the causal mask is aligned to the bottom right. `shared_prefix_attention` needs no copies of the prefix.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import textwrap
 import torch
 from torch import Tensor
 
+from .. import reference
 from .attention import AttentionBackend
 
 
@@ -18,12 +19,10 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -
     """Return why xformers cannot be used, or None if a forward and a backward pass succeed."""
     try:
         backend()
-        prefix = torch.zeros(2, 1, head_width, device=device, dtype=dtype)
-        query, key, value = (
-            torch.zeros(2, 3, 1, head_width, device=device, dtype=dtype).requires_grad_() for _ in "qkv"
-        )
-        full = backend().full(query, key, value)
-        (full + backend().behind_prefix(query, prefix, prefix, key, value)).sum().backward()
+        packed = torch.zeros(4, 3 * head_width, device=device, dtype=dtype).requires_grad_()
+        full = backend().full(*packed.view(1, 4, 3, 1, head_width).unbind(2))
+        suffixes = backend().shared_prefix(packed, heads=1, prefix_length=2, max_length=2)
+        (full.sum() + suffixes.sum()).backward()
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         return textwrap.shorten(str(error), 300, placeholder=" ….")
     return None
@@ -40,32 +39,32 @@ def backend() -> AttentionBackend:
     def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return ops.memory_efficient_attention(query, key, value)
 
-    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ops.memory_efficient_attention(query, key, value, attn_bias=ops.LowerTriangularMask())
-
-    def behind_prefix(
-        query: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        offsets: Tensor | None = None,
-        max_length: int | None = None,
+    def shared_prefix(
+        packed: Tensor, *, heads: int, prefix_length: int, max_length: int, offsets: Tensor | None = None
     ) -> Tensor:
-        """See `functional.suffix_attention`. Packed suffixes need a host sync for their lengths; padded ones do not."""
-        suffix_lengths = [query.shape[1]] * len(query) if offsets is None else offsets.diff().tolist()
-        rows = query.flatten(0, 1) if offsets is None else query
-
-        def with_prefix(prefix: Tensor, suffixes: Tensor) -> Tensor:
-            """Concatenate each suffix behind a copy of the prefix, [1, tokens, H, E]."""
-            parts = suffixes if offsets is None else suffixes.split(suffix_lengths)
-            return torch.cat([part for suffix in parts for part in (prefix, suffix)])[None]
-
+        """See `functional.shared_prefix_attention`. Suffixes are padded: their lengths would need a host sync."""
+        P, T = prefix_length, len(packed) - prefix_length
+        prefix, suffixes = packed.unflatten(1, (3, heads, -1)).split([P, T])  # [tokens, 3, H, E]
+        if offsets is None:
+            padded = suffixes.unflatten(0, (-1, max_length))
+        else:
+            padded = reference.padded_suffixes(suffixes, offsets, max_length)
+        K = len(padded)
         mask = ops.fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            suffix_lengths, [len(prefix_key) + length for length in suffix_lengths]
+            [P, *[max_length] * K], [P, *[P + max_length] * K]
         )
-        keys, values = with_prefix(prefix_key, key), with_prefix(prefix_value, value)
-        return ops.memory_efficient_attention(rows[None], keys, values, attn_bias=mask)[0].view_as(query)
 
-    return AttentionBackend(full, causal, behind_prefix)
+        def keys(part: int) -> Tensor:
+            """The prefix, then each suffix behind a copy of it, [1, tokens, H, E]."""
+            first = prefix[:, part]
+            behind = torch.cat([first.expand(K, *first.shape), padded[:, :, part]], dim=1)
+            return torch.cat([first, behind.flatten(0, 1)])[None]
+
+        query = torch.cat([prefix[:, 0], padded[:, :, 0].flatten(0, 1)])[None]
+        out = ops.memory_efficient_attention(query, keys(1), keys(2), attn_bias=mask)[0].flatten(1)
+        if offsets is None:
+            return out
+        rows = reference.packed_suffixes(out[P:].unflatten(0, (K, max_length)), offsets, T)
+        return torch.cat([out[:P], rows])
+
+    return AttentionBackend(full, shared_prefix)

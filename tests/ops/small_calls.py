@@ -54,10 +54,10 @@ def small_call(name: str) -> SmallCall:
         "class_scores": ((), (randn(2, 4), randn(5, 4), torch.tensor([0, 3])), {}),
         "add_layer_norm": ((randn(3, 4), randn(3, 4), randn(4), randn(4)), (), {}),
         "mlp_activation": ((randn(3, 4), randn(4)), ("gelu",), {}),
-        "suffix_attention": (
-            (randn(5, 2, 4), randn(2, 2, 4), randn(2, 2, 4), randn(5, 2, 4), randn(5, 2, 4)),
+        "shared_prefix_attention": (
+            (randn(7, 24),),
             (),
-            {"offsets": torch.tensor([0, 2, 5]), "max_length": 3},
+            {"heads": 2, "prefix_length": 2, "offsets": torch.tensor([0, 2, 5]), "max_length": 3},
         ),
         "pooled_attention": (
             (randn(2, 2, 4), randn(2, 3, 2, 4), randn(2, 3, 2, 4)),

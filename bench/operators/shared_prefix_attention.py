@@ -1,8 +1,8 @@
-"""Benchmark of `suffix_attention`: 26 to 1,380 suffixes of five tokens after the prefix "a photo of a".
+"""Benchmark of `shared_prefix_attention`: 26 to 1,380 suffixes of five tokens after the prefix "a photo of a".
 
 "eager" is causal attention over whole prompts, with the rows of the prefix computed for each class. "eager suffixes"
-has the queries of the suffixes only, with an explicit mask, and xformers with its own mask; the prefix keys are
-expanded.
+is causal attention over the prefix, then that of the queries of the suffixes with an explicit mask; xformers the same
+with its own masks; the prefix keys are expanded.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CLASSES = (26, 77, 500, 1380)
 def over_prompts(attention: Callable[..., Tensor], *, whole: bool = False) -> Callable[..., Tensor]:
     """Attention over keys and values of prompts, for the queries of the suffixes or of `whole` prompts."""
 
-    def function(query: Tensor, prefix_key: Tensor, prefix_value: Tensor, *suffix: Tensor) -> Tensor:
-        def behind(prefix: Tensor, suffix: Tensor) -> Tensor:
-            return torch.cat([prefix.expand(suffix.shape[0], *prefix.shape), suffix], dim=1)
-
-        # The queries of the prefix do not matter: their rows and gradients are dropped.
-        query = behind(prefix_key.detach(), query) if whole else query
-        out = attention(query, behind(prefix_key, suffix[0]), behind(prefix_value, suffix[1]), causal=True)
-        return out[:, P:] if whole else out
+    def function(packed: Tensor, **_: int) -> Tensor:
+        prefix, suffixes = packed.unflatten(1, (3, H, E)).split([P, len(packed) - P])
+        suffixes = suffixes.unflatten(0, (-1, S))
+        prompts = torch.cat([prefix.expand(len(suffixes), *prefix.shape), suffixes], dim=1)  # [K, P + S, 3, H, E]
+        query, key, value = prompts.unbind(2)
+        out = attention(query if whole else suffixes[:, :, 0], key, value, causal=True)
+        first = out[0, :P] if whole else attention(*prefix[None].unbind(2), causal=True)[0]
+        return torch.cat([first, out[:, -S:].flatten(0, 1)]).flatten(1)
 
     return function
 
@@ -47,22 +47,23 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 
 def cases(dtype: torch.dtype, device: torch.device = CPU) -> Iterator[Case]:
     random = Random(dtype, device)
-    functions = {OURS: functional.suffix_attention, "eager": over_prompts(sdpa, whole=True)}
+    functions = {OURS: functional.shared_prefix_attention, "eager": over_prompts(sdpa, whole=True)}
     functions |= {"eager suffixes": over_prompts(sdpa)}
     for K in CLASSES:
-        # As in a tower: parts of one projection, of the prefix and of the suffixes.
-        prefix, (query, *suffix) = random(P, 3, H, E), random(K, S, 3, H, E).unbind(2)
+        R = P + K * S
         yield case(
             f"K{K}-S{S}-P{P}-H{H}-E{E}",
             functions,
-            reference.suffix_attention,
-            [query, prefix[:, 1], prefix[:, 2], *suffix],
-            [random(K, S, H, E)],
-            # Of the suffixes: forward reads three and writes one, backward reads four and writes three; the prefix's
-            # two are read twice, and their gradients written.
-            moved=(11 * K * S + 6 * P) * H * E * dtype.itemsize,
-            flops=2 * 7 * K * S * (P + (S + 1) // 2) * H * E,
+            reference.shared_prefix_attention,
+            [random(R, 3 * H * E)],
+            [random(R, H * E)],
+            # Forward reads three widths of a row and writes one, backward reads four and writes three.
+            moved=11 * R * H * E * dtype.itemsize,
+            flops=2 * 7 * (K * S * (P + (S + 1) // 2) + P * (P + 1) // 2) * H * E,
             target="≥ 3",
             peers=peers.attentions(device),
             adapt=over_prompts,
+            heads=H,
+            prefix_length=P,
+            max_length=S,
         )

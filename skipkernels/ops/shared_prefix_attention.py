@@ -1,0 +1,610 @@
+"""`shared_prefix_attention`: causal attention of a prefix that all prompts share, once, and of the class suffixes.
+
+    weight_ij = exp(scale · ⟨q_i, k_j⟩ − lse_i),   j in the sequence of i up to i; for a suffix also in the prefix
+    out_i     = Σ_j weight_ij v_j
+
+    d_weight_ij = ⟨d_out_i, v_j⟩,   d_score_ij = weight_ij (d_weight_ij − mean_i),   mean_i = Σ_j weight_ij d_weight_ij
+    d_q_i = scale Σ_j d_score_ij k_j,   d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i
+
+Rows of packed, [R, 3W], are query, key and value of a token side by side: first P tokens of the prefix, then the
+suffixes. `offsets`, [K + 1], or None if all suffixes have `max_length` tokens, counts from the end of the prefix. The
+host does not read the offsets, so rows may follow the last suffix: out, lse and d_packed are 0 there.
+
+Forward also returns lse [R, H] in fp64. Saved for backward: packed and lse. The gradient of the prefix is a sum over
+all sequences, in an order that depends only on the shapes.
+
+On a GPU a tile is BLOCK_T rows: a part of the prefix, whole suffixes, or a part of a longer suffix. Attention within a
+tile is causal and block-diagonal; over the prefix, and over the tiles of the same sequence in front of it, it is dense.
+Backward is one kernel, in which a tile computes the gradients of its own rows and its part of that of the prefix, and
+one that adds these parts. If a sequence may be longer than a tile, another kernel computes the gradients of its keys
+and values: in one kernel they take more registers than there are.
+
+Reference: `reference.shared_prefix_attention`. CPU kernel: csrc/shared_prefix_attention.cpp. Tests:
+tests/ops/test_shared_prefix_attention.py, tests/ops/test_attention_accuracy.py. Benchmark:
+bench/operators/shared_prefix_attention.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import registration
+from .attention import load_lse, load_rows, products, store_rows
+from .launching import dot_precision, launch, target, tl, triton
+
+BLOCK_T = 32  # rows of a tile
+BLOCK_P = 16  # keys in front of a tile per iteration; the prefix of a prompt has 5 to 8 tokens
+MAX_E = 128  # widest head: a tile holds whole heads
+BYTES_CHUNK = 128  # part of a head's width per product of queries and keys: bounds the registers of a program
+WARPS, WARPS_WIDE = 4, 8  # wide: heads of more than BYTES_CHUNK; a warp of AMD has 64 threads and needs 4 always
+BLOCK_SLOTS, BLOCK_SUM = 64, 64  # sum over the parts of the prefix's gradient: parts per iteration, numbers per program
+
+
+class Options(NamedTuple):
+    """The options of the operator, in the order of its schema."""
+
+    heads: int
+    prefix_length: int
+    offsets: Tensor | None
+    max_length: int
+    scale: float
+
+
+@triton.jit
+def _tile(tile, offsets_ptr, P, K, max_length, BLOCK_T: tl.constexpr, HAS_OFFSETS: tl.constexpr):
+    """Locate a tile.
+
+    Returns its first row and its end, the rows of its sequences, the number of prefix tokens in front of them, and the
+    start of the suffix of each of its rows, counted from its first, [BLOCK_T].
+    """
+    prefix_tiles = tl.cdiv(P, BLOCK_T)
+    in_prefix = tile < prefix_tiles
+    tiles_of_suffix = tl.cdiv(max_length, BLOCK_T)
+    suffixes = tl.maximum(BLOCK_T // max_length, 1)
+    tile_behind = tl.maximum(tile - prefix_tiles, 0)
+    first = tile_behind // tiles_of_suffix * suffixes
+    last = tl.minimum(first + suffixes, K)
+    offs = tl.arange(0, BLOCK_T)
+    if HAS_OFFSETS:
+        seq_begin = tl.load(offsets_ptr + first).to(tl.int32)
+        seq_end = tl.load(offsets_ptr + last).to(tl.int32)
+        starts = tl.load(offsets_ptr + first + offs, mask=first + offs < last, other=0).to(tl.int32) - seq_begin
+        starts = tl.maximum(starts, 0)
+        start = tl.max(tl.where(starts[None, :] <= offs[:, None], starts[None, :], 0), axis=1)
+    else:
+        seq_begin = first * max_length
+        seq_end = last * max_length
+        start = offs - offs % max_length
+    seq_begin = tl.where(in_prefix, 0, P + seq_begin)
+    seq_end = tl.where(in_prefix, P, P + seq_end)
+    start = tl.where(in_prefix, 0, start)
+    begin = seq_begin + tl.where(in_prefix, tile, tile_behind % tiles_of_suffix) * BLOCK_T
+    begin = tl.minimum(begin, seq_end)
+    end = tl.minimum(begin + BLOCK_T, seq_end)
+    return begin, end, seq_begin, seq_end, tl.where(in_prefix, 0, P), start
+
+
+@triton.jit
+def _visible(offs_i, offs_j, first):
+    """Compute the attention mask of queries [BLOCK_I] and keys [BLOCK_J]: first_i ≤ j ≤ i.
+
+    One unsigned comparison: masks of two take more scalar registers than gfx942 has.
+    """
+    return (offs_i[:, None] - offs_j[None, :]).to(tl.uint32) <= (offs_i - first).to(tl.uint32)[:, None]
+
+
+@triton.jit
+def _rows_in_front(offs, before, seq_begin):
+    """Rows of the keys number `offs` in front of a tile: those of the prefix, then those of its sequence."""
+    return tl.where(offs < before, offs, offs + (seq_begin - before))
+
+
+@triton.jit
+def _scores(
+    query_ptr,
+    offs_i,
+    mask_i,
+    offs_j,
+    mask_j,
+    visible,
+    W,
+    stride_packed_r,
+    scale,
+    E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    CHUNK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute s_ij = scale · ⟨q_i, k_j⟩, [BLOCK_I, BLOCK_J]; −∞ where not visible."""
+    product = products(
+        query_ptr, offs_i, mask_i, stride_packed_r, query_ptr + W, offs_j, mask_j, stride_packed_r,
+        E, BLOCK_I, BLOCK_J, CHUNK_E, PRECISION,
+    )  # fmt: skip
+    return tl.where(visible, scale * product, float("-inf"))
+
+
+@triton.jit
+def _weights(
+    d_out_ptr,
+    query_ptr,
+    offs_i,
+    mask_i,
+    offs_j,
+    mask_j,
+    visible,
+    lse,
+    exp_rest,
+    W,
+    stride_d_out_r,
+    stride_packed_r,
+    scale,
+    E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    CHUNK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute weight_ij = exp(s_ij − lse_i), see `load_lse`, and d_weight_ij = ⟨d_out_i, v_j⟩, [BLOCK_I, BLOCK_J]."""
+    score = _scores(
+        query_ptr, offs_i, mask_i, offs_j, mask_j, visible, W, stride_packed_r, scale,
+        E, BLOCK_I, BLOCK_J, CHUNK_E, PRECISION,
+    )  # fmt: skip
+    d_weight = products(
+        d_out_ptr, offs_i, mask_i, stride_d_out_r, query_ptr + 2 * W, offs_j, mask_j, stride_packed_r,
+        E, BLOCK_I, BLOCK_J, CHUNK_E, PRECISION,
+    )  # fmt: skip
+    return tl.exp(score - lse[:, None]) * exp_rest[:, None], d_weight
+
+
+@triton.jit
+def _shared_prefix_attention_fwd_kernel(
+    packed_ptr,
+    offsets_ptr,
+    out_ptr,
+    lse_ptr,
+    R,
+    K,
+    P,
+    H,
+    max_length,
+    stride_packed_r,
+    scale,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out_i = Σ_j exp(s_ij − lse_i) v_j,   lse_i = log Σ_j exp(s_ij),   s_ij = scale · ⟨q_i, k_j⟩.
+
+    One program: one head of a tile, and a share of the rows behind the last suffix. First the keys of the tile, then a
+    loop over those in front of it with a running maximum and sum.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    W = H * E
+    query_ptr = packed_ptr + head * E
+    value_ptr = query_ptr + 2 * W
+    out_ptr += head * E
+    lse_ptr += head
+    begin, end, seq_begin, seq_end, before, start = _tile(tile, offsets_ptr, P, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+    score = _scores(
+        query_ptr, offs_t, mask_t, offs_t, mask_t, _visible(offs_t, offs_t, begin + start), W, stride_packed_r, scale,
+        E, BLOCK_T, BLOCK_T, CHUNK_E, PRECISION,
+    )  # fmt: skip
+    top = tl.max(score, axis=1)
+    weight = tl.exp(score - top[:, None])
+    total = tl.sum(weight, axis=1)
+    value = load_rows(value_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+    out = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+    count = before + begin - seq_begin
+    for first_p in range(0, count, BLOCK_P):
+        offs_p = first_p + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < count
+        rows_p = _rows_in_front(offs_p, before, seq_begin)
+        score_p = _scores(
+            query_ptr, offs_t, mask_t, rows_p, mask_p, mask_p[None, :], W, stride_packed_r, scale,
+            E, BLOCK_T, BLOCK_P, CHUNK_E, PRECISION,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(score_p, axis=1))
+        rescale = tl.exp(top - higher)
+        weight_p = tl.exp(score_p - higher[:, None])
+        total = total * rescale + tl.sum(weight_p, axis=1)
+        value_p = load_rows(value_ptr, rows_p, mask_p, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_P, BLOCK_E]
+        out = tl.dot(weight_p.to(value_p.dtype), value_p, out * rescale[:, None], input_precision=PRECISION)
+        top = higher
+    tl.store(lse_ptr + offs_t.to(tl.int64) * H, tl.log(total).to(tl.float64) + top, mask=mask_t)
+    store_rows(out_ptr, out / total[:, None], offs_t, mask_t, W, 0, E, BLOCK_E)
+
+    if HAS_OFFSETS:
+        behind = P + tl.load(offsets_ptr + K).to(tl.int32)
+        for first_r in range(behind + tile * BLOCK_T, R, tl.num_programs(0) * BLOCK_T):
+            offs_r = first_r + tl.arange(0, BLOCK_T)
+            store_rows(out_ptr, tl.zeros_like(out), offs_r, offs_r < R, W, 0, E, BLOCK_E)
+            tl.store(lse_ptr + offs_r.to(tl.int64) * H, tl.zeros([BLOCK_T], tl.float64), mask=offs_r < R)
+
+
+@triton.jit
+def _store_key_gradients(
+    d_packed_ptr, partial_ptr, d_key, d_value, offs_t, mask_t, in_prefix, W, E: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Store d_k and d_v of the rows of a tile: for the prefix as a part of a sum."""
+    if in_prefix:
+        store_rows(partial_ptr, d_key, offs_t, mask_t, 2 * W, 0, E, BLOCK_E)
+        store_rows(partial_ptr + W, d_value, offs_t, mask_t, 2 * W, 0, E, BLOCK_E)
+    else:
+        store_rows(d_packed_ptr + W, d_key, offs_t, mask_t, 3 * W, 0, E, BLOCK_E)
+        store_rows(d_packed_ptr + 2 * W, d_value, offs_t, mask_t, 3 * W, 0, E, BLOCK_E)
+
+
+@triton.jit
+def _shared_prefix_attention_bwd_kernel(
+    d_out_ptr,
+    packed_ptr,
+    offsets_ptr,
+    lse_ptr,
+    mean_ptr,
+    d_packed_ptr,
+    partial_ptr,
+    R,
+    K,
+    P,
+    H,
+    max_length,
+    stride_d_out_r,
+    stride_packed_r,
+    scale,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    LONG: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_q_i = scale Σ_j d_score_ij k_j,   d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i.
+
+    One program: one head of a tile, and a share of the rows behind the last suffix. A loop over the keys in front of
+    the tile for mean_i, and another for d_q and for the tile's part of the gradient of the prefix. If sequences may be
+    longer than a tile (LONG), it stores mean_i in place of d_k and d_v, for `_bwd_key_kernel`.
+
+    partial is [1 + tiles of suffixes, P, 2, H, E] in fp32: d_k and d_v of the prefix from its own rows, then from each
+    tile. mean_i is not ⟨d_out_i, out_i⟩: if one key has nearly all the weight, the rounding of `out` is more than the
+    gradient of the scores.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    W = H * E
+    d_out_ptr += head * E
+    query_ptr = packed_ptr + head * E
+    key_ptr = query_ptr + W
+    d_packed_ptr += head * E
+    partial_ptr += head * E
+    begin, end, seq_begin, seq_end, before, start = _tile(tile, offsets_ptr, P, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+    offs_statistic = offs_t.to(tl.int64) * H + head
+    lse, exp_rest = load_lse(lse_ptr, offs_statistic, mask_t)
+    weight, d_weight = _weights(
+        d_out_ptr, query_ptr, offs_t, mask_t, offs_t, mask_t, _visible(offs_t, offs_t, begin + start), lse, exp_rest, W,
+        stride_d_out_r, stride_packed_r, scale, E, BLOCK_T, BLOCK_T, CHUNK_E, PRECISION,
+    )  # fmt: skip
+    mean = tl.sum(weight * d_weight, axis=1)
+    total = tl.sum(weight, axis=1)
+    count = before + begin - seq_begin
+    for first_p in range(0, count, BLOCK_P):
+        offs_p = first_p + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < count
+        weight_p, d_weight_p = _weights(
+            d_out_ptr, query_ptr, offs_t, mask_t, _rows_in_front(offs_p, before, seq_begin), mask_p, mask_p[None, :],
+            lse, exp_rest, W, stride_d_out_r, stride_packed_r, scale, E, BLOCK_T, BLOCK_P, CHUNK_E, PRECISION,
+        )  # fmt: skip
+        mean += tl.sum(weight_p * d_weight_p, axis=1)
+        total += tl.sum(weight_p, axis=1)
+    mean /= tl.where(mask_t, total, 1.0)
+
+    d_score = (weight * (d_weight - mean[:, None])).to(packed_ptr.dtype.element_ty)
+    if LONG:
+        tl.store(mean_ptr + offs_statistic, mean, mask=mask_t)
+    else:
+        query = load_rows(query_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)
+        d_key = scale * tl.dot(tl.trans(d_score), query, input_precision=PRECISION)  # [BLOCK_T, BLOCK_E]
+        d_out = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_r, 0, E, BLOCK_E)
+        d_value = tl.dot(tl.trans(weight.to(d_out.dtype)), d_out, input_precision=PRECISION)
+        _store_key_gradients(d_packed_ptr, partial_ptr, d_key, d_value, offs_t, mask_t, before < P, W, E, BLOCK_E)
+
+    key = load_rows(key_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)
+    d_query = tl.dot(d_score, key, input_precision=PRECISION)  # [BLOCK_T, BLOCK_E]
+    part_ptr = partial_ptr + (1 + tile - tl.cdiv(P, BLOCK_T)).to(tl.int64) * P * 2 * W
+    for first_p in range(0, count, BLOCK_P):
+        offs_p = first_p + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < count
+        rows_p = _rows_in_front(offs_p, before, seq_begin)
+        weight_p, d_weight_p = _weights(
+            d_out_ptr, query_ptr, offs_t, mask_t, rows_p, mask_p, mask_p[None, :],
+            lse, exp_rest, W, stride_d_out_r, stride_packed_r, scale, E, BLOCK_T, BLOCK_P, CHUNK_E, PRECISION,
+        )  # fmt: skip
+        d_score_p = (weight_p * (d_weight_p - mean[:, None])).to(d_score.dtype)
+        key_p = load_rows(key_ptr, rows_p, mask_p, stride_packed_r, 0, E, BLOCK_E)
+        d_query = tl.dot(d_score_p, key_p, d_query, input_precision=PRECISION)
+        query_t = load_rows(query_ptr, offs_t, mask_t, stride_packed_r, 0, E, BLOCK_E)
+        d_key_p = scale * tl.dot(tl.trans(d_score_p), query_t, input_precision=PRECISION)  # [BLOCK_P, BLOCK_E]
+        store_rows(part_ptr, d_key_p, offs_p, offs_p < before, 2 * W, 0, E, BLOCK_E)
+        d_out_t = load_rows(d_out_ptr, offs_t, mask_t, stride_d_out_r, 0, E, BLOCK_E)
+        d_value_p = tl.dot(tl.trans(weight_p.to(d_out_t.dtype)), d_out_t, input_precision=PRECISION)
+        store_rows(part_ptr + W, d_value_p, offs_p, offs_p < before, 2 * W, 0, E, BLOCK_E)
+    store_rows(d_packed_ptr, scale * d_query, offs_t, mask_t, 3 * W, 0, E, BLOCK_E)
+
+    if HAS_OFFSETS:
+        behind = P + tl.load(offsets_ptr + K).to(tl.int32)
+        for first_r in range(behind + tile * BLOCK_T, R, tl.num_programs(0) * BLOCK_T):
+            offs_r = first_r + tl.arange(0, BLOCK_T)
+            for part in tl.static_range(3):
+                zeros = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+                store_rows(d_packed_ptr + part * W, zeros, offs_r, offs_r < R, 3 * W, 0, E, BLOCK_E)
+
+
+@triton.jit
+def _shared_prefix_attention_bwd_key_kernel(
+    d_out_ptr,
+    packed_ptr,
+    offsets_ptr,
+    lse_ptr,
+    mean_ptr,
+    d_packed_ptr,
+    partial_ptr,
+    K,
+    P,
+    H,
+    max_length,
+    stride_d_out_r,
+    stride_packed_r,
+    scale,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK_E: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_k_j = scale Σ_i d_score_ij q_i,   d_v_j = Σ_i weight_ij d_out_i, from the sequence of j.
+
+    One program: one head of the keys of a tile; a loop over the tiles of queries from its own to the end of its
+    sequence. Only for sequences that may be longer than a tile.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    W = H * E
+    d_out_ptr += head * E
+    query_ptr = packed_ptr + head * E
+    begin, end, _, seq_end, before, start = _tile(tl.program_id(0), offsets_ptr, P, K, max_length, BLOCK_T, HAS_OFFSETS)
+    offs_t = begin + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < end
+    d_key = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    d_value = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for first_q in range(begin, seq_end, BLOCK_T):
+        offs_q = first_q + tl.arange(0, BLOCK_T)
+        mask_q = offs_q < seq_end
+        offs_statistic = offs_q.to(tl.int64) * H + head
+        lse, exp_rest = load_lse(lse_ptr, offs_statistic, mask_q)
+        mean = tl.load(mean_ptr + offs_statistic, mask=mask_q, other=0.0)
+        visible = _visible(offs_q, offs_t, begin + tl.where(first_q == begin, start, 0))
+        weight, d_weight = _weights(
+            d_out_ptr, query_ptr, offs_q, mask_q, offs_t, mask_t, visible, lse, exp_rest, W, stride_d_out_r,
+            stride_packed_r, scale, E, BLOCK_T, BLOCK_T, CHUNK_E, PRECISION,
+        )  # fmt: skip
+        query = load_rows(query_ptr, offs_q, mask_q, stride_packed_r, 0, E, BLOCK_E)  # [BLOCK_T, BLOCK_E]
+        d_score = (weight * (d_weight - mean[:, None])).to(query.dtype)
+        d_key = tl.dot(tl.trans(d_score), query, d_key, input_precision=PRECISION)
+        d_out = load_rows(d_out_ptr, offs_q, mask_q, stride_d_out_r, 0, E, BLOCK_E)
+        d_value = tl.dot(tl.trans(weight.to(d_out.dtype)), d_out, d_value, input_precision=PRECISION)
+    _store_key_gradients(
+        d_packed_ptr + head * E, partial_ptr + head * E, scale * d_key, d_value, offs_t, mask_t, before < P, W,
+        E, BLOCK_E,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shared_prefix_attention_bwd_sum_kernel(
+    partial_ptr, d_packed_ptr, slots, P, W, BLOCK_SLOTS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """d_k and d_v of the prefix = Σ_s partial_s. One program: BLOCK_N of P · 2W numbers; a loop over the parts."""
+    N = P * 2 * W
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_SLOTS, BLOCK_N], tl.float32)
+    for first in range(0, slots, BLOCK_SLOTS):
+        offs_s = first + tl.arange(0, BLOCK_SLOTS)
+        part_ptr = partial_ptr + offs_s.to(tl.int64)[:, None] * N + offs_n[None, :]
+        total += tl.load(part_ptr, mask=(offs_s < slots)[:, None] & (offs_n < N)[None, :], other=0.0)
+    rows_ptr = d_packed_ptr + offs_n // (2 * W) * 3 * W + W + offs_n % (2 * W)
+    tl.store(rows_ptr, tl.sum(total, axis=0).to(d_packed_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+def _launch(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    tiling = _tiling(packed, Options(*options))
+    if tiling is None:
+        return _fallback(packed, *options)
+    tiles, H, arguments = tiling
+    R, width = packed.shape
+    out, lse = packed.new_empty(R, width // 3), packed.new_empty((R, H), dtype=torch.float64)
+    launch(_shared_prefix_attention_fwd_kernel, (tiles, H), **arguments, R=R, BLOCK_P=BLOCK_P, out_ptr=out, lse_ptr=lse)
+    return out, lse
+
+
+def _launch_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
+    tiling = _tiling(packed, Options(*options))
+    if tiling is None:
+        return _fallback_backward(d_out, packed, lse, *options)
+    tiles, H, arguments = tiling
+    R, P, W = packed.shape[0], arguments["P"], packed.shape[1] // 3
+    long = max(P, arguments["max_length"]) > BLOCK_T
+    d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
+    d_packed = packed.new_empty(packed.shape)
+    slots = 1 + tiles - triton.cdiv(P, BLOCK_T)
+    partial = packed.new_empty((slots, P, 2, W), dtype=torch.float32)
+    arguments |= dict(
+        d_out_ptr=d_out,
+        stride_d_out_r=d_out.stride(0),
+        lse_ptr=lse,
+        mean_ptr=lse.new_empty(lse.shape, dtype=torch.float32) if long else None,
+        d_packed_ptr=d_packed,
+        partial_ptr=partial,
+    )
+    launch(_shared_prefix_attention_bwd_kernel, (tiles, H), **arguments, R=R, BLOCK_P=BLOCK_P, LONG=long)
+    if long:
+        launch(_shared_prefix_attention_bwd_key_kernel, (tiles, H), **arguments)
+    launch(
+        _shared_prefix_attention_bwd_sum_kernel,
+        (triton.cdiv(P * 2 * W, BLOCK_SUM),),
+        device=packed.device,
+        num_warps=WARPS,
+        num_stages=1,
+        partial_ptr=partial,
+        d_packed_ptr=d_packed,
+        slots=slots,
+        P=P,
+        W=W,
+        BLOCK_SLOTS=BLOCK_SLOTS,
+        BLOCK_N=BLOCK_SUM,
+    )
+    return d_packed
+
+
+def _tiling(packed: Tensor, options: Options) -> tuple[int, int, dict[str, Any]] | None:
+    """Number of tiles, H, and the arguments of forward and backward; None if the fallback is to be used."""
+    H, P, offsets, max_length, scale = options
+    R, width = packed.shape
+    E = width // (3 * H)
+    if E > MAX_E:
+        return None
+    packed = packed if packed.stride(1) == 1 else packed.contiguous()
+    block_e, chunk_e = max(triton.next_power_of_2(E), 16), BYTES_CHUNK // packed.element_size()
+    wide = block_e > chunk_e
+    max_length = min(max_length, R)
+    K = (R - P) // max_length if offsets is None else offsets.shape[0] - 1
+    tiles = triton.cdiv(K, max(BLOCK_T // max_length, 1)) * triton.cdiv(max_length, BLOCK_T)
+    arguments = dict(
+        device=packed.device,
+        num_warps=WARPS_WIDE if wide and target(packed.device).backend == "cuda" else WARPS,
+        num_stages=1,
+        packed_ptr=packed,
+        offsets_ptr=offsets,
+        K=K,
+        P=P,
+        H=H,
+        max_length=max_length,
+        stride_packed_r=packed.stride(0),
+        scale=scale,
+        E=E,
+        BLOCK_T=BLOCK_T,
+        BLOCK_E=block_e,
+        CHUNK_E=min(block_e, chunk_e),
+        HAS_OFFSETS=offsets is not None,
+        PRECISION=dot_precision(packed.dtype, packed.device),
+    )
+    return triton.cdiv(P, BLOCK_T) + tiles, H, arguments
+
+
+def _check(packed: Tensor, *options: Any) -> None:
+    _, prefix_length, offsets, max_length, _ = options
+    if offsets is None:
+        return
+    tokens, first, last = packed.shape[0] - prefix_length, offsets[0].item(), offsets[-1].item()
+    if first != 0 or last > tokens:
+        raise ValueError(
+            f"shared_prefix_attention: offsets must go from 0 to at most {tokens}, the rows behind the prefix; got "
+            f"{first} to {last}."
+        )
+    lengths = offsets.diff()
+    if (wrong := lengths[(lengths < 0) | (lengths > max_length)]).numel() > 0:
+        raise ValueError(
+            f"shared_prefix_attention: offsets must rise by 0 to max_length ({max_length}); got a suffix of "
+            f"{wrong[0]} tokens."
+        )
+
+
+def _fallback(
+    packed: Tensor, heads: int, prefix_length: int, offsets: Tensor | None, max_length: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = reference.shared_prefix_attention_and_lse(packed, heads, prefix_length, max_length, offsets, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+def _fallback_backward(
+    d_out: Tensor,
+    packed: Tensor,
+    lse: Tensor,
+    heads: int,
+    prefix_length: int,
+    offsets: Tensor | None,
+    max_length: int,
+    scale: float,
+) -> Tensor:
+    function = functools.partial(
+        reference.shared_prefix_attention,
+        heads=heads,
+        prefix_length=prefix_length,
+        max_length=max_length,
+        offsets=offsets,
+        scale=scale,
+    )
+    return registration.reference_gradients(function, (packed,), (True,), d_out)[0]
+
+
+def _fake(packed: Tensor, heads: int, *options: Any) -> tuple[Tensor, Tensor]:
+    R, width = packed.shape
+    return packed.new_empty(R, width // 3), packed.new_empty((R, heads), dtype=torch.float64)
+
+
+def _fake_backward(d_out: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+    return packed.new_empty(packed.shape)
+
+
+_OPTIONS = "SymInt heads, SymInt prefix_length, Tensor? offsets, SymInt max_length, float scale"
+
+shared_prefix_attention = registration.define(
+    f"shared_prefix_attention(Tensor packed, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    fallback=_fallback,
+    fake=_fake,
+    launch=_launch,
+    check=_check,
+    fallback_cases=f"fp64, heads wider than {MAX_E}",
+)
+shared_prefix_attention_backward = registration.define(
+    f"shared_prefix_attention_backward(Tensor d_out, Tensor packed, Tensor lse, {_OPTIONS}) -> Tensor d_packed",
+    fallback=_fallback_backward,
+    fake=_fake_backward,
+    launch=_launch_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    packed, ctx.heads, ctx.prefix_length, offsets, ctx.max_length, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(packed, output[1], offsets)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor, ...]:
+    if d_out is None:
+        return ()
+    packed, lse, offsets = ctx.saved_tensors
+    options = ctx.heads, ctx.prefix_length, offsets, ctx.max_length, ctx.scale
+    return (shared_prefix_attention_backward(d_out, packed, lse, *options),)
+
+
+registration.differentiate(shared_prefix_attention, _backward, _save)
+registration.refuse_double_backward(
+    shared_prefix_attention_backward, instead="skipkernels.reference.shared_prefix_attention"
+)
+registration.autocast_features(shared_prefix_attention, features=1)
