@@ -129,13 +129,23 @@ def add_layer_norm_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, weight in layer_norm_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
         saved = (x, statistic, statistic, weight)
-        yield Call(shape, (x, x, *saved, None, True, True, True, False, None))
-        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, None))
-    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, None))
-    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, None))
+        yield Call(shape, (x, x, *saved, None, True, True, True, False, False, None))
+        yield Call(f"{shape}-block", (x, x, *saved, weight, True, True, True, True, True, None))
+    yield Call(f"{shape}-sums", (x, x, *saved, None, True, True, True, True, False, None))
+    yield Call(f"{shape}-frozen", (x, x, *saved, None, True, False, False, False, False, None))
+    yield Call(f"{shape}-first", (x, None, *saved, None, False, True, True, False, False, None))
     for shape, x, low, weight in mixed_rows(dtype):
         statistic = on_meta(x.shape[0], dtype=torch.float32)
-        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, dtype))
+        yield Call(shape, (low, x, x, statistic, statistic, weight, weight, True, True, True, True, True, dtype))
+
+
+@calls
+def column_sums(dtype: torch.dtype) -> Iterator[Call]:
+    """The partial sums of a block of ViT-B/16 and its packed gradients; those of its pooled block."""
+    sums = [on_meta(25, 3072, dtype=torch.float32), on_meta(99, 3072, dtype=torch.float32)]
+    norm_1, packed = on_meta(99, 1536, dtype=torch.float32), on_meta(788, 2304, dtype=dtype)
+    yield Call("W768", ([*sums, packed, norm_1], torch.float32))
+    yield Call("W768-pooled", ([*sums, packed[:4, :768], packed[:, 768:], norm_1], dtype))
 
 
 def activation_rows(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
@@ -157,8 +167,8 @@ def mlp_activation(dtype: torch.dtype) -> Iterator[Call]:
 @calls
 def mlp_activation_backward(dtype: torch.dtype) -> Iterator[Call]:
     for shape, x, bias, kind in activation_rows(dtype):
-        yield Call(shape, (x, x, bias, kind, True, bias is not None, False))
-    yield Call(f"{shape}-block", (x, x, None, kind, True, False, True))
+        yield Call(shape, (x, x, bias, kind, True, bias is not None, False, False))
+    yield Call(f"{shape}-block", (x, x, x[0], kind, True, True, True, True))
 
 
 @calls

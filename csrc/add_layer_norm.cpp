@@ -265,10 +265,11 @@ void backward_converted_rows(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& d_normed_, const std::optional<Tensor>& d_hidden_, const Tensor& hidden_, const Tensor& mean_,
     const Tensor& rstd_, const Tensor& weight_, const std::optional<Tensor>& bias_, bool need_x, bool need_weight,
-    bool need_bias, bool need_sums, std::optional<ScalarType> cast) {
+    bool need_bias, bool need_sums, bool /* partial: the sums are cheap to complete here */,
+    std::optional<ScalarType> cast) {
   STD_TORCH_CHECK(
       hidden_.dim() > 0 && hidden_.size(hidden_.dim() - 1) > 0, NAME, ": hidden must be [..., W] with W at least 1.");
   const int64_t W = hidden_.size(hidden_.dim() - 1), R = hidden_.numel() / W;
@@ -287,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
   Tensor normed = empty_if(bias_.has_value(), hidden, d_normed.scalar_type());
   const auto has_type_of_hidden = [&](const Tensor& x) { return x.scalar_type() == hidden.scalar_type(); };
   const bool one_type = has_type_of_hidden(d_normed) && (!d_hidden || has_type_of_hidden(*d_hidden)) && !cast;
-  std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> outputs;
+  std::optional<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>> outputs;
   dispatch_features(hidden, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
@@ -309,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_nor
       });
       outputs.emplace(
           d_x, d_weight.total(weight_, need_weight), d_bias.total(weight_, need_bias), d_x_cast, normed,
-          d_hidden_sum.total(weight_, need_sums), d_x_sum.total(weight_, need_sums));
+          d_hidden_sum.total(weight_, need_sums), d_x_sum.total(weight_, need_sums), empty_if(false, mean));
     };
     if (one_type) {
       const Slots<T> weight(weight_, W), bias(bias_, W);

@@ -243,9 +243,9 @@ Tensor mlp_activation(const Tensor& x_, const std::optional<Tensor>& bias_, int6
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_activation_backward(
     const Tensor& d_out_, const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_, bool need_x,
-    bool need_bias, bool need_out) {
+    bool need_bias, bool need_out, bool /* partial: the sums are cheap to complete here */) {
   check_shapes(x_, bias_);
   check_like(NAME, x_, d_out_, "d_out");
   STD_TORCH_CHECK(bias_ || !need_bias, NAME, ": without a bias there is no gradient of it.");
@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_activation_backward(
     });
     d_bias = sums.total(bias_ ? *bias_ : x, need_bias);
   });
-  return {d_x, *d_bias, out};
+  return {d_x, *d_bias, out, empty_if(false, *d_bias)};
 }
 
 } // namespace

@@ -125,14 +125,14 @@ class _NoLaunch(torch.autograd.Function):
 
 
 # Kernels of the forward and backward pass of a block on a GPU, without those of attention. Autocast adds one that casts
-# all weights, and for the first block two that widen vectors and weights.
+# all weights, one that widens weights for the first block, and one that narrows a gradient for the last.
 LAUNCHES = {
-    ("inner", torch.float32): (7, 15),
-    ("inner", torch.bfloat16): (8, 15),
-    ("first", torch.float32): (7, 18),
-    ("first", torch.bfloat16): (8, 19),
-    ("last", torch.float32): (8, 16),
-    ("last", torch.bfloat16): (9, 17),
+    ("inner", torch.float32): (7, 12),
+    ("inner", torch.bfloat16): (8, 12),
+    ("first", torch.float32): (7, 16),
+    ("first", torch.bfloat16): (8, 17),
+    ("last", torch.float32): (8, 13),
+    ("last", torch.bfloat16): (9, 14),
 }
 
 

@@ -13,7 +13,7 @@ saves anyway, these two numbers per row, and the weight. Gradients that are not 
 
 Backward also emits, where a fused block needs it: d_x in a second dtype; normed, recomputed, in the dtype of d_normed,
 if it is given the bias; and Σ d_hidden and Σ d_x over all rows, the gradients of the biases of the two products beside
-the norm.
+the norm. With `partial` a GPU leaves the sums over rows to `column_sums`.
 
 On a GPU backward is two kernels: the first sums fixed blocks of rows, the second adds these sums in order. Reference:
 `reference.add_layer_norm`. CPU kernel: csrc/add_layer_norm.cpp.
@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import reference
 from . import registration
 from .launching import launch, tl, triton
-from .row_sums import sum_in_order
+from .row_sums import sum_in_order_strided
 
 TILE = 1024  # numbers in a tile: one row, or as many rows as fit
 ROWS_PER_SUM = 8  # least number of rows per program of backward; with fewer it would write more than it reads
@@ -49,6 +49,8 @@ class Gradients(NamedTuple):
         normed: [..., W], in the dtype of d_normed.
         d_hidden_sum: Σ d_hidden over all rows, [W].
         d_x_sum: Σ d_x over all rows, [W].
+        sums: With `partial` on a GPU: partial sums of the rows, fp32 [P, S · W], to be added up: d_weight, d_bias, and
+            with `need_sums` d_hidden_sum and d_x_sum, side by side. The four are then empty.
     """
 
     d_x: Tensor
@@ -58,6 +60,7 @@ class Gradients(NamedTuple):
     normed: Tensor
     d_hidden_sum: Tensor
     d_x_sum: Tensor
+    sums: Tensor
 
 
 @triton.jit
@@ -113,20 +116,19 @@ def _add_layer_norm_bwd_rows_kernel(
     d_x_ptr,
     d_x_cast_ptr,
     normed_ptr,
-    d_weight_sums_ptr,
-    d_bias_sums_ptr,
-    d_hidden_sums_ptr,
-    d_x_sums_ptr,
+    sums_ptr,
     R,
     rows,
     W: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)); Σ d_normed · x̂, Σ d_normed, Σ d_hidden, Σ d_x.
 
-    One program: `rows` rows, BLOCK_R at a time, and its own row of the sums, each [P, W]. The pointer of a tensor that
-    is absent or not needed is None. Rows beyond R have rstd = 0 and add 0 to every sum.
+    One program: `rows` rows, BLOCK_R at a time, and its own row of the sums [P, SUMS, W], which are none, the first two
+    or all four. The pointer of a tensor that is absent or not needed is None. Rows beyond R have rstd = 0 and add 0 to
+    every sum.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
@@ -156,59 +158,55 @@ def _add_layer_norm_bwd_rows_kernel(
             if d_hidden_ptr is not None:
                 d_hidden = tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
                 d_row += d_hidden
-                if d_hidden_sums_ptr is not None:
+                if SUMS == 4:
                     d_hidden_sum += d_hidden
             tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
             if d_x_cast_ptr is not None:
                 tl.store(d_x_cast_ptr + offs, d_row.to(d_x_cast_ptr.dtype.element_ty), mask=mask)
-            if d_x_sums_ptr is not None:
+            if SUMS == 4:
                 d_x_sum += d_row
         d_weight += d_normed * unit
         d_bias += d_normed
-    offs = program * W + offs_w
-    if d_weight_sums_ptr is not None:
-        tl.store(d_weight_sums_ptr + offs, tl.sum(d_weight, axis=0), mask=mask_w)
-    if d_bias_sums_ptr is not None:
-        tl.store(d_bias_sums_ptr + offs, tl.sum(d_bias, axis=0), mask=mask_w)
-    if d_hidden_sums_ptr is not None:
-        tl.store(d_hidden_sums_ptr + offs, tl.sum(d_hidden_sum, axis=0), mask=mask_w)
-    if d_x_sums_ptr is not None:
-        tl.store(d_x_sums_ptr + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)
+    offs = program * SUMS * W + offs_w
+    if SUMS > 0:
+        tl.store(sums_ptr + offs, tl.sum(d_weight, axis=0), mask=mask_w)
+        tl.store(sums_ptr + W + offs, tl.sum(d_bias, axis=0), mask=mask_w)
+    if SUMS == 4:
+        tl.store(sums_ptr + 2 * W + offs, tl.sum(d_hidden_sum, axis=0), mask=mask_w)
+        tl.store(sums_ptr + 3 * W + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)
 
 
 @triton.jit
-def _store_sum(sums_ptr, out_ptr, P, offs_w, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
+def _store_sum(sums_ptr, out_ptr, P, stride_p, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
     if out_ptr is not None:
-        total = sum_in_order(sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+        total = sum_in_order_strided(sums_ptr, P, stride_p, offs_w, W, BLOCK_P, BLOCK_W)
         tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)
 
 
 @triton.jit
 def _add_layer_norm_bwd_sums_kernel(
-    d_weight_sums_ptr,
-    d_bias_sums_ptr,
-    d_hidden_sums_ptr,
-    d_x_sums_ptr,
+    sums_ptr,
     d_weight_ptr,
     d_bias_ptr,
     d_hidden_sum_ptr,
     d_x_sum_ptr,
     P,
     W: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_weight = Σ_p d_weight_sums, and so on. One program: BLOCK_W columns of one of the four."""
-    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    """d_weight = Σ_p sums[p, 0], and so on. One program: BLOCK_W columns of one of the SUMS sums."""
     which = tl.program_id(1)
     if which == 0:
-        _store_sum(d_weight_sums_ptr, d_weight_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        _store_sum(sums_ptr, d_weight_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
     elif which == 1:
-        _store_sum(d_bias_sums_ptr, d_bias_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        _store_sum(sums_ptr + W, d_bias_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
     elif which == 2:
-        _store_sum(d_hidden_sums_ptr, d_hidden_sum_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        _store_sum(sums_ptr + 2 * W, d_hidden_sum_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
     else:
-        _store_sum(d_x_sums_ptr, d_x_sum_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
+        _store_sum(sums_ptr + 3 * W, d_x_sum_ptr, P, SUMS * W, W, BLOCK_P, BLOCK_W)
 
 
 def _tile(W: int) -> dict[str, Any]:
@@ -264,25 +262,30 @@ def _launch_backward(
     need_weight: bool,
     need_bias: bool,
     need_sums: bool,
+    partial: bool,
     cast: torch.dtype | None,
 ) -> Gradients:
     if hidden.dtype == torch.float64:  # with d_normed of another dtype
         return _fallback_backward(
-            d_normed, d_hidden, hidden, mean, rstd, weight, bias, need_x, need_weight, need_bias, need_sums, cast
+            d_normed,
+            d_hidden,
+            hidden,
+            mean,
+            rstd,
+            weight,
+            bias,
+            need_x,
+            need_weight,
+            need_bias,
+            need_sums,
+            partial,
+            cast,
         )
-    W, R, device = hidden.shape[-1], mean.numel(), hidden.device
-    tile = _tile(W)
-    blocks = triton.cdiv(R, tile["BLOCK_R"])
-    blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
-    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows the sums are 0
-    out = _fake_backward(
-        d_normed, d_hidden, hidden, mean, rstd, weight, bias, need_x, need_weight, need_bias, need_sums, cast
-    )
-    needs = {"d_weight": need_weight, "d_bias": need_bias, "d_hidden": need_sums, "d_x": need_sums}
-    sums: dict[str, Any] = {
-        f"{name}_sums_ptr": torch.empty(P, W, dtype=torch.float32, device=device) if need else None
-        for name, need in needs.items()
-    }
+    W, R, device, tile = hidden.shape[-1], mean.numel(), hidden.device, _tile(hidden.shape[-1])
+    P, rows = _blocks_of_rows(R, tile["BLOCK_R"])
+    out = _outputs(d_normed, hidden, weight, bias, need_x, need_weight, need_bias, need_sums, partial, cast)
+    SUMS = 4 if need_sums else 2 if need_weight or need_bias or partial else 0
+    sums = out.sums if partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)
     launch(
         _add_layer_norm_bwd_rows_kernel,
         (P,),
@@ -297,29 +300,70 @@ def _launch_backward(
         d_x_ptr=out.d_x if need_x else None,
         d_x_cast_ptr=None if cast is None else out.d_x_cast,
         normed_ptr=None if bias is None else out.normed,
-        **sums,
+        sums_ptr=sums if SUMS else None,
         R=R,
-        rows=blocks_per_sum * tile["BLOCK_R"],
+        rows=rows,
         W=W,
+        SUMS=SUMS,
         **tile,
     )
-    if any(needs.values()):
+    if SUMS and not partial:
         launch(
             _add_layer_norm_bwd_sums_kernel,
-            (triton.cdiv(W, BLOCK_COLUMNS), 4 if need_sums else 2),
+            (triton.cdiv(W, BLOCK_COLUMNS), SUMS),
             device=device,
             num_warps=4,
-            **sums,
+            sums_ptr=sums,
             d_weight_ptr=out.d_weight if need_weight else None,
             d_bias_ptr=out.d_bias if need_bias else None,
             d_hidden_sum_ptr=out.d_hidden_sum if need_sums else None,
             d_x_sum_ptr=out.d_x_sum if need_sums else None,
             P=P,
             W=W,
+            SUMS=SUMS,
             BLOCK_P=BLOCK_SUMS,
             BLOCK_W=BLOCK_COLUMNS,
         )
     return out
+
+
+def _blocks_of_rows(R: int, BLOCK_R: int) -> tuple[int, int]:
+    """Return the number P of programs of backward, and the rows of each."""
+    blocks = -(-R // BLOCK_R)
+    blocks_per_sum = max(-(-ROWS_PER_SUM // BLOCK_R), -(-blocks // MAX_SUMS))
+    return max(1, -(-blocks // blocks_per_sum)), blocks_per_sum * BLOCK_R  # without rows the sums are 0
+
+
+def _outputs(
+    d_normed: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_sums: bool,
+    partial: bool,
+    cast: torch.dtype | None,
+) -> Gradients:
+    """Allocate the results of backward."""
+
+    def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_empty(like.shape if need else 0, dtype=dtype)
+
+    P, W = 0, hidden.shape[-1]
+    if partial:
+        P, _ = _blocks_of_rows(hidden.numel() // W, _tile(W)["BLOCK_R"])
+    return Gradients(
+        d_x=empty(hidden, need_x),
+        d_weight=empty(weight, need_weight and not partial),
+        d_bias=empty(weight, need_bias and not partial),
+        d_x_cast=empty(hidden, cast is not None, cast),
+        normed=empty(hidden, bias is not None, d_normed.dtype),
+        d_hidden_sum=empty(weight, need_sums and not partial),
+        d_x_sum=empty(weight, need_sums and not partial),
+        sums=hidden.new_empty((P, (4 if need_sums else 2) * W) if partial else 0, dtype=torch.float32),
+    )
 
 
 def _fallback(
@@ -357,6 +401,7 @@ def _fallback_backward(
     need_weight: bool,
     need_bias: bool,
     need_sums: bool,
+    partial: bool,
     cast: torch.dtype | None,
 ) -> Gradients:
     # Not autograd of the reference: backward receives the statistics instead of eps.
@@ -390,6 +435,7 @@ def _fallback_backward(
         normed=result(None if unit is None else _affine(unit, weight, bias), d_normed.dtype),
         d_hidden_sum=result(column_sum(d_hidden), weight.dtype),
         d_x_sum=result(column_sum(d_x), weight.dtype),
+        sums=hidden.new_empty(0),
     )
 
 
@@ -419,20 +465,11 @@ def _fake_backward(
     need_weight: bool,
     need_bias: bool,
     need_sums: bool,
+    partial: bool,
     cast: torch.dtype | None,
 ) -> Gradients:
-    def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
-        return like.new_empty(like.shape if need else 0, dtype=dtype)
-
-    return Gradients(
-        d_x=empty(hidden, need_x),
-        d_weight=empty(weight, need_weight),
-        d_bias=empty(weight, need_bias),
-        d_x_cast=empty(hidden, cast is not None, cast),
-        normed=empty(hidden, bias is not None, d_normed.dtype),
-        d_hidden_sum=empty(weight, need_sums),
-        d_x_sum=empty(weight, need_sums),
-    )
+    partial = partial and hidden.device.type != "cpu" and hidden.dtype != torch.float64
+    return _outputs(d_normed, hidden, weight, bias, need_x, need_weight, need_bias, need_sums, partial, cast)
 
 
 add_layer_norm = registration.define(
@@ -444,9 +481,9 @@ add_layer_norm = registration.define(
 )
 add_layer_norm_backward = registration.define(
     "add_layer_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor mean, Tensor rstd, Tensor weight,"
-    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, ScalarType? cast)"
+    " Tensor? bias, bool need_x, bool need_weight, bool need_bias, bool need_sums, bool partial, ScalarType? cast)"
     " -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_x_cast, Tensor normed, Tensor d_hidden_sum,"
-    " Tensor d_x_sum)",
+    " Tensor d_x_sum, Tensor sums)",
     fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
@@ -472,7 +509,7 @@ def _backward(ctx: Any, d_hidden: Tensor | None, d_normed: Tensor | None, *_: No
         weight = mean.new_ones(hidden.shape[-1])
     needs = need_x or need_residual, need_weight, need_bias
     d_x, d_weight, d_bias, d_x_cast, *_ = add_layer_norm_backward(
-        d_normed, d_hidden, hidden, mean, rstd, weight, None, *needs, False, cast
+        d_normed, d_hidden, hidden, mean, rstd, weight, None, *needs, False, False, cast
     )
     return d_x, d_x if cast is None else d_x_cast, d_weight, d_bias
 

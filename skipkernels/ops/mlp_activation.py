@@ -6,7 +6,8 @@
 Saved for backward: x and bias; g is recomputed. Gradients that are not needed are empty. Backward also returns out,
 recomputed, where a fused block needs it.
 
-On a GPU the gradient of the bias is summed for fixed blocks of rows; a second kernel adds these sums in order.
+On a GPU the gradient of the bias is summed for fixed blocks of rows; a second kernel adds these sums in order. With
+`partial`, backward returns them, fp32 [P, W], and an empty d_bias: `column_sums` adds them.
 Reference: `reference.mlp_activation`. CPU kernel: csrc/mlp_activation.cpp.
 """
 
@@ -164,15 +165,21 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _launch_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool, need_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    kind: int,
+    need_x: bool,
+    need_bias: bool,
+    need_out: bool,
+    partial: bool,
+) -> tuple[Tensor, ...]:
     W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
     R = x.numel() // W
-    blocks = triton.cdiv(R, tile["BLOCK_R"])
-    blocks_per_sum = max(triton.cdiv(ROWS_PER_SUM, tile["BLOCK_R"]), triton.cdiv(blocks, MAX_SUMS))
-    P = max(1, triton.cdiv(blocks, blocks_per_sum))  # without rows the sums are 0
-    d_x, d_bias, out = _fake_backward(d_out, x, bias, kind, need_x, need_bias, need_out)
-    d_bias_sums = torch.empty(P, W, dtype=torch.float32, device=device) if need_bias else None
+    P, rows = _blocks_of_rows(R, tile["BLOCK_R"])
+    d_x, d_bias, out, sums = _outputs(x, bias, need_x, need_bias, need_out, partial)
+    if need_bias and not partial:
+        sums = torch.empty(P, W, dtype=torch.float32, device=device)
     launch(
         _mlp_activation_bwd_rows_kernel,
         (P, triton.cdiv(W, tile["BLOCK_W"])),
@@ -182,27 +189,47 @@ def _launch_backward(
         bias_ptr=None if bias is None else bias.contiguous(),
         d_x_ptr=d_x if need_x else None,
         out_ptr=out if need_out else None,
-        d_bias_sums_ptr=d_bias_sums,
+        d_bias_sums_ptr=sums if need_bias else None,
         R=R,
-        rows=blocks_per_sum * tile["BLOCK_R"],
+        rows=rows,
         W=W,
         KIND=KINDS[kind],
         **tile,
     )
-    if need_bias:
+    if need_bias and not partial:
         launch(
             _mlp_activation_bwd_sums_kernel,
             (triton.cdiv(W, BLOCK_SUMS_COLUMNS),),
             device=device,
             num_warps=4,
-            d_bias_sums_ptr=d_bias_sums,
+            d_bias_sums_ptr=sums,
             d_bias_ptr=d_bias,
             P=P,
             W=W,
             BLOCK_P=BLOCK_SUMS,
             BLOCK_W=BLOCK_SUMS_COLUMNS,
         )
-    return d_x, d_bias, out
+    return d_x, d_bias, out, sums if partial else x.new_empty(0)
+
+
+def _blocks_of_rows(R: int, BLOCK_R: int) -> tuple[int, int]:
+    """Return the number P of blocks of rows of backward, and the rows of each."""
+    blocks = -(-R // BLOCK_R)
+    blocks_per_sum = max(-(-ROWS_PER_SUM // BLOCK_R), -(-blocks // MAX_SUMS))
+    return max(1, -(-blocks // blocks_per_sum)), blocks_per_sum * BLOCK_R  # without rows the sums are 0
+
+
+def _outputs(
+    x: Tensor, bias: Tensor | None, need_x: bool, need_bias: bool, need_out: bool, partial: bool
+) -> tuple[Tensor, ...]:
+    """Allocate the results of backward."""
+    P, W = 0, x.shape[-1]
+    partial = partial and need_bias
+    if partial:
+        P, _ = _blocks_of_rows(x.numel() // W, _tile(W)["BLOCK_R"])
+    inputs, needs = (x, x if bias is None else bias, x), (need_x, need_bias and not partial, need_out)
+    sums = x.new_empty((P, W) if partial else 0, dtype=torch.float32)
+    return *registration.gradients_like(inputs, needs), sums
 
 
 def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -210,7 +237,14 @@ def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _fallback_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool, need_out: bool
+    d_out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    kind: int,
+    need_x: bool,
+    need_bias: bool,
+    need_out: bool,
+    partial: bool,
 ) -> tuple[Tensor, ...]:
     def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.mlp_activation(x, bias, KINDS[kind])
@@ -218,8 +252,8 @@ def _fallback_backward(
     x = x.contiguous()
     out = forward(x, bias) if need_out else x.new_empty(0)
     if bias is None:
-        return *registration.reference_gradients(forward, (x,), (need_x,), d_out), x.new_empty(0), out
-    return *registration.reference_gradients(forward, (x, bias), (need_x, need_bias), d_out), out
+        return *registration.reference_gradients(forward, (x,), (need_x,), d_out), x.new_empty(0), out, x.new_empty(0)
+    return *registration.reference_gradients(forward, (x, bias), (need_x, need_bias), d_out), out, x.new_empty(0)
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
@@ -227,9 +261,17 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
 
 
 def _fake_backward(
-    d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, need_x: bool, need_bias: bool, need_out: bool
+    d_out: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    kind: int,
+    need_x: bool,
+    need_bias: bool,
+    need_out: bool,
+    partial: bool,
 ) -> tuple[Tensor, ...]:
-    return registration.gradients_like((x, x if bias is None else bias, x), (need_x, need_bias, need_out))
+    partial = partial and x.device.type != "cpu" and x.dtype != torch.float64
+    return _outputs(x, bias, need_x, need_bias, need_out, partial)
 
 
 mlp_activation = registration.define(
@@ -237,7 +279,7 @@ mlp_activation = registration.define(
 )
 mlp_activation_backward = registration.define(
     "mlp_activation_backward(Tensor d_out, Tensor x, Tensor? bias, int kind, bool need_x, bool need_bias,"
-    " bool need_out) -> (Tensor d_x, Tensor d_bias, Tensor out)",
+    " bool need_out, bool partial) -> (Tensor d_x, Tensor d_bias, Tensor out, Tensor sums)",
     fallback=_fallback_backward,
     fake=_fake_backward,
     launch=_launch_backward,
@@ -251,7 +293,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
     need_x, need_bias, _ = ctx.needs_input_grad
-    return mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias, False)[:2]
+    return mlp_activation_backward(d_out, *ctx.saved_tensors, ctx.kind, need_x, need_bias, False, False)[:2]
 
 
 registration.differentiate(mlp_activation, _backward, _save)

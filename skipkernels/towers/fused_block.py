@@ -30,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import launching
 from ..ops.add_layer_norm import Gradients, add_layer_norm, add_layer_norm_backward
 from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
+from ..ops.row_sums import MAX_ROWS, column_sums
 
 SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
 
@@ -253,11 +255,13 @@ class _FusedBlock(torch.autograd.Function):
                 settings, (d_mid, d_branch), hidden, query_rows, weights, *recorded, needs_hidden, needs,
                 _dtype(flat),
             )  # fmt: skip
-        if len(flat) > len(gradients):
-            qkv = (None if g is None else g.chunk(3) for g in gradients[2:4])
-            gradients = (*gradients[:2], *(part for parts in qkv for part in parts or [None] * 3), *gradients[4:])
+        d_flat: list[Tensor | None] = [gradients.get(name) for name in BlockWeights._fields]
+        if len(flat) > len(d_flat):
+            qkv = ([None] * 3 if x is None else x.chunk(3) for x in d_flat[2:4])
+            d_flat[2:4] = [part for parts in qkv for part in parts]
         d_weights = (
-            None if g is None or not need else g.to(x.dtype) for g, x, need in zip(gradients, flat, needed, strict=True)
+            None if x is None or not need else x.to(weight.dtype)
+            for x, weight, need in zip(d_flat, flat, needed, strict=True)
         )
         d_stream, d_input = d_hidden
         return None, d_stream, d_input if ctx.has_branch else None, None, *d_weights
@@ -326,6 +330,50 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None
     return torch.mm(left, right, out_dtype=dtype, out=out)
 
 
+def _sums_together(device: torch.device) -> bool:
+    """True if the gradients of all vectors are completed by one launch; on a CPU each operator completes its own."""
+    return device.type != "cpu" and launching.installed
+
+
+class _Sums:
+    """Gradients of vectors, which are sums over rows; with `partial` all are completed by one launch."""
+
+    def __init__(self, gradients: dict[str, Tensor], dtype: torch.dtype, partial: bool) -> None:
+        self.gradients, self.dtype, self.partial = gradients, dtype, partial
+        self.pending: list[Tensor] = []
+        self.names: list[str] = []  # fields of `BlockWeights`, in the order of the pending columns
+        self.widths: list[int] = []
+
+    def add(self, sums: Tensor, **totals: Tensor) -> None:
+        """Add the results of an operator: partial sums of vectors of equal width side by side, or else the totals."""
+        if sums.numel() == 0:
+            self.gradients |= {name: total for name, total in totals.items() if total.numel() > 0}
+        else:
+            self._defer(list(totals), [sums])
+
+    def add_columns(self, name: str, matrices: Sequence[Tensor]) -> None:
+        """Add the column sums of one or more matrices, side by side."""
+        if self.partial and len(matrices[-1]) <= MAX_ROWS:
+            return self._defer([name], matrices)
+        # On a CPU a sum in another dtype would convert all rows first.
+        dtype, widths = matrices[0].dtype if matrices[0].is_cpu else self.dtype, [x.shape[1] for x in matrices]
+        self.gradients[name] = out = matrices[0].new_empty(sum(widths), dtype=dtype)
+        for x, part in zip(matrices, out.split(widths), strict=True):
+            torch.sum(x, 0, dtype=dtype, out=part)
+
+    def _defer(self, names: list[str], matrices: Sequence[Tensor]) -> None:
+        width = sum(x.shape[1] for x in matrices)
+        self.pending += matrices
+        self.names += names
+        self.widths += [width // len(names)] * len(names)
+
+    def finish(self) -> None:
+        """Complete the pending sums."""
+        if self.pending:
+            totals = column_sums(self.pending, self.dtype).split(self.widths)
+            self.gradients |= dict(zip(self.names, totals, strict=True))
+
+
 def _backward(
     settings: BlockSettings,
     d_out: tuple[Tensor, Tensor],
@@ -337,40 +385,48 @@ def _backward(
     needs_hidden: bool,
     needs: Any,
     dtype: torch.dtype,
-) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, ...]]:
-    """Return the gradients of the sum of the inputs, in the dtypes of stream and products, and of the weights.
+) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor]]:
+    """Return the gradients of the sum of the inputs, in the dtypes of stream and products, and of weights by name.
 
-    Those of the matrices are in `dtype` or in that of the products.
+    Gradients of weights may be in `dtype` or in that of the products, and there may be more than needed.
     """
     assert attention is not None and saved is not None
     mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved
-    cast = None if settings.dtype == hidden.dtype else settings.dtype
+    W, cast = hidden.shape[1], None if settings.dtype == hidden.dtype else settings.dtype
     d_stream, d_branch = d_out
     d_hidden: tuple[Tensor | None, Tensor | None] = None, None
+    gradients: dict[str, Tensor] = {}
+    sums_dtype = max(dtype, weights.norm_1.dtype, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
+    sums = _Sums(gradients, sums_dtype, partial=_sums_together(hidden.device))
     # MLP
-    d_inner, d_fc_bias, active = mlp_activation_backward(
+    d_inner, d_fc_bias, active, partial = mlp_activation_backward(
         d_branch @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation),
-        True, needs.fc_bias, needs.proj,
+        True, needs.fc_bias, needs.proj, sums.partial,
     )  # fmt: skip
-    d_proj = _product(d_branch.T, active, dtype) if needs.proj else None
+    sums.add(partial, fc_bias=d_fc_bias)
+    if needs.proj:
+        gradients["proj"] = _product(d_branch.T, active, dtype)
     del active
     d_norm = Gradients(
         *add_layer_norm_backward(
             d_inner @ weights.fc, d_stream, mid, mean_2, rstd_2, weights.norm_2,
             weights.norm_2_bias if needs.fc else None, True, needs.norm_2, needs.norm_2_bias,
-            needs.out_proj_bias or needs.proj_bias, cast,
+            needs.out_proj_bias or needs.proj_bias, sums.partial, cast,
         )
     )  # fmt: skip
-    d_mid, d_norm_2, d_norm_2_bias, d_mid_cast, normed, d_proj_bias, d_out_proj_bias = d_norm
-    d_fc = _product(d_inner.T, normed, dtype) if needs.fc else None
-    del d_inner, normed, d_norm
+    d_mid, upstream = d_norm.d_x, d_norm.d_x if cast is None else d_norm.d_x_cast
+    sums_2 = {"norm_2": d_norm.d_weight, "norm_2_bias": d_norm.d_bias}
+    if needs.out_proj_bias or needs.proj_bias:
+        sums_2 |= {"proj_bias": d_norm.d_hidden_sum, "out_proj_bias": d_norm.d_x_sum}
+    sums.add(d_norm.sums, **sums_2)
+    if needs.fc:
+        gradients["fc"] = _product(d_inner.T, d_norm.normed, dtype)
+    del d_inner, d_norm
     # Attention
-    upstream = d_mid if cast is None else d_mid_cast
-    del d_mid_cast
-    d_out_proj = _product(upstream.T, attention.result.detach(), dtype) if needs.out_proj else None
+    if needs.out_proj:
+        gradients["out_proj"] = _product(upstream.T, attention.result.detach(), dtype)
     d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
     del upstream
-    W = hidden.shape[1]
 
     def in_proj_gradient(inputs: Tensor) -> Tensor:
         """Gradient of query, key and value, transposed, times `inputs`, [3W, W]."""
@@ -382,47 +438,41 @@ def _backward(
         _product(d_projected[1].T, inputs, dtype, out=out[W:])
         return out
 
-    d_in_proj: Tensor | None = None
-    d_in_proj_bias: Tensor | None = None
     if needs.in_proj_bias or not needs_hidden:
-        d_in_proj_bias = hidden.new_empty(3 * W, dtype=settings.dtype if hidden.is_cpu else dtype)
-        for x, part in zip(d_projected, d_in_proj_bias.split([x.shape[1] for x in d_projected]), strict=True):
-            # On a CPU a sum in another dtype would convert all rows first.
-            torch.sum(x, 0, dtype=part.dtype, out=part)
+        sums.add_columns("in_proj_bias", d_projected)
     if not needs_hidden:
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
-        assert d_in_proj_bias is not None
+        sums.finish()
         _, unit, *_ = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype)
         wide = mean_1.dtype
-        unit_gradient, d_bias = in_proj_gradient(unit).to(wide), d_in_proj_bias.to(wide)
-        d_norm_1 = (weights.in_proj * unit_gradient).sum(dim=0)
-        d_norm_1_bias = (d_bias[None] @ weights.in_proj.to(wide))[0]
-        d_in_proj = torch.addcmul(
+        unit_gradient, d_bias = in_proj_gradient(unit).to(wide), gradients["in_proj_bias"].to(wide)
+        gradients["norm_1"] = (weights.in_proj * unit_gradient).sum(dim=0)
+        gradients["norm_1_bias"] = (d_bias[None] @ weights.in_proj.to(wide))[0]
+        gradients["in_proj"] = torch.addcmul(
             d_bias[:, None] * weights.norm_1_bias.to(wide), unit_gradient, weights.norm_1.to(wide)
         )
+        return d_hidden, gradients
+    if len(d_projected) > 1:
+        d_normed = d_projected[1] @ weights.in_proj[W:]
+        d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
     else:
-        if len(d_projected) > 1:
-            d_normed = d_projected[1] @ weights.in_proj[W:]
-            d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
-        else:
-            d_normed = d_projected[0] @ weights.in_proj
-        d_norm = Gradients(
-            *add_layer_norm_backward(
-                d_normed, d_mid if query_rows is None else None, hidden, mean_1, rstd_1, weights.norm_1,
-                weights.norm_1_bias if needs.in_proj else None, True, needs.norm_1, needs.norm_1_bias,
-                False, cast if query_rows is None else None,
-            )
-        )  # fmt: skip
-        del d_normed
-        d_norm_1, d_norm_1_bias = d_norm.d_weight, d_norm.d_bias
-        if query_rows is None:
-            d_hidden = d_norm.d_x, d_norm.d_x if cast is None else d_norm.d_x_cast
-        else:
-            d_rows = d_norm.d_x.index_add_(0, query_rows, d_mid)
-            d_hidden = d_rows, d_rows.to(settings.dtype)
-        d_in_proj = in_proj_gradient(d_norm.normed) if needs.in_proj else None
-    return d_hidden, (
-        d_norm_1, d_norm_1_bias, d_in_proj, d_in_proj_bias, d_out_proj, d_out_proj_bias,
-        d_norm_2, d_norm_2_bias, d_fc, d_fc_bias, d_proj, d_proj_bias,
+        d_normed = d_projected[0] @ weights.in_proj
+    d_norm = Gradients(
+        *add_layer_norm_backward(
+            d_normed, d_mid if query_rows is None else None, hidden, mean_1, rstd_1, weights.norm_1,
+            weights.norm_1_bias if needs.in_proj else None, True, needs.norm_1, needs.norm_1_bias,
+            False, sums.partial, cast if query_rows is None else None,
+        )
     )  # fmt: skip
+    del d_normed
+    sums.add(d_norm.sums, norm_1=d_norm.d_weight, norm_1_bias=d_norm.d_bias)
+    sums.finish()
+    if query_rows is None:
+        d_hidden = d_norm.d_x, d_norm.d_x if cast is None else d_norm.d_x_cast
+    else:
+        d_rows = d_norm.d_x.index_add_(0, query_rows, d_mid)
+        d_hidden = d_rows, d_rows.to(settings.dtype)
+    if needs.in_proj:
+        gradients["in_proj"] = in_proj_gradient(d_norm.normed)
+    return d_hidden, gradients

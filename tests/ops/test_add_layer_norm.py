@@ -172,8 +172,8 @@ def test_backward_of_a_block(backend: Backend, rows, dtypes):
         hidden, normed, mean, rstd = operator(*case[:4], 1e-5, product)
         cast = None if stream == product else product
         saved = case.d_normed, case.d_hidden, hidden, mean, rstd, case.weight
-        found = Gradients(*add_layer_norm_backward(*saved, case.bias, True, True, True, True, cast))
-        plain = Gradients(*add_layer_norm_backward(*saved, None, True, True, True, False, None))
+        found = Gradients(*add_layer_norm_backward(*saved, case.bias, True, True, True, True, False, cast))
+        plain = Gradients(*add_layer_norm_backward(*saved, None, True, True, True, False, False, None))
     for name in ("d_x", "d_weight", "d_bias"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
     assert (found.d_x.dtype, found.normed.dtype, found.d_x_sum.dtype) == (stream, product, torch.float32)
@@ -315,10 +315,10 @@ def test_opcheck(backend: Backend):
         saved = (hidden if residual else case.x.detach(), mean, rstd, case.weight.detach())
         for needs in itertools.product([True, False], repeat=3):
             d_hidden = case.d_hidden.detach() if residual else None
-            rest = (None, *needs, False, None)
+            rest = (None, *needs, False, False, None)
             torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), d_hidden, *saved, *rest))
         torch.library.opcheck(operator, (case.x, None, None, None, 1e-5, torch.float16))
-    rest = (case.bias.detach(), True, True, True, True, torch.float16)
+    rest = (case.bias.detach(), True, True, True, True, False, torch.float16)
     torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), case.d_hidden.detach(), *saved, *rest))
 
 

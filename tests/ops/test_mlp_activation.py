@@ -219,7 +219,7 @@ def test_opcheck(backend: Backend):
         torch.library.opcheck(operator, (case.x, bias, KINDS.index("gelu")))
         saved = (case.d_out, case.x.detach(), None if bias is None else bias.detach(), KINDS.index("gelu"))
         for needs in itertools.product([True, False], [True, False] if bias is not None else [False], [True, False]):
-            torch.library.opcheck(mlp_activation_backward, (*saved, *needs))
+            torch.library.opcheck(mlp_activation_backward, (*saved, *needs, False))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,7 +229,7 @@ def test_backward_recomputes_the_result(backend: Backend, dtype, kind):
     case = make(70, 513, kind=kind, dtype=dtype, device=backend.device)
     out, d_x, d_bias = (x.detach() for x in run(mlp_activation, case))
     with torch.no_grad():
-        found = mlp_activation_backward(case.d_out, case.x, case.bias, KINDS.index(kind), True, True, True)
+        found = mlp_activation_backward(case.d_out, case.x, case.bias, KINDS.index(kind), True, True, True, False)
     assert torch.equal(found[0], d_x) and torch.equal(found[1], d_bias)
     torch.testing.assert_close(found[2], out, rtol=SLACK[dtype], atol=SLACK[dtype])
 
