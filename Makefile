@@ -47,10 +47,11 @@ sanitize: $(READY) ## Run the operators' tests on C++ kernels with AddressSaniti
 # SIMULATOR is the Python of an environment that has it; .venv may have an older one. Left out is what needs a driver
 # (torch.compile, autocast, and opcheck, which compiles), and what is meant to fail or fills memory as the simulator does.
 SIMULATOR ?= $(BIN)/python
+race: export SKIPKERNELS_CPP = 0
 race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(READY)) ## Run the Triton kernels in ttsem, which checks each access to memory and every pair of programs.
 	@$(SIMULATOR) -c 'import hypothesis, pytest, triton, ttsem' 2>/dev/null || { \
 	  echo "make race: $(SIMULATOR) has no ttsem, which needs Python 3.12 or later. In such an environment:"; \
-	  echo "    pip install ttsem torch triton pytest hypothesis safetensors"; \
+	  echo "    pip install -r tools/race-requirements.txt"; \
 	  echo "    make race SIMULATOR=/path/to/its/bin/python"; exit 2; }
 	$(SIMULATOR) -m ttsem.sanitize pytest tests/ops -k "simulator and not (opcheck or compile or autocast or refuse or written)" -q
 

@@ -18,9 +18,16 @@ import hypothesis
 import pytest
 
 import skipkernels.experiments  # noqa: F401  registers its methods and glyph-tiny
+from tests.ops.specialisations import (  # noqa: F401  hooks
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 # No deadline: cores may be busy. Derandomised: a failure is the same on every machine.
-hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=40)
+# On a GPU an example may compile kernels, a second each, where sizes have another divisibility.
+_EXAMPLES = 8 if torch.cuda.is_available() else 40
+hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=True, max_examples=_EXAMPLES)
 hypothesis.settings.load_profile("skipkernels")
 
 

@@ -15,6 +15,7 @@ import torch
 
 from skipkernels import _extension
 from skipkernels.ops import registration
+from tests.ops import specialisations
 
 
 class Backend(NamedTuple):
@@ -57,7 +58,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if chosen.name == "cpp" and _extension.load().path is None:
         pytest.skip(f"no C++ kernels: {_extension.load().reason}")
     if chosen.name in ("cpp", "gpu"):
-        yield chosen
+        with specialisations.recorded():
+            yield chosen
         return
     _extension.load()  # loading it later would override the implementation
     library = torch.library.Library(registration.NAMESPACE, "IMPL")
@@ -66,7 +68,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         for name, definition in registration.definitions.items():
             function = definition.fallback if chosen.name == "reference" else definition.launch
             library.impl(name, function, "CPU", allow_override=True)
-    with _device_assertions() if chosen.name == "interpreter" else contextlib.nullcontext():
+    with specialisations.recorded(), _device_assertions() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen
     library._destroy()
 
