@@ -106,7 +106,8 @@ class WarmupCommand:
         labels = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
         groups = mixed.parameter_groups(clip.parameter_groups(text_lr=0.0, image_lr=0.0))
         optimizer = sk.FusedSGD(groups, momentum=0.9, weight_decay=5e-4)
-        with Recorder(architecture) as recorder:
+        # Backward in this thread: the recorder sees the operators of one thread.
+        with torch.autograd.set_multithreading_enabled(False), Recorder(architecture) as recorder:
             for context in (contextlib.nullcontext, mixed.autocast):
                 with context():
                     features = clip.encode_lower(images)
