@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
 from bench.stand_in import meta_as_gpu
-from skipkernels.clip import graphed
+from skipkernels.clip import graphed, text_encoder
 from skipkernels.clip.snapshot import Snapshot
 
 CLASSES = 30
@@ -159,6 +159,20 @@ def test_a_move_carries_what_belongs_to_no_module():
         assert tensor.device.type == "meta"
     assert clip._text_encoder._rows.shape == rows.shape
     assert not clip._image_encoder.weights.content_changed()
+
+
+def test_text_cache_is_read_once_on_a_gpu(monkeypatch, tmp_path):
+    expected, clip = skip_clip(), skip_clip(text_cache=tmp_path)
+    x, labels = batches(clip, 1)[0]
+    monkeypatch.setattr(
+        text_encoder, "_fits_in_memory", lambda nbytes, device: nbytes == clip._text_encoder._store.nbytes
+    )
+    for _ in range(2):
+        loss = clip(x, labels).loss
+        monkeypatch.setattr(type(clip._text_encoder._store), "gather", lambda *_: 1 / 0)
+    assert loss.equal([expected(x, labels).loss for _ in range(2)][1])
+    clip.to("meta")
+    assert clip._text_encoder._rows.device.type == "meta"
 
 
 # ---- the twin on the CPU, and the captured path with a graph that calls the function again --------------------------
@@ -365,7 +379,7 @@ def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
 
     refused("SGD reads its learning rate on the host", torch.optim.SGD(groups))
     refused("AdamW is not capturable. Construct it with capturable=True", torch.optim.AdamW(groups))
-    refused("text_cache reads class ids", clip=skip_clip(text_cache=tmp_path))
+    refused("text_cache, as large as here", clip=skip_clip(text_cache=tmp_path))
     hooked = skip_clip()
     hooked.model.visual.ln_post.register_forward_hook(lambda *_: None)
     refused("visual.ln_post has hooks", clip=hooked)

@@ -74,7 +74,8 @@ class SkipCLIP(nn.Module):
             and for pooled tokens. "xformers": xformers for full and causal attention and behind the prefix, on a GPU
             only.
         text_cache: Folder that stores the text features at the cut, instead of memory, if there are very many classes.
-            The first process fills it while others wait. On a GPU each step then has a host sync to read class ids.
+            The first process fills it while others wait. A GPU holds up to 256 MiB of it; above that, each step has a
+            host sync to read class ids.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.

@@ -16,6 +16,8 @@ from ..towers import TextTower, evaluating
 from ..towers.structure import Structure, WeightSnapshot, called_modules
 from ..towers.text_store import TextStore, stored_prototypes
 
+_ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step waits: about 40,000 classes of ViT-B
+
 
 class TextEncoder:
     """Text tower of SkipCLIP.
@@ -69,19 +71,34 @@ class TextEncoder:
         if self._store is not None:
             if self.weights.changed():
                 self._check_store()
-            gather = self._store.gather
-        else:
-            if self._rows is None or self.weights.changed():
-                with torch.inference_mode(False), torch.no_grad():  # used beyond the caller's context
-                    self._rows = tower.prompts.pack(self.lower())
-                self.accept_weights()
-            gather = partial(self._rows.index_select, 0)
+        elif self._rows is None or self.weights.changed():
+            with torch.inference_mode(False), torch.no_grad():  # used beyond the caller's context
+                self._rows = tower.prompts.pack(self.lower())
+            self.accept_weights()
+        gather = self._gather()
 
         def encode(class_ids: Tensor) -> Tensor:
             selected = tower.prompts.select(class_ids)
             return tower.upper(gather(selected.row_numbers()), selected)
 
         return encode
+
+    def _gather(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from row numbers [R] to the features at the cut, [R, W]."""
+        if self.reads_store():
+            assert self._store is not None
+            return self._store.gather
+        if self._rows is None:
+            assert self._store is not None
+            with torch.inference_mode(False), torch.no_grad():
+                self._rows = self._store.gather(
+                    torch.arange(self.tower.prompts.row_count, device=self.tower.tokens.device)
+                )
+        return partial(self._rows.index_select, 0)
+
+    def reads_store(self) -> bool:
+        """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
+        return self._store is not None and not _fits_in_memory(self._store.nbytes, self.tower.tokens.device)
 
     def unit_embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [n, D] of classes (by default all), without gradient, in chunks."""
@@ -183,3 +200,7 @@ class TextEncoder:
                 )
         self.forget()
         self.see_called_modules()
+
+
+def _fits_in_memory(nbytes: int, device: torch.device) -> bool:
+    return device.type != "cpu" and nbytes <= _ROWS_ON_GPU

@@ -55,15 +55,18 @@ class TextStore:
         lower: Function that runs the blocks below the cut.
         chunk: Number of classes that run at once.
 
+    Attributes:
+        nbytes: Size of all rows.
+
     Raises:
         StoreError: If the folder holds another store.
     """
 
     def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
-        self._folder, self._device = absolute_folder(folder), text.tokens.device
+        self._folder = absolute_folder(folder)
         folder = self._folder
         self._fingerprint = _identity(text)
-        first = torch.zeros(1, dtype=torch.int64, device=self._device)
+        first = torch.zeros(1, dtype=torch.int64, device=text.tokens.device)
         hidden = lower(first)
         shape = 1, hidden.shape[-1]
         try:
@@ -77,6 +80,7 @@ class TextStore:
                 f"{folder}: holds a text_cache that differs in {error.difference}. {_remedy(folder)}"
             ) from None
         self._store = Store(folder)
+        self.nbytes = text.prompts.row_count * hidden.shape[-1] * hidden.element_size()
         self._probe(text.prompts.select(first), hidden)
 
     def _probe(self, selected: SelectedPrompts, hidden: Tensor) -> None:
@@ -104,8 +108,8 @@ class TextStore:
         )
 
     def gather(self, row_numbers: Tensor) -> Tensor:
-        """Gather rows [R, W] by index, on the device of the tower."""
-        return self._store.gather(row_numbers.cpu()).squeeze(1).to(self._device)
+        """Gather rows [R, W] by index, on the device of the index."""
+        return self._store.gather(row_numbers.cpu()).squeeze(1).to(row_numbers.device)
 
 
 def stored_prototypes(folder: Path, text: TextTower, encode: Callable[[Tensor], Tensor]) -> Tensor:

@@ -149,8 +149,8 @@ class ComputeOptions:
     attention: AttentionName = option("sdpa", methods="constructor", results=False)
     """Attention implementation. sdpa: PyTorch. xformers: on a GPU, if installed."""
     graph: bool = option(True, results=False)
-    """Run each step of skip as one CUDA graph on a GPU. Not with fp16, clip_grad_norm, xformers or --cache, nor with
-    optimizers that cannot be captured: sgd can."""
+    """Run each step of skip as one CUDA graph on a GPU. Not with fp16, clip_grad_norm or xformers, nor with optimizers
+    that cannot be captured: sgd can."""
 
 
 @dataclass(frozen=True)
