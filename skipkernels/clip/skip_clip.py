@@ -72,7 +72,7 @@ class SkipCLIP(nn.Module):
             "min".
         attention: Backend of attention. "sdpa": PyTorch, and operators of this package for texts behind a shared prefix
             and for pooled tokens. "xformers": xformers for full and causal attention and behind the prefix, on a GPU
-            only.
+            only, with a host sync in each step.
         text_cache: Folder that stores the text features at the cut, instead of memory, if there are very many classes.
             The first process fills it while others wait. A GPU holds up to 256 MiB of it; above that, each step has a
             host sync to read class ids.
