@@ -303,6 +303,17 @@ def test_graphed_equals_the_loop(path, kind):
     assert FakeGraph.replays == (8 - graphed.WARMUP + 3 if path == "captured" else 0)
 
 
+def test_graphed_follows_a_larger_batch(fake_cuda):
+    """It raises the number of kept classes for the rest of the run: the graph reads another table."""
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some, large = batches(ours.clip, 4), batches(ours.clip, 1, batch=20)
+    kept = []
+    for part in (some, large, some):
+        assert ours.train(part) == theirs.train(part)
+        kept.append(ours.clip.sampler.expected_keep(CLASSES, 4))
+    assert kept[0] < kept[1] == kept[2] and fake_cuda() == 2
+
+
 @pytest.mark.parametrize("kind", ["in_backward", "stochastic"])
 def test_graphed_resumes_within_an_epoch(path, kind):
     whole, cut = Run(kind, by_graph=True), Run(kind, by_graph=True)
