@@ -19,8 +19,8 @@ another version of Triton, registers and shared memory may grow by ALLOWANCE. It
 accesses local memory or has too many barriers in loops, and in the first call of an operator if loads are narrow or
 wait for each other too often.
 
-`--quick` takes only the first call of every operator: all kernels and dtypes, not all entries of the block tables. So
-do the targets that are not IN_TABLE.
+`--quick` takes only the first call of every operator: not all entries of the block tables, nor kernels for large sizes.
+So do the targets that are not IN_TABLE.
 """
 
 from __future__ import annotations
@@ -409,7 +409,7 @@ def main() -> None:
     rows = [result.row for result in results]
     problems += [problem for result in results for problem in problems_of(result)]
     everything = set(args.op) == set(OPERATORS) and set(args.dtype) >= set(DTYPES)
-    if everything:
+    if everything and not args.quick:
         problems += not_reached(jobs)
     if args.check:
         table = [row for row in read_table() if row.op in ops and row.target in args.target and row.dtype in args.dtype]

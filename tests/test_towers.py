@@ -19,7 +19,6 @@ from skipkernels.testing import relative_error, saved_bytes
 from skipkernels.towers.attention import SDPA, pooled, sequences
 from skipkernels.towers.families.open_clip import OpenClipTextTower
 from skipkernels.towers.fused_block import SAVED_WIDTHS, BlockSettings, Hidden, fused_block
-from skipkernels.towers.prompts import PackedPrompts
 
 N, TOKENS, W = 3, 5, 24
 
@@ -338,8 +337,8 @@ def test_prompts_share_prefix_and_are_packed():
     assert len(rows) == tower.prompts.row_count == prefix + int((tower.pooled + 1 - prefix).sum())
 
 
-def test_prompts_padded_equal_packed(monkeypatch):
-    """On a GPU suffixes are padded to the longest: the number of packed rows would take a host sync."""
+def test_prompts_with_rows_behind_equal_packed(monkeypatch):
+    """On a GPU there are as many rows as any K classes may have: their number would take a host sync."""
     model, tokens = tiny_clip(), tiny_tokens(9)
     tower = OpenClipTextTower(model, tokens)
     rows, ids = tower.prompts.pack(tower.embed(tower.tokens)), torch.tensor([1, 4, 8])
@@ -348,13 +347,44 @@ def test_prompts_padded_equal_packed(monkeypatch):
         selected = tower.prompts.select(class_ids)
         return tower.upper(rows[selected.row_numbers()], selected)
 
-    expected = upper(ids)
-    monkeypatch.setattr(PackedPrompts, "_packs", lambda self, device: False)
+    expected, exact = upper(ids), tower.prompts.select(ids)
+    monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device: False)
+    selected = tower.prompts.select(ids)
+    longest = tower.prompts.lengths.sort(descending=True).values[:3]
+    assert selected.row_count == tower.prompts.prefix_length + int(longest.sum()) > exact.row_count
     torch.testing.assert_close(upper(ids), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(upper(torch.arange(9)), torch.cat([upper(i) for i in torch.arange(9).split(1)]))
-    selected = tower.prompts.select(ids)
     part = selected.pack(tower.embed(tower.tokens[ids]))
+    assert torch.equal(part[: exact.row_count], exact.pack(tower.embed(tower.tokens[ids])))
     torch.testing.assert_close(tower.upper(part, selected), expected, rtol=1e-12, atol=1e-12)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1)
+    repeated = clip.encode_classes(torch.full((20,), 4))
+    torch.testing.assert_close(repeated, clip.encode_classes(torch.tensor([4])).expand(20, -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_step_with_rows_behind_has_same_gradients(monkeypatch, skip):
+    """Rows behind the last suffix repeat others; they have no gradient, also where the embedding trains (skip = 0)."""
+    images, labels = tiny_batch(3, 9)
+    found = []
+    for reads in (True, False):
+        monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device, reads=reads: reads)
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=skip, keep_ratio=0.4)
+        clip(images, labels).loss.backward()
+        found.append({name: p.grad for name, p in clip.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_layout_of_prompts_has_static_shapes():
+    """On the meta device, a shape that depends on data is an error."""
+    prompts_of_task = OpenClipTextTower(tiny_clip(), tiny_tokens(9)).prompts
+    prompts_of_task.apply(lambda x: x.to("meta"))
+    selected = prompts_of_task.select(torch.tensor([1, 4, 8], device="meta"))
+    rows = prompts_of_task.capacity(3)
+    assert selected.row_numbers().shape == (rows,) and selected.offsets.shape == (4,)
+    assert selected.pack(torch.zeros(3, 12, 8, device="meta")).shape == (rows, 8)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------

@@ -442,7 +442,7 @@ class SkipCLIP(nn.Module):
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to text embeddings [K, D], not normalised."""
         self._check_unaltered()
-        return self._text_encoder.encode(class_ids)
+        return self._text_encoder.encode(class_ids, exact=True)  # ids may repeat
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """Return `encode_lower` for another thread: copied modules in evaluation mode that share the weights."""

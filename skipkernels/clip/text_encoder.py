@@ -46,15 +46,16 @@ class TextEncoder:
 
     # ---- encoding ----------------------------------------------------------------------------------------------
 
-    def encode(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], not normalised."""
-        return self._cached_encoder()(class_ids) if self.tower.skip > 0 else self.encode_uncached(class_ids)
+    def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
+        """Class ids [K] to text embeddings [K, D], not normalised. With `exact` see `PackedPrompts.select`."""
+        encode = self._cached_encoder() if self.tower.skip > 0 else self.encode_uncached
+        return encode(class_ids, exact)
 
-    def encode_uncached(self, class_ids: Tensor) -> Tensor:
+    def encode_uncached(self, class_ids: Tensor, exact: bool = False) -> Tensor:
         """Encode class ids without the cached features."""
         tower = self.tower
         hidden = self.lower(class_ids) if tower.skip > 0 else tower.lower(tower.tokens[class_ids])
-        selected = tower.prompts.select(class_ids)
+        selected = tower.prompts.select(class_ids, exact=exact)
         return tower.upper(selected.pack(hidden), selected)
 
     def lower(self, class_ids: Tensor | None = None) -> Tensor:
@@ -64,7 +65,7 @@ class TextEncoder:
             lower_tokens = tokens.to(self.lower_device or tokens.device)
             return LSkipBoundary.apply(self.tower.lower, lower_tokens, self.chunk).to(tokens.device)
 
-    def _cached_encoder(self) -> Callable[[Tensor], Tensor]:
+    def _cached_encoder(self) -> Callable[..., Tensor]:
         """Return an encoder of class ids [K] that reads cached features, from memory or a folder."""
         tower = self.tower
         self._follow_called_modules()
@@ -77,8 +78,8 @@ class TextEncoder:
             self.accept_weights()
         gather = self._gather()
 
-        def encode(class_ids: Tensor) -> Tensor:
-            selected = tower.prompts.select(class_ids)
+        def encode(class_ids: Tensor, exact: bool = False) -> Tensor:
+            selected = tower.prompts.select(class_ids, exact=exact)
             return tower.upper(gather(selected.row_numbers()), selected)
 
         return encode

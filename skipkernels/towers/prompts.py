@@ -18,6 +18,11 @@ def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool 
     return max(min(int(same), int(pooled.min()) - excludes_self), 0)
 
 
+def reads_row_counts(device: torch.device) -> bool:
+    """Return True if the number of packed rows of a step is read on the host: on a GPU that would be a host sync."""
+    return device.type == "cpu"
+
+
 class PackedPrompts:
     """Prompts of all classes, and the layout of their hidden states as rows [R, W].
 
@@ -35,6 +40,12 @@ class PackedPrompts:
         lengths: int64 [C], number of rows of each suffix.
         max_length: S, the largest of them.
         row_count: R.
+        same_length: True if all suffixes have S rows.
+        segments: int64 [C + 2, 2], number of rows and the row behind the last, of each suffix, then of the prefix, then
+            of an empty segment.
+        prefix_segment: int64 [1], index of the prefix in `segments`.
+        empty_segment: int64 [1], index of the empty segment.
+        positions: int64 [R], 0 to R − 1.
     """
 
     def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
@@ -44,70 +55,80 @@ class PackedPrompts:
         self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)
         self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
-        self._same_length = bool((self.lengths == self.max_length).all())
+        self.same_length = bool((self.lengths == self.max_length).all())
+        self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
+        prefix_and_empty = self.lengths.new_tensor([[prefix_length, prefix_length], [0, 0]])
+        self.segments = torch.cat([torch.stack([self.lengths, self.starts + self.lengths], dim=1), prefix_and_empty])
+        self.prefix_segment, self.empty_segment = self.lengths.new_tensor([len(pooled), len(pooled) + 1]).split(1)
+        self.positions = torch.arange(self.row_count, device=tokens.device)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, such as a move to a device, to every tensor."""
-        self.tokens, self.pooled = fn(self.tokens), fn(self.pooled)
-        self.lengths, self.starts = fn(self.lengths), fn(self.starts)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, fn(value))
 
-    def _packs(self, device: torch.device) -> bool:
-        """Return True if the suffixes of a step are packed on this device.
-
-        On a GPU they are padded to the longest of all classes: the number of packed rows would need a host sync.
-        """
-        return device.type == "cpu" and not self._same_length
+    def capacity(self, classes: int) -> int:
+        """Largest number of rows of a number of different classes."""
+        return self._capacities[classes]
 
     def pack(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
         """Pack hidden states [K, L, W] of `class_ids` (default: all classes) into rows."""
-        return _pack(hidden, self, self.lengths if class_ids is None else self.lengths[class_ids])
+        if class_ids is None:
+            class_ids = torch.arange(len(self.tokens), device=self.tokens.device)
+        return self.select(class_ids, exact=True).pack(hidden)
 
-    def select(self, class_ids: Tensor) -> SelectedPrompts:
-        """Return the layout of the prompts of `class_ids` [K] in a step."""
-        return SelectedPrompts(self, class_ids)
+    def select(self, class_ids: Tensor, *, exact: bool = False) -> SelectedPrompts:
+        """Return the layout of the prompts of `class_ids` [K] in a step.
+
+        With `exact` no row follows the last suffix, and ids may repeat; on a GPU that is a host sync.
+        """
+        return SelectedPrompts(self, class_ids, exact or self.same_length or reads_row_counts(class_ids.device))
 
 
 class SelectedPrompts:
-    """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, packed or padded.
+    """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, one after the other.
+
+    Rows may follow the last suffix: on a GPU there are as many as any K classes may have, since their number would need
+    a host sync. They repeat other rows; attention neither reads them nor gives them a gradient.
 
     Attributes:
         class_ids: int64 [K].
-        offsets: int64 [K + 1], start of each packed suffix, counted behind the prefix; None if each is padded to S
-            rows. A pooled token does not see the padding behind it.
+        offsets: int64 [K + 1], start of each suffix, counted behind the prefix; None if all have the same length.
         ends: int64 [K], rows of the pooled tokens.
+        row_count: R.
     """
 
-    def __init__(self, prompts: PackedPrompts, class_ids: Tensor):
+    def __init__(self, prompts: PackedPrompts, class_ids: Tensor, exact: bool):
         self._prompts, self.class_ids = prompts, class_ids
-        self._lengths = self.offsets = None
-        if prompts._packs(class_ids.device):
-            self._lengths = prompts.lengths[class_ids]
-            ends = self._lengths.cumsum(0)
-            self.offsets, self.ends = torch.cat([ends.new_zeros(1), ends]), prompts.prefix_length - 1 + ends
+        P, K = prompts.prefix_length, len(class_ids)
+        segments = torch.cat([prompts.prefix_segment, class_ids, prompts.empty_segment])  # [K + 2]
+        self._lengths, stops = prompts.segments[segments].unbind(1)
+        ends = self._lengths.cumsum(0)
+        self._ends, self._shifts = ends, stops - ends
+        self.offsets = None if prompts.same_length else ends[:-1] - P
+        self.ends = ends[1:-1] - 1 if P else ends[:-2] + prompts.pooled[class_ids]
+        if prompts.same_length:
+            self.row_count = P + K * prompts.max_length
         else:
-            first_rows = prompts.max_length * torch.arange(len(class_ids), device=class_ids.device)
-            self.ends = first_rows + prompts.pooled[class_ids]
+            self.row_count = int(ends[-1]) if exact else prompts.capacity(K)
 
     def row_numbers(self) -> Tensor:
         """Indices of these rows among the rows of all classes, int64 [R]."""
-        device, positions = self.class_ids.device, torch.arange(self._prompts.max_length, device=self.class_ids.device)
-        rows = self._prompts.starts[self.class_ids][:, None] + positions
-        if self._lengths is not None:
-            rows = rows[positions < self._lengths[:, None]]
-        else:  # padding is the next suffix; for the last suffix, its last row again
-            rows = rows.clamp(max=self._prompts.row_count - 1).flatten()
-        return torch.cat([torch.arange(self._prompts.prefix_length, device=device), rows])
+        return self._shifted(self._shifts)
 
     def pack(self, hidden: Tensor) -> Tensor:
         """Pack hidden states [K, L, W] of these prompts into rows."""
-        return _pack(hidden, self._prompts, self._lengths)
+        P, (K, L, _) = self._prompts.prefix_length, hidden.shape
+        if not P:
+            return hidden.flatten(0, 1)
+        stops = self._lengths + P + L * torch.arange(-1, K + 1, device=hidden.device)
+        stops[0], stops[-1] = P, 0
+        return hidden.flatten(0, 1).index_select(0, self._shifted(stops - self._ends))
 
-
-def _pack(hidden: Tensor, prompts: PackedPrompts, lengths: Tensor | None) -> Tensor:
-    """Pack hidden states [K, L, W] into rows. Suffixes have `lengths` [K] or, if None, are padded to the longest."""
-    if not prompts.prefix_length:
-        return hidden.flatten(0, 1)
-    prefix, suffixes = hidden[0, : prompts.prefix_length], hidden[:, prompts.prefix_length :][:, : prompts.max_length]
-    if lengths is None:
-        return torch.cat([prefix, suffixes.flatten(0, 1)])
-    return torch.cat([prefix, suffixes[torch.arange(prompts.max_length, device=hidden.device) < lengths[:, None]]])
+    def _shifted(self, shifts: Tensor) -> Tensor:
+        """Row numbers 0 to R − 1, each plus the shift of its segment."""
+        rows = self._prompts.positions[: self.row_count]
+        if len(rows) < self.row_count:  # ids that repeat
+            rows = torch.arange(self.row_count, device=rows.device)
+        return rows + shifts[torch.searchsorted(self._ends[:-1], rows, right=True)]

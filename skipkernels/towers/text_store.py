@@ -81,7 +81,7 @@ class TextStore:
             ) from None
         self._store = Store(folder)
         self.nbytes = text.prompts.row_count * hidden.shape[-1] * hidden.element_size()
-        self._probe(text.prompts.select(first), hidden)
+        self._probe(text.prompts.select(first, exact=True), hidden)
 
     def _probe(self, selected: SelectedPrompts, hidden: Tensor) -> None:
         """Refuse a model that computes other rows from the same weights."""
