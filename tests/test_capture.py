@@ -82,9 +82,9 @@ def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, 
 
 def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything outside a step that its kernels read."""
-    prompts, table = clip._text.prompts, clip.sampler._table
+    table = clip.sampler._table
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
-    found |= {name: getattr(prompts, name) for name in ("tokens", "pooled", "lengths", "starts")}
+    found |= clip._text.prompts.tensors()
     found |= {"prototypes": clip.prototypes, "table": table.rows, "counter": table.counter}
     if clip.skip_layers[1]:
         found["rows"] = clip._text_encoder._rows
@@ -153,9 +153,8 @@ def test_a_move_carries_what_belongs_to_no_module():
     rows = clip._text_encoder._rows
     assert rows is not None
     clip.to("meta")
-    prompts = clip._text.prompts
-    for tensor in (clip.prototypes, clip._text_encoder._rows, prompts.tokens, prompts.pooled, prompts.lengths,
-                   prompts.starts, *clip._image.head[1].parameters(), clip._image.head[2]):  # fmt: skip
+    prompts, head = clip._text.prompts.tensors().values(), clip._image.head
+    for tensor in (clip.prototypes, clip._text_encoder._rows, *prompts, *head[1].parameters(), head[2]):
         assert tensor.device.type == "meta"
     assert clip._text_encoder._rows.shape == rows.shape
     assert not clip._image_encoder.weights.content_changed()

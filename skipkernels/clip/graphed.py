@@ -302,10 +302,10 @@ class _Frozen:
         self._seen = self._state()
 
     def _state(self) -> list[Any]:
-        clip, prompts, table = self._clip, self._clip._text.prompts, self._clip.sampler._table
+        clip, table = self._clip, self._clip.sampler._table
         assert table is not None
-        beside = (clip.prototypes, clip._text_encoder._rows, prompts.tokens, prompts.pooled, prompts.lengths,
-                  prompts.starts, table.rows, table.counter)  # fmt: skip
+        prompts = clip._text.prompts.tensors().values()
+        beside = clip.prototypes, clip._text_encoder._rows, *prompts, table.rows, table.counter
         return [
             list(map(id, beside)),
             [None if x is None else x.data_ptr() for x in beside],

@@ -22,7 +22,7 @@ from ..options import Memory
 from ..store import digest_tensors
 from . import attention
 from .eligibility import why_weights_not_fusable
-from .fused_block import SAVED_WIDTHS, BlockSettings, FusableBlock, Hidden, fused_block
+from .fused_block import CAST_BYTES, SAVED_WIDTHS, BlockSettings, FusableBlock, Hidden, fused_block
 from .modes import evaluating, updates_statistics
 from .reductions import Reduction
 
@@ -278,7 +278,10 @@ class Tower(ABC):
             return False
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"
-        saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS * (len(self.blocks) - self.skip)
+        saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
+        if torch.is_autocast_enabled(hidden.device.type):
+            saved += CAST_BYTES * hidden.shape[-1] ** 2
+        saved *= len(self.blocks) - self.skip
         if hidden.device.type == "cpu":
             return saved > free_bytes(hidden.device) / 2
         # On a GPU the number of rows never changes within a run, and a captured graph must not ask the driver.

@@ -36,6 +36,7 @@ from ..ops.mlp_activation import KINDS, mlp_activation, mlp_activation_backward
 from ..ops.row_sums import MAX_ROWS, column_sums
 
 SAVED_WIDTHS = 11  # upper bound of the values saved per token, in multiples of W, for an MLP of width 4·W
+CAST_BYTES = 24  # size of the copies of the weights in 16 bits, in multiples of W²
 
 PRODUCTS = ("in_proj", "in_proj_bias", "out_proj", "out_proj_bias", "fc", "proj", "proj_bias")
 """Fields of `BlockWeights` that are in the dtype of the products. The operators upcast the others."""

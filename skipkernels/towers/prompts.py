@@ -64,9 +64,12 @@ class PackedPrompts:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, such as a move to a device, to every tensor."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, fn(value))
+        for name, value in self.tensors().items():
+            setattr(self, name, fn(value))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def capacity(self, classes: int) -> int:
         """Largest number of rows of a number of different classes."""
