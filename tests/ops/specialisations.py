@@ -12,9 +12,9 @@ import torch
 
 from skipkernels.ops import launching
 
-# Of the tests on the interpreter, in two dtypes. Each is about a second of compilation in `pytest -m gpu`: if a test
+# Of the tests on the interpreter, in two dtypes; 991 were counted. Each is about a second of compilation: if a test
 # needs many more, give it fewer classes of sizes.
-MOST = 2000
+MOST = 1050
 
 found: set[str] = set()
 
