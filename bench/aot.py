@@ -74,7 +74,6 @@ WIDE = 128
 NARROW = {
     "_class_sampled_ce_fwd_combine_kernel": 64,  # partial results of one image, fp64
     "_class_sampled_ce_bwd_scale_kernel": 32,  # one number per image
-    "_sgd_momentum_kernel": 64,  # bf16 weights beside fp32 buffers, four elements per thread
 }
 # Rounds of dependent loads of a kernel in a typical step: 40 · 450 cycles are 10 µs at 1.755 GHz (H100), as long as a
 # whole launch-bound kernel. Exceptions, which are to be replaced (they loop over the batch or over the head):

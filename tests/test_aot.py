@@ -124,7 +124,7 @@ ROW = aot.Row(
         ({"loop_barriers": 33}, "has 33 barriers in loops; at most 32"),
         ({"load_bits": 64}, None),  # as wide as needed with 64 threads per warp
         ({"load_bits": 64, "target": "sm_90"}, "the widest load has 64 bits, not 128"),
-        ({"load_bits": 64, "target": "sm_90", "kernel": "_sgd_momentum_kernel"}, None),
+        ({"load_bits": 64, "target": "sm_90", "kernel": "_class_sampled_ce_fwd_combine_kernel"}, None),
         ({"rounds": 41}, "waits for 41 rounds of loads (18,450 cycles); at most 40"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
