@@ -222,6 +222,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     FakeGraph.replays = 0
@@ -363,6 +364,19 @@ def test_graphed_captures_again_after_a_change(fake_cuda, change):
         change(run)
     assert ours.train(some) == theirs.train(some)
     assert fake_cuda() == 2 + 2, "three more steps one by one, before the next capture"
+
+
+def test_graphed_runs_hooks_of_called_modules(path):
+    """Those of a head, which SkipCLIP calls: in each step, not at the capture only."""
+    run, calls = Run("in_step", by_graph=True), []
+    some = batches(run.clip, 5)
+    run.train(some)
+    handle = run.clip.model.visual.ln_post.register_forward_hook(lambda *_: calls.append(1))
+    run.train(some)
+    assert len(calls) == 5
+    handle.remove()
+    run.train(some)
+    assert len(calls) == 5
 
 
 def test_graphed_notices_an_altered_block(path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,7 +50,7 @@ class GraphedStep:
     between calls too. Each call compares the model, the optimizer and the autocast settings with those that were
     captured, on the host and without a host sync: a model that was altered raises an error as in `SkipCLIP`, and
     whatever else a graph would not follow (another `requires_grad`, a moved or replaced tensor, another weight decay)
-    is captured again after three more steps.
+    is captured again after three more steps. With a hook added later, steps run one by one.
 
     The result of a replay is in buffers that the next call overwrites: read them, or copy what is kept, before it. Its
     tensors are detached. Random numbers of a model with dropout are those of the captured graph, which differ from
@@ -93,7 +95,7 @@ class GraphedStep:
             reason = why_not_capturable(clip, optimizer)
             if reason is not None:
                 raise ValueError(f"graphed: this step cannot be captured: {reason} Or run the steps one by one.")
-        optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
+        optimizer.register_load_state_dict_post_hook(partial(_reset, weakref.ref(self)))
 
     def _captures(self) -> bool:
         return self._clip.prototypes.device.type == "cuda"
@@ -130,7 +132,8 @@ class GraphedStep:
             )
         clip.sampler.reserve(device, len(clip.prototypes), len(x))
         try:
-            return self._run(x, labels, (x.shape, x.dtype, autocast))
+            with torch.cuda.device(device):
+                return self._run(x, labels, (x.shape, x.dtype, autocast))
         except BaseException:
             clip.sampler.discard_reserved()
             raise
@@ -142,7 +145,8 @@ class GraphedStep:
             self.reset()
             captured = None
         if captured is None:
-            if len(x) != self._batch_size or self._warm.get(key, 0) < WARMUP:
+            ready = len(x) == self._batch_size and self._warm.get(key, 0) >= WARMUP
+            if not ready or why_not_capturable(self._clip, self._optimizer) is not None:
                 self._warm[key] = self._warm.get(key, 0) + 1
                 return self._on_stream(x, labels)
             captured = self._captured[key] = self._capture(x, labels)
@@ -203,7 +207,7 @@ class GraphedStep:
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 continue
-            rate, copied = self._rates.get(number) or (torch.empty((), device=self._clip.prototypes.device), None)
+            rate, copied = self._rates.get(number) or (_rate_on(self._clip.prototypes.device), None)
             if copied != lr:
                 rate.fill_(lr)
                 self._rates[number] = rate, lr
@@ -220,6 +224,17 @@ class GraphedStep:
         finally:
             for group, lr in numbers:
                 group["lr"] = lr
+
+
+def _rate_on(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.float32, device=device)  # the dtype that SGD(fused=True) reads
+
+
+def _reset(step: weakref.ref[GraphedStep], _: torch.optim.Optimizer) -> None:
+    """Drop the graphs of a step, which the optimizer must not keep alive: loaded state is in other tensors."""
+    graphed = step()
+    if graphed is not None:
+        graphed.reset()
 
 
 def record(step: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any, SkipOutput]:

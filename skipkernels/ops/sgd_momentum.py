@@ -186,25 +186,27 @@ def _launch_alike(
     weight, grad, momentum_buffer, _ = tensors[0]
     device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
     rows: list[int] = []
-    programs: list[int] = []
+    programs: list[int] = []  # of each tensor
+    begin = 0
     grad_addresses: list[int] = []
-    for number, x in enumerate(tensors):
+    for x in tensors:
         first = 0 if seed is None else x.first
         addresses = x.weight.data_ptr(), x.momentum_buffer.data_ptr()
         grad_addresses.append(x.grad.data_ptr())
         numel = x.weight.numel()
         vectorised = all(n % 16 == 0 for n in (*addresses, grad_addresses[-1], numel)) and first % lanes == 0
-        rows += (*addresses, numel, first, len(programs), vectorised)
-        programs += [number] * triton.cdiv(first % lanes + numel, BLOCK)
+        rows += (*addresses, numel, first, begin, vectorised)
+        programs.append(triton.cdiv(first % lanes + numel, BLOCK))
+        begin += programs[-1]
     launch(
         _sgd_momentum_kernel,
-        (len(programs),),
+        (begin,),
         device=device,
         num_warps=NUM_WARPS,
         fp_fusion=False,
         tensors_ptr=_table(rows, device),
         grads_ptr=_table(grad_addresses, device),
-        programs_ptr=_table(programs, device),
+        programs_ptr=_table(programs, device, repeat=True),
         lr_ptr=lr,
         seed_ptr=seed,
         momentum=momentum,
@@ -219,17 +221,22 @@ def _launch_alike(
     )
 
 
-_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+_tables: dict[tuple[torch.device, bool, tuple[int, ...]], Tensor] = {}
 _of_graphs: list[Tensor] = []  # tables that captured graphs read: never freed
 _pinned: dict[torch.device, Tensor] = {}  # what is left of the pinned memory for them
 
 
-def _table(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Return int64 numbers on a device; numbers that are not there yet are copied without a host sync."""
-    key = device, tuple(numbers)
+def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
+    """Return int64 numbers on a device or, if `repeat`, the index of each number as often as the number says.
+
+    Numbers that are not there yet are copied without a host sync.
+    """
+    key = device, repeat, tuple(numbers)
     table, captures = _tables.get(key), device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if table is None:
         table = torch.tensor(numbers, dtype=torch.int64)
+        if repeat:
+            table = torch.arange(len(table)).repeat_interleave(table)
         if device.type != "cpu":
             source = _in_pinned_memory(table, captures) if device.type == "cuda" else table
             table = torch.empty_like(table, device=device).copy_(source, non_blocking=True)

@@ -162,6 +162,19 @@ def test_one_launch_for_a_list(monkeypatch):
     assert rows[3, 5], "1,024 elements are vectorised"
 
 
+def test_tables_of_graphs_keep_their_memory(monkeypatch):
+    """Each replay copies from the pinned memory again, so no two tables share it."""
+    memory = torch.full((8,), -1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(sgd_momentum_module, "_pinned", {torch.device("cuda", 0): memory})
+    monkeypatch.setattr(sgd_momentum_module, "_of_graphs", [])
+    pinned = [sgd_momentum_module._in_pinned_memory(torch.arange(n), captures=True) for n in (3, 4, 2)]
+    assert memory.tolist() == [0, 1, 2, 0, 1, 2, 3, -1]
+    assert [x.tolist() for x in pinned] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
+    assert sgd_momentum_module._of_graphs[0] is pinned[2], "without room it has memory of its own"
+
+
 def test_one_tensor_needs_no_list(backend):
     ours = State([(5, 7)], torch.float32, device=backend.device)
     theirs = ours.clone()
