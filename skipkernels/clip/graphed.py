@@ -244,6 +244,7 @@ def record(step: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any,
     """
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
