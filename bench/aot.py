@@ -76,9 +76,8 @@ NARROW = {
     "_class_sampled_ce_bwd_scale_kernel": 32,  # one number per image
 }
 # Rounds of dependent loads of a kernel in a typical step: 40 · 450 cycles are 10 µs at 1.755 GHz (H100), as long as a
-# whole launch-bound kernel. Exceptions, which are to be replaced (they loop over the batch or over the head):
+# whole launch-bound kernel.
 MOST_ROUNDS = 40
-SERIAL = {"_suffix_attention_bwd_prefix_kernel": 400, "_suffix_attention_bwd_query_kernel": 50}
 # Barriers in loops, each instruction once: a reduction or a matrix product needs two, so that this is the number for
 # about sixteen in one loop.
 MOST_LOOP_BARRIERS = 32
@@ -313,9 +312,9 @@ def problems_of(result: Result) -> Iterator[str]:
         yield f"{row.name} has {row.loop_barriers} barriers in loops; at most {MOST_LOOP_BARRIERS} are allowed"
     if result.typical and limits.backend == "cuda" and 0 < row.load_bits < NARROW.get(row.kernel, WIDE):
         yield f"{row.name}: the widest load has {row.load_bits} bits, not {NARROW.get(row.kernel, WIDE)}"
-    if result.typical and row.rounds > (most := SERIAL.get(row.kernel, MOST_ROUNDS)):
+    if result.typical and row.rounds > MOST_ROUNDS:
         cycles = row.rounds * machine_code.LATENCY
-        yield f"{row.name} waits for {row.rounds} rounds of loads ({cycles:,} cycles); at most {most} are allowed"
+        yield f"{row.name} waits for {row.rounds} rounds of loads ({cycles:,} cycles); at most {MOST_ROUNDS} are allowed"
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
@@ -344,7 +343,7 @@ def not_reached(jobs: Sequence[Job]) -> Iterator[str]:
     for path, name in kernels.items():
         if name not in reached:
             yield f"{path} is reached by no call in bench/launches.py"
-    for name in (NARROW | SERIAL).keys() - kernels.values():
+    for name in NARROW.keys() - kernels.values():
         yield f"bench/aot.py makes an exception of {name}, which does not exist"
 
 

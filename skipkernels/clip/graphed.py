@@ -89,6 +89,7 @@ class GraphedStep:
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}
         self._rates: dict[int, tuple[Tensor, float]] = {}  # of groups of PyTorch's optimizers: tensor, number in it
+        self._one: Tensor | None = None  # gradient of the loss
         self._stream: Any = None
         self._pool: Any = None
         if self._captures():
@@ -165,7 +166,9 @@ class GraphedStep:
         device_type = out.loss.device.type
         enabled = device_type != "meta" and torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext():
-            out.loss.backward()
+            if self._one is None or self._one.device != out.loss.device or self._one.dtype != out.loss.dtype:
+                self._one = torch.ones_like(out.loss)
+            out.loss.backward(self._one)
             self._optimizer.step()
         self._optimizer.zero_grad()
         if enabled:  # within the caller's autocast; casts of the weights before the update would be used again
