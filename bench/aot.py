@@ -314,7 +314,8 @@ def problems_of(result: Result) -> Iterator[str]:
         yield f"{row.name}: the widest load has {row.load_bits} bits, not {NARROW.get(row.kernel, WIDE)}"
     if result.typical and row.rounds > MOST_ROUNDS:
         cycles = row.rounds * machine_code.LATENCY
-        yield f"{row.name} waits for {row.rounds} rounds of loads ({cycles:,} cycles); at most {MOST_ROUNDS} are allowed"
+        rounds = f"{row.rounds} rounds of loads ({cycles:,} cycles)"
+        yield f"{row.name} waits for {rounds}; at most {MOST_ROUNDS} are allowed"
 
 
 def worse_than(committed: Row, row: Row) -> Iterator[str]:
