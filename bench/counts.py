@@ -3,6 +3,7 @@
     python -m bench.counts                     count all and write bench/results/counts.csv
     python -m bench.counts --check             count all and compare with the table; write nothing
     python -m bench.counts --check --model glyph-tiny
+    python -m bench.counts --estimate          time of the steps in the table on an H100; nothing has run on one
 
 For training steps of SkipCLIP, the published step, and `predict` from features after the weights have changed:
 
@@ -11,6 +12,7 @@ For training steps of SkipCLIP, the published step, and `predict` from features 
     gradient_bytes     peak bytes of leaf gradients during backward
     calls              PyTorch operators that would launch a kernel on a GPU, and our operators
     launches           PyTorch operators, and the kernels that our Triton launchers would launch
+    triton             those of our launchers
     waits              host syncs: a value is read, or a shape depends on values
 
 Matrix products return zeros and are not computed, since the counts depend on shapes only. All scores are then equal and
@@ -55,7 +57,7 @@ from .stand_in import meta_as_gpu
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"
 ALLOWANCE = 1.05  # for another version of torch, which may split an operator into others
-COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "waits")
+COUNTS = ("flops", "saved_bytes", "gradient_bytes", "calls", "launches", "triton", "waits")
 STEP, PREDICT, PUBLISHED = "SkipCLIP, step", "SkipCLIP, predict", "published, step"
 SGD, IN_BACKWARD, TORCH_SGD = "FusedSGD", "FusedSGD in backward", "torch.optim.SGD"
 BATCH = 4
@@ -90,6 +92,7 @@ class Row(NamedTuple):
     gradient_bytes: int
     calls: int
     launches: int
+    triton: int
     waits: int
     torch: str
 
@@ -185,8 +188,9 @@ def counts_of(function: Callable[[], Any], *, gpu: bool = False) -> dict[str, in
             function()
 
     flops = flops_of(counted)
-    launches = calls.torch + sum(launches_of(op, arguments) for op, arguments in calls.ours)
-    return {"flops": flops, "calls": calls.torch + len(calls.ours), "launches": launches, "waits": calls.waits}
+    triton = sum(launches_of(op, arguments) for op, arguments in calls.ours)
+    counts = {"calls": calls.torch + len(calls.ours), "launches": calls.torch + triton, "triton": triton}
+    return {"flops": flops, **counts, "waits": calls.waits}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ def _on_a_gpu(clip: sk.SkipCLIP, features: Tensor, labels: Tensor, precision: st
     with meta_as_gpu():
         counts_of(run, gpu=True)  # makes momentum buffers, and tables of addresses of the update
         counts = counts_of(run, gpu=True)
-    return {name: counts[name] for name in ("calls", "launches", "waits")}
+    return {name: counts[name] for name in ("calls", "launches", "triton", "waits")}
 
 
 def _predict(clip: sk.SkipCLIP, features: Tensor, precision: str) -> dict[str, int]:
@@ -327,11 +331,47 @@ def write_table(rows: Sequence[Row]) -> None:
     tables.write(TABLE, rows)
 
 
+# ---- estimate --------------------------------------------------------------------------------------------------------
+
+# H100 SXM, from its data sheet: FLOP/s of dense products in fp32 and bf16, bytes/s of its memory.
+_FLOPS, _BYTES = {"fp32": 67e12, "bf16": 989e12}, 3.35e12
+# Seconds of the host for a call of PyTorch and for a Triton launch with some twenty arguments: assumed, typical values.
+_ATEN, _TRITON = 5e-6, 12e-6
+# Seconds of a short kernel in a replayed graph. Source: Gray, "Getting Started with CUDA Graphs", NVIDIA, 2019.
+_NODE = 3.4e-6
+# Times that a step reads or writes each gradient (written once, and read by the update, which reads and writes weight
+# and momentum), and each saved byte.
+_GRADIENT_PASSES, _SAVED_PASSES = 6, 2
+
+
+def estimate(row: Row) -> dict[str, float]:
+    """Milliseconds of a step on an H100: its arithmetic and bytes, the host's launches, and a replay at most."""
+    moved = _GRADIENT_PASSES * row.gradient_bytes + _SAVED_PASSES * row.saved_bytes
+    floor = row.flops / _FLOPS[row.precision] + moved / _BYTES
+    host = (row.launches - row.triton) * _ATEN + row.triton * _TRITON
+    return {"floor": 1e3 * floor, "host": 1e3 * host, "replay": 1e3 * (floor + row.launches * _NODE)}
+
+
+def show_estimates(rows: Sequence[Row]) -> None:
+    """Print the estimates of steps: one by one a step takes the larger of floor and host, a replay at most `replay`."""
+    steps = [row for row in rows if row.gradient_bytes]
+    columns = ("what", "model", "C", "precision", "memory", "optimizer", "launches")
+    lines = [
+        [*(getattr(row, name) for name in columns), *(f"{x:.2f}" for x in estimate(row).values())] for row in steps
+    ]
+    title = "Estimated milliseconds on an H100 (not measured: no GPU has run it)"
+    tables.show((*columns, "floor", "host", "replay"), lines, title)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
+    parser.add_argument("--estimate", action="store_true", help="estimate times from the table")
     args = parser.parse_args(arguments)
+    if args.estimate:
+        show_estimates(read_table())
+        return
     if not launching.installed:
         parser.error("Triton is not installed, and its launches are counted: pip install triton")
     measure.keep_freed_memory()  # else half of the time is the system clearing pages

@@ -64,7 +64,9 @@ def test_products_return_zeros_of_their_shape():
 
 def test_counts_of_calls_launches_and_flops():
     a, b = torch.randn(2, 3), torch.randn(3, 5)
-    assert counts.counts_of(lambda: (a @ b).relu().T) == {"flops": 60, "calls": 2, "launches": 2, "waits": 0}
+    assert counts.counts_of(lambda: (a @ b).relu().T) == {
+        "flops": 60, "calls": 2, "launches": 2, "triton": 0, "waits": 0
+    }  # fmt: skip
     image, text = torch.randn(2, 8), torch.randn(3, 8)
     found = counts.counts_of(lambda: functional.class_scores(image, text, torch.tensor([0, 1])))
     assert (found["flops"], found["waits"]) == (96, 0)
@@ -105,6 +107,7 @@ ROW = counts.Row(
     gradient_bytes=3000,
     calls=400,
     launches=500,
+    triton=80,
     waits=2,
     torch="2.13",
 )
@@ -132,6 +135,11 @@ ROW = counts.Row(
 def test_compare_finds_larger_counts(changes, problem):
     found = list(counts.compare([ROW._replace(**changes)], [ROW]))
     assert (problem is None and not found) or problem in found[0]
+
+
+def test_estimate_of_a_step():
+    row = ROW._replace(flops=989 * 10**9, saved_bytes=0, gradient_bytes=335 * 10**6, launches=100, triton=50)
+    assert counts.estimate(row) == pytest.approx({"floor": 1.6, "host": 0.85, "replay": 1.94})
 
 
 def test_compare_finds_a_stale_row():

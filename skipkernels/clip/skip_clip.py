@@ -148,7 +148,7 @@ class SkipCLIP(nn.Module):
                 with evaluating([model]):
                     folder = None if text_cache is None else Path(text_cache)
                     if folder is not None:
-                        self._text_encoder.keep_in(folder)
+                        self._text_encoder.use_folder(folder)
                     # Not persistent: `get_extra_state` holds them.
                     self.register_buffer("prototypes", self._text_encoder.prototypes(folder), persistent=False)
                 verify(model, self._image_encoder, self._text_encoder, self._tokens)
@@ -466,7 +466,7 @@ class SkipCLIP(nn.Module):
         image, text = build_towers(self.model, self._tokens.to(device).long())
         self._set_up(image, text)
         self._image_encoder.tower = image
-        self._text_encoder.take(text)
+        self._text_encoder.replace_tower(text)
         with torch.autocast(device.type, enabled=False):
             verify(self.model, self._image_encoder, self._text_encoder, self._tokens)
         self._take_over(self._image_encoder.lower_device)

@@ -126,7 +126,7 @@ class TextEncoder:
 
     # ---- folder ------------------------------------------------------------------------------------------------
 
-    def keep_in(self, folder: Path) -> None:
+    def use_folder(self, folder: Path) -> None:
         """Cache the features at the cut in a folder instead of in memory."""
         if self.tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
@@ -146,15 +146,15 @@ class TextEncoder:
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
-    def take(self, tower: TextTower) -> None:
+    def replace_tower(self, tower: TextTower) -> None:
         """Replace the tower by one that was read again and cut."""
         self.tower = tower
-        self.forget()
+        self.drop_cached()
         self.see_called_modules()
         if self._store is not None:
             self._check_store()
 
-    def forget(self) -> None:
+    def drop_cached(self) -> None:
         """Drop the features and embeddings that are cached in memory."""
         self._rows = self._embeddings = None
 
@@ -165,7 +165,7 @@ class TextEncoder:
         """
         self.tower.apply(fn)
         rows = self._rows if keep else None
-        self.forget()
+        self.drop_cached()
         if rows is not None and (moved := fn(rows)).dtype == rows.dtype:
             self._rows = moved
             self.see_called_modules()
@@ -199,7 +199,7 @@ class TextEncoder:
                     "features of text_cache were computed. Undo that, or call clip.refresh() to compare with the model "
                     "again."
                 )
-        self.forget()
+        self.drop_cached()
         self.see_called_modules()
 
 

@@ -16,7 +16,8 @@ if it is given the bias; and Σ d_hidden and Σ d_x over all rows, the gradients
 the norm. With `partial` a GPU leaves the sums over rows to `column_sums`.
 
 On a GPU backward is two kernels: the first sums fixed blocks of rows, the second adds these sums in order. Reference:
-`reference.add_layer_norm`. CPU kernel: csrc/add_layer_norm.cpp.
+`reference.add_layer_norm`. CPU kernel: csrc/add_layer_norm.cpp. Tests: tests/ops/test_add_layer_norm.py. Benchmark:
+bench/operators/add_layer_norm.py.
 """
 
 from __future__ import annotations

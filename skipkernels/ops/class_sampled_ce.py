@@ -16,7 +16,8 @@ On a GPU forward cuts the [B, K] plane into tiles, and for few images into split
 maximum and sum of its images; a second kernel combines them in order. Backward writes a bounded panel of d_z over the
 norms of its rows; the two contractions are calls of the BLAS library (unit_rows.py).
 
-Reference: `reference.class_sampled_ce`. CPU kernel: csrc/class_sampled_ce.cpp.
+Reference: `reference.class_sampled_ce`. CPU kernel: csrc/class_sampled_ce.cpp. Tests:
+tests/ops/test_class_sampled_ce.py. Benchmark: bench/operators/class_sampled_ce.py.
 """
 
 from __future__ import annotations

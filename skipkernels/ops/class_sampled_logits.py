@@ -6,7 +6,8 @@ The logits are fp32 for every dtype of the features (fp64 for fp64). Forward als
 [K]. Saved for backward: the inputs and the norms. Gradients that are not needed are empty; the gradient of the scale,
 Σ d_z_bk · cosine_bk, recomputes the cosines.
 
-Reference: `reference.class_sampled_logits`. CPU kernel: csrc/class_sampled_logits.cpp.
+Reference: `reference.class_sampled_logits`. CPU kernel: csrc/class_sampled_logits.cpp. Tests:
+tests/ops/test_class_sampled_logits.py. Benchmark: bench/operators/class_sampled_logits.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
 
 One pass over the prototypes; the [B, C] cosines are never written. Not differentiable. Reference:
-`reference.class_scores`. CPU kernel: csrc/class_scores.cpp.
+`reference.class_scores`. CPU kernel: csrc/class_scores.cpp. Tests: tests/ops/test_class_scores.py. Benchmark:
+bench/operators/class_scores.py.
 """
 
 from __future__ import annotations

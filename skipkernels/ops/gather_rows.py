@@ -4,7 +4,8 @@
 
 Every number is read once and written once. `gather_rows_out` writes into an existing buffer, which may be pinned and
 reused; with `out_index` into its rows out_index_b, so that a batch can be gathered from several stores. Not
-differentiable: the store is a constant. Reference: `reference.gather_rows`. CPU kernel: csrc/gather_rows.cpp.
+differentiable: the store is a constant. Reference: `reference.gather_rows`. CPU kernel: csrc/gather_rows.cpp. Tests:
+tests/ops/test_gather_rows.py. Benchmark: bench/operators/gather_rows.py.
 """
 
 from __future__ import annotations

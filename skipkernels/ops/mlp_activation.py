@@ -7,8 +7,9 @@ Saved for backward: x and bias; g is recomputed. Gradients that are not needed a
 recomputed, where a fused block needs it.
 
 On a GPU the gradient of the bias is summed for fixed blocks of rows; a second kernel adds these sums in order. With
-`partial`, backward returns them, fp32 [P, W], and an empty d_bias: `column_sums` adds them.
-Reference: `reference.mlp_activation`. CPU kernel: csrc/mlp_activation.cpp.
+`partial`, backward returns them, fp32 [P, W], and an empty d_bias: `column_sums` adds them. Reference:
+`reference.mlp_activation`. CPU kernel: csrc/mlp_activation.cpp. Tests: tests/ops/test_mlp_activation.py. Benchmark:
+bench/operators/mlp_activation.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ Forward also returns lse [B, H] in fp64. Saved for backward: the inputs, the res
 needed are empty; those of keys and values past the length are 0.
 
 With one query, time is that of reading keys and values. On a GPU a program computes one head of one sequence.
-Reference: `reference.pooled_attention`. CPU kernel: csrc/pooled_attention.cpp.
+Reference: `reference.pooled_attention`. CPU kernel: csrc/pooled_attention.cpp. Tests:
+tests/ops/test_pooled_attention.py, tests/ops/test_attention_accuracy.py. Benchmark:
+bench/operators/pooled_attention.py.
 """
 
 from __future__ import annotations

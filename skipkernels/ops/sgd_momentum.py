@@ -7,7 +7,8 @@ device, so that a captured graph reads new values at each replay. Each product i
 (`reference.sgd_momentum_`): all kernels return the same bits. CPU kernel: csrc/sgd_momentum.cpp.
 
 A list (a model has some 150 parameters, most of them small) is one parallel region on the CPU and one launch on a GPU.
-The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls.
+The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls. Tests:
+tests/ops/test_sgd_momentum.py. Benchmark: bench/operators/sgd_momentum.py.
 """
 
 from __future__ import annotations
