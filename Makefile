@@ -29,7 +29,7 @@ tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, 
 # Two processes, since most tests are one thread of Python. Threads that wait sleep: they leave the core to the other.
 test: export OMP_WAIT_POLICY = passive
 test: $(READY) ## Run all tests and doctests.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 coverage: $(READY) ## The same, with coverage, which slows the kernels in Triton's interpreter.
 	$(BIN)/python -m pytest --cov

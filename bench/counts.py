@@ -210,13 +210,14 @@ def rows_of(size: Size, *, published: bool) -> list[Row]:
         rows.append(Row(what, size.model, BATCH, size.C, K, precision, memory, optimizer, **counts, torch=version))
 
     with WithoutProducts():
-        for memory, optimizer in (("fast", SGD), ("fast", IN_BACKWARD), ("min", SGD)):
+        for memory, optimizers in (("fast", (SGD, IN_BACKWARD)), ("min", (SGD,))):
             clip = sk.SkipCLIP(inputs.model, inputs.tokens, skip_layers=size.skip_layers, memory=memory, **sampling)
             features = clip.encode_lower(inputs.images)
             for precision in PRECISIONS:
-                counts = _step(inputs, precision, optimizer, lambda: clip(features, inputs.labels).loss)  # noqa: B023
-                counts |= _on_a_gpu(clip, features, inputs.labels, precision, optimizer)
-                add(STEP, precision, memory, optimizer, counts)
+                counts = _step(inputs, precision, SGD, lambda: clip(features, inputs.labels).loss)  # noqa: B023
+                for optimizer in optimizers:
+                    counts |= _on_a_gpu(clip, features, inputs.labels, precision, optimizer)
+                    add(STEP, precision, memory, optimizer, counts)
         for precision in PRECISIONS:
             add(PREDICT, precision, "", "", _predict(clip, features, precision))
         if size.published and published:
@@ -367,6 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the table and do not write it")
     parser.add_argument("--model", nargs="+", choices=dict.fromkeys(size.model for size in SIZES), help="only these")
+    classes = dict.fromkeys(size.C for size in SIZES)
+    parser.add_argument("--classes", nargs="+", type=int, choices=classes, help="only these numbers of classes")
     parser.add_argument("--estimate", action="store_true", help="estimate times from the table")
     args = parser.parse_args(arguments)
     if args.estimate:
@@ -376,17 +379,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("Triton is not installed, and its launches are counted: pip install triton")
     measure.keep_freed_memory()  # else half of the time is the system clearing pages
 
-    sizes = [size for size in SIZES if not args.model or size.model in args.model]
+    def selected(size: Size | Row) -> bool:
+        return (not args.model or size.model in args.model) and (not args.classes or size.C in args.classes)
+
+    sizes = list(filter(selected, SIZES))
     rows = [row for size in sizes for row in rows_of(size, published=not args.check)]
     if not args.check:
         columns = ("what", "model", "C", "K", "precision", "memory", "optimizer", *COUNTS)
         tables.show(columns, [[getattr(row, name) for name in columns] for row in rows])
-        if not (args.no_save or args.model):
+        if not (args.no_save or args.model or args.classes):
             write_table(rows)
             tables.write_dicts(LAUNCHES, launches_by_operator())
             print(f"wrote {TABLE} and {LAUNCHES.name}")
         return
-    table = [row for row in read_table() if row.what != PUBLISHED and (not args.model or row.model in args.model)]
+    table = [row for row in read_table() if row.what != PUBLISHED and selected(row)]
     problems = [*compare(rows, table), *compare_launches()]
     for problem in problems:
         print(problem)

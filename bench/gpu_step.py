@@ -17,6 +17,7 @@ from torch import Tensor
 
 import skipkernels as sk
 from skipkernels import testing
+from skipkernels.clip import graphed
 from tests import naive
 
 from . import cuda, measure
@@ -81,7 +82,7 @@ class Measured:
     def time(self, function: Callable[[], Any]) -> dict[str, Any]:
         """Time, peak of memory above what is kept between steps, and launches from the host."""
         device = self.run.device
-        for _ in range(3):
+        for _ in range(graphed.WARMUP + 1):  # the last captures a graph
             function()
         found = measure.milliseconds([measure.seconds_of(function, device) for _ in range(self.run.sizes.rounds)], 3)
         found["peak_mib"] = round(testing.peak_bytes(function, device, warm_up=False) / 2**20)
@@ -122,10 +123,10 @@ class Measured:
 
     def replay(self) -> dict[str, str]:
         """Losses and weights of ten steps by replay and of ten eager ones."""
-        graphed, eager = self.training(), self.training()
-        replay = graphed.graphed()
+        captured, eager = self.training(), self.training()
+        replay = captured.graphed()
         pairs = [(replay().clone(), eager()) for _ in range(10)]
-        pairs += zip(graphed.model.parameters(), eager.model.parameters(), strict=True)
+        pairs += zip(captured.model.parameters(), eager.model.parameters(), strict=True)
         if all(torch.equal(a, b) for a, b in pairs):
             return {"note": "ok: equal bits"}
         return {"note": f"differs by {max(testing.relative_error(a, b) for a, b in pairs):.1e}"}

@@ -155,7 +155,7 @@ def evaluations_of(inputs: Inputs, batch: int, skip_layers: int, precision: str)
 
     # Class embeddings are recomputed, as after a step.
     def nothing_kept() -> list[Tensor]:
-        clip._text_encoder.forget()
+        clip._text_encoder.drop_cached()
         return [clip.predict(images) for images in batches]
 
     def features_kept() -> list[Tensor]:

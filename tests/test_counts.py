@@ -31,7 +31,7 @@ def test_counts_of_a_small_model_match_the_table():
 
 @pytest.mark.slow
 def test_counts_of_a_large_model_match_the_table():
-    done = check("--model", "ViT-B-16")
+    done = check("--model", "ViT-B-16", "--classes", "1000")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
