@@ -277,13 +277,18 @@ class FusedSGD(torch.optim.Optimizer):
         raise TypeError("FusedSGD: cannot be copied or pickled: its hooks are on its parameters. Use state_dict().")
 
 
+def world_size() -> int:
+    """Return the number of ranks of the default process group, 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def _refuse_several_processes() -> None:
     """Refuse a process group of several ranks: weights would be updated before gradients are averaged."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if (ranks := world_size()) > 1:
         raise RuntimeError(
             "FusedSGD: in_backward must be False in a process group of several ranks; got True in one of "
-            f"{distributed.get_world_size()}. Backward consumes gradients before they are averaged: the weights of the "
+            f"{ranks}. Backward consumes gradients before they are averaged: the weights of the "
             "ranks would diverge. Use in_backward=False."
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..optimizer import FusedSGD
+from ..optimizer import FusedSGD, world_size
 from ..towers.attention import SDPA
 from ..towers.eligibility import HOOKS
 from .output import SkipOutput
@@ -267,7 +267,7 @@ def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str 
         (clip._text_encoder.reads_store(), "text_cache, as large as here, is read on the host. Leave it out."),
         (hooked is not None, f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."),
         (generator is not None and generator.device.type != "cpu", "the generator must be on the CPU."),
-        (_processes() > 1, "gradients of several processes are averaged by hooks."),
+        (world_size() > 1, "gradients of several processes are averaged by hooks."),
     ):
         if applies:
             return reason
@@ -286,11 +286,6 @@ def _why_optimizer_is_not_capturable(optimizer: torch.optim.Optimizer) -> str | 
     if all(group.get("capturable") for group in optimizer.param_groups):
         return None
     return f"{name} is not capturable. Construct it with capturable=True if it has that option, or use FusedSGD."
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:

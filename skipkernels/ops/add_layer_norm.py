@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import reference
 from . import registration
 from .launching import launch, tl, triton
-from .row_sums import sum_in_order_strided
+from .row_sums import blocks_of_rows, sum_in_order_strided
 
 TILE = 1024  # numbers in a tile: one row, or as many rows as fit
 ROWS_PER_SUM = 8  # least number of rows per program of backward; with fewer it would write more than it reads
@@ -267,23 +267,10 @@ def _launch_backward(
     cast: torch.dtype | None,
 ) -> Gradients:
     if hidden.dtype == torch.float64:  # with d_normed of another dtype
-        return _fallback_backward(
-            d_normed,
-            d_hidden,
-            hidden,
-            mean,
-            rstd,
-            weight,
-            bias,
-            need_x,
-            need_weight,
-            need_bias,
-            need_sums,
-            partial,
-            cast,
-        )
+        outputs = need_x, need_weight, need_bias, need_sums, partial, cast
+        return _fallback_backward(d_normed, d_hidden, hidden, mean, rstd, weight, bias, *outputs)
     W, R, device, tile = hidden.shape[-1], mean.numel(), hidden.device, _tile(hidden.shape[-1])
-    P, rows = _blocks_of_rows(R, tile["BLOCK_R"])
+    P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     out = _outputs(d_normed, hidden, weight, bias, need_x, need_weight, need_bias, need_sums, partial, cast)
     SUMS = 4 if need_sums else 2 if need_weight or need_bias or partial else 0
     sums = out.sums if partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)
@@ -328,13 +315,6 @@ def _launch_backward(
     return out
 
 
-def _blocks_of_rows(R: int, BLOCK_R: int) -> tuple[int, int]:
-    """Return the number P of programs of backward, and the rows of each."""
-    blocks = -(-R // BLOCK_R)
-    blocks_per_sum = max(-(-ROWS_PER_SUM // BLOCK_R), -(-blocks // MAX_SUMS))
-    return max(1, -(-blocks // blocks_per_sum)), blocks_per_sum * BLOCK_R  # without rows the sums are 0
-
-
 def _outputs(
     d_normed: Tensor,
     hidden: Tensor,
@@ -354,7 +334,7 @@ def _outputs(
 
     P, W = 0, hidden.shape[-1]
     if partial:
-        P, _ = _blocks_of_rows(hidden.numel() // W, _tile(W)["BLOCK_R"])
+        P, _ = blocks_of_rows(hidden.numel() // W, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     return Gradients(
         d_x=empty(hidden, need_x),
         d_weight=empty(weight, need_weight and not partial),

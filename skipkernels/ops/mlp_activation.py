@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import reference
 from . import registration
 from .launching import launch, tl, triton
-from .row_sums import sum_in_order
+from .row_sums import blocks_of_rows, sum_in_order
 
 KINDS = ("quick_gelu", "gelu", "gelu_tanh")  # `kind` of the schemas is an index: strings leak in the stable ABI
 
@@ -177,7 +177,7 @@ def _launch_backward(
 ) -> tuple[Tensor, ...]:
     W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
     R = x.numel() // W
-    P, rows = _blocks_of_rows(R, tile["BLOCK_R"])
+    P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     d_x, d_bias, out, sums = _outputs(x, bias, need_x, need_bias, need_out, partial)
     if need_bias and not partial:
         sums = torch.empty(P, W, dtype=torch.float32, device=device)
@@ -213,13 +213,6 @@ def _launch_backward(
     return d_x, d_bias, out, sums if partial else x.new_empty(0)
 
 
-def _blocks_of_rows(R: int, BLOCK_R: int) -> tuple[int, int]:
-    """Return the number P of blocks of rows of backward, and the rows of each."""
-    blocks = -(-R // BLOCK_R)
-    blocks_per_sum = max(-(-ROWS_PER_SUM // BLOCK_R), -(-blocks // MAX_SUMS))
-    return max(1, -(-blocks // blocks_per_sum)), blocks_per_sum * BLOCK_R  # without rows the sums are 0
-
-
 def _outputs(
     x: Tensor, bias: Tensor | None, need_x: bool, need_bias: bool, need_out: bool, partial: bool
 ) -> tuple[Tensor, ...]:
@@ -227,7 +220,7 @@ def _outputs(
     P, W = 0, x.shape[-1]
     partial = partial and need_bias
     if partial:
-        P, _ = _blocks_of_rows(x.numel() // W, _tile(W)["BLOCK_R"])
+        P, _ = blocks_of_rows(x.numel() // W, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     inputs, needs = (x, x if bias is None else bias, x), (need_x, need_bias and not partial, need_out)
     sums = x.new_empty((P, W) if partial else 0, dtype=torch.float32)
     return *registration.gradients_like(inputs, needs), sums

@@ -82,6 +82,16 @@ def _column_sums_kernel(
         _store_column_sums(x4_ptr, out_ptr + W0 + W1 + W2 + W3, R4, W4, BLOCK_R, BLOCK_W)
 
 
+def blocks_of_rows(R: int, BLOCK_R: int, least_rows: int, most_blocks: int) -> tuple[int, int]:
+    """Return the number P of blocks of rows with a partial sum each, and the rows of a block, a multiple of BLOCK_R.
+
+    A block has at least `least_rows` rows, and there are at most `most_blocks`.
+    """
+    tiles = -(-R // BLOCK_R)
+    tiles_per_block = max(-(-least_rows // BLOCK_R), -(-tiles // most_blocks))
+    return max(1, -(-tiles // tiles_per_block)), tiles_per_block * BLOCK_R  # without rows the sums are 0
+
+
 def _launch(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     out = _fake(matrices, dtype)
     arguments: dict[str, Any] = {}
