@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,3 +65,13 @@ def captured(step: Callable[[], Any]) -> Callable[[], Any]:
         return results
 
     return replay
+
+
+@contextlib.contextmanager
+def sync_is_an_error() -> Iterator[None]:
+    """Raise an error at a host sync."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

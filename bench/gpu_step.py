@@ -8,7 +8,7 @@ import functools
 import gc
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import open_clip
@@ -117,7 +117,7 @@ class Measured:
         """A step under sync debugging, which raises at a host sync."""
         training = self.training()
         training()
-        with sync_is_an_error() if self.run.on_gpu else contextlib.nullcontext():
+        with cuda.sync_is_an_error() if self.run.on_gpu else contextlib.nullcontext():
             training()
         return {"note": "none"}
 
@@ -179,15 +179,6 @@ def with_update(step: Step) -> Callable[[], None]:
         optimizer.step()
 
     return run
-
-
-@contextlib.contextmanager
-def sync_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def one_step(run: Run) -> Training:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
+from bench.cuda import sync_is_an_error
 from bench.stand_in import meta_as_gpu
 from skipkernels.clip import graphed, text_encoder
 from skipkernels.clip.snapshot import Snapshot
@@ -441,15 +441,6 @@ def test_graphed_follows_autocast(path):
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def sync_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
