@@ -297,7 +297,7 @@ def test_opcheck(backend: Backend, K, options):
     with torch.no_grad():
         loss, *statistics = operator(*arguments(case))
         image, text, labels, scale, *rest = arguments(case)[:-3]
-        for needs in itertools.product([True, False], repeat=3):
+        for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
             torch.library.opcheck(
                 backward_operator,
                 (
