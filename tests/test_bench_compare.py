@@ -13,10 +13,6 @@ import pytest
 
 from bench import compare, measure
 
-HERE = Path(compare.__file__).parents[1]
-in_a_repository = pytest.mark.skipif(not (HERE / ".git").exists(), reason="not a git repository")
-
-
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -156,14 +152,6 @@ def test_main_runs_the_files_of_each_side(repository, folders, monkeypatch, caps
     assert (absent["verdict"], absent["ratio"]) == (f"fails on base: {reason}", "")
     assert (slower["base"], slower["head"]) == (base, f"working tree on {base}")
     assert not list(folders.iterdir())
-
-
-@pytest.mark.slow
-@in_a_repository
-def test_main_compares_a_commit_with_itself(folders, capsys):
-    command = ["HEAD", "--head", "HEAD", "--jobs", "step/glyph-tiny", "--rounds", "1", "--no-save"]
-    assert compare.main(command) == 0
-    assert "too few rounds" in capsys.readouterr().out and not list(folders.iterdir())
 
 
 @pytest.mark.parametrize(
