@@ -1,7 +1,7 @@
 """Every Triton kernel compiles to machine code for GPUs that are not here, without spills, on the matrix units.
 
-The suite compiles the first call of every operator in bf16, which reaches every kernel; all calls and dtypes, with every
-entry of the block tables, are for `python -m bench.aot --check`.
+The suite compiles the first call of every operator in bf16, which reaches every kernel; all calls and dtypes, with
+every entry of the block tables, are for `python -m bench.aot --check`.
 """
 
 from __future__ import annotations
