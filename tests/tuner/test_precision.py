@@ -107,8 +107,8 @@ class Synchronizing(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"fused_optimizer": True}, {"precision": "bf16"}, {"precision": "bf16-sr"}, {"clip_grad_norm": 1.0},
-     {"optimizer": "torch-sgd"}, {"tail": "fixed"}],
+    [{}, {"fused_optimizer": True, "precision": "bf16"}, {"precision": "bf16-sr", "tail": "fixed"},
+     {"clip_grad_norm": 1.0, "optimizer": "torch-sgd"}],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()) or "default",
 )  # fmt: skip
 def test_step_does_not_synchronize(tmp_path, monkeypatch, changes):
