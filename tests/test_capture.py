@@ -102,7 +102,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     [
         ("fp32", False, {}),
         ("bf16", True, {"memory": "min"}),
-        ("bf16-sr", True, {}),
+        ("bf16-sr", True, {"label_smoothing": 0.1, "class_weight": torch.linspace(0, 2, CLASSES)}),
         ("bf16-sr", False, {"tail": "fixed"}),
         ("fp32", True, {"skip_layers": 0, "train_logit_scale": True}),
     ],

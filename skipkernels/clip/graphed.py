@@ -319,14 +319,14 @@ class _Frozen:
         clip, table = self._clip, self._clip.sampler._table
         assert table is not None
         prompts = clip._text.prompts.tensors().values()
-        beside = clip.prototypes, clip._text_encoder._rows, *prompts, table.rows, table.counter
+        beside = clip.prototypes, clip.class_weight, clip._text_encoder._rows, *prompts, table.rows, table.counter
         return [
             list(map(id, beside)),
             [None if x is None else x.data_ptr() for x in beside],
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(attrgetter("requires_grad"), self._parameters)),
             list(map(attrgetter("training"), self._modules)),
-            [clip._image.memory, clip._text.memory],
+            [clip._image.memory, clip._text.memory, clip.label_smoothing],
             [_constants(group) for group in self._optimizer.param_groups],
         ]
 

@@ -11,7 +11,7 @@ class SkipOutput(NamedTuple):
     """Result of a step.
 
     Attributes:
-        loss: [], mean cross-entropy over the batch.
+        loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights.
         logits: [B, K]; in training [B, 0] unless `return_logits`.
         class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
         targets: [B] int64, positions of the labels in `class_ids`.

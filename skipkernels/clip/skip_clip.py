@@ -18,6 +18,7 @@ from ..selection import ClassSelection, RankSampler, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
+from .classes import check_class_weight, check_label_smoothing
 from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
 from .output import SkipOutput
@@ -63,6 +64,9 @@ class SkipCLIP(nn.Module):
         generator: Random generator of the draws; by default one with seed 0.
         lower_device: Device of parameters and buffers below the cut; by default that of the model.
         train_logit_scale: True also trains the temperature.
+        label_smoothing: ε in [0, 1] of the loss, in training over the kept classes.
+        class_weight: [C] weights of the classes in the loss. As in `torch.nn.CrossEntropyLoss`, the loss is then the
+            weighted mean over the batch. Both options apply in evaluation mode too.
         trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
             "as_is" trains the parameters above the cut that require gradients, such as only adapters, norms or biases.
         chunk: Largest number of samples that run below the cut at once.
@@ -79,11 +83,12 @@ class SkipCLIP(nn.Module):
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
+        class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
 
     Raises:
         UnsupportedModel: If the model is not supported, or a module that SkipCLIP does not call has hooks.
-        TypeError: If tokens are not a tensor.
+        TypeError: If tokens or class weights are not tensors.
         ValueError: If an argument is out of range.
         RuntimeError: If embeddings or gradients differ from those of the model itself.
         StoreError: If `text_cache` holds features of other prompts, weights or another model.
@@ -105,6 +110,7 @@ class SkipCLIP(nn.Module):
 
     model: Any  # nn.Module; its attributes depend on its library
     prototypes: Tensor
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -119,6 +125,8 @@ class SkipCLIP(nn.Module):
         generator: torch.Generator | None = None,
         lower_device: torch.device | str | None = None,
         train_logit_scale: bool = False,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
         trainable: Trainable = "upper",
         chunk: int = DEFAULT_CHUNK,
         memory: Memory = "auto",
@@ -132,6 +140,7 @@ class SkipCLIP(nn.Module):
         if torch.is_inference_mode_enabled():
             raise RuntimeError("SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train.")
         self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
         self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
         self.model = model
         self._tokens = tokens.to("cpu", torch.int32)
@@ -151,6 +160,8 @@ class SkipCLIP(nn.Module):
                         self._text_encoder.use_folder(folder)
                     # Not persistent: `get_extra_state` holds them.
                     self.register_buffer("prototypes", self._text_encoder.prototypes(folder), persistent=False)
+                weight = check_class_weight(class_weight, self.prototypes)
+                self.register_buffer("class_weight", weight, persistent=False)
                 verify(model, self._image_encoder, self._text_encoder, self._tokens)
         except BaseException:
             for parameter, requires_grad in required_grad:
@@ -234,7 +245,7 @@ class SkipCLIP(nn.Module):
             return_logits: In training, also return the [B, K] logits; the loss does not need them.
 
         Returns:
-            SkipOutput: the mean cross-entropy over the selected classes, and these classes.
+            SkipOutput: the cross-entropy over the selected classes, and these classes.
 
         Raises:
             TypeError: If x or labels are not tensors, or have the wrong dtype.
@@ -283,7 +294,8 @@ class SkipCLIP(nn.Module):
             check_label_range(labels, classes)  # with a message that names SkipCLIP
             raise
         text = self._text_encoder.encode(class_ids)
-        loss = functional.class_sampled_ce(image, text, targets, scale)
+        weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
+        loss = self._loss(image, text, targets, scale, weight)
         logits = functional.class_sampled_logits(image, text, scale) if return_logits else loss.new_empty(len(x), 0)
         return SkipOutput(loss, logits, class_ids, targets)
 
@@ -294,8 +306,12 @@ class SkipCLIP(nn.Module):
             text = self._text_encoder.encode(class_ids)
         else:
             text = self.class_embeddings().to(image.dtype)
-        loss = functional.class_sampled_ce(image, text, labels, scale)
+        loss = self._loss(image, text, labels, scale, self.class_weight)
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
+
+    def _loss(self, image: Tensor, text: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"class_weight": weight, "label_smoothing": self.label_smoothing}
+        return functional.class_sampled_ce(image, text, targets, scale, **options)
 
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
@@ -524,18 +540,21 @@ class SkipCLIP(nn.Module):
         """Move the tensors beside the model to the device of the images, after the model alone was moved."""
         if self.prototypes.device != device and self.model.logit_scale.device == device:
             self.prototypes = self.prototypes.to(device)
+            self.class_weight = None if self.class_weight is None else self.class_weight.to(device)
             self._text_encoder.apply(lambda x: x.to(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkipCLIP:
-        """Convert or move everything, including tensors of the towers; prototypes stay at least fp32."""
-        before = self.prototypes
+        """Convert or move everything, including tensors of the towers; prototypes and weights stay at least fp32."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         encoders: tuple[ImageEncoder | TextEncoder, ...] = self._image_encoder, self._text_encoder
         dtype, stale = self._image.dtype, [encoder.weights.changed() for encoder in encoders]
         keeps_text = self._text_encoder.is_current()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         super()._apply(fn, recurse)
-        if self.prototypes.dtype != before.dtype:
-            self.prototypes = before.to(self.prototypes.device)
+        for name, buffer in before.items():
+            converted = getattr(self, name)
+            if buffer.dtype != converted.dtype:
+                setattr(self, name, buffer.to(converted.device))
         replaced = {
             id(parameters[name]): parameter
             for name, parameter in self.model.named_parameters(remove_duplicate=False)

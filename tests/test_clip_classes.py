@@ -1,0 +1,92 @@
+"""Classes of SkipCLIP: weights and smoothing in the loss, replacement, several templates."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+from torch import Tensor, nn
+
+import skipkernels as sk
+
+C = 13
+LOSS = {"rel": 1e-11}  # two orders of summation in fp64
+
+
+def weights(classes: int = C) -> Tensor:
+    return torch.linspace(0.0, 2.0, classes)
+
+
+def naive_loss(model: nn.Module, images: Tensor, tokens: Tensor, labels: Tensor, **options) -> Tensor:
+    """Cross-entropy by the model's own encoders over the classes of `tokens` [K, L] or [K, T, L]."""
+    image = nn.functional.normalize(model.encode_image(images), dim=-1)
+    tokens = tokens if tokens.ndim == 3 else tokens[:, None]
+    templates = [nn.functional.normalize(model.encode_text(tokens[:, t]), dim=-1) for t in range(tokens.shape[1])]
+    text = nn.functional.normalize(torch.stack(templates).mean(0), dim=-1)
+    return nn.functional.cross_entropy(model.logit_scale.exp() * image @ text.T, labels, **options)
+
+
+def assert_step_equals_naive(clip: sk.SkipCLIP, tokens: Tensor, images: Tensor, labels: Tensor, **options) -> None:
+    """Compare loss and gradients of a step with `naive_loss` over the classes that it kept."""
+    model = clip.model
+    model.zero_grad()
+    out = clip(images, labels)
+    out.loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    if "weight" in options:
+        options["weight"] = options["weight"].to(images.dtype)[out.class_ids]
+    loss = naive_loss(model, images, tokens[out.class_ids], out.targets, **options)
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), **LOSS)
+    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == trained.keys()
+    for name, gradient in trained.items():
+        assert (got[name] - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+    model.zero_grad()
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_ratio", [0.4, 1.0])
+def test_loss_options_equal_cross_entropy(keep_ratio):
+    tokens, (images, labels) = tiny_tokens(C), tiny_batch(5, C)
+    options = {"label_smoothing": 0.2, "class_weight": weights()}
+    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, keep_ratio=keep_ratio, **options)
+    theirs = {"label_smoothing": 0.2, "weight": weights()}
+    assert_step_equals_naive(clip, tokens, images, labels, **theirs)
+    expected = nn.functional.cross_entropy(clip.predict(images), labels, weights().double(), label_smoothing=0.2)
+    with torch.no_grad():
+        assert clip.eval()(images, labels).loss.item() == pytest.approx(expected.item(), **LOSS)
+
+
+def test_class_weight_is_a_copy_that_moves():
+    given = weights()
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, class_weight=given)
+    given.zero_()
+    assert clip.bfloat16().class_weight.equal(weights()) and "class_weight" not in clip.state_dict()
+    assert copy.deepcopy(clip).class_weight.equal(weights())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert clip(*tiny_batch(3, C, torch.bfloat16)).loss.isfinite()
+    assert clip.to("meta").class_weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be a number in \[0, 1\]; got 1.5"),
+        ({"label_smoothing": None}, ValueError, "label_smoothing must be a number"),
+        ({"class_weight": [1.0] * C}, TypeError, r"class_weight must be a floating-point tensor \[C\]; got list"),
+        ({"class_weight": torch.ones(C).long()}, TypeError, "got torch.int64"),
+        ({"class_weight": weights(C + 1)}, ValueError, r"must be \[C=13\], one for each class; got \[14\]"),
+        ({"class_weight": -weights()}, ValueError, "not negative; got -.* for class 1"),
+        ({"class_weight": weights() * torch.nan}, ValueError, "must be finite"),
+        ({"class_weight": weights().requires_grad_()}, ValueError, "class_weight is a constant"),
+    ],
+)
+def test_loss_options_out_of_range(options, error, message):
+    with pytest.raises(error, match=f"SkipCLIP: .*{message}"):
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, **options)
