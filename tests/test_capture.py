@@ -314,6 +314,17 @@ def test_graphed_follows_a_larger_batch(fake_cuda):
     assert kept[0] < kept[1] == kept[2] and fake_cuda() == 2
 
 
+def test_graphed_follows_new_classes(fake_cuda):
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some = batches(ours.clip, graphed.WARMUP + 1)
+    for seed in range(3):
+        assert ours.train(some) == theirs.train(some)
+        for run in (ours, theirs):  # twice: tensors of the first could be at the addresses of the captured ones
+            run.clip.set_classes(tiny_tokens(CLASSES, seed=seed + 5))
+            run.clip.set_classes(tiny_tokens(CLASSES + seed, seed=seed + 10))
+    assert fake_cuda() == 3
+
+
 @pytest.mark.parametrize("kind", ["in_backward", "stochastic"])
 def test_graphed_resumes_within_an_epoch(path, kind):
     whole, cut = Run(kind, by_graph=True), Run(kind, by_graph=True)

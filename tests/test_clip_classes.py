@@ -90,3 +90,68 @@ def test_class_weight_is_a_copy_that_moves():
 def test_loss_options_out_of_range(options, error, message):
     with pytest.raises(error, match=f"SkipCLIP: .*{message}"):
         sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, **options)
+
+
+# ---- replacement -----------------------------------------------------------------------------------------------------
+
+
+def tuned(**options) -> tuple[sk.SkipCLIP, torch.optim.Optimizer]:
+    """SkipCLIP after one step that changes the weights, and its optimizer."""
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), **{"skip_layers": 1, "keep_ratio": 0.4, **options})
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)
+    clip(*tiny_batch(3, C)).loss.backward()
+    optimizer.step()
+    return clip, optimizer
+
+
+@pytest.mark.parametrize("tail", ["resample", "fixed"])
+@pytest.mark.parametrize("classes", [C, 30])
+def test_set_classes_equals_fresh_skipclip(classes, tail):
+    clip, optimizer = tuned(class_weight=weights(), tail=tail)
+    clip.model.ln_final.bias.requires_grad_(False)
+    clip.gradient_checkpointing_enable()
+    before = [(p, p.detach().clone(), p.requires_grad) for p in clip.parameters()]
+    momentum = copy.deepcopy(optimizer.state_dict())
+    tokens, old_state = tiny_tokens(classes, seed=4), clip.get_extra_state()
+
+    clip.set_classes(tokens, weights(classes))
+    for p, (same, value, requires_grad) in zip(clip.parameters(), before, strict=True):
+        assert p is same and p.equal(value) and p.requires_grad == requires_grad
+    assert str(optimizer.state_dict()) == str(momentum) and clip._text.memory == "min"
+    with pytest.raises(ValueError, match="other prompts|this model and task"):
+        clip.set_extra_state(old_state)
+
+    model = copy.deepcopy(clip.model).requires_grad_(True)
+    fresh = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=0.4, tail=tail)
+    assert fresh.prototypes.equal(clip.prototypes) and clip.class_weight.equal(weights(classes).double())
+    x, labels = tiny_batch(3, classes)
+    assert fresh.predict(x).equal(clip.predict(x))
+    fresh.sampler = copy.deepcopy(clip.sampler)
+    for _ in range(3):
+        assert fresh(x, labels).class_ids.equal(clip(x, labels).class_ids)
+    assert_step_equals_naive(clip, tokens, x, labels, weight=weights(classes))
+    clip.set_classes(tokens)
+    assert clip.class_weight is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((tiny_tokens(5)[:, :20],), ValueError, r"must be \[C, L=77\]"),
+        ((tiny_tokens(5) + 1,), ValueError, "ids in"),
+        ((tiny_tokens(5), weights(6)), ValueError, r"class_weight must be \[C=5\]"),
+    ],
+    ids=["length", "vocabulary", "weight"],
+)
+def test_set_classes_refused_keeps_the_classes(arguments, error, message):
+    clip, _ = tuned()
+    x, expected = tiny_batch(3, C)[0], copy.deepcopy(clip)
+    with pytest.raises(error, match=message):
+        clip.set_classes(*arguments)
+    assert clip.predict(x).equal(expected.predict(x)) and clip.get_extra_state().equal(expected.get_extra_state())
+
+
+def test_set_classes_with_text_cache_is_an_error(tmp_path):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, text_cache=tmp_path)
+    with pytest.raises(RuntimeError, match="set_classes cannot replace the classes of a text_cache"):
+        clip.set_classes(tiny_tokens(5))

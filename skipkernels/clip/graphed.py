@@ -300,6 +300,7 @@ class _Frozen:
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
+        self._text_encoder = clip._text_encoder  # kept, so that the addresses of its tensors are not used again
         modules = list(clip.model.modules())
         held = ("_parameters", "_buffers", "_modules")
         self._members = [members for module in modules for name in held if (members := getattr(module, name))]
@@ -336,6 +337,7 @@ class _Frozen:
             same = self._members == self._held and all(members.get(name) is x for members, name, x in self._small)
         except RuntimeError:  # tensors were compared by value
             return False
+        same = same and self._clip._text_encoder is self._text_encoder
         return same and not any(self._hooks) and self._state() == self._seen
 
 

@@ -487,6 +487,52 @@ class SkipCLIP(nn.Module):
             verify(self.model, self._image_encoder, self._text_encoder, self._tokens)
         self._take_over(self._image_encoder.lower_device)
 
+    def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
+        """Replace the classes of the task by others, of any number, in place.
+
+        Parameters, their `requires_grad`, optimizer states and the state of the generator stay as they are; a
+        `GraphedStep` captures its step again. Every process of a parallel training must call this.
+
+        The new `prototypes` are computed with the *current* weights, since the weights from before tuning are not kept:
+        called before the first step they are the zero-shot embeddings that the method selects with, and later those of
+        the tuned model. A fixed tail is drawn again if its length differs.
+
+        Args:
+            tokens: As in the constructor.
+            class_weight: [C] weights of the new classes in the loss; by default none.
+
+        Raises:
+            RuntimeError: If the model was altered, `text_cache` is in use, or embeddings or gradients differ from those
+                of the model. The classes are then those from before.
+
+        Example:
+            >>> import logging; logging.disable()  # open_clip warns about random weights
+            >>> import open_clip
+            >>> from skipkernels.experiments import glyph_tiny
+            >>> glyph_tiny.register()
+            >>> model, tokenizer = open_clip.create_model("glyph-tiny"), open_clip.get_tokenizer("glyph-tiny")
+            >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
+            >>> clip.set_classes(tokenizer([f"the letter {n}." for n in "abcdefghijklmnopqrstuvwxyz"]))
+            >>> clip.predict(torch.rand(4, 3, 32, 32)).shape
+            torch.Size([4, 26])
+        """
+        self._check_unaltered()
+        check_tokens(tokens)
+        check_vocabulary(tokens, self._text.vocabulary)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
+        device, prompts = self.prototypes.device, tokens.to("cpu", torch.int32)
+        _, text = build_towers(self.model, tokens)
+        encoder = self._text_encoder.of_other_prompts(text, device)
+        with torch.autocast(device.type, enabled=False):
+            with evaluating([self.model]):
+                prototypes = encoder.unit_embeddings()
+            weight = check_class_weight(class_weight, prototypes)
+            if encoder.lower_device is None:  # the model itself does not run on two devices
+                verify(self.model, self._image_encoder, encoder, prompts)
+        self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
+        self._snapshot = Snapshot(self.model, self._image, text)
+
     def _take_over(self, lower_device: torch.device | None) -> None:
         """Move the modules below the cut, accept their weights, and supersede other SkipCLIPs on the model."""
         if lower_device is not None:

@@ -154,6 +154,21 @@ class TextEncoder:
         if self._store is not None:
             self._check_store()
 
+    def of_other_prompts(self, tower: TextTower, device: torch.device) -> TextEncoder:
+        """Return an encoder of the prompts of another tower on the same model, with the settings of this one."""
+        if self._store is not None:
+            raise RuntimeError(
+                "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again "
+                "with another text_cache."
+            )
+        tower.apply(lambda x: x.to(device))
+        for name in ("skip", "memory", "attention_backend"):
+            setattr(tower, name, getattr(self.tower, name))
+        encoder = TextEncoder(tower, self.chunk)
+        encoder.lower_device = self.lower_device
+        encoder.see_called_modules()
+        return encoder
+
     def drop_cached(self) -> None:
         """Drop the features and embeddings that are cached in memory."""
         self._rows = self._embeddings = None
