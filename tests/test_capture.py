@@ -58,7 +58,7 @@ def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
             parameter.data = parameter.data.to(dtype)
-    return sk.SkipCLIP(model, tiny_tokens(CLASSES), **{"skip_layers": 1, **options}).train()
+    return sk.SkipCLIP(model, **{"tokens": tiny_tokens(CLASSES), "skip_layers": 1, **options}).train()
 
 
 def batches(clip: sk.SkipCLIP, count: int, batch: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -84,10 +84,11 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
     """Everything outside a step that its kernels read."""
     table = clip.sampler._table
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
-    found |= clip._text.prompts.tensors()
+    for number, text in enumerate(clip._text_encoder.templates):
+        found |= {f"{name} {number}": x for name, x in text.tower.prompts.tensors().items()}
+        if text.rows is not None:
+            found[f"rows {number}"] = text.rows
     found |= {"prototypes": clip.prototypes, "table": table.rows, "counter": table.counter}
-    if clip.skip_layers[1]:
-        found["rows"] = clip._text_encoder._rows
     for number, state in enumerate(optimizer.state.values()):
         found |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, Tensor)}
     if isinstance(optimizer, sk.FusedSGD):
@@ -104,6 +105,7 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
         ("bf16", True, {"memory": "min"}),
         ("bf16-sr", True, {"label_smoothing": 0.1, "class_weight": torch.linspace(0, 2, CLASSES)}),
         ("bf16-sr", False, {"tail": "fixed"}),
+        ("bf16", True, {"tokens": torch.stack([tiny_tokens(CLASSES, seed=seed) for seed in range(2)], dim=1)}),
         ("fp32", True, {"skip_layers": 0, "train_logit_scale": True}),
     ],
     ids=str,
@@ -150,13 +152,13 @@ def test_a_move_carries_what_belongs_to_no_module():
     clip = skip_clip(torch.float32)
     x, labels = batches(clip, 1)[0]
     clip(x, labels)
-    rows = clip._text_encoder._rows
+    rows = clip._text_encoder.templates[0].rows
     assert rows is not None
     clip.to("meta")
     prompts, head = clip._text.prompts.tensors().values(), clip._image.head
-    for tensor in (clip.prototypes, clip._text_encoder._rows, *prompts, *head[1].parameters(), head[2]):
+    for tensor in (clip.prototypes, clip._text_encoder.templates[0].rows, *prompts, *head[1].parameters(), head[2]):
         assert tensor.device.type == "meta"
-    assert clip._text_encoder._rows.shape == rows.shape
+    assert clip._text_encoder.templates[0].rows.shape == rows.shape
     assert not clip._image_encoder.weights.content_changed()
 
 
@@ -164,14 +166,14 @@ def test_text_cache_is_read_once_on_a_gpu(monkeypatch, tmp_path):
     expected, clip = skip_clip(), skip_clip(text_cache=tmp_path)
     x, labels = batches(clip, 1)[0]
     monkeypatch.setattr(
-        text_encoder, "_fits_in_memory", lambda nbytes, device: nbytes == clip._text_encoder._store.nbytes
+        text_encoder, "_fits_in_memory", lambda nbytes, device: nbytes == clip._text_encoder.templates[0].store.nbytes
     )
     for _ in range(2):
         loss = clip(x, labels).loss
-        monkeypatch.setattr(type(clip._text_encoder._store), "gather", lambda *_: 1 / 0)
+        monkeypatch.setattr(type(clip._text_encoder.templates[0].store), "gather", lambda *_: 1 / 0)
     assert loss.equal([expected(x, labels).loss for _ in range(2)][1])
     clip.to("meta")
-    assert clip._text_encoder._rows.device.type == "meta"
+    assert clip._text_encoder.templates[0].rows.device.type == "meta"
 
 
 # ---- the twin on the CPU, and the captured path with a graph that calls the function again --------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -155,3 +156,103 @@ def test_set_classes_with_text_cache_is_an_error(tmp_path):
     clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, text_cache=tmp_path)
     with pytest.raises(RuntimeError, match="set_classes cannot replace the classes of a text_cache"):
         clip.set_classes(tiny_tokens(5))
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+
+
+def three_templates(classes: int) -> Tensor:
+    """Prompts [C, 3, L] of templates that share three tokens, the first two, and none."""
+    first, second, third = (tiny_tokens(classes, seed=seed) for seed in range(3))
+    first = torch.cat([first[:, :1], torch.full((classes, 1), 9), first[:, 1:-1]], dim=1)
+    third[:, 0] = torch.arange(classes) + 1
+    return torch.stack([first, second, third], dim=1)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("keep_ratio", [0.4, 1.0])
+def test_templates_equal_naive_step(keep_ratio, skip):
+    tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
+    model = tiny_clip()
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=keep_ratio)
+    assert [text.prompts.prefix_length for text in clip._text_encoder.towers] == [3, 2, 0]
+    assert clip.reductions["text.shared_prefix"].reason == "1 of 3 templates: the prompts begin with different tokens"
+    texts = nn.functional.normalize(torch.stack([model.encode_text(t, True) for t in tokens.unbind(1)]).mean(0), dim=-1)
+    torch.testing.assert_close(clip.prototypes, texts.detach(), rtol=0, atol=1e-12)
+    image = nn.functional.normalize(model.encode_image(x), dim=-1)
+    expected = (model.logit_scale.exp() * image @ texts.T).detach()
+    torch.testing.assert_close(clip.predict(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(clip.eval()(x, labels).logits.detach(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(clip.classifier()(x).detach(), expected, rtol=1e-10, atol=1e-10)
+    assert_step_equals_naive(clip.train(), tokens, x, labels)
+
+
+def test_templates_follow_changes_and_copies():
+    tokens, (x, labels) = three_templates(C), tiny_batch(4, C)
+    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, keep_ratio=1.0)
+    twin = pickle.loads(pickle.dumps(clip))
+    assert twin(x, labels).loss.equal(clip(x, labels).loss)
+    with torch.no_grad():
+        for part in (clip, twin):
+            part.model.transformer.resblocks[0].mlp.c_fc.weight.mul_(1.1)
+    assert_step_equals_naive(clip, tokens, x, labels)
+    twin.refresh()
+    twin.gradient_checkpointing_enable()
+    assert_step_equals_naive(twin, tokens, x, labels)
+    state = twin.get_extra_state()
+    clip.set_extra_state(state)
+    with pytest.raises(ValueError, match="of these in another order"):
+        sk.SkipCLIP(tiny_clip(), tokens.flip(1), skip_layers=1).set_extra_state(state)
+    clip.set_classes(tokens[:5, :2])
+    assert_step_equals_naive(clip, tokens[:5, :2], x, labels % 5)
+    clip.set_classes(tokens[:, 1:2])
+    assert clip._tokens.equal(tokens[:, 1].int())
+    clip.to("meta")
+    held = [x for text in clip._text_encoder.towers for x in text.prompts.tensors().values()]
+    assert {x.device.type for x in (*held, clip.prototypes)} == {"meta"}
+
+
+def test_templates_one_is_the_ordinary_step():
+    tokens, batch = tiny_tokens(C), tiny_batch(4, C)
+    clips = [sk.SkipCLIP(tiny_clip(), x, skip_layers=1) for x in (tokens, tokens[:, None])]
+    for clip in clips:
+        clip(*batch).loss.backward()
+    for ours, theirs in zip(*(clip.parameters() for clip in clips), strict=True):
+        assert (ours.grad is None and theirs.grad is None) or ours.grad.equal(theirs.grad)
+    assert clips[0].get_extra_state().equal(clips[1].get_extra_state())
+
+
+def test_templates_keep_packed_rows_only():
+    """The prefix of each template once, and its suffixes."""
+    clip = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)
+    clip(*tiny_batch(4, C))
+    for text in clip._text_encoder.templates:
+        prompts = text.tower.prompts
+        lengths = prompts.pooled + 1 - prompts.prefix_length if prompts.prefix_length else prompts.lengths
+        assert len(text.rows) == prompts.prefix_length + lengths.sum() <= C * text.tower.tokens.shape[1]
+    assert clip._text.runs == 3
+
+
+def test_templates_in_a_folder(tmp_path):
+    def step(folder, seed=0):
+        torch.manual_seed(0)
+        clip = sk.SkipCLIP(tiny_clip(torch.float32, seed=seed), three_templates(C), skip_layers=1, text_cache=folder)
+        out = clip(*tiny_batch(4, C, torch.float32))
+        out.loss.backward()
+        return [out.loss, clip.prototypes, clip.predict(tiny_batch(4, C, torch.float32)[0])]
+
+    expected = step(None)
+    for _ in ("created", "opened"):
+        assert all(a.equal(b) for a, b in zip(step(tmp_path), expected, strict=True))
+    assert {path.name for path in tmp_path.iterdir()} == {f"template_{number}" for number in range(3)}
+    with pytest.raises(sk.StoreError, match="differs in embedding|differs in lower blocks"):
+        step(tmp_path, seed=1)
+
+
+def test_templates_under_autocast():
+    clip, batch = sk.SkipCLIP(tiny_clip(torch.float32), three_templates(C), skip_layers=1), tiny_batch(4, C)
+    x, labels = batch[0].float(), batch[1]
+    full = clip(x, labels).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = clip(x, labels).loss
+    assert loss.item() == pytest.approx(full.item(), abs=14 * 2**-6)  # see test_forward_under_autocast

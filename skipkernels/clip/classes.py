@@ -1,10 +1,16 @@
-"""Options of a task's classes, checked: label smoothing and class weights."""
+"""Prompts of a task's classes, and options of the loss over them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def prompts_of(tokens: Tensor) -> Tensor:
+    """Tokens [C, L], or [C, T, L] for several templates, int32 on the CPU."""
+    return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)
 
 
 def check_label_smoothing(label_smoothing: Any) -> float:

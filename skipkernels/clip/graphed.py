@@ -319,8 +319,10 @@ class _Frozen:
     def _state(self) -> list[Any]:
         clip, table = self._clip, self._clip.sampler._table
         assert table is not None
-        prompts = clip._text.prompts.tensors().values()
-        beside = clip.prototypes, clip.class_weight, clip._text_encoder._rows, *prompts, table.rows, table.counter
+        texts = [
+            x for text in clip._text_encoder.templates for x in (text.rows, *text.tower.prompts.tensors().values())
+        ]
+        beside = clip.prototypes, clip.class_weight, *texts, table.rows, table.counter
         return [
             list(map(id, beside)),
             [None if x is None else x.data_ptr() for x in beside],

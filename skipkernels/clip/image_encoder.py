@@ -37,6 +37,11 @@ class ImageEncoder:
         self.tower, self.chunk = tower, chunk
         self.weights = WeightSnapshot(())
 
+    @property
+    def towers(self) -> list[ImageTower]:
+        """The tower."""
+        return [self.tower]
+
     def lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W]."""
         lower, x = partial(self.tower.lower, drop_patches=drop_patches), images.to(self.tower.dtype)

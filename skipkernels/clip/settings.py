@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -39,11 +40,12 @@ class Settings(NamedTuple):
             raise ValueError(f"SkipCLIP: skip_layers must be one number or a pair (image, text); got {skip_layers!r}.")
         return cls(pair, memory, attention, trainable, train_logit_scale)
 
-    def apply(self, image: ImageTower, text: TextTower) -> None:
+    def apply(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
         """Set cut, memory mode and attention backend of the towers; raise a ValueError if a tower can't have them."""
-        for tower, name, skip in zip((image, text), ("image", "text"), self.skip_layers, strict=True):
-            tower.memory, tower.skip = self.memory, blocks_to_skip(skip, len(tower.blocks), name)
-        image.attention_backend = text.attention_backend = SDPA if self.attention == "sdpa" else _xformers(image, text)
+        backend = SDPA if self.attention == "sdpa" else _xformers(image, texts[0])
+        for tower, name in ((image, "image"), *((text, "text") for text in texts)):
+            skip = blocks_to_skip(self.skip_layers[name == "text"], len(tower.blocks), name)
+            tower.memory, tower.skip, tower.attention_backend = self.memory, skip, backend
 
 
 def blocks_to_skip(skip: int | float, depth: int, tower: str) -> int:
@@ -78,16 +80,16 @@ def _xformers(image: ImageTower, text: TextTower) -> AttentionBackend:
 
 
 def check_tokens(tokens: Any) -> None:
-    """Raise unless tokens are an integer tensor [C, L]."""
+    """Raise unless tokens are an integer tensor [C, L] or [C, T, L]."""
     if not isinstance(tokens, Tensor):
         raise TypeError(
-            f"SkipCLIP: tokens must be an int64 tensor [C, L]; got {type(tokens).__name__}. Tokenise one prompt "
-            "for each class; from the output of a transformers tokenizer take input_ids."
+            f"SkipCLIP: tokens must be an int64 tensor [C, L] or [C, T, L]; got {type(tokens).__name__}. Tokenise one "
+            "prompt for each class; from the output of a transformers tokenizer take input_ids."
         )
-    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+    if tokens.ndim not in (2, 3) or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"SkipCLIP: tokens must be int64 [C, L] with C ≥ 1 and L ≥ 1; got {tokens.dtype} {list(tokens.shape)}. "
-            "Tokenise one prompt for each class with the model's own tokenizer."
+            f"SkipCLIP: tokens must be int64 [C, L], or [C, T, L] for T templates, with C, T and L ≥ 1; got "
+            f"{tokens.dtype} {list(tokens.shape)}. Tokenise the prompts of each class with the model's own tokenizer."
         )
 
 

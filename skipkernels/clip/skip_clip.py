@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from ..classifier import ImageClassifier
 from ..options import AttentionName, Tail
 from ..selection import ClassSelection, RankSampler, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
+from ..towers.reductions import of_every_template
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
-from .classes import check_class_weight, check_label_smoothing
+from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
 from .output import SkipOutput
@@ -54,7 +55,8 @@ class SkipCLIP(nn.Module):
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
             `CLIPModel` or `SiglipModel`, in fp32, bf16, fp16 or fp64.
-        tokens: [C, L] int64, the tokenised prompt of each class.
+        tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], those of T templates. The embedding of a
+            class is then the mean of the unit-norm embeddings of its T prompts.
         skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the blocks, or a pair of either
             (image, text).
         keep_ratio: Share of classes that are always kept (at most 1), or their number.
@@ -143,17 +145,17 @@ class SkipCLIP(nn.Module):
         self.label_smoothing = check_label_smoothing(label_smoothing)
         self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
         self.model = model
-        self._tokens = tokens.to("cpu", torch.int32)
-        image, text = build_towers(model, tokens)
-        self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(text, chunk)
+        self._tokens = prompts_of(tokens)
+        image, texts = build_towers(model, self._tokens)
+        self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
         self._trained = TrainedParameters()
         self._snapshot: Snapshot | None = None  # None in a copy and after a move
 
         required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            self._set_up(image, text)
+            self._set_up(image, texts)
             self._text_encoder.see_called_modules()
-            with torch.autocast(text.tokens.device.type, enabled=False):
+            with torch.autocast(texts[0].tokens.device.type, enabled=False):
                 with evaluating([model]):
                     folder = None if text_cache is None else Path(text_cache)
                     if folder is not None:
@@ -172,10 +174,11 @@ class SkipCLIP(nn.Module):
         self._take_over(None if lower_device is None else torch.device(lower_device))
         self.register_load_state_dict_post_hook(_after_load)
 
-    def _set_up(self, image: ImageTower, text: TextTower) -> None:
+    def _set_up(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
         """Cut the towers, set which parameters train, and take a snapshot of the model to detect later changes."""
+        text = texts[0]
         check_vocabulary(self._tokens, text.vocabulary)
-        self._settings.apply(image, text)
+        self._settings.apply(image, texts)
         refuse_overrides(self.model, containers(self.model, (image, text)))
         set_trainable(self.model, image, text, self._settings)
         self._snapshot = Snapshot(self.model, image, text)
@@ -199,8 +202,9 @@ class SkipCLIP(nn.Module):
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
         states: dict[str, Reduction] = {}
-        for prefix, tower in (("image", self._image), ("text", self._text)):
-            states |= {f"{prefix}.{name}": reduction for name, reduction in tower.reductions.items()}
+        texts = of_every_template([text.reductions for text in self._text_encoder.towers])
+        for prefix, tower, reductions in (("image", self._image, self._image.reductions), ("text", self._text, texts)):
+            states |= {f"{prefix}.{name}": reduction for name, reduction in reductions.items()}
             if tower.skip == len(tower.blocks):
                 states[f"{prefix}.pooled_last_block"] = Reduction(
                     False, "every block is skipped: the last runs once, for every token"
@@ -219,6 +223,7 @@ class SkipCLIP(nn.Module):
 
     @property
     def _text(self) -> TextTower:
+        """The text tower of the first template."""
         return self._text_encoder.tower
 
     # ---- training ----------------------------------------------------------------------------------------------
@@ -383,7 +388,8 @@ class SkipCLIP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing, under the name that open_clip uses."""
         disabled: Memory = "auto" if self._settings.memory == "min" else self._settings.memory
-        self._image.memory = self._text.memory = "min" if enable else disabled
+        for tower in (self._image, *self._text_encoder.towers):
+            tower.memory = "min" if enable else disabled
 
     # ---- inference ---------------------------------------------------------------------------------------------
 
@@ -479,10 +485,12 @@ class SkipCLIP(nn.Module):
         optimizer again if it holds replaced parameters.
         """
         device = self.prototypes.device
-        image, text = build_towers(self.model, self._tokens.to(device).long())
-        self._set_up(image, text)
+        image, texts = build_towers(self.model, self._tokens)
+        self._set_up(image, texts)
+        for text in texts:
+            text.apply(lambda x: x.to(device))
         self._image_encoder.tower = image
-        self._text_encoder.replace_tower(text)
+        self._text_encoder.replace_towers(texts)
         with torch.autocast(device.type, enabled=False):
             verify(self.model, self._image_encoder, self._text_encoder, self._tokens)
         self._take_over(self._image_encoder.lower_device)
@@ -521,9 +529,8 @@ class SkipCLIP(nn.Module):
         check_vocabulary(tokens, self._text.vocabulary)
         if torch.is_inference_mode_enabled():
             raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
-        device, prompts = self.prototypes.device, tokens.to("cpu", torch.int32)
-        _, text = build_towers(self.model, tokens)
-        encoder = self._text_encoder.of_other_prompts(text, device)
+        device, prompts = self.prototypes.device, prompts_of(tokens)
+        encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
         with torch.autocast(device.type, enabled=False):
             with evaluating([self.model]):
                 prototypes = encoder.unit_embeddings()
@@ -531,7 +538,7 @@ class SkipCLIP(nn.Module):
             if encoder.lower_device is None:  # the model itself does not run on two devices
                 verify(self.model, self._image_encoder, encoder, prompts)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
-        self._snapshot = Snapshot(self.model, self._image, text)
+        self._snapshot = Snapshot(self.model, self._image, self._text)
 
     def _take_over(self, lower_device: torch.device | None) -> None:
         """Move the modules below the cut, accept their weights, and supersede other SkipCLIPs on the model."""
@@ -571,7 +578,7 @@ class SkipCLIP(nn.Module):
                 "wrong ones. Use the later one, or call refresh() on this one."
             )
         if self._snapshot is None or not self._snapshot.is_unchanged(lower_image=lower_image):
-            refuse_alterations(self.model, self._tokens, self._image, self._text)
+            refuse_alterations(self.model, self._tokens, self._image, self._text_encoder.towers)
             self._snapshot = Snapshot(self.model, self._image, self._text)
 
     def train(self, mode: bool = True) -> SkipCLIP:
@@ -607,7 +614,8 @@ class SkipCLIP(nn.Module):
             if parameter is not parameters[name]
         }
         for encoder, is_stale in zip(encoders, stale, strict=True):
-            encoder.tower.replace_parameters(replaced)
+            for tower in encoder.towers:
+                tower.replace_parameters(replaced)
             if encoder.lower_device is not None:
                 encoder.tower.move_lower(encoder.lower_device)
             if not is_stale:  # the digests of another device or dtype differ

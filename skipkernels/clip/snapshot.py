@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..towers import ImageTower, TextTower, build_towers
@@ -36,14 +38,17 @@ class Snapshot:
         return False
 
 
-def refuse_alterations(model: nn.Module, tokens: Tensor, image: ImageTower, text: TextTower) -> None:
+def refuse_alterations(model: nn.Module, tokens: Tensor, image: ImageTower, texts: Sequence[TextTower]) -> None:
     """Raise a RuntimeError if towers read from the model now would differ from these."""
     try:
-        refuse_overrides(model, containers(model, (image, text)))
-        fresh = build_towers(model, tokens.long())
+        refuse_overrides(model, containers(model, (image, texts[0])))
+        fresh_image, fresh = build_towers(model, tokens.long())
     except ValueError as error:
         raise RuntimeError(f"SkipCLIP: the model was altered after SkipCLIP was made. {error}") from error
-    for name, old, new in (("image", image, fresh[0]), ("text", text, fresh[1])):
+    for name, old, new in (
+        ("image", image, fresh_image),
+        *(("text", *pair) for pair in zip(texts, fresh, strict=True)),
+    ):
         was, now = old.summary(), new.summary()
         for part in was:
             if was[part] != now[part]:

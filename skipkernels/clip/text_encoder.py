@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..boundary import LSkipBoundary
 from ..store import digests
 from ..towers import TextTower, evaluating
 from ..towers.structure import Structure, WeightSnapshot, called_modules
-from ..towers.text_store import TextStore, stored_prototypes
+from .prompt_features import PromptFeatures, unit_norm
 
 _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step waits: about 40,000 classes of ViT-B
 
@@ -22,94 +20,86 @@ _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step 
 class TextEncoder:
     """Text tower of SkipCLIP.
 
+    With several templates the embedding of a class is the mean of the unit-norm embeddings of its prompts.
+
     Args:
-        tower: The text tower.
+        towers: Text towers on the same model, one for each template.
         chunk: Largest number of classes that run below the cut at once.
 
     Attributes:
-        lower_device: Device of the modules below the cut, if it differs from the device above the cut.
+        templates: Features of the prompts of each template.
         weights: Snapshot of the weights below the cut that computed the cached features.
     """
 
-    lower_device: torch.device | None = None
-
-    def __init__(self, tower: TextTower, chunk: int):
-        self.tower, self.chunk = tower, chunk
-        self._store: TextStore | None = None
-        self._rows: Tensor | None = None  # features of all classes at the cut
+    def __init__(self, towers: Sequence[TextTower], chunk: int):
+        self.chunk = chunk
+        self.templates = [PromptFeatures(tower, chunk) for tower in towers]
         self._embeddings: tuple[Tensor, Any] | None = None  # of all classes, and what they depend on
         self.weights = WeightSnapshot(())
         self._called: tuple[Structure, Structure] | None = None  # called modules: all, and below the cut
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | dict.fromkeys(("_rows", "_embeddings", "_called"))  # of this process only
+        return vars(self) | dict.fromkeys(("_embeddings", "_called"))  # of this process only
+
+    @property
+    def towers(self) -> list[TextTower]:
+        """The tower of each template; they differ in their prompts only."""
+        return [template.tower for template in self.templates]
+
+    @property
+    def tower(self) -> TextTower:
+        """The tower of the first template."""
+        return self.templates[0].tower
+
+    @property
+    def lower_device(self) -> torch.device | None:
+        """Device of the modules below the cut, if it differs from the device above the cut."""
+        return self.templates[0].lower_device
+
+    @lower_device.setter
+    def lower_device(self, device: torch.device | None) -> None:
+        for template in self.templates:
+            template.lower_device = device
 
     # ---- encoding ----------------------------------------------------------------------------------------------
 
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Class ids [K] to text embeddings [K, D], not normalised. With `exact` see `PackedPrompts.select`."""
-        encode = self._cached_encoder() if self.tower.skip > 0 else self.encode_uncached
-        return encode(class_ids, exact)
+        embeddings = [encode(class_ids, exact) for encode in self.encoders()]
+        if len(embeddings) == 1:
+            return embeddings[0]
+        return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
 
-    def encode_uncached(self, class_ids: Tensor, exact: bool = False) -> Tensor:
-        """Encode class ids without the cached features."""
-        tower = self.tower
-        hidden = self.lower(class_ids) if tower.skip > 0 else tower.lower(tower.tokens[class_ids])
-        selected = tower.prompts.select(class_ids, exact=exact)
-        return tower.upper(selected.pack(hidden), selected)
+    def encoders(self, *, cached: bool = True) -> list[Callable[..., Tensor]]:
+        """Return for each template a function from class ids [K] to embeddings [K, D]."""
+        if not cached or self.tower.skip == 0:
+            return [template.encode_uncached for template in self.templates]
+        self._compute_features()
+        return [template.encode for template in self.templates]
 
-    def lower(self, class_ids: Tensor | None = None) -> Tensor:
-        """Hidden states [n, L, W] of classes (by default all) at the cut, without autocast."""
-        tokens = self.tower.tokens if class_ids is None else self.tower.tokens[class_ids]
-        with torch.autocast(tokens.device.type, enabled=False):
-            lower_tokens = tokens.to(self.lower_device or tokens.device)
-            return LSkipBoundary.apply(self.tower.lower, lower_tokens, self.chunk).to(tokens.device)
-
-    def _cached_encoder(self) -> Callable[..., Tensor]:
-        """Return an encoder of class ids [K] that reads cached features, from memory or a folder."""
-        tower = self.tower
+    def _compute_features(self) -> None:
+        """Compute the cached features, or read them from their folder, unless that was done."""
         self._follow_called_modules()
-        if self._store is not None:
-            if self.weights.changed():
-                self._check_store()
-        elif self._rows is None or self.weights.changed():
-            with torch.inference_mode(False), torch.no_grad():  # used beyond the caller's context
-                self._rows = tower.prompts.pack(self.lower())
+        changed = self.weights.changed()
+        if self._has_stores():
+            if changed:
+                self._check_stores()
+            if not self.reads_store():
+                for template in self.templates:
+                    if template.rows is None:
+                        template.read()
+        elif changed or any(template.rows is None for template in self.templates):
+            for template in self.templates:
+                template.compute()
             self.accept_weights()
-        gather = self._gather()
-
-        def encode(class_ids: Tensor, exact: bool = False) -> Tensor:
-            selected = tower.prompts.select(class_ids, exact=exact)
-            return tower.upper(gather(selected.row_numbers()), selected)
-
-        return encode
-
-    def _gather(self) -> Callable[[Tensor], Tensor]:
-        """Return a function from row numbers [R] to the features at the cut, [R, W]."""
-        if self.reads_store():
-            assert self._store is not None
-            return self._store.gather
-        if self._rows is None:
-            assert self._store is not None
-            with torch.inference_mode(False), torch.no_grad():
-                self._rows = self._store.gather(
-                    torch.arange(self.tower.prompts.row_count, device=self.tower.tokens.device)
-                )
-        return partial(self._rows.index_select, 0)
-
-    def reads_store(self) -> bool:
-        """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
-        return self._store is not None and not _fits_in_memory(self._store.nbytes, self.tower.tokens.device)
 
     def unit_embeddings(self, class_ids: Tensor | None = None) -> Tensor:
         """Unit-norm embeddings [n, D] of classes (by default all), without gradient, in chunks."""
         if class_ids is None:
             class_ids = torch.arange(len(self.tower.tokens), device=self.tower.tokens.device)
-        with torch.no_grad():
-            encode = self.encode_uncached if self.tower.skip == 0 else self._cached_encoder()
-            embeddings = torch.cat([encode(chunk) for chunk in class_ids.split(self.chunk)])
-            wide = torch.promote_types(embeddings.dtype, torch.float32)
-            return nn.functional.normalize(embeddings.to(wide), dim=-1)
+        if self.tower.skip > 0:
+            self._compute_features()
+        return _mean_of_units([template.unit_embeddings(class_ids) for template in self.templates])
 
     def class_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, cached until weights change."""
@@ -130,59 +120,85 @@ class TextEncoder:
         """Cache the features at the cut in a folder instead of in memory."""
         if self.tower.skip == 0:
             raise ValueError("SkipCLIP: text_cache keeps features at the cut, and with skip_layers=0 there is no cut.")
-        self._store = TextStore(folder / "features", self.tower, self.lower, self.chunk)
+        for template, own in zip(self.templates, self._folders(folder), strict=True):
+            template.use_folder(own)
         self.accept_weights()
 
     def prototypes(self, folder: Path | None) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes before tuning; stored in `folder` if given."""
         if folder is None:
             return self.unit_embeddings()
-        return stored_prototypes(folder / "prototypes", self.tower, self.unit_embeddings)
+        self._compute_features()
+        folders = self._folders(folder)
+        return _mean_of_units([x.stored_embeddings(own) for x, own in zip(self.templates, folders, strict=True)])
 
-    def _check_store(self) -> None:
-        assert self._store is not None
-        self._store.check(self.tower.lower_identity())
+    def _folders(self, folder: Path) -> list[Path]:
+        """The folder of each template."""
+        if len(self.templates) == 1:
+            return [folder]
+        return [folder / f"template_{number}" for number in range(len(self.templates))]
+
+    def reads_store(self) -> bool:
+        """Return True if each step reads the features of its classes from the folder, which on a GPU is a host sync."""
+        stores = [template.store for template in self.templates if template.store is not None]
+        nbytes, device = sum(store.nbytes for store in stores), self.tower.tokens.device
+        return bool(stores) and not _fits_in_memory(nbytes, device)
+
+    def _has_stores(self) -> bool:
+        return self.templates[0].store is not None
+
+    def _check_stores(self) -> None:
+        identity = self.tower.lower_identity()
+        for template in self.templates:
+            assert template.store is not None
+            template.store.check(identity)
         self.accept_weights()
 
     # ---- changes -----------------------------------------------------------------------------------------------
 
-    def replace_tower(self, tower: TextTower) -> None:
-        """Replace the tower by one that was read again and cut."""
-        self.tower = tower
+    def replace_towers(self, towers: Sequence[TextTower]) -> None:
+        """Replace the towers by those that were read again and cut."""
+        for template, tower in zip(self.templates, towers, strict=True):
+            template.tower = tower
         self.drop_cached()
         self.see_called_modules()
-        if self._store is not None:
-            self._check_store()
+        if self._has_stores():
+            self._check_stores()
 
-    def of_other_prompts(self, tower: TextTower, device: torch.device) -> TextEncoder:
-        """Return an encoder of the prompts of another tower on the same model, with the settings of this one."""
-        if self._store is not None:
+    def of_other_prompts(self, towers: Sequence[TextTower], device: torch.device) -> TextEncoder:
+        """Return an encoder of the prompts of other towers on the same model, with the settings of this one."""
+        if self._has_stores():
             raise RuntimeError(
-                "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again "
-                "with another text_cache."
+                "SkipCLIP: set_classes cannot replace the classes of a text_cache. Create SkipCLIP again with another "
+                "text_cache."
             )
-        tower.apply(lambda x: x.to(device))
-        for name in ("skip", "memory", "attention_backend"):
-            setattr(tower, name, getattr(self.tower, name))
-        encoder = TextEncoder(tower, self.chunk)
+        for tower in towers:
+            tower.apply(lambda x: x.to(device))
+            for name in ("skip", "memory", "attention_backend"):
+                setattr(tower, name, getattr(self.tower, name))
+        encoder = TextEncoder(towers, self.chunk)
         encoder.lower_device = self.lower_device
         encoder.see_called_modules()
         return encoder
 
     def drop_cached(self) -> None:
         """Drop the features and embeddings that are cached in memory."""
-        self._rows = self._embeddings = None
+        self._embeddings = None
+        for template in self.templates:
+            template.rows = None
 
     def apply(self, fn: Callable[[Tensor], Tensor], *, keep: bool = True) -> None:
         """Move or convert the tensors that belong to no module; the features at the cut only if `keep`.
 
         Features are computed again in another dtype.
         """
-        self.tower.apply(fn)
-        rows = self._rows if keep else None
+        rows = [template.rows if keep else None for template in self.templates]
         self.drop_cached()
-        if rows is not None and (moved := fn(rows)).dtype == rows.dtype:
-            self._rows = moved
+        for template, before in zip(self.templates, rows, strict=True):
+            template.tower.apply(fn)
+            if before is not None and (moved := fn(before)).dtype == before.dtype:
+                template.rows = moved
+        if any(template.rows is not None for template in self.templates):
             self.see_called_modules()
 
     def is_current(self) -> bool:
@@ -196,7 +212,8 @@ class TextEncoder:
     def compare_weights(self) -> None:
         """Compare the weights below the cut by content, and drop cached features if they differ."""
         if self.weights.content_changed():
-            self._rows = None
+            for template in self.templates:
+                template.rows = None
 
     def see_called_modules(self) -> None:
         """Take a snapshot of the modules that the tower calls."""
@@ -208,7 +225,7 @@ class TextEncoder:
             every, lower = self._called
             if every.is_unchanged():
                 return
-            if self._store is not None and not lower.is_unchanged():
+            if self._has_stores() and not lower.is_unchanged():
                 raise RuntimeError(
                     "SkipCLIP: a module below the cut of the text tower has other hooks or settings than when the "
                     "features of text_cache were computed. Undo that, or call clip.refresh() to compare with the model "
@@ -216,6 +233,11 @@ class TextEncoder:
                 )
         self.drop_cached()
         self.see_called_modules()
+
+
+def _mean_of_units(embeddings: Sequence[Tensor]) -> Tensor:
+    """Unit-norm mean [n, D] of the unit-norm embeddings [n, D] of each template."""
+    return embeddings[0] if len(embeddings) == 1 else unit_norm(torch.stack(list(embeddings)).mean(0))
 
 
 def _fits_in_memory(nbytes: int, device: torch.device) -> bool:

@@ -47,6 +47,7 @@ class Tower(ABC):
         constants: Parameters that the model never trains.
         skip: Number of blocks below the cut. Set by SkipCLIP.
         memory: What an upper block saves for backward. Set by SkipCLIP.
+        runs: Number of times that a step runs the blocks: once for each template of the prompts.
         attention_backend: Attention of fused blocks. Set by SkipCLIP.
         reductions: The exact reductions of this tower by name.
     """
@@ -58,6 +59,7 @@ class Tower(ABC):
     constants: Sequence[nn.Parameter] = ()
     skip: int = 0
     memory: Memory = "fast"
+    runs: int = 1
     attention_backend: attention.AttentionBackend = attention.SDPA
     reductions: dict[str, Reduction]
     # Weights and settings of each block, or the reason why it is not fused; empty if the family fuses no blocks.
@@ -281,7 +283,7 @@ class Tower(ABC):
         saved = hidden.numel() * hidden.element_size() * SAVED_WIDTHS
         if torch.is_autocast_enabled(hidden.device.type):
             saved += CAST_BYTES * hidden.shape[-1] ** 2
-        saved *= len(self.blocks) - self.skip
+        saved *= (len(self.blocks) - self.skip) * self.runs
         if hidden.device.type == "cpu":
             return saved > free_bytes(hidden.device) / 2
         # On a GPU the number of rows never changes within a run, and a captured graph must not ask the driver.

@@ -44,13 +44,13 @@ _HALVES = {
 }
 
 
-def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
-    """Build the image and text tower of a model, with no blocks skipped.
+def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[TextTower]]:
+    """Build the image tower of a model and a text tower for each template, with no blocks skipped.
 
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
             `CLIPModel` or `SiglipModel`.
-        tokens: [C, L] int64, the tokenised prompt of each class.
+        tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], those of T templates.
 
     Raises:
         UnsupportedModel: If no adapter handles the model, with the reason.
@@ -66,7 +66,12 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTowe
         raise UnsupportedModel(f"SkipCLIP: model must be one of {', '.join(_HALVES)}; got {name}. {remedy}")
     tokens = tokens.to(next(model.parameters()).device, torch.int64)
     visual, text = (model if half is None else getattr(model, half) for half in _HALVES[name])
-    return _factory(visual, _IMAGE_TOWERS, "image")(model), _factory(text, _TEXT_TOWERS, "text")(model, tokens)
+    image = _factory(visual, _IMAGE_TOWERS, "image")(model)
+    templates = tokens.unbind(1) if tokens.ndim == 3 else (tokens,)
+    texts = [_factory(text, _TEXT_TOWERS, "text")(model, prompts) for prompts in templates]
+    for tower in texts:
+        tower.runs = len(texts)
+    return image, texts
 
 
 def _type_name(module: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch
 from open_clip.transformer import QuickGELU
 
 import skipkernels as sk
-from skipkernels.clip.text_encoder import TextEncoder
+from skipkernels.clip.prompt_features import PromptFeatures
 from skipkernels.store import Writer, writer
 from skipkernels.store.lock import locked
 from skipkernels.towers import text_store
@@ -69,8 +69,8 @@ def test_text_store_with_class_token_behind_padding(tmp_path):
 
 def test_text_store_opened_runs_one_text_below_cut(tmp_path, monkeypatch):
     ran = []
-    lower = TextEncoder.lower
-    monkeypatch.setattr(TextEncoder, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
+    lower = PromptFeatures.lower
+    monkeypatch.setattr(PromptFeatures, "lower", lambda self, ids: ran.append(len(ids)) or lower(self, ids))
     make_clip(tmp_path)
     assert sum(ran) == CLASSES + 1
     ran.clear()

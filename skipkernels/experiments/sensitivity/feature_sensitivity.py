@@ -125,7 +125,8 @@ def _towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, TextTower]:
             f"{type(model).__name__}. Load it with open_clip.create_model."
         )
     try:
-        return build_towers(model, tokens)
+        image, (text,) = build_towers(model, tokens)
+        return image, text
     except UnsupportedModel as error:
         raise InputError(str(error)) from error
 
