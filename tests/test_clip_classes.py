@@ -11,6 +11,7 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import Tensor, nn
 
 import skipkernels as sk
+from skipkernels.towers.fused_block import SAVED_WIDTHS
 
 C = 13
 LOSS = {"rel": 1e-11}  # two orders of summation in fp64
@@ -230,7 +231,17 @@ def test_templates_keep_packed_rows_only():
         prompts = text.tower.prompts
         lengths = prompts.pooled + 1 - prompts.prefix_length if prompts.prefix_length else prompts.lengths
         assert len(text.rows) == prompts.prefix_length + lengths.sum() <= C * text.tower.tokens.shape[1]
-    assert clip._text.runs == 3
+
+
+def test_templates_share_the_free_memory(monkeypatch):
+    """A step runs the text tower three times: `memory="auto"` counts what they save together."""
+    text = sk.SkipCLIP(tiny_clip(), three_templates(C), skip_layers=1)._text
+    rows = torch.zeros(20, 16, dtype=torch.float64)
+    saved = rows.numel() * rows.element_size() * SAVED_WIDTHS * 2  # two blocks
+    monkeypatch.setattr("skipkernels.towers.base.free_bytes", lambda device: 2 * saved + 2)
+    assert text.saves_inputs_only(rows)
+    text.runs = 1
+    assert not text.saves_inputs_only(rows)
 
 
 def test_templates_in_a_folder(tmp_path):

@@ -71,6 +71,7 @@ class SkipCLIP(nn.Module):
             weighted mean over the batch. Both options apply in evaluation mode too.
         trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
             "as_is" trains the parameters above the cut that require gradients, such as only adapters, norms or biases.
+            A block with an adapter runs as your module, the others stay fused.
         chunk: Largest number of samples that run below the cut at once.
         memory: What a block above the cut saves for backward. "fast": all but cheap recomputations, about 10·W values
             per token. "min": only its input, and recomputes the rest. "auto": "fast" while that takes less than half
@@ -499,7 +500,8 @@ class SkipCLIP(nn.Module):
         """Replace the classes of the task by others, of any number, in place.
 
         Parameters, their `requires_grad`, optimizer states and the state of the generator stay as they are; a
-        `GraphedStep` captures its step again. Every process of a parallel training must call this.
+        `GraphedStep` captures its step again. Every process of a parallel training must call this, and copies, such as
+        that of an `AveragedModel`, keep their classes until it is called on them.
 
         The new `prototypes` are computed with the *current* weights, since the weights from before tuning are not kept:
         called before the first step they are the zero-shot embeddings that the method selects with, and later those of

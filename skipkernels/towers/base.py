@@ -97,11 +97,18 @@ class Tower(ABC):
     def read_blocks(self) -> tuple[str | None, str | None]:
         """Read every block; return why not all are fused and why the last one is not, or None."""
         self._fusable = [self._read(block) for block in self.blocks]
-        reasons = [reason for reason in self._fusable if isinstance(reason, str)]
-        if not reasons:
-            return None, None
-        some = "" if len(reasons) == len(self._fusable) else f"{len(reasons)} of {len(self._fusable)} blocks: "
-        return some + reasons[0], self._fusable[-1] if isinstance(self._fusable[-1], str) else None
+        of_reason: dict[str, list[int]] = {}
+        for index, fusable in enumerate(self._fusable):
+            if isinstance(fusable, str):
+                of_reason.setdefault(fusable, []).append(index)
+        depth = len(self._fusable)
+        reasons = [
+            reason
+            if len(indices) == depth
+            else f"{len(indices)} of {depth} blocks ({', '.join(map(str, indices))}): {reason}"
+            for reason, indices in of_reason.items()
+        ]
+        return "; ".join(reasons) or None, self._fusable[-1] if isinstance(self._fusable[-1], str) else None
 
     @property
     def can_fuse(self) -> bool:

@@ -33,6 +33,11 @@ def updates_statistics(module: nn.Module) -> bool:
     return any(isinstance(part, _NormBase) and part.training for part in module.modules())
 
 
+def is_deterministic(module: nn.Module) -> bool:
+    """Return True for a module without dropout and batch norms, which computes each sample alone."""
+    return not any(_drops(part) or isinstance(part, _NormBase) for part in module.modules())
+
+
 def _drops(module: nn.Module) -> bool:
     rates = (getattr(module, name, None) for name in _DROPOUT_RATES)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -38,7 +38,8 @@ class PackedPrompts:
     Attributes:
         starts: int64 [C], first row of each suffix.
         lengths: int64 [C], number of rows of each suffix.
-        max_length: S, the largest of them.
+        length: Number of tokens of a whole prompt.
+        max_length: S, the largest of the lengths.
         row_count: R.
         same_length: True if all suffixes have S rows.
         segments: int64 [C + 2, 2], number of rows and the row behind the last, of each suffix, then of the prefix, then
@@ -51,7 +52,9 @@ class PackedPrompts:
     def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
         self.tokens, self.pooled = tokens, pooled
         self.prefix_length, self.excludes_self = prefix_length, excludes_self
-        length = max(tokens.shape[1], int(pooled.max()) + 1)  # CoCa embeds one token more than there are token ids
+        self.length = length = max(
+            tokens.shape[1], int(pooled.max()) + 1
+        )  # CoCa embeds one token more than there are token ids
         self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)
         self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
@@ -128,6 +131,19 @@ class SelectedPrompts:
         stops = self._lengths + P + L * torch.arange(-1, K + 1, device=hidden.device)
         stops[0], stops[-1] = P, 0
         return hidden.flatten(0, 1).index_select(0, self._shifted(stops - self._ends))
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Unpack rows [R, W] behind a shared prefix into whole prompts [K, L, W].
+
+        Behind the pooled token the last row of the suffix is repeated; no token in front of it attends to that.
+        """
+        P, (K, W) = self._prompts.prefix_length, (len(self.class_ids), rows.shape[1])
+        suffix = torch.arange(self._prompts.length - P, device=rows.device)
+        first = self.ends - self._lengths[1:-1] + 1
+        index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]
+        # Gradients of the prefix are added in one order, as `expand` does.
+        prefix = rows[:P].expand(K, P, W)
+        return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)
 
     def _shifted(self, shifts: Tensor) -> Tensor:
         """Row numbers 0 to R − 1, each plus the shift of its segment."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import attention
 from .base import Tower
 from .fused_block import Hidden
+from .modes import is_deterministic
 from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
 from .reductions import Reduction
 
@@ -45,7 +46,7 @@ class TextTower(Tower):
         Args:
             tokens: int64 [C, L].
             pooled: int64 [C], positions of the pooled tokens.
-            not_fused: Why not all blocks are fused, or None.
+            not_fused: Why not all blocks are fused, or None. The others keep the shared prefix.
             last_not_fused: Why the last block is not fused, or None.
             not_causal: Why the mask is not the causal one, or None.
             not_cropped: Why tokens behind the last visible one are not cropped, or None.
@@ -54,7 +55,11 @@ class TextTower(Tower):
         """
         tokens = tokens if not_cropped else tokens[:, : visible_length or int(pooled.max()) + 1].contiguous()
         length = shared_prefix_length(tokens, pooled, excludes_self=excludes_self)
-        not_shared = not_causal or not_fused or (None if length else "the prompts begin with different tokens")
+        not_shared = (
+            not_causal
+            or (not_fused if not any(map(self.is_fused, range(len(self.blocks)))) else self._why_prompts_differ())
+            or (None if length else "the prompts begin with different tokens")
+        )
         self.prompts = PackedPrompts(tokens, pooled, 0 if not_shared else length, excludes_self=excludes_self)
         reasons = {
             "text_crop": not_cropped,
@@ -63,6 +68,13 @@ class TextTower(Tower):
             "pooled_last_block": last_not_fused,
         }
         self.reductions = {name: Reduction.unless(reason) for name, reason in reasons.items()}
+
+    def _why_prompts_differ(self) -> str | None:
+        """Return why a block that is not fused may compute other values of one prefix in each prompt, or None."""
+        for index, block in enumerate(self.blocks):
+            if not self.is_fused(index) and not is_deterministic(block):
+                return f"block {index}, which is not fused, has dropout or a batch norm"
+        return None
 
     @property
     def tokens(self) -> Tensor:
@@ -141,7 +153,18 @@ class TextTower(Tower):
             excludes_self=selected.ends if self.prompts.excludes_self else None,
         )
         hidden, options = Hidden(rows), {"save_inputs_only": save_inputs_only}
-        for index in range(self.skip, depth - 1):
-            hidden = self._run_fused_block(index, hidden, attention_fn, **options)
+        pools = self.is_fused(depth - 1)
+        for index in range(self.skip, depth - pools):
+            if self.is_fused(index):
+                hidden = self._run_fused_block(index, hidden, attention_fn, **options)
+            else:
+                hidden = self._run_on_whole_prompts(index, hidden, selected)
+        if not pools:
+            return hidden.sum()[selected.ends]
         last = partial(attention_fn, rows=selected.ends)
         return self._run_fused_block(depth - 1, hidden, last, query_rows=selected.ends, **options).sum()
+
+    def _run_on_whole_prompts(self, index: int, hidden: Hidden, selected: SelectedPrompts) -> Hidden:
+        """Run a block that is not fused over whole prompts, unpacked from rows and packed again."""
+        whole, mask = Hidden(selected.unpack(hidden.sum())), self.mask(self.tokens[selected.class_ids])
+        return self._run_upper_block(index, whole, mask, save_inputs_only=False).map(selected.pack)

@@ -1,0 +1,78 @@
+"""Blocks with adapters, or altered otherwise, run as modules between fused blocks: same step, on the same rows."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from models import random_weights, tiny_batch, tiny_clip, tiny_coca, tiny_tokens
+from reference_step import assert_matches_reference_step
+from torch import nn
+from transformers import CLIPConfig, CLIPModel
+
+import skipkernels as sk
+
+C = 7
+
+
+def hugging_face_clip() -> CLIPModel:
+    tower = {"intermediate_size": 48, "num_hidden_layers": 3}
+    text = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "eos_token_id": 59, **tower}
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "num_attention_heads": 3, **tower}
+    torch.manual_seed(0)
+    return random_weights(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)))
+
+
+def with_lora(blocks: list[int], **options) -> nn.Module:
+    """Hugging Face CLIP with PEFT's LoRA in some blocks of both towers."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=blocks, **options)
+    model = peft.inject_adapter_in_model(config, hugging_face_clip().requires_grad_(False)).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize("memory", ["fast", "min"])
+@pytest.mark.parametrize("blocks", [[1], [2], [1, 2]], ids=str)
+def test_peft_blocks_run_beside_fused_ones(blocks, memory):
+    model, tokens, (x, labels) = with_lora(blocks), tiny_tokens(C), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, trainable="as_is", memory=memory)
+    named = f"{len(blocks)} of 3 blocks ({', '.join(map(str, blocks))}): the submodules of a block differ"
+    for tower in ("image", "text"):
+        assert clip.reductions[f"{tower}.fused_block"].reason.startswith(named)
+        assert clip.reductions[f"{tower}.pooled_last_block"].enabled == (2 not in blocks)
+    assert clip.reductions["text.shared_prefix"].enabled and clip._text.prompts.prefix_length == 2
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 8 * len(blocks) and all("lora_" in name for name in trained)
+    assert_matches_reference_step(clip, x, tokens, labels)
+    assert_matches_reference_step(copy.deepcopy(clip), x, tokens, labels)
+
+
+def test_peft_dropout_runs_whole_prompts():
+    model, tokens, (x, labels) = with_lora([1], lora_dropout=0.5), tiny_tokens(C), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    assert clip.reductions["text.shared_prefix"].reason == "block 1, which is not fused, has dropout or a batch norm"
+    assert clip._text.prompts.prefix_length == 0
+    out = clip(x, labels)
+    out.loss.backward()
+    assert all(p.grad is not None for p in clip.trainable_parameters())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("make", [tiny_clip, tiny_coca], ids=["clip", "coca"])
+def test_hooked_text_block_keeps_the_shared_prefix(make, block, padded, monkeypatch):
+    if padded:  # as on a GPU: rows follow the last suffix
+        monkeypatch.setattr("skipkernels.towers.prompts.reads_row_counts", lambda device: False)
+    model = make()
+    text = model if make is tiny_clip else model.text
+    text.transformer.resblocks[block].register_forward_hook(lambda module, args, out: out * 1.01)
+    tokens, (x, labels) = tiny_tokens(C, context=77 if make is tiny_clip else 76), tiny_batch(3, C)
+    with pytest.warns(UserWarning, match=rf"1 of 3 blocks \({block}\): a block has hooks"):
+        clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0)
+    assert clip.reductions["text.shared_prefix"].enabled
+    assert_matches_reference_step(clip, x, tokens, labels)
