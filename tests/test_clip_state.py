@@ -225,3 +225,68 @@ def test_forward_one_class_has_zero_gradients():
     sk.SkipCLIP(model, tiny_tokens(1), skip_layers=1)(images, labels).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(gradient.abs().max() < 1e-12 for gradient in gradients)  # rounding of a zero
+
+
+# ---- trainers around the step --------------------------------------------------------------------------------------
+
+
+def step_of(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    clip(*tiny_batch(3, C, seed=seed)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_exponential_average_of_the_weights():
+    clip, (images, labels) = make_clip(), tiny_batch(5, C)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)
+    average = AveragedModel(clip, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    states = []
+    for seed in range(3):
+        step_of(clip, optimizer, seed)
+        average.update_parameters(clip)
+        states.append(copy.deepcopy(clip.model.state_dict()))
+    by_hand = states[0]
+    for state in states[1:]:
+        by_hand = {name: 0.75 * by_hand[name] + 0.25 * value for name, value in state.items()}
+    expected = tiny_clip()
+    expected.load_state_dict(by_hand)
+    logits = expected.get_logits(images, tiny_tokens(C))[0].detach()
+    torch.testing.assert_close(average.module.predict(images), logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(average.eval()(images, labels).logits.detach(), logits, rtol=1e-9, atol=1e-9)
+    assert not clip.predict(images).allclose(logits, rtol=1e-4)
+    assert average.module.prototypes.equal(clip.prototypes)
+
+
+@pytest.mark.parametrize("memory", ["fast", "min"])
+def test_gradient_accumulation_equals_the_large_batch(memory):
+    images, labels = tiny_batch(6, C)
+    large, small = (
+        sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory=memory) for _ in range(2)
+    )
+    large(images, labels).loss.backward()
+    for part in range(3):
+        (small(images[part::3], labels[part::3]).loss / 3).backward()
+    for (name, expected), got in zip(large.named_parameters(), small.parameters(), strict=True):
+        if expected.grad is not None:
+            assert (got.grad - expected.grad).norm() <= 1e-9 * expected.grad.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))], ids=["copy", "pickle"])
+def test_copy_in_the_middle_of_training_goes_the_same_way(way):
+    clip = make_clip(class_weight=torch.linspace(0.5, 1.5, C), label_smoothing=0.1)
+    for _ in range(2):
+        optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1))
+        step_of(clip, optimizer, 0)
+        twin = way(clip)
+        other = torch.optim.SGD(twin.parameter_groups(text_lr=0.1, image_lr=0.1))
+        for seed in (1, 2):
+            step_of(clip, optimizer, seed)
+            step_of(twin, other, seed)
+        assert all(a.equal(b) for a, b in zip(clip.parameters(), twin.parameters(), strict=True))
+        clip.set_classes(tiny_tokens(C, seed=8), torch.linspace(1.5, 0.5, C))
+
+
+def test_step_in_a_compiled_function():
+    eager, clip, (images, labels) = make_clip(), make_clip(), tiny_batch(3, C)
+    twice = torch.compile(lambda x, y: 2 * clip(x + 0, y).loss, backend="aot_eager")
+    assert twice(images, labels).equal(2 * eager(images, labels).loss)
