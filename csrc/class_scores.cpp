@@ -1,6 +1,6 @@
 // class_scores: the score by which classes are selected for a batch.
 //
-//   score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
+//   score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image, if there are labels
 //
 // Map: blocks and tiles as in class_sampled_ce.cpp. A task stores the maximum over the images of its block for each
 // class; the blocks of a class are combined at the end.
@@ -40,7 +40,7 @@ void best_cosines(const Rows<T>& image, const Rows<T>& prototypes, int64_t B, in
     maximum(scores, &partial[i * C], C);
 }
 
-Tensor class_scores(const Tensor& image, const Tensor& prototypes, const Tensor& labels) {
+Tensor class_scores(const Tensor& image, const Tensor& prototypes, const std::optional<Tensor>& labels) {
   STD_TORCH_CHECK(
       image.dim() == 2 && prototypes.dim() == 2 && image.size(1) == prototypes.size(1) &&
           image.scalar_type() == prototypes.scalar_type(),
@@ -48,7 +48,8 @@ Tensor class_scores(const Tensor& image, const Tensor& prototypes, const Tensor&
   STD_TORCH_CHECK(
       image.size(0) > 0 && prototypes.size(0) > 0 && image.size(1) > 0, "class_scores: B, C and D must be at least 1.");
   STD_TORCH_CHECK(
-      labels.dim() == 1 && labels.scalar_type() == ScalarType::Long, "class_scores: labels must be int64 [B].");
+      !labels || (labels->dim() == 1 && labels->scalar_type() == ScalarType::Long),
+      "class_scores: labels must be int64 [B].");
   const int64_t B = image.size(0), C = prototypes.size(0), D = image.size(1);
   std::optional<Tensor> scores;
   dispatch_features(image, "class_scores", [&](auto type) {
@@ -58,7 +59,9 @@ Tensor class_scores(const Tensor& image, const Tensor& prototypes, const Tensor&
     scores = vector_of<A>(C);
     A* data = scores->mutable_data_ptr<A>();
     best_cosines(rows_of<T>(images), rows_of<T>(rows), B, C, D, data);
-    for (const int64_t label : integers(labels)) {
+    if (!labels)
+      return;
+    for (const int64_t label : integers(*labels)) {
       if (label < 0 || label >= C)
         refuse("class_scores: labels must be rows of prototypes, 0 to ", C - 1, "; got ", label, ".");
       data[label] = std::numeric_limits<A>::infinity();

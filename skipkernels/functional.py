@@ -167,7 +167,7 @@ def class_sampled_logits(
     return registration.call(_class_sampled_logits, image, text, scale, class_ids)[0]
 
 
-def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
     """Score of every class for a batch: its highest cosine with an image, or infinity for the labels of the batch.
 
         score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
@@ -177,7 +177,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     Args:
         image: [B, D] image embeddings of any norm, B ≥ 1, in fp32, bf16, fp16 or fp64.
         prototypes: [C, D] class embeddings of unit norm, in the dtype of `image`.
-        labels: int64 [B], indices of rows of `prototypes`.
+        labels: int64 [B], indices of rows of `prototypes`; default: none, and no score is infinite.
 
     Returns:
         [C] scores: fp64 for fp64 features, else fp32.
@@ -196,7 +196,8 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     """
     name = "class_scores"
     _check_features(name, image, "prototypes", prototypes)
-    _check_ids(name, "labels", labels, image, B=image.shape[0])
+    if labels is not None:
+        _check_ids(name, "labels", labels, image, B=image.shape[0])
     return registration.call(_class_scores, image, prototypes, labels)
 
 

@@ -89,17 +89,19 @@ def class_sampled_logits(
 
 
 @torch.no_grad()
-def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
     """Score of every class for a batch.
 
         score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
 
-    A label that is not a row of `prototypes` raises IndexError (on a GPU: a device-side assertion).
+    Without labels no score is infinite. A label that is not a row of `prototypes` raises IndexError (on a GPU: a
+    device-side assertion).
 
     See `skipkernels.functional.class_scores`.
     """
     scores = (_unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
-    scores[labels] = math.inf
+    if labels is not None:
+        scores[labels] = math.inf
     return scores
 
 

@@ -1,6 +1,6 @@
 """`class_scores`: scores that select the classes of a step.
 
-    score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
+    score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image, if there are labels
 
 One pass over the prototypes; the [B, C] cosines are never written. Not differentiable. Reference:
 `reference.class_scores`. CPU kernel: csrc/class_scores.cpp. Tests: tests/ops/test_class_scores.py. Benchmark:
@@ -71,17 +71,19 @@ def _class_scores_kernel(
         cosine = product / tl.maximum(norm, eps, propagate_nan=tl.PropagateNan.ALL)[None, :]
         cosine = tl.where(mask_b[None, :], cosine, float("-inf"))  # [BLOCK_C, BLOCK_B]
         best = tl.maximum(best, cosine, propagate_nan=tl.PropagateNan.ALL)
-        labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)
-        tl.device_assert((labels >= 0) & (labels < C) | ~mask_b, "class_scores: labels must be rows of prototypes")
-        labelled |= labels[None, :] == offs_c[:, None]
+        if labels_ptr is not None:
+            labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)
+            tl.device_assert((labels >= 0) & (labels < C) | ~mask_b, "class_scores: labels must be rows of prototypes")
+            labelled |= labels[None, :] == offs_c[:, None]
     # tl.max drops NaN; a NaN image must give NaN scores.
     nan = tl.max((best != best).to(tl.int32), axis=1) > 0
     score = tl.where(nan, float("nan"), tl.max(best, axis=1))
-    score = tl.where(tl.max(labelled.to(tl.int32), axis=1) > 0, float("inf"), score)
+    if labels_ptr is not None:
+        score = tl.where(tl.max(labelled.to(tl.int32), axis=1) > 0, float("inf"), score)
     tl.store(scores_ptr + offs_c, score, mask=mask_c)
 
 
-def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def _launch(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
     image, prototypes = with_contiguous_rows(image), with_contiguous_rows(prototypes)
     (B, D), C, device = image.shape, prototypes.shape[0], image.device
     block_c, num_warps = FEW if C < MANY_FROM else MANY
@@ -102,7 +104,7 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
         D=D,
         stride_image_b=image.stride(0),
         stride_prototypes_c=prototypes.stride(0),
-        stride_labels=labels.stride(0),
+        stride_labels=0 if labels is None else labels.stride(0),
         eps=reference.UNIT_NORM_EPS,
         BLOCK_B=BLOCK_B,
         BLOCK_C=block_c,
@@ -112,19 +114,21 @@ def _launch(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def _check(image: Tensor, prototypes: Tensor, labels: Tensor) -> None:
+def _check(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> None:
     C = prototypes.shape[0]
+    if labels is None:
+        return
     if labels.amin() < 0 or labels.amax() >= C:
         raise ValueError(f"class_scores: labels must be rows of prototypes, 0 to {C - 1}; got {labels.tolist()}.")
 
 
-def _fake(image: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def _fake(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     return image.new_empty(prototypes.shape[0], dtype=dtype)
 
 
 class_scores = registration.define(
-    "class_scores(Tensor image, Tensor prototypes, Tensor labels) -> Tensor scores",
+    "class_scores(Tensor image, Tensor prototypes, Tensor? labels) -> Tensor scores",
     fallback=reference.class_scores,
     fake=_fake,
     launch=_launch,

@@ -32,7 +32,8 @@ def check(image, prototypes, labels):
     exact = reference.class_scores(image.double(), prototypes.double(), labels)
     assert scores.dtype == (torch.float64 if image.dtype == torch.float64 else torch.float32)
     eager = (F.normalize(image, dim=1) @ prototypes.T).amax(dim=0).to(scores.dtype)
-    eager[labels] = torch.inf
+    if labels is not None:
+        eager[labels] = torch.inf
     # Scores are fp32 whatever the features are.
     assert relative_error(scores, exact) <= relative_error(eager, exact) + SLACK[scores.dtype]
 
@@ -82,6 +83,11 @@ def test_rows_of_wider_tensors(backend: Backend):
     image, prototypes, labels = make(6, 20, 33, device=backend.device)
     within = [F.pad(x, (1, 2), value=torch.nan)[:, 1:-2] for x in (image, prototypes)]
     check(*within, labels)
+
+
+def test_without_labels(backend: Backend):
+    image, prototypes, _ = make(5, 37, 33, device=backend.device)
+    check(image, prototypes, None)
 
 
 @pytest.mark.parametrize("shape", [(64, 700, 128), (400, 30, 256), (300, 1100, 96)])
