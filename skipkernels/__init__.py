@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipkernels import functional, ops, reference
+    from skipkernels import functional, ops, reference, retrieval
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.features import FeatureCache
@@ -36,10 +36,11 @@ __all__ = [
     "functional",
     "ops",
     "reference",
+    "retrieval",
     "select_classes",
 ]
 
-_SUBMODULES = ("functional", "ops", "reference")
+_SUBMODULES = ("functional", "ops", "reference", "retrieval")
 _HOME = {  # public name → its module
     "ClassSelection": "selection",
     "FeatureCache": "features",

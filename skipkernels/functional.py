@@ -33,6 +33,7 @@ __all__ = [
     "class_sampled_ce",
     "class_sampled_logits",
     "class_scores",
+    "contrastive_loss",
     "mlp_activation",
     "pooled_attention",
     "shared_prefix_attention",
@@ -199,6 +200,48 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
     if labels is not None:
         _check_ids(name, "labels", labels, image, B=image.shape[0])
     return registration.call(_class_scores, image, prototypes, labels)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, reduction: str = "mean") -> Tensor:
+    """Symmetric contrastive loss of B pairs of an image and a text.
+
+    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ for images b and texts c of the batch:
+
+        loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
+
+    This is `class_sampled_ce` twice, with the texts and with the images as class bank: the [B, B] logits are never in
+    memory all at once. Equal texts in a batch are negatives of each other's image.
+
+    Args:
+        image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
+        text: [B, D] text embeddings of any norm, in the dtype of `image`; row b belongs to image b.
+        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
+            `image` (without a host sync).
+        reduction: "mean" (default), "sum" or "none".
+
+    Returns:
+        The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32. Gradients flow to `image`,
+        `text` and `logit_scale`.
+
+    Raises:
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for a `logit_scale` that is
+            not finite.
+
+    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, figure 3.
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])  # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [1.0, 1.0]])   # [B=2, D=2]
+        >>> print(f"{contrastive_loss(image, text, 10.0):.4f}")
+        0.1865
+    """
+    name = "contrastive_loss"
+    _check_features(name, image, "text", text)
+    check_shape(name, "text", text, ("image", image), B=image.shape[0], D=image.shape[1])
+    labels = torch.arange(image.shape[0], device=image.device)
+    image_to_text = class_sampled_ce(image, text, labels, logit_scale, reduction=reduction)
+    return (image_to_text + class_sampled_ce(text, image, labels, logit_scale, reduction=reduction)) / 2
 
 
 def add_layer_norm(

@@ -21,6 +21,7 @@ __all__ = [
     "class_sampled_ce",
     "class_sampled_logits",
     "class_scores",
+    "contrastive_loss",
     "gather_rows",
     "mlp_activation",
     "pooled_attention",
@@ -103,6 +104,21 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
     if labels is not None:
         scores[labels] = math.inf
     return scores
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, reduction: str = "mean") -> Tensor:
+    """Symmetric contrastive loss of B pairs of an image and a text.
+
+    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ for images b and texts c of the batch:
+
+        loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
+
+    See `skipkernels.functional.contrastive_loss`.
+    """
+    logits = class_sampled_logits(image, text, logit_scale)
+    labels = torch.arange(len(logits), device=logits.device)
+    both = (F.cross_entropy(z, labels, reduction=reduction) for z in (logits, logits.T))
+    return sum(both, start=logits.new_zeros(())) / 2
 
 
 def add_layer_norm(

@@ -360,10 +360,18 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
         >>> select_ranks(scores, torch.tensor([2, 2]), torch.tensor([0, 1]))
         ClassSelection(class_ids=tensor([1, 2]), targets=tensor([1, 1]))
     """
-    forced = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).scatter(0, labels, math.inf)
-    order = forced.argsort(descending=True, stable=True)
-    class_ids = order[ranks.to(order.device, non_blocking=True)].sort().values
+    class_ids = classes_at_ranks(scores.scatter(0, labels, math.inf), ranks)
     return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))
+
+
+def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Class ids [K] int64, ascending, at the given ranks [K] of descending scores [C]. NaN ranks last.
+
+    >>> classes_at_ranks(torch.tensor([0.1, 0.9, 0.3, 0.8]), torch.tensor([0, 2]))
+    tensor([1, 2])
+    """
+    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
+    return order[ranks.to(order.device, non_blocking=True)].sort().values
 
 
 def select_classes(

@@ -36,7 +36,7 @@ LAYERS = [
     ("ops",),
     ("functional",),
     ("store",),
-    ("boundary", "classifier", "optimizer", "selection", "towers"),
+    ("boundary", "classifier", "optimizer", "retrieval", "selection", "towers"),
     ("clip",),
     ("features",),
     ("data",),

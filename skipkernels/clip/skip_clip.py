@@ -22,7 +22,9 @@ from .batch import check_images, check_label_range, check_labels, one_batch
 from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
+from .multi_label import sigmoid_loss
 from .output import SkipOutput
+from .pairs import pair_loss
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
 from .snapshot import Snapshot, refuse_alterations
 from .state import pack_state, unpack_state
@@ -266,17 +268,25 @@ class SkipCLIP(nn.Module):
         return self._step(x, labels, self.sampler.draw_on, return_logits=return_logits)
 
     def _check_step(self, x: Any, labels: Any) -> None:
-        """Check the batch and the model on the host, and move what belongs to no module to the device of the batch."""
+        """Check a batch of images with one label each, and the model, on the host."""
+        self._check_batch(x)
+        check_labels(labels, len(x))
+        if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
+            check_label_range(labels, len(self.prototypes))
+        self._check_draw(len(x))
+
+    def _check_batch(self, x: Any) -> None:
+        """Check images and the model on the host, and move what belongs to no module to the device of the images."""
         check_images(x)
         self._image_encoder.are_images(x)
-        check_labels(labels, len(x))
-        classes = len(self.prototypes)
-        if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
-            check_label_range(labels, classes)
         self._check_unaltered(lower_image=True)
         self._follow(x.device)
+
+    def _check_draw(self, labels: int) -> None:
+        """Raise a RuntimeError if the step of a number of labels would draw other classes than its first forward."""
+        classes = len(self.prototypes)
         in_backward = self.training and torch._C._current_graph_task_id() != -1
-        if in_backward and self.sampler.plan(classes, len(x))[0] < classes:  # the step would draw from the tail
+        if in_backward and self.sampler.plan(classes, labels)[0] < classes:  # the step would draw from the tail
             raise RuntimeError(
                 "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
                 'would draw other classes than the first time. Use memory="min" instead.'
@@ -328,6 +338,84 @@ class SkipCLIP(nn.Module):
         with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
             scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
         return select_ranks(scores, labels, ranks)
+
+    @torch.compiler.disable
+    def pair_loss(self, x: Tensor, captions: Tensor) -> Tensor:
+        """Symmetric contrastive loss [] of pairs of an image and a caption, see `functional.contrastive_loss`.
+
+        No classes are selected: the captions of a batch are compared with its images. Both towers are cut, so only
+        blocks above the cut train. A caption that occurs twice in a batch, or fits two images, counts as a negative of
+        the other image, as in open_clip.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
+                their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
+                call, cropped to the longest. On a GPU both have a host sync, for the number of tokens.
+
+        Raises:
+            TypeError: If x or captions are not tensors, or have the wrong dtype.
+            ValueError: If shapes don't fit, an image is not finite, or an id or a token is out of range.
+            RuntimeError: If the model was altered.
+
+        Example:
+            >>> import logging; logging.disable()  # open_clip warns about random weights
+            >>> import open_clip
+            >>> from skipkernels.experiments import glyph_tiny
+            >>> glyph_tiny.register()
+            >>> captions = open_clip.get_tokenizer("glyph-tiny")([f"a small {n}" for n in range(10)])
+            >>> clip = SkipCLIP(open_clip.create_model("glyph-tiny"), captions, skip_layers=0.5)
+            >>> images, ids = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])
+            >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
+            True
+        """
+        return pair_loss(self, x, captions)
+
+    @torch.compiler.disable
+    def sigmoid_loss(
+        self, x: Tensor, labels: Tensor, *, max_labels: int, logit_bias: Tensor | float | None = None
+    ) -> SkipOutput:
+        """Binary cross-entropy of each image with each selected class, for any number of labels per image.
+
+            loss = −1/(B·K) · Σ_b Σ_k log σ(±(logit_scale · ⟨x̂_b, t̂_k⟩ + logit_bias)),   + if k is a label of b, else −
+
+        The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
+        min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
+        arXiv 2303.15343) is K times this one.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            labels: [B, C] bool, integer or floating-point, 1 where an image has a class and 0 elsewhere. An image may
+                have no label.
+            max_labels: Largest number of labels of an image. On a GPU it is not compared with the labels, which would
+                be a host sync: labels beyond it may be left out of the loss.
+            logit_bias: Bias of the logits, a number or a tensor of one element that may train; default: that of the
+                model, a constant, or 0. Few classes of many are labels, so without a bias the loss of a model that was
+                trained with a softmax begins high: −logit_scale times the mean cosine is a start.
+
+        Returns:
+            SkipOutput: the loss, the logits [B, K] with the bias, the selected classes, and their labels, bool [B, K].
+
+        Raises:
+            TypeError: If x or labels are not tensors, or have the wrong dtype.
+            ValueError: If shapes don't fit, an image is not finite, `max_labels` is below 1, or, on the CPU, labels are
+                not 0 or 1, or an image has more than `max_labels`.
+            RuntimeError: If the model was altered, or in training if called within a backward pass.
+
+        Example:
+            >>> import logging; logging.disable()  # open_clip warns about random weights
+            >>> import open_clip
+            >>> from skipkernels.experiments import glyph_tiny
+            >>> glyph_tiny.register()
+            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+            >>> clip = SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5, keep_ratio=0.2)
+            >>> labels = torch.zeros(2, 10)
+            >>> labels[0, [3, 7]] = labels[1, 3] = 1
+            >>> out = clip.sigmoid_loss(torch.rand(2, 3, 32, 32), labels, max_labels=2, logit_bias=-10.0)
+            >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
+            (torch.Size([]), [3, 7], [3])
+        """
+        return sigmoid_loss(self, x, labels, max_labels, logit_bias)
 
     def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
         """Return a function that runs a whole training step: on a GPU by one replay of a captured CUDA graph.

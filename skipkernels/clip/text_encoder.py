@@ -77,6 +77,13 @@ class TextEncoder:
         self._compute_features()
         return [template.encode for template in self.templates]
 
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Encode prompts [B, L] that need not be classes, cropped to the longest; on a GPU with host syncs."""
+        device = self.tower.tokens.device
+        prompts = PromptFeatures(self.tower.with_prompts(tokens.to(device, torch.int64)), self.chunk)
+        prompts.lower_device = self.lower_device
+        return prompts.encode_uncached(torch.arange(len(tokens), device=device), exact=True)
+
     def _compute_features(self) -> None:
         """Compute the cached features, or read them from their folder, unless that was done."""
         self._follow_called_modules()

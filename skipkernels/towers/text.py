@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,16 @@ class TextTower(Tower):
     """
 
     prompts: PackedPrompts
+
+    @abstractmethod
+    def read_prompts(self, tokens: Tensor) -> None:
+        """Set the prompts, int64 [C, L]: find the pooled tokens, and call `_set_prompts`."""
+
+    def with_prompts(self, tokens: Tensor) -> TextTower:
+        """Return a tower over other prompts, int64 [C, L], with the same modules, cut and settings."""
+        tower = copy.copy(self)
+        tower.read_prompts(tokens)
+        return tower
 
     def _set_prompts(
         self,

@@ -51,6 +51,7 @@ def small_call(name: str) -> SmallCall:
             {"class_ids": ids, "class_weight": torch.ones(5), "label_smoothing": 0.1},
         ),
         "class_sampled_logits": ((randn(2, 4), randn(5, 4), scale), (), {"class_ids": ids}),
+        "contrastive_loss": ((randn(3, 4), randn(3, 4), scale), (), {}),
         "class_scores": ((), (randn(2, 4), randn(5, 4), torch.tensor([0, 3])), {}),
         "add_layer_norm": ((randn(3, 4), randn(3, 4), randn(4), randn(4)), (), {}),
         "mlp_activation": ((randn(3, 4), randn(4)), ("gelu",), {}),

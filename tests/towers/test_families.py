@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from models import TEXT, VISION, openai_models, random_weights, tiny_batch, tiny_clip, tiny_coca, tiny_tokens
-from reference_step import assert_matches_reference_step
+from reference_step import LOSS, assert_matches_reference_step
 from torch import nn
 
 import skipkernels as sk
+from skipkernels import reference
 from skipkernels.towers import UnsupportedModel
 
 CLASSES = 7
@@ -100,6 +101,22 @@ def test_step_equals_reference(make, skip):
         assert clip.reductions["text.text_crop"].enabled and clip.reductions["text.shared_prefix"].enabled
 
 
+@pytest.mark.parametrize("make", [openai_clip, hugging_face_clip, siglip, tiny_coca, lambda: tiny_coca(correct=True)])
+def test_pair_loss_of_other_captions_equals_reference(make):
+    model = make()
+    images, captions = tiny_batch(3, CLASSES, model.logit_scale.dtype)[0], tiny_tokens(5)[2:]
+    captions[:, 1] = torch.tensor([7, 8, 9])  # they share only the start of text
+    if isinstance(model, open_clip.CoCa):
+        captions = captions[:, :76]
+    check_pair_loss(sk.SkipCLIP(model, captions[:1].repeat(2, 1), skip_layers=1), images, captions)
+
+
+def check_pair_loss(clip, images, captions):
+    encoded = clip._image.reference_forward(images), clip._text.reference_forward(captions)
+    expected = reference.contrastive_loss(*encoded, clip.model.logit_scale.exp())
+    torch.testing.assert_close(clip.pair_loss(images, captions), expected, rtol=LOSS[images.dtype], atol=0)
+
+
 @pytest.mark.parametrize(
     ("config", "pooler", "projection"),
     [
@@ -141,6 +158,7 @@ def check_encoder(model, skip):
     assert clip._text.tokens.shape[1] == 7 < tokens.shape[1]
     assert "runs as your module" in clip.reductions["text.fused_block"].reason
     assert_matches_reference_step(clip, images, tokens, labels)
+    check_pair_loss(clip, images, tokens[[4, 0, 1]])
 
 
 def test_encoder_with_layerdrop_raises(tmp_path):

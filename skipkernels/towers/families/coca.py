@@ -20,13 +20,16 @@ class CoCaTextTower(OpenClipTextTower):
     """Text tower with a `TextTransformer` as `text` that has a class embedding."""
 
     def __init__(self, model, tokens: Tensor):
-        self._excludes_self = not model.text.correct_cls_mask
-        lengths, L = self._lengths(model.text.pad_id, tokens), tokens.shape[1]
-        self._position = L  # index of the class token's positional embedding
-        padding_last = (tokens != model.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
-        self._moved = padding_last and int(lengths.max()) + self._excludes_self <= L
         super().__init__(model, tokens)
         self.embedding = (*self.embedding, self.text.cls_emb)
+
+    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+        self._excludes_self = not self.text.correct_cls_mask
+        lengths, L = self._lengths(self.text.pad_id, tokens), tokens.shape[1]
+        self._position = L  # index of the class token's positional embedding
+        padding_last = (tokens != self.text.pad_id).equal(torch.arange(L, device=tokens.device) < lengths[:, None])
+        self._moved = padding_last and int(lengths.max()) + self._excludes_self <= L
+        super().read_prompts(tokens)
 
     @staticmethod
     def _lengths(pad_id: int, tokens: Tensor) -> Tensor:

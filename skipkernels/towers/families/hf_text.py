@@ -26,7 +26,10 @@ class EncoderTextTower(TextTower):
     def __init__(self, model: Any, tokens: Tensor, layers: nn.ModuleList):
         self.model, self.encoder = model, model.text.transformer
         self.blocks, self.padding = layers, model.text.config.pad_token_id
-        not_fused = f"a block is a {type(layers[0]).__name__}, which runs as your module"
+        self.read_prompts(tokens)
+
+    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+        not_fused = f"a block is a {type(self.blocks[0]).__name__}, which runs as your module"
         last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
         self._set_prompts(tokens, last, not_fused, not_fused, not_causal="a token sees later ones")
 

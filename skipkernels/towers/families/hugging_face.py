@@ -142,15 +142,20 @@ class HuggingFaceTextTower(TextTower):
         self.text = self.model.text_model
         self.blocks = self.text.encoder.layers
         self.embedding = (self.text.embeddings,)
-        reasons = self.read_blocks()
-        if isinstance(model, CLIPModel):
-            self.head = (self.text.final_layer_norm, self.model.text_projection)
-            self._set_prompts(tokens, self._end_positions(tokens), *reasons)
+        self.head = (
+            self.text.final_layer_norm,
+            self.model.text_projection if isinstance(model, CLIPModel) else self.text.head,
+        )
+        self._not_fused = self.read_blocks()
+        self.read_prompts(tokens)
+
+    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
+        if isinstance(self.model, CLIPModel):
+            self._set_prompts(tokens, self._end_positions(tokens), *self._not_fused)
         else:
-            self.head = (self.text.final_layer_norm, self.text.head)
             last = tokens.new_full((len(tokens),), tokens.shape[1] - 1)
             not_cropped = "every token sees every other"
-            self._set_prompts(tokens, last, *reasons, not_causal="there is no mask", not_cropped=not_cropped)
+            self._set_prompts(tokens, last, *self._not_fused, not_causal="there is no mask", not_cropped=not_cropped)
 
     def _end_positions(self, tokens: Tensor) -> Tensor:
         end = self.text.eos_token_id  # read by its forward; the config may have changed

@@ -139,15 +139,19 @@ class OpenClipTextTower(TextTower):
         self.model = model
         self.text: Any = model if isinstance(model, CLIP) else model.text
         self.blocks = self.text.transformer.resblocks
+        self.embedding = (self.text.token_embedding, self.text.positional_embedding)
+        self.head = (self.text.ln_final, self.text.text_projection)
+        self._not_fused = self.read_blocks()
+        self.read_prompts(tokens)
+
+    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
         context = len(self.text.positional_embedding) - (getattr(self.text, "cls_emb", None) is not None)
-        if tokens.shape[1] > context or (self.text is model and tokens.shape[1] != context):
+        if tokens.shape[1] > context or (self.text is self.model and tokens.shape[1] != context):
             raise ValueError(
                 f"SkipCLIP: tokens must be [C, L={context}], as long as the model's context; got {list(tokens.shape)}. "
                 "Use the model's tokenizer: open_clip.get_tokenizer(NAME)."
             )
-        self.embedding = (self.text.token_embedding, self.text.positional_embedding)
-        self.head = (self.text.ln_final, self.text.text_projection)
-        not_fused, last_not_fused = self.read_blocks()
+        not_fused, last_not_fused = self._not_fused
         layout = self._prompt_layout(tokens)
         self._set_prompts(tokens, not_fused=not_fused, last_not_fused=last_not_fused, **layout)
 

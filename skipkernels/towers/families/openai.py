@@ -82,6 +82,9 @@ class OpenAITextTower(TextTower):
         self.model, self.blocks = model, model.transformer.resblocks
         self.embedding = (model.token_embedding, model.positional_embedding)
         self.head = (model.ln_final, model.text_projection)
+        self.read_prompts(tokens)
+
+    def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
         not_fused, last_not_fused = self.read_blocks()
         length = tokens.shape[1]
         triangle = torch.full((length, length), -torch.inf).triu(1)

@@ -1,0 +1,91 @@
+"""Evaluation of retrieval: recall at k of images and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_shape
+from .reference import at_least_fp32
+
+_SCORES = 1 << 22  # cosines in memory at once: 16 MiB
+
+
+class Recall(NamedTuple):
+    """Recall at each k, from 0 to 1.
+
+    Attributes:
+        image_to_text: Share of the images with a caption that have one of their captions among the first k.
+        text_to_image: Share of the captions that have their image among the first k.
+    """
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+
+@torch.no_grad()
+def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[int] = (1, 5, 10)) -> Recall:
+    """Compute recall at k by cosine, in both directions.
+
+    An image may have several captions, as in COCO and Flickr30k, and is found by any of them. An image without a
+    caption is only a candidate. Candidates with an equal cosine, or NaN, are counted before the right one: a model with
+    the same embedding for everything finds nothing. Bounded memory: 16 MiB of cosines at a time.
+
+    Args:
+        image: [n, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
+        text: [m, D] text embeddings of any norm, in the dtype of `image`.
+        image_of_text: int64 [m], index of the image of each caption.
+        ks: Numbers of candidates, at least 1; default: 1, 5, 10.
+
+    Returns:
+        Recall: `image_to_text` and `text_to_image`, each k → share.
+
+    Raises:
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device, an index out of range, or a k below 1.
+
+    Example:
+        >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> text = torch.tensor([[3.0, 1.0], [1.0, 2.0], [2.0, 1.0]])
+        >>> recall(image, text, torch.tensor([0, 1, 1]), ks=(1, 2))
+        Recall(image_to_text={1: 1.0, 2: 1.0}, text_to_image={1: 0.6666666666666666, 2: 1.0})
+    """
+    name = "recall"
+    check_shape(name, "image", image, n=None, D=None)
+    check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
+    check_shape(name, "text", text, ("image", image), m=None, D=image.shape[1])
+    check_alike(name, "text", text[:1], ("image", image[:1]))
+    check_shape(name, "image_of_text", image_of_text, ("text", text), m=len(text))
+    check_dtype(name, "image_of_text", image_of_text, [torch.int64], "Use image_of_text.long().")
+    check_device(name, "image_of_text", image_of_text, ("text", text))
+    low, high = (int(x) for x in torch.aminmax(image_of_text))
+    if low < 0 or high >= len(image):
+        raise ValueError(f"{name}: image_of_text must be rows of image, 0 to {len(image) - 1}; got {low} to {high}.")
+    if min(ks, default=1) < 1:
+        raise ValueError(f"{name}: ks must be at least 1; got {list(ks)}.")
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = (F.normalize(at_least_fp32(x), dim=-1) for x in (image, text))
+        ids = torch.arange(len(image), device=image.device)
+        with_text = image_of_text.unique()
+        of_images = _ahead(image[with_text], with_text, text, image_of_text)
+        of_texts = _ahead(text, image_of_text, image, ids)
+    return Recall(*({k: (ahead < k).double().mean().item() for k in ks} for ahead in (of_images, of_texts)))
+
+
+def _ahead(queries: Tensor, ids: Tensor, candidates: Tensor, ids_of_candidates: Tensor) -> Tensor:
+    """Number of wrong candidates before the best right one, int64 [n].
+
+    A candidate is right for a query if it has the same id.
+    """
+    counts = []
+    rows = max(_SCORES // len(candidates), 1)
+    for part, part_ids in zip(queries.split(rows), ids.split(rows), strict=True):
+        scores = part @ candidates.T
+        right = ids_of_candidates == part_ids[:, None]
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        counts.append((~(scores < best) & ~right).sum(dim=1))
+    return torch.cat(counts)
