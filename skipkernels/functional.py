@@ -209,8 +209,8 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
 
         loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
 
-    This is `class_sampled_ce` twice, with the texts and with the images as class bank: the [B, B] logits are never in
-    memory all at once. Equal texts in a batch are negatives of each other's image.
+    This is `class_sampled_ce` twice, with the texts and with the images as class bank. The [B, B] logits are not saved
+    for backward, and at most 32 MiB of them are in memory. Equal texts in a batch are negatives of each other's image.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import FEATURE_DTYPES, check_alike, check_device, check_dtype, check_shape
+from .checks import FEATURE_DTYPES, check_device, check_dtype, check_shape
 from .reference import at_least_fp32
 
 _SCORES = 1 << 22  # cosines in memory at once: 16 MiB
@@ -37,7 +37,7 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
 
     Args:
         image: [n, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
-        text: [m, D] text embeddings of any norm, in the dtype of `image`.
+        text: [m, D] text embeddings of any norm, in one of the same dtypes.
         image_of_text: int64 [m], index of the image of each caption.
         ks: Numbers of candidates, at least 1; default: 1, 5, 10.
 
@@ -45,7 +45,7 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
         Recall: `image_to_text` and `text_to_image`, each k → share.
 
     Raises:
-        TypeError: for an unsupported or mismatched dtype.
+        TypeError: for an unsupported dtype.
         ValueError: for a mismatched shape or device, an index out of range, or a k below 1.
 
     Example:
@@ -58,7 +58,8 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
     check_shape(name, "image", image, n=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
     check_shape(name, "text", text, ("image", image), m=None, D=image.shape[1])
-    check_alike(name, "text", text[:1], ("image", image[:1]))
+    check_dtype(name, "text", text, FEATURE_DTYPES, "Convert it first.")
+    check_device(name, "text", text, ("image", image))
     check_shape(name, "image_of_text", image_of_text, ("text", text), m=len(text))
     check_dtype(name, "image_of_text", image_of_text, [torch.int64], "Use image_of_text.long().")
     check_device(name, "image_of_text", image_of_text, ("text", text))
@@ -69,6 +70,8 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
         raise ValueError(f"{name}: ks must be at least 1; got {list(ks)}.")
     with torch.autocast(image.device.type, enabled=False):
         image, text = (F.normalize(at_least_fp32(x), dim=-1) for x in (image, text))
+        dtype = torch.promote_types(image.dtype, text.dtype)
+        image, text = image.to(dtype), text.to(dtype)
         ids = torch.arange(len(image), device=image.device)
         with_text = image_of_text.unique()
         of_images = _ahead(image[with_text], with_text, text, image_of_text)

@@ -55,6 +55,10 @@ def test_contrastive_loss_no_worse_than_eager(dtype, shape, reduction):
             assert relative_error(ours, right) <= relative_error(theirs, right) + SLACK[ours.dtype]
 
 
+def test_contrastive_loss_does_not_save_the_logits():
+    assert saved_bytes(lambda: functional.contrastive_loss(*make_pairs(300, 8, torch.float32))) < 4 * 300 * 300
+
+
 def test_contrastive_loss_equals_clip_loss_of_open_clip():
     image, text, scale = make_pairs(6, 16)
     theirs = open_clip.ClipLoss()(F.normalize(image, dim=1), F.normalize(text, dim=1), scale)
@@ -207,6 +211,11 @@ def test_recall_equals_brute_force(rows, monkeypatch):
         assert tuple(ours) == brute_force_recall(image, text, image_of_text, (1, 3, 10))
 
 
+def test_recall_of_embeddings_of_two_dtypes():
+    image, owner = torch.eye(4, dtype=torch.bfloat16), torch.arange(4)
+    assert sk.retrieval.recall(image, torch.eye(4, dtype=torch.float64), owner, ks=(1,)) == ({1: 1.0}, {1: 1.0})
+
+
 def test_recall_of_useless_embeddings_is_zero():
     owner = torch.arange(20) % 10
     for value in (1.0, torch.nan):
@@ -218,7 +227,7 @@ def test_recall_of_useless_embeddings_is_zero():
     ("bad", "error", "message"),
     [
         ({"text": torch.ones(6, 5)}, ValueError, r"text must be \[m, D=4\]"),
-        ({"text": torch.ones(6, 4).double()}, TypeError, "text must be float32"),
+        ({"text": torch.ones(6, 4).long()}, TypeError, "text must be float32"),
         ({"image_of_text": torch.arange(6)}, ValueError, "image_of_text must be rows of image, 0 to 2; got 0 to 5"),
         ({"image_of_text": torch.zeros(3).long()}, ValueError, r"image_of_text must be \[m=6\]"),
         ({"ks": (0, 1)}, ValueError, r"ks must be at least 1; got \[0, 1\]"),

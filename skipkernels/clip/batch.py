@@ -52,7 +52,7 @@ def check_labels(labels: Any, batch_size: int) -> None:
     if labels.ndim == 2:
         raise ValueError(
             f"SkipCLIP: labels must be class ids, int64 [B={batch_size}]; got {labels.dtype} {list(labels.shape)}. "
-            "One-hot, mixed or multiple labels are not handled; for one-hot labels pass labels.argmax(dim=1)."
+            "For several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
         )
     if labels.shape != (batch_size,) or labels.dtype != torch.int64:
         raise ValueError(
