@@ -136,6 +136,20 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
     assert launched[2] == launched[3] > 0
 
 
+def test_no_host_value_enters_the_sigmoid_loss(as_on_a_gpu):
+    clip, labels = skip_clip(keep_ratio=3), torch.zeros(4, CLASSES)
+    x, _ = batches(clip, 1)[0]
+    kept = clip.sigmoid_loss(x, labels, max_labels=3).class_ids.shape  # caches the text features at the cut
+    clip.to("meta")
+    x, labels = x.to("meta"), labels.to("meta")
+    clip._snapshot = Snapshot(clip.model, clip._image, clip._text)  # without a comparison of the values
+    clip.sigmoid_loss(x, labels, max_labels=3)  # draws the ranks of many steps
+    with DeviceOnly() as mode:
+        out = clip.sigmoid_loss(x, labels, max_labels=3)
+        out.loss.backward()
+    assert mode.count > 0 and out.class_ids.shape == kept
+
+
 def test_addresses_do_not_change_between_steps():
     clip = skip_clip()
     optimizer = sk.FusedSGD(clip.parameter_groups(text_lr=0.02, image_lr=0.01), momentum=0.9)

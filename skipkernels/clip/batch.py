@@ -52,7 +52,8 @@ def check_labels(labels: Any, batch_size: int) -> None:
     if labels.ndim == 2:
         raise ValueError(
             f"SkipCLIP: labels must be class ids, int64 [B={batch_size}]; got {labels.dtype} {list(labels.shape)}. "
-            "For several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1)."
+            "For several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1). Mixed "
+            "labels are not handled."
         )
     if labels.shape != (batch_size,) or labels.dtype != torch.int64:
         raise ValueError(
