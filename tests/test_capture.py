@@ -55,6 +55,8 @@ def as_on_a_gpu():
 def skip_clip(dtype: torch.dtype = torch.float32, **options: Any) -> sk.SkipCLIP:
     """SkipCLIP in training mode; weights in `dtype`, but the logit scale in fp32."""
     model = tiny_clip(torch.float32)
+    if options.pop("module", False):
+        model.transformer.resblocks[1].mlp.gelu = nn.SiLU()  # not fused
     for name, parameter in model.named_parameters():
         if name != "logit_scale":
             parameter.data = parameter.data.to(dtype)
@@ -106,9 +108,10 @@ def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> d
         ("bf16-sr", True, {"label_smoothing": 0.1, "class_weight": torch.linspace(0, 2, CLASSES)}),
         ("bf16-sr", False, {"tail": "fixed"}),
         ("bf16", True, {"tokens": torch.stack([tiny_tokens(CLASSES, seed=seed) for seed in range(2)], dim=1)}),
+        ("fp32", False, {"module": True}),
         ("fp32", True, {"skip_layers": 0, "train_logit_scale": True}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
 )
 def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, precision, in_backward):
     clip = skip_clip(torch.bfloat16 if precision == "bf16-sr" else torch.float32, **options)
@@ -337,8 +340,11 @@ def test_graphed_follows_new_classes(fake_cuda):
         assert ours.train(some) == theirs.train(some)
         for run in (ours, theirs):  # twice: tensors of the first could be at the addresses of the captured ones
             run.clip.set_classes(tiny_tokens(CLASSES, seed=seed + 5))
-            run.clip.set_classes(tiny_tokens(CLASSES + seed, seed=seed + 10))
-    assert fake_cuda() == 3
+            run.clip.set_classes(tiny_tokens(CLASSES + seed, seed=seed + 10), torch.linspace(0, 2, CLASSES + seed))
+    for run in (ours, theirs):
+        run.clip.label_smoothing = 0.2
+    assert ours.train(some) == theirs.train(some)
+    assert fake_cuda() == 4
 
 
 @pytest.mark.parametrize("kind", ["in_backward", "stochastic"])

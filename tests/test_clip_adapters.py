@@ -52,6 +52,14 @@ def test_peft_blocks_run_beside_fused_ones(blocks, memory):
     assert_matches_reference_step(copy.deepcopy(clip), x, tokens, labels)
 
 
+def test_peft_without_effect_is_an_error():
+    """PEFT's wrapper of `out_proj` is not called by `nn.MultiheadAttention`."""
+    config = peft.LoraConfig(r=2, target_modules=["out_proj"])
+    model = peft.inject_adapter_in_model(config, tiny_clip()).double()
+    with pytest.raises(RuntimeError, match="no parameter that trains has an effect on the model's embeddings of texts"):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, trainable="as_is")
+
+
 def test_peft_dropout_runs_whole_prompts():
     model, tokens, (x, labels) = with_lora([1], lora_dropout=0.5), tiny_tokens(C), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, trainable="as_is")

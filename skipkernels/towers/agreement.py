@@ -105,6 +105,12 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
             )
         distance = (expected - got).detach().norm(dim=-1).max().item()
         _raise_if_above(pair.inputs, mode, "unit-norm distance", distance, _EMBEDDING_TOLERANCE[wide])
+        if parameters and not (expected.requires_grad and got.requires_grad):
+            raise RuntimeError(
+                f"SkipCLIP: no parameter that trains has an effect on the model's embeddings of {pair.inputs}. "
+                "torch.nn.MultiheadAttention reads the weight of its out_proj and does not call that layer, so an "
+                "adapter there has none: put it on another layer."
+            )
         if parameters:
             generator = torch.Generator().manual_seed(1)
             upstream = torch.randn(expected.shape, generator=generator).to(expected)
