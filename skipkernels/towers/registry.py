@@ -68,7 +68,8 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
     visual, text = (model if half is None else getattr(model, half) for half in _HALVES[name])
     image = _factory(visual, _IMAGE_TOWERS, "image")(model)
     templates = tokens.unbind(1) if tokens.ndim == 3 else (tokens,)
-    texts = [_factory(text, _TEXT_TOWERS, "text")(model, prompts) for prompts in templates]
+    first = _factory(text, _TEXT_TOWERS, "text")(model, templates[0])
+    texts = [first, *(first.with_prompts(prompts) for prompts in templates[1:])]
     for tower in texts:
         tower.runs = len(texts)
     return image, texts
