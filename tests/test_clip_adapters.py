@@ -60,6 +60,15 @@ def test_peft_without_effect_is_an_error():
         sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, trainable="as_is")
 
 
+def test_backward_hook_sees_the_gradients_of_each_prompt():
+    model, tokens, (x, labels) = tiny_clip(), tiny_tokens(C), tiny_batch(3, C)
+    model.transformer.resblocks[1].register_full_backward_hook(lambda module, d_in, d_out: (d_in[0].tanh(),))
+    with pytest.warns(UserWarning, match="a block has hooks"):
+        clip = sk.SkipCLIP(model, tokens, skip_layers=0, keep_ratio=1.0)
+    assert clip.reductions["text.shared_prefix"].reason == "block 1 has backward hooks"
+    assert_matches_reference_step(clip, x, tokens, labels)
+
+
 def test_peft_dropout_runs_whole_prompts():
     model, tokens, (x, labels) = with_lora([1], lora_dropout=0.5), tiny_tokens(C), tiny_batch(3, C)
     clip = sk.SkipCLIP(model, tokens, skip_layers=1, keep_ratio=1.0, trainable="as_is")

@@ -326,8 +326,9 @@ class SkipCLIP(nn.Module):
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
 
     def _loss(self, image: Tensor, text: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
-        options: dict[str, Any] = {"class_weight": weight, "label_smoothing": self.label_smoothing}
-        return functional.class_sampled_ce(image, text, targets, scale, **options)
+        return functional.class_sampled_ce(
+            image, text, targets, scale, class_weight=weight, label_smoothing=self.label_smoothing
+        )
 
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""

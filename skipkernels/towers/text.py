@@ -81,10 +81,14 @@ class TextTower(Tower):
         self.reductions = {name: Reduction.unless(reason) for name, reason in reasons.items()}
 
     def _why_prompts_differ(self) -> str | None:
-        """Return why a block that is not fused may compute other values of one prefix in each prompt, or None."""
+        """Return why the prefix is not computed once in a block that is not fused, or None."""
         for index, block in enumerate(self.blocks):
-            if not self.is_fused(index) and not is_deterministic(block):
+            if self.is_fused(index):
+                continue
+            if not is_deterministic(block):
                 return f"block {index}, which is not fused, has dropout or a batch norm"
+            if any(module._backward_hooks or module._backward_pre_hooks for module in block.modules()):
+                return f"block {index} has backward hooks"
         return None
 
     @property
