@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.features import FeatureCache
+    from skipkernels.lora import add_lora, merge_lora, save_lora
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
@@ -32,11 +33,14 @@ __all__ = [
     "SkipOutput",
     "StoreError",
     "__version__",
+    "add_lora",
     "backends",
     "functional",
+    "merge_lora",
     "ops",
     "reference",
     "retrieval",
+    "save_lora",
     "select_classes",
 ]
 
@@ -49,7 +53,10 @@ _HOME = {  # public name → its module
     "SkipCLIP": "clip",
     "SkipOutput": "clip",
     "StoreError": "store",
+    "add_lora": "lora",
     "backends": "ops",
+    "merge_lora": "lora",
+    "save_lora": "lora",
     "select_classes": "selection",
 }
 

@@ -88,3 +88,9 @@ def openai_models() -> ModuleType:
         spec.loader.exec_module(module)
         sys.modules["clip.model"] = module
     return sys.modules["clip.model"]
+
+
+def openai_clip() -> torch.nn.Module:
+    """OpenAI's model in fp32, the dtype that its norms compute in."""
+    torch.manual_seed(0)
+    return random_weights(openai_models().CLIP(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()

@@ -38,6 +38,7 @@ LAYERS = [
     ("store",),
     ("boundary", "classifier", "optimizer", "retrieval", "selection", "towers"),
     ("clip",),
+    ("lora",),
     ("features",),
     ("data",),
     ("tuner",),

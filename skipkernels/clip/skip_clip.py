@@ -116,6 +116,7 @@ class SkipCLIP(nn.Module):
     model: Any  # nn.Module; its attributes depend on its library
     prototypes: Tensor
     class_weight: Tensor | None
+    _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 
     def __init__(
         self,

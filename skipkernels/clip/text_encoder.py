@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ..store import digests
 from ..towers import TextTower, evaluating
@@ -106,7 +107,8 @@ class TextEncoder:
             class_ids = torch.arange(len(self.tower.tokens), device=self.tower.tokens.device)
         if self.tower.skip > 0:
             self._compute_features()
-        return _mean_of_units([template.unit_embeddings(class_ids) for template in self.templates])
+        with parametrize.cached():  # low-rank updates once, not for each chunk
+            return _mean_of_units([template.unit_embeddings(class_ids) for template in self.templates])
 
     def class_embeddings(self) -> Tensor:
         """Unit-norm embeddings [C, D] of all classes in evaluation mode, cached until weights change."""

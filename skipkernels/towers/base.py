@@ -62,8 +62,12 @@ class Tower(ABC):
     runs: int = 1
     attention_backend: attention.AttentionBackend = attention.SDPA
     reductions: dict[str, Reduction]
+    # Paths in a block of the weights of query, key, value, W_o, W_fc and W_p; a packed projection is named three times.
+    linear_weights: Sequence[str] = ()
     # Weights and settings of each block, or the reason why it is not fused; empty if the family fuses no blocks.
+    # Weights that are computed from parameters are on the meta device: `fused` computes them.
     _fusable: Sequence[FusableBlock | str] = ()
+    _block_parameters: Sequence[list[nn.Parameter]] = ()  # of each block in `_fusable`, when it was read
 
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
@@ -91,12 +95,18 @@ class Tower(ABC):
         reason = self.why_not_fusable(block)
         if reason is not None:
             return reason
-        fusable = self.read_block(block)
-        return why_weights_not_fusable(fusable.weights) or fusable
+        with torch.no_grad():
+            fusable = self.read_block(block)
+        reason = why_weights_not_fusable(fusable.weights)
+        if reason is not None:
+            return reason
+        weights = fusable.weights.map(lambda x: x if isinstance(x, nn.Parameter) else x.to("meta"))
+        return fusable._replace(weights=weights)
 
     def read_blocks(self) -> tuple[str | None, str | None]:
         """Read every block; return why not all are fused and why the last one is not, or None."""
         self._fusable = [self._read(block) for block in self.blocks]
+        self._block_parameters = [list(block.parameters()) for block in self.blocks]
         of_reason: dict[str, list[int]] = {}
         for index, fusable in enumerate(self._fusable):
             if isinstance(fusable, str):
@@ -120,7 +130,7 @@ class Tower(ABC):
         return index < len(self._fusable) and not isinstance(self._fusable[index], str)
 
     def fused(self, index: int) -> FusableBlock:
-        """Weights and settings of fused block `index`. A layer scale is multiplied into the weights at each call."""
+        """Weights and settings of fused block `index`. Layer scales and low-rank updates are applied at each call."""
         fusable = self._fusable[index]
         assert not isinstance(fusable, str)
         if all(isinstance(x, nn.Parameter) for x in fusable.weights.tensors()):
@@ -182,18 +192,15 @@ class Tower(ABC):
                 return [id(block)]
             return [x for child in block.children() for x in model_modules(child)]
 
-        def comparable(fusable: FusableBlock | str) -> Any:
-            if isinstance(fusable, str):
-                return fusable
-            weights = [id(x) for x in fusable.weights.tensors() if isinstance(x, nn.Parameter)]
-            return weights, *fusable[1:]
+        def comparable(fusable: FusableBlock | str, parameters: list[nn.Parameter]) -> Any:
+            return fusable if isinstance(fusable, str) else (list(map(id, parameters)), *fusable[1:])
 
         return {
             "its type": type(self),
             "its blocks": [model_modules(block) for block in self.blocks],
             "its embedding": list(map(id, self.embedding)),
             "its head": list(map(id, self.head)),
-            "the weights or settings of a block": list(map(comparable, self._fusable)),
+            "the weights or settings of a block": list(map(comparable, self._fusable, self._block_parameters)),
             "its exact reductions": self.reductions,
         }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .fused_block import BlockWeights
+from .low_rank import low_rank_updates
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OVERRIDABLE = {"forward", "attention", "__call__"}  # methods that may have been set on the instance
@@ -17,6 +18,8 @@ _OVERRIDABLE = {"forward", "attention", "__call__"}  # methods that may have bee
 def why_not_fusable(block: nn.Module, block_type: type, submodule_types: Mapping[str, tuple[type, ...]]) -> str | None:
     """Return why a block differs from a plain `block_type`, or None if it does not.
 
+    A `LowRankUpdate` of a weight is accepted: reading the weight returns the sum.
+
     Args:
         block: The caller's block.
         block_type: Expected type of the block.
@@ -24,15 +27,16 @@ def why_not_fusable(block: nn.Module, block_type: type, submodule_types: Mapping
     """
     if type(block) is not block_type:
         return f"a block is a {type(block).__name__}, not a {block_type.__name__}"
-    modules = dict(block.named_modules())
+    modules = {name: module for name, module in block.named_modules() if "parametrizations" not in name.split(".")}
     del modules[""]
     if modules.keys() != submodule_types.keys():
         return f"the submodules of a block differ from those of a {block_type.__name__}"
     for name, module in modules.items():
-        if type(module) not in submodule_types[name]:
+        if parametrize.type_before_parametrizations(module) not in submodule_types[name]:
             return f"a block has a {type(module).__name__} for its {name}"
     for module in (block, *modules.values()):
-        if not _OVERRIDABLE.isdisjoint(vars(module)) or parametrize.is_parametrized(module):
+        parametrized = parametrize.is_parametrized(module) and not low_rank_updates(module)
+        if not _OVERRIDABLE.isdisjoint(vars(module)) or parametrized:
             return f"a {type(module).__name__} of a block was altered"
     hooked = any(getattr(module, hooks) for module in (block, *modules.values()) for hooks in HOOKS)
     return "a block has hooks" if hooked else None

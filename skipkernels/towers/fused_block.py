@@ -81,6 +81,11 @@ class BlockWeights(NamedTuple):
         """All tensors, in a flat list."""
         return [x for field in self for x in (field if isinstance(field, tuple) else (field,))]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> BlockWeights:
+        """Apply a function to every tensor."""
+        mapped: Any = (tuple(map(function, x)) if isinstance(x, tuple) else function(x) for x in self)
+        return BlockWeights(*mapped)
+
 
 class FusableBlock(NamedTuple):
     """Weights and settings of the caller's block.
@@ -139,11 +144,11 @@ def fused_block(
     inputs = [x for x in hidden if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *flat)):
         return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, *flat))
-    with _without_autocast(hidden.stream.device):
+    with without_autocast(hidden.stream.device):
         return Hidden(*_forward(settings, hidden, query_rows, _cast(settings, flat), record=False).out)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Turn autocast off on a device that has it; the meta device has none."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
@@ -225,7 +230,7 @@ class _FusedBlock(torch.autograd.Function):
         *flat: Tensor,
     ) -> tuple[Tensor, Tensor]:
         record = not settings.save_inputs_only
-        with _without_autocast(stream.device):
+        with without_autocast(stream.device):
             weights = _cast(settings, flat)
             out, hidden, attention, saved = _forward(settings, Hidden(stream, branch), query_rows, weights, record)
         projected = attention.projected if attention else ()
@@ -243,7 +248,7 @@ class _FusedBlock(torch.autograd.Function):
         flat, casts, projected, saved = _split(rest, *ctx.counts)
         needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[4:]
         attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
-        with _without_autocast(hidden.device):
+        with without_autocast(hidden.device):
             weights = _cast(settings, flat, casts)
             recorded: tuple[_Attention | None, _Saved | None]
             if saved:
@@ -425,6 +430,9 @@ def _backward(
     # Attention
     if needs.out_proj:
         gradients["out_proj"] = _product(upstream.T, attention.result.detach(), dtype)
+    if not needs_hidden and not any(needs[:4]):
+        sums.finish()
+        return d_hidden, gradients
     d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
     del upstream
 

@@ -8,7 +8,18 @@ import open_clip
 import pytest
 import torch
 import transformers
-from models import TEXT, VISION, openai_models, random_weights, tiny_batch, tiny_clip, tiny_coca, tiny_tokens
+from hugging_face_models import SMALL, hugging_face_clip, siglip
+from models import (
+    TEXT,
+    VISION,
+    openai_clip,
+    openai_models,
+    random_weights,
+    tiny_batch,
+    tiny_clip,
+    tiny_coca,
+    tiny_tokens,
+)
 from reference_step import LOSS, assert_matches_reference_step
 from torch import nn
 
@@ -17,40 +28,6 @@ from skipkernels import reference
 from skipkernels.towers import UnsupportedModel
 
 CLASSES = 7
-SMALL = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
-
-
-def openai_clip() -> nn.Module:
-    """OpenAI's model in fp32, the dtype that its norms compute in."""
-    torch.manual_seed(0)
-    return random_weights(openai_models().CLIP(12, 16, 3, 64, 8, 77, 60, 16, 2, 3)).float()
-
-
-def hugging_face_clip(end: int = 2, activation: str = "quick_gelu", **attention) -> nn.Module:
-    text = {
-        **SMALL,
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "vocab_size": 60,
-        "eos_token_id": end,
-        "projection_dim": 12,
-    }
-    vision = {**SMALL, "image_size": 16, "patch_size": 8, "projection_dim": 12}
-    config = transformers.CLIPConfig(
-        text_config={**text, "hidden_act": activation},
-        vision_config={**vision, "hidden_act": activation},
-        projection_dim=12,
-    )
-    torch.manual_seed(0)
-    return random_weights(transformers.AutoModel.from_config(config, **attention))
-
-
-def siglip(**attention) -> nn.Module:
-    text = {**SMALL, "vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24}
-    vision = {**SMALL, "image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    return random_weights(transformers.AutoModel.from_config(config, **attention))
 
 
 def with_encoder(tmp_path: Path, config: transformers.PretrainedConfig, pooler: str, projection: str = "linear"):

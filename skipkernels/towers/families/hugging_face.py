@@ -24,16 +24,19 @@ from ..text import TextTower
 _TANH = type(modeling_clip.ACT2FN["gelu_pytorch_tanh"])  # its name differs between major versions
 _ACTIVATIONS = {GELUActivation: "gelu", QuickGELUActivation: "quick_gelu", _TANH: "gelu_tanh"}
 
+_LINEAR_WEIGHTS = (
+    *(f"self_attn.{name}_proj.weight" for name in ("q", "k", "v", "out")), "mlp.fc1.weight", "mlp.fc2.weight"
+)  # fmt: skip
+
 
 def _submodule_types(attention: type, mlp: type) -> dict[str, tuple[type, ...]]:
-    linears = [f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")] + ["mlp.fc1", "mlp.fc2"]
     return {
         "self_attn": (attention,),
         "layer_norm1": (nn.LayerNorm,),
         "mlp": (mlp,),
         "mlp.activation_fn": tuple(_ACTIVATIONS),
         "layer_norm2": (nn.LayerNorm,),
-        **dict.fromkeys(linears, (nn.Linear,)),
+        **{name.removesuffix(".weight"): (nn.Linear,) for name in _LINEAR_WEIGHTS},
     }
 
 
@@ -94,6 +97,7 @@ class HuggingFaceImageTower(ImageTower):
     """Image tower of a `CLIPModel` or `SiglipModel`: `vision_model` and, for CLIP, the projection."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any):
         self.model: Any = model
@@ -136,6 +140,7 @@ class HuggingFaceTextTower(TextTower):
     """Text tower of a `CLIPModel` or `SiglipModel`: `text_model` and, for CLIP, the projection."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model: Any = model

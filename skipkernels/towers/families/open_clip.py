@@ -51,6 +51,8 @@ _BLOCK: dict[str, tuple[type, ...]] = {
 _ATTENTION: dict[str, tuple[type, ...]] = {f"attn.ln_{name}": (nn.Identity,) for name in ("q", "k", "inner")}
 _ATTENTION |= {f"attn.{name}_drop": (nn.Dropout,) for name in ("attn", "out")}
 
+_LINEAR_WEIGHTS = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
 
 def _why_not_fusable(block: Any) -> str | None:
     of_open_clip = isinstance(getattr(block, "attn", None), Attention)
@@ -93,6 +95,7 @@ class OpenClipImageTower(ImageTower):
     """Image tower with a `VisionTransformer` as `visual`."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual
@@ -134,6 +137,7 @@ class OpenClipTextTower(TextTower):
     """
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model = model

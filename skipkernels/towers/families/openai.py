@@ -17,6 +17,8 @@ from ..fused_block import BlockWeights, FusableBlock
 from ..image import ImageTower
 from ..text import TextTower
 
+_LINEAR_WEIGHTS = ("attn.in_proj_weight",) * 3 + ("attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
 
 def _why_not_fusable(block: Any) -> str | None:
     module: Any = sys.modules["clip.model"]  # already imported: it defines the model
@@ -51,6 +53,7 @@ class OpenAIImageTower(ImageTower):
     """Image tower with a vision transformer as `visual`."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any):
         visual = model.visual
@@ -77,6 +80,7 @@ class OpenAITextTower(TextTower):
     """Text tower of a `clip.model.CLIP`."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any, tokens: Tensor):
         self.model, self.blocks = model, model.transformer.resblocks

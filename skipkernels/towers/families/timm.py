@@ -53,6 +53,7 @@ _BLOCK: dict[str, tuple[type, ...]] = {
     "ls2": _SCALE,
     "drop_path2": _PATH,
 }
+_LINEAR_WEIGHTS = ("attn.qkv.weight",) * 3 + ("attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 
 
 def timm_tower(model: Any) -> ImageTower:
@@ -115,6 +116,7 @@ class TransformerTower(ImageTower):
     """Image tower with a `VisionTransformer` as its trunk."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
+    linear_weights = _LINEAR_WEIGHTS
 
     def __init__(self, model: Any):
         self.model, self.visual = model, model.visual

@@ -1,0 +1,268 @@
+"""LoRA on the blocks above the cut of SkipCLIP: low-rank updates of the caller's weights, merged or saved on demand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .clip import SkipCLIP
+from .store.atomic import replace_file, replace_text
+from .store.tensor_file import write_tensors
+from .towers import UnsupportedModel
+from .towers.base import Tower
+from .towers.low_rank import LowRankUpdate, low_rank_updates
+
+TARGETS = ("q", "k", "v", "out", "fc", "proj")
+"""Linear layers of a block: query, key, value and output of attention, first and second layer of the MLP."""
+
+
+def add_lora(
+    clip: SkipCLIP,
+    rank: int,
+    targets: str | Sequence[str] = ("q", "v"),
+    *,
+    alpha: float | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Add a low-rank update to linear layers of every block above the cut, and train only these updates.
+
+        W' = W + alpha / rank · B A,   A [rank, in] uniform in ±1/√in,   B [out, rank] zero
+
+    The weights become parametrizations (`torch.nn.utils.parametrize`) of the caller's modules, so the model itself
+    computes the same, also where query, key and value are packed in one weight. W' is computed once for each forward
+    pass, and fused blocks stay fused. Features at the cut and caches of them stay valid. Everything but A and B is
+    frozen, except for the temperature with `train_logit_scale=True`: create the optimizer after this call.
+
+    A and B are fp32 (fp64 for fp64 weights), and W' is rounded to the dtype of W: beside 16-bit weights, small updates
+    are partly lost in rounding, so prefer fp32 weights with autocast. Until `merge_lora`, keys of the model's state
+    dict are those of parametrizations: `….parametrizations.weight.original` and `….parametrizations.weight.0.lora_A`;
+    they don't hold alpha. `copy.deepcopy` works; PyTorch does not pickle such modules.
+
+    Args:
+        clip: SkipCLIP. Its blocks above the cut must be fused.
+        rank: Rank of each update, at least 1.
+        targets: Layers to update, of "q", "k", "v", "out" (attention), "fc" and "proj" (MLP); or "all-linear".
+        alpha: Numerator of the scale. Default: `rank`, a scale of 1.
+        generator: Generator of A. Default: seed 0.
+
+    Raises:
+        TypeError: If `clip` is not a SkipCLIP.
+        ValueError: If an argument is out of range, nothing is above the cut, or the model has such updates already.
+        UnsupportedModel: If a block above the cut is not fused.
+
+    Source: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685.
+
+    Example:
+        >>> import logging; logging.disable()  # open_clip warns about random weights
+        >>> import open_clip, skipkernels
+        >>> from skipkernels.experiments import glyph_tiny
+        >>> glyph_tiny.register()
+        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+        >>> clip = skipkernels.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> add_lora(clip, rank=2)
+        >>> optimizer = torch.optim.AdamW(clip.parameter_groups(text_lr=1e-3, image_lr=1e-3))
+        >>> clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss.backward()
+        >>> optimizer.step()
+        >>> merge_lora(clip)  # clip.model has its plain weights and keys again
+    """
+    _check_clip("add_lora", clip)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"add_lora: rank must be an integer of at least 1; got {rank!r}.")
+    alpha = float(rank if alpha is None else alpha)
+    if not alpha > 0:
+        raise ValueError(f"add_lora: alpha must be above 0; got {alpha}.")
+    chosen = _check_targets(targets)
+    clip._check_unaltered()
+    if next(_updates(clip.model), None) is not None:
+        raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
+    towers: dict[str, Tower] = {"image": clip._image, "text": clip._text}
+    if all(tower.skip == len(tower.blocks) for tower in towers.values()):
+        raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
+    for name, tower in towers.items():
+        _check_tower(name, tower)
+
+    generator = generator or torch.Generator().manual_seed(0)
+    before = clip._settings, [name for name, parameter in clip.model.named_parameters() if parameter.requires_grad]
+    clip.model.requires_grad_(False)
+    try:
+        for tower in towers.values():
+            for block in list(tower.blocks)[tower.skip :]:
+                _update_block(block, tower.linear_weights, chosen, rank, alpha, generator)
+        clip._settings = clip._settings._replace(trainable="as_is")
+        clip.refresh()
+    except BaseException:
+        _remove(clip.model, merge=False)
+        _set_trained(clip, *before)
+        raise
+    clip._before_lora = before[0].trainable, before[1]
+
+
+def merge_lora(clip: SkipCLIP) -> None:
+    """Add the low-rank updates to the weights, W ← W + alpha / rank · B A, and remove A and B.
+
+    The model has its plain modules and state-dict keys again, and `requires_grad` and the `trainable` setting are as
+    before `add_lora` on this SkipCLIP (or a copy of it); on another one, weights stay frozen. Predictions don't change.
+
+    Args:
+        clip: SkipCLIP on a model with low-rank updates. See `add_lora` for an example.
+
+    Raises:
+        TypeError: If `clip` is not a SkipCLIP.
+        ValueError: If the model has no low-rank updates.
+    """
+    _check_updated("merge_lora", clip)
+    _remove(clip.model, merge=True)
+    trainable, names = clip._before_lora or ("as_is", [])
+    clip._before_lora = None
+    _set_trained(clip, clip._settings._replace(trainable=trainable), names)
+    clip.refresh()
+
+
+def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
+    """Save the low-rank updates of a Hugging Face model in PEFT's format.
+
+    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft.PeftModel.from_pretrained(model, folder)`
+    loads into the model without updates.
+
+    Args:
+        clip: SkipCLIP on a `CLIPModel` or `SiglipModel` with low-rank updates.
+        folder: Folder to write, created if it does not exist.
+
+    Raises:
+        TypeError: If `clip` is not a SkipCLIP.
+        ValueError: If the model has no low-rank updates, or is not a Hugging Face model.
+
+    Example:
+        >>> import logging, tempfile; logging.disable()  # transformers reports unused settings
+        >>> import skipkernels, transformers
+        >>> small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> config = transformers.CLIPConfig(
+        ...     text_config=small | {"vocab_size": 60, "eos_token_id": 59},
+        ...     vision_config=small | {"image_size": 16, "patch_size": 8},
+        ... )
+        >>> tokens = torch.tensor([[57, 5, 59], [57, 6, 59]])
+        >>> clip = skipkernels.SkipCLIP(transformers.CLIPModel(config), tokens, skip_layers=1)
+        >>> add_lora(clip, rank=2)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_lora(clip, folder)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    _check_updated("save_lora", clip)
+    model = clip.model
+    if type(model).__module__.partition(".")[0] != "transformers":
+        raise ValueError(
+            f"save_lora: PEFT's format is for Hugging Face models, with one nn.Linear per layer; got "
+            f"{type(model).__module__}.{type(model).__qualname__}. Save clip.state_dict(), or the whole model after "
+            "merge_lora(clip)."
+        )
+    paths = {id(module): path for path, module in model.named_modules()}
+    updates = {paths[id(module)]: update for module, _, update in _updates(model)}
+    tensors = {
+        f"base_model.model.{path}.{name}.weight": getattr(update, name)[0]
+        for path, update in updates.items()
+        for name in ("lora_A", "lora_B")
+    }
+    first = next(iter(updates.values()))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model.name_or_path or None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(updates),
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(
+        folder / "adapter_model.safetensors", partial(write_tensors, tensors=tensors, metadata={"format": "pt"})
+    )
+    replace_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_clip(function: str, clip: Any) -> None:
+    if not isinstance(clip, SkipCLIP):
+        raise TypeError(f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Make one of the model.")
+
+
+def _check_updated(function: str, clip: Any) -> None:
+    _check_clip(function, clip)
+    if next(_updates(clip.model), None) is None:
+        raise ValueError(f"{function}: the model has no low-rank updates. Add them: add_lora(clip, rank).")
+
+
+def _check_targets(targets: str | Sequence[str]) -> frozenset[str]:
+    named = (targets,) if isinstance(targets, str) else targets
+    chosen = frozenset(TARGETS if targets == "all-linear" else named)
+    if not chosen or not chosen <= set(TARGETS):
+        raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')
+    return chosen
+
+
+def _check_tower(name: str, tower: Tower) -> None:
+    above = range(tower.skip, len(tower.blocks))
+    if all(tower.is_fused(index) for index in above):
+        return
+    reason = tower.reductions["fused_block"].reason
+    raise UnsupportedModel(
+        f"add_lora: blocks above the cut of the {name} tower must be fused ({reason}). Skip all blocks of this tower "
+        f'by skip_layers, or insert adapters of PEFT and pass trainable="as_is".'
+    )
+
+
+# ---- changes to the model --------------------------------------------------------------------------------------------
+
+
+def _update_block(
+    block: nn.Module, names: Sequence[str], targets: frozenset[str], rank: int, alpha: float, generator: torch.Generator
+) -> None:
+    """Update the weights of a block; `names` are their paths in the order of TARGETS, equal for parts of one weight."""
+    parts: dict[str, list[int]] = {}
+    for index, (target, name) in enumerate(zip(TARGETS, names, strict=True)):
+        if target in targets:
+            parts.setdefault(name, []).append(index - names.index(name))
+    for name, updated in parts.items():
+        path, _, tensor = name.rpartition(".")
+        module = block.get_submodule(path)
+        update = LowRankUpdate(getattr(module, tensor), names.count(name), updated, rank, alpha, generator)
+        parametrize.register_parametrization(module, tensor, update)
+
+
+def _updates(model: nn.Module) -> Iterator[tuple[nn.Module, str, LowRankUpdate]]:
+    """Modules of a model with an updated weight, the name of the weight, and the update."""
+    for module in model.modules():
+        for name, update in low_rank_updates(module).items():
+            yield module, name, update
+
+
+def _remove(model: nn.Module, *, merge: bool) -> None:
+    """Remove every update of a model, after adding it to the weight if `merge`."""
+    for module, name, _ in list(_updates(model)):
+        kind = type(module)  # shared with deep copies of the module, from which PyTorch would remove the weight
+        own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, own)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=merge)
+        others = dict(module._parameters)  # in the order of an unaltered module: its weights are first
+        module._parameters.clear()
+        module._parameters.update({name: others.pop(name)} | others)
+
+
+def _set_trained(clip: SkipCLIP, settings: Any, names: Sequence[str]) -> None:
+    """Restore the settings of a SkipCLIP, and train only the parameters of these names."""
+    clip._settings, trained = settings, set(names)
+    for name, parameter in clip.model.named_parameters():
+        parameter.requires_grad_(name in trained)

@@ -1,0 +1,402 @@
+"""LoRA above the cut: equal to W + BA written out, to the caller's model and to PEFT; its cost; merging and saving."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hugging_face_models import hugging_face_clip, siglip
+from models import openai_clip, tiny_batch, tiny_clip, tiny_tokens
+from naive import step_loss
+from reference_step import assert_matches_reference_step
+from timm.models.vision_transformer import VisionTransformer
+from timm_models import timm_clip
+from torch import nn
+from torch.nn.utils import parametrize
+
+import skipkernels as sk
+from skipkernels.lora import TARGETS
+from skipkernels.testing import saved_bytes
+from skipkernels.towers import UnsupportedModel, fused_block
+from skipkernels.towers.low_rank import LowRankUpdate
+
+C = 7
+
+
+def with_lora(model: nn.Module, targets="all-linear", *, rank: int = 2, alpha: float = 3.0, **settings) -> sk.SkipCLIP:
+    """SkipCLIP on a model with random A and B, so that no gradient is zero."""
+    clip = sk.SkipCLIP(model, tiny_tokens(C), **({"skip_layers": 1, "keep_ratio": 1.0} | settings))
+    sk.add_lora(clip, rank, targets, alpha=alpha)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in clip.trainable_parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return clip
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "skip", "memory"),
+    [
+        (("q", "v"), (1, 2), "fast"),
+        (("k",), (2, 1), "min"),
+        (("out", "proj"), (2, 2), "fast"),
+        ("fc", (1, 3), "fast"),
+        ("all-linear", (0, 0), "min"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, tuple) and isinstance(x[0], str) else str(x),
+)
+def test_step_equals_naive_step_with_written_out_weights(targets, skip, memory):
+    plain, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = with_lora(copy.deepcopy(plain), targets, skip_layers=skip, memory=memory)
+    factors = {}
+    for name, factor in clip.model.named_parameters():
+        if factor.requires_grad:
+            factors[name] = factor.detach().clone().requires_grad_()
+    for name in list(factors):
+        if not name.endswith("lora_A"):
+            continue
+        path, weight = name.removesuffix(".0.lora_A").split(".parametrizations.")
+        module = plain.get_submodule(path)
+        down, up = factors[name], factors[name.removesuffix("A") + "B"]
+        update = torch.zeros_like(getattr(module, weight))
+        chosen = [part for part in TARGETS[:3] if part in targets or targets == "all-linear"]
+        rows = ["qkv".index(part) for part in chosen] if weight == "in_proj_weight" else [0]
+        for number, row in enumerate(rows):
+            height = up.shape[1]
+            update[row * height : (row + 1) * height] = up[number] @ down[number]
+        merged = getattr(module, weight).detach() + 3.0 / 2 * update
+        del module._parameters[weight]
+        setattr(module, weight, merged)
+    loss = step_loss(plain, images, tiny_tokens(C), labels, skip, quick=False)
+    loss.backward()
+    out = clip(images, labels)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-11)
+    largest = max(factor.grad.norm() for factor in factors.values())
+    trained = {name: p for name, p in clip.model.named_parameters() if p.grad is not None}
+    assert trained.keys() == factors.keys() and len(factors) > 0
+    for name, factor in factors.items():  # the gradient of a key's update is partly rounding: its bias has none
+        error = (trained[name].grad - factor.grad).norm()
+        assert error <= 1e-9 * factor.grad.norm() + 1e-10 * largest, name
+
+
+def timm_model() -> nn.Module:
+    trunk = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=12, init_values=0.1
+    )
+    return timm_clip(trunk)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "layer scale": lambda: tiny_clip(vision={"ls_init_value": 0.5}, text={"ls_init_value": 0.5}),
+    "openai": openai_clip,
+    "timm": timm_model,
+    "hugging face": hugging_face_clip,
+    "siglip": siglip,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_step_equals_callers_model(name):
+    model = MODELS[name]()
+    clip = with_lora(model, ("q", "v", "out", "proj"))
+    images, labels = tiny_batch(3, C, next(model.parameters()).dtype)
+    assert all(clip.reductions[f"{tower}.fused_block"].enabled for tower in ("image", "text"))
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+
+
+def test_twenty_steps_equal_those_of_the_model():
+    """Gradients of A, B and the temperature, with momentum, by the model alone and by a graphed step."""
+    model, (images, labels) = tiny_clip(), tiny_batch(6, C)
+    other = with_lora(copy.deepcopy(model), train_logit_scale=True).model
+    clip = with_lora(model, train_logit_scale=True)
+    optimizers = [
+        torch.optim.SGD([p for p in x.parameters() if p.requires_grad], 0.05, momentum=0.9) for x in (model, other)
+    ]
+    step = clip.graphed(optimizers[0], batch_size=3)
+    losses = []
+    for i in range(20):
+        rows = slice(3 * (i % 2), 3 * (i % 2) + 3)
+        loss = step(images[rows], labels[rows]).loss
+        embeddings = other.encode_image(images[rows], normalize=True), other.encode_text(tiny_tokens(C), normalize=True)
+        logits = other.logit_scale.exp() * embeddings[0] @ embeddings[1].T
+        expected = nn.functional.cross_entropy(logits, labels[rows])
+        expected.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-8)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2  # has learned
+    for (name, got), want in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-9), name
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def formed(monkeypatch) -> list[LowRankUpdate]:
+    """Updates in the order in which W + BA is computed."""
+    calls: list[LowRankUpdate] = []
+    forward = LowRankUpdate.forward
+    monkeypatch.setattr(LowRankUpdate, "forward", lambda self, weight: calls.append(self) or forward(self, weight))
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_weights_are_computed_once_a_pass(formed, autocast):
+    clip, (images, labels) = with_lora(tiny_clip(torch.float32), chunk=2), tiny_batch(3, C, torch.float32)
+    once = sorted(id(update) for update in clip.model.modules() if isinstance(update, LowRankUpdate))
+    assert len(once) == 2 * 2 * 4  # towers, blocks, weights
+
+    def calls(function: Callable[[], object]) -> list[int]:
+        formed.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            function()
+        return sorted(map(id, formed))
+
+    assert calls(lambda: clip(images, labels).loss.backward()) == once
+    clip.set_grad_checkpointing()
+    assert calls(lambda: clip(images, labels).loss.backward()) == once
+    clip.eval()
+    assert calls(lambda: clip.predict(images)) == once  # of four chunks of classes
+    assert set(calls(lambda: clip.predict(images))) < set(once)  # class embeddings are kept
+
+
+def test_only_updated_weights_have_a_gradient_product(monkeypatch):
+    shapes: list[torch.Size] = []
+    product = fused_block._product
+
+    def spy(*arguments, **options):
+        shapes.append((result := product(*arguments, **options)).shape)
+        return result
+
+    clip, (images, labels) = with_lora(tiny_clip(), "out"), tiny_batch(3, C)
+    monkeypatch.setattr(fused_block, "_product", spy)
+    clip(images, labels).loss.backward()
+    assert sorted(shapes) == 2 * [(16, 16)] + 2 * [(24, 24)]  # the two blocks of the text tower and of the image tower
+
+
+def test_saved_bytes_are_those_of_the_step_and_the_updated_weights():
+    images, labels = tiny_batch(3, C)
+    full, lora = tiny_clip(), tiny_clip()
+    plain = sk.SkipCLIP(full, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory="fast")
+    clip = with_lora(lora, memory="fast")
+    updated = sum(
+        p.nbytes for name, p in lora.named_parameters() if name.endswith("original") and "resblocks.0" not in name
+    )
+    saved = saved_bytes(lambda: clip(images, labels))
+    assert updated < saved <= saved_bytes(lambda: plain(images, labels)) + updated
+    clip.set_grad_checkpointing()
+    assert saved_bytes(lambda: clip(images, labels)) < saved
+
+
+def test_autocast_is_no_worse_than_the_models():
+    images, labels = tiny_batch(3, C, torch.float32)
+    clip = with_lora(tiny_clip(torch.float32))
+    exact = with_lora(tiny_clip())
+
+    def flat(of: sk.SkipCLIP, loss: torch.Tensor) -> torch.Tensor:
+        found = torch.autograd.grad(loss, of.trainable_parameters())
+        return torch.cat([x.flatten().double() for x in found])
+
+    truth = flat(exact, exact(images.double(), labels).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = clip(images, labels).loss
+        image, text = (
+            clip.model.encode_image(images, normalize=True),
+            clip.model.encode_text(tiny_tokens(C), normalize=True),
+        )
+        eager = nn.functional.cross_entropy((clip.model.logit_scale.exp() * image @ text.T).float(), labels)
+    errors = [(flat(clip, loss) - truth).norm() / truth.norm() for loss in (ours, eager)]
+    assert errors[0] <= 1.1 * errors[1]  # other roundings of the same size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_weights_have_fp32_updates(dtype):
+    clip, (images, labels) = with_lora(tiny_clip(dtype)), tiny_batch(3, C, dtype)
+    clip(images, labels).loss.backward()
+    assert {p.dtype for p in clip.trainable_parameters()} == {torch.float32}
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in clip.trainable_parameters())
+    before = clip.predict(images)
+    sk.merge_lora(clip)
+    assert clip.predict(images).equal(before)
+
+
+# ---- around training -------------------------------------------------------------------------------------------------
+
+
+def test_add_lora_changes_nothing_before_training():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=(1, 2))
+    features, identity, logits = clip.encode_lower(images), clip.lower_identity("image"), clip.predict(images)
+    sk.add_lora(clip, 2, generator=torch.Generator().manual_seed(4))
+    assert clip.lower_identity("image") == identity
+    assert clip.predict(features).equal(logits)
+    text, image = (group["params"] for group in clip.parameter_groups(text_lr=0.0, image_lr=0.0))
+    assert [tuple(p.shape) for p in text] == [(2, 2, 16), (2, 16, 2)]  # of q and v: A, then B
+    assert [tuple(p.shape) for p in image] == 2 * [(2, 2, 24), (2, 24, 2)]
+    assert {id(p) for p in (*text, *image)} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert image[0].abs().max() <= 24**-0.5 and not image[1].any()
+    clip(features, labels).loss.backward()
+    torch.optim.SGD(clip.trainable_parameters(), 1.0).step()
+    assert not clip.predict(features).allclose(logits)  # with new class embeddings too
+
+
+def test_merge_lora_restores_the_model():
+    model, (images, labels) = tiny_clip(), tiny_batch(3, C)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("resblocks.2" in name or name == "visual.proj")
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, trainable="as_is")
+
+    def state() -> list:
+        parameters = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+        return [parameters, list(model.state_dict()), list(map(type, model.modules()))]
+
+    before = state()
+    sk.add_lora(clip, 2, "all-linear")
+    assert state() != before
+    with torch.no_grad():
+        for parameter in clip.trainable_parameters():
+            parameter.add_(0.1)
+    logits, embeddings = clip.predict(images), model.encode_image(images)
+    sk.merge_lora(clip)
+    assert state() == before
+    assert clip.predict(images).equal(logits) and model.encode_image(images).allclose(embeddings, rtol=1e-12)
+    clip(images, labels).loss.backward()
+    assert model.visual.proj.grad is not None and model.text_projection.grad is None
+    sk.add_lora(clip, 1)
+
+
+def test_copies_and_state_dicts():
+    images, labels = tiny_batch(3, C)
+    clip = with_lora(tiny_clip())
+    logits = clip.predict(images)
+    copied = copy.deepcopy(clip)
+    averaged = torch.optim.swa_utils.AveragedModel(clip.model)
+    sk.merge_lora(copied)
+    assert all(p.requires_grad for name, p in copied.model.named_parameters() if "resblocks.2" in name)
+    for one in (copied, clip):  # the copy shared classes of its modules with the original
+        assert one.predict(images).equal(logits)
+        one(images, labels).loss.backward()
+    assert averaged.module.encode_image(images).allclose(clip.model.encode_image(images), rtol=1e-12)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(clip)
+    other = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
+    sk.add_lora(other, 2, "all-linear", alpha=3.0)
+    other.load_state_dict(clip.state_dict())
+    assert other.predict(images).equal(logits)
+
+
+def test_second_skipclip_on_a_model_with_updates():
+    model, (images, labels) = with_lora(tiny_clip()).model, tiny_batch(3, C)
+    with pytest.raises(UnsupportedModel, match='is an adapter.*Pass trainable="as_is"'):
+        sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    assert clip.reductions["text.fused_block"].enabled
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
+    with pytest.warns(UserWarning, match="nothing trains"):
+        sk.merge_lora(clip)
+
+
+def test_another_parametrization_is_not_fused():
+    model = tiny_clip()
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    sk.add_lora(clip, 2)
+    parametrize.register_parametrization(model.transformer.resblocks[2].attn, "in_proj_weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="ParametrizedMultiheadAttention of a block was altered"):
+        clip.predict(tiny_batch(3, C)[0])
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [hugging_face_clip, siglip])
+def test_save_lora_round_trip_through_peft(make, tmp_path):
+    """Peft's own layers with the saved A and B: the same embeddings, loss and gradients."""
+    peft = pytest.importorskip("peft")
+    clip, (images, labels) = with_lora(make(), ("q", "v", "fc")), tiny_batch(3, C)
+    sk.save_lora(clip, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 3.0
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter", is_trainable=True)
+    assert {p.dtype for p in theirs.parameters()} == {torch.float64}
+    output = theirs(input_ids=tiny_tokens(C), pixel_values=images)
+    logits = theirs.logit_scale.exp() * output.image_embeds @ output.text_embeds.T
+    assert clip.predict(images).allclose(logits, rtol=1e-9)
+    out = clip(images, labels)
+    out.loss.backward()
+    loss = nn.functional.cross_entropy(logits, labels)
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-10)
+    expected = [p.grad for name, p in theirs.named_parameters() if p.requires_grad]
+    got = [p.grad[0] for p in clip.model.parameters() if p.requires_grad]
+    assert len(got) == len(expected) == 2 * 2 * 3 * 2
+    for x, y in zip(got, expected, strict=True):
+        assert x.allclose(y, rtol=1e-7, atol=1e-10)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank must be an integer of at least 1; got 0"),
+        ({"rank": 2.0}, "rank must be an integer of at least 1; got 2.0"),
+        ({"alpha": 0}, "alpha must be above 0; got 0.0"),
+        ({"targets": ()}, r"targets must be of q, k, v, out, fc, proj, or \"all-linear\"; got \(\)"),
+        ({"targets": ("q", "q_proj")}, r"targets must be of q, .*; got \('q', 'q_proj'\)"),
+    ],
+)
+def test_add_lora_bad_arguments(arguments, message):
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
+    with pytest.raises(ValueError, match=f"add_lora: {message}"):
+        sk.add_lora(clip, **{"rank": 2} | arguments)
+
+
+def test_lora_errors(tmp_path):
+    model = tiny_clip()
+    with pytest.raises(TypeError, match="add_lora: clip must be a SkipCLIP; got CLIP"):
+        sk.add_lora(model, 2)
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    for function in (sk.merge_lora, lambda x: sk.save_lora(x, tmp_path)):
+        with pytest.raises(ValueError, match="_lora: the model has no low-rank updates"):
+            function(clip)
+    sk.add_lora(clip, 2)
+    with pytest.raises(ValueError, match="has low-rank updates already"):
+        sk.add_lora(clip, 2)
+    with pytest.raises(ValueError, match="save_lora: PEFT's format is for Hugging Face models, .* got open_clip"):
+        sk.save_lora(clip, tmp_path)
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1.0)
+    with pytest.raises(ValueError, match="add_lora: no block is above the cut"):
+        sk.add_lora(clip, 2)
+    resnet = tiny_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8})
+    clip = sk.SkipCLIP(resnet, tiny_tokens(C), skip_layers=1)
+    with pytest.raises(UnsupportedModel, match="add_lora: blocks above the cut of the image tower must be fused"):
+        sk.add_lora(clip, 2)
+    clip = sk.SkipCLIP(resnet, tiny_tokens(C), skip_layers=(1.0, 1))
+    sk.add_lora(clip, 2)  # to the text tower
+    assert all("transformer" in name for name, p in resnet.named_parameters() if p.requires_grad)
+
+
+def test_failed_add_lora_restores_the_model(monkeypatch):
+    model = tiny_clip()
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1)
+    before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+    def refresh(self) -> None:
+        raise RuntimeError("interrupted")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="interrupted"):
+        patch.setattr(sk.SkipCLIP, "refresh", refresh)
+        sk.add_lora(clip, 2)
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
+    clip(*tiny_batch(3, C)).loss.backward()
+    assert not any(isinstance(module, LowRankUpdate) for module in model.modules())
