@@ -170,7 +170,7 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
     assert set(calls(lambda: clip.predict(images))) < set(once)  # class embeddings are kept
 
 
-def test_only_updated_weights_have_a_gradient_product(monkeypatch):
+def test_gradient_products_are_those_of_the_factors(monkeypatch):
     shapes: list[torch.Size] = []
     product = fused_block._product
 
@@ -181,12 +181,12 @@ def test_only_updated_weights_have_a_gradient_product(monkeypatch):
     clip, (images, labels) = with_lora(tiny_clip(), "out"), tiny_batch(3, C)
     monkeypatch.setattr(fused_block, "_product", spy)
     clip(images, labels).loss.backward()
-    assert sorted(shapes) == 2 * [(16, 16)] + 2 * [(24, 24)]  # the two blocks of the text tower and of the image tower
+    assert sorted(shapes) == sorted(2 * [(2, W) for W in (16, 24)] + 2 * [(W, 2) for W in (16, 24)])  # of A and B
 
 
 def test_saved_bytes_are_those_of_the_step_and_the_updated_weights():
-    images, labels = tiny_batch(3, C)
-    full, lora = tiny_clip(), tiny_clip()
+    images, labels = tiny_batch(3, C, torch.float32)
+    full, lora = tiny_clip(torch.float32), tiny_clip(torch.float32)
     plain = sk.SkipCLIP(full, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, memory="fast")
     clip = with_lora(lora, memory="fast")
     updated = sum(
@@ -194,6 +194,9 @@ def test_saved_bytes_are_those_of_the_step_and_the_updated_weights():
     )
     saved = saved_bytes(lambda: clip(images, labels))
     assert updated < saved <= saved_bytes(lambda: plain(images, labels)) + updated
+    with torch.autocast("cpu", torch.bfloat16):  # the casts alone, not the updated weights beside them
+        casts = [saved_bytes(lambda clip=clip: clip(images, labels)) for clip in (clip, plain)]
+    assert casts[0] <= casts[1]
     clip.set_grad_checkpointing()
     assert saved_bytes(lambda: clip(images, labels)) < saved
 
@@ -219,9 +222,8 @@ def test_autocast_is_no_worse_than_the_models():
     assert errors[0] <= 1.1 * errors[1]  # other roundings of the same size
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_weights_have_fp32_updates(dtype):
-    clip, (images, labels) = with_lora(tiny_clip(dtype)), tiny_batch(3, C, dtype)
+def test_half_precision_weights_have_fp32_updates():
+    clip, (images, labels) = with_lora(tiny_clip(torch.bfloat16)), tiny_batch(3, C, torch.bfloat16)
     clip(images, labels).loss.backward()
     assert {p.dtype for p in clip.trainable_parameters()} == {torch.float32}
     assert all(p.grad.isfinite().all() and p.grad.any() for p in clip.trainable_parameters())
@@ -304,6 +306,18 @@ def test_second_skipclip_on_a_model_with_updates():
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     with pytest.warns(UserWarning, match="nothing trains"):
         sk.merge_lora(clip)
+
+
+def test_updates_beside_trained_weights():
+    """The projection of keys trains, one weight trains with its update, and the norms of the first block train."""
+    model, (images, labels) = with_lora(hugging_face_clip(), ("q", "out", "fc")).model, tiny_batch(3, C)
+    for name, parameter in model.named_parameters():
+        trains = "k_proj.weight" in name or "2.self_attn.out_proj.parametrizations.weight.original" in name
+        if trains or "1.layer_norm" in name:
+            parameter.requires_grad_()
+    clip = sk.SkipCLIP(model, tiny_tokens(C), skip_layers=1, keep_ratio=1.0, trainable="as_is")
+    assert len(clip.trainable_parameters()) == 2 * (2 * 3 * 2 + 2 + 1 + 4)
+    assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
 
 
 def test_another_parametrization_is_not_fused():

@@ -17,6 +17,12 @@ and the residual stream keeps its own.
 Tokens are rows [R, W] of any number of sequences; only `attention` knows where a sequence ends. With `query_rows` (the
 pooled tokens, in the last block), only LN₁ and the projections are computed for all rows; with `separate_queries` only
 LN₁, key and value.
+
+A weight W + s · B · A with frozen W (`LowRankFactors`) gets no gradient itself. With y = x (W + s · B · A)ᵀ,
+
+    d_A = s · (d_y B)ᵀ x,   d_B = s · d_yᵀ (x Aᵀ)
+
+are thin products, in place of one as large as the layer.
 """
 
 from __future__ import annotations
@@ -87,6 +93,24 @@ class BlockWeights(NamedTuple):
         return BlockWeights(*mapped)
 
 
+class LowRankFactors(NamedTuple):
+    """Low-rank update s · B · A that is part of a weight.
+
+    A tensor that is such a weight with frozen W has a list of them as its attribute `low_rank`.
+
+    Attributes:
+        part: Part of the rows of the weight; 0, or 1 and 2 for key and value in a packed projection.
+        scale: s.
+        down: A, [rank, in].
+        up: B, [out, rank].
+    """
+
+    part: int
+    scale: float
+    down: Tensor
+    up: Tensor
+
+
 class FusableBlock(NamedTuple):
     """Weights and settings of the caller's block.
 
@@ -140,12 +164,25 @@ def fused_block(
     Returns:
         [Q, W], the stream in its dtype and the branch in `settings.dtype`.
     """
-    flat = weights.tensors()
+    flat, updates = weights.tensors(), _low_rank(weights)
     inputs = [x for x in hidden if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *flat)):
-        return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, *flat))
+        flat = [x.detach() if hasattr(x, "low_rank") else x for x in flat]
+        factors = [x for _, update in updates for x in (update.down, update.up)]
+        layout = [(name, update.part, update.scale) for name, update in updates]
+        return Hidden(*_FusedBlock.apply(settings, *hidden, query_rows, layout, *flat, *factors))
     with without_autocast(hidden.stream.device):
         return Hidden(*_forward(settings, hidden, query_rows, _cast(settings, flat), record=False).out)
+
+
+def _low_rank(weights: BlockWeights) -> list[tuple[str, LowRankFactors]]:
+    """Low-rank updates of weights, each with the field that it is part of; those of q, k and v as parts of one."""
+    return [
+        (name, update._replace(part=update.part + offset))
+        for name, field in zip(weights._fields, weights, strict=True)
+        for offset, weight in enumerate(field if isinstance(field, tuple) else (field,))
+        for update in getattr(weight, "low_rank", ())
+    ]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -227,17 +264,22 @@ class _FusedBlock(torch.autograd.Function):
         stream: Tensor,
         branch: Tensor | None,
         query_rows: Tensor | None,
-        *flat: Tensor,
+        layout: Sequence[tuple[str, int, float]],
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        record = not settings.save_inputs_only
+        record, count = not settings.save_inputs_only, len(tensors) - 2 * len(layout)
+        flat, factors = tensors[:count], tensors[count:]
         with without_autocast(stream.device):
             weights = _cast(settings, flat)
             out, hidden, attention, saved = _forward(settings, Hidden(stream, branch), query_rows, weights, record)
         projected = attention.projected if attention else ()
         casts = [getattr(weights, name) for name in PRODUCTS] if record and _dtype(flat) != settings.dtype else []
-        ctx.settings, ctx.attention, ctx.has_branch = settings, attention, branch is not None
-        ctx.counts = len(flat), len(casts), len(projected)
-        ctx.save_for_backward(hidden, query_rows, *flat, *casts, *projected, *(saved or ()))
+        ctx.settings, ctx.attention, ctx.has_branch, ctx.layout = settings, attention, branch is not None, layout
+        ctx.counts = len(flat), len(factors), len(casts), len(projected)
+        # Computed weights (updated, scaled) would be saved beside their casts, of which backward reads only these.
+        spared = [bool(casts) and x.dim() == 2 and not isinstance(x, torch.nn.Parameter) for x in flat]
+        kept = [x.new_empty(0) if spare else x for x, spare in zip(flat, spared, strict=True)]
+        ctx.save_for_backward(hidden, query_rows, *kept, *factors, *casts, *projected, *(saved or ()))
         return out
 
     @staticmethod
@@ -245,8 +287,11 @@ class _FusedBlock(torch.autograd.Function):
     def backward(ctx: Any, d_mid: Tensor, d_branch: Tensor) -> tuple[Tensor | None, ...]:
         settings: BlockSettings = ctx.settings
         hidden, query_rows, *rest = ctx.saved_tensors
-        flat, casts, projected, saved = _split(rest, *ctx.counts)
-        needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[4:]
+        flat, factors, casts, projected, saved = _split(rest, *ctx.counts)
+        needs_hidden, needed = any(ctx.needs_input_grad[1:3]), ctx.needs_input_grad[5 : 5 + len(flat)]
+        pairs = zip(ctx.layout, factors[::2], factors[1::2], strict=True)
+        updates = [(name, LowRankFactors(part, scale, down, up)) for (name, part, scale), down, up in pairs]
+        d_factors: list[Tensor] = [x.new_empty(0) for x in factors]
         attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
         with without_autocast(hidden.device):
             weights = _cast(settings, flat, casts)
@@ -258,7 +303,7 @@ class _FusedBlock(torch.autograd.Function):
             needs = BlockWeights(*_join_qkv(needed, any))
             d_hidden, gradients = _backward(
                 settings, (d_mid, d_branch), hidden, query_rows, weights, *recorded, needs_hidden, needs,
-                _dtype(flat),
+                _dtype(flat), updates, d_factors,
             )  # fmt: skip
         d_flat: list[Tensor | None] = [gradients.get(name) for name in BlockWeights._fields]
         if len(flat) > len(d_flat):
@@ -269,7 +314,8 @@ class _FusedBlock(torch.autograd.Function):
             for x, weight, need in zip(d_flat, flat, needed, strict=True)
         )
         d_stream, d_input = d_hidden
-        return None, d_stream, d_input if ctx.has_branch else None, None, *d_weights
+        d_updates = (d.to(x.dtype) for d, x in zip(d_factors, factors, strict=True))
+        return None, d_stream, d_input if ctx.has_branch else None, None, None, *d_weights, *d_updates
 
 
 def _split(items: Sequence[Tensor], *counts: int) -> Iterator[Sequence[Tensor]]:
@@ -390,10 +436,13 @@ def _backward(
     needs_hidden: bool,
     needs: Any,
     dtype: torch.dtype,
+    updates: Sequence[tuple[str, LowRankFactors]],
+    d_factors: list[Tensor],
 ) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor]]:
     """Return the gradients of the sum of the inputs, in the dtypes of stream and products, and of weights by name.
 
-    Gradients of weights may be in `dtype` or in that of the products, and there may be more than needed.
+    Gradients of weights may be in `dtype` or in that of the products, and there may be more than needed. Those of A and
+    B of each update are written to `d_factors`.
     """
     assert attention is not None and saved is not None
     mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved
@@ -403,19 +452,38 @@ def _backward(
     gradients: dict[str, Tensor] = {}
     sums_dtype = max(dtype, weights.norm_1.dtype, key=lambda x: x.itemsize)  # norms may be fp32 beside fp16 matrices
     sums = _Sums(gradients, sums_dtype, partial=_sums_together(hidden.device))
+    updated = {name for name, _ in updates}
+    needed = updated | {name for name, need in zip(BlockWeights._fields, needs, strict=True) if need}
+
+    def add_weight(name: str, d_out: Tensor, inputs: Tensor) -> None:
+        """Add the gradient of a weight, and of the factors of its update."""
+        if getattr(needs, name):
+            gradients[name] = _product(d_out.T, inputs, dtype)
+        add_factors(name, d_out, inputs)
+
+    def add_factors(name: str, d_out: Tensor, inputs: Tensor, first: int = 0) -> None:
+        """Add the gradients of the factors of a weight, of which `d_out` has the parts from `first` on."""
+        for index, (field, (part, scale, down, up)) in enumerate(updates):
+            start = (part - first) * len(up)
+            if field == name and 0 <= start < d_out.shape[1]:
+                d_part = d_out[:, start : start + len(up)]
+                d_thin = d_part @ (scale * up).to(d_part.dtype)  # [R, rank]
+                thin = inputs @ (scale * down).to(inputs.dtype).T  # [R, rank]
+                d_factors[2 * index] = _product(d_thin.T, inputs, down.dtype)
+                d_factors[2 * index + 1] = _product(d_part.T, thin, up.dtype)
+
     # MLP
     d_inner, d_fc_bias, active, partial = mlp_activation_backward(
         d_branch @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation),
-        True, needs.fc_bias, needs.proj, sums.partial,
+        True, needs.fc_bias, "proj" in needed, sums.partial,
     )  # fmt: skip
     sums.add(partial, fc_bias=d_fc_bias)
-    if needs.proj:
-        gradients["proj"] = _product(d_branch.T, active, dtype)
+    add_weight("proj", d_branch, active)
     del active
     d_norm = Gradients(
         *add_layer_norm_backward(
             d_inner @ weights.fc, d_stream, mid, mean_2, rstd_2, weights.norm_2,
-            weights.norm_2_bias if needs.fc else None, True, needs.norm_2, needs.norm_2_bias,
+            weights.norm_2_bias if "fc" in needed else None, True, needs.norm_2, needs.norm_2_bias,
             needs.out_proj_bias or needs.proj_bias, sums.partial, cast,
         )
     )  # fmt: skip
@@ -424,13 +492,11 @@ def _backward(
     if needs.out_proj_bias or needs.proj_bias:
         sums_2 |= {"proj_bias": d_norm.d_hidden_sum, "out_proj_bias": d_norm.d_x_sum}
     sums.add(d_norm.sums, **sums_2)
-    if needs.fc:
-        gradients["fc"] = _product(d_inner.T, d_norm.normed, dtype)
+    add_weight("fc", d_inner, d_norm.normed)
     del d_inner, d_norm
     # Attention
-    if needs.out_proj:
-        gradients["out_proj"] = _product(upstream.T, attention.result.detach(), dtype)
-    if not needs_hidden and not any(needs[:4]):
+    add_weight("out_proj", upstream, attention.result.detach())
+    if not needs_hidden and not any(needs[:4]) and "in_proj" not in updated:
         sums.finish()
         return d_hidden, gradients
     d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
@@ -446,8 +512,21 @@ def _backward(
         _product(d_projected[1].T, inputs, dtype, out=out[W:])
         return out
 
-    if needs.in_proj_bias or not needs_hidden:
+    def add_in_proj_factors(inputs: Tensor) -> None:
+        """Add the gradients of the factors of query, key and value."""
+        if len(d_projected) > 1:
+            assert query_rows is not None
+            add_factors("in_proj", d_projected[0], inputs.index_select(0, query_rows))
+        add_factors("in_proj", d_projected[-1], inputs, first=len(d_projected) - 1)
+
+    if needs.in_proj_bias or (not needs_hidden and any(needs[:4])):
         sums.add_columns("in_proj_bias", d_projected)
+    if not needs_hidden and "in_proj" in updated:
+        norm = weights.norm_1, weights.norm_1_bias, settings.eps[0], settings.dtype
+        add_in_proj_factors(add_layer_norm(hidden, None, *norm)[1])
+    if not needs_hidden and not any(needs[:4]):
+        sums.finish()
+        return d_hidden, gradients
     if not needs_hidden:
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
@@ -469,7 +548,7 @@ def _backward(
     d_norm = Gradients(
         *add_layer_norm_backward(
             d_normed, d_mid if query_rows is None else None, hidden, mean_1, rstd_1, weights.norm_1,
-            weights.norm_1_bias if needs.in_proj else None, True, needs.norm_1, needs.norm_1_bias,
+            weights.norm_1_bias if "in_proj" in needed else None, True, needs.norm_1, needs.norm_1_bias,
             False, sums.partial, cast if query_rows is None else None,
         )
     )  # fmt: skip
@@ -483,4 +562,6 @@ def _backward(
         d_hidden = d_rows, d_rows.to(settings.dtype)
     if needs.in_proj:
         gradients["in_proj"] = in_proj_gradient(d_norm.normed)
+    if "in_proj" in updated:
+        add_in_proj_factors(d_norm.normed)
     return d_hidden, gradients

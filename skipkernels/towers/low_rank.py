@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .fused_block import without_autocast
+from .fused_block import LowRankFactors, without_autocast
 
 
 class LowRankUpdate(nn.Module):
     """Add alpha / rank · B · A to some parts of a weight; its rows consist of parts of equal size.
+
+    If the weight is frozen, the result has its `LowRankFactors` as an attribute, for fused blocks.
 
     A is uniform in ±1/√in, as in PEFT (`kaiming_uniform_` with a = √5), and B is zero. Both have at least fp32; the sum
     is computed in their dtype, without autocast, and rounded to that of the weight.
@@ -50,7 +52,11 @@ class LowRankUpdate(nn.Module):
         with without_autocast(weight.device):
             for part, down, up in zip(self.updated, self.lora_A.to(wide), self.lora_B.to(wide), strict=True):
                 parts[part] = torch.addmm(parts[part].to(wide), up, down, alpha=scale).to(weight.dtype)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        result: Any = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if not weight.requires_grad:
+            factors = zip(self.updated, self.lora_A.unbind(), self.lora_B.unbind(), strict=True)
+            result.low_rank = [LowRankFactors(part, scale, down, up) for part, down, up in factors]
+        return result
 
 
 def low_rank_updates(module: nn.Module) -> dict[str, LowRankUpdate]:
