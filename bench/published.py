@@ -16,6 +16,25 @@ from skipkernels.selection import RankSampler
 _CHUNK = 256  # texts per batch, encoded before the first step
 
 
+def freeze(model: open_clip.CLIP, image_skip: int, text_skip: int) -> None:
+    """Freeze everything below the cut, and the logit scale; set everything above the cut to train."""
+    visual = model.visual
+    model.requires_grad_(False)
+    blocks = *visual.transformer.resblocks[image_skip:], *model.transformer.resblocks[text_skip:]
+    for module in (*blocks, visual.ln_post, model.ln_final):
+        module.requires_grad_(True)
+    visual.proj.requires_grad_(True)
+    model.text_projection.requires_grad_(True)
+
+
+def choose_classes(image: Tensor, prototypes: Tensor, labels: Tensor, sampler: RankSampler) -> Tensor:
+    """The classes of a step from unit-norm image embeddings [B, D], [K] in ascending order."""
+    scores = (image @ prototypes.T).amax(dim=0)
+    scores[labels] = torch.inf
+    order = scores.argsort(descending=True, stable=True)
+    return order[sampler.draw(len(scores), len(labels))].sort().values
+
+
 class PublishedStep:
     """(features at the cut [B, N, W], labels [B]) → (loss, class ids).
 
@@ -25,7 +44,7 @@ class PublishedStep:
     def __init__(self, model: open_clip.CLIP, tokens: Tensor, skip: int | tuple[int, int], sampler: RankSampler):
         self.model, self.tokens, self.sampler = model, tokens, sampler
         self.image_skip, self.text_skip = (skip, skip) if isinstance(skip, int) else skip
-        self._freeze()
+        freeze(model, self.image_skip, self.text_skip)
         chunks = tokens.split(_CHUNK)
         with torch.no_grad():
             self.text_features = torch.cat([self._lower_text(chunk) for chunk in chunks])
@@ -36,16 +55,6 @@ class PublishedStep:
         for block in self.model.transformer.resblocks[: self.text_skip]:
             hidden = block(hidden, attn_mask=self.model.attn_mask)
         return hidden
-
-    def _freeze(self) -> None:
-        """Freeze everything below the cut, and the logit scale."""
-        model, visual = self.model, self.model.visual
-        model.requires_grad_(False)
-        blocks = *visual.transformer.resblocks[self.image_skip :], *model.transformer.resblocks[self.text_skip :]
-        for module in (*blocks, visual.ln_post, model.ln_final):
-            module.requires_grad_(True)
-        visual.proj.requires_grad_(True)
-        model.text_projection.requires_grad_(True)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Features at the cut of images [B, 3, height, width]."""
@@ -61,7 +70,8 @@ class PublishedStep:
         for block in visual.transformer.resblocks[self.image_skip :]:
             hidden = block(hidden)
         image = F.normalize(visual._pool(hidden)[0] @ visual.proj, dim=-1)
-        class_ids = self.choose(image, labels) if class_ids is None else class_ids
+        if class_ids is None:
+            class_ids = choose_classes(image.detach(), self.prototypes, labels, self.sampler)
         text = self.text_features[class_ids]
         for block in model.transformer.resblocks[self.text_skip :]:
             text = block(text, attn_mask=model.attn_mask)
@@ -69,11 +79,3 @@ class PublishedStep:
         text = F.normalize(model.ln_final(text)[torch.arange(len(ends)), ends] @ model.text_projection, dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
         return F.cross_entropy(logits, torch.searchsorted(class_ids, labels.contiguous())), class_ids
-
-    @torch.no_grad()
-    def choose(self, image: Tensor, labels: Tensor) -> Tensor:
-        """The classes of a step, [K] in ascending order."""
-        scores = (image @ self.prototypes.T).amax(dim=0)
-        scores[labels] = torch.inf
-        order = scores.argsort(descending=True, stable=True)
-        return order[self.sampler.draw(len(scores), len(labels))].sort().values

@@ -49,6 +49,13 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def saved_bytes(step: Callable[[], Any]) -> int:
     """Bytes that autograd saves for the backward of `step()`: each storage once, without parameters."""
     storages: dict[int, int] = {}
+    with saved_storages(storages):
+        keep_alive = step()  # noqa: F841  a freed storage's address may be used again
+    return sum(storages.values())
+
+
+def saved_storages(storages: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context that records the size of each storage saved for backward, except parameters, by address."""
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor._base if tensor._is_view() else tensor
@@ -57,9 +64,7 @@ def saved_bytes(step: Callable[[], Any]) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a node that saves its own output unchanged would keep the graph alive
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        keep_alive = step()  # noqa: F841  a freed storage's address may be used again
-    return sum(storages.values())
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def gradient_bytes(loss: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 
-from bench import budget, ceilings, inputs, measure, profile, step, training
+from bench import budget, ceilings, inputs, measure, profile, published, step, training
 from bench.budget import CostModel, Probe
 from bench.published import PublishedStep
 from skipkernels import testing
@@ -159,15 +159,15 @@ def test_skip_step_refuses_different_gradients(monkeypatch, random, precision):
 
 @pytest.mark.parametrize("main", [step.main, profile.main])
 def test_main_does_not_time_a_wrong_step(monkeypatch, capsys, main):
-    right = PublishedStep.choose
-    monkeypatch.setattr(PublishedStep, "choose", lambda self, *batch: torch.arange(len(right(self, *batch))))
+    right = published.choose_classes
+    monkeypatch.setattr(published, "choose_classes", lambda *arguments: torch.arange(len(right(*arguments))))
     with pytest.raises(SystemExit, match="choose other classes: no timing"):
         main([*SMALL, "--no-save", "--skip-layers", "3", "--precision", "fp32"])
     assert " ms " not in capsys.readouterr().out
 
 
 def test_skip_step_refuses_different_parameters(monkeypatch, random):
-    monkeypatch.setattr(PublishedStep, "_freeze", lambda self: None)
+    monkeypatch.setattr(published, "freeze", lambda *arguments: None)
     with pytest.raises(SystemExit, match="train other parameters: no timing"):
         checked_step(random)
 
