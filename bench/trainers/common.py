@@ -135,9 +135,13 @@ class Problem(NamedTuple):
         """Arguments of `parameter_groups`."""
         return {"text_lr": self.learning_rate, "image_lr": self.learning_rate / 2}
 
+    def settings(self) -> dict[str, float]:
+        """Arguments of SGD, the optimizer of every trainer."""
+        return {"momentum": 0.9, "weight_decay": 5e-4}
+
     def optimizer(self, module: Any) -> torch.optim.Optimizer:
-        """The optimizer of every trainer: SGD with two learning rates."""
-        return torch.optim.SGD(module.parameter_groups(**self.rates()), momentum=0.9, weight_decay=5e-4)
+        """SGD with two learning rates."""
+        return torch.optim.SGD(module.parameter_groups(**self.rates()), **self.settings())
 
 
 def small_problem(steps: int = 20, classes: int = 12, batch_size: int = 2) -> Problem:

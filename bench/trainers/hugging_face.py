@@ -1,0 +1,39 @@
+"""`transformers.Trainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from skipkernels.integrations import hugging_face
+
+from .common import Problem
+
+LINES = 3
+
+
+def train(module: Any, problem: Problem, folder: Path) -> None:
+    Trainer(module, arguments(problem, folder), train_dataset=problem.dataset, **plug(module, problem)).train()
+
+
+def plug(module: Any, problem: Problem) -> dict[str, Any]:
+    """Arguments of the trainer that put the module into it."""
+    return hugging_face.trainer_arguments(module, **problem.rates(), **problem.settings())
+
+
+def arguments(problem: Problem, folder: Path, **options: Any) -> TrainingArguments:
+    """Arguments that any module is trained with."""
+    defaults = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": problem.batch_size,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    return TrainingArguments(str(folder), **(defaults | options))

@@ -1,0 +1,92 @@
+"""SkipCLIP in Lightning: a `LightningModule` for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..clip import SkipCLIP, SkipOutput
+
+try:
+    from lightning.pytorch import LightningModule
+except ImportError as error:
+    raise ImportError(
+        f"skipkernels.integrations.lightning: needs Lightning ({error}). Install it: pip install "
+        "'skipkernels[lightning]'."
+    ) from error
+
+
+class SkipModule(LightningModule):
+    """Trains a SkipCLIP on batches (images or features at the cut, labels) and logs loss and accuracy.
+
+    The logged names are `train_loss`, `val_loss`, `val_accuracy`, `test_loss` and `test_accuracy`. For several
+    processes pass `strategy=DDPStrategy(broadcast_buffers=False)` to the trainer.
+
+    Args:
+        clip: The model to tune.
+        text_lr: Learning rate of the text tower.
+        image_lr: Learning rate of the image tower.
+        optimizer: Class of the optimizer; default SGD.
+        schedule: Function from the optimizer to a schedule that is stepped after each epoch; None: constant rates.
+        options: Further arguments of the optimizer, such as `momentum`.
+
+    Example:
+        >>> import logging; logging.disable()  # open_clip warns about random weights
+        >>> import open_clip, skipkernels as sk
+        >>> from skipkernels.experiments import glyph_tiny
+        >>> glyph_tiny.register()
+        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+        >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> module = SkipModule(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9)
+        >>> module(torch.rand(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(
+        self,
+        clip: SkipCLIP,
+        *,
+        text_lr: float,
+        image_lr: float,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        self.clip = clip
+        self._rates, self._optimizer = {"text_lr": text_lr, "image_lr": image_lr}, (optimizer, options)
+        self._schedule = schedule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] over all classes; see `SkipCLIP.predict`."""
+        return self.clip.predict(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss over the classes selected for the batch."""
+        loss = self.clip(*batch).loss
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy over all classes."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy over all classes."""
+        self._evaluate("test", batch)
+
+    def configure_optimizers(self) -> Any:
+        """Optimizer with two parameter groups, and the schedule if there is one."""
+        optimizer, options = self._optimizer
+        made = optimizer(self.clip.parameter_groups(**self._rates), **options)  # type: ignore[arg-type]
+        return made if self._schedule is None else {"optimizer": made, "lr_scheduler": self._schedule(made)}
+
+    def _evaluate(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
+        out: SkipOutput = self.clip(*batch)
+        correct = (out.logits.argmax(dim=1) == batch[1]).float().mean()
+        values = {f"{name}_loss": out.loss, f"{name}_accuracy": correct}
+        self.log_dict(values, batch_size=len(batch[1]), sync_dist=True, prog_bar=True)
