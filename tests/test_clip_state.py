@@ -138,7 +138,7 @@ def test_forward_outputs_are_tensors(training):
     assert all(isinstance(value, torch.Tensor) for value in make_clip().train(training)(*tiny_batch(2, C)))
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "set_grad_checkpointing"])
+@pytest.mark.parametrize("name", ["activation_checkpointing_enable", "set_grad_checkpointing"])
 def test_gradient_checkpointing_is_memory_min(name):
     clip = make_clip()
     getattr(clip, name)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
 from .common import Problem
@@ -14,10 +14,16 @@ LINES = 3
 
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator_on_cpu()
     optimizer, loader = problem.optimizer(module), DataLoader(problem.dataset, problem.batch_size)
     prepared, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     for images, labels in loader:
-        accelerator.backward(prepared(images, labels).loss)
-        optimizer.step()
-        optimizer.zero_grad()
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(images, labels).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def accelerator_on_cpu(**options: Any) -> Accelerator:
+    """Accelerator on the CPU."""
+    return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)], **options)

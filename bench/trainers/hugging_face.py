@@ -30,6 +30,7 @@ def arguments(problem: Problem, folder: Path, **options: Any) -> TrainingArgumen
         "per_device_train_batch_size": problem.batch_size,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
+        "ddp_broadcast_buffers": False,
         "use_cpu": True,
         "save_strategy": "no",
         "report_to": "none",

@@ -15,7 +15,7 @@ from ..checks import warn_caller
 from ..classifier import ImageClassifier
 from ..options import AttentionName, Tail
 from ..selection import ClassSelection, RankSampler, select_ranks
-from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating
+from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating, refuse_sharded
 from ..towers.reductions import of_every_template
 from ..towers.structure import containers, refuse_overrides
 from .batch import check_images, check_label_range, check_labels, one_batch
@@ -465,16 +465,20 @@ class SkipCLIP(nn.Module):
         self._check_unaltered()
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+    def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Set `memory="min"`: each block above the cut saves only its input for backward and recomputes the rest.
 
-        Options of transformers (`every_n_layers`, `offload`) are accepted and have no effect.
+        Arguments of transformers (`every_n_layers`, `offload`) are accepted and have no effect.
         """
         self.set_grad_checkpointing(True)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Set `memory` back to its value at construction, or to "auto" if that was "min"."""
         self.set_grad_checkpointing(False)
+
+    # Their names until transformers 6.
+    gradient_checkpointing_enable = activation_checkpointing_enable
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing, under the name that open_clip uses."""
@@ -670,6 +674,7 @@ class SkipCLIP(nn.Module):
                 "wrong ones. Use the later one, or call refresh() on this one."
             )
         if self._snapshot is None or not self._snapshot.is_unchanged(lower_image=lower_image):
+            refuse_sharded(self)
             refuse_alterations(self.model, self._tokens, self._image, self._text_encoder.towers)
             self._snapshot = Snapshot(self.model, self._image, self._text)
 
@@ -746,6 +751,13 @@ class SkipCLIP(nn.Module):
                 "SkipCLIP: the state dict has no sampler and no prototypes (it was saved by an older version, or is "
                 "the model's own); the sampler keeps its current state."
             )
+
+    def _replicate_for_data_parallel(self) -> SkipCLIP:
+        raise RuntimeError(
+            "SkipCLIP: torch.nn.DataParallel copies the module in each step, so draws and cached texts would be lost. "
+            "Use DistributedDataParallel, with a process for each GPU (torchrun, accelerate launch), or one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_snapshot": None}  # it refers to modules of this process

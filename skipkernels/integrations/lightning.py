@@ -82,7 +82,7 @@ class SkipModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer with two parameter groups, and the schedule if there is one."""
         optimizer, options = self._optimizer
-        made = optimizer(self.clip.parameter_groups(**self._rates), **options)  # type: ignore[arg-type]
+        made = optimizer(self.clip.parameter_groups(**self._rates), **options)
         return made if self._schedule is None else {"optimizer": made, "lr_scheduler": self._schedule(made)}
 
     def _evaluate(self, name: str, batch: tuple[Tensor, Tensor]) -> None:

@@ -4,7 +4,7 @@ from .base import Memory, UnsupportedModel
 from .image import ImageTower
 from .modes import deterministic_training, evaluating
 from .reductions import Reduction
-from .registry import build_towers
+from .registry import build_towers, refuse_sharded
 from .text import TextTower
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "build_towers",
     "deterministic_training",
     "evaluating",
+    "refuse_sharded",
 ]

@@ -43,6 +43,19 @@ _HALVES = {
     "transformers.models.siglip.modeling_siglip.SiglipModel": (None, None),
 }
 
+# Package of a wrapper → what to do instead.
+_WRAPPERS = {
+    "peft.": (
+        "A PeftModel redirects calls: put the adapters into the model itself, by peft.inject_adapter_in_model, and "
+        'pass that with trainable="as_is".'
+    ),
+    "torch.nn.parallel.": (
+        "Pass the model itself (.module), and wrap the SkipCLIP: DistributedDataParallel(clip, "
+        "broadcast_buffers=False)."
+    ),
+    "torch._dynamo.": "Pass the model that was compiled (._orig_mod): the step is not compiled by torch.compile.",
+}
+
 
 def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[TextTower]]:
     """Build the image tower of a model and a text tower for each template, with no blocks skipped.
@@ -56,13 +69,10 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
         UnsupportedModel: If no adapter handles the model, with the reason.
     """
     name = _type_name(model)
+    refuse_sharded(model)
     if name not in _HALVES:
         remedy = "A wrapper or a derived class may compute something else, so it is not treated as one of these."
-        if name.startswith("peft."):
-            remedy = (
-                "A PeftModel redirects calls: put the adapters into the model itself, by peft.inject_adapter_in_model, "
-                'and pass that with trainable="as_is".'
-            )
+        remedy = next((text for package, text in _WRAPPERS.items() if name.startswith(package)), remedy)
         raise UnsupportedModel(f"SkipCLIP: model must be one of {', '.join(_HALVES)}; got {name}. {remedy}")
     tokens = tokens.to(next(model.parameters()).device, torch.int64)
     visual, text = (model if half is None else getattr(model, half) for half in _HALVES[name])
@@ -73,6 +83,17 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
     for tower in texts:
         tower.runs = len(texts)
     return image, texts
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Raise an UnsupportedModel if a module is managed by FSDP2, or has DTensor parameters."""
+    managed = any(hasattr(part, "unshard") for part in module.modules())
+    if managed or any(hasattr(parameter, "placements") for parameter in module.parameters()):
+        raise UnsupportedModel(
+            "SkipCLIP: parameters must be whole; got shards (fully_shard of FSDP2, or tensor parallelism). Use "
+            "DistributedDataParallel(clip, broadcast_buffers=False): weights below the cut have no gradient and no "
+            "optimizer state."
+        )
 
 
 def _type_name(module: nn.Module) -> str:

@@ -1,18 +1,21 @@
-"""SkipCLIP inside `DistributedDataParallel` and `torch.compile`: the same loss, gradients and weights."""
+"""SkipCLIP inside `DistributedDataParallel` and `torch.compile`; other wrappers are refused."""
 
 from __future__ import annotations
 
-import multiprocessing
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
 from skipkernels.features import FeatureCache
+from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.processes import by_two
 
 IMAGES, CLASSES, TOGETHER = 16, 10, 4
 
@@ -42,23 +45,11 @@ def train(clip: sk.SkipCLIP, rank: int, world_size: int) -> dict[str, torch.Tens
     return clip.model.state_dict()
 
 
-def process(rank: int, folder: Path, settings: dict) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(train(small_clip(**settings), rank, 2), folder / f"{rank}.pt")
+def train_together(rank: int, settings: dict) -> dict[str, torch.Tensor]:
+    dist.init_process_group("gloo")
+    weights = train(small_clip(**settings), rank, 2)
     dist.destroy_process_group()
-
-
-def by_two(folder: Path, **settings) -> list[dict[str, torch.Tensor]]:
-    """Final weights of each of two processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.features", "skipkernels.clip"])
-    both = [context.Process(target=process, args=(rank, folder, settings)) for rank in range(2)]
-    for each in both:
-        each.start()
-    for each in both:
-        each.join(120)
-        assert each.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return weights
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -67,7 +58,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 def test_ddp_matches_one_process_with_all_classes(tmp_path):
     """With all classes kept, the mean of the processes' gradients is that of the whole batch."""
-    first, second = by_two(tmp_path, keep_ratio=1.0)
+    first, second = by_two(tmp_path, train_together, {"keep_ratio": 1.0})
     alone = train(small_clip(keep_ratio=1.0), 0, 1)
     assert distance(first, second) == 0.0
     assert distance(first, alone) < 1e-12 < 1e-4 < distance(alone, tiny_clip().state_dict())
@@ -75,9 +66,46 @@ def test_ddp_matches_one_process_with_all_classes(tmp_path):
 
 def test_ddp_selects_classes_per_process(tmp_path):
     """The loss is not that of the whole batch, but the processes have equal weights."""
-    first, second = by_two(tmp_path, keep_ratio=0.3)
+    first, second = by_two(tmp_path, train_together, {"keep_ratio": 0.3})
     assert distance(first, second) == 0.0
     assert distance(first, train(small_clip(keep_ratio=0.3), 0, 1)) > 1e-6
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ["model", "blocks", "skip_clip"])
+def test_fully_shard_is_refused(one_process_group, part):
+    clip, mesh = small_clip(), init_device_mesh("cpu", (1,))
+    blocks = list(clip.model.visual.transformer.resblocks)
+    whole = {"model": clip.model, "blocks": blocks, "skip_clip": clip}[part]
+    for module in whole if isinstance(whole, list) else [whole]:
+        fully_shard(module, mesh=mesh, ignored_params={clip.model.logit_scale})
+    with pytest.raises(UnsupportedModel, match="parameters must be whole; got shards .*Use DistributedDataParallel"):
+        clip(*tiny_batch(TOGETHER, CLASSES))
+    if part != "skip_clip":
+        with pytest.raises(UnsupportedModel, match="parameters must be whole"):
+            sk.SkipCLIP(clip.model, tiny_tokens(CLASSES), skip_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [(torch.nn.DataParallel, r"Pass the model itself \(.module\)"), (torch.compile, r"\(._orig_mod\)")],
+    ids=["DataParallel", "compile"],
+)
+def test_wrapped_model_is_refused(wrap, remedy):
+    with pytest.raises(UnsupportedModel, match=remedy):
+        sk.SkipCLIP(wrap(tiny_clip()), tiny_tokens(CLASSES), skip_layers=1)
+
+
+def test_data_parallel_is_refused():
+    """DataParallel copies the module with this method for every GPU; without one it calls the module itself."""
+    with pytest.raises(RuntimeError, match="Use DistributedDataParallel, with a process for each GPU"):
+        small_clip()._replicate_for_data_parallel()
 
 
 # ---- compiled ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""SkipCLIP in `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import Trainer, TrainingArguments
+
+import skipkernels as sk
+from bench.trainers import hugging_face as runner
+from bench.trainers.common import Problem, compare, small_problem
+from skipkernels.integrations import hugging_face
+
+STEPS, SAVED = 6, 4  # of the only epoch
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return small_problem()
+
+
+@pytest.fixture(scope="module")
+def short(problem) -> Problem:
+    """A few steps on some of the classes, which are drawn."""
+    images = STEPS * problem.batch_size
+    return problem._replace(images=problem.images[:images], labels=problem.labels[:images], keep_ratio=0.5)
+
+
+def make(problem: Problem) -> sk.SkipCLIP:
+    return problem.implementations()["skipkernels"]()
+
+
+def trainer_of(clip: sk.SkipCLIP, problem: Problem, folder, **arguments) -> Trainer:
+    """Shuffled batches, saved once in the epoch."""
+    saving = {"save_strategy": "steps", "save_steps": SAVED, "logging_strategy": "steps", "logging_steps": 1}
+    return Trainer(
+        clip,
+        runner.arguments(problem, folder, **(saving | arguments)),
+        train_dataset=problem.dataset,
+        eval_dataset=problem.dataset,
+        **runner.plug(clip, problem),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(short, tmp_path_factory):
+    """Trainer after an uninterrupted epoch, and the folder of its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = trainer_of(make(short), short, folder)
+    trainer.train()
+    return trainer, folder / f"checkpoint-{SAVED}"
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_losses_and_weights_of_the_plain_module(problem):
+    records, difference = compare(runner.train, problem)
+    assert difference.is_small
+    ours, naive = records["skipkernels"], records["naive"]
+    assert ours.losses[-1] < ours.losses[0] / 2 and ours.saved_bytes < naive.saved_bytes / 2
+
+
+def test_resume_within_an_epoch(trained, short, tmp_path):
+    whole, checkpoint = trained
+    clip = make(short._replace(model=copy.deepcopy(short.model)))
+    with torch.no_grad():
+        for parameter in clip.trainable_parameters():
+            parameter.zero_()
+    resumed = trainer_of(clip, short, tmp_path)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    state, expected = clip.state_dict(), whole.model.state_dict()
+    assert [name for name in expected if not state[name].equal(expected[name])] == []
+    assert losses(resumed) == losses(whole)
+
+
+def test_saved_model_loads(trained, short, tmp_path):
+    trainer, _ = trained
+    trainer.save_model(str(tmp_path))
+    state, fresh = safetensors.torch.load_file(tmp_path / "model.safetensors"), make(short)
+    fresh.load_state_dict(state)
+    assert fresh.predict(short.images[:2]).equal(trainer.model.predict(short.images[:2]))
+
+
+def test_evaluation_has_logits_of_all_classes(trained, short):
+    trainer, _ = trained
+    result = trainer.predict(short.dataset)
+    logits = trainer.model.predict(short.images)
+    torch.testing.assert_close(torch.from_numpy(result.predictions), logits, rtol=1e-4, atol=1e-4)
+    expected = (logits.argmax(dim=1) == short.labels).float().mean().item()
+    assert result.metrics["test_accuracy"] == pytest.approx(expected) and 0 < expected < 1
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected)
+
+
+def test_learning_rates_of_the_towers(trained, short):
+    groups = trained[0].optimizer.param_groups
+    assert {group["name"]: group["lr"] for group in groups} == {"text": 1e-2, "image": 5e-3}
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradient_checkpointing(trained, short, tmp_path):
+    clip = make(short)
+    has_name = any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments))
+    name = "activation_checkpointing" if has_name else "gradient_checkpointing"  # until transformers 5
+    trainer = trainer_of(clip, short, tmp_path, save_strategy="no", **{name: True})
+    trainer.train()
+    assert clip._image.memory == clip._text.memory == "min"
+    assert losses(trainer) == pytest.approx(losses(trained[0]), rel=1e-5)
+
+
+def test_features_of_a_cache(trained, short, tmp_path):
+    clip = make(short)
+    cache = sk.FeatureCache.build(tmp_path / "features", clip, short.dataset, dtype="fp32", progress=False)
+    trainer = Trainer(
+        clip,
+        runner.arguments(short, tmp_path, logging_strategy="steps", logging_steps=1),
+        train_dataset=cache,
+        **runner.plug(clip, short),
+    )
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(trained[0]), rel=1e-4)
+
+
+def test_collate_refuses_images_without_transform():
+    with pytest.raises(TypeError, match="images must be tensors, by the model's image transform; got list"):
+        hugging_face.collate([([1.0], 1)])

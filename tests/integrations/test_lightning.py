@@ -1,0 +1,71 @@
+"""SkipCLIP in Lightning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+import skipkernels as sk
+from bench.trainers import lightning as runner
+from bench.trainers.common import Problem, compare, small_problem
+
+STEPS, SAVED = 6, 4  # of the only epoch
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return small_problem()
+
+
+@pytest.fixture(scope="module")
+def short(problem) -> Problem:
+    """A few steps on some of the classes, which are drawn."""
+    images = STEPS * problem.batch_size
+    return problem._replace(images=problem.images[:images], labels=problem.labels[:images], keep_ratio=0.5)
+
+
+def test_losses_and_weights_of_the_plain_module(problem):
+    records, difference = compare(runner.train, problem)
+    assert difference.is_small
+    ours, naive = records["skipkernels"], records["naive"]
+    assert ours.losses[-1] < ours.losses[0] / 2 and ours.saved_bytes < naive.saved_bytes / 2
+
+
+def fit(short: Problem, folder, **arguments) -> sk.SkipCLIP:
+    """Train an epoch with a loader that resumes within it, with a checkpoint of the step SAVED."""
+    module = runner.plug(short.implementations()["skipkernels"](), short)
+    cache = sk.FeatureCache.in_memory(list(short.dataset))
+    saving = ModelCheckpoint(folder, "step-{step}", every_n_train_steps=SAVED, auto_insert_metric_name=False)
+    trainer = runner.trainer(folder, callbacks=[saving], enable_checkpointing=True)
+    trainer.fit(module, cache.loader(short.batch_size, "random"), **arguments)
+    return module.clip
+
+
+def test_resume_within_an_epoch(short, tmp_path):
+    expected = fit(short, tmp_path / "whole").state_dict()
+    path = tmp_path / "whole" / f"step-{SAVED}.ckpt"
+    state = fit(short, tmp_path / "resumed", ckpt_path=path).state_dict()
+    assert [name for name in expected if not state[name].equal(expected[name])] == []
+
+
+def test_validation_logs_accuracy_of_all_classes(short, tmp_path):
+    module = runner.plug(short.implementations()["skipkernels"](), short)
+    [logged] = runner.trainer(tmp_path).validate(module, DataLoader(short.dataset, 5), verbose=False)
+    logits = module(short.images)
+    assert logits.shape == (len(short.images), len(short.tokens))
+    expected = (logits.argmax(dim=1) == short.labels).float().mean().item()
+    assert logged["val_accuracy"] == pytest.approx(expected) and 0 <= expected < 1
+    loss = torch.nn.functional.cross_entropy(logits, short.labels).item()
+    assert logged["val_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_missing_extra(monkeypatch):
+    monkeypatch.delitem(sys.modules, "skipkernels.integrations.lightning")
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ImportError, match="needs Lightning .*pip install 'skipkernels\\[lightning\\]'"):
+        importlib.import_module("skipkernels.integrations.lightning")

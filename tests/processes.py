@@ -1,0 +1,35 @@
+"""Two processes, with the variables that a launcher of distributed training sets."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def by_two(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Results of `function(rank, *arguments)` in each of two processes, in which it may make a process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.features", "skipkernels.clip"])
+    both = [context.Process(target=_process, args=(rank, port, folder, function, arguments)) for rank in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(120)
+        assert each.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _process(rank: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.save(function(rank, *arguments), folder / f"{rank}.pt")
