@@ -20,7 +20,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel numpy
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli,test,dev]'
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli,test,test-integrations,dev]'
 	@touch $(READY)
 
 tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, writes runs/glyphs-skip.

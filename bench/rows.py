@@ -41,6 +41,7 @@ KINDS = {
     "operators": Kind("bench.run", "op shape dtype implementation", "p50_ms", "wanted note"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
     "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
+    "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms", "lines saved_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s", "faster"),
     "cache_read": Kind("bench.cache read", "store N W B", "loader_gb_s", "of_list"),
     "cache_disk": Kind("bench.cache disk", "way store_mib memory_mib B", "gb_s", "of_threads"),

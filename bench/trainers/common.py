@@ -235,6 +235,8 @@ def record(train: Train, module: nn.Module, problem: Problem) -> Record:
     recorder.close()
     if len(recorder.losses) != problem.steps:
         raise SystemExit(f"the trainer took {len(recorder.losses)} steps, expected {problem.steps}")
+    if trained(module).equal(start):
+        raise SystemExit("the trainer did not change the weights")
     losses = [loss.item() for loss in recorder.losses]
     return Record(losses, recorder.seconds, recorder.saved_bytes, start, trained(module), recorder.kept)
 

@@ -12,22 +12,16 @@ from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
 from bench.trainers import hugging_face as runner
-from bench.trainers.common import Problem, compare, small_problem
+from bench.trainers.common import Problem, small_problem
 from skipkernels.integrations import hugging_face
 
 STEPS, SAVED = 6, 4  # of the only epoch
 
 
 @pytest.fixture(scope="module")
-def problem() -> Problem:
-    return small_problem()
-
-
-@pytest.fixture(scope="module")
-def short(problem) -> Problem:
+def short() -> Problem:
     """A few steps on some of the classes, which are drawn."""
-    images = STEPS * problem.batch_size
-    return problem._replace(images=problem.images[:images], labels=problem.labels[:images], keep_ratio=0.5)
+    return small_problem(STEPS)._replace(keep_ratio=0.5)
 
 
 def make(problem: Problem) -> sk.SkipCLIP:
@@ -59,13 +53,6 @@ def losses(trainer: Trainer) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def test_losses_and_weights_of_the_plain_module(problem):
-    records, difference = compare(runner.train, problem)
-    assert difference.is_small
-    ours, naive = records["skipkernels"], records["naive"]
-    assert ours.losses[-1] < ours.losses[0] / 2 and ours.saved_bytes < naive.saved_bytes / 2
-
-
 def test_resume_within_an_epoch(trained, short, tmp_path):
     whole, checkpoint = trained
     clip = make(short._replace(model=copy.deepcopy(short.model)))
@@ -93,7 +80,7 @@ def test_evaluation_has_logits_of_all_classes(trained, short):
     logits = trainer.model.predict(short.images)
     torch.testing.assert_close(torch.from_numpy(result.predictions), logits, rtol=1e-4, atol=1e-4)
     expected = (logits.argmax(dim=1) == short.labels).float().mean().item()
-    assert result.metrics["test_accuracy"] == pytest.approx(expected) and 0 < expected < 1
+    assert result.metrics["test_accuracy"] == pytest.approx(expected)
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected)
 
 

@@ -1,8 +1,9 @@
-"""The trainers in two processes: with all classes kept, the weights are those of one process with the whole batch."""
+"""The trainers of bench.trainers: losses and weights of a plain module, and of one process."""
 
 from __future__ import annotations
 
 import importlib
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,41 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from bench import measure
+from bench.trainers import __main__ as command
 from bench.trainers import lightning
-from bench.trainers.common import small_problem, trained
+from bench.trainers.common import NaiveCLIP, small_problem, trained
 from tests.processes import by_two
 
 STEPS, TOGETHER = 3, 4
 TRAINERS = ("accelerate", "hugging_face", "lightning")  # Lightning last: it uses the process group of the others
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
+    rows = []
+    monkeypatch.setattr(measure, "save", lambda args, new, table: rows.extend(new))
+    command.main(["--trainer", name, "--quick"])
+    naive, ours = rows
+    assert float(ours["loss_difference"]) <= 1e-4 and float(ours["weight_difference"]) <= 1e-3
+    assert ours["steps"] == 20 and ours["saved_mib"] < naive["saved_mib"] / 2
+
+
+def test_another_loss_is_not_measured(monkeypatch):
+    right = NaiveCLIP.forward
+
+    def wrong(self, *batch, **named):
+        out = right(self, *batch, **named)
+        return out._replace(loss=1.001 * out.loss)
+
+    monkeypatch.setattr(NaiveCLIP, "forward", wrong)
+    monkeypatch.setattr(command, "small_problem", lambda: small_problem(STEPS))
+    with pytest.raises(SystemExit, match="do not agree: no measurement"):
+        command.main(["--trainer", "accelerate", "--quick", "--no-save"])
+
+
+# ---- two processes -----------------------------------------------------------------------------------------------
 
 
 def train_each(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -45,9 +75,21 @@ def both(tmp_path_factory) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_processes_equal_one(both, tmp_path, name):
+    """With all classes kept, the weights are those of one process with the whole batch."""
     problem = small_problem(STEPS, batch_size=TOGETHER)
     start, alone = trained(problem.implementations()["skipkernels"]()), train(name, TOGETHER, tmp_path)
     first, second = (each[name] for each in both)
     assert first.equal(second)
     moved = (alone - start).norm()
+    # Gradients of half a batch are added in another order: 16 steps of 2⁻²³ in each update.
     assert (first - alone).norm() < 1e-4 * moved and moved > 0.1
+
+
+# ---- examples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_example(name, tmp_path):
+    tune = runpy.run_path(str(EXAMPLES / f"trainer_{name}.py"))["tune"]
+    before, after = tune(*([] if name == "accelerate" else [str(tmp_path)]), epochs=1, classes=6)
+    assert 0.7 < before <= after

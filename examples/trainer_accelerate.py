@@ -1,0 +1,60 @@
+"""Skip Tuning in a training loop with accelerate, of glyph-tiny on glyphs, from features in memory.
+
+pip install "skipkernels[cli]" accelerate
+accelerate launch --cpu examples/trainer_accelerate.py
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import open_clip
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.utils.data import DataLoader
+
+import skipkernels as sk
+from skipkernels.data import load_task
+from skipkernels.experiments import glyph_tiny
+
+
+def tune(epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+    """Return the accuracy before and after."""
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    glyph_tiny.register()
+    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
+    model.load_state_dict(glyph_tiny.state_dict())
+    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+
+    clip = sk.SkipCLIP(model.to(accelerator.device), tokens, skip_layers=0.5)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=2e-3), momentum=0.9, weight_decay=5e-4)
+    train, test = (
+        sk.FeatureCache.in_memory(images, clip.encode_lower) for images in (task.train, task.tests[0].images)
+    )
+    train, test = DataLoader(train, batch_size=8, shuffle=True), DataLoader(test, batch_size=100)
+    step, optimizer, train, test = accelerator.prepare(clip, optimizer, train, test)
+
+    def accuracy() -> float:
+        correct = [accelerator.gather_for_metrics(clip.predict(x).argmax(dim=1) == labels) for x, labels in test]
+        return torch.cat(correct).float().mean().item()
+
+    before = accuracy()
+    for _ in range(epochs):
+        for x, labels in train:
+            with accelerator.accumulate(step):
+                accelerator.backward(step(x, labels).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    return before, accuracy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    print("accuracy {:.1%}, tuned {:.1%}".format(*tune(args.epochs)))
+
+
+if __name__ == "__main__":
+    main()

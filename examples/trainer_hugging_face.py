@@ -1,0 +1,58 @@
+"""Skip Tuning in `transformers.Trainer`, of glyph-tiny on glyphs.
+
+pip install "skipkernels[cli,hugging-face]"
+python examples/trainer_hugging_face.py --output runs/trainer
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import open_clip
+from transformers import Trainer, TrainingArguments
+
+import skipkernels as sk
+from skipkernels.data import load_task
+from skipkernels.experiments import glyph_tiny
+from skipkernels.integrations.hugging_face import trainer_arguments
+
+
+def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+    """Return the accuracy before and after."""
+    glyph_tiny.register()
+    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
+    model.load_state_dict(glyph_tiny.state_dict())
+    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+
+    clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
+    trainer = Trainer(
+        clip,
+        TrainingArguments(
+            output,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=8,
+            lr_scheduler_type="cosine",
+            save_strategy="epoch",
+            ddp_broadcast_buffers=False,
+            report_to="none",
+        ),
+        train_dataset=task.train,
+        eval_dataset=task.tests[0].images,
+        **trainer_arguments(clip, text_lr=4e-3, image_lr=2e-3, momentum=0.9, weight_decay=5e-4),
+    )
+    before = trainer.evaluate()["eval_accuracy"]
+    trainer.train()  # trainer.train(resume_from_checkpoint=True) continues an interrupted run
+    return before, trainer.evaluate()["eval_accuracy"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default="runs/trainer", help="folder of the checkpoints")
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    print("accuracy {:.1%}, tuned {:.1%}".format(*tune(args.output, args.epochs)))
+
+
+if __name__ == "__main__":
+    main()

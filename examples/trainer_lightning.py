@@ -1,0 +1,54 @@
+"""Skip Tuning in Lightning, of glyph-tiny on glyphs.
+
+pip install "skipkernels[cli,lightning]"
+python examples/trainer_lightning.py --output runs/lightning
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import open_clip
+from lightning.pytorch import Trainer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+
+import skipkernels as sk
+from skipkernels.data import load_task
+from skipkernels.experiments import glyph_tiny
+from skipkernels.integrations.lightning import SkipModule
+
+
+def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+    """Return the accuracy before and after."""
+    glyph_tiny.register()
+    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
+    model.load_state_dict(glyph_tiny.state_dict())
+    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+    train, tests = DataLoader(task.train, batch_size=8, shuffle=True), DataLoader(task.tests[0].images, batch_size=100)
+
+    module = SkipModule(
+        sk.SkipCLIP(model, tokens, skip_layers=0.5),
+        text_lr=4e-3,
+        image_lr=2e-3,
+        schedule=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
+        momentum=0.9,
+        weight_decay=5e-4,
+    )
+    trainer = Trainer(max_epochs=epochs, default_root_dir=output, logger=False)
+    [before] = trainer.validate(module, tests, verbose=False)
+    trainer.fit(module, train, tests)  # fit(..., ckpt_path="last") continues an interrupted run
+    return before["val_accuracy"], trainer.callback_metrics["val_accuracy"].item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default="runs/lightning", help="folder of the checkpoints")
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    print("accuracy {:.1%}, tuned {:.1%}".format(*tune(args.output, args.epochs)))
+
+
+if __name__ == "__main__":
+    main()
