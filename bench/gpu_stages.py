@@ -46,8 +46,11 @@ class Sizes(NamedTuple):
     shapes: int = 99
     rounds: int = 50
     rotated_bytes: int = 256 << 20  # of the inputs of an operator: more than the L2 cache holds
-    # A module that cannot be imported, for want of a package, must not stop the others.
-    tests: tuple[str, ...] = ("-m", "gpu", "-n", "8", "--maxfail", "40", "--continue-on-collection-errors", "tests")
+    # A module that cannot be imported, for want of a package, must not stop the others. The trainers run on the CPU.
+    tests: tuple[str, ...] = (
+        *("-m", "gpu", "-n", "8", "--maxfail", "40", "--continue-on-collection-errors"),
+        *("tests", "--ignore", "tests/integrations"),
+    )
 
 
 DRY = Sizes("cpu", "glyph-tiny", 3, 4, (20,), ("bf16",), ("class_scores", "add_layer_norm"), 1, 2, 1 << 20)

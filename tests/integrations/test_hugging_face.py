@@ -113,6 +113,14 @@ def test_features_of_a_cache(trained, short, tmp_path):
     assert losses(trainer) == pytest.approx(losses(trained[0]), rel=1e-4)
 
 
+def test_features_where_images_are_expected(short, tmp_path):
+    """With nothing skipped there are no features at the cut."""
+    features = make(short).encode_lower(short.images)
+    short = short._replace(images=features, skip_layers=0)
+    with pytest.raises(ValueError, match=r"features can't be cached; pass images \[B, 3, height, width\]; got \[2, 65"):
+        trainer_of(make(short), short, tmp_path).train()
+
+
 def test_collate_refuses_images_without_transform():
     with pytest.raises(TypeError, match="images must be tensors, by the model's image transform; got list"):
         hugging_face.collate([([1.0], 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import runpy
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.processes import by_two
 
 STEPS, TOGETHER = 3, 4
 TRAINERS = ("accelerate", "hugging_face", "lightning")  # Lightning last: it uses the process group of the others
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -31,6 +32,15 @@ def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
     naive, ours = rows
     assert float(ours["loss_difference"]) <= 1e-4 and float(ours["weight_difference"]) <= 1e-3
     assert ours["steps"] == 20 and ours["saved_mib"] < naive["saved_mib"] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), zip(TRAINERS, ("accelerate", "Hugging Face Trainer", "Lightning"), strict=True)
+)
+def test_lines_of_the_documentation(name, title):
+    section = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = importlib.import_module(f"bench.trainers.{name}").LINES
+    assert re.findall(r"  # (\d)\.$", section, re.MULTILINE) == [str(n + 1) for n in range(lines)]
 
 
 def test_another_loss_is_not_measured(monkeypatch):
@@ -90,6 +100,6 @@ def test_two_processes_equal_one(both, tmp_path, name):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_example(name, tmp_path):
-    tune = runpy.run_path(str(EXAMPLES / f"trainer_{name}.py"))["tune"]
+    tune = runpy.run_path(str(ROOT / "examples" / f"trainer_{name}.py"))["tune"]
     before, after = tune(*([] if name == "accelerate" else [str(tmp_path)]), epochs=1, classes=6)
     assert 0.7 < before <= after
