@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.data import load_task
+from skipkernels.data import LabelledDataset, load_task
 from skipkernels.experiments import glyph_tiny
 
 
@@ -29,10 +29,12 @@ def tune(epochs: int = 3, classes: int = 30) -> tuple[float, float]:
 
     clip = sk.SkipCLIP(model.to(accelerator.device), tokens, skip_layers=0.5)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=2e-3), momentum=0.9, weight_decay=5e-4)
-    train, test = (
-        sk.FeatureCache.in_memory(images, clip.encode_lower) for images in (task.train, task.tests[0].images)
-    )
-    train, test = DataLoader(train, batch_size=8, shuffle=True), DataLoader(test, batch_size=100)
+
+    def features(images: LabelledDataset) -> sk.FeatureCache:
+        return sk.FeatureCache.in_memory(images, lambda x: clip.encode_lower(x.to(accelerator.device)))
+
+    train = DataLoader(features(task.train), batch_size=8, shuffle=True)
+    test = DataLoader(features(task.tests[0].images), batch_size=100)
     step, optimizer, train, test = accelerator.prepare(clip, optimizer, train, test)
 
     def accuracy() -> float:
@@ -42,18 +44,16 @@ def tune(epochs: int = 3, classes: int = 30) -> tuple[float, float]:
     before = accuracy()
     for _ in range(epochs):
         for x, labels in train:
-            with accelerator.accumulate(step):
-                accelerator.backward(step(x, labels).loss)
-                optimizer.step()
-                optimizer.zero_grad()
+            accelerator.backward(step(x, labels).loss)
+            optimizer.step()
+            optimizer.zero_grad()
     return before, accuracy()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=3)
-    args = parser.parse_args()
-    print("accuracy {:.1%}, tuned {:.1%}".format(*tune(args.epochs)))
+    print("accuracy {:.1%}, tuned {:.1%}".format(*tune(parser.parse_args().epochs)))
 
 
 if __name__ == "__main__":
