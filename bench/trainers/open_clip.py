@@ -1,0 +1,67 @@
+"""`open_clip_train.train.train_one_epoch`, with a caption for each image."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from open_clip_train.train import train_one_epoch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from skipkernels.integrations.open_clip import ClassLoss, ClassModel
+
+from .common import NaiveCLIP, Problem
+
+LINES = 2
+
+
+def train(module: Any, problem: Problem, folder: Path) -> None:
+    model, loss = plug(module)
+    fit(
+        model, loss, problem.optimizer(module), data(problem.images, problem.tokens[problem.labels], problem.batch_size)
+    )
+
+
+def plug(module: Any) -> tuple[nn.Module, nn.Module]:
+    """Model and loss for the trainer."""
+    return (NaiveModel(module) if isinstance(module, NaiveCLIP) else ClassModel(module)), ClassLoss()
+
+
+def fit(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, data: Any, **options: Any) -> None:
+    """Train any model with open_clip's trainer for an epoch."""
+    logging.getLogger().setLevel(logging.WARNING)
+    train_one_epoch(model, {"train": data}, loss, 0, optimizer, None, None, None, arguments(**options))
+
+
+def arguments(**options: Any) -> SimpleNamespace:
+    """Arguments of the trainer, as its command line has them."""
+    defaults: dict[str, Any] = {"device": "cpu", "precision": "fp32", "accum_freq": 1, "grad_clip_norm": None}
+    defaults |= {"rank": 0, "world_size": 1, "batch_size": 2, "log_every_n_steps": 10**6, "epochs": 1}
+    defaults |= {"skip_scheduler": True, "distributed": False, "val_frequency": 1, "zeroshot_frequency": 0}
+    return SimpleNamespace(**(defaults | dict.fromkeys(("distill", "horovod", "wandb", "save_logs"), False) | options))
+
+
+def data(images: Tensor, text: Tensor, batch_size: int) -> Any:
+    """Batches (image, text) in order, with the attributes of open_clip's loaders.
+
+    Its own module for them, `open_clip_train.data`, needs webdataset, which reads from the network.
+    """
+    loader: Any = DataLoader(TensorDataset(images, text), batch_size)
+    loader.num_samples, loader.num_batches = len(images), len(loader)
+    return SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)
+
+
+class NaiveModel(nn.Module):
+    """A plain module in place of the SkipCLIP of `ClassModel`."""
+
+    def __init__(self, module: NaiveCLIP):
+        super().__init__()
+        self.naive, self.logit_scale = module, module.model.logit_scale
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        labels = (text[:, None] == self.naive.tokens).all(dim=-1).int().argmax(dim=1)
+        return {"class_loss": self.naive(image, labels).loss.reshape(1), "logit_scale": self.logit_scale.exp()}

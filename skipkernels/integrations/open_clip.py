@@ -1,0 +1,209 @@
+"""SkipCLIP in open_clip's trainer: a model and a loss for its pairs of images and captions.
+
+The captions are the prompts of the classes, and their class ids are looked up by their tokens, so that the usual files
+of image and caption work. The trainer of the release (`open_clip_train.train.train_one_epoch`) takes both as they are,
+and that of the development version as `open_clip.task.CLIPTask(model, loss=loss)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..clip import SkipCLIP
+
+
+class ClassModel(nn.Module):
+    """Model for open_clip's trainer that trains `clip` on the classes of the captions.
+
+    In training mode it returns the loss over the selected classes, to be passed on by `ClassLoss`. In evaluation mode
+    it returns the features of open_clip's own model, so that the trainer's zero-shot and retrieval evaluation work.
+
+    `DistributedDataParallel` wraps this model. With `--accum-freq` the gradients are the mean over the accumulated
+    batches: classes are the negatives, so no batch needs the features of another. FSDP2 raises an error.
+
+    Args:
+        clip: `SkipCLIP` around an open_clip model, with the prompts of the classes.
+
+    Raises:
+        TypeError: If clip is not a SkipCLIP, such as one in a parallel wrapper.
+
+    Example:
+        >>> import logging; logging.disable()  # open_clip warns about random weights
+        >>> import open_clip, skipkernels as sk
+        >>> from skipkernels.experiments import glyph_tiny
+        >>> glyph_tiny.register()
+        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+        >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> model, loss = ClassModel(clip), ClassLoss()
+        >>> losses = loss(**model(torch.rand(4, 3, 32, 32), tokens[[3, 3, 7, 7]]), output_dict=True)
+        >>> list(losses), losses["class_loss"].requires_grad
+        (['class_loss'], True)
+    """
+
+    def __init__(self, clip: SkipCLIP):
+        super().__init__()
+        if not isinstance(clip, SkipCLIP):
+            raise TypeError(
+                f"ClassModel: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the ClassModel for parallel "
+                "training, not the SkipCLIP."
+            )
+        self.clip = clip
+        self._prompts: _Prompts | None = None
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
+        """Loss of a batch in training mode, features in evaluation mode.
+
+        Args:
+            image: Images [B, 3, height, width], or features at the cut [B, N, W].
+            text: Tokens [B, L] of the captions, each the prompt of a class; or [B] int64, class ids.
+
+        Returns:
+            In training mode `class_loss` [1] and `logit_scale` []. In evaluation mode `image_features` and
+            `text_features` [B, D], unit norm (None where the input is), and `logit_scale` [].
+
+        Raises:
+            ValueError: If a caption is not the prompt of a class, on the CPU. On a GPU it is a device-side assertion.
+        """
+        scale = self.clip.model.logit_scale.exp()
+        if not self.training:
+            return {
+                "image_features": None if image is None else self.encode_image(image, normalize=True),
+                "text_features": None if text is None else self.encode_text(text, normalize=True),
+                "logit_scale": scale,
+            }
+        if image is None or text is None:
+            raise TypeError("ClassModel: in training mode both images and captions are needed; got only one of them.")
+        if not torch.is_grad_enabled():  # the first pass of accumulation, for features of negatives
+            return {"class_loss": scale.new_zeros(1, dtype=torch.float32), "logit_scale": scale}
+        labels = text if text.ndim == 1 else self.class_ids(text)
+        return {"class_loss": self.clip(image, labels).loss.reshape(1), "logit_scale": scale}
+
+    def class_ids(self, text: Tensor) -> Tensor:
+        """Class ids [B] of captions, int64 tokens [B, L].
+
+        Raises:
+            ValueError: As for `forward`, or if two classes have the same prompt.
+        """
+        tokens = self.clip._tokens
+        if self._prompts is None or self._prompts.tokens is not tokens or self._prompts.keys.device != text.device:
+            self._prompts = _index(tokens, text.device)
+        return self._prompts.find(text)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Image embeddings [B, D] of images or features at the cut."""
+        return _normalized(self.clip.encode_image(image), normalize)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Text embeddings [B, D] of any tokens [B, L], by open_clip's own model."""
+        return _normalized(self.clip.model.encode_text(text), normalize)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Temperature of the model, which the trainer limits to 100 after each step."""
+        return self.clip.model.logit_scale
+
+    @property
+    def visual(self) -> nn.Module:
+        """Image tower of open_clip's model."""
+        return self.clip.model.visual
+
+    @property
+    def context_length(self) -> int:
+        """Number of tokens of a caption."""
+        return self.clip._tokens.shape[-1]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `SkipCLIP.set_grad_checkpointing`."""
+        self.clip.set_grad_checkpointing(enable)
+
+    def fsdp_shard_modules(self) -> list[tuple[str, nn.Module]]:
+        """Raise an error: open_clip calls this before FSDP2 shards the model."""
+        raise NotImplementedError(
+            "ClassModel: FSDP2 would shard parameters that SkipCLIP reads outside of its modules. Train with "
+            "DistributedDataParallel instead."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_prompts": None}
+
+
+class ClassLoss(nn.Module):
+    """Loss for open_clip's trainer that passes on the loss of a `ClassModel`."""
+
+    def forward(self, class_loss: Tensor, logit_scale: Tensor, output_dict: bool = True) -> Any:
+        """Loss of a batch.
+
+        Args:
+            class_loss: [1], or with accumulation [accum_freq], zero but for the current batch.
+            logit_scale: Ignored.
+            output_dict: True returns {"class_loss": loss}, False the loss.
+
+        Returns:
+            The loss [] of the current batch, with a gradient of 1 / accum_freq.
+        """
+        loss = class_loss.mean()
+        if len(class_loss) > 1:
+            loss = loss + (class_loss.sum() - loss).detach()
+        return {"class_loss": loss} if output_dict else loss
+
+
+def _normalized(embedding: Tensor, normalize: bool) -> Tensor:
+    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+
+class _Prompts(NamedTuple):
+    """Prompts of all classes, sorted by a hash of their tokens.
+
+    Attributes:
+        tokens: [C, L] or [C, T, L], as SkipCLIP holds them.
+        keys: [C·T] int64, ascending.
+        captions: [C·T, L] int64, in the order of the keys.
+        class_ids: [C·T] int64, in the order of the keys.
+        weights: [L] int64 of the hash.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    captions: Tensor
+    class_ids: Tensor
+    weights: Tensor
+
+    def find(self, text: Tensor) -> Tensor:
+        """Class ids [B] of captions [B, L], without a host sync on a GPU."""
+        if text.ndim != 2 or text.shape[1] != len(self.weights) or text.is_floating_point():
+            raise ValueError(
+                f"ClassModel: text must be tokens [B, L={len(self.weights)}] like the prompts of SkipCLIP, or class "
+                f"ids [B]; got {text.dtype} {list(text.shape)}. Tokenize both with the same tokenizer."
+            )
+        rows = torch.searchsorted(self.keys, (text.long() * self.weights).sum(dim=1)).clamp(max=len(self.keys) - 1)
+        known = (self.captions[rows] == text).all(dim=1)
+        if text.device.type != "cpu":
+            torch._assert_async(known.all(), "ClassModel: a caption is not the prompt of a class.")
+        elif not known.all():
+            unknown = (~known).nonzero().flatten().tolist()
+            raise ValueError(
+                f"ClassModel: captions {unknown} of the batch are not the prompt of a class. Give SkipCLIP the "
+                "tokens of all captions, each once, in the order of the classes."
+            )
+        return self.class_ids[rows]
+
+
+def _index(tokens: Tensor, device: torch.device) -> _Prompts:
+    captions = tokens.to(device).long().flatten(0, -2)
+    class_ids = torch.arange(len(tokens), device=device).repeat_interleave(len(captions) // len(tokens))
+    # Sums wrap around: of two different captions among a million, the chance of equal sums is 1 in 10^7.
+    weights = torch.randint(-(2**63), 2**63 - 1, captions.shape[1:], generator=torch.Generator().manual_seed(0))
+    weights = weights.to(device)
+    keys, order = (captions * weights).sum(dim=1).sort()
+    captions, class_ids = captions[order], class_ids[order]
+    same = ((keys[1:] == keys[:-1]) & (class_ids[1:] != class_ids[:-1])).nonzero()
+    if len(same):
+        first, second = sorted(class_ids[same[0, 0] : same[0, 0] + 2].tolist())
+        raise ValueError(
+            f"ClassModel: classes {first} and {second} have the same prompt, so a caption does not tell which is "
+            "meant. Rename one of them, or pass class ids [B] in place of tokens."
+        )
+    return _Prompts(tokens, keys, captions, class_ids, weights)

@@ -1,0 +1,215 @@
+"""`integrations.open_clip` in the trainer of the installed open_clip, and with the interface of the next one."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip_train import train as trainer
+from torch import Tensor, nn
+
+import skipkernels as sk
+from bench.trainers import open_clip as runner
+from bench.trainers.common import Problem, compare, small_problem, trained
+from skipkernels.integrations.open_clip import ClassLoss, ClassModel
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return small_problem(steps=6)
+
+
+@pytest.fixture
+def clip(problem) -> sk.SkipCLIP:
+    return skip_clip(problem)
+
+
+def skip_clip(problem: Problem, **options: Any) -> sk.SkipCLIP:
+    return sk.SkipCLIP(copy.deepcopy(problem.model), problem.tokens, skip_layers=2, **({"keep_ratio": 1.0} | options))
+
+
+def test_trains_as_a_plain_module():
+    _, off = compare(runner.train, small_problem())
+    assert off.is_small, off
+
+
+def test_captions_of_a_file(problem, clip):
+    """Captions that open_clip's tokenizer reads from a file of images and captions."""
+    names = [f"a photo of a class {n}." for n in range(4)]
+    rows = csv.DictReader(
+        io.StringIO("filepath\ttitle\n" + "".join(f"{n}.png\t{names[n]}\n" for n in (2, 0, 3))), delimiter="\t"
+    )
+    tokenize = open_clip.get_tokenizer("glyph-tiny")
+    clip = sk.SkipCLIP(copy.deepcopy(problem.model), tokenize(names), skip_layers=2)
+    model = ClassModel(clip)
+    captions = tokenize([row["title"] for row in rows])
+    assert model.class_ids(captions).tolist() == [2, 0, 3]
+    with pytest.raises(ValueError, match=r"captions \[1\] of the batch are not the prompt of a class"):
+        model.class_ids(tokenize([names[1], "a photo of a dog."]))
+    with pytest.raises(ValueError, match="got torch.int64 \\[2, 5\\]"):
+        model.class_ids(captions[:2, :5])
+    clip = sk.SkipCLIP(copy.deepcopy(problem.model), tokenize([names[0], names[1], names[0]]), skip_layers=2)
+    with pytest.raises(ValueError, match="classes 0 and 2 have the same prompt"):
+        ClassModel(clip).class_ids(captions)
+
+
+def test_every_caption_is_found():
+    """Also where hashes of prompts are on both sides of one that is no prompt."""
+    tokens = torch.randint(60, (500, 7), generator=torch.Generator().manual_seed(0))
+    model = SimpleNamespace(clip=SimpleNamespace(_tokens=tokens.int()), _prompts=None)
+    assert ClassModel.class_ids(model, tokens).tolist() == list(range(500))
+    templates = SimpleNamespace(clip=SimpleNamespace(_tokens=tokens.view(250, 2, 7).int()), _prompts=None)
+    assert ClassModel.class_ids(templates, tokens[100:104]).tolist() == [50, 50, 51, 51]
+    others = torch.randint(60, (500, 7), generator=torch.Generator().manual_seed(1))
+    for other in others:
+        with pytest.raises(ValueError, match="not the prompt of a class"):
+            ClassModel.class_ids(model, other[None])
+
+
+def test_features_and_class_ids(problem, clip):
+    """Cached features at the cut and class ids, in place of images and captions."""
+    features = clip.encode_lower(problem.images)
+    assert fit(clip, problem.images, problem.tokens[problem.labels]).equal(
+        fit(skip_clip(problem), features, problem.labels)
+    )
+
+
+def fit(clip: sk.SkipCLIP, images: Tensor, text: Tensor, batch_size: int = 2, **options: Any) -> Tensor:
+    """Trained parameters after an epoch."""
+    model, loss = ClassModel(clip), ClassLoss()
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=1e-2, image_lr=5e-3))
+    runner.fit(model, loss, optimizer, runner.data(images, text, batch_size), **options)
+    return trained(clip)
+
+
+def test_accumulation(problem, clip):
+    """Three batches of two are a batch of six; with all classes kept these are the same step."""
+    text = problem.tokens[problem.labels]
+    start = trained(clip)
+    found = fit(clip, problem.images, text, accum_freq=3)
+    expected = fit(skip_clip(problem), problem.images, text, batch_size=6)
+    # Sums in fp32 in another order; two steps move the weights by about 1e-3 of their norm.
+    assert (found - expected).norm() <= 1e-4 * (expected - start).norm()
+
+
+def test_accumulation_draws_classes_once(problem):
+    """The first pass over the batches, without gradients, changes no state."""
+    clips = [skip_clip(problem, keep_ratio=0.5) for _ in range(2)]
+    text = problem.tokens[problem.labels]
+    for clip, batches in zip(clips, (1, 3), strict=True):
+        fit(clip, problem.images, text, accum_freq=batches)
+    assert clips[0].sampler.tensors().keys() == clips[1].sampler.tensors().keys()
+    for name, state in clips[0].sampler.tensors().items():
+        assert state.equal(clips[1].sampler.tensors()[name])
+
+
+def test_loss_with_accumulation():
+    loss = torch.tensor([0.0, 3.0, 0.0], requires_grad=True)
+    out = ClassLoss()(class_loss=loss, logit_scale=torch.ones(()))["class_loss"]
+    out.backward()
+    assert out.item() == 3
+    assert loss.grad[1].item() == pytest.approx(1 / 3)
+
+
+def test_evaluation(problem, clip):
+    """Open_clip's zero-shot classifier, and its metrics of pairs."""
+    model = ClassModel(clip).eval()
+    names = [f"class {n}" for n in range(12)]
+    classifier = open_clip.build_zero_shot_classifier(
+        model, open_clip.get_tokenizer("glyph-tiny"), names, ["a photo of a {}."], device="cpu"
+    )
+    # What `open_clip_train.zero_shot.run` does; it fails itself with NumPy 2.4, which refuses float() of an array.
+    logits = 100.0 * model(image=problem.images)["image_features"] @ classifier
+    reference = problem.model.encode_image(problem.images, normalize=True) @ classifier
+    assert logits.argmax(dim=1).equal(reference.argmax(dim=1))
+    val = runner.data(problem.images, problem.tokens[problem.labels], 4)
+    metrics = trainer.evaluate(model, {"val": val}, 1, runner.arguments())
+    ours = trainer.evaluate(OpenClip(problem.model), {"val": val}, 1, runner.arguments())
+    assert metrics["clip_val_loss"] == pytest.approx(ours["clip_val_loss"], rel=1e-5)
+    assert metrics["image_to_text_R@5"] == ours["image_to_text_R@5"]
+
+
+class OpenClip(nn.Module):
+    """Open_clip's model with `output_dict=True`."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("image_features", "text_features", "logit_scale"), self.model(image, text), strict=True))
+
+
+def test_resumes_to_the_same_bits(problem):
+    """A checkpoint as open_clip's `main` saves it, with the draws of classes."""
+    text = problem.tokens[problem.labels]
+
+    def steps(model: ClassModel, optimizer: torch.optim.Optimizer, rows: slice) -> None:
+        runner.fit(model, ClassLoss(), optimizer, runner.data(problem.images[rows], text[rows], 2))
+
+    def make() -> tuple[ClassModel, torch.optim.Optimizer]:
+        clip = skip_clip(problem, keep_ratio=0.5)
+        return ClassModel(clip), torch.optim.SGD(clip.parameter_groups(text_lr=1e-2, image_lr=5e-3), momentum=0.9)
+
+    whole, optimizer = make()
+    steps(whole, optimizer, slice(None))
+    first, optimizer = make()
+    steps(first, optimizer, slice(0, 6))
+    file = io.BytesIO()
+    torch.save({"state_dict": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    second, optimizer = make()
+    file.seek(0)
+    checkpoint = torch.load(file)
+    second.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    steps(second, optimizer, slice(6, None))
+    assert trained(second).equal(trained(whole))
+
+
+class CLIPTask(nn.Module):
+    """Stand-in for `open_clip.task.CLIPTask` of the development version, which is no release yet.
+
+    Written from its interface: batches are dictionaries, the loss is the sum of the entries that end in `_loss`, and
+    evaluation calls the model alone.
+    """
+
+    def __init__(self, model: nn.Module, *, loss: nn.Module):
+        super().__init__()
+        self.trainable_module, self.loss = model, loss
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        out = self.trainable_module(**batch)
+        if not self.training:
+            return out
+        losses = self.loss(**out, output_dict=True)
+        total = sum(value for name, value in losses.items() if name.endswith("_loss"))
+        return losses | {"loss": total}, {"logit_scale": out["logit_scale"]}
+
+
+def test_task_of_the_development_version(problem, clip):
+    task = CLIPTask(ClassModel(clip), loss=ClassLoss())
+    batch = {"image": problem.images[:2], "text": problem.tokens[problem.labels[:2]]}
+    losses, report = task(batch)
+    assert losses["loss"].item() == pytest.approx(skip_clip(problem)(batch["image"], problem.labels[:2]).loss.item())
+    assert report["logit_scale"].ndim == 0
+    assert task.eval()(batch)["image_features"].shape == (2, clip.prototypes.shape[1])
+    model = task.trainable_module
+    assert model.context_length == problem.tokens.shape[1]
+    assert model.visual.image_size == clip.image_size
+    with pytest.raises(NotImplementedError, match="Train with DistributedDataParallel"):
+        model.fsdp_shard_modules()
+
+
+def test_bad_use(problem, clip):
+    with pytest.raises(TypeError, match="got DataParallel. Wrap the ClassModel"):
+        ClassModel(nn.DataParallel(clip))
+    model = ClassModel(clip)
+    with pytest.raises(TypeError, match="both images and captions are needed"):
+        model(problem.images[:2])
+    assert copy.deepcopy(model).class_ids(problem.tokens[:1]).tolist() == [0]
