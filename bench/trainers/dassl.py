@@ -1,0 +1,233 @@
+"""Dassl's trainer, as CoOp and the projects that derive from it use it.
+
+Dassl is on no package index. `engine` is a stand-in for the parts that a trainer builds on, written from its interface:
+a registry, `TrainerX` with its loop over labelled batches and its checkpoints, an optimizer and a schedule. It prints
+nothing, and configurations are plain objects.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from .common import NaiveCLIP, Problem
+
+LINES = 1
+
+
+def train(module: Any, problem: Problem, folder: Path) -> None:
+    with engine() as registry:
+        make = naive_trainer(registry) if isinstance(module, NaiveCLIP) else our_trainer()
+
+        class Trainer(make):
+            def load_module(self) -> Any:
+                return module
+
+        Trainer(config(folder, problem), problem).train()
+
+
+def our_trainer() -> type:
+    """`SkipKernels`, with a given SkipCLIP in place of one that it makes."""
+    SkipKernels: Any = importlib.import_module("skipkernels.integrations.dassl").SkipKernels
+
+    class Ours(SkipKernels):
+        def make_clip(self) -> Any:
+            return self.load_module()
+
+    return Ours
+
+
+def naive_trainer(registry: Any) -> type:
+    """A trainer like those of CoOp, with a plain module."""
+
+    class Naive(sys.modules["dassl.engine"].TrainerX):  # type: ignore[misc,name-defined]
+        def build_model(self) -> None:
+            self.model = self.load_module()
+            optim = sys.modules["dassl.optim"]
+            rates = {"text_lr": self.cfg.TRAINER.SKIPKERNELS.TEXT_LR, "image_lr": self.cfg.TRAINER.SKIPKERNELS.IMAGE_LR}
+            groups = self.model.parameter_groups(**rates)
+            self.optim = optim.build_optimizer(self.model, self.cfg.OPTIM, param_groups=groups)
+            self.sched = optim.build_lr_scheduler(self.optim, self.cfg.OPTIM)
+            self.register_model("model", self.model, self.optim, self.sched)
+
+        def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, float]:
+            loss = self.model(batch["img"], batch["label"]).loss
+            self.model_backward_and_update(loss)
+            if self.batch_idx + 1 == self.num_batches:
+                self.update_lr()
+            return {"loss": loss.item()}
+
+    return Naive
+
+
+def config(folder: Path, problem: Problem, **options: Any) -> Any:
+    """A configuration with what trainers of this file read. `options` are those of TRAINER.SKIPKERNELS."""
+    rates = {name.upper(): rate for name, rate in problem.rates().items()}
+    defaults = {"SKIP_LAYERS": problem.skip_layers, "KEEP_RATIO": problem.keep_ratio}
+    trainer = Node(SKIPKERNELS=Node(**(defaults | rates | options)))
+    settings = {name.upper(): value for name, value in problem.settings().items()}
+    return Node(
+        OUTPUT_DIR=str(folder),
+        RESUME="",
+        SEED=0,
+        USE_CUDA=False,
+        TRAINER=trainer,
+        DATASET=Node(NAME="Caltech101"),
+        MODEL=Node(BACKBONE=Node(NAME="glyph-tiny"), INIT_WEIGHTS=""),
+        OPTIM=Node(MAX_EPOCH=1, LR=1e-3, **settings),
+        TRAIN=Node(CHECKPOINT_FREQ=0),
+        TEST=Node(NO_TEST=True),
+    )
+
+
+class Node(SimpleNamespace):
+    """A node of a configuration."""
+
+
+class Registry(dict):
+    """Trainers by name."""
+
+    def register(self) -> Any:
+        def add(cls: type) -> type:
+            self[cls.__name__] = cls
+            return cls
+
+        return add
+
+
+@contextmanager
+def engine() -> Iterator[Registry]:
+    """Make `dassl.engine` and `dassl.optim` importable."""
+    registry = Registry()
+    package, parts = ModuleType("dassl"), {name: ModuleType(f"dassl.{name}") for name in ("engine", "optim")}
+    package.__path__ = []
+    vars(parts["engine"]).update(TRAINER_REGISTRY=registry, TrainerX=TrainerX)
+    vars(parts["optim"]).update(build_optimizer=build_optimizer, build_lr_scheduler=build_lr_scheduler)
+    ours = "skipkernels.integrations.dassl"
+    sys.modules.pop(ours, None)
+    sys.modules["dassl"] = package
+    sys.modules.update({part.__name__: part for part in parts.values()})
+    try:
+        yield registry
+    finally:
+        for name in ("dassl", *(part.__name__ for part in parts.values()), ours):
+            sys.modules.pop(name, None)
+
+
+def build_optimizer(model: Any, optim_cfg: Any, param_groups: Any = None) -> torch.optim.Optimizer:
+    options = {"momentum": optim_cfg.MOMENTUM, "weight_decay": optim_cfg.WEIGHT_DECAY}
+    return torch.optim.SGD(param_groups or model.parameters(), lr=optim_cfg.LR, **options)
+
+
+def build_lr_scheduler(optimizer: torch.optim.Optimizer, optim_cfg: Any) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, float(optim_cfg.MAX_EPOCH))
+
+
+class TrainerX:
+    """Loop over labelled batches; a subclass has `build_model` and `forward_backward`."""
+
+    def __init__(self, cfg: Any, problem: Problem):
+        self.check_cfg(cfg)
+        self.cfg, self.device = cfg, torch.device("cpu")
+        self.start_epoch, self.max_epoch = 0, cfg.OPTIM.MAX_EPOCH
+        loader = DataLoader(TensorDataset(problem.images, problem.labels), problem.batch_size)
+        self.train_loader_x = self.test_loader = [{"img": image, "label": label} for image, label in loader]
+        names = [f"class_{n}" for n in range(len(problem.tokens))]
+        self.dm = SimpleNamespace(dataset=SimpleNamespace(classnames=names))
+        self._registered: dict[str, tuple[Any, Any, Any]] = {}
+        self.build_model()
+
+    def check_cfg(self, cfg: Any) -> None:
+        """A subclass may refuse a configuration."""
+
+    def register_model(self, name: str, model: Any, optim: Any = None, sched: Any = None) -> None:
+        self._registered[name] = model, optim, sched
+
+    def set_model_mode(self, mode: str) -> None:
+        for model, _, _ in self._registered.values():
+            model.train(mode == "train")
+
+    def train(self) -> None:
+        self.start_epoch = self.resume_model_if_exist(self.cfg.RESUME or self.cfg.OUTPUT_DIR)
+        for epoch in range(self.start_epoch, self.max_epoch):
+            self.epoch = epoch
+            self.set_model_mode("train")
+            self.num_batches = len(self.train_loader_x)
+            for batch_idx, batch in enumerate(self.train_loader_x):
+                self.batch_idx = batch_idx
+                self.forward_backward(batch)
+            if self.cfg.TRAIN.CHECKPOINT_FREQ:
+                self.save_model(self.epoch, self.cfg.OUTPUT_DIR)
+        if not self.cfg.TEST.NO_TEST:
+            self.test()
+
+    def forward_backward(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def build_model(self) -> None:
+        raise NotImplementedError
+
+    def model_backward_and_update(self, loss: Tensor) -> None:
+        for _, optim, _ in self._registered.values():
+            optim.zero_grad()
+        loss.backward()
+        for _, optim, _ in self._registered.values():
+            optim.step()
+
+    def update_lr(self) -> None:
+        for _, _, sched in self._registered.values():
+            sched.step()
+
+    @torch.no_grad()
+    def test(self) -> float:
+        """Accuracy on the test images."""
+        self.set_model_mode("eval")
+        hits = [self.model_inference(b["img"]).argmax(dim=1) == b["label"] for b in self.test_loader]
+        return torch.cat(hits).float().mean().item()
+
+    def model_inference(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def save_model(self, epoch: int, directory: str) -> None:
+        for name, (model, optim, sched) in self._registered.items():
+            folder = Path(directory, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = f"model.pth.tar-{epoch + 1}"
+            states = {
+                "state_dict": model.state_dict(),
+                "optimizer": optim.state_dict(),
+                "scheduler": sched.state_dict(),
+            }
+            torch.save({"epoch": epoch + 1, **states}, folder / file)
+            (folder / "checkpoint").write_text(file)
+
+    def resume_model_if_exist(self, directory: str) -> int:
+        epoch = 0
+        for name, (model, optim, sched) in self._registered.items():
+            folder = Path(directory, name)
+            if not (folder / "checkpoint").exists():
+                return 0
+            checkpoint = torch.load(folder / (folder / "checkpoint").read_text())
+            model.load_state_dict(checkpoint["state_dict"])
+            optim.load_state_dict(checkpoint["optimizer"])
+            sched.load_state_dict(checkpoint["scheduler"])
+            epoch = checkpoint["epoch"]
+        return epoch
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        for name, (model, _, _) in self._registered.items():
+            file = f"model.pth.tar-{epoch}" if epoch else "model-best.pth.tar"
+            path = os.path.join(directory, name, file)
+            if not os.path.exists(path):
+                raise FileNotFoundError(path)
+            model.load_state_dict(torch.load(path)["state_dict"])
