@@ -42,8 +42,8 @@ def add_lora(
 
     A and B are fp32 (fp64 for fp64 weights), and W' is rounded to the dtype of W: beside 16-bit weights, small updates
     are partly lost in rounding, so prefer fp32 weights with autocast. Until `merge_lora`, keys of the model's state
-    dict are those of parametrizations: `….parametrizations.weight.original` and `….parametrizations.weight.0.lora_A`;
-    they don't hold alpha. `copy.deepcopy` works; PyTorch does not pickle such modules.
+    dict are those of parametrizations: `….parametrizations.weight.original` and `….parametrizations.weight.0.lora_A`.
+    They load into a model with the same updates. `copy.deepcopy` works; PyTorch does not pickle such modules.
 
     Args:
         clip: SkipCLIP. Its blocks above the cut must be fused.

@@ -295,6 +295,10 @@ def test_copies_and_state_dicts():
     sk.add_lora(other, 2, "all-linear", alpha=3.0)
     other.load_state_dict(clip.state_dict())
     assert other.predict(images).equal(logits)
+    sk.merge_lora(other)
+    sk.add_lora(other, 2, "all-linear", alpha=4.0)
+    with pytest.raises(ValueError, match="updates have alpha 3, and those of this model have 4. Add .* alpha=3"):
+        other.load_state_dict(clip.state_dict())
 
 
 def test_second_skipclip_on_a_model_with_updates():

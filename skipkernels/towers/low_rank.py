@@ -58,6 +58,18 @@ class LowRankUpdate(nn.Module):
             result.low_rank = [LowRankFactors(part, scale, down, up) for part, down, up in factors]
         return result
 
+    def get_extra_state(self) -> Tensor:
+        """Return alpha, fp64."""
+        return torch.tensor(self.alpha, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise a ValueError if the state dict is of another alpha, with which A and B are another update."""
+        if float(state) != self.alpha:
+            raise ValueError(
+                f"load_state_dict: the low-rank updates have alpha {float(state):g}, and those of this model have "
+                f"{self.alpha:g}. Add them with add_lora(clip, rank, targets, alpha={float(state):g})."
+            )
+
 
 def low_rank_updates(module: nn.Module) -> dict[str, LowRankUpdate]:
     """Low-rank updates of a module by the name of the weight; empty if a weight has another parametrization."""
