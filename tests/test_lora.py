@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 from hugging_face_models import hugging_face_clip, siglip
@@ -162,6 +163,9 @@ def test_weights_are_computed_once_a_pass(formed, autocast):
             function()
         return sorted(map(id, formed))
 
+    assert calls(lambda: clip(images, labels).loss.backward()) == once
+    other = clip._tokens.long().roll(1, dims=0)
+    clip.set_classes(torch.stack([clip._tokens.long(), other], dim=1))  # two templates
     assert calls(lambda: clip(images, labels).loss.backward()) == once
     clip.set_grad_checkpointing()
     assert calls(lambda: clip(images, labels).loss.backward()) == once
@@ -339,7 +343,6 @@ def test_another_parametrization_is_not_fused():
 @pytest.mark.parametrize("make", [hugging_face_clip, siglip])
 def test_save_lora_round_trip_through_peft(make, tmp_path):
     """Peft's own layers with the saved A and B: the same embeddings, loss and gradients."""
-    peft = pytest.importorskip("peft")
     clip, (images, labels) = with_lora(make(), ("q", "v", "fc")), tiny_batch(3, C)
     sk.save_lora(clip, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 3.0

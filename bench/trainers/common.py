@@ -30,7 +30,7 @@ from ..published import choose_classes, freeze
 
 Train = Callable[[nn.Module, "Problem", Path], None]
 
-# Over 20 steps in fp32, as issue 18 asks: 16 steps of 2⁻²³ in each gradient, which grow through the updates.
+# Over 20 steps in fp32: 16 steps of 2⁻²³ in each gradient, which grow through the updates.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-3
 
 

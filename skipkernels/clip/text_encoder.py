@@ -66,7 +66,8 @@ class TextEncoder:
 
     def encode(self, class_ids: Tensor, *, exact: bool = False) -> Tensor:
         """Class ids [K] to text embeddings [K, D], not normalised. With `exact` see `PackedPrompts.select`."""
-        embeddings = [encode(class_ids, exact) for encode in self.encoders()]
+        with parametrize.cached():  # low-rank updates once, not for each template
+            embeddings = [encode(class_ids, exact) for encode in self.encoders()]
         if len(embeddings) == 1:
             return embeddings[0]
         return torch.stack([unit_norm(x) for x in embeddings]).mean(0).to(embeddings[0].dtype)
