@@ -34,6 +34,8 @@ GROWTH, FLOORS = 1.5, {"fp32": 1.6, "bf16": 2.5}  # goals: time at MANY over FEW
 WORST = 5  # comparisons in README
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
+TRAINERS = {"accelerate": "accelerate", "dassl": "Dassl (a stand-in)", "hugging_face": "Hugging Face Trainer"}
+TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
 PICTURES = {"step_over_classes": pictures.step_over_classes, "memory_over_classes": pictures.memory_over_classes}
 
 
@@ -185,6 +187,18 @@ def classifying(device: Device) -> str:
     return table(header, lines) + origin("infer", rows) if rows else ""
 
 
+def trainers(device: Device) -> str:
+    rows = device.latest_rows("trainers", **SHOWN)
+    lines = []
+    for (trainer,), of in grouped(rows, "trainer").items():
+        pair = [row for name in ("naive", OURS) for row in of if row["implementation"] == name]
+        step, saved = ([float(row[column]) for row in pair] for column in ("p50_ms", "saved_mib"))
+        cells = [" → ".join(figure(x, unit) for x in values) for values, unit in ((step, " ms"), (saved, " MiB"))]
+        lines.append([TRAINERS[trainer], pair[-1]["lines"], cells[0], times(step[0] / step[1]), cells[1]])
+    header = ["trainer", "lines", "step, plain → ours", "speed-up", "saved for backward, plain → ours"]
+    return table(header, lines) + origin("trainers", rows) if rows else ""
+
+
 def glyphs(device: Device) -> str:
     rows = device.latest_rows("glyphs", data="glyphs")
     lines = []
@@ -285,7 +299,7 @@ def goals(device: Device) -> str:
 
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline, "step": steps, "memory": memory, "infer": classifying, "glyphs": glyphs}
-    | {"lose": lambda device: losses(device, WORST)},
+    | {"trainers": trainers, "lose": lambda device: losses(device, WORST)},
     "docs/benchmarks.md": {"goals": goals, "lose": losses},
     "docs/operators.md": {"operators": operators},
 }

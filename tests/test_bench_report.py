@@ -97,6 +97,13 @@ def test_table_drops_empty_columns_and_escapes_bars():
     assert report.table(["", "a", "b"], [["x", "", "1|2"]]) == "|  | b |\n| --- | --- |\n| x | 1\\|2 |"
 
 
+def test_trainers_table_compares_both_implementations(root):
+    case = {"trainer": "lightning", "model": "ViT-B-16", "B": 4, "C": 500, "K": 77, "precision": "fp32", "lines": 3}
+    measured = {"naive": {"p50_ms": 9000, "saved_mib": 2000}, "skipkernels": {"p50_ms": 1500, "saved_mib": 200}}
+    save(root, "trainers", *(row("trainers", **case, implementation=name, **x) for name, x in measured.items()))
+    assert "| Lightning | 3 | 9,000 ms → 1,500 ms | 6.00 | 2,000 MiB → 200 MiB |" in page(root)
+
+
 def test_step_table_gives_the_reason_where_nothing_was_measured(root):
     save(
         root,
