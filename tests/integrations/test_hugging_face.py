@@ -93,7 +93,7 @@ def test_learning_rates_of_the_towers(trained, short):
 def test_gradient_checkpointing(trained, short, tmp_path):
     clip = make(short)
     has_name = any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments))
-    name = "activation_checkpointing" if has_name else "gradient_checkpointing"  # until transformers 5
+    name = "activation_checkpointing" if has_name else "gradient_checkpointing"  # in older versions
     trainer = trainer_of(clip, short, tmp_path, save_strategy="no", **{name: True})
     trainer.train()
     assert clip._image.memory == clip._text.memory == "min"
