@@ -27,6 +27,7 @@ def freeze(model: open_clip.CLIP, image_skip: int, text_skip: int) -> None:
     model.text_projection.requires_grad_(True)
 
 
+@torch.no_grad()
 def choose_classes(image: Tensor, prototypes: Tensor, labels: Tensor, sampler: RankSampler) -> Tensor:
     """The classes of a step from unit-norm image embeddings [B, D], [K] in ascending order."""
     scores = (image @ prototypes.T).amax(dim=0)
@@ -71,7 +72,7 @@ class PublishedStep:
             hidden = block(hidden)
         image = F.normalize(visual._pool(hidden)[0] @ visual.proj, dim=-1)
         if class_ids is None:
-            class_ids = choose_classes(image.detach(), self.prototypes, labels, self.sampler)
+            class_ids = choose_classes(image, self.prototypes, labels, self.sampler)
         text = self.text_features[class_ids]
         for block in model.transformer.resblocks[self.text_skip :]:
             text = block(text, attn_mask=model.attn_mask)

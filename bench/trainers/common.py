@@ -73,7 +73,7 @@ class NaiveCLIP(nn.Module):
         if self.prototypes is None or not self.training:
             class_ids, targets = torch.arange(len(self.tokens), device=x.device), labels
         else:
-            class_ids = choose_classes(image.detach(), self.prototypes, labels, self.sampler)
+            class_ids = choose_classes(image, self.prototypes, labels, self.sampler)
             targets = torch.searchsorted(class_ids, labels)
         logits = self.model.logit_scale.exp() * image @ self._texts(self.tokens[class_ids]).T
         return sk.SkipOutput(F.cross_entropy(logits, targets), logits, class_ids, targets)
