@@ -8,7 +8,6 @@ nothing, and configurations are plain objects.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,12 +106,13 @@ class Registry(dict):
 
 @contextmanager
 def engine() -> Iterator[Registry]:
-    """Make `dassl.engine` and `dassl.optim` importable."""
+    """Make the stand-in importable as `dassl`."""
     registry = Registry()
-    package, parts = ModuleType("dassl"), {name: ModuleType(f"dassl.{name}") for name in ("engine", "optim")}
+    package, parts = ModuleType("dassl"), {name: ModuleType(f"dassl.{name}") for name in ("engine", "optim", "utils")}
     package.__path__ = []
     vars(parts["engine"]).update(TRAINER_REGISTRY=registry, TrainerX=TrainerX)
     vars(parts["optim"]).update(build_optimizer=build_optimizer, build_lr_scheduler=build_lr_scheduler)
+    vars(parts["utils"]).update(load_checkpoint=torch.load)
     ours = "skipkernels.integrations.dassl"
     sys.modules.pop(ours, None)
     sys.modules["dassl"] = package
@@ -223,11 +223,3 @@ class TrainerX:
             sched.load_state_dict(checkpoint["scheduler"])
             epoch = checkpoint["epoch"]
         return epoch
-
-    def load_model(self, directory: str, epoch: int | None = None) -> None:
-        for name, (model, _, _) in self._registered.items():
-            file = f"model.pth.tar-{epoch}" if epoch else "model-best.pth.tar"
-            path = os.path.join(directory, name, file)
-            if not os.path.exists(path):
-                raise FileNotFoundError(path)
-            model.load_state_dict(torch.load(path)["state_dict"])

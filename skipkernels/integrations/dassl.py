@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -21,6 +22,7 @@ from ..data import coop, templates
 try:
     from dassl.engine import TRAINER_REGISTRY, TrainerX
     from dassl.optim import build_lr_scheduler, build_optimizer
+    from dassl.utils import load_checkpoint
 except ImportError as error:
     raise ImportError(
         f"skipkernels.integrations.dassl: needs Dassl ({error}). It is on no package index: install "
@@ -140,18 +142,17 @@ class SkipKernels(TrainerX):
         return self.model.predict(input)
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the weights of `model-best.pth.tar` or of an epoch, as Dassl does, for these or for other classes."""
-        if not directory:  # CoOp evaluates an untuned model so
-            return
+        """Load the weights of `model-best.pth.tar` or of an epoch, of these or of other classes.
 
-        def keep_extra_state(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-            state[f"{prefix}_extra_state"] = model.get_extra_state()
+        An empty directory leaves the model untuned, as in CoOp.
 
-        hook = self.model.register_load_state_dict_pre_hook(keep_extra_state)
-        try:
-            super().load_model(directory, epoch)
-        finally:
-            hook.remove()
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
+        if directory:
+            path = Path(directory, "model", "model-best.pth.tar" if epoch is None else f"model.pth.tar-{epoch}")
+            weights = load_checkpoint(str(path))["state_dict"]
+            self.model.load_state_dict(weights | {"_extra_state": self.model.get_extra_state()})
 
 
 def _option(cfg: Any, name: str) -> Any:
