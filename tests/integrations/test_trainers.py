@@ -24,7 +24,7 @@ TRAINERS = ("accelerate", "hugging_face", "lightning")  # Lightning last: it use
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [*TRAINERS, "open_clip", "dassl"])
 def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
     rows = []
     monkeypatch.setattr(measure, "save", lambda args, new, table: rows.extend(new))
@@ -35,7 +35,13 @@ def test_losses_and_weights_of_the_plain_module(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "title"), zip(TRAINERS, ("accelerate", "Hugging Face Trainer", "Lightning"), strict=True)
+    ("name", "title"),
+    [
+        ("accelerate", "accelerate"),
+        ("hugging_face", "Hugging Face Trainer"),
+        ("lightning", "Lightning"),
+        ("open_clip", "open_clip's trainer"),
+    ],
 )
 def test_lines_of_the_documentation(name, title):
     section = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
