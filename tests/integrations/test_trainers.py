@@ -104,7 +104,7 @@ def test_two_processes_equal_one(both, tmp_path, name):
 # ---- examples ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [*TRAINERS, "open_clip"])
 def test_example(name, tmp_path):
     tune = runpy.run_path(str(ROOT / "examples" / f"trainer_{name}.py"))["tune"]
     before, after = tune(*([] if name == "accelerate" else [str(tmp_path)]), epochs=1, classes=6)
