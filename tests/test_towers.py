@@ -276,7 +276,8 @@ def test_altered_block_is_not_fused(alter, request):
     alter(model.transformer.resblocks[1])
     tower = OpenClipTextTower(model, tiny_tokens(5))
     assert not tower.reductions["fused_block"].enabled
-    assert tower.reductions["shared_prefix"].enabled == ("dropout" not in request.node.callspec.id)
+    whole_prompts = any(name in request.node.callspec.id for name in ("dropout", "backward_hook"))
+    assert tower.reductions["shared_prefix"].enabled != whole_prompts
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------
