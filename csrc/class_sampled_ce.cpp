@@ -4,279 +4,28 @@
 //   loss_b = (1 − ε) w_y (lse_b − z_by) + ε/K Σ_k w_k (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 //   d_z_bk = up_b · ((1 − ε) w_y (p_bk − [k = y]) + ε/K (W p_bk − w_k)),   p_bk = exp(z_bk − lse_b),  W = Σ_k w_k
 //
-// Map: one panel of images at a time. The panel's plane of images × classes is cut into blocks (Plan), one task each. A
-// task computes its block in tiles and stores the running top and sum of each image (vector.h, Softmax); these are
-// combined at the end. Without gradients the panel is the whole batch, and only tiles of cosines are written. With
-// gradients the cosines of the panel are kept, [panel, K], turned into d_z in place, and contracted with the rows
-// before the next panel: three matrix products in all, as many as with all logits in memory. The forward pass therefore
-// computes the gradients, up to the factor d_loss, if they are needed and the reduction is not "none". Backward then
-// applies the gradient of the unit norm; if forward computed no gradients, it recomputes everything.
-#include "unit_rows.h"
-
-#include <cmath>
-#include <limits>
-#include <numeric>
-#include <tuple>
+// Map: see class_sampled.h. The forward pass computes the gradients, up to the factor d_loss, if they are needed and
+// the reduction is not "none". Backward then applies the gradient of the unit norm; if forward computed no gradients,
+// it recomputes everything.
+#include "class_sampled.h"
 
 namespace skipkernels {
 namespace {
 
 constexpr const char* NAME = "class_sampled_ce";
-enum Reduction : int64_t { MEAN, SUM, NONE }; // as REDUCTIONS of skipkernels/ops/class_sampled_ce.py
 
-// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
-void check_shapes(
-    const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
-    const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight) {
-  STD_TORCH_CHECK(
-      image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1) && image.scalar_type() == text.scalar_type(),
-      NAME, ": image must be [B, D], text [C, D], of one dtype.");
-  STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, NAME, ": B, C and D must be at least 1.");
-  STD_TORCH_CHECK(
-      labels.dim() == 1 && labels.size(0) == image.size(0) && labels.scalar_type() == ScalarType::Long, NAME,
-      ": labels must be int64 [B].");
-  STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, NAME, ": logit_scale must have one element.");
-  STD_TORCH_CHECK(
-      !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
-      NAME, ": class_ids must be int64 [K] with K at least 1.");
-  STD_TORCH_CHECK(
-      !class_weight || (class_weight->dim() == 1 && class_weight->size(0) == text.size(0)), NAME,
-      ": class_weight must be [C].");
-}
-
-// Sampled rows, targets and weights, as forward and backward need them.
-template <class T>
-struct Problem {
-  using A = accumulate_t<T>;
-
-  int64_t B, K, C, D;
-  Tensor image_storage, text_storage; // memory of the rows
-  std::vector<int64_t> ids; // the sampled rows of the bank; empty: all of them
-  Rows<T> image, text;
-  std::vector<int64_t> target; // position of the label among the sampled rows; −1: ignored
-  std::vector<A> weight; // of the sampled rows; empty: all 1, and no smoothing
-  A scale, smoothing;
-  A total_weight; // Σ_k w_k
-  double denominator = 1; // divisor of the summed loss: for the mean, Σ_b w_y of the images not ignored
-
-  Problem(
-      const Tensor& image_, const Tensor& text_, const Tensor& labels, const Tensor& logit_scale,
-      const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
-      int64_t ignore_index, int64_t reduction)
-      : B(image_.size(0)),
-        K(class_ids ? class_ids->size(0) : text_.size(0)),
-        C(text_.size(0)),
-        D(image_.size(1)),
-        image_storage(with_contiguous_rows(image_)),
-        text_storage(with_contiguous_rows(text_)),
-        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()),
-        image(rows_of<T>(image_storage)),
-        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)),
-        target(integers(labels)),
-        scale(A(numbers(logit_scale)[0])),
-        smoothing(A(label_smoothing)) {
-    if (!std::isfinite(scale))
-      refuse(NAME, ": logit_scale must be finite; got ", scale, ".");
-    find_targets(ignore_index);
-    if (class_weight || smoothing != 0) {
-      const std::vector<double> given = class_weight ? numbers(*class_weight) : std::vector<double>(C, 1.0);
-      weight.resize(K);
-      for (int64_t k = 0; k < K; ++k)
-        weight[k] = A(given[ids.empty() ? k : ids[k]]);
-    }
-    total_weight = A(weight.empty() ? double(K) : std::accumulate(weight.begin(), weight.end(), 0.0));
-    STD_TORCH_CHECK(
-        reduction >= MEAN && reduction <= NONE, NAME, ": reduction must be 0 (mean), 1 (sum) or 2 (none); got ",
-        reduction, ".");
-    if (reduction == MEAN) {
-      denominator = 0;
-      for (int64_t b = 0; b < B; ++b)
-        denominator += target[b] >= 0 ? target_weight(b) : 0;
-    }
+// Factors of each image; upstream(b) is the gradient of its loss. Images that are ignored have none.
+template <class T, class F, class A = accumulate_t<T>>
+std::vector<Upstream<A>> factors_of(const Problem<T>& problem, const F& upstream) {
+  std::vector<Upstream<A>> factors(problem.B, {0, 0, 0});
+  for (int64_t b = 0; b < problem.B; ++b) {
+    if (problem.target[b] < 0)
+      continue;
+    const A hit = upstream(b) * (1 - problem.smoothing) * problem.target_weight(b);
+    const A spread = upstream(b) * problem.smoothing / A(problem.K);
+    factors[b] = {hit + spread * problem.total_weight, spread * problem.total_weight, spread};
   }
-
-  A target_weight(int64_t b) const {
-    return weight.empty() ? A(1) : weight[target[b]];
-  }
-
- private:
-  void find_targets(int64_t ignore_index) {
-    const std::vector<int64_t> place = ids.empty() ? std::vector<int64_t>() : places_of(NAME, ids, C);
-    for (int64_t b = 0; b < B; ++b) {
-      const int64_t label = target[b];
-      if (label == ignore_index) {
-        target[b] = -1;
-        continue;
-      }
-      if (label < 0 || label >= C)
-        refuse(
-            NAME, ": labels must be rows of text, 0 to ", C - 1, ", or ignore_index (", ignore_index, "); got ", label,
-            " for image ", b, ".");
-      target[b] = ids.empty() ? label : place[label];
-      if (target[b] < 0)
-        refuse(
-            NAME, ": labels must be among class_ids; got ", label, " for image ", b,
-            ". Select the classes so that every label is kept.");
-    }
-  }
-};
-
-// Outputs; null if not needed. d_image and d_text are gradients of the unit rows, without the factor scale.
-template <class A>
-struct Results {
-  double *loss, *lse; // [B]
-  A *image_norm, *text_norm;
-  A *d_image, *d_text; // [B, D], [K, D]
-  double* d_logit_scale;
-
-  bool with_gradients() const {
-    return d_image || d_text || d_logit_scale;
-  }
-};
-
-// Loss, lse and norms of the images p0 to p0 + plan.B − 1. Also writes the cosines if `cosines` is not null.
-template <class T, class A = accumulate_t<T>>
-void forward(
-    const Problem<T>& problem, const Plan& plan, int64_t p0, A* cosines, int64_t stride, const Results<A>& out) {
-  const int64_t B = plan.B, D = problem.D;
-  const bool smooth = problem.smoothing != 0;
-  // For each block of classes and image: top cosine, sum (see Softmax), and Σ_k w_k cosine_bk where it is needed.
-  const auto top = scratch<A>(plan.k_blocks * B), sum = scratch<A>(plan.k_blocks * B);
-  const auto weighted = scratch<A>(smooth ? plan.k_blocks * B : 0);
-  const auto target_cosine = scratch<A>(B);
-
-  parallel_blocks<Tile<A>>(plan, [&](Tile<A>& tile, const Block& block) {
-    const auto [b_index, k_index, b0, b1, k0, k1] = block;
-    A *block_top = &top[k_index * B], *block_sum = &sum[k_index * B], *block_weighted = &weighted[k_index * B * smooth];
-    std::fill(block_sum + b0, block_sum + b1, A(0));
-    if (smooth)
-      std::fill(block_weighted + b0, block_weighted + b1, A(0));
-    for (int64_t k = k0; k < k1; k += K_TILE) {
-      const int64_t k_count = std::min(K_TILE, k1 - k);
-      for (int64_t i = 0; i < k_count; ++i) {
-        const A norm = load_unit_row(&tile.text[i * D], problem.text[k + i], D);
-        if (p0 == 0 && b_index == 0)
-          out.text_norm[k + i] = norm;
-      }
-      for (int64_t b = b0; b < b1; b += B_TILE) {
-        const int64_t b_count = std::min(B_TILE, b1 - b);
-        for (int64_t i = 0; i < b_count; ++i) {
-          const A norm = load_unit_row(&tile.image[i * D], problem.image[p0 + b + i], D);
-          if (k == 0)
-            out.image_norm[p0 + b + i] = norm;
-        }
-        A* const product = cosines ? cosines + b * stride + k : tile.cosine.get();
-        const int64_t stride_product = cosines ? stride : k_count;
-        tile.multiply(product, stride_product, b_count, k_count, D);
-        for (int64_t i = b; i < b + b_count; ++i) {
-          const A* cosine = product + (i - b) * stride_product;
-          online_softmax(&block_top[i], &block_sum[i], cosine, problem.scale, k_count);
-          const int64_t y = problem.target[p0 + i] - k;
-          if (y >= 0 && y < k_count)
-            target_cosine[i] = cosine[y];
-          if (smooth)
-            block_weighted[i] += dot(cosine, &problem.weight[k], k_count);
-        }
-      }
-    }
-  });
-
-  const double scale = problem.scale, smoothing = problem.smoothing;
-  for (int64_t b = 0; b < B; ++b) {
-    double best = top[b], exp_sum = 0, weighted_cosines = 0;
-    for (int64_t i = b + B; i < plan.k_blocks * B; i += B)
-      best = scale * top[i] > scale * best ? top[i] : best;
-    for (int64_t i = b; i < plan.k_blocks * B; i += B) {
-      exp_sum += sum[i] * std::exp(scale * (top[i] - best));
-      weighted_cosines += smooth ? weighted[i] : 0;
-    }
-    const double lse = scale * best + std::log(exp_sum);
-    double loss = 0;
-    if (problem.target[p0 + b] >= 0) {
-      // Not lse − z_y, which cancels where the loss is small.
-      loss = problem.target_weight(p0 + b) * (scale * (best - target_cosine[b]) + std::log(exp_sum));
-      if (smooth)
-        loss = (1 - smoothing) * loss + smoothing / problem.K * (problem.total_weight * lse - scale * weighted_cosines);
-    }
-    out.lse[p0 + b] = lse;
-    out.loss[p0 + b] = loss;
-  }
-}
-
-// Softmax of an image from its lse, in fp64, with lse/scale in place of the top: any number near the top works.
-template <class A>
-Softmax<A> softmax_of(double lse, A scale) {
-  const A top = scale == 0 ? A(0) : A(lse / scale);
-  return {scale, top, A(lse - double(scale) * double(top))};
-}
-
-// Cosines of one image with k_count classes → d_z, in place; returns Σ_k d_z_bk · cosine_bk. `upstream` is the gradient
-// of the loss of the image.
-template <class T, class A = accumulate_t<T>>
-A logits_gradient(const Problem<T>& problem, A upstream, double lse, int64_t b, int64_t k, int64_t k_count, A* cosine) {
-  if (problem.target[b] < 0) {
-    std::fill(cosine, cosine + k_count, A(0));
-    return 0;
-  }
-  const Softmax<A> softmax = softmax_of(lse, problem.scale);
-  const A hit = upstream * (1 - problem.smoothing) * problem.target_weight(b);
-  const A spread = upstream * problem.smoothing / A(problem.K);
-  const A factor = hit + spread * problem.total_weight;
-  const A* weight = problem.smoothing != 0 ? &problem.weight[k] : nullptr;
-  const int64_t y = problem.target[b] - k;
-  if (y < 0 || y >= k_count)
-    return softmax_gradient(cosine, softmax, factor, spread, weight, k_count);
-  // The true class separately: expm1 computes p − 1 without cancellation.
-  const A cosine_y = cosine[y], log_p = softmax.scale * (cosine_y - softmax.top) - softmax.log_sum;
-  const A d_logit =
-      hit * std::expm1(log_p) + spread * (problem.total_weight * std::exp(log_p) - (weight ? weight[y] : 0));
-  A along = softmax_gradient(cosine, softmax, factor, spread, weight, y);
-  const A* rest = weight ? weight + y + 1 : nullptr;
-  along += softmax_gradient(cosine + y + 1, softmax, factor, spread, rest, k_count - y - 1);
-  cosine[y] = d_logit;
-  return along + d_logit * cosine_y;
-}
-
-// Computes all needed outputs; `upstream` is the gradient of the loss of each image.
-template <class T, class A = accumulate_t<T>>
-void run(const Problem<T>& problem, const std::vector<A>& upstream, const Results<A>& out) {
-  const int64_t B = problem.B, K = problem.K;
-  if (!out.with_gradients())
-    return forward<T>(problem, Plan(B, K, problem.D), 0, static_cast<A*>(nullptr), 0, out);
-
-  constexpr int64_t PANEL = int64_t(1) << 23; // 32 MiB in fp32
-  const int64_t panel = std::min(B, std::max<int64_t>(PANEL / K / 16, 1) * 16);
-  const int64_t stride = divide_up(K, 16) * 16; // rows of d_logits start on a cache line
-  const auto d_logits = scratch<A>(panel * stride);
-  const UnitRows<T> unit{problem.image, problem.text, out.image_norm, out.text_norm, problem.D};
-  for (int64_t p = 0; p < B; p += panel) {
-    const Plan plan(std::min(panel, B - p), K, problem.D);
-    forward<T>(problem, plan, p, d_logits.get(), stride, out);
-    const auto along = scratch<A>(plan.k_blocks * plan.B); // Σ_k d_z_bk · cosine_bk over the classes of a block
-    parallel_blocks(plan, [&](const Block& block) {
-      const auto [b_index, k_index, b0, b1, k0, k1] = block;
-      for (int64_t i = b0; i < b1; ++i)
-        along[k_index * plan.B + i] = logits_gradient(
-            problem, upstream[p + i], out.lse[p + i], p + i, k0, k1 - k0, &d_logits[i * stride + k0]);
-    });
-    if (out.d_logit_scale)
-      *out.d_logit_scale = std::accumulate(&along[0], &along[plan.k_blocks * plan.B], *out.d_logit_scale);
-    contract<T>(
-        {d_logits.get(), plan.B, K, stride}, unit, p, out.d_image ? out.d_image + p * problem.D : nullptr, out.d_text,
-        p > 0, plan.tasks() == 1);
-  }
-}
-
-// Output tensors; empty if not needed.
-template <class A>
-Tensor rows_if(bool wanted, int64_t n, int64_t D) {
-  return make_empty({wanted ? n : 0, D}, scalar_type_of<A>);
-}
-
-// A null pointer for an empty tensor.
-template <class A>
-A* data_of(Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr<A>();
+  return factors;
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -285,13 +34,14 @@ Forward class_sampled_ce(
     const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
     int64_t ignore_index, int64_t reduction, bool keep_image, bool keep_text, bool keep_logit_scale) {
-  check_shapes(image, text, labels, logit_scale, class_ids, class_weight);
+  check_sampled(NAME, image, text, labels, logit_scale, class_ids, class_weight);
   std::optional<Forward> outputs;
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Problem<T> problem(
-        image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index, reduction);
+        NAME, "ignore_index", image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index,
+        reduction);
     const int64_t B = problem.B, K = problem.K, D = problem.D;
     const bool each = reduction == NONE;
     STD_TORCH_CHECK(
@@ -304,8 +54,8 @@ Forward class_sampled_ce(
     double d_scale = 0;
     std::vector<double> losses(B);
     run<T>(
-        problem, std::vector<A>(B, A(1 / problem.denominator)),
-        {losses.data(), lse.mutable_data_ptr<double>(), image_norm.mutable_data_ptr<A>(),
+        problem, factors_of(problem, [&](int64_t) { return A(1 / problem.denominator); }),
+        {losses.data(), lse.mutable_data_ptr<double>(), nullptr, image_norm.mutable_data_ptr<A>(),
          text_norm.mutable_data_ptr<A>(), data_of<A>(d_image), data_of<A>(d_text),
          keep_logit_scale ? &d_scale : nullptr});
     if (keep_logit_scale)
@@ -326,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     const Tensor& kept_image, const Tensor& kept_text, const Tensor& kept_logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight, double label_smoothing,
     int64_t ignore_index, int64_t reduction, bool need_image, bool need_text, bool need_logit_scale) {
-  check_shapes(image, text, labels, logit_scale, class_ids, class_weight);
+  check_sampled(NAME, image, text, labels, logit_scale, class_ids, class_weight);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
@@ -343,21 +93,20 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_ce_backward(
     // Gradients of the unit rows: saved by forward, or computed here.
     Tensor unit_image = kept_image, unit_text = kept_text;
     double unit_scale = kept_logit_scale.numel() == 0 ? 0 : numbers(kept_logit_scale)[0];
-    const bool kept = !((need_image && kept_image.numel() == 0) || (need_text && kept_text.numel() == 0) ||
-                        (need_logit_scale && kept_logit_scale.numel() == 0));
+    const bool kept =
+        !((need_image && kept_image.numel() == 0) || (need_text && kept_text.numel() == 0) ||
+          (need_logit_scale && kept_logit_scale.numel() == 0));
     if (!kept) {
       const Problem<T> problem(
-          image, text, labels, logit_scale, class_ids, class_weight, label_smoothing, ignore_index, reduction);
-      std::vector<A> each_upstream(B, A(1 / problem.denominator));
-      if (each)
-        std::copy(upstream.begin(), upstream.end(), each_upstream.begin());
+          NAME, "ignore_index", image, text, labels, logit_scale, class_ids, class_weight, label_smoothing,
+          ignore_index, reduction);
       unit_image = rows_if<A>(need_image, B, D), unit_text = rows_if<A>(need_text, K, D);
       unit_scale = 0;
       std::vector<double> losses(B), lses(B);
       std::vector<A> image_norms(B), text_norms(K);
       run<T>(
-          problem, each_upstream,
-          {losses.data(), lses.data(), image_norms.data(), text_norms.data(), data_of<A>(unit_image),
+          problem, factors_of(problem, [&](int64_t b) { return A(each ? upstream[b] : 1 / problem.denominator); }),
+          {losses.data(), lses.data(), nullptr, image_norms.data(), text_norms.data(), data_of<A>(unit_image),
            data_of<A>(unit_text), need_logit_scale ? &unit_scale : nullptr});
     }
     const double factor = each ? 1 : upstream[0], scale = numbers(logit_scale)[0];

@@ -36,7 +36,7 @@ SOURCES = (
     "shared_prefix_attention.cpp",
     "vector.cpp",
 )
-HEADERS = ("attention.h", "rows.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")
+HEADERS = ("attention.h", "class_sampled.h", "rows.h", "simd.h", "tensor.h", "unit_rows.h", "vector.h")
 
 # The oldest torch with the stable ABI of the binary: 2.10, as 0xMMmm and twelve zeros.
 DEFINES = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)

@@ -48,11 +48,13 @@ GROUP = 8  # tiles of images that are computed for a tile of classes before the 
 
 REDUCTIONS = ("mean", "sum", "none")  # `reduction` of the schemas is an index: strings leak in the stable ABI
 
-# Options of both schemas, see `_Options`.
+# `Options` in the schemas.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """Options of both schemas."""
+
     class_ids: Tensor | None
     class_weight: Tensor | None
     label_smoothing: float
@@ -60,10 +62,13 @@ class _Options(NamedTuple):
     reduction: int
 
     def classes(self, text: Tensor) -> int:
+        """Number of sampled rows."""
         return (text if self.class_ids is None else self.class_ids).shape[0]
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
+    """Tensors that the kernels of backward read."""
+
     image: Tensor
     text: Tensor
     labels: Tensor
@@ -71,21 +76,23 @@ class _Saved(NamedTuple):
     lse: Tensor
     image_norm: Tensor
     text_norm: Tensor
-    denominator: Tensor
-    kept_image: Tensor
-    kept_text: Tensor
-    kept_logit_scale: Tensor
+
+    def with_contiguous_rows(self) -> Saved:
+        """Copy image and text if their rows are not contiguous."""
+        return self._replace(image=with_contiguous_rows(self.image), text=with_contiguous_rows(self.text))
 
 
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
+    """Gradients that are computed."""
+
     image: bool
     text: bool
     logit_scale: bool
 
 
-def _unpack(rest: tuple[Any, ...]) -> tuple[_Saved, _Options, _Needs]:
-    """Name the arguments of the backward operator after d_loss."""
-    return _Saved(*rest[:11]), _Options(*rest[11:16]), _Needs(*rest[16:])
+def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Tensor, Options, Needs]:
+    """Name the arguments of the backward operator after d_loss, without what is kept."""
+    return Saved(*rest[:7]), rest[7], Options(*rest[11:16]), Needs(*rest[16:])
 
 
 @triton.jit
@@ -190,6 +197,36 @@ def _class_sampled_ce_fwd_kernel(
 
 
 @triton.jit
+def combine_splits(
+    partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Combine what `_class_sampled_ce_fwd_kernel` stores for BLOCK images, in the order of the splits."""
+    top = tl.full([BLOCK], -2.0, tl.float32)
+    for split in range(0, splits):
+        partial = partial_ptr + split * B + offs_b
+        top = tl.maximum(top, tl.load(partial, mask=mask_b, other=-2.0))
+    exp_sum = tl.zeros([BLOCK], tl.float32)
+    target = tl.zeros([BLOCK], tl.float32)
+    found = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for split in range(0, splits):
+        partial = partial_ptr + split * B + offs_b
+        factor = tl.exp(magnitude * (tl.load(partial, mask=mask_b, other=-2.0) - top))
+        exp_sum += factor * tl.load(partial + stride_partial, mask=mask_b, other=1.0)
+        target += tl.load(partial + 2 * stride_partial, mask=mask_b, other=0.0)
+        found += tl.load(partial + 3 * stride_partial, mask=mask_b, other=0.0)
+        if SMOOTH:
+            weighted += tl.load(partial + 4 * stride_partial, mask=mask_b, other=0.0)
+    return top, exp_sum, target, found, weighted
+
+
+@triton.jit
+def lse_of(magnitude, top, log_sum):
+    """Compute lse_b in fp64: fp32 rounds it by 4e-6 at a scale of 100."""
+    return magnitude.to(tl.float64) * top.to(tl.float64) + log_sum.to(tl.float64)
+
+
+@triton.jit
 def _class_sampled_ce_fwd_combine_kernel(
     labels_ptr,
     logit_scale_ptr,
@@ -232,23 +269,9 @@ def _class_sampled_ce_fwd_combine_kernel(
     for start_b in range(0, B, BLOCK):
         offs_b = start_b + tl.arange(0, BLOCK)
         mask_b = offs_b < B
-        top = tl.full([BLOCK], -2.0, tl.float32)
-        for split in range(0, splits):
-            partial = partial_ptr + split * B + offs_b
-            top = tl.maximum(top, tl.load(partial, mask=mask_b, other=-2.0))
-        exp_sum = tl.zeros([BLOCK], tl.float32)
-        target = tl.zeros([BLOCK], tl.float32)
-        found = tl.zeros([BLOCK], tl.float32)
-        weighted = tl.zeros([BLOCK], tl.float32)
-        for split in range(0, splits):
-            partial = partial_ptr + split * B + offs_b
-            factor = tl.exp(magnitude * (tl.load(partial, mask=mask_b, other=-2.0) - top))
-            exp_sum += factor * tl.load(partial + stride_partial, mask=mask_b, other=1.0)
-            target += tl.load(partial + 2 * stride_partial, mask=mask_b, other=0.0)
-            found += tl.load(partial + 3 * stride_partial, mask=mask_b, other=0.0)
-            if SMOOTH:
-                weighted += tl.load(partial + 4 * stride_partial, mask=mask_b, other=0.0)
-
+        top, exp_sum, target, found, weighted = combine_splits(
+            partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH, BLOCK
+        )
         labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
         counts = mask_b & (labels != ignore_index)
         tl.device_assert(
@@ -256,8 +279,7 @@ def _class_sampled_ce_fwd_combine_kernel(
             "class_sampled_ce: labels must be rows of text and among class_ids, which have no duplicates",
         )
         log_sum = tl.log(exp_sum)
-        lse = magnitude.to(tl.float64) * top.to(tl.float64) + log_sum.to(tl.float64)
-        tl.store(lse_ptr + offs_b, lse, mask=mask_b)
+        tl.store(lse_ptr + offs_b, lse_of(magnitude, top, log_sum), mask=mask_b)
         target_weight = counts.to(tl.float32)
         if class_weight_ptr is not None:
             target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)
@@ -283,6 +305,7 @@ def _class_sampled_ce_fwd_combine_kernel(
 @triton.jit
 def _class_sampled_ce_bwd_logits_kernel(
     d_loss_ptr,
+    d_target_ptr,
     image_ptr,
     text_ptr,
     labels_ptr,
@@ -314,6 +337,7 @@ def _class_sampled_ce_bwd_logits_kernel(
     """factor_bk = d_z_bk/(|x_b| |t_k|), and Σ d_z_bk · cosine_bk; each only if its pointer is not None.
 
     d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)), with up_b = 1 without d_loss_ptr.
+    With d_target_ptr, up_b is d_lse_b, and d_lse_b + d_target_b is added for k = y.
     One program: a tile of BLOCK_B images and BLOCK_K classes; the pointers are those of the first image of a panel.
     """
     # Programs that run at the same time read the same rows: GROUP tiles of images for each tile of classes.
@@ -347,7 +371,8 @@ def _class_sampled_ce_bwd_logits_kernel(
     counts = mask_b & (labels != ignore_index)
     upstream = counts.to(tl.float32)
     if d_loss_ptr is not None:
-        upstream = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0).to(tl.float32)
+        d_loss = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)
+        upstream = d_loss.to(tl.float32)
     hit = (1 - label_smoothing) * upstream
     weight = tl.full([BLOCK_K], 1.0, tl.float32)
     total_weight = 0.0 + K
@@ -367,6 +392,10 @@ def _class_sampled_ce_bwd_logits_kernel(
     hits = rows_k[None, :] == labels.to(tl.int32)[:, None]
     miss = p - hits.to(tl.float32)  # p − 1 for the true class, in fp32
     d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
+    if d_target_ptr is not None:
+        # The sum cancels if these classes have most of the probability: in fp64.
+        d_target = tl.load(d_target_ptr + offs_b, mask=counts, other=0.0)
+        d_logits += tl.where(hits, (d_loss + d_target).to(tl.float32)[:, None], 0.0)
     d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
 
     if factors_ptr is not None:
@@ -388,12 +417,13 @@ def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, tot
     tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
 
 
-def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    options, keep = _Options(*rest[:5]), _Needs(*rest[5:])
+def launch_splits(
+    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, options: Options
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Compute the norms of the rows, and what the programs of forward store, as arguments of a combining kernel."""
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     B, C, K, device = image.shape[0], text.shape[0], options.classes(text), image.device
-    reduction, smooth = REDUCTIONS[options.reduction], options.label_smoothing != 0
-    common = _arguments(labels, logit_scale, options)
+    common, smooth = _arguments(labels, logit_scale, options), options.label_smoothing != 0
     total_weight = common.pop("total_weight_ptr")
 
     blocks = blocks_for(B, image.dtype, device)
@@ -406,55 +436,85 @@ def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *r
         image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
     else:
         image_norm, text_norm = row_norms(image), row_norms(text, common["class_ids_ptr"])
-    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
-    lse = torch.empty(B, dtype=torch.float64, device=device)
-    denominator = torch.empty((), dtype=torch.float32, device=device)
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
-    split = dict(partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth)
+    arguments = dict(common, partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth, B=B, K=K, C=C)
     launch(
         _class_sampled_ce_fwd_kernel,
         (b_blocks, splits),
         device=device,
         **blocks._asdict(),
-        **common,
         **cosine_arguments(image, text, image_norm, text_norm),
-        **split,
+        **arguments,
         MEASURE=measure,
-        B=B,
-        K=K,
-        C=C,
         SPLIT=split_tiles * blocks.BLOCK_K,
     )
+    return image_norm, text_norm, dict(arguments, total_weight_ptr=total_weight, splits=splits, BLOCK=BLOCK_COMBINE)
+
+
+def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options, keep = Options(*rest[:5]), Needs(*rest[5:])
+    B, K, device, reduction = image.shape[0], options.classes(text), image.device, REDUCTIONS[options.reduction]
+    image_norm, text_norm, arguments = launch_splits(image, text, labels, logit_scale, options)
+    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
+    lse = torch.empty(B, dtype=torch.float64, device=device)
+    denominator = torch.empty((), dtype=torch.float32, device=device)
     launch(
         _class_sampled_ce_fwd_combine_kernel,
         (1,),
         device=device,
         num_warps=4,
         debug=True,
-        **common,
-        **split,
-        total_weight_ptr=total_weight,
+        **arguments,
         loss_ptr=loss,
         lse_ptr=lse,
         denominator_ptr=denominator,
-        B=B,
-        K=K,
-        C=C,
-        splits=splits,
         label_smoothing=options.label_smoothing,
         ignore_index=options.ignore_index,
         REDUCTION=reduction,
-        BLOCK=BLOCK_COMBINE,
     )
     return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, K, keep)
 
 
+def launch_gradients(
+    d_loss: Tensor | None,
+    d_target: Tensor | None,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+    *upstream: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of image, text and logit_scale.
+
+    Args:
+        d_loss: [B], None for 1; with d_target, the gradient of lse.
+        d_target: [B], or None.
+        saved: Saved by forward.
+        options: Options of forward.
+        needs: Gradients that are computed; the others are empty.
+        upstream: a factor of all gradients, and its divisor; default: 1.
+    """
+    saved = saved.with_contiguous_rows()
+    image, text, logit_scale = saved.image, saved.text, saved.logit_scale
+    # Contiguous: one more stride would cost `class_sampled_ce` registers.
+    d_target = None if d_target is None else d_target.contiguous()
+    sums = _launch_sums(d_loss, d_target, saved, options, needs)
+    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
+    if needs.image:
+        d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
+    if needs.text:
+        ids = None if options.class_ids is None else options.class_ids.contiguous()
+        d_text = unit_rows.through_unit_norm(text, ids, sums[1], logit_scale, *upstream)
+    if needs.logit_scale:
+        d_logit_scale = _launch_scale(sums[2], torch.empty_like(logit_scale), *upstream)
+    return d_image, d_text, d_logit_scale
+
+
 def _launch_sums(
-    d_loss: Tensor | None, saved: _Saved, options: _Options, needs: _Needs
+    d_loss: Tensor | None, d_target: Tensor | None, saved: Saved, options: Options, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute sums over the factors (see unit_rows.py), fp32 [B, D] and [K, D], and partial sums of d_logit_scale.
 
-    These are for a sum of the losses, weighted by d_loss [B] unless it is None; the divisor of a mean is applied later.
+    See `launch_gradients`; the factor and its divisor are applied later.
     """
     image, text = saved.image, saved.text
     (B, D), K, device = image.shape, options.classes(text), image.device
@@ -484,6 +544,7 @@ def _launch_sums(
             **{**common, "labels_ptr": common["labels_ptr"][images]},
             **cosine_arguments(image[images], text, saved.image_norm[images], saved.text_norm),
             d_loss_ptr=None if d_loss is None else d_loss[images],
+            d_target_ptr=None if d_target is None else d_target[images],
             lse_ptr=saved.lse[images],
             factors_ptr=factors,
             d_scale_ptr=d_scale[number] if needs.logit_scale else None,
@@ -503,7 +564,7 @@ def _launch_sums(
     return d_image, d_text, d_scale.flatten()
 
 
-def _arguments(labels: Tensor, logit_scale: Tensor, options: _Options) -> dict[str, Any]:
+def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[str, Any]:
     """Arguments of the kernels besides the rows; the weight of all classes, W, only with smoothing."""
     class_ids, class_weight, total_weight = options.class_ids, options.class_weight, None
     if class_weight is not None:
@@ -539,25 +600,14 @@ def _launch_scale(
 
 
 def _launch_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    saved, options, needs = _unpack(rest)
-    saved = saved._replace(image=with_contiguous_rows(saved.image), text=with_contiguous_rows(saved.text))
-    each = REDUCTIONS[options.reduction] == "none"
-    upstream = (None, None) if each else (d_loss, saved.denominator)
-    sums = _launch_sums(d_loss if each else None, saved, options, needs)
-    image, text, logit_scale = saved.image, saved.text, saved.logit_scale
-    d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
-    if needs.image:
-        d_image = unit_rows.through_unit_norm(image, None, sums[0], logit_scale, *upstream)
-    if needs.text:
-        ids = None if options.class_ids is None else options.class_ids.contiguous()
-        d_text = unit_rows.through_unit_norm(text, ids, sums[1], logit_scale, *upstream)
-    if needs.logit_scale:
-        d_logit_scale = _launch_scale(sums[2], torch.empty_like(logit_scale), *upstream)
-    return d_image, d_text, d_logit_scale
+    saved, denominator, options, needs = _unpack(rest)
+    if REDUCTIONS[options.reduction] == "none":
+        return launch_gradients(d_loss, None, saved, options, needs)
+    return launch_gradients(None, None, saved, options, needs, d_loss, denominator)
 
 
 def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    options, keep = _Options(*rest[:5]), _Needs(*rest[5:])
+    options, keep = Options(*rest[:5]), Needs(*rest[5:])
     class_ids, class_weight, _, ignore_index, _ = options
     reduction = REDUCTIONS[options.reduction]
     loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:4], reduction)
@@ -573,7 +623,7 @@ def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, 
 
 
 def _fallback_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    saved, options, needs = _unpack(rest)
+    saved, _, options, needs = _unpack(rest)
 
     def forward(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         reduction = REDUCTIONS[options.reduction]
@@ -583,29 +633,34 @@ def _fallback_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _check(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> None:
-    class_ids, _, _, ignore_index, _ = _Options(*rest[:5])
-    name, C = "class_sampled_ce", text.shape[0]
+    options = Options(*rest[:5])
+    check_sample("class_sampled_ce", text, labels, logit_scale, options.class_ids, options.ignore_index, "ignore_index")
+
+
+def check_sample(
+    name: str, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, absent: int, meaning: str
+) -> None:
+    """Raise ValueError for values that the C++ kernels refuse; `absent` is a label without a row, with its meaning."""
+    C = text.shape[0]
     if not logit_scale.isfinite().item():
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")
     if class_ids is not None:
         unit_rows.check_class_ids(name, class_ids, C)
-    labels = labels[labels != ignore_index]
+    labels = labels[labels != absent]
     wrong = labels[(labels < 0) | (labels >= C)]
     if wrong.numel() > 0:
-        raise ValueError(
-            f"{name}: labels must be rows of text, 0 to {C - 1}, or ignore_index ({ignore_index}); got {wrong[0]}."
-        )
+        raise ValueError(f"{name}: labels must be rows of text, 0 to {C - 1}, or {meaning} ({absent}); got {wrong[0]}.")
     if class_ids is not None:
-        absent = labels[~torch.isin(labels, class_ids)]
-        if absent.numel() > 0:
+        missing = labels[~torch.isin(labels, class_ids)]
+        if missing.numel() > 0:
             raise ValueError(
-                f"{name}: labels must be among class_ids; got {absent[0]}. "
+                f"{name}: labels must be among class_ids; got {missing[0]}. "
                 "Select the classes so that every label is kept."
             )
 
 
 def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    options, keep = _Options(*rest[:5]), _Needs(*rest[5:])
+    options, keep = Options(*rest[:5]), Needs(*rest[5:])
     B, K = image.shape[0], options.classes(text)
     dtype = torch.promote_types(image.dtype, torch.float32)
     loss = image.new_empty((B,) if REDUCTIONS[options.reduction] == "none" else (), dtype=dtype)
@@ -613,7 +668,7 @@ def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *res
     return loss, lse, loss.new_empty(B), loss.new_empty(K), loss.new_empty(()), *_unwritten(loss, image, K, keep)
 
 
-def _unwritten(loss: Tensor, image: Tensor, K: int, keep: _Needs) -> tuple[Tensor, Tensor, Tensor]:
+def _unwritten(loss: Tensor, image: Tensor, K: int, keep: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate `kept_…`, which only the C++ kernel writes and reads."""
     B, D = image.shape
     return (
@@ -624,7 +679,7 @@ def _unwritten(loss: Tensor, image: Tensor, K: int, keep: _Needs) -> tuple[Tenso
 
 
 def _fake_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    saved, _, needs = _unpack(rest)
+    saved, _, _, needs = _unpack(rest)
     return registration.gradients_like((saved.image, saved.text, saved.logit_scale), needs)
 
 

@@ -261,7 +261,7 @@ def through_unit_norm(
 
 def check_class_ids(name: str, class_ids: Tensor, C: int) -> None:
     """Raise ValueError for ids that the C++ kernels refuse."""
-    if class_ids.amin() < 0 or class_ids.amax() >= C:
+    if ((class_ids < 0) | (class_ids >= C)).any():
         raise ValueError(f"{name}: class_ids must be rows of text, 0 to {C - 1}; got {class_ids.tolist()}.")
     if class_ids.unique().numel() != class_ids.numel():
         raise ValueError(f"{name}: class_ids must have no duplicates; got {class_ids.tolist()}.")
