@@ -73,6 +73,7 @@ LARGEST_GRID = (2**31 - 1, 65535, 65535)
 WIDE = 128
 NARROW = {
     "_class_sampled_ce_fwd_combine_kernel": 64,  # partial results of one image, fp64
+    "_class_sampled_lse_fwd_combine_kernel": 64,
     "_class_sampled_ce_bwd_scale_kernel": 32,  # one number per image
 }
 # Rounds of dependent loads of a kernel in a typical step: 40 · 450 cycles are 10 µs at 1.755 GHz (H100), as long as a

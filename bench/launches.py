@@ -95,6 +95,19 @@ def class_sampled_logits_backward(dtype: torch.dtype) -> Iterator[Call]:
 
 
 @calls
+def class_sampled_lse(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, tensors, (class_ids, *_), _ in _class_sampled_ce(dtype):
+        yield Call(shape, (*tensors, class_ids))
+
+
+@calls
+def class_sampled_lse_backward(dtype: torch.dtype) -> Iterator[Call]:
+    for shape, tensors, (class_ids, *_), (B, K, _) in _class_sampled_ce(dtype):
+        lse, norms = on_meta(B, dtype=torch.float64), [on_meta(n, dtype=torch.float32) for n in (B, K)]
+        yield Call(shape, (*tensors, lse, *norms, lse, lse, class_ids, True, True, True))
+
+
+@calls
 def class_scores(dtype: torch.dtype) -> Iterator[Call]:
     for B, C, D in ((4, 1000, 512), (4, 21841, 512), (5, 1001, 100)):
         yield Call(f"B{B}-C{C}-D{D}", (on_meta(B, D, dtype=dtype), on_meta(C, D, dtype=dtype), ids(B)))

@@ -28,6 +28,7 @@ SOURCES = (
     "add_layer_norm.cpp",
     "class_sampled_ce.cpp",
     "class_sampled_logits.cpp",
+    "class_sampled_lse.cpp",
     "class_scores.cpp",
     "gather_rows.cpp",
     "mlp_activation.cpp",

@@ -19,6 +19,8 @@ from .ops.add_layer_norm import add_layer_norm as _add_layer_norm
 from .ops.class_sampled_ce import REDUCTIONS
 from .ops.class_sampled_ce import class_sampled_ce as _class_sampled_ce
 from .ops.class_sampled_logits import class_sampled_logits as _class_sampled_logits
+from .ops.class_sampled_lse import check as _check_class_sampled_lse
+from .ops.class_sampled_lse import class_sampled_lse as _class_sampled_lse
 from .ops.class_scores import class_scores as _class_scores
 from .ops.gather_rows import gather_rows as _gather_rows
 from .ops.gather_rows import gather_rows_out as _gather_rows_out
@@ -32,6 +34,7 @@ __all__ = [
     "add_layer_norm",
     "class_sampled_ce",
     "class_sampled_logits",
+    "class_sampled_lse",
     "class_scores",
     "contrastive_loss",
     "mlp_activation",
@@ -166,6 +169,73 @@ def class_sampled_logits(
         _check_ids(name, "class_ids", class_ids, image, K=None)
     scale = _scale_tensor(name, logit_scale, image)
     return registration.call(_class_sampled_logits, image, text, scale, class_ids)[0]
+
+
+def class_sampled_lse(
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    class_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits of the classes of one process, and the logit of the label.
+
+    For a cross-entropy over classes that are shared out among processes. With z_bk = logit_scale · ⟨x_b/|x_b|,
+    t_k/|t_k|⟩ over the sampled rows k of the bank of this process, and y_b the label:
+
+        lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
+
+    The loss of an image is the `torch.logsumexp` over processes of lse_b, minus the sum over processes of target_b.
+    Autograd of these [B] numbers gives each process its gradients of lse and target, and with them the exact gradients
+    of `image`, `text` (zero for rows outside the sample) and `logit_scale` without another message. The [B, K] logits
+    are never in memory all at once, see `class_sampled_ce`.
+
+    Class weights multiply the loss of an image by the weight of its label. Label smoothing needs the sum of the logits,
+    which is logit_scale · ⟨x_b/|x_b|, Σ_k t_k/|t_k|⟩: a product of [B, D] and [D] in plain PyTorch.
+
+    Args:
+        image: [B, D] image embeddings of any norm, of all processes, in fp32, bf16, fp16 or fp64.
+        text: [C, D] class bank of this process with rows of any norm, in the dtype of `image`; C may be 0.
+        labels: int64 [B], indices of rows of the bank, or −1 for a class of another process.
+        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
+            `image` (without a host sync).
+        class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows. K may be
+            0.
+
+    Returns:
+        lse and target, both fp64 [B] for every dtype, since the loss is a difference and fp32 rounds logits by 4e-6 at
+        a scale of 100. Without a class (K = 0) lse is −∞ and target 0, with gradients of zero.
+
+    Raises:
+        TypeError: for an unsupported or mismatched dtype.
+        ValueError: for a mismatched shape or device. On the CPU also for a label that is neither −1 nor a row of the
+            bank and among `class_ids`, for `class_ids` out of range or with duplicates, and for a `logit_scale` that is
+            not finite.
+
+    Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
+
+    Example:
+        >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
+        >>> text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # [C=3, D=2]
+        >>> first = class_sampled_lse(image, text[:2], torch.tensor([0, -1]), 10.0)  # classes 0 and 1
+        >>> second = class_sampled_lse(image, text[2:], torch.tensor([-1, 0]), 10.0)  # class 2
+        >>> lse, target = (torch.stack(x) for x in zip(first, second, strict=True))  # [processes, B]
+        >>> loss = (lse.logsumexp(0) - target.sum(0)).mean()
+        >>> torch.allclose(loss.float(), class_sampled_ce(image, text, torch.tensor([0, 2]), 10.0))
+        True
+    """
+    name = "class_sampled_lse"
+    _check_features(name, image, "text", text, C=0 if text.shape[:1] == (0,) else None)
+    _check_ids(name, "labels", labels, image, B=image.shape[0])
+    if class_ids is not None:
+        _check_ids(name, "class_ids", class_ids, image, K=0 if class_ids.shape == (0,) else None)
+    scale = _scale_tensor(name, logit_scale, image)
+    if (text if class_ids is None else class_ids).shape[0] == 0:  # the kernels need a class
+        if image.device.type == "cpu":
+            _check_class_sampled_lse(image, text, labels, scale, class_ids)
+        return reference.class_sampled_lse(image, text, labels, scale, class_ids)
+    return registration.call(_class_sampled_lse, image, text, labels, scale, class_ids)[:2]
 
 
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -662,10 +732,10 @@ def sgd_momentum_(
     _sgd_momentum_(weights, grads, buffers, lr, momentum, weight_decay, seed, offsets)
 
 
-def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor) -> None:
+def _check_features(name: str, image: Tensor, bank_name: str, bank: Tensor, C: int | None = None) -> None:
     check_shape(name, "image", image, B=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
-    check_shape(name, bank_name, bank, ("image", image), C=None, D=image.shape[1])
+    check_shape(name, bank_name, bank, ("image", image), C=C, D=image.shape[1])
     check_one_dtype(name, bank_name, bank, ("image", image))
     check_device(name, bank_name, bank, ("image", image))
 

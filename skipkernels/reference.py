@@ -20,6 +20,7 @@ __all__ = [
     "add_layer_norm",
     "class_sampled_ce",
     "class_sampled_logits",
+    "class_sampled_lse",
     "class_scores",
     "contrastive_loss",
     "gather_rows",
@@ -87,6 +88,35 @@ def class_sampled_logits(
     if isinstance(logit_scale, Tensor):
         logit_scale = logit_scale.reshape(()).to(cosine.dtype)
     return logit_scale * cosine
+
+
+def class_sampled_lse(
+    image: Tensor,
+    text: Tensor,
+    labels: Tensor,
+    logit_scale: Tensor | float,
+    class_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits of the classes of one process, and the logit of the label.
+
+        lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 for the label −1,   z = class_sampled_logits(…)
+
+    The cosines are in fp32 (fp64 for fp64), all that follows in fp64. A label that is neither −1 nor a row of the bank
+    and among `class_ids` raises an error (on a GPU: a device-side assertion).
+
+    See `skipkernels.functional.class_sampled_lse`.
+    """
+    cosine = class_sampled_logits(image, text, 1.0, class_ids).double()
+    logits = (logit_scale.reshape(()).double() if isinstance(logit_scale, Tensor) else logit_scale) * cosine
+    # Column 0 is for −1. Labels outside the sample get column K + 1, which does not exist.
+    column = labels + 1
+    if class_ids is not None:
+        K = class_ids.shape[0]
+        columns = class_ids.new_full((text.shape[0],), K + 1)
+        columns = columns.scatter(0, class_ids, torch.arange(1, K + 1, device=text.device))
+        column = F.pad(columns, (1, 0)).index_select(0, column)
+    target = F.pad(logits, (1, 0)).gather(1, column[:, None]).squeeze(1)
+    return logits.logsumexp(dim=1), target
 
 
 @torch.no_grad()

@@ -259,6 +259,30 @@ def test_class_sampled_logits_refuses():
         functional.class_sampled_logits(torch.randn(B, D), torch.randn(C, D), 1.0, class_ids=torch.ones(2))
 
 
+LSE = [
+    ({"labels": torch.tensor([0, 3, 5, -2])}, ValueError, r"labels must be rows of text, .*process \(-1\); got -2"),
+    ({"labels": torch.tensor([0, 3, 5, 9])}, ValueError, r"labels must be rows of text, 0 to 8, .*; got 9"),
+    ({"labels": torch.tensor([0, 3, 5, 7])}, ValueError, r"labels must be among class_ids; got 7"),
+    ({"class_ids": torch.tensor([8, 0, 3, 5, 3])}, ValueError, r"class_ids must have no duplicates; got"),
+    ({"class_ids": torch.tensor([]).long()}, ValueError, r"labels must be among class_ids; got 0"),
+    ({"class_ids": torch.ones(0, 1).long()}, ValueError, r"class_ids must be \[K\] with K ≥ 1; got \[0, 1\]"),
+    ({"text": torch.randn(0, D), "class_ids": None}, ValueError, r"labels must be rows of text, .*; got 0"),
+    (
+        {"text": torch.randn(0, D), "class_ids": None, "logit_scale": math.nan},
+        ValueError,
+        r"logit_scale must be finite",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), LSE, ids=lambda x: x if isinstance(x, str) else "")
+def test_class_sampled_lse_refuses(bad, error, message):
+    arguments = {name: x for name, x in good().items() if name != "class_weight"}
+    functional.class_sampled_lse(**arguments)
+    with pytest.raises(error, match=rf"^class_sampled_lse: {message}"):
+        functional.class_sampled_lse(**{**arguments, **bad})
+
+
 def test_a_number_and_a_tensor_are_the_same_scale():
     numbers = {**good(), "logit_scale": 14.25}
     for scale in (torch.tensor(14.25), torch.tensor([14.25]), torch.tensor(14.25, dtype=torch.float64)):

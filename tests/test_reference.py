@@ -43,6 +43,29 @@ def test_class_sampled_ce_refuses_a_label_outside_the_sample(label):
         reference.class_sampled_ce(torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label]), 1.0, torch.tensor([0, 8]))
 
 
+@pytest.mark.parametrize("class_ids", [None, torch.tensor([7, 2, 4, 0])])
+def test_class_sampled_lse_is_that_of_the_logits(rng, class_ids):
+    image, text = torch.randn(3, 8, generator=rng, **torch_double), torch.randn(9, 8, generator=rng, **torch_double)
+    lse, target = reference.class_sampled_lse(image, text, torch.tensor([4, -1, 7]), 5.0, class_ids)
+    logits = reference.class_sampled_logits(image, text, 5.0, class_ids)
+    place = (4, 7) if class_ids is None else (2, 0)
+    assert torch.allclose(lse, logits.logsumexp(1), rtol=1e-14)
+    assert torch.allclose(
+        target, torch.stack([logits[0, place[0]], torch.tensor(0.0), logits[2, place[1]]]), rtol=1e-14
+    )
+
+
+@pytest.mark.parametrize("label", [3, -2, 9])
+def test_class_sampled_lse_refuses_a_label_outside_the_sample(label):
+    image, text, labels = torch.ones(1, 2), torch.ones(9, 2), torch.tensor([label])
+    for class_ids in (torch.tensor([0, 8]), torch.tensor([]).long()):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            reference.class_sampled_lse(image, text, labels, 1.0, class_ids)
+    if label != 3:
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            reference.class_sampled_lse(image, text, labels, 1.0)
+
+
 def test_half_precision_is_computed_in_fp32(rng):
     image, text = torch.randn(4, 8, generator=rng), torch.randn(9, 8, generator=rng)
     for dtype in (torch.bfloat16, torch.float16):

@@ -15,6 +15,7 @@ __all__ = ["OPERATORS", "Backend", "backends"]
 OPERATORS = (
     "class_sampled_ce",
     "class_sampled_logits",
+    "class_sampled_lse",
     "class_scores",
     "add_layer_norm",
     "mlp_activation",

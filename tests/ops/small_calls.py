@@ -27,12 +27,8 @@ class SmallCall(NamedTuple):
         return sum((x.square().sum() for x in results if x is not None), start=torch.zeros(()))
 
 
-def _class_sampled_ce(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    return functional.class_sampled_ce(image, text, labels, scale, **options)
-
-
-def _reference_class_sampled_ce(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    return reference.class_sampled_ce(image, text, labels, scale, **options)
+def _labels_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda image, text, scale, labels, **options: function(image, text, labels, scale, **options)
 
 
 def small_call(name: str) -> SmallCall:
@@ -52,6 +48,7 @@ def small_call(name: str) -> SmallCall:
         ),
         "class_sampled_logits": ((randn(2, 4), randn(5, 4), scale), (), {"class_ids": ids}),
         "contrastive_loss": ((randn(3, 4), randn(3, 4), scale), (), {}),
+        "class_sampled_lse": ((randn(2, 4), randn(5, 4), scale), (torch.tensor([-1, 3]),), {"class_ids": ids}),
         "class_scores": ((), (randn(2, 4), randn(5, 4), torch.tensor([0, 3])), {}),
         "add_layer_norm": ((randn(3, 4), randn(3, 4), randn(4), randn(4)), (), {}),
         "mlp_activation": ((randn(3, 4), randn(4)), ("gelu",), {}),
@@ -69,6 +66,6 @@ def small_call(name: str) -> SmallCall:
         "sgd_momentum_": ((), (weight, [x.clone() for x in weight], [x.clone() for x in weight], 1e-9), {}),
     }
     functions = getattr(functional, name), getattr(reference, name, None)
-    if name == "class_sampled_ce":
-        functions = _class_sampled_ce, _reference_class_sampled_ce
+    if name in ("class_sampled_ce", "class_sampled_lse"):
+        functions = tuple(map(_labels_last, functions))
     return SmallCall(*functions, *calls[name])
