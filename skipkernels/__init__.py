@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipkernels import functional, ops, reference, retrieval
+    from skipkernels import functional, ops, parallel, reference, retrieval
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import SkipCLIP, SkipOutput
     from skipkernels.features import FeatureCache
@@ -38,13 +38,14 @@ __all__ = [
     "functional",
     "merge_lora",
     "ops",
+    "parallel",
     "reference",
     "retrieval",
     "save_lora",
     "select_classes",
 ]
 
-_SUBMODULES = ("functional", "ops", "reference", "retrieval")
+_SUBMODULES = ("functional", "ops", "parallel", "reference", "retrieval")
 _HOME = {  # public name → its module
     "ClassSelection": "selection",
     "FeatureCache": "features",

@@ -1,4 +1,4 @@
-"""Two processes, with the variables that a launcher of distributed training sets."""
+"""Several processes, with the variables that a launcher of distributed training sets."""
 
 from __future__ import annotations
 
@@ -14,22 +14,35 @@ import torch
 
 def by_two(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Results of `function(rank, *arguments)` in each of two processes, in which it may make a process group."""
+    return together(2, folder, function, *arguments)
+
+
+def together(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Results of `function(rank, *arguments)` in each of `size` processes, in which it may make a process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.features", "skipkernels.clip"])
-    both = [context.Process(target=_process, args=(rank, port, folder, function, arguments)) for rank in range(2)]
-    for each in both:
+    every = [
+        context.Process(target=_process, args=(rank, size, port, folder, function, arguments)) for rank in range(size)
+    ]
+    for each in every:
         each.start()
-    for each in both:
-        each.join(120)
-        assert each.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    try:
+        for each in every:
+            each.join(120)
+            assert each.exitcode == 0
+    finally:
+        for each in every:
+            each.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-def _process(rank: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _process(
+    rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     torch.save(function(rank, *arguments), folder / f"{rank}.pt")

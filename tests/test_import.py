@@ -37,6 +37,7 @@ LAYERS = [
     ("functional",),
     ("store",),
     ("boundary", "classifier", "optimizer", "retrieval", "selection", "towers"),
+    ("parallel",),
     ("clip",),
     ("lora",),
     ("features",),

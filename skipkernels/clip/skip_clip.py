@@ -14,6 +14,7 @@ from ..boundary import DEFAULT_CHUNK
 from ..checks import warn_caller
 from ..classifier import ImageClassifier
 from ..options import AttentionName, Tail
+from ..parallel import ClassParallel
 from ..selection import ClassSelection, RankSampler, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating, refuse_sharded
 from ..towers.reductions import of_every_template
@@ -26,8 +27,9 @@ from .multi_label import sigmoid_loss
 from .output import SkipOutput
 from .pairs import pair_loss
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
+from .sharded_step import agreeing, device_of, refuse_options, sharded_step
 from .snapshot import Snapshot, refuse_alterations
-from .state import pack_state, unpack_state
+from .state import Shard, pack_state, prompts_digest, unpack_state
 from .text_encoder import TextEncoder
 from .trainable import TrainedParameters, set_trainable
 from .verify import verify
@@ -52,7 +54,8 @@ class SkipCLIP(nn.Module):
     second forward would draw other classes: use `memory="min"`.
 
     With `DistributedDataParallel(clip, forward_sync_buffers=False)` each process selects classes for its part of a
-    batch. With `keep_ratio=1` and equal parts the gradients are those of the whole batch.
+    batch. With `keep_ratio=1` and equal parts the gradients are those of the whole batch. With `process_group` they are
+    for all settings.
 
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
@@ -85,9 +88,15 @@ class SkipCLIP(nn.Module):
         text_cache: Folder that stores the text features at the cut, instead of memory, if there are very many classes.
             The first process fills it while others wait. A GPU holds up to 256 MiB of it; above that, each step has a
             host sync to read class ids.
+        process_group: Processes that train together, by gloo or NCCL: the result is that of one process with the images
+            of all, to rounding. Process r of W encodes and scores the classes c ≡ r (mod W). The loss is the mean over
+            the images of all processes, and gradients are for the mean over processes, by `DistributedDataParallel` or
+            `skipkernels.parallel.all_reduce_gradients`. Construct SkipCLIP with equal arguments on every process. By
+            default each process is alone.
 
     Attributes:
-        prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning.
+        prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning. With
+            `process_group` those of the classes of this process.
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
 
@@ -138,6 +147,7 @@ class SkipCLIP(nn.Module):
         memory: Memory = "auto",
         attention: AttentionName = "sdpa",
         text_cache: str | Path | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ):
         super().__init__()
         check_tokens(tokens)
@@ -149,26 +159,35 @@ class SkipCLIP(nn.Module):
         self.label_smoothing = check_label_smoothing(label_smoothing)
         self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
         self.model = model
-        self._tokens = prompts_of(tokens)
-        image, texts = build_towers(model, self._tokens)
-        self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
+        self._parallel = None
+        if process_group is not None:
+            self._parallel = ClassParallel(process_group, len(tokens), device_of(model))
+            refuse_options(
+                label_smoothing=label_smoothing > 0,
+                class_weight=class_weight is not None,
+                text_cache=text_cache is not None,
+            )
         self._trained = TrainedParameters()
         self._snapshot: Snapshot | None = None  # None in a copy and after a move
 
         required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            self._set_up(image, texts)
-            self._text_encoder.see_called_modules()
-            with torch.autocast(texts[0].tokens.device.type, enabled=False):
-                with evaluating([model]):
-                    folder = None if text_cache is None else Path(text_cache)
-                    if folder is not None:
-                        self._text_encoder.use_folder(folder)
-                    # Not persistent: `get_extra_state` holds them.
-                    self.register_buffer("prototypes", self._text_encoder.prototypes(folder), persistent=False)
-                weight = check_class_weight(class_weight, self.prototypes)
-                self.register_buffer("class_weight", weight, persistent=False)
-                verify(model, self._image_encoder, self._text_encoder, self._tokens)
+            with agreeing(self):
+                self._prompts = prompts_digest(tokens) if self._parallel is not None else None
+                self._tokens = prompts_of(tokens if self._parallel is None else tokens[self._parallel.owned])
+                image, texts = build_towers(model, self._tokens)
+                self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
+                self._set_up(image, texts)
+                self._text_encoder.see_called_modules()
+                with torch.autocast(texts[0].tokens.device.type, enabled=False):
+                    with evaluating([model]):
+                        folder = None if text_cache is None else Path(text_cache)
+                        if folder is not None:
+                            self._text_encoder.use_folder(folder)
+                        self._set_prototypes(self._text_encoder.prototypes(folder))
+                    weight = check_class_weight(class_weight, self.prototypes)
+                    self.register_buffer("class_weight", weight, persistent=False)
+                    verify(model, self._image_encoder, self._text_encoder, self._tokens)
         except BaseException:
             for parameter, requires_grad in required_grad:
                 parameter.requires_grad_(requires_grad)
@@ -177,6 +196,12 @@ class SkipCLIP(nn.Module):
         # After the text features of all classes were computed, on the device of the model.
         self._take_over(None if lower_device is None else torch.device(lower_device))
         self.register_load_state_dict_post_hook(_after_load)
+
+    def _set_prototypes(self, prototypes: Tensor) -> None:
+        if self._parallel is None:
+            self.register_buffer("prototypes", prototypes, persistent=False)  # `get_extra_state` holds them
+        else:
+            self.prototypes = prototypes  # no buffer, which DistributedDataParallel would broadcast
 
     def _set_up(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
         """Cut the towers, set which parameters train, and take a snapshot of the model to detect later changes."""
@@ -222,6 +247,11 @@ class SkipCLIP(nn.Module):
         return self._image.image_size
 
     @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """The processes that train together, or None."""
+        return None if self._parallel is None else self._parallel.group
+
+    @property
     def _image(self) -> ImageTower:
         return self._image_encoder.tower
 
@@ -246,6 +276,9 @@ class SkipCLIP(nn.Module):
 
         In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C].
 
+        With `process_group` a training step is collective, and `class_ids` and the loss are those of the images of all
+        processes; `targets` are of own images. In evaluation mode the loss is the mean over own images.
+
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             labels: [B] int64, classes of the images.
@@ -261,6 +294,8 @@ class SkipCLIP(nn.Module):
             ValueError: If shapes don't fit, the batch is empty, an image is not finite, or a label is out of range.
             RuntimeError: If the model was altered, or in training if called within a backward pass.
         """
+        if self._parallel is not None and self.training:
+            return sharded_step(self, (x, pixel_values, images), labels, return_logits)
         x = one_batch(x, pixel_values, images)
         self._check_step(x, labels)
         assert labels is not None
@@ -273,7 +308,7 @@ class SkipCLIP(nn.Module):
         self._check_batch(x)
         check_labels(labels, len(x))
         if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
-            check_label_range(labels, len(self.prototypes))
+            check_label_range(labels, self._num_classes)
         self._check_draw(len(x))
 
     def _check_batch(self, x: Any) -> None:
@@ -285,7 +320,7 @@ class SkipCLIP(nn.Module):
 
     def _check_draw(self, labels: int) -> None:
         """Raise a RuntimeError if the step of a number of labels would draw other classes than its first forward."""
-        classes = len(self.prototypes)
+        classes = self._num_classes
         in_backward = self.training and torch._C._current_graph_task_id() != -1
         if in_backward and self.sampler.plan(classes, labels)[0] < classes:  # the step would draw from the tail
             raise RuntimeError(
@@ -318,8 +353,9 @@ class SkipCLIP(nn.Module):
 
     def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
         """Loss and logits over all classes. Without gradients, cached class embeddings are used."""
-        class_ids = torch.arange(len(self.prototypes), device=image.device)
+        class_ids = torch.arange(self._num_classes, device=image.device)
         if torch.is_grad_enabled():
+            self._refuse_parallel("an evaluation with gradients", "Call it under torch.no_grad().")
             text = self._text_encoder.encode(class_ids)
         else:
             text = self.class_embeddings().to(image.dtype)
@@ -333,6 +369,7 @@ class SkipCLIP(nn.Module):
 
     def select(self, image: Tensor, labels: Tensor) -> ClassSelection:
         """Select the classes of a step from image embeddings [B, D] and labels [B]; draws from the tail."""
+        self._refuse_parallel("select")
         return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
 
     @torch.no_grad()
@@ -371,6 +408,7 @@ class SkipCLIP(nn.Module):
             >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
             True
         """
+        self._refuse_parallel("pair_loss")
         return pair_loss(self, x, captions)
 
     @torch.compiler.disable
@@ -417,6 +455,7 @@ class SkipCLIP(nn.Module):
             >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
             (torch.Size([]), [3, 7], [3])
         """
+        self._refuse_parallel("sigmoid_loss")
         return sigmoid_loss(self, x, labels, max_labels, logit_bias)
 
     def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
@@ -436,6 +475,7 @@ class SkipCLIP(nn.Module):
             >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).class_ids.shape
             torch.Size([6])
         """
+        self._refuse_parallel("graphed", "Run the steps one by one.")
         return GraphedStep(self, optimizer, batch_size)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -491,10 +531,12 @@ class SkipCLIP(nn.Module):
     def class_embeddings(self) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient.
 
-        Computed in evaluation mode, and again only after the weights have changed, in whatever way.
+        Computed in evaluation mode, and again only after the weights have changed, in whatever way. With
+        `process_group` that is collective, also in what uses them, such as `predict`.
         """
         self._check_unaltered()
-        return self._text_encoder.class_embeddings()
+        own = self._text_encoder.class_embeddings()
+        return own if self._parallel is None else self._parallel.class_embeddings(own)
 
     def classifier(self) -> nn.Module:
         """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
@@ -558,6 +600,7 @@ class SkipCLIP(nn.Module):
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
         """Class ids [K] to text embeddings [K, D], not normalised."""
+        self._refuse_parallel("encode_classes", "Read them from class_embeddings().")
         self._check_unaltered()
         return self._text_encoder.encode(class_ids, exact=True)  # ids may repeat
 
@@ -620,6 +663,7 @@ class SkipCLIP(nn.Module):
             >>> clip.predict(torch.rand(4, 3, 32, 32)).shape
             torch.Size([4, 26])
         """
+        self._refuse_parallel("set_classes", "Create SkipCLIP again.")
         self._check_unaltered()
         check_tokens(tokens)
         check_vocabulary(tokens, self._text.vocabulary)
@@ -658,6 +702,14 @@ class SkipCLIP(nn.Module):
         self._image_encoder.weights.content_changed()
         self._text_encoder.compare_weights()
         self._refuse_training_below()
+
+    @property
+    def _num_classes(self) -> int:
+        return len(self.prototypes) if self._parallel is None else self._parallel.num_classes
+
+    def _refuse_parallel(self, name: str, remedy: str = "Create SkipCLIP without process_group.") -> None:
+        if self._parallel is not None:
+            raise RuntimeError(f"SkipCLIP: {name} is not supported with process_group. {remedy}")
 
     def _refuse_training_below(self) -> None:
         if self._image_encoder.weights.requires_grad() or self._text_encoder.weights.requires_grad():
@@ -705,6 +757,10 @@ class SkipCLIP(nn.Module):
             converted = getattr(self, name)
             if buffer.dtype != converted.dtype:
                 setattr(self, name, buffer.to(converted.device))
+        if self._parallel is not None:
+            moved = fn(self.prototypes)
+            keeps_dtype = moved.dtype == self.prototypes.dtype
+            self.prototypes = moved if keeps_dtype else self.prototypes.to(moved.device)
         replaced = {
             id(parameters[name]): parameter
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
@@ -727,18 +783,29 @@ class SkipCLIP(nn.Module):
     # ---- state -------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Return the state of the sampler and the prototypes as a uint8 tensor: the bytes of a safetensors file."""
-        return pack_state(self.prototypes, self._tokens, self.sampler.tensors())
+        """Return the state of the sampler and the prototypes as a uint8 tensor: the bytes of a safetensors file.
+
+        With `process_group` the prototypes are those of own classes: nothing is sent, so one process may save alone.
+        """
+        prompts = self._prompts or prompts_digest(self._tokens)
+        return pack_state(self.prototypes, prompts, self.sampler.tensors(), self._shard)
 
     def set_extra_state(self, state: Any) -> None:
-        """Continue from the result of `get_extra_state`.
+        """Continue from the result of `get_extra_state`, of any process of any number of them.
 
         Raises:
-            ValueError: If it is damaged, or differs in the prompts, the number of classes or the width.
+            ValueError: If it is damaged, or differs in the prompts, the number of classes or the width; or if it has
+                the prototypes of a share of the classes, and these are not those that were computed at construction.
         """
-        prototypes, sampler = unpack_state(state, self.prototypes, self._tokens)
+        prompts = self._prompts or prompts_digest(self._tokens)
+        prototypes, sampler = unpack_state(state, self.prototypes, prompts, self._shard, self._text.dtype)
         self.sampler.load_tensors(sampler)
         self.prototypes.copy_(prototypes)
+
+    @property
+    def _shard(self) -> Shard:
+        rank, size = (0, 1) if self._parallel is None else (self._parallel.rank, self._parallel.size)
+        return Shard(rank, size, self._num_classes)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any

@@ -2,49 +2,100 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..store import digest_tensors
+from .classes import prompts_of
 
 _FORMAT = "1"
+# Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and
+# the model, see towers/agreement.py; in half precision, prompts cropped to another length are rounded elsewhere.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
-def pack_state(prototypes: Tensor, tokens: Tensor, sampler: dict[str, Tensor]) -> Tensor:
-    """Pack prototypes, a digest of the tokens, and the state of the sampler into uint8 [n]."""
-    tensors = {"prototypes": prototypes.cpu(), "prompts": _digest(tokens)} | sampler
-    data = safetensors.torch.save(tensors, metadata={"format": _FORMAT})
+class Shard(NamedTuple):
+    """The classes c ≡ rank (mod size) of `num_classes`."""
+
+    rank: int
+    size: int
+    num_classes: int
+
+    @property
+    def class_ids(self) -> Tensor:
+        """The classes, int64, ascending."""
+        return torch.arange(self.rank, self.num_classes, self.size)
+
+
+def pack_state(prototypes: Tensor, prompts: str, sampler: dict[str, Tensor], shard: Shard) -> Tensor:
+    """Pack prototypes [n, D] of a shard, a digest of all prompts, and the state of the sampler into uint8 [bytes]."""
+    tensors = {
+        "prototypes": prototypes.cpu(),
+        "prompts": torch.frombuffer(bytearray(prompts, "ascii"), dtype=torch.uint8),
+    }
+    if shard.size > 1:
+        tensors["shard"] = torch.tensor(shard)
+    data = safetensors.torch.save(tensors | sampler, metadata={"format": _FORMAT})
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def unpack_state(state: Any, prototypes: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return prototypes and the state of the sampler.
+def unpack_state(
+    state: Any, prototypes: Tensor, prompts: str, shard: Shard, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the prototypes of a shard, and the state of the sampler.
+
+    A state with another shard replaces the prototypes of the classes in both, and the others stay.
+
+    Args:
+        state: Result of `pack_state`.
+        prototypes: [n, D], the current prototypes.
+        prompts: Digest of all prompts.
+        shard: Classes of these prototypes.
+        dtype: Dtype of the model.
 
     Raises:
-        ValueError: If the state is damaged, or differs in the prompts, the number of classes or the width.
+        ValueError: If the state is damaged, or differs in the prompts, the number of classes or the width; or if it has
+            a shard, with prototypes that differ from the current ones.
     """
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
         raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")
     try:
         tensors = safetensors.torch.load(state.cpu().numpy().tobytes())
-        loaded, prompts = tensors.pop("prototypes"), tensors.pop("prompts", None)
-    except (safetensors.SafetensorError, KeyError) as error:
+        loaded, saved_prompts = tensors.pop("prototypes"), tensors.pop("prompts", None)
+        saved = Shard(*tensors.pop("shard", torch.tensor([0, 1, len(loaded)])).tolist())
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
-    if loaded.shape != prototypes.shape:
+    here = [shard.num_classes, prototypes.shape[1]]
+    there = [saved.num_classes, *loaded.shape[1:]]
+    if there != here:
         raise ValueError(
-            f"SkipCLIP: the extra state has prototypes {list(loaded.shape)}, and this model and task have "
-            f"{list(prototypes.shape)}. Load it into a SkipCLIP with the same prompts."
+            f"SkipCLIP: the extra state has prototypes {there}, and this model and task have {here}. Load it into a "
+            "SkipCLIP with the same prompts."
         )
-    if prompts is not None and not prompts.equal(_digest(tokens)):
+    if saved_prompts is not None and bytes(saved_prompts.tolist()) != prompts.encode():
         raise ValueError(
             "SkipCLIP: the extra state has the prototypes of other prompts, or of these in another order. Load "
             "it into a SkipCLIP with the same prompts, or load the weights alone into clip.model."
         )
-    return loaded, tensors
+    if saved == shard == Shard(0, 1, len(loaded)):
+        return loaded, tensors
+    class_ids = saved.class_ids[saved.class_ids % shard.size == shard.rank]
+    class_ids = class_ids[class_ids % saved.size == saved.rank]
+    found = loaded[class_ids // saved.size].to(prototypes)
+    rows = (class_ids // shard.size).to(prototypes.device)
+    distance = (found - prototypes[rows]).norm(dim=1)
+    if saved.size > 1 and (distance > _TOLERANCE[dtype]).any():
+        raise ValueError(
+            "SkipCLIP: the extra state of one of several processes has prototypes of other weights than these, up to "
+            f"{distance.max().item():.1e} away. It has those of its own classes only: create SkipCLIP on the weights "
+            "from before tuning, then load the state."
+        )
+    return prototypes.index_copy(0, rows, found), tensors
 
 
-def _digest(tokens: Tensor) -> Tensor:
-    return torch.frombuffer(bytearray(digest_tensors([("tokens", tokens)]), "ascii"), dtype=torch.uint8)
+def prompts_digest(tokens: Tensor) -> str:
+    """Digest of the prompts [C, L] or [C, T, L] of all classes."""
+    return digest_tensors([("tokens", prompts_of(tokens))])

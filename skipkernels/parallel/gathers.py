@@ -1,0 +1,90 @@
+"""Gathers of tensors from all processes of a group, with exact gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Gather rows [b, …] of each process to [B, …] in the order of ranks; collective.
+
+    Processes with fewer rows pad them, and the padding is dropped. In backward, gradients of all processes are summed
+    by a reduce-scatter, at least in fp32: the result is that of the sum of the losses of all processes.
+
+    Args:
+        rows: [b, …] of this process.
+        sizes: b of each process.
+        group: The processes.
+    """
+    return _GatherRows.apply(rows, list(sizes), group)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group, ctx.dtype = sizes, group, rows.dtype
+        longest = max(sizes)
+        gathered = all_gather(_padded(rows, longest), group)
+        return gathered.flatten(0, 1) if min(sizes) == longest else torch.cat(_parts(gathered, sizes))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None, None]:
+        longest, own = max(ctx.sizes), ctx.sizes[dist.get_rank(ctx.group)]
+        wide = d_gathered.to(torch.promote_types(ctx.dtype, torch.float32))  # W roundings to bf16 would add up
+        parts = torch.stack([_padded(part, longest) for part in wide.split(ctx.sizes)])
+        return reduce_scatter(parts, ctx.group)[:own].to(ctx.dtype), None, None
+
+
+def gather_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather a tensor [...] of each process to [W, ...] in the order of ranks; collective.
+
+    For a loss that every process computes from the result. Backward sends nothing: each process has the gradient of its
+    own share already. It is multiplied by W, so that the mean over processes of the gradients of a parameter, as
+    `DistributedDataParallel` computes it, is the gradient of the loss.
+    """
+    return _GatherShares.apply(share, group)
+
+
+class _GatherShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather(share, group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_gathered: Tensor) -> tuple[Tensor, None]:
+        return len(d_gathered) * d_gathered[dist.get_rank(ctx.group)], None
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather a tensor [...] of the same shape on each process to [W, ...], without autograd."""
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    # Since PyTorch 2.13 under another name, and this one warns.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(out.view(-1), x.detach().contiguous().view(-1), group=group)
+    return out
+
+
+def reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over processes of part r of [W, ...], on process r."""
+    out = parts.new_empty(parts.shape[1:])
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(out.view(-1), parts.view(-1), group=group)
+    return out
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    if len(rows) == length:
+        return rows
+    return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
+
+
+def _parts(gathered: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    return [part[:size] for part, size in zip(gathered, sizes, strict=True)]

@@ -1,0 +1,332 @@
+"""`SkipCLIP(process_group=…)`: several processes train as one process does with the images of all."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import skipkernels as sk
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.processes import together
+
+CLASSES, STEPS = 18, 3
+SIZES = (1, 2, 4)
+FP64 = 1e-10  # relative: sums in another order, through a few blocks
+
+# Settings of each training, and its labels: by default random, in batches of 8 images.
+TRAININGS: dict[str, dict[str, Any]] = {
+    "resample": {},
+    "fixed": {"tail": "fixed", "train_logit_scale": True},
+    "every_class": {"keep_ratio": 1.0},
+    "memory_min": {"memory": "min"},
+    "ragged": {"batches": [7, 5, 6]},
+    # Five classes are kept, four of which belong to process 0: others have no label, and at most one has a class.
+    "one_owner": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * STEPS, "labels": [0, 4, 8, 16]},
+    "templates": {"templates": 2},
+    "uncut": {"skip_layers": 0},
+    "ddp": {"wrap": True, "train_logit_scale": True},
+    "accumulated": {"wrap": True, "accumulate": 2},
+}
+
+
+def tokens_of(templates: int) -> torch.Tensor:
+    every = [tiny_tokens(CLASSES, seed=seed) for seed in range(templates)]
+    return torch.stack(every, dim=1) if templates > 1 else every[0]
+
+
+def small_clip(group: Any = None, *, templates: int = 1, dtype: torch.dtype = torch.float64, **settings) -> sk.SkipCLIP:
+    settings = {"skip_layers": 1 / 3, "keep_ratio": 4, "decay": 0.3} | settings
+    return sk.SkipCLIP(tiny_clip(dtype), tokens_of(templates), process_group=group, **settings)
+
+
+def part(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    return x.tensor_split(size)[rank]
+
+
+def train(
+    clip: sk.SkipCLIP,
+    rank: int = 0,
+    size: int = 1,
+    *,
+    batches: list[int] | None = None,
+    labels: list[int] | None = None,
+    wrap: bool = False,
+    accumulate: int = 1,
+    first: int = 0,
+    last: int = STEPS,
+) -> dict[str, Any]:
+    """Train some steps with this process's part of each batch; return losses, classes, gradients and weights."""
+    sharded = clip.process_group is not None
+    forward = DistributedDataParallel(clip) if wrap and sharded else clip
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.05, image_lr=0.05), momentum=0.9)
+    losses, ids = [], []
+    for step in range(first, last):
+        images, drawn = tiny_batch((batches or [8] * STEPS)[step], CLASSES, seed=step)
+        drawn = drawn if labels is None else torch.tensor(labels)
+        for number in range(accumulate):
+            own = [part(part(x, number, accumulate), rank, size) for x in (images.to(clip._image.dtype), drawn)]
+            waits = wrap and sharded and number + 1 < accumulate
+            with forward.no_sync() if waits else contextlib.nullcontext():
+                out = forward(*own)
+                assert out.class_ids[out.targets].equal(own[1])
+                (out.loss / accumulate).backward()
+            losses.append(out.loss.item())
+            ids.append(out.class_ids)
+        if sharded and not wrap:
+            sk.parallel.all_reduce_gradients(clip)
+        gradients = {name: p.grad.clone() for name, p in clip.model.named_parameters() if p.requires_grad}
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "ids": ids, "gradients": gradients, "weights": dict(clip.model.state_dict())}
+
+
+def split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of `train`, and those of SkipCLIP."""
+    names = ("batches", "labels", "wrap", "accumulate")
+    return {k: v for k, v in settings.items() if k in names}, {k: v for k, v in settings.items() if k not in names}
+
+
+def alone(settings: dict[str, Any]) -> dict[str, Any]:
+    options, of_clip = split(settings)
+    return train(small_clip(**of_clip), **options)
+
+
+# ---- in each process ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, int]]]:
+    """Names of the collectives, and bytes that each process gives."""
+    messages: list[tuple[str, int]] = []
+    names = [name for name in ("all_gather_single", "reduce_scatter_single") if hasattr(dist, name)]
+    names = names or ["all_gather_into_tensor", "reduce_scatter_tensor"]
+    before = {name: getattr(dist, name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in before.items():
+
+            def record(out, x, *, name=name, function=function, **options):
+                messages.append((name.partition("_single")[0], x.nbytes))
+                return function(out, x, **options)
+
+            patch.setattr(dist, name, record)
+        yield messages
+
+
+def caught(function, *arguments, **options) -> str:
+    try:
+        function(*arguments, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    group = dist.group.WORLD
+    found: dict[str, Any] = {}
+    for name, settings in TRAININGS.items():
+        options, of_clip = split(settings)
+        found[name] = train(small_clip(group, **of_clip), rank, size, **options)
+
+    clip = small_clip(group)
+    images, labels = tiny_batch(8, CLASSES)
+    own = part(images, rank, size), part(labels, rank, size)
+    with recorded() as messages:
+        clip(*own).loss.backward()
+    found["messages"] = messages
+    found["copy"] = copy.deepcopy(clip)(*own).loss.item()
+    clip = small_clip(group, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        clip(own[0].float(), own[1]).loss.backward()
+    sk.parallel.all_reduce_gradients(clip)
+    found["bf16"] = {name: p.grad for name, p in clip.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        clip = small_clip(group).eval()
+        found["predict"], found["evaluated"] = clip.predict(images), clip(images, labels).loss.item()
+
+    # A state saved by process 0 of four, then loaded by each of two.
+    clip, file = small_clip(group), folder / "state.pt"
+    if size == 4:
+        train(clip, rank, size, last=2)
+        if rank == 0:
+            torch.save(clip.state_dict(), file)
+    if size == 2:
+        clip.load_state_dict(torch.load(file))
+        found["resumed"] = train(clip, rank, size, first=2)
+    if size == 2:
+        found["errors"] = errors(rank, group)
+    dist.destroy_process_group()
+    return found
+
+
+def errors(rank: int, group: Any) -> dict[str, str]:
+    images, labels = tiny_batch(2, CLASSES)
+
+    def construct(tokens=0, seed=0, weights=0, skip=1 / 3, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        sk.SkipCLIP(
+            tiny_clip(seed=weights),
+            tiny_tokens(CLASSES, seed=tokens),
+            skip_layers=skip,
+            generator=generator,
+            process_group=group,
+            **settings,
+        )
+
+    found = {
+        "tokens": caught(construct, tokens=rank),
+        "generator": caught(construct, seed=rank),
+        "weights": caught(construct, weights=rank),
+        "skip_layers": caught(construct, skip=1 + rank),
+        "options": caught(construct, keep_ratio=0.5 if rank else 0.4),
+        "construction": caught(construct, skip=1 if rank else 9),
+    }
+    clip = small_clip(group)
+    found["label"] = caught(clip, images, labels + (CLASSES if rank else 0))
+    if rank:
+        clip.sampler.generator.manual_seed(5)
+    found["draws"] = caught(clip, images, labels)
+    return found
+
+
+# ---- their results -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[int, list[dict[str, Any]]]:
+    return {size: together(size, folder, in_process, size, folder) for size in reversed(SIZES)}
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    largest = max(x.norm() for x in expected.values())
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        # Far below the largest, a gradient is rounding only, such as that of a key's bias.
+        assert (got[name] - x).norm() <= tolerance * max(x.norm(), 1e-3 * largest), name
+
+
+def assert_same_training(processes: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for got in processes:
+        assert got["losses"] == processes[0]["losses"], "to the bit"
+        assert all(map(torch.equal, got["ids"], expected["ids"]))
+        assert got["losses"] == pytest.approx(expected["losses"], rel=FP64)
+        for kind in ("gradients", "weights"):
+            assert_close(got[kind], expected[kind], FP64)
+    for name, weight in processes[0]["weights"].items():
+        assert all(other["weights"][name].equal(weight) for other in processes), name
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_matches_one_process(results, name):
+    expected = alone(TRAININGS[name])
+    for processes in results.values():
+        assert_same_training([got[name] for got in processes], expected)
+
+
+def test_one_owner_leaves_processes_without_classes_and_labels():
+    ids = alone(TRAININGS["one_owner"])["ids"]
+    assert all(len(x) == 5 and len(set((x % 4).tolist())) <= 2 for x in ids)
+
+
+def test_draws_differ_between_steps():
+    ids = alone(TRAININGS["resample"])["ids"]
+    assert len({tuple(x.tolist()) for x in ids}) == STEPS and len(ids[0]) < CLASSES
+
+
+def test_bf16_gradients_are_no_worse(results):
+    """Gradients of the processes, compared with those of one process, are within twice its error in bf16."""
+    images, labels = tiny_batch(8, CLASSES)
+    exact, one = small_clip(), small_clip(dtype=torch.float32)
+    exact(images, labels).loss.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        one(images.float(), labels).loss.backward()
+
+    def error(gradients):
+        return sum((gradients[name].double() - p.grad).norm() ** 2 for name, p in named if p.requires_grad) ** 0.5
+
+    named = list(exact.model.named_parameters())
+    slack = 2 * error({name: p.grad for name, p in one.model.named_parameters()})
+    for processes in results.values():
+        assert all(error(got["bf16"]) <= slack for got in processes)
+
+
+def test_evaluation_matches_one_process(results):
+    clip = small_clip().eval()
+    images, labels = tiny_batch(8, CLASSES)
+    with torch.no_grad():
+        loss, logits = clip(images, labels).loss.item(), clip.predict(images)
+    for processes in results.values():
+        for got in processes:
+            assert got["evaluated"] == pytest.approx(loss, rel=FP64)
+            torch.testing.assert_close(got["predict"], logits, rtol=FP64, atol=FP64)
+
+
+def test_copy_continues_with_the_processes(results):
+    clip = small_clip()
+    batch = tiny_batch(8, CLASSES)
+    clip(*batch)
+    expected = clip(*batch).loss.item()
+    for processes in results.values():
+        assert [got["copy"] for got in processes] == pytest.approx([expected] * len(processes), rel=FP64)
+
+
+def test_messages_of_a_step(results):
+    for size, processes in results.items():
+        images, classes, width = 8, -(-CLASSES // size), 12
+        per_process = -(-images // size)
+        expected = [
+            ("all_gather", 2 * 8),
+            ("all_gather", per_process * 8),
+            ("all_gather", per_process * width * 8),
+            ("all_gather", classes * 8),
+            ("all_gather", 2 * images * 8),
+            ("reduce_scatter", size * per_process * width * 8),
+        ]
+        for got in processes:
+            assert [tuple(x) for x in got["messages"]] == expected
+
+
+def test_state_of_four_processes_continues_in_two(results, folder):
+    expected = small_clip()
+    train(expected, last=2)
+    expected = train(expected, first=2)
+    assert_same_training([got["resumed"] for got in results[2]], expected)
+    clip, state = small_clip(), torch.load(folder / "state.pt")
+    clip.load_state_dict(state)
+    assert train(clip, first=2)["losses"] == pytest.approx(expected["losses"], rel=FP64)
+    tuned = sk.SkipCLIP(clip.model, tokens_of(1), skip_layers=1 / 3)
+    with pytest.raises(ValueError, match="prototypes of other weights .*create SkipCLIP on the weights from before"):
+        tuned.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        ("tokens", ["tokens must be equal on all processes"] * 2),
+        ("generator", ["generator must be equal on all processes"] * 2),
+        ("weights", ["weights must be equal on all processes"] * 2),
+        ("skip_layers", ["skip_layers and the trained parameters must be equal"] * 2),
+        ("options", ["options of the selection must be equal on all processes"] * 2),
+        ("construction", ["skip_layers must be a whole number", "process 0 of process_group raised an error"]),
+        ("label", ["process 1 of process_group raised an error", r"labels must be in \[0, C=18\)"]),
+        ("draws", [f"process {other} of process_group has another state" for other in (1, 0)]),
+    ],
+)
+def test_error_is_raised_on_every_process(results, name, messages):
+    for got, message in zip(results[2], messages, strict=True):
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(got["errors"][name])
