@@ -21,8 +21,8 @@ def check_label_smoothing(label_smoothing: Any) -> float:
     return float(label_smoothing)
 
 
-def check_class_weight(class_weight: Any, prototypes: Tensor) -> Tensor | None:
-    """Return a copy of the weights [C] in the dtype and on the device of the prototypes [C, D]; None without weights.
+def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:
+    """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights.
 
     Raises:
         TypeError: If they are not a floating-point tensor.
@@ -36,9 +36,9 @@ def check_class_weight(class_weight: Any, prototypes: Tensor) -> Tensor | None:
             f"SkipCLIP: class_weight must be a floating-point tensor [C]; got {kind}. Convert it with torch.tensor and "
             ".float()."
         )
-    if class_weight.shape != prototypes.shape[:1]:
+    if class_weight.shape != (num_classes,):
         raise ValueError(
-            f"SkipCLIP: class_weight must be [C={len(prototypes)}], one for each class; got {list(class_weight.shape)}."
+            f"SkipCLIP: class_weight must be [C={num_classes}], one for each class; got {list(class_weight.shape)}."
         )
     if class_weight.requires_grad:
         raise ValueError("SkipCLIP: class_weight is a constant; got one that requires grad. Use class_weight.detach().")

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from .skip_clip import SkipCLIP
 
 # What every process must have in common.
-_AGREED = ("tokens", "skip_layers and the trained parameters", "options of the selection", "generator", "weights")
+_AGREED = (
+    "tokens",
+    "skip_layers and the trained parameters",
+    "options of the selection",
+    "generator",
+    "label_smoothing and class_weight",
+    "weights",
+)
 
 
 def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, return_logits: bool) -> SkipOutput:
@@ -50,17 +57,20 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
         raise
     sizes = parallel.gather_sizes(len(x), clip.sampler.generator, device)
     labels = gather_rows(labels, sizes, group)
-    own = clip._image_encoder.encode(x)
-    image, scale = gather_rows(own, sizes, group), clip.model.logit_scale.exp()
+    image, scale = gather_rows(clip._image_encoder.encode(x), sizes, group), clip.model.logit_scale.exp()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         scores = functional.class_scores(image.to(clip.prototypes.dtype), clip.prototypes)
         ranks = clip.sampler.draw_on(device, parallel.num_classes, len(labels))
-        class_ids, targets = select_ranks(parallel.gather_classes(scores), labels, ranks)
-        own_ids, own_labels = parallel.own_selection(class_ids, targets)
+        selection = select_ranks(parallel.gather_classes(scores), labels, ranks)
+        own_selection = parallel.own_selection(selection)
+    class_ids, targets = selection
+    weight = None if clip.class_weight is None else clip.class_weight[class_ids]
     # A process without a selected class encodes one all the same: its weights get gradients of zero, not none.
-    selected = None if len(own_ids) else own_ids
-    text = clip._text_encoder.encode(own_ids if len(own_ids) else own_ids.new_zeros(1))
-    loss = sharded_cross_entropy(image, text, own_labels, scale, group, selected)
+    own_ids = own_selection.class_ids if len(own_selection.class_ids) else class_ids.new_zeros(1)
+    text = clip._text_encoder.encode(own_ids)
+    loss = sharded_cross_entropy(
+        image, text, own_selection, scale, group, class_weight=weight, label_smoothing=clip.label_smoothing
+    )
     start = sum(sizes[: parallel.rank])
     return SkipOutput(loss, loss.new_empty(len(x), 0), class_ids, targets[start : start + len(x)])
 
@@ -88,13 +98,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def refuse_options(**is_set: bool) -> None:
-    """Raise if an option is set that is not supported with `process_group`."""
-    for name, value in is_set.items():
-        if value:
-            raise ValueError(f"SkipCLIP: {name} is not supported with process_group. Leave out one of the two.")
-
-
 def _refuse_batch_norms(image: ImageTower, text: TextTower) -> None:
     for tower in (image, text):
         for part in (*tower.blocks[tower.skip :], *tower.head):
@@ -113,11 +116,13 @@ def _digests(clip: SkipCLIP) -> list[tuple[str, str]]:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     tensors = (x.detach() for x in (*model.parameters(), *model.buffers()))
     assert clip._prompts is not None
+    weights = [] if clip.class_weight is None else [("class_weight", clip.class_weight)]
     values = (
         clip._prompts,
         digest_json([clip.skip_layers, trained]),
         digest_json([sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail]),
         digest_tensors(sorted(sampler.tensors().items())),
+        digest_json([clip.label_smoothing, digest_tensors(weights)]),
         digest_json(digests(tensors)),
     )
     return list(zip(_AGREED, values, strict=True))

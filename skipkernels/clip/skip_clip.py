@@ -27,7 +27,7 @@ from .multi_label import sigmoid_loss
 from .output import SkipOutput
 from .pairs import pair_loss
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
-from .sharded_step import agreeing, device_of, refuse_options, sharded_step
+from .sharded_step import agreeing, device_of, sharded_step
 from .snapshot import Snapshot, refuse_alterations
 from .state import Shard, pack_state, prompts_digest, unpack_state
 from .text_encoder import TextEncoder
@@ -162,11 +162,8 @@ class SkipCLIP(nn.Module):
         self._parallel = None
         if process_group is not None:
             self._parallel = ClassParallel(process_group, len(tokens), device_of(model))
-            refuse_options(
-                label_smoothing=label_smoothing > 0,
-                class_weight=class_weight is not None,
-                text_cache=text_cache is not None,
-            )
+            if text_cache is not None:
+                raise ValueError("SkipCLIP: text_cache is not supported with process_group. Leave out one of the two.")
         self._trained = TrainedParameters()
         self._snapshot: Snapshot | None = None  # None in a copy and after a move
 
@@ -185,7 +182,7 @@ class SkipCLIP(nn.Module):
                         if folder is not None:
                             self._text_encoder.use_folder(folder)
                         self._set_prototypes(self._text_encoder.prototypes(folder))
-                    weight = check_class_weight(class_weight, self.prototypes)
+                    weight = check_class_weight(class_weight, self.prototypes, self._num_classes)
                     self.register_buffer("class_weight", weight, persistent=False)
                     verify(model, self._image_encoder, self._text_encoder, self._tokens)
         except BaseException:
@@ -674,7 +671,7 @@ class SkipCLIP(nn.Module):
         with torch.autocast(device.type, enabled=False):
             with evaluating([self.model]):
                 prototypes = encoder.unit_embeddings()
-            weight = check_class_weight(class_weight, prototypes)
+            weight = check_class_weight(class_weight, prototypes, len(prototypes))
             if encoder.lower_device is None:  # the model itself does not run on two devices
                 verify(self.model, self._image_encoder, encoder, prompts)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..selection import ClassSelection
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
 _FAILED = -1  # in place of a number of images, or of a digest
+
+
+class OwnSelection(NamedTuple):
+    """The selected classes of one process.
+
+    Attributes:
+        class_ids: [K_r] int64, as indices of its own classes, ascending.
+        labels: [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class.
+        owned: [K] bool, True for these among the selected classes of all processes.
+        targets: [B] int64, positions of the labels among the selected classes of all processes.
+    """
+
+    class_ids: Tensor
+    labels: Tensor
+    owned: Tensor
+    targets: Tensor
 
 
 class ClassParallel:
@@ -124,17 +141,9 @@ class ClassParallel:
             self._whole = own, self.gather_classes(own)
         return self._whole[1]
 
-    def own_selection(self, class_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Restrict a selection to own classes; on a GPU a host sync, for their number.
-
-        Args:
-            class_ids: [K] int64, selected classes.
-            targets: [B] int64, positions of the labels in `class_ids`.
-
-        Returns:
-            The selected classes of this process, [K_r] int64 as indices of own classes; and the positions of the labels
-            in these, [B], −1 where another process owns the class.
-        """
+    def own_selection(self, selection: ClassSelection) -> OwnSelection:
+        """Restrict a selection to own classes; on a GPU a host sync, for their number."""
+        class_ids, targets = selection
         owned = class_ids % self.size == self.rank
         positions = torch.where(owned, owned.cumsum(0) - 1, -1)
-        return class_ids[owned] // self.size, positions[targets]
+        return OwnSelection(class_ids[owned] // self.size, positions[targets], owned, targets)

@@ -32,6 +32,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     # Five classes are kept, four of which belong to process 0: others have no label, and at most one has a class.
     "one_owner": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * STEPS, "labels": [0, 4, 8, 16]},
     "templates": {"templates": 2},
+    "loss_options": {"weights": True, "label_smoothing": 0.2, "train_logit_scale": True},
+    "smoothed": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * STEPS, "label_smoothing": 0.1},
     "uncut": {"skip_layers": 0},
     "ddp": {"wrap": True, "train_logit_scale": True},
     "accumulated": {"wrap": True, "accumulate": 2},
@@ -45,6 +47,8 @@ def tokens_of(templates: int) -> torch.Tensor:
 
 def small_clip(group: Any = None, *, templates: int = 1, dtype: torch.dtype = torch.float64, **settings) -> sk.SkipCLIP:
     settings = {"skip_layers": 1 / 3, "keep_ratio": 4, "decay": 0.3} | settings
+    if settings.pop("weights", False):
+        settings["class_weight"] = torch.arange(1, CLASSES + 1) / 4
     return sk.SkipCLIP(tiny_clip(dtype), tokens_of(templates), process_group=group, **settings)
 
 
