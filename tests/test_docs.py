@@ -2,7 +2,7 @@
 
 - `python` blocks of a page run in order, in one namespace and an empty folder. A `text` block directly after one is its
   output.
-- A `cpp` block with a path quotes lines of that file, in order.
+- A `cpp` or `python` block with a path quotes lines of that file, in order.
 - Commands in plain, `console`, `sh` and indented blocks and in backticks are parsed by their program, which does not
   run. In backticks a leading "…" is the module of the previous command.
 - Files, tests and options in backticks, links and their anchors exist.
@@ -43,7 +43,7 @@ NAMES = ("README.md", "CONTRIBUTING.md", "tests/README.md")
 # Placeholders in commands, and a value for each.
 PLACEHOLDERS = {"NAME": "mlp_activation"}
 # Programs with arguments that are not checked.
-OTHER_PROGRAMS = ("cd", "git", "pip")
+OTHER_PROGRAMS = ("cd", "git", "pip", "torchrun")
 
 
 class Block(NamedTuple):
@@ -175,7 +175,7 @@ def test_python_blocks_run(page, reader):
 def check_quotations(page: Page) -> None:
     for block in page.blocks:
         language, _, path = block.kind.partition(" ")
-        if language != "cpp":
+        if not path:
             continue
         rest = iter((ROOT / path).read_text(encoding="utf-8").splitlines())
         for line in filter(None, map(str.strip, block.text.splitlines())):
@@ -183,7 +183,7 @@ def check_quotations(page: Page) -> None:
                 assert any(line == other.strip() for other in rest), f"{page.path.name}: {path} has no line {line!r}"
 
 
-def test_cpp_blocks_match_their_files(page):
+def test_quotations_match_their_files(page):
     check_quotations(page)
 
 

@@ -14,7 +14,8 @@ from .. import functional
 from ..parallel import gather_rows, sharded_cross_entropy
 from ..selection import select_ranks
 from ..store import digest_json, digest_tensors, digests
-from ..towers import ImageTower, TextTower, UnsupportedModel
+from ..towers import UnsupportedModel
+from ..towers.base import Tower
 from .batch import check_label_range, one_batch
 from .output import SkipOutput
 
@@ -45,7 +46,9 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
         x = one_batch(*batch)
         clip._check_step(x, labels)
         device = x.device
-        if labels.device.type == "cpu":
+        if labels.device != device:
+            raise ValueError(f"SkipCLIP: labels must be on {device}, where x is; got {labels.device}.")
+        if device.type == "cpu":
             check_label_range(labels, parallel.num_classes)
         if return_logits:
             raise ValueError(
@@ -86,7 +89,8 @@ def agreeing(clip: SkipCLIP) -> Iterator[None]:
     try:
         yield
         if parallel.size > 1:
-            _refuse_batch_norms(clip._image, clip._text)
+            refuse_batch_norms(clip._image)
+            refuse_batch_norms(clip._text)
     except Exception:
         parallel.report_error(device, len(_AGREED))
         raise
@@ -98,16 +102,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _refuse_batch_norms(image: ImageTower, text: TextTower) -> None:
-    for tower in (image, text):
-        for part in (*tower.blocks[tower.skip :], *tower.head):
-            for module in part.modules() if isinstance(part, nn.Module) else ():
-                if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-                    raise UnsupportedModel(
-                        "SkipCLIP: with process_group, batch norms above the cut must use the images of all processes; "
-                        f"got {type(module).__name__}. Convert the model with "
-                        "torch.nn.SyncBatchNorm.convert_sync_batchnorm, on a GPU, or raise skip_layers."
-                    )
+def refuse_batch_norms(tower: Tower) -> None:
+    """Raise if a part above the cut has batch norms over the images of one process."""
+    for part in (*tower.blocks[tower.skip :], *tower.head):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                raise UnsupportedModel(
+                    "SkipCLIP: with process_group, batch norms above the cut must use the images of all processes; got "
+                    f"{type(module).__name__}. Convert the model with "
+                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm, on a GPU, or raise skip_layers."
+                )
 
 
 def _digests(clip: SkipCLIP) -> list[tuple[str, str]]:

@@ -14,7 +14,9 @@ from ..selection import ClassSelection
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
-_FAILED = -1  # in place of a number of images, or of a digest
+# In place of a number of images.
+_FAILED = -1  # also in place of a digest
+_EVALUATES = -2
 
 
 class OwnSelection(NamedTuple):
@@ -23,14 +25,16 @@ class OwnSelection(NamedTuple):
     Attributes:
         class_ids: [K_r] int64, as indices of its own classes, ascending.
         labels: [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class.
-        owned: [K] bool, True for these among the selected classes of all processes.
+        positions: [K_r] int64, positions of these classes among the selected classes of all processes.
         targets: [B] int64, positions of the labels among the selected classes of all processes.
+        kept: K, number of selected classes of all processes.
     """
 
     class_ids: Tensor
     labels: Tensor
-    owned: Tensor
+    positions: Tensor
     targets: Tensor
+    kept: int
 
 
 class ClassParallel:
@@ -59,7 +63,8 @@ class ClassParallel:
         backend = dict(part.split(":") for part in str(dist.get_backend_config(group)).split(",")).get(device.type)
         if backend not in _BACKENDS:
             raise ValueError(
-                f"SkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}; got {backend}."
+                f"SkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model is; got "
+                f"{backend}. Move the model to its device first, or pass another group."
             )
         self.group, self.num_classes = group, num_classes
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -111,10 +116,8 @@ class ClassParallel:
             RuntimeError: On every process, if one reports an error or its generator has another state.
         """
         state = zlib.crc32(generator.get_state().numpy().tobytes())
-        messages = all_gather(torch.tensor([batch_size, state], device=device), self.group).tolist()
-        for rank, (size, other_state) in enumerate(messages):
-            if size == _FAILED:
-                raise RuntimeError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
+        messages = self._announce(batch_size, state, device)
+        for rank, (_, other_state) in enumerate(messages):
             if other_state != state:
                 raise RuntimeError(
                     f"SkipCLIP: the generator of process {rank} of process_group has another state than that of "
@@ -122,6 +125,20 @@ class ClassParallel:
                     "call SkipCLIP equally often on each."
                 )
         return [size for size, _ in messages]
+
+    def _announce(self, batch_size: int, state: int, device: torch.device) -> list[list[int]]:
+        """Exchange two numbers; raise on every process unless all train, or all evaluate."""
+        messages: list[list[int]] = all_gather(torch.tensor([batch_size, state], device=device), self.group).tolist()
+        for rank, (size, _) in enumerate(messages):
+            if size == _FAILED:
+                raise RuntimeError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
+            if (size == _EVALUATES) != (batch_size == _EVALUATES):
+                doing = ["runs a training step", "gathers class embeddings"][size == _EVALUATES]
+                raise RuntimeError(
+                    f"SkipCLIP: process {rank} of process_group {doing}, and process {self.rank} does not. Train, and "
+                    "evaluate, on all processes at once."
+                )
+        return messages
 
     # ---- classes -----------------------------------------------------------------------------------------------
 
@@ -138,6 +155,7 @@ class ClassParallel:
     def class_embeddings(self, own: Tensor) -> Tensor:
         """Gather class embeddings; collective if `own` is not the tensor of the previous call."""
         if self._whole is None or self._whole[0] is not own:
+            self._announce(_EVALUATES, 0, own.device)
             self._whole = own, self.gather_classes(own)
         return self._whole[1]
 
@@ -145,5 +163,6 @@ class ClassParallel:
         """Restrict a selection to own classes; on a GPU a host sync, for their number."""
         class_ids, targets = selection
         owned = class_ids % self.size == self.rank
-        positions = torch.where(owned, owned.cumsum(0) - 1, -1)
-        return OwnSelection(class_ids[owned] // self.size, positions[targets], owned, targets)
+        labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]
+        positions = owned.nonzero().flatten()
+        return OwnSelection(class_ids[positions] // self.size, labels, positions, targets, len(class_ids))

@@ -42,7 +42,8 @@ def sharded_cross_entropy(
     none = selection.class_ids if len(selection.class_ids) == 0 else None
     shares = list(_class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=none))
     if label_smoothing > 0:
-        own_weight = (selection.owned if class_weight is None else class_weight)[selection.owned]
+        every = image.new_ones(selection.kept) if class_weight is None else class_weight
+        own_weight = every[selection.positions]
         shares.append(_weighted_logits(image, text[: len(own_weight)], own_weight, logit_scale))
     lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)  # [W, B] each
     lse = lse.logsumexp(0)
@@ -52,7 +53,7 @@ def sharded_cross_entropy(
     for share in smooth:
         weights = 1.0 if class_weight is None else class_weight.mean()
         loss = (1 - label_smoothing) * loss
-        loss = loss + label_smoothing * (lse * weights - share.sum(0) / len(selection.owned))
+        loss = loss + label_smoothing * (lse * weights - share.sum(0) / selection.kept)
     total = len(loss) if class_weight is None else class_weight[selection.targets].sum()
     return (loss.sum() / total).to(torch.float64 if image.dtype == torch.float64 else torch.float32)
 

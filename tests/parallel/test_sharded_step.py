@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,28 +18,28 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
+from skipkernels.clip.sharded_step import refuse_batch_norms
+from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import together
 
 CLASSES, STEPS = 18, 3
 SIZES = (1, 2, 4)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "many_processes.py"
 FP64 = 1e-10  # relative: sums in another order, through a few blocks
 
 # Settings of each training, and its labels: by default random, in batches of 8 images.
 TRAININGS: dict[str, dict[str, Any]] = {
     "resample": {},
-    "fixed": {"tail": "fixed", "train_logit_scale": True},
+    "fixed_memory_min": {"tail": "fixed", "memory": "min"},
     "every_class": {"keep_ratio": 1.0},
-    "memory_min": {"memory": "min"},
     "ragged": {"batches": [7, 5, 6]},
     # Five classes are kept, four of which belong to process 0: others have no label, and at most one has a class.
-    "one_owner": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * STEPS, "labels": [0, 4, 8, 16]},
-    "templates": {"templates": 2},
-    "loss_options": {"weights": True, "label_smoothing": 0.2, "train_logit_scale": True},
-    "smoothed": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * STEPS, "label_smoothing": 0.1},
+    "one_owner": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * 3, "labels": [0, 4, 8, 16], "label_smoothing": 0.1},
+    "templates_weights": {"templates": 2, "weights": True, "label_smoothing": 0.2, "train_logit_scale": True},
     "uncut": {"skip_layers": 0},
     "ddp": {"wrap": True, "train_logit_scale": True},
-    "accumulated": {"wrap": True, "accumulate": 2},
+    "ddp_no_sync": {"wrap": True, "accumulate": 2},
 }
 
 
@@ -199,6 +202,7 @@ def errors(rank: int, group: Any) -> dict[str, str]:
     if rank:
         clip.sampler.generator.manual_seed(5)
     found["draws"] = caught(clip, images, labels)
+    found["modes"] = caught(clip.predict, images) if rank else caught(clip, images, labels)
     return found
 
 
@@ -327,6 +331,10 @@ def test_state_of_four_processes_continues_in_two(results, folder):
         ("options", ["options of the selection must be equal on all processes"] * 2),
         ("construction", ["skip_layers must be a whole number", "process 0 of process_group raised an error"]),
         ("label", ["process 1 of process_group raised an error", r"labels must be in \[0, C=18\)"]),
+        (
+            "modes",
+            ["process 1 .* gathers class embeddings, and process 0", "process 0 .* runs a training step, and pro"],
+        ),
         ("draws", [f"process {other} of process_group has another state" for other in (1, 0)]),
     ],
 )
@@ -334,3 +342,82 @@ def test_error_is_raised_on_every_process(results, name, messages):
     for got, message in zip(results[2], messages, strict=True):
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(got["errors"][name])
+
+
+# ---- one process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("graphed", lambda clip, x, labels: clip.graphed(torch.optim.SGD(clip.parameters()), batch_size=2)),
+        ("pair_loss", lambda clip, x, labels: clip.pair_loss(x, labels)),
+        ("sigmoid_loss", lambda clip, x, labels: clip.sigmoid_loss(x, labels, max_labels=1)),
+        ("select", lambda clip, x, labels: clip.select(x, labels)),
+        ("encode_classes", lambda clip, x, labels: clip.encode_classes(labels)),
+        ("set_classes", lambda clip, x, labels: clip.set_classes(tiny_tokens(4))),
+        ("an evaluation with gradients", lambda clip, x, labels: clip.eval()(x, labels)),
+    ],
+)
+def test_method_is_refused(group, name, call):
+    with pytest.raises(RuntimeError, match=f"{name} is not supported with process_group"):
+        call(small_clip(group), *tiny_batch(2, CLASSES))
+
+
+def test_construction_is_refused(group, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="text_cache is not supported with process_group"):
+        small_clip(group, text_cache=tmp_path)
+    with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup .* got str"):
+        small_clip("gloo")
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(ValueError, match="must have gloo or NCCL for tensors on cpu, .* got None. Move the model"):
+        small_clip(group)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:mpi")
+    with pytest.raises(ValueError, match="must have gloo or NCCL for tensors on cpu, .* got mpi"):
+        small_clip(group)
+
+
+def test_fewer_classes_than_processes_are_refused(group, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: CLASSES + 1)
+    with pytest.raises(ValueError, match="at least as many as processes; got C=18 and 19 processes"):
+        small_clip(group)
+
+
+def test_batch_norms_above_the_cut_are_refused():
+    model = tiny_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32, "head_width": 8})
+    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=1)
+    with pytest.raises(UnsupportedModel, match="batch norms above the cut must use the images of all processes"):
+        refuse_batch_norms(clip._image)
+    clip = sk.SkipCLIP(model, tiny_tokens(CLASSES), skip_layers=(1.0, 1))
+    refuse_batch_norms(clip._image)
+
+
+def test_logits_and_gradients_without_group_are_refused(group):
+    clip, batch = small_clip(group), tiny_batch(2, CLASSES)
+    with pytest.raises(ValueError, match="return_logits must be False with process_group"):
+        clip(*batch, return_logits=True)
+    with pytest.raises(ValueError, match="all_reduce_gradients: clip must have a process_group; got None"):
+        sk.parallel.all_reduce_gradients(small_clip())
+
+
+def test_move_keeps_dtype_of_prototypes(group):
+    clip = small_clip(group, dtype=torch.float32)
+    before = clip.prototypes.clone()
+    clip.bfloat16()
+    assert clip.prototypes.equal(before) and "prototypes" not in dict(clip.named_buffers())
+
+
+def test_example_under_torchrun_matches_one_process(group):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
+    command = [sys.executable, *launch, "--epochs", "1", "--classes", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loss, accuracy = runpy.run_path(str(EXAMPLE))["tune"](torch.device("cpu"), epochs=1, classes=5)
+    assert done.stdout == f"loss {loss:.4f}, accuracy {accuracy:.1%}\n"

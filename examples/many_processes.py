@@ -1,0 +1,67 @@
+"""Skip Tuning in several processes, of glyph-tiny on glyphs: the number of processes does not change the result.
+
+pip install "skipkernels[cli]"
+torchrun --nproc-per-node 2 examples/many_processes.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import open_clip
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import skipkernels as sk
+from skipkernels.data import load_task
+from skipkernels.experiments import glyph_tiny
+
+BATCH = 8  # images of all processes
+
+
+def tune(device: torch.device, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
+    """Return the loss of the last step and the accuracy after it."""
+    glyph_tiny.register()
+    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
+    model.load_state_dict(glyph_tiny.state_dict())
+    task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    clip = sk.SkipCLIP(model.to(device), tokens, skip_layers=0.5, process_group=dist.group.WORLD)
+    step = DistributedDataParallel(clip, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=2e-3), momentum=0.9, weight_decay=5e-4)
+    features = sk.FeatureCache.in_memory(task.train, lambda x: clip.encode_lower(x.to(device)))
+    for _ in range(epochs):
+        for x, labels in features.loader(BATCH // size, "random", rank=rank, world_size=size):
+            loss = step(x.to(device), labels.to(device)).loss  # the mean over the images of all processes
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # `predict` gathers the class embeddings once: every process calls it.
+    test = torch.utils.data.DataLoader(task.tests[0].images, batch_size=100)
+    correct = [clip.predict(x.to(device)).argmax(dim=1).cpu() == labels for x, labels in test]
+    return loss.item(), torch.cat(correct).float().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--classes", type=int, default=30)
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    loss, accuracy = tune(device, options.epochs, options.classes)
+    if dist.get_rank() == 0:
+        print(f"loss {loss:.4f}, accuracy {accuracy:.1%}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
