@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import skipkernels as sk
+from skipkernels.clip.state import Shard, pack_state
 
 C = 40
 
@@ -100,8 +101,10 @@ def test_load_state_dict_without_sampler_warns():
             lambda: sk.SkipCLIP(tiny_clip(), tiny_tokens(C).flip(0), skip_layers=1).get_extra_state(),
             "of these in another order",
         ),
+        (lambda: pack_state(torch.zeros(4, 12), "x", {}, Shard(1, 4, C)), r"is damaged: 4 prototypes of Shard\(rank=1"),
+        (lambda: pack_state(torch.zeros(C, 12), "x", {}, Shard(4, 4, C)), "is damaged"),
     ],
-    ids=["floats", "dictionary", "damaged", "other_classes", "other_order"],
+    ids=["floats", "dictionary", "damaged", "other_classes", "other_order", "other_share", "no_share"],
 )
 def test_set_extra_state_mismatch(state, message):
     with pytest.raises(ValueError, match=message):

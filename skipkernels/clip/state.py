@@ -68,6 +68,8 @@ def unpack_state(
         saved = Shard(*tensors.pop("shard", torch.tensor([0, 1, len(loaded)])).tolist())
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"SkipCLIP: the extra state is damaged: {error}.") from error
+    if not (0 <= saved.rank < saved.size and len(loaded) == len(saved.class_ids)):
+        raise ValueError(f"SkipCLIP: the extra state is damaged: {len(loaded)} prototypes of {saved}.")
     here = [shard.num_classes, prototypes.shape[1]]
     there = [saved.num_classes, *loaded.shape[1:]]
     if there != here:
@@ -83,7 +85,6 @@ def unpack_state(
     if saved == shard == Shard(0, 1, len(loaded)):
         return loaded, tensors
     class_ids = saved.class_ids[saved.class_ids % shard.size == shard.rank]
-    class_ids = class_ids[class_ids % saved.size == saved.rank]
     found = loaded[class_ids // saved.size].to(prototypes)
     rows = (class_ids // shard.size).to(prototypes.device)
     distance = (found - prototypes[rows]).norm(dim=1)
