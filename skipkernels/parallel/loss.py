@@ -40,7 +40,7 @@ def sharded_cross_entropy(
         label_smoothing: ε.
     """
     none = selection.class_ids if len(selection.class_ids) == 0 else None
-    shares = list(_class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=none))
+    shares = list(functional.class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=none))
     if label_smoothing > 0:
         every = image.new_ones(selection.kept) if class_weight is None else class_weight
         own_weight = every[selection.positions]
@@ -63,13 +63,3 @@ def _weighted_logits(image: Tensor, text: Tensor, weight: Tensor, logit_scale: T
     with torch.autocast(image.device.type, enabled=False):
         image, text = normalize(image.double(), dim=1), normalize(text.double(), dim=1)
         return logit_scale * (image @ (weight.double() @ text))
-
-
-def _class_sampled_lse(
-    image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *, class_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp [B] of the logits of the sampled classes, and the logit [B] of the label or 0, in fp64."""
-    logits = functional.class_sampled_logits(image, text, logit_scale).double()
-    sampled = logits if class_ids is None else logits[:, class_ids]
-    target = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    return sampled.logsumexp(1), torch.where(labels >= 0, target, 0.0)

@@ -35,7 +35,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "every_class": {"keep_ratio": 1.0},
     "ragged": {"batches": [7, 5, 6]},
     # Five classes are kept, four of which belong to process 0: others have no label, and at most one has a class.
-    "one_owner": {"keep_ratio": 2, "decay": 0.01, "batches": [4] * 3, "labels": [0, 4, 8, 16], "label_smoothing": 0.1},
+    "one_owner": {
+        "keep_ratio": 2,
+        "decay": 0.01,
+        "batches": [4] * 3,
+        "labels": [0, 4, 8, 16],
+        "label_smoothing": 0.1,
+        "wrap": True,
+    },
     "templates_weights": {"templates": 2, "weights": True, "label_smoothing": 0.2, "train_logit_scale": True},
     "uncut": {"skip_layers": 0},
     "ddp": {"wrap": True, "train_logit_scale": True},
@@ -44,7 +51,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 def tokens_of(templates: int) -> torch.Tensor:
-    every = [tiny_tokens(CLASSES, seed=seed) for seed in range(templates)]
+    every = [tiny_tokens(CLASSES, seed=seed + 1) for seed in range(templates)]  # without equal prompts, which tie
     return torch.stack(every, dim=1) if templates > 1 else every[0]
 
 
