@@ -65,6 +65,20 @@ def tail_probabilities(tail: int, decay: float) -> Tensor:
     return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
 
 
+def bounded(q: Tensor, max_tail: int | None) -> Tensor:
+    """q [tail], scaled so that Σq ≤ max_tail; unchanged for None or a smaller sum.
+
+        q_j · min(1, max_tail / Σq)
+
+    Not part of the published method: the probabilities keep their ratios and no longer begin at 1.
+
+    >>> bounded(torch.tensor([1.0, 0.75, 0.25], dtype=torch.float64), max_tail=1)
+    tensor([0.5000, 0.3750, 0.1250], dtype=torch.float64)
+    """
+    total = q.sum().item()
+    return q if max_tail is None or total <= max_tail else q * (max_tail / total)
+
+
 def inclusion_probabilities(q: Tensor) -> Tensor:
     """π [tail] in fp64: q scaled so that its sum is an integer, with no entry above 1.
 
@@ -183,6 +197,9 @@ class RankSampler:
         tail: "resample" draws round(Σq) ranks of the tail in each step by systematic sampling, from one uniform number.
             "fixed" draws each rank of the tail once, independently, and keeps the result for the run, as published.
         generator: Random generator; by default a new one with seed 0. Its state is part of `state_dict`.
+        max_tail: Bound on Σq, the expected number of classes of the tail; a larger sum is scaled to it (`bounded`).
+            "resample" then draws at most `max_tail` of them, "fixed" on average. None, the default, is the published
+            method: the tail grows with C, to 6 % of a million classes. A bound is another method.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -193,6 +210,7 @@ class RankSampler:
     decay: float = 0.3
     tail: Tail = "resample"
     generator: torch.Generator | None = None
+    max_tail: int | None = None
 
     def __post_init__(self) -> None:
         share, number = 0 < self.keep_ratio <= 1, self.keep_ratio > 1 and float(self.keep_ratio).is_integer()
@@ -201,6 +219,7 @@ class RankSampler:
             ("max_keep", self.max_keep >= 1, "at least 1"),
             ("decay", self.decay > 0 and math.isfinite(self.decay), "above 0 and finite"),
             ("tail", self.tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
+            ("max_tail", self.max_tail is None or self.max_tail >= 0, "at least 0, or None"),
         ):
             if not valid:
                 raise ValueError(f"RankSampler: {name} must be {range_}; got {getattr(self, name)!r}.")
@@ -220,7 +239,7 @@ class RankSampler:
         min_keep = max(self._min_keep, batch_size)
         keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, min_keep))
         if self._plan is None or self._plan[0] != keep or len(self._plan[1]) != num_classes - keep:
-            self._plan = keep, tail_probabilities(num_classes - keep, self.decay)
+            self._plan = keep, bounded(tail_probabilities(num_classes - keep, self.decay), self.max_tail)
         return self._plan
 
     def expected_keep(self, num_classes: int, batch_size: int = 1) -> int:
@@ -228,6 +247,8 @@ class RankSampler:
 
         >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
         [107, 77, 59, 52, 28, 13, 11, 4]
+        >>> RankSampler().expected_keep(1_000_000), RankSampler(max_tail=1000).expected_keep(1_000_000)
+        (60047, 1050)
         """
         keep, q = self.plan(num_classes, batch_size)
         return keep + round(q.sum().item())
@@ -383,6 +404,7 @@ def select_classes(
     decay: float = 0.3,
     tail: Tail = "resample",
     generator: torch.Generator | None = None,
+    max_tail: int | None = None,
 ) -> ClassSelection:
     """Select the classes of one step: the top m by score, and rank m + j of the tail with probability q_j.
 
@@ -398,6 +420,7 @@ def select_classes(
         decay: λ, decay of the probability over the tail; 0.3 by default.
         tail: "resample" (default) or "fixed", see `RankSampler`.
         generator: Random generator; by default a new one with seed 0.
+        max_tail: Bound on the expected number of classes of the tail, see `RankSampler`; none by default.
 
     Returns:
         ClassSelection: `class_ids` [K] int64 ascending, `targets` [B] int64.
@@ -422,5 +445,5 @@ def select_classes(
         raise ValueError(
             f"select_classes: labels must be in [0, C={len(scores)}); got {int(labels.min())} to {int(labels.max())}."
         )
-    sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+    sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
     return select_ranks(scores, labels, sampler.draw(scores.numel(), labels.numel()))

@@ -99,10 +99,36 @@ def test_select_ranks_keeps_labels_and_top(classes, batch, ratio, max_keep, deca
     assert len(sizes) == 1, "K changes within a run"
 
 
+@pytest.mark.parametrize("max_tail", [0, 1, 7, 56, 57, 58, 1000])
+@pytest.mark.parametrize("tail", ["fixed", "resample"])
+def test_max_tail_scales_probabilities(tail, max_tail):
+    """C = 1000 keeps 50 classes and 57.4 of the tail on average."""
+    published = torch.tensor(published_probabilities(950, 0.3), dtype=torch.float64)
+    sampler = RankSampler(tail=tail, max_tail=max_tail)
+    keep, q = sampler.plan(1000, 4)
+    expected = published * min(1, max_tail / sum(published.tolist()))
+    torch.testing.assert_close(q, expected, rtol=0, atol=1e-12)
+    assert keep == 50 and sampler.expected_keep(1000, 4) == 50 + min(max_tail, 57)
+    sizes = {len(sampler.draw(1000, batch)) for batch in (4, 1, 4)}
+    assert sizes == {sampler.expected_keep(1000, 4)} if tail == "resample" else len(sizes) == 1
+    if max_tail > 57:
+        assert q.equal(RankSampler().plan(1000, 4)[1])
+
+
+def test_max_tail_fixed_is_a_bound_on_average():
+    counts = [
+        len(RankSampler(tail="fixed", max_tail=20, generator=torch.Generator().manual_seed(s)).draw(1000, 4)) - 50
+        for s in range(50)
+    ]
+    # Standard deviation of one count below √20 = 4.5, of the mean 0.63.
+    assert sum(counts) / len(counts) == pytest.approx(20, abs=2.5) and max(counts) > 20
+
+
+@pytest.mark.parametrize("max_tail", [None, 3])
 @pytest.mark.parametrize("classes", [4, 5, 24, 51, 199, 1000])
-def test_resample_keeps_ranks_with_their_probability(classes):
+def test_resample_keeps_ranks_with_their_probability(classes, max_tail):
     """Within 5 standard errors of 4,000 draws."""
-    sampler, steps = RankSampler(), 4000
+    sampler, steps = RankSampler(max_tail=max_tail), 4000
     counts = torch.zeros(classes, dtype=torch.float64)
     for _ in range(steps):
         counts[sampler.draw(classes, 1)] += 1
@@ -142,24 +168,25 @@ def test_fixed_keeps_published_number_on_average():
     assert sum(counts) / len(counts) == pytest.approx(107, abs=3)
 
 
+@pytest.mark.parametrize("max_tail", [None, 5])
 @pytest.mark.parametrize("tail", ["fixed", "resample"])
-def test_load_state_dict_continues_the_draws(tail):
-    whole = RankSampler(tail=tail)
+def test_load_state_dict_continues_the_draws(tail, max_tail):
+    whole = RankSampler(tail=tail, max_tail=max_tail)
     draws = [whole.draw(300, 4).tolist() for _ in range(3)]
     state = whole.state_dict()
     rest = [whole.draw(300, 4).tolist() for _ in range(3)]
-    resumed = RankSampler(tail=tail, generator=torch.Generator().manual_seed(99))
+    resumed = RankSampler(tail=tail, max_tail=max_tail, generator=torch.Generator().manual_seed(99))
     resumed.load_state_dict(state)
     assert [resumed.draw(300, 4).tolist() for _ in range(3)] == rest
     assert draws != rest or tail == "fixed"
 
 
 @pytest.mark.parametrize("tail", ["fixed", "resample"])
-@pytest.mark.parametrize("steps", [1, 3, 1024])
-def test_reserve_draws_the_same_ranks(tail, steps, monkeypatch):
+@pytest.mark.parametrize(("steps", "max_tail"), [(1, None), (3, 5), (1024, None)])
+def test_reserve_draws_the_same_ranks(tail, steps, max_tail, monkeypatch):
     """Whatever the length of the table; after a larger batch, other classes, a new seed and a checkpoint too."""
     monkeypatch.setattr(selection, "_TABLE_STEPS", steps)
-    ours, theirs = RankSampler(tail=tail), RankSampler(tail=tail)
+    ours, theirs = (RankSampler(tail=tail, max_tail=max_tail) for _ in range(2))
 
     def same_draws(classes: int, batch: int, count: int = 4) -> None:
         for _ in range(count):

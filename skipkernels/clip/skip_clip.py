@@ -68,6 +68,8 @@ class SkipCLIP(nn.Module):
         max_keep: Largest number of classes that are always kept, unless a batch has more labels.
         decay: λ, decay of the probability to keep a class of the tail.
         tail: "resample" draws the tail in each step, "fixed" once per run, as published.
+        max_tail: Bound on the expected number of classes of the tail, for very many classes: another method than the
+            published one, which has none (default). See `RankSampler`.
         generator: Random generator of the draws; by default one with seed 0.
         lower_device: Device of parameters and buffers below the cut; by default that of the model.
         train_logit_scale: True also trains the temperature.
@@ -137,6 +139,7 @@ class SkipCLIP(nn.Module):
         max_keep: int = 50,
         decay: float = 0.3,
         tail: Tail = "resample",
+        max_tail: int | None = None,
         generator: torch.Generator | None = None,
         lower_device: torch.device | str | None = None,
         train_logit_scale: bool = False,
@@ -157,7 +160,7 @@ class SkipCLIP(nn.Module):
             raise RuntimeError("SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train.")
         self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
         self.label_smoothing = check_label_smoothing(label_smoothing)
-        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator)
+        self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
         self.model = model
         self._parallel = None
         if process_group is not None:

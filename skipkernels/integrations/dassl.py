@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "MAX_KEEP": 50,
     "DECAY": 0.3,
     "TAIL": "resample",
+    "MAX_TAIL": -1,  # -1: no bound
     "TEMPLATE": "",  # prompt with {} for the class name; empty: that of the paper for DATASET.NAME
     "TEXT_LR": 0.0,  # learning rates of the towers; 0: OPTIM.LR
     "IMAGE_LR": 0.0,
@@ -96,6 +97,7 @@ class SkipKernels(TrainerX):
             max_keep=_option(cfg, "MAX_KEEP"),
             decay=_option(cfg, "DECAY"),
             tail=_option(cfg, "TAIL"),
+            max_tail=None if _option(cfg, "MAX_TAIL") < 0 else _option(cfg, "MAX_TAIL"),
             memory=_option(cfg, "MEMORY"),
             generator=torch.Generator().manual_seed(max(cfg.SEED, 0)),
         )

@@ -104,6 +104,9 @@ class SkipOptions:
     """Upper limit of the number of classes kept in every step; it does not apply to --keep-ratio 1."""
     decay: float = option(0.3, methods="constructor")
     """Decay of the probability that a class of the tail is kept; larger values keep more classes."""
+    max_tail: int | None = option(None, minimum=0, methods="constructor")
+    """Upper limit of the expected number of classes of the tail, for very many classes. By default none, as published:
+    the tail then grows with the number of classes."""
 
 
 @dataclass(frozen=True)

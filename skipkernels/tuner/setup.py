@@ -159,7 +159,8 @@ def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Tas
         InputError: If a setting can't be used with the model.
     """
     method = config.method_class()
-    names = ("skip_layers", "keep_ratio", "max_keep", "decay", "tail", "memory", "attention", "keep_embeddings")
+    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail"]
+    names += ["memory", "attention", "keep_embeddings"]
     settings = {name: getattr(config, name) for name in names}
     settings |= {"text_cache": config.cache, "generator": torch.Generator().manual_seed(config.seed)}
     parameters = inspect.signature(method).parameters

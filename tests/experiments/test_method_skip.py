@@ -45,7 +45,7 @@ def test_skip_averages_templates():
 
 
 def test_skip_step_uses_first_template():
-    settings = {"keep_ratio": 0.2, "max_keep": 3, "decay": 5.0}
+    settings = {"keep_ratio": 0.2, "max_keep": 3, "decay": 5.0, "max_tail": 2}
     method = made("skip", **settings, generator=torch.Generator().manual_seed(4))
     clip = clip_over(
         tiny_model(), tiny_task().tests[0].prompts[0], **settings, generator=torch.Generator().manual_seed(4)

@@ -46,6 +46,7 @@ def damaged(run, tmp_path):
         (["--keep-ratio", "1.5"], "a share up to 1, or a whole number of classes); got 1.5"),
         (["--decay", "-1"], "error --decay must be above 0"),
         (["--max-keep", "0"], "error --max-keep must be at least 1"),
+        (["--max-tail", "-1"], "error --max-tail must be at least 0"),
         (["--method", "full", "--cache", "c"], "--cache needs frozen blocks below a cut; every layer trains here"),
         (["--method", "coop", "--cache", "c"], "--cache needs frozen blocks below a cut"),
         (

@@ -24,7 +24,7 @@ class Skip(TunedModel):
     Args:
         model: A model that SkipCLIP supports.
         tokenizer, task: See `Method`.
-        skip_layers, keep_ratio, max_keep, decay, tail, memory, attention, generator: See `SkipCLIP`.
+        skip_layers, keep_ratio, max_keep, decay, tail, max_tail, memory, attention, generator: See `SkipCLIP`.
         text_cache: Folder of the cache of text features, with a folder per test. Default: in memory.
 
     Raises:
@@ -51,6 +51,7 @@ class Skip(TunedModel):
         max_keep: int = 50,
         decay: float = 0.3,
         tail: Tail = "resample",
+        max_tail: int | None = None,
         memory: Memory = "auto",
         attention: AttentionName = "sdpa",
         generator: torch.Generator | None = None,
@@ -65,6 +66,7 @@ class Skip(TunedModel):
             max_keep=max_keep,
             decay=decay,
             tail=tail,
+            max_tail=max_tail,
             memory=memory,
             attention=attention,
             generator=generator,
