@@ -4,5 +4,6 @@ from .graphed import GraphedStep
 from .output import SkipOutput
 from .settings import blocks_to_skip
 from .skip_clip import SkipCLIP
+from .top_k import top_k_logits
 
-__all__ = ["GraphedStep", "SkipCLIP", "SkipOutput", "blocks_to_skip"]
+__all__ = ["GraphedStep", "SkipCLIP", "SkipOutput", "blocks_to_skip", "top_k_logits"]

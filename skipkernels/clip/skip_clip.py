@@ -31,6 +31,7 @@ from .sharded_step import agreeing, device_of, sharded_step
 from .snapshot import Snapshot, refuse_alterations
 from .state import Shard, pack_state, prompts_digest, unpack_state
 from .text_encoder import TextEncoder
+from .top_k import top_k_logits
 from .trainable import TrainedParameters, set_trainable
 from .verify import verify
 
@@ -556,15 +557,54 @@ class SkipCLIP(nn.Module):
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
         """
+        image, classes = self._compared(x)
+        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+            return image @ classes.T
+
+    @torch.no_grad()
+    def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of each image over all classes, and these classes, always in evaluation mode.
+
+        The same as `predict(x).topk(k)`, in chunks of classes: with very many classes [B, C] is never in memory. Of
+        equal logits that of the lower class comes first.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            k: Number of classes, from 1 to C.
+
+        Returns:
+            Logits [B, k], descending, and class ids int64 [B, k].
+
+        Raises:
+            ValueError: If k is out of range.
+
+        Example:
+            >>> import logging; logging.disable()  # open_clip warns about random weights
+            >>> import open_clip
+            >>> from skipkernels.experiments import glyph_tiny
+            >>> glyph_tiny.register()
+            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+            >>> clip = SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+            >>> images = torch.rand(4, 3, 32, 32)
+            >>> logits, class_ids = clip.top_k(images, 3)
+            >>> class_ids.shape, class_ids[:, 0].equal(clip.predict(images).argmax(dim=1))
+            (torch.Size([4, 3]), True)
+        """
+        image, classes = self._compared(x)
+        with torch.autocast(image.device.type, enabled=False):
+            return top_k_logits(image, classes, k)
+
+    def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C, D]."""
         check_images(x)
         self._check_unaltered(lower_image=True)
         self._follow(x.device)
         classes = self.class_embeddings()
         with evaluating([self.model]):
             image = self._image_encoder.encode(x)
-        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+        with torch.autocast(image.device.type, enabled=False):
             image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
-            return self.model.logit_scale.exp().to(classes.dtype) * image @ classes.T
+            return self.model.logit_scale.exp().to(classes.dtype) * image, classes
 
     # ---- towers ------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ import sys
 import open_clip
 import pytest
 import torch
-from method_tasks import STEPS, answers, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
+from method_tasks import BASE, STEPS, answers, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
 from torch import nn
 
+from skipkernels.clip import top_k
 from skipkernels.data import InputError, load_task
 from skipkernels.experiments import glyph_tiny
 from skipkernels.features import FeatureCache
@@ -159,6 +160,21 @@ def test_logits_use_evaluation_mode(name):
     for test, logits in answers(method).items():
         torch.testing.assert_close(logits, expected[test], **CLOSE)
     assert method.model.training == (name in ("skip", "full", "lora"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_top_1_is_the_largest_logit(name, monkeypatch):
+    monkeypatch.setattr(top_k, "_LOGITS", 20)  # chunks of two classes of ten images
+    method = made(name, task=tiny_task(new=["fig", *BASE[:2]]))
+    trained(method)
+    for test in method.task.tests:
+        inputs = method.encode_frozen(stacked(test.images)[0])
+        logits, found = method.logits(test.name, inputs), method.top_1(test.name, inputs)
+        if logits is None:
+            assert found is None
+        else:
+            torch.testing.assert_close(found[0], logits.max(dim=1).values, **CLOSE)
+            assert found[1].equal(logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize("name", METHODS)

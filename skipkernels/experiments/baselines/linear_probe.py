@@ -135,6 +135,13 @@ class LinearProbe(FrozenModel):
         with torch.autocast(image.device.type, enabled=False):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
 
+    def top_1(self, test: str, inputs: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        logits = self.logits(test, inputs)
+        if logits is None:
+            return None
+        largest, class_ids = logits.max(dim=1)
+        return largest, class_ids
+
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return no groups."""
         return []

@@ -20,7 +20,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
-from ...clip import SkipCLIP
+from ...clip import SkipCLIP, top_k_logits
 from ...data import InputError, Task
 from ...options import Protocol, SamplerKind
 from ...towers import evaluating
@@ -107,8 +107,12 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         tensor([[100.0000,   0.0000]])
     """
     with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
-        image = F.normalize(image.to(text.dtype), dim=-1)
-        return logit_scale.detach().exp().to(text.dtype) * image @ text.T
+        return _scaled(image, text, logit_scale) @ text.T
+
+
+def _scaled(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return exp(logit_scale) · x/|x|, [B, D], with the arguments of `cosine_logits`."""
+    return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1)
 
 
 def cross_entropy_step(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor) -> StepOutput:
@@ -310,6 +314,19 @@ class Method(ABC):
         with evaluating([self.model]):
             image = self.embed(inputs)
         return cosine_logits(image, text, self.model.logit_scale)
+
+    @torch.no_grad()
+    def top_1(self, test: str, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the largest of the `logits` of each image and its class, [B] each.
+
+        Computed in chunks of classes, without [B, C] in memory. A method with other `logits` overrides both.
+        """
+        text = self.class_embeddings(test)
+        with evaluating([self.model]):
+            image = self.embed(inputs)
+        with torch.autocast(image.device.type, enabled=False):
+            logits, class_ids = top_k_logits(_scaled(image, text, self.model.logit_scale), text, 1)
+        return logits[:, 0], class_ids[:, 0]
 
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,54 @@
+"""Top-k classes of images, over chunks of classes: no [B, C] logits in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOGITS = 1 << 22  # elements of a chunk of logits: 16 MiB in fp32, with 64 images of 65,536 classes
+
+
+def top_k_logits(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest logits x_b · t_c of each image, descending, and their classes.
+
+    Of equal logits that of the lower class comes first, as in `torch.argmax`.
+
+    Args:
+        image: Scaled image embeddings [B, D].
+        text: Class embeddings [C, D] of the same dtype.
+        k: From 1 to C.
+
+    Returns:
+        Logits [B, k], and class ids int64 [B, k].
+
+    Example:
+        >>> image, text = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+        >>> top_k_logits(image, text, 2)
+        (tensor([[2., 2.]]), tensor([[1, 2]]))
+    """
+    if not 1 <= k <= len(text):
+        raise ValueError(f"top_k: k must be in [1, C={len(text)}]; got {k}.")
+    chunk = max(_LOGITS // max(len(image), 1), k)
+    logits, class_ids = image.new_empty(len(image), 0), torch.empty(len(image), 0, dtype=torch.int64)
+    class_ids = class_ids.to(image.device)
+    for start in range(0, len(text), chunk):
+        found, positions = _largest(image @ text[start : start + chunk].T, k)
+        # The classes found so far are in front, so that a lower position is a lower class among equal logits.
+        logits, class_ids = torch.cat([logits, found], dim=1), torch.cat([class_ids, start + positions], dim=1)
+        logits, positions = _largest(logits, k)
+        class_ids = class_ids.gather(1, positions)
+    return logits, class_ids
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row [B, n], or all if n < k, and their positions, the lower first among equals."""
+    n = logits.shape[1]
+    if k == 1:
+        return logits.max(dim=1, keepdim=True)
+    values, positions = logits.topk(min(k + 1, n), dim=1)
+    if k < n and bool((values[:, k - 1] == values[:, k]).any()):  # topk takes any of the equal ones
+        values, positions = logits.sort(dim=1, descending=True, stable=True)
+        return values[:, :k], positions[:, :k]
+    positions, order = positions.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], positions.gather(1, order)[:, :k]
