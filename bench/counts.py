@@ -342,12 +342,12 @@ _ATEN, _TRITON = 5e-6, 12e-6
 _NODE = 3.4e-6
 # Times that a step reads or writes each gradient (written once, and read by the update, which reads and writes weight
 # and momentum), and each saved byte.
-_GRADIENT_PASSES, _SAVED_PASSES = 6, 2
+GRADIENT_PASSES, SAVED_PASSES = 6, 2
 
 
 def estimate(row: Row) -> dict[str, float]:
     """Milliseconds of a step on an H100: its arithmetic and bytes, the host's launches, and a replay at most."""
-    moved = _GRADIENT_PASSES * row.gradient_bytes + _SAVED_PASSES * row.saved_bytes
+    moved = GRADIENT_PASSES * row.gradient_bytes + SAVED_PASSES * row.saved_bytes
     floor = row.flops / _FLOPS[row.precision] + moved / _BYTES
     host = (row.launches - row.triton) * _ATEN + row.triton * _TRITON
     return {"floor": 1e3 * floor, "host": 1e3 * host, "replay": 1e3 * (floor + row.launches * _NODE)}

@@ -1,4 +1,4 @@
-"""README's pictures: a step's time and memory over the number of classes, as SVG readable on white and on black."""
+"""Pictures: a step's time and memory over the number of classes or processes, as SVG readable on white and on black."""
 
 from __future__ import annotations
 
@@ -43,6 +43,51 @@ def memory_over_classes(rows: Sequence[Row]) -> str:
     return _figure("memory", "memory of a step over the number of classes", rows, panels)
 
 
+def step_over_processes(rows: Sequence[dict[str, Any]]) -> str:
+    """Predicted time, and memory for the classes, over the number of processes, from rows of bench.scale."""
+    ways = {"class-parallel": "-", "replicated": "--"}
+    colours = dict(zip(dict.fromkeys(row["C"] for row in rows), COLOURS, strict=False))
+
+    def draw(column: str, title: str, axes: Axes) -> None:
+        axes.set(xscale="log", yscale="log", xlabel="processes")
+        for C, colour in colours.items():
+            of = [row for row in rows if row["C"] == C]
+            for way, style in ways.items():
+                axes.plot([row["W"] for row in of], [row[f"{way} {column}"] for row in of], style, color=colour)
+        _set_ticks(axes, sorted({row["W"] for row in rows}))
+        axes.set_title(title, color=GREY, fontsize=10)
+
+    def last(axes: Axes) -> None:
+        draw("class_mib", "classes, MiB per process", axes)
+        for C, colour in colours.items():
+            axes.plot([], [], color=colour, label=f"{C:,} classes")
+        for way, style in ways.items():
+            axes.plot([], [], style, color=GREY, label=way)
+        _legend(axes)
+
+    panels = [partial(draw, "H100_ms", "step on H100, ms, predicted"), last]
+    return panels_svg("scale", "predicted step over the number of processes", panels, size=(9.6, 3.6))
+
+
+def _set_ticks(axes: Axes, over: Sequence[int]) -> None:
+    """Set ticks at the values of x, and at 1, 2 and 5 times powers of ten of y, with a grid."""
+    axes.xaxis.set_major_locator(FixedLocator(over))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=8)
+    axes.grid(color=GREY, alpha=0.25, linewidth=0.8)
+
+
+def _legend(axes: Axes) -> None:
+    """Write the legend of the figure below its plots."""
+    figure = axes.get_figure()
+    assert figure is not None
+    where = {"loc": "outside lower center", "ncols": 4, "frameon": False, "labelcolor": GREY, "fontsize": 9}
+    figure.legend(*axes.get_legend_handles_labels(), **where)  # type: ignore[arg-type]
+
+
 def _figure(name: str, label: str, rows: Sequence[Row], panels: Sequence[tuple[str, str, str]]) -> str:
     drawn = [i for i in IMPLEMENTATIONS if any(row["implementation"] == i and row["p50_ms"] for row in rows)]
     if not drawn:
@@ -56,10 +101,7 @@ def _figure(name: str, label: str, rows: Sequence[Row], panels: Sequence[tuple[s
         ends = {_end(rows, implementation, p) for implementation in drawn for p in PRECISIONS}
         for end in (end for end in _ENDS if end in ends):
             axes.plot([], [], color=GREY, linestyle="none", label=end, **_ENDS[end] | {"markersize": 7})
-        figure = axes.get_figure()
-        assert figure is not None
-        where = {"loc": "outside lower center", "ncols": 4, "frameon": False, "labelcolor": GREY, "fontsize": 9}
-        figure.legend(*axes.get_legend_handles_labels(), **where)  # type: ignore[arg-type]
+        _legend(axes)
 
     draw = [*(partial(_curves, rows, *panel) for panel in panels[:-1]), last]
     return panels_svg(name, label, draw, size=(9.6, 0.6 + 1.5 * len(panels)), columns=2)
@@ -84,13 +126,7 @@ def _curves(rows: Sequence[Row], column: str, title: str, precision: str, axes: 
         if x and x[-1] == max(_points(rows, "p50_ms", name, precision)) and (end := _end(rows, name, precision)):
             axes.plot(x[-1], y[-1], color=colour, **_ENDS[end])
     axes.set_xlim(min(classes) / 1.4, max(classes) * 1.6)
-    axes.xaxis.set_major_locator(FixedLocator(classes))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        axis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=8)
-    axes.grid(color=GREY, alpha=0.25, linewidth=0.8)
+    _set_ticks(axes, classes)
     axes.set_xlabel("classes")
     axes.set_title(title, color=GREY, fontsize=10)
 
