@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .memory import PeakMemory
 
@@ -99,6 +101,34 @@ def gradient_bytes(loss: torch.Tensor) -> int:
     del found, waiting, node  # they would keep tensors that backward frees
     loss.backward()
     return peak
+
+
+class _AllocatedBytes(TorchDispatchMode):
+    """Count the storages that operators make; `peak` is the most bytes that were alive at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **kwargs or {})
+        if not operator.is_view:
+            storages = (tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+            self._alive |= {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return out
+
+
+def allocated_bytes(function: Callable[[], Any]) -> int:
+    """Return the peak bytes of tensors that operators make in one call; exact, unlike resident memory.
+
+    Tensors that an operator changes in place count as well, and its temporary memory does not.
+    """
+    with _AllocatedBytes() as allocated:
+        function()
+    return allocated.peak
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device = CPU, *, warm_up: bool = True) -> int:

@@ -13,7 +13,7 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 import skipkernels as sk
 from skipkernels import functional
 from skipkernels.selection import RankSampler
-from skipkernels.testing import saved_bytes
+from skipkernels.testing import allocated_bytes, saved_bytes
 
 # Largest error of a gradient relative to its norm. fp64: rounding of two orders of summation. fp32: the same times
 # 2^29, through six blocks of random weights at a temperature of 14.
@@ -182,6 +182,20 @@ def test_train_logit_scale():
     clip(images, labels).loss.backward()
     assert model.logit_scale.grad is not None
     assert any(p is model.logit_scale for p in clip.trainable_parameters())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_text_features_are_packed_by_chunks(shared):
+    """Hidden states [C, L, W] of whole prompts are never in memory."""
+    tokens = tiny_tokens(600)
+    if not shared:
+        tokens[1, 0] = 58
+    clip = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=1, chunk=7)
+    template, prompts = clip._text_encoder.templates[0], clip._text.prompts
+    before, whole = template.rows, template.lower()
+    assert before.equal(prompts.pack(whole)) and (prompts.prefix_length > 0) == shared
+    peak = allocated_bytes(template.compute)
+    assert template.rows.equal(before) and before.nbytes <= peak < before.nbytes + whole.nbytes / 2
 
 
 def test_chunk_changes_no_result():

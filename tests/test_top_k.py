@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import skipkernels as sk
+from skipkernels import testing
 from skipkernels.clip import top_k
 
 C = 13
@@ -23,32 +17,6 @@ C = 13
 def sorted_whole(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, class_ids = logits.sort(dim=1, descending=True, stable=True)
     return values[:, :k], class_ids[:, :k]
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """Peak bytes of storages that operators create and that are alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = operator(*args, **kwargs or {})
-        if not operator.is_view:
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._alive[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
-        return out
-
-
-def allocated(function: Callable[[], Any]) -> int:
-    gc.collect()
-    with AllocatedBytes() as counted:
-        function()
-    return counted.peak
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
@@ -86,9 +54,9 @@ def test_top_k_memory_does_not_grow_with_classes(monkeypatch):
     embeddings = torch.nn.functional.normalize(torch.randn(classes, 12), dim=1)
     monkeypatch.setattr(clip, "class_embeddings", lambda: embeddings)
     logits_bytes = 4 * len(images) * classes
-    assert allocated(lambda: clip.predict(features)) >= logits_bytes
+    assert testing.allocated_bytes(lambda: clip.predict(features)) >= logits_bytes
     # A chunk of 2²² logits of four bytes; the rest are activations and candidates.
-    assert allocated(lambda: clip.top_k(features, 5)) <= (4 << 22) + (1 << 20) < logits_bytes / 2
+    assert testing.allocated_bytes(lambda: clip.top_k(features, 5)) <= (4 << 22) + (1 << 20) < logits_bytes / 2
     expected = clip.predict(features).topk(5)
     logits, class_ids = clip.top_k(features, 5)
     torch.testing.assert_close(logits, expected.values, rtol=0, atol=1e-5)

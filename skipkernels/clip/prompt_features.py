@@ -45,8 +45,18 @@ class PromptFeatures:
 
     def compute(self) -> None:
         """Compute the features of all classes and keep them in memory."""
+        prompts, rows, stop = self.tower.prompts, None, 0
         with torch.inference_mode(False), torch.no_grad():  # used beyond the caller's context
-            self.rows = self.tower.prompts.pack(self.lower())
+            # Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much.
+            for class_ids in torch.arange(len(self.tower.tokens), device=self.tower.tokens.device).split(self.chunk):
+                packed = prompts.pack(self.lower(class_ids), class_ids)
+                if rows is None:
+                    rows = packed.new_empty(prompts.row_count, packed.shape[1])
+                else:
+                    packed = packed[prompts.prefix_length :]
+                rows[stop : stop + len(packed)] = packed
+                stop += len(packed)
+        self.rows = rows
 
     def read(self) -> None:
         """Read the features of all classes from the folder and keep them in memory."""
