@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipkernels import functional, ops, parallel, reference, retrieval
     from skipkernels.boundary import LSkipBoundary
-    from skipkernels.clip import SkipCLIP, SkipOutput
+    from skipkernels.clip import GraphedStep, SkipCLIP, SkipOutput
     from skipkernels.features import FeatureCache
     from skipkernels.lora import add_lora, merge_lora, save_lora
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
     from skipkernels.store import StoreError
+    from skipkernels.towers import UnsupportedModel
 
 __version__ = "0.2.0"
 
@@ -28,10 +29,12 @@ __all__ = [
     "ClassSelection",
     "FeatureCache",
     "FusedSGD",
+    "GraphedStep",
     "LSkipBoundary",
     "SkipCLIP",
     "SkipOutput",
     "StoreError",
+    "UnsupportedModel",
     "__version__",
     "add_lora",
     "backends",
@@ -50,10 +53,12 @@ _HOME = {  # public name → its module
     "ClassSelection": "selection",
     "FeatureCache": "features",
     "FusedSGD": "optimizer",
+    "GraphedStep": "clip",
     "LSkipBoundary": "boundary",
     "SkipCLIP": "clip",
     "SkipOutput": "clip",
     "StoreError": "store",
+    "UnsupportedModel": "towers",
     "add_lora": "lora",
     "backends": "ops",
     "merge_lora": "lora",

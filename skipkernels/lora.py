@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .clip import SkipCLIP
+from .clip import SkipCLIP, check_clip
 from .store.atomic import replace_file, replace_text
 from .store.tensor_file import write_tensors
 from .towers import UnsupportedModel
@@ -72,7 +72,7 @@ def add_lora(
         >>> optimizer.step()
         >>> merge_lora(clip)  # clip.model has its plain weights and keys again
     """
-    _check_clip("add_lora", clip)
+    check_clip("add_lora", clip)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"add_lora: rank must be an integer of at least 1; got {rank!r}.")
     alpha = float(rank if alpha is None else alpha)
@@ -194,19 +194,14 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_clip(function: str, clip: Any) -> None:
-    if not isinstance(clip, SkipCLIP):
-        raise TypeError(f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Make one of the model.")
-
-
 def _check_updated(function: str, clip: Any) -> None:
-    _check_clip(function, clip)
+    check_clip(function, clip)
     if next(_updates(clip.model), None) is None:
         raise ValueError(f"{function}: the model has no low-rank updates. Add them: add_lora(clip, rank).")
 
 
 def _check_targets(targets: str | Sequence[str]) -> frozenset[str]:
-    named = (targets,) if isinstance(targets, str) else targets
+    named = (targets,) if isinstance(targets, str) or targets is None else targets
     chosen = frozenset(TARGETS if targets == "all-linear" else named)
     if not chosen or not chosen <= set(TARGETS):
         raise ValueError(f'add_lora: targets must be of {", ".join(TARGETS)}, or "all-linear"; got {targets!r}.')

@@ -45,7 +45,7 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
         Recall: `image_to_text` and `text_to_image`, each k → share.
 
     Raises:
-        TypeError: for an unsupported dtype.
+        TypeError: for an argument that is not a tensor, or an unsupported dtype.
         ValueError: for a mismatched shape or device, an index out of range, or a k below 1.
 
     Example:
@@ -55,6 +55,11 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
         Recall(image_to_text={1: 1.0, 2: 1.0}, text_to_image={1: 0.6666666666666666, 2: 1.0})
     """
     name = "recall"
+    for argument, value in (("image", image), ("text", text), ("image_of_text", image_of_text)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name}: {argument} must be a tensor; got {type(value).__name__}. Use torch.as_tensor({argument})."
+            )
     check_shape(name, "image", image, n=None, D=None)
     check_dtype(name, "image", image, FEATURE_DTYPES, "Convert it first.")
     check_shape(name, "text", text, ("image", image), m=None, D=image.shape[1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -186,12 +187,37 @@ class _RankTable:
         return ranks
 
 
+def check_rank_options(
+    function: str, keep_ratio: Any, max_keep: Any, decay: Any, tail: Any, generator: Any, max_tail: Any
+) -> None:
+    """Raise unless these are arguments of a `RankSampler`; the message names the function that was called."""
+    ratio = _is(Real, keep_ratio) and (0 < keep_ratio <= 1 or (keep_ratio > 1 and float(keep_ratio).is_integer()))
+    for name, value, valid, range_ in (
+        ("keep_ratio", keep_ratio, ratio, "above 0 (a share up to 1, or a whole number of classes)"),
+        ("max_keep", max_keep, _is(Integral, max_keep) and max_keep >= 1, "at least 1, a whole number"),
+        ("decay", decay, _is(Real, decay) and decay > 0 and math.isfinite(decay), "above 0 and finite"),
+        ("tail", tail, tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
+        ("max_tail", max_tail, max_tail is None or (_is(Integral, max_tail) and max_tail >= 0), "at least 0, or None"),
+    ):
+        if not valid:
+            raise ValueError(f"{function}: {name} must be {range_}; got {value!r}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{function}: generator must be a torch.Generator; got {generator!r}. Use torch.Generator().manual_seed(0)."
+        )
+
+
+def _is(kind: Any, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass
 class RankSampler:
     """Sampler of the ranks [K] that are kept in a step, by one of two policies.
 
     Args:
-        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class.
+        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class,
+            whatever `max_keep` is.
         max_keep: Largest number of classes that are always kept.
         decay: λ, decay of the probability over the tail.
         tail: "resample" draws round(Σq) ranks of the tail in each step by systematic sampling, from one uniform number.
@@ -202,7 +228,8 @@ class RankSampler:
             method: the tail grows with C, to 6 % of a million classes. A bound is another method.
 
     Raises:
-        ValueError: If an argument is out of range.
+        TypeError: If generator is not a torch.Generator.
+        ValueError: If another argument is out of range.
     """
 
     keep_ratio: float = 0.5
@@ -213,16 +240,9 @@ class RankSampler:
     max_tail: int | None = None
 
     def __post_init__(self) -> None:
-        share, number = 0 < self.keep_ratio <= 1, self.keep_ratio > 1 and float(self.keep_ratio).is_integer()
-        for name, valid, range_ in (
-            ("keep_ratio", share or number, "above 0 (a share up to 1, or a whole number of classes)"),
-            ("max_keep", self.max_keep >= 1, "at least 1"),
-            ("decay", self.decay > 0 and math.isfinite(self.decay), "above 0 and finite"),
-            ("tail", self.tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
-            ("max_tail", self.max_tail is None or self.max_tail >= 0, "at least 0, or None"),
-        ):
-            if not valid:
-                raise ValueError(f"RankSampler: {name} must be {range_}; got {getattr(self, name)!r}.")
+        check_rank_options(
+            "RankSampler", self.keep_ratio, self.max_keep, self.decay, self.tail, self.generator, self.max_tail
+        )
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
@@ -415,7 +435,8 @@ def select_classes(
     Args:
         scores: [C], any floating dtype; NaN ranks last.
         labels: [B] int64 in [0, C); always kept.
-        keep_ratio: Share of classes that are always kept (at most 1), or their number; 0.5 by default.
+        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class,
+            whatever `max_keep` is. 0.5 by default.
         max_keep: Largest number of classes that are always kept; 50 by default.
         decay: λ, decay of the probability over the tail; 0.3 by default.
         tail: "resample" (default) or "fixed", see `RankSampler`.
@@ -445,5 +466,6 @@ def select_classes(
         raise ValueError(
             f"select_classes: labels must be in [0, C={len(scores)}); got {int(labels.min())} to {int(labels.max())}."
         )
+    check_rank_options("select_classes", keep_ratio, max_keep, decay, tail, generator, max_tail)
     sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
     return select_ranks(scores, labels, sampler.draw(scores.numel(), labels.numel()))

@@ -447,7 +447,7 @@ def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
     stepped = sk.FusedSGD(groups)
     stepped.register_step_post_hook(lambda *_: None)
     refused("FusedSGD has step hooks", stepped)
-    with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1, a whole number; got 0"):
         clip.graphed(sk.FusedSGD(groups), batch_size=0)
 
 

@@ -8,6 +8,7 @@ import naive
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from models import tiny_batch, tiny_clip, tiny_tokens
 
 import skipkernels as sk
@@ -362,11 +363,54 @@ def test_custom_text_clip(text):
         ({"skip_layers": 1, "max_keep": 0}, "max_keep must be at least 1"),
         ({"skip_layers": 1, "decay": 0.0}, "decay must be above 0"),
         ({"skip_layers": 1, "tail": "all"}, "tail must be one of resample, fixed"),
+        ({"skip_layers": 1, "keep_ratio": "0.5"}, "keep_ratio must be above 0 .*; got '0.5'"),
+        ({"skip_layers": 1, "max_keep": 5.5}, "max_keep must be at least 1, a whole number; got 5.5"),
+        ({"skip_layers": 1, "decay": None}, "decay must be above 0 and finite; got None"),
+        ({"skip_layers": 1, "chunk": "a"}, "chunk must be a whole number, at least 1; got 'a'"),
+        ({"skip_layers": 1, "generator": 0}, "generator must be a torch.Generator; got 0"),
+        ({"skip_layers": 1, "model": (tiny_clip(), None)}, "model must be a CLIP, .*; got tuple. Pass its first"),
+        ({"skip_layers": 1, "model": None}, r"model must be a CLIP, an nn.Module; got NoneType\."),
     ],
 )
 def test_construction_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        sk.SkipCLIP(tiny_clip(), tiny_tokens(4), **arguments)
+    with pytest.raises((ValueError, TypeError), match=f"^SkipCLIP: {message}"):
+        sk.SkipCLIP(**{"model": tiny_clip(), "tokens": tiny_tokens(4)} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda clip, x, y: clip.encode_upper(x), ValueError, r"be .* \[B, 5, 24\]; got \[3, 3, 16, 16\]"),
+        (lambda clip, x, y: clip.encode_upper(torch.zeros(3, 5, 23)), ValueError, r"be .* got \[3, 5, 23\]"),
+        (lambda clip, x, y: clip.sigmoid_loss(x, F.one_hot(y, 4), max_labels=1, logit_bias="a"), ValueError, "got 'a'"),
+        (
+            lambda clip, x, y: clip.sigmoid_loss(x, F.one_hot(y, 4), max_labels=1, logit_bias=torch.zeros(4)),
+            ValueError,
+            r"logit_bias must be a number or a tensor of one element; got \[4\]",
+        ),
+        (lambda clip, x, y: clip.graphed(None, batch_size=4), TypeError, "optimizer must be .*; got NoneType"),
+        (lambda clip, x, y: clip.graphed(None, batch_size=8.0), ValueError, "batch_size must be .*; got 8.0"),
+        (lambda clip, x, y: torch.export.export(clip, (x, y)), RuntimeError, r"Export .* clip.classifier\(\)"),
+        (lambda clip, x, y: torch.jit.trace(clip, (x, y)), RuntimeError, r"Export .* clip.classifier\(\)"),
+        (
+            lambda clip, x, y: clip.load_state_dict(with_updates(clip)),
+            ValueError,
+            r"low-rank updates of rank 2, and the model has none. Call add_lora\(clip, rank=2\) first",
+        ),
+        (lambda clip, x, y: sk.FeatureCache.build("x", clip.model, [(x[0], 0)]), TypeError, "clip must be a SkipC"),
+    ],
+    ids=["images", "width", "bias", "biases", "optimizer", "batch_size", "export", "trace", "lora_state", "build"],
+)  # fmt: skip
+def test_wrong_use(call, error, message):
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(4), skip_layers=1).eval(), tiny_batch(3, 4)
+    with pytest.raises(error, match=message):
+        call(clip, images, labels)
+
+
+def with_updates(clip: sk.SkipCLIP) -> dict[str, torch.Tensor]:
+    copied = copy.deepcopy(clip)
+    sk.add_lora(copied, rank=2)
+    return copied.state_dict()
 
 
 def test_forward_bad_inputs():

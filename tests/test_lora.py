@@ -305,6 +305,14 @@ def test_copies_and_state_dicts():
         other.load_state_dict(clip.state_dict())
 
 
+def test_state_of_another_rank():
+    clips = [sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1) for _ in range(2)]
+    for rank, clip in zip((2, 3), clips, strict=True):
+        sk.add_lora(clip, rank=rank)
+    with pytest.raises(ValueError, match=r"have rank 2, and those of this model have 3. .*rank=2"):
+        clips[1].load_state_dict(clips[0].state_dict())
+
+
 def test_second_skipclip_on_a_model_with_updates():
     model, (images, labels) = with_lora(tiny_clip()).model, tiny_batch(3, C)
     with pytest.raises(UnsupportedModel, match='is an adapter.*Pass trainable="as_is"'):
@@ -372,6 +380,7 @@ def test_save_lora_round_trip_through_peft(make, tmp_path):
         ({"rank": 0}, "rank must be an integer of at least 1; got 0"),
         ({"rank": 2.0}, "rank must be an integer of at least 1; got 2.0"),
         ({"alpha": 0}, "alpha must be above 0; got 0.0"),
+        ({"targets": None}, "targets must be of q, .*; got None"),
         ({"targets": ()}, r"targets must be of q, k, v, out, fc, proj, or \"all-linear\"; got \(\)"),
         ({"targets": ("q", "q_proj")}, r"targets must be of q, .*; got \('q', 'q_proj'\)"),
     ],

@@ -227,6 +227,7 @@ def test_recall_of_useless_embeddings_is_zero():
     ("bad", "error", "message"),
     [
         ({"text": torch.ones(6, 5)}, ValueError, r"text must be \[m, D=4\]"),
+        ({"image": [[1.0] * 4] * 3}, TypeError, "image must be a tensor; got list"),
         ({"text": torch.ones(6, 4).long()}, TypeError, "text must be float32"),
         ({"image_of_text": torch.arange(6)}, ValueError, "image_of_text must be rows of image, 0 to 2; got 0 to 5"),
         ({"image_of_text": torch.zeros(3).long()}, ValueError, r"image_of_text must be \[m=6\]"),

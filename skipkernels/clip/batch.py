@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,25 @@ def check_images(x: Any) -> None:
     if x.ndim == 4 and x.shape[1] == 3 and x.device.type == "cpu" and not x.isfinite().all():
         bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"SkipCLIP: images must be finite; NaN or infinity in images {bad} of the batch.")
+
+
+def check_features(x: Any, shape: Sequence[int]) -> None:
+    """Raise unless x are features at the cut [B, N, W] of the model, [N, W] = shape; patches may have been dropped."""
+    found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    if not isinstance(x, Tensor) or x.ndim != 1 + len(shape) or x.shape[-1] != shape[-1] or len(x) == 0:
+        raise ValueError(
+            f"SkipCLIP.encode_upper: features must be those at the cut, [B, {', '.join(map(str, shape))}]; got "
+            f"{found}. For images use encode_image."
+        )
+
+
+def refuse_export() -> None:
+    """Raise a RuntimeError while `torch.export` or `torch.jit.trace` runs SkipCLIP."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "SkipCLIP: a step can be neither exported nor traced. Export the plain module clip.classifier(), from "
+            "images to logits."
+        )
 
 
 def check_labels(labels: Any, batch_size: int) -> None:

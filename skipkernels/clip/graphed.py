@@ -83,8 +83,13 @@ class GraphedStep:
     """
 
     def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
-        if batch_size < 1:
-            raise ValueError(f"graphed: batch_size must be at least 1; got {batch_size}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"graphed: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Create one of "
+                "clip.parameter_groups(…)."
+            )
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}

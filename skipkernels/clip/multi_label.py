@@ -27,6 +27,10 @@ def sigmoid_loss(
     if logit_bias is None:
         bias = getattr(clip.model, "logit_bias", None)
         logit_bias = 0.0 if bias is None else bias
+    number = isinstance(logit_bias, (int, float)) and not isinstance(logit_bias, bool)
+    if not number and not (isinstance(logit_bias, Tensor) and logit_bias.numel() == 1):
+        found = list(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
+        raise ValueError(f"SkipCLIP.sigmoid_loss: logit_bias must be a number or a tensor of one element; got {found}.")
     if isinstance(logit_bias, Tensor):
         logit_bias = logit_bias.reshape(())  # transformers' has one dimension
     labels = labels != 0

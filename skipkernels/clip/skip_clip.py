@@ -15,11 +15,11 @@ from ..checks import warn_caller
 from ..classifier import ImageClassifier
 from ..options import AttentionName, Tail
 from ..parallel import ClassParallel
-from ..selection import ClassSelection, RankSampler, select_ranks
+from ..selection import ClassSelection, RankSampler, check_rank_options, select_ranks
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating, refuse_sharded
 from ..towers.reductions import of_every_template
 from ..towers.structure import containers, refuse_overrides
-from .batch import check_images, check_label_range, check_labels, one_batch
+from .batch import check_features, check_images, check_label_range, check_labels, one_batch, refuse_export
 from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
@@ -29,7 +29,7 @@ from .pairs import pair_loss
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
 from .sharded_step import agreeing, device_of, sharded_step
 from .snapshot import Snapshot, refuse_alterations
-from .state import Shard, pack_state, prompts_digest, unpack_state
+from .state import Shard, pack_state, prompts_digest, refuse_low_rank_updates, unpack_state
 from .text_encoder import TextEncoder
 from .top_k import top_k_logits
 from .trainable import TrainedParameters, set_trainable
@@ -65,7 +65,8 @@ class SkipCLIP(nn.Module):
             class is then the mean of the unit-norm embeddings of its T prompts.
         skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the blocks, or a pair of either
             (image, text).
-        keep_ratio: Share of classes that are always kept (at most 1), or their number.
+        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class,
+            whatever `max_keep` is.
         max_keep: Largest number of classes that are always kept, unless a batch has more labels.
         decay: λ, decay of the probability to keep a class of the tail.
         tail: "resample" draws the tail in each step, "fixed" once per run, as published.
@@ -105,7 +106,8 @@ class SkipCLIP(nn.Module):
 
     Raises:
         UnsupportedModel: If the model is not supported, or a module that SkipCLIP does not call has hooks.
-        TypeError: If tokens or class weights are not tensors.
+        TypeError: If the model is no module, tokens or class weights are not tensors, or generator is not a
+            torch.Generator.
         ValueError: If an argument is out of range.
         RuntimeError: If embeddings or gradients differ from those of the model itself.
         StoreError: If `text_cache` holds features of other prompts, weights or another model.
@@ -155,12 +157,13 @@ class SkipCLIP(nn.Module):
     ):
         super().__init__()
         check_tokens(tokens)
-        if chunk < 1:
-            raise ValueError(f"SkipCLIP: chunk must be at least 1; got {chunk}.")
+        if not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train.")
         self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
         self.label_smoothing = check_label_smoothing(label_smoothing)
+        check_rank_options("SkipCLIP", keep_ratio, max_keep, decay, tail, generator, max_tail)
         self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
         self.model = model
         self._parallel = None
@@ -298,6 +301,7 @@ class SkipCLIP(nn.Module):
         if self._parallel is not None and self.training:
             return sharded_step(self, (x, pixel_values, images), labels, return_logits)
         x = one_batch(x, pixel_values, images)
+        refuse_export()
         self._check_step(x, labels)
         assert labels is not None
         if not self.training:
@@ -622,6 +626,7 @@ class SkipCLIP(nn.Module):
 
     def encode_upper(self, features: Tensor) -> Tensor:
         """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
+        check_features(features, self._image_encoder.features[0])
         self._check_unaltered()
         return self._image.upper(features)
 
@@ -850,6 +855,7 @@ class SkipCLIP(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
+        refuse_low_rank_updates(self.model, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         key = f"{prefix}_extra_state"
         if key in missing:
@@ -872,6 +878,15 @@ class SkipCLIP(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._trained.register(self.model)  # a copy has its own model
+
+
+def check_clip(function: str, clip: Any) -> None:
+    """Raise a TypeError unless clip is a SkipCLIP."""
+    if not isinstance(clip, SkipCLIP):
+        raise TypeError(
+            f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Make one of the model: "
+            "SkipCLIP(model, tokens, skip_layers=…)."
+        )
 
 
 def _after_load(clip: SkipCLIP, keys: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..store import digest_tensors
 from .classes import prompts_of
@@ -100,3 +100,14 @@ def unpack_state(
 def prompts_digest(tokens: Tensor) -> str:
     """Digest of the prompts [C, L] or [C, T, L] of all classes."""
     return digest_tensors([("tokens", prompts_of(tokens))])
+
+
+def refuse_low_rank_updates(model: nn.Module, state_dict: Any, prefix: str) -> None:
+    """Raise a ValueError if a state dict has the low-rank updates of `add_lora`, and the model has none."""
+    saved = [name for name in state_dict if name.startswith(prefix) and name.endswith(".lora_A")]
+    if saved and not any(name.endswith(".lora_A") for name, _ in model.named_parameters()):
+        rank = state_dict[saved[0]].shape[-2]
+        raise ValueError(
+            f"SkipCLIP.load_state_dict: the state has low-rank updates of rank {rank}, and the model has none. Call "
+            f"add_lora(clip, rank={rank}) first, with the targets and alpha of the saved model."
+        )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..clip import SkipCLIP, check_clip
 from ..options import Refresh, SamplerKind
 from ..store import DTYPES, Store, StoreError, absolute_folder
 from . import fingerprint
@@ -18,10 +19,7 @@ from .dataset_key import check_samples, dataset_key, sample_images
 from .in_memory import Encode, collect
 from .loader import FeatureLoader, Rows
 from .refresh import EpochStores, clear_epochs
-from .samplers import BatchSampler
-
-if TYPE_CHECKING:
-    from ..clip import SkipCLIP
+from .samplers import BatchSampler, check_batches
 
 Progress = Callable[[int], None] | bool
 
@@ -111,8 +109,10 @@ class FeatureCache(Dataset):
         Raises:
             StoreError: If the folder has another store (the message says how it differs), another process builds in it,
                 the disk is full, or an image or its features cannot be used. Existing shards stay.
-            ValueError: If an argument is out of range.
+            TypeError: If clip is not a SkipCLIP.
+            ValueError: If another argument is out of range.
         """
+        check_clip("FeatureCache.build", clip)
         folder = absolute_folder(Path(path))
         if dtype not in DTYPES:
             raise ValueError(f"FeatureCache.build: dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
@@ -303,6 +303,8 @@ class FeatureCache(Dataset):
                 f"world_size={world_size}. Give each process its own lists, or name a sampler."
             )
         if isinstance(sampler, str):
+            name = "FeatureCache.loader"
+            check_batches(name, self.labels, batch_size, ("sampler", sampler), generator, rank, world_size)
             sampler = BatchSampler(self.labels, batch_size, sampler, generator, rank=rank, world_size=world_size)
         if prefetch is None:
             prefetch = 0 if self.store is None else 2

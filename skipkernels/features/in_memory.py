@@ -90,7 +90,7 @@ def collect(
         labels[batch.rows[0] : batch.rows[-1] + 1] = batch.labels
         on_batch(len(batch.rows))
     if encoded is None:
-        raise ValueError("collect: the dataset has no images.")
+        raise ValueError("FeatureCache.in_memory: the dataset has no images.")
     return MemoryRows(encoded), labels
 
 
@@ -99,7 +99,7 @@ def _check_memory(output: Tensor, count: int) -> None:
     free = free_bytes(output.device)
     if needed > free / 2:
         raise MemoryError(
-            f"collect: {count} items of {list(output.shape[1:])} {output.dtype} take {needed / 2**30:.1f} GiB, more "
-            f"than half of the {free / 2**30:.1f} GiB of free memory. Use a cache on the disk (FeatureCache.build), "
-            "fewer shots or classes, or a smaller model."
+            f"FeatureCache.in_memory: {count} items of {list(output.shape[1:])} {output.dtype} take "
+            f"{needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB of free memory. Use a cache "
+            "on the disk (FeatureCache.build), fewer shots or classes, or a smaller model."
         )

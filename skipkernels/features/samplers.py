@@ -47,14 +47,7 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        if kind not in get_args(SamplerKind):
-            raise ValueError(f"BatchSampler: kind must be one of {', '.join(get_args(SamplerKind))}; got {kind!r}.")
-        if batch_size < 1:
-            raise ValueError(f"BatchSampler: batch_size must be at least 1; got {batch_size}.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"BatchSampler: rank must be from 0 to world_size - 1 = {world_size - 1}; got {rank}.")
-        if len(labels) < world_size:
-            raise ValueError(f"BatchSampler: {len(labels)} images are too few for {world_size} processes.")
+        check_batches("BatchSampler", labels, batch_size, ("kind", kind), generator, rank, world_size)
         self.labels, self.batch_size, self.kind = labels.cpu(), batch_size, kind
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.rank, self.world_size = rank, world_size
@@ -143,3 +136,25 @@ class BatchSampler(Sampler[list[int]]):
         if len(batches) > 1 and len(batches[-1]) < self.world_size:
             return [*batches[:-2], torch.cat(batches[-2:])]
         return batches
+
+
+def check_batches(
+    function: str, labels: Tensor, batch_size: Any, kind: tuple[str, Any], generator: Any, rank: int, world_size: int
+) -> None:
+    """Raise unless these are arguments of a `BatchSampler`; the message names the function that was called.
+
+    `kind` is the name of that argument and its value; the others are as for `BatchSampler`.
+    """
+    name, value = kind
+    if value not in get_args(SamplerKind):
+        raise ValueError(f"{function}: {name} must be one of {', '.join(get_args(SamplerKind))}; got {value!r}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"{function}: batch_size must be at least 1, a whole number; got {batch_size!r}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{function}: generator must be a torch.Generator; got {generator!r}. Use torch.Generator().manual_seed(0)."
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"{function}: rank must be from 0 to world_size - 1 = {world_size - 1}; got {rank}.")
+    if len(labels) < world_size:
+        raise ValueError(f"{function}: {len(labels)} images are too few for {world_size} processes.")

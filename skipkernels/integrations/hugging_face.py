@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clip import SkipCLIP
+from ..clip import SkipCLIP, check_clip
 
 
 def trainer_arguments(
@@ -36,6 +36,9 @@ def trainer_arguments(
         dict: `optimizer_cls_and_kwargs`, `data_collator`, `preprocess_logits_for_metrics` and `compute_metrics`
         (`accuracy`), to replace by your own.
 
+    Raises:
+        TypeError: If clip is not a SkipCLIP.
+
     Example:
         >>> import logging; logging.disable()  # open_clip warns about random weights
         >>> import open_clip, skipkernels as sk
@@ -46,6 +49,7 @@ def trainer_arguments(
         >>> sorted(trainer_arguments(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9))
         ['compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
     """
+    check_clip("trainer_arguments", clip)
     groups = clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
     return {
         "optimizer_cls_and_kwargs": (optimizer, {"params": groups, **options}),
@@ -62,19 +66,38 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
         items: (image, label), or features at the cut instead of the image, such as of a `FeatureCache`; or dictionaries
             with these keys.
 
+    Raises:
+        TypeError: If an image is not a tensor, or a label is not one class id.
+        ValueError: If a dictionary has other keys.
+
     Example:
         >>> batch = collate([(torch.zeros(3, 32, 32), 7), (torch.ones(3, 32, 32), 1)])
         >>> batch["pixel_values"].shape, batch["labels"]
         (torch.Size([2, 3, 32, 32]), tensor([7, 1]))
     """
-    pairs = [(item["pixel_values"], item["labels"]) if isinstance(item, dict) else item for item in items]
+    pairs = [_pair(item) if isinstance(item, dict) else item for item in items]
     images, labels = zip(*pairs, strict=True)
     if not isinstance(images[0], Tensor):
         raise TypeError(
             f"collate: images must be tensors, by the model's image transform; got {type(images[0]).__name__}. Apply "
             "the transform in the dataset."
         )
+    if any(isinstance(label, (list, tuple)) or (isinstance(label, Tensor) and label.numel() != 1) for label in labels):
+        raise TypeError(
+            "collate: labels must be class ids, one whole number for each image; got several for one. For several "
+            "labels per image use clip.sigmoid_loss, in a loop of your own."
+        )
     return {"pixel_values": torch.stack(images), "labels": torch.tensor([int(label) for label in labels])}
+
+
+def _pair(item: dict[str, Any]) -> tuple[Any, Any]:
+    """Image and label of an item."""
+    if not item.keys() >= {"pixel_values", "labels"}:
+        raise ValueError(
+            f"collate: items must have the keys pixel_values and labels; got {', '.join(map(str, item))}. Rename the "
+            "columns of the dataset."
+        )
+    return item["pixel_values"], item["labels"]
 
 
 def class_logits(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..clip import SkipCLIP, SkipOutput
+from ..clip import SkipCLIP, SkipOutput, check_clip
 
 try:
     from lightning.pytorch import LightningModule
@@ -34,6 +34,9 @@ class SkipModule(LightningModule):
         schedule: Function from the optimizer to a schedule that is stepped after each epoch; None: constant rates.
         options: Further arguments of the optimizer, such as `momentum`.
 
+    Raises:
+        TypeError: If clip is not a SkipCLIP; in a step, if the batch is not a pair (images or features, labels).
+
     Example:
         >>> import logging; logging.disable()  # open_clip warns about random weights
         >>> import open_clip, skipkernels as sk
@@ -57,6 +60,7 @@ class SkipModule(LightningModule):
         **options: Any,
     ):
         super().__init__()
+        check_clip("SkipModule", clip)
         self.clip = clip
         self._rates, self._optimizer = {"text_lr": text_lr, "image_lr": image_lr}, (optimizer, options)
         self._schedule = schedule
@@ -67,7 +71,7 @@ class SkipModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss over the classes selected for the batch."""
-        loss = self.clip(*batch).loss
+        loss = self.clip(*_pair(batch)).loss
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -86,7 +90,20 @@ class SkipModule(LightningModule):
         return made if self._schedule is None else {"optimizer": made, "lr_scheduler": self._schedule(made)}
 
     def _evaluate(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
-        out: SkipOutput = self.clip(*batch)
-        correct = (out.logits.argmax(dim=1) == batch[1]).float().mean()
+        x, labels = _pair(batch)
+        out: SkipOutput = self.clip(x, labels)
+        correct = (out.logits.argmax(dim=1) == labels).float().mean()
         values = {f"{name}_loss": out.loss, f"{name}_accuracy": correct}
-        self.log_dict(values, batch_size=len(batch[1]), sync_dist=True, prog_bar=True)
+        self.log_dict(values, batch_size=len(labels), sync_dist=True, prog_bar=True)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images or features, and labels, of a batch."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        parts = f" with keys {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+        parts = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else parts
+        raise TypeError(
+            f"SkipModule: a batch must be a pair (images or features, labels); got {type(batch).__name__}{parts}. "
+            "Return pairs from the dataset, or write the steps of a LightningModule of your own."
+        )
+    return batch[0], batch[1]

@@ -67,6 +67,11 @@ class ClassModel(nn.Module):
         Raises:
             ValueError: If a caption is not the prompt of a class, on the CPU. On a GPU it is a device-side assertion.
         """
+        if text is not None and not isinstance(text, Tensor):
+            raise TypeError(
+                "ClassModel: text must be a tensor, tokens [B, L] of the captions or class ids [B]; got "
+                f"{type(text).__name__}. Tokenize strings with open_clip's tokenizer."
+            )
         scale = self.clip.model.logit_scale.exp()
         if not self.training:
             return {

@@ -58,6 +58,15 @@ class LowRankUpdate(nn.Module):
             result.low_rank = [LowRankFactors(part, scale, down, up) for part, down, up in factors]
         return result
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(f"{prefix}lora_A")
+        if saved is not None and saved.shape[-2] != self.rank:
+            raise ValueError(
+                f"load_state_dict: the low-rank updates have rank {saved.shape[-2]}, and those of this model have "
+                f"{self.rank}. Add them with add_lora(clip, rank={saved.shape[-2]})."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def get_extra_state(self) -> Tensor:
         """Return alpha, fp64."""
         return torch.tensor(self.alpha, dtype=torch.float64)

@@ -51,7 +51,7 @@ _WRAPPERS = {
     ),
     "torch.nn.parallel.": (
         "Pass the model itself (.module), and wrap the SkipCLIP: DistributedDataParallel(clip, "
-        "broadcast_buffers=False)."
+        "forward_sync_buffers=False)."
     ),
     "torch._dynamo.": "Pass the model that was compiled (._orig_mod): the step is not compiled by torch.compile.",
 }
@@ -66,8 +66,12 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
         tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], those of T templates.
 
     Raises:
+        TypeError: If the model is no module.
         UnsupportedModel: If no adapter handles the model, with the reason.
     """
+    if not isinstance(model, nn.Module):
+        remedy = " Pass its first element." if isinstance(model, tuple) else ""
+        raise TypeError(f"SkipCLIP: model must be a CLIP, an nn.Module; got {type(model).__name__}.{remedy}")
     name = _type_name(model)
     refuse_sharded(model)
     if name not in _HALVES:
@@ -91,7 +95,7 @@ def refuse_sharded(module: nn.Module) -> None:
     if managed or any(hasattr(parameter, "placements") for parameter in module.parameters()):
         raise UnsupportedModel(
             "SkipCLIP: parameters must be whole; got shards (fully_shard of FSDP2, or tensor parallelism). Use "
-            "DistributedDataParallel(clip, broadcast_buffers=False): weights below the cut have no gradient and no "
+            "DistributedDataParallel(clip, forward_sync_buffers=False): weights below the cut have no gradient and no "
             "optimizer state."
         )
 

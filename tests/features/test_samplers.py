@@ -211,7 +211,7 @@ def test_incomplete_state_is_refused(missing):
     ("arguments", "message"),
     [
         ({"kind": "shuffled"}, r"kind must be one of class_pure, random, sequential; got 'shuffled'\."),
-        ({"batch_size": 0}, r"batch_size must be at least 1; got 0\."),
+        ({"batch_size": 0}, r"batch_size must be at least 1, a whole number; got 0\."),
         ({"rank": 2, "world_size": 2}, r"rank must be from 0 to world_size - 1 = 1; got 2\."),
         ({"rank": -1}, r"rank must be from 0 to world_size - 1 = 0; got -1\."),
         ({"world_size": 4}, r"3 images are too few for 4 processes\."),

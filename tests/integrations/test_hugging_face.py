@@ -121,6 +121,24 @@ def test_features_where_images_are_expected(short, tmp_path):
         trainer_of(make(short), short, tmp_path).train()
 
 
-def test_collate_refuses_images_without_transform():
-    with pytest.raises(TypeError, match="images must be tensors, by the model's image transform; got list"):
-        hugging_face.collate([([1.0], 1)])
+@pytest.mark.parametrize(
+    ("item", "error", "message"),
+    [
+        (([1.0], 1), TypeError, "images must be tensors, by the model's image transform; got list"),
+        (
+            {"pixel_values": torch.zeros(1), "label": 1},
+            ValueError,
+            "keys pixel_values and labels; got pixel_values, la",
+        ),
+        ((torch.zeros(1), [1, 2]), TypeError, "labels must be class ids, one whole number for each image"),
+    ],
+    ids=["list", "keys", "labels"],
+)
+def test_collate_refuses(item, error, message):
+    with pytest.raises(error, match=f"^collate: .*{message}"):
+        hugging_face.collate([item])
+
+
+def test_arguments_of_another_model():
+    with pytest.raises(TypeError, match="trainer_arguments: clip must be a SkipCLIP; got Linear"):
+        hugging_face.trainer_arguments(torch.nn.Linear(1, 1), text_lr=1, image_lr=1)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import skipkernels as sk
 from bench.trainers import lightning as runner
 from bench.trainers.common import Problem, small_problem
+from skipkernels.integrations import lightning
 
 STEPS, SAVED = 6, 4  # of the only epoch
 
@@ -49,6 +50,15 @@ def test_validation_logs_accuracy_of_all_classes(short, tmp_path):
     assert logged["val_accuracy"] == pytest.approx(expected)
     loss = torch.nn.functional.cross_entropy(logits, short.labels).item()
     assert logged["val_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_bad_use(short):
+    with pytest.raises(TypeError, match="SkipModule: clip must be a SkipCLIP; got Linear"):
+        lightning.SkipModule(torch.nn.Linear(1, 1), text_lr=1, image_lr=1)
+    module = runner.plug(short.implementations()["skipkernels"](), short)
+    for batch, found in (({"image": 1, "label": 2}, "dict with keys image, label"), ((1, 2, 3), "tuple of 3")):
+        with pytest.raises(TypeError, match=f"batch must be a pair .*; got {found}"):
+            module.training_step(batch, 0)
 
 
 def test_missing_extra(monkeypatch):

@@ -234,4 +234,6 @@ def test_bad_use(problem, clip):
     model = ClassModel(clip)
     with pytest.raises(TypeError, match="both images and captions are needed"):
         model(problem.images[:2])
+    with pytest.raises(TypeError, match="text must be a tensor, .*; got list. Tokenize"):
+        model(problem.images[:1], ["a cat"])
     assert copy.deepcopy(model).class_ids(problem.tokens[:1]).tolist() == [0]
