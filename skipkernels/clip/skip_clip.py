@@ -54,9 +54,9 @@ class SkipCLIP(nn.Module):
     `torch.compile(clip)` does not compile the step. Activation checkpointing around SkipCLIP raises an error, since its
     second forward would draw other classes: use `memory="min"`.
 
-    With `DistributedDataParallel(clip, forward_sync_buffers=False)` each process selects classes for its part of a
-    batch. With `keep_ratio=1` and equal parts the gradients are those of the whole batch. With `process_group` they are
-    for all settings.
+    With `DistributedDataParallel(clip, forward_sync_buffers=False)`, or `broadcast_buffers=False` in PyTorch versions
+    without that argument, each process selects classes for its part of a batch. With `keep_ratio=1` and equal parts the
+    gradients are those of the whole batch. With `process_group` they are for all settings.
 
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
