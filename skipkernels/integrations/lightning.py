@@ -24,8 +24,8 @@ class SkipModule(LightningModule):
     """Trains a SkipCLIP on batches (images or features at the cut, labels) and logs loss and accuracy.
 
     The logged names are `train_loss`, `val_loss`, `val_accuracy`, `test_loss` and `test_accuracy`. For several
-    processes pass `strategy=DDPStrategy(forward_sync_buffers=False)` to the trainer (`broadcast_buffers=False` in PyTorch
-    versions without that argument).
+    processes pass `strategy=DDPStrategy(forward_sync_buffers=False)` to the trainer (`broadcast_buffers=False` in
+    PyTorch versions without that argument).
 
     Args:
         clip: The model to tune.
