@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
+from .optimizer import world_size
 from .store.atomic import replace_file, replace_text
 from .store.tensor_file import write_tensors
 from .towers import UnsupportedModel
@@ -38,7 +40,8 @@ def add_lora(
     The weights become parametrizations (`torch.nn.utils.parametrize`) of the caller's modules, so the model itself
     computes the same, also where query, key and value are packed in one weight. W' is computed once for each forward
     pass, and fused blocks stay fused. Features at the cut and caches of them stay valid. Everything but A and B is
-    frozen, except for the temperature with `train_logit_scale=True`: create the optimizer after this call.
+    frozen, except for the temperature with `train_logit_scale=True`. Create the optimizer and
+    `DistributedDataParallel` after this call: one made before does not train, or average, A and B.
 
     A and B are fp32 (fp64 for fp64 weights), and W' is rounded to the dtype of W: beside 16-bit weights, small updates
     are partly lost in rounding, so prefer fp32 weights with autocast. Until `merge_lora`, keys of the model's state
@@ -56,6 +59,7 @@ def add_lora(
         TypeError: If `clip` is not a SkipCLIP.
         ValueError: If an argument is out of range, nothing is above the cut, or the model has such updates already.
         UnsupportedModel: If a block above the cut is not fused.
+        RuntimeError: If several processes train and `DistributedDataParallel` already wraps `clip`.
 
     Source: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685.
 
@@ -79,6 +83,7 @@ def add_lora(
     if not alpha > 0:
         raise ValueError(f"add_lora: alpha must be above 0; got {alpha}.")
     chosen = _check_targets(targets)
+    _refuse_wrapped(clip)
     clip._check_unaltered()
     if next(_updates(clip.model), None) is not None:
         raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
@@ -109,6 +114,7 @@ def merge_lora(clip: SkipCLIP) -> None:
 
     The model has its plain modules and state-dict keys again, and `requires_grad` and the `trainable` setting are as
     before `add_lora` on this SkipCLIP (or a copy of it); on another one, weights stay frozen. Predictions don't change.
+    To train further, create the optimizer and `DistributedDataParallel` again.
 
     Args:
         clip: SkipCLIP on a model with low-rank updates. See `add_lora` for an example.
@@ -198,6 +204,20 @@ def _check_updated(function: str, clip: Any) -> None:
     check_clip(function, clip)
     if next(_updates(clip.model), None) is None:
         raise ValueError(f"{function}: the model has no low-rank updates. Add them: add_lora(clip, rank).")
+
+
+def _refuse_wrapped(clip: SkipCLIP) -> None:
+    """Refuse a SkipCLIP in `DistributedDataParallel`, which averages the parameters that trained when it was made."""
+    if world_size() == 1:
+        return
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    gc.collect()  # wrappers that are no longer in use
+    wrappers = [x for x in gc.get_objects() if issubclass(type(x), wrapper)]  # a module does not know its wrapper
+    if any(module is clip for x in wrappers for module in x.modules()):
+        raise RuntimeError(
+            "add_lora: clip must not be in DistributedDataParallel yet, which would not average the gradients of the "
+            "new parameters. Call add_lora first, then DistributedDataParallel(clip)."
+        )
 
 
 def _check_targets(targets: str | Sequence[str]) -> frozenset[str]:

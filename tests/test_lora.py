@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import skipkernels as sk
+from skipkernels import lora
 from skipkernels.lora import TARGETS
 from skipkernels.testing import saved_bytes
 from skipkernels.towers import UnsupportedModel, fused_block
@@ -303,6 +304,9 @@ def test_copies_and_state_dicts():
     sk.add_lora(other, 2, "all-linear", alpha=4.0)
     with pytest.raises(ValueError, match="updates have alpha 3, and those of this model have 4. Add .* alpha=3"):
         other.load_state_dict(clip.state_dict())
+    queries, values = with_lora(tiny_clip(), "q"), with_lora(tiny_clip(), "v")  # parts of one weight, of one shape
+    with pytest.raises(ValueError, match="updates are of the targets q, and those of this model of v"):
+        values.load_state_dict(queries.state_dict())
 
 
 def test_state_of_another_rank():
@@ -430,3 +434,17 @@ def test_failed_add_lora_restores_the_model(monkeypatch):
     assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
     clip(*tiny_batch(3, C)).loss.backward()
     assert not any(isinstance(module, LowRankUpdate) for module in model.modules())
+
+
+def test_add_lora_in_several_processes(monkeypatch, tmp_path):
+    """Before DistributedDataParallel, not after it: the new parameters would not be averaged."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(lora, "world_size", lambda: 2)
+    try:
+        clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1)
+        wrapped = nn.parallel.DistributedDataParallel(nn.ModuleDict({"clip": clip}))
+        with pytest.raises(RuntimeError, match=r"Call add_lora first, then DistributedDataParallel\(clip\)"):
+            sk.add_lora(wrapped.module["clip"], 2)
+        sk.add_lora(sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), 2)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -68,15 +68,22 @@ class LowRankUpdate(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self) -> Tensor:
-        """Return alpha, fp64."""
-        return torch.tensor(self.alpha, dtype=torch.float64)
+        """Return alpha and the updated parts, fp64."""
+        return torch.tensor([self.alpha, *self.updated], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise a ValueError if the state dict is of another alpha, with which A and B are another update."""
-        if float(state) != self.alpha:
+        """Raise a ValueError if the state dict is of another alpha or other parts: A and B are then another update."""
+        alpha, *updated = state.tolist()
+        if alpha != self.alpha:
             raise ValueError(
-                f"load_state_dict: the low-rank updates have alpha {float(state):g}, and those of this model have "
-                f"{self.alpha:g}. Add them with add_lora(clip, rank, targets, alpha={float(state):g})."
+                f"load_state_dict: the low-rank updates have alpha {alpha:g}, and those of this model have "
+                f"{self.alpha:g}. Add them with add_lora(clip, rank, targets, alpha={alpha:g})."
+            )
+        if tuple(updated) != self.updated:  # of query, key and value, the only parts of one weight
+            saved, own = (", ".join("qkv"[int(part)] for part in parts) for parts in (updated, self.updated))
+            raise ValueError(
+                f"load_state_dict: the low-rank updates are of the targets {saved}, and those of this model of {own}. "
+                "Add them with the same targets: add_lora(clip, rank, targets)."
             )
 
 
