@@ -6,13 +6,14 @@ classes; `skipkernels[hugging-face]` installs what the trainer needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..clip import SkipCLIP, check_clip
+from ..optimizer import FusedSGD
 
 
 def trainer_arguments(
@@ -30,7 +31,8 @@ def trainer_arguments(
         text_lr: Learning rate of the text tower. `TrainingArguments(learning_rate=)` has no effect.
         image_lr: Learning rate of the image tower.
         optimizer: Class of the optimizer; default SGD.
-        options: Further arguments of the optimizer, such as `momentum`.
+        options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` is False unless
+            given: the trainer clips gradients after backward (`max_grad_norm=1.0`), when an update in backward is over.
 
     Returns:
         dict: `optimizer_cls_and_kwargs`, `data_collator`, `preprocess_logits_for_metrics` and `compute_metrics`
@@ -50,13 +52,24 @@ def trainer_arguments(
         ['compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
     """
     check_clip("trainer_arguments", clip)
-    groups = clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
+    if optimizer is FusedSGD:
+        options.setdefault("in_backward", False)
     return {
-        "optimizer_cls_and_kwargs": (optimizer, {"params": groups, **options}),
+        "optimizer_cls_and_kwargs": (optimizer, {"params": _ParameterGroups(clip, text_lr, image_lr), **options}),
         "data_collator": collate,
         "preprocess_logits_for_metrics": class_logits,
         "compute_metrics": accuracy,
     }
+
+
+class _ParameterGroups:
+    """Parameter groups that are read when the trainer creates its optimizer, so also those of a later `add_lora`."""
+
+    def __init__(self, clip: SkipCLIP, text_lr: float, image_lr: float):
+        self._clip, self._rates = clip, {"text_lr": text_lr, "image_lr": image_lr}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._clip.parameter_groups(**self._rates))
 
 
 def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..clip import SkipCLIP, SkipOutput, check_clip
+from ..optimizer import FusedSGD
 
 try:
     from lightning.pytorch import LightningModule
@@ -33,7 +34,8 @@ class SkipModule(LightningModule):
         image_lr: Learning rate of the image tower.
         optimizer: Class of the optimizer; default SGD.
         schedule: Function from the optimizer to a schedule that is stepped after each epoch; None: constant rates.
-        options: Further arguments of the optimizer, such as `momentum`.
+        options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` is False unless
+            given, since an update in backward is over before the trainer clips gradients (`gradient_clip_val`).
 
     Raises:
         TypeError: If clip is not a SkipCLIP; in a step, if the batch is not a pair (images or features, labels).
@@ -63,6 +65,8 @@ class SkipModule(LightningModule):
         super().__init__()
         check_clip("SkipModule", clip)
         self.clip = clip
+        if optimizer is FusedSGD:
+            options.setdefault("in_backward", False)
         self._rates, self._optimizer = {"text_lr": text_lr, "image_lr": image_lr}, (optimizer, options)
         self._schedule = schedule
 
@@ -83,6 +87,10 @@ class SkipModule(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log loss and accuracy over all classes."""
         self._evaluate("test", batch)
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Logits [B, C] over all classes for images or features, with or without labels."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
 
     def configure_optimizers(self) -> Any:
         """Optimizer with two parameter groups, and the schedule if there is one."""

@@ -58,7 +58,7 @@ class ClassModel(nn.Module):
 
         Args:
             image: Images [B, 3, height, width], or features at the cut [B, N, W].
-            text: Tokens [B, L] of the captions, each the prompt of a class; or [B] int64, class ids.
+            text: Tokens [B, L] of the captions, in training mode each the prompt of a class; or [B] int64, class ids.
 
         Returns:
             In training mode `class_loss` [1] and `logit_scale` []. In evaluation mode `image_features` and
@@ -102,8 +102,9 @@ class ClassModel(nn.Module):
         return _normalized(self.clip.encode_image(image), normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Text embeddings [B, D] of any tokens [B, L], by open_clip's own model."""
-        return _normalized(self.clip.model.encode_text(text), normalize)
+        """Text embeddings [B, D] of any tokens [B, L], by open_clip's own model; or of class ids [B]."""
+        embeddings = self.clip.encode_classes(text) if text.ndim == 1 else self.clip.model.encode_text(text)
+        return _normalized(embeddings, normalize)
 
     @property
     def logit_scale(self) -> nn.Parameter:

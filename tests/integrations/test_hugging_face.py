@@ -142,3 +142,15 @@ def test_collate_refuses(item, error, message):
 def test_arguments_of_another_model():
     with pytest.raises(TypeError, match="trainer_arguments: clip must be a SkipCLIP; got Linear"):
         hugging_face.trainer_arguments(torch.nn.Linear(1, 1), text_lr=1, image_lr=1)
+
+
+def test_optimizer_is_of_the_parameters_that_train(short, tmp_path):
+    """Also after add_lora; and FusedSGD does not update weights before the trainer clips gradients."""
+    clip = make(short)
+    ours = hugging_face.trainer_arguments(clip, text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
+    sk.add_lora(clip, rank=2)
+    before = [p.detach().clone() for p in clip.trainable_parameters()]
+    options = runner.arguments(short, tmp_path, max_steps=1, max_grad_norm=1e-4)
+    Trainer(clip, options, train_dataset=short.dataset, **ours).train()
+    moved = torch.cat([(p - old).flatten() for p, old in zip(clip.trainable_parameters(), before, strict=True)])
+    assert 0 < moved.norm() <= 1.01e-6  # 1e-2 · 1e-4, and its rounding

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 import skipkernels as sk
 from bench.trainers import lightning as runner
-from bench.trainers.common import Problem, small_problem
+from bench.trainers.common import Problem, small_problem, trained
 from skipkernels.integrations import lightning
+from skipkernels.integrations.lightning import SkipModule
 
 STEPS, SAVED = 6, 4  # of the only epoch
 
@@ -59,6 +60,21 @@ def test_bad_use(short):
     for batch, found in (({"image": 1, "label": 2}, "dict with keys image, label"), ((1, 2, 3), "tuple of 3")):
         with pytest.raises(TypeError, match=f"batch must be a pair .*; got {found}"):
             module.training_step(batch, 0)
+
+
+def test_predict_of_images_with_labels(short, tmp_path):
+    module = runner.plug(short.implementations()["skipkernels"](), short)
+    for dataset in (short.dataset, short.images):
+        logits = torch.cat(runner.trainer(tmp_path).predict(module, DataLoader(dataset, 5)))
+        torch.testing.assert_close(logits, module(short.images))
+
+
+def test_gradients_are_clipped_before_the_update(short, tmp_path):
+    module = SkipModule(short.implementations()["skipkernels"](), text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
+    before = trained(module.clip)
+    trainer = runner.trainer(tmp_path, max_steps=1, gradient_clip_val=1e-3)
+    trainer.fit(module, DataLoader(short.dataset, short.batch_size))
+    assert 0 < (trained(module.clip) - before).norm() <= 1.01e-5  # 1e-2 · 1e-3, and its rounding
 
 
 def test_missing_extra(monkeypatch):

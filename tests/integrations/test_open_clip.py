@@ -155,6 +155,8 @@ def test_evaluation(problem, clip):
     ours = trainer.evaluate(OpenClip(problem.model), {"val": val}, 1, runner.arguments())
     assert metrics["clip_val_loss"] == pytest.approx(ours["clip_val_loss"], rel=1e-5)
     assert metrics["image_to_text_R@5"] == ours["image_to_text_R@5"]
+    captions, class_ids = (model(text=x)["text_features"] for x in (problem.tokens[[3, 7]], torch.tensor([3, 7])))
+    torch.testing.assert_close(class_ids, captions, rtol=1e-4, atol=1e-5)
 
 
 class OpenClip(nn.Module):
