@@ -430,6 +430,18 @@ def test_graphed_notices_an_altered_block(path):
         run.step(*some[0])
 
 
+def test_graphed_refuses_an_optimizer_of_other_parameters(path):
+    run, other = Run("in_step", by_graph=True), skip_clip()
+    with pytest.raises(ValueError, match="graphed: optimizer must hold parameters of this SkipCLIP that train"):
+        other.graphed(run.optimizer, batch_size=4)
+    some = batches(run.clip, graphed.WARMUP + 2)
+    for x, labels in some:
+        run.step(x, labels)
+    sk.add_lora(run.clip, 2)
+    with pytest.raises(ValueError, match="after add_lora or merge_lora"):
+        run.step(*some[0])
+
+
 def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
     clip = skip_clip()
     groups = clip.parameter_groups(text_lr=0.1, image_lr=0.1)

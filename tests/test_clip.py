@@ -159,7 +159,10 @@ def test_predict_equals_model_logits():
     own = model.get_logits(images, tokens)[0]
     torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(clip.predict(clip.encode_lower(images)), own.detach(), rtol=1e-10, atol=1e-10)
-    assert clip.class_embeddings() is clip.class_embeddings(), "computed once while the weights are the same"
+    cached = clip._text_encoder.class_embeddings
+    assert cached() is cached(), "computed once while the weights are the same"
+    clip.class_embeddings().zero_()
+    torch.testing.assert_close(clip.predict(images), own.detach(), rtol=1e-10, atol=1e-10)
     model.transformer.resblocks[2].mlp.c_fc.weight.data[0, 0] += 0.5  # bypasses the version counter
     moved = model.get_logits(images, tokens)[0]
     assert not torch.allclose(moved, own)
@@ -469,11 +472,12 @@ def test_evaluation_label_out_of_range(label):
     [
         (lambda x: (255 * x).to(torch.uint8), TypeError),
         (lambda x: torch.full_like(x, torch.nan), ValueError),
+        (lambda x: torch.full((len(x), 5, 24), torch.nan), ValueError),
         (list, TypeError),
         (lambda x: x[:0], ValueError),
         (lambda x: x.repeat(1, 1, 2, 2), ValueError),
     ],
-    ids=["uint8", "nan", "list", "empty", "size"],
+    ids=["uint8", "nan", "nan_features", "list", "empty", "size"],
 )
 @pytest.mark.parametrize("name", ["encode_lower", "encode_image", "predict"])
 def test_bad_images(name, alter, error):
@@ -573,3 +577,19 @@ def test_loaded_lower_weights_give_new_text_features():
     assert torch.equal(clip(images, labels).loss, fresh(images, labels).loss)
     assert torch.equal(clip.class_embeddings(), fresh.class_embeddings())
     assert not torch.allclose(embeddings, clip.class_embeddings())
+
+
+@pytest.mark.parametrize(
+    ("class_ids", "error", "message"),
+    [
+        ([0, 1], TypeError, "int64 tensor .* got list"),
+        (torch.tensor([0.0]), TypeError, "got torch.float32"),
+        (torch.tensor([[0]]), ValueError, r"\[K\], at least one; got \[1, 1\]"),
+        (torch.tensor([-1]), ValueError, r"in \[0, C=5\); got -1 to -1"),
+        (torch.tensor([0, 5]), ValueError, r"in \[0, C=5\); got 0 to 5"),
+    ],
+)
+def test_encode_classes_refuses(class_ids, error, message):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(5), skip_layers=1)
+    with pytest.raises(error, match=f"SkipCLIP: class_ids must be .*{message}"):
+        clip.encode_classes(class_ids)

@@ -267,3 +267,15 @@ def test_templates_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = clip(x, labels).loss
     assert loss.item() == pytest.approx(full.item(), abs=14 * 2**-6)  # see test_forward_under_autocast
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.1}, {"class_weight": weights()}], ids=["smoothing", "weight"]
+)
+def test_other_losses_refuse_options_of_the_cross_entropy(options):
+    clip, (images, _) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1, **options), tiny_batch(2, C)
+    [name] = options
+    with pytest.raises(ValueError, match=f"SkipCLIP.pair_loss: {name} of SkipCLIP is an option of the cross-entropy"):
+        clip.pair_loss(images, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=f"SkipCLIP.sigmoid_loss: {name} of SkipCLIP is an option"):
+        clip.sigmoid_loss(images, torch.zeros(2, C), max_labels=1)

@@ -239,6 +239,15 @@ def step_of(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer, seed: int) -> N
     optimizer.zero_grad()
 
 
+def test_average_of_buffers_is_refused():
+    clip = make_clip(dtype=torch.float32)
+    average = AveragedModel(clip, use_buffers=True)
+    for _ in range(2):
+        average.update_parameters(clip)
+    with pytest.raises(RuntimeError, match=r"altered .* \(buffer attn_mask has NaN, .*average with use_buffers=False"):
+        average.module.predict(tiny_batch(2, C, torch.float32)[0])
+
+
 def test_exponential_average_of_the_weights():
     clip, (images, labels) = make_clip(), tiny_batch(5, C)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.1, image_lr=0.1), momentum=0.9)

@@ -21,7 +21,7 @@ def one_batch(x: Any, pixel_values: Any, images: Any) -> Any:
 
 
 def check_images(x: Any) -> None:
-    """Raise unless x can be images or features: floating point, not empty; images on the CPU must be finite."""
+    """Raise unless x can be images or features: floating point, not empty; on the CPU also finite."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"SkipCLIP: x must be a tensor, images [B, 3, height, width] or features at the cut; got "
@@ -38,9 +38,9 @@ def check_images(x: Any) -> None:
         )
     if len(x) == 0:
         raise ValueError(f"SkipCLIP: a batch must have at least one image; got {list(x.shape)}.")
-    if x.ndim == 4 and x.shape[1] == 3 and x.device.type == "cpu" and not x.isfinite().all():
+    if x.device.type == "cpu" and not x.isfinite().all():
         bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(f"SkipCLIP: images must be finite; NaN or infinity in images {bad} of the batch.")
+        raise ValueError(f"SkipCLIP: images and features must be finite; NaN or infinity in images {bad} of the batch.")
 
 
 def check_features(x: Any, shape: Sequence[int]) -> None:
@@ -90,3 +90,19 @@ def check_label_range(labels: Tensor, classes: int) -> None:
             f"SkipCLIP: labels must be in [0, C={classes}); got {low} to {high}. Leave images without a class out of "
             "the batch; ignore_index is not handled."
         )
+
+
+def check_class_ids(class_ids: Any, classes: int) -> None:
+    """Raise unless class ids are int64 or int32 [K]; their values are checked on the CPU only."""
+    if not isinstance(class_ids, Tensor) or class_ids.dtype not in (torch.int64, torch.int32):
+        kind = class_ids.dtype if isinstance(class_ids, Tensor) else type(class_ids).__name__
+        raise TypeError(f"SkipCLIP: class_ids must be an int64 tensor [K]; got {kind}. Use torch.tensor(class_ids).")
+    if class_ids.ndim != 1 or len(class_ids) == 0:
+        raise ValueError(f"SkipCLIP: class_ids must be [K], at least one; got {list(class_ids.shape)}.")
+    if class_ids.device.type == "cpu":
+        low, high = (int(x) for x in torch.aminmax(class_ids))
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"SkipCLIP: class_ids must be in [0, C={classes}); got {low} to {high}. Encode other texts with the "
+                "model itself."
+            )

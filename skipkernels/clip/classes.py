@@ -49,3 +49,13 @@ def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) 
             f"{class_weight[bad][0].item()} for class {int(bad.nonzero()[0])}."
         )
     return class_weight.to(prototypes.device, prototypes.dtype, copy=True)
+
+
+def refuse_loss_options(function: str, label_smoothing: float, class_weight: Tensor | None) -> None:
+    """Raise a ValueError if an option of the cross-entropy is set, for another loss."""
+    for name, given in (("label_smoothing", label_smoothing > 0), ("class_weight", class_weight is not None)):
+        if given:
+            raise ValueError(
+                f"{function}: {name} of SkipCLIP is an option of the cross-entropy of clip(x, labels), and has no "
+                "meaning for this loss. Make SkipCLIP without it."
+            )

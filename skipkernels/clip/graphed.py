@@ -63,7 +63,8 @@ class GraphedStep:
         batch_size: Number of images of the batches to capture.
 
     Raises:
-        ValueError: If `batch_size` is below 1; on a GPU, if the step cannot be captured: names the reason.
+        ValueError: If `batch_size` is below 1, or the optimizer has no parameter of SkipCLIP that trains; on a GPU, if
+            the step cannot be captured: names the reason.
         RuntimeError: In a call, if SkipCLIP is not in training mode or the model was altered; on a GPU, under fp16
             autocast, since the `GradScaler` that it needs has a host sync in each step.
 
@@ -91,6 +92,7 @@ class GraphedStep:
                 "clip.parameter_groups(…)."
             )
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
+        self._check_optimizer()
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}
         self._rates: dict[int, tuple[Tensor, float]] = {}  # of groups of PyTorch's optimizers: tensor, number in it
@@ -102,6 +104,16 @@ class GraphedStep:
             if reason is not None:
                 raise ValueError(f"graphed: this step cannot be captured: {reason} Or run the steps one by one.")
         optimizer.register_load_state_dict_post_hook(partial(_reset, weakref.ref(self)))
+
+    def _check_optimizer(self) -> None:
+        """Raise a ValueError if the optimizer would train nothing, such as one from before `add_lora`."""
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        if not any(p.requires_grad and id(p) in held for p in self._clip.model.parameters()):
+            raise ValueError(
+                "graphed: optimizer must hold parameters of this SkipCLIP that train; got none. Create it with "
+                "clip.parameter_groups(text_lr=…, image_lr=…), after add_lora or merge_lora, and pass it to "
+                "clip.graphed."
+            )
 
     def _captures(self) -> bool:
         return self._clip.prototypes.device.type == "cuda"
@@ -122,6 +134,7 @@ class GraphedStep:
         if not clip.training:
             raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
         if not self._captures():
+            self._check_optimizer()
             return self._update(clip(x, labels))
         device = clip.prototypes.device
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -151,6 +164,7 @@ class GraphedStep:
             self.reset()
             captured = None
         if captured is None:
+            self._check_optimizer()
             ready = len(x) == self._batch_size and self._warm.get(key, 0) >= WARMUP
             if not ready or why_not_capturable(self._clip, self._optimizer) is not None:
                 self._warm[key] = self._warm.get(key, 0) + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from ..selection import classes_at_ranks
+from .classes import refuse_loss_options
 from .output import SkipOutput
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def sigmoid_loss(
     clip: SkipCLIP, x: Tensor, labels: Tensor, max_labels: int, logit_bias: Tensor | float | None
 ) -> SkipOutput:
     """Loss of images with labels [B, C]; see `SkipCLIP.sigmoid_loss`."""
+    refuse_loss_options("SkipCLIP.sigmoid_loss", clip.label_smoothing, clip.class_weight)
     clip._check_batch(x)
     classes = len(clip.prototypes)
     _check_labels(labels, x, classes, max_labels)
@@ -43,7 +45,9 @@ def sigmoid_loss(
         image = clip._image_encoder.encode(x)
         class_ids = torch.arange(classes, device=image.device)
         text = (
-            clip._text_encoder.encode(class_ids) if torch.is_grad_enabled() else clip.class_embeddings().to(image.dtype)
+            clip._text_encoder.encode(class_ids)
+            if torch.is_grad_enabled()
+            else clip._text_encoder.class_embeddings().to(image.dtype)
         )
     logits = functional.class_sampled_logits(image, text, clip.model.logit_scale.exp())
     logits = logits + logit_bias

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .classes import refuse_loss_options
 from .settings import check_vocabulary
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 def pair_loss(clip: SkipCLIP, x: Tensor, captions: Tensor) -> Tensor:
     """Loss [] of B images and their captions; see `SkipCLIP.pair_loss`."""
+    refuse_loss_options("SkipCLIP.pair_loss", clip.label_smoothing, clip.class_weight)
     clip._check_batch(x)
     _check_captions(clip, captions, len(x))
     image = clip._image_encoder.encode(x)

@@ -19,7 +19,15 @@ from ..selection import ClassSelection, RankSampler, check_rank_options, select_
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating, refuse_sharded
 from ..towers.reductions import of_every_template
 from ..towers.structure import containers, refuse_overrides
-from .batch import check_features, check_images, check_label_range, check_labels, one_batch, refuse_export
+from .batch import (
+    check_class_ids,
+    check_features,
+    check_images,
+    check_label_range,
+    check_labels,
+    one_batch,
+    refuse_export,
+)
 from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
@@ -45,7 +53,8 @@ class SkipCLIP(nn.Module):
 
     In evaluation mode (`clip.eval()`) `clip(x, labels)` compares all classes, returns [B, C] logits and the loss over
     them, and changes no state. `clip.state_dict()` holds the model, and in `_extra_state` the sampler and the
-    prototypes, so that a resumed training draws the same classes.
+    prototypes, so that a resumed training draws the same classes. `keep_ratio`, `max_keep`, `decay` and `tail` are not
+    in it: give the constructor the same ones.
 
     After construction the model must not be altered (a hook, another layer, mask or number of heads): the next call
     raises an error, until `refresh` reads the model again. Weights below the cut are compared by content at each switch
@@ -77,7 +86,8 @@ class SkipCLIP(nn.Module):
         train_logit_scale: True also trains the temperature.
         label_smoothing: ε in [0, 1] of the loss, in training over the kept classes.
         class_weight: [C] weights of the classes in the loss. As in `torch.nn.CrossEntropyLoss`, the loss is then the
-            weighted mean over the batch. Both options apply in evaluation mode too.
+            weighted mean over the batch: in a batch of one class, as of `sampler="class_pure"`, the weight of this
+            class cancels out, and a weight of 0 gives NaN. Both options apply in evaluation mode too.
         trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
             "as_is" trains the parameters above the cut that require gradients, such as only adapters, norms or biases.
             A block with an adapter runs as your module, the others stay fused.
@@ -363,7 +373,7 @@ class SkipCLIP(nn.Module):
             self._refuse_parallel("an evaluation with gradients", "Call it under torch.no_grad().")
             text = self._text_encoder.encode(class_ids)
         else:
-            text = self.class_embeddings().to(image.dtype)
+            text = self._class_embeddings().to(image.dtype)
         loss = self._loss(image, text, labels, scale, self.class_weight)
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
 
@@ -399,7 +409,8 @@ class SkipCLIP(nn.Module):
 
         Raises:
             TypeError: If x or captions are not tensors, or have the wrong dtype.
-            ValueError: If shapes don't fit, an image is not finite, or an id or a token is out of range.
+            ValueError: If shapes don't fit, an image is not finite, an id or a token is out of range, or SkipCLIP has
+                `label_smoothing` or `class_weight`, which this loss does not use.
             RuntimeError: If the model was altered.
 
         Example:
@@ -443,8 +454,9 @@ class SkipCLIP(nn.Module):
 
         Raises:
             TypeError: If x or labels are not tensors, or have the wrong dtype.
-            ValueError: If shapes don't fit, an image is not finite, `max_labels` is below 1, or, on the CPU, labels are
-                not 0 or 1, or an image has more than `max_labels`.
+            ValueError: If shapes don't fit, an image is not finite, `max_labels` is below 1, SkipCLIP has
+                `label_smoothing` or `class_weight`, which this loss does not use, or, on the CPU, labels are not 0 or
+                1, or an image has more than `max_labels`.
             RuntimeError: If the model was altered, or in training if called within a backward pass.
 
         Example:
@@ -540,6 +552,10 @@ class SkipCLIP(nn.Module):
         `process_group` that is collective, also in what uses them, such as `predict`.
         """
         self._check_unaltered()
+        return self._class_embeddings().clone()  # the original is cached
+
+    def _class_embeddings(self) -> Tensor:
+        """Cached embeddings [C, D] of all classes, not to be changed."""
         own = self._text_encoder.class_embeddings()
         return own if self._parallel is None else self._parallel.class_embeddings(own)
 
@@ -603,7 +619,7 @@ class SkipCLIP(nn.Module):
         check_images(x)
         self._check_unaltered(lower_image=True)
         self._follow(x.device)
-        classes = self.class_embeddings()
+        classes = self._class_embeddings()
         with evaluating([self.model]):
             image = self._image_encoder.encode(x)
         with torch.autocast(image.device.type, enabled=False):
@@ -618,6 +634,9 @@ class SkipCLIP(nn.Module):
         Features of a convolutional tower are the feature maps between its blocks. Below the cut all modules run in
         evaluation mode: no dropout, and batch norms use their running statistics. `drop_patches=True` applies the
         patch dropout of a model in training mode, if it has one; do not cache such features: they are random.
+
+        Features do not record their cut. Those of another `skip_layers` have the same shape in most models, and are
+        accepted with wrong results: cache them with `FeatureCache.build`, which compares the cut and the weights.
         """
         check_images(images)
         self._check_unaltered(lower_image=True)
@@ -644,10 +663,11 @@ class SkipCLIP(nn.Module):
         return self._image_encoder.encode(x)
 
     def encode_classes(self, class_ids: Tensor) -> Tensor:
-        """Class ids [K] to text embeddings [K, D], not normalised."""
+        """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
         self._refuse_parallel("encode_classes", "Read them from class_embeddings().")
+        check_class_ids(class_ids, len(self.prototypes))
         self._check_unaltered()
-        return self._text_encoder.encode(class_ids, exact=True)  # ids may repeat
+        return self._text_encoder.encode(class_ids, exact=True)
 
     def lower_copy(self) -> Callable[[Tensor], Tensor]:
         """Return `encode_lower` for another thread: copied modules in evaluation mode that share the weights."""

@@ -54,6 +54,9 @@ def refuse_alterations(model: nn.Module, tokens: Tensor, image: ImageTower, text
             if was[part] != now[part]:
                 values = now[part] if isinstance(now[part], list) else []
                 reason = next((f" ({value})" for value in values if isinstance(value, str)), "")
+                nan = next((n for n, x in model.named_buffers() if x.is_floating_point() and x.isnan().any()), None)
+                if nan is not None:
+                    reason = f" (buffer {nan} has NaN, to which averages turn −inf: average with use_buffers=False)"
                 raise RuntimeError(
                     f"SkipCLIP: the {name} tower was altered after SkipCLIP was made: {part} changed{reason}. Undo "
                     "that, or call clip.refresh() to read the model again, and create the optimizer again if "
