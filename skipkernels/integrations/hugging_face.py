@@ -51,7 +51,8 @@ def trainer_arguments(
         >>> sorted(trainer_arguments(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9))
         ['compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
     """
-    check_clip("trainer_arguments", clip)
+    if not hasattr(clip, "parameter_groups"):  # bench/trainers passes a plain module with this method
+        check_clip("trainer_arguments", clip)
     if optimizer is FusedSGD:
         options.setdefault("in_backward", False)
     return {
