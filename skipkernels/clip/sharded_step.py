@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
@@ -44,6 +44,9 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
     group, device = parallel.group, clip.prototypes.device
     try:
         x = one_batch(*batch)
+        empty = isinstance(x, Tensor) and isinstance(labels, Tensor) and x.numel() == labels.numel() == 0
+        if empty:  # encode an image all the same: weights get gradients of zero, not none
+            x, labels = x.new_zeros(1, *x.shape[1:]), labels.new_zeros(1)
         clip._check_step(x, labels)
         device = x.device
         if labels.device != device:
@@ -58,9 +61,12 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
     except Exception:
         parallel.report_error(device)
         raise
-    sizes = parallel.gather_sizes(len(x), clip.sampler.generator, device)
-    labels = gather_rows(labels, sizes, group)
-    image, scale = gather_rows(clip._image_encoder.encode(x), sizes, group), clip.model.logit_scale.exp()
+    images = 0 if empty else len(x)
+    sizes = parallel.gather_sizes(images, clip.sampler.generator, device)
+    if sum(sizes) == 0:
+        raise ValueError("SkipCLIP: a batch must have at least one image on one of the processes; got none.")
+    labels = gather_rows(labels[:images], sizes, group)
+    image, scale = gather_rows(clip._image_encoder.encode(x)[:images], sizes, group), clip.model.logit_scale.exp()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         scores = functional.class_scores(image.to(clip.prototypes.dtype), clip.prototypes)
         ranks = clip.sampler.draw_on(device, parallel.num_classes, len(labels))
@@ -75,7 +81,7 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
         image, text, own_selection, scale, group, class_weight=weight, label_smoothing=clip.label_smoothing
     )
     start = sum(sizes[: parallel.rank])
-    return SkipOutput(loss, loss.new_empty(len(x), 0), class_ids, targets[start : start + len(x)])
+    return SkipOutput(loss, loss.new_empty(images, 0), class_ids, targets[start : start + images])
 
 
 @contextlib.contextmanager

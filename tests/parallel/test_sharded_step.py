@@ -34,6 +34,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "fixed_memory_min": {"tail": "fixed", "memory": "min"},
     "every_class": {"keep_ratio": 1.0},
     "ragged": {"batches": [7, 5, 6]},
+    "fewer_images_than_processes": {"batches": [3, 1, 2], "wrap": True},
     # Five classes are kept, four of which belong to process 0: others have no label, and at most one has a class.
     "one_owner": {
         "keep_ratio": 2,
