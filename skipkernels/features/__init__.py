@@ -2,6 +2,6 @@
 
 from .feature_cache import FeatureCache, Progress
 from .loader import FeatureLoader
-from .samplers import BatchSampler
+from .samplers import BatchSampler, SharedBatchSampler
 
-__all__ = ["BatchSampler", "FeatureCache", "FeatureLoader", "Progress"]
+__all__ = ["BatchSampler", "FeatureCache", "FeatureLoader", "Progress", "SharedBatchSampler"]

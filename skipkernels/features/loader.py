@@ -190,7 +190,7 @@ class FeatureLoader:
         """Split batches into pieces of at most `max_rows` rows; 0: whole batches."""
         trusted = isinstance(self.sampler, BatchSampler)
         for numbers in self.sampler:
-            batch = torch.tensor(numbers) if trusted else self._checked(numbers)
+            batch = torch.tensor(numbers, dtype=torch.int64) if trusted else self._checked(numbers)
             index = batch + offset if offset else batch
             size = max_rows or len(index) or 1
             for start in range(0, len(index) or 1, size):

@@ -138,6 +138,43 @@ class BatchSampler(Sampler[list[int]]):
         return batches
 
 
+class SharedBatchSampler(BatchSampler):
+    """Part of each batch of a `BatchSampler` for one of several processes.
+
+    Batches, and so the state, do not depend on the number of processes. A process gets an empty list of a batch with
+    fewer images than processes.
+
+    Args:
+        labels, batch_size, kind, generator: See `BatchSampler`; the batch size is that of all processes together.
+        rank: Index of this process.
+        size: Number of processes.
+
+    Example:
+        >>> labels = torch.zeros(5, dtype=torch.int64)
+        >>> [list(SharedBatchSampler(labels, 4, "sequential", rank=rank, size=2)) for rank in range(2)]
+        [[[0, 1], [4]], [[2, 3], []]]
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        batch_size: int,
+        kind: SamplerKind = "class_pure",
+        generator: torch.Generator | None = None,
+        *,
+        rank: int,
+        size: int,
+    ):
+        super().__init__(labels, batch_size, kind, generator)
+        self._share = rank, size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Iterate over this process's part of the batches of an epoch; see `BatchSampler`."""
+        rank, size = self._share
+        for batch in super().__iter__():
+            yield torch.tensor(batch).tensor_split(size)[rank].tolist()
+
+
 def check_batches(
     function: str, labels: Tensor, batch_size: Any, kind: tuple[str, Any], generator: Any, rank: int, world_size: int
 ) -> None:
