@@ -23,7 +23,7 @@ def together(size: int, folder: Path, function: Callable[..., Any], *arguments: 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.features", "skipkernels.clip"])
+    context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.clip", "skipkernels.tuner.run"])
     every = [
         context.Process(target=_process, args=(rank, size, port, folder, function, arguments)) for rank in range(size)
     ]

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from skipkernels.console import Terminal, plain, standard_streams
+from skipkernels.tuner.processes import is_first, launched
 
 from .analyze import AnalyzeCommand
 from .cache import CacheCommand
@@ -64,11 +65,18 @@ def parse(arguments: list[str] | None) -> Command:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         registry=REGISTRY,
+        console_outputs=is_first(),
     )
 
 
 def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
     command = parse(arguments)
+    if launched() > 1 and not isinstance(command, TuneCommand):
+        if is_first():
+            _print_error(
+                err, "error", f"only tune runs in several processes; torchrun started {launched()}. Start one."
+            )
+        return 2
     try:
         with termination_as_interrupt():
             importlib.import_module("skipkernels.experiments")  # registers its data sources, methods and models
@@ -77,10 +85,13 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
     except KeyboardInterrupt as error:
         from .errors import with_flags
 
-        _print_error(err, "", f"interrupted: {with_flags(error)}" if str(error) else "interrupted")
+        if not _reported(error):
+            _print_error(err, "", f"interrupted: {with_flags(error)}" if str(error) else "interrupted")
         return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
     except Exception as error:
         failure = _failure(error)
+        if _reported(error):
+            return 1 if failure is None else failure[0]
         if failure is None:
             raise
         code, kind, message = failure
@@ -88,11 +99,17 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
         return code
 
 
+def _reported(error: BaseException) -> bool:
+    """Return True if another process prints this error."""
+    return getattr(error, "reported", False)
+
+
 def _failure(error: Exception) -> tuple[int, str, str] | None:
     """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
     from skipkernels.data import InputError
     from skipkernels.memory import out_of_memory
     from skipkernels.store import StoreError
+    from skipkernels.tuner.processes import ProcessError
 
     from .errors import with_flags
 
@@ -101,8 +118,9 @@ def _failure(error: Exception) -> tuple[int, str, str] | None:
     if isinstance(error, RuntimeError) and out_of_memory(error):
         return 2, "error", f"out of memory ({str(error).splitlines()[0]})"
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-    if worker or isinstance(error, (FloatingPointError, OSError, BrokenExecutor)):
-        return 1, "failed", with_flags(error) if isinstance(error, FloatingPointError) else str(error)
+    if worker or isinstance(error, (FloatingPointError, OSError, BrokenExecutor, ProcessError)):
+        flagged = isinstance(error, (FloatingPointError, ProcessError))
+        return 1, "failed", with_flags(error) if flagged else str(error)
     return None
 
 

@@ -49,10 +49,17 @@ class TuneCommand(Options):
         from rich.table import Table
 
         from skipkernels.tuner import tune
+        from skipkernels.tuner.processes import joined
         from skipkernels.tuner.run_folder import resumed
 
-        config = resumed(tune_config(self)).resolved()
-        metrics = tune(config, console=err)
+        with joined() as processes:
+            config = resumed(tune_config(self))
+            processes.set_device(config.device)
+            with processes.one_first("command line"):
+                config = config.resolved()
+            metrics = tune(config, console=err)
+        if not processes.first:
+            return 0
         table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
         for column in ("zero-shot", "tuned", "change"):
             table.add_column(column, justify="right")

@@ -1,8 +1,8 @@
 """Several processes: images shared out by batch, classes by c ≡ r (mod W), on `torch.distributed`."""
 
-from .class_parallel import ClassParallel
+from .class_parallel import ClassParallel, PeerError
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
 from .loss import sharded_cross_entropy
 
-__all__ = ["ClassParallel", "all_reduce_gradients", "gather_rows", "sharded_cross_entropy"]
+__all__ = ["ClassParallel", "PeerError", "all_reduce_gradients", "gather_rows", "sharded_cross_entropy"]

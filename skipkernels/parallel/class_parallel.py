@@ -37,6 +37,10 @@ class OwnSelection(NamedTuple):
     kept: int
 
 
+class PeerError(RuntimeError):
+    """Error for a step that another process could not take."""
+
+
 class ClassParallel:
     """Ownership of classes, and the messages about them. A copy has the same processes.
 
@@ -97,7 +101,7 @@ class ClassParallel:
         own = torch.tensor([int(digest[:15], 16) for _, digest in digests], device=device)
         for rank, other in enumerate(all_gather(own, self.group).tolist()):
             if _FAILED in other:
-                raise RuntimeError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
+                raise PeerError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
             for (name, _), digest, expected in zip(digests, other, own.tolist(), strict=True):
                 if digest != expected:
                     raise ValueError(
@@ -131,7 +135,7 @@ class ClassParallel:
         messages: list[list[int]] = all_gather(torch.tensor([batch_size, state], device=device), self.group).tolist()
         for rank, (size, _) in enumerate(messages):
             if size == _FAILED:
-                raise RuntimeError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
+                raise PeerError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
             if (size == _EVALUATES) != (batch_size == _EVALUATES):
                 doing = ["runs a training step", "gathers class embeddings"][size == _EVALUATES]
                 raise RuntimeError(

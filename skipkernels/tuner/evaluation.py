@@ -38,6 +38,21 @@ class Evaluator:
 
     def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache]):
         self._setup, self._features = setup, features
+        self._labels = {name: self._gathered(cache.labels, name) for name, cache in features.items()}
+
+    def _own(self, test: str) -> range:
+        """Images of a test that this process classifies, as numbers in their features."""
+        share = self._setup.processes.share(self._count(test))
+        in_memory = len(self._features[test]) == len(share)  # only those of the share
+        return range(len(share)) if in_memory else share
+
+    def _count(self, test: str) -> int:
+        return next(len(other.images) for other in self._setup.task.tests if other.name == test)
+
+    def _gathered(self, rows: Tensor, test: str) -> Tensor:
+        """Rows [n, …] of all images of a test, from those of its share in each process."""
+        count = self._count(test)
+        return rows if len(rows) == count else self._setup.processes.gather(rows, count)
 
     def zero_shot(self) -> dict[str, Tensor]:
         """Return the `predictions` of the zero-shot model. Call it before training."""
@@ -62,20 +77,23 @@ class Evaluator:
     def _predict(self, method: Method, test: str, when: str) -> Tensor | None:
         device = self._setup.device
         predictions, finite = [], torch.ones((), dtype=torch.bool, device=device)
-        for inputs, _ in self._features[test].loader(BATCH, "sequential", device=device):
+        own = self._own(test)
+        batches = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
+        for inputs, _ in self._features[test].loader(sampler=batches, device=device):
             with self._setup.precision.autocast():
                 found = method.top_1(test, inputs)
             if found is None:
                 return None
             predictions.append(found[1])
             finite &= found[0].isfinite().all()  # the largest is NaN if one of them is
-        if not finite:
+        predicted = self._gathered(torch.where(finite, torch.cat(predictions), -1).cpu(), test)
+        if predicted.min() < 0:
             raise FloatingPointError(f"tune: logits of the test {test!r} are not finite {when}")
-        return torch.cat(predictions).cpu()
+        return predicted
 
     def labels(self, test: str) -> Tensor:
         """Labels [n] of the images of a test."""
-        return self._features[test].labels
+        return self._labels[test]
 
     def accuracies(self, predictions: Mapping[str, Tensor]) -> Accuracies:
         """Return the accuracies of `predictions`; None for tests without predictions, and for their summaries."""

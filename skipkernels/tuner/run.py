@@ -19,12 +19,14 @@ from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, mistakes, notes
 from .config import TuneConfig
+from .errors import argument_error
 from .evaluation import Evaluator
 from .forward_profile import forward_milliseconds
 from .methods import Skip
+from .processes import ALONE, Processes, joined
 from .progress import ProgressDisplay
 from .report import report_html
-from .run_folder import FEW_SHOT, REPORT, RunFolder, interrupt_deferred, resumed
+from .run_folder import FEW_SHOT, REPORT, FollowedFolder, RunFolder, interrupt_deferred, resumed
 from .setup import BATCH, build_run
 from .tensorboard import open_tensorboard
 from .trainer import Trainer
@@ -39,8 +41,11 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     Checks the configuration before writing anything. Each epoch replaces the checkpoint, so an interrupted run can be
     resumed from its last complete epoch.
 
+    In processes that torchrun started, each takes its part of every batch, and the result is that of one process, to
+    rounding. The first process writes the files and shows the progress.
+
     Args:
-        config: Configuration of the run.
+        config: Configuration of the run, equal in all processes.
         console: Console for progress. Default: none.
 
     Returns:
@@ -51,16 +56,42 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         MemoryError: If the device or the host is out of memory.
         FloatingPointError: If the loss is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
+        ProcessError: If another process ended without a report.
     """
-    config, console = resumed(config), console or Console(quiet=True)
+    with joined() as processes:
+        shown = console if console is not None and processes.first else Console(quiet=True)
+        return _tune(config, shown, processes)
+
+
+def _tune(config: TuneConfig, console: Console, processes: Processes) -> dict[str, Any]:
+    config = resumed(config)
+    processes.set_device(config.device)
     open_data = functools.cache(config.open_data)
-    config = config.resolved(open_data)
-    folder = RunFolder(config)
-    if folder.finished is not None:
+    with processes.one_first("settings"):
+        config = config.resolved(open_data)
+    _check_processes(config, processes)
+    folder = RunFolder(config) if processes.first else FollowedFolder(config)
+    finished = processes.from_first("finished", lambda: folder.finished)
+    if finished is not None:
         _print(console, f"{folder.path}: the run is complete; there is nothing to resume.")
-        return folder.finished
+        return finished
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
-        return _Run(config, console, folder, open_data).run()
+        return _Run(config, console, folder, open_data, processes).run()
+
+
+def _check_processes(config: TuneConfig, processes: Processes) -> None:
+    """Raise an InputError for a setting that is not supported in several processes."""
+    if processes.size == 1:
+        return
+    if config.method_class() is not Skip:
+        raise argument_error(
+            "method", f"only skip trains in several processes; got {config.method} in {processes.size}. Start one."
+        )
+    for name, used in {"fused_optimizer": config.fused_optimizer, "refresh": config.refresh == "epoch"}.items():
+        if used:
+            raise argument_error(
+                name, f"{getattr(config, name)} is not supported in several processes; leave it out, or start one."
+            )
 
 
 def check(config: TuneConfig) -> None:
@@ -73,18 +104,26 @@ def check(config: TuneConfig) -> None:
 
 
 class _Run:
-    def __init__(self, config: TuneConfig, console: Console, folder: RunFolder, open_data: Callable[[], Source]):
-        self.config, self.folder, self.console = config, folder, console
+    def __init__(
+        self,
+        config: TuneConfig,
+        console: Console,
+        folder: RunFolder,
+        open_data: Callable[[], Source],
+        processes: Processes = ALONE,
+    ):
+        self.config, self.folder, self.console, self.processes = config, folder, console, processes
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
         self.baseline_memory = self.memory.read()
-        self.setup = build_run(config, open_data=open_data)
+        self.setup = build_run(config, open_data=open_data, processes=processes)
         self.method, self.task = self.setup.method, self.setup.task
         self.folder.check_room(self._checkpoint_bytes())
         self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             _print(console, f"note: {note}")
         title = f"{config.model} on {config.data}, {config.method}, {config.shots} shots"
+        title += f", {processes.size} processes" if processes.size > 1 else ""
         self.display = ProgressDisplay(console, title=title, memory=self.memory)
         self.zero_shot: dict[str, Tensor] = {}
         self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch
@@ -96,14 +135,17 @@ class _Run:
         try:
             with self.display:
                 advance = self.display.features(self.setup.images)
-                self.evaluator = Evaluator(self.setup, self.setup.test_features(advance))
+                test = self.setup.test_features(advance)
                 with self.setup.train_features(advance) as train:
+                    self.processes.meet("features")
+                    self.evaluator = Evaluator(self.setup, test)
                     self.zero_shot = self.evaluator.zero_shot()
                     arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
-                    trainer = Trainer(*arguments) if self.config.epochs else None
+                    trainer = Trainer(*arguments, self.processes) if self.config.epochs else None
                     if trainer is not None and trainer.not_graphed is not None:
                         _print(self.console, f"note: steps run one by one: {trainer.not_graphed}")
                     with self.folder.lock():
+                        self.folder.follow(self.processes.from_first("epochs", lambda: self.folder.epochs))
                         self._save_few_shot()
                         self._resume(trainer)
                         return self._train(trainer, train)
@@ -119,7 +161,7 @@ class _Run:
 
     def _save_few_shot(self) -> None:
         """Write the list of training images, unless they are glyphs, which the seed determines."""
-        if isinstance(self.task.train, Images):
+        if isinstance(self.task.train, Images) and self.processes.first:
             config, classes = self.config, self.task.tests[0].classes
             path = self.folder.path / FEW_SHOT
             save_few_shot(
@@ -135,9 +177,10 @@ class _Run:
             elif self.folder.resumed is None:
                 self._fit(train)
         except (KeyboardInterrupt, FloatingPointError) as error:
-            self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted", train)
+            if self.processes.first:
+                self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted", train)
             raise
-        return self._finish("complete", train)
+        return self.processes.from_first("metrics", lambda: self._finish("complete", train))
 
     def _resume(self, trainer: Trainer | None) -> None:
         """Load the checkpoint of the run folder, if there is one."""
@@ -169,7 +212,7 @@ class _Run:
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
-        events = open_tensorboard(self.folder.path)
+        events = open_tensorboard(self.folder.path) if self.processes.first else None
         try:
             while trainer.epochs < config.epochs:
                 row = trainer.epoch(self.display.step, self.display.loss)
@@ -196,7 +239,11 @@ class _Run:
         self._complete(None, self.evaluator.predictions(), None)
 
     def _complete(self, row: dict[str, Any] | None, predictions: dict[str, Tensor], trainer: Trainer | None) -> None:
-        """Write the checkpoint and the row of an epoch."""
+        """Write the checkpoint and the row of an epoch, on the first process."""
+        if not self.processes.first:
+            self.folder.rows += [] if row is None else [row]
+            self.tuned = predictions
+            return
         state = {"seconds": self._seconds(), "trainer": None if trainer is None else trainer.state_dict()}
         with interrupt_deferred():
             self.folder.complete_epoch(row, *self.weights.contents(), state)
@@ -206,8 +253,8 @@ class _Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _forward_parts(self, train: FeatureCache) -> dict[str, float]:
-        """Milliseconds of each part of `SkipCLIP.forward`; empty for other methods."""
-        if not isinstance(self.method, Skip):
+        """Milliseconds of each part of `SkipCLIP.forward`; empty for other methods, and in several processes."""
+        if not isinstance(self.method, Skip) or self.processes.size > 1:
             return {}
         images = range(min(self.config.batch_size or 1, len(train)))
         batch = [train[image] for image in images]  # features of the last epoch: a loader would read those of the first

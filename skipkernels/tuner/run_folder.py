@@ -284,6 +284,9 @@ class RunFolder:
         if self.rows:
             self._write_rows()
 
+    def follow(self, epochs: int) -> None:
+        """Do nothing: this process writes the folder itself."""
+
     def complete_epoch(self, row: dict[str, Any] | None, weights: dict, metadata: dict[str, str], state: dict) -> None:
         """Write the checkpoint of an epoch, then its row. A method without steps has no row."""
         rows = self.rows if row is None else [*self.rows, row]
@@ -318,6 +321,42 @@ class RunFolder:
             replace_text(self.path / name, text)
         except OSError as error:
             raise argument_error("out", f"{self.path / name} can't be written: {error.strerror}.") from error
+
+
+class FollowedFolder(RunFolder):
+    """Folder of a run that another process writes; nothing is written here, and no other error is raised.
+
+    Args:
+        config: Resolved configuration.
+    """
+
+    def __init__(self, config: TuneConfig):
+        assert config.out is not None
+        self.path, self._config = config.out, config
+        self.rows, self.resumed, self.finished = [], None, None
+
+    def check_room(self, size: int) -> None:
+        """Do nothing."""
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold no lock."""
+        yield
+
+    def follow(self, epochs: int) -> None:
+        """Read the checkpoint of `epochs` complete epochs that the other process has found.
+
+        Raises:
+            InputError: If it is not in the folder.
+        """
+        self.resumed = checkpoint.find(self.path) if epochs else None
+        self.rows = [] if self.resumed is None else list(self.resumed.state["rows"])
+        if len(self.rows) != epochs:
+            raise argument_error(
+                "resume",
+                f"{self.path} has a checkpoint of {epochs} epochs on the first process, and of {len(self.rows)} here; "
+                "all processes must share the folder.",
+            )
 
 
 @contextmanager

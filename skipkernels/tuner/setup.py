@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from ..data import InputError, Source
 from ..data.tasks import Task, load_task
@@ -23,6 +24,7 @@ from .methods import Method, ZeroShot
 from .methods.base import FrozenModel
 from .model import augmentation, load_model
 from .precision import MixedPrecision
+from .processes import ALONE, Processes
 
 BATCH = 64
 """Images per batch without training."""
@@ -39,7 +41,7 @@ class RunSetup:
         task: Training images and tests.
         method: Method to tune.
         zero_shot: Method that predicts before tuning: `method`, or a `ZeroShot`.
-        resume, overwrite, rounded_to: See `build_run`.
+        processes, resume, overwrite, rounded_to: See `build_run`.
     """
 
     config: TuneConfig
@@ -48,6 +50,7 @@ class RunSetup:
     task: Task
     method: Method
     zero_shot: Method
+    processes: Processes = ALONE
     resume: bool = True
     overwrite: bool = False
     rounded_to: CacheDtype | None = None
@@ -60,14 +63,32 @@ class RunSetup:
     @property
     def images(self) -> int:
         """Number of images in `test_features` and `train_features` together."""
-        return len(self.task.train) * self.config.views + sum(len(test.images) for test in self.task.tests)
+        tests = (len(test.images) for test in self.task.tests)
+        if not self._cached:
+            tests = (len(self.processes.share(images)) for images in tests)
+        return len(self.task.train) * self.config.views + sum(tests)
+
+    @property
+    def _cached(self) -> bool:
+        return self.config.cache is not None and self.method.cut is not None
 
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
-        """Compute the features of the images of each test; see `FeatureCache.build` for `progress`."""
-        return {
-            test.name: self._features(f"test-{quote(test.name, safe=' ')}", test.images, progress)
-            for test in self.task.tests
-        }
+        """Compute the features of the images of each test; see `FeatureCache.build` for `progress`.
+
+        Of several processes each has those of its share of the images if features are in memory.
+        """
+        found = {}
+        for test in self.task.tests:
+            images: Any = test.images
+            if self.processes.size > 1 and not self._cached:
+                if len(images) < self.processes.size:
+                    raise InputError(
+                        f"tune: the test {test.name!r} must have an image for each process; got {len(images)} and "
+                        f"{self.processes.size} processes. Start fewer."
+                    )
+                images = Subset(images, self.processes.share(len(images)))
+            found[test.name] = self._features(f"test-{quote(test.name, safe=' ')}", images, progress)
+        return found
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
         """Compute the features of the training images; see `FeatureCache.build` for `progress`."""
@@ -80,7 +101,9 @@ class RunSetup:
         """Features of a dataset, in memory or in the folder `name` of the cache."""
         config = self.config
         if config.cache is not None and self.method.cut is not None:
-            with self.precision.autocast():
+            with self.precision.autocast(), self.processes.first_before_others(name):
+                if not self.processes.first:
+                    return FeatureCache.open(config.cache / name, self.method.cut, dataset)
                 return FeatureCache.build(
                     config.cache / name,
                     self.method.cut,
@@ -108,6 +131,7 @@ def build_run(
     *,
     open_data: Callable[[], Source] | None = None,
     load: Callable[[nn.Module], object] | None = None,
+    processes: Processes = ALONE,
     resume: bool = True,
     overwrite: bool = False,
     rounded_to: CacheDtype | None = None,
@@ -118,6 +142,7 @@ def build_run(
         config: Resolved configuration.
         open_data: Opens the dataset. Default: `config.open_data`.
         load: Function that loads all weights of the model, instead of `config.pretrained`.
+        processes: Processes that train together.
         resume: Resume incomplete stores of the cache.
         overwrite: Replace stores of the cache.
         rounded_to: Dtype to which features in memory are rounded, as in a cache. Default: no rounding.
@@ -126,22 +151,24 @@ def build_run(
         InputError: If the model, the dataset or a setting can't be used.
     """
     device = torch.device(config.device)
-    model, transform, tokenizer = load_model(
-        config.model, config.pretrained, device, architecture_only=load is not None, seed=config.seed
-    )
+    with processes.one_first("model"):
+        model, transform, tokenizer = load_model(
+            config.model, config.pretrained, device, architecture_only=load is not None, seed=config.seed
+        )
     if load is not None:
         load(model)
     precision = MixedPrecision(config.precision, device)
     precision.prepare(model)
     crop = augmentation(model, config.preset) if config.augments else None
-    task = build_task(config, transform, crop, open_data=open_data)
+    with processes.one_first("task"):
+        task = build_task(config, transform, crop, open_data=open_data)
     if config.cache is not None and overwrite:
         _erase_text_stores(config.cache)
-    method = build_method(config, model, tokenizer, task)
+    method = build_method(config, model, tokenizer, task, processes)
     if config.cache is not None and method.cut is None:
         raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, precision, task, method, zero_shot, resume, overwrite, rounded_to)
+    return RunSetup(config, model, precision, task, method, zero_shot, processes, resume, overwrite, rounded_to)
 
 
 def _erase_text_stores(cache: Path) -> None:
@@ -152,7 +179,9 @@ def _erase_text_stores(cache: Path) -> None:
                 erase(manifest.parent)
 
 
-def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task) -> Method:
+def build_method(
+    config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task, processes: Processes = ALONE
+) -> Method:
     """Construct the method of a run, with the settings that it has.
 
     Raises:
@@ -162,7 +191,8 @@ def build_method(config: TuneConfig, model: nn.Module, tokenizer: Any, task: Tas
     names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail"]
     names += ["memory", "attention", "keep_embeddings"]
     settings = {name: getattr(config, name) for name in names}
-    settings |= {"text_cache": config.cache, "generator": torch.Generator().manual_seed(config.seed)}
+    settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
+    settings["text_cache"] = config.cache if processes.group is None else None  # not with a process group
     parameters = inspect.signature(method).parameters
     return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in parameters})
 

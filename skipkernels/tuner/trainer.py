@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data.files import format_names
-from ..features import BatchSampler, FeatureCache
+from ..features import BatchSampler, FeatureCache, SharedBatchSampler
+from ..parallel import all_reduce_gradients
 from ..store import digest_tensors
 from . import optimizers
 from .config import TuneConfig
@@ -22,6 +23,7 @@ from .errors import argument_error
 from .methods import Method, StepOutput
 from .methods.base import TunedModel
 from .precision import REMEDY, MixedPrecision
+from .processes import ALONE, Processes
 from .schedule import cosine_with_warmup
 from .stage_timer import StageTimer
 from .state_checks import check_like, check_optimizer, check_types
@@ -36,6 +38,7 @@ class Trainer:
         precision: Mixed precision of the run.
         train: Features of the training images.
         classes: Class names by label, for messages.
+        processes: Processes that train together, each with its part of each batch.
 
     Attributes:
         steps: Number of steps per epoch.
@@ -44,10 +47,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TuneConfig, method: Method, precision: MixedPrecision, train: FeatureCache, classes: list[str]
+        self,
+        config: TuneConfig,
+        method: Method,
+        precision: MixedPrecision,
+        train: FeatureCache,
+        classes: list[str],
+        processes: Processes = ALONE,
     ):
         assert config.epochs and config.optimizer and config.batch_size and config.sampler
         self._config, self._method, self._precision, self._classes = config, method, precision, classes
+        self._processes = processes
         self._labels, self._device = train.labels, torch.device(config.device)
         groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
         self._optimizer = optimizers.build(
@@ -65,13 +75,17 @@ class Trainer:
             warmup_lr=config.warmup_lr or 0.0,
         )
         generator = torch.Generator().manual_seed(config.seed)
-        self._loader = train.loader(config.batch_size, config.sampler, generator=generator, device=self._device)
+        sampler = SharedBatchSampler(
+            train.labels, config.batch_size, config.sampler, generator, rank=processes.rank, size=processes.size
+        )
+        self._loader = train.loader(sampler=sampler, device=self._device)
         self.steps = len(self._loader)
         self.weights = [weight for group in groups for weight in group["params"]]
         self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
         self._timer = StageTimer(self._device)
         self.not_graphed: str | None = None
-        self._graphed = self._graphed_step(config.batch_size) if config.graph and _captures(self._device) else None
+        graph = config.graph and processes.size == 1 and _captures(self._device)
+        self._graphed = self._graphed_step(config.batch_size) if graph else None
 
     def _graphed_step(self, batch_size: int) -> Callable[[Tensor, Tensor], StepOutput] | None:
         """Return the captured step of the method, or None; sets `not_graphed`."""
@@ -113,6 +127,7 @@ class Trainer:
             if step % self._config.log_every == 0 or step == self.steps:
                 on_loss(self._read(losses, order))
         self._check_weights()
+        losses.images = self._processes.sum(losses.images)
         self._schedule.step()
         waited = self._loader.seconds_waited - waited
         return {
@@ -135,6 +150,8 @@ class Trainer:
             out = self._method.step(inputs, labels)
         with self._timer("backward"):
             self._precision.backward(out.loss)
+            if self._processes.size > 1 and isinstance(self._method, TunedModel):
+                all_reduce_gradients(self._method.clip)
         with self._timer("update"):
             self._precision.update(self._optimizer, self._config.clip_grad_norm)
             self._optimizer.zero_grad()
@@ -230,6 +247,9 @@ class EpochLosses:
         steps: Number of steps in the epoch.
         device: Device of the losses.
 
+    Attributes:
+        images: Number of images of each step.
+
     Example:
         >>> losses = EpochLosses(3, torch.device("cpu"))
         >>> losses.add(torch.tensor(2.0), images=4); losses.add(torch.tensor(5.0), images=2)
@@ -239,23 +259,23 @@ class EpochLosses:
 
     def __init__(self, steps: int, device: torch.device):
         self._on_device = torch.zeros(steps, device=device)
-        self._images: list[int] = []
+        self.images: list[int] = []
         self._on_host: list[float] = []
 
     def add(self, loss: Tensor, images: int) -> None:
         """Add the loss of a step over `images` images."""
-        self._on_device[len(self._images)] = loss.detach()
-        self._images.append(images)
+        self._on_device[len(self.images)] = loss.detach()
+        self.images.append(images)
 
     def read(self) -> tuple[int, list[float]]:
         """Return the index of the first unread loss, and the unread losses. A host sync."""
         first = len(self._on_host)
-        new = self._on_device[first : len(self._images)].tolist()
+        new = self._on_device[first : len(self.images)].tolist()
         self._on_host += new
         return first, new
 
     @property
     def mean(self) -> float:
         """Mean over the images of all steps; read all losses first."""
-        weighted = (loss * images for loss, images in zip(self._on_host, self._images, strict=True))
-        return sum(weighted) / sum(self._images)
+        weighted = (loss * images for loss, images in zip(self._on_host, self.images, strict=True))
+        return sum(weighted) / sum(self.images)

@@ -25,6 +25,7 @@ class Skip(TunedModel):
         model: A model that SkipCLIP supports.
         tokenizer, task: See `Method`.
         skip_layers, keep_ratio, max_keep, decay, tail, max_tail, memory, attention, generator: See `SkipCLIP`.
+        process_group: See `SkipCLIP`.
         text_cache: Folder of the cache of text features, with a folder per test. Default: in memory.
 
     Raises:
@@ -56,6 +57,7 @@ class Skip(TunedModel):
         attention: AttentionName = "sdpa",
         generator: torch.Generator | None = None,
         text_cache: str | Path | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ):
         super().__init__(
             model,
@@ -71,6 +73,7 @@ class Skip(TunedModel):
             attention=attention,
             generator=generator,
             text_cache=text_cache,
+            process_group=process_group,
         )
         self.cut = self.clip if self.clip.skip_layers[0] > 0 else None
 
