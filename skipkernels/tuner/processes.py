@@ -1,4 +1,4 @@
-"""Processes of a run that torchrun started: which one writes, who waits for it, and errors, raised on all of them."""
+"""Processes of a run that torchrun started: the first writes and the others wait; an error of one is raised on all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT = timedelta(minutes=10)  # of a collective: longer than an evaluation and a checkpoint
 _POLL_SECONDS = 0.05
-_LAG_SECONDS = 5.0  # in which the process that failed reports its error, after others have noticed
+_LAG_SECONDS = 3.0  # in which the process that failed reports its error, after others have noticed
 _END_SECONDS = 15.0  # in which the first process ends its run folder after an error; torchrun kills after 30 s
 _ERROR, _END = "error", "end"
 
@@ -156,10 +156,10 @@ class Processes:
         """Return the first error of all processes, which becomes this one if there was none."""
         follows = _follows(error)
         if _lost(error):
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).partition(". ")[0]
             error = ProcessError(
                 f"tune: process {self.rank} of {self.size} lost the connection to another, which was killed, or does "
-                f"not answer. Continue with `resume=True` from the last complete epoch. ({reason:.300})"
+                f"not answer. Continue with `resume=True` from the last complete epoch. ({reason})"
             )
         try:
             if follows:
