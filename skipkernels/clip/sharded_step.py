@@ -130,7 +130,7 @@ def _digests(clip: SkipCLIP) -> list[tuple[str, str]]:
     values = (
         clip._prompts,
         digest_json([clip.skip_layers, trained]),
-        digest_json([sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail]),
+        digest_json([sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail, sampler.max_tail]),
         digest_tensors(sorted(sampler.tensors().items())),
         digest_json([clip.label_smoothing, digest_tensors(weights)]),
         digest_json(digests(tensors)),
