@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +13,7 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
-from tests.processes import by_two
+from tests.processes import by_two, together
 
 IMAGES, CLASSES, TOGETHER = 16, 10, 4
 
@@ -71,25 +69,27 @@ def test_ddp_selects_classes_per_process(tmp_path):
     assert distance(first, train(small_clip(keep_ratio=0.3), 0, 1)) > 1e-6
 
 
-@pytest.fixture
-def one_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def shard_fully(rank: int) -> list[str]:
+    """Shard each part; return the parts with an error."""
+    dist.init_process_group("gloo")
+    mesh, refused = init_device_mesh("cpu", (1,)), []
+    for part in ("model", "blocks", "skip_clip"):
+        clip = small_clip()
+        parts = {"model": [clip.model], "blocks": clip.model.visual.transformer.resblocks, "skip_clip": [clip]}
+        for module in parts[part]:
+            fully_shard(module, mesh=mesh, ignored_params={clip.model.logit_scale})
+        with pytest.raises(UnsupportedModel, match="parameters must be whole; got shards .*DistributedDataParallel"):
+            clip(*tiny_batch(TOGETHER, CLASSES))
+        if part != "skip_clip":
+            with pytest.raises(UnsupportedModel, match="parameters must be whole"):
+                sk.SkipCLIP(clip.model, tiny_tokens(CLASSES), skip_layers=1)
+        refused.append(part)
+    return refused
 
 
-@pytest.mark.parametrize("part", ["model", "blocks", "skip_clip"])
-def test_fully_shard_is_refused(one_process_group, part):
-    clip, mesh = small_clip(), init_device_mesh("cpu", (1,))
-    blocks = list(clip.model.visual.transformer.resblocks)
-    whole = {"model": clip.model, "blocks": blocks, "skip_clip": clip}[part]
-    for module in whole if isinstance(whole, list) else [whole]:
-        fully_shard(module, mesh=mesh, ignored_params={clip.model.logit_scale})
-    with pytest.raises(UnsupportedModel, match="parameters must be whole; got shards .*Use DistributedDataParallel"):
-        clip(*tiny_batch(TOGETHER, CLASSES))
-    if part != "skip_clip":
-        with pytest.raises(UnsupportedModel, match="parameters must be whole"):
-            sk.SkipCLIP(clip.model, tiny_tokens(CLASSES), skip_layers=1)
+def test_fully_shard_is_refused(tmp_path):
+    """In a process of its own: PyTorch keeps its process group in a cache, and a later fork would wait for it."""
+    assert together(1, tmp_path, shard_fully) == [["model", "blocks", "skip_clip"]]
 
 
 @pytest.mark.parametrize(
