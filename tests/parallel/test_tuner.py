@@ -16,6 +16,15 @@ from skipkernels.tuner.processes import Processes
 from tests.processes import together
 from tests.tuner.runs import files, losses, rows, small
 
+ERRORS = [
+    ("settings", "InputError", "shots must be from 1 to 1000; got 0"),
+    ("method", "InputError", "only skip trains in several processes; got zero-shot in 2"),
+    ("fused", "InputError", "fused_optimizer: True is not supported in several processes"),
+    ("seed", "InputError", "generator must be equal on all processes"),
+    ("earlier", "InputError", "contains an earlier run"),
+    ("disk", "InputError", "the checkpoint can't be written to .*: No space left on device"),
+    ("bug", "RuntimeError", "of a bug"),
+]
 SLACK = 1e-4  # relative, of fp32 after twelve steps: sums in another order; a wrong scale of gradients gives 1e-1
 
 # Settings of each run in one process and in several; batches of 5 leave processes without images.
@@ -58,7 +67,7 @@ def caught(config: TuneConfig) -> list[str]:
 
 
 def in_process(rank: int, size: int, folder: Path, one: Path) -> dict[str, Any]:
-    names = RUNS if size == 2 else ("plain", "ragged")
+    names = RUNS if size == 2 else ("ragged",)
     found: dict[str, Any] = {name: json.dumps(tune(config_of(name, folder))) for name in names}
     if size == 2:
         found["finished"] = json.dumps(tune(config_of("plain", folder, resume=True)))
@@ -131,22 +140,22 @@ def assert_same_run(got: Path, expected: Path, slack: float = SLACK) -> None:
     assert files(got) == files(expected)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_run_matches_one_process(one, several, name):
-    for folder, processes in several.values():
-        if name in processes[0]:
-            # In bf16 the rounding of one step moves the next.
-            assert_same_run(folder / name, one / name, 1e-2 if "precision" in RUNS[name] else SLACK)
-            metrics = (folder / name / "metrics.json").read_text()
-            assert all(json.loads(each[name]) == json.loads(metrics) for each in processes), "returned on all"
+def test_runs_in_several_processes(one, several):
+    """One test, so that one worker of the test runner makes these runs."""
+    for name in RUNS:
+        for folder, processes in several.values():
+            if name in processes[0]:
+                # In bf16 the rounding of one step moves the next.
+                assert_same_run(folder / name, one / name, 1e-2 if "precision" in RUNS[name] else SLACK)
+                metrics = (folder / name / "metrics.json").read_text()
+                assert all(json.loads(each[name]) == json.loads(metrics) for each in processes), "returned on all"
+    assert all(each["finished"] == each["plain"] for each in several[2][1]), "a complete run is not resumed"
+    check_resumed(one, several)
+    for case in ERRORS:
+        check_error(several, *case)
 
 
-def test_complete_run_is_not_resumed(several):
-    _, processes = several[2]
-    assert all(each["finished"] == each["plain"] for each in processes)
-
-
-def test_resume_continues_with_another_number_of_processes(one, several, tmp_path):
+def check_resumed(one, several):
     assert_same_run(one / "cut", one / "plain")  # one, then two processes
     folder, processes = several[4]
     for kind, _, message in (each["cut"] for each in processes):
@@ -156,19 +165,8 @@ def test_resume_continues_with_another_number_of_processes(one, several, tmp_pat
     assert_same_run(folder / "cut", one / "plain")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("settings", "InputError", "shots must be from 1 to 1000; got 0"),
-        ("method", "InputError", "only skip trains in several processes; got zero-shot in 2"),
-        ("fused", "InputError", "fused_optimizer: True is not supported in several processes"),
-        ("seed", "InputError", "generator must be equal on all processes"),
-        ("earlier", "InputError", "contains an earlier run"),
-        ("disk", "InputError", "the checkpoint can't be written to .*: No space left on device"),
-        ("bug", "RuntimeError", "of a bug"),
-    ],
-)
-def test_first_error_is_raised_on_every_process(several, name, kind, message):
+def check_error(several, name, kind, message):
+    """The first error is raised on every process."""
     found = [each["errors"][name] for each in several[2][1]]
     assert sorted(origin for _, origin, _ in found) == ["own", "reported"], "the command line prints it once"
     for got, _, text in found:
