@@ -184,7 +184,8 @@ class SkipCLIP(nn.Module):
         self._trained = TrainedParameters()
         self._snapshot: Snapshot | None = None  # None in a copy and after a move
 
-        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()  # checked below
+        required_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
         try:
             with agreeing(self):
                 self._prompts = prompts_digest(tokens) if self._parallel is not None else None
