@@ -47,7 +47,7 @@ def sigmoid_loss(
         text = (
             clip._text_encoder.encode(class_ids)
             if torch.is_grad_enabled()
-            else clip._text_encoder.class_embeddings().to(image.dtype)
+            else clip._class_embeddings().to(image.dtype)
         )
     logits = functional.class_sampled_logits(image, text, clip.model.logit_scale.exp())
     logits = logits + logit_bias
@@ -59,9 +59,7 @@ def sigmoid_loss(
 def _select(clip: SkipCLIP, image: Tensor, labels: Tensor, max_labels: int) -> Tensor:
     """Class ids [K] of a step: every label of the batch, then by score. K does not depend on the labels."""
     ranks = clip.sampler.draw_on(image.device, labels.shape[1], len(image) * max_labels)
-    with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
-        scores = functional.class_scores(image.to(clip.prototypes.dtype), clip.prototypes)
-    return classes_at_ranks(scores.masked_fill(labels.any(dim=0), math.inf), ranks)
+    return classes_at_ranks(clip._scores(image).masked_fill(labels.any(dim=0), math.inf), ranks)
 
 
 def _check_labels(labels: Any, x: Tensor, classes: int, max_labels: int) -> None:

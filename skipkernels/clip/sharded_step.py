@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import functional
 from ..parallel import gather_rows, sharded_cross_entropy
 from ..selection import select_ranks
 from ..store import digest_json, digest_tensors, digests
@@ -67,11 +66,9 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
         raise ValueError("SkipCLIP: a batch must have at least one image on one of the processes; got none.")
     labels = gather_rows(labels[:images], sizes, group)
     image, scale = gather_rows(clip._image_encoder.encode(x)[:images], sizes, group), clip.model.logit_scale.exp()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        scores = functional.class_scores(image.to(clip.prototypes.dtype), clip.prototypes)
-        ranks = clip.sampler.draw_on(device, parallel.num_classes, len(labels))
-        selection = select_ranks(parallel.gather_classes(scores), labels, ranks)
-        own_selection = parallel.own_selection(selection)
+    ranks = clip.sampler.draw_on(device, parallel.num_classes, len(labels))
+    selection = select_ranks(parallel.gather_classes(clip._scores(image)), labels, ranks)
+    own_selection = parallel.own_selection(selection)
     class_ids, targets = selection
     weight = None if clip.class_weight is None else clip.class_weight[class_ids]
     # A process without a selected class encodes one all the same: its weights get gradients of zero, not none.

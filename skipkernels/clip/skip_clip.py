@@ -388,11 +388,14 @@ class SkipCLIP(nn.Module):
         self._refuse_parallel("select")
         return self._select(image, labels, self.sampler.draw_on(image.device, len(self.prototypes), len(labels)))
 
-    @torch.no_grad()
     def _select(self, image: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelection:
+        return select_ranks(self._scores(image, labels), labels, ranks)
+
+    @torch.no_grad()
+    def _scores(self, image: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Scores of the classes that this process has prototypes of; see `functional.class_scores`."""
         with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
-            scores = functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
-        return select_ranks(scores, labels, ranks)
+            return functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
 
     @torch.compiler.disable
     def pair_loss(self, x: Tensor, captions: Tensor) -> Tensor:
@@ -569,7 +572,7 @@ class SkipCLIP(nn.Module):
         self._check_unaltered()
         with torch.no_grad():
             encoder = sharing_weights(self._image.encoder(), self.model)
-            return ImageClassifier(encoder, self.class_embeddings(), self.model.logit_scale.exp()).eval()
+            return ImageClassifier(encoder, self._class_embeddings().clone(), self.model.logit_scale.exp()).eval()
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

@@ -114,23 +114,20 @@ class Processes:
         self._await(name)
         return json.loads(self._store.get(name))
 
-    @contextlib.contextmanager
-    def one_first(self, name: str) -> Iterator[None]:
-        """Run the block on the first process of each host before the others, which find what it downloaded."""
-        name = f"{name}, host {self._host}"
-        if self._local_rank > 0:
-            self._await(name)
-        yield
-        if self.size > 1 and self._local_rank == 0:
-            self._store.set(name, "")
+    def one_first(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Run a block on the first process of each host before the others, which find what it downloaded."""
+        return self._leader_first(f"{name}, host {self._host}", self._local_rank == 0)
+
+    def first_before_others(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Run a block on the first process before all others, which find the files that it wrote."""
+        return self._leader_first(name, self.first)
 
     @contextlib.contextmanager
-    def first_before_others(self, name: str) -> Iterator[None]:
-        """Run the block on the first process before all others, which find the files that it wrote."""
-        if not self.first:
+    def _leader_first(self, name: str, leads: bool) -> Iterator[None]:
+        if not leads:
             self._await(name)
         yield
-        if self.size > 1 and self.first:
+        if self.size > 1 and leads:
             self._store.set(name, "")
 
     def meet(self, name: str) -> None:
