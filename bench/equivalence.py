@@ -1,0 +1,273 @@
+"""Train with the published step and with SkipCLIP from the same weights and batches; compare both after every step.
+
+    python -m bench.equivalence                all cases, 300 steps of each, 8 minutes
+    python -m bench.equivalence --steps 50 --precision fp32
+
+The published training is written out from the paper and shares no code with the package: all tokens run through all
+blocks, dense logits, autograd (`tests/naive.py`), a mask over ranks that is drawn once, `torch.optim.SGD` with two
+learning rates, momentum and weight decay, and a cosine that is stepped once per epoch after a warm-up. SkipCLIP trains
+with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a single class where it can be.
+
+Models: glyph-tiny on glyphs with its pre-trained weights, and a ViT with random weights on random images. Columns of
+bench/results/DEVICE/equivalence.csv, all over the whole training:
+
+    other_classes    steps in which the two kept different classes
+    loss             largest relative difference of the losses of a step
+    weights          relative difference of the trained weights at the end, ‖ours − published‖ / ‖published‖
+    change           the same, relative to how far training moved them: / ‖published − initial‖
+    logits           relative difference of the logits of all test images over all classes at the end
+    predictions      test images to which the two assign different classes
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+import skipkernels as sk
+from skipkernels.features import BatchSampler
+from skipkernels.testing import relative_error
+from skipkernels.tuner import TuneConfig
+from skipkernels.tuner.model import load_model
+from skipkernels.tuner.schedule import cosine_with_warmup
+from skipkernels.tuner.setup import build_task
+from tests import naive
+
+from . import measure
+from .inputs import class_names, positive
+from .published import freeze
+
+_MOMENTUM, _WEIGHT_DECAY, _WARMUP_LR = 0.9, 5e-4, 1e-6
+_KEEP_RATIO, _MAX_KEEP, _DECAY, _SEED = 0.5, 50, 0.3, 0
+_BATCH, _WARMUP_EPOCHS = 4, 1
+_SMALL_VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 16}
+_SMALL_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 4}
+_DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+_COLUMNS = "steps K other_classes loss weights change logits predictions tests trained_loss".split()
+
+
+class Inputs(NamedTuple):
+    """Model and data of a case.
+
+    Attributes:
+        model: An open_clip `CLIP` in fp64.
+        tokens: [C, L].
+        images, labels: Training images [N, 3, height, width] in fp64, and their classes [N].
+        tests: Test images [M, 3, height, width] in fp64.
+    """
+
+    model: nn.Module
+    tokens: Tensor
+    images: Tensor
+    labels: Tensor
+    tests: Tensor
+
+
+class Case(NamedTuple):
+    """Model, blocks skipped in image and text, rates of text and image, and precision."""
+
+    model: str
+    skip: tuple[int, int]
+    rates: tuple[float, float]
+    precision: str
+
+
+# glyph-tiny has 6 image blocks and 4 text blocks, the small ViT 4 and 4; rates of glyph-tiny's recipe, and published.
+_GLYPHS = itertools.product(["glyph-tiny"], [(1, 1), (3, 2), (5, 3)], [(4e-3, 2e-3), (2e-5, 5e-6)])
+_SMALL = itertools.product(["ViT, 4 blocks"], [(1, 1), (2, 2), (2, 3)], [(1e-2, 1e-2), (2e-5, 5e-6)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = measure.command(__doc__)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--precision", nargs="+", choices=list(_DTYPES), default=list(_DTYPES))
+    args = parser.parse_args(arguments)
+    args.device = measure.CPU
+    inputs = {"glyph-tiny": glyph_inputs(), "ViT, 4 blocks": random_inputs()}
+    rows = []
+    for (model, skip, rates), precision in itertools.product([*_GLYPHS, *_SMALL], args.precision):
+        case = Case(model, skip, rates, precision)
+        found = compare(case, inputs[model], args.steps)
+        rows.append(_described(case) | found)
+        print(shown(rows[-1]), flush=True)
+    measure.save(args, rows, "equivalence")
+
+
+def _described(case: Case) -> dict[str, Any]:
+    skip = "/".join(map(str, case.skip))
+    return {
+        "model": case.model,
+        "skip_layers": skip,
+        "text_lr": case.rates[0],
+        "image_lr": case.rates[1],
+        "precision": case.precision,
+    }
+
+
+def shown(row: dict[str, Any]) -> str:
+    """The printed line of a row."""
+    line = f"{row['model']}, skip {row['skip_layers']}, rates {row['text_lr']:g} and {row['image_lr']:g}, "
+    line += f"{row['precision']}: "
+    line += f"{row['steps']} steps, K = {row['K']}, other classes in {row['other_classes']}; loss {row['loss']:.1e}, "
+    line += f"weights {row['weights']:.1e} ({row['change']:.1e} of the change), logits {row['logits']:.1e}, "
+    return line + f"{row['predictions']} of {row['tests']} predictions"
+
+
+def glyph_inputs() -> Inputs:
+    """Half of 40 glyphs, 16 images of each, and the test images of the same classes."""
+    model, transform, tokenizer = load_model("glyph-tiny", None, measure.CPU)
+    config = TuneConfig(classes=40).resolved()
+    task = build_task(config, transform)
+    test = task.tests[0]
+    images, labels = _stacked(task.train)
+    tests, _ = _stacked(test.images)
+    tokens = tokenizer(list(test.prompts[0]))
+    return Inputs(model.double(), tokens, images, labels, tests)
+
+
+def _stacked(dataset: Any) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*(dataset[item] for item in range(len(dataset))), strict=True)
+    return torch.stack(images).double(), torch.tensor(labels)
+
+
+def random_inputs(classes: int = 30, each: int = 8, tests: int = 200) -> Inputs:
+    """A ViT with random weights, prompts of real words, and random images."""
+    torch.manual_seed(_SEED)
+    model = open_clip.CLIP(32, _SMALL_VISION, _SMALL_TEXT, quick_gelu=True).double()
+    tokens = open_clip.tokenize([f"a photo of a {name}." for name in class_names(classes)])
+    labels = torch.arange(classes).repeat_interleave(each)
+    size = 3, _SMALL_VISION["image_size"], _SMALL_VISION["image_size"]
+    images, held_out = (torch.randn(count, *size, dtype=torch.float64) for count in (len(labels), tests))
+    return Inputs(model, tokens, images, labels, held_out)
+
+
+def compare(case: Case, inputs: Inputs, steps: int) -> dict[str, Any]:
+    """Train both ways and return the columns of the comparison."""
+    dtype = _DTYPES[case.precision]
+    model, *data = inputs
+    inputs = Inputs(copy.deepcopy(model).to(dtype), *(x.to(dtype) if x.is_floating_point() else x for x in data))
+    sampler = BatchSampler(inputs.labels, _BATCH, "class_pure", generator=torch.Generator().manual_seed(_SEED))
+    epochs = math.ceil(steps / len(sampler))
+    batches = [(epoch, torch.tensor(items)) for epoch in range(epochs) for items in sampler][:steps]
+    theirs = published_training(case, inputs, batches, epochs)
+    ours = skip_clip_training(case, inputs, batches, epochs)
+    names = [name for name, weight in theirs.model.named_parameters() if weight.requires_grad]
+    initial, last, mine = (_flat(trained, names) for trained in (inputs.model, theirs.model, ours.model))
+    losses = zip(ours.losses, theirs.losses, strict=True)
+    logits = [_logits(trained.model, inputs) for trained in (ours, theirs)]
+    values = (
+        steps,
+        len(theirs.kept[0]),
+        sum(a != b for a, b in zip(ours.kept, theirs.kept, strict=True)),
+        max(abs(a - b) / abs(b) for a, b in losses),
+        relative_error(mine, last),
+        ((mine - last).norm() / (last - initial).norm()).item(),
+        relative_error(*logits),
+        (logits[0].argmax(1) != logits[1].argmax(1)).sum().item(),
+        len(inputs.tests),
+        theirs.losses[-1],
+    )
+    return {name: float(f"{x:.3g}") if isinstance(x, float) else x for name, x in zip(_COLUMNS, values, strict=True)}
+
+
+def _flat(model: nn.Module, names: Sequence[str]) -> Tensor:
+    return torch.cat([model.get_parameter(name).detach().double().flatten() for name in names])
+
+
+@torch.no_grad()
+def _logits(model: Any, inputs: Inputs) -> Tensor:
+    image, text = (x.double() for x in (model.encode_image(inputs.tests), model.encode_text(inputs.tokens)))
+    image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
+    return model.logit_scale.double().exp() * image @ text.T
+
+
+class Trained(NamedTuple):
+    """Trained model, and loss and kept classes of every step."""
+
+    model: nn.Module
+    losses: list[float]
+    kept: list[list[int]]
+
+
+def published_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, Tensor]], epochs: int) -> Trained:
+    """Train with the step, mask and schedule of the paper."""
+    model, quick = copy.deepcopy(inputs.model), _quick_gelu(inputs.model)
+    freeze(model, *case.skip)
+    with torch.no_grad():
+        prototypes = naive.embed_texts(model, inputs.tokens, 0, quick)
+        prototypes = prototypes / prototypes.norm(dim=1, keepdim=True)
+    ranks = _fixed_ranks(len(inputs.tokens))
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    image, text = ([w for name, w in named if name.startswith("visual.") == visual] for visual in (True, False))
+    groups = [{"params": text, "lr": case.rates[0]}, {"params": image, "lr": case.rates[1]}]
+    optimizer = torch.optim.SGD(groups, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+    losses, kept = [], []
+    for epoch, items in _shown(batches, "published"):
+        for group, rate in zip(optimizer.param_groups, case.rates, strict=True):
+            cosine = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            group["lr"] = min(rate, _WARMUP_LR) if epoch < _WARMUP_EPOCHS else cosine
+        images, labels = inputs.images[items], inputs.labels[items]
+        ranking = naive.class_ranking(model, images, labels, prototypes, quick)
+        classes = sorted(ranking[rank] for rank in ranks)
+        targets = torch.tensor([classes.index(label) for label in labels.tolist()])
+        loss = naive.step_loss(model, images, inputs.tokens[classes], targets, case.skip, quick)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        kept.append(classes)
+    return Trained(model, losses, kept)
+
+
+def _fixed_ranks(classes: int) -> list[int]:
+    """Ranks that the published mask keeps: the first m, and rank m + j with probability q_j, drawn once."""
+    keep = min(math.ceil(_KEEP_RATIO * classes), _MAX_KEEP)
+    x = torch.linspace(0, 5, classes - keep, dtype=torch.float64)
+    weights = torch.exp(-x / _DECAY)
+    q = (weights - weights.min()) / (weights.max() - weights.min())
+    drawn = torch.rand(len(q), dtype=q.dtype, generator=torch.Generator().manual_seed(_SEED)) < q
+    return [*range(keep), *(keep + drawn.nonzero().flatten()).tolist()]
+
+
+def skip_clip_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, Tensor]], epochs: int) -> Trained:
+    """Train with SkipCLIP from features at the cut, with the tuner's optimizer and schedule."""
+    model = copy.deepcopy(inputs.model)
+    settings = {"keep_ratio": _KEEP_RATIO, "max_keep": _MAX_KEEP, "decay": _DECAY, "tail": "fixed"}
+    generator = torch.Generator().manual_seed(_SEED)
+    clip = sk.SkipCLIP(model, inputs.tokens, skip_layers=case.skip, generator=generator, **settings)
+    features = torch.cat([clip.encode_lower(images) for images in inputs.images.split(64)])
+    groups = clip.parameter_groups(text_lr=case.rates[0], image_lr=case.rates[1])
+    optimizer = sk.FusedSGD(groups, lr=case.rates[0], momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
+    schedule = cosine_with_warmup(optimizer, epochs=epochs, warmup_epochs=_WARMUP_EPOCHS, warmup_lr=_WARMUP_LR)
+    losses, kept, current = [], [], 0
+    for epoch, items in _shown(batches, "skipkernels"):
+        if epoch != current:
+            schedule.step()
+            current = epoch
+        out = clip(features[items], inputs.labels[items])
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+        kept.append(out.class_ids.tolist())
+    return Trained(model, losses, kept)
+
+
+def _quick_gelu(model: Any) -> bool:
+    return isinstance(model.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+
+
+def _shown(batches: Sequence[tuple[int, Tensor]], title: str) -> Iterator[tuple[int, Tensor]]:
+    yield from track(batches, title, transient=True)
+
+
+if __name__ == "__main__":
+    main()

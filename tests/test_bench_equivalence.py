@@ -1,0 +1,33 @@
+"""bench.equivalence: SkipCLIP and the published training part by rounding, and by much if they differ."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench import equivalence
+from bench.equivalence import Case
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return equivalence.random_inputs(classes=8, each=2, tests=5)
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("fp64", 1e-11), ("fp32", 1e-4)])
+def test_trainings_part_by_rounding(inputs, precision, rounding):
+    row = equivalence.compare(Case("ViT", (1, 2), (1e-2, 5e-3), precision), inputs, steps=7)
+    assert row["other_classes"] == 0 and row["predictions"] == 0 and row["steps"] == 7
+    assert max(row[column] for column in ("loss", "weights", "change", "logits")) < rounding
+
+
+def test_another_schedule_shows(inputs, monkeypatch):
+    monkeypatch.setattr(equivalence, "cosine_with_warmup", lambda optimizer, **_: optimizer_without_schedule(optimizer))
+    row = equivalence.compare(Case("ViT", (1, 2), (1e-2, 5e-3), "fp64"), inputs, steps=7)
+    assert row["change"] > 1e-2 and not math.isnan(row["change"])
+
+
+def optimizer_without_schedule(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
