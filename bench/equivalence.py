@@ -6,7 +6,7 @@
 The published training is written out from the paper and shares no code with the package: all tokens run through all
 blocks, dense logits, autograd (`tests/naive.py`), a mask over ranks that is drawn once, `torch.optim.SGD` with two
 learning rates, momentum and weight decay, and a cosine that is stepped once per epoch after a warm-up. SkipCLIP trains
-with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a single class where it can be.
+with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a single class.
 
 Models: glyph-tiny on glyphs with its pre-trained weights, and a ViT with random weights on random images. Columns of
 bench/results/DEVICE/equivalence.csv, all over the whole training:
