@@ -22,6 +22,7 @@ _STYLES = {  # variants of one implementation share its colour
     FULL: (COLOURS[2], "-"),
     PROMPTS: (COLOURS[3], "-"),
 }
+_BARS_AT = 100, 1000  # classes
 # Marker of the last point of a line that stops before the largest number of classes, by reason.
 _DOES_NOT_FIT, _NOT_RUN = "does not fit with more classes", "not run with more classes"
 _ENDS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,49 @@ def memory_over_classes(rows: Sequence[Row]) -> str:
     titles = {"saved_mib": "saved for backward, MiB", "peak_mib": "rise at the peak, MiB"}
     panels = [(column, f"{p}, {title}", p) for column, title in titles.items() for p in PRECISIONS]
     return _figure("memory", "memory of a step over the number of classes", rows, panels)
+
+
+def step_bars(rows: Sequence[Row]) -> str:
+    """Bars of time and saved bytes of a step in fp32 at 100 and at 1,000 classes; "" without rows."""
+    rows = [row for row in rows if row["precision"] == "fp32" and int(row["C"]) in _BARS_AT]
+    names = [name for name in (OURS, PUBLISHED, PROMPTS, FULL) if any(row["implementation"] == name for row in rows)]
+    if not any(row["p50_ms"] for row in rows):
+        return ""
+
+    def draw(column: str, title: str, axes: Axes) -> None:
+        found = {(row["implementation"], int(row["C"])): row for row in rows}
+        largest = max(value for row in rows if (value := number(row, column)) is not None)
+        ticks = []
+        for group, classes in enumerate(_BARS_AT):
+            for place, name in enumerate(names):
+                y, row = group * (len(names) + 1) + place, found.get((name, classes))
+                value = None if row is None else number(row, column)
+                missing = "does not fit in memory" if row and row["note"].startswith("does not fit") else "not run"
+                axes.barh(y, value or 0, color=_STYLES[name][0], height=0.8)
+                text = (
+                    missing
+                    if value is None
+                    else f"{value / 1024 if column == 'saved_mib' else value / 1000:,.1f}"
+                    if largest > 999
+                    else f"{value:,.0f}"
+                )
+                axes.text((value or 0) + 0.015 * largest, y, text, va="center", fontsize=8.5, color=GREY)
+            ticks.append(group * (len(names) + 1) + (len(names) - 1) / 2)
+        axes.set_yticks(ticks, [f"{classes:,}\nclasses" for classes in _BARS_AT])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.18 * largest)
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.set_title(title, color=GREY, fontsize=10)
+
+    def last(axes: Axes) -> None:
+        draw("saved_mib", "saved for backward, GiB", axes)
+        for name in names:
+            axes.barh(0, 0, color=_STYLES[name][0], label=name)
+        _legend(axes)
+
+    panels = [partial(draw, "p50_ms", "a training step, seconds"), last]
+    return panels_svg("bars", "time and memory of a step at 100 and at 1,000 classes", panels, size=(9.6, 3.4))
 
 
 def step_over_processes(rows: Sequence[dict[str, Any]]) -> str:

@@ -36,7 +36,8 @@ METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "Co
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
 TRAINERS = {"accelerate": "accelerate", "dassl": "Dassl (a stand-in)", "hugging_face": "Hugging Face Trainer"}
 TRAINERS |= {"lightning": "Lightning", "open_clip": "open_clip's trainer"}
-PICTURES = {"step_over_classes": pictures.step_over_classes, "memory_over_classes": pictures.memory_over_classes}
+PICTURES = {"step_bars": pictures.step_bars, "step_over_classes": pictures.step_over_classes}
+PICTURES |= {"memory_over_classes": pictures.memory_over_classes}
 
 
 # ---- cells and tables ------------------------------------------------------------------------------------------------
