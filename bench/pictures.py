@@ -53,21 +53,16 @@ def step_bars(rows: Sequence[Row]) -> str:
 
     def draw(column: str, title: str, axes: Axes) -> None:
         found = {(row["implementation"], int(row["C"])): row for row in rows}
+        unit, digits = (1024, 2) if column == "saved_mib" else (1000, 1)
         largest = max(value for row in rows if (value := number(row, column)) is not None)
         ticks = []
         for group, classes in enumerate(_BARS_AT):
             for place, name in enumerate(names):
                 y, row = group * (len(names) + 1) + place, found.get((name, classes))
                 value = None if row is None else number(row, column)
-                missing = "does not fit in memory" if row and row["note"].startswith("does not fit") else "not run"
                 axes.barh(y, value or 0, color=_STYLES[name][0], height=0.8)
-                text = (
-                    missing
-                    if value is None
-                    else f"{value / 1024 if column == 'saved_mib' else value / 1000:,.1f}"
-                    if largest > 999
-                    else f"{value:,.0f}"
-                )
+                missing = "does not fit in memory" if row and row["note"].startswith("does not fit") else "not run"
+                text = missing if value is None else f"{value / unit:.{digits}f}"
                 axes.text((value or 0) + 0.015 * largest, y, text, va="center", fontsize=8.5, color=GREY)
             ticks.append(group * (len(names) + 1) + (len(names) - 1) / 2)
         axes.set_yticks(ticks, [f"{classes:,}\nclasses" for classes in _BARS_AT])
