@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..parallel import ClassParallel, gather_rows, sharded_contrastive_loss
 from .classes import refuse_loss_options
+from .processes import reporting
 from .settings import check_vocabulary
+from .sharded_step import at_least_one, padded, sizes_of
 
 if TYPE_CHECKING:
     from .skip_clip import SkipCLIP
@@ -17,14 +20,45 @@ if TYPE_CHECKING:
 
 def pair_loss(clip: SkipCLIP, x: Tensor, captions: Tensor) -> Tensor:
     """Loss [] of B images and their captions; see `SkipCLIP.pair_loss`."""
-    refuse_loss_options("SkipCLIP.pair_loss", clip.label_smoothing, clip.class_weight)
-    clip._check_batch(x)
-    _check_captions(clip, captions, len(x))
+    if clip._parallel is not None:
+        return _sharded_pair_loss(clip, clip._parallel, x, captions)
+    _check(clip, x, captions)
     image = clip._image_encoder.encode(x)
     encoder = clip._text_encoder
     captions = captions.to(image.device, torch.int64)
     text = encoder.encode(captions, exact=True) if captions.ndim == 1 else encoder.encode_tokens(captions)
     return functional.contrastive_loss(image, text, clip.model.logit_scale.exp())
+
+
+def _sharded_pair_loss(clip: SkipCLIP, parallel: ClassParallel, x: Tensor, captions: Tensor) -> Tensor:
+    """Loss [] of the pairs of all processes; collective.
+
+    A process encodes the captions of its own images or, of ids, those that it owns.
+    """
+    with reporting(parallel, clip):
+        prompt = clip._tokens.flatten(0, -2)[0]
+        x, captions, pairs = padded(x, captions, prompt if isinstance(captions, Tensor) and captions.ndim > 1 else None)
+        _check(clip, x, captions)
+    captions = captions.to(x.device, torch.int64)
+    sizes, own = sizes_of(parallel, pairs, f"pair_loss with captions of {captions.ndim} dimensions", x.device)
+    image = gather_rows(clip._image_encoder.encode(x)[:pairs], sizes, parallel.group)
+    numbers = torch.arange(len(image), device=x.device)[own]
+    encoder = clip._text_encoder
+    if captions.ndim == 2:
+        text = encoder.encode_tokens(captions)
+    elif parallel.replicated:
+        text = encoder.encode(captions, exact=True)
+    else:
+        every = gather_rows(captions[:pairs], sizes, parallel.group)
+        numbers = (every % parallel.size == parallel.rank).nonzero().flatten()
+        text = encoder.encode(at_least_one(parallel.ids_of_held(every[numbers])), exact=True)
+    return sharded_contrastive_loss(image, text, numbers, clip.model.logit_scale.exp(), parallel.group)
+
+
+def _check(clip: SkipCLIP, x: Any, captions: Any) -> None:
+    refuse_loss_options("SkipCLIP.pair_loss", clip.label_smoothing, clip.class_weight)
+    clip._check_batch(x)
+    _check_captions(clip, captions, len(x))
 
 
 def _check_captions(clip: SkipCLIP, captions: Any, batch_size: int) -> None:
@@ -50,7 +84,7 @@ def _check_captions(clip: SkipCLIP, captions: Any, batch_size: int) -> None:
         check_vocabulary(captions, clip._text.vocabulary)
         return
     low, high = (int(x) for x in torch.aminmax(captions))
-    count = len(clip.prototypes)
+    count = clip._num_classes
     if low < 0 or high >= count:
         raise ValueError(
             f"SkipCLIP.pair_loss: captions must be rows of the tokens of SkipCLIP, 0 to {count - 1}; got {low} to "

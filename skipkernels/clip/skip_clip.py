@@ -16,6 +16,7 @@ from ..classifier import ImageClassifier
 from ..options import AttentionName, Tail
 from ..parallel import ClassParallel
 from ..selection import ClassSelection, RankSampler, check_rank_options, select_ranks
+from ..store import digest_tensors
 from ..towers import ImageTower, Memory, Reduction, TextTower, build_towers, evaluating, refuse_sharded
 from ..towers.reductions import of_every_template
 from ..towers.structure import containers, refuse_overrides
@@ -28,14 +29,16 @@ from .batch import (
     one_batch,
     refuse_export,
 )
-from .classes import check_class_weight, check_label_smoothing, prompts_of
+from .classes import check_class_parallel, check_class_weight, check_label_smoothing, prompts_of
 from .graphed import GraphedStep
 from .image_encoder import ImageEncoder, sharing_weights
 from .multi_label import sigmoid_loss
 from .output import SkipOutput
 from .pairs import pair_loss
+from .processes import AGREED, ClassParallelOption, agreeing, choose_way, device_of, digests_of_clip
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
-from .sharded_step import agreeing, device_of, sharded_step
+from .sharded_evaluation import sharded_predict, sharded_top_k
+from .sharded_step import sharded_step
 from .snapshot import Snapshot, refuse_alterations
 from .state import Shard, pack_state, prompts_digest, refuse_low_rank_updates, unpack_state
 from .text_encoder import TextEncoder
@@ -100,13 +103,16 @@ class SkipCLIP(nn.Module):
             and for pooled tokens. "xformers": xformers for full and causal attention and behind the prefix, on a GPU
             only, with a host sync in each step.
         text_cache: Folder that stores the text features at the cut, instead of memory, if there are very many classes.
-            The first process fills it while others wait. A GPU holds up to 256 MiB of it; above that, each step has a
-            host sync to read class ids.
+            The first process fills it while others wait; with `process_group` each has a folder of its own classes. A
+            GPU holds up to 256 MiB of it; above that, each step has a host sync to read class ids.
         process_group: Processes that train together, by gloo or NCCL: the result is that of one process with the images
             of all, to rounding. Process r of W encodes and scores the classes c ≡ r (mod W). The loss is the mean over
             the images of all processes, and gradients are for the mean over processes, by `DistributedDataParallel` or
             `skipkernels.parallel.all_reduce_gradients`. Construct SkipCLIP with equal arguments on every process. By
             default each process is alone.
+        class_parallel: With `process_group`: True shares out prompts and their encoding, False holds and encodes all
+            selected classes on each process, with fewer messages. The results are the same. "auto" takes the way with
+            the shorter predicted step, see `reductions["text.class_parallel"]`; on a CPU True.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning. With
@@ -164,6 +170,7 @@ class SkipCLIP(nn.Module):
         attention: AttentionName = "sdpa",
         text_cache: str | Path | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        class_parallel: ClassParallelOption = "auto",
     ):
         super().__init__()
         check_tokens(tokens)
@@ -179,27 +186,27 @@ class SkipCLIP(nn.Module):
         self._parallel = None
         if process_group is not None:
             self._parallel = ClassParallel(process_group, len(tokens), device_of(model))
-            if text_cache is not None:
-                raise ValueError("SkipCLIP: text_cache is not supported with process_group. Leave out one of the two.")
+        self._class_parallel = check_class_parallel(class_parallel, process_group)
         self._trained = TrainedParameters()
         self._snapshot: Snapshot | None = None  # None in a copy and after a move
 
         parameters = model.parameters() if isinstance(model, nn.Module) else ()  # checked below
         required_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
         try:
-            with agreeing(self):
+            device = torch.device("cpu") if self._parallel is None else device_of(model)
+            with agreeing(self._parallel, device, AGREED, lambda: digests_of_clip(self)):
                 self._prompts = prompts_digest(tokens) if self._parallel is not None else None
-                self._tokens = prompts_of(tokens if self._parallel is None else tokens[self._parallel.owned])
+                self._tokens = self._held_prompts(tokens, self._parallel)
                 image, texts = build_towers(model, self._tokens)
                 self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
                 self._set_up(image, texts)
                 self._text_encoder.see_called_modules()
                 with torch.autocast(texts[0].tokens.device.type, enabled=False):
                     with evaluating([model]):
-                        folder = None if text_cache is None else Path(text_cache)
+                        folder = None if text_cache is None else self._folder(Path(text_cache))
                         if folder is not None:
                             self._text_encoder.use_folder(folder)
-                        self._set_prototypes(self._text_encoder.prototypes(folder))
+                        self._set_prototypes(self._text_encoder.prototypes(folder, self._owned_of_held))
                     weight = check_class_weight(class_weight, self.prototypes, self._num_classes)
                     self.register_buffer("class_weight", weight, persistent=False)
                     verify(model, self._image_encoder, self._text_encoder, self._tokens)
@@ -211,6 +218,19 @@ class SkipCLIP(nn.Module):
         # After the text features of all classes were computed, on the device of the model.
         self._take_over(None if lower_device is None else torch.device(lower_device))
         self.register_load_state_dict_post_hook(_after_load)
+
+    def _held_prompts(self, tokens: Tensor, parallel: ClassParallel | None) -> Tensor:
+        """Prompts of the classes that this process holds, after a choice whether it holds all."""
+        if parallel is None:
+            return prompts_of(tokens)
+        self._way = choose_way(parallel, self._class_parallel, self, tokens)
+        return prompts_of(tokens[parallel.held])
+
+    def _folder(self, text_cache: Path) -> Path:
+        """The folder of the prompts of this process."""
+        if self._parallel is None or self._parallel.replicated:
+            return text_cache
+        return text_cache / f"process_{self._parallel.rank}_of_{self._parallel.size}"
 
     def _set_prototypes(self, prototypes: Tensor) -> None:
         if self._parallel is None:
@@ -254,7 +274,8 @@ class SkipCLIP(nn.Module):
                     False, "every block is skipped: the last runs once, for every token"
                 )
             states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
-        return states | {"text.features_kept": states["text.no_input_gradient"]}
+        states["text.features_kept"] = states["text.no_input_gradient"]
+        return states if self._parallel is None else states | {"text.class_parallel": self._way}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -370,13 +391,16 @@ class SkipCLIP(nn.Module):
     def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
         """Loss and logits over all classes. Without gradients, cached class embeddings are used."""
         class_ids = torch.arange(self._num_classes, device=image.device)
-        if torch.is_grad_enabled():
-            self._refuse_parallel("an evaluation with gradients", "Call it under torch.no_grad().")
-            text = self._text_encoder.encode(class_ids)
-        else:
-            text = self._class_embeddings().to(image.dtype)
+        text = self._embeddings_of_all(image)
         loss = self._loss(image, text, labels, scale, self.class_weight)
         return SkipOutput(loss, functional.class_sampled_logits(image, text, scale), class_ids, labels)
+
+    def _embeddings_of_all(self, image: Tensor) -> Tensor:
+        """Embeddings [C, D] of all classes for image embeddings; cached ones if there is no gradient."""
+        if not torch.is_grad_enabled():
+            return self._class_embeddings().to(image.dtype)
+        self._refuse_parallel("an evaluation with gradients", "Call it under torch.no_grad().")
+        return self._text_encoder.encode(torch.arange(self._num_classes, device=image.device))
 
     def _loss(self, image: Tensor, text: Tensor, targets: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
         return functional.class_sampled_ce(
@@ -403,7 +427,7 @@ class SkipCLIP(nn.Module):
 
         No classes are selected: the captions of a batch are compared with its images. Both towers are cut, so only
         blocks above the cut train. A caption that occurs twice in a batch, or fits two images, counts as a negative of
-        the other image, as in open_clip.
+        the other image, as in open_clip. With `process_group` a call is collective, and the loss is that of all pairs.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -428,7 +452,6 @@ class SkipCLIP(nn.Module):
             >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
             True
         """
-        self._refuse_parallel("pair_loss")
         return pair_loss(self, x, captions)
 
     @torch.compiler.disable
@@ -441,7 +464,8 @@ class SkipCLIP(nn.Module):
 
         The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
         min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
-        arXiv 2303.15343) is K times this one.
+        arXiv 2303.15343) is K times this one. With `process_group` a training step is collective, and the loss is the
+        mean over the images of all processes; logits are then [B, 0].
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -476,7 +500,6 @@ class SkipCLIP(nn.Module):
             >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
             (torch.Size([]), [3, 7], [3])
         """
-        self._refuse_parallel("sigmoid_loss")
         return sigmoid_loss(self, x, labels, max_labels, logit_bias)
 
     def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
@@ -553,15 +576,19 @@ class SkipCLIP(nn.Module):
         """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient.
 
         Computed in evaluation mode, and again only after the weights have changed, in whatever way. With
-        `process_group` that is collective, also in what uses them, such as `predict`.
+        `process_group` that is collective, and each process then has those of all classes.
         """
         self._check_unaltered()
         return self._class_embeddings().clone()  # the original is cached
 
     def _class_embeddings(self) -> Tensor:
         """Cached embeddings [C, D] of all classes, not to be changed."""
-        own = self._text_encoder.class_embeddings()
+        own = self._own_embeddings()
         return own if self._parallel is None else self._parallel.class_embeddings(own)
+
+    def _own_embeddings(self) -> Tensor:
+        """Cached embeddings [C/W, D] of the classes that this process owns, not to be changed."""
+        return self._text_encoder.class_embeddings(self._owned_of_held)
 
     def classifier(self) -> nn.Module:
         """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
@@ -578,9 +605,13 @@ class SkipCLIP(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Logits [B, C] over all classes, always in evaluation mode.
 
+        With `process_group` every call is collective, and B is the number of images of this process, which may be 0.
+
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
         """
+        if self._parallel is not None:
+            return sharded_predict(self, self._parallel, x)
         image, classes = self._compared(x)
         with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
             return image @ classes.T
@@ -590,7 +621,8 @@ class SkipCLIP(nn.Module):
         """The k largest logits of each image over all classes, and these classes, always in evaluation mode.
 
         The same as `predict(x).topk(k)`, in chunks of classes: with very many classes [B, C] is never in memory. Of
-        equal logits that of the lower class comes first.
+        equal logits that of the lower class comes first. With `process_group` every call is collective, and B is the
+        number of images of this process, which may be 0.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -614,16 +646,18 @@ class SkipCLIP(nn.Module):
             >>> class_ids.shape, class_ids[:, 0].equal(clip.predict(images).argmax(dim=1))
             (torch.Size([4, 3]), True)
         """
+        if self._parallel is not None:
+            return sharded_top_k(self, self._parallel, x, k)
         image, classes = self._compared(x)
         with torch.autocast(image.device.type, enabled=False):
             return top_k_logits(image, classes, k)
 
     def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C, D]."""
+        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C/W, D]."""
         check_images(x)
         self._check_unaltered(lower_image=True)
         self._follow(x.device)
-        classes = self._class_embeddings()
+        classes = self._own_embeddings()
         with evaluating([self.model]):
             image = self._image_encoder.encode(x)
         with torch.autocast(image.device.type, enabled=False):
@@ -707,7 +741,8 @@ class SkipCLIP(nn.Module):
 
         Parameters, their `requires_grad`, optimizer states and the state of the generator stay as they are; a
         `GraphedStep` captures its step again. Every process of a parallel training must call this, and copies, such as
-        that of an `AveragedModel`, keep their classes until it is called on them.
+        that of an `AveragedModel`, keep their classes until it is called on them. With `process_group` a call is
+        collective.
 
         The new `prototypes` are computed with the *current* weights, since the weights from before tuning are not kept:
         called before the first step they are the zero-shot embeddings that the method selects with, and later those of
@@ -732,21 +767,30 @@ class SkipCLIP(nn.Module):
             >>> clip.predict(torch.rand(4, 3, 32, 32)).shape
             torch.Size([4, 26])
         """
-        self._refuse_parallel("set_classes", "Create SkipCLIP again.")
-        self._check_unaltered()
-        check_tokens(tokens)
-        check_vocabulary(tokens, self._text.vocabulary)
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
-        device, prompts = self.prototypes.device, prompts_of(tokens)
-        encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
-        with torch.autocast(device.type, enabled=False):
-            with evaluating([self.model]):
-                prototypes = encoder.unit_embeddings()
-            weight = check_class_weight(class_weight, prototypes, len(prototypes))
-            if encoder.lower_device is None:  # the model itself does not run on two devices
-                verify(self.model, self._image_encoder, encoder, prompts)
+        device, parallel = self.prototypes.device, self._parallel
+
+        def agreed() -> list[str]:
+            return [prompts_digest(tokens), digest_tensors([] if weight is None else [("class_weight", weight)])]
+
+        with agreeing(self._parallel, device, ("tokens of set_classes", "class_weight of set_classes"), agreed):
+            self._check_unaltered()
+            check_tokens(tokens)
+            check_vocabulary(tokens, self._text.vocabulary)
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
+            if parallel is not None:
+                parallel = parallel.with_classes(len(tokens))
+            prompts = self._held_prompts(tokens, parallel)
+            encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
+            with torch.autocast(device.type, enabled=False):
+                with evaluating([self.model]):
+                    prototypes = encoder.prototypes(None, slice(None) if parallel is None else parallel.owned_of_held)
+                weight = check_class_weight(class_weight, prototypes, len(tokens))
+                if encoder.lower_device is None:  # the model itself does not run on two devices
+                    verify(self.model, self._image_encoder, encoder, prompts)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
+        if parallel is not None:
+            self._parallel, self._prompts = parallel, prompts_digest(tokens)
         self._snapshot = Snapshot(self.model, self._image, self._text)
 
     def _take_over(self, lower_device: torch.device | None) -> None:
@@ -775,6 +819,10 @@ class SkipCLIP(nn.Module):
     @property
     def _num_classes(self) -> int:
         return len(self.prototypes) if self._parallel is None else self._parallel.num_classes
+
+    @property
+    def _owned_of_held(self) -> slice:
+        return slice(None) if self._parallel is None else self._parallel.owned_of_held
 
     def _refuse_parallel(self, name: str, remedy: str = "Create SkipCLIP without process_group.") -> None:
         if self._parallel is not None:

@@ -102,26 +102,28 @@ class TextEncoder:
                 template.compute()
             self.accept_weights()
 
-    def unit_embeddings(self, class_ids: Tensor | None = None) -> Tensor:
-        """Unit-norm embeddings [n, D] of classes (by default all), without gradient, in chunks."""
-        if class_ids is None:
-            class_ids = torch.arange(len(self.tower.tokens), device=self.tower.tokens.device)
+    @property
+    def _class_ids(self) -> Tensor:
+        return torch.arange(len(self.tower.tokens), device=self.tower.tokens.device)
+
+    def unit_embeddings(self, class_ids: Tensor) -> Tensor:
+        """Unit-norm embeddings [n, D] of classes, without gradient, in chunks."""
         if self.tower.skip > 0:
             self._compute_features()
         with parametrize.cached():  # low-rank updates once, not for each chunk
             return _mean_of_units([template.unit_embeddings(class_ids) for template in self.templates])
 
-    def class_embeddings(self) -> Tensor:
-        """Unit-norm embeddings [C, D] of all classes in evaluation mode, cached until weights change."""
+    def class_embeddings(self, classes: slice = slice(None)) -> Tensor:
+        """Unit-norm embeddings [C, D] of classes, by default all, in evaluation mode, cached until weights change."""
         device = self.tower.tokens.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self._follow_called_modules()
         self.compare_weights()
         parts = (*self.tower.upper_parameters(), *self.tower.lower_parameters())
-        seen = autocast, digests(x.detach() for x in parts)
+        seen = autocast, classes, digests(x.detach() for x in parts)
         if self._embeddings is None or self._embeddings[1] != seen:
             with torch.inference_mode(False), evaluating([self.tower.model]):
-                self._embeddings = self.unit_embeddings(), seen
+                self._embeddings = self.unit_embeddings(self._class_ids[classes]), seen
         return self._embeddings[0]
 
     # ---- folder ------------------------------------------------------------------------------------------------
@@ -134,13 +136,14 @@ class TextEncoder:
             template.use_folder(own)
         self.accept_weights()
 
-    def prototypes(self, folder: Path | None) -> Tensor:
-        """Unit-norm embeddings [C, D] of all classes before tuning; stored in `folder` if given."""
+    def prototypes(self, folder: Path | None, classes: slice = slice(None)) -> Tensor:
+        """Unit-norm embeddings [C, D] of classes, by default all, before tuning; stored in `folder` if given."""
         if folder is None:
-            return self.unit_embeddings()
+            return self.unit_embeddings(self._class_ids[classes])
         self._compute_features()
-        folders = self._folders(folder)
-        return _mean_of_units([x.stored_embeddings(own) for x, own in zip(self.templates, folders, strict=True)])
+        stored = zip(self.templates, self._folders(folder), strict=True)
+        every = _mean_of_units([template.stored_embeddings(own) for template, own in stored])
+        return every if classes == slice(None) else every[classes].clone()
 
     def _folders(self, folder: Path) -> list[Path]:
         """The folder of each template."""

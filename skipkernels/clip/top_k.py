@@ -26,21 +26,26 @@ def top_k_logits(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
         >>> top_k_logits(image, text, 2)
         (tensor([[2., 2.]]), tensor([[1, 2]]))
     """
-    if not 1 <= k <= len(text):
-        raise ValueError(f"top_k: k must be in [1, C={len(text)}]; got {k}.")
+    check_k(k, len(text))
     chunk = max(_LOGITS // max(len(image), 1), k)
     logits, class_ids = image.new_empty(len(image), 0), torch.empty(len(image), 0, dtype=torch.int64)
     class_ids = class_ids.to(image.device)
     for start in range(0, len(text), chunk):
-        found, positions = _largest(image @ text[start : start + chunk].T, k)
+        found, positions = largest(image @ text[start : start + chunk].T, k)
         # The classes found so far are in front, so that a lower position is a lower class among equal logits.
         logits, class_ids = torch.cat([logits, found], dim=1), torch.cat([class_ids, start + positions], dim=1)
-        logits, positions = _largest(logits, k)
+        logits, positions = largest(logits, k)
         class_ids = class_ids.gather(1, positions)
     return logits, class_ids
 
 
-def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def check_k(k: int, classes: int) -> None:
+    """Raise a ValueError unless k is in [1, C]."""
+    if not 1 <= k <= classes:
+        raise ValueError(f"top_k: k must be in [1, C={classes}]; got {k}.")
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest of each row [B, n], or all if n < k, and their positions, the lower first among equals."""
     n = logits.shape[1]
     if k == 1:

@@ -3,6 +3,15 @@
 from .class_parallel import ClassParallel, PeerError
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
-from .loss import sharded_cross_entropy
+from .loss import replicated_cross_entropy, sharded_contrastive_loss, sharded_cross_entropy, sharded_sigmoid_loss
 
-__all__ = ["ClassParallel", "PeerError", "all_reduce_gradients", "gather_rows", "sharded_cross_entropy"]
+__all__ = [
+    "ClassParallel",
+    "PeerError",
+    "all_reduce_gradients",
+    "gather_rows",
+    "replicated_cross_entropy",
+    "sharded_contrastive_loss",
+    "sharded_cross_entropy",
+    "sharded_sigmoid_loss",
+]

@@ -14,16 +14,16 @@ from ..selection import ClassSelection
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
-# In place of a number of images.
-_FAILED = -1  # also in place of a digest
-_EVALUATES = -2
+# In place of a number of images, and of a digest.
+_FAILED = -1
+_LOW = (1 << 32) - 1  # a generator's state in the low bits, the method in the high ones
 
 
 class OwnSelection(NamedTuple):
     """The selected classes of one process.
 
     Attributes:
-        class_ids: [K_r] int64, as indices of its own classes, ascending.
+        class_ids: [K_r] int64, as indices of the classes that this process holds, ascending.
         labels: [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class.
         positions: [K_r] int64, positions of these classes among the selected classes of all processes.
         targets: [B] int64, positions of the labels among the selected classes of all processes.
@@ -52,6 +52,8 @@ class ClassParallel:
     Attributes:
         rank: r of this process in the group.
         size: W, number of processes.
+        replicated: True if each process holds the prompts of all classes and encodes all selected ones, False if only
+            those that it owns. Scores and evaluation are of owned classes in both.
 
     Raises:
         TypeError: If `group` is not a process group.
@@ -70,24 +72,50 @@ class ClassParallel:
                 f"SkipCLIP: process_group must have gloo or NCCL for tensors on {device.type}, where the model is; got "
                 f"{backend}. Move the model to its device first, or pass another group."
             )
-        self.group, self.num_classes = group, num_classes
+        self.group, self.num_classes, self.replicated = group, num_classes, False
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._check_number(num_classes)
+        self._whole: tuple[Tensor, Tensor] | None = None  # own class embeddings, and those of all classes
+
+    def _check_number(self, num_classes: int) -> None:
         if num_classes < self.size:
             raise ValueError(
                 "SkipCLIP: process_group shares out the classes, so there must be at least as many as processes; got "
                 f"C={num_classes} and {self.size} processes. Use fewer processes."
             )
-        self._whole: tuple[Tensor, Tensor] | None = None  # own class embeddings, and those of all classes
 
     def __deepcopy__(self, memo: Any) -> ClassParallel:
+        return self._with(self.num_classes)
+
+    def with_classes(self, num_classes: int) -> ClassParallel:
+        """Return the same processes for another number of classes."""
+        self._check_number(num_classes)
+        return self._with(num_classes)
+
+    def _with(self, num_classes: int) -> ClassParallel:
         other = ClassParallel.__new__(ClassParallel)
-        vars(other).update(vars(self) | {"_whole": None})
+        vars(other).update(vars(self) | {"_whole": None, "num_classes": num_classes})
         return other
 
     @property
     def owned(self) -> slice:
-        """The classes of this process among all classes."""
+        """The classes that this process owns, among all classes."""
         return slice(self.rank, None, self.size)
+
+    @property
+    def held(self) -> slice:
+        """The classes of which this process holds the prompts, among all classes."""
+        return slice(None) if self.replicated else self.owned
+
+    @property
+    def owned_of_held(self) -> slice:
+        """The classes that this process owns, among those that it holds."""
+        return self.owned if self.replicated else slice(None)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of classes that each process owns."""
+        return [len(range(rank, self.num_classes, self.size)) for rank in range(self.size)]
 
     # ---- agreement of processes --------------------------------------------------------------------------------
 
@@ -113,16 +141,34 @@ class ClassParallel:
         """Send an error of this process in place of a message of `length` numbers, so that no other waits for it."""
         all_gather(torch.full((length,), _FAILED, device=device), self.group)
 
-    def gather_sizes(self, batch_size: int, generator: torch.Generator, device: torch.device) -> list[int]:
+    def gather_sizes(
+        self, batch_size: int, call: str, device: torch.device, generator: torch.Generator | None = None
+    ) -> list[int]:
         """Return the number of images of each process, on the host; collective.
 
+        Args:
+            batch_size: Number of images of this process.
+            call: The method, with arguments that must be equal on all processes.
+            generator: Generator of the draws, if the method draws.
+            device: Device of the message.
+
         Raises:
-            RuntimeError: On every process, if one reports an error or its generator has another state.
+            PeerError: On every process, if one reports an error.
+            RuntimeError: On every process, if they call different methods or their generators have different states.
         """
-        state = zlib.crc32(generator.get_state().numpy().tobytes())
-        messages = self._announce(batch_size, state, device)
-        for rank, (_, other_state) in enumerate(messages):
-            if other_state != state:
+        method = zlib.crc32(call.encode()) >> 1  # so that both fit in an int64
+        state = 0 if generator is None else zlib.crc32(generator.get_state().numpy().tobytes())
+        own = torch.tensor([batch_size, method << 32 | state], device=device)
+        messages: list[list[int]] = all_gather(own, self.group).tolist()
+        for rank, (size, other) in enumerate(messages):
+            if size == _FAILED:
+                raise PeerError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
+            if other >> 32 != method:
+                raise RuntimeError(
+                    f"SkipCLIP: process {rank} of process_group does not call {call}, as process {self.rank} does. "
+                    "Call the same methods, with equal arguments, on all processes."
+                )
+            if other & _LOW != state:
                 raise RuntimeError(
                     f"SkipCLIP: the generator of process {rank} of process_group has another state than that of "
                     f"process {self.rank}, so they would select other classes. Load a checkpoint on every process, and "
@@ -130,36 +176,21 @@ class ClassParallel:
                 )
         return [size for size, _ in messages]
 
-    def _announce(self, batch_size: int, state: int, device: torch.device) -> list[list[int]]:
-        """Exchange two numbers; raise on every process unless all train, or all evaluate."""
-        messages: list[list[int]] = all_gather(torch.tensor([batch_size, state], device=device), self.group).tolist()
-        for rank, (size, _) in enumerate(messages):
-            if size == _FAILED:
-                raise PeerError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
-            if (size == _EVALUATES) != (batch_size == _EVALUATES):
-                doing = ["runs a training step", "gathers class embeddings"][size == _EVALUATES]
-                raise RuntimeError(
-                    f"SkipCLIP: process {rank} of process_group {doing}, and process {self.rank} does not. Train, and "
-                    "evaluate, on all processes at once."
-                )
-        return messages
-
     # ---- classes -----------------------------------------------------------------------------------------------
 
     def gather_classes(self, own: Tensor) -> Tensor:
         """Gather rows [C/W, …] of own classes to [C, …] in the order of classes, without autograd; collective."""
-        sizes = [len(range(rank, self.num_classes, self.size)) for rank in range(self.size)]
         with torch.no_grad():
-            by_rank = gather_rows(own, sizes, self.group)
+            by_rank = gather_rows(own, self.sizes, self.group)
         whole = torch.empty_like(by_rank)
-        for rank, rows in enumerate(by_rank.split(sizes)):
+        for rank, rows in enumerate(by_rank.split(self.sizes)):
             whole[rank :: self.size] = rows
         return whole
 
     def class_embeddings(self, own: Tensor) -> Tensor:
         """Gather class embeddings; collective if `own` is not the tensor of the previous call."""
         if self._whole is None or self._whole[0] is not own:
-            self._announce(_EVALUATES, 0, own.device)
+            self.gather_sizes(0, "class_embeddings", own.device)
             self._whole = own, self.gather_classes(own)
         return self._whole[1]
 
@@ -169,4 +200,8 @@ class ClassParallel:
         owned = class_ids % self.size == self.rank
         labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]
         positions = owned.nonzero().flatten()
-        return OwnSelection(class_ids[positions] // self.size, labels, positions, targets, len(class_ids))
+        return OwnSelection(self.ids_of_held(class_ids[positions]), labels, positions, targets, len(class_ids))
+
+    def ids_of_held(self, class_ids: Tensor) -> Tensor:
+        """Return ids of classes that this process owns as indices of the classes that it holds."""
+        return class_ids if self.replicated else class_ids // self.size

@@ -1,11 +1,13 @@
-"""Cross-entropy of all images over the classes of all processes, from two or three numbers of each image."""
+"""Losses of the images of all processes: each process computes its share from the texts that it encodes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 from .. import functional
 from .class_parallel import OwnSelection
@@ -55,7 +57,103 @@ def sharded_cross_entropy(
         loss = (1 - label_smoothing) * loss
         loss = loss + label_smoothing * (lse * weights - share.sum(0) / selection.kept)
     total = len(loss) if class_weight is None else class_weight[selection.targets].sum()
-    return (loss.sum() / total).to(torch.float64 if image.dtype == torch.float64 else torch.float32)
+    return (loss.sum() / total).to(_dtype(image))
+
+
+def replicated_cross_entropy(
+    image: Tensor,
+    text: Tensor,
+    targets: Tensor,
+    logit_scale: Tensor,
+    group: dist.ProcessGroup,
+    total: Tensor | int,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Mean cross-entropy [] of the images of all processes, each with the embeddings of all classes; collective.
+
+    The result is that of `sharded_cross_entropy`, with one number of each process as message.
+
+    Args:
+        image: [b, D] image embeddings of this process; b may be 0.
+        text: [K, D] text embeddings of all selected classes.
+        targets: [b] int64, positions of the labels in `text`.
+        logit_scale: Factor of the cosines.
+        group: The processes.
+        total: Divisor of the mean: number of images of all processes, or sum of the weights of their labels.
+        class_weight: [K] weights of the classes; by default 1.
+        label_smoothing: ε.
+    """
+    if len(image) == 0:
+        share = (image.sum() + text[:0].sum()) * logit_scale
+    else:
+        share = functional.class_sampled_ce(
+            image,
+            text,
+            targets,
+            logit_scale,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+    return (_sum_over_processes(share, group) / total).to(_dtype(image))
+
+
+def sharded_contrastive_loss(
+    image: Tensor, text: Tensor, own: Tensor, logit_scale: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """Symmetric contrastive loss [] of the pairs of all processes, see `functional.contrastive_loss`; collective.
+
+    From images to texts it is a cross-entropy over texts that are shared out, and from texts to images each process has
+    the gathered images: no text embedding is sent.
+
+    Args:
+        image: [B, D] image embeddings of all processes.
+        text: [n, D] text embeddings of the captions that this process encodes; any one row if n = 0.
+        own: [n] int64, numbers of their pairs, ascending.
+        logit_scale: Factor of the cosines.
+        group: The processes.
+    """
+    pairs, labels = torch.arange(len(image), device=image.device), own.new_full((len(image),), -1)
+    labels[own] = torch.arange(len(own), device=image.device)
+    selection = OwnSelection(own, labels, own, pairs, len(pairs))
+    image_to_text = sharded_cross_entropy(image, text, selection, logit_scale, group)
+    if len(own) == 0:
+        share = (image[:0].sum() + text[:0].sum()) * logit_scale
+    else:
+        share = functional.class_sampled_ce(text, image, own, logit_scale, reduction="sum")
+    return (image_to_text + (_sum_over_processes(share, group) / len(pairs)).to(_dtype(image))) / 2
+
+
+def sharded_sigmoid_loss(
+    image: Tensor, text: Tensor, targets: Tensor, bias: Tensor | float, scale: Tensor, elements: int, group: Any
+) -> Tensor:
+    """Mean binary cross-entropy [] of images and classes, of which each process has a part; collective.
+
+    Args:
+        image: [b, D] image embeddings.
+        text: [k, D] text embeddings; any one row if k = 0.
+        targets: [b, k] bool, the labels.
+        bias: Added to the logits.
+        scale: Factor of the cosines.
+        elements: Number of pairs of an image and a class, of all processes.
+        group: The processes.
+    """
+    if targets.numel() == 0:
+        share = (image[:0].sum() + text[:0].sum()) * scale + 0.0 * bias
+    else:
+        logits = functional.class_sampled_logits(image, text, scale) + bias
+        share = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+    return (_sum_over_processes(share, group) / elements).to(_dtype(image))
+
+
+def _sum_over_processes(share: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of one number of each process, in fp64 and in the order of ranks; see `gather_shares`."""
+    return gather_shares(share.double(), group).sum()
+
+
+def _dtype(image: Tensor) -> torch.dtype:
+    return torch.float64 if image.dtype == torch.float64 else torch.float32
 
 
 def _weighted_logits(image: Tensor, text: Tensor, weight: Tensor, logit_scale: Tensor) -> Tensor:

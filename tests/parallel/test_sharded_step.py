@@ -18,7 +18,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
-from skipkernels.clip.sharded_step import refuse_batch_norms
+from bench.flops import flops_of
+from skipkernels.clip import SkipOutput
+from skipkernels.clip.processes import choose_way, refuse_batch_norms, sizes_of_model
+from skipkernels.parallel import cost
+from skipkernels.parallel.cost import CLASS_PARALLEL, REPLICATED, VIT_B_16, WAYS, Model, messages
+from skipkernels.store import Store
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.processes import together
@@ -48,6 +53,21 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "uncut": {"skip_layers": 0},
     "ddp": {"wrap": True, "train_logit_scale": True},
     "ddp_no_sync": {"wrap": True, "accumulate": 2},
+    "replicated": {"class_parallel": False, "batches": [3, 6], "train_logit_scale": True},
+    "replicated_ddp": {
+        "class_parallel": False,
+        "batches": [8, 3],
+        "weights": True,
+        "label_smoothing": 0.2,
+        "wrap": True,
+        "templates": 2,
+    },
+    "set_classes": {"replace": 21, "batches": [8]},
+    "pairs": {"loss": "pairs", "batches": [9, 3], "train_logit_scale": True},
+    "pairs_replicated": {"loss": "pairs", "batches": [3], "class_parallel": False, "templates": 2},
+    "captions": {"loss": "captions", "batches": [7, 3]},
+    "sigmoid": {"loss": "sigmoid", "batches": [7, 3], "train_logit_scale": True},
+    "sigmoid_replicated": {"loss": "sigmoid", "batches": [3], "class_parallel": False},
 }
 
 
@@ -58,9 +78,15 @@ def tokens_of(templates: int) -> torch.Tensor:
 
 def small_clip(group: Any = None, *, templates: int = 1, dtype: torch.dtype = torch.float64, **settings) -> sk.SkipCLIP:
     settings = {"skip_layers": 1 / 3, "keep_ratio": 4, "decay": 0.3} | settings
+    if group is None:
+        settings.pop("class_parallel", None)
     if settings.pop("weights", False):
         settings["class_weight"] = torch.arange(1, CLASSES + 1) / 4
-    return sk.SkipCLIP(tiny_clip(dtype), tokens_of(templates), process_group=group, **settings)
+    replace = settings.pop("replace", None)
+    clip = sk.SkipCLIP(tiny_clip(dtype), tokens_of(templates), process_group=group, **settings)
+    if replace is not None:
+        clip.set_classes(tiny_tokens(replace, seed=7))
+    return clip
 
 
 def part(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -76,6 +102,7 @@ def train(
     labels: list[int] | None = None,
     wrap: bool = False,
     accumulate: int = 1,
+    loss: str = "",
     first: int = 0,
     last: int = STEPS,
 ) -> dict[str, Any]:
@@ -84,15 +111,14 @@ def train(
     forward = DistributedDataParallel(clip) if wrap and sharded else clip
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=0.05, image_lr=0.05), momentum=0.9)
     losses, ids = [], []
-    for step in range(first, last):
+    for step in range(first, min(last, len(batches or [8] * STEPS))):
         images, drawn = tiny_batch((batches or [8] * STEPS)[step], CLASSES, seed=step)
         drawn = drawn if labels is None else torch.tensor(labels)
         for number in range(accumulate):
             own = [part(part(x, number, accumulate), rank, size) for x in (images.to(clip._image.dtype), drawn)]
             waits = wrap and sharded and number + 1 < accumulate
             with forward.no_sync() if waits else contextlib.nullcontext():
-                out = forward(*own)
-                assert out.class_ids[out.targets].equal(own[1])
+                out = output(forward, loss, *own)
                 (out.loss / accumulate).backward()
             losses.append(out.loss.item())
             ids.append(out.class_ids)
@@ -104,9 +130,24 @@ def train(
     return {"losses": losses, "ids": ids, "gradients": gradients, "weights": dict(clip.model.state_dict())}
 
 
+def output(forward: Any, loss: str, images: torch.Tensor, labels: torch.Tensor) -> SkipOutput:
+    """A step of one of the losses."""
+    if loss == "sigmoid":
+        multiple = sum(torch.nn.functional.one_hot(x % CLASSES, CLASSES) for x in (labels, labels + 5))
+        out = forward.sigmoid_loss(images, multiple, max_labels=2, logit_bias=-1.5)
+        assert out.targets.equal(multiple[:, out.class_ids].bool())
+    elif loss:
+        captions = labels if loss == "pairs" else tokens_of(1)[labels]
+        out = SkipOutput(forward.pair_loss(images, captions), images, labels.new_empty(0), labels)
+    else:
+        out = forward(images, labels)
+        assert out.class_ids[out.targets].equal(labels)
+    return out
+
+
 def split(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of `train`, and those of SkipCLIP."""
-    names = ("batches", "labels", "wrap", "accumulate")
+    names = ("batches", "labels", "wrap", "accumulate", "loss")
     return {k: v for k, v in settings.items() if k in names}, {k: v for k, v in settings.items() if k not in names}
 
 
@@ -155,9 +196,9 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     clip = small_clip(group)
     images, labels = tiny_batch(8, CLASSES)
     own = part(images, rank, size), part(labels, rank, size)
-    with recorded() as messages:
+    with recorded() as sent:
         clip(*own).loss.backward()
-    found["messages"] = messages
+    found["messages"] = sent
     found["copy"] = copy.deepcopy(clip)(*own).loss.item()
     clip = small_clip(group, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +207,12 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found["bf16"] = {name: p.grad for name, p in clip.model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         clip = small_clip(group).eval()
-        found["predict"], found["evaluated"] = clip.predict(images), clip(images, labels).loss.item()
+        found["class_embeddings"], found["evaluated"] = clip.class_embeddings(), clip(images, labels).loss.item()
+        found["evaluation"] = evaluations(clip, rank, size)
+        found["evaluation_replicated"] = evaluations(small_clip(group, class_parallel=False), rank, size)
+        found["ties"] = ties(clip, rank, size)
+    found["text_cache"] = text_caches(group, own, folder / f"texts {size}")
+    found["work"] = {way: work_of_a_step(group, own, way == CLASS_PARALLEL) for way in WAYS}
 
     # A state saved by process 0 of four, then loaded by each of two.
     clip, file = small_clip(group), folder / "state.pt"
@@ -181,6 +227,55 @@ def in_process(rank: int, size: int, folder: Path) -> dict[str, Any]:
         found["errors"] = errors(rank, group)
     dist.destroy_process_group()
     return found
+
+
+def evaluations(clip: sk.SkipCLIP, rank: int, size: int) -> list[Any]:
+    """Logits and classes of the own images among seven, and among three: fewer than processes."""
+    found: list[Any] = []
+    for batch in (7, 3):
+        own = part(tiny_batch(batch, CLASSES)[0], rank, size)
+        found.append([clip.predict(own), *(clip.top_k(own, k) for k in (1, 5, CLASSES))])
+    assert len(clip._text_encoder.class_embeddings(clip._owned_of_held)) <= -(-CLASSES // size), "no [C, D]"
+    return found
+
+
+def integers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings with many equal logits."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randint(-1, 2, (n, 3), generator=generator).double() for n in (8, CLASSES))
+    return image, text
+
+
+def ties(clip: sk.SkipCLIP, rank: int, size: int) -> Any:
+    image, text = integers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "_compared", lambda x: (part(image, rank, size), text[rank::size]))
+        return [clip.top_k(part(image, rank, size), k) for k in (1, 2, 7, CLASSES)]
+
+
+def text_caches(group: Any, own: tuple[torch.Tensor, torch.Tensor], folder: Path) -> list[tuple[float, float]]:
+    """Losses of two steps without a folder, with a new one and with the same; of both ways."""
+    found = []
+    for class_parallel in (True, False):
+        for text_cache in (None, folder / f"{class_parallel}", folder / f"{class_parallel}"):
+            clip = small_clip(group, dtype=torch.float32, class_parallel=class_parallel, text_cache=text_cache)
+            found.append(tuple(clip(own[0].float(), own[1]).loss.item() for _ in range(2)))
+    return found
+
+
+def work_of_a_step(group: Any, own: tuple[torch.Tensor, torch.Tensor], class_parallel: bool) -> list[Any]:
+    """FLOPs of a step, its messages, own classes among the kept ones, and their tokens."""
+    clip = small_clip(group, dtype=torch.float32, class_parallel=class_parallel)
+    features = clip.encode_lower(own[0].float())
+    class_ids = clip(features, own[1]).class_ids  # features of texts at the cut
+    found: list[Any] = []
+    with recorded() as sent:
+        flops = flops_of(lambda: found.append(clip(features, own[1])) or found[0].loss.backward())
+    class_ids = found[0].class_ids
+    if class_parallel:
+        class_ids = clip._parallel.ids_of_held(class_ids[class_ids % clip._parallel.size == clip._parallel.rank])
+    prompts = clip._text.prompts
+    return [flops, sent, len(class_ids), int(prompts.lengths[class_ids].sum()), prompts.prefix_length]
 
 
 def errors(rank: int, group: Any) -> dict[str, str]:
@@ -207,6 +302,11 @@ def errors(rank: int, group: Any) -> dict[str, str]:
     }
     clip = small_clip(group)
     found["label"] = caught(clip, images, labels + (CLASSES if rank else 0))
+    found["caption"] = caught(clip.pair_loss, images, labels + (CLASSES if rank else 0))
+    found["sigmoid"] = caught(clip.sigmoid_loss, images, torch.zeros(2, CLASSES - rank), max_labels=1)
+    found["max_labels"] = caught(clip.sigmoid_loss, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
+    found["k"] = caught(clip.top_k, images, 3 if rank else 0)
+    found["set_classes"] = caught(clip.set_classes, tiny_tokens(CLASSES, seed=rank))
     if rank:
         clip.sampler.generator.manual_seed(5)
     found["draws"] = caught(clip, images, labels)
@@ -284,11 +384,42 @@ def test_evaluation_matches_one_process(results):
     clip = small_clip().eval()
     images, labels = tiny_batch(8, CLASSES)
     with torch.no_grad():
-        loss, logits = clip(images, labels).loss.item(), clip.predict(images)
+        loss, classes = clip(images, labels).loss.item(), clip.class_embeddings()
     for processes in results.values():
         for got in processes:
             assert got["evaluated"] == pytest.approx(loss, rel=FP64)
-            torch.testing.assert_close(got["predict"], logits, rtol=FP64, atol=FP64)
+            torch.testing.assert_close(got["class_embeddings"], classes, rtol=FP64, atol=FP64)
+
+
+def test_predict_and_top_k_match_one_process(results):
+    expected = evaluations(small_clip().eval(), 0, 1)
+    image, text = integers()
+    order = (image @ text.T).sort(dim=1, descending=True, stable=True)
+    for size, processes in results.items():
+        for rank, got in enumerate(processes):
+            for way in ("evaluation", "evaluation_replicated"):
+                for (logits, *top), (whole, *top_of_all) in zip(got[way], expected, strict=True):
+                    torch.testing.assert_close(logits, part(whole, rank, size), rtol=FP64, atol=FP64)
+                    for (values, ids), (all_values, all_ids) in zip(top, top_of_all, strict=True):
+                        torch.testing.assert_close(values, part(all_values, rank, size), rtol=FP64, atol=FP64)
+                        assert ids.equal(part(all_ids, rank, size))
+            for values, ids in got["ties"]:  # of equal logits the lower class first
+                k = ids.shape[1]
+                assert values.equal(part(order.values[:, :k], rank, size))
+                assert ids.equal(part(order.indices[:, :k], rank, size))
+
+
+def test_text_cache_is_shared_out(results, folder):
+    """Each process opens the rows of its own classes; the results are those without a folder, to the bit."""
+    for size, processes in results.items():
+        for got in processes:
+            assert len(set(got["text_cache"][:3])) == len(set(got["text_cache"][3:])) == 1
+        texts = folder / f"texts {size}"
+        parts = sorted(path.name for path in (texts / "True").iterdir())
+        assert parts == [f"process_{rank}_of_{size}" for rank in range(size)]
+        rows = [Store(texts / "True" / name / "prototypes").layout.rows for name in parts]
+        assert rows == [len(range(rank, CLASSES, size)) for rank in range(size)]
+        assert Store(texts / "False" / "prototypes").layout.rows == CLASSES
 
 
 def test_copy_continues_with_the_processes(results):
@@ -300,20 +431,20 @@ def test_copy_continues_with_the_processes(results):
         assert [got["copy"] for got in processes] == pytest.approx([expected] * len(processes), rel=FP64)
 
 
-def test_messages_of_a_step(results):
+def test_messages_and_work_of_a_step(results):
+    """Messages and FLOPs are those that `bench.scale` predicts."""
+    B, D = 8, 12
     for size, processes in results.items():
-        images, classes, width = 8, -(-CLASSES // size), 12
-        per_process = -(-images // size)
-        expected = [
-            ("all_gather", 2 * 8),
-            ("all_gather", per_process * 8),
-            ("all_gather", per_process * width * 8),
-            ("all_gather", classes * 8),
-            ("all_gather", 2 * images * 8),
-            ("reduce_scatter", size * per_process * width * 8),
-        ]
-        for got in processes:
+        expected = messages(CLASS_PARALLEL, size, B, CLASSES, D, itemsize=8, wide=8)
+        for rank, got in enumerate(processes):
             assert [tuple(x) for x in got["messages"]] == expected
+            for way, (flops, sent, own, rows, prefix) in got["work"].items():
+                assert [tuple(x) for x in sent] == messages(way, size, B, CLASSES, D, itemsize=4)
+                model = Model(24, 5, 2, 16, 2, D, prefix, suffix=0, parameters=0)
+                logits = own * (B if way == CLASS_PARALLEL else B // size)
+                scores = B * len(range(rank, CLASSES, size))
+                predicted = cost.flops(model, B // size, own, rows, scores=scores, logits=logits)
+                assert flops == pytest.approx(predicted, rel=1e-3), "attention of suffixes is of the mean length"
 
 
 def test_state_of_four_processes_continues_in_two(results, folder):
@@ -335,13 +466,18 @@ def test_state_of_four_processes_continues_in_two(results, folder):
         ("tokens", ["tokens must be equal on all processes"] * 2),
         ("generator", ["generator must be equal on all processes"] * 2),
         ("weights", ["weights must be equal on all processes"] * 2),
-        ("skip_layers", ["skip_layers and the trained parameters must be equal"] * 2),
+        ("skip_layers", ["skip_layers, class_parallel and the trained parameters must be equal"] * 2),
         ("options", ["options of the selection must be equal on all processes"] * 2),
         ("construction", ["skip_layers must be a whole number", "process 0 of process_group raised an error"]),
+        ("caption", ["process 1 of process_group raised an error", "captions must be rows of the tokens"]),
+        ("sigmoid", ["process 1 of process_group raised an error", r"labels must be \[B=2, C=18\]"]),
+        ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
+        ("k", [r"k must be in \[1, C=18\]; got 0", "process 0 of process_group raised an error"]),
+        ("set_classes", ["tokens of set_classes must be equal on all processes"] * 2),
         ("label", ["process 1 of process_group raised an error", r"labels must be in \[0, C=18\)"]),
         (
             "modes",
-            ["process 1 .* gathers class embeddings, and process 0", "process 0 .* runs a training step, and pro"],
+            ["process 1 of process_group does not call clip, as process 0 does", "process 0 .* does not call predict"],
         ),
         ("draws", [f"process {other} of process_group has another state" for other in (1, 0)]),
     ],
@@ -366,11 +502,8 @@ def group() -> Iterator[Any]:
     ("name", "call"),
     [
         ("graphed", lambda clip, x, labels: clip.graphed(torch.optim.SGD(clip.parameters()), batch_size=2)),
-        ("pair_loss", lambda clip, x, labels: clip.pair_loss(x, labels)),
-        ("sigmoid_loss", lambda clip, x, labels: clip.sigmoid_loss(x, labels, max_labels=1)),
         ("select", lambda clip, x, labels: clip.select(x, labels)),
         ("encode_classes", lambda clip, x, labels: clip.encode_classes(labels)),
-        ("set_classes", lambda clip, x, labels: clip.set_classes(tiny_tokens(4))),
         ("an evaluation with gradients", lambda clip, x, labels: clip.eval()(x, labels)),
     ],
 )
@@ -379,9 +512,28 @@ def test_method_is_refused(group, name, call):
         call(small_clip(group), *tiny_batch(2, CLASSES))
 
 
-def test_construction_is_refused(group, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="text_cache is not supported with process_group"):
-        small_clip(group, text_cache=tmp_path)
+def test_way_of_predicted_steps(group, monkeypatch):
+    clip = small_clip(group, templates=2)
+    assert clip.reductions["text.class_parallel"].enabled
+    lengths = [text.prompts.lengths.double().mean().item() for text in clip._text_encoder.towers]
+    P = clip._text.prompts.prefix_length
+    parameters = sum(p.numel() for p in clip.model.parameters())
+    sizes = sizes_of_model(clip.model, tokens_of(2), clip._settings)
+    assert sizes == Model(24, 5, 2, 16, 2, 12, P, pytest.approx(sum(lengths)), parameters)
+    assert cost.faster_way(8, 32, 1000, 301, VIT_B_16, "H100") == REPLICATED
+    assert cost.faster_way(8, 32, 100_000, 6241, VIT_B_16, "H100") == CLASS_PARALLEL
+    monkeypatch.setattr("skipkernels.clip.processes.gpu_of", lambda device: "H100")
+    parallel = copy.deepcopy(clip._parallel)
+    parallel.size = 2
+    way = choose_way(parallel, "auto", clip, tokens_of(2))
+    assert parallel.replicated and "for 2 H100 with 32 images each" in way.reason and not way.enabled
+    assert not small_clip(group, class_parallel=False).reductions["text.class_parallel"].enabled
+
+
+def test_construction_is_refused(group, monkeypatch):
+    for class_parallel, got in (("never", "'never'"), (True, "True")):
+        with pytest.raises(ValueError, match=f"class_parallel must be .* got {got}"):
+            sk.SkipCLIP(tiny_clip(), tokens_of(1), skip_layers=1, class_parallel=class_parallel)
     with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup .* got str"):
         small_clip("gloo")
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
