@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import counts, pictures, scale
+from bench import counts, pictures, roofline, scale
 from bench.flops import flops_of
 from bench.inputs import class_names, random_inputs
-from bench.scale import VIT_B_16, Message
+from skipkernels.parallel import cost
+from skipkernels.parallel.cost import CLASS_PARALLEL, REPLICATED, VIT_B_16, Message
 from skipkernels.selection import RankSampler
 
 
@@ -27,11 +28,11 @@ def test_formulas_equal_counts_of_a_step(B, C):
         counted = flops_of(lambda: found.append(clip(features, inputs.labels)) or found[0].loss.backward())
     K, prompts = len(found[0].class_ids), clip._text.prompts
     rows, mean = int(prompts.lengths[found[0].class_ids].sum()), prompts.lengths.double().mean().item()
-    tiny = scale.Model(128, 65, 3, 96, 1, 128, prefix=prompts.prefix_length, suffix=mean, parameters=0)
-    assert scale.trained(tiny) == sum(p.numel() for p in clip.trainable_parameters())
-    predicted = scale.flops(tiny, B, K, rows, scores=B * C, logits=B * K)
+    tiny = cost.Model(128, 65, 3, 96, 1, 128, prefix=prompts.prefix_length, suffix=mean, parameters=0)
+    assert cost.trained(tiny) == sum(p.numel() for p in clip.trainable_parameters())
+    predicted = cost.flops(tiny, B, K, rows, scores=B * C, logits=B * K)
     assert predicted == pytest.approx(counted, rel=1e-6)  # pairs of attention are rounded
-    sizes = scale.class_bytes(tiny, C, length=prompts.tokens.shape[1])
+    sizes = cost.class_bytes(tiny, C, length=prompts.tokens.shape[1])
     rows_bytes, prefix = clip._text_encoder.templates[0].rows.nbytes, 4 * 96 * prompts.prefix_length
     layout = sum(tensor.nbytes for tensor in prompts.tensors().values())
     assert sizes["prototypes"] == clip.prototypes.nbytes
@@ -47,30 +48,31 @@ ROWS = [row for row in counts.read_table() if (*row[:2], row.precision, row.memo
 def test_formulas_equal_the_table_of_counts(row):
     tokens = open_clip.get_tokenizer("ViT-B-16")([f"a photo of a {name}." for name in class_names(row.C)])
     rows = float((tokens.argmax(dim=1) + 1 - VIT_B_16.prefix)[: row.K].sum())  # the first classes are kept
-    predicted = scale.flops(VIT_B_16, row.B, row.K, rows, scores=row.B * row.C, logits=row.B * row.K)
+    predicted = cost.flops(VIT_B_16, row.B, row.K, rows, scores=row.B * row.C, logits=row.B * row.K)
     assert predicted == pytest.approx(row.flops, rel=1e-3)  # one of the kept classes is the label
-    assert sum(scale.saved_bytes(VIT_B_16, row.B, row.K, rows)) == pytest.approx(row.saved_bytes, rel=0.03)
-    assert 4 * scale.trained(VIT_B_16) == row.gradient_bytes
+    assert sum(cost.saved_bytes(VIT_B_16, row.B, row.K, rows)) == pytest.approx(row.saved_bytes, rel=0.03)
+    assert 4 * cost.trained(VIT_B_16) == row.gradient_bytes
 
 
 def test_messages_by_hand():
     """Seven images in two processes, four and three; the smaller share is padded."""
     gathers = [Message("all_gather", size) for size in (16, 4 * 8, 4 * 12 * 8, 10 * 8, 7 * 16)]
     expected = [*gathers, Message("reduce_scatter", 8 * 12 * 8)]
-    assert scale.messages(2, 7, 19, 5, 12, itemsize=8, wide=8) == expected
-    assert scale.messages(64, 2048, 1_000_000, 62_000, 512)[2:4] == [
+    assert cost.messages(CLASS_PARALLEL, 2, 7, 19, 12, itemsize=8, wide=8) == expected
+    assert cost.messages(REPLICATED, 64, 2048, 1_000_000, 512)[2:] == [
         Message("all_gather", 2 * 32 * 512),
         Message("all_gather", 4 * 15_625),
+        Message("all_gather", 8),
     ]
 
 
 def test_seconds_of_by_hand():
     """Within a node small messages take the low-latency protocol, large ones the bandwidth."""
-    assert scale.seconds_of(Message("all_gather", 1 << 20), 1, "H100") == 0
-    assert scale.seconds_of(Message("all_gather", 0), 8, "H100") == pytest.approx(3.6e-6 + 7 * 0.47e-6)
-    large = scale.seconds_of(Message("all_reduce", 450_000_000), 8, "H100")
+    assert cost.seconds_of(Message("all_gather", 1 << 20), 1, "H100") == 0
+    assert cost.seconds_of(Message("all_gather", 0), 8, "H100") == pytest.approx(3.6e-6 + 7 * 0.47e-6)
+    large = cost.seconds_of(Message("all_reduce", 450_000_000), 8, "H100")
     assert large == pytest.approx(8.4e-6 + 14 * 3.4e-6 + 2 * 7 / 8 * 1e-3)
-    across = scale.seconds_of(Message("reduce_scatter", 0), 16, "A100")
+    across = cost.seconds_of(Message("reduce_scatter", 0), 16, "A100")
     assert across == pytest.approx(3.6e-6 + 14 * 0.47e-6 + 2.7e-6)
 
 
@@ -78,17 +80,26 @@ def test_seconds_of_by_hand():
 def test_kept_by_one_is_the_largest_share(K, W):
     generator = torch.Generator().manual_seed(0)
     largest = [torch.randint(W, (K,), generator=generator).bincount(minlength=W).max().item() for _ in range(400)]
-    assert scale.kept_by_one(K, W) == pytest.approx(sum(largest) / len(largest), rel=0.02)
-    assert scale.kept_by_one(K, 1) == K
+    assert cost.kept_by_one(K, W) == pytest.approx(sum(largest) / len(largest), rel=0.02)
+    assert cost.kept_by_one(K, 1) == K
 
 
 def test_predict_class_memory_is_shared_out():
     """With a quarter of 200,000 classes, and their part of the kept ones, a process holds at most 0.35 of the bytes."""
     K = RankSampler().expected_keep(200_000, 32)
-    one, four = (scale.predict(scale.CLASS_PARALLEL, W, 32 // W, 200_000, K) for W in (1, 4))
-    assert 0.25 < four["class_mib"] / one["class_mib"] < 0.35
-    whole = scale.predict(scale.REPLICATED, 4, 8, 200_000, K)
-    assert whole["class_mib"] == one["class_mib"] and whole["gflop"] > 3 * four["gflop"]
+    one, four = (cost.predict(CLASS_PARALLEL, W, 32 // W, 200_000, K) for W in (1, 4))
+    assert 0.25 < four.class_bytes / one.class_bytes < 0.35
+    whole = cost.predict(REPLICATED, 4, 8, 200_000, K)
+    assert whole.class_bytes == one.class_bytes - 150_000 * 4 * 512 and whole.flops > 3 * four.flops
+
+
+def test_rates_are_those_of_bench():
+    """The package does not import bench."""
+    for name, gpu in cost.GPUS.items():
+        assert gpu[:2] == (roofline.GPUS[name].half, roofline.GPUS[name].bandwidth)
+    assert (cost.GRADIENT_PASSES, cost.SAVED_PASSES) == (counts.GRADIENT_PASSES, counts.SAVED_PASSES)
+    host = 1e-3 * counts.estimate(ROWS[0])["host"]
+    assert host == pytest.approx(12 * cost.HOST_SECONDS, rel=1e-3)
 
 
 def test_table_and_picture_are_those_of_the_formulas():
@@ -98,5 +109,5 @@ def test_table_and_picture_are_those_of_the_formulas():
     assert [{name: str(value) for name, value in row.items()} for row in rows] == table, "run python -m bench.scale"
     assert scale.PICTURE.read_text(encoding="utf-8").count("<path") > 16
     assert pictures.step_over_processes(rows).startswith("<svg")
-    assert {row["faster on H100"] for row in rows if row["C"] == 1_000_000 and row["W"] > 1} == {scale.CLASS_PARALLEL}
+    assert {row["faster on H100"] for row in rows if row["C"] == 1_000_000 and row["W"] > 1} == {CLASS_PARALLEL}
     assert {row["faster on H100"] for row in rows if row["W"] == 1} == {"equal"}
