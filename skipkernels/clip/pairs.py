@@ -39,9 +39,10 @@ def _sharded_pair_loss(clip: SkipCLIP, parallel: ClassParallel, x: Tensor, capti
         prompt = clip._tokens.flatten(0, -2)[0]
         x, captions, pairs = padded(x, captions, prompt if isinstance(captions, Tensor) and captions.ndim > 1 else None)
         _check(clip, x, captions)
+        own_image = clip._image_encoder.encode(x)[:pairs]
     captions = captions.to(x.device, torch.int64)
     sizes, own = sizes_of(parallel, pairs, f"pair_loss with captions of {captions.ndim} dimensions", x.device)
-    image = gather_rows(clip._image_encoder.encode(x)[:pairs], sizes, parallel.group)
+    image = gather_rows(own_image, sizes, parallel.group)
     numbers = torch.arange(len(image), device=x.device)[own]
     encoder = clip._text_encoder
     if captions.ndim == 2:

@@ -39,9 +39,9 @@ def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, retur
                 "SkipCLIP: return_logits must be False with process_group, since no process has the embeddings of all "
                 "selected classes. Use clip.eval(), or SkipCLIP without process_group."
             )
+        own_image = clip._image_encoder.encode(x)[:images]  # before a message: most memory is of images
     sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler.generator)
     labels = gather_rows(labels[:images], sizes, parallel.group)
-    own_image = clip._image_encoder.encode(x)[:images]
     image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, parallel.group)
     ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(labels))
     selection = select_ranks(parallel.gather_classes(clip._scores(image)), labels, ranks)

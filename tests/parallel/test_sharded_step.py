@@ -278,7 +278,11 @@ def work_of_a_step(group: Any, own: tuple[torch.Tensor, torch.Tensor], class_par
     return [flops, sent, len(class_ids), int(prompts.lengths[class_ids].sum()), prompts.prefix_length]
 
 
-def errors(rank: int, group: Any) -> dict[str, str]:
+def out_of_memory(x: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no memory for images")
+
+
+def errors(rank: int, group: Any) -> dict[str, Any]:
     images, labels = tiny_batch(2, CLASSES)
 
     def construct(tokens=0, seed=0, weights=0, skip=1 / 3, **settings):
@@ -302,6 +306,10 @@ def errors(rank: int, group: Any) -> dict[str, str]:
     }
     clip = small_clip(group)
     found["label"] = caught(clip, images, labels + (CLASSES if rank else 0))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(clip._image_encoder, "encode", out_of_memory)
+        found["memory"] = [caught(clip, images, labels), caught(clip.pair_loss, images, labels)]
     found["caption"] = caught(clip.pair_loss, images, labels + (CLASSES if rank else 0))
     found["sigmoid"] = caught(clip.sigmoid_loss, images, torch.zeros(2, CLASSES - rank), max_labels=1)
     found["max_labels"] = caught(clip.sigmoid_loss, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
@@ -469,6 +477,7 @@ def test_state_of_four_processes_continues_in_two(results, folder):
         ("skip_layers", ["skip_layers, class_parallel and the trained parameters must be equal"] * 2),
         ("options", ["options of the selection must be equal on all processes"] * 2),
         ("construction", ["skip_layers must be a whole number", "process 0 of process_group raised an error"]),
+        ("memory", ["process 1 .* raised an error.*process 1 .* raised", "no memory for images.*no memory for images"]),
         ("caption", ["process 1 of process_group raised an error", "captions must be rows of the tokens"]),
         ("sigmoid", ["process 1 of process_group raised an error", r"labels must be \[B=2, C=18\]"]),
         ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
@@ -485,7 +494,7 @@ def test_state_of_four_processes_continues_in_two(results, folder):
 def test_error_is_raised_on_every_process(results, name, messages):
     for got, message in zip(results[2], messages, strict=True):
         with pytest.raises(AssertionError, match=message):
-            raise AssertionError(got["errors"][name])
+            raise AssertionError(str(got["errors"][name]))
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------
