@@ -19,7 +19,7 @@ from ..towers.eligibility import HOOKS
 from .output import SkipOutput
 
 if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
+    from .training import Training
 
 WARMUP = 3  # steps before a capture, which compile kernels and create the state of the optimizer
 
@@ -57,7 +57,7 @@ class GraphedStep:
     those of the loop.
 
     Args:
-        clip: SkipCLIP in training mode.
+        clip: Training in training mode.
         optimizer: Optimizer of its parameters: `FusedSGD`, `torch.optim.SGD(fused=True)`, or one that is constructed
             with `capturable=True`, such as `torch.optim.AdamW`.
         batch_size: Number of images of the batches to capture.
@@ -83,7 +83,7 @@ class GraphedStep:
         torch.Size([])
     """
 
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer, batch_size: int):
+    def __init__(self, clip: Training, optimizer: torch.optim.Optimizer, batch_size: int):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -277,7 +277,7 @@ def record(step: Callable[[], SkipOutput], stream: Any, pool: Any) -> tuple[Any,
     return graph, out
 
 
-def why_not_capturable(clip: SkipCLIP, optimizer: torch.optim.Optimizer) -> str | None:
+def why_not_capturable(clip: Training, optimizer: torch.optim.Optimizer) -> str | None:
     """Return why the step of a SkipCLIP and an optimizer cannot be captured in a CUDA graph, or None."""
     hooked = next((name for name, x in clip.model.named_modules() if any(getattr(x, hook) for hook in HOOKS)), None)
     generator = clip.sampler.generator
@@ -317,7 +317,7 @@ class _Frozen:
     `SkipCLIP` itself checks in each step that the blocks are unaltered.
     """
 
-    def __init__(self, clip: SkipCLIP, optimizer: torch.optim.Optimizer):
+    def __init__(self, clip: Training, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer
         self._text_encoder = clip._text_encoder  # kept, so that the addresses of its tensors are not used again
         modules = list(clip.model.modules())

@@ -19,11 +19,11 @@ from .processes import reporting
 from .sharded_step import at_least_one, padded, sizes_of
 
 if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
+    from .training import Training
 
 
 def sigmoid_loss(
-    clip: SkipCLIP, x: Tensor, labels: Tensor, max_labels: int, logit_bias: Tensor | float | None
+    clip: Training, x: Tensor, labels: Tensor, max_labels: int, logit_bias: Tensor | float | None
 ) -> SkipOutput:
     """Loss of images with labels [B, C]; see `SkipCLIP.sigmoid_loss`."""
     if clip._parallel is not None and clip.training:
@@ -46,7 +46,7 @@ def sigmoid_loss(
 
 
 def _sharded_step(
-    clip: SkipCLIP, parallel: ClassParallel, x: Tensor, labels: Tensor, max_labels: int, logit_bias: Any
+    clip: Training, parallel: ClassParallel, x: Tensor, labels: Tensor, max_labels: int, logit_bias: Any
 ) -> SkipOutput:
     """Run a training step with the images of all processes; collective."""
     with reporting(parallel, clip):
@@ -76,13 +76,13 @@ def _sharded_step(
 
 
 @torch.no_grad()
-def _select(clip: SkipCLIP, image: Tensor, labels: Tensor, max_labels: int) -> Tensor:
+def _select(clip: Training, image: Tensor, labels: Tensor, max_labels: int) -> Tensor:
     """Class ids [K] of a step: every label of the batch, then by score. K does not depend on the labels."""
     ranks = clip.sampler.draw_on(image.device, labels.shape[1], len(image) * max_labels)
     return classes_at_ranks(clip._scores(image).masked_fill(labels.any(dim=0), math.inf), ranks)
 
 
-def _check(clip: SkipCLIP, x: Any, labels: Any, max_labels: int) -> None:
+def _check(clip: Training, x: Any, labels: Any, max_labels: int) -> None:
     refuse_loss_options("SkipCLIP.sigmoid_loss", clip.label_smoothing, clip.class_weight)
     clip._check_batch(x)
     _check_labels(labels, x, clip._num_classes, max_labels)
@@ -90,7 +90,7 @@ def _check(clip: SkipCLIP, x: Any, labels: Any, max_labels: int) -> None:
         clip._check_draw(len(x) * max_labels)
 
 
-def _bias(clip: SkipCLIP, logit_bias: Any) -> Tensor | float:
+def _bias(clip: Training, logit_bias: Any) -> Tensor | float:
     """Bias of the logits, by default that of the model."""
     if logit_bias is None:
         bias = getattr(clip.model, "logit_bias", None)

@@ -15,10 +15,10 @@ from .settings import check_vocabulary
 from .sharded_step import at_least_one, padded, sizes_of
 
 if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
+    from .training import Training
 
 
-def pair_loss(clip: SkipCLIP, x: Tensor, captions: Tensor) -> Tensor:
+def pair_loss(clip: Training, x: Tensor, captions: Tensor) -> Tensor:
     """Loss [] of B images and their captions; see `SkipCLIP.pair_loss`."""
     if clip._parallel is not None:
         return _sharded_pair_loss(clip, clip._parallel, x, captions)
@@ -30,7 +30,7 @@ def pair_loss(clip: SkipCLIP, x: Tensor, captions: Tensor) -> Tensor:
     return functional.contrastive_loss(image, text, clip.model.logit_scale.exp())
 
 
-def _sharded_pair_loss(clip: SkipCLIP, parallel: ClassParallel, x: Tensor, captions: Tensor) -> Tensor:
+def _sharded_pair_loss(clip: Training, parallel: ClassParallel, x: Tensor, captions: Tensor) -> Tensor:
     """Loss [] of the pairs of all processes; collective.
 
     A process encodes the captions of its own images or, of ids, those that it owns.
@@ -56,13 +56,13 @@ def _sharded_pair_loss(clip: SkipCLIP, parallel: ClassParallel, x: Tensor, capti
     return sharded_contrastive_loss(image, text, numbers, clip.model.logit_scale.exp(), parallel.group)
 
 
-def _check(clip: SkipCLIP, x: Any, captions: Any) -> None:
+def _check(clip: Training, x: Any, captions: Any) -> None:
     refuse_loss_options("SkipCLIP.pair_loss", clip.label_smoothing, clip.class_weight)
     clip._check_batch(x)
     _check_captions(clip, captions, len(x))
 
 
-def _check_captions(clip: SkipCLIP, captions: Any, batch_size: int) -> None:
+def _check_captions(clip: Training, captions: Any, batch_size: int) -> None:
     """Raise unless captions are ids [B] or tokens [B, L]; their values are checked on the CPU only."""
     if not isinstance(captions, Tensor):
         raise TypeError(

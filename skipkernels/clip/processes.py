@@ -21,7 +21,7 @@ from .prompt_features import PromptFeatures
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
+    from .base import SkipCLIPBase
 
 ClassParallelOption = bool | Literal["auto"]
 _SAMPLED = 1024  # prompts for the mean length
@@ -37,7 +37,7 @@ AGREED = (
 
 
 @contextlib.contextmanager
-def reporting(parallel: ClassParallel, clip: SkipCLIP) -> Iterator[None]:
+def reporting(parallel: ClassParallel, clip: SkipCLIPBase) -> Iterator[None]:
     """Check the arguments of a collective call in this context: an error is raised on every process."""
     try:
         yield
@@ -71,7 +71,7 @@ def agreeing(
 
 
 def choose_way(
-    parallel: ClassParallel, class_parallel: ClassParallelOption, clip: SkipCLIP, tokens: Tensor
+    parallel: ClassParallel, class_parallel: ClassParallelOption, clip: SkipCLIPBase, tokens: Tensor
 ) -> Reduction:
     """Set `replicated` by the argument `class_parallel`, and return the choice with its reason.
 
@@ -145,7 +145,7 @@ def refuse_batch_norms(tower: Tower) -> None:
                 )
 
 
-def digests_of_clip(clip: SkipCLIP) -> tuple[str, ...]:
+def digests_of_clip(clip: SkipCLIPBase) -> tuple[str, ...]:
     """Digests of what every process must have in common; refuses models that would differ from one process."""
     if clip._parallel is not None and clip._parallel.size > 1:
         refuse_batch_norms(clip._image)

@@ -18,10 +18,10 @@ from .sharded_step import padded, sizes_of
 from .top_k import check_k, largest, top_k_logits
 
 if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
+    from .inference import Inference
 
 
-def sharded_predict(clip: SkipCLIP, parallel: ClassParallel, x: Tensor) -> Tensor:
+def sharded_predict(clip: Inference, parallel: ClassParallel, x: Tensor) -> Tensor:
     """Logits [b, C] of the images of this process; see `SkipCLIP.predict`.
 
     Each process sends to each other the logits of its images for own classes: [b, C/W].
@@ -40,7 +40,7 @@ def sharded_predict(clip: SkipCLIP, parallel: ClassParallel, x: Tensor) -> Tenso
     return logits
 
 
-def sharded_top_k(clip: SkipCLIP, parallel: ClassParallel, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def sharded_top_k(clip: Inference, parallel: ClassParallel, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits [b, k] of the images of this process, and their classes; see `SkipCLIP.top_k`.
 
     Each process sends its k best of own classes for the images of all: [B, k] logits and class ids.
@@ -60,7 +60,7 @@ def sharded_top_k(clip: SkipCLIP, parallel: ClassParallel, x: Tensor, k: int) ->
 
 
 def _compared(
-    clip: SkipCLIP, parallel: ClassParallel, x: Any, call: str, k: int = 1
+    clip: Inference, parallel: ClassParallel, x: Any, call: str, k: int = 1
 ) -> tuple[Tensor, Tensor, list[int], slice]:
     """Scaled image embeddings [B, D] of all processes, own class embeddings, numbers of images, and the own images."""
     with reporting(parallel, clip):

@@ -14,10 +14,10 @@ from .output import SkipOutput
 from .processes import reporting
 
 if TYPE_CHECKING:
-    from .skip_clip import SkipCLIP
+    from .training import Training
 
 
-def sharded_step(clip: SkipCLIP, batch: tuple[Any, Any, Any], labels: Any, return_logits: bool) -> SkipOutput:
+def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, return_logits: bool) -> SkipOutput:
     """Run one step with the images of all processes; see `SkipCLIP.forward`. Collective.
 
     The messages of each process: its number of images, labels, embeddings [b, D] (in backward their gradients), scores

@@ -1,0 +1,246 @@
+"""State of SkipCLIP: its parts, the detection of changes to the model, moves, and the extra state of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import warn_caller
+from ..parallel import ClassParallel
+from ..selection import RankSampler
+from ..towers import ImageTower, Reduction, TextTower, refuse_sharded
+from ..towers.reductions import of_every_template
+from .image_encoder import ImageEncoder
+from .settings import Settings, Trainable
+from .snapshot import Snapshot, refuse_alterations
+from .state import Shard, pack_state, prompts_digest, refuse_low_rank_updates, unpack_state
+from .text_encoder import TextEncoder
+from .trainable import TrainedParameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of Python 3.11
+
+
+class SkipCLIPBase(nn.Module):
+    """Base of `SkipCLIP`: the model, its encoders, the sampler and the prototypes, which `SkipCLIP` sets."""
+
+    model: Any  # nn.Module; its attributes depend on its library
+    sampler: RankSampler
+    prototypes: Tensor
+    class_weight: Tensor | None
+    label_smoothing: float
+    _settings: Settings
+    _parallel: ClassParallel | None
+    _way: Reduction  # whether texts are shared out, with `_parallel`
+    _prompts: str | None  # digest of the prompts of all classes, with `_parallel`
+    _tokens: Tensor  # prompts that this process holds
+    _image_encoder: ImageEncoder
+    _text_encoder: TextEncoder
+    _trained: TrainedParameters
+    _snapshot: Snapshot | None  # None in a copy and after a move
+    _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
+
+    @property
+    def skip_layers(self) -> tuple[int, int]:
+        """Number of blocks skipped in the image tower and in the text tower."""
+        return self._image.skip, self._text.skip
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:
+        """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
+        no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
+        states: dict[str, Reduction] = {}
+        texts = of_every_template([text.reductions for text in self._text_encoder.towers])
+        for prefix, tower, reductions in (("image", self._image, self._image.reductions), ("text", self._text, texts)):
+            states |= {f"{prefix}.{name}": reduction for name, reduction in reductions.items()}
+            if tower.skip == len(tower.blocks):
+                states[f"{prefix}.pooled_last_block"] = Reduction(
+                    False, "every block is skipped: the last runs once, for every token"
+                )
+            states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
+        states["text.features_kept"] = states["text.no_input_gradient"]
+        return states if self._parallel is None else states | {"text.class_parallel": self._way}
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model takes."""
+        return self._image.image_size
+
+    @property
+    def process_group(self) -> torch.distributed.ProcessGroup | None:
+        """The processes that train together, or None."""
+        return None if self._parallel is None else self._parallel.group
+
+    @property
+    def _image(self) -> ImageTower:
+        return self._image_encoder.tower
+
+    @property
+    def _text(self) -> TextTower:
+        """The text tower of the first template."""
+        return self._text_encoder.tower
+
+    @property
+    def _num_classes(self) -> int:
+        return len(self.prototypes) if self._parallel is None else self._parallel.num_classes
+
+    @property
+    def _owned_of_held(self) -> slice:
+        return slice(None) if self._parallel is None else self._parallel.owned_of_held
+
+    # ---- embeddings of classes ----------------------------------------------------------------------------------
+
+    def _class_embeddings(self) -> Tensor:
+        """Cached embeddings [C, D] of all classes, not to be changed."""
+        own = self._own_embeddings()
+        return own if self._parallel is None else self._parallel.class_embeddings(own)
+
+    def _own_embeddings(self) -> Tensor:
+        """Cached embeddings [C/W, D] of the classes that this process owns, not to be changed."""
+        return self._text_encoder.class_embeddings(self._owned_of_held)
+
+    # ---- changes to the model -----------------------------------------------------------------------------------
+
+    def check_weights(self) -> None:
+        """Compare the weights below the cut by content with those that gave the features at the cut.
+
+        Each step compares only identities and versions, which do not show a change through `.data` or `numpy()`. This
+        is called at each switch between training and evaluation mode, and by `skipkernels tune` in each epoch. After a
+        change, text features are computed again, and calls with image features computed before raise an error.
+
+        Raises:
+            RuntimeError: If a parameter below the cut is set to train.
+        """
+        self._image_encoder.weights.content_changed()
+        self._text_encoder.compare_weights()
+        self._refuse_training_below()
+
+    def _refuse_parallel(self, name: str, remedy: str = "Create SkipCLIP without process_group.") -> None:
+        if self._parallel is not None:
+            raise RuntimeError(f"SkipCLIP: {name} is not supported with process_group. {remedy}")
+
+    def _refuse_training_below(self) -> None:
+        if self._image_encoder.weights.requires_grad() or self._text_encoder.weights.requires_grad():
+            raise RuntimeError(
+                "SkipCLIP: requires_grad was set on parameters below the cut, which get no gradient. Set it to False "
+                "again, or call clip.refresh(), which does; to train them, make a SkipCLIP with fewer skip_layers."
+            )
+
+    def _check_unaltered(self, *, lower_image: bool = False) -> None:
+        """Raise a RuntimeError if the model was altered, or another SkipCLIP changed which parameters train."""
+        if self._trained.superseded:
+            raise RuntimeError(
+                "SkipCLIP: a later SkipCLIP on the same model trains other parameters, so this one would train the "
+                "wrong ones. Use the later one, or call refresh() on this one."
+            )
+        if self._snapshot is None or not self._snapshot.is_unchanged(lower_image=lower_image):
+            refuse_sharded(self)
+            refuse_alterations(self.model, self._tokens, self._image, self._text_encoder.towers)
+            self._snapshot = Snapshot(self.model, self._image, self._text)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; a switch compares the weights below the cut, see `check_weights`."""
+        switched = mode != self.training
+        super().train(mode)
+        if switched:
+            self.check_weights()
+        return self
+
+    def _follow(self, device: torch.device) -> None:
+        """Move the tensors beside the model to the device of the images, after the model alone was moved."""
+        if self.prototypes.device != device and self.model.logit_scale.device == device:
+            self.prototypes = self.prototypes.to(device)
+            self.class_weight = None if self.class_weight is None else self.class_weight.to(device)
+            self._text_encoder.apply(lambda x: x.to(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move everything, including tensors of the towers; prototypes and weights stay at least fp32."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        encoders: tuple[ImageEncoder | TextEncoder, ...] = self._image_encoder, self._text_encoder
+        dtype, stale = self._image.dtype, [encoder.weights.changed() for encoder in encoders]
+        keeps_text = self._text_encoder.is_current()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            converted = getattr(self, name)
+            if buffer.dtype != converted.dtype:
+                setattr(self, name, buffer.to(converted.device))
+        if self._parallel is not None:
+            moved = fn(self.prototypes)
+            keeps_dtype = moved.dtype == self.prototypes.dtype
+            self.prototypes = moved if keeps_dtype else self.prototypes.to(moved.device)
+        replaced = {
+            id(parameters[name]): parameter
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter is not parameters[name]
+        }
+        for encoder, is_stale in zip(encoders, stale, strict=True):
+            for tower in encoder.towers:
+                tower.replace_parameters(replaced)
+            if encoder.lower_device is not None:
+                encoder.tower.move_lower(encoder.lower_device)
+            if not is_stale:  # the digests of another device or dtype differ
+                encoder.accept_weights()
+        self._text_encoder.apply(fn, keep=keeps_text)
+        if self._image.dtype != dtype:
+            self._image_encoder.features = self._image_encoder.features[0], self._image.dtype
+        self._trained.register(self.model)
+        self._snapshot = None
+        return self
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state of the sampler and the prototypes as a uint8 tensor: the bytes of a safetensors file.
+
+        With `process_group` the prototypes are those of own classes: nothing is sent, so one process may save alone.
+        """
+        prompts = self._prompts or prompts_digest(self._tokens)
+        return pack_state(self.prototypes, prompts, self.sampler.tensors(), self._shard)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continue from the result of `get_extra_state`, of any process of any number of them.
+
+        Raises:
+            ValueError: If it is damaged, or differs in the prompts, the number of classes or the width; or if it has
+                the prototypes of a share of the classes, and these are not those that were computed at construction.
+        """
+        prompts = self._prompts or prompts_digest(self._tokens)
+        prototypes, sampler = unpack_state(state, self.prototypes, prompts, self._shard, self._text.dtype)
+        self.sampler.load_tensors(sampler)
+        self.prototypes.copy_(prototypes)
+
+    @property
+    def _shard(self) -> Shard:
+        rank, size = (0, 1) if self._parallel is None else (self._parallel.rank, self._parallel.size)
+        return Shard(rank, size, self._num_classes)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        refuse_low_rank_updates(self.model, state_dict, f"{prefix}model.")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        key = f"{prefix}_extra_state"
+        if key in missing:
+            missing.remove(key)
+            warn_caller(
+                "SkipCLIP: the state dict has no sampler and no prototypes (it was saved by an older version, or is "
+                "the model's own); the sampler keeps its current state."
+            )
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise RuntimeError(
+            "SkipCLIP: torch.nn.DataParallel copies the module in each step, so draws and cached texts would be lost. "
+            "Use DistributedDataParallel, with a process for each GPU (torchrun, accelerate launch), or one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_snapshot": None}  # it refers to modules of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._trained.register(self.model)  # a copy has its own model

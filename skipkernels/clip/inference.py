@@ -1,0 +1,161 @@
+"""Inference with SkipCLIP: class embeddings, logits, and the parts of the towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..classifier import ImageClassifier
+from ..towers import evaluating
+from .base import SkipCLIPBase
+from .batch import (
+    check_class_ids,
+    check_features,
+    check_images,
+)
+from .image_encoder import sharing_weights
+from .sharded_evaluation import sharded_predict, sharded_top_k
+from .top_k import top_k_logits
+
+
+class Inference(SkipCLIPBase):
+    """Base of `SkipCLIP`: its inference."""
+
+    def class_embeddings(self) -> Tensor:
+        """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient.
+
+        Computed in evaluation mode, and again only after the weights have changed, in whatever way. With
+        `process_group` that is collective, and each process then has those of all classes.
+        """
+        self._check_unaltered()
+        return self._class_embeddings().clone()  # the original is cached
+
+    def classifier(self) -> nn.Module:
+        """Return a plain module from images [B, 3, height, width] to logits [B, C], with the current class embeddings.
+
+        It shares the weights of the image tower, runs in evaluation mode and contains no SkipCLIP, so `torch.export`
+        and ONNX accept it. Create it again after further training.
+        """
+        self._check_unaltered()
+        with torch.no_grad():
+            encoder = sharing_weights(self._image.encoder(), self.model)
+            return ImageClassifier(encoder, self._class_embeddings().clone(), self.model.logit_scale.exp()).eval()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits [B, C] over all classes, always in evaluation mode.
+
+        With `process_group` every call is collective, and B is the number of images of this process, which may be 0.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+        """
+        if self._parallel is not None:
+            return sharded_predict(self, self._parallel, x)
+        image, classes = self._compared(x)
+        with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+            return image @ classes.T
+
+    @torch.no_grad()
+    def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of each image over all classes, and these classes, always in evaluation mode.
+
+        The same as `predict(x).topk(k)`, in chunks of classes: with very many classes [B, C] is never in memory. Of
+        equal logits that of the lower class comes first. With `process_group` every call is collective, and B is the
+        number of images of this process, which may be 0.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            k: Number of classes, from 1 to C.
+
+        Returns:
+            Logits [B, k], descending, and class ids int64 [B, k].
+
+        Raises:
+            ValueError: If k is out of range.
+
+        Example:
+            >>> import logging; logging.disable()  # open_clip warns about random weights
+            >>> import open_clip, skipkernels as sk
+            >>> from skipkernels.experiments import glyph_tiny
+            >>> glyph_tiny.register()
+            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
+            >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+            >>> images = torch.rand(4, 3, 32, 32)
+            >>> logits, class_ids = clip.top_k(images, 3)
+            >>> class_ids.shape, class_ids[:, 0].equal(clip.predict(images).argmax(dim=1))
+            (torch.Size([4, 3]), True)
+        """
+        if self._parallel is not None:
+            return sharded_top_k(self, self._parallel, x, k)
+        image, classes = self._compared(x)
+        with torch.autocast(image.device.type, enabled=False):
+            return top_k_logits(image, classes, k)
+
+    def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-norm image embeddings [B, D] times exp(logit_scale), and unit-norm class embeddings [C/W, D]."""
+        check_images(x)
+        self._check_unaltered(lower_image=True)
+        self._follow(x.device)
+        classes = self._own_embeddings()
+        with evaluating([self.model]):
+            image = self._image_encoder.encode(x)
+        with torch.autocast(image.device.type, enabled=False):
+            image = nn.functional.normalize(image.to(classes.dtype), dim=-1)
+            return self.model.logit_scale.exp().to(classes.dtype) * image, classes
+
+    # ---- towers -------------------------------------------------------------------------------------------------
+
+    def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
+        """Images [B, 3, height, width] to features at the cut [B, N, W], constants that may be cached.
+
+        Features of a convolutional tower are the feature maps between its blocks. Below the cut all modules run in
+        evaluation mode: no dropout, and batch norms use their running statistics. `drop_patches=True` applies the
+        patch dropout of a model in training mode, if it has one; do not cache such features: they are random.
+
+        Features do not record their cut. Those of another `skip_layers` have the same shape in most models, and are
+        accepted with wrong results: cache them with `FeatureCache.build`, which compares the cut and the weights.
+        """
+        check_images(images)
+        self._check_unaltered(lower_image=True)
+        self._image_encoder.gave_features = True
+        return self._image_encoder.lower(images, drop_patches=drop_patches)
+
+    def encode_upper(self, features: Tensor) -> Tensor:
+        """Features at the cut [B, N, W] to image embeddings [B, D], not normalised."""
+        check_features(features, self._image_encoder.features[0])
+        self._check_unaltered()
+        return self._image.upper(features)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
+
+        In training mode the patch dropout of the model, if any, is applied to images.
+
+        Raises:
+            ValueError: If x has another shape, or is features although nothing is skipped.
+        """
+        check_images(x)
+        self._image_encoder.are_images(x)
+        self._check_unaltered(lower_image=True)
+        return self._image_encoder.encode(x)
+
+    def encode_classes(self, class_ids: Tensor) -> Tensor:
+        """Class ids [K], int64 in [0, C), to text embeddings [K, D], not normalised. Ids may repeat."""
+        self._refuse_parallel("encode_classes", "Read them from class_embeddings().")
+        check_class_ids(class_ids, len(self.prototypes))
+        self._check_unaltered()
+        return self._text_encoder.encode(class_ids, exact=True)
+
+    def lower_copy(self) -> Callable[[Tensor], Tensor]:
+        """Return `encode_lower` for another thread: copied modules in evaluation mode that share the weights."""
+        return self._image_encoder.lower_copy()
+
+    def lower_identity(self, tower: Literal["image", "text"]) -> dict[str, str | int]:
+        """Return everything that determines the features of a tower at the cut, by name, such as digests of weights."""
+        if tower == "image":
+            self._image_encoder.accept_weights()
+        return (self._image if tower == "image" else self._text).lower_identity()
