@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ def by_two(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[
     return together(2, folder, function, *arguments)
 
 
-def together(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Results of `function(rank, *arguments)` in each of `size` processes, in which it may make a process group."""
+def together(
+    size: int, folder: Path, function: Callable[..., Any], *arguments: Any, killed: Collection[int] = ()
+) -> list[Any]:
+    """Results of `function(rank, *arguments)` in each of `size` processes, in which it may make a process group.
+
+    Those in `killed` must kill themselves; their result is None.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -30,13 +36,14 @@ def together(size: int, folder: Path, function: Callable[..., Any], *arguments: 
     for each in every:
         each.start()
     try:
-        for each in every:
+        for rank, each in enumerate(every):
             each.join(120)
-            assert each.exitcode == 0
+            assert each.exitcode == (-signal.SIGKILL if rank in killed else 0)
     finally:
         for each in every:
             each.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    files = [None if rank in killed else folder / f"{rank}.pt" for rank in range(size)]
+    return [None if file is None else torch.load(file, weights_only=True) for file in files]
 
 
 def _process(

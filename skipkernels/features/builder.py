@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .. import _progress
 from ..formatting import decimal, escaped
-from ..store import COMPUTED, DTYPES, Layout, StoreError, Writer
-from ..store.shards import map_shard, quantise
+from ..parallel import PeerError
+from ..store import COMPUTED, DTYPES, Layout, Shard, ShardWriter, StoreError, Writer
+from ..store.shards import map_shard, path_of, quantise
 from . import fingerprint
+from .build_group import Builders, Report
 from .dataset_key import check_samples
 from .image_batches import Batch, load_batches, split_batches, worker_error
 
@@ -140,6 +142,7 @@ def write_store(
     overwrite: bool,
     progress: Callable[[int], None] | bool,
     on_loading: Callable[[], None] = lambda: None,
+    builders: Builders | None = None,
 ) -> None:
     """Build a store, or its missing shards.
 
@@ -151,34 +154,98 @@ def write_store(
         overwrite: Replace the store.
         progress: Function called with the number of images after each batch; True shows a bar.
         on_loading: Called when worker processes have started.
+        builders: Processes that build together. Default: this one.
 
     Raises:
         StoreError: If the store cannot be built; existing shards stay.
+        PeerError: If another process raised an error.
     """
-    with _worker_errors(), _Progress(folder, config, progress) as shown:
+    builders = builders or Builders()
+    with _worker_errors(), _Progress(folder, config, progress if builders.first else False) as shown:
         layout = config.layout(encode)
-        with (
-            Writer(folder, layout, resume=resume, overwrite=overwrite, on_bytes=shown.verified) as writer,
-            ThreadPoolExecutor(1) as disk,
-        ):
+        if not builders.first:
+            layout, missing = builders.begin(layout, [])
+            shown.start(layout, missing)
+            _Build(ShardWriter(folder, layout), config, encode, builders, shown).write(missing, on_loading)
+            return
+        with Writer(folder, layout, resume=resume, overwrite=overwrite, on_bytes=shown.verified) as writer:
             layout, missing = writer.manifest.layout, writer.missing
             check_samples(layout, config.samples, folder)
+            builders.begin(layout, missing)
             shown.start(layout, missing)
-            labels = _LabelCheck(config)
+            build = _Build(writer, config, encode, builders, shown)
             for number, existing in enumerate(writer.manifest.shards):
                 if existing is not None:
-                    labels.add(layout.rows_of(number), map_shard(folder, layout, number, existing).labels)
-            batches = split_batches([layout.rows_of(number) for number in missing], config.batch_size)
-            writing: Future[None] | None = None  # one shard is written while the next is computed
-            with config.load(batches) as loaded:
-                on_loading()
-                for number in missing:
-                    tensors = _shard(layout, layout.rows_of(number), loaded, encode, labels, shown.encoded)
+                    build.check_labels(number, existing)
+            build.write(missing, on_loading)
+
+
+class _Build:
+    """Encoding and writing of the shards of this process; on the first process, listing of those of the others."""
+
+    def __init__(self, writer: Writer, config: BuildConfig, encode: Encoder, builders: Builders, shown: _Progress):
+        self._writer, self._config, self._encode = writer, config, encode
+        self._layout = writer.manifest.layout
+        self._builders, self._shown, self._labels = builders, shown, _LabelCheck(config)
+
+    def check_labels(self, number: int, shard: Shard) -> None:
+        """Check the labels of a shard that was written."""
+        labels = map_shard(self._writer.folder, self._layout, number, shard).labels
+        self._labels.add(self._layout.rows_of(number), labels)
+
+    def write(self, missing: list[int], on_loading: Callable[[], None]) -> None:
+        """Write the share of this process of the missing shards, and wait for the other processes."""
+        own = self._builders.share(missing)
+        batches = split_batches([self._layout.rows_of(number) for number in own], self._config.batch_size)
+        writing: Future[tuple[int, Shard]] | None = None  # one shard is written while the next is computed
+        with ThreadPoolExecutor(1) as disk:
+            try:
+                with self._config.load(batches) as loaded:
+                    on_loading()
+                    for number in own:
+                        rows = self._layout.rows_of(number)
+                        tensors = _shard(self._layout, rows, loaded, self._encode, self._labels, self._batch)
+                        if writing is not None:
+                            self._builders.written(*writing.result())
+                        writing = disk.submit(self._write, number, tensors)
                     if writing is not None:
-                        writing.result()
-                    writing = disk.submit(writer.write, number, tensors)
-                if writing is not None:
-                    writing.result()
+                        self._builders.written(*writing.result())
+                done = False
+                while not done:
+                    reports, done = self._builders.report_done()
+                    self._receive(reports)
+            except BaseException:
+                with contextlib.suppress(StoreError, PeerError):  # the first error is raised
+                    if writing is not None:
+                        self._builders.written(*writing.result())
+                with contextlib.suppress(StoreError, PeerError):
+                    self._receive(self._builders.report_failed())
+                raise
+        self._builders.end()
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> tuple[int, Shard]:
+        return number, self._writer.write(number, tensors)
+
+    def _batch(self, images: int) -> None:
+        self._receive(self._builders.report(images))
+
+    def _receive(self, reports: list[Report]) -> None:
+        """Show the images of all processes, list the shards that others have written, and raise their errors."""
+        images = sum(report.images for report in reports)
+        if images:
+            self._shown.encoded(images)
+        if self._builders.first:
+            added = dict(report.written for report in reports if report.written is not None)
+            for number, shard in added.items():
+                if not path_of(self._writer.folder, number).exists():
+                    raise StoreError(
+                        f"{path_of(self._writer.folder, number)}: another process has written it, and this one can't "
+                        "see it. Choose a folder that all processes share."
+                    )
+                self.check_labels(number, shard)
+            if added:
+                self._writer.add(added)
+        self._builders.check(reports)
 
 
 @contextlib.contextmanager

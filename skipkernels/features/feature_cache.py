@@ -14,6 +14,7 @@ from ..clip import SkipCLIP, check_clip
 from ..options import Refresh, SamplerKind
 from ..store import DTYPES, Store, StoreError, absolute_folder
 from . import fingerprint
+from .build_group import Builders
 from .builder import SHARD_BYTES, BuildConfig, Encoder, check_first, write_store
 from .dataset_key import check_samples, dataset_key, sample_images
 from .in_memory import Encode, collect
@@ -76,6 +77,7 @@ class FeatureCache(Dataset):
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
         progress: Progress = True,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> FeatureCache:
         """Encode all images up to the cut and store the features in a folder.
 
@@ -102,6 +104,9 @@ class FeatureCache(Dataset):
             overwrite: Replace the store in the folder, after the first batch of the new one has been computed.
             shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds two in memory.
             progress: False for no progress bar, or a function called with the number of images of each batch.
+            process_group: Processes that all make this call with equal arguments, and share a folder: each encodes its
+                part of the shards, and the store is bitwise that of one process. The first shows the progress of all.
+                An error of one is raised on all. Default None: this process alone, also in an initialised group.
 
         Returns:
             FeatureCache: The complete cache.
@@ -109,8 +114,9 @@ class FeatureCache(Dataset):
         Raises:
             StoreError: If the folder has another store (the message says how it differs), another process builds in it,
                 the disk is full, or an image or its features cannot be used. Existing shards stay.
-            TypeError: If clip is not a SkipCLIP.
+            TypeError: If clip is not a SkipCLIP, or process_group is not a process group.
             ValueError: If another argument is out of range.
+            PeerError: If another process of process_group raised an error, or was killed. Existing shards stay.
         """
         check_clip("FeatureCache.build", clip)
         folder = absolute_folder(Path(path))
@@ -131,6 +137,11 @@ class FeatureCache(Dataset):
                 f'FeatureCache.build: views must be 1 with refresh="epoch", which computes a view per epoch; got '
                 f"{views}."
             )
+        if refresh == "epoch" and process_group is not None:
+            raise ValueError(
+                'FeatureCache.build: process_group must be None with refresh="epoch", which builds in the background. '
+                "Use views, or build in one process."
+            )
         if clip.skip_layers[0] == 0:
             raise ValueError(
                 "FeatureCache.build: with skip_layers=0 the image embedding trains, so features cannot be cached. Skip "
@@ -140,33 +151,38 @@ class FeatureCache(Dataset):
             raise ValueError("FeatureCache.build: the dataset has no length; it must have at least one image.")
         if len(dataset) == 0:
             raise ValueError("FeatureCache.build: the dataset is empty; it must have at least one image.")
-        config = BuildConfig(
-            clip=clip,
-            dataset=dataset,
-            dtype=dtype,
-            views=views,
-            first_view=0,
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
-            dataset_key=dataset_key(dataset, key),
-            samples=[] if key is not None else sample_images(dataset, seed, workers),
-            shard_bytes=shard_bytes,
-        )
-        encode = Encoder(clip)
-        if overwrite:
-            check_first(folder, config, encode)
-        if refresh == "epoch":
-            epochs = EpochStores(folder, config, encode, progress, overwrite=overwrite)
-            epoch = epochs.first
-            try:
-                store = epochs.store(epoch)
-            except BaseException:
-                epochs.close()
-                raise
-            return cls(store, store.labels(), epochs=epochs, first_epoch=epoch)
-        clear_epochs(folder, overwrite=overwrite)
-        write_store(folder, config, encode, resume=resume, overwrite=overwrite, progress=progress)
+        builders = Builders(process_group, clip.prototypes.device)
+        with builders:
+            config = BuildConfig(
+                clip=clip,
+                dataset=dataset,
+                dtype=dtype,
+                views=views,
+                first_view=0,
+                batch_size=batch_size,
+                workers=workers,
+                seed=seed,
+                dataset_key=dataset_key(dataset, key),
+                samples=[] if key is not None or not builders.first else sample_images(dataset, seed, workers),
+                shard_bytes=shard_bytes,
+            )
+            encode = Encoder(clip)
+            if overwrite and builders.first:
+                check_first(folder, config, encode)
+            if refresh == "epoch":
+                epochs = EpochStores(folder, config, encode, progress, overwrite=overwrite)
+                epoch = epochs.first
+                try:
+                    store = epochs.store(epoch)
+                except BaseException:
+                    epochs.close()
+                    raise
+                return cls(store, store.labels(), epochs=epochs, first_epoch=epoch)
+            if builders.first:
+                clear_epochs(folder, overwrite=overwrite)
+            write_store(
+                folder, config, encode, resume=resume, overwrite=overwrite, progress=progress, builders=builders
+            )
         return cls.open(folder)
 
     @classmethod

@@ -12,6 +12,7 @@ from .manifest import (
     DifferentStore,
     Layout,
     Manifest,
+    Shard,
     StoreError,
     absolute_folder,
     file_errors,
@@ -20,7 +21,7 @@ from .reader import Store
 from .safe_read import open_regular, parse_object, read_object, read_regular
 from .shards import rounded
 from .tensor_file import write_tensors
-from .writer import Writer, erase, is_store, leftovers, prune
+from .writer import ShardWriter, Writer, erase, is_store, leftovers, prune
 
 __all__ = [
     "COMPUTED",
@@ -29,6 +30,8 @@ __all__ = [
     "DifferentStore",
     "Layout",
     "Manifest",
+    "Shard",
+    "ShardWriter",
     "Store",
     "StoreError",
     "Writer",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,7 @@ from .manifest import (
     Layout,
     LostManifest,
     Manifest,
+    Shard,
     StoreError,
     absolute_folder,
     file_errors,
@@ -74,7 +76,7 @@ class Writer:
         self.folder, self.layout = absolute_folder(folder), layout
         layout.check_manifest(self.folder)
         self._resume, self._overwrite, self._on_bytes, self._on_wait = resume, overwrite, on_bytes, on_wait
-        self._held = contextlib.ExitStack()
+        self._held, self._adding = contextlib.ExitStack(), threading.Lock()
         self.manifest = Manifest(layout, (None,) * layout.shards)
 
     def __enter__(self) -> Writer:
@@ -110,7 +112,7 @@ class Writer:
         """Numbers of missing shards, ascending."""
         return [number for number, shard in enumerate(self.manifest.shards) if shard is None]
 
-    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+    def write(self, number: int, tensors: dict[str, Tensor]) -> Shard:
         """Write a shard, and add it to the manifest.
 
         Raises:
@@ -119,9 +121,21 @@ class Writer:
         with self._system_errors():
             self._check_space(len(self.layout.rows_of(number)))
             shard = write_shard(self.folder, self.layout, number, tensors)
-            manifest = self.manifest.with_shard(number, shard)
+        self.add({number: shard})
+        return shard
+
+    def add(self, shards: Mapping[int, Shard]) -> None:
+        """Add shards to the manifest, of which the files have been written, also by another process.
+
+        Raises:
+            StoreError: As for `write`.
+        """
+        with self._system_errors(), self._adding:
+            manifest = self.manifest
+            for number, shard in shards.items():
+                manifest = manifest.with_shard(number, shard)
             manifest.write(self.folder)
-        self.manifest = manifest
+            self.manifest = manifest
 
     def _is_complete(self) -> bool:
         """Return True if the store is complete and has no damage."""
@@ -216,6 +230,24 @@ class Writer:
         except StoreError:  # not written yet
             shards = self.manifest.shards
         return f"{sum(shard is not None for shard in shards)} of {len(shards)} shards"
+
+
+class ShardWriter(Writer):
+    """Writer of the files of shards only: the `Writer` of another process has the lock, and must `add` them.
+
+    Args:
+        folder: Folder of the store.
+        layout: Layout of the store, as in its manifest.
+    """
+
+    def __init__(self, folder: Path, layout: Layout):
+        super().__init__(folder, layout)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def add(self, shards: Mapping[int, Shard]) -> None:
+        """Do nothing."""
 
 
 def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:

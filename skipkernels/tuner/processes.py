@@ -114,21 +114,15 @@ class Processes:
         self._await(name)
         return json.loads(self._store.get(name))
 
-    def one_first(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Run a block on the first process of each host before the others, which find what it downloaded."""
-        return self._leader_first(f"{name}, host {self._host}", self._local_rank == 0)
-
-    def first_before_others(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Run a block on the first process before all others, which find the files that it wrote."""
-        return self._leader_first(name, self.first)
-
     @contextlib.contextmanager
-    def _leader_first(self, name: str, leads: bool) -> Iterator[None]:
+    def one_first(self, name: str) -> Iterator[None]:
+        """Run a block on the first process of each host before the others, which find what it downloaded."""
+        key, leads = f"{name}, host {self._host}", self._local_rank == 0
         if not leads:
-            self._await(name)
+            self._await(key)
         yield
         if self.size > 1 and leads:
-            self._store.set(name, "")
+            self._store.set(key, "")
 
     def meet(self, name: str) -> None:
         """Wait for all processes, however long they take. Collectives have a timeout."""

@@ -101,9 +101,7 @@ class RunSetup:
         """Features of a dataset, in memory or in the folder `name` of the cache."""
         config = self.config
         if config.cache is not None and self.method.cut is not None:
-            with self.precision.autocast(), self.processes.first_before_others(name):
-                if not self.processes.first:
-                    return FeatureCache.open(config.cache / name, self.method.cut, dataset)
+            with self.precision.autocast():
                 return FeatureCache.build(
                     config.cache / name,
                     self.method.cut,
@@ -116,6 +114,7 @@ class RunSetup:
                     resume=self.resume,
                     overwrite=self.overwrite,
                     progress=progress,
+                    process_group=self.processes.group,
                 )
 
         def encode(images: Tensor) -> Tensor:
