@@ -78,6 +78,13 @@ def test_advise_raises_max_keep():
     assert advise(curves(GROWING, GROWING), geometric(200, 0.5)).advised.max_keep == 50
 
 
+def test_advise_bounds_the_tail():
+    plain, bounded = (advise(curves(GROWING, GROWING), geometric(1000, 0.99), max_tail=tail) for tail in (None, 3))
+    for setting, other in [(bounded.advised, plain.advised), (bounded.other, plain.other)]:
+        assert setting.kept.expected == setting.kept.always + 3 < other.kept.expected
+        assert setting.kept.share < other.kept.share
+
+
 def test_ratio_keeps_exact_number():
     for classes in (*range(2, 60), 100, 397, 1000, 21841):
         for keep in range(1, classes + 1, max(1, classes // 300)):

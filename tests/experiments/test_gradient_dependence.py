@@ -107,11 +107,12 @@ def test_measure_gradient_dependence_skips_images_without_gradient():
         measure_gradient_dependence(image[:1], text, labels[:1], 2000.0)
 
 
-def test_kept_matches_mean_of_published_policy():
+@pytest.mark.parametrize("max_tail", [None, 1])
+def test_kept_matches_mean_of_published_policy(max_tail):
     generator = torch.Generator().manual_seed(1)
     share = torch.rand(40, generator=generator, dtype=torch.float64).sort(descending=True).values
     dependence = GradientDependence(share / share.sum(), images=1)
-    setting = {"keep_ratio": 0.2, "max_keep": 50, "decay": 1.0}
+    setting = {"keep_ratio": 0.2, "max_keep": 50, "decay": 1.0, "max_tail": max_tail}
     shares = torch.stack(
         [
             dependence.share[RankSampler(**setting, tail="fixed", generator=generator).draw(40, 4)].sum()

@@ -75,6 +75,7 @@ def advise(
     max_keep: int = 50,
     decay: float = 0.3,
     batch_size: int = 1,
+    max_tail: int | None = None,
 ) -> Advice:
     """Suggest ω and a keep ratio, and compare them with another setting.
 
@@ -92,6 +93,7 @@ def advise(
         max_keep: `max_keep` of the setting to compare with. The suggested setting has a larger one if it needs it.
         decay: λ of the tail in both settings.
         batch_size: Images per step. Each may be of a different class, which must be kept.
+        max_tail: Bound on the expected number of classes of the tail in both settings; default none.
 
     Raises:
         InputError: If no block of a tower changed, or `skip_layers` exceeds the number of blocks.
@@ -117,7 +119,9 @@ def advise(
             values[skip - 1] / max(values) if skip else 0.0
             for values, skip in zip(towers.values(), blocks, strict=True)
         ]
-        kept = dependence.kept(keep_ratio=keep_ratio, max_keep=max_keep, decay=decay, batch_size=batch_size)
+        kept = dependence.kept(
+            keep_ratio=keep_ratio, max_keep=max_keep, decay=decay, batch_size=batch_size, max_tail=max_tail
+        )
         return Setting((blocks[0], blocks[1]), keep_ratio, max_keep, (last[0], last[1]), kept)
 
     try:

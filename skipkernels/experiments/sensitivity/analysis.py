@@ -79,7 +79,8 @@ def analyze(
     test, device = task.tests[0], torch.device(config.device)
     tokens = tokenizer(test.prompts[0]).to(device)
     batches = partial(_batches, device=device, workers=config.workers)
-    settings = {name: getattr(compared, name) for name in ("skip_layers", "keep_ratio", "max_keep", "decay")}
+    names = ("skip_layers", "keep_ratio", "max_keep", "decay", "max_tail")
+    settings = {name: getattr(compared, name) for name in names}
     settings["batch_size"] = config.batch_size
     console = console or Console(quiet=True)
     with ignore_write_errors(console), progress(console=console) as bars:

@@ -69,7 +69,9 @@ class GradientDependence:
         enough = self.cumulative >= share - 1e-9  # rounding of the sum
         return int(enough.int().argmax()) + 1 if enough.any() else len(self.share)
 
-    def kept(self, *, keep_ratio: float, max_keep: int, decay: float, batch_size: int = 1) -> KeptClasses:
+    def kept(
+        self, *, keep_ratio: float, max_keep: int, decay: float, batch_size: int = 1, max_tail: int | None = None
+    ) -> KeptClasses:
         """Return the classes that CSkip keeps: the first m ranks, and each later rank with its probability q.
 
         The probabilities q are those of the published policy; a draw of an exact number of classes approximates them.
@@ -81,6 +83,7 @@ class GradientDependence:
             max_keep: Largest number of classes kept in every step.
             decay: λ of the tail.
             batch_size: Images per step. Each may be of a different class, which must be kept.
+            max_tail: Bound on the expected number of classes of the tail; default none.
 
         Raises:
             InputError: If a value is out of range.
@@ -90,7 +93,7 @@ class GradientDependence:
         KeptClasses(always=2, expected=3, share=0.9)
         """
         try:
-            sampler = RankSampler(keep_ratio, max_keep, decay)
+            sampler = RankSampler(keep_ratio, max_keep, decay, max_tail=max_tail)
         except ValueError as error:
             raise InputError(str(error)) from error
         always, tail = sampler.plan(len(self.share), batch_size)
