@@ -40,16 +40,14 @@ class EvalCommand:
         """
         from rich.table import Table
 
-        from skipkernels.data import InputError
         from skipkernels.store.lock import lock_owner
-        from skipkernels.tuner import epochs_left, evaluate_run
-        from skipkernels.tuner.checkpoint import DELTA, MODEL
+        from skipkernels.tuner import epochs_left
+        from skipkernels.tuner.processes import joined
 
-        is_file = self.run.suffix == ".safetensors"
-        if is_file and self.run.name not in (MODEL, DELTA):
-            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
-        folder = self.run.parent if is_file else self.run
-        accuracies = evaluate_run(folder, device=self.device, data=self.data, root=self.root, protocol=self.protocol)
+        with joined() as processes:
+            folder, accuracies = self._evaluate()
+        if not processes.first:
+            return 0
         running, left = lock_owner(folder), epochs_left(folder)
         if running is not None:
             err.print(f"note: a run is in progress in this folder ({running}), with {left} epochs left")
@@ -68,3 +66,16 @@ class EvalCommand:
             table.add_row(key, number(value, ".2f"))
         out.print(table)
         return 0
+
+    def _evaluate(self) -> tuple[Path, dict[str, float | None]]:
+        """Return the folder of the run and its accuracies."""
+        from skipkernels.data import InputError
+        from skipkernels.tuner import evaluate_run
+        from skipkernels.tuner.checkpoint import DELTA, MODEL
+
+        is_file = self.run.suffix == ".safetensors"
+        if is_file and self.run.name not in (MODEL, DELTA):
+            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
+        folder = self.run.parent if is_file else self.run
+        found = evaluate_run(folder, device=self.device, data=self.data, root=self.root, protocol=self.protocol)
+        return folder, found

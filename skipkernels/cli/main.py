@@ -71,10 +71,10 @@ def parse(arguments: list[str] | None) -> Command:
 
 def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
     command = parse(arguments)
-    if launched() > 1 and not isinstance(command, TuneCommand):
+    if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
         if is_first():
             _print_error(
-                err, "error", f"only tune runs in several processes; torchrun started {launched()}. Start one."
+                err, "error", f"only tune and eval run in several processes; torchrun started {launched()}. Start one."
             )
         return 2
     try:

@@ -20,6 +20,7 @@ from .config import TuneConfig
 from .methods import Method
 from .model import load_weights
 from .precision import REMEDY
+from .processes import Processes, joined
 from .run_folder import CONFIG
 from .setup import BATCH, RunSetup, build_run
 
@@ -129,6 +130,8 @@ def evaluate_run(
 ) -> Accuracies:
     """Compute the accuracy of the checkpoint of a run. Writes nothing, and does not read the feature cache.
 
+    In processes that torchrun started, each classifies its share of the test images.
+
     Args:
         folder: Run folder of `tune`, which may be in progress.
         device: Device. Default: that of the run.
@@ -139,6 +142,7 @@ def evaluate_run(
     Raises:
         InputError: If the folder is not a run folder, or its checkpoint is damaged.
         FloatingPointError: If a logit is not finite.
+        ProcessError: If another process ended without a report.
     """
     config = TuneConfig.from_yaml(folder / CONFIG)
     rounded_to = None if config.cache is None else config.cache_dtype
@@ -155,19 +159,24 @@ def evaluate_run(
     )
     if device is not None:  # xformers may not support this device
         config = replace(config, device=device, attention="sdpa")
-    setup = _load_run(config.resolved(), folder, rounded_to)
-    evaluator = Evaluator(setup, setup.test_features())
-    return evaluator.accuracies(evaluator.predictions())
+    with joined() as processes:
+        processes.set_device(config.device)
+        setup = _load_run(config.resolved(), folder, rounded_to, processes)
+        evaluator = Evaluator(setup, setup.test_features())
+        return evaluator.accuracies(evaluator.predictions())
 
 
-def _load_run(config: TuneConfig, folder: Path, rounded_to: CacheDtype | None) -> RunSetup:
+def _load_run(config: TuneConfig, folder: Path, rounded_to: CacheDtype | None, processes: Processes) -> RunSetup:
     """Build a run with the weights of its checkpoint."""
     contents = _read_weights(folder, weights.read_metadata).get("holds", weights.MODEL)
     if contents == weights.MODEL:
         return build_run(
-            config, load=lambda model: _read_weights(folder, partial(load_weights, model)), rounded_to=rounded_to
+            config,
+            load=lambda model: _read_weights(folder, partial(load_weights, model)),
+            processes=processes,
+            rounded_to=rounded_to,
         )
-    setup = build_run(config, rounded_to=rounded_to)
+    setup = build_run(config, processes=processes, rounded_to=rounded_to)
     _read_weights(folder, weights.WeightsFile(setup.method, setup.model, delta=False).load)
     return setup
 
