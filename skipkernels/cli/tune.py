@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from skipkernels.console import Terminal
-from skipkernels.tuner.option_groups import OutputOptions
+from skipkernels.tuner.option_groups import OutputOptions, ProcessOptions
 
 from .options import Options, tune_config
 
@@ -42,6 +42,7 @@ class TuneOutputOptions(OutputOptions):
 class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
+    processes: ProcessOptions = ProcessOptions()
     output: TuneOutputOptions = TuneOutputOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
@@ -52,7 +53,7 @@ class TuneCommand(Options):
         from skipkernels.tuner.processes import joined
         from skipkernels.tuner.run_folder import resumed
 
-        with joined() as processes:
+        with joined(self.processes.timeout) as processes:
             config = resumed(tune_config(self))
             processes.set_device(config.device)
             with processes.one_first("command line"):

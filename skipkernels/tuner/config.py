@@ -22,6 +22,7 @@ from .option_groups import (
     MethodOptions,
     ModelOptions,
     OutputOptions,
+    ProcessOptions,
     ProtocolOptions,
     RunOptions,
     SkipOptions,
@@ -46,6 +47,7 @@ _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxoth
 @dataclass(frozen=True)
 class TuneConfig(
     OutputOptions,
+    ProcessOptions,
     RunOptions,
     CacheOptions,
     ComputeOptions,

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from ..options import AttentionName, CacheDtype, Memory, Precision, Preset, Protocol, Refresh, SamplerKind, Tail
 
+MAX_TIMEOUT = 1e6  # seconds
+
 
 def option(
     default: Any,
@@ -180,6 +182,15 @@ class RunOptions:
     """Processes that load images."""
     seed: int = option(0, minimum=0, below=2**31)
     """Seed of the choice of training images, their order, and the classes drawn."""
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Several processes, started by torchrun."""
+
+    timeout: float = option(600.0, above=0, below=MAX_TIMEOUT, results=False)
+    """Seconds after which a process that does not answer ends the run. Longer than the slowest step, evaluation, or
+    writing of a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,27 @@ import itertools
 import json
 import os
 import signal
+import socket
+import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..data.base import InputError
 from .errors import argument_error
+from .option_groups import MAX_TIMEOUT, ProcessOptions
 
 if TYPE_CHECKING:
     import torch
 
-_TIMEOUT = timedelta(minutes=10)  # of a collective: longer than an evaluation and a checkpoint
+_CONNECT_SECONDS = 600.0  # in which all processes must start
 _POLL_SECONDS = 0.05
+_BEAT_SECONDS = 1.0  # between signs of life of a process
 _LAG_SECONDS = 3.0  # in which the process that failed reports its error, after others have noticed
 _END_SECONDS = 15.0  # in which the first process ends its run folder after an error; torchrun kills after 30 s
-_ERROR, _END = "error", "end"
+_ERROR, _END, _LOST, _BEAT = "error", "end", "lost", "beat"
 
 
 class ProcessError(RuntimeError):
@@ -42,16 +46,28 @@ class Processes:
         local_rank: Number of this process on its host.
         host: Number of the host.
         store: Key-value store that the processes share.
+        timeout: Seconds after which a process that does not answer counts as lost.
 
     Attributes:
         first: True on the process that writes files and shows progress.
         group: Process group, or None.
+        sockets: Connections of the group to other processes: inode by file descriptor.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, local_rank: int = 0, host: int = 0, store: Any = None):
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        local_rank: int = 0,
+        host: int = 0,
+        store: Any = None,
+        timeout: float = ProcessOptions.timeout,
+    ):
         self.rank, self.size, self.first = rank, size, rank == 0
         self.group: torch.distributed.ProcessGroup | None = None
-        self._local_rank, self._host, self._store = local_rank, host, store
+        self.sockets: dict[int, int] = {}
+        self._local_rank, self._host, self._store, self._timeout = local_rank, host, store, timeout
 
     def set_device(self, device: str) -> None:
         """Let "cuda" and "auto" be the GPU of this process. Call it before anything is on a GPU.
@@ -125,7 +141,7 @@ class Processes:
             self._store.set(key, "")
 
     def meet(self, name: str) -> None:
-        """Wait for all processes, however long they take. Collectives have a timeout."""
+        """Wait for all processes, as long as they run. Collectives have a timeout."""
         if self.size > 1:
             self._store.set(f"{name}, process {self.rank}", "")
             for rank in range(self.size):
@@ -134,26 +150,30 @@ class Processes:
     # ---- errors ------------------------------------------------------------------------------------------------
 
     def _await(self, key: str, seconds: float = float("inf")) -> None:
-        """Wait until a key is set; raise a ProcessError if a process fails meanwhile."""
-        began = time.monotonic()
+        """Wait until a key is set; raise a ProcessError if a process fails meanwhile, or is no longer running."""
+        began, beats = time.monotonic(), None
         while not self._store.check([key]):
-            if not key.startswith((_ERROR, _END)) and self._store.check([_ERROR]):
-                raise ProcessError("tune: another process raised an error.")  # replaced by that error
+            if not key.startswith((_ERROR, _END)):
+                if self._store.check([_ERROR]):
+                    raise ProcessError("Another process raised an error.")  # replaced by that error
+                # The first process sees that of all others: each of them need not ask for W − 1 numbers a second.
+                beats = beats or Beats(self._store, range(1, self.size) if self.first else [0])
+                if silent := beats.silent(self._timeout):
+                    raise ProcessError(self._lost_message(silent, f"no sign of life for {self._timeout:g} seconds"))
             if time.monotonic() - began > seconds:
                 return
             time.sleep(_POLL_SECONDS)
 
     def first_error(self, error: BaseException) -> BaseException:
         """Return the first error of all processes, which becomes this one if there was none."""
-        follows = _follows(error)
-        if _lost(error):
-            reason = " ".join(str(error).split()).partition(". ")[0]
-            error = ProcessError(
-                f"tune: process {self.rank} of {self.size} lost the connection to another, which was killed, or does "
-                f"not answer. Continue with `resume=True` from the last complete epoch. ({reason})"
-            )
+        follows, lost = _follows(error), _lost(error)
+        if lost is not None:
+            reason = " ".join(str(lost).split()).partition(". ")[0]
+            error = ProcessError(self._lost_message([], reason))
         try:
-            if follows:
+            if lost is not None and (silent := self._silent()):
+                error = ProcessError(self._lost_message(silent, reason))
+            elif follows and lost is None:
                 self._await(_ERROR, _LAG_SECONDS)
             own = json.dumps(_description(error, self.rank))
             kept = self._store.compare_set(_ERROR, "", own)
@@ -161,12 +181,53 @@ class Processes:
         except RuntimeError:  # the store has ended, with the process or launcher that held it
             return error
 
+    def _silent(self) -> list[int]:
+        """Processes that neither report a lost connection, as this one does, nor run; none if one reports an error."""
+        beats = Beats(self._store, range(self.size))
+        self._store.set(f"{_LOST} {self.rank}", "")
+        self._disconnect()  # so that all others report it now
+        began = time.monotonic()
+        while time.monotonic() - began < _LAG_SECONDS:
+            if self._store.check([_ERROR]):
+                return []
+            missing = [rank for rank in range(self.size) if not self._store.check([f"{_LOST} {rank}"])]
+            if not missing:
+                return []
+            time.sleep(_POLL_SECONDS)
+        silent = set(beats.silent(_LAG_SECONDS - _BEAT_SECONDS))
+        return [rank for rank in missing if rank in silent] or missing
+
+    def _lost_message(self, ranks: list[int], reason: str) -> str:
+        numbers = ", ".join(map(str, ranks))
+        which = f"process{'es' * (len(ranks) > 1)} {numbers}" if ranks else "another"
+        return (
+            f"Process {self.rank} of {self.size} lost the connection to {which}, which was killed or stopped, or does "
+            f"not answer ({reason}). Continue with `resume=True` from what is complete."
+        )
+
+    def _disconnect(self) -> None:
+        """End the connections of the group: a collective that waits for this process, on any other, raises an error.
+
+        `ProcessGroup.abort` does this for NCCL, but leaves a collective of gloo waiting for its timeout.
+        """
+        for descriptor, inode in self.sockets.items():
+            with contextlib.suppress(OSError):
+                if os.fstat(descriptor).st_ino == inode:
+                    with socket.socket(fileno=os.dup(descriptor)) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+        self.sockets = {}
+
+    def beating(self) -> contextlib.AbstractContextManager[None]:
+        """Give signs of life to the other processes in a block."""
+        return _beating(self._store, self.rank)
+
     def leave_after_error(self) -> None:
         """Leave the group, so that no other process waits for this one, and let the first end its run folder."""
         import torch.distributed as dist
 
         with contextlib.suppress(RuntimeError, ValueError):
             if self.group is not None:
+                self._disconnect()
                 self.group.abort()
                 dist.destroy_process_group()
         with contextlib.suppress(RuntimeError):
@@ -178,6 +239,50 @@ class Processes:
             else:
                 self._await(_END, _END_SECONDS)
                 self._store.set(f"{_END} {self.rank}", "")
+
+
+class Beats:
+    """Signs of life of processes: a number in the store of each, which its `_beating` thread raises every second.
+
+    Args:
+        store: The store.
+        ranks: Numbers of the processes.
+    """
+
+    def __init__(self, store: Any, ranks: Iterable[int]):
+        self._store, self._looked = store, time.monotonic()
+        self._seen = {rank: (store.add(f"{_BEAT} {rank}", 0), self._looked) for rank in ranks}
+
+    def silent(self, seconds: float) -> list[int]:
+        """Return the processes without a sign of life for some seconds. Looks at most once a second."""
+        now = time.monotonic()
+        if now - self._looked < _BEAT_SECONDS:
+            return []
+        self._looked = now
+        for rank, (count, _) in self._seen.items():
+            if (new := self._store.add(f"{_BEAT} {rank}", 0)) != count:
+                self._seen[rank] = new, now
+        return [rank for rank, (_, since) in self._seen.items() if now - since >= seconds]
+
+
+@contextlib.contextmanager
+def _beating(store: Any, rank: int) -> Iterator[None]:
+    """Give signs of life in a thread, on an own connection: the main thread may wait on the other."""
+    own, ended = store.clone(), threading.Event()
+    own.add(f"{_BEAT} {rank}", 1)
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):  # the store has ended
+            while not ended.wait(_BEAT_SECONDS):
+                own.add(f"{_BEAT} {rank}", 1)
+
+    thread = threading.Thread(target=beat, name="skipkernels sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_BEAT_SECONDS)  # the store may not answer
 
 
 ALONE = Processes()
@@ -196,11 +301,14 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Processes]:
+def joined(timeout: float = ProcessOptions.timeout) -> Iterator[Processes]:
     """Join the processes that torchrun started, with gloo for the CPU and NCCL for GPUs.
 
     The first error in the block on any process is raised on all. Where it is not that of the process itself, it has the
     attribute `reported`. Within another `joined` block this does nothing.
+
+    Args:
+        timeout: See `ProcessOptions`.
 
     Raises:
         InputError: If this process already has a process group.
@@ -210,19 +318,20 @@ def joined() -> Iterator[Processes]:
     if _joined is not None or launched() == 1:
         yield _joined or ALONE
         return
-    processes = _join()
+    processes = _join(timeout)
     _joined = processes
     try:
-        yield processes
-        processes.sum([0])  # no process leaves before all have ended: the first may hold the store
-    except BaseException as error:
-        with _without_signals():
-            first = processes.first_error(error)
-            processes.leave_after_error()
-        if first is error:
-            raise
-        raise first from error
-    else:
+        with processes.beating():
+            try:
+                yield processes
+                processes.sum([0])  # no process leaves before all have ended: the first may hold the store
+            except BaseException as error:
+                with _without_signals():
+                    first = processes.first_error(error)
+                    processes.leave_after_error()
+                if first is error:
+                    raise
+                raise first from error
         import torch.distributed as dist
 
         dist.destroy_process_group()
@@ -235,10 +344,10 @@ def _rendezvous() -> Any:
     """Return the store, rank and number of processes. Made once: without torchrun the first process holds the store."""
     import torch.distributed as dist
 
-    return next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=_CONNECT_SECONDS)))
 
 
-def _join() -> Processes:
+def _join(timeout: float) -> Processes:
     import torch
     import torch.distributed as dist
 
@@ -249,11 +358,17 @@ def _join() -> Processes:
         )
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     number = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_numbers)}"  # the store may stay the same
+    timeout = timeout if 0 < timeout < MAX_TIMEOUT else ProcessOptions.timeout  # `TuneConfig.resolved` raises the error
     try:
         store, rank, size = _rendezvous()
         store = dist.PrefixStore(f"skipkernels-{number}", store)
+        before = _connections()
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
         )
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -262,9 +377,30 @@ def _join() -> Processes:
         ) from error
     numbers = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", rank), ("GROUP_RANK", 0)))
     local_rank, host = numbers
-    processes = Processes(rank, size, local_rank=local_rank, host=host, store=dist.PrefixStore("tune", store))
+    own = dist.PrefixStore("tune", store)
+    processes = Processes(rank, size, local_rank=local_rank, host=host, store=own, timeout=timeout)
     processes.group = dist.group.WORLD
+    processes.sockets = dict(_connections().items() - before.items())
     return processes
+
+
+def _connections() -> dict[int, int]:
+    """Connected sockets of this process, except those of the store: inode by file descriptor."""
+    found = {}
+    with contextlib.suppress(OSError):  # no such folder
+        for name in os.listdir("/dev/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile, or a socket without a peer: it listens
+                status = os.fstat(int(name))
+                if stat.S_ISSOCK(status.st_mode) and not _is_of_store(int(name)):
+                    found[int(name)] = status.st_ino
+    return found
+
+
+def _is_of_store(descriptor: int) -> bool:
+    """Return True for a local socket, and for a connection to the store, which this process may hold itself."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        ends = connection.getsockname(), connection.getpeername()
+    return any(not isinstance(end, tuple) or str(end[1]) == os.environ.get("MASTER_PORT") for end in ends)
 
 
 @contextlib.contextmanager
@@ -281,21 +417,29 @@ def _without_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _lost(error: BaseException) -> bool:
-    """Return True for an error of a collective or of the store."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and its causes."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes
+
+
+def _lost(error: BaseException) -> BaseException | None:
+    """Return the error of a collective or of the store, if it is the error or one of its causes."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    def lost(cause: BaseException) -> bool:
+        return isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause).lower())
+
+    return next(filter(lost, _causes(error)), None)
 
 
 def _follows(error: BaseException) -> bool:
     """Return True if an error may be the consequence of one of another process."""
     from ..parallel import PeerError
 
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    return any(_lost(cause) or isinstance(cause, (PeerError, ProcessError)) for cause in causes)
+    return _lost(error) is not None or any(isinstance(cause, (PeerError, ProcessError)) for cause in _causes(error))
 
 
 def _types() -> dict[str, Callable[[str], BaseException]]:
@@ -309,7 +453,7 @@ def _types() -> dict[str, Callable[[str], BaseException]]:
 def _description(error: BaseException, rank: int) -> dict[str, Any]:
     types = _types()
     kind = next((each.__name__ for each in type(error).__mro__ if each.__name__ in types), None)
-    message = str(error) if kind else f"tune: process {rank} raised {type(error).__name__}: {error}"
+    message = str(error) if kind else f"Process {rank} raised {type(error).__name__}: {error}"
     found = {"type": kind, "message": message, "rank": rank}
     return found | {name: getattr(error, name, None) for name in ("argument", "number")}
 

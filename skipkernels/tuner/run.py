@@ -58,7 +58,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
         ProcessError: If another process ended without a report.
     """
-    with joined() as processes:
+    with joined(config.timeout) as processes:
         shown = console if console is not None and processes.first else Console(quiet=True)
         return _tune(config, shown, processes)
 
@@ -301,6 +301,8 @@ class _Run:
             "tuned": None if self.tuned is None else self.evaluator.accuracies(self.tuned),
             "epochs": len(rows),
             "steps": steps,
+            "processes": self.processes.size,
+            "batch_size": config.batch_size,
             "kept_classes": rows[-1]["kept_classes"] if rows else None,
             "parameters": self._parameters(),
             "checkpoint": self._checkpoint_size(),

@@ -1,8 +1,14 @@
-"""The tuner in several processes: results of one process, errors raised on all, and resuming with another number."""
+"""The tuner in several processes: results of one process, errors raised on all, processes that are killed or stopped,
+and resuming with another number.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 import skipkernels.experiments  # noqa: F401  (registers glyphs and the model)
-from skipkernels.tuner import TuneConfig, checkpoint, tune
+from skipkernels.features import FeatureCache
+from skipkernels.store import writer
+from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, tune
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.processes import Processes
 from tests.processes import together
@@ -23,16 +31,20 @@ ERRORS = [
     ("seed", "InputError", "generator must be equal on all processes"),
     ("earlier", "InputError", "contains an earlier run"),
     ("disk", "InputError", "the checkpoint can't be written to .*: No space left on device"),
-    ("bug", "RuntimeError", "of a bug"),
+    ("cache disk", "StoreError", r"the disk is full. \d+ of \d+ shards exist and stay"),
+    ("interrupt", "KeyboardInterrupt", "no epoch is complete"),
+    ("bug", "RuntimeError", "Process 1 raised RuntimeError: of a bug|^of a bug"),
 ]
 SLACK = 1e-4  # relative, of fp32 after twelve steps: sums in another order; a wrong scale of gradients gives 1e-1
+KILLED, STOPPED = 3, 2  # among four processes
 
 # Settings of each run in one process and in several; batches of 5 leave processes without images.
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged": {"batch_size": 5, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "sampler": "random"},
-    "cached": {"cache": Path("cache"), "views": 2, "precision": "bf16", "epochs": 1},
+    "cached": {"cache": Path("cache"), "views": 3, "precision": "bf16", "epochs": 1},
 }
+IN_PROCESSES = {2: ("plain", "cached"), 4: ("ragged",)}
 
 
 def config_of(name: str, folder: Path, **changes: Any) -> TuneConfig:
@@ -42,16 +54,24 @@ def config_of(name: str, folder: Path, **changes: Any) -> TuneConfig:
     return small(folder / name, **settings)
 
 
-def stop_in_step(number: int, error: BaseException) -> None:
-    """Raise an error in a step of this process; the process ends with the test."""
-    calls, whole = iter(range(1, 1000)), Skip.step
+def in_step(number: int, act: Callable[[], None]) -> pytest.MonkeyPatch:
+    """Call a function in a step of this process; returns what to undo."""
+    calls, whole, patch = iter(range(1, 1000)), Skip.step, pytest.MonkeyPatch()
 
-    def until(self, *args):
+    def step(self, *args):
         if next(calls) == number:
-            raise error
+            act()
         return whole(self, *args)
 
-    Skip.step = until
+    patch.setattr(Skip, "step", step)
+    return patch
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
 
 
 def caught(config: TuneConfig) -> list[str]:
@@ -66,16 +86,29 @@ def caught(config: TuneConfig) -> list[str]:
 # ---- in each process ---------------------------------------------------------------------------------------------
 
 
-def in_process(rank: int, size: int, folder: Path, one: Path) -> dict[str, Any]:
-    names = RUNS if size == 2 else ("ragged",)
-    found: dict[str, Any] = {name: json.dumps(tune(config_of(name, folder))) for name in names}
-    if size == 2:
-        found["finished"] = json.dumps(tune(config_of("plain", folder, resume=True)))
-        found["resumed"] = json.dumps(tune(small(one / "cut", resume=True)))  # cut in one process
-        found["errors"] = errors(rank, folder)
-    if size == 4:
-        stop_in_step(9, KeyboardInterrupt())
-        found["cut"] = caught(small(folder / "cut"))
+def four(rank: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"ragged": json.dumps(tune(config_of("ragged", folder)))}
+    pid = folder / "pid"
+    if rank == STOPPED:
+        pid.write_text(str(os.getpid()))
+    began, config = time.monotonic(), small(folder / "stopped", timeout=10.0)
+    patch = in_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP) if rank == STOPPED else None)
+    found["stopped"] = [*caught(config), str(time.monotonic() - began)]
+    patch.undo()
+    if rank != STOPPED:
+        os.kill(int(pid.read_text()), signal.SIGCONT)
+    in_step(9, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == KILLED else None)
+    found["killed"] = caught(small(folder / "killed"))
+    return found
+
+
+def two(rank: int, folder: Path, killed: Path) -> dict[str, Any]:
+    FeatureCache.build.__func__.__kwdefaults__["shard_bytes"] = 1  # a batch per shard: also for the second process
+    found: dict[str, Any] = {name: json.dumps(tune(config_of(name, folder))) for name in IN_PROCESSES[2]}
+    found["finished"] = json.dumps(tune(config_of("plain", folder, resume=True)))
+    found["evaluated"] = json.dumps(evaluate_run(folder / "plain"))
+    found["resumed"] = json.dumps(tune(small(killed, resume=True)))
+    found["errors"] = errors(rank, folder)
     return found
 
 
@@ -88,15 +121,23 @@ def errors(rank: int, folder: Path) -> dict[str, list[str]]:
         "seed": caught(small(folder / "seed", seed=rank)),
         "earlier": caught(small(folder / "plain")),
     }
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
     with pytest.MonkeyPatch.context() as patch:
-
-        def full(*arguments):
-            raise OSError(28, "No space left on device")
-
         patch.setattr(checkpoint, "write_tensors", full)
-        found["disk"] = caught(small(folder / "disk"))
-    stop_in_step(9, RuntimeError("of a bug") if rank else RuntimeError("gloo: connection closed"))
-    found["bug"] = caught(small(folder / "bug"))
+        found["disk"] = caught(small(folder / "disk", epochs=1))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(writer, "write_shard", full)
+        found["cache disk"] = caught(small(folder / "cache disk", cache=folder / "full"))
+    for name, error in {"interrupt": KeyboardInterrupt(), "bug": RuntimeError("of a bug")}.items():
+        patch = in_step(3, raising(error) if rank else lambda: None)
+        began = time.monotonic()
+        found[name] = caught(small(folder / name))
+        assert time.monotonic() - began < 100, "before the timeout of a collective"
+        patch.undo()
     return found
 
 
@@ -105,25 +146,21 @@ def errors(rank: int, folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """Runs in one process, and one that was interrupted in its second epoch."""
+    """Runs in one process."""
     folder = tmp_path_factory.mktemp("one")
     for name in RUNS:
         tune(config_of(name, folder))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Skip, "step", Skip.step)
-        stop_in_step(9, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            tune(small(folder / "cut"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def several(one, tmp_path_factory) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
-    found = {}
-    for size in (4, 2):
-        folder = tmp_path_factory.mktemp(f"{size}")
-        found[size] = folder, together(size, folder, in_process, size, folder, one)
-    return found
+    folders = {size: tmp_path_factory.mktemp(f"{size}") for size in (4, 2)}
+    by_four = together(4, folders[4], four, folders[4], killed=[KILLED])
+    interrupted = losses(folders[4] / "killed")
+    assert len(interrupted) == 1, "the second epoch was not completed"
+    by_two = together(2, folders[2], two, folders[2], folders[4] / "killed")
+    return {4: (folders[4], by_four), 2: (folders[2], by_two)}
 
 
 def assert_same_run(got: Path, expected: Path, slack: float = SLACK) -> None:
@@ -142,27 +179,36 @@ def assert_same_run(got: Path, expected: Path, slack: float = SLACK) -> None:
 
 def test_runs_in_several_processes(one, several):
     """One test, so that one worker of the test runner makes these runs."""
-    for name in RUNS:
-        for folder, processes in several.values():
-            if name in processes[0]:
-                # In bf16 the rounding of one step moves the next.
-                assert_same_run(folder / name, one / name, 1e-2 if "precision" in RUNS[name] else SLACK)
-                metrics = (folder / name / "metrics.json").read_text()
-                assert all(json.loads(each[name]) == json.loads(metrics) for each in processes), "returned on all"
-    assert all(each["finished"] == each["plain"] for each in several[2][1]), "a complete run is not resumed"
-    check_resumed(one, several)
+    for size, names in IN_PROCESSES.items():
+        folder, processes = several[size]
+        for name in names:
+            # In bf16 the rounding of one step moves the next.
+            assert_same_run(folder / name, one / name, 1e-2 if "precision" in RUNS[name] else SLACK)
+            metrics = json.loads((folder / name / "metrics.json").read_text())
+            assert [metrics["processes"], metrics["batch_size"]] == [size, RUNS[name].get("batch_size", 4)]
+            assert all(json.loads(each[name]) == metrics for each in processes if each is not None), "returned on all"
+    folder, processes = several[2]
+    assert all(each["finished"] == each["plain"] for each in processes), "a complete run is not resumed"
+    assert all(json.loads(each["evaluated"]) == json.loads(each["plain"])["tuned"] for each in processes)
+    assert len(list((folder / "cache" / "train").glob("*.safetensors"))) > 1, "both processes have built it"
+    check_lost(several[4][1])
+    assert_same_run(several[4][0] / "killed", one / "plain")  # four, then two
     for case in ERRORS:
         check_error(several, *case)
+    assert list((folder / "full").glob("*/*.safetensors")), "what the first process wrote stays"
 
 
-def check_resumed(one, several):
-    assert_same_run(one / "cut", one / "plain")  # one, then two processes
-    folder, processes = several[4]
-    for kind, _, message in (each["cut"] for each in processes):
-        assert kind == "KeyboardInterrupt" and "1 of 2 epochs are complete" in message
-    assert "interrupted" in (folder / "cut" / "metrics.json").read_text()
-    tune(small(folder / "cut", resume=True))  # four, then one
-    assert_same_run(folder / "cut", one / "plain")
+def check_lost(processes):
+    """A process that is stopped or killed is named on all others."""
+    assert processes[KILLED] is None
+    present = [each for each in processes if each is not None]
+    for case, number in {"stopped": STOPPED, "killed": KILLED}.items():
+        found = [each[case] for each in present]
+        assert [origin for _, origin, *_ in found].count("own") == 1
+        for kind, _, message, *_ in found:
+            assert kind == "ProcessError"
+            assert f"lost the connection to process {number}, which was killed or stopped" in message
+    assert max(float(each["stopped"][3]) for each in present) < 100
 
 
 def check_error(several, name, kind, message):
