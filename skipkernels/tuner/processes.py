@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
+import re
+import secrets
 import signal
 import socket
 import stat
@@ -168,7 +169,7 @@ class Processes:
         """Return the first error of all processes, which becomes this one if there was none."""
         follows, lost = _follows(error), _lost(error)
         if lost is not None:
-            reason = " ".join(str(lost).split()).partition(". ")[0]
+            reason = re.sub(r"^\[\S+\] ", "", " ".join(str(lost).split())).partition(". ")[0]  # without PyTorch's file
             error = ProcessError(self._lost_message([], reason))
         try:
             if lost is not None and (silent := self._silent()):
@@ -287,7 +288,6 @@ def _beating(store: Any, rank: int) -> Iterator[None]:
 
 ALONE = Processes()
 _joined: Processes | None = None
-_numbers = itertools.count()
 
 
 def launched() -> int:
@@ -323,6 +323,7 @@ def joined(timeout: float = ProcessOptions.timeout) -> Iterator[Processes]:
     try:
         with processes.beating():
             try:
+                processes.meet("start")  # a process that disconnects early must not disturb those that still connect
                 yield processes
                 processes.sum([0])  # no process leaves before all have ended: the first may hold the store
             except BaseException as error:
@@ -347,6 +348,34 @@ def _rendezvous() -> Any:
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=_CONNECT_SECONDS)))
 
 
+def _group_name(store: Any, rank: int, size: int) -> str:
+    """Return a name that all processes of this start have, and no earlier one.
+
+    torchrun keeps its store when it restarts processes, so that they would find what killed ones wrote, and its number
+    of restarts may differ between hosts. Each process writes a random name; the first publishes all names until every
+    process has accepted a list with its own, and the first name is that of the group.
+    """
+    own = secrets.token_hex(8)
+    store.set(f"member {rank}", own)
+    keys = [f"member {other}" for other in range(size)]
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(keys):
+            names = [store.get(key).decode() for key in keys]
+            store.set("members", json.dumps(names))
+            if store.check([f"{own} accepted by {name}" for name in names[1:]]):
+                store.set(f"{own} complete", "")
+                return own
+        if rank != 0 and store.check(["members"]):
+            names = json.loads(store.get("members"))
+            if names[rank : rank + 1] == [own]:
+                store.set(f"{names[0]} accepted by {own}", "")
+                if store.check([f"{names[0]} complete"]):
+                    return names[0]
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"not all of them have started within {_CONNECT_SECONDS:g} seconds")
+
+
 def _join(timeout: float) -> Processes:
     import torch
     import torch.distributed as dist
@@ -357,11 +386,10 @@ def _join(timeout: float) -> Processes:
             "torch.distributed.destroy_process_group() first, or start without torchrun."
         )
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    number = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_numbers)}"  # the store may stay the same
     timeout = timeout if 0 < timeout < MAX_TIMEOUT else ProcessOptions.timeout  # `TuneConfig.resolved` raises the error
     try:
         store, rank, size = _rendezvous()
-        store = dist.PrefixStore(f"skipkernels-{number}", store)
+        store = dist.PrefixStore(f"skipkernels-{_group_name(store, rank, size)}", store)
         before = _connections()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
