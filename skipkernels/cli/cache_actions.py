@@ -50,6 +50,7 @@ def build(config: TuneConfig, path: Path, out: Terminal, err: Terminal, *, resum
     check_apart("cache", path, config)
     setup = build_run(config, resume=resume, overwrite=overwrite)
     setup.test_features(progress=True)
+    setup.validation_features(progress=True)
     setup.train_features(progress=True)
     info(_stores(path, err), False, out)
 

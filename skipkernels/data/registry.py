@@ -39,6 +39,9 @@ def _open_torchvision(name: str, root: str | Path | None, templates: Templates, 
     return open_torchvision(name, root, templates, download=download)
 
 
+OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
+"""Kinds of the user's own data: all classes are trained, and the best epoch is chosen on validation images."""
+
 _KINDS = {
     "imagefolder": _Kind(_open_image_folder, "imagefolder:PATH"),
     "coop": _Kind(_open_coop, "coop:NAME such as coop:dtd (with `root`)"),

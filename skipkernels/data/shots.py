@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..options import Shots
 from ..store import replace_text
 from .base import InputError
 from .files import format_names, read_json
@@ -46,10 +48,7 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
         >>> [names[i] for i in few_shot([0] * 10 + [1] * 10, names, shots=2, seed=1)]
         ['cat/6.jpg', 'cat/5.jpg', 'dog/0.jpg', 'dog/9.jpg']
     """
-    if shots < 1:
-        raise InputError(
-            f"few_shot: shots must be at least 1; got {shots}: every class needs a training image.", "shots"
-        )
+    _check_shots(shots)
     images: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
         images[label].append(index)
@@ -58,6 +57,52 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
         for label in sorted(images)
         for index in heapq.nsmallest(shots, images[label], key=lambda index: hash_order("few-shot", seed, names[index]))
     ]
+
+
+def _check_shots(shots: int) -> None:
+    if shots < 1:
+        raise InputError(
+            f"few_shot: shots must be at least 1; got {shots}: every class needs a training image.", "shots"
+        )
+
+
+def hold_out(
+    labels: Sequence[int], names: Sequence[str], shots: int, seed: int, share: float
+) -> tuple[list[int], list[int]]:
+    """Choose training images as `few_shot` does, and validation images that are not among them.
+
+    Of each class, `share` of all its images is held out, at least one: of the images that `few_shot` leaves, or, if it
+    leaves none, of its choice, of which at least one stays.
+
+    Args:
+        labels: Label of each image.
+        names: Name of each image.
+        shots: Training images of each class, at least 1.
+        seed: Seed of the choice.
+        share: Share of the images, above 0 and below 1.
+
+    Returns:
+        Indices of the training images, and of the validation images, class by class.
+
+    Example:
+        >>> names = [f"{n}.jpg" for n in range(10)]
+        >>> [len(part) for part in hold_out([0] * 10, names, shots=4, seed=1, share=0.2)]
+        [4, 2]
+        >>> [len(part) for part in hold_out([0] * 10, names, shots=16, seed=1, share=0.2)]
+        [8, 2]
+    """
+    _check_shots(shots)
+    images: dict[int, list[int]] = defaultdict(list)
+    for index in few_shot(labels, names, len(labels) or 1, seed):
+        images[labels[index]].append(index)
+    train: list[int] = []
+    held: list[int] = []
+    for order in images.values():
+        left = len(order) - shots if len(order) > shots else len(order) - 1
+        count = min(left, max(1, math.floor(share * len(order) + 0.5)))
+        train += order[: min(shots, len(order) - count)]
+        held += order[len(order) - count :]
+    return train, held
 
 
 def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> str | None:
@@ -83,7 +128,7 @@ def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> 
 
 
 def save_few_shot(
-    path: str | Path, images: Images, *, data: str, classes: Sequence[str], shots: int, seed: int
+    path: str | Path, images: Images, *, data: str, classes: Sequence[str], shots: Shots, seed: int
 ) -> None:
     """Write the chosen images to a JSON file: path, label and class name of each, as in CoOp's split files.
 
@@ -92,7 +137,7 @@ def save_few_shot(
         images: The chosen images. Paths are written relative to the root, so that the root can be moved.
         data: Name of the dataset, for information.
         classes: Names by label.
-        shots: Images of each class that were requested.
+        shots: Images of each class that were requested, or "all".
         seed: Seed of the choice.
     """
     chosen = [[name, label, classes[label]] for name, label in zip(images.names, images.labels, strict=True)]

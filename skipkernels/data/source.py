@@ -13,7 +13,7 @@ from ..options import Protocol
 from .base import InputError, LabelledDataset, SizedDataset
 from .files import format_names
 from .images import DatasetImages, Images, Transform
-from .shots import few_shot
+from .shots import few_shot, hold_out
 from .templates import Templates, format_prompt, resolve_templates
 
 Split = Literal["train", "val", "test"]
@@ -65,6 +65,13 @@ class Source(ABC):
         kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
         raise InputError(f"load_task: {protocol} of {self.name} needs {kind} to test on. Name some.", "targets")
 
+    def has_split(self, split: Split) -> bool:
+        """Return True if the dataset has images in a split."""
+        try:
+            return len(self.images(split)) > 0
+        except InputError:
+            return False
+
     @abstractmethod
     def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
         """Return the images of a split.
@@ -80,6 +87,23 @@ class Source(ABC):
         Raises:
             InputError: If a class has no training images, or an argument is out of range.
         """
+
+    def hold_out(
+        self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
+    ) -> tuple[LabelledDataset, LabelledDataset]:
+        """Return training images as `few_shot` does, and validation images that are not among them.
+
+        Args:
+            shots: Training images of each class.
+            seed: Seed of the choice.
+            share: Share of the images of each class; see the function `hold_out`.
+            transform: Applied to the validation images.
+            train_transform: Applied to the training images.
+
+        Raises:
+            InputError: As for `few_shot`, or if the dataset has no images to hold out.
+        """
+        raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
 
     @abstractmethod
     def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
@@ -120,13 +144,26 @@ class SplitSource(Source):
 
     def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
         """Return some training images of each class, chosen by the function `few_shot`; see `Source`."""
+        images = self._train(transform)
+        return images.subset(few_shot(images.labels, images.names, shots, seed))
+
+    def hold_out(
+        self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
+    ) -> tuple[Images, Images]:
+        """Return training and validation images of the training split; see `Source`."""
+        images = self._train(train_transform)
+        train, held = hold_out(images.labels, images.names, shots, seed, share)
+        return images.subset(train), images.subset(held).with_transform(transform)
+
+    def _train(self, transform: Transform | None) -> Images:
+        """Training images, at least one of each class."""
         images = self.images("train", transform)
         labels = images.labels
         present = set(labels)
         without = [name for label, name in enumerate(self.classes) if label not in present]
         if without:
             raise InputError(f"{self.name} has no training images of {format_names(without)}. Add some.", "data")
-        return images.subset(few_shot(labels, images.names, shots, seed))
+        return images
 
     def subset_classes(self, labels: Sequence[int]) -> SplitSource:
         """Return some of the classes; see `Source`."""

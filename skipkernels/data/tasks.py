@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from ..options import Shots, Validation
 from .base import InputError, LabelledDataset, escape_unprintable
 from .files import format_names
 from .registry import open_source
@@ -19,6 +21,8 @@ from .source import Protocol, Source
 from .templates import Templates
 
 _WITH_TARGETS = ("cross-dataset", "domain-generalization")
+VALIDATION_SHARE = 0.2
+"""Share of the images of each class that are held out for validation by default."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Task:
         protocol: The protocol.
         train: Items are (image, label), with the labels of `tests[0]`.
         tests: Test sets; the first has the classes of the training images.
+        validation: Images with the classes of `tests[0]` that neither train nor test, to choose the best epoch; or
+            None.
         notes: Remarks for the user on how the data were read.
     """
 
@@ -56,6 +62,7 @@ class Task:
     protocol: Protocol
     train: LabelledDataset
     tests: tuple[TestSet, ...]
+    validation: TestSet | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -94,9 +101,10 @@ def load_task(
     data: str | Source,
     *,
     protocol: Protocol,
-    shots: int,
+    shots: Shots,
     classes: int | None,
     seed: int,
+    validation: Validation = "none",
     root: str | Path | None = None,
     templates: Templates = None,
     targets: Sequence[str | Source] | None = None,
@@ -117,9 +125,12 @@ def load_task(
     Args:
         data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
         protocol: The protocol.
-        shots: Training images of each class.
+        shots: Training images of each class; "all" for all.
         classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
-        seed: Seed of the choice of training images.
+        seed: Seed of the choice of training and validation images.
+        validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
+            images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
+            split if there is one, else 0.2. "none": none.
         root: Folder of the datasets, for coop: and torchvision:.
         templates: Prompt templates; see `open_source`.
         targets: Datasets to test on, as `data`, or domains of the dataset.
@@ -140,6 +151,8 @@ def load_task(
         raise InputError(
             f"load_task: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.", "protocol"
         )
+    if isinstance(validation, float) and not 0 < validation < 1:
+        raise InputError(f"load_task: validation must be a share between 0 and 1; got {validation}.", "validation")
     if classes is not None and classes < 2:
         raise InputError(f"load_task: classes must be at least 2; got {classes}.", "classes")
     if targets and protocol not in _WITH_TARGETS:
@@ -166,7 +179,10 @@ def load_task(
         parts = {"source": next(iter(domains.values()), chosen)}
     tests = [_test_set(name, part, transform) for name, part in parts.items()]
     trained = next(iter(parts.values()))
-    train = trained.few_shot(shots, seed, train_transform or transform)
+    count = max(Counter(trained.images("train").labels).values(), default=1) if shots == "all" else shots
+    train, held, held_note = _train_and_validation(
+        trained, validation, count, seed, transform, train_transform or transform
+    )
 
     if protocol in _WITH_TARGETS:
         wanted = targets or source.default_targets(protocol)
@@ -184,14 +200,41 @@ def load_task(
     notes = [*source.notes, *(note for part in parts.values() for note in part.notes)]
     if chosen is not source:
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
-    if (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
+    if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
         notes.append(f"{source.name}: {note}")
+    notes += [] if held_note is None else [f"{source.name}: {held_note}"]
     notes += [
         f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
         for test in tests
         if len(test.classes) == 1
     ]
-    return Task(source.name, protocol, train, tuple(tests), tuple(dict.fromkeys(map(escape_unprintable, notes))))
+    return Task(source.name, protocol, train, tuple(tests), held, tuple(dict.fromkeys(map(escape_unprintable, notes))))
+
+
+def _train_and_validation(
+    source: Source,
+    validation: Validation,
+    shots: int,
+    seed: int,
+    transform: Callable | None,
+    train_transform: Callable | None,
+) -> tuple[LabelledDataset, TestSet | None, str | None]:
+    """Return training images, validation images, and a note on the latter; see `load_task`."""
+    held: LabelledDataset
+    if validation == "none":
+        return source.few_shot(shots, seed, train_transform), None, None
+    if validation == "split" or (validation == "auto" and source.has_split("val")):
+        train, held = source.few_shot(shots, seed, train_transform), source.images("val", transform)
+        note = f"validation on the {len(held)} images of its val split."
+        if not len(held):
+            raise InputError(f'{source.name} has no val images. Use validation="auto", or add some.', "validation")
+    else:
+        share = VALIDATION_SHARE if isinstance(validation, str) else validation
+        train, held = source.hold_out(shots, seed, share, transform, train_transform)
+        if not len(held):
+            return train, None, "no validation: no class has a second training image."
+        note = f"validation on {len(held)} images of its train split, which don't train."
+    return train, TestSet("validation", list(source.classes), source.prompts, held), note
 
 
 def _subsample_classes(source: Source, classes: int | None) -> Source:

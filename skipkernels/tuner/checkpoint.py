@@ -2,6 +2,9 @@
 
 New weights are written beside the old file. Then state.pt, which has their digest, is replaced, which commits the new
 epoch. Then the weights are renamed. If a process is killed at any point, `find` returns both files of one epoch.
+
+With validation images, state.pt also has the digest of the weights of the best epoch. They are in the weights file, or
+in best.safetensors beside it if a later epoch is not better. After the last epoch they become the weights file.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .errors import argument_error
 from .state_checks import check_types
 
 MODEL, DELTA, STATE = "model.safetensors", "delta.safetensors", "state.pt"
+BEST = "best.safetensors"
 FORMAT = 2
 _MAX_READS = 100  # attempts to read a checkpoint that a running process replaces
 # Errors of torch.load for a damaged file.
@@ -59,8 +63,15 @@ class Checkpoint(NamedTuple):
 
 
 def save(
-    folder: Path, file: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str], state: dict[str, Any]
-) -> None:
+    folder: Path,
+    file: str,
+    weights: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    state: dict[str, Any],
+    *,
+    best: str | None = None,
+    is_best: bool = False,
+) -> str | None:
     """Replace the checkpoint of a run atomically.
 
     Args:
@@ -69,6 +80,11 @@ def save(
         weights: Tensors by name.
         metadata: Metadata of the weights file.
         state: Training state that `torch.load` reads with `weights_only=True`.
+        best: Digest of the weights of the best epoch so far, which are kept.
+        is_best: True if `weights` are better.
+
+    Returns:
+        Digest of the weights of the best epoch now.
 
     Raises:
         InputError: If the disk is full, or the folder can't be written; the old checkpoint is kept.
@@ -78,18 +94,67 @@ def save(
     def write(opened: BinaryIO) -> None:
         _, digest = write_tensors(opened, weights, metadata)
         state["weights"] = {"file": file, "xxh3": digest}
+        state["best"] = digest if is_best else best
 
     state = state | {"format": FORMAT}
     try:
         replace_file(next_weights, write)
         replace_file(folder / STATE, lambda opened: torch.save(state, opened))
-        os.replace(next_weights, folder / file)
+        _rename(folder, next_weights, state)
     except (OSError, TypeError, RuntimeError) as error:
         raise argument_error(
             "out",
             f"the checkpoint can't be written to {folder}: {_reason(error)} The previous one, if any, is "
             "kept; free disk space and continue with `resume=True`.",
         ) from error
+    return state["best"]
+
+
+def _rename(folder: Path, written: Path, state: dict[str, Any]) -> None:
+    """Rename weights that `state` names to their final name; keep those of the best epoch, and only those."""
+    named, best = folder / state["weights"]["file"], state.get("best")
+    if best == state["weights"]["xxh3"]:
+        os.replace(written, named)
+        (folder / BEST).unlink(missing_ok=True)
+        return
+    if best is not None and _digest(named) == best:
+        os.replace(named, folder / BEST)
+    os.replace(written, named)
+
+
+def best_weights(folder: Path, state: dict[str, Any]) -> Path:
+    """Return the weights file of the best epoch of a run.
+
+    Raises:
+        InputError: If it is missing or damaged.
+    """
+    path = _with_digest(folder, state["weights"]["file"], state["best"])
+    if path is not None:
+        return path
+    raise InputError(
+        f"{folder / BEST}: missing or damaged: it does not match {STATE}. Restore both from a copy, or tune again in "
+        "another folder, or in this one with `overwrite=True`."
+    )
+
+
+def keep_best(folder: Path) -> Path:
+    """Make the weights of the best epoch those of the run; return their file.
+
+    Raises:
+        InputError: If they are damaged, or can't be written.
+    """
+    found = find(folder)
+    assert found is not None and found.state["best"] is not None
+    path, named = best_weights(folder, found.state), folder / found.state["weights"]["file"]
+    found.state["weights"]["xxh3"] = found.state["best"]
+    try:
+        if path != named:
+            replace_file(folder / STATE, lambda opened: torch.save(found.state, opened))
+            os.replace(path, named)
+        (folder / BEST).unlink(missing_ok=True)
+    except (OSError, TypeError, RuntimeError) as error:
+        raise argument_error("out", f"the checkpoint can't be written to {folder}: {_reason(error)}") from error
+    return named
 
 
 def find(folder: Path) -> Checkpoint | None:
@@ -107,9 +172,9 @@ def find(folder: Path) -> Checkpoint | None:
             return None
         state = _load_state(folder / STATE)
         named = state["weights"]
-        for path in (folder / named["file"], folder / _next_name(named["file"])):
-            if _digest(path) == named["xxh3"]:
-                return Checkpoint(path, state)
+        path = _with_digest(folder, named["file"], named["xxh3"])
+        if path is not None:
+            return Checkpoint(path, state)
         if missed == named:
             break
         missed = named
@@ -123,6 +188,12 @@ def find(folder: Path) -> Checkpoint | None:
         f"{folder / named['file']}: missing or damaged: it does not match {STATE}. Restore both from a copy, or tune "
         "again in another folder, or in this one with `overwrite=True`."
     )
+
+
+def _with_digest(folder: Path, file: str, digest: str) -> Path | None:
+    """Return the weights file, or a later or earlier one beside it, with a digest."""
+    paths = (folder / file, folder / _next_name(file), folder / BEST)
+    return next((path for path in paths if _digest(path) == digest), None)
 
 
 def _digest(path: Path) -> str | None:
@@ -140,7 +211,7 @@ def recover(folder: Path) -> Checkpoint | None:
         return None
     named = folder / found.state["weights"]["file"]
     if found.weights != named:
-        os.replace(found.weights, named)
+        _rename(folder, found.weights, found.state)
     remove_leftovers(folder)
     return Checkpoint(named, found.state)
 
@@ -212,8 +283,10 @@ def _load_state(path: Path) -> dict[str, Any]:
         )
     try:
         check_types(state, _STATE)
+        check_types({"best": state.setdefault("best", None)}, {"best": ("text", "null")})  # none in earlier versions
         for number, row in enumerate(state["rows"]):
             check_types(row, _ROW, f"rows[{number}]")
+            check_types({"validation": row.get("validation")}, {"validation": ("number", "null")}, f"rows[{number}]")
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}; tune again with `overwrite=True`.") from error
     return state

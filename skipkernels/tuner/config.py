@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..data.base import InputError
+from ..data.registry import OWN
 from ..options import Precision, Protocol
 from .option_groups import (
     CacheOptions,
@@ -79,9 +80,11 @@ class TuneConfig(
             reason = str(error).splitlines()[0]
             raise InputError(f"TuneConfig: device {device!r} can't be used: {reason}", "device") from None
         half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        validation = "none" if self.validation == "auto" and not self.own_data else self.validation
         config = dataclasses.replace(
             self,
             device=device,
+            validation=validation,
             precision=half if self.precision == "auto" else self.precision,
             out=self.out or Path("runs", f"{self.data.replace(':', '-').replace('/', '-')}-{self.method}"),
             **{name: value for name, value in self._defaults(open_data).items() if getattr(self, name) is None},
@@ -101,7 +104,7 @@ class TuneConfig(
         recipe = dataclasses.asdict(self._recipe(open_data))
         if self.method in _SCHEDULED and self.data.rpartition(":")[2] in _LARGE:
             recipe["epochs"] //= 4
-        if reference and self.method == "skip" and self.shots < 4:
+        if reference and self.method == "skip" and self._shots < 4:
             recipe["sampler"] = "random"
         recipe["classes"] = _GLYPH_CLASSES if self.data.partition(":")[0] == "glyphs" else None
         recipe["protocol"] = self.chosen_protocol
@@ -111,13 +114,27 @@ class TuneConfig(
 
     @property
     def chosen_protocol(self) -> Protocol:
-        """Protocol. Default: few-shot for a folder of images, base-to-new for other data."""
-        own_images = self.data.partition(":")[0] == "imagefolder"
-        return self.protocol or ("few-shot" if own_images else "base-to-new")
+        """Protocol. Default: few-shot for the user's own data, base-to-new for other data."""
+        return self.protocol or ("few-shot" if self.own_data else "base-to-new")
+
+    @property
+    def own_data(self) -> bool:
+        """True if the dataset is the user's own, not a published one or glyphs."""
+        return self.data.partition(":")[0] in OWN
+
+    @property
+    def shots_text(self) -> str:
+        """Number of training images per class, for titles: "16 shots"."""
+        return "all images" if self.shots == "all" else f"{self.shots} shot{'' if self.shots == 1 else 's'}"
+
+    @property
+    def _shots(self) -> int:
+        """Number of shots, for recipes that depend on it."""
+        return TuneConfig.shots if self.shots == "all" else self.shots  # type: ignore[return-value]
 
     def _recipe(self, open_data: Callable[[], Source] | None) -> Recipe:
         model = "" if self.preset == "reference" else self.model  # "": the published recipe
-        recipe = partial(self.method_class().recipe, model, self.chosen_protocol, self.shots, data=self.data)
+        recipe = partial(self.method_class().recipe, model, self.chosen_protocol, self._shots, data=self.data)
         if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
             return recipe()
         available = len((open_data or self.open_data)().classes)
@@ -143,9 +160,9 @@ class TuneConfig(
     def _unused(self) -> list[str]:
         """Names of settings that differ from their default and that the method does not use."""
         method = self.method_class()
-        published = method.recipe(self.model, self.chosen_protocol, self.shots)
+        published = method.recipe(self.model, self.chosen_protocol, self._shots)
         arguments, recipe = inspect.signature(method).parameters, dataclasses.asdict(published)
-        training = {*recipe, "clip_grad_norm", "fused_optimizer"}
+        training = {*recipe, "clip_grad_norm", "fused_optimizer", "patience"}
 
         def used(field: dataclasses.Field) -> bool:
             name, methods = field.name, field.metadata.get("methods", "all")
@@ -172,11 +189,15 @@ class TuneConfig(
             if bounds["below"] is not None and not value < bounds["below"]:
                 _refuse(name, f"{name} must be below {bounds['below']}; got {value}.")
         assert self.epochs is not None
-        if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self.shots).epochs > 0:
+        if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
             _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
         if self.cache is None and self.augments:
             name = "views" if self.views > 1 else "refresh"
             _refuse(name, f"{name}={getattr(self, name)} keeps random crops on disk; add `cache=…`.")
+        if not isinstance(self.validation, str) and not 0 < self.validation < 1:
+            _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
+        if self.patience is not None and self.validation == "none":
+            _refuse("patience", "patience needs validation images; add `validation=0.2`.")
         if self.resume and self.overwrite:
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
         self._check_optimizer()

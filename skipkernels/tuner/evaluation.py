@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from .precision import REMEDY
 from .processes import Processes, joined
 from .run_folder import CONFIG
 from .setup import BATCH, RunSetup, build_run
+from .validation import has_stalled
 
 Accuracies = dict[str, float | None]
 """Accuracy in per cent by test and by summary of the protocol."""
@@ -35,25 +36,21 @@ class Evaluator:
     Args:
         setup: The run.
         features: Features of the test images, by test; see `RunSetup.test_features`.
+        validation: Features of the validation images; see `RunSetup.validation_features`.
+
+    Attributes:
+        validation: The images of `task.validation`, or None.
     """
 
-    def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache]):
-        self._setup, self._features = setup, features
-        self._labels = {name: self._gathered(cache.labels, name) for name, cache in features.items()}
-
-    def _own(self, test: str) -> range:
-        """Images of a test that this process classifies, as numbers in their features."""
-        share = self._setup.processes.share(self._count(test))
-        in_memory = len(self._features[test]) == len(share)  # only those of the share
-        return range(len(share)) if in_memory else share
-
-    def _count(self, test: str) -> int:
-        return next(len(other.images) for other in self._setup.task.tests if other.name == test)
-
-    def _gathered(self, rows: Tensor, test: str) -> Tensor:
-        """Rows [n, …] of all images of a test, from those of its share in each process."""
-        count = self._count(test)
-        return rows if len(rows) == count else self._setup.processes.gather(rows, count)
+    def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache], validation: FeatureCache | None = None):
+        self._setup, task = setup, setup.task
+        self._tests = {
+            test.name: EvaluatedImages(setup, test.name, features[test.name], len(test.images)) for test in task.tests
+        }
+        self.validation: EvaluatedImages | None = None
+        if validation is not None and task.validation is not None:
+            count = len(task.validation.images)
+            self.validation = EvaluatedImages(setup, task.tests[0].name, validation, count)
 
     def zero_shot(self) -> dict[str, Tensor]:
         """Return the `predictions` of the zero-shot model. Call it before training."""
@@ -69,39 +66,41 @@ class Evaluator:
         """
         return self._predictions(self._setup.method, f"after this epoch, though its loss and weights are. {REMEDY}")
 
+    def validation_accuracy(self, method: Method | None = None) -> float | None:
+        """Return the accuracy in per cent on the validation images; None if there are none.
+
+        Args:
+            method: Method that predicts. Default: that of the run.
+
+        Raises:
+            FloatingPointError: If a logit is not finite.
+        """
+        if self.validation is None:
+            return None
+        predicted = self._found(method or self._setup.method, self.validation, "on the validation images")
+        return None if predicted is None else _accuracy(predicted, self.validation.labels)
+
     def _predictions(self, method: Method, when: str) -> dict[str, Tensor]:
-        method.train(False)
-        found = {test.name: self._predict(method, test.name, when) for test in self._setup.task.tests}
+        found = {name: self._found(method, images, when) for name, images in self._tests.items()}
         return {name: predicted for name, predicted in found.items() if predicted is not None}
 
-    @torch.no_grad()
-    def _predict(self, method: Method, test: str, when: str) -> Tensor | None:
-        device = self._setup.device
-        predictions, finite = [], torch.ones((), dtype=torch.bool, device=device)
-        own = self._own(test)
-        batches = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
-        for inputs, _ in self._features[test].loader(sampler=batches, device=device):
-            with self._setup.precision.autocast():
-                found = method.top_1(test, inputs)
-            if found is None:
-                return None
-            predictions.append(found[1])
-            finite &= found[0].isfinite().all()  # the largest is NaN if one of them is
-        predicted = self._gathered(torch.where(finite, torch.cat(predictions), -1).cpu(), test)
-        if predicted.min() < 0:
-            raise FloatingPointError(f"tune: logits of the test {test!r} are not finite {when}")
+    def _found(self, method: Method, images: EvaluatedImages, when: str) -> Tensor | None:
+        method.train(False)
+        predicted = images.predictions(method)
+        if predicted is not None and predicted.min() < 0:
+            raise FloatingPointError(f"tune: logits of the test {images.test!r} are not finite {when}")
         return predicted
 
     def labels(self, test: str) -> Tensor:
         """Labels [n] of the images of a test."""
-        return self._labels[test]
+        return self._tests[test].labels
 
     def accuracies(self, predictions: Mapping[str, Tensor]) -> Accuracies:
         """Return the accuracies of `predictions`; None for tests without predictions, and for their summaries."""
         task = self._setup.task
 
         def accuracy(name: str) -> float:
-            return round(100.0 * (predictions[name] == self.labels(name)).float().mean().item(), 4)
+            return _accuracy(predictions[name], self.labels(name))
 
         known = {test.name: accuracy(test.name) for test in task.tests if test.name in predictions}
         if len(known) == len(task.tests):
@@ -110,14 +109,78 @@ class Evaluator:
         return {name: known.get(name) for name in names}
 
 
+class EvaluatedImages:
+    """Features of images, to be classified over the classes of a test.
+
+    Each of several processes classifies its share; the results are those of all images.
+
+    Args:
+        setup: The run.
+        test: Name of the test with the classes and prompts.
+        features: Features of all images, or of the share of this process.
+        count: Number of all images.
+
+    Attributes:
+        labels: Labels of all images, [n].
+    """
+
+    def __init__(self, setup: RunSetup, test: str, features: FeatureCache, count: int):
+        self._setup, self.test, self._features, self._count = setup, test, features, count
+        self.labels = self._gathered(features.labels)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """Rows [n, …] of all images, from those of the share of each process."""
+        return rows if len(rows) == self._count else self._setup.processes.gather(rows, self._count)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the inputs of `Method.logits` for the images of this process, in order."""
+        share = self._setup.processes.share(self._count)
+        own = range(len(share)) if len(self._features) == len(share) else share
+        numbers = [list(own[start : start + BATCH]) for start in range(0, len(own), BATCH)]
+        for inputs, _ in self._features.loader(sampler=numbers, device=self._setup.device):
+            yield inputs
+
+    @torch.no_grad()
+    def predictions(self, method: Method) -> Tensor | None:
+        """Return the top-1 class [n] of each image, −1 if a logit is not finite; None if it can't be classified."""
+        predictions, finite = [], torch.ones((), dtype=torch.bool, device=self._setup.device)
+        for inputs in self.batches():
+            with self._setup.precision.autocast():
+                found = method.top_1(self.test, inputs)
+            if found is None:
+                return None
+            predictions.append(found[1])
+            finite &= found[0].isfinite().all()  # the largest is NaN if one of them is
+        return self._gathered(torch.where(finite, torch.cat(predictions), -1).cpu())
+
+    @torch.no_grad()
+    def logits(self, method: Method) -> Tensor | None:
+        """Return the logits [n, C] of all images, in the dtype of the class embeddings, on the CPU; None as above."""
+        method.train(False)
+        found = []
+        for inputs in self.batches():
+            with self._setup.precision.autocast():
+                logits = method.logits(self.test, inputs)
+            if logits is None:
+                return None
+            found.append(logits.cpu())
+        return self._gathered(torch.cat(found))
+
+
+def _accuracy(predictions: Tensor, labels: Tensor) -> float:
+    return round(100.0 * (predictions == labels).float().mean().item(), 4)
+
+
 def epochs_left(folder: Path) -> int:
-    """Return the number of epochs that a run has not completed; 0 if there is no training state.
+    """Return the number of epochs that a run has not completed; 0 if there is no training state, or it stopped early.
 
     Raises:
         InputError: If the folder is not a run folder, or its checkpoint is damaged.
     """
     config, found = TuneConfig.from_yaml(folder / CONFIG), checkpoint.find(folder)
-    return (config.epochs or 0) - len(found.state["rows"]) if found is not None else 0
+    if found is None or has_stalled(found.state["rows"], config.patience):
+        return 0
+    return (config.epochs or 0) - len(found.state["rows"])
 
 
 def evaluate_run(
@@ -154,6 +217,8 @@ def evaluate_run(
         cache=None,
         views=1,
         refresh="never",
+        validation="none",
+        patience=None,
         workers=0,
         download=False,
     )

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..options import AttentionName, CacheDtype, Memory, Precision, Preset, Protocol, Refresh, SamplerKind, Tail
+from ..options import (
+    AttentionName,
+    CacheDtype,
+    Memory,
+    Precision,
+    Preset,
+    Protocol,
+    Refresh,
+    SamplerKind,
+    Shots,
+    Tail,
+    Validation,
+)
 
 MAX_TIMEOUT = 1e6  # seconds
 
@@ -50,8 +62,12 @@ class DataOptions:
     template: tuple[str, ...] | None = None
     """Prompts such as "a photo of a {}.", or paper or coop for the prompts of these papers. Training uses the first;
     for evaluation the embeddings of all are averaged. By default paper."""
-    shots: int = 16
-    """Training images per class."""
+    shots: Shots = 16
+    """Training images per class, or all."""
+    validation: Validation = "auto"
+    """Images that choose the best epoch, which is the one that is kept. split: the val split of the dataset. A share
+    such as 0.2: that share of the training split of each class is held out, if possible of images that don't train.
+    none: the last epoch is kept. auto: for own data split if there is one, else 0.2; none for other data."""
     classes: int | None = option(None, minimum=1)
     """Largest number of classes, base and new together. By default all; 100 for glyphs."""
 
@@ -127,6 +143,8 @@ class TrainingOptions:
     """Learning rate of the text tower. For skip 2e-5; on glyph-tiny 4e-3, or 1e-3 with data other than glyphs."""
     image_lr: float | None = option(None, minimum=0, below=math.inf, methods="rates")
     """Learning rate of the image tower. For skip 5e-6; on glyph-tiny 2e-3, or 1e-3 with data other than glyphs."""
+    patience: int | None = option(None, minimum=1)
+    """Stop after this number of epochs without a higher validation accuracy. By default never."""
     warmup_epochs: int | None = option(None, minimum=0)
     """Epochs at the warm-up rate, before the cosine schedule."""
     warmup_lr: float | None = option(None, minimum=0, below=math.inf)

@@ -120,6 +120,17 @@ class Processes:
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
+    def share_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors with those of the first process; collective."""
+        import torch.distributed as dist
+
+        if self.group is None:
+            return
+        for tensor in tensors:
+            whole = tensor.contiguous()
+            dist.broadcast(whole, 0, group=self.group)
+            tensor.copy_(whole)
+
     def from_first(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return a value, of which JSON has the type, that the first process computes; the others wait for it."""
         if self.size == 1:

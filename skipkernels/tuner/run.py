@@ -30,6 +30,7 @@ from .run_folder import FEW_SHOT, REPORT, FollowedFolder, RunFolder, interrupt_d
 from .setup import BATCH, build_run
 from .tensorboard import open_tensorboard
 from .trainer import Trainer
+from .validation import best_epoch, has_stalled
 from .weights import WeightsFile
 
 Status = Literal["complete", "interrupted", "diverged"]
@@ -118,15 +119,19 @@ class _Run:
         self.baseline_memory = self.memory.read()
         self.setup = build_run(config, open_data=open_data, processes=processes)
         self.method, self.task = self.setup.method, self.setup.task
-        self.folder.check_room(self._checkpoint_bytes())
-        self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta)
+        validated = self.task.validation is not None
+        if config.patience is not None and not validated:
+            raise argument_error("patience", "there are no validation images to stop by; add some, or leave it out.")
+        self.folder.check_room(self._checkpoint_bytes(), self._weights_bytes() if validated else 0)
+        self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta, reloaded=validated)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             _print(console, f"note: {note}")
-        title = f"{config.model} on {config.data}, {config.method}, {config.shots} shots"
+        title = f"{config.model} on {config.data}, {config.method}, {config.shots_text}"
         title += f", {processes.size} processes" if processes.size > 1 else ""
         self.display = ProgressDisplay(console, title=title, memory=self.memory)
         self.zero_shot: dict[str, Tensor] = {}
-        self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch
+        self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch, in the end the best
+        self.validation: dict[str, Any] | None = None  # accuracies on the validation images
         self.warnings: list[str] = []
         self.seconds_before = self.seconds_fit = 0.0  # of earlier processes; of `fit`
 
@@ -135,11 +140,15 @@ class _Run:
         try:
             with self.display:
                 advance = self.display.features(self.setup.images)
-                test = self.setup.test_features(advance)
+                test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
                 with self.setup.train_features(advance) as train:
                     self.processes.meet("features")
-                    self.evaluator = Evaluator(self.setup, test)
+                    self.evaluator = Evaluator(self.setup, test, held)
                     self.zero_shot = self.evaluator.zero_shot()
+                    if held is not None:
+                        accuracy = self.evaluator.validation_accuracy(self.setup.zero_shot)
+                        count = len(self.task.validation.images) if self.task.validation is not None else 0
+                        self.validation = {"images": count, "zero_shot": accuracy, "tuned": None}
                     arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
                     trainer = Trainer(*arguments, self.processes) if self.config.epochs else None
                     if trainer is not None and trainer.not_graphed is not None:
@@ -174,6 +183,7 @@ class _Run:
         try:
             if trainer is not None:
                 self._epochs(trainer)
+                self._keep_best()
             elif self.folder.resumed is None:
                 self._fit(train)
         except (KeyboardInterrupt, FloatingPointError) as error:
@@ -200,7 +210,14 @@ class _Run:
                     f"{self.folder.path / checkpoint.STATE}: not the state of this run: {reason}; tune again with "
                     "`overwrite=True`."
                 ) from error
+        self._evaluate()
+
+    def _evaluate(self) -> dict[str, Tensor]:
+        """Evaluate the current weights."""
         self.tuned = self.evaluator.predictions()
+        if self.validation is not None:
+            self.validation["tuned"] = self.evaluator.validation_accuracy()
+        return self.tuned
 
     def _epochs(self, trainer: Trainer) -> None:
         config = self.config
@@ -214,12 +231,12 @@ class _Run:
         )
         events = open_tensorboard(self.folder.path) if self.processes.first else None
         try:
-            while trainer.epochs < config.epochs:
+            while trainer.epochs < config.epochs and not has_stalled(self.folder.rows, config.patience):
                 row = trainer.epoch(self.display.step, self.display.loss)
                 started = time.perf_counter()
-                predictions = self.evaluator.predictions()
+                predictions, validation = self.evaluator.predictions(), self.evaluator.validation_accuracy()
                 row["stage_seconds"]["evaluation"] = time.perf_counter() - started
-                row["accuracy"] = self.evaluator.accuracies(predictions)
+                row["accuracy"], row["validation"] = self.evaluator.accuracies(predictions), validation
                 self._complete(row, predictions, trainer)
                 self.display.epoch(row)
                 if events is not None:
@@ -236,10 +253,28 @@ class _Run:
         with self.setup.precision.autocast():
             self.method.fit(inputs, labels)
         self.seconds_fit = time.perf_counter() - started
-        self._complete(None, self.evaluator.predictions(), None)
+        self._complete(None, self._evaluate(), None)
+
+    def _keep_best(self) -> None:
+        """Return to the weights of the best epoch, and save them as those of the run."""
+        if best_epoch(self.folder.rows) is None:
+            return
+
+        def load() -> bool:
+            with interrupt_deferred():
+                file = self.folder.keep_best()
+                if file is not None:
+                    self.weights.load(file)
+            return file is not None
+
+        if self.processes.from_first("best weights", load):
+            self.processes.share_from_first(self.method.state_dict().values())
+            self._evaluate()
 
     def _complete(self, row: dict[str, Any] | None, predictions: dict[str, Tensor], trainer: Trainer | None) -> None:
         """Write the checkpoint and the row of an epoch, on the first process."""
+        if self.validation is not None and row is not None:
+            self.validation["tuned"] = row["validation"]
         if not self.processes.first:
             self.folder.rows += [] if row is None else [row]
             self.tuned = predictions
@@ -299,7 +334,9 @@ class _Run:
             "classes": {test.name: len(test.classes) for test in self.task.tests},
             "zero_shot": self.evaluator.accuracies(self.zero_shot),
             "tuned": None if self.tuned is None else self.evaluator.accuracies(self.tuned),
+            "validation": self.validation,
             "epochs": len(rows),
+            "best_epoch": best_epoch(rows),
             "steps": steps,
             "processes": self.processes.size,
             "batch_size": config.batch_size,
@@ -343,10 +380,13 @@ class _Run:
     def _state_bytes(self) -> int:
         return sum(weight.nbytes for weight in self.method.state_dict().values())
 
+    def _weights_bytes(self) -> int:
+        """Estimated size of the weights file."""
+        return sum(weight.nbytes for weight in self._trained()) if self.config.delta else self._state_bytes()
+
     def _checkpoint_bytes(self) -> int:
         """Estimated size of a checkpoint, with two optimizer values per trained weight."""
-        trained = sum(weight.nbytes for weight in self._trained())
-        return 2 * trained + (trained if self.config.delta else self._state_bytes())
+        return 2 * sum(weight.nbytes for weight in self._trained()) + self._weights_bytes()
 
     def _checkpoint_size(self) -> dict[str, Any]:
         file = self.folder.path / self.folder.weights_file

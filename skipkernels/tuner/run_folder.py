@@ -25,12 +25,14 @@ from . import checkpoint
 from .config import TuneConfig, read_settings
 from .errors import argument_error
 from .state_checks import check_types
+from .validation import best_epoch
 
 METRICS, EPOCHS, REPORT, CONFIG = "metrics.json", "metrics.jsonl", "report.html", "config.yaml"
 FEW_SHOT = "few_shot.json"
 # In the order of deletion. metrics.json marks a run that has ended: deleted first, written after the last epoch.
 # config.yaml marks the files as those of a run: deleted last, written first.
-_FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, checkpoint.MODEL, checkpoint.DELTA, FEW_SHOT, CONFIG)
+_WEIGHTS = (checkpoint.MODEL, checkpoint.DELTA, checkpoint.BEST)
+_FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, *_WEIGHTS, FEW_SHOT, CONFIG)
 
 _METRICS: dict[str, Any] = {  # fields of metrics.json that are read
     "status": "text",
@@ -195,6 +197,7 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
+        self._best: str | None = None  # digest of the weights of the best epoch
         check_apart("out", self.path, config)
         if config.cache is not None:
             check_apart("cache", config.cache, config)
@@ -236,18 +239,26 @@ class RunFolder:
                     f"{name} is {before.get(name)!r} in the run in {self.path}, and {now[name]!r} here; "
                     "pass the same, or choose another folder.",
                 )
+        if found.state["best"] is not None:
+            checkpoint.best_weights(self.path, found.state)
         if METRICS in earlier and _metrics_object(self.path).get("status") == "complete":
             self.finished = read_metrics(self.path)
         self.resumed = found
 
-    def check_room(self, size: int) -> None:
-        """Raise an InputError unless the disk has room for two checkpoints of `size` bytes, the old and the new."""
+    def check_room(self, size: int, best: int = 0) -> None:
+        """Raise an InputError unless the disk has room for two checkpoints of `size` bytes, the old and the new.
+
+        Args:
+            size: Size of a checkpoint.
+            best: Size of the weights of the best epoch, if they are kept too.
+        """
         reused = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
         free = shutil.disk_usage(self._disk).free + reused
-        if free < 2 * size:
+        if free < 2 * size + best:
+            kept = f" and the best weights of {best / 2**20:.0f} MiB" if best else ""
             raise argument_error(
                 "out",
-                f"{self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB, and "
+                f"{self.path} needs room for two checkpoints of {size / 2**20:.0f} MiB{kept}, and "
                 f"{free / 2**20:.0f} MiB are free; free disk space, choose another disk, or use `delta=True`.",
             )
 
@@ -276,6 +287,7 @@ class RunFolder:
         if self.resumed is not None:
             self.resumed = checkpoint.recover(self.path)
             self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
+            self._best = self.resumed.state["best"] if self.resumed is not None else None
         else:
             for path in _files(self.path):
                 path.unlink(missing_ok=True)
@@ -291,7 +303,9 @@ class RunFolder:
         """Write the checkpoint of an epoch, then its row. A method without steps has no row."""
         rows = self.rows if row is None else [*self.rows, row]
         state = state | {"config": self._config.identity(), "rows": rows}
-        checkpoint.save(self.path, self.weights_file, weights, metadata, state)
+        is_best = row is not None and best_epoch(rows) == row["epoch"]
+        arguments = self.path, self.weights_file, weights, metadata, state
+        self._best = checkpoint.save(*arguments, best=self._best, is_best=is_best)
         self.rows = rows
         self._write_rows()
 
@@ -304,6 +318,13 @@ class RunFolder:
     def weights_file(self) -> str:
         """Name of the weights file."""
         return checkpoint.DELTA if self._config.delta else checkpoint.MODEL
+
+    def keep_best(self) -> Path | None:
+        """Make the weights of the best epoch those of the run; return their file, or None if they are already."""
+        found = None if self._best is None else checkpoint.find(self.path)
+        if found is None or found.state["weights"]["xxh3"] == self._best:
+            return None
+        return checkpoint.keep_best(self.path)
 
     def _write_rows(self) -> None:
         self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -335,13 +356,16 @@ class FollowedFolder(RunFolder):
         self.path, self._config = config.out, config
         self.rows, self.resumed, self.finished = [], None, None
 
-    def check_room(self, size: int) -> None:
+    def check_room(self, size: int, best: int = 0) -> None:
         """Do nothing."""
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold no lock."""
         yield
+
+    def keep_best(self) -> None:
+        """Do nothing."""
 
     def follow(self, epochs: int) -> None:
         """Read the checkpoint of `epochs` complete epochs that the other process has found.

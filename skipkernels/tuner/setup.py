@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ..data import InputError, Source
-from ..data.tasks import Task, load_task
+from ..data.tasks import Task, TestSet, load_task
 from ..features import FeatureCache, Progress
 from ..options import CacheDtype, Refresh
 from ..store import MANIFEST, erase, is_store, rounded
@@ -62,8 +62,9 @@ class RunSetup:
 
     @property
     def images(self) -> int:
-        """Number of images in `test_features` and `train_features` together."""
-        tests = (len(test.images) for test in self.task.tests)
+        """Number of images in `test_features`, `validation_features` and `train_features` together."""
+        held_out = () if self.task.validation is None else (self.task.validation,)
+        tests = (len(test.images) for test in (*self.task.tests, *held_out))
         if not self._cached:
             tests = (len(self.processes.share(images)) for images in tests)
         return len(self.task.train) * self.config.views + sum(tests)
@@ -77,18 +78,25 @@ class RunSetup:
 
         Of several processes each has those of its share of the images if features are in memory.
         """
-        found = {}
-        for test in self.task.tests:
-            images: Any = test.images
-            if self.processes.size > 1 and not self._cached:
-                if len(images) < self.processes.size:
-                    raise InputError(
-                        f"tune: the test {test.name!r} must have an image for each process; got {len(images)} and "
-                        f"{self.processes.size} processes. Start fewer."
-                    )
-                images = Subset(images, self.processes.share(len(images)))
-            found[test.name] = self._features(f"test-{quote(test.name, safe=' ')}", images, progress)
-        return found
+        tests = self.task.tests
+        return {test.name: self._shared(f"test-{quote(test.name, safe=' ')}", test, progress) for test in tests}
+
+    def validation_features(self, progress: Progress = False) -> FeatureCache | None:
+        """Compute the features of the validation images, as `test_features` does; None if there are none."""
+        validation = self.task.validation
+        return None if validation is None else self._shared("validation", validation, progress)
+
+    def _shared(self, name: str, test: TestSet, progress: Progress) -> FeatureCache:
+        """Features of the images of a test, or of the share of this process."""
+        images: Any = test.images
+        if self.processes.size > 1 and not self._cached:
+            if len(images) < self.processes.size:
+                raise InputError(
+                    f"tune: the test {test.name!r} must have an image for each process; got {len(images)} and "
+                    f"{self.processes.size} processes. Start fewer."
+                )
+            images = Subset(images, self.processes.share(len(images)))
+        return self._features(name, images, progress)
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
         """Compute the features of the training images; see `FeatureCache.build` for `progress`."""
@@ -217,6 +225,7 @@ def build_task(
         shots=config.shots,
         classes=config.classes,
         seed=config.seed,
+        validation=config.validation,
         root=config.root,
         templates=config.template,
         targets=config.targets,

@@ -28,6 +28,7 @@ class EventWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics.jsonl, and flush, so that a kill loses no complete epoch."""
         scalars = {"loss": row.get("loss"), "kept_classes": row.get("kept_classes"), "seconds": row.get("seconds")}
+        scalars["validation"] = row.get("validation")
         for group, values in (("lr", "lr"), ("accuracy", "accuracy"), ("seconds", "stage_seconds")):
             scalars |= {f"{group}/{name}": value for name, value in (row.get(values) or {}).items()}
         for tag, value in scalars.items():

@@ -28,11 +28,13 @@ class WeightsFile:
         method: Method, before training.
         model: CLIP of the method.
         delta: Save only changed weights, found by digests without a copy.
+        reloaded: Let `load` work after training too: then a delta has all trained weights, also unchanged ones.
     """
 
-    def __init__(self, method: Method, model: nn.Module, *, delta: bool):
+    def __init__(self, method: Method, model: nn.Module, *, delta: bool, reloaded: bool = False):
         self._method = method
         self._first = WeightDigests(method.state_dict()) if delta else None
+        self._trained = _trained_names(method) if delta and reloaded else set()
         self._whole = method.state_dict().keys() == model.state_dict().keys()
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -40,7 +42,8 @@ class WeightsFile:
         weights = dict(self._method.state_dict())
         if self._first is None:
             return weights, metadata(holds=MODEL if self._whole else METHOD)
-        return self._first.changed(weights), metadata(holds=CHANGES, of=self._first.digest())
+        kept = {name: weights[name] for name in weights if name in self._trained}
+        return kept | self._first.changed(weights), metadata(holds=CHANGES, of=self._first.digest())
 
     def load(self, path: Path) -> None:
         """Load a weights file into the method.
@@ -53,7 +56,7 @@ class WeightsFile:
             weights = load_file(path)
             if found.get("holds") == CHANGES:
                 first = self._method.state_dict()
-                if found.get("of") != WeightDigests(first).digest():
+                if found.get("of") != (self._first or WeightDigests(first)).digest():
                     raise InputError(
                         f"{path}: contains changes to other pretrained weights; give the same `pretrained`."
                     )
@@ -61,6 +64,12 @@ class WeightsFile:
             self._method.load_state_dict(weights)
         except (SafetensorError, OSError, RuntimeError, LookupError) as error:
             raise _unusable(path, error) from error
+
+
+def _trained_names(method: Method) -> set[str]:
+    """Names of the trained weights in the state of a method."""
+    trained = {w.data_ptr() for group in method.parameter_groups(text_lr=0.0, image_lr=0.0) for w in group["params"]}
+    return {name for name, weight in method.state_dict().items() if weight.data_ptr() in trained}
 
 
 class WeightDigests:
