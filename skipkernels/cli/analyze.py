@@ -42,7 +42,7 @@ class AnalysisOptions:
 
     protocol: Literal["base-to-new", "few-shot"] | None = None
     """few-shot: use all classes. base-to-new: use the first half, as tune does for training. By default few-shot for
-    imagefolder:, else base-to-new."""
+    own data, else base-to-new."""
     images: int = 256
     """Maximum number of images for each of the two measurements."""
     out: Path | None = None

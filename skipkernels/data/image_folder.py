@@ -24,20 +24,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 
 from .base import InputError, open_error
 from .files import absolute_path, find_images, format_names, has_image_extension, read_json, read_text, subfolders
 from .images import LabelledImages
-from .shots import hash_order
 from .source import Split, SplitSource, constant_split, normalize_class_name, normalize_class_names
+from .splits import SPLIT_NAMES, split_by_hash
 from .templates import Templates, resolve_templates
-
-_SPLIT_OF_FOLDER: dict[str, Split] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-_SPLIT_OF_FOLDER |= {"val": "val", "valid": "val", "validation": "val"}
-# Tenths of the images of a class, as in CoOp's splits; the rest are training images.
-_TEST_TENTHS, _VAL_TENTHS = 3, 2
 
 
 def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSource:
@@ -112,8 +106,8 @@ def _split_folders(name: str, root: Path) -> dict[Split, str]:
     folders = subfolders(root)
     if not folders:
         raise open_error(f"{name}: no folders in {root}; it must hold one for each class.")
-    candidates = [folder for folder in folders if folder.lower() in _SPLIT_OF_FOLDER]
-    others = [folder for folder in folders if folder.lower() not in _SPLIT_OF_FOLDER]
+    candidates = [folder for folder in folders if folder.lower() in SPLIT_NAMES]
+    others = [folder for folder in folders if folder.lower() not in SPLIT_NAMES]
     if others and (len(candidates) > 1 or any(subfolders(root / folder) for folder in candidates)):
         raise open_error(
             f"{name}: {format_names(candidates)} and {format_names(others)} are side by side, so they may be "
@@ -123,7 +117,7 @@ def _split_folders(name: str, root: Path) -> dict[Split, str]:
         return {}
     found: dict[Split, str] = {}
     for folder in candidates:
-        split = _SPLIT_OF_FOLDER[folder.lower()]
+        split = SPLIT_NAMES[folder.lower()]
         if split in found:
             raise open_error(f"{name}: {found[split]}/ and {folder}/ are both {split} images. Merge them.")
         found[split] = folder
@@ -142,37 +136,6 @@ def _class_folders(name: str, root: Path, split_folders: list[str]) -> list[str]
             problem = f"no folder {format_names(absent)}, which another split has" if absent else "no folders in it"
             raise open_error(f"{name}: {part}/ has {problem}. Each split must have a folder of every class.")
     return folders
-
-
-def split_by_hash(name: str, paths: Mapping[str, list[str]]) -> dict[Split, dict[str, list[str]]]:
-    """Split the images of each class into train, val and test by a hash of their paths.
-
-    Args:
-        name: Name of the dataset, for error messages.
-        paths: For each class folder, the paths of its images.
-
-    Raises:
-        InputError: If a class has only one image.
-
-    Example:
-        >>> splits = split_by_hash("a", {"cat": [f"cat/{n}.jpg" for n in range(10)]})
-        >>> {split: len(paths["cat"]) for split, paths in splits.items()}
-        {'train': 5, 'val': 2, 'test': 3}
-    """
-    splits: dict[Split, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
-    for folder, images in paths.items():
-        if len(images) < 2:
-            raise open_error(
-                f"{name}: class {folder} has 1 image, and train and test need one each. Add some, or make train/ and "
-                "test/."
-            )
-        order = sorted(images, key=lambda path: hash_order("split", 0, path))
-        tests = (_TEST_TENTHS * len(images) + 5) // 10  # 1 if there are 2 images
-        vals = (_VAL_TENTHS * len(images) + 5) // 10
-        splits["train"][folder] = sorted(order[tests + vals :])
-        splits["val"][folder] = sorted(order[tests : tests + vals])
-        splits["test"][folder] = sorted(order[:tests])
-    return splits
 
 
 # ---- class names -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -149,13 +149,22 @@ def read_image(path: str | Path) -> Image.Image:
         InputError: If the file is missing, is not an image, is damaged, or has more than 8 bits per channel.
     """
     try:
-        with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
+        with open_regular(path) as file:
+            return decode_image(file, path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. It was there when the dataset was opened.") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}). Replace or remove the file.") from error
+
+
+def decode_image(file: BinaryIO, path: str | Path) -> Image.Image:
+    """Read an opened image file as `read_image` does; `path` is its name in error messages."""
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
             deep = image.mode.partition(";")[0] in _DEEP_MODES
             if not deep:
                 return image.convert("RGB")
             mode = image.mode
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file. It was there when the dataset was opened.") from None
     except _UNREADABLE as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if isinstance(error, UnidentifiedImageError):

@@ -27,6 +27,24 @@ def _open_image_folder(name: str, root: str | Path | None, templates: Templates,
     return open_image_folder(name, templates)
 
 
+def _open_csv(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+    from .csv_files import open_csv
+
+    return open_csv(name, root, templates)
+
+
+def _open_shards(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+    from .tar_shards import open_shards
+
+    return open_shards(name, templates)
+
+
+def _open_hugging_face(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+    from .hugging_face_sets import open_hugging_face
+
+    return open_hugging_face(name, templates)
+
+
 def _open_coop(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
     from .coop import open_coop
 
@@ -44,6 +62,9 @@ OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
 
 _KINDS = {
     "imagefolder": _Kind(_open_image_folder, "imagefolder:PATH"),
+    "csv": _Kind(_open_csv, "csv:PATH"),
+    "wds": _Kind(_open_shards, "wds:SHARDS such as wds:shards/{000..012}.tar"),
+    "hf": _Kind(_open_hugging_face, "hf:PATH or hf:NAME such as hf:food101"),
     "coop": _Kind(_open_coop, "coop:NAME such as coop:dtd (with `root`)"),
     "torchvision": _Kind(_open_torchvision, "torchvision:NAME such as torchvision:food101 (with `root`)"),
 }
@@ -66,9 +87,10 @@ def open_source(
     """Open a dataset by name.
 
     Args:
-        data: "imagefolder:PATH" (see `image_folder`); "coop:NAME", a dataset in CoOp's layout below `root` (see
-            `coop`); "torchvision:NAME", a dataset of torchvision in `root`; after `import skipkernels.experiments` also
-            "glyphs" or "glyphs:BLOCK[+BLOCK…]" (see `experiments.glyphs`).
+        data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
+            webdataset (see `tar_shards`); "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in
+            CoOp's layout below `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; after
+            `import skipkernels.experiments` also "glyphs" or "glyphs:BLOCK[+BLOCK…]" (see `experiments.glyphs`).
         root: Folder of the datasets.
         templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
             "paper".

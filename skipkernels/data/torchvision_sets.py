@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +13,9 @@ from torchvision import datasets
 
 from .base import open_error
 from .files import absolute_path
-from .image_folder import split_by_hash
 from .images import DatasetImages, Images, LabelledImages, read_labels
 from .source import Split, SplitSource, constant_split, normalize_class_name
+from .splits import hash_splits
 from .templates import Templates, resolve_templates
 
 # Raised by torchvision for missing or damaged files.
@@ -134,7 +133,8 @@ def open_torchvision(
     notes: tuple[str, ...] = ()
     splits: dict[Split, Callable[[], Images]] = {split: partial(images, split) for split in dataset.splits}
     if not dataset.splits:
-        splits = {split: constant_split(part) for split, part in _split_by_hash(images("train"), full_name).items()}
+        parts = hash_splits(images("train"), full_name, list(map(str, load("train").classes)), "get it again")
+        splits = {split: constant_split(part) for split, part in parts.items()}
         notes = (f"{full_name}: has no splits, so the images of each class are split by a hash of their paths.",)
     classes = tuple(normalize_class_name(dataset.class_name(name)) for name in load("train").classes)
     return SplitSource(full_name, classes, resolve_templates(dataset.coop, templates), splits, notes=notes)
@@ -151,14 +151,3 @@ def _images(dataset: Any, root: Path) -> Images:
         return DatasetImages(dataset)
     relative = sorted((Path(path).relative_to(root).as_posix(), label) for path, label in listed)
     return LabelledImages(root, [path for path, _ in relative], [label for _, label in relative])
-
-
-def _split_by_hash(images: Images, name: str) -> dict[Split, Images]:
-    of_class: dict[str, list[str]] = defaultdict(list)
-    for path, label in zip(images.names, images.labels, strict=True):
-        of_class[str(label)].append(path)
-    index_of = {path: index for index, path in enumerate(images.names)}
-    return {
-        split: images.subset(sorted(index_of[path] for paths in part.values() for path in paths))
-        for split, part in split_by_hash(name, of_class).items()
-    }

@@ -63,21 +63,26 @@ def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
             return {"dataset key": json.dumps(key, sort_keys=True, allow_nan=False)}
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"FeatureCache: key must be text or a JSON value; got {key!a:.200} ({error}).") from None
-    images, labels, transforms = _describe(dataset)
+    images, labels, transforms, fingerprints = _describe(dataset)
+    listed: Any = None if images is None else _with_status(images)
     return {
         "dataset key": NOT_GIVEN,
-        "images": "not listed" if images is None else digest_json(_with_status(images)),
+        "images": "not listed" if images is None else digest_json([listed, fingerprints] if fingerprints else listed),
         "labels": "not listed" if labels is None else digest_json(labels),
         "image transform": digest_json(transforms) if transforms else "none",
     }
 
 
 class _Description(NamedTuple):
-    """Paths or indices and labels of all items, None if the dataset does not list them, and reprs of transforms."""
+    """Paths or indices and labels of all items, None if the dataset does not list them, and reprs of transforms.
+
+    The attribute `fingerprint` of a dataset without files, a text, is part of the digest of the images.
+    """
 
     images: list[str | int] | None
     labels: list[int] | None
     transforms: list[str]
+    fingerprints: list[str] = []
 
 
 def _describe(dataset: Any) -> _Description:
@@ -87,11 +92,14 @@ def _describe(dataset: Any) -> _Description:
             _joined([part.images for part in parts]),
             _joined([part.labels for part in parts]),
             [str(part.transforms) for part in parts],
+            list(chain.from_iterable(part.fingerprints for part in parts)),
         )
     images, labels = _paths(dataset), _labels(dataset)
     names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
     found = [value for name in names if (value := getattr(dataset, name, None)) is not None]
     transforms = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform)) for transform in found]
+    own = getattr(dataset, "fingerprint", None)
+    fingerprints = [own] if isinstance(own, str) else []
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's DatasetImages
         inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
         if images is None:
@@ -99,7 +107,8 @@ def _describe(dataset: Any) -> _Description:
         if labels is None and inner.labels is not None:
             labels = [inner.labels[index] for index in indices]
         transforms += inner.transforms
-    return _Description(images, labels, transforms)
+        fingerprints += inner.fingerprints
+    return _Description(images, labels, transforms, fingerprints)
 
 
 def _joined(parts: list[Any]) -> list[Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import reprlib
 import types
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class TuneConfig(
             device=device,
             validation=validation,
             precision=half if self.precision == "auto" else self.precision,
-            out=self.out or Path("runs", f"{self.data.replace(':', '-').replace('/', '-')}-{self.method}"),
+            out=self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}")),
             **{name: value for name, value in self._defaults(open_data).items() if getattr(self, name) is None},
         )
         config._check()

@@ -54,9 +54,10 @@ class DataOptions:
     """Images and prompts."""
 
     data: str = "glyphs"
-    """Dataset: imagefolder:PATH, coop:NAME, torchvision:NAME, glyphs, or glyphs:BLOCK with a block of Unicode."""
+    """Dataset: imagefolder:PATH, csv:PATH, wds:SHARDS, hf:PATH or hf:NAME, coop:NAME, torchvision:NAME, glyphs, or
+    glyphs:BLOCK with a block of Unicode."""
     root: Path | None = option(None, results=False)
-    """Folder that contains the datasets of coop: and torchvision:."""
+    """Folder that contains the datasets of coop: and torchvision:, or the images of csv:."""
     download: bool = option(False, results=False)
     """Let torchvision download a missing dataset."""
     template: tuple[str, ...] | None = None
@@ -79,7 +80,7 @@ class ProtocolOptions:
     protocol: Protocol | None = None
     """few-shot: train and test on all classes. base-to-new: train on the first half of the classes, test on both
     halves. cross-dataset: also test on other datasets. domain-generalization: also test on other images of the same
-    classes. By default few-shot for imagefolder:, else base-to-new."""
+    classes. By default few-shot for own data (imagefolder:, csv:, wds:, hf:), else base-to-new."""
     targets: tuple[str, ...] | None = None
     """Datasets to test on with cross-dataset and domain-generalization. By default those of the paper for
     coop:imagenet, and other glyphs for glyphs."""

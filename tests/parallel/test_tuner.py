@@ -23,6 +23,7 @@ from skipkernels.store import writer
 from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, tune
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.processes import Processes, _group_name
+from skipkernels.tuner.run import _Run
 from tests.processes import together
 from tests.tuner.runs import files, losses, rows, small
 
@@ -44,9 +45,27 @@ KILLED, STOPPED = 3, 2  # among four processes
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ragged": {"batch_size": 5, "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "sampler": "random"},
+    "validated": {"validation": "split"},
     "cached": {"cache": Path("cache"), "views": 3, "precision": "bf16", "epochs": 1},
 }
-IN_PROCESSES = {2: ("plain", "cached"), 4: ("ragged",)}
+IN_PROCESSES = {2: ("plain", "validated", "cached"), 4: ("ragged",)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first_is_best():
+    """Validation accuracies that fall, in the rows of each epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        let_accuracy_fall(patch)
+        yield
+
+
+def let_accuracy_fall(patch: pytest.MonkeyPatch) -> None:
+    complete = _Run._complete
+
+    def completed(self, row, *others):
+        complete(self, row | {"validation": row["validation"] and -row["epoch"]}, *others)
+
+    patch.setattr(_Run, "_complete", completed)
 
 
 def config_of(name: str, folder: Path, **changes: Any) -> TuneConfig:
@@ -105,6 +124,7 @@ def four(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def two(rank: int, folder: Path, killed: Path) -> dict[str, Any]:
+    let_accuracy_fall(pytest.MonkeyPatch())
     FeatureCache.build.__func__.__kwdefaults__["shard_bytes"] = 1  # a batch per shard: also for the second process
     found: dict[str, Any] = {name: json.dumps(tune(config_of(name, folder))) for name in IN_PROCESSES[2]}
     found["finished"] = json.dumps(tune(config_of("plain", folder, resume=True)))

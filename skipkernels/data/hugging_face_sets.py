@@ -1,0 +1,175 @@
+"""Datasets of Hugging Face: `hf:PATH`, a folder that `save_to_disk` wrote, or `hf:NAME`, which is downloaded.
+
+The column with the images is the one of the type Image; the one with the classes has the type ClassLabel, or a name
+such as `label` or `class_name`. Where there are several, or none, they are named: `hf:food101?image=image&label=label`.
+Also after the "?": `config=NAME` and `revision=TAG` of a dataset by name. The package `datasets` reads them; it runs no
+code of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset
+
+from .base import InputError, open_error
+from .files import absolute_path, format_names
+from .images import DatasetImages
+from .source import Split, SplitSource, normalize_class_names
+from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
+from .templates import Templates
+
+_OPTIONS = ("image", "label", "config", "revision")
+_DISK = ("dataset_dict.json", "dataset_info.json", "state.json")  # files of `save_to_disk`
+
+
+class RowDataset(Dataset):
+    """Images of a dataset of Hugging Face; item i is (image, label).
+
+    Attributes:
+        labels: Label of each image.
+        fingerprint: Fingerprint of the dataset, for a feature cache.
+    """
+
+    def __init__(self, rows: Any, column: str, labels: list[int], name: str):
+        self._rows, self._column, self.labels, self._name = rows.select_columns([column]), column, labels, name
+        self.fingerprint = f"{rows._fingerprint} {column}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            return self._rows[index][self._column].convert("RGB"), self.labels[index]
+        except Exception as error:  # of any decoder
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{self._name}: image {index} can't be read ({why}). Remove the row.") from error
+
+
+def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
+    """Open a dataset of Hugging Face; see the docstring of this module.
+
+    Args:
+        spec: PATH or NAME, and options after "?".
+        templates: See `open_source`. The default for captions is "{}".
+
+    Raises:
+        InputError: If the dataset can't be loaded, or its columns are not clear.
+    """
+    where, _, query = spec.partition("?")
+    name, options = f"hf:{where}", _options(spec, query)
+    parts = _load(name, where, options)
+    features = next(iter(parts.values())).features
+    column = _column(name, features, options, "image", [each for each in features if _is(features[each], "Image")])
+    typed = [each for each in features if _is(features[each], "ClassLabel")]
+    named = [each for each in features if each.lower() in LABEL_NAMES and each != column]
+    named.sort(key=lambda each: LABEL_NAMES.index(each.lower()))
+    of_class = _column(name, features, options, "label", typed or named[:1])
+    values: list[Any] = []
+    splits: list[Split] = []
+    rows: list[tuple[Split, Any]] = []
+    notes = []
+    for split, part in parts.items():
+        found = list(part[of_class])
+        if any(value is None or value == -1 for value in found):
+            if split == "train":
+                raise open_error(f"{name}: a training image has no {of_class}. Remove it.")
+            notes.append(f"{name}: {split} has images without a label, so it is not used.")
+            continue
+        values += found
+        splits += [split] * len(found)
+        rows.append((split, part))
+    if _is(features[of_class], "ClassLabel"):
+        ids = list(features[of_class].names)
+        classes = normalize_class_names(f"open_source: {name}", "data", "class", ids, ids, "use another label=…")
+        labels = list(map(int, values))
+    else:
+        wrong = next((value for value in values if isinstance(value, bool) or not isinstance(value, (int, str))), None)
+        if wrong is not None:
+            raise open_error(f"{name}: {of_class} must be text or whole numbers; got {wrong!a:.80}. Use label=….")
+        labels, classes = labels_by_name(name, of_class, list(map(str, values)), "use another label=…")
+        if templates is None and of_class.lower() in CAPTIONS:
+            templates = "{}"
+    datasets, names, start = [], [], 0
+    for split, part in rows:
+        datasets.append(RowDataset(part, column, labels[start : start + len(part)], f"{name}, {split}"))
+        names += [f"{split}/{index}" for index in range(len(part))]
+        start += len(part)
+    images = DatasetImages(ConcatDataset(datasets), labels, names)
+    return listed_source(
+        name,
+        images,
+        classes,
+        splits,
+        templates,
+        notes=notes,
+        how="no test split",
+        remedy="add a test split",
+    )
+
+
+def _options(spec: str, query: str) -> dict[str, str]:
+    try:
+        found = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+    except ValueError:
+        found = {"": ""}
+    unknown = [each for each in found if each not in _OPTIONS]
+    if unknown:
+        raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
+    return found
+
+
+def _load(name: str, where: str, options: Mapping[str, str]) -> dict[Split, Any]:
+    """Return the dataset of each split."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise open_error(f"{name} needs the package datasets: pip install 'skipkernels[datasets]'.") from error
+    if not where:
+        raise open_error("hf: needs a folder or a name, such as hf:food101.")
+    folder = absolute_path(where)
+    try:
+        if any((folder / file).is_file() for file in _DISK):
+            loaded: Any = datasets.load_from_disk(str(folder))
+        elif folder.exists() or Path(where).is_absolute():
+            raise open_error(f"{name}: must be a folder that save_to_disk wrote, with {' or '.join(_DISK[:2])}.")
+        else:
+            loaded = datasets.load_dataset(where, options.get("config"), revision=options.get("revision"))
+    except InputError:
+        raise
+    except Exception as error:  # of the network, the hub, or a format
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
+    if not isinstance(loaded, Mapping):
+        return {"train": loaded}
+    found: dict[Split, Any] = {}
+    for split, part in loaded.items():
+        key = SPLIT_NAMES.get(str(split).lower())
+        if key is not None and key not in found:
+            found[key] = part
+    if not found:
+        raise open_error(f"{name}: has the splits {format_names(list(map(str, loaded)))}, and none of train and test.")
+    return found
+
+
+def _is(feature: Any, kind: str) -> bool:
+    return type(feature).__name__ == kind
+
+
+def _column(name: str, features: Any, options: Mapping[str, str], kind: str, candidates: list[str]) -> str:
+    """Return the column that the options name, or the only candidate."""
+    given = options.get(kind)
+    if given is not None and given in features:
+        return given
+    if given is None and len(candidates) == 1:
+        return candidates[0]
+    got = "none" if not candidates else " and ".join(candidates)
+    if given is not None:
+        got = given
+    raise open_error(
+        f"{name}: which column has the {kind}s? The columns are {', '.join(features)}; got {got}. Add ?{kind}=NAME."
+    )
