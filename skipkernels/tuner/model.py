@@ -15,18 +15,23 @@ import open_clip
 import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ..data import InputError
+from ..data.files import absolute_path
 from ..options import Preset
 from .errors import argument_error
+from .hugging_face_model import is_hugging_face, load_hugging_face
 from .registry import MODELS, experiments_hint
 
 RANDOM = "random"
+LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 # Errors of open_clip for a file that is damaged, empty, or of another structure or model.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
 _LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -36,7 +41,9 @@ def load_model(
     """Load a model in evaluation mode, with its image transform and tokenizer.
 
     Args:
-        name: A model of `open_clip.list_models()` or of `MODELS`.
+        name: A model of `open_clip.list_models()` or of `MODELS`; or one with its weights: "hf-hub:ORG/NAME" of the
+            Hugging Face hub, or "local-dir:DIR", a folder in the form of open_clip, such as a run folder, or a
+            `CLIPModel` or `SiglipModel` of transformers with its processor.
         pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
             `weights_only=True`), "random", or None for the weights of a model in `MODELS`.
         device: Device of the model.
@@ -46,6 +53,10 @@ def load_model(
     Raises:
         InputError: If there is no such model or weights, or the file does not fit the model.
     """
+    if name.startswith((LOCAL_DIR, HUB)):
+        if pretrained is not None:
+            raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
+        return _load_whole(name, device, architecture_only=architecture_only, seed=seed)
     packaged = MODELS.get(name)
     known = open_clip.list_models()
     if name not in known and packaged is not None:
@@ -85,6 +96,43 @@ def load_model(
     return model.to(device).eval(), transform, _tokenizer(name)
 
 
+def _load_whole(
+    name: str, device: torch.device, *, architecture_only: bool, seed: int
+) -> tuple[nn.Module, Callable, Callable]:
+    """Load a model with its weights from a folder or the hub; see `load_model`."""
+    kind, _, where = name.partition(":")
+    local = f"{kind}:" == LOCAL_DIR
+    folder = absolute_path(where)
+    if not where or (local and not folder.is_dir()):
+        missing = f"no folder {folder}" if where else f"must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME"
+        raise argument_error("model", f"{name}: {missing}.")
+    converted = local and not (folder / OPEN_CLIP_CONFIG).is_file()
+    if converted and not is_hugging_face(folder):
+        raise argument_error(
+            "model",
+            f"{name}: {folder} has no {OPEN_CLIP_CONFIG} of open_clip, and no config.json of transformers; name the "
+            "folder of a saved model.",
+        )
+    source = f"{LOCAL_DIR}{folder}" if local else name
+    if not converted:
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model, _, transform = open_clip.create_model_and_transforms(
+                    source, load_weights=not architecture_only, require_pretrained=not architecture_only
+                )
+                return model.to(device).eval(), transform, _tokenizer(source)
+            except _LOAD_ERRORS as error:
+                if isinstance(error, InputError):
+                    raise
+                converted = not local and "open_clip_config.json" in str(error)
+                if not converted:
+                    reason = textwrap.shorten(" ".join(str(error).split()), 250, placeholder=" ….")
+                    raise argument_error("model", f"{name} could not be loaded: {reason}") from error
+    found = load_hugging_face(name, str(folder) if local else where, architecture_only=architecture_only, seed=seed)
+    return found[0].to(device).eval(), *found[1:]
+
+
 def check_activation(name: str, tag: str) -> None:
     """Check that the weights of a tag were trained with the activation of the model, QuickGELU or GELU.
 
@@ -108,7 +156,7 @@ def check_activation(name: str, tag: str) -> None:
 
 def augmentation(model: Any, preset: Preset = "default") -> Callable:
     """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
-    cfg = PreprocessCfg(**model.visual.preprocess_cfg)
+    cfg = PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg)
     if preset == "default":
         return image_transform_v2(cfg, is_train=True)
     crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
@@ -141,7 +189,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         InputError: If the file is damaged, or is not a state dict of this model.
     """
     try:
-        open_clip.load_checkpoint(model, str(path), weights_only=True)
+        if hasattr(model, "visual"):
+            open_clip.load_checkpoint(model, str(path), weights_only=True)
+        else:  # of transformers
+            model.load_state_dict(load_file(path))
     except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
         raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
     except _LOAD_ERRORS as error:

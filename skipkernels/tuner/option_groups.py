@@ -91,7 +91,8 @@ class ModelOptions:
     """Model and weights."""
 
     model: str = "glyph-tiny"
-    """Name of an open_clip model, such as ViT-B-16-quickgelu."""
+    """Name of an open_clip model, such as ViT-B-16-quickgelu; or a model with its weights: hf-hub:ORG/NAME, or
+    local-dir:DIR, a folder of open_clip, such as a run folder, or of transformers (CLIP and SigLIP)."""
     pretrained: str | None = None
     """Weights: a tag of open_clip, a file, or "random". glyph-tiny has its own by default; other models need one."""
 

@@ -1,0 +1,134 @@
+"""Models with their weights in a folder: of open_clip and of transformers."""
+
+from __future__ import annotations
+
+import json
+
+import open_clip
+import pytest
+import torch
+import transformers
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from skipkernels.data import InputError
+from skipkernels.tuner import evaluate_run, model, tune
+from skipkernels.tuner.hugging_face_model import preprocess_settings
+from tests.hugging_face_models import hugging_face_clip
+from tests.tuner.runs import small
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 2},
+}
+PREPROCESS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Model of open_clip in a folder."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}))
+    torch.manual_seed(3)
+    clip = CLIP(16, CLIPVisionCfg(**CONFIG["vision_cfg"]), CLIPTextCfg(**CONFIG["text_cfg"]), quick_gelu=True)
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_local_dir(folder, tmp_path):
+    loaded, transform, tokenizer = model.load_model(f"local-dir:{folder}", None, CPU)
+    saved = load_file(folder / "open_clip_model.safetensors")
+    assert all(weight.equal(saved[name]) for name, weight in loaded.state_dict().items()) and not loaded.training
+    assert isinstance(loaded.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    grey = transform(Image.new("RGB", (20, 9), (51, 51, 51)))
+    expected = [(0.2 - mean) / std for mean, std in zip(PREPROCESS["mean"], PREPROCESS["std"], strict=True)]
+    assert grey.shape == (3, 16, 16) and grey[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert tokenizer(["a cat"]).shape == (1, 16)
+    random, _, _ = model.load_model(f"local-dir:{folder}", None, CPU, architecture_only=True)
+    assert not random.visual.proj.equal(loaded.visual.proj)
+
+
+def test_local_dir_without_weights_is_refused(folder, tmp_path):
+    """open_clip would continue with random weights."""
+    (tmp_path / "open_clip_config.json").write_bytes((folder / "open_clip_config.json").read_bytes())
+    with pytest.raises(InputError, match="local-dir:.* could not be loaded: Required pretrained weights") as caught:
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+    assert caught.value.argument == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [("local-dir:", None, "must name a model, as in local-dir:DIR"), ("hf-hub:", None, "must name a model"),
+     ("local-dir:nowhere", None, "no folder .*nowhere"), ("local-dir:.", "openai", "has its own weights; leave it out"),
+     ("local-dir:tests", None, "has no open_clip_config.json of open_clip, and no config.json of transformers")],
+)  # fmt: skip
+def test_load_model_refuses(name, pretrained, message):
+    with pytest.raises(InputError, match=message):
+        model.load_model(name, pretrained, CPU)
+
+
+# ---- transformers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """CLIPModel with its processor in a folder."""
+    folder = tmp_path_factory.mktemp("transformers")
+    clip = hugging_face_clip(end=1).float()
+    clip.save_pretrained(folder)
+    words = "<pad> <end> <start> a photo of character greek small capital letter the .".split()
+    plain = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>").save_pretrained(folder)
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    return folder, clip, processor
+
+
+def test_transformers_folder(converted):
+    folder, clip, processor = converted
+    loaded, transform, tokenizer = model.load_model(f"local-dir:{folder}", None, CPU)
+    assert all(weight.equal(clip.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    assert tokenizer(["a photo of a", "a"]).shape == (2, 77) and tokenizer(["a"])[0, :3].tolist() == [2, 3, 1]
+    torch.manual_seed(0)
+    picture = Image.fromarray(torch.randint(0, 256, (24, 40, 3), dtype=torch.uint8).numpy())
+    expected = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    # Pillow's and torchvision's bicubic differ by a few levels of 255 on noise; another filter or crop by 0.5.
+    assert (transform(picture) - expected).abs().mean() < 0.03
+
+
+def test_tune_model_of_transformers(converted, tmp_path):
+    folder, _, _ = converted
+    changes = {"data": "glyphs:greek", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
+    metrics = tune(small(tmp_path / "run", **changes))
+    assert metrics["steps"] > 0
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
+
+
+def test_transformers_without_processor_or_of_another_type(converted, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((converted[0] / name).read_bytes())
+    with pytest.raises(InputError, match="could not be loaded by transformers: .*Save the model and its processor"):
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match="must be a CLIPModel or SiglipModel; got 'bert'"):
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+
+
+def test_preprocess_settings():
+    squash = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    found = preprocess_settings(squash)
+    assert found["size"] == (32, 32) and found["resize_mode"] == "squash"
+    uneven = transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    with pytest.raises(ValueError, match="which differ"):
+        preprocess_settings(uneven)
