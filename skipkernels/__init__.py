@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from skipkernels.selection import ClassSelection, select_classes
     from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
+    from skipkernels.tuner import tune
 
 __version__ = "0.2.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "retrieval",
     "save_lora",
     "select_classes",
+    "tune",
 ]
 
 _SUBMODULES = ("functional", "ops", "parallel", "reference", "retrieval")
@@ -64,6 +66,7 @@ _HOME = {  # public name → its module
     "merge_lora": "lora",
     "save_lora": "lora",
     "select_classes": "selection",
+    "tune": "tuner",
 }
 
 

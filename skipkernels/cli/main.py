@@ -18,6 +18,7 @@ from .compare import CompareCommand
 from .doctor import DoctorCommand
 from .eval import EvalCommand
 from .interrupt import Terminated, termination_as_interrupt
+from .listings import DatasetsCommand, ModelsCommand
 from .options import REGISTRY
 from .protocol import ProtocolCommand
 from .tune import TuneCommand
@@ -32,6 +33,8 @@ Command = (
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]
     | Annotated[CacheCommand, tyro.conf.subcommand("cache")]
+    | Annotated[ModelsCommand, tyro.conf.subcommand("models")]
+    | Annotated[DatasetsCommand, tyro.conf.subcommand("datasets")]
     | Annotated[WarmupCommand, tyro.conf.subcommand("warmup")]
     | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
 )

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 Opener = Callable[[str, "str | Path | None", Templates, bool], "Source"]
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
+    """Kind of dataset: its opener, the form of its names, a description, and options of an example."""
+
     open: Opener
     usage: str
+    about: str = ""
+    example: str = ""
 
 
 # Imported on demand: no other source needs torchvision, and registering a source needs none of these.
@@ -61,24 +65,63 @@ OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
 """Kinds of the user's own data: all classes are trained, and the best epoch is chosen on validation images."""
 
 _KINDS = {
-    "imagefolder": _Kind(_open_image_folder, "imagefolder:PATH"),
-    "csv": _Kind(_open_csv, "csv:PATH"),
-    "wds": _Kind(_open_shards, "wds:SHARDS such as wds:shards/{000..012}.tar"),
-    "hf": _Kind(_open_hugging_face, "hf:PATH or hf:NAME such as hf:food101"),
-    "coop": _Kind(_open_coop, "coop:NAME such as coop:dtd (with `root`)"),
-    "torchvision": _Kind(_open_torchvision, "torchvision:NAME such as torchvision:food101 (with `root`)"),
+    "imagefolder": Kind(
+        _open_image_folder,
+        "imagefolder:PATH",
+        "A folder for each class, or folders train/, val/ and test/ that have them.",
+        "--data imagefolder:photos",
+    ),
+    "csv": Kind(
+        _open_csv,
+        "csv:PATH",
+        "A table with the columns path and label (or caption), and split if there is one.",
+        "--data csv:photos/table.csv",
+    ),
+    "wds": Kind(
+        _open_shards,
+        "wds:SHARDS such as wds:shards/{000..012}.tar",
+        "Tar files of webdataset: images with .cls, .json or .txt.",
+        "--data 'wds:shards/{000..012}.tar'",
+    ),
+    "hf": Kind(
+        _open_hugging_face,
+        "hf:PATH or hf:NAME such as hf:food101",
+        "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
+        "--data hf:food101",
+    ),
+    "coop": Kind(
+        _open_coop,
+        "coop:NAME such as coop:dtd (with `root`)",
+        "The benchmarks of CoOp, in its layout: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, "
+        "food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r.",
+        "--data coop:dtd --root datasets",
+    ),
+    "torchvision": Kind(
+        _open_torchvision,
+        "torchvision:NAME such as torchvision:food101 (with `root`)",
+        "Datasets that torchvision can download: cifar10, cifar100, dtd, eurosat, fashionmnist, fgvcaircraft, "
+        "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",
+        "--data torchvision:food101 --root datasets --download",
+    ),
 }
 
 
-def register_source(kind: str, opener: Opener, usage: str) -> None:
+def source_kinds() -> dict[str, Kind]:
+    """Return the registered kinds of datasets."""
+    return dict(_KINDS)
+
+
+def register_source(kind: str, opener: Opener, usage: str, about: str = "", example: str = "") -> None:
     """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
 
     Args:
         kind: Part of the name before the colon.
         opener: Function of (NAME, root, templates, download); see `open_source`. NAME is empty for "KIND".
         usage: Form of the names, for error messages.
+        about: Description, for `skipkernels datasets`.
+        example: Options of an example, for `skipkernels datasets`.
     """
-    _KINDS[kind] = _Kind(opener, usage)
+    _KINDS[kind] = Kind(opener, usage, about, example)
 
 
 def open_source(
@@ -112,5 +155,7 @@ def open_source(
         return _KINDS[kind].open(name, root, templates, download)
     if kind == "glyphs":
         raise open_error("glyphs need `import skipkernels.experiments`, which registers them.")
+    if kind == "dataset":
+        raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
     usages = ", ".join(kind.usage for kind in _KINDS.values())
     raise open_error(f"no dataset {data!r}; choose {usages}.")

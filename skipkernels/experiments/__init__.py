@@ -18,7 +18,13 @@ def _open_glyphs(name: str, root: Any, templates: Any, download: bool) -> Any:
     return open_glyphs(name, templates)
 
 
-register_source("glyphs", _open_glyphs, usage="glyphs, glyphs:BLOCK such as glyphs:greek")
+register_source(
+    "glyphs",
+    _open_glyphs,
+    usage="glyphs, glyphs:BLOCK such as glyphs:greek",
+    about="Characters of Unicode in the fonts of matplotlib, with nothing to download.",
+    example="--data glyphs:greek",
+)
 for _name, _baseline in {
     "full": "full:Full",
     "linear-probe": "linear_probe:LinearProbe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import math
 import re
@@ -61,6 +62,31 @@ class TuneConfig(
     DataOptions,
 ):
     """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`."""
+
+    dataset_key: str | None = None
+    """Digest of a dataset that was passed to `tune`, which sets it."""
+
+    @classmethod
+    def of(cls, config: TuneConfig | None = None, **settings: Any) -> TuneConfig:
+        """Return a configuration with some settings replaced; paths may be text, and tuples lists.
+
+        Raises:
+            InputError: If there is no such setting, or its type is wrong.
+
+        Example:
+            >>> TuneConfig.of(data="imagefolder:photos", epochs=3, out="runs/photos").out
+            PosixPath('runs/photos')
+        """
+        hints = get_type_hints(cls)
+        for name, value in settings.items():
+            if name not in hints:
+                close = difflib.get_close_matches(name, hints, 1)
+                raise InputError(f"TuneConfig: no setting {name}{f'; did you mean {close[0]}?' if close else '.'}")
+            plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            if not _has_type(plain, hints[name]):
+                raise InputError(f"TuneConfig: {name} must be {hints[name]}; got {_shown(value)}.", name)
+            settings[name] = _converted(plain, hints[name])
+        return dataclasses.replace(config or cls(), **settings)
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..data import InputError
+from ..data import InputError, SizedDataset, Source
 from ..data.tasks import summarise
 from ..features import FeatureCache
 from ..options import CacheDtype, Protocol
@@ -19,6 +19,7 @@ from . import checkpoint, weights
 from .config import TuneConfig
 from .methods import Method
 from .model import load_weights
+from .own_dataset import own_data
 from .precision import REMEDY
 from .processes import Processes, joined
 from .run_folder import CONFIG
@@ -184,12 +185,15 @@ def epochs_left(folder: Path) -> int:
 
 
 def evaluate_run(
-    folder: Path,
+    folder: str | Path,
     *,
     device: str | None = None,
     data: str | None = None,
     root: Path | None = None,
     protocol: Protocol | None = None,
+    dataset: SizedDataset | None = None,
+    test: SizedDataset | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Accuracies:
     """Compute the accuracy of the checkpoint of a run. Writes nothing, and does not read the feature cache.
 
@@ -201,12 +205,16 @@ def evaluate_run(
         data: Dataset of the test images. Default: that of the run.
         root: Folder of the datasets, for coop: and torchvision:. Default: that of the run.
         protocol: Protocol that selects test classes and images. Default: that of the run.
+        dataset: Training images that were passed to `tune`, or others of the same classes.
+        test: Test images; see `tune`.
+        classes: Class names by label; see `tune`.
 
     Raises:
         InputError: If the folder is not a run folder, or its checkpoint is damaged.
         FloatingPointError: If a logit is not finite.
         ProcessError: If another process ended without a report.
     """
+    folder = Path(folder)
     config = TuneConfig.from_yaml(folder / CONFIG)
     rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(
@@ -224,24 +232,29 @@ def evaluate_run(
     )
     if device is not None:  # xformers may not support this device
         config = replace(config, device=device, attention="sdpa")
+    open_data = None
+    if dataset is not None:
+        config, open_data = own_data(config, dataset, test=test, classes=classes)
     with joined() as processes:
         processes.set_device(config.device)
-        setup = _load_run(config.resolved(), folder, rounded_to, processes)
+        setup = _load_run(config.resolved(open_data), folder, rounded_to, processes, open_data)
         evaluator = Evaluator(setup, setup.test_features())
         return evaluator.accuracies(evaluator.predictions())
 
 
-def _load_run(config: TuneConfig, folder: Path, rounded_to: CacheDtype | None, processes: Processes) -> RunSetup:
+def _load_run(
+    config: TuneConfig,
+    folder: Path,
+    rounded_to: CacheDtype | None,
+    processes: Processes,
+    open_data: Callable[[], Source] | None = None,
+) -> RunSetup:
     """Build a run with the weights of its checkpoint."""
     contents = _read_weights(folder, weights.read_metadata).get("holds", weights.MODEL)
+    build = partial(build_run, config, open_data=open_data, processes=processes, rounded_to=rounded_to)
     if contents == weights.MODEL:
-        return build_run(
-            config,
-            load=lambda model: _read_weights(folder, partial(load_weights, model)),
-            processes=processes,
-            rounded_to=rounded_to,
-        )
-    setup = build_run(config, processes=processes, rounded_to=rounded_to)
+        return build(load=lambda model: _read_weights(folder, partial(load_weights, model)))
+    setup = build()
     _read_weights(folder, weights.WeightsFile(setup.method, setup.model, delta=False).load)
     return setup
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import logging
 import pickle
 import textwrap
@@ -152,6 +153,45 @@ def check_activation(name: str, tag: str) -> None:
         raise argument_error(
             "model", f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}."
         )
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Describe the models of open_clip and of `MODELS`, by name, without creating or downloading any.
+
+    A description has the types of the two towers, the activation, and the tags of weights that fit it.
+
+    Example:
+        >>> known_models()["ViT-B-16-quickgelu"]["weights"][0]
+        'openai'
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, packaged in MODELS.items():
+        config = json.loads(packaged.config.read_text())
+        found[name] = _described(config) | {"weights": ["packaged"]}
+    for name in open_clip.list_models():
+        if name not in found:
+            tags = [tag for tag in open_clip.list_pretrained_tags_by_model(name) if _fits(name, tag)]
+            found[name] = _described(open_clip.get_model_config(name)) | {"weights": tags}
+    return found
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    image, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    backbone = image.get("timm_model_name")
+    layers = image.get("layers")
+    return {
+        "image": f"timm {backbone}" if backbone else "ResNet" if isinstance(layers, (list, tuple)) else "ViT",
+        "text": text.get("hf_model_name") or "transformer",
+        "activation": "QuickGELU" if config.get("quick_gelu") else "GELU",
+    }
+
+
+def _fits(name: str, tag: str) -> bool:
+    try:
+        check_activation(name, tag)
+        return True
+    except InputError:
+        return False
 
 
 def augmentation(model: Any, preset: Preset = "default") -> Callable:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..console import ignore_write_errors, plain
-from ..data import Images, InputError, Source, save_few_shot
+from ..data import Images, InputError, SizedDataset, Source, save_few_shot
 from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, mistakes, notes
@@ -23,6 +23,7 @@ from .errors import argument_error
 from .evaluation import Evaluator
 from .forward_profile import forward_milliseconds
 from .methods import Skip
+from .own_dataset import own_data
 from .processes import ALONE, Processes, joined
 from .progress import ProgressDisplay
 from .report import report_html
@@ -36,7 +37,18 @@ from .weights import WeightsFile
 Status = Literal["complete", "interrupted", "diverged"]
 
 
-def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
+def tune(
+    config: TuneConfig | None = None,
+    console: Console | None = None,
+    *,
+    dataset: SizedDataset | None = None,
+    test: SizedDataset | None = None,
+    validation: SizedDataset | str | float | None = None,
+    classes: Sequence[str] | int | None = None,
+    name: str | None = None,
+    key: Any = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Tune a model and write the results.
 
     Checks the configuration before writing anything. Each epoch replaces the checkpoint, so an interrupted run can be
@@ -46,8 +58,17 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     rounding. The first process writes the files and shows the progress.
 
     Args:
-        config: Configuration of the run, equal in all processes.
+        config: Configuration of the run, equal in all processes. Default: `TuneConfig()`.
         console: Console for progress. Default: none.
+        dataset: Training images, instead of the setting `data`: a map-style dataset of (image, label), as
+            `data.from_datasets` describes it. Images are Pillow's, or tensors that are preprocessed for the model.
+        test: Test images. Default: those of `validation`, or else 30 % of the images of each class of `dataset`.
+        validation: Validation images; or the setting `validation`, a text or a share.
+        classes: Class names by label. Default: the `classes` of a dataset. Or the setting `classes`, a number.
+        name: Name of the dataset in the results. Default: its type.
+        key: Text or JSON value that identifies the datasets when a run is resumed. Default: a digest of their files and
+            labels; see `FeatureCache.build`.
+        **settings: Fields of `TuneConfig`, which replace those of `config`.
 
     Returns:
         Contents of metrics.json: zero-shot and tuned accuracy, kept classes, steps, and cost in seconds and memory.
@@ -58,16 +79,54 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         FloatingPointError: If the loss is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
         ProcessError: If another process ended without a report.
+
+    Example:
+        >>> import tempfile, torch, skipkernels as sk
+        >>> import skipkernels.experiments  # registers glyph-tiny
+        >>> from PIL import Image
+        >>> class Squares(torch.utils.data.Dataset):
+        ...     classes = ["black square", "white square"]
+        ...
+        ...     def __init__(self, count):
+        ...         self.labels = [index % 2 for index in range(count)]
+        ...
+        ...     def __len__(self):
+        ...         return len(self.labels)
+        ...
+        ...     def __getitem__(self, index):
+        ...         label = self.labels[index]
+        ...         return Image.new("RGB", (32, 32), ("black", "white")[label]), label
+        >>> folder = tempfile.mkdtemp()
+        >>> metrics = sk.tune(dataset=Squares(16), test=Squares(8), model="glyph-tiny", epochs=2, out=folder)
+        >>> metrics["classes"], metrics["best_epoch"] in (1, 2)
+        ({'all': 2}, True)
+        >>> sk.tuner.evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
+        True
     """
+    if validation is not None and isinstance(validation, (str, int, float)):
+        settings["validation"], validation = validation, None
+    if isinstance(classes, int):
+        settings["classes"], classes = classes, None
+    config = TuneConfig.of(config, **settings)
+    open_data = None
+    if dataset is not None:
+        parts: Any = {"test": test, "validation": validation, "classes": classes, "name": name, "key": key}
+        config, open_data = own_data(config, dataset, **parts)
+    elif not (test is validation is classes is None):
+        raise InputError(
+            "tune: test, validation images and class names need the training images as dataset.", "dataset"
+        )
     with joined(config.timeout) as processes:
         shown = console if console is not None and processes.first else Console(quiet=True)
-        return _tune(config, shown, processes)
+        return _tune(config, shown, processes, open_data)
 
 
-def _tune(config: TuneConfig, console: Console, processes: Processes) -> dict[str, Any]:
+def _tune(
+    config: TuneConfig, console: Console, processes: Processes, open_data: Callable[[], Source] | None = None
+) -> dict[str, Any]:
     config = resumed(config)
     processes.set_device(config.device)
-    open_data = functools.cache(config.open_data)
+    open_data = functools.cache(open_data or config.open_data)
     with processes.one_first("settings"):
         config = config.resolved(open_data)
     _check_processes(config, processes)

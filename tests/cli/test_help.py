@@ -13,7 +13,8 @@ import skipkernels
 # factor of three for slow machines and still fails if a heavy module is imported.
 MOST_SECONDS = 1.0
 
-COMMANDS = ["tune", "eval", "protocol", "compare", "analyze", "cache", "cache build", "warmup", "doctor"]
+COMMANDS = ["tune", "eval", "protocol", "compare", "analyze", "cache", "cache build", "models", "datasets", "warmup"]
+COMMANDS += ["doctor"]
 
 
 def measured(*arguments: str) -> tuple[str, float, set[str]]:

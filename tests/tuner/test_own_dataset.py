@@ -1,0 +1,93 @@
+"""`tune` and `evaluate_run` on a dataset that is passed in Python."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import skipkernels
+import skipkernels.experiments  # noqa: F401  (registers glyph-tiny)
+from skipkernels.data import InputError
+from skipkernels.tuner import TuneConfig, evaluate_run, tune
+from tests.tuner.runs import fails, files
+
+COLOURS = ["black", "red", "white"]
+
+
+class Squares(torch.utils.data.Dataset):
+    """Squares of three colours, as images or as preprocessed tensors."""
+
+    def __init__(self, count: int, *, shift: int = 0, tensors: bool = False):
+        self.labels, self.tensors = [(number + shift) % 3 for number in range(count)], tensors
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        label = self.labels[index]
+        if self.tensors:
+            return torch.full((3, 32, 32), float(label)), label
+        return Image.new("RGB", (40, 32), COLOURS[label]), label
+
+
+SETTINGS = {"classes": [f"{colour} square" for colour in COLOURS], "epochs": 2, "device": "cpu", "shots": "all"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, skipkernels.tune(dataset=Squares(30), validation=0.25, name="my squares", out=folder, **SETTINGS)
+
+
+def test_tune_dataset(run):
+    folder, metrics = run
+    config = TuneConfig.from_yaml(folder / "config.yaml")
+    assert (config.data, config.shots, config.validation) == ("dataset:my-squares", "all", 0.25)
+    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
+    assert metrics["validation"]["images"] == 3 and metrics["best_epoch"] in (1, 2)  # of five training images each
+    assert {"report.html", "few_shot.json", "model.safetensors"} <= files(folder)
+    assert evaluate_run(str(folder), dataset=Squares(30), classes=SETTINGS["classes"]) == metrics["tuned"]
+
+
+def test_resume_with_the_same_dataset(run):
+    folder, metrics = run
+    again = {"validation": 0.25, "name": "my squares", "out": folder, "resume": True, **SETTINGS}
+    assert json.dumps(tune(dataset=Squares(30), **again)) == json.dumps(metrics)
+    with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
+        tune(dataset=Squares(30, shift=1), **again)
+    with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
+        tune(dataset=Squares(30), key="version 2", **again)
+
+
+def test_eval_of_dataset(run, capsys):
+    assert "was passed to tune in Python. Pass it again as" in fails(["eval", run[0]], capsys)
+
+
+def test_tune_tensors(tmp_path):
+    parts = {
+        "dataset": Squares(6, tensors=True),
+        "test": Squares(3, tensors=True),
+        "validation": Squares(4, tensors=True),
+    }
+    metrics = tune(TuneConfig(device="cpu", out=tmp_path), **parts, **SETTINGS)
+    assert metrics["status"] == "complete" and metrics["validation"]["images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"dataset": iter([])}, "dataset must be a map-style dataset, with len"),
+     ({"dataset": Squares(3), "data": "coop:dtd"}, "data is 'coop:dtd', and dataset is given too"),
+     ({"test": Squares(3)}, "need the training images as dataset"),
+     ({"dataset": Squares(3), "epoch": 3}, "no setting epoch; did you mean epochs?"),
+     ({"dataset": Squares(3), "epochs": "3"}, "epochs must be .*int.*; got '3'"),
+     ({"dataset": Squares(30)}, "has no class names"),
+     ({"dataset": Squares(30), "classes": ["one", "two"]}, "labels of dataset:Squares must be from 0 to 1"),
+     ({"dataset": Squares(3), "classes": COLOURS}, "class black has 1 image, .* or give test=")],
+)  # fmt: skip
+def test_tune_refuses(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        tune(**{"device": "cpu", "out": tmp_path} | arguments)
+    assert not files(tmp_path)
