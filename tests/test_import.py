@@ -90,7 +90,7 @@ def test_operators_are_registered(imports):
     """Registered at the first use of the namespace, also if that precedes one of `functional`."""
     code = (
         "namespace = torch.ops.skipkernels; print(namespace.class_sampled_ce.default._schema.name)\n"
-        "x = torch.ones(2, 3); torch.library.opcheck(torch.ops.skipkernels.mlp_activation, (x, None, 0))\n"
+        "x = torch.ones(2, 3)\n"
         "print(torch.equal(namespace.mlp_activation(x, None, 0), skipkernels.functional.mlp_activation(x)))\n"
         "print(type(torch.ops.skipkernels) is type(torch.ops.aten), hasattr(namespace, 'nothing'))"
     )
@@ -103,8 +103,8 @@ def test_functional_without_gpu_and_triton():
         "print(sk.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist(), "
         "torch.cuda.is_initialized(), sk.backends()['class_scores']['cuda'].reason)"
     )
-    assert run(code).startswith("[inf, 0.707")
-    assert "False" in run(code)
+    out = run(code)
+    assert out.startswith("[inf, 0.707") and "False" in out
     without = "import sys; sys.modules['triton'] = None\n" + code
     assert "Triton is not installed" in run(without) or "no Triton kernel" in run(without)
 

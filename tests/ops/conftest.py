@@ -8,7 +8,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,6 +32,11 @@ class Backend(NamedTuple):
     def skip_unless_supported(self, dtype: torch.dtype) -> None:
         if dtype not in self.dtypes:
             pytest.skip(f"{self.name} does not support {dtype}")
+
+    def opcheck(self, operator: Any, arguments: tuple[Any, ...]) -> None:
+        """`torch.library.opcheck`; autograd and compilation, which see only the registration, with C++ alone."""
+        names = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, arguments, test_utils=names if self.name == "cpp" else names[:2])
 
 
 CPU = torch.device("cpu")
@@ -68,16 +73,36 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         for name, definition in registration.definitions.items():
             function = definition.fallback if chosen.name == "reference" else definition.launch
             library.impl(name, function, "CPU", allow_override=True)
-    with specialisations.recorded(), _device_assertions() if chosen.name == "interpreter" else contextlib.nullcontext():
+    with specialisations.recorded(), _interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen
     library._destroy()
 
 
 @contextlib.contextmanager
-def _device_assertions() -> Iterator[None]:
-    """Enable `tl.device_assert` in the interpreter of Triton, which ignores the option of the launch."""
-    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    before = builder.options
-    builder.options = dataclasses.replace(before, debug=True, sanitize_overflow=False)
-    yield
-    builder.options = before
+def _interpreter() -> Iterator[None]:
+    """Triton's interpreter with `tl.device_assert`, and in less time.
+
+    It ignores the option of the launch for assertions. It would patch `triton.language` at each call of a device
+    function, which takes a third of the time: a launch patches it once for each module of its functions.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, launch, builder = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.interpreter_builder
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch(function)
+        return None  # only the launch uses the result, and its call is the first
+
+    def launch_and_forget(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
+        monkeypatch.setattr(builder, "options", options)
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_and_forget)
+        yield

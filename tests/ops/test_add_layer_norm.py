@@ -21,6 +21,7 @@ from skipkernels.testing import SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops import gpu
 from tests.ops.conftest import Backend
+from tests.ops.parameters import ids, pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("hidden", "normed", "d_x", "d_residual", "d_weight", "d_bias")
@@ -98,9 +99,11 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "residual"),
+    pairs(SHAPES, DTYPES, [True, False]),
+    ids=ids("x", residual=True, plain=False),
+)
 def test_no_worse_than_eager(backend: Backend, shape, dtype, residual):
     backend.skip_unless_supported(dtype)
     if backend.name == "interpreter" and shape == (788, 768):
@@ -309,17 +312,17 @@ def test_gradcheck(backend: Backend, residual):
 def test_opcheck(backend: Backend):
     for residual in (True, False):
         case = make(2, 3, 33, device=backend.device, residual=residual)
-        torch.library.opcheck(operator, (*case[:4], 1e-5, None))
+        backend.opcheck(operator, (*case[:4], 1e-5, None))
         with torch.no_grad():
             hidden, _, mean, rstd = operator(*case[:4], 1e-5, None)
         saved = (hidden if residual else case.x.detach(), mean, rstd, case.weight.detach())
         for needs in itertools.product([True, False], repeat=3):
             d_hidden = case.d_hidden.detach() if residual else None
             rest = (None, *needs, False, False, None)
-            torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), d_hidden, *saved, *rest))
-        torch.library.opcheck(operator, (case.x, None, None, None, 1e-5, torch.float16))
+            backend.opcheck(add_layer_norm_backward, (case.d_normed.detach(), d_hidden, *saved, *rest))
+        backend.opcheck(operator, (case.x, None, None, None, 1e-5, torch.float16))
     rest = (case.bias.detach(), True, True, True, True, False, torch.float16)
-    torch.library.opcheck(add_layer_norm_backward, (case.d_normed.detach(), case.d_hidden.detach(), *saved, *rest))
+    backend.opcheck(add_layer_norm_backward, (case.d_normed.detach(), case.d_hidden.detach(), *saved, *rest))
 
 
 @pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations(range(4), n)])

@@ -192,12 +192,12 @@ def test_gradcheck(backend: Backend):
 def test_opcheck(backend: Backend, K):
     case = make(3, 9, K, 5, device=backend.device)
     image, text, scale = case[:3]
-    torch.library.opcheck(operator, (image, text, case.labels, scale, case.class_ids))
+    backend.opcheck(operator, (image, text, case.labels, scale, case.class_ids))
     image, text, scale = (x.detach() for x in case[:3])
     lse, target, *norms = operator(image, text, case.labels, scale, case.class_ids)
     for needs in itertools.product([True, False], repeat=3):
         arguments = image, text, case.labels, scale, lse, *norms, lse, target, case.class_ids, *needs
-        torch.library.opcheck(backward_operator, arguments)
+        backend.opcheck(backward_operator, arguments)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1)])

@@ -20,6 +20,7 @@ from skipkernels.testing import SLACK, relative_error
 from tests.layouts import LAYOUTS, laid_out
 from tests.ops import gpu
 from tests.ops.conftest import Backend
+from tests.ops.parameters import ids, pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -87,9 +88,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shape", "dtype", "kind"), pairs(SHAPES, DTYPES, KINDS), ids=ids("x"))
 def test_no_worse_than_eager(backend: Backend, kind, shape, dtype):
     backend.skip_unless_supported(dtype)
     if backend.name == "interpreter" and shape == (788, 768):
@@ -216,10 +215,10 @@ def test_gradcheck(backend: Backend, kind, bias):
 def test_opcheck(backend: Backend):
     case = make(2, 3, 33, device=backend.device)
     for bias in (case.bias, None):
-        torch.library.opcheck(operator, (case.x, bias, KINDS.index("gelu")))
+        backend.opcheck(operator, (case.x, bias, KINDS.index("gelu")))
         saved = (case.d_out, case.x.detach(), None if bias is None else bias.detach(), KINDS.index("gelu"))
         for needs in itertools.product([True, False], [True, False] if bias is not None else [False], [True, False]):
-            torch.library.opcheck(mlp_activation_backward, (*saved, *needs, False))
+            backend.opcheck(mlp_activation_backward, (*saved, *needs, False))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from skipkernels.ops.pooled_attention import pooled_attention as operator
 from skipkernels.ops.pooled_attention import pooled_attention_backward as backward_operator
 from skipkernels.testing import SLACK, relative_error
 from tests.ops import gpu
+from tests.ops.parameters import ids, pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("query", "key", "value")
@@ -86,9 +87,11 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("lengths", [None, "drawn"], ids=["whole", "lengths"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-H{}-E{}".format(*s))
+@pytest.mark.parametrize(
+    ("shape", "dtype", "lengths"),
+    pairs(SHAPES, DTYPES, [None, "drawn"]),
+    ids=ids("B{}-N{}-H{}-E{}", whole=None, lengths="drawn"),
+)
 def test_no_worse_than_eager(backend, shape, dtype, lengths):
     backend.skip_unless_supported(dtype)
     check_three_ways(make(*shape, dtype, backend.device, lengths=lengths))

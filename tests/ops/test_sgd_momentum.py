@@ -269,10 +269,10 @@ def test_runs_without_no_grad_and_increments_versions():
 def test_opcheck(backend):
     state = State([(5,), (2, 3)], torch.float32, device=backend.device)
     lr = torch.tensor(0.1, dtype=torch.float64, device=backend.device)
-    torch.library.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, None, None))
+    backend.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, None, None))
     if backend.name != "interpreter":
         state = State([(5,), (2, 3)], torch.bfloat16, device=backend.device)
-        torch.library.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, torch.tensor(3, device=backend.device), [8, 3]))
+        backend.opcheck(operator, (*state.lists, lr, 0.9, 5e-4, torch.tensor(3, device=backend.device), [8, 3]))
 
 
 def test_compiles_into_one_graph():

@@ -18,6 +18,7 @@ from skipkernels.ops.shared_prefix_attention import shared_prefix_attention as o
 from skipkernels.ops.shared_prefix_attention import shared_prefix_attention_backward as backward_operator
 from skipkernels.testing import SLACK, relative_error
 from tests.ops import gpu
+from tests.ops.parameters import ids, pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("query", "prefix_key", "prefix_value", "suffix_key", "suffix_value")  # parts of packed and of its gradient
@@ -139,12 +140,11 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("behind", [0, 1, 70])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_packed_suffixes_are_no_worse_than_eager(backend, lengths, behind, dtype):
+@pytest.mark.parametrize(("name", "dtype", "behind"), pairs(list(LENGTHS), DTYPES[:3], [0, 1, 70]), ids=ids(""))
+def test_packed_suffixes_are_no_worse_than_eager(backend, name, dtype, behind):
     """Rows behind the last suffix are NaN: they are not read, and the result and the gradient are 0 there."""
     backend.skip_unless_supported(dtype)
+    lengths = LENGTHS[name]
     check_three_ways(make(None, max(lengths), 6, 2, 16, dtype, backend.device, lengths=lengths, behind=behind))
 
 
