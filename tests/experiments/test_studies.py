@@ -218,7 +218,13 @@ def test_ablate_checks_all_variants_first(tmp_path, capsys, in_process):
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_command(tmp_path, capsys):
+def test_in_subprocess_registers_the_experiments():
+    """In a new process, which has not imported them; it returns the error of a setting too."""
+    with pytest.raises(InputError, match='epochs=1 has no effect with method="linear-probe"'):
+        runs._in_subprocess(runs._check_config, dataclasses.replace(TINY, method="linear-probe"))
+
+
+def test_compare_command(tmp_path, capsys, in_process):
     arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --classes 6 --device cpu".split()
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "linear-probe" in capsys.readouterr().out
