@@ -6,7 +6,6 @@ import csv
 import functools
 import importlib
 import itertools
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -242,14 +241,6 @@ def test_cases_of_pairs_call_the_operator_twice():
         if implementation in case.runs
     ] == ([""] * (2 + hasattr(torch.nn.functional, "linear_cross_entropy")))
     assert case.absent["memeff"] == "needs a GPU"
-
-
-def test_cases_run_under_pytest_benchmark():
-    command = "-m pytest bench/test_operators.py --benchmark-disable -q -p no:cacheprovider".split()
-    command = [sys.executable, *command, "-k", "class_scores and fp32 and not compiled"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
 
 
 # ---- peers -------------------------------------------------------------------------------------------------------
