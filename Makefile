@@ -27,7 +27,9 @@ tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, 
 	$(BIN)/skipkernels tune --overwrite
 
 # Two processes, since most tests are one thread of Python. Threads that wait sleep: they leave the core to the other.
+# Bytecode is written: else each of the many processes compiles the package, and each run the tests.
 test: export OMP_WAIT_POLICY = passive
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY) ## Run all tests and doctests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
