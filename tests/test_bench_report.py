@@ -17,8 +17,6 @@ EXTRA = {
     "step": "faster saved_mib",
     "operators": "faster",
     "infer": "faster",
-    "memory": "K saved_mib peak_mib",
-    "glyphs": "new step_ms tuning_s peak_mib",
 }
 
 
@@ -97,13 +95,6 @@ def test_table_drops_empty_columns_and_escapes_bars():
     assert report.table(["", "a", "b"], [["x", "", "1|2"]]) == "|  | b |\n| --- | --- |\n| x | 1\\|2 |"
 
 
-def test_trainers_table_compares_both_implementations(root):
-    case = {"trainer": "lightning", "model": "ViT-B-16", "B": 4, "C": 500, "K": 77, "precision": "fp32", "lines": 3}
-    measured = {"naive": {"p50_ms": 9000, "saved_mib": 2000}, "skipkernels": {"p50_ms": 1500, "saved_mib": 200}}
-    save(root, "trainers", *(row("trainers", **case, implementation=name, **x) for name, x in measured.items()))
-    assert "| Lightning | 3 | 9,000 ms → 1,500 ms | 6.00 | 2,000 MiB → 200 MiB |" in page(root)
-
-
 def test_step_table_gives_the_reason_where_nothing_was_measured(root):
     save(
         root,
@@ -127,19 +118,6 @@ def test_headline_uses_ratios_of_one_run(root):
     assert "1.50 times the time, 1.00 times the memory" in text
 
 
-def test_operators_are_compared_with_eager_and_the_fastest_other(root):
-    save(
-        root,
-        "operators",
-        operator("skipkernels"),
-        operator("eager", faster=2.0, wanted="≥ 1.5"),
-        operator("liger", faster=1.2),
-        operator("compiled reference", faster=1.1),
-    )
-    expected = "| `class_scores` | N1 | 2.00 | ≥ 1.5 | 1.10, compiled reference |"
-    assert expected in page(root, "docs/operators.md")
-
-
 def test_losses_are_sorted_and_cut_in_the_readme(root):
     rows = [operator("eager", f"N{i}", faster=0.5 + i / 10) for i in range(8)]
     failed = operator("skipkernels", "N9", p50_ms="", note="wrong: error 1.0 > 0.1")
@@ -155,12 +133,6 @@ def test_goals_state_the_worst_shape(root):
     assert "| `class_scores` over eager, worst of 2 shapes: fp32 | ≥ 1.5 | 1.40 | no, worst at N0 |" in page(
         root, "docs/benchmarks.md"
     )
-
-
-def test_glyphs_has_mean_and_deviation_over_seeds(root):
-    values = {"data": "glyphs", "method": "skip", "trained_parameters": 847616, "new": 30, "harmonic": 40}
-    save(root, "glyphs", *(row("glyphs", seed=s, base=b, **values) for s, b in enumerate((74, 76))))
-    assert "| Skip Tuning | 2 | 75.0 ± 1.4 | 30.0 | 40.0 | 847,616 |" in page(root)
 
 
 def test_a_gpu_is_shown_before_a_cpu(root):
