@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skipkernels as sk
-from bench import counts, pictures, roofline, scale
+from bench import counts, measure, pictures, roofline, scale
 from bench.flops import flops_of
 from bench.inputs import class_names, random_inputs
 from skipkernels.parallel import cost
@@ -111,3 +111,29 @@ def test_table_and_picture_are_those_of_the_formulas():
     assert pictures.step_over_processes(rows).startswith("<svg")
     assert {row["faster on H100"] for row in rows if row["C"] == 1_000_000 and row["W"] > 1} == {CLASS_PARALLEL}
     assert {row["faster on H100"] for row in rows if row["W"] == 1} == {"equal"}
+
+
+def test_measurements_write_rows_of_equal_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    losses = {1: [2.0, 1.0], 2: [2.0, 1.0]}
+
+    def in_processes(W, threads, function, *arguments):
+        if function is scale.peak_of_process:
+            return [2**20 * (8 // W + rank) for rank in range(W)]
+        return [(losses[W], [0.5 / threads])] * W
+
+    monkeypatch.setattr(scale, "in_processes", in_processes)
+    for name, column in (("memory", ["8.0", "5.0"]), ("throughput", ["128.0", "64.0"])):
+        scale.main(["--measure", name])
+        with next(tmp_path.glob(f"*/scale_{name}.csv")).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["class_mib" if name == "memory" else "images_per_second"] for row in rows] == column
+    losses[2] = [2.0, 1.1]
+    with pytest.raises(SystemExit, match="other losses than one: no measurement"):
+        scale.main(["--measure", "throughput"])
+
+
+def test_small_prompts_are_distinct():
+    tokens = scale.small_tokens(30_000)
+    assert len(tokens[:, 2:5].unique(dim=0)) == 30_000 and int(tokens.max()) == 999
+    assert (tokens.argmax(dim=1) == 5).all(), "open_clip pools the largest id"
