@@ -61,7 +61,7 @@ class TuneCommand(Options):
             metrics = tune(config, console=err)
         if not processes.first:
             return 0
-        table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots} shots")
+        table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
         for column in ("zero-shot", "tuned", "change"):
             table.add_column(column, justify="right")
         for key, before in metrics["zero_shot"].items():
@@ -75,6 +75,10 @@ class TuneCommand(Options):
             pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
             costs.add_row("time per epoch", pace)
             costs.add_row("kept classes", f"{metrics['kept_classes']:.1f} of {classes} per step")
+        if metrics["best_epoch"] is not None:
+            validation = metrics["validation"]
+            chosen = f"{metrics['best_epoch']} of {metrics['epochs']}, {number(validation['tuned'], '.2f')} % of "
+            costs.add_row("epoch kept", f"{chosen}{validation['images']} validation images")
         costs.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
         baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
         costs.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")

@@ -68,7 +68,7 @@ def report_html(
     tests = list(metrics["classes"])
     epochs = f"{metrics['epochs']} epoch{'' if metrics['epochs'] == 1 else 's'}"
     state = "" if metrics["status"] == "complete" else f" – {metrics['status']} after {epochs}"
-    title = _text(f"{config.model} on {config.data}, {config.method}, {config.shots} shots{state}")
+    title = _text(f"{config.model} on {config.data}, {config.method}, {config.shots_text}{state}")
     protocol = _text(str(metrics.get("protocol", "")))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
