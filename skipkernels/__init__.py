@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
+    from skipkernels.serve import Classifier, predict
     from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
     from skipkernels.tuner import tune
@@ -28,6 +29,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "ClassSelection",
+    "Classifier",
     "FeatureCache",
     "FusedSGD",
     "GraphedStep",
@@ -43,6 +45,7 @@ __all__ = [
     "merge_lora",
     "ops",
     "parallel",
+    "predict",
     "reference",
     "retrieval",
     "save_lora",
@@ -53,6 +56,7 @@ __all__ = [
 _SUBMODULES = ("functional", "ops", "parallel", "reference", "retrieval")
 _HOME = {  # public name → its module
     "ClassSelection": "selection",
+    "Classifier": "serve",
     "FeatureCache": "features",
     "FusedSGD": "optimizer",
     "GraphedStep": "clip",
@@ -64,6 +68,7 @@ _HOME = {  # public name → its module
     "add_lora": "lora",
     "backends": "ops",
     "merge_lora": "lora",
+    "predict": "serve",
     "save_lora": "lora",
     "select_classes": "selection",
     "tune": "tuner",

@@ -44,6 +44,7 @@ LAYERS = [
     ("data",),
     ("tuner",),
     ("experiments",),
+    ("serve",),
     ("integrations", "cli", "__main__"),
 ]
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -20,6 +20,7 @@ from .eval import EvalCommand
 from .interrupt import Terminated, termination_as_interrupt
 from .listings import DatasetsCommand, ModelsCommand
 from .options import REGISTRY
+from .predict import PredictCommand
 from .protocol import ProtocolCommand
 from .tune import TuneCommand
 from .warmup import WarmupCommand
@@ -29,6 +30,7 @@ _LONGEST = 1000  # characters of an error message
 Command = (
     Annotated[TuneCommand, tyro.conf.subcommand("tune")]
     | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
+    | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
     | Annotated[ProtocolCommand, tyro.conf.subcommand("protocol")]
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]

@@ -120,7 +120,10 @@ def _load_whole(
             torch.manual_seed(seed)
             try:
                 model, _, transform = open_clip.create_model_and_transforms(
-                    source, load_weights=not architecture_only, require_pretrained=not architecture_only
+                    source,
+                    load_weights=not architecture_only,
+                    require_pretrained=not architecture_only,
+                    pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
                 )
                 return model.to(device).eval(), transform, _tokenizer(source)
             except _LOAD_ERRORS as error:

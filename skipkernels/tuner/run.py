@@ -19,10 +19,12 @@ from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, mistakes, notes
 from .config import TuneConfig
+from .description import CLASSIFIER, OPEN_CLIP, Description, describe, write_open_clip_config
 from .errors import argument_error
 from .evaluation import Evaluator
 from .forward_profile import forward_milliseconds
 from .methods import Skip
+from .model_card import model_card
 from .own_dataset import own_data
 from .processes import ALONE, Processes, joined
 from .progress import ProgressDisplay
@@ -32,7 +34,7 @@ from .setup import BATCH, build_run
 from .tensorboard import open_tensorboard
 from .trainer import Trainer
 from .validation import best_epoch, has_stalled
-from .weights import WeightsFile
+from .weights import MODEL, WeightsFile
 
 Status = Literal["complete", "interrupted", "diverged"]
 
@@ -191,6 +193,7 @@ class _Run:
         self.zero_shot: dict[str, Tensor] = {}
         self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch, in the end the best
         self.validation: dict[str, Any] | None = None  # accuracies on the validation images
+        self.described: Description | None = None
         self.warnings: list[str] = []
         self.seconds_before = self.seconds_fit = 0.0  # of earlier processes; of `fit`
 
@@ -342,6 +345,20 @@ class _Run:
         with interrupt_deferred():
             self.folder.complete_epoch(row, *self.weights.contents(), state)
             self.tuned = predictions
+            if self.described is None:
+                try:
+                    self._describe()
+                except Exception as error:  # any: the run continues without these files
+                    reason = (str(error).strip().splitlines() or [""])[0]
+                    self.warnings.append(f"{CLASSIFIER} was not written ({type(error).__name__}: {reason}).")
+
+    def _describe(self) -> None:
+        """Write the files by which the folder is used without its training data; needs a checkpoint."""
+        setup, holds = self.setup, self.weights.holds
+        self.described = describe(setup.config, setup.model, self.task, weights=self.folder.weights_file, holds=holds)
+        self.described.write(self.folder.path)
+        if holds == MODEL:
+            write_open_clip_config(self.folder.path, self.config.model, setup.model)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -370,6 +387,7 @@ class _Run:
                 metrics["cost"]["forward_milliseconds"] = self._forward_parts(train)
             with interrupt_deferred():
                 if self.tuned is not None:
+                    self._write_card(metrics)
                     page = report_html(self.config, metrics, self.folder.rows, *self._mistakes(self.tuned))
                     self.folder.write_report(page)
                 self.folder.finish(metrics)
@@ -382,6 +400,13 @@ class _Run:
                 error.args = (f"the run in {self.folder.path} is {status}; {REPORT} is not written",)
             raise
         return metrics
+
+    def _write_card(self, metrics: dict[str, Any]) -> None:
+        """Write the model card, and classifier.json again, with what is known at the end."""
+        self._describe()
+        assert self.described is not None
+        readable = (self.folder.path / OPEN_CLIP).exists()
+        self.folder.write_card(model_card(self.config, self.described, metrics, open_clip=readable))
 
     def _metrics(self) -> dict[str, Any]:
         """Contents of metrics.json, from the complete epochs."""

@@ -23,7 +23,9 @@ from ..store import StoreError, absolute_folder, read_object, replace_text
 from ..store.lock import OWNER, lock_owner, locked
 from . import checkpoint
 from .config import TuneConfig, read_settings
+from .description import CLASSIFIER, OPEN_CLIP
 from .errors import argument_error
+from .model_card import CARD
 from .state_checks import check_types
 from .validation import best_epoch
 
@@ -32,7 +34,8 @@ FEW_SHOT = "few_shot.json"
 # In the order of deletion. metrics.json marks a run that has ended: deleted first, written after the last epoch.
 # config.yaml marks the files as those of a run: deleted last, written first.
 _WEIGHTS = (checkpoint.MODEL, checkpoint.DELTA, checkpoint.BEST)
-_FILES = (METRICS, checkpoint.STATE, REPORT, EPOCHS, *_WEIGHTS, FEW_SHOT, CONFIG)
+_RESULTS = (METRICS, checkpoint.STATE, REPORT, CARD, CLASSIFIER, OPEN_CLIP, EPOCHS)
+_FILES = (*_RESULTS, *_WEIGHTS, FEW_SHOT, CONFIG)
 
 _METRICS: dict[str, Any] = {  # fields of metrics.json that are read
     "status": "text",
@@ -336,6 +339,10 @@ class RunFolder:
     def write_report(self, report: str) -> None:
         """Write report.html."""
         self._write(REPORT, report)
+
+    def write_card(self, card: str) -> None:
+        """Write README.md."""
+        self._write(CARD, card)
 
     def _write(self, name: str, text: str) -> None:
         try:

@@ -37,13 +37,18 @@ class WeightsFile:
         self._trained = _trained_names(method) if delta and reloaded else set()
         self._whole = method.state_dict().keys() == model.state_dict().keys()
 
+    @property
+    def holds(self) -> str:
+        """Kind of the contents: MODEL, METHOD or CHANGES."""
+        return CHANGES if self._first is not None else MODEL if self._whole else METHOD
+
     def contents(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors by name, and the metadata of the file."""
         weights = dict(self._method.state_dict())
         if self._first is None:
-            return weights, metadata(holds=MODEL if self._whole else METHOD)
+            return weights, metadata(holds=self.holds)
         kept = {name: weights[name] for name in weights if name in self._trained}
-        return kept | self._first.changed(weights), metadata(holds=CHANGES, of=self._first.digest())
+        return kept | self._first.changed(weights), metadata(holds=self.holds, of=self._first.digest())
 
     def load(self, path: Path) -> None:
         """Load a weights file into the method.

@@ -13,8 +13,8 @@ import skipkernels
 # factor of three for slow machines and still fails if a heavy module is imported.
 MOST_SECONDS = 1.0
 
-COMMANDS = ["tune", "eval", "protocol", "compare", "analyze", "cache", "cache build", "models", "datasets", "warmup"]
-COMMANDS += ["doctor"]
+COMMANDS = "tune eval predict protocol compare analyze cache models datasets warmup doctor".split()
+COMMANDS += ["cache build"]
 
 
 def measured(*arguments: str) -> tuple[str, float, set[str]]:

@@ -30,6 +30,7 @@ from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.tuner.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "state.pt", "report.html"}
+FILES |= {"classifier.json", "open_clip_config.json", "README.md"}
 
 
 def first_weights() -> dict[str, torch.Tensor]:
@@ -203,7 +204,7 @@ def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
     before = first_weights()
     assert set(delta) == {name for name in before if not before[name].equal(whole[name])}
     assert all(delta[name].equal(whole[name]) for name in delta)
-    assert files(tmp_path / "run") == FILES - {"model.safetensors"} | {"delta.safetensors"}
+    assert files(tmp_path / "run") == FILES - {"model.safetensors", "open_clip_config.json"} | {"delta.safetensors"}
     assert evaluate_run(tmp_path / "run") == metrics["tuned"]
     assert main(["eval", str(tmp_path / "run" / "delta.safetensors")]) == 0
 

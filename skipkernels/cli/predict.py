@@ -1,0 +1,156 @@
+"""`skipkernels predict`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+from skipkernels.console import Terminal, progress
+from skipkernels.options import Precision
+
+if TYPE_CHECKING:
+    from skipkernels.serve import Predictions
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """Classes and results."""
+
+    top: int = 5
+    """Number of classes for each image, best first."""
+    classes: str | None = None
+    """Other classes, recognised by their names alone: names with commas between them, or a file with a name in each
+    line. By default the trained classes."""
+    template: tuple[str, ...] | None = None
+    """Prompts of the classes, such as "a photo of a {}.". By default those of the run."""
+    out: Path | None = None
+    """File of the results. By default they are printed."""
+    format: Literal["csv", "json"] | None = None
+    """Format of the results. By default that of the ending of --out, else csv."""
+    sort_into: Path | None = None
+    """New folder into which each image is copied, in a folder named after its label."""
+    link: bool = False
+    """With --sort-into, make symbolic links in place of copies."""
+    contact_sheet: Path | None = None
+    """HTML file with a thumbnail of each image, by label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictComputeOptions:
+    """Device and speed."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
+    precision: Precision = "auto"
+    """auto is bf16 on a GPU that has it, else fp32."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int | None = None
+    """Threads that decode images. By default one for each core, at most 8."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictCommand:
+    """Classify images with a tuned model. The exit code is 1 if a file could not be read; the others are classified."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES")]
+    """Images, or folders of images, which are searched with their subfolders."""
+    results: PredictOptions = PredictOptions()
+    compute: PredictComputeOptions = PredictComputeOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Classify the images. Returns 0, or 1 if a file could not be read.
+
+        Raises:
+            InputError: If there is no such run, there are no images, or an option is invalid.
+        """
+        from skipkernels.data import InputError
+        from skipkernels.serve import Classifier
+        from skipkernels.serve.output import SortedFolders, contact_sheet, lines
+        from skipkernels.store import replace_file, replace_text
+
+        results, compute = self.results, self.compute
+        if results.link and results.sort_into is None:
+            raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
+        for name in ("out", "contact_sheet"):
+            path = getattr(results, name)
+            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+                raise InputError(f"predict: {name} must be a file in an existing folder; got {path}.", name)
+        images = self._images()
+        classifier = Classifier.load(
+            self.run,
+            classes=None if results.classes is None else _names(results.classes),
+            templates=results.template,
+            device=compute.device,
+            precision=compute.precision,
+        )
+        folders = None
+        if results.sort_into is not None:
+            folders = SortedFolders(results.sort_into, classifier.classes, link=results.link)
+        top = min(results.top, len(classifier.classes))
+        options: dict[str, Any] = {"top": top, "batch_size": compute.batch_size, "workers": compute.workers}
+        best: list[tuple[str, str, float]] = []
+        unreadable = 0
+
+        def parts() -> Iterator[Predictions]:
+            nonlocal unreadable
+            with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
+                bar = bars.add_task("images", total=len(images))
+                for part in classifier.predict_batches(images, unreadable="skip", **options):
+                    for name, reason in part.unreadable.items():
+                        err.print(f"skipped {name}: {reason}", soft_wrap=True)
+                    unreadable += len(part.unreadable)
+                    for name, found in part:
+                        best.append((name, *found[0]))
+                        if folders is not None:
+                            folders.add(name, found[0][0])
+                    yield part
+                    bars.advance(bar, len(part) + len(part.unreadable))
+
+        form = results.format or ("json" if results.out is not None and results.out.suffix == ".json" else "csv")
+        texts = lines(parts(), form, top)
+        if results.out is None:
+            for text in texts:
+                out.file.write(text)
+        else:
+            # surrogateescape: the bytes of a file name that is not in UTF-8
+            encoded = (text.encode(errors="surrogateescape") for text in texts)
+            replace_file(results.out, lambda file: file.writelines(encoded))
+        if results.contact_sheet is not None:
+            replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
+        how = "calibrated on held-out images" if classifier.calibrated else "not calibrated: no images were held out"
+        skipped = f", {unreadable:,} skipped" if unreadable else ""
+        err.print(f"{len(best):,} images classified{skipped}; probabilities are {how}", soft_wrap=True)
+        return 1 if unreadable else 0
+
+    def _images(self) -> list[str]:
+        from skipkernels.data import InputError
+        from skipkernels.serve.decoding import list_images
+
+        found = []
+        for path in self.images:
+            if path.is_dir():
+                inside = list_images(path)
+                if not inside:
+                    raise InputError(f"predict: images must be files or folders of images; {path} has none.", "images")
+                found += inside
+            else:
+                found.append(str(path))
+        if not found:
+            raise InputError("predict: images must be files or folders of images; got none.", "images")
+        return list(dict.fromkeys(found))
+
+
+def _names(text: str) -> list[str]:
+    """Names of classes in a file, or in a list with commas."""
+    from skipkernels.data.files import read_text
+
+    words = read_text(Path(text)).splitlines() if Path(text).is_file() else text.split(",")
+    return [word.strip() for word in words if word.strip()]

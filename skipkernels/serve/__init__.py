@@ -1,0 +1,14 @@
+"""A tuned model in use: classification of images, blending with the zero-shot model, and export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .classifier import Classifier, Predictions, predict
+
+__all__ = ["Classifier", "Predictions", "predict"]
+
+__getattr__ = lazy_names(__name__, {"Classifier": "classifier", "Predictions": "classifier", "predict": "classifier"})

@@ -1,0 +1,109 @@
+"""Images of files and folders, decoded in threads."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from ..data import InputError
+from ..data.files import has_image_extension
+from ..data.images import read_image
+
+MAX_WORKERS = 8  # decoding is faster than a model on most machines; more threads only take memory
+
+
+class Decoded(NamedTuple):
+    """Name of an image, and its tensor [3, H, W] or the reason why it can't be read."""
+
+    name: str
+    image: Tensor | InputError
+
+
+def list_images(folder: Path) -> list[str]:
+    """List the image files in a folder and its subfolders, sorted. Hidden files are skipped, and links are followed.
+
+    Raises:
+        InputError: If the folder can't be listed.
+    """
+    found, visited = [], set()
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: can't be listed ({error.strerror}).") from error
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder that contains it
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        found += [os.path.join(here, file) for file in files if file[0] != "." and has_image_extension(file)]
+    return sorted(found)
+
+
+def image_names(images: Sequence[Any]) -> list[str]:
+    """Name of each image: its path, or its number for an image without one."""
+    return [os.fspath(image) if isinstance(image, (str, os.PathLike)) else str(n) for n, image in enumerate(images)]
+
+
+def decode(
+    images: Sequence[Any], transform: Callable[[Image.Image], Tensor], *, workers: int | None = None
+) -> Iterator[Decoded]:
+    """Decode and transform images in threads, in their order; a bounded number is decoded ahead.
+
+    Args:
+        images: Paths or Pillow images.
+        transform: Transform of an RGB image.
+        workers: Number of threads. Default: one for each core, at most 8.
+
+    Raises:
+        InputError: If an item is neither a path nor a Pillow image.
+    """
+
+    def load(image: Any) -> Tensor | InputError:
+        if isinstance(image, Image.Image):
+            return transform(image.convert("RGB"))
+        if not isinstance(image, (str, os.PathLike)):
+            raise InputError(
+                f"Classifier.predict: images must be paths or Pillow images; got {type(image).__name__}.", "images"
+            )
+        try:
+            return transform(read_image(os.fspath(image)))
+        except InputError as error:
+            return error
+
+    count = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool:
+        waiting: deque[tuple[str, Future[Tensor | InputError]]] = deque()
+        rest: Iterable[tuple[str, Any]] = iter(zip(image_names(images), images, strict=True))
+        try:
+            for name, image in rest:
+                waiting.append((name, pool.submit(load, image)))
+                if len(waiting) > 4 * count:
+                    name, future = waiting.popleft()
+                    yield Decoded(name, future.result())
+            while waiting:
+                name, future = waiting.popleft()
+                yield Decoded(name, future.result())
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Split items into lists of `size`, the last of which may be shorter.
+
+    >>> list(batches("abc", 2))
+    [['a', 'b'], ['c']]
+    """
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch

@@ -1,0 +1,149 @@
+"""Loading of the model of a run folder from classifier.json and the weights, without the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import experiments  # noqa: F401  registers the baselines and glyph-tiny
+from ..data import InputError, Task
+from ..data.tasks import TestSet
+from ..data.templates import PHOTO, format_prompt, resolve_templates
+from ..options import Precision
+from ..tuner import checkpoint, weights
+from ..tuner.description import OPEN_CLIP, Description
+from ..tuner.methods import METHODS, Method
+from ..tuner.methods.base import FrozenModel
+from ..tuner.model import LOCAL_DIR, load_model, load_weights
+from ..tuner.precision import MixedPrecision
+
+TEST = "classes"
+"""Name of the test that has the classes to predict, for `Method.logits`."""
+
+
+class TunedRun(NamedTuple):
+    """Model of a run.
+
+    Attributes:
+        described: Contents of classifier.json.
+        classes: Names of the classes to predict.
+        model: CLIP.
+        method: Method with its weights, whose test `TEST` has the classes.
+        transform: Transform of an image.
+        precision: Mixed precision.
+    """
+
+    described: Description
+    classes: list[str]
+    model: nn.Module
+    method: Method
+    transform: Callable[[Any], torch.Tensor]
+    precision: MixedPrecision
+
+
+def load_run(
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    templates: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: Precision | str = "auto",
+) -> TunedRun:
+    """Load the model of a run; see `Classifier.load` for the arguments and errors."""
+    described = Description.read(folder)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    mixed = MixedPrecision(_resolved(precision, chosen), chosen)
+    file = weights_file(folder, described)
+    whole = described.holds == weights.MODEL
+    name, pretrained = described.model, described.pretrained
+    if whole and (folder / OPEN_CLIP).is_file():
+        name, pretrained = f"{LOCAL_DIR}{folder.absolute()}", None
+    model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole)
+    if whole:
+        load_weights(model, file)
+    mixed.prepare(model)
+    names, prompts = _classes(described, classes, templates)
+    method = _method(described, model, tokenizer, names, prompts, file)
+    if not whole:
+        weights.WeightsFile(method, model, delta=False).load(file)
+    method.train(False)
+    return TunedRun(described, names, model, method, transform, mixed)
+
+
+def weights_file(folder: Path, described: Description) -> Path:
+    """Return the path of the weights of a run, which may be in progress, or of an exported or blended model.
+
+    Raises:
+        InputError: If they are missing or damaged.
+    """
+    if (folder / checkpoint.STATE).exists():
+        return checkpoint.weights_of(folder)
+    path = folder / described.weights
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, though classifier.json names it. Copy the whole folder.")
+    return path
+
+
+def _resolved(precision: Precision | str, device: torch.device) -> Any:
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _classes(
+    described: Description, classes: Sequence[str] | None, templates: str | Sequence[str] | None
+) -> tuple[list[str], tuple[list[str], ...]]:
+    """Names of the classes to predict, and their prompts by template."""
+    if isinstance(classes, str) or (classes is not None and not all(isinstance(name, str) for name in classes)):
+        raise InputError(f"Classifier.load: classes must be a list of names; got {classes!r}.", "classes")
+    names = described.classes if classes is None else list(classes)
+    if not names:
+        raise InputError("Classifier.load: classes must have a name; got none.", "classes")
+    twice = next((name for name in names if names.count(name) > 1), None) if classes is not None else None
+    if twice is not None:
+        raise InputError(f"Classifier.load: classes must differ; got {twice!r} twice. Name it once.", "classes")
+    if templates is None and classes is None and described.prompts is not None:
+        return names, tuple(described.prompts)
+    own = described.templates or [PHOTO]
+    chosen = own if templates is None else resolve_templates(None, templates)
+    return names, tuple([format_prompt(template, name) for name in names] for template in chosen)
+
+
+def _method(
+    described: Description,
+    model: nn.Module,
+    tokenizer: Any,
+    classes: list[str],
+    prompts: tuple[list[str], ...],
+    file: Path,
+) -> Method:
+    """Construct the method of a run; its weights are not loaded."""
+    if described.method not in METHODS:
+        raise InputError(
+            f"Classifier.load: the run's method {described.method!r} is not registered. Import its module."
+        )
+    kind = METHODS[described.method]
+    tests = [TestSet(TEST, classes, prompts, ())]  # type: ignore[arg-type]
+    settings = dict(described.settings)
+    if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
+        trained = _classes(described, None, None)
+        tests.insert(0, TestSet("trained", *trained, ()))  # type: ignore[arg-type]
+    if described.method == "coop":
+        settings["vectors"] = _length(file, "context")
+    task = Task(described.data, described.protocol, (), tuple(tests))  # type: ignore[arg-type]
+    return kind(model, tokenizer, task, **settings)
+
+
+def _length(file: Path, name: str) -> int:
+    """Length of a tensor in a weights file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice(name).get_shape()[0]
+    except (SafetensorError, OSError, IndexError) as error:
+        raise InputError(f"{file}: not usable as weights of this model: {error}") from error

@@ -1,0 +1,160 @@
+"""Output of predictions: CSV, JSON, folders of images by label, and a contact sheet."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..data import InputError
+from ..data.images import read_image
+from .classifier import Predictions
+
+Format = Literal["csv", "json"]
+Row = tuple[str, list[tuple[str, float]]]
+"""Name of an image, and its labels with their probabilities, best first."""
+
+_LONGEST = 100  # characters of a folder name
+_THUMBNAIL = 160  # pixels
+_MOST = 2000  # images on a contact sheet: about 10 MB
+
+
+def lines(parts: Iterable[Predictions], form: Format, top: int) -> Iterator[str]:
+    """Format predictions as the lines of a CSV or JSON file, while they are computed.
+
+    CSV has a header and a row for each image: path, label, probability, label_2, probability_2, …. JSON is a list of
+    objects {"path": …, "predictions": [{"label": …, "probability": …}, …]}.
+
+    Args:
+        parts: Predictions of all images.
+        form: "csv" or "json".
+        top: Number of classes for each image, in the header of the CSV.
+    """
+    rows = (row for part in parts for row in part)
+    yield from _csv(rows, top) if form == "csv" else _json(rows)
+
+
+def _csv(rows: Iterable[Row], top: int) -> Iterator[str]:
+    def line(cells: Iterable[object]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    numbers = ["", *(f"_{n}" for n in range(2, top + 1))]
+    yield line(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
+    for name, found in rows:
+        yield line([name, *(cell for label, p in found for cell in (label, f"{p:.6g}"))])
+
+
+def _json(rows: Iterable[Row]) -> Iterator[str]:
+    first = True
+    for name, found in rows:
+        predictions = [{"label": label, "probability": float(f"{p:.6g}")} for label, p in found]
+        yield ("[\n" if first else ",\n") + json.dumps({"path": name, "predictions": predictions})
+        first = False
+    yield "[]\n" if first else "\n]\n"
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    r"""Return a folder name for each class: names without separators, distinct also where case is ignored.
+
+    >>> folder_names(["a/b", "A_b", "..", "cat"])
+    ['a_b', 'A_b (2)', '_', 'cat']
+    """
+    names: list[str] = []
+    used: set[str] = set()
+    for name in classes:
+        base = re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", name).strip(". ")[:_LONGEST] or "_"
+        chosen, number = base, 2
+        while chosen.casefold() in used:
+            chosen, number = f"{base} ({number})", number + 1
+        used.add(chosen.casefold())
+        names.append(chosen)
+    return names
+
+
+class SortedFolders:
+    """Folders named after labels, into which images are copied.
+
+    Args:
+        folder: Folder of the folders; new or empty.
+        classes: Names of all classes.
+        link: Make symbolic links in place of copies.
+
+    Raises:
+        InputError: If the folder is not empty.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str], *, link: bool = False):
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"predict: sort_into must be a new or an empty folder; got {folder}.", "sort_into")
+        self._folder, self._link = folder, link
+        self._names = dict(zip(classes, folder_names(classes), strict=True))
+
+    def add(self, path: str, label: str) -> None:
+        """Copy or link an image into the folder of its label. Equal file names are numbered."""
+        folder = self._folder / self._names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        name, number = Path(path).name, 2
+        while os.path.lexists(folder / name):
+            name, number = f"{Path(path).stem}-{number}{Path(path).suffix}", number + 1
+        if self._link:
+            os.symlink(os.path.abspath(path), folder / name)
+        else:
+            shutil.copyfile(path, folder / name)
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere; } h2 small { font-weight: normal; opacity: .7; }
+section div { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure { margin: 0; width: 160px; } img { width: 160px; height: 160px; object-fit: contain; background: #8882; }
+figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere; }
+"""
+
+
+def contact_sheet(rows: Sequence[tuple[str, str, float]], title: str) -> str:
+    """Return an HTML page with a thumbnail of each image, by label, most probable first.
+
+    Args:
+        rows: Path, label and probability of each image.
+        title: Title of the page.
+    """
+    by_label = defaultdict(list)
+    for path, label, probability in rows[:_MOST]:
+        by_label[label].append((probability, path))
+    note = f" The first {_MOST:,} of them are shown." if len(rows) > _MOST else ""
+    page = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        '<meta name="viewport" content="width=device-width">',
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{len(rows):,} images.{note}</p>",
+    ]
+    for label in sorted(by_label):
+        found = sorted(by_label[label], reverse=True)
+        page.append(f"<section><h2>{html.escape(label)} <small>{len(found):,}</small></h2><div>")
+        for probability, path in found:
+            name = html.escape(Path(path).name.encode(errors="replace").decode(), quote=True)
+            page.append(
+                f'<figure><img alt="{name}" src="{_thumbnail(path)}"><figcaption>{100 * probability:.0f} % {name}'
+                "</figcaption></figure>"
+            )
+        page.append("</div></section>")
+    return "\n".join(page) + "\n"
+
+
+def _thumbnail(path: str) -> str:
+    image = read_image(path)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

@@ -1,0 +1,233 @@
+"""Files by which a run folder is used without its training data: classifier.json and open_clip_config.json.
+
+With open_clip_config.json beside model.safetensors, `open_clip.create_model("local-dir:RUN")` loads a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import nn
+
+from .. import __version__
+from ..data import InputError, Task
+from ..store import read_object, replace_text
+from .config import TuneConfig
+from .state_checks import check_types
+
+CLASSIFIER, OPEN_CLIP = "classifier.json", "open_clip_config.json"
+FORMAT = 1
+_MAX_BYTES = 1 << 28  # of classifier.json: a million classes with a few prompts each
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
+
+_FIELDS: dict[str, Any] = {
+    "format": "whole number",
+    "model": "text",
+    "pretrained": ("text", "null"),
+    "method": "text",
+    "settings": "plain mapping",
+    "data": "text",
+    "protocol": "text",
+    "classes": "plain list",
+    "templates": ("plain list", "null"),
+    "prompts": ("plain list", "null"),
+    "weights": "text",
+    "holds": "text",
+    "logit_scale": "number",
+    "temperature": ("number", "null"),
+    "calibration_images": "whole number",
+    "preprocessing": "plain mapping",
+    "versions": "plain mapping",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """Contents of classifier.json.
+
+    Attributes:
+        model, pretrained: Name of the model and of its weights before tuning.
+        method, settings: Method, and the settings that its constructor needs.
+        data, protocol: Dataset and protocol of the run.
+        classes: Names of the trained classes, by label.
+        templates: Prompt templates; None if the prompts are not made of templates.
+        prompts: Prompts by template and class; None if `templates` make them.
+        weights: Name of the weights file.
+        holds: Its contents: "model", "method" or "changes"; see `weights`.
+        logit_scale: exp(logit_scale) of the model.
+        temperature: Divisor of the logits, fitted on held-out images; None if there were none.
+        calibration_images: Number of these images.
+        preprocessing: Settings of the image transform.
+        versions: Versions of the packages that wrote the run.
+    """
+
+    model: str
+    pretrained: str | None
+    method: str
+    settings: dict[str, Any]
+    data: str
+    protocol: str
+    classes: list[str]
+    templates: list[str] | None
+    prompts: list[list[str]] | None
+    weights: str
+    holds: str
+    logit_scale: float
+    temperature: float | None = None
+    calibration_images: int = 0
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read the classifier.json of a folder.
+
+        Raises:
+            InputError: If it is missing or damaged, or of a later version.
+        """
+        path = folder / CLASSIFIER
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file. A run has it after its first epoch; a run of an earlier version does not. Give "
+                "the folder of a run, or tune again."
+            )
+        try:
+            values = read_object(path, _MAX_BYTES)
+            check_types(values, _FIELDS)
+            if values.pop("format") != FORMAT:
+                raise ValueError("written by a later version; upgrade skipkernels")
+            names = {field.name for field in dataclasses.fields(cls)}
+            read = cls(**{name: value for name, value in values.items() if name in names})
+            read._check()
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise InputError(f"{path}: damaged: {error}. Restore it from a copy, or tune again.") from error
+        return read
+
+    def _check(self) -> None:
+        def texts(values: Any) -> bool:
+            return isinstance(values, list) and bool(values) and all(type(value) is str for value in values)
+
+        if not texts(self.classes):
+            raise ValueError("classes must be names")
+        if self.templates is None and self.prompts is None:
+            raise ValueError("templates and prompts are missing")
+        if self.templates is not None and not texts(self.templates):
+            raise ValueError("templates must be texts")
+        if self.prompts is not None:
+            fitting = (texts(part) and len(part) == len(self.classes) for part in self.prompts)
+            if not (self.prompts and all(fitting)):
+                raise ValueError("prompts must be one text for each class")
+        if Path(self.weights).name != self.weights:
+            raise ValueError("weights must be the name of a file in the folder")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError("temperature must be above 0")
+
+    def write(self, folder: Path) -> None:
+        """Write the classifier.json of a folder."""
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        replace_text(folder / CLASSIFIER, json.dumps(values, indent=2) + "\n")
+
+
+def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds: str) -> Description:
+    """Describe a run.
+
+    Args:
+        config: Resolved configuration.
+        model: CLIP of the run.
+        task: Task of the run; its first test has the trained classes.
+        weights: Name of the weights file.
+        holds: Contents of the weights file.
+    """
+    test = task.tests[0]
+    templates = find_templates(test.classes, test.prompts)
+    packages = ("torch", "open_clip_torch", "torchvision")
+    return Description(
+        model=config.model,
+        pretrained=config.pretrained,
+        method=config.method,
+        settings={"skip_layers": config.skip_layers} if config.method == "skip" else {},
+        data=task.name,
+        protocol=task.protocol,
+        classes=list(test.classes),
+        templates=templates,
+        prompts=None if templates is not None else [list(prompts) for prompts in test.prompts],
+        weights=weights,
+        holds=holds,
+        logit_scale=round(model.logit_scale.detach().float().exp().item(), 6),
+        preprocessing=preprocessing(model),
+        versions={"skipkernels": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in packages},
+    )
+
+
+def find_templates(classes: Sequence[str], prompts: Sequence[Sequence[str]]) -> list[str] | None:
+    """Find the templates that make the prompts of all classes; None if there are none.
+
+    >>> find_templates(["cat", "a"], [["a cat.", "a a."], ["cat", "a"]])
+    ['a {}.', '{}']
+    >>> find_templates(["cat", "dog"], [["a cat.", "the dog."]]) is None
+    True
+    """
+    found = []
+    for of_classes in prompts:
+        first, name = of_classes[0], classes[0]
+        starts = [start for start in range(len(first)) if first.startswith(name, start)]
+        candidates = (f"{first[:start]}{{}}{first[start + len(name) :]}" for start in starts)
+        fitting = (
+            template
+            for template in candidates
+            if all(template.replace("{}", other) == p for other, p in zip(classes, of_classes, strict=True))
+        )
+        template = next(fitting, None)
+        if template is None or template.count("{}") != 1:
+            return None
+        found.append(template)
+    return found
+
+
+def preprocessing(model: Any) -> dict[str, Any]:
+    """Return the settings of the image transform of a model, in open_clip's terms; empty if it does not say."""
+    return dict(getattr(getattr(model, "visual", model), "preprocess_cfg", {}))
+
+
+def open_clip_config(name: str, model: nn.Module) -> dict[str, Any] | None:
+    """Return the contents of open_clip_config.json; None if the model is not one of open_clip.
+
+    Args:
+        name: Name of the model, as `open_clip.create_model` takes it.
+        model: The model.
+    """
+    if not isinstance(model, (CLIP, CustomTextCLIP, CoCa)):
+        return None
+    config = open_clip.get_model_config(name)
+    if config is None:
+        return None
+    cleaned = preprocessing(model)
+    return {"model_cfg": config, "preprocess_cfg": {key: cleaned[key] for key in _PREPROCESSING if key in cleaned}}
+
+
+def write_open_clip_config(folder: Path, name: str, model: nn.Module) -> bool:
+    """Write open_clip_config.json, and a Hugging Face tokenizer that the config names.
+
+    Returns:
+        False if there is no such config; nothing is written then.
+    """
+    config = open_clip_config(name, model)
+    if config is None:
+        return False
+    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):  # open_clip reads it from the folder
+        open_clip.get_tokenizer(name).save_pretrained(folder)
+    replace_text(folder / OPEN_CLIP, json.dumps(config, indent=2) + "\n")
+    return True

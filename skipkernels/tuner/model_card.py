@@ -1,0 +1,152 @@
+"""README.md of a run: a model card, with the front matter that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import open_clip
+
+from ..data.base import escape_unprintable
+from .config import TuneConfig
+from .description import Description
+
+CARD = "README.md"
+_SHOWN = 20  # classes named in the card
+_PACKAGED = {"glyph-tiny": "apache-2.0"}  # that of this package
+# Licences of released weights by the beginning of their open_clip tag, as their publishers state them.
+_LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "commonpool": "mit", "webli": "apache-2.0"}
+_LICENCES |= {"metaclip": "cc-by-nc-4.0"}
+
+
+def licence(model: str, pretrained: str | None) -> str | None:
+    """Return the licence of pretrained weights, if it is known.
+
+    >>> licence("ViT-B-16-quickgelu", "openai"), licence("ViT-B-16", "my.pt")
+    ('mit', None)
+    """
+    if pretrained is None:
+        return _PACKAGED.get(model)
+    if pretrained not in open_clip.list_pretrained_tags_by_model(model):
+        return None
+    return next((name for start, name in _LICENCES.items() if pretrained.startswith(start)), None)
+
+
+def command(config: TuneConfig) -> str:
+    """Return the command of a run, with the settings that differ from their defaults."""
+    words = ["skipkernels tune"]
+    for name, value in vars(config).items():
+        default = getattr(TuneConfig, name)
+        if value == default or name in ("out", "resume", "overwrite", "device"):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(" ".join([f"--{flag}", *(shlex.quote(str(part)) for part in values)]))
+    return " ".join(words)
+
+
+def model_card(
+    config: TuneConfig,
+    described: Description,
+    metrics: Mapping[str, Any],
+    *,
+    heading: str | None = None,
+    open_clip: bool = True,
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+        config: Resolved configuration of the run.
+        described: Description of the tuned model.
+        metrics: Contents of metrics.json.
+        heading: First heading. Default: model, data and method.
+        open_clip: True if open_clip can load the folder.
+    """
+    known = licence(config.model, config.pretrained)
+    base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
+    matter = ["---", f"library_name: {'open_clip' if open_clip else 'skipkernels'}"]
+    matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
+    matter += [f"license: {known}"] if known else []
+    lines = [*matter, "---", "", f"# {heading or f'{config.model} tuned on {described.data}'}", ""]
+    lines += [
+        f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}` with "
+        f"[skipkernels](https://github.com/skipkernels/skipkernels) {described.versions['skipkernels']}.",
+        "",
+        "## Accuracy",
+        "",
+        *_accuracy(config, metrics),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import skipkernels as sk",
+        "",
+        'classifier = sk.Classifier.load("FOLDER")  # this folder',
+        'classifier.predict(["photo.jpg"]).labels',
+    ]
+    if open_clip:
+        lines += [
+            "",
+            "import open_clip",
+            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")',
+        ]
+    lines += ["```", "", "## Data and model", ""]
+    shots = f"{config.shots} images per class" if isinstance(config.shots, int) else "all images"
+    classes = escape_unprintable(", ".join(described.classes[:_SHOWN]))
+    more = len(described.classes) - _SHOWN
+    templates = described.templates or []
+    lines += [
+        f"- Training images: {shots} of `{described.data}`, protocol `{config.protocol}`, seed {config.seed}.",
+        f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
+        f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
+        f"- Base model: {base}. Licence of its weights: {known or 'not known here; see their publisher'}. The tuned "
+        "weights are a work derived from them.",
+        "",
+        "## Limits",
+        "",
+        "- Every image is assigned to one of the classes, also an image of something else.",
+        f"- {_probabilities(described)}",
+        "- Accuracy on other images, such as other cameras or places, may be lower than above; classes that were not "
+        "trained are recognised by their names, less well than trained ones.",
+        *(["- " + _CONTENTS[described.holds]] if described.holds in _CONTENTS else []),
+        "",
+        "## Reproduce",
+        "",
+        "```sh",
+        command(config),
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in described.versions.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_CONTENTS = {
+    "changes": "The folder holds the weights that tuning changed. The others are those of the base model, which is "
+    "loaded by its name.",
+    "method": "The folder holds the weights that the method adds. The model is the base model, which is loaded by its "
+    "name.",
+}
+
+
+def _probabilities(described: Description) -> str:
+    if described.temperature is None:
+        return "Probabilities are those of the logit scale; no images were held out to calibrate them."
+    images = described.calibration_images
+    return f"Probabilities are calibrated by a temperature of {described.temperature:.3g} on {images} held-out images."
+
+
+def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
+    """Table of the accuracies, in per cent."""
+    tuned = metrics["tuned"] or {}
+    rows = ["| test | classes | zero-shot | tuned |", "|---|---:|---:|---:|"]
+    for name, before in metrics["zero_shot"].items():
+        after = tuned.get(name)
+        cells = ("–" if value is None else f"{value:.2f} %" for value in (before, after))
+        rows.append(f"| {name} | {metrics['classes'].get(name, '')} | {' | '.join(cells)} |")
+    done = f"{metrics['epochs']} of {config.epochs} epochs" if metrics["status"] != "complete" else ""
+    return rows + (["", f"The run is {metrics['status']}: {done}."] if done else [])

@@ -1,0 +1,186 @@
+"""Classification from a run folder, in Python and from the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import skipkernels as sk
+from skipkernels.cli.main import main
+from skipkernels.data import InputError
+from skipkernels.serve.output import contact_sheet
+from skipkernels.tuner.description import Description
+
+
+@pytest.fixture(scope="module")
+def classifier(run) -> sk.Classifier:
+    return sk.Classifier.load(run.folder, device="cpu")
+
+
+def label_of(name: str) -> int:
+    return int(Path(name).name.split("-")[0])
+
+
+def test_accuracy_is_that_of_the_run(run, photos, classifier):
+    found = classifier.predict(photos, unreadable="skip")
+    assert len(found) == len(run.task.tests[0].images)
+    assert [Path(name).name for name in found.unreadable] == ["broken.jpg"]
+    correct = [label_of(name) == row[0] for name, row in zip(found.names, found.ids.tolist(), strict=True)]
+    assert 100 * sum(correct) / len(correct) == pytest.approx(run.metrics["tuned"]["base"], abs=1e-3)
+
+
+def test_inputs_of_each_kind_agree(photos, classifier, tmp_path):
+    paths = sorted((photos / "part0").iterdir())[:5]
+    pictures = [Image.open(path) for path in paths]
+    tensors = torch.stack([classifier.transform(picture.convert("RGB")) for picture in pictures])
+    dataset = [(tensor, 0) for tensor in tensors]
+    features = sk.FeatureCache.build(tmp_path / "cache", classifier.clip, dataset, dtype="fp32", progress=False)
+    expected = classifier.predict(tensors, top=3)
+    assert expected.ids.shape == (5, 3)
+    mixed = [paths[0], str(paths[1]), *pictures[2:]]
+    for inputs in (paths, pictures, mixed, features, tmp_path / "cache"):
+        found = classifier.predict(inputs, top=3, batch_size=2, workers=2)
+        assert torch.equal(found.ids, expected.ids)
+        torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-5, rtol=0)
+    assert classifier.predict(paths).names == list(map(str, paths))
+    assert len(classifier.predict([])) == 0
+
+
+def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifier, tmp_path):
+    every = classifier.predict(images, top=99)
+    assert every.ids.shape == (len(images), len(run.classes))
+    torch.testing.assert_close(every.probabilities.sum(1), torch.ones(len(images)))
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    values = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 2.0}))
+    cooled = sk.Classifier.load(folder, device="cpu")
+    assert cooled.calibrated and not classifier.calibrated
+    expected = (classifier.logits(images) / 2).softmax(1).sort(1, descending=True).values
+    torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)
+
+
+def test_other_classes_by_their_names(run, photos):
+    new = run.task.tests[1]
+    found = sk.predict(run.folder, [image for image, _ in new.images], classes=new.classes, device="cpu")
+    correct = (found.ids[:, 0] == torch.tensor(new.images.labels)).float().mean().item()
+    assert 100 * correct == pytest.approx(run.metrics["tuned"]["new"], abs=1e-3)
+
+
+def test_open_clip_loads_the_run(run, images, classifier):
+    name = f"local-dir:{run.folder}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokens = open_clip.get_tokenizer(name)([f"the character {name}." for name in run.classes])
+    with torch.no_grad():
+        image, text, scale = model.eval()(images, tokens)
+    torch.testing.assert_close(scale * image @ text.T, classifier.logits(images), atol=1e-4, rtol=0)
+    picture = run.task.tests[0].images[0][0]
+    assert torch.equal(transform(picture), classifier.transform(picture))
+
+
+def test_run_needs_no_data(run):
+    """Nothing but the folder's own files is named as needed."""
+    described = Description.read(run.folder)
+    assert described.classes == run.classes and described.templates == ["the character {}."]
+    card = (run.folder / "README.md").read_text()
+    assert f"| {run.metrics['tuned']['base']:.2f} % |" in card and "license: apache-2.0" in card
+
+
+@pytest.mark.parametrize(
+    ("load", "use", "message"),
+    [
+        ({"classes": "cat"}, {}, "classes must be a list of names"),
+        ({"classes": []}, {}, "classes must have a name"),
+        ({"classes": ["a", "a"]}, {}, "'a' twice"),
+        ({"templates": ["no place"]}, {}, "one {} each"),
+        ({}, {"top": 0}, "top must be a whole number of at least 1"),
+        ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
+        ({}, {"images": [3]}, "must be paths or Pillow images; got int"),
+        ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
+    ],
+)
+def test_bad_arguments(run, images, load, use, message):
+    with pytest.raises(InputError, match=message):
+        sk.Classifier.load(run.folder, device="cpu", **load).predict(use.pop("images", images), **use)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "classifier.json").write_text("{"), "damaged: not JSON"),
+        (lambda folder: (folder / "classifier.json").write_text("{}"), "format is missing"),
+        (lambda folder: (folder / "classifier.json").unlink(), "no such file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: missing or damaged"),
+        (lambda folder: [(folder / f).unlink() for f in ("model.safetensors", "state.pt")], "Copy the whole folder"),
+    ],
+)
+def test_damaged_run(run, tmp_path, damage, message):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        sk.Classifier.load(folder)
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["predict", *map(str, arguments), "--device", "cpu"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_command(run, photos, tmp_path, capsys):
+    sheet, folder = tmp_path / "sheet.html", tmp_path / "sorted"
+    files = ["--sort-into", folder, "--contact-sheet", sheet]
+    code, out, err = command(capsys, run.folder, photos, "--top", 2, *files)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 1 and "skipped" in err and "broken.jpg" in err  # the damaged file is named
+    assert list(rows[0]) == ["path", "label", "probability", "label_2", "probability_2"]
+    assert all(float(row["probability"]) >= float(row["probability_2"]) for row in rows)
+    assert len(rows) == len(run.task.tests[0].images) == sheet.read_text().count("<figure>")
+    assert {(path.parent.name, path.name) for path in folder.glob("*/*")} == {
+        (row["label"], Path(row["path"]).name) for row in rows
+    }
+
+    json_file = tmp_path / "found.json"
+    part = photos / "part1"
+    assert command(capsys, run.folder, part, *part.iterdir(), "--out", json_file)[0] == 0  # each image once
+    found = json.loads(json_file.read_text())
+    assert len(found) == len(list(part.iterdir()))
+    by_path = {row["path"]: row for row in rows}
+    for item in found:
+        assert item["predictions"][0]["label"] == by_path[item["path"]]["label"]
+
+    names = tmp_path / "names.txt"
+    names.write_text("alpha\n\nbeta\n")
+    outputs = {command(capsys, run.folder, part, "--classes", value)[1] for value in ("alpha, beta", names)}
+    assert len(outputs) == 1 and outputs.pop().count(",alpha,") == len(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nothing", "{photos}"], "RUN must be the folder of a run"),
+        (["{run}", "{tmp}"], "IMAGES must be files or folders of images"),
+        (["{run}", "{photos}", "--link"], "--link has no effect without --sort-into"),
+        (["{run}", "{photos}", "--sort-into", "{photos}"], "--sort-into must be a new or an empty folder"),
+        (["{run}", "{photos}", "--out", "{tmp}/none/a.csv"], "--out must be a file in an existing folder"),
+        (["{run}", "{photos}", "--top", "0"], "--top must be a whole number"),
+    ],
+)
+def test_command_errors(run, photos, tmp_path, capsys, arguments, message):
+    filled = [word.format(run=run.folder, photos=photos, tmp=tmp_path) for word in arguments]
+    code, _, err = command(capsys, *filled)
+    assert code == 2 and message in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_contact_sheet_escapes_names(photos):
+    path = str(next((photos / "part0").iterdir()))
+    page = contact_sheet([(path, "<script>alert(1)</script>", 0.5)], 'a"<b>')
+    assert "<script>" not in page and "<b>" not in page
