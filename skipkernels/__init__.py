@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
-    from skipkernels.serve import Classifier, predict
+    from skipkernels.serve import Classifier, blend, predict
     from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
     from skipkernels.tuner import tune
@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "add_lora",
     "backends",
+    "blend",
     "functional",
     "merge_lora",
     "ops",
@@ -67,6 +68,7 @@ _HOME = {  # public name → its module
     "UnsupportedModel": "towers",
     "add_lora": "lora",
     "backends": "ops",
+    "blend": "serve",
     "merge_lora": "lora",
     "predict": "serve",
     "save_lora": "lora",

@@ -13,6 +13,7 @@ from skipkernels.console import Terminal, plain, standard_streams
 from skipkernels.tuner.processes import is_first, launched
 
 from .analyze import AnalyzeCommand
+from .blend import BlendCommand
 from .cache import CacheCommand
 from .compare import CompareCommand
 from .doctor import DoctorCommand
@@ -31,6 +32,7 @@ Command = (
     Annotated[TuneCommand, tyro.conf.subcommand("tune")]
     | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
+    | Annotated[BlendCommand, tyro.conf.subcommand("blend")]
     | Annotated[ProtocolCommand, tyro.conf.subcommand("protocol")]
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from skipkernels.console import Terminal
 from skipkernels.tuner.option_groups import OutputOptions, ProcessOptions
 
+from .blend import show as show_blend
 from .options import Options, tune_config
+
+if TYPE_CHECKING:
+    from skipkernels.tuner import TuneConfig
 
 
 def _flag_or_path(words: list[str]) -> bool | Path:
@@ -36,6 +40,8 @@ class TuneOutputOptions(OutputOptions):
     resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
     """Resume a run after its last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings.
     Without RUN: the run in --out, with the settings given here; if there is none, start it."""
+    blend: float | Literal["auto"] | None = None
+    """Also blend the tuned model with the zero-shot one, with this weight or auto, into OUT-blend; see blend --help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,8 @@ class TuneCommand(Options):
         with joined(self.processes.timeout) as processes:
             config = resumed(tune_config(self))
             processes.set_device(config.device)
+            if self.output.blend is not None:
+                _check_blend(config, processes.size)
             with processes.one_first("command line"):
                 config = config.resolved()
             metrics = tune(config, console=err)
@@ -89,7 +97,21 @@ class TuneCommand(Options):
         names = ("report.html", "metrics.json", "metrics.jsonl", weights["file"], "state.pt", "config.yaml")
         files = [name for name in names if config.out is not None and (config.out / name).exists()]
         out.print("  " + "  ".join(files), soft_wrap=True)
+        if self.output.blend is not None and config.out is not None:
+            from skipkernels.serve.blending import blend, default_folder
+
+            again = config.overwrite or bool(config.resume)
+            show_blend(blend(config.out, self.output.blend, overwrite=again), default_folder(config.out), out)
         return 0
+
+
+def _check_blend(config: TuneConfig, processes: int) -> None:
+    from skipkernels.data import InputError
+    from skipkernels.serve.blending import check_method
+
+    check_method(config)
+    if processes > 1:
+        raise InputError("tune: blend needs one process; use `skipkernels blend RUN` afterwards.", "blend")
 
 
 def number(value: float | None, spec: str) -> str:

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .blending import blend
     from .classifier import Classifier, Predictions, predict
 
-__all__ = ["Classifier", "Predictions", "predict"]
+__all__ = ["Classifier", "Predictions", "blend", "predict"]
 
-__getattr__ = lazy_names(__name__, {"Classifier": "classifier", "Predictions": "classifier", "predict": "classifier"})
+__getattr__ = lazy_names(
+    __name__,
+    {"Classifier": "classifier", "Predictions": "classifier", "blend": "blending", "predict": "classifier"},
+)

@@ -32,7 +32,7 @@ class TunedRun(NamedTuple):
         described: Contents of classifier.json.
         classes: Names of the classes to predict.
         model: CLIP.
-        method: Method with its weights, whose test `TEST` has the classes.
+        method: Method with its weights; its test `TEST` has the classes.
         transform: Transform of an image.
         precision: Mixed precision.
     """

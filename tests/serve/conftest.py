@@ -13,7 +13,7 @@ from torch import Tensor
 from skipkernels.tuner import TuneConfig, tune
 from skipkernels.tuner.setup import build_task
 
-CONFIG = TuneConfig(data="glyphs:greek", shots=2, classes=8, epochs=1, device="cpu")
+CONFIG = TuneConfig(data="glyphs:greek", shots=2, classes=8, epochs=1, device="cpu", cache_dtype="fp32")
 
 
 class Run(NamedTuple):
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 def run(tmp_path_factory) -> Run:
     """A run of Skip Tuning; no test changes its folder."""
     folder = tmp_path_factory.mktemp("serve") / "run"
-    metrics = tune(dataclasses.replace(CONFIG, out=folder))
+    metrics = tune(dataclasses.replace(CONFIG, out=folder, cache=folder.parent / "cache"))
     return Run(folder, metrics, build_task(CONFIG.resolved()))
 
 

@@ -1,0 +1,196 @@
+"""Blending of a tuned model with its zero-shot model in weight space (WiSE-FT)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import experiments  # noqa: F401  registers the baselines and glyph-tiny
+from ..data import InputError
+from ..store import replace_file, write_tensors
+from ..tuner import TuneConfig, weights
+from ..tuner.checkpoint import MODEL
+from ..tuner.description import Description, describe, write_open_clip_config
+from ..tuner.evaluation import Evaluator
+from ..tuner.methods.base import TunedModel
+from ..tuner.model_card import model_card
+from ..tuner.run_folder import CONFIG, RunFolder, read_metrics
+from ..tuner.setup import RunSetup, build_run
+from .loading import weights_file
+
+ALPHAS = tuple(n / 10 for n in range(11))
+"""Weights of the tuned model in the curve."""
+WITHOUT_VALIDATION = 0.5
+"""Weight without validation images; the one that Wortsman et al. recommend where nothing is known about new data."""
+VALIDATION = "validation"
+
+
+def blend(
+    run: str | Path,
+    alpha: float | Literal["auto"] = "auto",
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Blend the weights of a run with those before tuning, and write the result as another run folder.
+
+        θ = (1 − alpha) · θ_zero-shot + alpha · θ_tuned
+
+    Tuning raises the accuracy on the trained classes and may lower that on others; a blend keeps most of both. The
+    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1, from features at the cut that are read from
+    the run's cache, or else computed once. The new folder is read by `Classifier.load`, `export` and
+    `skipkernels eval`.
+
+    Args:
+        run: Folder of a run that tunes the weights of the model itself, such as by skip or full.
+        alpha: Weight of the tuned model, from 0 to 1. "auto": the best in the curve on the validation images, of equal
+            ones the smallest; 0.5 for a run without validation images: the tests are not used to choose.
+        out: New run folder. Default: the folder of the run with "-blend" after its name.
+        overwrite: Replace an earlier run in that folder.
+        device: Device. Default: that of the run.
+
+    Returns:
+        Contents of the new metrics.json; "blend" has the curve: "alphas", "accuracy" by test, and "chosen".
+
+    Raises:
+        InputError: If the run or its data can't be read, its method has no blend, or an argument can't be used.
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903.
+
+    Example:
+        >>> import logging, tempfile; logging.disable()
+        >>> import skipkernels as sk
+        >>> from skipkernels.tuner import tune
+        >>> folder = Path(tempfile.mkdtemp(), "run")
+        >>> config = TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder)
+        >>> tuned = tune(config)
+        >>> blended = sk.blend(folder, 0.3)
+        >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
+        (0.3, True)
+    """
+    chosen = _checked(alpha)
+    folder = Path(run).expanduser()
+    target = Path(out).expanduser() if out is not None else default_folder(folder)
+    if target.resolve() == folder.resolve():
+        raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
+    described, metrics = Description.read(folder), read_metrics(folder)
+    config = replace(TuneConfig.from_yaml(folder / CONFIG), views=1, refresh="never", workers=0, download=False)
+    check_method(config)
+    if config.cache is not None and not config.cache.is_dir():
+        config = replace(config, cache=None)
+    if device is not None:
+        config = replace(config, device=device, attention="sdpa")
+    written = replace(config, out=target, overwrite=overwrite, resume=False, delta=False).resolved()
+    new_folder = RunFolder(written)  # refuses a folder that can't be written
+    setup = build_run(config.resolved())
+    evaluator = Evaluator(setup, setup.test_features())
+    weighted = Interpolation(setup, weights_file(folder, described))
+    curve = _curve(evaluator, weighted)
+    if chosen is None:
+        chosen = choose(curve["accuracy"].get(VALIDATION))
+    weighted.set(chosen)
+    metrics |= {
+        "tuned": evaluator.accuracies(evaluator.predictions()),
+        "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
+        "notes": [],
+    }
+    with new_folder.lock():
+        _write(new_folder, written, setup, metrics)
+    return metrics
+
+
+def default_folder(run: Path) -> Path:
+    """Return the folder of a blended run, beside that of the run."""
+    return run.with_name(f"{run.resolve().name}-blend")
+
+
+def check_method(config: TuneConfig) -> None:
+    """Raise an InputError if the method of a run does not tune the weights of the model itself."""
+    if not issubclass(config.method_class(), TunedModel):
+        raise InputError(
+            f'blend: method must be one that tunes the weights of the model, "skip" or "full"; got '
+            f'"{config.method}", which adds weights to it.',
+            "method",
+        )
+
+
+def _checked(alpha: float | str) -> float | None:
+    """Return alpha as a number; None for "auto"."""
+    if alpha == "auto":
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1 or math.isnan(alpha):
+        raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
+    return float(alpha)
+
+
+def choose(validation: list[float] | None) -> float:
+    """Choose alpha by the accuracy on validation images for each of `ALPHAS`; None if there are none.
+
+    >>> choose([50, 60, 60, 55, 0, 0, 0, 0, 0, 0, 0]), choose(None)
+    (0.1, 0.5)
+    """
+    return ALPHAS[validation.index(max(validation))] if validation else WITHOUT_VALIDATION
+
+
+class Interpolation:
+    """Weights between those before and after tuning, set in the model of a run.
+
+    Args:
+        setup: Run with the weights before tuning.
+        tuned: Weights file of the run.
+    """
+
+    def __init__(self, setup: RunSetup, tuned: Path):
+        self._state = setup.method.state_dict()
+        before = {name: tensor.clone() for name, tensor in self._state.items()}
+        weights.WeightsFile(setup.method, setup.model, delta=False).load(tuned)
+        self._ends = {
+            name: (first, self._state[name].clone())
+            for name, first in before.items()
+            if not torch.equal(first, self._state[name])
+        }
+
+    @torch.no_grad()
+    def set(self, alpha: float) -> None:
+        """Set the weights; alpha 0 are exactly those before tuning, and 1 those after it."""
+        for name, (before, after) in self._ends.items():
+            self._state[name].copy_(_between(before, after, alpha))
+
+
+def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
+    if alpha in (0, 1) or not before.is_floating_point():
+        return after if alpha == 1 else before
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return torch.lerp(before.to(wide), after.to(wide), alpha)
+
+
+def _curve(evaluator: Evaluator, weighted: Interpolation) -> dict[str, Any]:
+    """Accuracy in per cent by test for each of `ALPHAS`."""
+    accuracy: dict[str, list[float]] = {}
+    for alpha in ALPHAS:
+        weighted.set(alpha)
+        for name, value in evaluator.accuracies(evaluator.predictions()).items():
+            assert value is not None  # these methods classify every test
+            accuracy.setdefault(name, []).append(value)
+    return {"alphas": list(ALPHAS), "accuracy": accuracy}
+
+
+def _write(folder: RunFolder, config: TuneConfig, setup: RunSetup, metrics: dict[str, Any]) -> None:
+    """Write the files of a blended run."""
+    state = setup.method.state_dict()
+    replace_file(folder.path / MODEL, lambda file: write_tensors(file, state, weights.metadata(holds=weights.MODEL)))
+    mib = round((folder.path / MODEL).stat().st_size / 2**20, 1)
+    metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
+    described = describe(config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
+    described.write(folder.path)
+    readable = write_open_clip_config(folder.path, config.model, setup.model)
+    alpha = metrics["blend"]["chosen"]
+    heading = f"{config.model} tuned on {described.data}, blended with its zero-shot weights at {alpha:g}"
+    folder.write_card(model_card(config, described, metrics, heading=heading, open_clip=readable))
+    folder.finish(metrics)

@@ -1,0 +1,89 @@
+"""Blends of tuned and zero-shot weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.cli.main import main
+from skipkernels.data import InputError
+from skipkernels.serve.blending import _between
+from skipkernels.tuner import evaluate_run
+from skipkernels.tuner.methods import Skip
+from skipkernels.tuner.model import load_model
+
+
+@pytest.fixture(scope="module")
+def zero_shot() -> dict[str, torch.Tensor]:
+    return load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def blended(run, tmp_path_factory) -> Path:
+    """Folder of a blend that encoded no image below the cut: the features are in the run's cache."""
+
+    def encode_frozen(self, images):
+        raise AssertionError
+
+    folder = tmp_path_factory.mktemp("blend") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Skip, "encode_frozen", encode_frozen)
+        assert main(["blend", str(run.folder), "--alpha", "0.25", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_weights_and_curve(run, blended):
+    tuned, found = load_file(run.folder / "model.safetensors"), load_file(blended / "model.safetensors")
+    zero_shot = load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+    assert found.keys() == tuned.keys() == zero_shot.keys()
+    for name, before in zero_shot.items():
+        expected = (0.75 * before.double() + 0.25 * tuned[name].double()).float()
+        torch.testing.assert_close(found[name], expected, atol=1e-7, rtol=1e-6)  # a rounding
+    curve = json.loads((blended / "metrics.json").read_text())["blend"]
+    assert curve["alphas"] == [n / 10 for n in range(11)] and curve["chosen"] == 0.25
+    for name, values in curve["accuracy"].items():
+        assert (values[0], values[-1]) == (run.metrics["zero_shot"][name], run.metrics["tuned"][name])
+
+
+def test_ends_are_exact():
+    before, after = torch.tensor([1e8, 1.0]), torch.tensor([-0.1, 0.3])
+    assert _between(before, after, 0) is before and _between(before, after, 1) is after
+
+
+def test_blend_is_a_run(run, blended, images):
+    assert evaluate_run(blended) == json.loads((blended / "metrics.json").read_text())["tuned"]
+    classifier = sk.Classifier.load(blended, device="cpu")
+    assert classifier.classes == run.classes
+    assert not torch.equal(classifier.logits(images), sk.Classifier.load(run.folder, device="cpu").logits(images))
+    with pytest.raises(InputError, match="contains an earlier run"):
+        sk.blend(run.folder, out=blended)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 1.5}, "alpha must be from 0 to 1"),
+        ({"alpha": "best"}, 'or "auto"'),
+        ({"out": "run"}, "must not be the folder of the run"),
+    ],
+)
+def test_bad_arguments(run, arguments, message):
+    if "out" in arguments:
+        arguments = {"out": run.folder}
+    with pytest.raises(InputError, match=message):
+        sk.blend(run.folder, **arguments)
+
+
+def test_tune_blend(tmp_path, capsys):
+    small = ["--data", "glyphs:greek", "--shots", "1", "--classes", "4", "--epochs", "1", "--device", "cpu"]
+    arguments = ["tune", *small, "--out", str(tmp_path / "run"), "--delta", "--blend", "auto"]
+    assert main(arguments) == 0
+    assert "run-blend: alpha 0.5" in capsys.readouterr().out
+    assert (tmp_path / "run-blend" / "model.safetensors").exists()
+    assert main([*arguments, "--method", "lora", "--overwrite"]) == 2
+    assert "--method must be one that tunes the weights" in " ".join(capsys.readouterr().err.split())
