@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
-    from skipkernels.serve import Classifier, blend, predict
+    from skipkernels.serve import Classifier, blend, export, predict
     from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
     from skipkernels.tuner import tune
@@ -42,6 +42,7 @@ __all__ = [
     "add_lora",
     "backends",
     "blend",
+    "export",
     "functional",
     "merge_lora",
     "ops",
@@ -69,6 +70,7 @@ _HOME = {  # public name → its module
     "add_lora": "lora",
     "backends": "ops",
     "blend": "serve",
+    "export": "serve",
     "merge_lora": "lora",
     "predict": "serve",
     "save_lora": "lora",

@@ -9,7 +9,7 @@ from skipkernels.tuner import TuneConfig
 
 _FLAGS = {"templates": "template", "text_cache": "cache"}  # Python argument → flag, where they differ
 _POSITIONAL = {"run": "RUN", "images": "IMAGES"}  # Python argument → its name in the usage
-_OTHERS = ("sort_into",)  # in messages, and not a field of TuneConfig
+_OTHERS = ("sort_into", "push")  # in messages, and not a field of TuneConfig
 _ARGUMENTS = "|".join([*(field.name for field in dataclasses.fields(TuneConfig)), *_FLAGS, *_OTHERS])
 _FUNCTION = r"^([^:]+: )?(?:[a-z_]\w*|[A-Z]\w*(?:\.\w+)?): "  # optionally after a prefix, such as the name of a variant
 _ONLY_IN_PYTHON = ", or a tuple (image, text) of either"  # values of skip_layers

@@ -18,6 +18,7 @@ from .cache import CacheCommand
 from .compare import CompareCommand
 from .doctor import DoctorCommand
 from .eval import EvalCommand
+from .export import ExportCommand
 from .interrupt import Terminated, termination_as_interrupt
 from .listings import DatasetsCommand, ModelsCommand
 from .options import REGISTRY
@@ -33,6 +34,7 @@ Command = (
     | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
     | Annotated[BlendCommand, tyro.conf.subcommand("blend")]
+    | Annotated[ExportCommand, tyro.conf.subcommand("export")]
     | Annotated[ProtocolCommand, tyro.conf.subcommand("protocol")]
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]

@@ -9,10 +9,18 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .blending import blend
     from .classifier import Classifier, Predictions, predict
+    from .exporting import Exported, export
 
-__all__ = ["Classifier", "Predictions", "blend", "predict"]
+__all__ = ["Classifier", "Exported", "Predictions", "blend", "export", "predict"]
 
 __getattr__ = lazy_names(
     __name__,
-    {"Classifier": "classifier", "Predictions": "classifier", "blend": "blending", "predict": "classifier"},
+    {
+        "Classifier": "classifier",
+        "Exported": "exporting",
+        "Predictions": "classifier",
+        "blend": "blending",
+        "export": "exporting",
+        "predict": "classifier",
+    },
 )

@@ -14,6 +14,7 @@ from .. import experiments  # noqa: F401  registers the baselines and glyph-tiny
 from ..data import InputError
 from ..store import replace_file, write_tensors
 from ..tuner import TuneConfig, weights
+from ..tuner.calibration import fit_temperature
 from ..tuner.checkpoint import MODEL
 from ..tuner.description import Description, describe, write_open_clip_config
 from ..tuner.evaluation import Evaluator
@@ -89,7 +90,7 @@ def blend(
     written = replace(config, out=target, overwrite=overwrite, resume=False, delta=False).resolved()
     new_folder = RunFolder(written)  # refuses a folder that can't be written
     setup = build_run(config.resolved())
-    evaluator = Evaluator(setup, setup.test_features())
+    evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
     weighted = Interpolation(setup, weights_file(folder, described))
     curve = _curve(evaluator, weighted)
     if chosen is None:
@@ -100,8 +101,15 @@ def blend(
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
         "notes": [],
     }
+    described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
+    held = evaluator.validation
+    logits = None if held is None else held.logits(setup.method)
+    if held is not None and logits is not None:
+        metrics["validation"] = metrics["validation"] | {"tuned": evaluator.validation_accuracy()}
+        fitted = fit_temperature(logits, held.labels)
+        described = replace(described, temperature=fitted, calibration_images=len(held.labels))
     with new_folder.lock():
-        _write(new_folder, written, setup, metrics)
+        _write(new_folder, written, setup, described, metrics)
     return metrics
 
 
@@ -178,19 +186,23 @@ def _curve(evaluator: Evaluator, weighted: Interpolation) -> dict[str, Any]:
         for name, value in evaluator.accuracies(evaluator.predictions()).items():
             assert value is not None  # these methods classify every test
             accuracy.setdefault(name, []).append(value)
+        held_out = evaluator.validation_accuracy()
+        if held_out is not None:
+            accuracy.setdefault(VALIDATION, []).append(held_out)
     return {"alphas": list(ALPHAS), "accuracy": accuracy}
 
 
-def _write(folder: RunFolder, config: TuneConfig, setup: RunSetup, metrics: dict[str, Any]) -> None:
+def _write(
+    folder: RunFolder, config: TuneConfig, setup: RunSetup, described: Description, metrics: dict[str, Any]
+) -> None:
     """Write the files of a blended run."""
     state = setup.method.state_dict()
     replace_file(folder.path / MODEL, lambda file: write_tensors(file, state, weights.metadata(holds=weights.MODEL)))
     mib = round((folder.path / MODEL).stat().st_size / 2**20, 1)
     metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
-    described = describe(config, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     described.write(folder.path)
-    readable = write_open_clip_config(folder.path, config.model, setup.model)
+    use = "open-clip" if write_open_clip_config(folder.path, config.model, setup.model) else "skipkernels"
     alpha = metrics["blend"]["chosen"]
     heading = f"{config.model} tuned on {described.data}, blended with its zero-shot weights at {alpha:g}"
-    folder.write_card(model_card(config, described, metrics, heading=heading, open_clip=readable))
+    folder.write_card(model_card(config, described, metrics, heading=heading, use=use))
     folder.finish(metrics)

@@ -34,6 +34,8 @@ class TunedRun(NamedTuple):
         model: CLIP.
         method: Method with its weights; its test `TEST` has the classes.
         transform: Transform of an image.
+        tokenizer: Tokenizer of the model.
+        prompts: Prompts by template and class.
         precision: Mixed precision.
     """
 
@@ -42,6 +44,8 @@ class TunedRun(NamedTuple):
     model: nn.Module
     method: Method
     transform: Callable[[Any], torch.Tensor]
+    tokenizer: Any
+    prompts: tuple[list[str], ...]
     precision: MixedPrecision
 
 
@@ -71,7 +75,7 @@ def load_run(
     if not whole:
         weights.WeightsFile(method, model, delta=False).load(file)
     method.train(False)
-    return TunedRun(described, names, model, method, transform, mixed)
+    return TunedRun(described, names, model, method, transform, tokenizer, prompts, mixed)
 
 
 def weights_file(folder: Path, described: Description) -> Path:

@@ -55,7 +55,7 @@ def model_card(
     metrics: Mapping[str, Any],
     *,
     heading: str | None = None,
-    open_clip: bool = True,
+    use: str = "open-clip",
 ) -> str:
     """Return the text of a model card.
 
@@ -64,11 +64,11 @@ def model_card(
         described: Description of the tuned model.
         metrics: Contents of metrics.json.
         heading: First heading. Default: model, data and method.
-        open_clip: True if open_clip can load the folder.
+        use: What can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
     """
     known = licence(config.model, config.pretrained)
     base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
-    matter = ["---", f"library_name: {'open_clip' if open_clip else 'skipkernels'}"]
+    matter = ["---", f"library_name: {_LIBRARIES[use]}"]
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
     matter += [f"license: {known}"] if known else []
     lines = [*matter, "---", "", f"# {heading or f'{config.model} tuned on {described.data}'}", ""]
@@ -83,17 +83,8 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "import skipkernels as sk",
-        "",
-        'classifier = sk.Classifier.load("FOLDER")  # this folder',
-        'classifier.predict(["photo.jpg"]).labels',
+        _USE[use],
     ]
-    if open_clip:
-        lines += [
-            "",
-            "import open_clip",
-            'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")',
-        ]
     lines += ["```", "", "## Data and model", ""]
     shots = f"{config.shots} images per class" if isinstance(config.shots, int) else "all images"
     classes = escape_unprintable(", ".join(described.classes[:_SHOWN]))
@@ -124,6 +115,28 @@ def model_card(
     ]
     return "\n".join(lines) + "\n"
 
+
+_LIBRARIES = {"open-clip": "open_clip", "skipkernels": "skipkernels", "hugging-face": "transformers", "onnx": "onnx"}
+_CLASSIFIER = """import skipkernels as sk
+
+classifier = sk.Classifier.load("FOLDER")  # this folder
+classifier.predict(["photo.jpg"]).labels"""
+_OPEN_CLIP = """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")"""
+_TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+# classes.json has the names of the classes, their prompts, and the temperature by which logits are divided."""
+_ONNX = """import json, onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+metadata = session.get_modelmeta().custom_metadata_map
+classes, preprocessing = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
+logits, embedding = session.run(None, {"pixel_values": images})  # float32 [B, 3, H, W]; softmax gives probabilities"""
+_USE = {"open-clip": f"{_CLASSIFIER}\n\n{_OPEN_CLIP}", "skipkernels": _CLASSIFIER}
+_USE |= {"hugging-face": _TRANSFORMERS, "onnx": _ONNX}
 
 _CONTENTS = {
     "changes": "The folder holds the weights that tuning changed. The others are those of the base model, which is "

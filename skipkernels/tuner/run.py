@@ -7,6 +7,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from ..data import Images, InputError, SizedDataset, Source, save_few_shot
 from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, mistakes, notes
+from .calibration import fit_temperature
 from .config import TuneConfig
 from .description import CLASSIFIER, OPEN_CLIP, Description, describe, write_open_clip_config
 from .errors import argument_error
@@ -194,6 +196,7 @@ class _Run:
         self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch, in the end the best
         self.validation: dict[str, Any] | None = None  # accuracies on the validation images
         self.described: Description | None = None
+        self.temperature: tuple[float, int] | None = None  # and the number of images that it was fitted on
         self.warnings: list[str] = []
         self.seconds_before = self.seconds_fit = 0.0  # of earlier processes; of `fit`
 
@@ -248,6 +251,7 @@ class _Run:
                 self._keep_best()
             elif self.folder.resumed is None:
                 self._fit(train)
+            self._calibrate()
         except (KeyboardInterrupt, FloatingPointError) as error:
             if self.processes.first:
                 self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted", train)
@@ -352,10 +356,20 @@ class _Run:
                     reason = (str(error).strip().splitlines() or [""])[0]
                     self.warnings.append(f"{CLASSIFIER} was not written ({type(error).__name__}: {reason}).")
 
+    def _calibrate(self) -> None:
+        """Fit the temperature on the validation images, with the final weights."""
+        held = self.evaluator.validation
+        logits = None if held is None else held.logits(self.method)
+        if held is not None and logits is not None:
+            self.temperature = fit_temperature(logits, held.labels), len(held.labels)
+
     def _describe(self) -> None:
         """Write the files by which the folder is used without its training data; needs a checkpoint."""
         setup, holds = self.setup, self.weights.holds
         self.described = describe(setup.config, setup.model, self.task, weights=self.folder.weights_file, holds=holds)
+        if self.temperature is not None:
+            temperature, images = self.temperature
+            self.described = replace(self.described, temperature=temperature, calibration_images=images)
         self.described.write(self.folder.path)
         if holds == MODEL:
             write_open_clip_config(self.folder.path, self.config.model, setup.model)
@@ -405,8 +419,8 @@ class _Run:
         """Write the model card, and classifier.json again, with what is known at the end."""
         self._describe()
         assert self.described is not None
-        readable = (self.folder.path / OPEN_CLIP).exists()
-        self.folder.write_card(model_card(self.config, self.described, metrics, open_clip=readable))
+        use = "open-clip" if (self.folder.path / OPEN_CLIP).exists() else "skipkernels"
+        self.folder.write_card(model_card(self.config, self.described, metrics, use=use))
 
     def _metrics(self) -> dict[str, Any]:
         """Contents of metrics.json, from the complete epochs."""

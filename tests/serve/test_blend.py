@@ -13,9 +13,11 @@ import skipkernels as sk
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.serve.blending import _between
-from skipkernels.tuner import evaluate_run
+from skipkernels.tuner import TuneConfig, evaluate_run
+from skipkernels.tuner.calibration import fit_temperature
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.model import load_model
+from skipkernels.tuner.setup import build_run
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +81,44 @@ def test_bad_arguments(run, arguments, message):
         sk.blend(run.folder, **arguments)
 
 
-def test_tune_blend(tmp_path, capsys):
-    small = ["--data", "glyphs:greek", "--shots", "1", "--classes", "4", "--epochs", "1", "--device", "cpu"]
-    arguments = ["tune", *small, "--out", str(tmp_path / "run"), "--delta", "--blend", "auto"]
+def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, capsys):
+    images = run.task.train
+    for number, (image, label) in enumerate(images):
+        for copy in range(3):
+            folder = tmp_path / "data" / f"class {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.rotate(4 * copy).save(folder / f"{number}-{copy}.png")
+    options = ["--data", f"imagefolder:{tmp_path / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]
+    arguments = ["tune", *options, "--out", str(tmp_path / "run"), "--delta", "--blend", "auto"]
     assert main(arguments) == 0
-    assert "run-blend: alpha 0.5" in capsys.readouterr().out
-    assert (tmp_path / "run-blend" / "model.safetensors").exists()
+    assert "run-blend: alpha" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run-blend" / "metrics.json").read_text())
+    curve = metrics["blend"]
+    held_out = curve["accuracy"]["validation"]
+    assert curve["chosen"] == held_out.index(max(held_out)) / 10
+    assert metrics["validation"]["tuned"] == max(held_out)
+
+    setup = build_run(TuneConfig.from_yaml(tmp_path / "run" / "config.yaml"))  # for its images
+    held = setup.task.validation.images
+    inputs = torch.stack([held[n][0] for n in range(len(held))])
+    for name in ("run", "run-blend"):
+        classifier = sk.Classifier.load(tmp_path / name, device="cpu")
+        fitted = fit_temperature(classifier.logits(inputs), torch.tensor(held.labels))
+        assert classifier.temperature == pytest.approx(fitted, rel=1e-3)  # logits in batches of another size
+
     assert main([*arguments, "--method", "lora", "--overwrite"]) == 2
     assert "--method must be one that tunes the weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_temperature_is_the_minimum():
+    generator = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(200, 5, generator=generator)
+    labels = torch.where(torch.rand(200, generator=generator) < 0.7, logits.argmax(1), 0)
+    best = fit_temperature(logits, labels)
+
+    def loss(temperature: float) -> float:
+        return torch.nn.functional.cross_entropy(logits.double() / temperature, labels, label_smoothing=2 / 202).item()
+
+    assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2))
+    all_correct = fit_temperature(logits, logits.argmax(1))
+    assert 0.01 < all_correct < best  # not certain, however many are correct

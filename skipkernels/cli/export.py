@@ -1,0 +1,49 @@
+"""`skipkernels export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from skipkernels.console import Terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportCommand:
+    """Write a tuned model for open_clip, for Hugging Face's transformers, or as an ONNX file."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    to: Literal["open-clip", "hugging-face", "onnx"]
+    """open-clip: a folder for local-dir: and hf-hub:. hugging-face: CLIPModel and CLIPProcessor. onnx: image classifier
+    with the embeddings of the classes."""
+    out: Path
+    """Folder to write; new or empty."""
+    overwrite: bool = False
+    """Write into a folder with files."""
+    push: str | None = None
+    """Also upload the folder to this repository of the Hugging Face Hub, ORG/NAME."""
+    public: bool = False
+    """With --push, create a public repository. By default it is private."""
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Export, and print the files. Returns 0.
+
+        Raises:
+            InputError: If there is no such run, or an option is invalid.
+        """
+        from skipkernels.data import InputError
+        from skipkernels.serve import export
+
+        if self.public and self.push is None:
+            raise InputError("export: public has no effect without `push`; leave it out.", "public")
+        done = export(self.run, self.to, self.out, overwrite=self.overwrite, push=self.push, private=not self.public)
+        for note in done.notes:
+            err.print(f"note: {note}", soft_wrap=True)
+        out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)
+        if done.url is not None:
+            out.print(done.url, soft_wrap=True)
+        return 0

@@ -1,0 +1,187 @@
+"""Export of a tuned model to other libraries, and to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from ..data import InputError
+from ..store import replace_file, replace_text, write_tensors
+from ..tuner import TuneConfig, weights
+from ..tuner.description import Description, write_open_clip_config
+from ..tuner.model_card import CARD, model_card
+from ..tuner.run_folder import CONFIG, METRICS, read_metrics
+from . import to_hugging_face, to_onnx
+from .merging import PlainModel, plain_model
+
+Target = Literal["open-clip", "hugging-face", "onnx"]
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
+CLASSES = "classes.json"
+
+
+class Exported(NamedTuple):
+    """Result of `export`.
+
+    Attributes:
+        folder: Folder of the files.
+        files: Their names.
+        notes: Differences from the tuned model.
+        url: Address on the Hub, or None.
+    """
+
+    folder: Path
+    files: list[str]
+    notes: list[str]
+    url: str | None = None
+
+
+def export(
+    run: str | Path,
+    to: Target,
+    out: str | Path,
+    *,
+    push: str | None = None,
+    private: bool = True,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a tuned model for another library.
+
+    - "open-clip": `open_clip.create_model("local-dir:OUT")`, and `sk.Classifier.load(OUT)`.
+    - "hugging-face": `transformers.CLIPModel.from_pretrained(OUT)` and `CLIPProcessor`. For CLIPs with vision
+      transformers and CLIP's tokenizer; another model is refused by name. The embeddings of both are compared.
+    - "onnx": OUT/model.onnx, an image classifier: image tower, class embeddings, temperature; the names of the classes
+      and the preprocessing are in its metadata.
+
+    LoRA is merged into the weights. CoOp's learned prompts are not in a model, so it can only be exported to ONNX.
+    Besides the model, the folder has a model card and the names of the classes, without the local paths of the data.
+
+    Args:
+        run: Folder of a run, or one that `blend` wrote.
+        to: "open-clip", "hugging-face" or "onnx".
+        out: Folder to write; new or empty.
+        push: Also upload the folder to this repository of the Hugging Face Hub, "ORG/NAME", with the account that
+            huggingface_hub is logged in to.
+        private: Create that repository as a private one, if it does not exist.
+        overwrite: Write into a folder with files.
+
+    Raises:
+        InputError: If the run can't be read or exported, a package is missing, or an argument can't be used.
+
+    Example:
+        >>> import logging, tempfile; logging.disable()
+        >>> import open_clip, skipkernels as sk
+        >>> from skipkernels.tuner import tune
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> config = TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder / "run")
+        >>> metrics = tune(config)
+        >>> sorted(sk.export(folder / "run", "open-clip", folder / "exported").files)[:2]
+        ['README.md', 'classifier.json']
+        >>> model = open_clip.create_model(f"local-dir:{folder / 'exported'}")
+    """
+    if to not in get_args(Target):
+        raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
+    if push is not None:
+        _check_repository(push)
+    source, folder = Path(run).expanduser(), Path(out).expanduser()
+    if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
+    if not source.is_dir():
+        raise InputError(f"export: run must be the folder of a run; {source} is none.", "run")
+    plain = plain_model(source)
+    write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = write(plain, folder)
+    described = _shared(plain)
+    if to == "open-clip":
+        described.write(folder)
+    elif to == "hugging-face":
+        _write_classes(folder, described)
+    _write_card(source, folder, described, to)
+    files = sorted(path.name for path in folder.iterdir())
+    return Exported(folder, files, notes, None if push is None else _push(folder, push, private))
+
+
+def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
+    if plain.learned_text:
+        raise InputError(
+            f"export: run must have its prompts in the model; those of {plain.described.method} are learned. Use onnx.",
+            "run",
+        )
+    if not write_open_clip_config(folder, plain.name, plain.model):
+        raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
+    state, header = plain.model.state_dict(), weights.metadata(holds=weights.MODEL)
+    replace_file(folder / OPEN_CLIP_WEIGHTS, lambda file: write_tensors(file, state, header))
+    return []
+
+
+_WRITERS = {"open-clip": _write_open_clip, "hugging-face": to_hugging_face.write, "onnx": to_onnx.write}
+
+
+def _write_classes(folder: Path, described: Description) -> None:
+    """Write the classes, for use with a library that has no place for them."""
+    values = {name: getattr(described, name) for name in ("classes", "templates", "prompts", "temperature")}
+    replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
+
+
+def _shared(plain: PlainModel) -> Description:
+    """Description of an exported model, without local paths."""
+    described = plain.described
+    tuned = described.method in ("skip", "full")
+    return replace(
+        described,
+        method=described.method if tuned else "zero-shot",
+        settings=described.settings if tuned else {},
+        data=_without_path(described.data),
+        pretrained=None if described.pretrained is None else Path(described.pretrained).name,
+        weights=OPEN_CLIP_WEIGHTS,
+        holds=weights.MODEL,
+    )
+
+
+def _without_path(data: str) -> str:
+    """Return the name of a dataset without the folders of its path.
+
+    >>> _without_path("imagefolder:/home/me/photos"), _without_path("coop:dtd")
+    ('imagefolder:photos', 'coop:dtd')
+    """
+    kind, separator, path = data.partition(":")
+    return f"{kind}{separator}{Path(path).name}" if separator else data
+
+
+def _write_card(source: Path, folder: Path, described: Description, to: Target) -> None:
+    """Write the model card of an exported run; copy that of a folder without settings, such as an exported one."""
+    if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
+        if (source / CARD).is_file():
+            replace_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
+        return
+    config, metrics = TuneConfig.from_yaml(source / CONFIG), read_metrics(source)
+    config = replace(config, data=described.data, pretrained=described.pretrained, root=None, cache=None)
+    replace_text(folder / CARD, model_card(config, described, metrics, use=to))
+
+
+def _check_repository(name: str) -> None:
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise InputError(f"export: push must be a repository, ORG/NAME; got {name!r}.", "push")
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise InputError("export: push needs huggingface_hub: pip install huggingface_hub.", "push") from None
+
+
+def _push(folder: Path, name: str, private: bool) -> str:
+    """Upload a folder to the Hub; return its address."""
+    import huggingface_hub
+
+    client: Any = huggingface_hub.HfApi()
+    try:
+        address = client.create_repo(name, private=private, exist_ok=True)
+        client.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model tuned with skipkernels")
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:  # the first: no connection, or not logged in
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"export: push to {name} failed ({reason}). The files are in {folder}.", "push") from error
+    return str(address)

@@ -1,0 +1,57 @@
+"""Temperature scaling: probabilities that agree with the accuracy on held-out images."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_BOUNDS = (0.01, 100.0)  # of the temperature
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_STEPS = 60  # each makes the interval 0.62 times as long: to 1e-12 of its length
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Fit the temperature T that minimises the cross-entropy of softmax(logits / T).
+
+        min over T of  Σ_i −Σ_c y_ic · log softmax_c(z_i / T),   y_ic = 1 − ε (C − 1)/C for the label, else ε / C
+
+    The loss is convex in 1/T. ε = 2 / (n + 2) keeps T above 0 where every image is classified correctly: then a lower T
+    would always have a lower loss, and a few images do not show that a model makes no errors (Platt 1999).
+
+    Args:
+        logits: Logits [n, C] of held-out images.
+        labels: int64 [n].
+
+    Returns:
+        float: T, from 0.01 to 100.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599. Platt,
+    "Probabilistic Outputs for Support Vector Machines", 1999.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[20.0, 0.0]]).repeat(100, 1)  # certain, and right in 75 of 100
+        >>> round(fit_temperature(logits, torch.tensor([0] * 75 + [1] * 25)), 1)  # 20 / T ≈ log(75 / 25), but for ε
+        18.5
+    """
+    wide, labels = logits.double(), labels.to(logits.device)
+    smoothing = 2 / (len(wide) + 2)
+
+    def loss(log_temperature: float) -> float:
+        return F.cross_entropy(wide / math.exp(log_temperature), labels, label_smoothing=smoothing).item()
+
+    low, high = (math.log(bound) for bound in _BOUNDS)
+    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_left, at_right = loss(left), loss(right)
+    for _ in range(_STEPS):
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - _GOLDEN * (high - low)
+            at_left = loss(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + _GOLDEN * (high - low)
+            at_right = loss(right)
+    return math.exp((low + high) / 2)

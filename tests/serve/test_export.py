@@ -1,0 +1,179 @@
+"""Exports, loaded by the other library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.cli.main import main
+from skipkernels.data import InputError
+from skipkernels.serve import to_hugging_face
+from skipkernels.serve.merging import PlainModel, plain_model
+from skipkernels.tuner import tune
+from tests.serve.conftest import CONFIG
+
+ATOL = 1e-4  # of logits up to the logit scale, in fp32
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    tune(dataclasses.replace(CONFIG, method="lora", shots=1, classes=4, out=folder))
+    return folder
+
+
+@pytest.fixture(params=["skip", "lora"])
+def source(request, run, lora) -> Path:
+    return run.folder if request.param == "skip" else lora
+
+
+@torch.no_grad()
+def test_open_clip(source, images, tmp_path):
+    done = sk.export(source, "open-clip", tmp_path / "out")
+    assert done.files == ["README.md", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
+    name = f"local-dir:{done.folder}"
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    tuned = sk.Classifier.load(source, device="cpu")
+    image, text, scale = model(images, tokenizer([f"the character {name}." for name in tuned.classes]))
+    torch.testing.assert_close(scale * image @ text.T, tuned.logits(images), atol=ATOL, rtol=0)
+    exported = sk.Classifier.load(done.folder, device="cpu")
+    torch.testing.assert_close(exported.logits(images), tuned.logits(images), atol=ATOL, rtol=0)
+    again = sk.export(done.folder, "open-clip", tmp_path / "again")
+    assert (again.folder / "README.md").read_text() == (done.folder / "README.md").read_text()
+
+
+def test_lora_is_merged(lora):
+    state = load_file(lora / "model.safetensors")
+    assert any(name.endswith(".up") and tensor.abs().max() > 0 for name, tensor in state.items())  # it was trained
+    assert not any("up" in name or "down" in name for name in plain_model(lora).model.state_dict())
+
+
+@torch.no_grad()
+def test_hugging_face(source, run, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    done = sk.export(source, "hugging-face", tmp_path / "out")
+    assert not done.notes
+    model = transformers.CLIPModel.from_pretrained(done.folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(done.folder)
+    tuned = sk.Classifier.load(source, device="cpu")
+    texts = [f"the character {name}." for name in json.loads((done.folder / "classes.json").read_text())["classes"]]
+    tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    found = model(**tokens, pixel_values=images).logits_per_image
+    torch.testing.assert_close(found, tuned.logits(images), atol=ATOL, rtol=0)
+    picture = run.task.tests[0].images[0][0]  # of the model's size, so nothing is interpolated
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, tuned.transform(picture), atol=1e-5, rtol=0)
+
+
+def plain(tokenizer=None, **changes) -> PlainModel:
+    """A narrow CLIP with random weights and changes of its configuration."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2} | changes.pop("vision", {})
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2} | changes.pop("text", {})
+    logging.disable(logging.WARNING)
+    kind = open_clip.CustomTextCLIP if changes.pop("custom_text", False) else open_clip.CLIP
+    model = kind(embed_dim=16, vision_cfg=vision, text_cfg=text, **changes).eval()
+    logging.disable(logging.NOTSET)
+    open_clip.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"})
+    own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
+    return PlainModel(None, "narrow", model, own, (["a cat", "two dogs"],), torch.zeros(2, 16), False)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_hugging_face_activations(quick_gelu):
+    transformers = pytest.importorskip("transformers")
+    source = plain(quick_gelu=quick_gelu)
+    to_hugging_face.check(source)
+    converted = transformers.CLIPModel(transformers.CLIPConfig(**to_hugging_face.config(source.model)))
+    converted.load_state_dict(to_hugging_face.state_dict(source.model))
+    to_hugging_face._compare(source, converted.eval())
+    converted.vision_model.post_layernorm.bias.data += 0.01
+    with pytest.raises(InputError, match="image embeddings differ"):
+        to_hugging_face._compare(source, converted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"init_logit_bias": -10.0}, "a logit bias"),
+        ({"vision": {"pool_type": "avg"}}, "attention pooling|pooling"),
+        ({"vision": {"no_ln_pre": True}}, "no norm before"),
+        ({"vision": {"ls_init_value": 0.1}}, "its blocks"),
+        ({"text": {"no_causal_mask": True}}, "no causal mask"),
+        ({"text": {"pool_type": "last"}}, "text pooling 'last'"),
+        ({"custom_text": True}, "it is a CustomTextCLIP"),
+        ({"vision": {"layers": [1, 1, 1, 1], "image_size": 32}}, "its image tower is a ModifiedResNet"),
+        ({"tokenizer": lambda texts: None}, "a tokenizer other than CLIP's"),
+    ],
+)
+def test_hugging_face_refuses_by_name(changes, what):
+    with pytest.raises(InputError, match=what):
+        to_hugging_face.check(plain(**changes))
+
+
+def test_onnx(run, images, tmp_path):
+    pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    done = sk.export(run.folder, "onnx", tmp_path / "out")
+    session = onnxruntime.InferenceSession(done.folder / "model.onnx")
+    metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    tuned = sk.Classifier.load(run.folder, device="cpu")
+    assert metadata["classes"] == run.classes and metadata["temperature"] == 1.0
+    assert metadata["preprocessing"]["size"] == [32, 32] and metadata["preprocessing"]["resize_mode"] == "shortest"
+    for batch in (images, images[:1]):
+        logits, embedding = session.run(None, {"pixel_values": batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), tuned.logits(batch), atol=ATOL, rtol=0)
+        assert torch.from_numpy(embedding).norm(dim=1).sub(1).abs().max() < 1e-5
+
+
+class Hub:
+    """Stand-in for huggingface_hub.HfApi that records its calls."""
+
+    calls: list[tuple] = []
+
+    def create_repo(self, name, *, private, exist_ok):
+        self.calls.append(("create", name, private, exist_ok))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.calls.append(("upload", repo_id, {path.name for path in Path(folder_path).iterdir()}))
+
+
+def test_push(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    arguments = ["export", str(run.folder), "--to", "open-clip", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--push", "me/classes"]) == 0
+    created, uploaded = Hub.calls
+    assert created == ("create", "me/classes", True, True)
+    assert uploaded == ("upload", "me/classes", {path.name for path in (tmp_path / "out").iterdir()})
+    assert "https://huggingface.co/me/classes" in capsys.readouterr().out
+    for other, message in [
+        (["--push", "classes", "--overwrite"], "--push must be a repository, ORG/NAME"),
+        (["--public", "--overwrite"], "--public has no effect without --push"),
+        ([], "--out must be a new or an empty folder"),
+    ]:
+        assert main([*arguments, *other]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+    def offline(self, *arguments, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(Hub, "upload_folder", offline)
+    with pytest.raises(InputError, match=r"push to me/classes failed \(no connection\)"):
+        sk.export(run.folder, "open-clip", tmp_path / "other", push="me/classes")
+
+
+def test_no_local_paths(run, tmp_path):
+    """Neither the card nor classifier.json of an export has the path of the run, its cache or its data."""
+    done = sk.export(run.folder, "open-clip", tmp_path / "out")
+    texts = [path.read_text() for path in done.folder.iterdir() if path.suffix != ".safetensors"]
+    assert not any(str(part) in text for text in texts for part in (run.folder.parent, tmp_path))
