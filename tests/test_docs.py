@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 import skipkernels
 from skipkernels.cli import main as cli
@@ -149,6 +150,9 @@ def reader(tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     for create in (open_clip.create_model, open_clip.create_model_and_transforms):
         monkeypatch.setattr(open_clip, create.__name__, without_downloads(create))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 30), (80 * number, 0, 0)).save(tmp_path / "photos" / f"{number}.png")
     yield {"__name__": "page"} | given_variables()
     library._destroy()
 

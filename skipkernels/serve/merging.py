@@ -49,7 +49,7 @@ def plain_model(folder: Path) -> PlainModel:
     method = run.method
     if not isinstance(method, (TunedModel, ZeroShot, CoOp, LoRA)):
         raise InputError(
-            f"export: run must be of a method whose result is a CLIP; {method.name} has a module of its own after the "
+            f"export: run must be of a method that gives a CLIP; {method.name} has a module of its own after the "
             "image tower. Use sk.Classifier.",
             "run",
         )

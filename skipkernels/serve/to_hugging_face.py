@@ -26,7 +26,7 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     """Write a CLIPModel with its processor, as by `save_pretrained`.
 
     Returns:
-        Notes: classes whose prompts have other tokens in transformers.
+        Notes on the classes with other tokens in transformers.
 
     Raises:
         InputError: If a part of the model has no counterpart in transformers, or transformers is not installed.
@@ -201,7 +201,7 @@ def _image_processor(plain: PlainModel, transformers: Any) -> Any:
 
 
 def _other_tokens(plain: PlainModel, tokenizer: Any) -> list[str]:
-    """Notes on the classes whose prompts have other tokens in transformers."""
+    """Notes on the classes with other tokens in transformers."""
     encode: Callable[[list[str]], list[list[int]]]
     encode = lambda texts: tokenizer(texts, truncation=True)["input_ids"]  # noqa: E731
     own = plain.tokenizer(plain.prompts[0])

@@ -44,7 +44,7 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     """Write model.onnx.
 
     Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say; its outputs are logits [batch, C],
-    whose softmax are the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing" and
+    of which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing" and
     "temperature", in JSON.
 
     Returns:
