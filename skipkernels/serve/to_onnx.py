@@ -43,9 +43,9 @@ class ImageClassifier(nn.Module):
 def write(plain: PlainModel, folder: Path) -> list[str]:
     """Write model.onnx.
 
-    Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say; its outputs are logits [batch, C],
-    of which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing" and
-    "temperature", in JSON.
+    Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say. Its outputs are logits [batch, C], of
+    which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing"
+    and "temperature", in JSON.
 
     Returns:
         Notes; none.
