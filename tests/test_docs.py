@@ -34,6 +34,7 @@ import torch
 from PIL import Image
 
 import skipkernels
+from bench import method_picture
 from skipkernels.cli import main as cli
 from skipkernels.cli.options import tune_config
 from skipkernels.ops import OPERATORS, registration
@@ -94,7 +95,7 @@ class Page(NamedTuple):
 
 
 def pages() -> list[Path]:
-    return [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
+    return [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(params=pages(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -437,6 +438,19 @@ def check_links(page: Page) -> None:
 
 def test_links_exist(page):
     check_links(page)
+
+
+# ---- the site ----------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_on_the_site():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    public = {name for name in skipkernels.__all__ if name not in ("__version__", "ops")}
+    assert public <= set(re.findall(r"^::: skipkernels\.(\w+)$", text, re.MULTILINE))
+
+
+def test_picture_of_the_method_is_up_to_date():
+    assert method_picture.main(["--check"]) == 0
 
 
 # ---- the checks themselves ---------------------------------------------------------------------------------------
