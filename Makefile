@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup tune test coverage sanitize race lint types format bench counts aot clean
+.PHONY: help setup tune test coverage sanitize race lint types docs format bench counts aot clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -66,6 +66,15 @@ lint: $(READY) ## Check style, layout and English.
 
 types: $(READY) ## Check types.
 	$(BIN)/mypy
+
+# The package is there already: this adds what its extra asks for.
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet 'skipkernels[docs]'
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: .venv/.docs ## Build the documentation site in build/docs; a warning is an error.
+	$(BIN)/mkdocs build --strict --quiet
 
 format: $(READY) ## Put the code in the house style.
 	$(BIN)/ruff check --fix .

@@ -145,7 +145,10 @@ class SharedBatchSampler(BatchSampler):
     fewer images than processes.
 
     Args:
-        labels, batch_size, kind, generator: See `BatchSampler`; the batch size is that of all processes together.
+        labels: See `BatchSampler`.
+        batch_size: Images of a batch of all processes together.
+        kind: See `BatchSampler`.
+        generator: See `BatchSampler`.
         rank: Index of this process.
         size: Number of processes.
 
