@@ -74,7 +74,7 @@ types: $(READY) ## Check types.
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/.docs ## Build the documentation site in build/docs; a warning is an error.
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 format: $(READY) ## Put the code in the house style.
 	$(BIN)/ruff check --fix .

@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             if files.get_file_from_path(path) is None:
                 files.append(File(path, ".", config.site_dir, config.use_directory_urls))
             return f"]({posixpath.relpath(path, posixpath.dirname(page.file.src_uri) or '.')})"
-        return f"]({config.repo_url}blob/main/{path}{match['anchor'] or ''})"
+        return f"]({config.repo_url}/blob/main/{path}{match['anchor'] or ''})"
 
     def block(match: re.Match[str]) -> str:
         return f'{match["fence"]}{match["language"]} title="{match["path"]}"'
