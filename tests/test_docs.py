@@ -225,7 +225,8 @@ def _command_lines(block: Block) -> list[str]:
     """Command lines of a block: lines that start with "$", if any, else all lines."""
     if block.kind not in ("", "console", "sh"):
         return []
-    lines = [line for line in block.text.splitlines() if line.strip() and not line.startswith("#")]
+    text = block.text.replace("\\\n", " ")  # a command on several lines
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     lines = [line for line in lines if line.startswith("$ ")] or lines
     programs = [_program(part) for line in lines for part in line.split(" && ")]
     if block.kind == "" and not CHECKS.keys() & set(programs):

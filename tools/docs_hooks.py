@@ -1,8 +1,8 @@
 """Hooks of mkdocs: make pages that are written for GitHub work on the documentation site.
 
 Links to files outside docs/ become links to the repository, except pictures, which are copied to the site. The path
-behind the language of a block (```python examples/tune_pairs.py) becomes the title of the block. `HouseDocstrings`
-is for docstrings.
+behind the language of a block (```python examples/tune_pairs.py) becomes the title of the block. `HouseStyle` is
+for docstrings.
 """
 
 from __future__ import annotations
@@ -46,11 +46,16 @@ def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Any) ->
         page.edit_url = None
 
 
-class HouseDocstrings(griffe.Extension):
-    """Make the docstrings of the house Google's: a section "Examples", and blocks around examples without a section."""
+class HouseStyle(griffe.Extension):
+    """Make docstrings Google's, with a section "Examples" and other examples in blocks; show defaults of options."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of an object before it is parsed."""
         if obj.docstring is not None:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
             obj.docstring.value = DOCTEST.sub(r"```pycon\n\g<0>\n```", text)
+
+    def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Replace `option(default, minimum=…)` by the default."""
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "option":
+            attr.value = attr.value.arguments[0]
