@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# Modules that the server of processes imports once, so that they start fast.
+PRELOADED = ["pytest", "open_clip", "skipkernels.clip", "skipkernels.tuner.run"]
+
 
 def by_two(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Results of `function(rank, *arguments)` in each of two processes, in which it may make a process group."""
@@ -29,7 +32,7 @@ def together(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "open_clip", "skipkernels.clip", "skipkernels.tuner.run"])
+    context.set_forkserver_preload(PRELOADED)
     every = [
         context.Process(target=_process, args=(rank, size, port, folder, function, arguments)) for rank in range(size)
     ]
