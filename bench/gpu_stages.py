@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from skipkernels.ops import OPERATORS, launching, precompile
 from tests.ops.small_calls import small_call
@@ -154,11 +152,9 @@ def smoke(run: Run) -> None:
     """A small call of every operator, forward and backward."""
     for op in run.sizes.operators:
         with reported(op):
-            call = small_call(op)
-            arguments = tree_map_only(Tensor, lambda x: x.to(run.device), (call.inputs, call.rest, call.options))
-            inputs = tuple(x.requires_grad_() for x in arguments[0])
-            total = call._replace(inputs=inputs, rest=arguments[1], options=arguments[2]).total()
-            if inputs:
+            call = small_call(op).on(run.device)
+            total = call.total(*(x.requires_grad_() for x in call.inputs))
+            if call.inputs:
                 total.backward()
             print(f"{op}: {total.item():.6f}", flush=True)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from skipkernels import functional, reference
 
@@ -18,6 +19,10 @@ class SmallCall(NamedTuple):
     """Differentiable arguments, which come first."""
     rest: tuple[Any, ...]
     options: dict[str, Any]
+
+    def on(self, device: torch.device) -> SmallCall:
+        """The same call on a device."""
+        return SmallCall(*tree_map_only(Tensor, lambda x: x.to(device), tuple(self)))
 
     def total(self, *inputs: Tensor, reference: bool = False) -> Tensor:
         """Sum of the squared results of the operator, or of its reference, for `inputs` (default: its own)."""

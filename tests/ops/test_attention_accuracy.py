@@ -46,7 +46,7 @@ def check_median_ratios(backend, module, shape, deviation, names, draws) -> None
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-@pytest.mark.parametrize("deviation", [10, 30, 100, 300])
+@pytest.mark.parametrize("deviation", [30, 300])
 @pytest.mark.parametrize("name", CASES)
 def test_inexact_scores_no_worse_than_eager(backend, name, deviation):
     module, shape = CASES[name]

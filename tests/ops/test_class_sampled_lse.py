@@ -217,14 +217,6 @@ def test_only_needed_gradients_are_computed(backend: Backend, wanted, monkeypatc
         assert x.grad is None or torch.equal(x.grad, everything[i])
 
 
-def test_double_backward_is_an_error(backend: Backend):
-    case = make(4, 9, 6, 16, device=backend.device)
-    lse, target = kernel(case)
-    (d_image,) = torch.autograd.grad((lse - target).sum(), case.image, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"class_sampled_lse_backward: the gradient of a gradient is not implement"):
-        d_image.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast_casts_features_and_not_the_scale(backend: Backend, dtype):
     backend.skip_unless_supported(dtype)

@@ -250,20 +250,6 @@ def test_every_element_is_written(backend, poisoned_memory):
     assert all(x.isfinite().all() for x in result_and_gradients(kernel, case))
 
 
-def test_second_backward_gives_equal_gradients(backend):
-    case = make(3, 40, 2, 16, device=backend.device)
-    out = kernel(case)
-    once, twice = (torch.autograd.grad(out, case.inputs, torch.ones_like(out), retain_graph=True) for _ in "ab")
-    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
-
-
-def test_double_backward_is_an_error():
-    case = make(2, 3, 1, 4)
-    (d_query,) = torch.autograd.grad(kernel(case).sum(), case.inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"pooled_attention_backward: the gradient of a gradient is not implemented"):
-        d_query.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast_casts_all_inputs(dtype):
     case = make(3, 9, 2, 16)

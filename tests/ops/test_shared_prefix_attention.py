@@ -298,22 +298,6 @@ def test_every_element_is_written(backend, poisoned_memory):
     assert all(x.isfinite().all() for x in result_and_gradients(kernel, case))
 
 
-def test_second_backward_gives_equal_gradients(backend):
-    case = make(26, 5, 6, 2, 16, device=backend.device)
-    out = kernel(case)
-    once, twice = (torch.autograd.grad(out, case.inputs, torch.ones_like(out), retain_graph=True) for _ in "ab")
-    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
-
-
-def test_double_backward_is_an_error():
-    case = make(3, 2, 2, 1, 4)
-    (d_packed,) = torch.autograd.grad(kernel(case).sum(), case.inputs, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"shared_prefix_attention_backward: the gradient of a gradient is not implemented"
-    ):
-        d_packed.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast_casts_packed(dtype):
     case = make(6, 5, 4, 2, 16)

@@ -1,4 +1,4 @@
-"""The operators under torch.func: grad, vmap of grad, and errors for double backward."""
+"""The operators under torch.func (grad, vmap of grad), backward a second time, and errors for double backward."""
 
 from __future__ import annotations
 
@@ -46,7 +46,24 @@ def test_vmap_is_a_loop(call):
     assert torch.equal(vmap(of_one)(batch), torch.stack([of_one(x) for x in batch]))
 
 
-def test_double_backward_is_an_error(call):
+def test_second_backward_gives_equal_gradients(backend: Backend, call):
+    """The first one changes nothing that is saved."""
+    call = call.on(backend.device)
+    leaves = [x.requires_grad_() for x in call.inputs]
+    total = call.total(*leaves)
+    once, twice = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_double_backward_is_an_error(backend: Backend, call):
+    call = call.on(backend.device)
+    leaves = [x.requires_grad_() for x in call.inputs]
+    (gradient,) = torch.autograd.grad(call.total(*leaves), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"_backward: the gradient of a gradient is not implemented"):
+        gradient.sum().backward()
+
+
+def test_double_grad_is_an_error(call):
     first, *rest = call.inputs
     with pytest.raises(RuntimeError, match=r"_backward: the gradient of a gradient is not implemented"):
         grad(lambda x: grad(call.total)(x, *rest).sum())(first)
