@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup tune test coverage sanitize race lint types docs format bench counts aot clean
+.PHONY: help setup wheel tune test coverage sanitize race lint types docs format bench counts aot clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -22,6 +22,9 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
 	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli,test,test-integrations,dev]'
 	@touch $(READY)
+
+wheel: $(READY) ## Build a wheel in dist/, with the C++ kernels if there is a compiler.
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, writes runs/glyphs-skip.
 	$(BIN)/skipkernels tune --overwrite

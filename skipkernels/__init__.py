@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from skipkernels.serve import Classifier, blend, export, predict
     from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
-    from skipkernels.tuner import tune
+    from skipkernels.tuner import TuneConfig, tune
 
 __version__ = "0.2.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "SkipCLIP",
     "SkipOutput",
     "StoreError",
+    "TuneConfig",
     "UnsupportedModel",
     "__version__",
     "add_lora",
@@ -66,6 +67,7 @@ _HOME = {  # public name → its module
     "SkipCLIP": "clip",
     "SkipOutput": "clip",
     "StoreError": "store",
+    "TuneConfig": "tuner",
     "UnsupportedModel": "towers",
     "add_lora": "lora",
     "backends": "ops",

@@ -146,7 +146,7 @@ def build() -> Path:
             return library
         for damaged in folder.glob("_C.*.so"):
             damaged.unlink()
-        sys.stderr.write(f"skipkernels: building the C++ kernels, once (under a minute), in {folder}\n")
+        sys.stderr.write(f"skipkernels: building the C++ kernels, once (one to three minutes), in {folder}\n")
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             return _keep(_compile(compiler, Path(scratch)), folder)
 

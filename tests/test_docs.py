@@ -250,6 +250,8 @@ def _words(line: str) -> list[str]:
     if _program(line) not in CHECKS:
         return []
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True) if word != "…"]
+    if ">" in words:
+        words = words[: words.index(">")]
     if words[0] == "compute-sanitizer":
         return words[words.index("python") :] if "python" in words else []
     return words
@@ -337,6 +339,7 @@ def nothing_runs(monkeypatch) -> None:
     for command in typing.get_args(cli.Command):
         monkeypatch.setattr(typing.get_args(command)[0], "execute", lambda *_: 0)
     monkeypatch.setattr(cli.TuneCommand, "execute", resolve)
+    monkeypatch.setattr(cli, "with_file", lambda command, path: command)  # the file of --config
 
 
 def check_commands(page: Page) -> None:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -260,9 +261,18 @@ def test_core_without_the_packages_of_the_command_line(tmp_path):
     assert result.stdout.split("\n")[0] == "True []", result.stderr
 
 
-@pytest.mark.parametrize("package", ["rich", "tyro", "yaml", "matplotlib"])
+@pytest.mark.parametrize("package", ["rich", "tyro", "yaml", "matplotlib", "jinja2"])
 def test_command_line_names_the_package_that_it_lacks(package):
     code = f"import sys; sys.modules[{package!r}] = None\nfrom skipkernels.__main__ import main\nsys.exit(main())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n"
+
+
+def test_wheel_has_every_file_of_the_package():
+    """Files other than modules are in a wheel only if pyproject.toml lists them."""
+    listed = re.search(r"^skipkernels = (\[.*\])$", (PACKAGE.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed is not None
+    given = {path for pattern in ast.literal_eval(listed[1]) for path in PACKAGE.glob(pattern)}
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")}
+    assert files == given

@@ -96,7 +96,7 @@ class AnalyzeCommand:
         resolved = {name: getattr(config, name) for name, value in given.items() if value in (None, "auto")}
         files = report.write(folder, analysis, given | resolved)
         for table in report.tables(
-            analysis, f"{config.model} on {task.name}, {config.shots} shots, {config.epochs} epochs"
+            analysis, f"{config.model} on {task.name}, {config.shots_text}, {config.epochs} epochs"
         ):
             out.print(table)
         for line in (*analysis.advice.notes, report.command(analysis.advice), f"{folder}: {' '.join(files)}"):

@@ -55,6 +55,7 @@ class CompareCommand(Options):
         """
         import skipkernels.experiments.studies.compare as studies
         from skipkernels.data import InputError
+        from skipkernels.tuner.command_line import command_line
         from skipkernels.tuner.registry import METHODS
 
         config, overwrite = run_config(self, self.study.seeds), self.output.overwrite
@@ -70,5 +71,5 @@ class CompareCommand(Options):
                 study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite)
             else:
                 study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite)
-            show(study, folder, out)
+            show(study, folder, out, command_line("compare", self))
         return 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import signal
+import sys
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,6 +20,7 @@ from .analyze import AnalyzeCommand
 from .blend import BlendCommand
 from .cache import CacheCommand
 from .compare import CompareCommand
+from .config_file import named_in, with_file
 from .doctor import DoctorCommand
 from .eval import EvalCommand
 from .export import ExportCommand
@@ -24,17 +29,18 @@ from .listings import DatasetsCommand, ModelsCommand
 from .options import REGISTRY
 from .predict import PredictCommand
 from .protocol import ProtocolCommand
+from .report import ReportCommand
 from .tune import TuneCommand
 from .warmup import WarmupCommand
 
 _LONGEST = 1000  # characters of an error message
 
-Command = (
-    Annotated[TuneCommand, tyro.conf.subcommand("tune")]
-    | Annotated[EvalCommand, tyro.conf.subcommand("eval")]
+_Others = (
+    Annotated[EvalCommand, tyro.conf.subcommand("eval")]
     | Annotated[PredictCommand, tyro.conf.subcommand("predict")]
     | Annotated[BlendCommand, tyro.conf.subcommand("blend")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[ProtocolCommand, tyro.conf.subcommand("protocol")]
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]
@@ -44,6 +50,9 @@ Command = (
     | Annotated[WarmupCommand, tyro.conf.subcommand("warmup")]
     | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
 )
+
+
+Command = Annotated[TuneCommand, tyro.conf.subcommand("tune")] | _Others
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,9 +75,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> Command:
-    """Parse the arguments; exits the process for --help and for unknown arguments."""
+    """Parse the arguments; exits the process for --help and for unknown arguments.
+
+    Raises:
+        InputError: If the file of --config can't be used.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    file = named_in(arguments) if arguments[:1] == ["tune"] else None
+    # The settings of the file are the defaults of the options, also in --help.
+    defaults: Any = {} if file is None else {"default": with_file(TuneCommand(), file)}
+    tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", **defaults)]
     return tyro.cli(
-        Command,
+        tune | _Others,
         prog="skipkernels",
         description="Skip Tuning for CLIP. See also: skipkernels COMMAND --help, skipkernels --version.",
         args=arguments,
@@ -79,7 +97,11 @@ def parse(arguments: list[str] | None) -> Command:
 
 
 def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
-    command = parse(arguments)
+    try:
+        command = parse(arguments)
+    except ValueError as error:  # InputError, which is not imported for --help
+        _print_error(err, "error", str(error))
+        return 2
     if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
         if is_first():
             _print_error(
@@ -87,7 +109,7 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
             )
         return 2
     try:
-        with termination_as_interrupt():
+        with termination_as_interrupt(), _without_root_logger():
             importlib.import_module("skipkernels.experiments")  # registers its data sources, methods and models
 
             return command.execute(out, err)
@@ -106,6 +128,17 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
         code, kind, message = failure
         _print_error(err, kind, message)
         return code
+
+
+@contextlib.contextmanager
+def _without_root_logger() -> Iterator[None]:
+    """Keep messages of the logger "skipkernels" from handlers that other packages install: the terminal shows them."""
+    logger = logging.getLogger("skipkernels")
+    before, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.propagate = before
 
 
 def _reported(error: BaseException) -> bool:

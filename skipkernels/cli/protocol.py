@@ -53,6 +53,7 @@ class ProtocolCommand(Options):
         from skipkernels.data import InputError
         from skipkernels.experiments.studies.protocol import SHOTS, run_protocol
         from skipkernels.tuner import TuneConfig
+        from skipkernels.tuner.command_line import command_line
 
         config, shots = run_config(self, self.study.seeds), self.study.numbers_of_shots
         if self.name == "few-shot" and config.shots != TuneConfig.shots:
@@ -65,5 +66,6 @@ class ProtocolCommand(Options):
             for name in names:
                 seeds = range(self.study.seeds)
                 study = run_protocol(config, name, seeds, folder / name, err, shots=shots or SHOTS, overwrite=overwrite)
-                show(study, folder / name, out)
+                command = command_line("protocol", dataclasses.replace(self, name=name), ("name",))
+                show(study, folder / name, out, command)
         return 0

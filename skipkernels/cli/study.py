@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,18 @@ def default_folder(name: str, config: TuneConfig) -> Path:
     return Path("runs", name, f"{config.data}-{config.model}".replace(":", "-").replace("/", "-"))
 
 
-def show(study: Study, folder: Path, out: Terminal) -> None:
-    """Write the files of a study, and print its tables."""
+def show(study: Study, folder: Path, out: Terminal, command: str) -> None:
+    """Write the files of a study, and print its tables.
+
+    Args:
+        study: The study.
+        folder: Folder of the files.
+        out: Terminal for the tables.
+        command: Command that repeats the study.
+    """
     from skipkernels.experiments.studies.plots import study_svg
 
-    paths = study.write(folder, study_svg(study))
+    paths = dataclasses.replace(study, command=command).write(folder, study_svg(study))
     for table in study.tables():
         out.print(table)
     out.print(f"  {'  '.join(map(str, paths))}", soft_wrap=True)

@@ -12,6 +12,7 @@ from skipkernels.console import Terminal
 from skipkernels.tuner.option_groups import OutputOptions, ProcessOptions
 
 from .blend import show as show_blend
+from .config_file import as_yaml
 from .options import Options, tune_config
 
 if TYPE_CHECKING:
@@ -45,11 +46,23 @@ class TuneOutputOptions(OutputOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class FileOptions:
+    """Settings from a file."""
+
+    config: Path | None = None
+    """YAML file with settings, such as the config.yaml of a run or the output of --print-config. Options that are given
+    here replace those of the file."""
+    print_config: bool = False
+    """Print all settings as YAML, with the defaults of the method, and exit."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TuneCommand(Options):
     """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
 
     processes: ProcessOptions = ProcessOptions()
     output: TuneOutputOptions = TuneOutputOptions()
+    file: FileOptions = FileOptions()
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Tune, and print accuracy and cost. Returns 0."""
@@ -59,6 +72,9 @@ class TuneCommand(Options):
         from skipkernels.tuner.processes import joined
         from skipkernels.tuner.run_folder import resumed
 
+        if self.file.print_config:
+            out.print(as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
+            return 0
         with joined(self.processes.timeout) as processes:
             config = resumed(tune_config(self))
             processes.set_device(config.device)

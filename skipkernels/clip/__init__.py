@@ -4,6 +4,14 @@ from .graphed import GraphedStep
 from .output import SkipOutput
 from .settings import blocks_to_skip
 from .skip_clip import SkipCLIP, check_clip
-from .top_k import top_k_logits
+from .top_k import top_k_logits, top_k_probabilities
 
-__all__ = ["GraphedStep", "SkipCLIP", "SkipOutput", "blocks_to_skip", "check_clip", "top_k_logits"]
+__all__ = [
+    "GraphedStep",
+    "SkipCLIP",
+    "SkipOutput",
+    "blocks_to_skip",
+    "check_clip",
+    "top_k_logits",
+    "top_k_probabilities",
+]

@@ -45,6 +45,22 @@ def check_k(k: int, classes: int) -> None:
         raise ValueError(f"top_k: k must be in [1, C={classes}]; got {k}.")
 
 
+def top_k_probabilities(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest probabilities softmax_c(x_b · t_c) of each image, descending, and their classes.
+
+    Arguments, order and classes as for `top_k_logits`. Probabilities of an image with a NaN or +inf logit are NaN.
+
+    Example:
+        >>> image, text = torch.tensor([[1.0]]), torch.tensor([[0.0], [torch.tensor(3.0).log()]])
+        >>> top_k_probabilities(image, text, 1)
+        (tensor([[0.7500]]), tensor([[1]]))
+    """
+    logits, class_ids = top_k_logits(image, text, k)
+    chunks = text.split(max(_LOGITS // max(len(image), 1), 1))
+    total = torch.stack([(image @ chunk.T).logsumexp(dim=1) for chunk in chunks]).logsumexp(dim=0)
+    return (logits - total[:, None]).exp(), class_ids
+
+
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest of each row [B, n], or all if n < k, and their positions, the lower first among equals."""
     n = logits.shape[1]

@@ -228,6 +228,10 @@ class TuneConfig(
         if self.resume and self.overwrite:
             _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
         self._check_optimizer()
+        if self.log is not None:
+            from . import loggers
+
+            loggers.chosen(self.log)
 
     def _check_optimizer(self) -> None:
         if self.epochs == 0 or self.optimizer is None:

@@ -21,6 +21,7 @@ from .methods import Method
 from .model import load_weights
 from .own_dataset import own_data
 from .precision import REMEDY
+from .predictions import TOP, TopClasses
 from .processes import Processes, joined
 from .run_folder import CONFIG
 from .setup import BATCH, RunSetup, build_run
@@ -40,11 +41,13 @@ class Evaluator:
         validation: Features of the validation images; see `RunSetup.validation_features`.
 
     Attributes:
+        top: Classes with the largest probabilities in the last evaluation, by test.
         validation: The images of `task.validation`, or None.
     """
 
     def __init__(self, setup: RunSetup, features: Mapping[str, FeatureCache], validation: FeatureCache | None = None):
         self._setup, task = setup, setup.task
+        self.top: dict[str, TopClasses] = {}
         self._tests = {
             test.name: EvaluatedImages(setup, test.name, features[test.name], len(test.images)) for test in task.tests
         }
@@ -87,10 +90,14 @@ class Evaluator:
 
     def _found(self, method: Method, images: EvaluatedImages, when: str) -> Tensor | None:
         method.train(False)
-        predicted = images.predictions(method)
-        if predicted is not None and predicted.min() < 0:
+        top = images.top(method)
+        if top is None:
+            return None
+        if not top.probabilities.isfinite().all():  # NaN if a logit is
             raise FloatingPointError(f"tune: logits of the test {images.test!r} are not finite {when}")
-        return predicted
+        if images is not self.validation:
+            self.top[images.test] = top
+        return top.classes[:, 0]
 
     def labels(self, test: str) -> Tensor:
         """Labels [n] of the images of a test."""
@@ -142,17 +149,17 @@ class EvaluatedImages:
             yield inputs
 
     @torch.no_grad()
-    def predictions(self, method: Method) -> Tensor | None:
-        """Return the top-1 class [n] of each image, −1 if a logit is not finite; None if it can't be classified."""
-        predictions, finite = [], torch.ones((), dtype=torch.bool, device=self._setup.device)
+    def top(self, method: Method) -> TopClasses | None:
+        """Return the `TOP` best classes of each image, with NaN where a logit is; None if it can't be classified."""
+        found = []
         for inputs in self.batches():
             with self._setup.precision.autocast():
-                found = method.top_1(self.test, inputs)
-            if found is None:
+                top = method.top_k(self.test, inputs, TOP)
+            if top is None:
                 return None
-            predictions.append(found[1])
-            finite &= found[0].isfinite().all()  # the largest is NaN if one of them is
-        return self._gathered(torch.where(finite, torch.cat(predictions), -1).cpu())
+            found.append(top)
+        probabilities, classes = (self._gathered(torch.cat(part).cpu()) for part in zip(*found, strict=True))
+        return TopClasses(classes, probabilities)
 
     @torch.no_grad()
     def logits(self, method: Method) -> Tensor | None:

@@ -1,11 +1,10 @@
-"""Misclassified test images for the report: predictions that tuning changed, and frequent confusions."""
+"""Statistics of the predictions of a run, and selection of the test images that the report shows."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -13,126 +12,181 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from ..data import SizedDataset
+from .predictions import TestPredictions
 
+GALLERY, PAIRS, WORST = 8, 6, 30
+"""Largest number of images in a gallery, of pairs of confused classes, and of classes in the matrix of confusions."""
 _MAX_SIDE = 128  # of a thumbnail, in pixels
+_PIXEL_ART = 64  # images up to this size are stored without loss
+
+
+class ClassResult(NamedTuple):
+    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction.
+
+    Attributes:
+        label: Class id.
+        images: Number of test images.
+        zero_shot: Accuracy before tuning.
+        tuned: Accuracy after tuning.
+        predicted: The other class that is predicted most often after tuning, or None.
+        errors: Number of images predicted as this class.
+    """
+
+    label: int
+    images: int
+    zero_shot: float
+    tuned: float | None
+    predicted: int | None
+    errors: int
 
 
 @dataclass(frozen=True)
-class ChangedImage:
-    """Test image with one correct prediction, before or after tuning, with its class and both predictions."""
-
-    test: str
-    image: Image.Image
-    label: str
-    zero_shot: str
-    tuned: str
-
-
-@dataclass(frozen=True)
-class Confusion:
+class ConfusedPair:
     """Class that is often predicted as another class.
 
     Attributes:
-        test: Name of the test.
-        image: Test image of the class, predicted as the other class.
         label: The class.
         predicted: The other class.
-        predicted_image: Test image of the other class, if there is one.
+        index: Test image of the class, predicted as the other class.
+        predicted_index: Test image of the other class, if there is one.
         count: Number of images of the class that are predicted as the other class.
         total: Number of test images of the class.
     """
 
-    test: str
-    image: Image.Image
-    label: str
-    predicted: str
-    predicted_image: Image.Image | None
+    label: int
+    predicted: int
+    index: int
+    predicted_index: int | None
     count: int
     total: int
 
 
-def changed_images(
-    test: str,
-    images: SizedDataset,
-    classes: Sequence[str],
-    labels: Tensor | Sequence[int],
-    zero_shot: Tensor,
-    tuned: Tensor,
-    *,
-    limit: int = 12,
-) -> list[ChangedImage]:
-    """Select test images that are predicted correctly either before or after tuning, not both; one per class.
-
-    Args:
-        test: Name of the test.
-        images: Items (image, label), where image is a PIL image or a tensor [3, H, W].
-        classes: Class names by label.
-        labels: Labels of the images, [n].
-        zero_shot: Predicted classes before tuning, [n].
-        tuned: Predicted classes after tuning, [n].
-        limit: Maximum number of images; their classes are spread over all labels.
+def class_results(test: TestPredictions) -> list[ClassResult]:
+    """Return the result of each class that has test images, by label.
 
     Example:
-        >>> letters = [(Image.new("L", (8, 8)), 0), (Image.new("L", (8, 8)), 1)]
-        >>> changed, = changed_images("new", letters, ["a", "b"], [0, 1], torch.tensor([1, 1]), torch.tensor([0, 1]))
-        >>> changed.label, changed.zero_shot, changed.tuned
-        ('a', 'b', 'a')
+        >>> from .predictions import TopClasses
+        >>> def top(*ids): return TopClasses(torch.tensor(ids)[:, None], torch.ones(len(ids), 1))
+        >>> labels = torch.tensor([0, 0, 1])
+        >>> class_results(TestPredictions("base", ["a", "b"], labels, top(1, 1, 1), top(0, 1, 1)))[0]
+        ClassResult(label=0, images=2, zero_shot=0.0, tuned=50.0, predicted=1, errors=1)
     """
-    labels = torch.as_tensor(labels)
-    changed = ((zero_shot == labels) != (tuned == labels)).nonzero().flatten().tolist()
-    first_of = {int(labels[index]): index for index in reversed(changed)}
-    found = [first_of[label] for label in sorted(first_of)]
-    count = min(limit, len(found))
-    chosen = [found[place * len(found) // count] for place in range(count)]
+    count = len(test.classes)
+
+    def correct(predicted: Tensor) -> list[int]:
+        return test.labels[predicted == test.labels].bincount(minlength=count).tolist()
+
+    images = test.labels.bincount(minlength=count).tolist()
+    before = correct(test.zero_shot.classes[:, 0])
+    after = None if test.tuned is None else correct(test.tuned.classes[:, 0])
+    most = _most_frequent_errors(test)
     return [
-        ChangedImage(
-            test, thumbnail(images[index][0]), *(classes[int(values[index])] for values in (labels, zero_shot, tuned))
+        ClassResult(
+            label,
+            images[label],
+            100 * before[label] / images[label],
+            None if after is None else 100 * after[label] / images[label],
+            *most.get(label, (None, 0)),
         )
-        for index in chosen
+        for label in range(count)
+        if images[label]
     ]
 
 
-def confusions(
-    test: str,
-    images: SizedDataset,
-    classes: Sequence[str],
-    labels: Tensor | Sequence[int],
-    predictions: Tensor,
-    *,
-    limit: int = 8,
-) -> list[Confusion]:
+def _errors(test: TestPredictions) -> dict[tuple[int, int], list[int]]:
+    """Indices of the wrongly predicted images, by label and prediction."""
+    predicted = test.last.classes[:, 0]
+    found: dict[tuple[int, int], list[int]] = {}
+    for index in (predicted != test.labels).nonzero().flatten().tolist():
+        found.setdefault((int(test.labels[index]), int(predicted[index])), []).append(index)
+    return found
+
+
+def _most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
+    """Most frequent wrong prediction and its number of images, by label; the lower class of equally frequent ones."""
+    most: dict[int, tuple[int, int]] = {}
+    for (label, predicted), indices in sorted(_errors(test).items()):
+        if len(indices) > most.get(label, (0, 0))[1]:
+            most[label] = predicted, len(indices)
+    return most
+
+
+def changed(test: TestPredictions, *, limit: int = GALLERY) -> tuple[list[int], list[int]]:
+    """Select images that tuning fixed, and images that it broke; one per class, of classes spread over all labels.
+
+    Args:
+        test: Predictions before and after tuning.
+        limit: Maximum number of each.
+
+    Returns:
+        Indices of images predicted correctly only after tuning, and of those predicted correctly only before.
+    """
+    if test.tuned is None:
+        return [], []
+    before, after = (top.classes[:, 0] == test.labels for top in (test.zero_shot, test.tuned))
+    return _one_per_class(test.labels, ~before & after, limit), _one_per_class(test.labels, before & ~after, limit)
+
+
+def _one_per_class(labels: Tensor, chosen: Tensor, limit: int) -> list[int]:
+    first_of = {int(labels[index]): index for index in reversed(chosen.nonzero().flatten().tolist())}
+    found = [first_of[label] for label in sorted(first_of)]
+    count = min(limit, len(found))
+    return [found[place * len(found) // count] for place in range(count)]
+
+
+def confused_pairs(test: TestPredictions, *, limit: int = PAIRS) -> list[ConfusedPair]:
     """Select the classes with the most errors, each with its most frequent wrong prediction; the lower label in ties.
 
-    Arguments as for `changed_images`, with the predicted classes [n] and the maximum number of classes.
-
-    Example:
-        >>> letters = [(Image.new("L", (8, 8)), label) for label in (0, 0, 1)]
-        >>> confusion, = confusions("base", letters, ["a", "b"], [0, 0, 1], torch.tensor([0, 1, 1]))
-        >>> confusion.label, confusion.predicted, confusion.count, confusion.total
-        ('a', 'b', 1, 2)
+    The predictions are those after tuning, or those before if there are none.
     """
-    true, predicted = torch.as_tensor(labels).tolist(), predictions.tolist()
-    errors: dict[int, dict[int, list[int]]] = {}  # indices of images by label and prediction
-    for index, (label, prediction) in enumerate(zip(true, predicted, strict=True)):
-        if label != prediction:
-            errors.setdefault(label, {}).setdefault(prediction, []).append(index)
-    total = Counter(true)
+    errors, most = _errors(test), _most_frequent_errors(test)
+    totals = test.labels.bincount(minlength=len(test.classes)).tolist()
     found = []
-    for label in sorted(errors, key=lambda label: (-sum(map(len, errors[label].values())), label))[:limit]:
-        most = min(errors[label], key=lambda prediction: (-len(errors[label][prediction]), prediction))
-        indices = errors[label][most]
-        found.append(
-            Confusion(
-                test,
-                thumbnail(images[indices[0]][0]),
-                classes[label],
-                classes[most],
-                thumbnail(images[true.index(most)][0]) if most in total else None,
-                count=len(indices),
-                total=total[label],
-            )
-        )
+    for label in _by_errors(test)[:limit]:
+        predicted, count = most[label]
+        others = (test.labels == predicted).nonzero()
+        other = int(others[0]) if len(others) else None
+        found.append(ConfusedPair(label, predicted, errors[label, predicted][0], other, count, totals[label]))
     return found
+
+
+def _by_errors(test: TestPredictions) -> list[int]:
+    """Labels with errors, those with the most first; the lower label in ties."""
+    wrong = test.labels[test.last.classes[:, 0] != test.labels].bincount(minlength=len(test.classes))
+    count = int((wrong > 0).sum())
+    return wrong.sort(descending=True, stable=True).indices[:count].tolist()
+
+
+def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list[int], list[list[int]]]:
+    """Count the predictions of the classes with the most errors.
+
+    Returns:
+        Labels [n], by class; and counts [n, n + 1]: images of a class (row) predicted as each of these classes, and as
+        any other class in the last column.
+    """
+    labels = sorted(_by_errors(test)[:limit])
+    place = torch.full((len(test.classes),), len(labels))
+    place[labels] = torch.arange(len(labels))
+    rows, columns = place[test.labels], place[test.last.classes[:, 0]]
+    chosen, width = rows < len(labels), len(labels) + 1
+    counts = (rows * width + columns)[chosen].bincount(minlength=len(labels) * width)
+    return labels, counts.view(len(labels), width).tolist()
+
+
+def add_thumbnails(test: TestPredictions, images: SizedDataset) -> None:
+    """Read the images that the report shows, and add them to the predictions of their test."""
+    fixed, broken = changed(test)
+    pairs = confused_pairs(test)
+    shown = [*fixed, *broken, *(pair.index for pair in pairs)]
+    shown += [pair.predicted_index for pair in pairs if pair.predicted_index is not None]
+    test.thumbnails = {index: encoded(images[index][0]) for index in dict.fromkeys(shown)}
+
+
+def encoded(image: Any) -> bytes:
+    """Return the thumbnail of an image as a file: PNG up to 64 pixels a side, else JPEG."""
+    small, buffer = thumbnail(image), io.BytesIO()
+    small.save(buffer, "png" if max(small.size) <= _PIXEL_ART else "jpeg", quality=80)
+    return buffer.getvalue()
 
 
 def thumbnail(image: Any) -> Image.Image:

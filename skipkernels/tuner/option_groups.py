@@ -228,3 +228,6 @@ class OutputOptions:
     """Save only the weights that tuning changed, in delta.safetensors."""
     log_every: int = option(50, minimum=1, results=False)
     """Steps between displays and checks of the loss."""
+    log: tuple[str, ...] | None = option(None, results=False)
+    """Loggers of each epoch: tensorboard, csv (metrics.csv), wandb, mlflow, or none. By default tensorboard if it is
+    installed."""

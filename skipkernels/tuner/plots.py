@@ -6,6 +6,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any, TypeGuard
@@ -40,24 +41,45 @@ def finite(value: float | None) -> TypeGuard[float]:
 
 
 def loss_svg(rows: list[dict[str, Any]]) -> str:
-    """Plot the training loss over the epochs; "" if no epoch has one.
+    """Plot the training loss over the epochs, and that of the steps as a thin line; "" if no epoch has one.
 
     >>> loss_svg([{"epoch": 1, "loss": None}])
     ''
     """
-    points = [(row["epoch"], row["loss"]) for row in rows if finite(row.get("loss"))]
-    return figure_svg("loss", "training loss over the epochs", lambda axes: _line(axes, points, LOSS)) if points else ""
+    points = [(row["epoch"] - 0.5, row["loss"]) for row in rows if finite(row.get("loss"))]  # means over the epoch
+    if not points:
+        return ""
+    steps = [
+        (row["epoch"] - 1 + (place + 0.5) / len(losses), loss)
+        for row in rows
+        for losses in (row.get("step_loss") or [],)
+        for place, loss in enumerate(losses)
+        if finite(loss)
+    ]
+
+    def draw(axes: Axes) -> None:
+        axes.plot([x for x, _ in steps], [y for _, y in steps], color=LOSS, linewidth=0.8, alpha=0.45)
+        _line(axes, points, LOSS)
+
+    return figure_svg("loss", "training loss over the epochs", draw)
 
 
-def accuracy_svg(rows: list[dict[str, Any]], zero_shot: Mapping[str, float | None], colours: Mapping[str, str]) -> str:
+def accuracy_svg(
+    rows: list[dict[str, Any]],
+    zero_shot: Mapping[str, float | None],
+    colours: Mapping[str, str],
+    best_epoch: int | None = None,
+) -> str:
     """Plot the test accuracy over the epochs, zero-shot at 0 and dotted; "" if there is no epoch.
 
     Args:
         rows: Rows of metrics.jsonl.
         zero_shot: Zero-shot accuracy in per cent, by test.
         colours: Colours of the tests to plot.
+        best_epoch: Epoch to mark with a vertical line.
     """
     steps = [(0, zero_shot), *((row["epoch"], row["accuracy"]) for row in rows)]
+    validation = [(row["epoch"], row["validation"]) for row in rows if finite(row.get("validation"))]
 
     def draw(axes: Axes) -> None:
         for name, colour in colours.items():
@@ -65,8 +87,41 @@ def accuracy_svg(rows: list[dict[str, Any]], zero_shot: Mapping[str, float | Non
             _line(axes, points, colour)
             if points and points[0][0] == 0:
                 axes.axhline(points[0][1], color=colour, linestyle=":", linewidth=1)
+        if validation:
+            axes.plot([x for x, _ in validation], [y for _, y in validation], color=GREY, linestyle="--", linewidth=1.4)
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color=GREY, linewidth=1)
+            axes.annotate("kept", (best_epoch, 0), (3, 3), ("data", "axes fraction"), "offset points", color=GREY)
 
     return figure_svg("accuracy", "test accuracy over the epochs, in per cent", draw) if rows else ""
+
+
+def blend_svg(blend: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    """Plot the accuracy over the weight α of the tuned weights, and mark the chosen α; "" if there are no values.
+
+    Args:
+        blend: "alphas" [n], "accuracy" in per cent [n] by test, and "chosen", an α or None.
+        colours: Colours of the tests.
+    """
+    curves = {
+        name: [(alpha, value) for alpha, value in zip(blend["alphas"], values, strict=False) if finite(value)]
+        for name, values in blend["accuracy"].items()
+    }
+    curves = {name: points for name, points in curves.items() if points}
+
+    def draw(axes: Axes) -> None:
+        for name, points in curves.items():
+            _line(axes, points, colours.get(name, GREY))
+        if finite(blend.get("chosen")):
+            axes.axvline(blend["chosen"], color=GREY, linewidth=1)
+            axes.annotate(
+                "chosen", (blend["chosen"], 0), (3, 3), ("data", "axes fraction"), "offset points", color=GREY
+            )
+        axes.set_xlabel("α: 0 zero-shot, 1 tuned")
+        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+
+    label = "accuracy over the blend of zero-shot and tuned weights, in per cent"
+    return panels_svg("blend", label, [draw], size=(5.2, 3)) if curves else ""
 
 
 def kept_svg(histogram: Mapping[int, int]) -> str:
@@ -86,7 +141,7 @@ def kept_svg(histogram: Mapping[int, int]) -> str:
     return figure_svg("kept", "steps by the number of kept classes", draw, over="kept classes per step")
 
 
-def _line(axes: Axes, points: list[tuple[int, float]], colour: str) -> None:
+def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
     marker = "o" if len(points) <= _MAX_DOTS else None
     axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker, markersize=4, linewidth=1.6)
 
@@ -128,7 +183,8 @@ def panels_svg(
         columns: Plots per row. Default: all.
     """
     # Text is not drawn as paths, so that it has the font of the page. The matplotlibrc of the user is ignored.
-    with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]):
+    with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")  # the page has other fonts
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         columns = columns or len(panels)

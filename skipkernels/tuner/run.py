@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,25 +21,30 @@ from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, mistakes, notes
 from .calibration import fit_temperature
+from .command_line import command_line
 from .config import TuneConfig
 from .description import CLASSIFIER, OPEN_CLIP, Description, describe, write_open_clip_config
+from .environment import environment
 from .errors import argument_error
 from .evaluation import Evaluator
 from .forward_profile import forward_milliseconds
+from .loggers import Logger, open_loggers
 from .methods import Skip
 from .model_card import model_card
 from .own_dataset import own_data
+from .predictions import TestPredictions, TopClasses, consistent
 from .processes import ALONE, Processes, joined
 from .progress import ProgressDisplay
 from .report import report_html
 from .run_folder import FEW_SHOT, REPORT, FollowedFolder, RunFolder, interrupt_deferred, resumed
 from .setup import BATCH, build_run
-from .tensorboard import open_tensorboard
 from .trainer import Trainer
 from .validation import best_epoch, has_stalled
 from .weights import MODEL, WeightsFile
 
 Status = Literal["complete", "interrupted", "diverged"]
+_log = logging.getLogger("skipkernels")
+_log.addHandler(logging.NullHandler())  # silent, unless the program that uses the library configures logging
 
 
 def tune(
@@ -51,6 +57,7 @@ def tune(
     classes: Sequence[str] | int | None = None,
     name: str | None = None,
     key: Any = None,
+    loggers: Sequence[Logger] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Tune a model and write the results.
@@ -63,7 +70,8 @@ def tune(
 
     Args:
         config: Configuration of the run, equal in all processes. Default: `TuneConfig()`.
-        console: Console for progress. Default: none.
+        console: Console for progress. Default: none; notes, epochs and warnings also go to the Python logger
+            "skipkernels".
         dataset: Training images, instead of the setting `data`: a map-style dataset of (image, label), as
             `data.from_datasets` describes it. Images are Pillow's, or tensors that are preprocessed for the model.
         test: Test images. Default: those of `validation`, or else 30 % of the images of each class of `dataset`.
@@ -72,6 +80,7 @@ def tune(
         name: Name of the dataset in the results. Default: its type.
         key: Text or JSON value that identifies the datasets when a run is resumed. Default: a digest of their files and
             labels; see `FeatureCache.build`.
+        loggers: Loggers of the rows of the epochs, besides those of `config.log`. They are closed at the end.
         **settings: Fields of `TuneConfig`, which replace those of `config`.
 
     Returns:
@@ -122,13 +131,18 @@ def tune(
         )
     with joined(config.timeout) as processes:
         shown = console if console is not None and processes.first else Console(quiet=True)
-        return _tune(config, shown, processes, open_data)
+        return _tune(config, shown, processes, loggers, open_data)
 
 
 def _tune(
-    config: TuneConfig, console: Console, processes: Processes, open_data: Callable[[], Source] | None = None
+    config: TuneConfig,
+    console: Console,
+    processes: Processes,
+    loggers: Sequence[Logger],
+    open_data: Callable[[], Source] | None = None,
 ) -> dict[str, Any]:
     config = resumed(config)
+    command = command_line("tune", config, processes=processes.size)
     processes.set_device(config.device)
     open_data = functools.cache(open_data or config.open_data)
     with processes.one_first("settings"):
@@ -140,7 +154,7 @@ def _tune(
         _print(console, f"{folder.path}: the run is complete; there is nothing to resume.")
         return finished
     with ignore_write_errors(console), _memory_errors(), _seeded(config):
-        return _Run(config, console, folder, open_data, processes).run()
+        return _Run(config, console, folder, open_data, processes, command, loggers).run()
 
 
 def _check_processes(config: TuneConfig, processes: Processes) -> None:
@@ -175,7 +189,10 @@ class _Run:
         folder: RunFolder,
         open_data: Callable[[], Source],
         processes: Processes = ALONE,
+        command: str = "",
+        loggers: Sequence[Logger] = (),
     ):
+        self.command, self.loggers = command, loggers
         self.config, self.folder, self.console, self.processes = config, folder, console, processes
         self.started = time.perf_counter()
         self.memory = PeakMemory(torch.device(config.device))
@@ -189,10 +206,12 @@ class _Run:
         self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta, reloaded=validated)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             _print(console, f"note: {note}")
+            _log.info(note)
         title = f"{config.model} on {config.data}, {config.method}, {config.shots_text}"
         title += f", {processes.size} processes" if processes.size > 1 else ""
         self.display = ProgressDisplay(console, title=title, memory=self.memory)
         self.zero_shot: dict[str, Tensor] = {}
+        self.zero_shot_top: dict[str, TopClasses] = {}
         self.tuned: dict[str, Tensor] | None = None  # predictions after the last complete epoch, in the end the best
         self.validation: dict[str, Any] | None = None  # accuracies on the validation images
         self.described: Description | None = None
@@ -210,6 +229,7 @@ class _Run:
                     self.processes.meet("features")
                     self.evaluator = Evaluator(self.setup, test, held)
                     self.zero_shot = self.evaluator.zero_shot()
+                    self.zero_shot_top = dict(self.evaluator.top)
                     if held is not None:
                         accuracy = self.evaluator.validation_accuracy(self.setup.zero_shot)
                         count = len(self.task.validation.images) if self.task.validation is not None else 0
@@ -232,6 +252,7 @@ class _Run:
         finally:
             for warning in self.warnings:
                 _print(self.console, f"warning: {warning}")
+                _log.warning(warning)
 
     def _save_few_shot(self) -> None:
         """Write the list of training images, unless they are glyphs, which the seed determines."""
@@ -295,7 +316,8 @@ class _Run:
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
-        events = open_tensorboard(self.folder.path) if self.processes.first else None
+        rows = self.folder.rows
+        loggers = [*open_loggers(config, self.folder.path, rows), *self.loggers] if self.processes.first else []
         try:
             while trainer.epochs < config.epochs and not has_stalled(self.folder.rows, config.patience):
                 row = trainer.epoch(self.display.step, self.display.loss)
@@ -305,11 +327,14 @@ class _Run:
                 row["accuracy"], row["validation"] = self.evaluator.accuracies(predictions), validation
                 self._complete(row, predictions, trainer)
                 self.display.epoch(row)
-                if events is not None:
-                    events.write(row)
+                _log.info(
+                    "epoch %d/%d: loss %.4f, accuracy %s", row["epoch"], config.epochs, row["loss"], row["accuracy"]
+                )
+                for logger in loggers:
+                    logger.write(row)
         finally:
-            if events is not None:
-                events.close()
+            for logger in loggers:
+                logger.close()
 
     def _fit(self, train: FeatureCache) -> None:
         """Train a method without steps."""
@@ -402,8 +427,9 @@ class _Run:
             with interrupt_deferred():
                 if self.tuned is not None:
                     self._write_card(metrics)
-                    page = report_html(self.config, metrics, self.folder.rows, *self._mistakes(self.tuned))
-                    self.folder.write_report(page)
+                    tests = self._predictions(self.tuned)
+                    self.folder.write_predictions(tests)
+                    self.folder.write_report(report_html(self.config, metrics, self.folder.rows, tests))
                 self.folder.finish(metrics)
         except Exception as error:  # any: the results are complete without the report
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -427,6 +453,8 @@ class _Run:
         rows, config = self.folder.rows, self.config
         seconds, steps = [row["seconds"] for row in rows], sum(row["steps"] for row in rows)
         return {
+            "command": self.command,
+            "environment": environment(config.device, self.processes.size),
             "method": config.method,
             "protocol": config.protocol,
             "classes": {test.name: len(test.classes) for test in self.task.tests},
@@ -436,6 +464,10 @@ class _Run:
             "epochs": len(rows),
             "best_epoch": best_epoch(rows),
             "steps": steps,
+            "images": {
+                "train": len(self.task.train),
+                "tests": {test.name: len(test.images) for test in self.task.tests},
+            },
             "processes": self.processes.size,
             "batch_size": config.batch_size,
             "kept_classes": rows[-1]["kept_classes"] if rows else None,
@@ -453,17 +485,19 @@ class _Run:
             },
         }
 
-    def _mistakes(self, tuned: dict[str, Tensor]) -> tuple[list[mistakes.ChangedImage], list[mistakes.Confusion]]:
-        """Changed predictions and confusions of all tests, with images without their transform."""
-        changed, confusions = [], []
+    def _predictions(self, tuned: dict[str, Tensor]) -> list[TestPredictions]:
+        """Predictions for all tests, with thumbnails of the images that the report shows."""
+        found = []
         for test in self.task.tests:
-            if test.name in tuned:
-                images = copy.copy(test.images)
-                images.transform = None  # type: ignore[attr-defined]
-                arguments = test.name, images, test.classes, self.evaluator.labels(test.name)
-                changed += mistakes.changed_images(*arguments, self.zero_shot[test.name], tuned[test.name])
-                confusions += mistakes.confusions(*arguments, tuned[test.name])
-        return changed, confusions
+            after = consistent(self.evaluator.top, test.name, tuned[test.name]) if test.name in tuned else None
+            before = self.zero_shot_top[test.name]
+            labels = torch.as_tensor(self.evaluator.labels(test.name))
+            predictions = TestPredictions(test.name, list(test.classes), labels, before, after)
+            images = copy.copy(test.images)
+            images.transform = None  # type: ignore[attr-defined]
+            mistakes.add_thumbnails(predictions, images)
+            found.append(predictions)
+        return found
 
     def _trained(self) -> list[Tensor]:
         groups = self.method.parameter_groups(text_lr=0.0, image_lr=0.0)

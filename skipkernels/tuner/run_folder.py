@@ -25,7 +25,9 @@ from . import checkpoint
 from .config import TuneConfig, read_settings
 from .description import CLASSIFIER, OPEN_CLIP
 from .errors import argument_error
+from .loggers import CSV
 from .model_card import CARD
+from .predictions import PREDICTIONS, TestPredictions, save
 from .state_checks import check_types
 from .validation import best_epoch
 
@@ -34,7 +36,7 @@ FEW_SHOT = "few_shot.json"
 # In the order of deletion. metrics.json marks a run that has ended: deleted first, written after the last epoch.
 # config.yaml marks the files as those of a run: deleted last, written first.
 _WEIGHTS = (checkpoint.MODEL, checkpoint.DELTA, checkpoint.BEST)
-_RESULTS = (METRICS, checkpoint.STATE, REPORT, CARD, CLASSIFIER, OPEN_CLIP, EPOCHS)
+_RESULTS = (METRICS, checkpoint.STATE, REPORT, PREDICTIONS, CARD, CLASSIFIER, OPEN_CLIP, CSV, EPOCHS)
 _FILES = (*_RESULTS, *_WEIGHTS, FEW_SHOT, CONFIG)
 
 _METRICS: dict[str, Any] = {  # fields of metrics.json that are read
@@ -287,6 +289,7 @@ class RunFolder:
         """Delete files of an earlier run, or restore the resumed one, and write the configuration."""
         (self.path / METRICS).unlink(missing_ok=True)
         (self.path / REPORT).unlink(missing_ok=True)
+        (self.path / PREDICTIONS).unlink(missing_ok=True)
         if self.resumed is not None:
             self.resumed = checkpoint.recover(self.path)
             self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
@@ -335,6 +338,13 @@ class RunFolder:
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, which ends the run."""
         self._write(METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    def write_predictions(self, tests: list[TestPredictions]) -> None:
+        """Write predictions.safetensors."""
+        try:
+            save(self.path / PREDICTIONS, tests)
+        except OSError as error:
+            raise argument_error("out", f"{self.path / PREDICTIONS} can't be written: {error.strerror}.") from error
 
     def write_report(self, report: str) -> None:
         """Write report.html."""

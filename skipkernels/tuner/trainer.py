@@ -28,6 +28,8 @@ from .schedule import cosine_with_warmup
 from .stage_timer import StageTimer
 from .state_checks import check_like, check_optimizer, check_types
 
+_CURVE = 100  # most points of the losses of an epoch in its row
+
 
 class Trainer:
     """Trainer of a method, epoch by epoch. Within an epoch, only reading the losses is a host sync.
@@ -133,6 +135,7 @@ class Trainer:
         return {
             "epoch": self.epochs,
             "loss": losses.mean,
+            "step_loss": losses.curve(_CURVE),
             "lr": rates,
             "steps": self.steps,
             "kept_classes": sum(classes * steps for classes, steps in kept.items()) / self.steps,
@@ -279,3 +282,15 @@ class EpochLosses:
         """Mean over the images of all steps; read all losses first."""
         weighted = (loss * images for loss, images in zip(self._on_host, self.images, strict=True))
         return sum(weighted) / sum(self.images)
+
+    def curve(self, points: int) -> list[float]:
+        """Means of consecutive steps, at most `points`; read all losses first.
+
+        >>> losses = EpochLosses(3, torch.device("cpu"))
+        >>> for loss in (1.0, 2.0, 4.0): losses.add(torch.tensor(loss), images=1)
+        >>> _ = losses.read(); losses.curve(2)
+        [1.0, 3.0]
+        """
+        losses, count = self._on_host, min(points, len(self._on_host))
+        bounds = [place * len(losses) // count for place in range(count + 1)] if count else []
+        return [sum(losses[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -112,7 +112,7 @@ def test_compare_tables_json_and_plot(ran, tmp_path):
     assert ElementTree.fromstring(svg).tag.endswith("svg") and svg == study_svg(study)
     assert "zero-shot" in svg and "peak, MiB" in svg
     paths = study.write(tmp_path, svg)
-    assert [path.name for path in paths] == ["compare.json", "compare.svg"]
+    assert [path.name for path in paths] == ["compare.json", "compare.svg", "report.html"]
     written = json.loads(paths[0].read_text())
     assert written["seeds"] == [0, 1] and len(written["runs"]) == 4
     assert written["summary"]["skip"]["accuracy, %"]["base"] == [20.0, 200**0.5]
@@ -233,6 +233,11 @@ def test_compare_command(tmp_path, capsys, in_process):
     zero_shot = found["summary"]["zero-shot"]["accuracy, %"]["new"]
     assert zero_shot == [found["runs"][1]["metrics"]["zero_shot"]["new"], None]
     assert (tmp_path / "runs" / "zero-shot-0" / "report.html").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "skipkernels compare --shots 2 --classes 6 --methods zero-shot linear-probe --seeds 1" in page
+    assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+    (tmp_path / "compare.json").write_text('{"study": "compare", "summary": {}}')
+    assert main(["report", str(tmp_path)]) == 2 and "damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("least", "most"), [(1.3, 15.2), (21.5, 58.2), (0.05, 7000.0), (20.0, 20.0)])

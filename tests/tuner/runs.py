@@ -42,7 +42,7 @@ def results(folder: Path) -> list[Any]:
 
 
 def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if name != "cost"}
+    return {name: value for name, value in metrics.items() if name not in ("cost", "command", "environment")}
 
 
 def files(folder: Path) -> set[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 
+from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.tuner import TuneConfig
 from skipkernels.tuner.methods import METHODS
+from skipkernels.tuner.schema import schema
 from tests.tuner.runs import SMALL, fails, small
 
 
@@ -171,3 +176,39 @@ def test_resolved_recipe_by_default_protocol():
     """Wu et al. train 40 epochs for few-shot, 20 for base-to-new."""
     config = TuneConfig(preset="reference", data="imagefolder:photos").resolved()
     assert (config.epochs, config.image_lr) == (40, 1e-5)
+
+
+def test_config_file_gives_defaults_that_flags_replace(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("shots: 3\nclasses: 9\ntemplate: ['a {}.']\nlog: [csv]\nout: some/where\n")
+    assert main(["tune", "--config", str(file), "--shots", "5", "--log", "none", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = TuneConfig.from_yaml(tmp_path / "printed.yaml")
+    assert (again.shots, again.classes, again.template, again.log) == (5, 9, ("a {}.",), ("none",))
+    assert again.epochs == 8 and again.device == "auto" and again.out == Path("some/where"), "the method's defaults"
+    assert printed.startswith("# yaml-language-server: $schema=https://")
+
+
+def test_config_file_of_a_run_is_another_run(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(small(tmp_path, resume=True).to_yaml())
+    assert main(["tune", f"--config={tmp_path / 'config.yaml'}", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["classes"] == 12 and printed["out"] is None and printed["resume"] is False
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("colour: red", "unknown setting 'colour'")])
+def test_config_file_that_can_not_be_used(tmp_path, text, message, capsys):
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    assert message in fails(["tune", "--config", tmp_path / "mine.yaml"], capsys)
+
+
+def test_schema_of_the_documentation_is_that_of_the_settings():
+    """Write it again with python -m skipkernels.tuner.schema > docs/config.schema.json."""
+    found = json.loads((Path(__file__).parents[2] / "docs" / "config.schema.json").read_text())
+    assert found == json.loads(json.dumps(schema()))
+    properties = found["properties"]
+    assert properties.keys() == {field.name for field in dataclasses.fields(TuneConfig)}
+    assert all(setting["description"] for setting in properties.values())
+    assert properties["momentum"]["anyOf"][0] == {"type": "number", "minimum": 0, "exclusiveMaximum": 1}

@@ -1,10 +1,13 @@
-"""report.html: valid, self-contained, deterministic, with dashes for missing values; and its images."""
+"""report.html: valid, self-contained, deterministic, with dashes for missing values; its selections; in a browser."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -13,13 +16,27 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from skipkernels.tuner import plots
+from skipkernels.cli.main import main
+from skipkernels.data import InputError
+from skipkernels.tuner import plots, predictions
 from skipkernels.tuner.config import TuneConfig
-from skipkernels.tuner.mistakes import ChangedImage, Confusion, changed_images, confusions, thumbnail
-from skipkernels.tuner.report import report_html
+from skipkernels.tuner.mistakes import (
+    ClassResult,
+    ConfusedPair,
+    add_thumbnails,
+    changed,
+    class_results,
+    confused_pairs,
+    confusion_matrix,
+    encoded,
+    thumbnail,
+)
+from skipkernels.tuner.predictions import TestPredictions, TopClasses, consistent
+from skipkernels.tuner.report import report_html, run_report, study_html
+from skipkernels.tuner.report.study_page import pareto
 
-VOID = {"meta", "br", "img"}
-NASTY = """</b><script>alert("1")</script> & 'quotes' {braces} {0} %s $x$ é 字"""
+VOID = {"meta", "br", "img", "input"}
+NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +60,9 @@ def metrics(**changes) -> dict:
         "kept_classes": 11.5,
         "parameters": {"trained": 847616, "all": 6427201},
         "cost": cost,
+        "command": "skipkernels tune --shots 4",
+        "environment": {"finished": "2026-11-26T10:00:00+00:00", "versions": {"torch": "2.13.0"}, "machine": "x86_64"},
+        "images": {"train": 80, "tests": {"base": 24}},
     } | changes
 
 
@@ -50,6 +70,7 @@ def row(epoch: int, **changes) -> dict:
     return {
         "epoch": epoch,
         "loss": 1 / epoch,
+        "step_loss": [2 / epoch, 1 / epoch],
         "accuracy": {"base": 60.0 + epoch, "new": 40.0, "harmonic": 48.0},
         "kept_histogram": {"11": 10, "12": 10},
         "stage_seconds": {"forward": 1.0, "backward": 2.0, "evaluation": 1.0},
@@ -60,17 +81,25 @@ def image(size=(32, 32), mode="RGB", value=0) -> Image.Image:
     return Image.linear_gradient("L").resize(size).convert(mode).point(lambda grey: (grey + value) % 256)
 
 
-def page(changes=None, rows=None, config=None, label="alpha") -> str:
+def top(*classes: int, share: float = 0.5) -> TopClasses:
+    """Predicted classes, each with the following class in second place."""
+    first = torch.tensor(classes)
+    both = torch.stack([first, first + 1], dim=1)
+    return TopClasses(both, torch.tensor([share, 1 - share]).expand(len(first), 2).contiguous())
+
+
+def predicted(name="base", label="alpha") -> TestPredictions:
+    """Images of the classes 0 0 1 1: the first is fixed by tuning, the third broken; the second is wrong."""
+    classes = [label, "beta", "gamma", "delta"]
+    test = TestPredictions(name, classes, torch.tensor([0, 0, 1, 1]), top(1, 1, 1, 1), top(0, 1, 2, 1, share=0.875))
+    test.thumbnails = {0: encoded(image()), 1: encoded(image((400, 300))), 2: encoded(image(value=9))}
+    return test
+
+
+def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str:
     rows = [row(1), row(2)] if rows is None else rows
-    changed = [
-        ChangedImage("new", image(), label, "beta", label),
-        ChangedImage("base", image((400, 300)), "gamma", "gamma", label),
-    ]
-    confused = [
-        Confusion("base", image(), label, "beta", image(value=9), 7, 12),
-        Confusion("new", image(), "delta", "epsilon", None, 1, 2),
-    ]
-    return report_html(config or TuneConfig(), metrics(**(changes or {})), rows, changed, confused)
+    tests = [predicted("base", label), predicted("new", label)] if tests is None else tests
+    return report_html(config or TuneConfig(), metrics(**(changes or {})), rows, tests)
 
 
 class Page(HTMLParser):
@@ -101,7 +130,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" in self.open:
+        if {"style", "script"} & set(self.open):
             return
         self.text += data
         if {"td", "th"} & set(self.open):
@@ -117,38 +146,74 @@ def svgs(text: str) -> list[str]:
 
 def test_report_contents():
     found = Page(page({"checkpoint": {"mib": 24.5}}))
-    assert "glyph-tiny on glyphs, skip, 16 shots" in found.text and "base-to-new" in found.text
+    assert "glyph-tiny on glyphs, skip, 16 shots · 2026-11-26" in found.text
+    percent = "\N{NO-BREAK SPACE}%"
+    assert (
+        f"Tuning raised the accuracy on the 20 trained classes from 57.5{percent} to 81.5{percent}: 1 class better, "
+        f"1 worse. On the 19 new classes it fell from 47.9{percent} to 40.2{percent}."
+    ) in found.text
     for cells in (
         ["accuracy, %", "classes", "zero-shot", "tuned", "change"],
         ["base, trained on", "20", "57.50", "81.50", "+24.00"],
-        ["new", "19", "47.92", "40.25", "-7.67"],
+        ["new", "19", "47.92", "40.25", "−7.67"],
         ["harmonic mean", "", "52.27", "53.89", "+1.62"],
+        ["alpha", "2", "0.0", "50.0", "+50.0", "beta (1)"],
+        ["beta", "2", "100.0", "50.0", "−50.0", "gamma (1)"],
+        ["alpha", "1", "1", ""],  # of the matrix of confusions: alpha, beta, other classes
+        ["beta", "", "1", "1"],
         ["forward", "2.00 s", "25.0 %"],
         ["backward", "4.00 s", "50.0 %"],
-        ["evaluation", "2.00 s", "25.0 %"],
         ["run", "1,234.5 s"],
         ["step", "25.12 ms"],
-        ["peak memory", "735 MiB"],
         ["kept classes per step", "11.5 of 20"],
         ["trained parameters", "847,616 of 6,427,201"],
         ["checkpoint", "24.5 MiB"],
         ["device", "cpu, auto"],
+        ["data", "glyphs; base-to-new; 80 training images, 24 of base"],
+        ["seed", "0"],
+        ["versions", "torch 2.13.0"],
     ):
         assert cells in found.rows, cells
-    bar = [
-        float(re.match(r"flex:([\d.]+)", a["style"])[1]) for a in found.named("span") if "flex" in a.get("style", "")
-    ]
-    assert bar == [25.0, 50.0, 25.0]
-    assert "7 of 12 as beta" in found.text and "zero-shot: beta" in found.text
-    assert "shots: 16" in found.text, "the settings"
-    better = {a.get("class") for a in found.named("td")}
-    assert {"better", "worse"} <= better
+    assert "skipkernels tune --shots 4" in found.text and "shots: 16" in found.text
+    assert "1 of 2 as beta" in found.text, "a confused pair"
+    ids = re.findall(r'<section id="(\w+)"', page())
+    assert ids == ["fixed", "broken", "classes", "confusions", "training", "reproduce", "cost"], "cost is last"
+
+
+def test_report_galleries_show_top_classes_and_shape():
+    text = page(tests=[predicted()])
+    fixed, broken = (
+        text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ("fixed", "broken")
+    )
+    assert "✓ alpha" in fixed and "✗ beta" in broken
+    for words in (["beta", "50 %"], ["alpha", "88 %"], ["beta", "12 %"]):
+        assert re.search(r"<span>{}</span><span>{}</span>".format(*words), fixed), words
+    assert fixed.count('class="correct"') == 1 and fixed.count("<img") == 1
+
+
+def test_report_plot_marks_direction_by_shape():
+    found = Page(page(tests=[predicted()]))
+    tracks = [a["class"] for a in found.named("span") if a.get("class", "").startswith("track")][3:]  # after the key
+    assert tracks == ["track better", "track worse"], "sorted by change"
+    places = [a["style"] for a in found.named("i") if a["class"] in ("zero", "tuned") and "style" in a]
+    assert places == ["left:0.00%", "left:50.00%", "left:100.00%", "left:50.00%"]
+
+
+def test_report_many_classes_and_tests():
+    labels = torch.arange(250).repeat_interleave(2)
+    after = torch.where(torch.arange(500) % 3 == 0, labels, (labels + 1) % 250)
+    test = TestPredictions("all", [f"c{i}" for i in range(250)], labels, top(*[0] * 500), top(*after.tolist()))
+    found = Page(page({"classes": {"all": 250}, "zero_shot": {"all": 1.0}, "tuned": {"all": 2.0}}, tests=[test]))
+    assert sum(a.get("class") == "thin" for a in found.named("li")) == 180
+    assert sum(a.get("class") == "" for a in found.named("li")) == 20
+    assert "180 others, a line each (50 more are not drawn)" in found.text
+    assert len([cells for cells in found.rows if re.fullmatch(r"c\d+", cells[0]) and len(cells) == 6]) == 250
 
 
 def test_report_is_self_contained():
     found = Page(page(label=NASTY))
     for tag, attributes in found.elements:
-        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert tag not in ("link", "iframe", "object", "base", "form")
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, attributes)
         assert not any(name.startswith("on") for name in attributes)
@@ -157,21 +222,22 @@ def test_report_is_self_contained():
 
 
 def test_report_escapes_names():
+    """The only script is the page's own, and the page names its digest."""
     parts = {"stage_seconds": {NASTY: 1.0}, "accuracy": {NASTY: 60.0}}
     accuracy = {"zero_shot": {NASTY: 57.5}, "tuned": {NASTY: 60.0}, "classes": {NASTY: 20}, "protocol": NASTY}
-    text = report_html(
-        TuneConfig(data=NASTY),
-        metrics(**accuracy),
-        [row(1, **parts)],
-        [ChangedImage(NASTY, image(), NASTY, NASTY, NASTY)],
-        [Confusion(NASTY, image(), NASTY, NASTY, image(), 7, 12)],
-    )
+    given = {"notes": [NASTY], "command": NASTY, "environment": {"machine": NASTY, "versions": {NASTY: NASTY}}}
+    blend = {"alphas": [0.0, 1.0], "accuracy": {NASTY: [1.0, 2.0]}, "chosen": 1.0}
+    tests = [predicted(NASTY, NASTY)]
+    text = page(accuracy | given | {"blend": blend}, [row(1, **parts)], TuneConfig(data=NASTY), tests)
     found = Page(text)
-    assert not found.named("script")
-    assert {a["alt"] for a in found.named("img")} == {NASTY}
-    shown = found.text.count(NASTY)
-    # title twice, protocol, accuracy, legend, stage, two headings; a confusion; a changed image. The YAML is escaped.
-    assert shown == 8 + 2 + 3
+    assert len(found.named("script")) == 1 and NASTY not in text
+    assert {a["alt"] for a in found.named("img")} == {NASTY, "beta"}
+    # title twice, headline, note, table, plot of the classes, legends, …: all as text
+    assert found.text.count(NASTY) > 20
+    script = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    policy = next(a["content"] for a in found.named("meta") if a.get("http-equiv"))
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
 
 
 def test_report_replaces_surrogates():
@@ -180,16 +246,19 @@ def test_report_replaces_surrogates():
 
 
 def test_report_plots_are_xml_with_unique_ids():
-    text = page()
+    blend = {"alphas": [0.0, 0.5, 1.0], "accuracy": {"base": [57.5, 75.0, 81.5], "new": [48, None, 40]}, "chosen": 0.5}
+    text = page({"blend": blend, "best_epoch": 2, "validation": {"images": 8}}, [row(1, validation=50.0), row(2)])
     plots_found = [ElementTree.fromstring(svg) for svg in svgs(text)]
     assert [svg.get("aria-label") for svg in plots_found] == [
         "training loss over the epochs",
         "test accuracy over the epochs, in per cent",
+        "accuracy over the blend of zero-shot and tuned weights, in per cent",
         "steps by the number of kept classes",
     ]
-    names = re.findall(r' id="([^"]*)"', text)
+    assert "Kept is epoch 2 of 2, the best on 8 validation images." in text and ">kept<" in text and ">chosen<" in text
+    names = re.findall(r'<(?!section)[^>]* id="([^"]*)"', text)
     assert names and len(set(names)) == len(names)
-    assert set(names) == set(re.findall(r"""(?:url\(|href=")#([\w.-]+)""", text)), "each id is used"
+    assert set(names) == set(re.findall(r"""(?:url\(|xlink:href=")#([\w.-]+)""", text)), "each id is used"
 
 
 def test_report_is_deterministic():
@@ -201,18 +270,30 @@ def test_report_is_deterministic():
     assert "<dc:date>" not in before and "<!-- Created" not in before
 
 
-def test_colours_have_contrast():
+def contrast(one: str, other: str) -> float:
     def luminance(colour: str) -> float:
+        colour = "#" + "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour
         channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
         red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
+    dark, light = sorted((luminance(one) + 0.05, luminance(other) + 0.05))
+    return light / dark
+
+
+def test_colours_have_contrast():
+    schemes = [
+        dict(re.findall(r"--(\w+): (#\w+);", rule)) for rule in re.findall(r":root \{(.*?)\}", page(), re.DOTALL)
+    ]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys(), "light and dark"
+    for colours in schemes:
+        for name in ("ink", "quiet", "better", "worse", "accent"):  # of text
+            assert contrast(colours[name], colours["page"]) >= 4.5 <= contrast(colours[name], colours["soft"]), name
+        assert contrast(colours["zero"], colours["page"]) >= 3
     assert len(set(plots.COLOURS)) == 12
-    style = re.findall(r"color: (#\w{6});", page())
-    for colour in (*plots.COLOURS, plots.LOSS, plots.GREY, *style):
-        for ground in ("#ffffff", "#121212"):
-            light, dark = sorted((luminance(colour) + 0.05, luminance(ground) + 0.05), reverse=True)
-            assert light / dark >= 3, (colour, ground)
+    for colour in (*plots.COLOURS, plots.LOSS, plots.GREY):
+        for scheme in schemes:
+            assert contrast(colour, scheme["page"]) >= 2.9, colour
     assert "color-scheme: light dark" in page()
 
 
@@ -221,60 +302,70 @@ def test_report_cross_dataset():
     zero_shot = {name: 40.0 + place for place, name in enumerate(names)} | {"targets": 47.0}
     tuned = {name: value + 1 for name, value in zero_shot.items()}
     rows = [row(1, accuracy=tuned)]
-    found = Page(page({"zero_shot": zero_shot, "tuned": tuned, "classes": dict.fromkeys(names, 9)}, rows))
+    found = Page(page({"zero_shot": zero_shot, "tuned": tuned, "classes": dict.fromkeys(names, 9)}, rows, tests=[]))
     assert [cells[0] for cells in found.rows[1:16]] == ["source, trained on", *names[1:], "mean of the targets"]
     assert ["mean of the targets", "", "47.00", "48.00", "+1.00"] in found.rows
+    assert len(found.named("li")) == 14, "a row of the plot for each test"
 
 
-def test_report_opens_images_of_two_tests():
+def test_report_opens_details_of_two_tests():
     names = ["third", "first", "second"]
-    shown = [ChangedImage(name, image(), "a", "b", "a") for name in sorted(names)]
-    found = Page(report_html(TuneConfig(), metrics(classes=dict.fromkeys(names, 9)), [], shown, []))
-    assert ["open" in attributes for attributes in found.named("details")] == [True, True, False, False]
-    assert re.findall("third|first|second", found.text.partition("changed by tuning")[2]) == names
+    shown = page({"classes": dict.fromkeys(names, 9)}, [], tests=[predicted(name) for name in names])
+    fixed = Page(shown.partition('<section id="fixed">')[2].partition("</section>")[0])
+    assert ["open" in attributes for attributes in fixed.named("details")] == [True, True, False]
+    assert re.findall("third|first|second", fixed.text) == names
 
 
 @pytest.mark.parametrize("status", ["interrupted", "diverged"])
 def test_report_status(status):
-    assert f" – {status} after 1 epoch\n" in Page(page({"status": status, "epochs": 1})).text
+    assert f" – {status} after 1 epoch" in Page(page({"status": status, "epochs": 1})).text
 
 
 def complete(text: str) -> None:
     """Check that no nan or None is shown."""
-    shown = Page(text).text.partition("Settings")[0] + "".join(svgs(text))
-    assert not re.search("nan|None|inf", shown)
+    shown = Page(text).text.partition("All settings")[0] + "".join(svgs(text))
+    assert not re.search(r"\bnan\b|None|\binf\b|NaN", shown)
 
 
 def test_report_method_without_epochs():
     cost = metrics()["cost"] | {"seconds_per_epoch": None, "milliseconds_per_step": None}
-    tuned = {"base": 60.0, "new": None}
-    text = page({"tuned": tuned, "epochs": 0, "kept_classes": None, "cost": cost}, rows=[])
+    tuned, new = {"base": 60.0, "new": None}, predicted("new")
+    new.tuned = None
+    changes = {"tuned": tuned, "epochs": 0, "kept_classes": None, "cost": cost}
+    text = page(changes, rows=[], tests=[predicted(), new])
     found = Page(text)
     assert not svgs(text) and "all epochs" not in found.text
     assert ["new", "19", "47.92", "–", "–"] in found.rows and ["harmonic mean", "", "52.27", "–", "–"] in found.rows
+    assert ["alpha", "2", "0.0", "–", "–", "beta (2)"] in found.rows
     assert not [cells for cells in found.rows if cells[0].startswith(("epoch", "kept classes"))]
     complete(text)
 
 
 def test_report_before_first_epoch():
-    text = page({"tuned": None, "epochs": 0, "status": "diverged", "kept_classes": None}, rows=[])
-    assert ["base, trained on", "20", "57.50", "–", "–"] in Page(text).rows
-    complete(text)
+    changes = {"tuned": None, "epochs": 0, "status": "diverged", "kept_classes": None}
+    for missing in ({}, {"command": "", "environment": {}, "images": {}}):
+        text = page(changes | missing, rows=[], tests=[])
+        assert ["base, trained on", "20", "57.50", "–", "–"] in Page(text).rows
+        complete(text)
 
 
 def test_report_incomplete_rows():
     bare = {"epoch": 1, "loss": float("nan"), "accuracy": {"base": 60.0, "new": None, "harmonic": float("nan")}}
-    tuned = bare["accuracy"] | {"base": float("nan")}
+    tuned, unknown = bare["accuracy"] | {"base": float("nan")}, predicted()
+    unknown.tuned.probabilities[:] = torch.nan
     text = page(
-        {"tuned": tuned}, [bare, bare | {"epoch": 2, "loss": None, "stage_seconds": None, "kept_histogram": {}}]
+        {"tuned": tuned},
+        [bare, bare | {"epoch": 2, "loss": None, "stage_seconds": None, "kept_histogram": {}}],
+        tests=[unknown],
     )
     assert len(svgs(text)) == 1, "only accuracy"
     complete(text)
 
 
-def test_report_without_images():
-    text = report_html(TuneConfig(), metrics(), [row(1)], [], [])
-    assert not Page(text).named("img") and "confusions" not in text and "changed by tuning" not in text
+def test_report_without_errors():
+    perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1))
+    text = page(tests=[perfect])
+    assert not Page(text).named("img") and 'id="confusions"' not in text and 'id="fixed"' not in text
 
 
 def test_report_forward_time():
@@ -287,6 +378,117 @@ def test_report_constant_kept_classes():
     text = page({"kept_classes": 11.0}, rows)
     assert len(svgs(text)) == 2
     assert ["kept classes per step", "11 of 20"] in Page(text).rows
+
+
+# ---- again, from the folder --------------------------------------------------------------------------------------
+
+
+def test_report_command_repeats_the_page(run, tmp_path, capsys):
+    folder, _ = run
+    expected = (folder / "report.html").read_text()
+    assert run_report(folder) == expected
+    assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == expected
+    found = Page(expected)
+    assert len(found.named("img")) > 4 and "skipkernels tune --shots 4 --classes 12 --epochs 2" in found.text
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must be the folder of a run" in capsys.readouterr().err
+
+
+def test_predictions_round_trip_and_damage(tmp_path):
+    path, tests = tmp_path / predictions.PREDICTIONS, [predicted(NASTY, "caf\udce9"), predicted("new")]
+    tests[1].tuned = None
+    predictions.save(path, tests)
+    again = predictions.load(path)
+    assert [(test.name, test.classes, test.thumbnails) for test in again] == [
+        (test.name, test.classes, test.thumbnails) for test in tests
+    ]
+    assert again[1].tuned is None and again[0].labels.equal(tests[0].labels)
+    assert all(one.equal(other) for one, other in zip(again[0].tuned, tests[0].tuned, strict=True))
+    data = path.read_bytes()
+    for damaged in (data[:-9], data[: len(data) // 2], b"", data.replace(b'format":"1', b'format":"2')):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            predictions.load(path)
+    tests[0].labels[0] = 7
+    predictions.save(path, tests)
+    with pytest.raises(InputError, match="a class out of range"):
+        predictions.load(path)
+
+
+def test_consistent_drops_other_predictions():
+    found = top(0, 1)
+    assert consistent({"base": found}, "base", torch.tensor([0, 1])) is found
+    dropped = consistent({"base": found}, "base", torch.tensor([0, 2]))
+    assert dropped.classes.tolist() == [[0], [2]] and dropped.probabilities.isnan().all()
+
+
+# ---- studies -----------------------------------------------------------------------------------------------------
+
+
+def study(**changes) -> dict:
+    def method(accuracy, seconds):
+        return {
+            "accuracy, %": {"base": accuracy, "new": None},
+            "cost": {"tuning, s": seconds, "peak, MiB": [100.0, 0.0]},
+        }
+
+    summary = {"skip": method([80.0, 1.0], [9.0, 1.0]), NASTY: method([60.0, None], [1.0, 0.1])}
+    return {
+        "title": f"glyph-tiny {NASTY}",
+        "seeds": [0, 1, 2],
+        "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
+        "command": "skipkernels compare",
+    } | changes
+
+
+def test_study_page_of_methods():
+    text = study_html(study(), "<svg></svg>")
+    found = Page(text)
+    assert "Best is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning." in found.text
+    assert ["skip", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
+    assert len(found.named("script")) == 1 and NASTY not in text
+    assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
+        "base accuracy over"
+    )
+    assert pareto({"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}) == ["b"]
+
+
+def test_study_page_of_tests_and_shots():
+    tests = {"zero-shot": {"base": [50.0, 0.0], "new": [40.0, None]}, "tuned": {"base": [70.0, 2.0], "new": None}}
+    found = Page(study_html(study(layout="tests", summary={"4 shots": tests}), "<svg></svg>"))
+    assert "Tuning takes the base accuracy from 50.0 % to 70.0 ± 5.0 %." in found.text
+    assert ["base", "50.0", "70.0 ± 5.0"] in found.rows and ["new", "40.0", "–"] in found.rows
+    assert sum(a.get("class") == "interval" for a in found.named("i")) == 1
+    shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
+    text = study_html(study(layout="shots", summary=shots), "<svg id='given'></svg>")
+    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy." in Page(text).text and "<svg id='given'>" in text
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------------
+
+
+def browsed(path, address: str) -> tuple[str, str]:
+    """Page as a browser shows it, and what it logs."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed; the page is parsed by the other tests")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path / 'browser'}"]
+    command = [browser, *flags, "--enable-logging=stderr", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_report_in_a_browser(tmp_path):
+    """Names inject nothing, the page's own script runs, and the search of the address filters the table."""
+    (tmp_path / "report.html").write_text(page(label=NASTY, tests=[predicted(label=NASTY)]))
+    shown, logged = browsed(tmp_path, f"{(tmp_path / 'report.html').as_uri()}#q=GAMM")
+    assert logged == "", logged
+    rows = re.findall(
+        r'<tr( hidden="")?><th scope="row">([^<]*)', shown.partition('id="classes"')[2].partition("</section>")[0]
+    )
+    assert [(name[:4], bool(hidden)) for hidden, name in rows] == [("&lt;", True), ("beta", False)]
+    assert "1 of 2</output>" in shown and "<button" in shown.partition("<thead>")[2]
 
 
 # ---- plots -------------------------------------------------------------------------------------------------------
@@ -335,38 +537,19 @@ def test_accuracy_svg_colours_and_zero_shot():
     assert all(colour in svg for colour in colours.values())
 
 
-# ---- images ----------------------------------------------------------------------------------------------------
+# ---- images and selections -----------------------------------------------------------------------------------------
 
 
-def embedded(text: str) -> list[tuple[dict, Image.Image]]:
-    found = []
-    for attributes in Page(text).named("img"):
-        data = base64.b64decode(attributes["src"].partition(",")[2])
-        found.append((attributes, Image.open(io.BytesIO(data))))
-    return found
-
-
-def page_with(shown: Image.Image) -> tuple[dict, Image.Image]:
-    (found,) = embedded(report_html(TuneConfig(), metrics(), [], [ChangedImage("new", shown, "a", "b", "a")], []))
-    return found
-
-
-def test_report_small_image_is_lossless():
-    attributes, shown = page_with(image((32, 24)))
-    assert shown.format == "PNG" and attributes["class"] == "pixels"
-    assert not ImageChops.difference(shown, image((32, 24))).getbbox()
-
-
-def test_report_photo_is_reduced():
-    attributes, shown = page_with(image((3000, 4000)))
-    assert shown.format == "JPEG" and shown.size == (96, 128) and "class" not in attributes
-    assert len(attributes["src"]) < 20_000
+def test_small_image_is_lossless_and_photo_reduced():
+    small, photo = (Image.open(io.BytesIO(encoded(image(size)))) for size in ((32, 24), (3000, 4000)))
+    assert small.format == "PNG" and not ImageChops.difference(small, image((32, 24))).getbbox()
+    assert photo.format == "JPEG" and photo.size == (96, 128) and len(encoded(image((3000, 4000)))) < 15_000
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "LA"])
 @pytest.mark.parametrize("side", [16, 300])
-def test_report_image_modes(mode, side):
-    assert page_with(Image.new("L", (side, side), 77).convert(mode))[1].mode == "RGB"
+def test_encoded_image_modes(mode, side):
+    assert Image.open(io.BytesIO(encoded(Image.new("L", (side, side), 77).convert(mode)))).mode == "RGB"
 
 
 def test_thumbnail_of_tensor():
@@ -386,62 +569,45 @@ class Counted:
 
     def __getitem__(self, index):
         self.opened.append(index)
-        return Image.new("L", (4, 4), index), self.labels[index]
+        return Image.new("L", (4, 4), index % 256), int(self.labels[index])
 
 
-def grey(shown: Image.Image) -> int:
-    """Index of an image of `Counted`."""
-    return shown.getpixel((0, 0))[0]
+def of(labels, before, after, classes=None) -> TestPredictions:
+    names = [str(label) for label in range((max([*labels, *before, *after]) + 1) if classes is None else classes)]
+    return TestPredictions("all", names, torch.tensor(labels), top(*before), None if after is None else top(*after))
 
 
-def test_changed_images_one_per_class():
-    labels = [0, 0, 0, 1, 1, 2]
-    before, after = torch.tensor([0, 1, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 0, 2, 1])
-    data = Counted(labels)
-    found = changed_images("new", data, ["a", "b", "c"], labels, before, after)
-    assert [(each.label, each.zero_shot, each.tuned, grey(each.image)) for each in found] == [
-        ("a", "b", "a", 1),
-        ("b", "b", "a", 3),
-    ]
-    assert {each.test for each in found} == {"new"} and data.opened == [1, 3]
-
-
-def test_changed_images_limit_spreads_over_classes():
-    labels = torch.arange(100)
-    names = [str(label) for label in range(101)]
-    found = changed_images("new", Counted(labels.tolist()), names, labels, labels + 1, labels, limit=4)
-    assert [each.label for each in found] == ["0", "25", "50", "75"]
-
-
-def test_changed_images_and_confusions_empty():
-    labels = torch.tensor([0, 1])
-    assert changed_images("new", Counted([0, 1]), ["a", "b"], labels, labels, labels) == []
-    assert confusions("new", Counted([0, 1]), ["a", "b"], labels, labels) == []
+def test_changed_one_per_class():
+    test = of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
+    assert changed(test) == ([1, 5], [3])
+    labels = list(range(100))
+    many = of(labels, [label + 1 for label in labels], labels)
+    assert changed(many, limit=4) == ([0, 25, 50, 75], [])
+    many.tuned = None
+    assert changed(many) == ([], [])
 
 
 def test_confusions_by_number_of_errors():
     #         a a a  b b b b  c c c  d
     labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
-    said = torch.tensor([2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
-    data = Counted(labels)
-    found = confusions("base", data, ["a", "b", "c", "d", "e"], labels, said)
-    assert [(each.label, each.predicted, each.count, each.total) for each in found] == [
-        ("b", "a", 1, 4),  # three errors, one per other class: the first
-        ("a", "c", 2, 3),  # two errors, like c
-        ("c", "a", 2, 3),
-        ("d", "e", 1, 1),
+    test = of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
+    expected = [
+        ConfusedPair(1, 0, index=4, predicted_index=0, count=1, total=4),  # three errors, one per other class
+        ConfusedPair(0, 2, index=0, predicted_index=7, count=2, total=3),  # two errors, like 2
+        ConfusedPair(2, 0, index=7, predicted_index=0, count=2, total=3),
+        ConfusedPair(3, 4, index=10, predicted_index=None, count=1, total=1),
     ]
-    assert [grey(each.image) for each in found] == [4, 0, 7, 10], "images predicted as the other class"
-    assert [each.predicted_image and grey(each.predicted_image) for each in found] == [0, 7, 0, None]
-    assert confusions("base", data, ["a", "b", "c", "d", "e"], labels, said, limit=2) == found[:2]
+    assert confused_pairs(test) == expected and confused_pairs(test, limit=2) == expected[:2]
+    assert confusion_matrix(test, limit=2) == ([0, 1], [[1, 0, 2], [1, 1, 2]])
+    assert class_results(test)[1] == ClassResult(1, 4, 100.0, 25.0, predicted=0, errors=1)
+    assert [result.label for result in class_results(test)] == [0, 1, 2, 3], "4 has no images"
+    right = of(labels, labels, labels)
+    assert confused_pairs(right) == [] and confusion_matrix(right) == ([], [])
 
 
-def test_confusions_open_only_selected_images():
+def test_thumbnails_open_only_selected_images():
     labels = [label for label in range(50) for _ in range(4)]
-    data = Counted(labels)
-    found = confusions("base", data, [str(c) for c in range(50)], labels, (torch.tensor(labels) + 1) % 50, limit=3)
-    assert [each.label for each in found] == ["0", "1", "2"] and len(data.opened) == 6
-
-
-def test_report_escapes_notes():
-    assert f"<b>{NASTY}" not in page({"notes": [NASTY]}) and NASTY in Page(page({"notes": [NASTY]})).text
+    test = of(labels, labels, [(label + 1) % 50 for label in labels])
+    data = Counted(test.labels)
+    add_thumbnails(test, data)
+    assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30

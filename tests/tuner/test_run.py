@@ -30,7 +30,7 @@ from tests.models import tiny_batch, tiny_clip, tiny_tokens
 from tests.tuner.runs import files, losses, results, rows, small, without_cost
 
 FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "state.pt", "report.html"}
-FILES |= {"classifier.json", "open_clip_config.json", "README.md"}
+FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
 
 
 def first_weights() -> dict[str, torch.Tensor]:

@@ -135,12 +135,12 @@ class LinearProbe(FrozenModel):
         with torch.autocast(image.device.type, enabled=False):
             return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
 
-    def top_1(self, test: str, inputs: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+    def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:  # noqa: D102
         logits = self.logits(test, inputs)
         if logits is None:
             return None
-        largest, class_ids = logits.max(dim=1)
-        return largest, class_ids
+        probabilities, class_ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        return probabilities[:, :k], class_ids[:, :k]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return no groups."""

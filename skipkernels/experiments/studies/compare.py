@@ -52,7 +52,7 @@ def compare(
         raise InputError(f"compare: methods must be distinct names of {', '.join(METHODS)}; {got}.", "methods")
     variants = [Variant(method, config.with_method(method)) for method in methods]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
-    return Study("compare", f"{config.model} on {config.data}, {config.shots} shots", results, _columns(results))
+    return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, _columns(results))
 
 
 def ablate(
@@ -87,7 +87,7 @@ def ablate(
         change: dict[str, Any] = {setting: value}
         variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
-    title = f"{config.model} on {config.data}, {config.shots} shots"
+    title = f"{config.model} on {config.data}, {config.shots_text}"
     return Study(f"ablate-{setting}", title, results, _columns(results))
 
 

@@ -47,7 +47,7 @@ def run_protocol(
             for count in shots
         ]
     else:
-        variants = [Variant(f"{config.shots} shots", config)]
+        variants = [Variant(f"{config.shots_text}", config)]
     results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
     title = f"{protocol}: {config.model} on {config.data}, {config.method}"
     return Study(protocol, title, results, _columns(results), "shots" if protocol == "few-shot" else "tests")

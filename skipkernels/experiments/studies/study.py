@@ -1,9 +1,8 @@
-"""Results of a study as tables, a JSON file and a plot."""
+"""Results of a study as tables, a JSON file, a plot and a page."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,17 @@ import torch
 from rich.table import Table
 
 from ...data import InputError
-from ...store import replace_text
+from ...store import read_object, replace_text
+from ...tuner.environment import environment
+from ...tuner.report import study_html
+from ...tuner.run_folder import REPORT
 from .runs import MeanAndDeviation, Result, by_variant
 
 ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
 
 Layout = Literal["variants", "tests", "shots"]
+
+_LARGEST = 1 << 28  # bytes of the JSON file
 
 Value = Callable[[dict[str, Any]], float | None]
 
@@ -50,6 +54,7 @@ class Study:
         results: Results of all runs.
         columns: Columns of the tables.
         layout: Rows of the tables and axis of the plot: compared variants, tests of a protocol, or numbers of shots.
+        command: Command that repeats the study.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Study:
     results: Sequence[Result]
     columns: Sequence[Column]
     layout: Layout = "variants"
+    command: str = ""
 
     @property
     def variants(self) -> list[str]:
@@ -107,23 +113,26 @@ class Study:
         return {
             "study": self.name,
             "title": self.title,
+            "layout": self.layout,
+            "command": self.command,
             "seeds": self.seeds,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **environment("cpu"),
             "threads": torch.get_num_threads(),
             "summary": self.summary(),
             "runs": [result._asdict() for result in self.results],
         }
 
     def write(self, folder: Path, plot: str) -> list[Path]:
-        """Write NAME.json and NAME.svg, and return their paths.
+        """Write NAME.json, NAME.svg and report.html, and return their paths.
 
         Raises:
             InputError: If the folder is not writable.
         """
+        contents = json.dumps(self.as_dict(), indent=2) + "\n"
         texts = {
-            folder / f"{self.name}.json": json.dumps(self.as_dict(), indent=2) + "\n",
+            folder / f"{self.name}.json": contents,
             folder / f"{self.name}.svg": plot,
+            folder / REPORT: study_html(json.loads(contents), plot),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +141,22 @@ class Study:
         except OSError as error:
             raise InputError(f"Study.write: {folder} can't be written: {error.strerror}.", "out") from error
         return list(texts)
+
+
+def study_page(folder: Path) -> str:
+    """Return the page of the study in a folder, from its JSON file and plot.
+
+    Raises:
+        InputError: If there is no study in the folder, or a file of it is damaged.
+    """
+    try:
+        for path in sorted(folder.glob("*.json")):
+            found = read_object(path, _LARGEST)
+            if found.get("study") == path.stem and "summary" in found:
+                return study_html(found, path.with_suffix(".svg").read_text())
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise InputError(f"report: {folder}: damaged ({type(error).__name__}: {error}).", "run") from error
+    raise InputError(f"report: {folder} must be the folder of a run of tune, compare or protocol; it has none.", "run")
 
 
 def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str]]) -> Table:

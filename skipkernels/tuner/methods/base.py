@@ -20,7 +20,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
-from ...clip import SkipCLIP, top_k_logits
+from ...clip import SkipCLIP, top_k_probabilities
 from ...data import InputError, Task
 from ...options import Protocol, SamplerKind
 from ...towers import evaluating
@@ -316,17 +316,17 @@ class Method(ABC):
         return cosine_logits(image, text, self.model.logit_scale)
 
     @torch.no_grad()
-    def top_1(self, test: str, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the largest of the `logits` of each image and its class, [B] each.
+    def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """Return the k largest probabilities softmax(`logits`) of each image, descending, and their classes, [B, k].
 
         Computed in chunks of classes, without [B, C] in memory. A method with other `logits` overrides both.
+        Probabilities are NaN if a logit is NaN or +inf; k is at most C.
         """
         text = self.class_embeddings(test)
         with evaluating([self.model]):
             image = self.embed(inputs)
         with torch.autocast(image.device.type, enabled=False):
-            logits, class_ids = top_k_logits(_scaled(image, text, self.model.logit_scale), text, 1)
-        return logits[:, 0], class_ids[:, 0]
+            return top_k_probabilities(_scaled(image, text, self.model.logit_scale), text, min(k, len(text)))
 
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,8 +1,12 @@
-"""Scalars for TensorBoard, with a fake writer, and with TensorBoard if it is installed."""
+"""Loggers: TensorBoard with a fake writer and itself if installed, CSV, and stand-ins of W&B and MLflow."""
 
 from __future__ import annotations
 
+import csv
 import importlib
+import importlib.machinery
+import importlib.util
+import json
 import subprocess
 import sys
 import types
@@ -10,7 +14,11 @@ import warnings
 
 import pytest
 
-from skipkernels.tuner.tensorboard import open_tensorboard
+import skipkernels
+from skipkernels.data import InputError
+from skipkernels.tuner import TuneConfig
+from skipkernels.tuner.loggers import CsvLogger, open_loggers, open_tensorboard
+from tests.tuner.runs import small
 
 ROW = {
     "epoch": 3,
@@ -116,6 +124,75 @@ def test_open_tensorboard_imports_no_tensorflow(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
-    code = "import pathlib, skipkernels.tuner.tensorboard as t; t.open_tensorboard(pathlib.Path('.')).close()"
+    code = "import pathlib, skipkernels.tuner.loggers as t; t.open_tensorboard(pathlib.Path('.')).close()"
     python = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.path[1:1] = {sys.path!r}; {code}"
     assert subprocess.run([sys.executable, "-c", python], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_csv_logger_columns_and_resume(tmp_path):
+    logger = CsvLogger(tmp_path / "metrics.csv", [ROW])
+    logger.write(ROW | {"epoch": 4, "validation": 70.0, "loss": None})
+    with (tmp_path / "metrics.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first == {"epoch": "3"} | {name: str(value) for name, value in SCALARS.items()} | {"validation": ""}
+    assert second["epoch"] == "4" and second["validation"] == "70.0" and second["loss"] == ""
+
+
+class Recorded(types.ModuleType):
+    """Stands in for wandb and mlflow; records the calls."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *values, **named: self.calls.append((name, values, named)) or self
+
+
+def test_wandb_and_mlflow_calls(monkeypatch, tmp_path):
+    config, wandb, mlflow = TuneConfig(log=("wandb,mlflow",)), Recorded("wandb"), Recorded("mlflow")
+    for module in (wandb, mlflow):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    opened = open_loggers(config, tmp_path, [])
+    for logger in opened:
+        logger.write(ROW | {"accuracy": {"caf\u00e9 %": 60.0}})
+        logger.close()
+    assert [name for name, _, _ in wandb.calls] == ["init", "log", "finish"]
+    assert wandb.calls[0][2]["config"]["shots"] == 16 and wandb.calls[1][2] == {"step": 3}
+    assert [name for name, _, _ in mlflow.calls] == ["start_run", "log_params", "log_metrics", "end_run"]
+    assert mlflow.calls[2][1][0]["accuracy/caf\u00e9 _"] == 60.0
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [(("tensorflow",), "no logger 'tensorflow'; choose of tensorboard, csv, wandb, mlflow, or none"),
+     (("csv,nowhere",), "no logger 'nowhere'"), (("wandb",), "wandb is not installed: pip install wandb")],
+)  # fmt: skip
+def test_unknown_loggers_are_refused_before_the_run(log, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=message):
+        TuneConfig(log=log, device="cpu").resolved()
+
+
+def test_tune_writes_to_loggers(tmp_path, caplog):
+    class Mine:
+        def __init__(self):
+            self.epochs = []
+
+        def write(self, row):
+            self.epochs.append(row["epoch"])
+
+        def close(self):
+            self.epochs.append("closed")
+
+    mine = Mine()
+    with caplog.at_level("INFO", "skipkernels"):
+        skipkernels.tune(small(tmp_path, log=("csv",), epochs=1, classes=4, shots=1), loggers=[mine])
+    assert mine.epochs == [1, "closed"] and "epoch 1/1: loss" in caplog.text
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["accuracy/base"]) == json.loads((tmp_path / "metrics.jsonl").read_text())["accuracy"]["base"]
+    assert not list(tmp_path.glob("events*"))

@@ -1,0 +1,58 @@
+"""Command that repeats a run or a study, from its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_LEFT_OUT = {"resume", "overwrite", "config", "print_config"}  # they don't change what is computed
+
+
+def command_line(command: str, options: Any, positional: Sequence[str] = (), *, processes: int = 1) -> str:
+    """Return the command of `skipkernels` with the options that differ from their default.
+
+    Args:
+        command: Name of the command.
+        options: Options: a dataclass, of which fields may be groups of options.
+        positional: Fields that are positional arguments.
+        processes: Number of processes; several are started by torchrun.
+
+    Example:
+        >>> from .config import TuneConfig
+        >>> command_line("tune", TuneConfig(data="imagefolder:my photos", delta=True, template=("a {}.", "the {}.")))
+        "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --delta"
+    """
+    words = [f"torchrun --nproc-per-node {processes} -m skipkernels" if processes > 1 else "skipkernels", command]
+    found = dict(_changed(options))
+    words += [shlex.quote(str(found.pop(name))) for name in positional if name in found]
+    for name, value in found.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            words += [f"--{flag}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
+
+
+def _changed(options: Any) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of the options that differ from their default, beginning with the data."""
+    fields = dataclasses.fields(options)
+    # A class that inherits from groups lists the last group first.
+    for field in fields if _has_groups(options) else sorted(fields, key=lambda field: _rank(field.name)):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _changed(value)
+        elif value != field.default and value is not None and field.name not in _LEFT_OUT:
+            yield field.name, value
+
+
+def _has_groups(options: Any) -> bool:
+    return any(dataclasses.is_dataclass(getattr(options, field.name)) for field in dataclasses.fields(options))
+
+
+def _rank(name: str) -> int:
+    first = ("data", "root", "template", "shots", "classes", "protocol", "targets", "model", "pretrained", "method")
+    return first.index(name) if name in first else len(first) + (name in ("out", "delta"))
