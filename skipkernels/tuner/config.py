@@ -41,6 +41,8 @@ _GLYPH_CLASSES = 100  # default of `classes` on glyphs
 # The published recipe of these methods trains a quarter of the epochs on these datasets.
 _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
+_PATHS, _TUPLES = ("root", "cache", "out", "resume"), ("template", "targets", "log")  # fields with these types
+
 _MAX_BYTES = 2**20  # of a config.yaml
 _MAX_BITS = 63  # of an integer in a config.yaml
 _short = reprlib.Repr()
@@ -87,6 +89,15 @@ class TuneConfig(
                 raise InputError(f"TuneConfig: {name} must be {hints[name]}; got {_shown(value)}.", name)
             settings[name] = _converted(plain, hints[name])
         return dataclasses.replace(config or cls(), **settings)
+
+    def __post_init__(self) -> None:
+        """Accept a string as a path, and a list as a tuple."""
+        for name in _PATHS:
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+        for name in _TUPLES:
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in.

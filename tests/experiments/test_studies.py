@@ -234,7 +234,8 @@ def test_compare_command(tmp_path, capsys, in_process):
     assert zero_shot == [found["runs"][1]["metrics"]["zero_shot"]["new"], None]
     assert (tmp_path / "runs" / "zero-shot-0" / "report.html").exists()
     page = (tmp_path / "report.html").read_text()
-    assert "skipkernels compare --shots 2 --classes 6 --methods zero-shot linear-probe --seeds 1" in page
+    assert "skipkernels compare --shots 2 --classes 6 --device cpu" in page
+    assert "--methods zero-shot linear-probe --seeds 1" in page
     assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
     (tmp_path / "compare.json").write_text('{"study": "compare", "summary": {}}')
     assert main(["report", str(tmp_path)]) == 2 and "damaged" in capsys.readouterr().err

@@ -32,6 +32,11 @@ def test_yaml_round_trip_of_cache(tmp_path):
     assert read == config and read.cache == tmp_path / "cache"
 
 
+def test_strings_are_paths_and_lists_tuples(tmp_path):
+    given = small(str(tmp_path), cache=str(tmp_path / "cache"), resume=str(tmp_path), template=["a {}."], log=["csv"])
+    assert given == small(tmp_path, cache=tmp_path / "cache", resume=tmp_path, template=("a {}.",), log=("csv",))
+
+
 def test_resolved_is_idempotent():
     for method in METHODS:
         config = dataclasses.replace(SMALL, method=method, epochs=None).resolved()
