@@ -158,13 +158,15 @@ def _by_errors(test: TestPredictions) -> list[int]:
 
 
 def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list[int], list[list[int]]]:
-    """Count the predictions of the classes with the most errors.
+    """Count the predictions of the classes with the most errors, or of all if there are at most `limit` classes.
 
     Returns:
         Labels [n], by class; and counts [n, n + 1]: images of a class (row) predicted as each of these classes, and as
-        any other class in the last column.
+        any other class in the last column. Both are empty without errors.
     """
     labels = sorted(_by_errors(test)[:limit])
+    if labels and len(test.classes) <= limit:
+        labels = list(range(len(test.classes)))
     place = torch.full((len(test.classes),), len(labels))
     place[labels] = torch.arange(len(labels))
     rows, columns = place[test.labels], place[test.last.classes[:, 0]]

@@ -159,8 +159,8 @@ def test_report_contents():
         ["harmonic mean", "", "52.27", "53.89", "+1.62"],
         ["alpha", "2", "0.0", "50.0", "+50.0", "beta (1)"],
         ["beta", "2", "100.0", "50.0", "−50.0", "gamma (1)"],
-        ["alpha", "1", "1", ""],  # of the matrix of confusions: alpha, beta, other classes
-        ["beta", "", "1", "1"],
+        ["alpha", "1", "1", "", "", ""],  # of the matrix of confusions: the four classes, and others
+        ["beta", "", "1", "1", "", ""],
         ["forward", "2.00 s", "25.0 %"],
         ["backward", "4.00 s", "50.0 %"],
         ["run", "1,234.5 s"],
@@ -599,6 +599,7 @@ def test_confusions_by_number_of_errors():
     ]
     assert confused_pairs(test) == expected and confused_pairs(test, limit=2) == expected[:2]
     assert confusion_matrix(test, limit=2) == ([0, 1], [[1, 0, 2], [1, 1, 2]])
+    assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6], "all of few classes"
     assert class_results(test)[1] == ClassResult(1, 4, 100.0, 25.0, predicted=0, errors=1)
     assert [result.label for result in class_results(test)] == [0, 1, 2, 3], "4 has no images"
     right = of(labels, labels, labels)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ..plots import finite
 
 MISSING = "–"
-_TAIL, _SHORT = 12, 21  # characters of a long name's end, and of a shortened name
+_SHORT = 22  # characters of a shortened name
 
 
 def render(template: str, **values: Any) -> str:
@@ -44,8 +44,6 @@ def _environment() -> Environment:
         "number": number,
         "image": image_source,
         "share": share,
-        "head": head,
-        "tail": tail,
         "short": short,
     }
     return environment
@@ -60,27 +58,13 @@ def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:
     return f"{value:{spec}}{unit}".replace("-", "−") if finite(value) else MISSING
 
 
-def tail(name: str) -> str:
-    """End of a long name, which tells names with the same beginning apart; "" for a short one.
-
-    >>> tail("latin small letter o with ring"), tail("red fox")
-    ('o with ring', '')
-    """
-    return name[-_TAIL:].lstrip() if len(name) > _SHORT else ""
-
-
-def head(name: str) -> str:
-    """Return a name without its `tail`."""
-    return name[: len(name) - len(tail(name))]
-
-
 def short(name: str) -> str:
-    """Shorten a long name in the middle.
+    """Shorten a long name in the middle: names of classes often begin alike.
 
     >>> short("latin small letter o with ring"), short("red fox")
     ('latin smal…o with ring', 'red fox')
     """
-    return f"{name[: _SHORT - _TAIL + 1]}…{tail(name)}" if len(name) > _SHORT else name
+    return f"{name[:10]}…{name[-11:].lstrip()}" if len(name) > _SHORT else name
 
 
 def share(value: float) -> str:

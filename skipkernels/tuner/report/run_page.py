@@ -171,7 +171,7 @@ def _test(test: TestPredictions) -> dict[str, Any]:
         ],
         "all_classes": len(results),
         "matrix": [
-            (test.classes[label], totals[label], [(count, count / totals[label]) for count in row])
+            (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in row])
             for label, row in zip(labels, counts, strict=True)
         ],
         "columns": [test.classes[label] for label in labels],
