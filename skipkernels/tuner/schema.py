@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from . import option_groups
+from . import config, option_groups
 from .config import TuneConfig
 
 ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/config.schema.json"
@@ -20,9 +20,10 @@ ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/c
 
 @cache
 def descriptions() -> dict[str, str]:
-    """Return the help text of each setting: the string below its field."""
+    """Return the help text of each setting, the string below its field, in the order of the groups."""
     found: dict[str, str] = {}
-    for group in ast.parse(inspect.getsource(option_groups)).body:
+    sources = inspect.getsource(option_groups), inspect.getsource(config)
+    for group in (statement for source in sources for statement in ast.parse(source).body):
         if isinstance(group, ast.ClassDef):
             for field, text in zip(group.body, group.body[1:], strict=False):
                 if (
