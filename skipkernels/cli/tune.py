@@ -110,7 +110,16 @@ class TuneCommand(Options):
         costs.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
         costs.add_row("results", str(config.out))
         out.print(costs)
-        names = ("report.html", "metrics.json", "metrics.jsonl", weights["file"], "state.pt", "config.yaml")
+        names = [
+            "report.html",
+            "README.md",
+            "metrics.json",
+            "metrics.jsonl",
+            weights["file"],
+            "state.pt",
+            "config.yaml",
+        ]
+        names += ["classifier.json", "open_clip_config.json"]
         files = [name for name in names if config.out is not None and (config.out / name).exists()]
         out.print("  " + "  ".join(files), soft_wrap=True)
         if self.output.blend is not None and config.out is not None:

@@ -37,6 +37,11 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
         raise InputError(
             "export: hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to"
         ) from None
+    if isinstance(plain.model, transformers.PreTrainedModel):  # the run's model came from such a folder
+        where = plain.name.partition(":")[2]
+        plain.model.save_pretrained(folder)
+        transformers.AutoProcessor.from_pretrained(where).save_pretrained(folder)
+        return []
     check(plain)
     converted = transformers.CLIPModel(transformers.CLIPConfig(**config(plain.model)))
     converted.load_state_dict(state_dict(plain.model))
