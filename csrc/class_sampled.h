@@ -21,21 +21,13 @@ namespace skipkernels {
 
 enum Reduction : int64_t { MEAN, SUM, NONE }; // as REDUCTIONS of skipkernels/ops/class_sampled_ce.py
 
-// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
 inline void check_sampled(
     const char* name, const Tensor& image, const Tensor& text, const Tensor& labels, const Tensor& logit_scale,
     const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight) {
-  STD_TORCH_CHECK(
-      image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1) && image.scalar_type() == text.scalar_type(),
-      name, ": image must be [B, D], text [C, D], of one dtype.");
-  STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, name, ": B, C and D must be at least 1.");
+  check_sample(name, image, text, logit_scale, class_ids);
   STD_TORCH_CHECK(
       labels.dim() == 1 && labels.size(0) == image.size(0) && labels.scalar_type() == ScalarType::Long, name,
       ": labels must be int64 [B].");
-  STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, name, ": logit_scale must have one element.");
-  STD_TORCH_CHECK(
-      !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
-      name, ": class_ids must be int64 [K] with K at least 1.");
   STD_TORCH_CHECK(
       !class_weight || (class_weight->dim() == 1 && class_weight->size(0) == text.size(0)), name,
       ": class_weight must be [C].");
@@ -43,13 +35,10 @@ inline void check_sampled(
 
 // Sampled rows, targets and weights, as forward and backward need them.
 template <class T>
-struct Problem {
+struct Problem : Sample<T> {
   using A = accumulate_t<T>;
+  using Sample<T>::B, Sample<T>::K, Sample<T>::C, Sample<T>::ids;
 
-  int64_t B, K, C, D;
-  Tensor image_storage, text_storage; // memory of the rows
-  std::vector<int64_t> ids; // the sampled rows of the bank; empty: all of them
-  Rows<T> image, text;
   std::vector<int64_t> target; // position of the label among the sampled rows; −1: none
   std::vector<A> weight; // of the sampled rows; empty: all 1, and no smoothing
   A scale, smoothing;
@@ -58,18 +47,10 @@ struct Problem {
 
   // `ignore_index` is the label of images without a target, `meaning` its name in an error.
   Problem(
-      const char* name, const char* meaning, const Tensor& image_, const Tensor& text_, const Tensor& labels,
+      const char* name, const char* meaning, const Tensor& image, const Tensor& text, const Tensor& labels,
       const Tensor& logit_scale, const std::optional<Tensor>& class_ids, const std::optional<Tensor>& class_weight,
       double label_smoothing, int64_t ignore_index, int64_t reduction)
-      : B(image_.size(0)),
-        K(class_ids ? class_ids->size(0) : text_.size(0)),
-        C(text_.size(0)),
-        D(image_.size(1)),
-        image_storage(with_contiguous_rows(image_)),
-        text_storage(with_contiguous_rows(text_)),
-        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()),
-        image(rows_of<T>(image_storage)),
-        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)),
+      : Sample<T>(image, text, class_ids),
         target(integers(labels)),
         scale(A(numbers(logit_scale)[0])),
         smoothing(A(label_smoothing)) {

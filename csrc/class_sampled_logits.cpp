@@ -16,40 +16,6 @@ namespace {
 
 constexpr const char* NAME = "class_sampled_logits";
 
-void check_shapes(
-    const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& class_ids) {
-  STD_TORCH_CHECK(
-      image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1) && image.scalar_type() == text.scalar_type(),
-      NAME, ": image must be [B, D], text [C, D], of one dtype.");
-  STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, NAME, ": B, C and D must be at least 1.");
-  STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, NAME, ": logit_scale must have one element.");
-  STD_TORCH_CHECK(
-      !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
-      NAME, ": class_ids must be int64 [K] with K at least 1.");
-}
-
-// Images and sampled rows of the bank.
-template <class T>
-struct Sample {
-  int64_t B, K, C, D;
-  Tensor image_storage, text_storage; // memory of the rows
-  std::vector<int64_t> ids;
-  Rows<T> image, text;
-
-  Sample(const Tensor& image_, const Tensor& text_, const std::optional<Tensor>& class_ids)
-      : B(image_.size(0)),
-        K(class_ids ? class_ids->size(0) : text_.size(0)),
-        C(text_.size(0)),
-        D(image_.size(1)),
-        image_storage(with_contiguous_rows(image_)),
-        text_storage(with_contiguous_rows(text_)),
-        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()),
-        image(rows_of<T>(image_storage)),
-        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)) {
-    places_of(NAME, ids, C);
-  }
-};
-
 // Calls f(cosines, b, k, b_count, k_count, k_index) for every tile; f may overwrite the cosines, [b_count, k_count].
 // Writes the norms of the rows.
 template <class T, class F, class A = accumulate_t<T>>
@@ -80,12 +46,13 @@ void for_each_tile(const Sample<T>& sample, const Plan& plan, A* image_norm, A* 
 
 std::tuple<Tensor, Tensor, Tensor> class_sampled_logits(
     const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& class_ids) {
-  check_shapes(image, text, logit_scale, class_ids);
+  check_sample(NAME, image, text, logit_scale, class_ids);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Sample<T> sample(image, text, class_ids);
+    places_of(NAME, sample.ids, sample.C); // refuses what is not a row of text
     const A scale = A(numbers(logit_scale)[0]);
     Tensor logits = make_empty({sample.B, sample.K}, scalar_type_of<A>);
     Tensor image_norm = vector_of<A>(sample.B), text_norm = vector_of<A>(sample.K);
@@ -119,12 +86,13 @@ std::tuple<Tensor, Tensor, Tensor> class_sampled_logits_backward(
     const Tensor& d_logits_, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
     const Tensor& image_norm, const Tensor& text_norm, const std::optional<Tensor>& class_ids, bool need_image,
     bool need_text, bool need_logit_scale) {
-  check_shapes(image, text, logit_scale, class_ids);
+  check_sample(NAME, image, text, logit_scale, class_ids);
   std::optional<std::tuple<Tensor, Tensor, Tensor>> outputs;
   dispatch_features(image, NAME, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Sample<T> sample(image, text, class_ids);
+    places_of(NAME, sample.ids, sample.C); // refuses what is not a row of text
     const int64_t B = sample.B, K = sample.K, D = sample.D;
     STD_TORCH_CHECK(
         d_logits_.dim() == 2 && d_logits_.size(0) == B && d_logits_.size(1) == K && image_norm.numel() == B &&

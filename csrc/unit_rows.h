@@ -21,6 +21,40 @@ inline std::vector<int64_t> places_of(const char* name, const std::vector<int64_
   return place;
 }
 
+// skipkernels.functional validates the inputs; these checks keep direct calls from accessing memory out of bounds.
+inline void check_sample(
+    const char* name, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+    const std::optional<Tensor>& class_ids) {
+  STD_TORCH_CHECK(
+      image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1) && image.scalar_type() == text.scalar_type(),
+      name, ": image must be [B, D], text [C, D], of one dtype.");
+  STD_TORCH_CHECK(image.size(0) > 0 && text.size(0) > 0 && image.size(1) > 0, name, ": B, C and D must be at least 1.");
+  STD_TORCH_CHECK(logit_scale.numel() == 1 && logit_scale.dim() <= 1, name, ": logit_scale must have one element.");
+  STD_TORCH_CHECK(
+      !class_ids || (class_ids->dim() == 1 && class_ids->size(0) > 0 && class_ids->scalar_type() == ScalarType::Long),
+      name, ": class_ids must be int64 [K] with K at least 1.");
+}
+
+// Images and sampled rows of the bank.
+template <class T>
+struct Sample {
+  int64_t B, K, C, D;
+  Tensor image_storage, text_storage; // memory of the rows
+  std::vector<int64_t> ids; // the sampled rows of the bank; empty: all of them
+  Rows<T> image, text;
+
+  Sample(const Tensor& image_, const Tensor& text_, const std::optional<Tensor>& class_ids)
+      : B(image_.size(0)),
+        K(class_ids ? class_ids->size(0) : text_.size(0)),
+        C(text_.size(0)),
+        D(image_.size(1)),
+        image_storage(with_contiguous_rows(image_)),
+        text_storage(with_contiguous_rows(text_)),
+        ids(class_ids ? integers(*class_ids) : std::vector<int64_t>()),
+        image(rows_of<T>(image_storage)),
+        text(rows_of<T>(text_storage, class_ids ? ids.data() : nullptr)) {}
+};
+
 // True if PyTorch's bf16 product is faster than fp32: without these instructions it is emulated.
 inline bool has_bf16_products() {
 #if defined(__x86_64__)
