@@ -391,6 +391,10 @@ def test_report_command_repeats_the_page(run, tmp_path, capsys):
     assert (tmp_path / "again.html").read_text() == expected
     found = Page(expected)
     assert len(found.named("img")) > 4 and "skipkernels tune --shots 4 --classes 12 --epochs 2" in found.text
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.json"):
+        shutil.copy(folder / name, tmp_path / "run")
+    assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
     assert main(["report", str(tmp_path)]) == 2
     assert "must be the folder of a run" in capsys.readouterr().err
 

@@ -19,11 +19,14 @@ _LARGEST = 1 << 28  # bytes of metrics.jsonl
 def run_report(folder: Path) -> str:
     """Return the page of a run that has ended, from its settings, metrics and predictions.
 
+    Without predictions, as after an interruption before the first epoch, the page has neither classes nor images.
+
     Raises:
         InputError: If a file is missing or damaged.
     """
     config, metrics = TuneConfig.from_yaml(folder / CONFIG), read_metrics(folder)
-    tests = predictions.load(folder / predictions.PREDICTIONS)
+    path = folder / predictions.PREDICTIONS
+    tests = predictions.load(path) if path.exists() else []
     return report_html(config, metrics, _rows(folder / EPOCHS), tests)
 
 
