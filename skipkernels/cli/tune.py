@@ -123,10 +123,12 @@ class TuneCommand(Options):
         files = [name for name in names if config.out is not None and (config.out / name).exists()]
         out.print("  " + "  ".join(files), soft_wrap=True)
         if self.output.blend is not None and config.out is not None:
-            from skipkernels.serve.blending import blend, default_folder
+            from skipkernels.serve.blending import blend, default_folder, record
 
             again = config.overwrite or bool(config.resume)
-            show_blend(blend(config.out, self.output.blend, overwrite=again), default_folder(config.out), out)
+            blended = blend(config.out, self.output.blend, overwrite=again)
+            record(config.out, blended)
+            show_blend(blended, default_folder(config.out), out)
         return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import experiments  # noqa: F401  registers the baselines and glyph-tiny
 from ..data import InputError
-from ..store import replace_file, write_tensors
+from ..store import replace_file, replace_text, write_tensors
 from ..tuner import TuneConfig, weights
 from ..tuner.calibration import fit_temperature
 from ..tuner.checkpoint import MODEL
@@ -20,7 +21,7 @@ from ..tuner.description import Description, describe, write_open_clip_config
 from ..tuner.evaluation import Evaluator
 from ..tuner.methods.base import TunedModel
 from ..tuner.model_card import model_card
-from ..tuner.run_folder import CONFIG, RunFolder, read_metrics
+from ..tuner.run_folder import CONFIG, METRICS, RunFolder, read_metrics
 from ..tuner.setup import RunSetup, build_run
 from .loading import weights_file
 
@@ -111,6 +112,12 @@ def blend(
     with new_folder.lock():
         _write(new_folder, written, setup, described, metrics)
     return metrics
+
+
+def record(run: Path, blended: dict[str, Any]) -> None:
+    """Add the curve of a blend to the metrics.json of its run, for the report."""
+    metrics = read_metrics(run) | {"blend": blended["blend"]}
+    replace_text(run / METRICS, json.dumps(metrics, indent=2) + "\n")
 
 
 def default_folder(run: Path) -> Path:

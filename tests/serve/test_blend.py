@@ -97,6 +97,7 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
     held_out = curve["accuracy"]["validation"]
     assert curve["chosen"] == held_out.index(max(held_out)) / 10
     assert metrics["validation"]["tuned"] == max(held_out)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["blend"] == curve  # for its report
 
     setup = build_run(TuneConfig.from_yaml(tmp_path / "run" / "config.yaml"))  # for its images
     held = setup.task.validation.images
