@@ -142,7 +142,8 @@ def _tune(
     open_data: Callable[[], Source] | None = None,
 ) -> dict[str, Any]:
     config = resumed(config)
-    command = command_line("tune", config, processes=processes.size)
+    # A dataset that is passed in Python has no command.
+    command = command_line("tune", config, processes=processes.size) if open_data is None else ""
     processes.set_device(config.device)
     open_data = functools.cache(open_data or config.open_data)
     with processes.one_first("settings"):
