@@ -21,7 +21,7 @@ def named_in(arguments: list[str]) -> Path | None:
     (PosixPath('a.yaml'), PosixPath('b.yaml'), None)
     """
     found = None
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word == _FLAG and following and not following.startswith("--"):
             found = Path(following)
         elif word.startswith(f"{_FLAG}="):

@@ -53,8 +53,8 @@ class Store:
         >>> from skipkernels.store import Writer
         >>> folder = Path(tempfile.mkdtemp())
         >>> with Writer(folder, Layout(3, (1, 2), "fp32", "fp32", 2, False, {}, {})) as writer:
-        ...     writer.write(0, {"rows": torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])})
-        ...     writer.write(1, {"rows": torch.tensor([[[5.0, 6.0]]])})
+        ...     _ = writer.write(0, {"rows": torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])})
+        ...     _ = writer.write(1, {"rows": torch.tensor([[[5.0, 6.0]]])})
         >>> Store(folder).gather(torch.tensor([2, 0])).tolist()
         [[[5.0, 6.0]], [[1.0, 2.0]]]
     """

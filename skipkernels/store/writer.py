@@ -58,7 +58,7 @@ class Writer:
         >>> layout = Layout(3, (1, 2), "fp32", "fp32", 2, False, {"made of": "threes"}, {})
         >>> with Writer(folder, layout) as writer:
         ...     for number in writer.missing:
-        ...         writer.write(number, {"rows": torch.full((len(layout.rows_of(number)), 1, 2), 3.0)})
+        ...         _ = writer.write(number, {"rows": torch.full((len(layout.rows_of(number)), 1, 2), 3.0)})
         >>> sorted(path.name for path in folder.glob("[!.]*"))
         ['00000.safetensors', '00001.safetensors', 'manifest.json']
     """

@@ -34,7 +34,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> import torch
         >>> logits = torch.tensor([[20.0, 0.0]]).repeat(100, 1)  # certain, and right in 75 of 100
         >>> round(fit_temperature(logits, torch.tensor([0] * 75 + [1] * 25)), 1)  # 20 / T ≈ log(75 / 25), but for ε
-        18.5
+        18.6
     """
     wide, labels = logits.double(), labels.to(logits.device)
     smoothing = 2 / (len(wide) + 2)

@@ -55,8 +55,8 @@ def chosen(log: Sequence[str] | None) -> tuple[str, ...] | None:
         InputError: If there is no logger of a name, or its package is not installed.
 
     Example:
-        >>> chosen(("tensorboard,csv",)), chosen(("none",)), chosen(None)
-        (('tensorboard', 'csv'), (), None)
+        >>> chosen(("csv,none",)), chosen(("none",)), chosen(None)
+        (('csv',), (), None)
     """
     if log is None:
         return None
