@@ -158,7 +158,8 @@ def test_ablate(ran, tmp_path):
     assert study.name == "ablate-skip_layers" and list(study.summary()) == ["skip_layers 0", "skip_layers 0.5"]
 
 
-def test_study_write_unwritable_folder(tmp_path):
+def test_study_write_unwritable_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("skipkernels.experiments.studies.study.study_html", lambda *_: "")
     (tmp_path / "file").write_text("")
     study = Study("s", "t", [], [Column("g", "c", cost("x"))])
     with pytest.raises(InputError, match="file can't be written"):

@@ -106,8 +106,6 @@ def _headline(study: Mapping[str, Any]) -> str:
         if not (before and after):
             return study["title"]
         return f"Tuning takes the {name} accuracy from {text(before)} to {text(after)}."
-    if not summary:
-        return study["title"]
     names = list(next(iter(summary.values()))[_ACCURACY])
     name = _AFTER if study.get("layout") == "shots" else _primary(names)
     found = {variant: figure for variant, groups in summary.items() if (figure := groups[_ACCURACY].get(name))}
