@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/benchmarks.md and docs/operators.md, and README's pictures, from stored rows.
+"""Write the tables of README.md and docs/, and their pictures, from stored rows.
 
     python -m bench.report            write the files that are out of date
     python -m bench.report --check    write nothing; exit 1 and name the files that are out of date
@@ -28,10 +28,9 @@ from .rows import KINDS, PRECISIONS, Device, Row, devices, grouped, number, same
 
 ROOT = Path(__file__).parents[1]
 OURS, EAGER = step.OURS, "eager"
-SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in README and in the pictures
+SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
 HEADLINE, FEW, MANY = "1000", "10", "21841"  # classes
 GROWTH, FLOORS = 1.5, {"fp32": 1.6, "bf16": 2.5}  # goals: time at MANY over FEW classes; time over the floor on a CPU
-WORST = 5  # comparisons in README
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
 TRAINERS = {"accelerate": "accelerate", "dassl": "Dassl (a stand-in)", "hugging_face": "Hugging Face Trainer"}
@@ -250,7 +249,7 @@ COMPARED = {
 }
 
 
-def losses(device: Device, most: int | None = None) -> str:
+def losses(device: Device) -> str:
     """Comparisons in which another implementation is faster, the largest factor first."""
     every = [
         (float(row[column]), what.format(**row), against.format(**row))
@@ -263,11 +262,9 @@ def losses(device: Device, most: int | None = None) -> str:
     if not every:
         return ""
     text = f"Another implementation is faster in {len(lost)} of {len(every)} comparisons"
-    if most is not None and len(lost) > most:
-        text += f" ([all of them](docs/benchmarks.md#where-we-lose)); the {most} largest factors"
     failed = [row for row in device.latest_rows("operators", implementation=OURS) if not row["p50_ms"]]
     notes = "".join(f"\n\n- `{row['op']}`, {row['shape']}, {row['dtype']}: {row['note']}" for row in failed)
-    lines = [[what, against, times(faster)] for faster, what, against in lost[:most]]
+    lines = [[what, against, times(faster)] for faster, what, against in lost]
     return f"{text}:\n\n" + table(["", "faster", "our speed-up"], lines) + notes if lost else f"{text}.{notes}"
 
 
@@ -299,10 +296,11 @@ def goals(device: Device) -> str:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
-    "README.md": {"headline": headline, "step": steps, "memory": memory, "infer": classifying, "glyphs": glyphs}
-    | {"trainers": trainers, "lose": lambda device: losses(device, WORST)},
-    "docs/benchmarks.md": {"goals": goals, "lose": losses},
+    "README.md": {"headline": headline},
+    "docs/benchmarks.md": {"step": steps, "memory": memory, "infer": classifying, "glyphs": glyphs}
+    | {"goals": goals, "lose": losses},
     "docs/operators.md": {"operators": operators},
+    "docs/trainers.md": {"trainers": trainers},
 }
 
 
