@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def export(
         push: Also upload the folder to this repository of the Hugging Face Hub, "ORG/NAME", with the account that
             huggingface_hub is logged in to.
         private: Create that repository as a private one, if it does not exist.
-        overwrite: Write into a folder with files.
+        overwrite: Write into a folder with files. Files with the same names are replaced; no others are uploaded.
 
     Raises:
         InputError: If the run can't be read or exported, a package is missing, or an argument can't be used.
@@ -91,18 +92,25 @@ def export(
         raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
     if not source.is_dir():
         raise InputError(f"export: run must be the folder of a run; {source} is none.", "run")
+    if folder.resolve() == source.resolve():
+        raise InputError(f"export: out must not be the folder of the run; got {folder}. Choose another.", "out")
     plain = plain_model(source)
     write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
-    folder.mkdir(parents=True, exist_ok=True)
-    notes = write(plain, folder)
     described = _shared(plain)
-    if to == "open-clip":
-        described.write(folder)
-    elif to == "hugging-face":
-        _write_classes(folder, described)
-    _write_card(source, folder, described, to)
-    files = sorted(path.name for path in folder.iterdir())
-    return Exported(folder, files, notes, None if push is None else _push(folder, push, private))
+    folder.mkdir(parents=True, exist_ok=True)
+    # Files are moved when all are written: an error leaves none, and a push uploads no others.
+    with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=folder) as temporary:
+        written = Path(temporary)
+        notes = write(plain, written)
+        if to == "open-clip":
+            described.write(written)
+        elif to == "hugging-face":
+            _write_classes(written, described)
+        _write_card(source, written, described, to)
+        files = sorted(path.name for path in written.iterdir())
+        for name in files:
+            os.replace(written / name, folder / name)
+    return Exported(folder, files, notes, None if push is None else _push(folder, files, push, private))
 
 
 def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
@@ -173,14 +181,15 @@ def _check_repository(name: str) -> None:
         raise InputError("export: push needs huggingface_hub: pip install huggingface_hub.", "push") from None
 
 
-def _push(folder: Path, name: str, private: bool) -> str:
-    """Upload a folder to the Hub; return its address."""
+def _push(folder: Path, files: list[str], name: str, private: bool) -> str:
+    """Upload files of a folder to the Hub; return the address of the repository."""
     import huggingface_hub
 
     client: Any = huggingface_hub.HfApi()
     try:
         address = client.create_repo(name, private=private, exist_ok=True)
-        client.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model tuned with skipkernels")
+        message = "Upload a model tuned with skipkernels"
+        client.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message=message)
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:  # the first: no connection, or not logged in
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"export: push to {name} failed ({reason}). The files are in {folder}.", "push") from error

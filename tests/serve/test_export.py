@@ -155,18 +155,22 @@ class Hub:
         self.calls.append(("create", name, private, exist_ok))
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.calls.append(("upload", repo_id, {path.name for path in Path(folder_path).iterdir()}))
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        assert all((Path(folder_path) / name).is_file() for name in allow_patterns)
+        self.calls.append(("upload", repo_id, set(allow_patterns)))
 
 
 def test_push(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [])
     arguments = ["export", str(run.folder), "--to", "open-clip", "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--push", "me/classes"]) == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "private.txt").write_text("not to be uploaded")
+    assert main([*arguments, "--overwrite", "--push", "me/classes"]) == 0
     created, uploaded = Hub.calls
     assert created == ("create", "me/classes", True, True)
-    assert uploaded == ("upload", "me/classes", {path.name for path in (tmp_path / "out").iterdir()})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert uploaded == ("upload", "me/classes", names - {"private.txt"})
     assert "https://huggingface.co/me/classes" in capsys.readouterr().out
     for other, message in [
         (["--push", "classes", "--overwrite"], "--push must be a repository, ORG/NAME"),
@@ -182,6 +186,15 @@ def test_push(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Hub, "upload_folder", offline)
     with pytest.raises(InputError, match=r"push to me/classes failed \(no connection\)"):
         sk.export(run.folder, "open-clip", tmp_path / "other", push="me/classes")
+
+
+def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Description, "write", lambda self, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sk.export(run.folder, "open-clip", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(InputError, match="must not be the folder of the run"):
+        sk.export(run.folder, "open-clip", run.folder, overwrite=True)
 
 
 def test_no_local_paths(run, tmp_path):
