@@ -102,7 +102,7 @@ def listed_source(
         raise open_error(
             f"{name}: must have images of two classes or more; got {format_names(classes) or 'none'}. Add some."
         )
-    if all(one.isdigit() for one in classes):
+    if all(map(is_number, classes)):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
     present = set() if splits is None else set(splits)
     parts: dict[Split, Images]
@@ -128,6 +128,15 @@ def listed_source(
     )
 
 
+def is_number(text: str) -> bool:
+    """Return True for a class id in decimal digits.
+
+    >>> is_number("007"), is_number("²"), is_number("-1"), is_number("٣")
+    (True, False, False, False)
+    """
+    return text.isascii() and text.isdigit() and len(text) < 19  # an int64
+
+
 def labels_by_name(name: str, kind: str, found: Sequence[str], alternative: str) -> tuple[list[int], tuple[str, ...]]:
     """Return the label of each image, and the class names by label, in the order of the sorted names.
 
@@ -140,7 +149,7 @@ def labels_by_name(name: str, kind: str, found: Sequence[str], alternative: str)
     Raises:
         InputError: If a name can't be used, or two are equal in lower case.
     """
-    ids = sorted(set(found), key=lambda text: (not text.isdigit(), int(text) if text.isdigit() else 0, text))
+    ids = sorted(set(found), key=lambda text: (not is_number(text), int(text) if is_number(text) else 0, text))
     names = normalize_class_names(f"open_source: {name}", "data", kind, ids, ids, alternative)
     label_of = {one: label for label, one in enumerate(ids)}
     return [label_of[one] for one in found], names

@@ -30,7 +30,7 @@ from .base import InputError, open_error
 from .files import absolute_path, format_names, has_image_extension, read_text
 from .images import DatasetImages, decode_image
 from .source import Split, SplitSource, normalize_class_names
-from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
+from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, is_number, labels_by_name, listed_source
 from .templates import Templates
 
 _MAX_LABEL_BYTES = 1 << 20
@@ -110,7 +110,7 @@ def open_shards(pattern: str, templates: Templates = None) -> SplitSource:
             f"{name}: some shards are named after a split, and {other.name} is not. Begin its name with train, val or "
             "test, or name only the others."
         )
-    numbered = {label.isdigit() for label in found} == {True}
+    numbered = all(map(is_number, found))
     file = shards[0].parent / "classes.txt"
     if numbered and file.is_file():
         labels, classes = list(map(int, found)), _read_classes(name, file, max(map(int, found)))
@@ -248,8 +248,8 @@ def _label(where: str, files: dict[str, bytes]) -> tuple[str, str]:
 
 
 def _read_classes(name: str, file: Path, largest: int) -> tuple[str, ...]:
-    """Read the names of numbered classes."""
-    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    """Read the names of numbered classes. An empty line before the last name is refused: it would shift the others."""
+    lines = read_text(file).rstrip().splitlines()
     if largest >= len(lines):
         raise InputError(f"{file}: has {len(lines)} names, and a sample has the class {largest}. Add the others.")
     numbers = list(range(len(lines)))

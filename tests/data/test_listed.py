@@ -181,6 +181,12 @@ def test_wds_shards(tmp_path, kind):
     assert dataset_key(open_source(f"wds:{tmp_path}").few_shot(2, 0))["images"] != before["images"]
 
 
+def test_wds_label_of_other_digits(tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{n}.{kind}": value for n in range(8) for kind, value in
+                                   (("png", png(n % 2)), ("txt", "²"[: n % 2].encode() or b"one"))})  # fmt: skip
+    assert open_source(f"wds:{tmp_path}").classes == ("one", "²")
+
+
 def test_wds_splits_by_name(tmp_path):
     write_tar(tmp_path / "train" / "0.tar", samples("txt"))
     write_tar(tmp_path / "val" / "0.tar", samples("txt"))
@@ -225,6 +231,8 @@ def test_wds_refuses_shards(tmp_path):
     write_tar(tmp_path / "cls.tar", samples("cls"))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     assert "has 2 names, and a sample has the class 2" in fails(f"wds:{tmp_path / 'cls.tar'}", None)
+    (tmp_path / "classes.txt").write_text("cat\n\nowl\n")
+    assert "can't be named ''" in fails(f"wds:{tmp_path / 'cls.tar'}", None)
     write_tar(tmp_path / "bad.tar", samples("txt") | {"part/cat0.png": b"no image"})
     source = open_source(f"wds:{tmp_path / 'bad.tar'}")
     with pytest.raises(InputError, match=r"bad\.tar: part/cat0\.png: can't be read as an image"):
