@@ -318,7 +318,9 @@ def test_report_opens_details_of_two_tests():
 
 @pytest.mark.parametrize("status", ["interrupted", "diverged"])
 def test_report_status(status):
-    assert f" – {status} after 1 epoch" in Page(page({"status": status, "epochs": 1})).text
+    validation = {"images": 8, "zero_shot": 50.0, "tuned": 60.0}
+    text = Page(page({"status": status, "epochs": 1, "best_epoch": 1, "validation": validation})).text
+    assert f" – {status} after 1 epoch" in text and "Kept is epoch" not in text
 
 
 def complete(text: str) -> None:

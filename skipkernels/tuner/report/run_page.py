@@ -93,9 +93,9 @@ def _moved(subject: str, before: float, after: float) -> str:
 
 
 def _kept_epoch(metrics: Mapping[str, Any]) -> str:
-    """Sentence on the epoch that is kept, or ""."""
+    """Sentence on the epoch that is kept, or "". A run that was stopped keeps the weights of its last epoch."""
     best, validation = metrics.get("best_epoch"), metrics.get("validation") or {}
-    if best is None:
+    if best is None or metrics["status"] != "complete":
         return ""
     accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
     images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
