@@ -25,7 +25,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: int64 [n].
 
     Returns:
-        float: T, from 0.01 to 100.
+        float: T, from 0.01 to 100; 1 for a single class, of which the probability does not depend on T.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599. Platt,
     "Probabilistic Outputs for Support Vector Machines", 1999.
@@ -36,6 +36,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         >>> round(fit_temperature(logits, torch.tensor([0] * 75 + [1] * 25)), 1)  # 20 / T ≈ log(75 / 25), but for ε
         18.6
     """
+    if logits.shape[1] == 1:
+        return 1.0
     wide, labels = logits.double(), labels.to(logits.device)
     smoothing = 2 / (len(wide) + 2)
 

@@ -89,13 +89,14 @@ class RunSetup:
     def _shared(self, name: str, test: TestSet, progress: Progress) -> FeatureCache:
         """Features of the images of a test, or of the share of this process."""
         images: Any = test.images
-        if self.processes.size > 1 and not self._cached:
+        if self.processes.size > 1:
             if len(images) < self.processes.size:
                 raise InputError(
                     f"tune: the test {test.name!r} must have an image for each process; got {len(images)} and "
                     f"{self.processes.size} processes. Start fewer."
                 )
-            images = Subset(images, self.processes.share(len(images)))
+            if not self._cached:
+                images = Subset(images, self.processes.share(len(images)))
         return self._features(name, images, progress)
 
     def train_features(self, progress: Progress = False) -> FeatureCache:
