@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -152,5 +153,6 @@ def _names(text: str) -> list[str]:
     """Names of classes in a file, or in a list with commas."""
     from skipkernels.data.files import read_text
 
-    words = read_text(Path(text)).splitlines() if Path(text).is_file() else text.split(",")
+    is_file = os.path.isfile(text)  # Path.is_file raises an error for a list that is longer than a file name
+    words = read_text(Path(text)).splitlines() if is_file else text.split(",")
     return [word.strip() for word in words if word.strip()]

@@ -186,6 +186,7 @@ class Classifier:
 
         Raises:
             InputError: If an image can't be read, or an argument can't be used.
+            FloatingPointError: If a logit is not finite.
         """
         parts = list(
             self.predict_batches(images, top=top, batch_size=batch_size, workers=workers, unreadable=unreadable)
@@ -274,8 +275,14 @@ class Classifier:
         self, names: list[str], inputs: Tensor, top: int, unreadable: dict[str, str] | None = None
     ) -> Predictions:
         scores = (self.logits(inputs).float() / self.temperature).softmax(dim=1)
-        probabilities, ids = scores.topk(min(top, len(self.classes)), dim=1)
-        return Predictions(names, ids.cpu(), probabilities.cpu(), self.classes, unreadable or {})
+        probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
+        if not probabilities.isfinite().all():  # NaN if a logit is
+            name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
+            raise FloatingPointError(
+                f'Classifier.predict: logits of image {name} are not finite. Use precision="fp32"; if they are not '
+                "finite then either, the image or the weights are not."
+            )
+        return Predictions(names, ids, probabilities, self.classes, unreadable or {})
 
 
 def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Predictions:

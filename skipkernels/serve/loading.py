@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ..data.tasks import TestSet
 from ..data.templates import PHOTO, format_prompt, resolve_templates
 from ..options import Precision
 from ..tuner import checkpoint, weights
+from ..tuner.config import usable_device
 from ..tuner.description import OPEN_CLIP, Description
 from ..tuner.methods import METHODS, Method
 from ..tuner.methods.base import FrozenModel
@@ -23,6 +25,7 @@ from ..tuner.precision import MixedPrecision
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class TunedRun(NamedTuple):
@@ -59,7 +62,7 @@ def load_run(
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
     described = Description.read(folder)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
     mixed = MixedPrecision(_resolved(precision, chosen), chosen)
     file = weights_file(folder, described)
     whole = described.holds == weights.MODEL
@@ -69,7 +72,9 @@ def load_run(
     model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole)
     if whole:
         load_weights(model, file)
-    mixed.prepare(model)
+    if described.holds == weights.CHANGES and weights.has_bf16(file):  # changes to weights that bf16-sr rounded first
+        MixedPrecision("bf16-sr", chosen).prepare(model)
+        model.float()
     names, prompts = _classes(described, classes, templates)
     method = _method(described, model, tokenizer, names, prompts, file)
     if not whole:
@@ -93,6 +98,10 @@ def weights_file(folder: Path, described: Description) -> Path:
 
 
 def _resolved(precision: Precision | str, device: torch.device) -> Any:
+    if precision not in _PRECISIONS:
+        raise InputError(
+            f"Classifier.load: precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}.", "precision"
+        )
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -107,9 +116,9 @@ def _classes(
     names = described.classes if classes is None else list(classes)
     if not names:
         raise InputError("Classifier.load: classes must have a name; got none.", "classes")
-    twice = next((name for name in names if names.count(name) > 1), None) if classes is not None else None
-    if twice is not None:
-        raise InputError(f"Classifier.load: classes must differ; got {twice!r} twice. Name it once.", "classes")
+    name, count = Counter(names).most_common(1)[0]
+    if classes is not None and count > 1:
+        raise InputError(f"Classifier.load: classes must differ; got {name!r} {count} times. Name it once.", "classes")
     if templates is None and classes is None and described.prompts is not None:
         return names, tuple(described.prompts)
     own = described.templates or [PHOTO]

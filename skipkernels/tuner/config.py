@@ -111,12 +111,7 @@ class TuneConfig(
         import torch
 
         self.method_class()
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"TuneConfig: device {device!r} can't be used: {reason}", "device") from None
+        device = usable_device(self.device, "TuneConfig")
         half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
         validation = "none" if self.validation == "auto" and not self.own_data else self.validation
         config = dataclasses.replace(
@@ -311,6 +306,27 @@ class TuneConfig(
             if not _has_type(value, hints[name]):
                 raise InputError(f"{path}: {name} must be {hints[name]}; got {_shown(value)}.")
         return cls(**{name: _converted(value, hints[name]) for name, value in values.items()})
+
+
+def usable_device(device: str, function: str) -> str:
+    """Return the name of a device; "auto" is "cuda" if there is a GPU, else "cpu".
+
+    Args:
+        device: Name of the device.
+        function: Beginning of the error message.
+
+    Raises:
+        InputError: If no tensor can be on it.
+    """
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{function}: device {chosen!r} can't be used: {reason}", "device") from None
+    return chosen
 
 
 def _refuse(argument: str, message: str) -> NoReturn:

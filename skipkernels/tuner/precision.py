@@ -21,6 +21,12 @@ REMEDY = (
 _INITIAL_SCALE = 2.0**10
 
 
+def in_bf16(name: str, weight: Tensor) -> Tensor:
+    """Return a weight in the dtype that it has in a run in bf16-sr."""
+    keeps_dtype = not weight.is_floating_point() or name.rpartition(".")[2] in _FP32
+    return weight if keeps_dtype else weight.to(torch.bfloat16)
+
+
 class MixedPrecision:
     """Precision of the weights, the forward and the updates of a run.
 
@@ -62,8 +68,7 @@ class MixedPrecision:
         if self._precision != "bf16-sr":
             return
         for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-            if tensor.is_floating_point() and name.rpartition(".")[2] not in _FP32:
-                tensor.data = tensor.data.to(torch.bfloat16)
+            tensor.data = in_bf16(name, tensor.data)
 
     def parameter_groups(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return optimizer groups with stochastic rounding for bf16 weights; groups of mixed dtypes are split."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import InputError
 from ..store import digest_json, digest_tensors, parse_object
 from .methods import Method
+from .precision import in_bf16
 
 # Contents of a weights file, named in its metadata: a whole model that open_clip can load; the state of a method, for
 # use with the pretrained model; or the part of either that tuning changed.
@@ -62,9 +63,12 @@ class WeightsFile:
             if found.get("holds") == CHANGES:
                 first = self._method.state_dict()
                 if found.get("of") != (self._first or WeightDigests(first)).digest():
-                    raise InputError(
-                        f"{path}: contains changes to other pretrained weights; give the same `pretrained`."
-                    )
+                    # A run in bf16-sr has bf16 weights; the model may have them in fp32 here.
+                    first = {name: in_bf16(name, weight) for name, weight in first.items()}
+                    if found.get("of") != WeightDigests(first).digest():
+                        raise InputError(
+                            f"{path}: contains changes to other pretrained weights; give the same `pretrained`."
+                        )
                 weights = {**first, **weights}
             self._method.load_state_dict(weights)
         except (SafetensorError, OSError, RuntimeError, LookupError) as error:
@@ -118,6 +122,19 @@ def read_metadata(path: Path) -> dict[str, str]:
             raise ValueError("its metadata must be strings by name")
         return values
     except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise _unusable(path, error) from error
+
+
+def has_bf16(path: Path) -> bool:
+    """Return True if a weights file has a bf16 tensor, as those of runs in bf16-sr.
+
+    Raises:
+        InputError: If it can't be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return any(file.get_slice(name).get_dtype() == "BF16" for name in file.keys())
+    except (SafetensorError, OSError) as error:
         raise _unusable(path, error) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -17,7 +18,9 @@ import skipkernels as sk
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.serve.output import contact_sheet
+from skipkernels.tuner import tune
 from skipkernels.tuner.description import Description
+from tests.serve.conftest import CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,9 @@ def test_run_needs_no_data(run):
     [
         ({"classes": "cat"}, {}, "classes must be a list of names"),
         ({"classes": []}, {}, "classes must have a name"),
-        ({"classes": ["a", "a"]}, {}, "'a' twice"),
+        ({"classes": ["b", "a", "a"]}, {}, "'a' 2 times"),
+        ({"device": "gpu"}, {}, "device 'gpu' can't be used"),
+        ({"precision": "bf16-sr"}, {}, "precision must be one of auto, fp32"),
         ({"templates": ["no place"]}, {}, "one {} each"),
         ({}, {"top": 0}, "top must be a whole number of at least 1"),
         ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
@@ -108,7 +113,22 @@ def test_run_needs_no_data(run):
 )
 def test_bad_arguments(run, images, load, use, message):
     with pytest.raises(InputError, match=message):
-        sk.Classifier.load(run.folder, device="cpu", **load).predict(use.pop("images", images), **use)
+        sk.Classifier.load(run.folder, **({"device": "cpu"} | load)).predict(use.pop("images", images), **use)
+
+
+def test_delta_in_bf16_sr(images, tmp_path):
+    config = dataclasses.replace(CONFIG, classes=4, shots=1, precision="bf16-sr")
+    for delta in (True, False):
+        tune(dataclasses.replace(config, delta=delta, out=tmp_path / str(delta)))
+    changes, whole = (sk.Classifier.load(tmp_path / str(delta), device="cpu") for delta in (True, False))
+    torch.testing.assert_close(changes.logits(images), whole.logits(images))
+
+
+def test_infinite_pixel_is_an_error(images, classifier):
+    images = images.clone()
+    images[2, 0, 0, 0] = torch.inf
+    with pytest.raises((FloatingPointError, ValueError), match="finite"):
+        classifier.predict(images)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +178,8 @@ def test_command(run, photos, tmp_path, capsys):
 
     names = tmp_path / "names.txt"
     names.write_text("alpha\n\nbeta\n")
-    outputs = {command(capsys, run.folder, part, "--classes", value)[1] for value in ("alpha, beta", names)}
+    long = "alpha, beta" + 200 * ", "  # longer than a file name may be
+    outputs = {command(capsys, run.folder, part, "--classes", value)[1] for value in (long, names)}
     assert len(outputs) == 1 and outputs.pop().count(",alpha,") == len(found)
 
 
