@@ -70,8 +70,8 @@ def chosen(log: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(name for name in names if name != "none")
 
 
-def open_loggers(config: TuneConfig, folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Logger]:
-    """Open the loggers that a run names; by default TensorBoard if it is installed.
+def open_loggers(config: TuneConfig, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Logger]:
+    """Open the loggers that a run names, one by one; by default TensorBoard if it is installed.
 
     Args:
         config: Resolved configuration.
@@ -79,8 +79,10 @@ def open_loggers(config: TuneConfig, folder: Path, rows: Sequence[Mapping[str, A
         rows: Rows of the complete epochs of a resumed run.
     """
     names = chosen(config.log)
-    found = [_LOGGERS[name](config, folder, rows) for name in (("tensorboard",) if names is None else names)]
-    return [logger for logger in found if logger is not None]
+    for name in ("tensorboard",) if names is None else names:
+        logger = _LOGGERS[name](config, folder, rows)
+        if logger is not None:
+            yield logger
 
 
 class CsvLogger:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -317,9 +318,12 @@ class _Run:
             batch_size=len(self.task.train) / trainer.steps,
             done=trainer.epochs,
         )
-        rows = self.folder.rows
-        loggers = [*open_loggers(config, self.folder.path, rows), *self.loggers] if self.processes.first else []
-        try:
+        with contextlib.ExitStack() as closing:  # closes all, also if one fails to open or to close
+            loggers: list[Logger] = []
+            if self.processes.first:
+                for logger in chain(self.loggers, open_loggers(config, self.folder.path, self.folder.rows)):
+                    closing.callback(logger.close)
+                    loggers.append(logger)
             while trainer.epochs < config.epochs and not has_stalled(self.folder.rows, config.patience):
                 row = trainer.epoch(self.display.step, self.display.loss)
                 started = time.perf_counter()
@@ -333,9 +337,6 @@ class _Run:
                 )
                 for logger in loggers:
                     logger.write(row)
-        finally:
-            for logger in loggers:
-                logger.close()
 
     def _fit(self, train: FeatureCache) -> None:
         """Train a method without steps."""
@@ -380,7 +381,8 @@ class _Run:
                     self._describe()
                 except Exception as error:  # any: the run continues without these files
                     reason = (str(error).strip().splitlines() or [""])[0]
-                    self.warnings.append(f"{CLASSIFIER} was not written ({type(error).__name__}: {reason}).")
+                    warning = f"{CLASSIFIER} was not written ({type(error).__name__}: {reason})."
+                    self.warnings += [warning] if warning not in self.warnings else []  # once, not in each epoch
 
     def _calibrate(self) -> None:
         """Fit the temperature on the validation images, with the final weights."""

@@ -156,7 +156,7 @@ def test_wandb_and_mlflow_calls(monkeypatch, tmp_path):
     for module in (wandb, mlflow):
         module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    opened = open_loggers(config, tmp_path, [])
+    opened = list(open_loggers(config, tmp_path, []))
     for logger in opened:
         logger.write(ROW | {"accuracy": {"caf\u00e9 %": 60.0}})
         logger.close()
