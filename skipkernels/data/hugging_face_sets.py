@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from .base import InputError, open_error
 from .files import absolute_path, format_names
-from .images import DatasetImages
+from .images import DatasetImages, to_rgb
 from .source import Split, SplitSource, normalize_class_names
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
@@ -44,10 +44,12 @@ class RowDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
-            return self._rows[index][self._column].convert("RGB"), self.labels[index]
+            image = self._rows[index][self._column]
+            image.load()
         except Exception as error:  # of any decoder
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"{self._name}: image {index} can't be read ({why}). Remove the row.") from error
+        return to_rgb(image, f"{self._name}: image {index}"), self.labels[index]
 
 
 def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
@@ -62,7 +64,7 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
     """
     where, _, query = spec.partition("?")
     name, options = f"hf:{where}", _options(spec, query)
-    parts = _load(name, where, options)
+    parts, notes = _load(name, where, options)
     features = next(iter(parts.values())).features
     column = _column(name, features, options, "image", [each for each in features if _is(features[each], "Image")])
     typed = [each for each in features if _is(features[each], "ClassLabel")]
@@ -72,7 +74,6 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
     values: list[Any] = []
     splits: list[Split] = []
     rows: list[tuple[Split, Any]] = []
-    notes = []
     for split, part in parts.items():
         found = list(part[of_class])
         if any(value is None or value == -1 for value in found):
@@ -123,8 +124,8 @@ def _options(spec: str, query: str) -> dict[str, str]:
     return found
 
 
-def _load(name: str, where: str, options: Mapping[str, str]) -> dict[Split, Any]:
-    """Return the dataset of each split."""
+def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split, Any], list[str]]:
+    """Return the dataset of each split, and a note on splits that are not used."""
     try:
         import datasets
     except ImportError as error:
@@ -145,15 +146,18 @@ def _load(name: str, where: str, options: Mapping[str, str]) -> dict[Split, Any]
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
     if not isinstance(loaded, Mapping):
-        return {"train": loaded}
+        return {"train": loaded}, []
     found: dict[Split, Any] = {}
+    unused = []
     for split, part in loaded.items():
         key = SPLIT_NAMES.get(str(split).lower())
         if key is not None and key not in found:
             found[key] = part
+        else:
+            unused.append(str(split))
     if not found:
         raise open_error(f"{name}: has the splits {format_names(list(map(str, loaded)))}, and none of train and test.")
-    return found
+    return found, [f"{name}: splits that are not used: {format_names(unused)}."] if unused else []
 
 
 def _is(feature: Any, kind: str) -> bool:

@@ -160,17 +160,28 @@ def read_image(path: str | Path) -> Image.Image:
 def decode_image(file: BinaryIO, path: str | Path) -> Image.Image:
     """Read an opened image file as `read_image` does; `path` is its name in error messages."""
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            deep = image.mode.partition(";")[0] in _DEEP_MODES
-            if not deep:
-                return image.convert("RGB")
-            mode = image.mode
+        opened = Image.open(file, formats=_FORMATS)
     except _UNREADABLE as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if isinstance(error, UnidentifiedImageError):
-            why = f"not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
-        raise InputError(f"{path}: can't be read as an image ({why}). Replace or remove the file.") from error
-    raise InputError(f"{path}: has more than 8 bits per channel (mode {mode}), and RGB has 8. Convert the file.")
+        raise _unreadable(path, error) from error
+    with opened as image:
+        return to_rgb(image, path)
+
+
+def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
+    """Convert an image to RGB as `read_image` does; `name` is its name in error messages."""
+    if image.mode.partition(";")[0] in _DEEP_MODES:
+        raise InputError(f"{name}: has more than 8 bits per channel (mode {image.mode}), and RGB has 8. Convert it.")
+    try:
+        return image.convert("RGB")
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str | Path, error: Exception) -> InputError:
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, UnidentifiedImageError):
+        why = f"not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+    return InputError(f"{name}: can't be read as an image ({why}). Replace or remove it.")
 
 
 class DatasetImages(Images):

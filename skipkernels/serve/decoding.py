@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data import InputError
 from ..data.files import has_image_extension
-from ..data.images import read_image
+from ..data.images import read_image, to_rgb
 
 MAX_WORKERS = 8  # decoding is faster than a model on most machines; more threads only take memory
 
@@ -68,15 +68,13 @@ def decode(
         InputError: If an item is neither a path nor a Pillow image.
     """
 
-    def load(image: Any) -> Tensor | InputError:
-        if isinstance(image, Image.Image):
-            return transform(image.convert("RGB"))
-        if not isinstance(image, (str, os.PathLike)):
+    def load(image: Any, name: str) -> Tensor | InputError:
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
             raise InputError(
                 f"Classifier.predict: images must be paths or Pillow images; got {type(image).__name__}.", "images"
             )
         try:
-            return transform(read_image(os.fspath(image)))
+            return transform(to_rgb(image, f"image {name}") if isinstance(image, Image.Image) else read_image(name))
         except InputError as error:
             return error
 
@@ -86,7 +84,7 @@ def decode(
         rest: Iterable[tuple[str, Any]] = iter(zip(image_names(images), images, strict=True))
         try:
             for name, image in rest:
-                waiting.append((name, pool.submit(load, image)))
+                waiting.append((name, pool.submit(load, image, name)))
                 if len(waiting) > 4 * count:
                     name, future = waiting.popleft()
                     yield Decoded(name, future.result())

@@ -263,10 +263,12 @@ def rows(hub, count: int, *, names: bool = True, **more):
 
 def test_hf_folder(hub, tmp_path):
     parts = {"train": rows(hub, 4, row=1), "validation": rows(hub, 1, row=1), "test": rows(hub, 2, row=1)}
+    parts["unlabelled"] = rows(hub, 1, row=1)
     hub.DatasetDict(parts).save_to_disk(tmp_path / "set")
     source = open_source(f"hf:{tmp_path / 'set'}")
     assert source.classes == tuple(CLASSES)
     assert [len(source.images(split)) for split in ("train", "val", "test")] == [12, 3, 6]
+    assert "splits that are not used: unlabelled." in source.notes[0]
     test = source.images("test")
     assert [label for _, label in test] == [0, 0, 1, 1, 2, 2] and class_of(test[5][0]) == 2
     assert test[2][0].mode == "RGB", "a grey image"

@@ -610,9 +610,7 @@ def test_error_of_a_dataset_of_this_package_is_unchanged(tmp_path, stream, worke
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no image")
     files = LabelledImages(tmp_path, ["a.png", "b.png"], [0, 1], transform=lambda image: GOOD)
-    with pytest.raises(
-        StoreError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove the file\.$"
-    ):
+    with pytest.raises(StoreError, match=rf"^{tmp_path}/b\.png: can.*t be read as an image .*Replace or remove it\.$"):
         build(tmp_path / "store", OneByOne(files) if stream else files, key="files", workers=workers)
 
 

@@ -123,3 +123,4 @@ def test_temperature_is_the_minimum():
     assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2))
     all_correct = fit_temperature(logits, logits.argmax(1))
     assert 0.01 < all_correct < best  # not certain, however many are correct
+    assert fit_temperature(logits[:, :1], torch.zeros(200, dtype=torch.int64)) == 1

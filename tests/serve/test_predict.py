@@ -107,6 +107,7 @@ def test_run_needs_no_data(run):
         ({"templates": ["no place"]}, {}, "one {} each"),
         ({}, {"top": 0}, "top must be a whole number of at least 1"),
         ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
+        ({}, {"images": [Image.new("I;16", (32, 32))]}, "image 0: has more than 8 bits per channel"),
         ({}, {"images": [3]}, "must be paths or Pillow images; got int"),
         ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
     ],
