@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 600.0  # in which all processes must start
 _POLL_SECONDS = 0.05
-_BEAT_SECONDS = 1.0  # between signs of life of a process
+_HEARTBEAT_SECONDS = 1.0  # between heartbeats of a process
 _LAG_SECONDS = 3.0  # in which the process that failed reports its error, after others have noticed
 _END_SECONDS = 15.0  # in which the first process ends its run folder after an error; torchrun kills after 30 s
-_ERROR, _END, _LOST, _BEAT = "error", "end", "lost", "beat"
+_ERROR, _END, _LOST, _HEARTBEAT = "error", "end", "lost", "heartbeat"
 
 
 class ProcessError(RuntimeError):
@@ -93,7 +93,7 @@ class Processes:
         torch.cuda.set_device(self._local_rank)
 
     def share(self, count: int) -> range:
-        """Items of this process among `count`: consecutive, and one more on the first processes if they don't fit."""
+        """Consecutive items of this process among `count`; the first processes may have one more than others."""
         return self._shares(count)[self.rank]
 
     def _shares(self, count: int) -> list[range]:
@@ -120,8 +120,8 @@ class Processes:
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def share_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite tensors with those of the first process; collective."""
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors with those of the first process, in place; collective."""
         import torch.distributed as dist
 
         if self.group is None:
@@ -132,7 +132,7 @@ class Processes:
             tensor.copy_(whole)
 
     def from_first(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a value, of which JSON has the type, that the first process computes; the others wait for it."""
+        """Return a JSON value that the first process computes; the others wait for it."""
         if self.size == 1:
             return compute()
         if self.first:
@@ -152,8 +152,8 @@ class Processes:
         if self.size > 1 and leads:
             self._store.set(key, "")
 
-    def meet(self, name: str) -> None:
-        """Wait for all processes, as long as they run. Collectives have a timeout."""
+    def barrier(self, name: str) -> None:
+        """Wait for all processes, as long as they run; unlike a collective, without a timeout."""
         if self.size > 1:
             self._store.set(f"{name}, process {self.rank}", "")
             for rank in range(self.size):
@@ -163,21 +163,21 @@ class Processes:
 
     def _await(self, key: str, seconds: float = float("inf")) -> None:
         """Wait until a key is set; raise a ProcessError if a process fails meanwhile, or is no longer running."""
-        began, beats = time.monotonic(), None
+        began, heartbeats = time.monotonic(), None
         while not self._store.check([key]):
             if not key.startswith((_ERROR, _END)):
                 if self._store.check([_ERROR]):
                     raise ProcessError("Another process raised an error.")  # replaced by that error
                 # The first process sees that of all others: each of them need not ask for W − 1 numbers a second.
-                beats = beats or Beats(self._store, range(1, self.size) if self.first else [0])
-                if silent := beats.silent(self._timeout):
-                    raise ProcessError(self._lost_message(silent, f"no sign of life for {self._timeout:g} seconds"))
+                heartbeats = heartbeats or Heartbeats(self._store, range(1, self.size) if self.first else [0])
+                if silent := heartbeats.silent(self._timeout):
+                    raise ProcessError(self._lost_message(silent, f"no heartbeat for {self._timeout:g} seconds"))
             if time.monotonic() - began > seconds:
                 return
             time.sleep(_POLL_SECONDS)
 
     def first_error(self, error: BaseException) -> BaseException:
-        """Return the first error of all processes, which becomes this one if there was none."""
+        """Return the first error of all processes: `error`, unless another process has reported one before."""
         follows, lost = _follows(error), _lost(error)
         if lost is not None:
             reason = re.sub(r"^\[\S+\] ", "", " ".join(str(lost).split())).partition(". ")[0]  # without PyTorch's file
@@ -194,8 +194,8 @@ class Processes:
             return error
 
     def _silent(self) -> list[int]:
-        """Processes that neither report a lost connection, as this one does, nor run; none if one reports an error."""
-        beats = Beats(self._store, range(self.size))
+        """Return the lost processes: those without a heartbeat, else without a report; none if one reports an error."""
+        heartbeats = Heartbeats(self._store, range(self.size))
         self._store.set(f"{_LOST} {self.rank}", "")
         self._disconnect()  # so that all others report it now
         began = time.monotonic()
@@ -206,7 +206,7 @@ class Processes:
             if not missing:
                 return []
             time.sleep(_POLL_SECONDS)
-        silent = set(beats.silent(_LAG_SECONDS - _BEAT_SECONDS))
+        silent = set(heartbeats.silent(_LAG_SECONDS - _HEARTBEAT_SECONDS))
         return [rank for rank in missing if rank in silent] or missing
 
     def _lost_message(self, ranks: list[int], reason: str) -> str:
@@ -218,7 +218,7 @@ class Processes:
         )
 
     def _disconnect(self) -> None:
-        """End the connections of the group: a collective that waits for this process, on any other, raises an error.
+        """Close the connections of the group: a collective that waits for this process, on any other, raises an error.
 
         `ProcessGroup.abort` does this for NCCL, but leaves a collective of gloo waiting for its timeout.
         """
@@ -229,9 +229,9 @@ class Processes:
                         connection.shutdown(socket.SHUT_RDWR)
         self.sockets = {}
 
-    def beating(self) -> contextlib.AbstractContextManager[None]:
-        """Give signs of life to the other processes in a block."""
-        return _beating(self._store, self.rank)
+    def heartbeat(self) -> contextlib.AbstractContextManager[None]:
+        """Send heartbeats in a block."""
+        return _heartbeat(self._store, self.rank)
 
     def leave_after_error(self) -> None:
         """Leave the group, so that no other process waits for this one, and let the first end its run folder."""
@@ -253,8 +253,8 @@ class Processes:
                 self._store.set(f"{_END} {self.rank}", "")
 
 
-class Beats:
-    """Signs of life of processes: a number in the store of each, which its `_beating` thread raises every second.
+class Heartbeats:
+    """Heartbeats of processes: a counter of each in the store, which its `_heartbeat` thread increments every second.
 
     Args:
         store: The store.
@@ -263,38 +263,38 @@ class Beats:
 
     def __init__(self, store: Any, ranks: Iterable[int]):
         self._store, self._looked = store, time.monotonic()
-        self._seen = {rank: (store.add(f"{_BEAT} {rank}", 0), self._looked) for rank in ranks}
+        self._seen = {rank: (store.add(f"{_HEARTBEAT} {rank}", 0), self._looked) for rank in ranks}
 
     def silent(self, seconds: float) -> list[int]:
-        """Return the processes without a sign of life for some seconds. Looks at most once a second."""
+        """Return the processes without a heartbeat for some seconds. Reads the counters at most once a second."""
         now = time.monotonic()
-        if now - self._looked < _BEAT_SECONDS:
+        if now - self._looked < _HEARTBEAT_SECONDS:
             return []
         self._looked = now
         for rank, (count, _) in self._seen.items():
-            if (new := self._store.add(f"{_BEAT} {rank}", 0)) != count:
+            if (new := self._store.add(f"{_HEARTBEAT} {rank}", 0)) != count:
                 self._seen[rank] = new, now
         return [rank for rank, (_, since) in self._seen.items() if now - since >= seconds]
 
 
 @contextlib.contextmanager
-def _beating(store: Any, rank: int) -> Iterator[None]:
-    """Give signs of life in a thread, on an own connection: the main thread may wait on the other."""
+def _heartbeat(store: Any, rank: int) -> Iterator[None]:
+    """Send heartbeats from a thread, on its own connection: the main thread may wait on the other."""
     own, ended = store.clone(), threading.Event()
-    own.add(f"{_BEAT} {rank}", 1)
+    own.add(f"{_HEARTBEAT} {rank}", 1)
 
     def beat() -> None:
         with contextlib.suppress(RuntimeError):  # the store has ended
-            while not ended.wait(_BEAT_SECONDS):
-                own.add(f"{_BEAT} {rank}", 1)
+            while not ended.wait(_HEARTBEAT_SECONDS):
+                own.add(f"{_HEARTBEAT} {rank}", 1)
 
-    thread = threading.Thread(target=beat, name="skipkernels sign of life", daemon=True)
+    thread = threading.Thread(target=beat, name="skipkernels heartbeat", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join(_BEAT_SECONDS)  # the store may not answer
+        thread.join(_HEARTBEAT_SECONDS)  # the store may not answer
 
 
 ALONE = Processes()
@@ -332,9 +332,9 @@ def joined(timeout: float = ProcessOptions.timeout) -> Iterator[Processes]:
     processes = _join(timeout)
     _joined = processes
     try:
-        with processes.beating():
+        with processes.heartbeat():
             try:
-                processes.meet("start")  # a process that disconnects early must not disturb those that still connect
+                processes.barrier("start")  # a process that disconnects early must not disturb those that still connect
                 yield processes
                 processes.sum([0])  # no process leaves before all have ended: the first may hold the store
             except BaseException as error:

@@ -228,7 +228,7 @@ class _Run:
                 advance = self.display.features(self.setup.images)
                 test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
                 with self.setup.train_features(advance) as train:
-                    self.processes.meet("features")
+                    self.processes.barrier("features")
                     self.evaluator = Evaluator(self.setup, test, held)
                     self.zero_shot = self.evaluator.zero_shot()
                     self.zero_shot_top = dict(self.evaluator.top)
@@ -361,7 +361,7 @@ class _Run:
             return file is not None
 
         if self.processes.from_first("best weights", load):
-            self.processes.share_from_first(self.method.state_dict().values())
+            self.processes.broadcast(self.method.state_dict().values())
             self._evaluate()
 
     def _complete(self, row: dict[str, Any] | None, predictions: dict[str, Tensor], trainer: Trainer | None) -> None:
