@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..clip import SkipCLIP
@@ -173,8 +174,8 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: A list of paths or Pillow images; a path of an image, or of a folder of images; preprocessed images
-                [N, 3, H, W]; or features at the cut of `clip`: a `FeatureCache`, or the path of its folder.
+            images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; preprocessed
+                images [N, 3, H, W]; or features at the cut of `clip`: a `FeatureCache`, or the path of its folder.
             top: Number of classes for each image; at most all.
             batch_size: Images per forward pass.
             workers: Threads that decode images. Default: one for each core, at most 8.
@@ -243,6 +244,7 @@ class Classifier:
                 part = images[start : start + batch_size]
                 yield self._predictions(list(map(str, range(start, start + len(part)))), part, top)
         else:
+            images = [images] if isinstance(images, Image.Image) else images
             for decoded in batches(decode(list(images), self.transform, workers=workers), batch_size):
                 yield self._decoded(decoded, top, unreadable)
 

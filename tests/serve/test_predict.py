@@ -54,6 +54,7 @@ def test_inputs_of_each_kind_agree(photos, classifier, tmp_path):
         assert torch.equal(found.ids, expected.ids)
         torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-5, rtol=0)
     assert classifier.predict(paths).names == list(map(str, paths))
+    assert torch.equal(classifier.predict(pictures[0], top=3).ids, expected.ids[:1])
     assert len(classifier.predict([])) == 0
 
 
