@@ -255,7 +255,7 @@ def test_report_plots_are_xml_with_unique_ids():
         "accuracy over the blend of zero-shot and tuned weights, in per cent",
         "steps by the number of kept classes",
     ]
-    assert "Kept is epoch 2 of 2, the best on 8 validation images." in text and ">kept<" in text and ">chosen<" in text
+    assert "Epoch 2 of 2 is kept, the best on 8 validation images." in text and ">kept<" in text and ">chosen<" in text
     names = re.findall(r'<(?!section)[^>]* id="([^"]*)"', text)
     assert names and len(set(names)) == len(names)
     assert set(names) == set(re.findall(r"""(?:url\(|xlink:href=")#([\w.-]+)""", text)), "each id is used"
@@ -320,7 +320,7 @@ def test_report_opens_details_of_two_tests():
 def test_report_status(status):
     validation = {"images": 8, "zero_shot": 50.0, "tuned": 60.0}
     text = Page(page({"status": status, "epochs": 1, "best_epoch": 1, "validation": validation})).text
-    assert f" – {status} after 1 epoch" in text and "Kept is epoch" not in text
+    assert f" – {status} after 1 epoch" in text and "is kept" not in text
 
 
 def complete(text: str) -> None:

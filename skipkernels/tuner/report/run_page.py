@@ -99,7 +99,7 @@ def _kept_epoch(metrics: Mapping[str, Any]) -> str:
         return ""
     accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
     images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
-    return f"Kept is epoch {best} of {metrics['epochs']}, the best on {images}{accuracy}."
+    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images}{accuracy}."
 
 
 def _top_plots(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> list[DotPlot]:
