@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import skipkernels.experiments  # noqa: F401  (registers glyphs and the model)
+from skipkernels.data import InputError
+from skipkernels.data.tasks import TestSet
 from skipkernels.features import FeatureCache
 from skipkernels.store import writer
 from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, tune
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.processes import Processes, _group_name
 from skipkernels.tuner.run import _Run
+from skipkernels.tuner.setup import RunSetup
 from tests.processes import together
 from tests.tuner.runs import files, losses, rows, small
 
@@ -249,6 +253,13 @@ def test_shares_are_consecutive(count):
     shares = [Processes(rank, 4).share(count) for rank in range(4)]
     assert [item for share in shares for item in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_test_with_fewer_images_than_processes(cached):
+    setup: Any = SimpleNamespace(processes=Processes(0, 3), _cached=cached)
+    with pytest.raises(InputError, match=r"the test 'new' must have an image for each process; got 2 and 3"):
+        RunSetup._shared(setup, "test-new", TestSet("new", ["a"], (["an a"],), [0, 1]), False)
 
 
 def test_restarted_processes_agree_on_a_new_name():
