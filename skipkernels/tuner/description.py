@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,10 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 
-from .. import __version__
 from ..data import InputError, Task
 from ..store import read_object, replace_text
 from .config import TuneConfig
+from .environment import versions
 from .state_checks import check_types
 
 CLASSIFIER, OPEN_CLIP = "classifier.json", "open_clip_config.json"
@@ -152,7 +150,6 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds:
     """
     test = task.tests[0]
     templates = find_templates(test.classes, test.prompts)
-    packages = ("torch", "open_clip_torch", "torchvision")
     return Description(
         model=config.model,
         pretrained=config.pretrained,
@@ -167,8 +164,7 @@ def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds:
         holds=holds,
         logit_scale=round(model.logit_scale.detach().float().exp().item(), 6),
         preprocessing=preprocessing(model),
-        versions={"skipkernels": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
+        versions=versions(),
     )
 
 

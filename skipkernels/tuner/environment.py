@@ -1,7 +1,8 @@
-"""Versions and machine of a run, for metrics.json."""
+"""Versions and machine of a run, for metrics.json and classifier.json."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -15,24 +16,32 @@ import skipkernels
 _PACKAGES = ("torch", "open_clip_torch", "torchvision", "triton", "numpy")
 
 
-def environment(device: str, processes: int = 1) -> dict[str, Any]:
-    """Return the date and time (UTC), the versions of the packages that compute, and the machine.
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that compute, by name.
 
     Example:
-        >>> sorted(environment("cpu")), environment("cpu")["versions"]["skipkernels"] == skipkernels.__version__
-        (['finished', 'machine', 'versions'], True)
+        >>> versions()["skipkernels"] == skipkernels.__version__
+        True
     """
-    versions = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
+    found = {"skipkernels": skipkernels.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def environment(device: str, processes: int = 1) -> dict[str, Any]:
+    """Return the date and time (UTC), `versions`, and the machine.
+
+    Example:
+        >>> sorted(environment("cpu"))
+        ['finished', 'machine', 'versions']
+    """
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     parts = [name or platform.machine(), f"{os.cpu_count()} CPU cores", f"{torch.get_num_threads()} threads"]
     parts += [f"{processes} processes"] if processes > 1 else []
     return {
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": versions(),
         "machine": ", ".join([*parts, f"{platform.system()} {platform.release()}"]),
     }
