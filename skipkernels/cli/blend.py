@@ -33,10 +33,10 @@ class BlendCommand:
             InputError: If there is no such run, or an option is invalid.
         """
         from skipkernels.serve import blend
-        from skipkernels.serve.blending import default_folder
+        from skipkernels.tuner.run_folder import blended_folder
 
         metrics = blend(self.run, self.alpha, out=self.out, overwrite=self.overwrite, device=self.device)
-        show(metrics, self.out or default_folder(self.run), out)
+        show(metrics, self.out or blended_folder(self.run), out)
         return 0
 
 

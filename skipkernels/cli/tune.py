@@ -70,7 +70,7 @@ class TuneCommand(Options):
 
         from skipkernels.tuner import tune
         from skipkernels.tuner.processes import joined
-        from skipkernels.tuner.run_folder import resumed
+        from skipkernels.tuner.run_folder import blended_folder, resumed
 
         if self.file.print_config:
             out.print(as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
@@ -123,12 +123,12 @@ class TuneCommand(Options):
         files = [name for name in names if config.out is not None and (config.out / name).exists()]
         out.print("  " + "  ".join(files), soft_wrap=True)
         if self.output.blend is not None and config.out is not None:
-            from skipkernels.serve.blending import blend, default_folder, record
+            from skipkernels.serve.blending import blend, record
 
             again = config.overwrite or bool(config.resume)
             blended = blend(config.out, self.output.blend, overwrite=again)
             record(config.out, blended)
-            show_blend(blended, default_folder(config.out), out)
+            show_blend(blended, blended_folder(config.out), out)
         return 0
 
 

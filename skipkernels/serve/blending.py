@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,11 @@ from ..tuner.checkpoint import MODEL
 from ..tuner.description import Description, describe, write_open_clip_config
 from ..tuner.evaluation import Evaluator
 from ..tuner.methods.base import TunedModel
+from ..tuner.mistakes import predictions_with_thumbnails
 from ..tuner.model_card import model_card
-from ..tuner.run_folder import CONFIG, METRICS, RunFolder, read_metrics
+from ..tuner.predictions import TestPredictions
+from ..tuner.report import report_html, run_report
+from ..tuner.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics
 from ..tuner.setup import RunSetup, build_run
 from .loading import weights_file
 
@@ -78,20 +82,24 @@ def blend(
     """
     chosen = _checked(alpha)
     folder = Path(run).expanduser()
-    target = Path(out).expanduser() if out is not None else default_folder(folder)
+    target = Path(out).expanduser() if out is not None else blended_folder(folder)
     if target.resolve() == folder.resolve():
         raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
     described, metrics = Description.read(folder), read_metrics(folder)
-    config = replace(TuneConfig.from_yaml(folder / CONFIG), views=1, refresh="never", workers=0, download=False)
-    check_method(config)
+    of_run = TuneConfig.from_yaml(folder / CONFIG)
+    check_method(of_run)
+    config = replace(of_run, views=1, refresh="never", workers=0, download=False)
     if config.cache is not None and not config.cache.is_dir():
         config = replace(config, cache=None)
     if device is not None:
         config = replace(config, device=device, attention="sdpa")
-    written = replace(config, out=target, overwrite=overwrite, resume=False, delta=False).resolved()
+    written = replace(of_run, cache=config.cache, device=config.device, attention=config.attention)
+    written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved()
     new_folder = RunFolder(written)  # refuses a folder that can't be written
     setup = build_run(config.resolved())
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
+    evaluator.zero_shot()
+    zero_shot = dict(evaluator.top)
     weighted = Interpolation(setup, weights_file(folder, described))
     curve = _curve(evaluator, weighted)
     if chosen is None:
@@ -100,8 +108,15 @@ def blend(
     metrics |= {
         "tuned": evaluator.accuracies(evaluator.predictions()),
         "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
+        "alpha": chosen,
         "notes": [],
     }
+    if metrics.get("command"):
+        metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
+    tests = [
+        predictions_with_thumbnails(test, evaluator.labels(test.name), zero_shot[test.name], evaluator.top[test.name])
+        for test in setup.task.tests
+    ]
     described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
     held = evaluator.validation
     logits = None if held is None else held.logits(setup.method)
@@ -110,19 +125,15 @@ def blend(
         fitted = fit_temperature(logits, held.labels)
         described = replace(described, temperature=fitted, calibration_images=len(held.labels))
     with new_folder.lock():
-        _write(new_folder, written, setup, described, metrics)
+        _write(new_folder, written, setup, described, metrics, tests)
     return metrics
 
 
 def record(run: Path, blended: dict[str, Any]) -> None:
-    """Add the curve of a blend to the metrics.json of its run, for the report."""
+    """Add the curve of a blend to the metrics.json and the report of its run."""
     metrics = read_metrics(run) | {"blend": blended["blend"]}
     replace_text(run / METRICS, json.dumps(metrics, indent=2) + "\n")
-
-
-def default_folder(run: Path) -> Path:
-    """Return the folder of a blended run, beside that of the run."""
-    return run.with_name(f"{run.resolve().name}-blend")
+    replace_text(run / REPORT, run_report(run))
 
 
 def check_method(config: TuneConfig) -> None:
@@ -200,7 +211,12 @@ def _curve(evaluator: Evaluator, weighted: Interpolation) -> dict[str, Any]:
 
 
 def _write(
-    folder: RunFolder, config: TuneConfig, setup: RunSetup, described: Description, metrics: dict[str, Any]
+    folder: RunFolder,
+    config: TuneConfig,
+    setup: RunSetup,
+    described: Description,
+    metrics: dict[str, Any],
+    tests: list[TestPredictions],
 ) -> None:
     """Write the files of a blended run."""
     state = setup.method.state_dict()
@@ -209,7 +225,7 @@ def _write(
     metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
     described.write(folder.path)
     use = "open-clip" if write_open_clip_config(folder.path, config.model, setup.model) else "skipkernels"
-    alpha = metrics["blend"]["chosen"]
-    heading = f"{config.model} tuned on {described.data}, blended with its zero-shot weights at {alpha:g}"
-    folder.write_card(model_card(config, described, metrics, heading=heading, use=use))
+    folder.write_card(model_card(config, described, metrics, use=use))
+    folder.write_predictions(tests)
+    folder.write_report(report_html(config, metrics, [], tests))
     folder.finish(metrics)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 _LEFT_OUT = {"resume", "overwrite", "config", "print_config"}  # they don't change what is computed
 
 
-def command_line(command: str, options: Any, positional: Sequence[str] = (), *, processes: int = 1) -> str:
+def command_line(
+    command: str,
+    options: Any,
+    positional: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    left_out: Collection[str] = (),
+) -> str:
     """Return the command of `skipkernels` with the options that differ from their default.
 
     Args:
@@ -18,6 +25,7 @@ def command_line(command: str, options: Any, positional: Sequence[str] = (), *, 
         options: Options: a dataclass, of which fields may be groups of options.
         positional: Fields that are positional arguments.
         processes: Number of processes; several are started by torchrun.
+        left_out: Fields that the reader of the command chooses, such as its output folder.
 
     Example:
         >>> from .config import TuneConfig
@@ -25,7 +33,7 @@ def command_line(command: str, options: Any, positional: Sequence[str] = (), *, 
         "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --delta"
     """
     words = [f"torchrun --nproc-per-node {processes} -m skipkernels" if processes > 1 else "skipkernels", command]
-    found = dict(_changed(options))
+    found = {name: value for name, value in _changed(options) if name not in left_out}
     words += [shlex.quote(str(found.pop(name))) for name in positional if name in found]
     for name, value in found.items():
         flag = name.replace("_", "-")

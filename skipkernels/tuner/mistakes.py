@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from ..data import SizedDataset
-from .predictions import TestPredictions
+from ..data.tasks import TestSet
+from .predictions import TestPredictions, TopClasses
 
 GALLERY, PAIRS, WORST = 8, 6, 30
 """Largest number of images in a gallery, of pairs of confused classes, and of classes in the matrix of confusions."""
@@ -173,6 +175,24 @@ def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list
     chosen, width = rows < len(labels), len(labels) + 1
     counts = (rows * width + columns)[chosen].bincount(minlength=len(labels) * width)
     return labels, counts.view(len(labels), width).tolist()
+
+
+def predictions_with_thumbnails(
+    test: TestSet, labels: Tensor, zero_shot: TopClasses, tuned: TopClasses | None
+) -> TestPredictions:
+    """Collect the predictions for a test, and read the images that the report shows.
+
+    Args:
+        test: Test with its images, of which the transform is not applied.
+        labels: Labels of the images, [n].
+        zero_shot: Predictions before tuning.
+        tuned: Predictions after tuning, or None.
+    """
+    found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned)
+    images = copy.copy(test.images)
+    images.transform = None  # type: ignore[attr-defined]
+    add_thumbnails(found, images)
+    return found
 
 
 def add_thumbnails(test: TestPredictions, images: SizedDataset) -> None:

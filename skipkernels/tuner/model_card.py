@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import open_clip
 
 from ..data.base import escape_unprintable
+from .command_line import command_line
 from .config import TuneConfig
 from .description import Description
 
@@ -33,28 +33,11 @@ def licence(model: str, pretrained: str | None) -> str | None:
     return next((name for start, name in _LICENCES.items() if pretrained.startswith(start)), None)
 
 
-def command(config: TuneConfig) -> str:
-    """Return the command of a run, with the settings that differ from their defaults."""
-    words = ["skipkernels tune"]
-    for name, value in vars(config).items():
-        default = getattr(TuneConfig, name)
-        if value == default or name in ("out", "resume", "overwrite", "device"):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words.append(" ".join([f"--{flag}", *(shlex.quote(str(part)) for part in values)]))
-    return " ".join(words)
-
-
 def model_card(
     config: TuneConfig,
     described: Description,
     metrics: Mapping[str, Any],
     *,
-    heading: str | None = None,
     use: str = "open-clip",
 ) -> str:
     """Return the text of a model card.
@@ -63,7 +46,6 @@ def model_card(
         config: Resolved configuration of the run.
         described: Description of the tuned model.
         metrics: Contents of metrics.json.
-        heading: First heading. Default: model, data and method.
         use: What can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
     """
     known = licence(config.model, config.pretrained)
@@ -71,7 +53,9 @@ def model_card(
     matter = ["---", f"library_name: {_LIBRARIES[use]}"]
     matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
     matter += [f"license: {known}"] if known else []
-    lines = [*matter, "---", "", f"# {heading or f'{config.model} tuned on {described.data}'}", ""]
+    alpha = metrics.get("alpha")
+    blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
+    lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
     lines += [
         f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}` with "
         f"[skipkernels](https://github.com/skipkernels/skipkernels) {described.versions['skipkernels']}.",
@@ -90,6 +74,8 @@ def model_card(
     classes = escape_unprintable(", ".join(described.classes[:_SHOWN]))
     more = len(described.classes) - _SHOWN
     templates = described.templates or []
+    again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
+    again += "" if alpha is None else f" --blend {alpha:g}"
     lines += [
         f"- Training images: {shots} of `{described.data}`, protocol `{config.protocol}`, seed {config.seed}.",
         f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
@@ -107,10 +93,7 @@ def model_card(
         "",
         "## Reproduce",
         "",
-        "```sh",
-        command(config),
-        "```",
-        "",
+        *(["```sh", again, "```", ""] if metrics.get("command") else []),
         "Versions: " + ", ".join(f"{name} {version}" for name, version in described.versions.items()) + ".",
     ]
     return "\n".join(lines) + "\n"

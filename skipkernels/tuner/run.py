@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import time
@@ -20,7 +19,7 @@ from ..console import ignore_write_errors, plain
 from ..data import Images, InputError, SizedDataset, Source, save_few_shot
 from ..features import FeatureCache
 from ..memory import PeakMemory, out_of_memory
-from . import checkpoint, mistakes, notes
+from . import checkpoint, notes
 from .calibration import fit_temperature
 from .command_line import command_line
 from .config import TuneConfig
@@ -31,6 +30,7 @@ from .evaluation import Evaluator
 from .forward_profile import forward_milliseconds
 from .loggers import Logger, open_loggers
 from .methods import Skip
+from .mistakes import predictions_with_thumbnails
 from .model_card import model_card
 from .own_dataset import own_data
 from .predictions import TestPredictions, TopClasses, consistent
@@ -493,13 +493,8 @@ class _Run:
         found = []
         for test in self.task.tests:
             after = consistent(self.evaluator.top, test.name, tuned[test.name]) if test.name in tuned else None
-            before = self.zero_shot_top[test.name]
-            labels = torch.as_tensor(self.evaluator.labels(test.name))
-            predictions = TestPredictions(test.name, list(test.classes), labels, before, after)
-            images = copy.copy(test.images)
-            images.transform = None  # type: ignore[attr-defined]
-            mistakes.add_thumbnails(predictions, images)
-            found.append(predictions)
+            before, labels = self.zero_shot_top[test.name], self.evaluator.labels(test.name)
+            found.append(predictions_with_thumbnails(test, labels, before, after))
         return found
 
     def _trained(self) -> list[Tensor]:

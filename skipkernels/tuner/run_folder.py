@@ -97,6 +97,11 @@ def _damaged(folder: Path, error: OSError | ValueError) -> InputError:
     return InputError(f"{folder / METRICS}: damaged ({reason}); delete it, and use `resume=True` again.")
 
 
+def blended_folder(run: Path) -> Path:
+    """Return the default folder of a blended run, beside that of the run."""
+    return run.with_name(f"{run.resolve().name}-blend")
+
+
 def check_writable(folder: Path) -> Path:
     """Check that a run folder can be created and written; return it, or its closest existing parent.
 

@@ -13,7 +13,7 @@ import skipkernels as sk
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.serve.blending import _between
-from skipkernels.tuner import TuneConfig, evaluate_run
+from skipkernels.tuner import TuneConfig, evaluate_run, predictions
 from skipkernels.tuner.calibration import fit_temperature
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.model import load_model
@@ -66,6 +66,19 @@ def test_blend_is_a_run(run, blended, images):
         sk.blend(run.folder, out=blended)
 
 
+def test_report(run, blended):
+    metrics, page = json.loads((blended / "metrics.json").read_text()), (blended / "report.html").read_text()
+    before = {test.name: test for test in predictions.load(run.folder / predictions.PREDICTIONS)}
+    for test in predictions.load(blended / predictions.PREDICTIONS):
+        correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
+        assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
+        assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes) and test.thumbnails
+    assert ", blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
+    assert f"skipkernels blend {run.folder} --alpha 0.25" in page
+    assert " --blend 0.25\n```" in (blended / "README.md").read_text()
+    assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,7 +110,8 @@ def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, 
     held_out = curve["accuracy"]["validation"]
     assert curve["chosen"] == held_out.index(max(held_out)) / 10
     assert metrics["validation"]["tuned"] == max(held_out)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["blend"] == curve  # for its report
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["blend"] == curve
+    assert "accuracy over the blend of zero-shot and tuned weights" in (tmp_path / "run" / "report.html").read_text()
 
     setup = build_run(TuneConfig.from_yaml(tmp_path / "run" / "config.yaml"))  # for its images
     held = setup.task.validation.images

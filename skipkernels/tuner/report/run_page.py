@@ -54,7 +54,8 @@ def report_html(
 def _title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
     state = "" if metrics["status"] == "complete" else f" – {metrics['status']} after "
     state += plural(metrics["epochs"], "epoch") if state else ""
-    return f"{config.model} on {config.data}, {config.method}, {config.shots_text}{state}"
+    blended = f", blended at {metrics['alpha']:g}" if "alpha" in metrics else ""
+    return f"{config.model} on {config.data}, {config.method}, {config.shots_text}{blended}{state}"
 
 
 def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> str:
@@ -65,7 +66,8 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
     if not (finite(before) and finite(after)):
         return f"No accuracy after tuning; zero-shot {_percent(before)} on {first}."
     classes = plural(metrics["classes"][first], "trained class", "trained classes")
-    text = f"{_moved('Tuning', before, after)} on the {classes} from {_percent(before)} to {_percent(after)}"
+    subject = "Tuning and blending" if "alpha" in metrics else "Tuning"
+    text = f"{_moved(subject, before, after)} on the {classes} from {_percent(before)} to {_percent(after)}"
     found = next((class_results(test) for test in tests if test.name == first and test.tuned is not None), None)
     if found is not None:
         changes = [result.tuned - result.zero_shot for result in found if result.tuned is not None]
@@ -95,7 +97,7 @@ def _moved(subject: str, before: float, after: float) -> str:
 def _kept_epoch(metrics: Mapping[str, Any]) -> str:
     """Sentence on the epoch that is kept, or "". A run that was stopped keeps the weights of its last epoch."""
     best, validation = metrics.get("best_epoch"), metrics.get("validation") or {}
-    if best is None or metrics["status"] != "complete":
+    if best is None or metrics["status"] != "complete" or "alpha" in metrics:  # a blend has the accuracy of the blend
         return ""
     accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
     images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
@@ -213,6 +215,7 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Map
     """Plots of loss, accuracy, number of kept classes if it varies, and the blend."""
     kept, blend = _kept(rows), metrics.get("blend")
     legend = list(colours.items())
+    of_blend = coloured(blend["accuracy"]) if blend else {}
     dashed = " (dashed: validation, dotted: zero-shot)" if any(finite(row.get("validation")) for row in rows) else ""
     curves: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
         ("training loss; thin: means of consecutive steps", loss_svg(rows), []),
@@ -221,7 +224,11 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Map
             accuracy_svg(rows, metrics["zero_shot"], colours, metrics.get("best_epoch")),
             legend,
         ),
-        ("accuracy of weights between zero-shot and tuned, %", blend_svg(blend, colours) if blend else "", legend),
+        (
+            "accuracy of weights between zero-shot and tuned, %",
+            blend_svg(blend, of_blend) if blend else "",
+            list(of_blend.items()),
+        ),
         ("kept classes per step", kept_svg(kept) if len(kept) > 1 else "", []),
     )
     return [{"title": title, "svg": svg(found), "legend": below} for title, found, below in curves if found]
