@@ -200,7 +200,7 @@ def build_method(
     names += ["memory", "attention", "keep_embeddings"]
     settings = {name: getattr(config, name) for name in names}
     settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
-    settings["text_cache"] = config.cache if processes.group is None else None  # not with a process group
+    settings["text_cache"] = config.cache
     parameters = inspect.signature(method).parameters
     return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in parameters})
 

@@ -156,7 +156,8 @@ def errors(rank: int, folder: Path) -> dict[str, list[str]]:
         found["disk"] = caught(small(folder / "disk", epochs=1))
     with pytest.MonkeyPatch.context() as patch:
         if rank:
-            patch.setattr(writer, "write_shard", full)
+            write = writer.write_shard
+            patch.setattr(writer, "write_shard", lambda at, *rest: (write if "texts-" in str(at) else full)(at, *rest))
         found["cache disk"] = caught(small(folder / "cache disk", cache=folder / "full"))
     for name, error in {"interrupt": KeyboardInterrupt(), "bug": RuntimeError("of a bug")}.items():
         patch = in_step(3, raising(error) if rank else lambda: None)
@@ -217,6 +218,7 @@ def test_runs_in_several_processes(one, several):
     assert all(each["finished"] == each["plain"] for each in processes), "a complete run is not resumed"
     assert all(json.loads(each["evaluated"]) == json.loads(each["plain"])["tuned"] for each in processes)
     assert len(list((folder / "cache" / "train").glob("*.safetensors"))) > 1, "both processes have built it"
+    assert list((folder / "cache").glob("texts-base/**/features/*.safetensors")), "the text features are stored too"
     check_lost(several[4][1])
     assert_same_run(several[4][0] / "killed", one / "plain")  # four, then two
     for case in ERRORS:
