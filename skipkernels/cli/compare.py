@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import tyro
 
@@ -36,6 +37,9 @@ class StudyOptions:
     """Values of the setting of --ablate. By default five values from small to large."""
     seeds: int = 3
     """Number of runs of each method or value, with seeds 0, 1, …"""
+    blend: bool = False
+    """Also show each method that tunes the weights of the model itself blended with the zero-shot model; see
+    blend --help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,7 @@ class CompareCommand(Options):
             InputError: If an option is invalid.
         """
         import skipkernels.experiments.studies.compare as studies
+        from skipkernels import serve
         from skipkernels.data import InputError
         from skipkernels.tuner.command_line import command_line
         from skipkernels.tuner.registry import METHODS
@@ -66,10 +71,11 @@ class CompareCommand(Options):
             raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
         folder = self.output.out or default_folder("compare" if setting is None else f"ablate-{setting}", config)
         with on_interrupt(after_interrupt(overwrite)):
+            blend = partial(serve.blend, overwrite=True) if self.study.blend else None
             if setting is None:
                 methods = self.study.methods or tuple(METHODS)
-                study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite)
+                study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite, blend=blend)
             else:
-                study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite)
+                study = studies.ablate(config, setting, values, seeds, folder, err, overwrite=overwrite, blend=blend)
             show(study, folder, out, command_line("compare", self))
         return 0

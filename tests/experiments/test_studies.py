@@ -121,6 +121,30 @@ def test_compare_tables_json_and_plot(ran, tmp_path):
     assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
 
 
+def test_compare_blended(ran, tmp_path, monkeypatch):
+    blended, run = [], runs._in_subprocess
+
+    def blend(folder):
+        blended.append(folder.name)
+        metrics = json.loads((folder / "metrics.json").read_text()) | {"tuned": {"base": 99.0, "new": None}}
+        out = folder.with_name(f"{folder.name}-blend")
+        out.mkdir(exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(runs, "_in_subprocess", lambda work, of: blend(of) if work is blend else run(work, of))
+    arguments = TINY, ["skip", "zero-shot", "full"], range(2), tmp_path, QUIET
+    study = compare(*arguments, blend=blend)
+    assert study.variants == ["skip", "skip, blended", "zero-shot", "full", "full, blended"]
+    accuracies = {name: groups["accuracy, %"]["base"].mean for name, groups in study.summary().items()}
+    assert accuracies["skip, blended"] == 99.0 and accuracies["skip"] == 25.0
+    assert blended == ["skip-0", "full-0", "skip-1", "full-1"]
+    del ran[:], blended[:]
+    (tmp_path / "runs" / "full-1" / "metrics.json").unlink()
+    assert compare(*arguments, blend=blend).variants == study.variants
+    assert [config.out.name for config in ran] == blended == ["full-1"], "a complete run and its blend are kept"
+
+
 def test_compare_and_ablate_single_variant(ran, tmp_path):
     for study in (
         compare(dataclasses.replace(TINY, protocol="few-shot"), ["skip"], range(1), tmp_path / "a", QUIET),

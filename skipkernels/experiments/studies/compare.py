@@ -13,7 +13,7 @@ from ...data import InputError
 from ...options import Ablated
 from ...tuner import TuneConfig
 from ...tuner.methods import METHODS
-from .runs import Result, Variant, run_variants
+from .runs import Blend, Result, Variant, run_variants
 from .study import ACCURACY, COST, Column, Study, accuracy, cost
 
 VALUES: dict[Ablated, tuple[int | float, ...]] = {
@@ -31,6 +31,7 @@ def compare(
     console: Console,
     *,
     overwrite: bool = False,
+    blend: Blend | None = None,
 ) -> Study:
     """Run several methods with the same training images and tests.
 
@@ -42,6 +43,7 @@ def compare(
         folder: Output folder.
         console: Console for progress.
         overwrite: Run completed runs again.
+        blend: See `run_variants`.
 
     Raises:
         InputError: If a method is unknown or repeated, or a configuration is invalid.
@@ -51,7 +53,7 @@ def compare(
         got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
         raise InputError(f"compare: methods must be distinct names of {', '.join(METHODS)}; {got}.", "methods")
     variants = [Variant(method, config.with_method(method)) for method in methods]
-    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite, blend=blend)
     return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, _columns(results))
 
 
@@ -64,6 +66,7 @@ def ablate(
     console: Console,
     *,
     overwrite: bool = False,
+    blend: Blend | None = None,
 ) -> Study:
     """Run Skip Tuning with several values of a setting.
 
@@ -75,6 +78,7 @@ def ablate(
         folder: Output folder.
         console: Console for progress.
         overwrite: Run completed runs again.
+        blend: See `run_variants`.
 
     Raises:
         InputError: If a value is repeated, or a configuration is invalid.
@@ -86,7 +90,7 @@ def ablate(
     for value in values:
         change: dict[str, Any] = {setting: value}
         variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
-    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite, blend=blend)
     title = f"{config.model} on {config.data}, {config.shots_text}"
     return Study(f"ablate-{setting}", title, results, _columns(results))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +18,12 @@ from rich.console import Console
 from ...console import plain, stderr
 from ...data import InputError
 from ...tuner import TuneConfig, check, tune
-from ...tuner.run_folder import CONFIG, METRICS, read_metrics
+from ...tuner.methods.base import TunedModel
+from ...tuner.run_folder import CONFIG, METRICS, blended_folder, read_metrics
 
 RUNS = "runs"
+Blend = Callable[[Path], dict[str, Any]]
+"""Function that blends the run in a folder into `blended_folder`, replacing an earlier one, and returns its metrics."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,13 @@ def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | Non
 
 
 def run_variants(
-    variants: Sequence[Variant], seeds: Sequence[int], folder: Path, console: Console, *, overwrite: bool = False
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    blend: Blend | None = None,
 ) -> list[Result]:
     """Run every variant with every seed.
 
@@ -89,6 +99,8 @@ def run_variants(
         folder: Output folder. Runs are in `folder/runs/VARIANT-SEED`.
         console: Console for progress.
         overwrite: Run completed runs again.
+        blend: Blends a run with its zero-shot model. The result of each run that tunes the weights of the model itself
+            is then followed by that of its blend, as another variant.
 
     Raises:
         InputError: If a configuration is invalid, or the output folder of a run contains a run with other settings.
@@ -103,7 +115,19 @@ def run_variants(
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.variant}, seed {run.seed}"))
             metrics = _in_subprocess(_run, run.config)
         results.append(Result(run.variant, run.seed, metrics))
+        if blend is not None and issubclass(run.config.method_class(), TunedModel):
+            results.append(Result(f"{run.variant}, blended", run.seed, _blended(run, blend, console)))
     return results
+
+
+def _blended(run: _PlannedRun, blend: Blend, console: Console) -> dict[str, Any]:
+    """Metrics of the blend of a run, which is made again unless both are complete."""
+    assert run.config.out is not None
+    out = blended_folder(run.config.out)
+    if run.metrics is not None and (out / METRICS).exists():
+        return read_metrics(out)
+    console.print(plain(f"blending {run.variant}, seed {run.seed}", "dim"))
+    return _in_subprocess(blend, run.config.out)
 
 
 class _PlannedRun(NamedTuple):
@@ -158,9 +182,9 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     return metrics if metrics["status"] == "complete" else None
 
 
-def _in_subprocess(work: Callable[[TuneConfig], Any], config: TuneConfig) -> Any:
+def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(work, config).result()
+        return process.submit(work, argument).result()
 
 
 # Defined in this module, so that unpickling them in the subprocess imports the experiments, which register methods.
@@ -169,6 +193,7 @@ def _check_config(config: TuneConfig) -> None:
 
 
 def _run(config: TuneConfig) -> dict[str, Any]:
+    logging.getLogger("skipkernels").propagate = False  # the console shows its messages
     return tune(config, stderr())
 
 
