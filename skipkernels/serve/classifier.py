@@ -189,11 +189,13 @@ class Classifier:
             InputError: If an image can't be read, or an argument can't be used.
             FloatingPointError: If a logit is not finite.
         """
-        parts = list(
-            self.predict_batches(images, top=top, batch_size=batch_size, workers=workers, unreadable=unreadable)
-            if progress is None
-            else self._reported(progress, images, top, batch_size, workers, unreadable)
-        )
+        parts = []
+        for part in self.predict_batches(
+            images, top=top, batch_size=batch_size, workers=workers, unreadable=unreadable
+        ):
+            parts.append(part)
+            if progress is not None:
+                progress(len(part) + len(part.unreadable))
         skipped = {name: reason for part in parts for name, reason in part.unreadable.items()}
         empty = torch.empty(0, min(top, len(self.classes)))
         return Predictions(
@@ -203,14 +205,6 @@ class Classifier:
             self.classes,
             skipped,
         )
-
-    def _reported(self, progress: Callable[[int], object], *arguments: Any) -> Iterator[Predictions]:
-        images, top, batch_size, workers, unreadable = arguments
-        for part in self.predict_batches(
-            images, top=top, batch_size=batch_size, workers=workers, unreadable=unreadable
-        ):
-            yield part
-            progress(len(part) + len(part.unreadable))
 
     def predict_batches(
         self,

@@ -17,10 +17,10 @@ from ..data.templates import PHOTO, format_prompt, resolve_templates
 from ..options import Precision
 from ..tuner import checkpoint, weights
 from ..tuner.config import usable_device
-from ..tuner.description import OPEN_CLIP, Description
+from ..tuner.description import Description
 from ..tuner.methods import METHODS, Method
 from ..tuner.methods.base import FrozenModel
-from ..tuner.model import LOCAL_DIR, load_model, load_weights
+from ..tuner.model import LOCAL_DIR, OPEN_CLIP, load_model, load_weights
 from ..tuner.precision import MixedPrecision
 
 TEST = "classes"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..data import InputError
 from ..experiments.baselines.coop import CoOp
 from ..experiments.baselines.lora import LoRA, LowRankAttention
-from ..tuner.description import OPEN_CLIP, Description
+from ..tuner.description import Description
 from ..tuner.methods import ZeroShot
 from ..tuner.methods.base import TunedModel
+from ..tuner.model import OPEN_CLIP
 from .loading import TEST, load_run
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 import json
 import os
@@ -17,6 +15,8 @@ from typing import Literal
 
 from ..data import InputError
 from ..data.images import read_image
+from ..tuner.mistakes import encoded
+from ..tuner.report.rendering import render
 from .classifier import Predictions
 
 Format = Literal["csv", "json"]
@@ -113,16 +113,6 @@ class SortedFolders:
             shutil.copyfile(path, folder / name)
 
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere; } h2 small { font-weight: normal; opacity: .7; }
-section div { display: flex; flex-wrap: wrap; gap: .8rem; }
-figure { margin: 0; width: 160px; } img { width: 160px; height: 160px; object-fit: contain; background: #8882; }
-figcaption { font-size: .75rem; line-height: 1.3; overflow-wrap: anywhere; }
-"""
-
-
 def contact_sheet(rows: Sequence[tuple[str, str, float]], title: str) -> str:
     """Return an HTML page with a thumbnail of each image, by label, most probable first.
 
@@ -133,28 +123,12 @@ def contact_sheet(rows: Sequence[tuple[str, str, float]], title: str) -> str:
     by_label = defaultdict(list)
     for path, label, probability in rows[:_MOST]:
         by_label[label].append((probability, path))
-    note = f" The first {_MOST:,} of them are shown." if len(rows) > _MOST else ""
-    page = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        '<meta name="viewport" content="width=device-width">',
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{len(rows):,} images.{note}</p>",
+    note = f"{len(rows):,} images.{f' The first {_MOST:,} of them are shown.' if len(rows) > _MOST else ''}"
+    labels = [
+        (
+            label,
+            [(p, Path(path).name, encoded(read_image(path), _THUMBNAIL)) for p, path in sorted(found, reverse=True)],
+        )
+        for label, found in sorted(by_label.items())
     ]
-    for label in sorted(by_label):
-        found = sorted(by_label[label], reverse=True)
-        page.append(f"<section><h2>{html.escape(label)} <small>{len(found):,}</small></h2><div>")
-        for probability, path in found:
-            name = html.escape(Path(path).name.encode(errors="replace").decode(), quote=True)
-            page.append(
-                f'<figure><img alt="{name}" src="{_thumbnail(path)}"><figcaption>{100 * probability:.0f} % {name}'
-                "</figcaption></figure>"
-            )
-        page.append("</div></section>")
-    return "\n".join(page) + "\n"
-
-
-def _thumbnail(path: str) -> str:
-    image = read_image(path)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+    return render("contact_sheet.html.j2", title=title, note=note, labels=labels)

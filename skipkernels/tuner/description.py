@@ -21,9 +21,10 @@ from ..data import InputError, Task
 from ..store import read_object, replace_text
 from .config import TuneConfig
 from .environment import versions
+from .model import OPEN_CLIP
 from .state_checks import check_types
 
-CLASSIFIER, OPEN_CLIP = "classifier.json", "open_clip_config.json"
+CLASSIFIER = "classifier.json"
 FORMAT = 1
 _MAX_BYTES = 1 << 28  # of classifier.json: a million classes with a few prompts each
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config

@@ -204,15 +204,15 @@ def add_thumbnails(test: TestPredictions, images: SizedDataset) -> None:
     test.thumbnails = {index: encoded(images[index][0]) for index in dict.fromkeys(shown)}
 
 
-def encoded(image: Any) -> bytes:
+def encoded(image: Any, side: int = _MAX_SIDE) -> bytes:
     """Return the thumbnail of an image as a file: PNG up to 64 pixels a side, else JPEG."""
-    small, buffer = thumbnail(image), io.BytesIO()
+    small, buffer = thumbnail(image, side), io.BytesIO()
     small.save(buffer, "png" if max(small.size) <= _PIXEL_ART else "jpeg", quality=80)
     return buffer.getvalue()
 
 
-def thumbnail(image: Any) -> Image.Image:
-    """Convert a PIL image or a tensor to RGB, at most 128 pixels a side.
+def thumbnail(image: Any, side: int = _MAX_SIDE) -> Image.Image:
+    """Convert a PIL image or a tensor to RGB, at most `side` pixels a side.
 
     A tensor is scaled so that its minimum is black and its maximum white.
 
@@ -223,7 +223,7 @@ def thumbnail(image: Any) -> Image.Image:
     """
     if isinstance(image, Tensor):
         least, most = image.aminmax()
-        return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()))
+        return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()), side)
     small = image.convert("RGB")
-    small.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    small.thumbnail((side, side))
     return small

@@ -32,7 +32,7 @@ LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 # Errors of open_clip for a file that is damaged, empty, or of another structure or model.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
 _LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
-OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP = "open_clip_config.json"
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -107,11 +107,11 @@ def _load_whole(
     if not where or (local and not folder.is_dir()):
         missing = f"no folder {folder}" if where else f"must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME"
         raise argument_error("model", f"{name}: {missing}.")
-    converted = local and not (folder / OPEN_CLIP_CONFIG).is_file()
+    converted = local and not (folder / OPEN_CLIP).is_file()
     if converted and not is_hugging_face(folder):
         raise argument_error(
             "model",
-            f"{name}: {folder} has no {OPEN_CLIP_CONFIG} of open_clip, and no config.json of transformers; name the "
+            f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name the "
             "folder of a saved model.",
         )
     source = f"{LOCAL_DIR}{folder}" if local else name
@@ -129,7 +129,7 @@ def _load_whole(
             except _LOAD_ERRORS as error:
                 if isinstance(error, InputError):
                     raise
-                converted = not local and "open_clip_config.json" in str(error)
+                converted = not local and OPEN_CLIP in str(error)
                 if not converted:
                     reason = textwrap.shorten(" ".join(str(error).split()), 250, placeholder=" ….")
                     raise argument_error("model", f"{name} could not be loaded: {reason}") from error

@@ -23,7 +23,7 @@ from . import checkpoint, notes
 from .calibration import fit_temperature
 from .command_line import command_line
 from .config import TuneConfig
-from .description import CLASSIFIER, OPEN_CLIP, Description, describe, write_open_clip_config
+from .description import CLASSIFIER, Description, describe, write_open_clip_config
 from .environment import environment
 from .errors import argument_error
 from .evaluation import Evaluator
@@ -31,6 +31,7 @@ from .forward_profile import forward_milliseconds
 from .loggers import Logger, open_loggers
 from .methods import Skip
 from .mistakes import predictions_with_thumbnails
+from .model import OPEN_CLIP
 from .model_card import model_card
 from .own_dataset import own_data
 from .predictions import TestPredictions, TopClasses, consistent

@@ -23,9 +23,10 @@ from ..store import StoreError, absolute_folder, read_object, replace_text
 from ..store.lock import OWNER, lock_owner, locked
 from . import checkpoint
 from .config import TuneConfig, read_settings
-from .description import CLASSIFIER, OPEN_CLIP
+from .description import CLASSIFIER
 from .errors import argument_error
 from .loggers import CSV
+from .model import OPEN_CLIP
 from .model_card import CARD
 from .predictions import PREDICTIONS, TestPredictions, save
 from .state_checks import check_types
