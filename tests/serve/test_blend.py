@@ -73,6 +73,7 @@ def test_report(run, blended):
         correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
         assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
         assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes) and test.thumbnails
+    assert "Tuning and blending " in page and " the accuracy on the 4 trained classes " in page
     assert ", blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
     assert f"skipkernels blend {run.folder} --alpha 0.25" in page
     assert " --blend 0.25\n```" in (blended / "README.md").read_text()

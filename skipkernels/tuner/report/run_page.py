@@ -67,7 +67,8 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
         return f"No accuracy after tuning; zero-shot {_percent(before)} on {first}."
     classes = plural(metrics["classes"][first], "trained class", "trained classes")
     subject = "Tuning and blending" if "alpha" in metrics else "Tuning"
-    text = f"{_moved(subject, before, after)} on the {classes} from {_percent(before)} to {_percent(after)}"
+    verb = "kept" if after == before else "raised" if after > before else "lowered"
+    text = f"{subject} {verb} the accuracy on the {classes} {_from_to(before, after)}"
     found = next((class_results(test) for test in tests if test.name == first and test.tuned is not None), None)
     if found is not None:
         changes = [result.tuned - result.zero_shot for result in found if result.tuned is not None]
@@ -75,9 +76,9 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
         text += f": {plural(better, 'class', 'classes')} better, {worse:,} worse"
     if len(others) == 1 and finite(zero_shot.get(others[0])) and finite(tuned.get(others[0])):
         before, after = zero_shot[others[0]], tuned[others[0]]
-        moved = "rose" if after > before else "fell" if after < before else "stayed"
+        verb = "stayed" if after == before else "rose" if after > before else "fell"
         classes = plural(metrics["classes"][others[0]], f"{others[0]} class", f"{others[0]} classes")
-        text += f". On the {classes} it {moved} from {_percent(before)} to {_percent(after)}"
+        text += f". On the {classes} it {verb} {_from_to(before, after)}"
     elif finite(zero_shot.get("targets")) and finite(tuned.get("targets")):
         text += f". On the {len(others)} targets the mean went from {_percent(zero_shot['targets'])} to "
         text += _percent(tuned["targets"])
@@ -88,10 +89,8 @@ def _percent(value: float | None) -> str:
     return number(value, ".1f", "\N{NO-BREAK SPACE}%")
 
 
-def _moved(subject: str, before: float, after: float) -> str:
-    if after == before:
-        return f"{subject} did not change the accuracy"
-    return f"{subject} {'raised' if after > before else 'lowered'} the accuracy"
+def _from_to(before: float, after: float) -> str:
+    return f"at {_percent(after)}" if after == before else f"from {_percent(before)} to {_percent(after)}"
 
 
 def _kept_epoch(metrics: Mapping[str, Any]) -> str:
