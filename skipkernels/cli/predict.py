@@ -25,8 +25,8 @@ class PredictOptions:
     top: int = 5
     """Number of classes for each image, best first."""
     classes: str | None = None
-    """Other classes, recognised by their names alone: names with commas between them, or a file with a name in each
-    line. By default the trained classes."""
+    """Other classes, recognised by their names alone: at least two names with commas between them, or a file with a
+    name in each line, which may have commas. By default the trained classes."""
     template: tuple[str, ...] | None = None
     """Prompts of the classes, such as "a photo of a {}.". By default those of the run."""
     out: Path | None = None
@@ -61,7 +61,9 @@ class PredictCommand:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES")]
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")
+    ]
     """Images, or folders of images, which are searched with their subfolders."""
     results: PredictOptions = PredictOptions()
     compute: PredictComputeOptions = PredictComputeOptions()
@@ -74,7 +76,8 @@ class PredictCommand:
         """
         from skipkernels.data import InputError
         from skipkernels.serve import Classifier
-        from skipkernels.serve.output import SortedFolders, contact_sheet, lines
+        from skipkernels.serve.classifier import check_counts
+        from skipkernels.serve.output import SortedFolders, check_file, contact_sheet, lines
         from skipkernels.store import replace_file, replace_text
 
         results, compute = self.results, self.compute
@@ -82,8 +85,10 @@ class PredictCommand:
             raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
         for name in ("out", "contact_sheet"):
             path = getattr(results, name)
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise InputError(f"predict: {name} must be a file in an existing folder; got {path}.", name)
+            if path is not None:
+                check_file(path, name)
+        form = results.format or _format(results.out)
+        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
         images = self._images()
         classifier = Classifier.load(
             self.run,
@@ -115,7 +120,6 @@ class PredictCommand:
                     yield part
                     bars.advance(bar, len(part) + len(part.unreadable))
 
-        form = results.format or ("json" if results.out is not None and results.out.suffix == ".json" else "csv")
         texts = lines(parts(), form, top)
         if results.out is None:
             for text in texts:
@@ -127,6 +131,8 @@ class PredictCommand:
         if results.contact_sheet is not None:
             replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
         how = "calibrated on held-out images" if classifier.calibrated else "not calibrated: no images were held out"
+        if not classifier.calibrated and (results.classes is not None or results.template is not None):
+            how = "not calibrated: only those of the run's own classes and prompts are"
         skipped = f", {unreadable:,} skipped" if unreadable else ""
         err.print(f"{len(best):,} images classified{skipped}; probabilities are {how}", soft_wrap=True)
         return 1 if unreadable else 0
@@ -142,6 +148,8 @@ class PredictCommand:
                 if not inside:
                     raise InputError(f"predict: images must be files or folders of images; {path} has none.", "images")
                 found += inside
+            elif not os.path.lexists(path):
+                raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
             else:
                 found.append(str(path))
         if not found:
@@ -151,8 +159,27 @@ class PredictCommand:
 
 def _names(text: str) -> list[str]:
     """Names of classes in a file, or in a list with commas."""
+    from skipkernels.data import InputError
     from skipkernels.data.files import read_text
 
     is_file = os.path.isfile(text)  # Path.is_file raises an error for a list that is longer than a file name
     words = read_text(Path(text)).splitlines() if is_file else text.split(",")
-    return [word.strip() for word in words if word.strip()]
+    names = [word.strip() for word in words if word.strip()]
+    if len(names) < 2 or (not is_file and text.lower().endswith(".txt")):  # one name is most often a mistyped file
+        got = f"{text}, which has {len(names)}" if is_file else f"{text!r}, and there is no such file"
+        raise InputError(
+            f"predict: classes must be at least two names with commas between them, or a file with a name in each "
+            f"line; got {got}.",
+            "classes",
+        )
+    return names
+
+
+def _format(out: Path | None) -> Literal["csv", "json"]:
+    """Format of the results by the ending of their file."""
+    from skipkernels.data import InputError
+
+    ending = ".csv" if out is None else out.suffix.lower()
+    if ending not in (".csv", ".json"):
+        raise InputError(f"predict: out must end in .csv or .json; got {out}. Or choose a --format.", "out")
+    return "json" if ending == ".json" else "csv"

@@ -55,6 +55,11 @@ class Predictions:
         for name, labels, row in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
             yield name, list(zip(labels, row, strict=True))
 
+    def __getitem__(self, index: int) -> tuple[str, list[tuple[str, float]]]:
+        """Return (name, [(label, probability), …]) of an image."""
+        labels = [self.classes[class_id] for class_id in self.ids[index].tolist()]
+        return self.names[index], list(zip(labels, self.probabilities[index].tolist(), strict=True))
+
 
 class Classifier:
     """A tuned model that classifies images, loaded from a run folder by `Classifier.load`.
@@ -62,8 +67,8 @@ class Classifier:
         p_c = softmax over c of (exp(logit_scale) · ⟨x̂, t̂_c⟩ / temperature)
 
     t̂_c is the unit-norm mean of the prompts of class c. The temperature was fitted on held-out images when the model
-    was tuned; without such images it is 1. (A method with logits of its own, such as a linear probe, has these instead
-    of the product.)
+    was tuned; without such images, and for other classes or prompts than those of the run, it is 1. (A method with
+    logits of its own, such as a linear probe, has these instead of the product.)
 
     Args:
         run: Loaded run.
@@ -71,7 +76,7 @@ class Classifier:
     Attributes:
         classes: Names of the classes.
         temperature: Divisor of the logits.
-        calibrated: True if the temperature was fitted on held-out images.
+        calibrated: True if the temperature was fitted on held-out images, with the same classes and prompts.
         clip: SkipCLIP of the model, with which `FeatureCache.build` computes features for `predict`; None for a method
             without one.
         transform: Transform of an RGB image to a tensor [3, H, W].
@@ -88,14 +93,18 @@ class Classifier:
         >>> found = classifier.predict(torch.zeros(3, 3, 32, 32), top=2)
         >>> found.ids.shape, len(classifier.classes)
         (torch.Size([3, 2]), 2)
+        >>> name, classes = found[0]
+        >>> name, len(classes)
+        ('0', 2)
     """
 
     def __init__(self, run: TunedRun):
         self._run = run
         self.classes = run.classes
         self.transform = run.transform
-        self.calibrated = run.described.temperature is not None
-        self.temperature = run.described.temperature or 1.0
+        temperature = run.described.temperature if run.has_own_prompts else None
+        self.calibrated = temperature is not None
+        self.temperature = temperature or 1.0
         self.clip: SkipCLIP | None = run.method.clip if isinstance(run.method, TunedModel) else None
 
     @classmethod
@@ -115,8 +124,10 @@ class Classifier:
 
         Args:
             run: Run folder.
-            classes: Names of other classes, which are recognised by their text alone. Default: the trained classes.
-            templates: Prompt templates with one {}. Default: those of the run.
+            classes: Names of other classes, which are recognised by their text alone; their probabilities are not
+                calibrated. Default: the trained classes.
+            templates: Prompt templates with one {}; with others, probabilities are not calibrated. Default: those of
+                the run.
             device: Device. Default: "cuda" if there is one, else "cpu".
             precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp32.
 
@@ -216,9 +227,7 @@ class Classifier:
         unreadable: Unreadable = "raise",
     ) -> Iterator[Predictions]:
         """Classify images batch by batch, with the arguments and errors of `predict`."""
-        for name, value in {"top": top, "batch_size": batch_size, "workers": 1 if workers is None else workers}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"Classifier.predict: {name} must be a whole number of at least 1; got {value}.", name)
+        check_counts(top=top, batch_size=batch_size, workers=workers)
         if isinstance(images, (str, os.PathLike)):
             images = self._opened(Path(images))
         if isinstance(images, FeatureCache):
@@ -279,6 +288,13 @@ class Classifier:
                 "finite then either, the image or the weights are not."
             )
         return Predictions(names, ids, probabilities, self.classes, unreadable or {})
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise an InputError if a value is not a whole number of at least 1, or None."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"Classifier.predict: {name} must be a whole number of at least 1; got {value}.", name)
 
 
 def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Predictions:

@@ -15,7 +15,7 @@ from ..store import replace_file, replace_text, write_tensors
 from ..tuner import TuneConfig, weights
 from ..tuner.description import Description, write_open_clip_config
 from ..tuner.model_card import CARD, model_card
-from ..tuner.run_folder import CONFIG, METRICS, read_metrics
+from ..tuner.run_folder import CONFIG, METRICS, check_writable, read_metrics
 from . import to_hugging_face, to_onnx
 from .merging import PlainModel, plain_model
 
@@ -94,6 +94,7 @@ def export(
         raise InputError(f"export: run must be the folder of a run; {source} is none.", "run")
     if folder.resolve() == source.resolve():
         raise InputError(f"export: out must not be the folder of the run; got {folder}. Choose another.", "out")
+    check_writable(folder, function="export")
     plain = plain_model(source)
     write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
     described = _shared(plain)

@@ -39,6 +39,7 @@ class TunedRun(NamedTuple):
         transform: Transform of an image.
         tokenizer: Tokenizer of the model.
         prompts: Prompts by template and class.
+        has_own_prompts: True if the classes and their prompts are those of the run, in any order.
         precision: Mixed precision.
     """
 
@@ -49,6 +50,7 @@ class TunedRun(NamedTuple):
     transform: Callable[[Any], torch.Tensor]
     tokenizer: Any
     prompts: tuple[list[str], ...]
+    has_own_prompts: bool
     precision: MixedPrecision
 
 
@@ -80,7 +82,9 @@ def load_run(
     if not whole:
         weights.WeightsFile(method, model, delta=False).load(file)
     method.train(False)
-    return TunedRun(described, names, model, method, transform, tokenizer, prompts, mixed)
+    own_names, own_prompts = _classes(described, None, None)
+    same = set(zip(names, *prompts, strict=True)) == set(zip(own_names, *own_prompts, strict=True))
+    return TunedRun(described, names, model, method, transform, tokenizer, prompts, same, mixed)
 
 
 def weights_file(folder: Path, described: Description) -> Path:

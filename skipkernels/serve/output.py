@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..data import InputError
 from ..data.images import read_image
 from ..tuner.mistakes import encoded
 from ..tuner.report.rendering import render
+from ..tuner.run_folder import check_writable
 from .classifier import Predictions
 
 Format = Literal["csv", "json"]
@@ -26,6 +28,25 @@ Row = tuple[str, list[tuple[str, float]]]
 _LONGEST = 100  # characters of a folder name
 _THUMBNAIL = 160  # pixels
 _MOST = 2000  # images on a contact sheet: about 10 MB
+
+
+def check_file(path: Path, argument: str) -> None:
+    """Check that a file can be written, before the work is done.
+
+    Raises:
+        InputError: If it is a folder, or its folder is missing or can't be written.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"predict: {argument} must be a file in an existing folder; got {path}.", argument)
+    parent = path.absolute().parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"predict: {argument}: {path} can't be written: {parent} is not a writable folder; choose another.",
+            argument,
+        ) from error
 
 
 def lines(parts: Iterable[Predictions], form: Format, top: int) -> Iterator[str]:
@@ -91,12 +112,13 @@ class SortedFolders:
         link: Make symbolic links in place of copies.
 
     Raises:
-        InputError: If the folder is not empty.
+        InputError: If the folder is not empty, or can't be written.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str], *, link: bool = False):
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"predict: sort_into must be a new or an empty folder; got {folder}.", "sort_into")
+        check_writable(folder, "sort_into", "predict")
         self._folder, self._link = folder, link
         self._names = dict(zip(classes, folder_names(classes), strict=True))
 

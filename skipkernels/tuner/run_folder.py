@@ -103,8 +103,13 @@ def blended_folder(run: Path) -> Path:
     return run.with_name(f"{run.resolve().name}-blend")
 
 
-def check_writable(folder: Path) -> Path:
-    """Check that a run folder can be created and written; return it, or its closest existing parent.
+def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> Path:
+    """Check that a folder can be created and written; return it, or its closest existing parent.
+
+    Args:
+        folder: Folder.
+        argument: Argument that names it, for the error.
+        function: Function that is called, for the error.
 
     Raises:
         InputError: If it can't be created or written.
@@ -112,16 +117,17 @@ def check_writable(folder: Path) -> Path:
     try:
         absolute_folder(folder)
     except StoreError as error:
-        raise argument_error("out", str(error)) from error
+        raise InputError(f"{function}: {argument}: {error}", argument) from error
     if os.path.exists(folder) and not folder.is_dir():
-        raise argument_error("out", f"{folder} is a file; choose a folder.")
+        raise InputError(f"{function}: {argument}: {folder} is a file; choose a folder.", argument)
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=existing):  # os.access is wrong about /proc
             return existing
     except OSError as error:
-        raise argument_error(
-            "out", f"{folder} can't be created: {existing} is not a writable folder; choose another."
+        raise InputError(
+            f"{function}: {argument}: {folder} can't be created: {existing} is not a writable folder; choose another.",
+            argument,
         ) from error
 
 

@@ -62,11 +62,16 @@ def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifie
     every = classifier.predict(images, top=99)
     assert every.ids.shape == (len(images), len(run.classes))
     torch.testing.assert_close(every.probabilities.sum(1), torch.ones(len(images)))
+    assert [every[n] for n in range(len(every))] == list(every) and every[-1] == list(every)[-1]
     folder = shutil.copytree(run.folder, tmp_path / "run")
     values = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 2.0}))
     cooled = sk.Classifier.load(folder, device="cpu")
     assert cooled.calibrated and not classifier.calibrated
+    reordered = sk.Classifier.load(folder, classes=run.classes[::-1], device="cpu")
+    others = sk.Classifier.load(folder, classes=["alpha", *run.classes], device="cpu")
+    assert reordered.calibrated and (others.calibrated, others.temperature) == (False, 1)
+    assert not sk.Classifier.load(folder, templates=["a {}."], device="cpu").calibrated
     expected = (classifier.logits(images) / 2).softmax(1).sort(1, descending=True).values
     torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)
 
@@ -194,6 +199,13 @@ def test_command(run, photos, tmp_path, capsys):
         (["{run}", "{photos}", "--sort-into", "{photos}"], "--sort-into must be a new or an empty folder"),
         (["{run}", "{photos}", "--out", "{tmp}/none/a.csv"], "--out must be a file in an existing folder"),
         (["{run}", "{photos}", "--top", "0"], "--top must be a whole number"),
+        (["{run}", "{photos}", "{tmp}/none"], "IMAGES must be files or folders of images; there is no"),
+        (["{run}", "{photos}", "--classes", "clases.txt"], "--classes must be at least two names"),
+        (["{run}", "{photos}", "--classes", "a, b.txt"], "there is no such file"),
+        (["{run}", "{photos}", "--out", "{tmp}/a.xlsx"], "--out must end in .csv or .json"),
+        (["{run}", "{photos}", "--out", "/proc/a.csv"], "--out: /proc/a.csv can't be written"),
+        (["{run}", "{photos}", "--contact-sheet", "/proc/a.html"], "--contact-sheet: /proc/a.html can't be written"),
+        (["{run}", "{photos}", "--sort-into", "/proc/a"], "--sort-into: /proc/a can't be created"),
     ],
 )
 def test_command_errors(run, photos, tmp_path, capsys, arguments, message):
