@@ -95,7 +95,7 @@ def _metrics_object(folder: Path) -> dict[str, Any]:
 
 def _damaged(folder: Path, error: OSError | ValueError) -> InputError:
     reason = error.strerror if isinstance(error, OSError) else error
-    return InputError(f"{folder / METRICS}: damaged ({reason}); delete it, and use `resume=True` again.")
+    return InputError(f"{folder / METRICS}: damaged ({reason}); delete it, and run skipkernels tune --resume {folder}.")
 
 
 def blended_folder(run: Path) -> Path:
