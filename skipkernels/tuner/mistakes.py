@@ -123,10 +123,19 @@ def changed(test: TestPredictions, *, limit: int = GALLERY) -> tuple[list[int], 
     Returns:
         Indices of images predicted correctly only after tuning, and of those predicted correctly only before.
     """
-    if test.tuned is None:
-        return [], []
-    before, after = (top.classes[:, 0] == test.labels for top in (test.zero_shot, test.tuned))
-    return _one_per_class(test.labels, ~before & after, limit), _one_per_class(test.labels, before & ~after, limit)
+    fixed, broken = _changed(test)
+    return _one_per_class(test.labels, fixed, limit), _one_per_class(test.labels, broken, limit)
+
+
+def count_changed(test: TestPredictions) -> tuple[int, int]:
+    """Return the number of images that tuning fixed, and of those that it broke."""
+    fixed, broken = _changed(test)
+    return int(fixed.sum()), int(broken.sum())
+
+
+def _changed(test: TestPredictions) -> tuple[Tensor, Tensor]:
+    before, after = (top.classes[:, 0] == test.labels for top in (test.zero_shot, test.last))
+    return ~before & after, before & ~after
 
 
 def _one_per_class(labels: Tensor, chosen: Tensor, limit: int) -> list[int]:

@@ -185,8 +185,8 @@ def test_report_galleries_show_top_classes_and_shape():
     fixed, broken = (
         text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ("fixed", "broken")
     )
-    assert "✓ alpha" in fixed and "✗ beta" in broken
-    for words in (["beta", "50 %"], ["alpha", "88 %"], ["beta", "12 %"]):
+    assert "zero-shot ✗" in fixed and "tuned ✓" in fixed and "zero-shot ✓" in broken and "tuned ✗" in broken
+    for words in (["beta", "50 %"], ["alpha <small>true class</small>", "88 %"], ["beta", "12 %"]):
         assert re.search(r"<span>{}</span><span>{}</span>".format(*words), fixed), words
     assert fixed.count('class="correct"') == 1 and fixed.count("<img") == 1
 

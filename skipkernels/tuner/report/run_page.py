@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import TuneConfig
-from ..mistakes import changed, class_results, confused_pairs, confusion_matrix
+from ..mistakes import changed, class_results, confused_pairs, confusion_matrix, count_changed
 from ..plots import accuracy_svg, blend_svg, coloured, finite, kept_svg, loss_svg
 from ..predictions import TestPredictions, TopClasses
 from .dot_plot import DotPlot, DotRow, dot_plot, with_one_axis
@@ -138,7 +138,8 @@ def _accuracy(metrics: Mapping[str, Any], names: list[str]) -> list[dict[str, An
     if validation and finite(validation.get("zero_shot")):
         before, after = validation["zero_shot"], validation.get("tuned")
         change = after - before if finite(after) else None
-        row = {"name": "validation", "classes": None, "before": before, "after": after, "change": change}
+        classes = metrics["classes"][names[0]]
+        row = {"name": "validation", "classes": classes, "before": before, "after": after, "change": change}
         found.append(row | {"summary": False, "verdict": _verdict(change)})
     return found
 
@@ -158,6 +159,7 @@ def _test(test: TestPredictions) -> dict[str, Any]:
         "name": test.name,
         "fixed": [_card(test, index) for index in fixed],
         "broken": [_card(test, index) for index in broken],
+        "shown": dict(zip(("fixed", "broken"), map(_shown, (fixed, broken), count_changed(test)), strict=True)),
         "classes": [
             {
                 "name": test.classes[found.label],
@@ -188,6 +190,15 @@ def _test(test: TestPredictions) -> dict[str, Any]:
             for pair in confused_pairs(test)
         ],
     }
+
+
+def _shown(indices: list[int], count: int) -> str:
+    """Number of images in a gallery, with the number of all if they are more.
+
+    >>> _shown([3, 8], 25), _shown([3], 1)
+    ('2 of 25, one per class', '1 image')
+    """
+    return f"{len(indices):,} of {count:,}, one per class" if len(indices) < count else plural(count, "image")
 
 
 def _card(test: TestPredictions, index: int) -> dict[str, Any]:
