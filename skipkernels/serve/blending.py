@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import experiments  # noqa: F401  registers the baselines and glyph-tiny
-from ..data import InputError
+from ..data import InputError, SizedDataset
 from ..store import replace_file, replace_text, write_tensors
 from ..tuner import TuneConfig, weights
 from ..tuner.calibration import fit_temperature
@@ -23,6 +24,7 @@ from ..tuner.evaluation import Evaluator
 from ..tuner.methods.base import TunedModel
 from ..tuner.mistakes import predictions_with_thumbnails
 from ..tuner.model_card import model_card
+from ..tuner.own_dataset import KIND, own_data
 from ..tuner.predictions import TestPredictions
 from ..tuner.report import report_html, run_report
 from ..tuner.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics
@@ -43,6 +45,10 @@ def blend(
     out: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    dataset: SizedDataset | None = None,
+    test: SizedDataset | None = None,
+    validation: SizedDataset | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Blend the weights of a run with those before tuning, and write the result as another run folder.
 
@@ -60,6 +66,10 @@ def blend(
         out: New run folder. Default: the folder of the run with "-blend" after its name.
         overwrite: Replace an earlier run in that folder.
         device: Device. Default: that of the run.
+        dataset: Training images, if they were passed to `tune`.
+        test: Test images; see `tune`.
+        validation: Validation images; see `tune`.
+        classes: Class names by label; see `tune`.
 
     Returns:
         Contents of the new metrics.json; "blend" has the curve: "alphas", "accuracy" by test, and "chosen".
@@ -93,10 +103,18 @@ def blend(
         config = replace(config, cache=None)
     if device is not None:
         config = replace(config, device=device, attention="sdpa")
+    open_data = None
+    if dataset is not None:
+        name = config.data.partition(":")[2]
+        config, open_data = own_data(config, dataset, test=test, validation=validation, classes=classes, name=name)
+    elif config.data.partition(":")[0] == KIND:
+        raise InputError(
+            f"blend: dataset must be given in Python, with test and validation, for a run on {config.data}."
+        )
     written = replace(of_run, cache=config.cache, device=config.device, attention=config.attention)
-    written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved()
+    written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved(open_data)
     new_folder = RunFolder(written)  # refuses a folder that can't be written
-    setup = build_run(config.resolved())
+    setup = build_run(config.resolved(open_data), open_data=open_data)
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
     evaluator.zero_shot()
     zero_shot = dict(evaluator.top)
