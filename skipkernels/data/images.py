@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -78,7 +78,7 @@ class Images(Dataset):
 class LabelledImages(Images):
     """Images in files below a folder: item i is (image, label), the image opened by Pillow as RGB.
 
-    The EXIF orientation is ignored, as in torchvision's loader and in the training of CLIP models.
+    Photos are upright: the EXIF orientation is applied, which torchvision's loader ignores.
 
     Args:
         root: The folder.
@@ -138,12 +138,16 @@ class LabelledImages(Images):
             InputError: If the file is missing or can't be read as an image.
         """
         path, label = self.samples[index]
-        image = read_image(path)
+        image = read_image(path, listed=True)
         return image if self.transform is None else self.transform(image), label
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB; of an animation, the first frame.
+def read_image(path: str | Path, *, listed: bool = False) -> Image.Image:
+    """Read an image file as RGB, upright by its EXIF orientation; of an animation, the first frame.
+
+    Args:
+        path: The file.
+        listed: The file existed when its dataset was opened, for the error message.
 
     Raises:
         InputError: If the file is missing, is not an image, is damaged, or has more than 8 bits per channel.
@@ -152,7 +156,9 @@ def read_image(path: str | Path) -> Image.Image:
         with open_regular(path) as file:
             return decode_image(file, path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file. It was there when the dataset was opened.") from None
+        raise InputError(
+            f"{path}: no such file. " + ("It was there when the dataset was opened." if listed else "Correct the path.")
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Replace or remove the file.") from error
 
@@ -172,9 +178,19 @@ def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     if image.mode.partition(";")[0] in _DEEP_MODES:
         raise InputError(f"{name}: has more than 8 bits per channel (mode {image.mode}), and RGB has 8. Convert it.")
     try:
-        return image.convert("RGB")
+        image.load()  # PNG has its EXIF data behind the pixels
+        return upright(image).convert("RGB")
     except _UNREADABLE as error:
         raise _unreadable(name, error) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image rotated and mirrored by its EXIF orientation; the same image if it has none."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        return ImageOps.exif_transpose(image) if turned else image
+    except _UNREADABLE:  # invalid EXIF data
+        return image
 
 
 def _unreadable(name: str | Path, error: Exception) -> InputError:
@@ -236,6 +252,8 @@ class DatasetImages(Images):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, _ = self.dataset[self.indices[index]]
+        if isinstance(image, Image.Image):
+            image = upright(image)
         if self.transform is not None and not isinstance(image, Tensor):
             image = self.transform(image)
         return image, self._labels[index]

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from pictures import class_of, draw_image, raises_input_error
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from skipkernels.data import DatasetImages, InputError, LabelledImages
-from skipkernels.data.images import read_image, read_labels
+from skipkernels.data.images import read_image, read_labels, to_rgb
 
 
 def one(path: Path) -> Image.Image:
@@ -69,12 +69,25 @@ def test_read_image_more_than_eight_bits(tmp_path, extension, dtype):
         one(path)
 
 
-def test_read_image_ignores_exif(tmp_path):
-    rotated = Image.Exif()
-    rotated[0x0112] = 6  # rotate by 90°
-    for exif in (rotated, b"Exif\x00\x00garbage"):
-        Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
-        assert one(tmp_path / "a.jpg").size == (8, 4)
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+def test_read_image_is_upright(tmp_path, extension):
+    """Orientation 6: the camera was turned, so the left edge of the stored pixels is the top of the photo."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.new("RGB", (16, 8), "blue")
+    stored.paste("red", (0, 0, 8, 8))
+    stored.save(tmp_path / f"a.{extension}", exif=exif)
+    with Image.open(tmp_path / f"a.{extension}") as opened:
+        own = DatasetImages([(opened, 0)])[0][0]
+        for image in (one(tmp_path / f"a.{extension}"), own, to_rgb(opened, "a"), to_rgb(own, "again")):
+            assert image.size == (8, 16)
+            (top, _, _), (below, _, _) = image.getpixel((3, 2)), image.getpixel((3, 13))
+            assert top > 200 and below < 50
+
+
+def test_read_image_invalid_exif(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00garbage")
+    assert one(tmp_path / "a.jpg").size == (8, 4)
 
 
 @pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
@@ -124,8 +137,10 @@ def test_read_image_folder_or_missing_file(tmp_path):
     (tmp_path / "a.png").mkdir()
     with raises_input_error(tmp_path / "a.png", "can't be read"):
         one(tmp_path / "a.png")
-    with raises_input_error(tmp_path / "b.png", "no such file"):
+    with raises_input_error(tmp_path / "b.png", "no such file", "when the dataset was opened"):
         one(tmp_path / "b.png")
+    with raises_input_error(tmp_path / "b.png", "no such file. Correct"):
+        read_image(tmp_path / "b.png")
 
 
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
