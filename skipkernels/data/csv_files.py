@@ -46,7 +46,10 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
         raise open_error(f"{name}: no file {file if path else 'given'}; it must be a table with a line for each image.")
     base = file.parent if root is None else absolute_path(root)
     header, lines = _read(file)
-    at_path, at_label = _column(file, header, _PATH_NAMES, "path"), _column(file, header, LABEL_NAMES, "label")
+    at_path, at_label = (
+        _column(file, header, _PATH_NAMES, "path"),
+        _column(file, header, LABEL_NAMES, "label", first="label"),
+    )
     at_split = next((header.index(each) for each in _SPLIT_COLUMNS if each in header), None)
     label_name = header[at_label]
     rows: dict[str, tuple[str, Split | None]] = {}
@@ -54,7 +57,9 @@ def open_csv(path: str, root: str | Path | None = None, templates: Templates = N
     for number, line in lines:
         where = f"{file}: line {number}"
         if len(line) != len(header):
-            raise InputError(f"{where} has {len(line)} columns, and the first line {len(header)}. Quote the text.")
+            columns = f"{len(line)} {'column' if len(line) == 1 else 'columns'}"
+            remedy = "Add the missing value" if len(line) < len(header) else "Put text with a separator in quotes"
+            raise InputError(f"{where} has {columns}, and the first line has {len(header)}. {remedy}.")
         image, label = _relative(line[at_path].strip(), base, where), line[at_label].strip()
         if not image or not label:
             raise InputError(f"{where} has no {'path' if not image else label_name}. Fill it in, or remove the line.")
@@ -112,12 +117,14 @@ def _read(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return header, lines[1:]
 
 
-def _column(file: Path, header: Sequence[str], names: Sequence[str], kind: str) -> int:
+def _column(file: Path, header: Sequence[str], names: Sequence[str], kind: str, first: str | None = None) -> int:
+    """Position of the column with the best of some names; the error message lists `first` before the others."""
     for each in names:
         if each in header:
             return header.index(each)
+    listed = sorted(names, key=lambda name: name != first)[:4]
     raise InputError(
-        f"{file}: the first line must name a column with the {kind} of each image, such as {', '.join(names[:4])}; got "
+        f"{file}: the first line must name a column with the {kind} of each image, such as {', '.join(listed)}; got "
         f"{', '.join(header)[:200] or 'nothing'}. Add the line, or rename a column."
     )
 

@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,8 +82,7 @@ class TuneConfig(
         hints = get_type_hints(cls)
         for name, value in settings.items():
             if name not in hints:
-                close = difflib.get_close_matches(name, hints, 1)
-                raise InputError(f"TuneConfig: no setting {name}{f'; did you mean {close[0]}?' if close else '.'}")
+                raise _unknown_setting("TuneConfig", name, hints)
             plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
             if not _has_type(plain, hints[name]):
                 raise InputError(f"TuneConfig: {name} must be {hints[name]}; got {_shown(value)}.", name)
@@ -292,7 +291,8 @@ class TuneConfig(
         try:
             values = read_settings(path)
         except FileNotFoundError:
-            raise InputError(f"{path}: no such file; a run folder has one.") from None
+            hint = "; a run folder has one" if path.name == "config.yaml" else ""
+            raise InputError(f"{path}: no such file{hint}.") from None
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from None
         except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -302,7 +302,7 @@ class TuneConfig(
         hints = get_type_hints(cls)
         for name, value in values.items():
             if name not in hints:
-                raise InputError(f"{path}: unknown setting {_shown(name)}.")
+                raise _unknown_setting(path, name, hints)
             if not _has_type(value, hints[name]):
                 raise InputError(f"{path}: {name} must be {hints[name]}; got {_shown(value)}.")
         return cls(**{name: _converted(value, hints[name]) for name, value in values.items()})
@@ -327,6 +327,12 @@ def usable_device(device: str, function: str) -> str:
         reason = str(error).splitlines()[0]
         raise InputError(f"{function}: device {chosen!r} can't be used: {reason}", "device") from None
     return chosen
+
+
+def _unknown_setting(where: object, name: Any, names: Iterable[str]) -> InputError:
+    """Return the error for a setting that does not exist, with the name that is most like it."""
+    close = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
+    return InputError(f"{where}: unknown setting {_shown(name)}{f'; did you mean {close[0]}?' if close else '.'}")
 
 
 def _refuse(argument: str, message: str) -> NoReturn:

@@ -64,7 +64,7 @@ def load_model(
         open_clip.add_model_config(packaged.config)
     elif name not in known:
         close = difflib.get_close_matches(name, [*known, *MODELS], 3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() has the names."
+        hint = f"did you mean {' or '.join(close)}?" if close else "`skipkernels models` lists the names."
         raise argument_error("model", f"open_clip has no model {name!r}; {hint}{experiments_hint()}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and packaged is None:

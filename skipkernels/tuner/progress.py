@@ -143,6 +143,8 @@ class ProgressDisplay:
         if self._live is None:
             loss = [f"loss {row['loss']:.4f}"] if finite(row.get("loss")) else []
             accuracies, left = self._accuracies(self._accuracy), _left(self._tuning)
+            if finite(row.get("validation")):
+                accuracies.append(f"validation {row['validation']:.1f} %")
             self._line(f"epoch {self._epoch}/{self._epochs}", *loss, *accuracies, *pace, left, *self._memory_text())
         self._epoch_began = time.perf_counter()
 

@@ -202,7 +202,9 @@ def test_config_file_of_a_run_is_another_run(tmp_path, capsys):
     assert printed["classes"] == 12 and printed["out"] is None and printed["resume"] is False
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("colour: red", "unknown setting 'colour'")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "mine.yaml: no such file."), ("epoch: 3", "'epoch'; did you mean epochs?")]
+)
 def test_config_file_that_can_not_be_used(tmp_path, text, message, capsys):
     if text is not None:
         (tmp_path / "mine.yaml").write_text(text)

@@ -81,7 +81,7 @@ def test_tune_tensors(tmp_path):
     [({"dataset": iter([])}, "dataset must be a map-style dataset, with len"),
      ({"dataset": Squares(3), "data": "coop:dtd"}, "data is 'coop:dtd', and dataset is given too"),
      ({"test": Squares(3)}, "need the training images as dataset"),
-     ({"dataset": Squares(3), "epoch": 3}, "no setting epoch; did you mean epochs?"),
+     ({"dataset": Squares(3), "epoch": 3}, "unknown setting 'epoch'; did you mean epochs?"),
      ({"dataset": Squares(3), "epochs": "3"}, "epochs must be .*int.*; got '3'"),
      ({"dataset": Squares(30)}, "has no class names"),
      ({"dataset": Squares(30), "classes": ["one", "two"]}, "labels of dataset:Squares must be from 0 to 1"),
