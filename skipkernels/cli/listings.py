@@ -12,7 +12,9 @@ from skipkernels.console import Terminal
 
 @dataclasses.dataclass(frozen=True)
 class ModelsCommand:
-    """List the models for --model and their weights for --pretrained. Downloads nothing."""
+    """List the models for --model and their weights for --pretrained. Downloads nothing. Piped, a line has the columns
+    model, image tower, text tower, activation and weights, with tabs between them.
+    """
 
     filter: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILTER")]] = ""
     """Part of the name of a model or of its weights, in any case of letters."""
@@ -38,13 +40,18 @@ class ModelsCommand:
         if not found:
             err.print(plain(f"no model or weights with {self.filter!r} in the name"))
             return 1
-        heads = (Column("model", no_wrap=True), "image tower", "text tower", "activation")
-        table = Table(*heads, Column("weights", overflow="fold"))
-        for name, model in found.items():
-            columns = (model["image"], model["text"], model["activation"], ", ".join(model["weights"]) or "–")
-            table.add_row(plain(name), *map(plain, columns))
-        out.print(table)
-        out.print(
+        if out.is_terminal:
+            heads = (Column("model", no_wrap=True), "image tower", "text tower", "activation")
+            table = Table(*heads, Column("weights", no_wrap=True))
+            for name, model in found.items():
+                columns = (model["image"], model["text"], model["activation"], "\n".join(model["weights"]) or "–")
+                table.add_row(plain(name), *map(plain, columns))
+            out.print(table)
+        else:
+            for name, model in found.items():
+                columns = (model["image"], model["text"], model["activation"], " ".join(model["weights"]))
+                out.file.write("\t".join((name, *columns)) + "\n")
+        err.print(
             plain(
                 "The blocks of a ViT and of a transformer are fused; others run as they are. Also --pretrained FILE or "
                 "random, and --model hf-hub:ORG/NAME or local-dir:DIR, with their own weights."

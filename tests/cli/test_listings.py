@@ -25,8 +25,8 @@ def test_models(capsys):
     assert found["RN50"]["image"] == "ResNet" and found["roberta-ViT-B-32"]["text"] == "roberta-base"
     assert set(listed(capsys, "models", "b-16-QUICK")) == {"ViT-B-16-quickgelu"}
     assert main(["models", "glyph"]) == 0
-    out = capsys.readouterr().out
-    assert "glyph-tiny" in out and "packaged" in out and "local-dir:DIR" in out
+    out, err = capsys.readouterr()
+    assert out.startswith("glyph-tiny\t") and "packaged" in out and "local-dir:DIR" in err
     assert main(["models", "nothing[/]"]) == 1
     assert "no model or weights with 'nothing[/]'" in capsys.readouterr().err
 
