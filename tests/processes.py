@@ -40,7 +40,7 @@ def together(
         each.start()
     try:
         for rank, each in enumerate(every):
-            each.join(120)
+            each.join(300)
             assert each.exitcode == (-signal.SIGKILL if rank in killed else 0)
     finally:
         for each in every:
