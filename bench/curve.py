@@ -18,6 +18,7 @@ from .budget import NO_TIME, CostModel, Probe
 Key = tuple[str, str]
 """Implementation and precision."""
 OURS, PUBLISHED = "skipkernels", "published"
+_ROUNDS = 3  # at least, unless --rounds is less
 
 
 class Curve:
@@ -119,7 +120,7 @@ class Curve:
         for key, function in functions.items():
             found[key] = self.sizes(key, function, found)
         once = (time.perf_counter() - started) / 2
-        rounds = int(max(1, min(self.args.rounds, self.args.seconds / once)))
+        rounds = int(min(self.args.rounds, max(_ROUNDS, self.args.seconds / once)))
         seconds = measure.time_alternately(functions, rounds, device, warm_up=device.type == "cuda")
         for key, row in found.items():
             row |= measure.milliseconds(seconds[key]) | {"rounds": rounds}
@@ -144,6 +145,6 @@ def shown(row: dict[str, Any]) -> str:
     if row["p50_ms"] == "":
         return str(row["note"])
     told = {"peak_mib": "{} MiB more at the peak", "saved_mib": "{} saved", "above_floor": "{:.2f} times the floor"}
-    told |= {"faster": "skipkernels is {:.2f} times faster"}
+    told |= {"training_mib": "{} MiB to train", "faster": "skipkernels is {:.2f} times faster"}
     parts = (form.format(row[column]) for column, form in told.items() if row.get(column, "") != "")
     return ", ".join([measure.shown(row), *parts])

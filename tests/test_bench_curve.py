@@ -60,6 +60,12 @@ def test_rows_have_ratios_and_floors(curve):
     assert ours["note"] == "" and ours["rounds"] == 2 and list(ours) == curve.columns
 
 
+@pytest.mark.parametrize(("most", "seconds", "rounds"), [(9, 0.0, 3), (9, math.inf, 9), (1, math.inf, 1)])
+def test_rows_are_timed_in_three_rounds_at_least(curve, most, seconds, rounds):
+    curve.args.rounds, curve.args.seconds = most, seconds
+    assert {row["rounds"] for row in curve.rows(10)} == {rounds}
+
+
 @pytest.mark.parametrize(("seconds", "notes"), [(25.0, ["", "", NO_TIME]), (0.0, [NO_TIME] * 3)])
 def test_rows_share_the_budget(curve, monkeypatch, seconds, notes):
     monkeypatch.setattr(Budget, "left", property(lambda budget: seconds))
