@@ -3,6 +3,7 @@
     python -m bench.step                                                       ViT-B/16, batch 4, 10 to 21,841 classes
     python -m bench.step --classes 50 --implementation skipkernels published --precision fp32
     python -m bench.step --model ViT-L-14 --batch 4 32 --classes 10 1000
+    python -m bench.step --classes 100 --implementation skipkernels published full --training
 
     published             the published step (bench/published.py), from features at the cut
     published, compiled   the same by torch.compile
@@ -16,19 +17,26 @@ to fit, or to take longer than --longest, is skipped with the reason in its row.
 products at the rate of a large product, and of reading its weights twice and writing their gradients at the rate of a
 copy. Rows are appended to bench/results/DEVICE/step.csv after each number of classes; with --skip-layers to a table of
 its own. By default half of the blocks of each tower are skipped.
+
+--training also measures the memory of training: in a process of its own, the peak of the second step with its update
+above the memory before the model is made. Besides the step that is weights, momentum, and text features at the cut.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 
+import skipkernels as sk
 from skipkernels import testing
-from skipkernels.memory import free_bytes
+from skipkernels.memory import PeakMemory, free_bytes
 from skipkernels.selection import RankSampler
 
 from . import cuda, measure
@@ -45,8 +53,9 @@ IMPLEMENTATIONS = (OURS, MIN, PUBLISHED, COMPILED, FULL, PROMPTS)
 _SHORT = {"min": MIN, "compiled": COMPILED, "full": FULL, "prompts": PROMPTS}
 _MANY = 2000  # classes from which text features are kept on disk between steps
 _SETTING_UP = 5  # timed calls per step, for predictions
-_RUNS = 6  # runs of a step, at least: comparison, counts, time, memory
+_RUNS = 8  # runs of a step, at least: comparison, counts, time, memory
 _COMPILING = 60.0  # approximate seconds of torch.compile
+_STARTING = 20.0  # approximate seconds until a new process has a model
 _IN_FP32 = {"fp32": 1.0, "bf16": 3.0}  # approximate time relative to the precision of the step
 
 
@@ -58,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--longest", type=float, default=60.0, help="most seconds per step")
     seconds = "approximate seconds for the rounds of a number of classes"
     options.add_argument("--seconds", type=float, default=60.0, help=seconds)
+    options.add_argument("--training", action="store_true", help="also measure the memory of training")
     add_budget(options)
     args = options.parse_args(arguments)
     given = {_SHORT.get(name, name) for name in args.implementation}
@@ -71,7 +81,7 @@ class Steps(Curve):
 
     columns = (
         "implementation model B C K skip_layers precision p20_ms p50_ms p80_ms rounds faster "
-        "saved_mib peak_mib gflop floor_ms above_floor launches graph_ms note"
+        "saved_mib peak_mib training_mib gflop floor_ms above_floor launches graph_ms note"
     ).split()
     probes = 4, 12
     compared = OURS, MIN
@@ -110,8 +120,10 @@ class Steps(Curve):
         return ""
 
     def seconds(self, classes: int, key: Key) -> float:
-        runs = _RUNS * self.cost_models[key].seconds(self.kept(classes, key[0]))
-        return self.encoding(classes, key) + runs + (_COMPILING if key[0] == COMPILED else 0.0)
+        encoding, once = self.encoding(classes, key), self.cost_models[key].seconds(self.kept(classes, key[0]))
+        if key[0] == COMPILED:
+            return encoding + _RUNS * once + _COMPILING
+        return encoding + _RUNS * once + (_STARTING + encoding + 2 * once if self.args.training else 0.0)
 
     def encoding(self, classes: int, key: Key) -> float:
         """Predicted seconds for all texts before the first step: the lower half of the text tower and all of it in fp32
@@ -158,6 +170,38 @@ class Steps(Curve):
         peak = testing.peak_bytes(function, self.args.device, warm_up=False)
         launches = cuda.launches_and_graph(function) if self.args.device.type == "cuda" else {}
         return {"peak_mib": round(peak / 2**20, 1)} | launches
+
+    def rows(self, classes: int) -> list[dict[str, Any]]:
+        rows = super().rows(classes)
+        for row in rows:
+            if self.args.training and row["p50_ms"] != "" and row["implementation"] != COMPILED:
+                case = self.args, self.model, self.batch, classes, (row["implementation"], row["precision"])
+                row["training_mib"] = round(measure.in_new_process(training_bytes, *case) / 2**20, 1)
+        return rows
+
+
+def training_bytes(args: argparse.Namespace, model: str, batch: int, classes: int, key: Key) -> int:
+    """Peak memory of the second step with its update, above the memory before the model is made."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = argparse.Namespace(**vars(args) | {"skip_layers": None})
+        training(Steps(small, "glyph-tiny", batch).build(Steps.probes[0], [key], Path(folder))[key])()  # load libraries
+        testing.release_freed_memory()
+        before = PeakMemory(args.device).read()
+        train = training(Steps(args, model, batch).build(classes, [key], Path(folder))[key])
+        return testing.peak_bytes(train, args.device, above=before)  # of the second call
+
+
+def training(step: Step) -> Callable[[], None]:
+    """A step with its update, ours as in `tune`, others as in a plain loop."""
+    weights = [weight for weight in step.model.parameters() if weight.requires_grad]
+    optimizer = (sk.FusedSGD if step.name.startswith(OURS) else torch.optim.SGD)(weights, lr=1e-5, momentum=0.9)
+
+    def train() -> None:
+        step.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
 
 
 def half_of(model: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import weakref
@@ -17,6 +18,7 @@ from bench.published import PublishedStep
 from skipkernels import testing
 
 SMALL = "--model glyph-tiny --classes 20 --device cpu --rounds 1".split()
+LIBRARIES = 32 << 20  # bytes of code and tables that a process reads for the first time
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,29 @@ def test_peak_memory_excludes_earlier_gradients(monkeypatch, table):
     monkeypatch.setattr(testing, "peak_bytes", peak_bytes)
     table("--implementation", "skipkernels", "published", "full", "--precision", "fp32")
     assert held == [False] * 3
+
+
+def test_training_is_measured_in_a_process_of_its_own(monkeypatch, table):
+    asked = []
+
+    def in_new_process(function, args, *case):
+        asked.append((function, *case))
+        return 300 * 2**20
+
+    monkeypatch.setattr(measure, "in_new_process", in_new_process)
+    rows = table("--implementation", "skipkernels", "full", "--precision", "fp32", "--training")
+    assert [row["training_mib"] for row in rows.values()] == ["300.0", "300.0"]
+    cases = [("glyph-tiny", 4, 20, (name, "fp32")) for name in ("skipkernels", "full fine-tuning")]
+    assert asked == [(step.training_bytes, *case) for case in cases]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_training_bytes_include_weights_gradients_and_momentum():
+    args = argparse.Namespace(device=measure.CPU, skip_layers=None, precision=["fp32"], implementation=[step.FULL])
+    full = training.full_fine_tuning(inputs.random_inputs("glyph-tiny", 4, 20, measure.CPU), "fp32")
+    weights, saved = sum(weight.nbytes for weight in full.model.parameters()), testing.saved_bytes(full.loss)
+    found = measure.in_new_process(step.training_bytes, args, "glyph-tiny", 4, 20, (step.FULL, "fp32"))
+    assert 3 * weights < found < 3 * weights + saved + LIBRARIES
 
 
 @pytest.mark.parametrize(
