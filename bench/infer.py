@@ -2,6 +2,7 @@
 
     python -m bench.infer                                                 100 images, 10 to 1,000 classes
     python -m bench.infer --images 100 --batch 25 --classes 100 --precision fp32
+    python -m bench.infer --classes 1000 --implementation published skipkernels
 
     published               the texts of all classes, all 77 tokens, encoded again for every batch of 100 images
     eager, texts once       the same, with the texts encoded before the first batch
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, several=True, rounds=3, **cases)
     options.add_argument("--images", type=int, default=100, help="number of images")
     options.add_argument("--longest", type=float, default=60.0, help="seconds per implementation")
-    options.set_defaults(implementation=IMPLEMENTATIONS, seconds=math.inf)
+    options.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    options.set_defaults(seconds=math.inf)
     add_budget(options)
     args = options.parse_args(arguments)
     for model, batch in itertools.product(args.model, args.batch):

@@ -51,6 +51,12 @@ def test_infer_writes_a_row_per_implementation(results, precision):
     assert float(found["skipkernels, cached"]["gflop"]) < float(found["published"]["gflop"])
 
 
+def test_infer_runs_what_is_asked_for(results):
+    infer.main([*INFER, "--implementation", "published", "skipkernels"])
+    found = rows(results, "infer")
+    assert list(found) == ["published", "skipkernels"] and float(found["published"]["faster"]) > 0
+
+
 def test_infer_refuses_wrong_logits(monkeypatch, capsys):
     right = sk.SkipCLIP.predict
     monkeypatch.setattr(sk.SkipCLIP, "predict", lambda self, x: right(self, x).roll(1, dims=1))
