@@ -23,12 +23,7 @@ _STYLES = {  # variants of one implementation share its colour
     PROMPTS: (COLOURS[3], "-"),
 }
 _BARS_AT = 100, 1000  # classes
-# Marker of the last point of a line that stops before the largest number of classes, by reason.
-_DOES_NOT_FIT, _NOT_RUN = "does not fit with more classes", "not run with more classes"
-_ENDS: dict[str, dict[str, Any]] = {
-    _DOES_NOT_FIT: {"marker": "x", "markersize": 10, "markeredgewidth": 2},
-    _NOT_RUN: {"marker": "D", "markersize": 9, "markeredgewidth": 1.6, "fillstyle": "none"},
-}
+_CROSS: dict[str, Any] = {"marker": "x", "markersize": 8, "markeredgewidth": 2, "linestyle": "none"}  # does not fit
 
 
 def step_over_classes(rows: Sequence[Row]) -> str:
@@ -137,9 +132,8 @@ def _figure(name: str, label: str, rows: Sequence[Row], panels: Sequence[tuple[s
         for implementation in drawn:
             colour, style = _STYLES[implementation]
             axes.plot([], [], color=colour, linestyle=style, label=implementation)
-        ends = {_end(rows, implementation, p) for implementation in drawn for p in PRECISIONS}
-        for end in (end for end in _ENDS if end in ends):
-            axes.plot([], [], color=GREY, linestyle="none", label=end, **_ENDS[end] | {"markersize": 7})
+        if any(_not_fitting(rows, i, p) for i in drawn for p in PRECISIONS):
+            axes.plot([], [], color=GREY, label="does not fit", **_CROSS)
         _legend(axes)
 
     draw = [*(partial(_curves, rows, *panel) for panel in panels[:-1]), last]
@@ -147,13 +141,13 @@ def _figure(name: str, label: str, rows: Sequence[Row], panels: Sequence[tuple[s
 
 
 def _curves(rows: Sequence[Row], column: str, title: str, precision: str, axes: Axes) -> None:
-    """One line per implementation, with a marker where the next number of classes could not be run."""
+    """One line per implementation; above the lines, a cross of its colour at the classes with which it does not fit."""
     classes = sorted({int(row["C"]) for row in rows})
     every = [y for p in PRECISIONS for i in IMPLEMENTATIONS for y in _points(rows, column, i, p).values()]
     axes.set_xscale("log")
     axes.set_yscale("log")
-    if every:
-        axes.set_ylim(min(every) / 1.4, max(every) * 1.4)  # the same for both precisions
+    if every:  # the same limits for both precisions
+        axes.set_ylim(min(every) / 1.4, 1.4 * max(every) * (max(every) / min(every)) ** 0.25)
     for name in IMPLEMENTATIONS:
         colour, style = _STYLES[name]
         points = _points(rows, column, name, precision)
@@ -161,9 +155,9 @@ def _curves(rows: Sequence[Row], column: str, title: str, precision: str, axes: 
         axes.plot(
             x, y, color=colour, linestyle=style, linewidth=2.2 if name == OURS else 1.5, marker="o", markersize=3.5
         )
-        # Peak memory is not measured in every row: only a line that reaches the last timed step gets a marker.
-        if x and x[-1] == max(_points(rows, "p50_ms", name, precision)) and (end := _end(rows, name, precision)):
-            axes.plot(x[-1], y[-1], color=colour, **_ENDS[end])
+        if at := _not_fitting(rows, name, precision):
+            height = 0.97 - 0.06 * COLOURS.index(colour)
+            axes.plot(at, height, color=colour, transform=axes.get_xaxis_transform(), **_CROSS)
     axes.set_xlim(min(classes) / 1.4, max(classes) * 1.6)
     _set_ticks(axes, classes)
     axes.set_xlabel("classes")
@@ -180,10 +174,8 @@ def _points(rows: Sequence[Row], column: str, implementation: str, precision: st
     return {int(row["C"]): value for row in _of(rows, implementation, precision) if (value := number(row, column))}
 
 
-def _end(rows: Sequence[Row], implementation: str, precision: str) -> str:
-    """The reason why a line stops before the largest number of classes, or ""."""
-    of = _of(rows, implementation, precision)
-    last = max((i for i, row in enumerate(of) if row["p50_ms"]), default=-1)
-    if last + 1 >= len(of):
-        return ""
-    return _DOES_NOT_FIT if of[last + 1]["note"].startswith("does not fit") else _NOT_RUN
+def _not_fitting(rows: Sequence[Row], implementation: str, precision: str) -> int:
+    """The smallest number of classes, above all that ran, with which a step does not fit; 0 if there is none."""
+    ran = max(_points(rows, "p50_ms", implementation, precision), default=0)
+    fitting = (row for row in _of(rows, implementation, precision) if row["note"].startswith("does not fit"))
+    return next((int(row["C"]) for row in fitting if int(row["C"]) > ran), 0)

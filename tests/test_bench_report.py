@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from bench import pictures, report
 from bench.rows import KINDS, MACHINE, Device, latest, read, same_run
@@ -159,14 +160,31 @@ def test_check_names_stale_files_and_writes_nothing(root, capsys):
     assert report.main(["--root", str(root)]) == 0 == report.main(["--root", str(root), "--check"])
 
 
-def test_pictures_are_reproducible_and_mark_where_a_line_stops(root):
+def test_pictures_are_reproducible():
     rows = [step("skipkernels", C, C) for C in (10, 100)]
     rows += [step("published", 10, 20), step("published", 100, note="does not fit: 100 classes")]
     for draw in report.PICTURES.values():
         svg = draw(rows)
         assert svg == draw(rows) and ElementTree.fromstring(svg).tag.endswith("svg") and draw([]) == ""
-    assert pictures._end(rows, "published", "fp32") == pictures._DOES_NOT_FIT
-    assert pictures._end(rows, "skipkernels", "fp32") == ""
+
+
+def crosses(rows: list[dict[str, str]], column: str) -> list[int]:
+    """Numbers of classes with a cross."""
+    axes = Figure().subplots()
+    pictures._curves(rows, column, "title", "fp32", axes)
+    return [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"]
+
+
+@pytest.mark.parametrize("column", ["p50_ms", "saved_mib", "peak_mib"])
+def test_pictures_cross_out_only_classes_that_did_not_run(column):
+    too_large = [step("published", C, note=f"does not fit: {C} classes") for C in (100, 1000)]
+    rows = [*(step("skipkernels", C, C) for C in (10, 100, 500)), step("published", 10, 20), *too_large]
+    assert crosses(rows, column) == [100] and "does not fit" in pictures.step_over_classes(rows)
+    rows += [step("full fine-tuning", 10, 30), step("full fine-tuning", 100, note="left out: a step takes about 70 s")]
+    assert crosses(rows, column) == [100], "it might fit"
+    ran = [*rows, step("published", 500, 90)]  # with more free memory
+    assert crosses(ran, column) == [1000]
+    assert crosses([row for row in ran if row["C"] != "1000"], column) == []
 
 
 def test_a_picture_is_redrawn_for_other_rows_only(tmp_path):
