@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import math
 import re
 import statistics
@@ -24,12 +25,13 @@ import matplotlib
 from skipkernels.ops import OPERATORS
 
 from . import infer, pictures, step
-from .rows import KINDS, PRECISIONS, Device, Row, devices, grouped, number, same_run
+from .rows import KINDS, MACHINE, PRECISIONS, Device, Row, devices, grouped, number, same_run
 
 ROOT = Path(__file__).parents[1]
 OURS, EAGER = step.OURS, "eager"
 SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
 HEADLINE, FEW, MANY = "1000", "10", "21841"  # classes
+CLAIMED, EVALUATION = ("100", "1000"), {"model": "ViT-B-16", "images": "100", "B": "100"}  # of the claims
 GROWTH, FLOORS = 1.5, {"fp32": 1.6, "bf16": 2.5}  # goals: time at MANY over FEW classes; time over the floor on a CPU
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
 METHODS |= {"lora": "CLIP-LoRA", "full": "full fine-tuning", "skip": "Skip Tuning"}
@@ -86,6 +88,22 @@ def mean(rows: Sequence[Row], column: str, unit: str = "", digits: int | None = 
     return f"{average:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "") + unit
 
 
+def saving(row: Row, first: Row, column: str, divisor: float = 1, unit: str = "") -> str:
+    """A value and, in brackets, how much less it is than in the first row of the same run; without a value, the reason.
+
+    >>> run = dict.fromkeys(MACHINE, "")
+    >>> saving(run | {"s": "63"}, run | {"s": "100"}, "s"), saving(run | {"s": "126"}, run | {"s": "100"}, "s", 2, " s")
+    ('63.0 (37 % less)', '63.0 s (26 % more)')
+    """
+    value, other = number(row, column), number(first, column)
+    if value is None:
+        return row.get("note", "").partition(":")[0]
+    if row is first or other is None or any(row[name] != first[name] for name in MACHINE):
+        return figure(value / divisor, unit)
+    change = 100 * value / other - 100
+    return f"{figure(value / divisor, unit)} ({abs(change):.0f} % {'more' if change > 0 else 'less'})"
+
+
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table without its empty columns."""
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -94,13 +112,14 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def origin(kind: str, rows: Sequence[Row]) -> str:
-    """The line below a table: device, versions, commits and command."""
+    """The line below a table: device, versions, commits and commands, of one or more kinds."""
 
     def values(column: str) -> str:
         return ", ".join(dict.fromkeys(row[column] for row in rows))
 
     machine = f"{values('device')}, {values('threads')} threads; torch {values('torch')}"
-    return f"\n\n<sub>{machine}; commit {values('commit')}; `python -m {KINDS[kind].command}`</sub>"
+    commands = ", ".join(f"`python -m {KINDS[each].command}`" for each in kind.split())
+    return f"\n\n<sub>{machine}; commit {values('commit')}; {commands}</sub>"
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------
@@ -130,7 +149,7 @@ def headline(device: Device) -> str:
     both = command.format(HEADLINE, "skipkernels published")
     lines = [
         [f"step at {int(HEADLINE):,} classes, against the published step", *faster, both],
-        ["saved for backward, the published step → ours", *saved, "the same"],
+        ["saved for backward, the published step → ours", *saved, both],
         [f"our step at {int(MANY):,} classes, against {FEW}", *grown, command.format(f"{FEW} {MANY}", "skipkernels")],
     ]
     used = device.latest_rows("step", **SHOWN, implementation=OURS)
@@ -151,6 +170,23 @@ def steps(device: Device) -> str:
             if any(found):
                 lines.append([name, precision, *(timed(row) if row else "" for row in found)])
     return table(["", "", *(f"C = {int(C):,}" for C in columns)], lines) + origin("step", rows)
+
+
+def sizes(device: Device) -> str:
+    """The published step and ours with other models and batch sizes."""
+    rows = [row for row in device.latest_rows("step") if not SHOWN.items() <= row.items()]
+    lines = []
+    for case, of in grouped(rows, "model B C precision").items():
+        found = {row["implementation"]: row for row in of}
+        pair = [found.get(name, {}) for name in (step.PUBLISHED, OURS)]
+        cells = [timed(row, 1, " ms") if row else "" for row in pair]
+        for column in ("saved_mib", "peak_mib"):
+            values = [figure(number(row, column), " MiB") for row in pair]
+            cells.append(" → ".join(values) if all(values) else values[1])
+        kept = f"{int(found.get(OURS, of[0])['K']):,} of {int(case[2]):,}"
+        lines.append([*case[:2], kept, case[3], *cells])
+    header = ["model", "B", "classes", "precision", *(step.PUBLISHED, OURS), "saved for backward", "rise at the peak"]
+    return table(header, lines) + origin("step", rows) if rows else ""
 
 
 def memory(device: Device) -> str:
@@ -185,6 +221,26 @@ def classifying(device: Device) -> str:
         lines.append([*case, *cells, floor])
     header = ["images", "B", "C", "precision", *infer.IMPLEMENTATIONS, f"{OURS} over its floor"]
     return table(header, lines) + origin("infer", rows) if rows else ""
+
+
+def claims(device: Device) -> str:
+    """Memory of training and time of classification, and how much less they are than those of the first line."""
+    used, lines = [], []
+    for what, kind, where, names, column, divisor, unit in (
+        ("training", "step", SHOWN, (step.FULL, step.PUBLISHED, OURS), "training_mib", 1, " MiB"),
+        ("classification", "infer", EVALUATION, (step.PUBLISHED, OURS), "p50_ms", 1000, " s"),
+    ):
+        rows = [row for row in device.all_rows(kind) if where.items() <= row.items() and row["C"] in CLAIMED]
+        measured = [row for row in rows if row["implementation"] in names and row.get(column)]
+        rows = [row for row in rows if row in measured or row["note"].startswith("does not fit")]
+        by_case = {(row["implementation"], row["precision"], row["C"]): row for row in rows}
+        for precision, name in itertools.product(PRECISIONS if measured else (), names):
+            found = [[by_case.get((each, precision, C), {}) for C in CLAIMED] for each in (name, names[0])]
+            cells = [saving(*pair, column, divisor, unit) for pair in zip(*found, strict=True)]
+            lines.append([f"{what}, {name}", precision, *cells])
+        used += [row for row in by_case.values() if row in measured]
+    header = ["", "", *(f"C = {int(C):,}" for C in CLAIMED)]
+    return table(header, [line for line in lines if any(line[2:])]) + origin("step infer", used) if used else ""
 
 
 def trainers(device: Device) -> str:
@@ -297,8 +353,8 @@ def goals(device: Device) -> str:
 
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline},
-    "docs/benchmarks.md": {"step": steps, "memory": memory, "infer": classifying, "glyphs": glyphs}
-    | {"goals": goals, "lose": losses},
+    "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
+    | {"glyphs": glyphs, "goals": goals, "lose": losses},
     "docs/operators.md": {"operators": operators},
     "docs/trainers.md": {"trainers": trainers},
 }

@@ -14,8 +14,9 @@ from bench import pictures, report
 from bench.rows import KINDS, MACHINE, Device, latest, read, same_run
 
 CPU, GPU = "CPU (avx2)", "GPU"
+FULL, CLASSIFYING = "full fine-tuning", (("published", 10000), ("skipkernels", 7100))
 EXTRA = {
-    "step": "faster saved_mib",
+    "step": "faster saved_mib training_mib",
     "operators": "faster",
     "infer": "faster",
 }
@@ -117,6 +118,32 @@ def test_headline_uses_ratios_of_one_run(root):
     text = page(root)
     assert "5.10 times faster" in text and "900 MiB → 100 MiB" in text
     assert "1.50 times the time, 1.00 times the memory" in text
+
+
+def test_other_models_and_batch_sizes_have_a_table(root):
+    many = {"B": 32, "K": 53}
+    ours, published = step("skipkernels", 100, 2000, **many), step("published", 100, 5000, faster=2.5, **many)
+    no_room = step("published", 1000, note="does not fit: 1000 classes …", B=32)
+    save(root, "step", ours, published | {"saved_mib": "900", "peak_mib": ""}, no_room, step("skipkernels", 10, 1))
+    text = page(root, "docs/benchmarks.md").partition("<!-- bench:sizes -->")[2].partition("<!-- /bench:sizes -->")[0]
+    assert "| ViT-B-16 | 32 | 53 of 100 | fp32 | 5,000 ms (2.50) | 2,000 ms | 900 MiB → 100 MiB | 200 MiB |" in text
+    assert "| ViT-B-16 | 32 | 20 of 1,000 | fp32 | does not fit |  |  |  |" in text and "of 10 |" not in text
+
+
+def test_claims_compare_rows_of_one_run(root):
+    train = [step(name, 100, 9.0, training_mib=mib) for name, mib in ((FULL, 4000), ("published", 2500))]
+    other = step("skipkernels", 100, 9.0, commit="def", training_mib=1000)
+    too_large = [step(FULL, 1000, note="does not fit: 1000 classes …"), step("published", 1000, 9.0, training_mib=3000)]
+    again = step(FULL, 100, 9.5)  # without --training: no reason to forget what was measured
+    save(root, "step", *train, other, *too_large, again)
+    case = {"model": "ViT-B-16", "images": 100, "B": 100, "C": 100, "precision": "fp32"}
+    save(root, "infer", *(row("infer", **case, implementation=n, p50_ms=ms) for n, ms in CLASSIFYING))
+    text = page(root, "docs/benchmarks.md")
+    assert "| training, full fine-tuning | fp32 | 4,000 MiB | does not fit |" in text
+    assert "| training, published | fp32 | 2,500 MiB (38 % less) | 3,000 MiB |" in text
+    assert "| training, skipkernels | fp32 | 1,000 MiB |  |" in text
+    assert "| classification, skipkernels | fp32 | 7.10 s (29 % less) |  |" in text
+    assert "`python -m bench.step`, `python -m bench.infer`</sub>" in text
 
 
 def test_losses_are_sorted(root):
