@@ -3,7 +3,7 @@
     python examples/tune_pairs.py --epochs 6
 
 A training image is a Greek character in one of two fonts; each character has two captions. Features at the cut are
-cached: those of the images in a folder, those of the captions in SkipCLIP. Each step draws one caption for each image.
+cached: of the images in a folder, of the captions in memory, by SkipCLIP. Each step draws one caption for each image.
 Retrieval is measured on images in a third font.
 """
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
     model.load_state_dict(glyph_tiny.state_dict())
     characters = glyphs.block_characters(["greek"], (*FONTS, *TEST_FONTS))[:48]
     names = [glyphs.character_name(c) for c in characters]
-    captions = [caption.format(name) for name in names for caption in CAPTIONS]  # of character c: 2c and 2c + 1
+    captions = [caption.format(name) for name in names for caption in CAPTIONS]  # 2c and 2c + 1 belong to character c
     image_of_caption = torch.arange(len(captions)) // len(CAPTIONS)
 
     clip = sk.SkipCLIP(model, open_clip.get_tokenizer("glyph-tiny")(captions), skip_layers=0.5)
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
         clip.eval()
         found = sk.retrieval.recall(clip.encode_image(test_images), clip.class_embeddings(), image_of_caption)
         clip.train()
-        for name, of_k in zip(("image to text", "text to image"), found, strict=True):
-            print(f"  {name}:", "  ".join(f"R@{k} {share:.0%}" for k, share in of_k.items()))
+        for name, recall_at in zip(("image to text", "text to image"), found, strict=True):
+            print(f"  {name}:", "  ".join(f"R@{k} {share:.0%}" for k, share in recall_at.items()))
         return found
 
     optimizer = torch.optim.AdamW(clip.parameter_groups(text_lr=5e-4, image_lr=5e-4))

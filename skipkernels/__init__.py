@@ -1,7 +1,7 @@
-"""skipkernels: Skip Tuning for CLIP, near what the hardware can do.
+"""skipkernels: Skip Tuning for CLIP, with fused kernels for CPUs and GPUs.
 
-Importing this package imports no other: each public name is loaded at its first use. `import skipkernels.ops` registers
-the operators with PyTorch as `torch.ops.skipkernels.…`; if torch is already imported, the first use of
+Importing this package imports no other package: each public name is loaded at its first use. `import skipkernels.ops`
+registers the operators with PyTorch as `torch.ops.skipkernels.…`; if torch is already imported, the first use of
 `torch.ops.skipkernels` does the same.
 """
 

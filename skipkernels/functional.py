@@ -1,5 +1,7 @@
 """The operators as public functions: validate the inputs, then call the fastest kernel for their device.
 
+A class bank is the matrix [C, D] of the embeddings of all classes, one row per class.
+
 Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding, W width of a tower; N image
 tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H width of a head.
 """
@@ -65,22 +67,22 @@ def class_sampled_ce(
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
     The result equals `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in
-    memory all at once: without gradients there is one tile at a time, with gradients one panel of images at a time (32
-    MiB or, for K above half a million, 16 images). Gradients flow to `image`, `text` (zero for rows outside the sample)
-    and `logit_scale`.
+    memory all at once. Without gradients they are computed in tiles; with gradients, in panels: rows of consecutive
+    images, up to 32 MiB (or 16 images, if these need more). Gradients flow to `image`, `text` (zero for rows outside
+    the sample) and `logit_scale`.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64. A row with a norm below 1e-12 is
             divided by 1e-12, as in `torch.nn.functional.normalize`.
         text: [C, D] class bank with rows of any norm, in the dtype of `image`.
         labels: int64 [B], indices of rows of the bank, or `ignore_index`.
-        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
-            `image` (without a host sync).
+        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
+            the device of `image`, which is not read on the host.
         class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
-        class_weight: [C], weight of each row of the bank, a constant; default: 1.
+        class_weight: [C], weight of each row of the bank, without gradient; default: 1 for all.
         label_smoothing: ε in [0, 1]; default: 0.
-        ignore_index: label of images without loss and gradient; default: -100.
-        reduction: "mean" (default; over the images that are not ignored, weighted by w_y), "sum" or "none".
+        ignore_index: images with this label have no loss and no gradient; default: -100.
+        reduction: "mean" (the default: the mean weighted by w_y over the images that are not ignored), "sum" or "none".
 
     Returns:
         The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32.
@@ -113,7 +115,7 @@ def class_sampled_ce(
     if reduction not in REDUCTIONS:
         raise ValueError(f'{name}: reduction must be "mean", "sum" or "none"; got {reduction!r}.')
     scale = _scale_tensor(name, logit_scale, image)
-    # The CPU kernel computes gradients at less cost in forward; with "none" they depend on the upstream gradient.
+    # On the CPU, gradients cost less when forward computes them. With "none" they need the upstream gradient.
     in_forward = image.device.type == "cpu" and reduction != "none" and torch.is_grad_enabled()
     return registration.call(
         _class_sampled_ce,
@@ -144,8 +146,8 @@ def class_sampled_logits(
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
         text: [C, D] class bank with rows of any norm, in the dtype of `image`.
-        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
-            `image`.
+        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
+            the device of `image`.
         class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
 
     Returns:
@@ -179,33 +181,34 @@ def class_sampled_lse(
     *,
     class_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits of the classes of one process, and the logit of the label.
+    """Log-sum-exp over the classes of one process, and the logit of the label, for each image.
 
-    For a cross-entropy over classes that are shared out among processes. With z_bk = logit_scale · ⟨x_b/|x_b|,
-    t_k/|t_k|⟩ over the sampled rows k of the bank of this process, and y_b the label:
+    These are the parts of a cross-entropy over classes that are shared out among processes. With z_bk = logit_scale ·
+    ⟨x_b/|x_b|, t_k/|t_k|⟩ over the sampled rows k of the bank of this process, and y_b the label:
 
         lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
 
-    The loss of an image is the `torch.logsumexp` over processes of lse_b, minus the sum over processes of target_b.
-    Autograd of these [B] numbers gives each process its gradients of lse and target, and with them the exact gradients
-    of `image`, `text` (zero for rows outside the sample) and `logit_scale` without another message. The [B, K] logits
-    are never in memory all at once, see `class_sampled_ce`.
+    The loss of image b is the `torch.logsumexp` of lse_b over the processes, minus the sum of target_b over the
+    processes. Autograd through this formula gives each process the gradients of its own lse and target. From these two
+    [B] vectors, backward computes the exact gradients of `image`, `text` (zero for rows outside the sample) and
+    `logit_scale`, without another message. The [B, K] logits are never in memory all at once, see `class_sampled_ce`.
 
-    Class weights multiply the loss of an image by the weight of its label. Label smoothing needs the sum of the logits,
-    which is logit_scale · ⟨x_b/|x_b|, Σ_k t_k/|t_k|⟩: a product of [B, D] and [D] in plain PyTorch.
+    Class weights and label smoothing are left to the caller. Multiply the loss of an image by the weight of its label.
+    Label smoothing needs the sum of the logits, logit_scale · ⟨x_b/|x_b|, Σ_k t_k/|t_k|⟩: a product of [B, D] and [D]
+    in plain PyTorch.
 
     Args:
         image: [B, D] image embeddings of any norm, of all processes, in fp32, bf16, fp16 or fp64.
         text: [C, D] class bank of this process with rows of any norm, in the dtype of `image`; C may be 0.
         labels: int64 [B], indices of rows of the bank, or −1 for a class of another process.
-        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
-            `image` (without a host sync).
+        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
+            the device of `image`, which is not read on the host.
         class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows. K may be
             0.
 
     Returns:
-        lse and target, both fp64 [B] for every dtype, since the loss is a difference and fp32 rounds logits by 4e-6 at
-        a scale of 100. Without a class (K = 0) lse is −∞ and target 0, with gradients of zero.
+        lse and target, both [B], in fp64 for every dtype of the features: the loss is their difference, and fp32 rounds
+        logits by 4e-6 at a scale of 100. If K = 0, lse is −∞, target is 0, and the gradients are zero.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype.
@@ -231,7 +234,7 @@ def class_sampled_lse(
     if class_ids is not None:
         _check_ids(name, "class_ids", class_ids, image, K=0 if class_ids.shape == (0,) else None)
     scale = _scale_tensor(name, logit_scale, image)
-    if (text if class_ids is None else class_ids).shape[0] == 0:  # the kernels need a class
+    if (text if class_ids is None else class_ids).shape[0] == 0:  # the kernels need at least one class
         if image.device.type == "cpu":
             _check_class_sampled_lse(image, text, labels, scale, class_ids)
         return reference.class_sampled_lse(image, text, labels, scale, class_ids)
@@ -279,14 +282,15 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
 
         loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
 
-    This is `class_sampled_ce` twice, with the texts and with the images as class bank. The [B, B] logits are not saved
-    for backward, and at most 32 MiB of them are in memory. Equal texts in a batch are negatives of each other's image.
+    Two calls of `class_sampled_ce` compute it: one with the texts as class bank, one with the images. The [B, B] logits
+    are not saved for backward, and at most 32 MiB of them are in memory. If two texts of a batch are equal, each is a
+    negative for the image of the other.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
         text: [B, D] text embeddings of any norm, in the dtype of `image`; row b belongs to image b.
-        logit_scale: factor of the cosines, not its logarithm: a number, or a tensor of one element on the device of
-            `image` (without a host sync).
+        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
+            the device of `image`, which is not read on the host.
         reduction: "mean" (default), "sum" or "none".
 
     Returns:
@@ -333,10 +337,10 @@ def add_layer_norm(
         x: [..., W] output of the sub-layer, in fp32, bf16, fp16 or fp64.
         residual: [..., W] input of the sub-layer, in the dtype of `x`, or in bf16 or fp16 if `x` is fp32; None for a
             plain LayerNorm of `x`.
-        weight: [W], in any of these dtypes; usually fp32, also with bf16 features.
+        weight: [W], in any of the dtypes listed for `x`; usually fp32, also with bf16 features.
         bias: [W], in the dtype of `weight`.
         eps: added to the variance, at least 0; default: 1e-5.
-        out_dtype: dtype of `normed`, one of the same dtypes; default: that of `x`.
+        out_dtype: dtype of `normed`, any of the dtypes listed for `x`; default: the dtype of `x`.
 
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`, or `normed` in `out_dtype`. `normed` is computed from
@@ -375,7 +379,8 @@ def add_layer_norm(
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
     """Bias and activation of the MLP of a CLIP block, in one pass.
 
-    With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is its tanh approximation.
+    With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is the tanh approximation of
+    `gelu`.
 
     Saved for backward: `x` and `bias`. Autocast casts `x`, not the bias.
 
@@ -418,10 +423,11 @@ def shared_prefix_attention(
     offsets: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of a prefix that all prompts share, once, and of the suffix of each class behind it.
+    """Causal attention over prompts that share a prefix, computed once for the prefix, then for each suffix.
 
     Rows are the P tokens of the prefix, then the tokens of each suffix. A token of the prefix attends to the prefix up
-    to itself; a token of a suffix to the whole prefix and to its own suffix up to itself. With V_i these tokens,
+    to itself; a token of a suffix to the whole prefix and to its own suffix up to itself. With V_i the set of tokens
+    that token i attends to:
 
         out_i = Σ_j weight_ij v_j,   weight_ij = softmax_j(scale · ⟨q_i, k_j⟩),   j ∈ V_i
 
@@ -431,10 +437,10 @@ def shared_prefix_attention(
     Args:
         packed: [R, 3W], query, key and value of each token side by side, each of H heads; in fp32, bf16, fp16 or fp64.
             Not copied if its last dimension is contiguous.
-        heads: H; W is a multiple of it.
+        heads: H, a divisor of W.
         prefix_length: P, number of tokens of the prefix, 0 to R − 1.
-        max_length: without `offsets`, number of tokens of every suffix; R − P is a multiple of it. With `offsets`, at
-            least the tokens of the longest suffix.
+        max_length: without `offsets`, the number of tokens of every suffix, a divisor of R − P. With `offsets`, an
+            upper bound of the number of tokens of a suffix.
         offsets: int64 [K + 1], non-decreasing from 0 to at most R − P: suffix k is rows P + offsets[k] to
             P + offsets[k + 1] − 1. Rows behind the last suffix are not read; their result and gradient are 0. Not
             validated on a GPU. Default: suffixes of equal length.
@@ -445,11 +451,11 @@ def shared_prefix_attention(
 
     Raises:
         TypeError: for an unsupported dtype.
-        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for offsets that do not rise
-            from 0 to at most R − P in steps of 0 to `max_length`.
+        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for offsets that do not
+            begin with 0, decrease, exceed R − P, or are more than `max_length` apart.
 
     Example:
-        >>> value = torch.tensor([1.0, 2.0, 3.0, 9.0])  # a prefix of two tokens, two suffixes of one
+        >>> value = torch.tensor([1.0, 2.0, 3.0, 9.0])  # a prefix of two tokens, two suffixes of one token
         >>> packed = torch.stack([torch.zeros(4), torch.zeros(4), value], dim=1)  # [R=4, 3W=3]: equal weights
         >>> shared_prefix_attention(packed, heads=1, prefix_length=2, max_length=1).flatten()
         tensor([1.0000, 1.5000, 2.0000, 4.0000])
@@ -476,7 +482,7 @@ def shared_prefix_attention(
     elif (R - prefix_length) % max_length != 0:
         raise ValueError(
             f"{name}: max_length must divide the {R - prefix_length} rows behind the prefix; got {max_length}. "
-            "Pass offsets for suffixes of several lengths."
+            "Pass offsets if the suffixes differ in length."
         )
     scale = (width // (3 * heads)) ** -0.5 if scale is None else scale
     return registration.call(_shared_prefix_attention, packed, heads, prefix_length, offsets, max_length, scale)[0]
@@ -490,9 +496,9 @@ def pooled_attention(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one query per sequence, that of the pooled token, over all keys of the sequence.
+    """Attention of one query per sequence, the query of the pooled token, over all keys of the sequence.
 
-        out_b = softmax_n(scale · ⟨q_b, k_bn⟩, n < length_b) · v_bn
+        out_b = Σ_n weight_bn v_bn,   weight_bn = softmax_n(scale · ⟨q_b, k_bn⟩),   n < length_b
 
     Args:
         query: [B, H, E], in fp32, bf16, fp16 or fp64.
@@ -540,13 +546,13 @@ def gather_rows(
     out: Tensor | None = None,
     out_index: Tensor | None = None,
 ) -> Tensor:
-    """Gather rows of a feature store into a batch, dequantised.
+    """Gather rows of a feature store into a batch, and dequantise them.
 
         out_b = rows[index_b] · token_scale[index_b], or with out_index: out[out_index_b] = …
 
     Every number is read once, also from a memory-mapped file, and written once. Not differentiable: cached features are
-    constants. A batch from several shards takes one call per shard, with the rows of the batch that belong to the shard
-    as `out_index`.
+    constants. For a batch from several shards, call it once per shard: `out_index` are the rows of the batch that come
+    from this shard.
 
     Args:
         rows: [R, N, W] features, one row per sample; in fp32, fp16, bf16, fp64 or int8.
@@ -557,7 +563,8 @@ def gather_rows(
         out: contiguous [B, N, W] tensor for the result, in any floating-point dtype, that does not share memory with
             `rows`. With `out_index` it is [M, N, W], M ≥ 1.
         out_index: int64 [B], indices of the rows of `out` to write, in any order, without duplicates (not validated on
-            a GPU, where a duplicate row is undefined). Other rows do not change. Only with `out`; default: 0 to B − 1.
+            a GPU, where the values of a duplicate row are undefined). Other rows do not change. Only with `out`;
+            default: 0 to B − 1.
 
     Returns:
         [B, N, W] tensor, or `out`.
@@ -603,16 +610,16 @@ def gather_rows(
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64; got {dtype}.")
     if out is None:
         if out_index is not None:
-            raise ValueError(f"{name}: out_index must come with out, to select its rows; got no out. Pass it, too.")
+            raise ValueError(f"{name}: out_index selects rows of out; got no out. Pass out too.")
         if pin_memory and (rows.device.type != "cpu" or not torch.cuda.is_available()):
             raise ValueError(
-                f"{name}: pin_memory is for rows on the CPU of a machine with a GPU; got rows on {rows.device}"
+                f"{name}: pin_memory needs rows on the CPU, and a GPU in the machine; got rows on {rows.device}"
                 f"{'' if torch.cuda.is_available() else ' and no GPU'}. Leave it out."
             )
         return registration.call(_gather_rows, rows, index, token_scale, dtype, pin_memory)
     if dtype is not None or pin_memory:
         raise ValueError(
-            f"{name}: dtype and pin_memory must not be given with out, which has its own; got dtype={dtype} and "
+            f"{name}: dtype and pin_memory must not be given with out, which has its own dtype; got dtype={dtype} and "
             f"pin_memory={pin_memory}. Leave them out."
         )
     B = index.shape[0]
@@ -620,13 +627,13 @@ def gather_rows(
         check_shape(name, "out_index", out_index, ("index", index), B=B)
         check_dtype(name, "out_index", out_index, [torch.int64], "Use out_index.long().")
         check_device(name, "out_index", out_index, ("rows", rows))
-    right = out.shape[1:] == (N, W) and (out.shape[0] == B if out_index is None else out.shape[0] >= 1)
-    if not right or not out.is_contiguous():
+    fits = out.shape[1:] == (N, W) and (out.shape[0] == B if out_index is None else out.shape[0] >= 1)
+    if not fits or not out.is_contiguous():
         wanted = f"[B={B}, N={N}, W={W}]" if out_index is None else f"[M, N={N}, W={W}] with M ≥ 1"
         raise ValueError(
             f"{name}: out must be contiguous {wanted}; got {list(out.shape)} with strides {list(out.stride())}."
         )
-    check_dtype(name, "out", out, FEATURE_DTYPES, "Features are floating-point numbers.")
+    check_dtype(name, "out", out, FEATURE_DTYPES, "Pass a floating-point tensor.")
     check_device(name, "out", out, ("rows", rows))
     # Under torch.compile tensors have no addresses.
     if not torch.compiler.is_compiling() and out.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr():
@@ -656,8 +663,8 @@ def sgd_momentum_(
     of threads.
 
     With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction, so that
-    updates smaller than half a step are applied on average. The random bits depend only on the seed and on the position
-    of a weight in the list, or on its offset. Use a new seed for every step.
+    updates smaller than half the spacing of bf16 numbers are applied on average. The random bits of an element depend
+    only on the seed and on the index of the element in the list, see `offsets`. Use a new seed for every step.
 
     On a GPU all tensors are updated by one launch. Addresses of the tensors are copied to the device when they change.
 
@@ -674,7 +681,7 @@ def sgd_momentum_(
         seed: seed of stochastic rounding of bf16 weights: a number, or an int64 tensor of one element, read like `lr`;
             default: None, round to nearest.
         offsets: index of the first element of each weight among all elements that share the seed, so that a weight has
-            the same random bits in any list; default: the elements are counted through the list.
+            the same random bits in any list; default: the weights follow each other in the order of the list.
 
     Raises:
         TypeError: for an unsupported or mismatched dtype, and for a seed with weights that are not bf16.
@@ -691,7 +698,7 @@ def sgd_momentum_(
     weights, grads, buffers = ([x] if isinstance(x, Tensor) else list(x) for x in (weight, grad, momentum_buffer))
     if not len(weights) == len(grads) == len(buffers):
         raise ValueError(
-            f"{name}: weight, grad and momentum_buffer must be lists of one length; got {len(weights)}, {len(grads)} "
+            f"{name}: weight, grad and momentum_buffer must be lists of equal length; got {len(weights)}, {len(grads)} "
             f"and {len(buffers)}."
         )
     if offsets is not None and (len(offsets) != len(weights) or min(offsets, default=0) < 0):

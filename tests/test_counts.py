@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not launching.installed, reason="Triton is not i
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run in a new process that keeps freed memory."""
+    """Run `bench.counts --check` in a new process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.counts", "--check", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -31,12 +31,12 @@ def test_counts_match_the_table():
 
 
 def test_check_finds_duplicated_work(monkeypatch):
-    right = SkipCLIP._select
-    before = counts.rows_of(counts.SIZES[0], published=False)  # by this torch: compared exactly
+    select = SkipCLIP._select
+    before = counts.rows_of(counts.SIZES[0], published=False)  # same torch: exact comparison
 
     def twice(self, *arguments):
-        right(self, *arguments)
-        return right(self, *arguments)
+        select(self, *arguments)
+        return select(self, *arguments)
 
     monkeypatch.setattr(SkipCLIP, "_select", twice)
     found = "\n".join(counts.compare(counts.rows_of(counts.SIZES[0], published=False), before))

@@ -160,7 +160,7 @@ GATHER = [
     ({"out": torch.ones(2, 4, 3).mT}, ValueError, r"out must be contiguous .* strides \[12, 1, 3\]"),
     ({"out": torch.ones(2, 3, 4).long()}, TypeError, r"out must be float32, .* got torch.int64"),
     ({"out": torch.ones(2, 3, 4), "dtype": torch.float32}, ValueError, "dtype and pin_memory must not be given with"),
-    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index must come with out, .* got no out\. Pass it, too"),
+    ({"out_index": torch.tensor([0, 1])}, ValueError, r"out_index selects rows of out; got no out\. Pass out too"),
     *(
         ({"out": torch.ones(7, 3, 4), "out_index": torch.tensor([6, 0])} | bad, error, message)
         for bad, error, message in (
@@ -199,7 +199,7 @@ def test_gather_rows_refuses(bad, error, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_pinned_memory_needs_a_gpu():
-    with pytest.raises(ValueError, match=r"^gather_rows: pin_memory is for .* on cpu and no GPU. Leave it out"):
+    with pytest.raises(ValueError, match=r"^gather_rows: pin_memory needs .* on cpu and no GPU. Leave it out"):
         functional.gather_rows(**stored(), pin_memory=True)
 
 

@@ -1,4 +1,4 @@
-"""SkipCLIP: a CLIP with the step of Skip Tuning."""
+"""SkipCLIP: a CLIP model with the training step of Skip Tuning."""
 
 from __future__ import annotations
 
@@ -33,83 +33,88 @@ from .verify import verify
 class SkipCLIP(Training, Inference):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
 
-    The model is tuned in place: parameters are shared, and its `state_dict` keeps its keys. Parameters below the cut
-    are frozen (`requires_grad` False), those above are set to train. With `skip_layers=0` only `logit_scale` is frozen:
-    full fine-tuning with class selection.
+    The model is tuned in place: its parameters are shared, and the keys of its `state_dict` do not change. The *cut* is
+    behind the first `skip_layers` blocks of each tower. Parameters below the cut are frozen (`requires_grad` False),
+    parameters above it train. With `skip_layers=0` only `logit_scale` is frozen: full fine-tuning with class selection.
 
     In evaluation mode (`clip.eval()`) `clip(x, labels)` compares all classes, returns [B, C] logits and the loss over
     them, and changes no state. `clip.state_dict()` holds the model, and in `_extra_state` the sampler and the
     prototypes, so that a resumed training draws the same classes. `keep_ratio`, `max_keep`, `decay` and `tail` are not
-    in it: give the constructor the same ones.
+    in it: pass the same values to the constructor when resuming.
 
-    After construction the model must not be altered (a hook, another layer, mask or number of heads): the next call
-    raises an error, until `refresh` reads the model again. Weights below the cut are compared by content at each switch
-    between training and evaluation mode, and by version in each step.
+    After construction do not alter the model (add a hook; replace a layer or the mask; change the number of heads):
+    calls then raise an error until `refresh` is called. Changes of the weights below the cut are detected by their
+    content at each switch between training and evaluation mode, and by their version counters in each step.
 
     `torch.compile(clip)` does not compile the step. Activation checkpointing around SkipCLIP raises an error, since its
     second forward would draw other classes: use `memory="min"`.
 
     With `DistributedDataParallel(clip, forward_sync_buffers=False)`, or `broadcast_buffers=False` in PyTorch versions
     without that argument, each process selects classes for its part of a batch. With `keep_ratio=1` and equal parts the
-    gradients are those of the whole batch. With `process_group` they are for all settings.
+    gradients are those of the whole batch. With `process_group` the gradients are those of the whole batch for all
+    settings.
 
     Args:
         model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
             `CLIPModel` or `SiglipModel`, in fp32, bf16, fp16 or fp64.
-        tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], those of T templates. The embedding of a
-            class is then the mean of the unit-norm embeddings of its T prompts.
-        skip_layers: Blocks skipped in each tower (ω): a number, a fraction of the blocks, or a pair of either
-            (image, text).
-        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class,
+        tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], its prompts in T templates. The
+            embedding of a class is then the mean of the unit-norm embeddings of its T prompts.
+        skip_layers: Number of frozen blocks in each tower (ω): a whole number, a fraction of the blocks, or a pair
+            (image, text) of these.
+        keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
             whatever `max_keep` is.
         max_keep: Largest number of classes that are always kept, unless a batch has more labels.
-        decay: λ, decay of the probability to keep a class of the tail.
-        tail: "resample" draws the tail in each step, "fixed" once per run, as published.
-        max_tail: Bound on the expected number of classes of the tail, for very many classes: another method than the
-            published one, which has none (default). See `RankSampler`.
+        decay: λ. The other classes, the tail, are kept with a probability that falls exponentially with the rank of the
+            class; the larger λ is, the more are kept.
+        tail: "resample" draws classes of the tail in each step, "fixed" once per run, as published.
+        max_tail: Upper bound on the expected number of classes drawn from the tail, for tasks with very many classes.
+            It changes the method; default: None, no bound, as published. See `RankSampler`.
         generator: Random generator of the draws; by default one with seed 0.
         lower_device: Device of parameters and buffers below the cut; by default that of the model.
         train_logit_scale: True also trains the temperature.
         label_smoothing: ε in [0, 1] of the loss, in training over the kept classes.
         class_weight: [C] weights of the classes in the loss. As in `torch.nn.CrossEntropyLoss`, the loss is then the
-            weighted mean over the batch: in a batch of one class, as of `sampler="class_pure"`, the weight of this
-            class cancels out, and a weight of 0 gives NaN. Both options apply in evaluation mode too.
+            weighted mean over the batch: in a batch of one class, as `sampler="class_pure"` draws, the weight of this
+            class cancels out, and a weight of 0 gives NaN. `label_smoothing` and `class_weight` apply in evaluation
+            mode too.
         trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
             "as_is" trains the parameters above the cut that require gradients, such as only adapters, norms or biases.
-            A block with an adapter runs as your module, the others stay fused.
-        chunk: Largest number of samples that run below the cut at once.
-        memory: What a block above the cut saves for backward. "fast": all but cheap recomputations, about 10·W values
-            per token. "min": only its input, and recomputes the rest. "auto": "fast" while that takes less than half
-            of the free memory. Results are the same. A block that is not fused saves what autograd saves, except with
-            "min".
-        attention: Backend of attention. "sdpa": PyTorch, and operators of this package for texts behind a shared prefix
-            and for pooled tokens. "xformers": xformers for full and causal attention and behind the prefix, on a GPU
-            only, with a host sync in each step.
-        text_cache: Folder that stores the text features at the cut, instead of memory, if there are very many classes.
-            The first process fills it while others wait; with `process_group` each has a folder of its own classes. A
-            GPU holds up to 256 MiB of it; above that, each step has a host sync to read class ids.
-        process_group: Processes that train together, by gloo or NCCL: the result is that of one process with the images
-            of all, to rounding. Process r of W encodes and scores the classes c ≡ r (mod W). The loss is the mean over
-            the images of all processes, and gradients are for the mean over processes, by `DistributedDataParallel` or
-            `skipkernels.parallel.all_reduce_gradients`. Construct SkipCLIP with equal arguments on every process. By
-            default each process is alone.
-        class_parallel: With `process_group`: True shares out prompts and their encoding, False holds and encodes all
-            selected classes on each process, with fewer messages. The results are the same. "auto" takes the way with
-            the shorter predicted step, see `reductions["text.class_parallel"]`; on a CPU True.
+            A block with an adapter runs its own `forward`, the others stay fused.
+        chunk: Largest number of images or prompts in one forward pass below the cut.
+        memory: What a block above the cut saves for backward. "fast": all but what is cheap to recompute, about 10·W
+            values per token. "min": only its input; the rest is recomputed. "auto": "fast" if that takes less than half
+            of the free memory, else "min". Results are the same. A block that is not fused saves what autograd saves,
+            except with "min".
+        attention: Backend of attention. "sdpa": PyTorch's `scaled_dot_product_attention`, and operators of this package
+            for prompts with a shared prefix and for pooled tokens. "xformers": xformers for full and causal attention
+            and for prompts with a shared prefix; GPU only, with a host sync in each step.
+        text_cache: Folder that stores the text features at the cut, for more classes than fit in memory; default: None,
+            they stay in memory. The first process fills it while the others wait; with `process_group` each process has
+            a subfolder for its own classes. A GPU holds all features if they take at most 256 MiB; otherwise each step
+            has a host sync to read class ids.
+        process_group: Processes that train together, by gloo or NCCL. The result equals that of one process with the
+            images of all processes, up to rounding. Process r of W encodes and scores the classes c ≡ r (mod W). The
+            loss is the mean over the images of all processes, and gradients are for the mean over processes, by
+            `DistributedDataParallel` or `skipkernels.parallel.all_reduce_gradients`. Construct SkipCLIP with equal
+            arguments on every process. Default: None, each process trains independently.
+        class_parallel: With `process_group`: True shares out the prompts and their encoding. False holds all prompts on
+            each process, which encodes all selected classes, with fewer messages. "auto" chooses the one with the
+            shorter predicted step, on a CPU True; `reductions["text.class_parallel"]` has the choice. The results are
+            the same.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning. With
-            `process_group` those of the classes of this process.
+            `process_group` only the rows of the classes of this process.
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
 
     Raises:
         UnsupportedModel: If the model is not supported, or a module that SkipCLIP does not call has hooks.
-        TypeError: If the model is no module, tokens or class weights are not tensors, or generator is not a
+        TypeError: If the model is not an `nn.Module`, tokens or class weights are not tensors, or generator is not a
             torch.Generator.
         ValueError: If an argument is out of range.
-        RuntimeError: If embeddings or gradients differ from those of the model itself.
-        StoreError: If `text_cache` holds features of other prompts, weights or another model.
+        RuntimeError: If embeddings or gradients differ from those that the model computes itself.
+        StoreError: If `text_cache` holds features of other prompts, other weights or another model.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
@@ -195,19 +200,19 @@ class SkipCLIP(Training, Inference):
                 parameter.requires_grad_(requires_grad)
             raise
 
-        # After the text features of all classes were computed, on the device of the model.
+        # The text features of all classes are computed by now, so the lower text tower can move to another device.
         self._take_over(None if lower_device is None else torch.device(lower_device))
         self.register_load_state_dict_post_hook(_after_load)
 
     def _held_prompts(self, tokens: Tensor, parallel: ClassParallel | None) -> Tensor:
-        """Prompts of the classes that this process holds, after a choice whether it holds all."""
+        """Choose whether this process holds the prompts of all classes or of its own; return them."""
         if parallel is None:
             return prompts_of(tokens)
         self._way = choose_way(parallel, self._class_parallel, self, tokens)
         return prompts_of(tokens[parallel.held])
 
     def _folder(self, text_cache: Path) -> Path:
-        """The folder of the prompts of this process."""
+        """Folder of the text features of the classes of this process."""
         if self._parallel is None or self._parallel.replicated:
             return text_cache
         return text_cache / f"process_{self._parallel.rank}_of_{self._parallel.size}"
@@ -216,7 +221,7 @@ class SkipCLIP(Training, Inference):
         if self._parallel is None:
             self.register_buffer("prototypes", prototypes, persistent=False)  # `get_extra_state` holds them
         else:
-            self.prototypes = prototypes  # no buffer, which DistributedDataParallel would broadcast
+            self.prototypes = prototypes  # not a buffer: DistributedDataParallel would broadcast it
 
     def _set_up(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
         """Cut the towers, set which parameters train, and take a snapshot of the model to detect later changes."""
@@ -231,14 +236,15 @@ class SkipCLIP(Training, Inference):
             if tower.can_fuse and not fused.enabled and self._settings.trainable == "upper":
                 warn_caller(
                     f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). Blocks that are "
-                    "not fused run as your modules: the results are the same, with more time and memory."
+                    "not fused run their own forward: the results are the same, but take more time and memory."
                 )
 
     def refresh(self) -> None:
-        """Read the model again, after a deliberate change to it or after computing features at the cut again.
+        """Read the model again, after a deliberate change to it or to its weights below the cut.
 
-        Repeats every check of the construction and sets `requires_grad` again; keeps prototypes and sampler. Create the
-        optimizer again if it holds replaced parameters.
+        After a change of weights, compute stored features at the cut again first. This call repeats every check of the
+        constructor and sets `requires_grad` again; prototypes and sampler do not change. Create the optimizer again if
+        it holds replaced parameters.
         """
         device = self.prototypes.device
         image, texts = build_towers(self.model, self._tokens)
@@ -252,16 +258,16 @@ class SkipCLIP(Training, Inference):
         self._take_over(self._image_encoder.lower_device)
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
-        """Replace the classes of the task by others, of any number, in place.
+        """Replace the classes of the task in place. The number of classes may change.
 
         Parameters, their `requires_grad`, optimizer states and the state of the generator stay as they are; a
-        `GraphedStep` captures its step again. Every process of a parallel training must call this, and copies, such as
-        that of an `AveragedModel`, keep their classes until it is called on them. With `process_group` a call is
-        collective.
+        `GraphedStep` captures its step again. In distributed training every process must make this call, which is
+        collective with `process_group`. Copies, such as the one in an `AveragedModel`, keep their classes until it is
+        called on them.
 
-        The new `prototypes` are computed with the *current* weights, since the weights from before tuning are not kept:
-        called before the first step they are the zero-shot embeddings that the method selects with, and later those of
-        the tuned model. A fixed tail is drawn again if its length differs.
+        The new `prototypes` are computed with the *current* weights, since the weights from before tuning are not kept.
+        If the call precedes the first step, they are the zero-shot embeddings that the published method selects with;
+        later they are embeddings of the tuned model. A fixed tail is drawn again if its length differs.
 
         Args:
             tokens: As in the constructor.
@@ -269,7 +275,7 @@ class SkipCLIP(Training, Inference):
 
         Raises:
             RuntimeError: If the model was altered, `text_cache` is in use, or embeddings or gradients differ from those
-                of the model. The classes are then those from before.
+                of the model. The previous classes then stay in use.
 
         Example:
             >>> import logging; logging.disable()  # open_clip warns about random weights
@@ -301,7 +307,7 @@ class SkipCLIP(Training, Inference):
                 with evaluating([self.model]):
                     prototypes = encoder.prototypes(None, slice(None) if parallel is None else parallel.owned_of_held)
                 weight = check_class_weight(class_weight, prototypes, len(tokens))
-                if encoder.lower_device is None:  # the model itself does not run on two devices
+                if encoder.lower_device is None:  # verify runs the model itself, which must be on one device
                     verify(self.model, self._image_encoder, encoder, prompts)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
         if parallel is not None:
@@ -322,12 +328,12 @@ def check_clip(function: str, clip: Any) -> None:
     """Raise a TypeError unless clip is a SkipCLIP."""
     if not isinstance(clip, SkipCLIP):
         raise TypeError(
-            f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Make one of the model: "
+            f"{function}: clip must be a SkipCLIP; got {type(clip).__name__}. Wrap the model: "
             "SkipCLIP(model, tokens, skip_layers=…)."
         )
 
 
 def _after_load(clip: SkipCLIP, keys: Any) -> None:
-    """Accept the loaded weights below the cut, unless features of other weights are in use."""
+    """Accept the loaded weights below the cut, unless features at the cut were computed with the previous weights."""
     if not clip._image_encoder.gave_features:
         clip._image_encoder.accept_weights()

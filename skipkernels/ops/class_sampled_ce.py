@@ -3,18 +3,19 @@
     z_bk   = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
     loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
-Saved for backward: the inputs; lse [B] in fp64, since fp32 rounds it, and every probability, by 4e-6 at a scale of 100;
-the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits in panels of
-bounded size. Gradients that are not needed are empty.
+Saved for backward: the inputs; lse [B] in fp64, since rounding it to fp32 changes every probability by 4e-6 at a scale
+of 100; the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits in
+panels, the rows of a bounded number of images. Gradients that are not needed are empty tensors.
 
-On the CPU matrix products dominate, and gradients that are computed in forward save one of four. With `keep_…`, for a
-mean or a sum, the C++ kernel returns the gradients of the unit rows, up to the factors logit_scale and d_loss, in
-fp32 [B, D] and [K, D] (fp64 for fp64). What is not kept is empty. Other implementations allocate these results and
-neither write nor read them.
+On the CPU matrix products take most of the time, and computing the gradients in forward saves one product of four. With
+`keep_image`, `keep_text` or `keep_logit_scale` (for a mean or a sum) forward of the C++ kernel returns these gradients
+of the unit rows as `kept_…`, without the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64). A
+result that is not requested is empty. Other implementations allocate `kept_…`, but neither write nor read them.
 
-On a GPU forward cuts the [B, K] plane into tiles, and for few images into splits of the classes. Each split stores the
-maximum and sum of its images; a second kernel combines them in order. Backward writes a bounded panel of d_z over the
-norms of its rows; the two contractions are calls of the BLAS library (unit_rows.py).
+On a GPU a program of forward loops over tiles of the [B, K] logits; if there are few images, the classes are divided
+into splits, each with its own programs. A split stores the maximum and the sum of exponentials of each image; a second
+kernel combines the splits in order. Backward writes a panel of d_z_bk/(|x_b| |t_k|) at a time, and multiplies it with
+the rows of text and image by two calls of the BLAS library (unit_rows.py).
 
 Reference: `reference.class_sampled_ce`. CPU kernel: csrc/class_sampled_ce.cpp. Tests:
 tests/ops/test_class_sampled_ce.py. Benchmark: bench/operators/class_sampled_ce.py.
@@ -40,20 +41,20 @@ from .unit_rows import (
     with_contiguous_rows,
 )
 
-# Number of programs that fills a large GPU twice. One number for all GPUs: all split, and round, alike.
+# Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
 BLOCK_COMBINE = 256  # images or classes per iteration of the combining program
 BLOCK_SUM = 1024
-GROUP = 8  # tiles of images that are computed for a tile of classes before the next
+GROUP = 8  # tiles of images that are computed for one tile of classes before the next tile of classes
 
-REDUCTIONS = ("mean", "sum", "none")  # `reduction` of the schemas is an index: strings leak in the stable ABI
+REDUCTIONS = ("mean", "sum", "none")  # an index in the schemas, since strings leak memory in the stable ABI
 
-# `Options` in the schemas.
+# Schema of the fields of `Options`.
 _OPTIONS = "Tensor? class_ids, Tensor? class_weight, float label_smoothing, int ignore_index, int reduction"
 
 
 class Options(NamedTuple):
-    """Options of both schemas."""
+    """Options of the forward and the backward operator."""
 
     class_ids: Tensor | None
     class_weight: Tensor | None
@@ -83,7 +84,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Gradients that are computed."""
+    """Gradients to compute or, in forward, to keep for backward."""
 
     image: bool
     text: bool
@@ -91,7 +92,7 @@ class Needs(NamedTuple):
 
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Tensor, Options, Needs]:
-    """Name the arguments of the backward operator after d_loss, without what is kept."""
+    """Group the arguments of the backward operator after d_loss, leaving out `kept_…`."""
     return Saved(*rest[:7]), rest[7], Options(*rest[11:16]), Needs(*rest[16:])
 
 
@@ -124,9 +125,9 @@ def _class_sampled_ce_fwd_kernel(
 ):
     """top_b = max_k ±cosine_bk,   sum_b = Σ_k exp(|s| · (±cosine_bk − top_b)),   with the sign of s.
 
-    One program: BLOCK_B images; a loop over the tiles of a split of the classes with an online maximum of each image.
-    It stores both, ±cosine_by, the number of k = y and, with smoothing, Σ_k w_k ±cosine_bk; with MEASURE also the norms
-    of the rows.
+    One program: BLOCK_B images and one split of the classes, in a loop over its tiles with an online maximum of each
+    image. It stores top_b, sum_b, ±cosine_by, the number of classes k = y_b and, with smoothing, Σ_k w_k ±cosine_bk;
+    with MEASURE also the norms of the rows.
     """
     split = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -146,7 +147,7 @@ def _class_sampled_ce_fwd_kernel(
         places_k = tl.minimum(offs_k, K - 1)
         rows_k = places_k
         if class_ids_ptr is not None:
-            # Ids out of range stop the device in the combining kernel; until then rows must be valid.
+            # The combining kernel asserts the range of the ids. Clamp them here, so that loads stay in bounds.
             rows_k = tl.minimum(tl.maximum(tl.load(class_ids_ptr + places_k).to(tl.int32), 0), C - 1)
         cosine, image_norm, text_norm = cosine_tile(
             image_ptr=image_ptr,
@@ -172,7 +173,7 @@ def _class_sampled_ce_fwd_kernel(
             if start_k == 0:
                 tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
         cosine = sign * cosine
-        # Beyond K the last class is repeated: the maximum does not change, the sum excludes it.
+        # Columns beyond K repeat the last class: the maximum does not change, and the sum excludes them.
         higher = tl.maximum(top, tl.max(cosine, axis=1))
         absent = tl.where(mask_k, 0.0, float("-inf"))
         terms = tl.exp(sign * scale * (cosine - higher[:, None]) + absent[None, :])
@@ -187,7 +188,7 @@ def _class_sampled_ce_fwd_kernel(
                 weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
             weighted += tl.sum(weight[None, :] * cosine, axis=1)
 
-    partial = partial_ptr + split * B + offs_b  # 32 bits suffice: many images have few splits
+    partial = partial_ptr + split * B + offs_b  # 32-bit offsets suffice: with many images there are few splits
     tl.store(partial, top, mask=mask_b)
     tl.store(partial + stride_partial, exp_sum, mask=mask_b)
     tl.store(partial + 2 * stride_partial, target, mask=mask_b)
@@ -248,7 +249,7 @@ def _class_sampled_ce_fwd_combine_kernel(
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b from it, and their sum or mean.
+    """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b from it, and the sum or mean of the losses.
 
     A single program: a loop over the images in order. It also asserts the range of labels and class ids.
     """
@@ -283,7 +284,7 @@ def _class_sampled_ce_fwd_combine_kernel(
         target_weight = counts.to(tl.float32)
         if class_weight_ptr is not None:
             target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)
-        # Not lse − z_y, which cancels if the loss is small.
+        # Not lse − z_y, which loses all digits to cancellation if the loss is small.
         loss = target_weight * (magnitude * (top - target) + log_sum)
         if SMOOTH:
             spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted
@@ -336,11 +337,13 @@ def _class_sampled_ce_bwd_logits_kernel(
 ):
     """factor_bk = d_z_bk/(|x_b| |t_k|), and Σ d_z_bk · cosine_bk; each only if its pointer is not None.
 
-    d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k)), with up_b = 1 without d_loss_ptr.
-    With d_target_ptr, up_b is d_lse_b, and d_lse_b + d_target_b is added for k = y.
-    One program: a tile of BLOCK_B images and BLOCK_K classes; the pointers are those of the first image of a panel.
+    d_z_bk = up_b · ((1 − ε) · w_y · (p_bk − [k = y]) + ε/K · (W p_bk − w_k))
+
+    up_b is d_loss_b, or 1 without d_loss_ptr. With d_target_ptr, up_b is d_lse_b, and d_lse_b + d_target_b is added for
+    k = y. One program: a tile of BLOCK_B images and BLOCK_K classes; pointers of images point to the first one of a
+    panel.
     """
-    # Programs that run at the same time read the same rows: GROUP tiles of images for each tile of classes.
+    # Order programs so that those that run at the same time share rows: GROUP tiles of images per tile of classes.
     tile_b, tile_k = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
     offs_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -383,7 +386,7 @@ def _class_sampled_ce_bwd_logits_kernel(
         total_weight = tl.load(total_weight_ptr)
     spread = label_smoothing / K * upstream
 
-    # Softmax from lse in fp64; any cosine near lse/s will do as the maximum.
+    # Softmax from lse in fp64. The maximum that is subtracted need not be exact: lse/s is near enough.
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     lse = tl.load(lse_ptr + rows_b)
     top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)
@@ -393,7 +396,7 @@ def _class_sampled_ce_bwd_logits_kernel(
     miss = p - hits.to(tl.float32)  # p − 1 for the true class, in fp32
     d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
     if d_target_ptr is not None:
-        # The sum cancels if these classes have most of the probability: in fp64.
+        # Added in fp64: the two nearly cancel if these classes have most of the probability.
         d_target = tl.load(d_target_ptr + offs_b, mask=counts, other=0.0)
         d_logits += tl.where(hits, (d_loss + d_target).to(tl.float32)[:, None], 0.0)
     d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
@@ -420,7 +423,7 @@ def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, tot
 def launch_splits(
     image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Compute the norms of the rows, and what the programs of forward store, as arguments of a combining kernel."""
+    """Launch `_class_sampled_ce_fwd_kernel`; return the norms of the rows, and the arguments of a combining kernel."""
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     B, C, K, device = image.shape[0], text.shape[0], options.classes(text), image.device
     common, smooth = _arguments(labels, logit_scale, options), options.label_smoothing != 0
@@ -491,11 +494,11 @@ def launch_gradients(
         saved: Saved by forward.
         options: Options of forward.
         needs: Gradients that are computed; the others are empty.
-        upstream: a factor of all gradients, and its divisor; default: 1.
+        upstream: a factor and a divisor of all gradients; default: both 1.
     """
     saved = saved.with_contiguous_rows()
     image, text, logit_scale = saved.image, saved.text, saved.logit_scale
-    # Contiguous: one more stride would cost `class_sampled_ce` registers.
+    # Made contiguous: one more stride argument would cost the kernel of `class_sampled_ce` registers.
     d_target = None if d_target is None else d_target.contiguous()
     sums = _launch_sums(d_loss, d_target, saved, options, needs)
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
@@ -512,9 +515,9 @@ def launch_gradients(
 def _launch_sums(
     d_loss: Tensor | None, d_target: Tensor | None, saved: Saved, options: Options, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute sums over the factors (see unit_rows.py), fp32 [B, D] and [K, D], and partial sums of d_logit_scale.
+    """Compute the sums of rows times factors G (see unit_rows.py), fp32 [B, D] and [K, D], and partial d_logit_scale.
 
-    See `launch_gradients`; the factor and its divisor are applied later.
+    Arguments as in `launch_gradients`, which applies `upstream` to the results.
     """
     image, text = saved.image, saved.text
     (B, D), K, device = image.shape, options.classes(text), image.device
@@ -524,7 +527,7 @@ def _launch_sums(
     panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
     k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
     b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
-    # Zeros: a last panel of fewer images does not write all of them.
+    # Zeros, because the last panel may have fewer images and then does not write all elements.
     d_scale = torch.zeros(panels if needs.logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
     if not any(needs):
         return d_image, d_text, d_scale
@@ -565,7 +568,7 @@ def _launch_sums(
 
 
 def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[str, Any]:
-    """Arguments of the kernels besides the rows; the weight of all classes, W, only with smoothing."""
+    """Arguments of the kernels besides the rows; the sum W of the class weights is None without smoothing."""
     class_ids, class_weight, total_weight = options.class_ids, options.class_weight, None
     if class_weight is not None:
         class_weight = class_weight.float().contiguous()
@@ -640,7 +643,7 @@ def _check(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *re
 def check_sample(
     name: str, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None, absent: int, meaning: str
 ) -> None:
-    """Raise ValueError for values that the C++ kernels refuse; `absent` is a label without a row, with its meaning."""
+    """Raise ValueError for values that the C++ kernels refuse; `absent` is the label of images without a row."""
     C = text.shape[0]
     if not logit_scale.isfinite().item():
         raise ValueError(f"{name}: logit_scale must be finite; got {logit_scale.item()}.")

@@ -14,16 +14,16 @@ from ..selection import ClassSelection
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
-# In place of a number of images, and of a digest.
+# Sent by a process that failed, in place of its number of images or of a digest.
 _FAILED = -1
-_LOW = (1 << 32) - 1  # a generator's state in the low bits, the method in the high ones
+_LOW = (1 << 32) - 1  # low bits of a message: digest of the generator's state; the high bits: digest of the call
 
 
 class OwnSelection(NamedTuple):
     """The selected classes of one process.
 
     Attributes:
-        class_ids: [K_r] int64, as indices of the classes that this process holds, ascending.
+        class_ids: [K_r] int64, selected classes that this process owns, as indices of those that it holds, ascending.
         labels: [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class.
         positions: [K_r] int64, positions of these classes among the selected classes of all processes.
         targets: [B] int64, positions of the labels among the selected classes of all processes.
@@ -38,11 +38,11 @@ class OwnSelection(NamedTuple):
 
 
 class PeerError(RuntimeError):
-    """Error for a step that another process could not take."""
+    """Error raised on every other process if one process reports an error."""
 
 
 class ClassParallel:
-    """Ownership of classes, and the messages about them. A copy has the same processes.
+    """Assignment of classes to processes, and the messages about classes. A deep copy uses the same process group.
 
     Args:
         group: The processes.
@@ -52,8 +52,8 @@ class ClassParallel:
     Attributes:
         rank: r of this process in the group.
         size: W, number of processes.
-        replicated: True if each process holds the prompts of all classes and encodes all selected ones, False if only
-            those that it owns. Scores and evaluation are of owned classes in both.
+        replicated: True if each process holds the prompts of all classes and encodes all selected ones, False if it
+            does so only for the classes that it owns. In both cases scores and evaluation are of owned classes only.
 
     Raises:
         TypeError: If `group` is not a process group.
@@ -75,13 +75,13 @@ class ClassParallel:
         self.group, self.num_classes, self.replicated = group, num_classes, False
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._check_number(num_classes)
-        self._whole: tuple[Tensor, Tensor] | None = None  # own class embeddings, and those of all classes
+        self._whole: tuple[Tensor, Tensor] | None = None  # argument and result of the last call of `class_embeddings`
 
     def _check_number(self, num_classes: int) -> None:
         if num_classes < self.size:
             raise ValueError(
-                "SkipCLIP: process_group shares out the classes, so there must be at least as many as processes; got "
-                f"C={num_classes} and {self.size} processes. Use fewer processes."
+                "SkipCLIP: process_group shares out the classes, so there must be at least as many classes as "
+                f"processes; got C={num_classes} and {self.size} processes. Use fewer processes."
             )
 
     def __deepcopy__(self, memo: Any) -> ClassParallel:
@@ -133,12 +133,12 @@ class ClassParallel:
             for (name, _), digest, expected in zip(digests, other, own.tolist(), strict=True):
                 if digest != expected:
                     raise ValueError(
-                        f"SkipCLIP: {name} must be equal on all processes of process_group; those of process {rank} "
-                        f"are not those of process {self.rank}. Give every process the same."
+                        f"SkipCLIP: {name} must be equal on all processes of process_group; got different ones on "
+                        f"processes {self.rank} and {rank}. Pass the same on every process."
                     )
 
     def report_error(self, device: torch.device, length: int = 2) -> None:
-        """Send an error of this process in place of a message of `length` numbers, so that no other waits for it."""
+        """Send an error of this process in place of a message of `length` numbers, so that no process waits for it."""
         all_gather(torch.full((length,), _FAILED, device=device), self.group)
 
     def gather_sizes(
@@ -148,15 +148,15 @@ class ClassParallel:
 
         Args:
             batch_size: Number of images of this process.
-            call: The method, with arguments that must be equal on all processes.
+            call: Name of the method, with those of its arguments that must be equal on all processes.
             generator: Generator of the draws, if the method draws.
             device: Device of the message.
 
         Raises:
-            PeerError: On every process, if one reports an error.
-            RuntimeError: On every process, if they call different methods or their generators have different states.
+            PeerError: On every process, if one process reports an error.
+            RuntimeError: On every process, if processes call different methods or have generators of different states.
         """
-        method = zlib.crc32(call.encode()) >> 1  # so that both fit in an int64
+        method = zlib.crc32(call.encode()) >> 1  # 31 bits, so that it fits in an int64 with the 32 bits of the state
         state = 0 if generator is None else zlib.crc32(generator.get_state().numpy().tobytes())
         own = torch.tensor([batch_size, method << 32 | state], device=device)
         messages: list[list[int]] = all_gather(own, self.group).tolist()
@@ -171,8 +171,8 @@ class ClassParallel:
             if other & _LOW != state:
                 raise RuntimeError(
                     f"SkipCLIP: the generator of process {rank} of process_group has another state than that of "
-                    f"process {self.rank}, so they would select other classes. Load a checkpoint on every process, and "
-                    "call SkipCLIP equally often on each."
+                    f"process {self.rank}, so they would select different classes. Load a checkpoint on every process, "
+                    "and call SkipCLIP equally often on each."
                 )
         return [size for size, _ in messages]
 
@@ -188,14 +188,14 @@ class ClassParallel:
         return whole
 
     def class_embeddings(self, own: Tensor) -> Tensor:
-        """Gather class embeddings; collective if `own` is not the tensor of the previous call."""
+        """Gather the class embeddings of all processes; collective unless `own` is the tensor of the previous call."""
         if self._whole is None or self._whole[0] is not own:
             self.gather_sizes(0, "class_embeddings", own.device)
             self._whole = own, self.gather_classes(own)
         return self._whole[1]
 
     def own_selection(self, selection: ClassSelection) -> OwnSelection:
-        """Restrict a selection to own classes; on a GPU a host sync, for their number."""
+        """Restrict a selection to the classes of this process; on a GPU their number needs a host sync."""
         class_ids, targets = selection
         owned = class_ids % self.size == self.rank
         labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]

@@ -67,8 +67,8 @@ class Classifier:
         p_c = softmax over c of (exp(logit_scale) · ⟨x̂, t̂_c⟩ / temperature)
 
     t̂_c is the unit-norm mean of the prompts of class c. The temperature was fitted on held-out images when the model
-    was tuned; without such images, and for other classes or prompts than those of the run, it is 1. (A method with
-    logits of its own, such as a linear probe, has these instead of the product.)
+    was tuned; without such images, and for other classes or prompts than those of the run, it is 1. (For a method that
+    computes its own logits, such as a linear probe, these take the place of exp(logit_scale) · ⟨x̂, t̂_c⟩.)
 
     Args:
         run: Loaded run.
@@ -126,17 +126,17 @@ class Classifier:
             run: Run folder.
             classes: Names of other classes, which are recognised by their text alone; their probabilities are not
                 calibrated. Default: the trained classes.
-            templates: Prompt templates with one {}; with others, probabilities are not calibrated. Default: those of
-                the run.
+            templates: Prompt templates, each with one {}. Default: those of the run; with other templates,
+                probabilities are not calibrated.
             device: Device. Default: "cuda" if there is one, else "cpu".
             precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp32.
 
         Raises:
-            InputError: If the folder is not one of a tuned model, or is damaged, or an argument can't be used.
+            InputError: If the folder does not hold a tuned model, or is damaged, or an argument can't be used.
         """
         folder = Path(run).expanduser()
         if not folder.is_dir():
-            raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is none.", "run")
+            raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
         return cls(load_run(folder, classes=classes, templates=templates, device=device, precision=precision))
 
     @property
@@ -161,7 +161,7 @@ class Classifier:
             logits = method.logits(TEST, inputs)
         if logits is None:
             raise InputError(
-                f"Classifier.load: classes must be trained ones for the method {method.name}, which uses no texts.",
+                f"Classifier.load: classes must be trained classes: the method {method.name} does not use texts.",
                 "classes",
             )
         return logits
@@ -187,7 +187,7 @@ class Classifier:
         Args:
             images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; preprocessed
                 images [N, 3, H, W]; or features at the cut of `clip`: a `FeatureCache`, or the path of its folder.
-            top: Number of classes for each image; at most all.
+            top: Number of classes for each image; all classes if there are fewer.
             batch_size: Images per forward pass.
             workers: Threads that decode images. Default: one for each core, at most 8.
             unreadable: "skip" leaves out files that can't be read and lists them in the result; "raise" raises.
@@ -258,7 +258,7 @@ class Classifier:
             if self.clip is None:
                 raise InputError(
                     f"Classifier.predict: images can't be the features in {path}: the method "
-                    f"{self._run.method.name} has no cut. Give the images.",
+                    f"{self._run.method.name} has no cut. Pass the images themselves.",
                     "images",
                 )
             with self._run.precision.autocast():
@@ -281,11 +281,11 @@ class Classifier:
     ) -> Predictions:
         scores = (self.logits(inputs).float() / self.temperature).softmax(dim=1)
         probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
-        if not probabilities.isfinite().all():  # NaN if a logit is
+        if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
             name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
             raise FloatingPointError(
                 f'Classifier.predict: logits of image {name} are not finite. Use precision="fp32"; if they are not '
-                "finite then either, the image or the weights are not."
+                "finite in fp32 either, the image or the weights have values that are not finite."
             )
         return Predictions(names, ids, probabilities, self.classes, unreadable or {})
 
@@ -310,5 +310,5 @@ def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Pr
         InputError: If the run or an image can't be read, or an argument can't be used.
     """
     names = ("classes", "templates", "device", "precision")
-    of_load = {name: options.pop(name) for name in names if name in options}
-    return Classifier.load(run, **of_load).predict(images, top=top, **options)
+    load_options = {name: options.pop(name) for name in names if name in options}
+    return Classifier.load(run, **load_options).predict(images, top=top, **options)

@@ -1,4 +1,4 @@
-"""Prompts as rows: the prefix that all prompts share, once, then the suffix of each class."""
+"""Prompts packed into rows: the prefix that all prompts share, stored once, then the suffix of each class."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool = False) -> int:
     """Length of the prefix that all prompts [C, L] share, in front of every pooled token [C].
 
-    If the pooled token excludes itself, its query is computed at the row in front of it, which then belongs to the
-    suffix.
+    With `excludes_self` a pooled token does not attend to itself: its query is computed at the row before it, which
+    must then be in the suffix.
     """
     same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
     return max(min(int(same), int(pooled.min()) - excludes_self), 0)
@@ -26,12 +26,12 @@ def reads_row_counts(device: torch.device) -> bool:
 class PackedPrompts:
     """Prompts of all classes, and the layout of their hidden states as rows [R, W].
 
-    With a shared prefix, rows are the prefix, then the suffixes, each up to its pooled token. Without one (P = 0) each
-    class has the rows of its whole prompt.
+    With a shared prefix, the rows are those of the prefix, then those of each suffix up to its pooled token. Without a
+    shared prefix (P = 0), each class has the rows of its whole prompt.
 
     Args:
         tokens: int64 [C, L].
-        pooled: int64 [C], the position of the token of each prompt that becomes its embedding.
+        pooled: int64 [C], position of the pooled token in each prompt: the embedding is computed from it.
         prefix_length: P, number of tokens of the shared prefix, at most `shared_prefix_length`.
         excludes_self: The pooled token attends to the tokens in front of it and not to itself.
 
@@ -42,8 +42,8 @@ class PackedPrompts:
         max_length: S, the largest of the lengths.
         row_count: R.
         same_length: True if all suffixes have S rows.
-        segments: int64 [C + 2, 2], number of rows and the row behind the last, of each suffix, then of the prefix, then
-            of an empty segment.
+        segments: int64 [C + 2, 2], for each suffix, then the prefix, then an empty segment: its number of rows, and the
+            index of the row behind its last one.
         prefix_segment: int64 [1], index of the prefix in `segments`.
         empty_segment: int64 [1], index of the empty segment.
         positions: int64 [R], 0 to R − 1.
@@ -52,9 +52,8 @@ class PackedPrompts:
     def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
         self.tokens, self.pooled = tokens, pooled
         self.prefix_length, self.excludes_self = prefix_length, excludes_self
-        self.length = length = max(
-            tokens.shape[1], int(pooled.max()) + 1
-        )  # CoCa embeds one token more than there are token ids
+        # CoCa appends a token that has no token id.
+        self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)
         self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)
         self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
@@ -75,7 +74,7 @@ class PackedPrompts:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def capacity(self, classes: int) -> int:
-        """Largest number of rows of a number of different classes."""
+        """Number of rows that suffices for any `classes` different classes."""
         return self._capacities[classes]
 
     def pack(self, hidden: Tensor, class_ids: Tensor | None = None) -> Tensor:
@@ -87,7 +86,7 @@ class PackedPrompts:
     def select(self, class_ids: Tensor, *, exact: bool = False) -> SelectedPrompts:
         """Return the layout of the prompts of `class_ids` [K] in a step.
 
-        With `exact` no row follows the last suffix, and ids may repeat; on a GPU that is a host sync.
+        With `exact` no row follows the last suffix, and ids may repeat; on a GPU this needs a host sync.
         """
         return SelectedPrompts(self, class_ids, exact or self.same_length or reads_row_counts(class_ids.device))
 
@@ -95,13 +94,14 @@ class PackedPrompts:
 class SelectedPrompts:
     """Layout of the prompts of K classes in a step: the shared prefix, then their suffixes, one after the other.
 
-    Rows may follow the last suffix: on a GPU there are as many as any K classes may have, since their number would need
-    a host sync. They repeat other rows; attention neither reads them nor gives them a gradient.
+    Rows may follow the last suffix: on a GPU the number of rows is one that suffices for any K classes, since counting
+    the rows of these K would need a host sync. The additional rows repeat other rows; attention neither reads them nor
+    gives them a gradient.
 
     Attributes:
         class_ids: int64 [K].
         offsets: int64 [K + 1], start of each suffix, counted behind the prefix; None if all have the same length.
-        ends: int64 [K], rows of the pooled tokens.
+        ends: int64 [K], row of the pooled token of each class.
         row_count: R.
     """
 
@@ -135,13 +135,13 @@ class SelectedPrompts:
     def unpack(self, rows: Tensor) -> Tensor:
         """Unpack rows [R, W] behind a shared prefix into whole prompts [K, L, W].
 
-        Behind the pooled token the last row of the suffix is repeated; no token in front of it attends to that.
+        Positions behind the pooled token repeat the last row of the suffix; no token before attends to them.
         """
         P, (K, W) = self._prompts.prefix_length, (len(self.class_ids), rows.shape[1])
         suffix = torch.arange(self._prompts.length - P, device=rows.device)
         first = self.ends - self._lengths[1:-1] + 1
         index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]
-        # Gradients of the prefix are added in one order, as `expand` does.
+        # The backward of `expand` adds the gradients of the prefix in a fixed order.
         prefix = rows[:P].expand(K, P, W)
         return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)
 

@@ -28,11 +28,11 @@ from .schedule import cosine_with_warmup
 from .stage_timer import StageTimer
 from .state_checks import check_like, check_optimizer, check_types
 
-_CURVE = 100  # most points of the losses of an epoch in its row
+_CURVE = 100  # largest number of points of the loss curve in the row of an epoch
 
 
 class Trainer:
-    """Trainer of a method, epoch by epoch. Within an epoch, only reading the losses is a host sync.
+    """Train a method, one epoch per call. Within an epoch, only reading the losses needs a host sync.
 
     Args:
         config: Resolved configuration.
@@ -45,7 +45,8 @@ class Trainer:
     Attributes:
         steps: Number of steps per epoch.
         weights: Trained weights.
-        not_graphed: Why the steps are not one CUDA graph, although `graph` is set on a GPU; or None.
+        not_graphed: Reason why steps are not captured in a CUDA graph, although `graph` is set and the device is a GPU;
+            None if they are captured, or capture was not asked for.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Trainer:
         self._graphed = self._graphed_step(config.batch_size) if graph else None
 
     def _graphed_step(self, batch_size: int) -> Callable[[Tensor, Tensor], StepOutput] | None:
-        """Return the captured step of the method, or None; sets `not_graphed`."""
+        """Return the captured step of the method, or None, with the reason in `not_graphed`."""
         try:
             step = self._method.graphed(self._optimizer, batch_size)
         except ValueError as error:
@@ -99,7 +100,7 @@ class Trainer:
         if step is not None and self._precision.scaler is not None:
             self.not_graphed = "the gradient scaler of fp16 has a host sync in each step."
         elif step is not None and self._config.clip_grad_norm is not None:
-            self.not_graphed = "clip_grad_norm is between backward and the update."
+            self.not_graphed = "clip_grad_norm runs between backward and the update."
         return None if self.not_graphed else step
 
     @property
@@ -166,13 +167,13 @@ class Trainer:
         for step, value in enumerate(values, first):
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"tune: the loss of batch {step + 1} of epoch {self.epochs + 1} is {value}. It holds "
+                    f"tune: the loss of batch {step + 1} of epoch {self.epochs + 1} is {value}. The batch has "
                     f"{self._described(step, order)}. {REMEDY}"
                 )
         return sum(values) / len(values)
 
     def _described(self, step: int, order: dict[str, Any]) -> str:
-        """Describe the images and classes of a batch, from a sampler that repeats the epoch."""
+        """Describe the images and classes of a batch, which a sampler draws again from the order of the epoch."""
         config = self._config
         assert config.batch_size and config.sampler
         sampler = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
@@ -185,8 +186,8 @@ class Trainer:
         finite = torch.stack([weight.detach().isfinite().all() for weight in self.weights])
         if not finite.all():
             raise FloatingPointError(
-                f"tune: after the last batch of epoch {self.epochs + 1} weights are not finite, though its loss is. "
-                f"{REMEDY}"
+                f"tune: after the last batch of epoch {self.epochs + 1} weights are not finite, although the loss of "
+                f"the batch is. {REMEDY}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +210,7 @@ class Trainer:
 
         Raises:
             InputError: If the training images differ.
-            ValueError: If it is the state of a different trainer, or damaged.
+            ValueError: If the state is damaged, or that of a different trainer.
         """
         own = self.state_dict()
         check_types(state, {name: "mapping" for name in own if name != "labels"} | {"labels": "text"}, "trainer")
@@ -284,7 +285,7 @@ class EpochLosses:
         return sum(weighted) / sum(self.images)
 
     def curve(self, points: int) -> list[float]:
-        """Means of consecutive steps, at most `points`; read all losses first.
+        """Loss curve of at most `points` values, each the mean of consecutive steps; read all losses first.
 
         >>> losses = EpochLosses(3, torch.device("cpu"))
         >>> for loss in (1.0, 2.0, 4.0): losses.add(torch.tensor(loss), images=1)

@@ -28,7 +28,7 @@ def test_logistic_regression_finds_minimum(l2):
     z = image @ weight.T + bias
     loss = (z.exp().sum(dim=1).log() - z[torch.arange(60), labels]).sum() + l2 / 2 * (weight**2).sum()
     loss.backward()
-    # Tolerance of the mean loss of 60 images; and the effect of a relative change of the weight by 1e-4.
+    # The solver's tolerance, on the mean loss of 60 images, and the effect of changing the weight by a factor 1 + 1e-4.
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 60 * 1e-6 + 1e-4 * l2 * weight.abs().max()
     assert bias.detach().abs().max() < 10 and weight.detach().abs().max() > 0
 
@@ -58,12 +58,12 @@ def test_linear_probe_fit_and_logits():
 
 
 def test_linear_probe_sweep(monkeypatch):
-    """Seven penalties two decades apart, then two around the best per halving, down to an eighth of a decade."""
+    """Seven penalties two decades apart; then, with half the distance each time, one on each side of the best."""
     best, tried = 1.3, []
 
     def fit(image, labels, classes, l2):
         tried.append(math.log10(l2))
-        # One held-out image per class at 1: its logit grows towards the best penalty.
+        # The nearer the penalty is to `best`, the larger is the logit of the label: the loss is lowest there.
         return torch.eye(5, 12, dtype=torch.float64) / (1 + abs(tried[-1] - best)), torch.zeros(5, dtype=torch.float64)
 
     monkeypatch.setattr(linear_probe, "logistic_regression", fit)
@@ -90,6 +90,8 @@ def test_linear_probe_sweep_stays_in_range(monkeypatch):
 
 
 def test_linear_probe_accuracy_precedes_loss(monkeypatch):
+    """The penalty with the highest accuracy is chosen, even if another one has a lower loss."""
+
     def fit(image, labels, classes, l2):
         weight = torch.eye(5, 12, dtype=torch.float64)
         if l2 == 1e4:  # all correct, with low confidence
@@ -120,7 +122,7 @@ def test_linear_probe_holds_out_quarter():
     labels = torch.tensor([0] * 16 + [1] * 7 + [2] * 2 + [3])
     held_out = method._held_out(labels)
     assert [int(held_out[labels == label].sum()) for label in range(4)] == [4, 1, 1, 0]
-    assert not method._held_out(labels).equal(held_out), "the generator chooses"
+    assert not method._held_out(labels).equal(held_out), "the generator chooses the images"
     again = made("linear-probe", generator=torch.Generator().manual_seed(0))
     assert again._held_out(labels).equal(held_out)
 

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     class_ids: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Case:
-        """Fresh leaves; the scale stays in fp32 unless the features are fp64."""
+        """Copy to leaf tensors of a dtype; the scale is fp32, or fp64 for fp64 features."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         dtypes = dtype, dtype, wide
         inputs = (x.detach().to(other).requires_grad_() for x, other in zip(self[:3], dtypes, strict=True))
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 def make(B, C, K, D, dtype=torch.float32, *, scale=100.0, seed=0, device="cpu") -> Case:
-    """Every second image has its class here, half of these are confident."""
+    """Random inputs: every second image has a label (the others −1), and half of these images are near their class."""
     rng = torch.Generator().manual_seed(seed)
     text = torch.randn(C, D, generator=rng) + torch.randn(D, generator=rng)
     class_ids = None if K is None else torch.randperm(C, generator=rng)[:K]
@@ -76,7 +76,10 @@ def eager(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def upstream_of(case: Case) -> tuple[Tensor, Tensor]:
-    """Gradients of a loss: the share of these classes in the softmax, nearly 1 for a few images, and −1."""
+    """Gradients of lse and target from a loss over all processes: the share of these classes in the softmax, and −1.
+
+    The share is nearly 1 for the first images.
+    """
     share = 1 - torch.logspace(-9, -0.01, len(case.image), dtype=torch.float64, device=case.image.device)
     return share, torch.full_like(share, -1)
 
@@ -92,13 +95,14 @@ def check_three_ways(case: Case) -> None:
     exact = results_and_gradients(truth, case.to(torch.float64))
     ours, theirs = results_and_gradients(kernel, case), results_and_gradients(eager, case)
     assert ours[0].dtype == ours[1].dtype == torch.float64
-    # A log-probability is known to scale · COSINE, absolutely, and with it the results and the gradient of each logit;
-    # those of the rows are that times scale/|row|. It counts where a confident image makes them vanish.
+    # Rounded cosines give a log-probability an absolute error of scale · COSINE. The results and the gradients of the
+    # logits have the same error, the gradients of the rows scale/|row| times that. It dominates where the gradients of
+    # a confident image are nearly 0.
     logit = scale * COSINE[dtype]
     sizes = (1.0, 1.0, *(scale / x.detach().double().norm(dim=1).min().item() for x in (case.image, case.text)), 1.0)
     names = ("lse", "target", "image", "text", "logit_scale")
     for name, value, other, right, size in zip(names, ours, theirs, exact, sizes, strict=True):
-        # lse and target are fp64, of cosines in the dtype of the arithmetic.
+        # lse and target are fp64, but computed from cosines in the dtype of the arithmetic.
         slack = SLACK[torch.promote_types(dtype, torch.float32) if name in names[:2] else value.dtype]
         slack += logit * (1 + size / max(right.norm().item(), 1e-300))
         error, bound = relative_error(value, right), relative_error(other, right)
@@ -137,7 +141,7 @@ def test_any_scale(backend: Backend, scale):
 
 @INTERPRETER
 def test_panels_and_splits_agree(backend: Backend, monkeypatch):
-    """Several panels of images in backward; one split of the classes; more images than one combining program has."""
+    """Several panels of images in backward; one split of the classes; more images than one combining program reads."""
     case = make(300, 90, 79, 20, device=backend.device)
     whole = results_and_gradients(kernel, case)
     monkeypatch.setattr("skipkernels.ops.unit_rows.PANEL", 1)
@@ -167,12 +171,12 @@ def test_any_strides(backend: Backend, layout):
         inputs = (copy(x).requires_grad_() for x in (image, text))
         results.append(results_and_gradients(kernel, Case(*inputs, *case[2:])))
     for ours, theirs in zip(*results, strict=True):
-        # PyTorch sums columns that are apart in another order.
+        # PyTorch sums columns that are not contiguous in another order.
         assert relative_error(ours, theirs) <= (1e-5 if backend.name == "reference" else 0)
 
 
 def test_gradients_of_one_result_and_of_views(backend: Backend):
-    """An undefined gradient is 0, and one may be expanded from a number."""
+    """An undefined upstream gradient counts as 0, and an upstream gradient may be an expanded scalar."""
     case = make(6, 20, 11, 32, device=backend.device)
     exact = case.to(torch.float64)
     for total in (lambda lse, _: lse.sum(), lambda _, target: target.sum(), lambda lse, target: (lse - target).mean()):
@@ -277,7 +281,7 @@ def test_bad_ids_fail_a_device_assertion(backend: Backend, bad):
 
 
 def sharded_loss(whole: Case, processes: int, class_weight: Tensor | None = None, label_smoothing: float = 0) -> Tensor:
-    """Cross-entropy, mean over images, with class c on process c mod W; as documented, in plain PyTorch beside lse."""
+    """Mean cross-entropy with class c on process c mod W, from `class_sampled_lse` as its documentation says."""
     weight = torch.ones(len(whole.text)) if class_weight is None else class_weight
     weight = weight.double().to(whole.image.device)
     shares, directions = [], []
@@ -309,13 +313,13 @@ def test_the_loss_of_several_processes_is_that_of_one(backend: Backend, processe
     one = functional.class_sampled_ce(image, text, labels, scale, class_ids=class_ids, **given)
     ours = sharded_loss(case, processes, **given)
     results = [(x, *torch.autograd.grad(x, case[:3])) for x in (ours, one)]
-    most = 1e-12 if dtype == torch.float64 else 20 * SLACK[dtype]  # of terms that cancel
+    most = 1e-12 if dtype == torch.float64 else 20 * SLACK[dtype]  # the terms of the loss nearly cancel
     assert all(relative_error(a, b) <= most for a, b in zip(*results, strict=True))
 
 
 def test_confident_images_have_exact_gradients(backend: Backend):
-    """p − 1 is down to 1e-6. Its error is that of p; for several processes also those of their log-sums. An lse in fp32
-    would make it 16 times larger."""
+    """p − 1 is as small as 1e-6, with the error of p, and in several processes also of their lse. With an lse in fp32
+    the error would be 16 times larger."""
     rng = torch.Generator().manual_seed(0)
     text = torch.eye(8) + 0.1 * torch.randn(8, 8, generator=rng)
     image = torch.cat([text + 0.01 * torch.randn(8, 8, generator=rng), text])

@@ -555,7 +555,7 @@ def test_construction_is_refused(group, monkeypatch):
 
 def test_fewer_classes_than_processes_are_refused(group, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group: CLASSES + 1)
-    with pytest.raises(ValueError, match="at least as many as processes; got C=18 and 19 processes"):
+    with pytest.raises(ValueError, match="at least as many classes as processes; got C=18 and 19 processes"):
         small_clip(group)
 
 

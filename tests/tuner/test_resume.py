@@ -24,21 +24,21 @@ from tests.tuner.runs import fails, files, results, rows, small
 KILLS, SEED = 3, 0
 
 
-def stopped(folder, of=Skip, step: int = 9, **changes) -> None:
-    """Run that is interrupted in a step, by default the third of the second epoch."""
-    calls, whole = iter(range(1, 1000)), of.step
+def stopped(folder, method_class=Skip, step: int = 9, **changes) -> None:
+    """Start a run that is interrupted in a step, by default the third of the second epoch."""
+    calls, original = iter(range(1, 1000)), method_class.step
 
-    def until(self, *args):
+    def interrupted(self, *args):
         if next(calls) == step:
             raise KeyboardInterrupt
-        return whole(self, *args)
+        return original(self, *args)
 
-    of.step = until
+    method_class.step = interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
             tune(small(folder, **changes))
     finally:
-        of.step = whole
+        method_class.step = original
 
 
 def test_resume_is_bitwise_identical(run, tmp_path):
@@ -112,7 +112,7 @@ def test_resume_with_settings_is_bitwise_identical(tmp_path, changes):
 
 
 def test_resume_restores_global_generator(tmp_path):
-    """LoRA's dropout uses it."""
+    """The dropout of LoRA draws from the global generator."""
     changes = {"method": "lora", "batch_size": 4, "epochs": 2}
     torch.manual_seed(1)  # another state of the caller's generator in each run
     tune(small(tmp_path / "whole", **changes))
@@ -176,7 +176,7 @@ def test_resume_refuses_folder_without_run(tmp_path, capsys):
 
 
 def test_resume_restores_rows_and_metrics(run, tmp_path):
-    """The process was killed after its last checkpoint."""
+    """Files as after a kill between the last checkpoint and the last row of metrics.jsonl."""
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "metrics.json").unlink()
     (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
@@ -252,7 +252,7 @@ KILLED = {"epochs": 6}
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forkserver with all imports, so that a process starts at once."""
+    """Forkserver with all imports done, so that a new process starts without delay."""
     return server("skipkernels.tuner", "matplotlib.figure")
 
 
@@ -267,14 +267,14 @@ def work(config: TuneConfig, pipe) -> None:
 @pytest.mark.slow
 def test_resume_after_kill_is_bitwise_identical(processes, tmp_path):
     torch.set_num_threads(1)  # like the killed processes
-    whole, moments, between = tmp_path / "whole", random.Random(SEED), 0
+    whole, generator, between_epochs = tmp_path / "whole", random.Random(SEED), 0
     duration = run_for(processes, work, (small(whole, **KILLED),), seconds=100)
     for kill in range(KILLS):
         folder = tmp_path / f"{kill}"
-        run_for(processes, work, (small(folder, **KILLED),), (kill + moments.random()) / KILLS * duration)
-        over = (folder / "metrics.json").exists()
-        between += (folder / "state.pt").exists() and not over
+        run_for(processes, work, (small(folder, **KILLED),), (kill + generator.random()) / KILLS * duration)
+        complete = (folder / "metrics.json").exists()
+        between_epochs += (folder / "state.pt").exists() and not complete
         tune(small(folder, resume=True, **KILLED))
         assert results(folder) == results(whole)
         assert not list(folder.glob(".*partial")) and not list(folder.glob(".next.*"))
-    assert between, "at least one kill came between two epochs"
+    assert between_epochs, "no kill came between two epochs"

@@ -64,7 +64,8 @@ def test_tune_stage_seconds(run):
         assert row["kept_histogram"] == {"5": 6}
     parts = metrics["cost"]["forward_milliseconds"]
     assert list(parts) == ["image tower", "class selection", "text tower", "loss"]
-    assert sum(parts.values()) < 10 * 1000 * sum(row["stage_seconds"]["forward"] for row in rows(folder)) / 12
+    per_step = sum(row["stage_seconds"]["forward"] for row in rows(folder)) / 12
+    assert sum(parts.values()) < 10 * 1000 * per_step, "in milliseconds; ten times, since cores may be busy"
 
 
 def test_tune_graphed_gives_the_same_results(tmp_path, monkeypatch):
@@ -231,17 +232,17 @@ def test_tune_options(tmp_path, changes):
     + [("lora", True), ("linear-probe", True)],
 )
 def test_tune_methods(run, tmp_path, method, delta):
-    steps = METHODS[method].recipe("glyph-tiny", "base-to-new", 4).epochs > 0
-    metrics = tune(small(tmp_path, method=method, epochs=1 if steps else None, delta=delta))
+    trains = METHODS[method].recipe("glyph-tiny", "base-to-new", 4).epochs > 0
+    metrics = tune(small(tmp_path, method=method, epochs=1 if trains else None, delta=delta))
     assert metrics["zero_shot"] == run[1]["zero_shot"], "the pretrained model"
     assert evaluate_run(tmp_path) == metrics["tuned"]
     assert metrics["tuned"]["base"] is not None
     if method == "linear-probe":
-        assert metrics["tuned"]["new"] is metrics["tuned"]["harmonic"] is None, "it uses no texts"
+        assert metrics["tuned"]["new"] is metrics["tuned"]["harmonic"] is None, "a linear probe uses no texts"
         assert metrics["tuned"]["base"] > 50
     if method == "zero-shot":
         assert metrics["tuned"] == metrics["zero_shot"] and metrics["parameters"]["trained"] == 0
-    assert metrics["epochs"] == (1 if steps else 0) and (metrics["steps"] > 0) == steps
+    assert metrics["epochs"] == (1 if trains else 0) and (metrics["steps"] > 0) == trains
     assert files(tmp_path) >= {"report.html", "state.pt", "metrics.json"}
 
 
