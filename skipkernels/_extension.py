@@ -113,7 +113,7 @@ def _find_or_build() -> Extension:
     except (OSError, BuildError) as error:
         reason += str(error)
     warnings.warn(
-        f"skipkernels: no C++ kernels: {reason}. The PyTorch reference serves instead: the same numbers, slower. "
+        f"skipkernels: no C++ kernels: {reason}. The PyTorch reference is used instead: the same numbers, slower. "
         "Install a C++17 compiler (g++ or clang++, or name one in CXX) and start again; SKIPKERNELS_CPP=0 asks for "
         "the reference and silences this.",
         RuntimeWarning,

@@ -23,7 +23,7 @@ class LSkipBoundary(torch.autograd.Function):
     Args:
         lower: Function of [n, …] to [n, …] that treats samples independently.
         inputs: [B, …], any dtype.
-        chunk: Largest number of samples in memory at once; 256 by default.
+        chunk: Largest number of samples in one call of `lower`; 256 by default.
 
     Returns:
         [B, …]: the output of `lower`, with `requires_grad` False.

@@ -41,8 +41,8 @@ class FusedSGD(torch.optim.Optimizer):
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
     The update and the defaults are those of `torch.optim.SGD`, in one pass over memory (`functional.sgd_momentum_`).
-    Memory holds the gradients of about one block, not of the model: on the CPU each weight is updated at once, on a GPU
-    gradients are gathered up to 32 MiB for one launch, the last of them at the end of backward.
+    Memory holds the gradients of about one block, not of the model: on the CPU each weight is updated immediately, on a
+    GPU gradients are gathered up to 32 MiB for one launch, the last of them at the end of backward.
 
     The training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (a
     weight frozen at construction, a gradient set by hand) and begins the next step. Options of a group are read at each
@@ -177,7 +177,7 @@ class FusedSGD(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all weights, see `torch.optim.Optimizer.zero_grad`."""
-        self._waiting, self._waiting_bytes = [], 0  # of a backward that raised an error
+        self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -190,7 +190,7 @@ class FusedSGD(torch.optim.Optimizer):
             The result of the closure.
         """
         loss = None if closure is None else closure()
-        self._waiting, self._waiting_bytes = [], 0  # of a backward that raised an error
+        self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
         numbers = itertools.count()
         for index, group in enumerate(self.param_groups):
             numbered = zip(group["params"], numbers, strict=False)  # the longer one last: zip takes from the first

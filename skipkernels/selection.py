@@ -216,16 +216,17 @@ class RankSampler:
     """Sampler of the ranks [K] that are kept in a step, by one of two policies.
 
     Args:
-        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class,
+        keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
             whatever `max_keep` is.
         max_keep: Largest number of classes that are always kept.
-        decay: λ, decay of the probability over the tail.
+        decay: λ. The probability to keep a rank of the tail (the other classes) falls exponentially; the larger λ is,
+            the more are kept.
         tail: "resample" draws round(Σq) ranks of the tail in each step by systematic sampling, from one uniform number.
             "fixed" draws each rank of the tail once, independently, and keeps the result for the run, as published.
         generator: Random generator; by default a new one with seed 0. Its state is part of `state_dict`.
-        max_tail: Bound on Σq, the expected number of classes of the tail; a larger sum is scaled to it (`bounded`).
-            "resample" then draws at most `max_tail` of them, "fixed" on average. None, the default, is the published
-            method: the tail grows with C, to 6 % of a million classes. A bound is another method.
+        max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
+            it (`bounded`). "resample" then draws at most `max_tail` classes, "fixed" `max_tail` on average. With None,
+            the default, the tail grows with C as published, to 6 % of a million classes. A bound changes the method.
 
     Raises:
         TypeError: If generator is not a torch.Generator.
@@ -247,14 +248,15 @@ class RankSampler:
             self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
         self._plan: tuple[int, Tensor] | None = None
-        self._intervals: tuple[Tensor, _Intervals] | None = None  # of q
+        self._intervals: tuple[Tensor, _Intervals] | None = None  # the last q, and its intervals
         self._fixed: Tensor | None = None
         self._table: _RankTable | None = None
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
-        """Return m, raised so that every label of a batch fits, and q of the tail after it.
+        """Return m, raised so that every label of a batch fits, and the probabilities q of the tail.
 
-        m is that of the largest batch drawn so far, so a smaller last batch of an epoch keeps as many classes.
+        m is computed for the largest batch so far, so a smaller last batch of an epoch keeps the same number of
+        classes.
         """
         min_keep = max(self._min_keep, batch_size)
         keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, min_keep))
@@ -291,9 +293,10 @@ class RankSampler:
     def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
         """Draw the kept ranks of a step as `draw` does, from a CPU generator, to be read by `take` on `device`.
 
-        The ranks of many steps are copied to the device at once, drawn with a copy of the generator. The generator
-        advances by one number in each step, so that its state is always that of the steps so far. If the number is not
-        that of the next row (the generator was seeded, or continues from a checkpoint), all rows are drawn again.
+        The ranks of many steps, drawn with a copy of the generator, are copied to the device together. The generator
+        itself advances by one number in each step, so that its state is that of a loop with `draw`. If this number is
+        not the one that the next row was drawn with (the generator was seeded, or continues from a checkpoint), all
+        rows are drawn again.
         """
         assert self.generator is not None
         certain, intervals = self._certain(num_classes, batch_size)
@@ -435,13 +438,13 @@ def select_classes(
     Args:
         scores: [C], any floating dtype; NaN ranks last.
         labels: [B] int64 in [0, C); always kept.
-        keep_ratio: Share of classes that are always kept if below 1, their number if above; 1 keeps every class,
+        keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
             whatever `max_keep` is. 0.5 by default.
         max_keep: Largest number of classes that are always kept; 50 by default.
-        decay: λ, decay of the probability over the tail; 0.3 by default.
+        decay: λ of q_j: the larger it is, the more classes of the tail are kept; 0.3 by default.
         tail: "resample" (default) or "fixed", see `RankSampler`.
         generator: Random generator; by default a new one with seed 0.
-        max_tail: Bound on the expected number of classes of the tail, see `RankSampler`; none by default.
+        max_tail: Upper bound on the expected number of classes of the tail, see `RankSampler`; none by default.
 
     Returns:
         ClassSelection: `class_ids` [K] int64 ascending, `targets` [B] int64.

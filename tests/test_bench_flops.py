@@ -40,7 +40,7 @@ def test_flops_of_scaled_dot_product_attention():
 
 
 def test_flops_of_multihead_attention_without_gradients():
-    """It runs as one call then."""
+    """Without gradients the module runs as one call."""
     module, hidden = torch.nn.MultiheadAttention(24, 3, batch_first=True).eval(), torch.randn(2, 5, 24)
     attend = lambda: module(hidden, hidden, hidden, need_weights=False)  # noqa: E731
     with torch.no_grad():

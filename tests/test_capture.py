@@ -310,7 +310,7 @@ def without_capturable(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["in_backward", "in_step", "stochastic"])
 def test_graphed_equals_the_loop(path, kind):
-    """To the bit: weights, draws, learning rates, rounding; with evaluation and a short batch on the way."""
+    """Weights, draws, learning rates and rounding have the same bits, with evaluation and a short batch in between."""
     ours, theirs = Run(kind, by_graph=True), Run(kind, by_graph=False)
     some, odd = batches(ours.clip, 8), batches(ours.clip, 1, batch=3)
     for part in (some, odd, some[:3]):
@@ -324,7 +324,7 @@ def test_graphed_equals_the_loop(path, kind):
 
 
 def test_graphed_follows_a_larger_batch(fake_cuda):
-    """It raises the number of kept classes for the rest of the run: the graph reads another table."""
+    """A larger batch raises the number of kept classes for the rest of the run: the graph reads another table."""
     ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
     some, large = batches(ours.clip, 4), batches(ours.clip, 1, batch=20)
     kept = []
@@ -404,7 +404,7 @@ def test_graphed_captures_again_after_a_change(fake_cuda, change):
 
 
 def test_graphed_runs_hooks_of_called_modules(path):
-    """Those of a head, which SkipCLIP calls: in each step, not at the capture only."""
+    """Hooks of a head, which SkipCLIP calls, run in each step and not only at the capture."""
     run, calls = Run("in_step", by_graph=True), []
     some = batches(run.clip, 5)
     run.train(some)

@@ -320,8 +320,8 @@ def test_compiler_that_fails_is_one_warning_with_its_words(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_reference_serves_with_the_same_errors(tmp_path):
-    """Without the library too; that its numbers and gradients are right is for `reference` among the backends."""
+def test_reference_raises_the_same_errors(tmp_path):
+    """The errors are the same without the library. Numbers and gradients are tested by the backend `reference`."""
     code = """
 from tests import test_functional
 for bad in test_functional.CROSS_ENTROPY:

@@ -437,7 +437,7 @@ def test_failed_add_lora_restores_the_model(monkeypatch):
 
 
 def test_add_lora_in_several_processes(monkeypatch, tmp_path):
-    """Before DistributedDataParallel, not after it: the new parameters would not be averaged."""
+    """Refused after DistributedDataParallel, which would not average the gradients of the new parameters."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     monkeypatch.setattr(lora, "world_size", lambda: 2)
     try:

@@ -339,7 +339,7 @@ def test_prompts_share_prefix_and_are_packed():
 
 
 def test_prompts_with_rows_behind_equal_packed(monkeypatch):
-    """On a GPU there are as many rows as any K classes may have: their number would take a host sync."""
+    """On a GPU the number of rows suffices for any K classes: counting those of these K would need a host sync."""
     model, tokens = tiny_clip(), tiny_tokens(9)
     tower = OpenClipTextTower(model, tokens)
     rows, ids = tower.prompts.pack(tower.embed(tower.tokens)), torch.tensor([1, 4, 8])

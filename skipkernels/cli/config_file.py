@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from skipkernels.tuner import TuneConfig
 
 _FLAG = "--config"
-_AS_GIVEN = ("device", "precision", "out")  # settings of which the default depends on the machine or the others
+_AS_GIVEN = ("device", "precision", "out")  # settings with defaults that depend on the machine or on other settings
 Command = TypeVar("Command")
 
 

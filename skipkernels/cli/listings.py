@@ -53,8 +53,8 @@ class ModelsCommand:
                 out.file.write("\t".join((name, *columns)) + "\n")
         err.print(
             plain(
-                "The blocks of a ViT and of a transformer are fused; others run as they are. Also --pretrained FILE or "
-                "random, and --model hf-hub:ORG/NAME or local-dir:DIR, with their own weights."
+                "The blocks of a ViT and of a transformer are fused; others run their own forward. Other "
+                "weights: --pretrained FILE or random; --model hf-hub:ORG/NAME or local-dir:DIR has its own weights."
             ),
             soft_wrap=True,
         )

@@ -28,7 +28,7 @@ class PredictOptions:
     """Other classes, recognised by their names alone: at least two names with commas between them, or a file with a
     name in each line, which may have commas. By default the trained classes."""
     template: tuple[str, ...] | None = None
-    """Prompts of the classes, such as "a photo of a {}.". By default those of the run."""
+    """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
     out: Path | None = None
     """File of the results. By default they are printed."""
     format: Literal["csv", "json"] | None = None

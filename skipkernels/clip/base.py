@@ -34,7 +34,7 @@ class SkipCLIPBase(nn.Module):
     label_smoothing: float
     _settings: Settings
     _parallel: ClassParallel | None
-    _way: Reduction  # whether texts are shared out, with `_parallel`
+    _class_parallel_choice: Reduction  # enabled if texts are shared out; only with `_parallel`
     _prompts: str | None  # digest of the prompts of all classes, with `_parallel`
     _tokens: Tensor  # prompts that this process holds
     _image_encoder: ImageEncoder
@@ -62,7 +62,7 @@ class SkipCLIPBase(nn.Module):
                 )
             states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
         states["text.features_kept"] = states["text.no_input_gradient"]
-        return states if self._parallel is None else states | {"text.class_parallel": self._way}
+        return states if self._parallel is None else states | {"text.class_parallel": self._class_parallel_choice}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -105,7 +105,7 @@ class SkipCLIPBase(nn.Module):
     # ---- changes to the model -----------------------------------------------------------------------------------
 
     def check_weights(self) -> None:
-        """Compare the weights below the cut by content with those that gave the features at the cut.
+        """Compare the content of the weights below the cut with those that computed the features at the cut.
 
         Each step compares only identities and versions, which do not show a change through `.data` or `numpy()`. This
         is called at each switch between training and evaluation mode, and by `skipkernels tune` in each epoch. After a
@@ -196,7 +196,8 @@ class SkipCLIPBase(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return the state of the sampler and the prototypes as a uint8 tensor: the bytes of a safetensors file.
 
-        With `process_group` the prototypes are those of own classes: nothing is sent, so one process may save alone.
+        With `process_group` the state has the prototypes of the classes of this process only: nothing is sent, so one
+        process may save alone.
         """
         prompts = self._prompts or prompts_digest(self._tokens)
         return pack_state(self.prototypes, prompts, self.sampler.tensors(), self._shard)

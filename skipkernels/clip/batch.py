@@ -48,7 +48,7 @@ def check_features(x: Any, shape: Sequence[int]) -> None:
     found = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
     if not isinstance(x, Tensor) or x.ndim != 1 + len(shape) or x.shape[-1] != shape[-1] or len(x) == 0:
         raise ValueError(
-            f"SkipCLIP.encode_upper: features must be those at the cut, [B, {', '.join(map(str, shape))}]; got "
+            f"SkipCLIP.encode_upper: features must be features at the cut, [B, {', '.join(map(str, shape))}]; got "
             f"{found}. For images use encode_image."
         )
 

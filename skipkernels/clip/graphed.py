@@ -37,36 +37,35 @@ class _Captured(NamedTuple):
 class GraphedStep:
     """A training step: forward, backward, `optimizer.step()` and `optimizer.zero_grad()`.
 
-    On a GPU the first three calls run these one by one, on a stream of their own; the fourth captures them in a CUDA
+    On a GPU the first three calls run these four parts eagerly, on a side stream; the fourth captures them in a CUDA
     graph, and from then on a call is one replay. Every call is a step of the training, with the same draws, learning
     rates and random bits as those of the loop
 
         out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    On other devices every call is this loop. Batches of another size than `batch_size`, such as the last one of an
-    epoch, always run one by one.
+    On other devices every call runs this loop. Batches of another size than `batch_size`, such as the last one of an
+    epoch, always run eagerly.
 
     A scheduler may change learning rates between calls. Evaluation, checkpoints and `load_state_dict` are possible
     between calls too. Each call compares the model, the optimizer and the autocast settings with those that were
-    captured, on the host and without a host sync: a model that was altered raises an error as in `SkipCLIP`, and
-    whatever else a graph would not follow (another `requires_grad`, a moved or replaced tensor, another weight decay)
-    is captured again after three more steps. With a hook added later, steps run one by one.
+    captured, on the host and without a host sync: a model that was altered raises an error as in `SkipCLIP`, and after
+    any other change that a graph would not follow (another `requires_grad`, a moved or replaced tensor, another weight
+    decay) the step is captured again after three more steps. If a hook is added later, steps run eagerly.
 
-    The result of a replay is in buffers that the next call overwrites: read them, or copy what is kept, before it. Its
-    tensors are detached. Random numbers of a model with dropout are those of the captured graph, which differ from
-    those of the loop.
+    The result of a replay is in buffers that the next call overwrites: read or copy them before that call. The tensors
+    are detached. In a model with dropout, random numbers differ from those of the loop.
 
     Args:
-        clip: Training in training mode.
+        clip: SkipCLIP in training mode.
         optimizer: Optimizer of its parameters: `FusedSGD`, `torch.optim.SGD(fused=True)`, or one that is constructed
             with `capturable=True`, such as `torch.optim.AdamW`.
         batch_size: Number of images of the batches to capture.
 
     Raises:
         ValueError: If `batch_size` is below 1, or the optimizer has no parameter of SkipCLIP that trains; on a GPU, if
-            the step cannot be captured: names the reason.
+            the step cannot be captured, with the reason.
         RuntimeError: In a call, if SkipCLIP is not in training mode or the model was altered; on a GPU, under fp16
-            autocast, since the `GradScaler` that it needs has a host sync in each step.
+            autocast, which needs a `GradScaler` with a host sync in each step.
 
     Example:
         >>> import logging; logging.disable()  # open_clip warns about random weights
@@ -88,21 +87,21 @@ class GraphedStep:
             raise ValueError(f"graphed: batch_size must be at least 1, a whole number; got {batch_size!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"graphed: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Create one of "
+                f"graphed: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}. Create one from "
                 "clip.parameter_groups(…)."
             )
         self._clip, self._optimizer, self._batch_size = clip, optimizer, batch_size
         self._check_optimizer()
         self._captured: dict[Any, _Captured] = {}
         self._warm: dict[Any, int] = {}
-        self._rates: dict[int, tuple[Tensor, float]] = {}  # of groups of PyTorch's optimizers: tensor, number in it
+        self._rates: dict[int, tuple[Tensor, float]] = {}  # by group of PyTorch's optimizers: tensor, number in it
         self._one: Tensor | None = None  # gradient of the loss
         self._stream: Any = None
         self._pool: Any = None
         if self._captures():
             reason = why_not_capturable(clip, optimizer)
             if reason is not None:
-                raise ValueError(f"graphed: this step cannot be captured: {reason} Or run the steps one by one.")
+                raise ValueError(f"graphed: this step cannot be captured: {reason} Or run the steps without graphed.")
         optimizer.register_load_state_dict_post_hook(partial(_reset, weakref.ref(self)))
 
     def _check_optimizer(self) -> None:
@@ -119,7 +118,7 @@ class GraphedStep:
         return self._clip.prototypes.device.type == "cuda"
 
     def reset(self) -> None:
-        """Drop the captured graphs: the next calls run one by one, then a step is captured again."""
+        """Drop the captured graphs: the next calls run eagerly, then a step is captured again."""
         self._captured.clear()
         self._warm.clear()
 
@@ -176,7 +175,7 @@ class GraphedStep:
         captured.graph.replay()
         return captured.out
 
-    # ---- one by one --------------------------------------------------------------------------------------------
+    # ---- eager steps -------------------------------------------------------------------------------------------
 
     def _forward(self, x: Tensor, labels: Tensor) -> SkipOutput:
         return self._clip._step(x, labels, lambda *_: self._clip.sampler.take())
@@ -195,7 +194,7 @@ class GraphedStep:
         return SkipOutput(out.loss.detach(), out.logits.detach(), out.class_ids, out.targets)
 
     def _on_stream(self, x: Tensor, labels: Tensor) -> SkipOutput:
-        """Run the step one by one on the stream of the capture; its ranks are reserved."""
+        """Run the step eagerly on the stream of the capture; its ranks are reserved."""
         current = torch.cuda.current_stream(x.device)
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(x.device), torch.cuda.graph_pool_handle()

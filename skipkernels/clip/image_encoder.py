@@ -20,13 +20,13 @@ class ImageEncoder:
 
     Args:
         tower: The image tower.
-        chunk: Largest number of images that run below the cut at once.
+        chunk: Largest number of images in one forward pass below the cut.
 
     Attributes:
         lower_device: Device of the modules below the cut, if it differs from the device above the cut.
         features: Shape [N, W] of one image's features at the cut, and their dtype.
         weights: Snapshot of the weights below the cut that computed the features.
-        gave_features: True once features at the cut were computed or used.
+        gave_features: True after features at the cut were computed or used.
     """
 
     lower_device: torch.device | None = None
@@ -100,10 +100,10 @@ class ImageEncoder:
         return copied.lower
 
     def accept_weights(self) -> None:
-        """Record the current weights below the cut as those of the features."""
+        """Record that features at the cut are computed with the current weights below the cut."""
         self.weights = WeightSnapshot(self.tower.lower_parts)
 
 
 def sharing_weights(part: Any, model: nn.Module) -> Any:
-    """Copy a part of a model: the modules have their own mode, and share parameters and buffers."""
+    """Copy a part of a model: the copies have their own mode, and share the parameters and buffers of the model."""
     return copy.deepcopy(part, {id(x): x for x in (*model.parameters(), *model.buffers())})

@@ -27,8 +27,8 @@ class Inference(SkipCLIPBase):
     def class_embeddings(self) -> Tensor:
         """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient.
 
-        Computed in evaluation mode, and again only after the weights have changed, in whatever way. With
-        `process_group` that is collective, and each process then has those of all classes.
+        Computed in evaluation mode; computed again only after a change of the weights, of any kind. With
+        `process_group` the call is then collective, and each process gets the embeddings of all classes.
         """
         self._check_unaltered()
         return self._class_embeddings().clone()  # the original is cached

@@ -1,4 +1,4 @@
-"""Agreement of processes: errors and differences of one are raised on all, before they would wait for each other."""
+"""Checks that processes agree: an error or a difference of one is raised on all, so that none waits for a message."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def reporting(parallel: ClassParallel, clip: SkipCLIPBase) -> Iterator[None]:
 def agreeing(
     parallel: ClassParallel | None, device: torch.device, names: Sequence[str], digests_of: Callable[[], Sequence[str]]
 ) -> Iterator[None]:
-    """Run a block on every process: an error of one is raised on all, and so is a difference of the digests after it.
+    """Run a block on every process; raise an error on all if one raises an error, or if their digests then differ.
 
     Args:
         parallel: The processes, or None for only this one.
         device: Device of the messages.
-        names: What must be equal, for the message of an error.
-        digests_of: Computes their digests.
+        names: Names of the things that must be equal, for the message of an error.
+        digests_of: Function that returns the digest of each.
     """
     if parallel is None:
         yield
@@ -70,12 +70,13 @@ def agreeing(
     parallel.check_equal(list(zip(names, found, strict=True)), device)
 
 
-def choose_way(
+def choose_class_parallel(
     parallel: ClassParallel, class_parallel: ClassParallelOption, clip: SkipCLIPBase, tokens: Tensor
 ) -> Reduction:
-    """Set `replicated` by the argument `class_parallel`, and return the choice with its reason.
+    """Set `parallel.replicated` from the argument `class_parallel`, and return the choice with its reason.
 
-    "auto" compares predicted steps of `IMAGES` images per process. On a CPU messages take less than texts.
+    "auto" compares the predicted steps with `IMAGES` images per process. On a CPU it shares out texts, since encoding
+    them takes longer than messages.
     """
     device, W = device_of(clip.model), parallel.size
     parallel.replicated = class_parallel is False
@@ -87,8 +88,8 @@ def choose_way(
         options = sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail, None, sampler.max_tail
         kept = RankSampler(*options).expected_keep(len(tokens), W * cost.IMAGES)
         if min(sizes.image_blocks, sizes.text_blocks) > 0:
-            way = cost.faster_way(W, cost.IMAGES, len(tokens), kept, sizes, gpu)
-            parallel.replicated = way == cost.REPLICATED
+            faster = cost.faster_way(W, cost.IMAGES, len(tokens), kept, sizes, gpu)
+            parallel.replicated = faster == cost.REPLICATED
     return Reduction.unless(
         f"encoding all selected classes on each process takes less time than messages about them, by the formulas for "
         f"{W} {gpu} with {cost.IMAGES} images each"

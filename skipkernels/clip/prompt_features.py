@@ -18,7 +18,7 @@ class PromptFeatures:
 
     Args:
         tower: The text tower over these prompts.
-        chunk: Largest number of classes that run below the cut at once.
+        chunk: Largest number of prompts in one forward pass below the cut.
 
     Attributes:
         lower_device: Device of the modules below the cut, if it differs from the device above the cut.

@@ -41,7 +41,7 @@ class Settings(NamedTuple):
         return cls(pair, memory, attention, trainable, train_logit_scale)
 
     def apply(self, image: ImageTower, texts: Sequence[TextTower]) -> None:
-        """Set cut, memory mode and attention backend of the towers; raise a ValueError if a tower can't have them."""
+        """Set cut, memory mode and attention backend of the towers; raise a ValueError if a tower can't use one."""
         backend = SDPA if self.attention == "sdpa" else _xformers(image, texts[0])
         for tower, name in ((image, "image"), *((text, "text") for text in texts)):
             skip = blocks_to_skip(self.skip_layers[name == "text"], len(tower.blocks), name)

@@ -1,6 +1,7 @@
-"""Evaluation in several processes: each compares the images of all with its own classes. No process has [C, D].
+"""Evaluation in several processes: each compares the images of all processes with its own classes.
 
-All functions are collective: every process calls them equally often, also with an empty batch.
+No process has the embeddings [C, D] of all classes. All functions are collective: every process must make the same
+number of calls, if necessary with an empty batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def sharded_predict(clip: Inference, parallel: ClassParallel, x: Tensor) -> Tensor:
     """Logits [b, C] of the images of this process; see `SkipCLIP.predict`.
 
-    Each process sends to each other the logits of its images for own classes: [b, C/W].
+    Each process sends every other process the logits [b, C/W] of that process's images for its own classes.
     """
     image, classes, sizes, _ = _compared(clip, parallel, x, "predict")
     longest, width = max(sizes), max(parallel.sizes)
@@ -43,14 +44,14 @@ def sharded_predict(clip: Inference, parallel: ClassParallel, x: Tensor) -> Tens
 def sharded_top_k(clip: Inference, parallel: ClassParallel, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits [b, k] of the images of this process, and their classes; see `SkipCLIP.top_k`.
 
-    Each process sends its k best of own classes for the images of all: [B, k] logits and class ids.
+    Each process sends the k best of its classes for the images of all processes: [B, k] logits and class ids.
     """
     image, classes, _, own = _compared(clip, parallel, x, f"top_k with k={k}", k)
     width = min(k, max(parallel.sizes))
     with torch.autocast(image.device.type, enabled=False):
         logits, positions = top_k_logits(image, classes, min(k, len(classes)))
     class_ids = positions * parallel.size + parallel.rank
-    missing = width - logits.shape[1]  # behind every class
+    missing = width - logits.shape[1]  # padding, sorted behind every class
     logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
     class_ids = torch.nn.functional.pad(class_ids, (0, missing), value=parallel.num_classes)
     every, every_id = (torch.cat(tuple(all_gather(part, parallel.group)), 1)[own] for part in (logits, class_ids))
@@ -62,7 +63,7 @@ def sharded_top_k(clip: Inference, parallel: ClassParallel, x: Tensor, k: int) -
 def _compared(
     clip: Inference, parallel: ClassParallel, x: Any, call: str, k: int = 1
 ) -> tuple[Tensor, Tensor, list[int], slice]:
-    """Scaled image embeddings [B, D] of all processes, own class embeddings, numbers of images, and the own images."""
+    """Scaled image embeddings [B, D] of all processes, own class embeddings, image counts, and slice of own images."""
     with reporting(parallel, clip):
         check_k(k, parallel.num_classes)
         x, _, images = padded(x, x)

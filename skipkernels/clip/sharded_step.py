@@ -1,4 +1,4 @@
-"""Training step of SkipCLIP in several processes: images shared out by batch, classes by process."""
+"""Training step of SkipCLIP in several processes: each encodes its images and its share of the classes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, return_logits: bool) -> SkipOutput:
     """Run one step with the images of all processes; see `SkipCLIP.forward`. Collective.
 
-    The messages of each process: its number of images, labels, embeddings [b, D] (in backward their gradients), scores
-    [C/W] of own classes, and [2, B] numbers of the loss. If texts are replicated, the embeddings have no gradient from
-    other processes, and the last message is one number.
+    Each process sends: its number of images, their labels, their embeddings [b, D] (in backward the gradients of
+    these), the scores [C/W] of its classes, and [2, B] numbers for the loss. If texts are replicated, the embeddings
+    have no gradient from other processes, and the last message is one number.
     """
     parallel = clip._parallel
     assert parallel is not None
@@ -39,7 +39,8 @@ def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, retur
                 "SkipCLIP: return_logits must be False with process_group, since no process has the embeddings of all "
                 "selected classes. Use clip.eval(), or SkipCLIP without process_group."
             )
-        own_image = clip._image_encoder.encode(x)[:images]  # before a message: most memory is of images
+        # Images take most memory: encode them before the first message, which reports errors to all processes.
+        own_image = clip._image_encoder.encode(x)[:images]
     sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler.generator)
     labels = gather_rows(labels[:images], sizes, parallel.group)
     image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, parallel.group)
@@ -62,9 +63,9 @@ def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, retur
 
 
 def padded(x: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, int]:
-    """Return a batch and its number of images; of an empty batch one image all the same, with label 0 or `row`.
+    """Return a batch and its number of images; for an empty batch, one image of zeros with label 0 or `row`, and 0.
 
-    Weights then get gradients of zero, not none.
+    The weights of a process without images then get gradients of zero, not None.
     """
     empty = isinstance(x, Tensor) and isinstance(labels, Tensor) and x.numel() == labels.numel() == 0
     if not empty:
@@ -76,7 +77,7 @@ def padded(x: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, in
 def sizes_of(
     parallel: ClassParallel, images: int, call: str, device: torch.device, generator: torch.Generator | None = None
 ) -> tuple[list[int], slice]:
-    """Return the number of images of each process, and those of this process among all."""
+    """Return the number of images of each process, and the slice of this process among all images."""
     sizes = parallel.gather_sizes(images, call, device, generator)
     if sum(sizes) == 0:
         raise ValueError("SkipCLIP: a batch must have at least one image on one of the processes; got none.")
@@ -85,5 +86,5 @@ def sizes_of(
 
 
 def at_least_one(ids: Tensor) -> Tensor:
-    """Ids of a process, or one that is not used, so that its weights get gradients of zero, not none."""
+    """Ids of a process; if it has none, one id that is not used, so that weights get gradients of zero, not None."""
     return ids if len(ids) else ids.new_zeros(1)

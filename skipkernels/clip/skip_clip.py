@@ -20,7 +20,7 @@ from ..towers.structure import containers, refuse_overrides
 from .classes import check_class_parallel, check_class_weight, check_label_smoothing, prompts_of
 from .image_encoder import ImageEncoder
 from .inference import Inference
-from .processes import AGREED, ClassParallelOption, agreeing, choose_way, device_of, digests_of_clip
+from .processes import AGREED, ClassParallelOption, agreeing, choose_class_parallel, device_of, digests_of_clip
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
 from .snapshot import Snapshot
 from .state import prompts_digest
@@ -208,7 +208,7 @@ class SkipCLIP(Training, Inference):
         """Choose whether this process holds the prompts of all classes or of its own; return them."""
         if parallel is None:
             return prompts_of(tokens)
-        self._way = choose_way(parallel, self._class_parallel, self, tokens)
+        self._class_parallel_choice = choose_class_parallel(parallel, self._class_parallel, self, tokens)
         return prompts_of(tokens[parallel.held])
 
     def _folder(self, text_cache: Path) -> Path:

@@ -47,7 +47,7 @@ def unpack_state(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the prototypes of a shard, and the state of the sampler.
 
-    A state with another shard replaces the prototypes of the classes in both, and the others stay.
+    A state of another shard replaces the prototypes of the classes that both shards have; the other rows stay.
 
     Args:
         state: Result of `pack_state`.
@@ -91,7 +91,7 @@ def unpack_state(
     if saved.size > 1 and (distance > _TOLERANCE[dtype]).any():
         raise ValueError(
             "SkipCLIP: the extra state of one of several processes has prototypes of other weights than these, up to "
-            f"{distance.max().item():.1e} away. It has those of its own classes only: create SkipCLIP on the weights "
+            f"{distance.max().item():.1e} away. Such a state lacks the other classes: create SkipCLIP on the weights "
             "from before tuning, then load the state."
         )
     return prototypes.index_copy(0, rows, found), tensors

@@ -25,7 +25,7 @@ class TextEncoder:
 
     Args:
         towers: Text towers on the same model, one for each template.
-        chunk: Largest number of classes that run below the cut at once.
+        chunk: Largest number of prompts in one forward pass below the cut.
 
     Attributes:
         templates: Features of the prompts of each template.
@@ -35,12 +35,12 @@ class TextEncoder:
     def __init__(self, towers: Sequence[TextTower], chunk: int):
         self.chunk = chunk
         self.templates = [PromptFeatures(tower, chunk) for tower in towers]
-        self._embeddings: tuple[Tensor, Any] | None = None  # of all classes, and what they depend on
+        self._embeddings: tuple[Tensor, Any] | None = None  # embeddings of all classes, and what they depend on
         self.weights = WeightSnapshot(())
         self._called: tuple[Structure, Structure] | None = None  # called modules: all, and below the cut
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | dict.fromkeys(("_embeddings", "_called"))  # of this process only
+        return vars(self) | dict.fromkeys(("_embeddings", "_called"))  # not shared with other processes or copies
 
     @property
     def towers(self) -> list[TextTower]:
@@ -87,7 +87,7 @@ class TextEncoder:
         return prompts.encode_uncached(torch.arange(len(tokens), device=device), exact=True)
 
     def _compute_features(self) -> None:
-        """Compute the cached features, or read them from their folder, unless that was done."""
+        """Compute the cached features, or read them from their folder, unless they are up to date."""
         self._follow_called_modules()
         changed = self.weights.changed()
         if self._has_stores():
@@ -170,7 +170,7 @@ class TextEncoder:
     # ---- changes -----------------------------------------------------------------------------------------------
 
     def replace_towers(self, towers: Sequence[TextTower]) -> None:
-        """Replace the towers by those that were read again and cut."""
+        """Replace the towers by new ones, which were read from the model and cut."""
         for template, tower in zip(self.templates, towers, strict=True):
             template.tower = tower
         self.drop_cached()
@@ -219,7 +219,7 @@ class TextEncoder:
         return self._called is not None and self._called[0].is_unchanged() and not self.weights.changed()
 
     def accept_weights(self) -> None:
-        """Record the current weights below the cut as those of the cached features."""
+        """Record that the cached features are computed with the current weights below the cut."""
         self.weights = WeightSnapshot(self.tower.lower_parts)
 
     def compare_weights(self) -> None:
@@ -233,7 +233,7 @@ class TextEncoder:
         self._called = (Structure(called_modules(self.tower)), Structure(called_modules(self.tower, lower=True)))
 
     def _follow_called_modules(self) -> None:
-        """Drop cached values if a module that the tower calls has other hooks or settings than before."""
+        """Drop cached values if hooks or settings of a module that the tower calls have changed."""
         if self._called is not None:
             every, lower = self._called
             if every.is_unchanged():

@@ -11,7 +11,7 @@ _LOGITS = 1 << 22  # elements of a chunk of logits: 16 MiB in fp32, with 64 imag
 def top_k_logits(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest logits x_b · t_c of each image, descending, and their classes.
 
-    Of equal logits that of the lower class comes first, as in `torch.argmax`.
+    Among equal logits, the one of the lower class id comes first, as in `torch.argmax`.
 
     Args:
         image: Scaled image embeddings [B, D].
@@ -50,7 +50,7 @@ def top_k_probabilities(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def _top_k(image: Tensor, text: Tensor, k: int, *, normalized: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `top_k_logits`, and with `normalized` the log-sum-exp [B] of all logits, each computed once."""
+    """Return `top_k_logits`, and with `normalized` the log-sum-exp [B] of all logits; each logit is computed once."""
     check_k(k, len(text))
     chunk = max(_LOGITS // max(len(image), 1), k)
     logits, class_ids = image.new_empty(len(image), 0), torch.empty(len(image), 0, dtype=torch.int64)
@@ -69,12 +69,12 @@ def _top_k(image: Tensor, text: Tensor, k: int, *, normalized: bool = False) -> 
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row [B, n], or all if n < k, and their positions, the lower first among equals."""
+    """Return the k largest of each row [B, n] (all if n < k), and their positions; among equals the lower is first."""
     n = logits.shape[1]
     if k == 1:
         return logits.max(dim=1, keepdim=True)
     values, positions = logits.topk(min(k + 1, n), dim=1)
-    if k < n and bool((values[:, k - 1] == values[:, k]).any()):  # topk takes any of the equal ones
+    if k < n and bool((values[:, k - 1] == values[:, k]).any()):  # topk returns any of the equal logits
         values, positions = logits.sort(dim=1, descending=True, stable=True)
         return values[:, :k], positions[:, :k]
     positions, order = positions.sort(dim=1)

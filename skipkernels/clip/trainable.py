@@ -1,4 +1,4 @@
-"""Selection of the parameters that train, and detection of a later SkipCLIP that trains others."""
+"""Selection of the parameters that train, and detection of a later SkipCLIP that trains other parameters."""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ class Training(SkipCLIPBase):
 
         In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C].
 
-        With `process_group` a training step is collective, and `class_ids` and the loss are those of the images of all
-        processes; `targets` are of own images. In evaluation mode the loss is the mean over own images.
+        With `process_group` a training step is collective: `class_ids` are the classes selected for the images of all
+        processes, and the loss is over these images; `targets` are those of the images of this process. In evaluation
+        mode the loss is the mean over the images of this process.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -159,14 +160,15 @@ class Training(SkipCLIPBase):
         """Symmetric contrastive loss [] of pairs of an image and a caption, see `functional.contrastive_loss`.
 
         No classes are selected: the captions of a batch are compared with its images. Both towers are cut, so only
-        blocks above the cut train. A caption that occurs twice in a batch, or fits two images, counts as a negative of
-        the other image, as in open_clip. With `process_group` a call is collective, and the loss is that of all pairs.
+        blocks above the cut train. A caption counts as a negative for every image of the batch but its own, even if it
+        occurs twice or fits another image, as in open_clip. With `process_group` a call is collective, and the loss is
+        over the pairs of all processes.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
                 their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
-                call, cropped to the longest. On a GPU both have a host sync, for the number of tokens.
+                call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens.
 
         Raises:
             TypeError: If x or captions are not tensors, or have the wrong dtype.
@@ -252,7 +254,7 @@ class Training(SkipCLIPBase):
             >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).class_ids.shape
             torch.Size([6])
         """
-        self._refuse_parallel("graphed", "Run the steps one by one.")
+        self._refuse_parallel("graphed", "Run the steps without graphed.")
         return GraphedStep(self, optimizer, batch_size)
 
     # ---- parameters ---------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def _from_split_file(dataset: str, root: Path, file: Path) -> _Contents:
         for number, item in enumerate(content[split]):
             path, label, name = _parse_entry(item, f"{file}: entry {number} of {split}")
             if names.setdefault(label, name) != name:
-                raise InputError(f"{file}: label {label} is {names[label]!r} and {name!r}. One label has one name.")
+                raise InputError(f"{file}: label {label} is {names[label]!r} and {name!r}. Give each label one name.")
             paths.append(path)
             labels.append(label)
     gap = next((label for label in range(len(names)) if label not in names), None)

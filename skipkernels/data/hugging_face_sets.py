@@ -46,7 +46,7 @@ class RowDataset(Dataset):
         try:
             image = self._rows[index][self._column]
             image.load()
-        except Exception as error:  # of any decoder
+        except Exception as error:  # any error of a decoder
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(f"{self._name}: image {index} can't be read ({why}). Remove the row.") from error
         return to_rgb(image, f"{self._name}: image {index}"), self.labels[index]
@@ -142,7 +142,7 @@ def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split
             loaded = datasets.load_dataset(where, options.get("config"), revision=options.get("revision"))
     except InputError:
         raise
-    except Exception as error:  # of the network, the hub, or a format
+    except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
     if not isinstance(loaded, Mapping):

@@ -92,7 +92,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     elif "test" not in paths:
         paths["test"] = paths.pop("val")
         notes.append(f"{name}: no test/, so the images of {split_folders['val']}/ are the test images.")
-        missing["val"] = f"without test/, those of {split_folders['val']}/ are the test images. Add test/ to have both."
+        missing["val"] = f"without test/, the images of {split_folders['val']}/ are the test images. Add test/."
     splits = {}
     for split, of_class in paths.items():
         images = [path for folder in folders for path in of_class[folder]]

@@ -108,7 +108,7 @@ def open_shards(pattern: str, templates: Templates = None) -> SplitSource:
         other = next(shards[member.shard] for member, split in zip(members, splits, strict=True) if split is None)
         raise open_error(
             f"{name}: some shards are named after a split, and {other.name} is not. Begin its name with train, val or "
-            "test, or name only the others."
+            "test, or name only the other splits."
         )
     numbered = all(map(is_number, found))
     file = shards[0].parent / "classes.txt"

@@ -290,7 +290,7 @@ class GlyphDataset(Dataset):
         return image if self.transform is None else self.transform(image), label
 
 
-_TEST_IMAGES = 12  # of each class: three in each of four fonts
+_TEST_IMAGES = 12  # per class: three in each of four fonts
 _TEST_SEED = 2**31  # training seeds are smaller, so that no image is in both sets
 _TARGET_CHARACTERS = 100  # minimum number of characters of a default target: the default number of classes of glyphs
 

@@ -35,9 +35,9 @@ class Report(NamedTuple):
 class Builders:
     """Processes that build a store together. By default there is only this one.
 
-    After each batch of images every process sends a report, and receives those of the others. So an error of one
-    process is raised on all within a batch, no process waits longer than a batch, and a killed process loses at most
-    the shard that it encodes and the shard that it writes.
+    After each batch of images every process sends a report, and receives the reports of the others. So an error of one
+    process is raised on all processes within a batch, no process waits longer than a batch, and a killed process loses
+    at most the shard that it encodes and the shard that it writes.
 
     As a context manager it reports an error of this process in place of its next report.
 
@@ -94,7 +94,7 @@ class Builders:
                 self._ended = True
                 raise StoreError(
                     "FeatureCache.build: model, dataset and options must be equal on all processes of process_group; "
-                    f"those of process {rank} are not those of process {self.rank}. Give every process the same."
+                    f"got different ones on processes {self.rank} and {rank}. Pass the same on every process."
                 )
         shard_rows, count = self._from_first([layout.shard_rows, len(missing)])
         return replace(layout, shard_rows=shard_rows), self._from_first(missing if self.first else [0] * count)

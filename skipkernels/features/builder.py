@@ -181,7 +181,7 @@ def write_store(
 
 
 class _Build:
-    """Encoding and writing of the shards of this process; on the first process, listing of those of the others."""
+    """Encoding and writing of the shards of this process; the first process also lists the shards of the others."""
 
     def __init__(self, writer: Writer, config: BuildConfig, encode: Encoder, builders: Builders, shown: _Progress):
         self._writer, self._config, self._encode = writer, config, encode
@@ -356,7 +356,7 @@ class _Progress(contextlib.AbstractContextManager):
         self._bar.update(self._task, state=f"checking, {decimal(self._count)}")
 
     def start(self, layout: Layout, missing: list[int]) -> None:
-        """Start to count images, from those of existing shards."""
+        """Start to count images, beginning with the number of images in existing shards."""
         existing = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
         self._started, self._count, self._layout = time.perf_counter(), 0, layout
         self._completed = existing

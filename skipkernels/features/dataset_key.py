@@ -216,7 +216,7 @@ def _alike(stored: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def check_samples(layout: Layout, found: list[dict[str, Any]], folder: Path) -> None:
-    """Raise a StoreError with the first sampled item that differs from those of the dataset of a store."""
+    """Raise a StoreError with the first sampled item that differs from that item in the dataset of a store."""
     remedy = "Build another cache, or replace this one with `overwrite=True`."
     try:
         pairs = list(zip(layout.notes["samples"], found, strict=True))

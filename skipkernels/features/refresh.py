@@ -95,7 +95,7 @@ class EpochStores:
             raise StoreError(f"{self._folder}: this FeatureCache was closed. Build it again to continue.")
 
     def store(self, epoch: int) -> Store:
-        """Return the store of an epoch, start to build the next one, and delete all others."""
+        """Return the store of an epoch, start to build that of the next epoch, and delete all other stores."""
         if self._building != epoch:
             self._stop()
         self._join()

@@ -105,9 +105,9 @@ class SkipKernels(TrainerX):
     def load_clip(self) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
         """Return the CLIP of MODEL.BACKBONE.NAME on the CPU, and its tokenizer.
 
-        It is that of the project's own package `clip`, if there is one and it knows the name. Otherwise it is
-        open_clip's: OpenAI's weights for names such as "ViT-B/16", those of the file or name MODEL.INIT_WEIGHTS for an
-        open_clip config.
+        The project's own package `clip` loads it, if there is one and it knows the name. Otherwise open_clip does: with
+        OpenAI's weights for names such as "ViT-B/16"; for an open_clip config with the weights MODEL.INIT_WEIGHTS, a
+        file or a name.
         """
         name, weights = self.cfg.MODEL.BACKBONE.NAME, self.cfg.MODEL.INIT_WEIGHTS
         with contextlib.suppress(ImportError):

@@ -64,7 +64,7 @@ def trainer_arguments(
 
 
 class _ParameterGroups:
-    """Parameter groups that are read when the trainer creates its optimizer, so also those of a later `add_lora`."""
+    """Parameter groups, read when the trainer creates its optimizer, so that they include those of `add_lora`."""
 
     def __init__(self, clip: SkipCLIP, text_lr: float, image_lr: float):
         self._clip, self._rates = clip, {"text_lr": text_lr, "image_lr": image_lr}

@@ -27,7 +27,7 @@ OPERATORS = (
 
 
 class Backend(NamedTuple):
-    """Implementation of an operator on a device, why it is not a faster one, and the calls that use the reference."""
+    """Implementation of an operator on a device, why it is not the fastest, and the calls that use the reference."""
 
     kernel: str
     reason: str = ""

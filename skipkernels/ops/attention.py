@@ -8,7 +8,7 @@ from .launching import tl, triton
 
 
 def in_one_layout(*tokens: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors of equal strides with contiguous heads; copy them unless they are so already.
+    """Return tensors of equal strides with contiguous heads; copy them unless they already have these strides.
 
     Parts of one projection and contiguous tensors are not copied.
     """

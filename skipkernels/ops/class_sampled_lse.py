@@ -1,4 +1,4 @@
-"""`class_sampled_lse`: log-sum-exp of the logits of the classes of one process, and the logit of the label.
+"""`class_sampled_lse`: log-sum-exp over the classes of one process, and the logit of the label, for each image.
 
     z_bk     = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
     lse_b    = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
@@ -40,7 +40,7 @@ from .class_sampled_ce import (
 from .launching import launch, tl, triton
 
 ELSEWHERE = -1  # label of a class of another process
-NO_LABEL = -2  # no image is ignored: all have a log-sum-exp
+NO_LABEL = -2  # ignore_index that no label equals: every image has a log-sum-exp
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _class_sampled_lse_fwd_combine_kernel(
 ):
     """lse_b = |s| · top_b + log(sum_b) over all splits, and z_by.
 
-    One program: BLOCK images. It also asserts the range of their labels and of as many class ids.
+    One program: BLOCK images. It also asserts the range of their labels, and of BLOCK class ids.
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_b = offs < B

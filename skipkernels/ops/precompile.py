@@ -187,7 +187,7 @@ def in_processes(function: Callable[[int], Result], count: int, processes: int |
         yield from pool.map(_call, range(count))
 
 
-_function: Callable[[int], Any] = len  # type: ignore[assignment]  # of a forked process
+_function: Callable[[int], Any] = len  # type: ignore[assignment]  # the function that a forked process calls
 
 
 def _set_function(function: Callable[[int], Any]) -> None:

@@ -19,7 +19,7 @@ from .launching import launch, tl, triton
 MATRICES = 5  # largest number of matrices of one call
 BLOCK_ROWS = 128  # rows per iteration
 BLOCK_COLUMNS = 32  # columns per program: 128 bytes in fp32
-MAX_ROWS = 2048  # of a matrix that is not partial sums: a program adds up all rows, 16 iterations
+MAX_ROWS = 2048  # rows of a matrix other than partial sums: a program adds them all, in 16 iterations
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from .launching import launch, tl, triton
 BLOCK = 2048  # elements per program
 LANES, LANES_RANDOM = 8, 4  # elements per group; with stochastic rounding, those that share a hash
 NUM_WARPS = 4
-COLUMNS = 6  # of the table: addresses of weight and buffer, number of elements, offset, first program, vectorised
+COLUMNS = 6  # in the table: addresses of weight and buffer, number of elements, offset, first program, vectorised
 MAX_TABLES = 512  # kept between calls; 8 bytes per number
 PINNED = 1 << 17  # numbers of pinned memory for the tables that are made while a graph is captured: 1 MiB
 
@@ -183,11 +183,11 @@ def _launch(
 def _launch_alike(
     tensors: list[_Tensors], lr: Tensor, momentum: float, weight_decay: float, seed: Tensor | None
 ) -> None:
-    """Launch the kernel for tensors of one dtype."""
+    """Launch the kernel for tensors of equal dtypes."""
     weight, grad, momentum_buffer, _ = tensors[0]
     device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
     rows: list[int] = []
-    programs: list[int] = []  # of each tensor
+    programs: list[int] = []  # number of programs of each tensor
     begin = 0
     grad_addresses: list[int] = []
     for x in tensors:

@@ -1,4 +1,4 @@
-"""`shared_prefix_attention`: causal attention of a prefix that all prompts share, once, and of the class suffixes.
+"""`shared_prefix_attention`: causal attention over prompts with a shared prefix, which is computed once.
 
     weight_ij = exp(scale · ⟨q_i, k_j⟩ − lse_i),   j in the sequence of i up to i; for a suffix also in the prefix
     out_i     = Σ_j weight_ij v_j
@@ -15,9 +15,9 @@ all sequences, in an order that depends only on the shapes.
 
 On a GPU a tile is BLOCK_T rows: a part of the prefix, whole suffixes, or a part of a longer suffix. Attention within a
 tile is causal and block-diagonal; over the prefix, and over the tiles of the same sequence in front of it, it is dense.
-Backward is one kernel, in which a tile computes the gradients of its own rows and its part of that of the prefix, and
-one that adds these parts. If a sequence may be longer than a tile, another kernel computes the gradients of its keys
-and values: in one kernel they take more registers than there are.
+Backward is two kernels: in the first a tile computes the gradients of its own rows and a partial gradient of the
+prefix; the second adds the partial gradients. If a sequence may be longer than a tile, a third kernel computes the
+gradients of its keys and values, which need too many registers in the first.
 
 Reference: `reference.shared_prefix_attention`. CPU kernel: csrc/shared_prefix_attention.cpp. Tests:
 tests/ops/test_shared_prefix_attention.py, tests/ops/test_attention_accuracy.py. Benchmark:

@@ -104,7 +104,7 @@ class ClassParallel:
 
     @property
     def held(self) -> slice:
-        """The classes of which this process holds the prompts, among all classes."""
+        """The classes that have their prompts on this process, among all classes."""
         return slice(None) if self.replicated else self.owned
 
     @property

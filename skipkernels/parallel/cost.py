@@ -4,11 +4,13 @@ Two ways of training have equal results:
 
     class-parallel   a process holds and encodes the classes c ≡ r (mod W)
     replicated       every process holds the prompts of all classes, encodes all kept classes, and computes the loss of
-                     its own images; scores are of the classes c ≡ r (mod W) in both
+                     its own images; as in class-parallel, a process computes the scores of the
+                     classes c ≡ r (mod W)
 
-A step in bf16 autocast with fp32 weights and SGD takes the larger of its products and bytes at peak rates, and of the
-launches of the host; then its messages, by the model with which NCCL chooses algorithms. The mean of the gradients is
-sent during backward, two thirds of the step. Real steps take longer: the times are for comparing the two ways.
+A step (bf16 autocast, fp32 weights, SGD) takes the longer of two times: its products and memory traffic at peak rates,
+and the launches of the host. The time of its messages is added, by the model with which NCCL chooses algorithms. The
+mean of the gradients is sent during backward, two thirds of the step. Real steps take longer: the times are for
+comparing the two ways.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 WAYS = CLASS_PARALLEL, REPLICATED = "class-parallel", "replicated"
-IMAGES = 32  # of each process, for a choice before the first batch
+IMAGES = 32  # images per process that are assumed before the first batch
 
 
 class Model(NamedTuple):
-    """Sizes of a CLIP: blocks are those above the cut; a prompt is the shared prefix and `suffix` tokens on average."""
+    """Sizes of a CLIP. Only blocks above the cut count; a prompt has the prefix and on average `suffix` tokens."""
 
     image_width: int
     image_tokens: int
@@ -40,7 +42,7 @@ VIT_B_16 = Model(768, 197, 6, 512, 6, 512, prefix=5, suffix=5, parameters=149_62
 
 
 class Gpu(NamedTuple):
-    """Rates by data sheets: of the matrix units in bf16, FLOP/s, and of memory and links in one direction, bytes/s."""
+    """Rates by data sheets: matrix units in bf16, FLOP/s; memory, and links in one direction, bytes/s."""
 
     half: float
     bandwidth: float
@@ -52,18 +54,19 @@ class Gpu(NamedTuple):
 # 400 Gb/s adapters) and DGX A100 (600, 200).
 GPUS = {"H100": Gpu(989.4e12, 3.35e12, 450e9, 50e9), "A100": Gpu(312e12, 2.039e12, 300e9, 25e9)}
 # Launches of a step with 12 blocks above the cut, by `python -m bench.counts --estimate`; in many processes a step has
-# host syncs and is no graph.
+# host syncs and is not captured in a graph.
 HOST_SECONDS = 2.597e-3 / 12
 # Times that a step reads or writes each gradient (written once, and read by the update, which reads and writes weight
 # and momentum), and each saved byte.
 GRADIENT_PASSES, SAVED_PASSES = 6, 2
 
-# Of NCCL's rings (src/graph/tuning.cc), by protocol: seconds to start, of a hop over NVLink and over the network, and
-# share of the bandwidth. The protocol that takes less is used.
+# Rings of NCCL (src/graph/tuning.cc), by protocol: seconds to start, seconds of a hop over NVLink and over the network,
+# and share of the bandwidth. The faster protocol is used.
 PROTOCOLS = {"LL": (3.6e-6, 0.47e-6, 2.7e-6, 1 / 4), "Simple": (8.4e-6, 3.4e-6, 9.6e-6, 1.0)}
 
-# Bytes saved per token in multiples of W, in a block and in the last: fp32 residuals, the rest bf16; in the last block
-# of texts also per class. And bf16 copies of the weights of a block, in multiples of W² (towers/fused_block.py).
+# Bytes saved per token in multiples of W (fp32 residuals, the rest bf16): in a block, and in the last block, which for
+# texts also saves SAVED_POOLED per class. CASTS: bf16 copies of the weights of a block, in multiples of W²
+# (towers/fused_block.py).
 SAVED_IMAGE, SAVED_TEXT, SAVED_POOLED, CASTS = (24, 8), (22, 12), 16, 24
 # Bytes for each class of the task that a selection keeps, and that four passes of a radix sort of the scores move.
 SELECTION, SORTED = 4 + 4 + 8, 4 * 2 * (4 + 8)
@@ -76,7 +79,7 @@ def trained(model: Model) -> int:
 
 
 class Message(NamedTuple):
-    """A collective, and the bytes that each process gives."""
+    """A collective, and the bytes that each process contributes."""
 
     collective: str
     bytes: int
@@ -85,9 +88,10 @@ class Message(NamedTuple):
 def messages(
     way: str, W: int, B: int, C: int, D: int, *, itemsize: int = 2, wide: int = 4, smoothing: bool = False
 ) -> list[Message]:
-    """Messages of a step with B images in all, before the mean of gradients.
+    """Messages of a step with B images in all processes, without the mean of the gradients.
 
-    A number of the image embeddings has `itemsize` bytes; scores and gradients have `wide`, 4 or in fp64 8.
+    An element of the image embeddings has `itemsize` bytes; an element of scores and gradients has `wide`, 4 (in fp64
+    8).
     """
     own = -(-B // W)
     numbers = [16, 8 * own, itemsize * own * D, wide * -(-C // W)]  # sizes and draws, labels, embeddings, scores
@@ -118,8 +122,9 @@ def flops(model: Model, b: int, K: int, rows: float, scores: int, logits: int) -
     """Operations of the products of a step, with backward: b images, and K classes with `rows` tokens of suffixes."""
     image, N, n = model.image_width, model.image_tokens, model.image_blocks
     text, m = model.text_width, model.text_blocks
-    # Products of a block: 24·W² per token and twice that in backward. The first needs no gradient of its input, except
-    # one row for a bias. The last has keys and values of every token, and of texts queries; the rest of pooled tokens.
+    # Products of a block: 24·W² per token and twice that in backward. The first block needs no gradient of its input,
+    # except one row for a bias. The last block computes keys and values (for texts also queries) for every token, and
+    # all else for pooled tokens only.
     images = b * N * image**2 * (72 * (n - 1) - 6 + 12) + 6 * image**2 + 60 * b * image**2
     texts = (rows + model.prefix) * text**2 * (72 * (m - 1) - 6 + 18) + 6 * text**2 + 54 * K * text**2
     # Attention: 14 operations, of which 10 in backward, for each pair of tokens and channel.
@@ -147,7 +152,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         flops: Operations of products.
-        sent: Bytes that it gives, without gradients of parameters.
+        sent: Bytes that the process sends, without gradients of parameters.
         class_bytes: Memory for classes.
         rest_bytes: Memory for weights, their gradients, momentum, and images.
         moved: Bytes read and written.
@@ -189,6 +194,6 @@ def step_seconds(prediction: Prediction, W: int, model: Model, gpu: str) -> floa
 
 
 def faster_way(W: int, b: int, C: int, K: int, model: Model, gpu: str) -> str:
-    """Return the way with the shorter predicted step; of equal ones class-parallel, which takes less memory."""
+    """Return the way with the shorter predicted step; if they are equal, class-parallel, which takes less memory."""
     own, every = (step_seconds(predict(way, W, b, C, K, model), W, model, gpu) for way in WAYS)
     return WAYS[every < own]

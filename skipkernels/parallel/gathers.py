@@ -14,7 +14,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) ->
     """Gather rows [b, …] of each process to [B, …] in the order of ranks; collective.
 
     Processes with fewer rows pad them, and the padding is dropped. In backward, gradients of all processes are summed
-    by a reduce-scatter, at least in fp32: the result is that of the sum of the losses of all processes.
+    by a reduce-scatter, at least in fp32: the result is the gradient of the sum of the losses of all processes.
 
     Args:
         rows: [b, …] of this process.
@@ -66,14 +66,14 @@ class _GatherShares(torch.autograd.Function):
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Gather a tensor [...] of the same shape on each process to [W, ...], without autograd."""
     out = x.new_empty(dist.get_world_size(group), *x.shape)
-    # Since PyTorch 2.13 under another name, and this one warns.
+    # PyTorch 2.13 renames the collective, and warns if the old name is used.
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     collective(out.view(-1), x.detach().contiguous().view(-1), group=group)
     return out
 
 
 def reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over processes of part r of [W, ...], on process r."""
+    """Sum part r of [W, ...] over the processes, and return it on process r."""
     out = parts.new_empty(parts.shape[1:])
     collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     collective(out.view(-1), parts.view(-1), group=group)

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..clip import SkipCLIP
 
-_BUCKET = 32 << 20  # bytes that are sent at once
+_BUCKET = 32 << 20  # bytes of a message
 
 
 @torch.no_grad()
@@ -20,14 +20,14 @@ def all_reduce_gradients(clip: SkipCLIP) -> None:
     """Average the gradients of a SkipCLIP over the processes of its `process_group`, in place; collective.
 
     Call it on every process between `backward` and the optimizer's step, unless `DistributedDataParallel` does this.
-    With gradient accumulation call it once, behind the last backward. The mean is summed at least in fp32. A parameter
+    With gradient accumulation, call it once, after the last backward. The mean is summed at least in fp32. A parameter
     without gradient on this process counts as zero.
 
     Args:
         clip: SkipCLIP with a `process_group`.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If `clip` has no `process_group`.
     """
     group = clip.process_group
     if group is None:

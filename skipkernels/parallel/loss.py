@@ -72,7 +72,7 @@ def replicated_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy [] of the images of all processes, each with the embeddings of all classes; collective.
 
-    The result is that of `sharded_cross_entropy`, with one number of each process as message.
+    The result equals that of `sharded_cross_entropy`; the only message is one number from each process.
 
     Args:
         image: [b, D] image embeddings of this process; b may be 0.
@@ -128,7 +128,7 @@ def sharded_contrastive_loss(
 def sharded_sigmoid_loss(
     image: Tensor, text: Tensor, targets: Tensor, bias: Tensor | float, scale: Tensor, elements: int, group: Any
 ) -> Tensor:
-    """Mean binary cross-entropy [] of images and classes, of which each process has a part; collective.
+    """Mean binary cross-entropy [] of images and classes; each process has a part of the pairs; collective.
 
     Args:
         image: [b, D] image embeddings.

@@ -91,7 +91,7 @@ def export(
     if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
     if not source.is_dir():
-        raise InputError(f"export: run must be the folder of a run; {source} is none.", "run")
+        raise InputError(f"export: run must be the folder of a run; {source} is not a folder.", "run")
     if folder.resolve() == source.resolve():
         raise InputError(f"export: out must not be the folder of the run; got {folder}. Choose another.", "out")
     check_writable(folder, function="export")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data import InputError
 from .merging import PlainModel
 
-_TOLERANCE = 1e-4  # of unit-norm embeddings, after the conversion
+_TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
 _RESAMPLE = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
 _BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 _BLOCK |= {"attn.out_proj": "self_attn.out_proj"}

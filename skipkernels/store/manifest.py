@@ -28,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 """Storage dtypes of rows."""
 COMPUTED = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Dtypes of rows before they are stored and after they are read."""
-_MAX_SIZE = 2**48  # of any number in a manifest; larger ones are damage, and their products would overflow
-_MAX_BYTES = 2**24  # of a manifest: 100,000 shards take 9 MB, and 30 times that in memory as JSON
+_MAX_SIZE = 2**48  # largest valid number in a manifest; larger ones are damage, and their products would overflow
+_MAX_BYTES = 2**24  # size of a manifest file: 100,000 shards take 9 MB, and 30 times that in memory as JSON
 _SHARD_TEXT = len(',\n  {\n   "bytes": 281474976710655,\n   "xxh3": ""\n  }') + 32  # most bytes per shard
 _MAX_DEPTH = 16  # levels of notes
 

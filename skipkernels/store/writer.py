@@ -125,7 +125,7 @@ class Writer:
         return shard
 
     def add(self, shards: Mapping[int, Shard]) -> None:
-        """Add shards to the manifest, of which the files have been written, also by another process.
+        """Add shards to the manifest, after this or another process has written their files.
 
         Raises:
             StoreError: As for `write`.

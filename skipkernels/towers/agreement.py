@@ -101,7 +101,7 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
         if not expected.isfinite().all():
             raise RuntimeError(
                 f"SkipCLIP: the model's embeddings of {pair.inputs} are not finite. Its weights are damaged, or too "
-                "large for its dtype; load others."
+                "large for its dtype. Load other weights."
             )
         distance = (expected - got).detach().norm(dim=-1).max().item()
         _raise_if_above(pair.inputs, mode, "unit-norm distance", distance, _EMBEDDING_TOLERANCE[wide])
@@ -109,7 +109,7 @@ def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
             raise RuntimeError(
                 f"SkipCLIP: no parameter that trains has an effect on the model's embeddings of {pair.inputs}. "
                 "torch.nn.MultiheadAttention reads the weight of its out_proj and does not call that layer, so an "
-                "adapter there has none: put it on another layer."
+                "adapter of this layer has no effect. Adapt another layer."
             )
         if parameters:
             generator = torch.Generator().manual_seed(1)

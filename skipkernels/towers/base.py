@@ -67,7 +67,7 @@ class Tower(ABC):
     # Weights and settings of each block, or the reason why it is not fused; empty if the family fuses no blocks.
     # Weights that are computed from parameters are on the meta device: `fused` computes them.
     _fusable: Sequence[FusableBlock | str] = ()
-    _block_parameters: Sequence[list[nn.Parameter]] = ()  # of each block in `_fusable`, when it was read
+    _block_parameters: Sequence[list[nn.Parameter]] = ()  # for each block in `_fusable`, when it was read
 
     @abstractmethod
     def reference_forward(self, inputs: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Tower(ABC):
     @staticmethod
     def why_not_fusable(block: Any) -> str | None:
         """Return why a block cannot be fused, apart from its weights, or None if it can."""
-        return "a block runs as your module"
+        return "a block runs its own forward"
 
     def _read(self, block: Any) -> FusableBlock | str:
         reason = self.why_not_fusable(block)

@@ -276,7 +276,7 @@ class _FusedBlock(torch.autograd.Function):
         casts = [getattr(weights, name) for name in PRODUCTS] if record and _dtype(flat) != settings.dtype else []
         ctx.settings, ctx.attention, ctx.has_branch, ctx.layout = settings, attention, branch is not None, layout
         ctx.counts = len(flat), len(factors), len(casts), len(projected)
-        # Computed weights (updated, scaled) would be saved beside their casts, of which backward reads only these.
+        # Computed weights (updated, scaled) would be saved beside their casts, although backward reads only the casts.
         spared = [bool(casts) and x.dim() == 2 and not isinstance(x, torch.nn.Parameter) for x in flat]
         kept = [x.new_empty(0) if spare else x for x, spare in zip(flat, spared, strict=True)]
         ctx.save_for_backward(hidden, query_rows, *kept, *factors, *casts, *projected, *(saved or ()))
@@ -462,7 +462,7 @@ def _backward(
         add_factors(name, d_out, inputs)
 
     def add_factors(name: str, d_out: Tensor, inputs: Tensor, first: int = 0) -> None:
-        """Add the gradients of the factors of a weight, of which `d_out` has the parts from `first` on."""
+        """Add the gradients of the factors of a weight; `d_out` has the parts of the weight from `first` on."""
         for index, (field, (part, scale, down, up)) in enumerate(updates):
             start = (part - first) * len(up)
             if field == name and 0 <= start < d_out.shape[1]:

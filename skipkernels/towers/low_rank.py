@@ -79,7 +79,7 @@ class LowRankUpdate(nn.Module):
                 f"load_state_dict: the low-rank updates have alpha {alpha:g}, and those of this model have "
                 f"{self.alpha:g}. Add them with add_lora(clip, rank, targets, alpha={alpha:g})."
             )
-        if tuple(updated) != self.updated:  # of query, key and value, the only parts of one weight
+        if tuple(updated) != self.updated:  # only query, key and value are parts of one weight
             saved, own = (", ".join("qkv"[int(part)] for part in parts) for parts in (updated, self.updated))
             raise ValueError(
                 f"load_state_dict: the low-rank updates are of the targets {saved}, and those of this model of {own}. "

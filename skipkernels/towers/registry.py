@@ -66,7 +66,7 @@ def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[Tex
         tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], those of T templates.
 
     Raises:
-        TypeError: If the model is no module.
+        TypeError: If the model is not an `nn.Module`.
         UnsupportedModel: If no adapter handles the model, with the reason.
     """
     if not isinstance(model, nn.Module):

@@ -88,7 +88,7 @@ def _copied(values: Any) -> Any:
 
 
 def containers(model: nn.Module, towers: Sequence[Tower]) -> list[nn.Module]:
-    """The model and the modules around its blocks, embeddings and heads, none of which SkipCLIP calls."""
+    """Modules that SkipCLIP does not call: the model, and the modules around its blocks, embeddings and heads."""
     parts = [part for tower in towers for part in (*tower.embedding, *tower.head, *tower.blocks)]
     modules = {id(x) for part in parts if isinstance(part, nn.Module) for x in part.modules()}
     parameters = {id(part) for part in parts if isinstance(part, nn.Parameter)}

@@ -57,7 +57,7 @@ class TextTower(Tower):
         Args:
             tokens: int64 [C, L].
             pooled: int64 [C], positions of the pooled tokens.
-            not_fused: Why not all blocks are fused, or None. The others keep the shared prefix.
+            not_fused: Why not all blocks are fused, or None. Fused blocks keep the shared prefix.
             last_not_fused: Why the last block is not fused, or None.
             not_causal: Why the mask is not the causal one, or None.
             not_cropped: Why tokens behind the last visible one are not cropped, or None.

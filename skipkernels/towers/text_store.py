@@ -53,7 +53,7 @@ class TextStore:
         folder: Folder of the store.
         text: Text tower.
         lower: Function that runs the blocks below the cut.
-        chunk: Number of classes that run at once.
+        chunk: Number of prompts in one forward pass.
 
     Attributes:
         nbytes: Size of all rows.

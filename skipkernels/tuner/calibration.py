@@ -7,7 +7,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-_BOUNDS = (0.01, 100.0)  # of the temperature
+_BOUNDS = (0.01, 100.0)  # range of the temperature
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _STEPS = 60  # each makes the interval 0.62 times as long: to 1e-12 of its length
 
@@ -25,7 +25,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: int64 [n].
 
     Returns:
-        float: T, from 0.01 to 100; 1 for a single class, of which the probability does not depend on T.
+        float: T, from 0.01 to 100; 1 for a single class, since its probability does not depend on T.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599. Platt,
     "Probabilistic Outputs for Support Vector Machines", 1999.

@@ -22,7 +22,7 @@ def command_line(
 
     Args:
         command: Name of the command.
-        options: Options: a dataclass, of which fields may be groups of options.
+        options: Options: a dataclass. Its fields may be groups of options.
         positional: Fields that are positional arguments.
         processes: Number of processes; several are started by torchrun.
         left_out: Fields that the reader of the command chooses, such as its output folder.

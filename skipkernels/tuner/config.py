@@ -43,8 +43,8 @@ _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 _PATHS, _TUPLES = ("root", "cache", "out", "resume"), ("template", "targets", "log")  # fields with these types
 
-_MAX_BYTES = 2**20  # of a config.yaml
-_MAX_BITS = 63  # of an integer in a config.yaml
+_MAX_BYTES = 2**20  # size of a config.yaml
+_MAX_BITS = 63  # bits of an integer in a config.yaml
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
 

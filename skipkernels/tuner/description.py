@@ -26,7 +26,7 @@ from .state_checks import check_types
 
 CLASSIFIER = "classifier.json"
 FORMAT = 1
-_MAX_BYTES = 1 << 28  # of classifier.json: a million classes with a few prompts each
+_MAX_BYTES = 1 << 28  # size of classifier.json: a million classes with a few prompts each
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
 
 _FIELDS: dict[str, Any] = {

@@ -120,7 +120,7 @@ class Evaluator:
 class EvaluatedImages:
     """Features of images, to be classified over the classes of a test.
 
-    Each of several processes classifies its share; the results are those of all images.
+    With several processes each classifies its share of the images; the results cover all images.
 
     Args:
         setup: The run.

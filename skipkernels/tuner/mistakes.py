@@ -18,7 +18,7 @@ from .predictions import TestPredictions, TopClasses
 
 GALLERY, PAIRS, WORST = 8, 6, 30
 """Largest number of images in a gallery, of pairs of confused classes, and of classes in the matrix of confusions."""
-_MAX_SIDE = 128  # of a thumbnail, in pixels
+_MAX_SIDE = 128  # longer side of a thumbnail, in pixels
 _PIXEL_ART = 64  # images up to this size are stored without loss
 
 

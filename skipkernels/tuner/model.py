@@ -234,7 +234,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         if hasattr(model, "visual"):
             open_clip.load_checkpoint(model, str(path), weights_only=True)
-        else:  # of transformers
+        else:  # a model of transformers
             model.load_state_dict(load_file(path))
     except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
         raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error

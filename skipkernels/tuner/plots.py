@@ -21,7 +21,7 @@ COLOURS: tuple[str, ...] = ("#3b7dd8", "#cf7a1f", "#2e9e5b", "#d1495b", "#8f6be0
 COLOURS += ("#c2529f", "#7f8c1f", "#a8703f", "#5b83a6", "#e0563a", "#5f9148")
 LOSS, GREY = "#7a5ccc", "#808080"
 
-_MAX_BARS = 60  # of a histogram
+_MAX_BARS = 60  # bars of a histogram
 _MAX_DOTS = 40  # on a line
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves a key out, for equal bytes
 

@@ -60,9 +60,9 @@ class TestPredictions:
 
 
 def consistent(top: Mapping[str, TopClasses], name: str, predicted: Tensor) -> TopClasses:
-    """Return the top classes of a test if they begin with the predicted classes [n]; else these, without others.
+    """Return the top classes of a test if the first are the predicted classes [n]; else only the predicted classes.
 
-    They do not if an evaluation was interrupted, and the predictions are those of an earlier one.
+    They differ if an evaluation was interrupted and the predictions are from an earlier one.
     """
     found = top.get(name)
     if found is not None and found.classes[:, 0].equal(predicted):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _CONNECT_SECONDS = 600.0  # in which all processes must start
 _POLL_SECONDS = 0.05
 _HEARTBEAT_SECONDS = 1.0  # between heartbeats of a process
-_LAG_SECONDS = 3.0  # in which the process that failed reports its error, after others have noticed
+_LAG_SECONDS = 3.0  # for the process that failed to report its error, after others have noticed the failure
 _END_SECONDS = 15.0  # in which the first process ends its run folder after an error; torchrun kills after 30 s
 _ERROR, _END, _LOST, _HEARTBEAT = "error", "end", "lost", "heartbeat"
 
@@ -39,7 +39,7 @@ class ProcessError(RuntimeError):
 class Processes:
     """Processes of a run. By default there is only this one.
 
-    Without a group all methods are those of a single process, at no cost.
+    Without a group all methods do what a single process needs, at no cost.
 
     Args:
         rank: Number of this process.
@@ -360,11 +360,11 @@ def _rendezvous() -> Any:
 
 
 def _group_name(store: Any, rank: int, size: int) -> str:
-    """Return a name that all processes of this start have, and no earlier one.
+    """Return a name that all processes of this start share, and that no earlier start has used.
 
-    torchrun keeps its store when it restarts processes, so that they would find what killed ones wrote, and its number
-    of restarts may differ between hosts. Each process writes a random name; the first publishes all names until every
-    process has accepted a list with its own, and the first name is that of the group.
+    torchrun keeps its store when it restarts processes, so that they would read entries of killed processes; and its
+    number of restarts may differ between hosts. Each process writes a random name; the first publishes all names until
+    every process has accepted a list with its own, and the first name in the list becomes that of the group.
     """
     own = secrets.token_hex(8)
     store.set(f"member {rank}", own)

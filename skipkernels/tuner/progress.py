@@ -21,8 +21,8 @@ from ..console import escaped, plain
 from ..memory import PeakMemory
 from .plots import finite
 
-_REFRESHES = 2  # of the live display per second; each delays the training thread by 3 ms
-_MAX_WIDTH = 88  # of the bars, in characters
+_REFRESHES = 2  # per second, of the live display; each delays the training thread by 3 ms
+_MAX_WIDTH = 88  # characters of a bar
 _SMOOTHING = 0.8  # weight of previous losses in the displayed loss
 _MAX_ACCURACIES = 4  # in a line
 _MEMORY_SECONDS = 1.0  # between two reads of the memory

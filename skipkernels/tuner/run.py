@@ -220,7 +220,7 @@ class _Run:
         self.described: Description | None = None
         self.temperature: tuple[float, int] | None = None  # and the number of images that it was fitted on
         self.warnings: list[str] = []
-        self.seconds_before = self.seconds_fit = 0.0  # of earlier processes; of `fit`
+        self.seconds_before = self.seconds_fit = 0.0  # training seconds of earlier processes; seconds of `fit`
 
     def run(self) -> dict[str, Any]:
         """Compute features, train, and write the results. Returns the metrics."""
@@ -240,7 +240,7 @@ class _Run:
                     arguments = self.config, self.method, self.setup.precision, train, self.task.tests[0].classes
                     trainer = Trainer(*arguments, self.processes) if self.config.epochs else None
                     if trainer is not None and trainer.not_graphed is not None:
-                        _print(self.console, f"note: steps run one by one: {trainer.not_graphed}")
+                        _print(self.console, f"note: steps run without a CUDA graph: {trainer.not_graphed}")
                     with self.folder.lock():
                         self.folder.follow(self.processes.from_first("epochs", lambda: self.folder.epochs))
                         self._save_few_shot()

@@ -79,7 +79,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         if metrics["status"] == "complete" and not (
             kept and (metrics["tuned"] or {}).keys() == metrics["zero_shot"].keys()
         ):
-            raise ValueError("tuned or kept_classes is not that of a complete run")
+            raise ValueError("status is complete, but tuned or kept_classes is incomplete")
     except ValueError as error:
         raise _damaged(folder, error) from error
     return metrics

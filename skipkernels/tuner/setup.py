@@ -76,7 +76,7 @@ class RunSetup:
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
         """Compute the features of the images of each test; see `FeatureCache.build` for `progress`.
 
-        Of several processes each has those of its share of the images if features are in memory.
+        With several processes and features in memory, each process has the features of its share of the images.
         """
         tests = self.task.tests
         return {test.name: self._shared(f"test-{quote(test.name, safe=' ')}", test, progress) for test in tests}

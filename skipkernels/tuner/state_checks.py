@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MAX_DEPTH = 16  # of a plain value
+_MAX_DEPTH = 16  # levels of a plain value
 
 
 def _is_number(value: Any) -> bool:

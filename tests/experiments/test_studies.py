@@ -244,7 +244,7 @@ def test_ablate_checks_all_variants_first(tmp_path, capsys, in_process):
 
 
 def test_in_subprocess_registers_the_experiments():
-    """In a new process, which has not imported them; it returns the error of a setting too."""
+    """The new process imports the experiments, and returns an error of a setting."""
     with pytest.raises(InputError, match='epochs=1 has no effect with method="linear-probe"'):
         runs._in_subprocess(runs._check_config, dataclasses.replace(TINY, method="linear-probe"))
 

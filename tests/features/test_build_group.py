@@ -117,7 +117,7 @@ def test_builds_of_several_processes(tmp_path):
             expected = message if rank == owner else f"PeerError: .*process {owner} of process_group raised an error"
             with pytest.raises(AssertionError, match=expected):
                 raise AssertionError(found[case])
-    assert "must be equal on all processes of process_group; those of process 1" in first["other"]
+    assert "must be equal on all processes of process_group; got different ones on processes 0 and 1" in first["other"]
     assert "PeerError: FeatureCache.build: another process of process_group was killed" in first["killed"]
     # Each process loses the shard that it encodes; of the killed one also the shard that it writes.
     assert first["image, shards"] == 3

@@ -334,7 +334,7 @@ def test_views_with_other_labels_are_refused(tmp_path, make, workers):
 
 
 def test_views_with_other_labels_than_existing_ones_are_refused(tmp_path):
-    """In either view."""
+    """Labels that differ in the first or in the second view are refused."""
     labels = [(image, 7) for image in pictures(8)]
     others = [(image, 8) for image in pictures(8)]
     for gone, view in ((0, 0), (3, 1)):

@@ -371,7 +371,7 @@ def test_images_without_random_transform_stay_the_same(tmp_path):
 
 
 def test_extraction_does_not_change_the_mode_of_the_model(tmp_path, views):
-    """Not even for a moment: training may change it meanwhile."""
+    """The mode must not change even for a moment, because training may change it at the same time."""
     clip, touched = skip_clip(), set()
     conv1 = clip.model.visual.conv1
 

@@ -45,7 +45,7 @@ def make(dassl: Any, problem: Problem, folder: Path, *, epochs: int = 1, save: b
 
 
 def test_resumes_to_the_same_bits(dassl, problem, tmp_path):
-    """From Dassl's own checkpoint, which holds the draws of classes."""
+    """Dassl's own checkpoint holds the state of the class sampler."""
     whole = make(dassl, problem, tmp_path / "whole", epochs=2, KEEP_RATIO=0.3)
     whole.train()
     first = make(dassl, problem, tmp_path / "half", epochs=2, save=True, KEEP_RATIO=0.3)

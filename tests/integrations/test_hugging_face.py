@@ -145,7 +145,7 @@ def test_arguments_of_another_model():
 
 
 def test_optimizer_is_of_the_parameters_that_train(short, tmp_path):
-    """Also after add_lora; and FusedSGD does not update weights before the trainer clips gradients."""
+    """The optimizer has A and B of a later add_lora; FusedSGD does not update weights before gradients are clipped."""
     clip = make(short)
     ours = hugging_face.trainer_arguments(clip, text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
     sk.add_lora(clip, rank=2)

@@ -89,7 +89,7 @@ def test_activations_train(build, layer, expected):
 
 
 def test_layer_norm_trains(build):
-    """In place of the forward of `nn.LayerNorm`, as `kernelize` puts it there."""
+    """`kernelize` puts this forward in place of that of `nn.LayerNorm`."""
     x = torch.randn(3, 5, dtype=torch.float64)
     norm = nn.LayerNorm(5, dtype=torch.float64)
     nn.init.normal_(norm.weight)

@@ -56,7 +56,7 @@ def test_captions_of_a_file(problem, clip):
 
 
 def test_every_caption_is_found():
-    """Also where hashes of prompts are on both sides of one that is no prompt."""
+    """Other captions are refused, even if their hash is between two hashes of prompts."""
     tokens = torch.randint(60, (500, 7), generator=torch.Generator().manual_seed(0))
     model = SimpleNamespace(clip=SimpleNamespace(_tokens=tokens.int()), _prompts=None)
     assert ClassModel.class_ids(model, tokens).tolist() == list(range(500))

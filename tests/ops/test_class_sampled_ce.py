@@ -253,7 +253,7 @@ def test_zero_rows_match_the_reference(backend: Backend):
 
 @pytest.mark.parametrize(("reduction", "zero", "K"), pairs(["mean", "sum", "none"], ["image", "text", None], [None, 1]))
 def test_one_class_has_no_loss_and_no_gradient(backend: Backend, K, zero, reduction):
-    """Also for a zero row, with a gradient that is divided by 1e-12. In fp32 all results are exactly 0; fp64 shows the
+    """A zero row is included: its gradient is divided by 1e-12. In fp32 all results are exactly 0; fp64 shows the
     rounding of lse."""
     for dtype, label_smoothing in itertools.product(backend.dtypes, (0.0, 0.3)):
         options = {"reduction": reduction, "label_smoothing": label_smoothing}

@@ -132,10 +132,10 @@ def everywhere(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_element_error(backend: Backend, kind, dtype):
-    """Not the norm over all: the error of each result, in steps of its dtype, from −max to max."""
+    """Compare the error of each result, in steps of its dtype, from −max to max, instead of the norm of all errors."""
     backend.skip_unless_supported(dtype)
     if backend.name == "reference":
-        pytest.skip("PyTorch's own functions serve")
+        pytest.skip("the reference calls PyTorch's own functions")
     x = everywhere(dtype)
     case = Case(leaf(x.to(backend.device)), None, torch.ones_like(x).to(backend.device), kind)
     out, d_x = (result.cpu().double() for result in run(mlp_activation, case))
@@ -171,7 +171,7 @@ def test_relative_precision_where_the_result_vanishes(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_infinity_and_nan_follow_the_formula(backend: Backend, kind):
     if backend.name == "reference":
-        pytest.skip("PyTorch's own functions serve, of which gelu makes NaN of infinity where it is vectorised")
+        pytest.skip("the reference calls PyTorch's own functions, and vectorised gelu makes NaN of infinity")
     for dtype in backend.dtypes:
         x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], dtype=dtype, device=backend.device)
         out, d_x = run(mlp_activation, Case(leaf(x), None, torch.ones_like(x), kind))

@@ -68,7 +68,7 @@ def name(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("dtypes", TRIPLES, ids=lambda triple: "-".join(map(name, triple)))
 def test_is_the_reference(backend, dtypes):
     if backend.name == "interpreter" and not set(dtypes) <= set(backend.dtypes):
-        pytest.skip("the interpreter's bf16 is not that of bf16, and fp64 is the reference's")
+        pytest.skip("the interpreter does not round as bf16 does, and fp64 runs in the reference")
     ours = State(SIZES, *dtypes, device=backend.device)
     theirs = ours.clone()
     for lr in (0.013, torch.tensor(0.5), torch.tensor([1e-3], dtype=torch.float64)):
@@ -80,9 +80,9 @@ def test_is_the_reference(backend, dtypes):
     "dtypes", [triple for triple in TRIPLES if triple[0] == torch.bfloat16], ids=lambda t: "-".join(map(name, t))
 )
 def test_random_bits_are_those_of_the_reference(backend, dtypes):
-    """Also where a tensor of the list does not begin with a new group of four."""
+    """The sizes include tensors that do not begin with a new group of four elements."""
     if backend.name == "interpreter":
-        pytest.skip("the interpreter's bf16 is not that of bf16")
+        pytest.skip("the interpreter does not round as bf16 does")
     ours = State(SIZES, *dtypes, device=backend.device)
     theirs = ours.clone()
     for seed in (0, -1, 2**64 - 1, torch.tensor(1 << 62, device=backend.device)):
@@ -108,7 +108,7 @@ def test_every_size_and_option(sizes, dtypes, seed, momentum, weight_decay):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
 def test_matches_torch_sgd(dtype):
-    """To rounding: `torch.optim.SGD` adds in other places."""
+    """Results agree up to rounding: `torch.optim.SGD` rounds in other places."""
     ours = State([(1000,), (37, 3)], dtype)
     parameters = [torch.nn.Parameter(w.clone()) for w in ours.lists[0]]
     # Not fused=True: in bf16 on the CPU (torch 2.13) that is off by 0.19 after three such steps.
@@ -135,7 +135,7 @@ def test_a_list_is_its_tensors_one_after_the_other():
 
 
 def test_offsets_give_the_same_bits_in_any_list(backend):
-    """Also for offsets that are no multiples of four."""
+    """The offsets include one that is not a multiple of four."""
     sizes, offsets = [(3,), (32,), (7,), (16,)], [0, 8, 41, 48]
     dtype = torch.float32 if backend.name == "interpreter" else torch.bfloat16
     seed = 5 if dtype == torch.bfloat16 else None
@@ -216,7 +216,7 @@ def test_any_strides(backend, dtype):
 def test_values_that_are_not_finite_stay_so(backend):
     """No random bit turns an infinity into NaN, or NaN into a number."""
     if backend.name == "interpreter":
-        pytest.skip("the interpreter's bf16 is not that of bf16")
+        pytest.skip("the interpreter does not round as bf16 does")
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0], device=backend.device)
     for seed in (None, 0, 1):
         for dtype in (torch.bfloat16, torch.float32):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import skipkernels as sk
 from bench.flops import flops_of
 from skipkernels.clip import SkipOutput
-from skipkernels.clip.processes import choose_way, refuse_batch_norms, sizes_of_model
+from skipkernels.clip.processes import choose_class_parallel, refuse_batch_norms, sizes_of_model
 from skipkernels.parallel import cost
 from skipkernels.parallel.cost import CLASS_PARALLEL, REPLICATED, VIT_B_16, WAYS, Model, messages
 from skipkernels.store import Store
@@ -534,8 +534,8 @@ def test_way_of_predicted_steps(group, monkeypatch):
     monkeypatch.setattr("skipkernels.clip.processes.gpu_of", lambda device: "H100")
     parallel = copy.deepcopy(clip._parallel)
     parallel.size = 2
-    way = choose_way(parallel, "auto", clip, tokens_of(2))
-    assert parallel.replicated and "for 2 H100 with 32 images each" in way.reason and not way.enabled
+    choice = choose_class_parallel(parallel, "auto", clip, tokens_of(2))
+    assert parallel.replicated and "for 2 H100 with 32 images each" in choice.reason and not choice.enabled
     assert not small_clip(group, class_parallel=False).reductions["text.class_parallel"].enabled
 
 

@@ -171,7 +171,7 @@ def _read_only(*arguments, **options):
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.ENOLCK])
 @pytest.mark.parametrize("owner, function", [(fcntl, "flock"), (os, "scandir"), (os, "listdir"), (os, "fsync")])
 def test_system_errors_become_store_errors_of_one_line(tmp_path, monkeypatch, owner, function, number):
-    """In every operation on a store."""
+    """Operations on a store raise no other error."""
     fill(tmp_path, LAYOUT)
     manifest = Manifest.read(tmp_path)
     original = getattr(owner, function)

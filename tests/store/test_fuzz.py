@@ -129,7 +129,7 @@ def spliced(draw: Any, data: bytes, longest: int) -> bytes:
 @many
 @given(st.data())
 def test_manifest_with_any_values(folder, sound, data):
-    """With a valid digest. It is refused or read correctly, and resume repairs the store or refuses another one."""
+    """A manifest with a valid digest is refused or read correctly; resume repairs the store or refuses another one."""
     put(folder, sound)
     write_manifest(folder, edited(data.draw, json.loads(sound[MANIFEST])))
     store = read(folder)

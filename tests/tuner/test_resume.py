@@ -69,7 +69,7 @@ BROKEN = {
     "binary": (b"\xff\xfe\x00", "not JSON"),
     "large": (" " * ((1 << 24) + 1), "more than 16777216 bytes"),
     "epochs": ({"epochs": "2"}, "epochs must be whole number; got str"),
-    "tuned": ({"tuned": None}, "tuned or kept_classes is not that of a complete run"),
+    "tuned": ({"tuned": None}, "status is complete, but tuned or kept_classes is incomplete"),
     "cost": ({"cost": {"device": 0}}, "cost.device must be text; got int"),
 }
 

@@ -87,7 +87,7 @@ def test_tune_says_why_steps_are_not_graphed(changes, reason, tmp_path, monkeypa
     console = Console(file=io.StringIO())
     tune(small(tmp_path, epochs=1, **changes), console)
     assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
-    assert f"note: steps run one by one: {reason}" in " ".join(console.file.getvalue().split())
+    assert f"note: steps run without a CUDA graph: {reason}" in " ".join(console.file.getvalue().split())
 
 
 def test_tune_beats_zero_shot_on_unseen_characters(tmp_path):

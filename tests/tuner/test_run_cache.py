@@ -57,7 +57,7 @@ def test_cache_second_run_encodes_no_image(cached, tmp_path, encoded):
 
 
 def test_evaluate_run_writes_nothing_and_needs_no_cache(cached, tmp_path, encoded):
-    """Also if the configuration names a folder for the cache."""
+    """This holds even if the configuration names a folder for the cache."""
     folder, metrics = cached
     shutil.copytree(folder / "run", tmp_path / "run")
     config = (tmp_path / "run" / "config.yaml").read_text()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..image import ImageTower
 
-NOT_FUSED = "blocks in stages run as your modules"
+NOT_FUSED = "blocks in stages run their own forward"
 
 
 def chain_stages(stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]]]) -> list[nn.Module]:

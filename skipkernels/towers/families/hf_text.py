@@ -29,7 +29,7 @@ class EncoderTextTower(TextTower):
         self.read_prompts(tokens)
 
     def read_prompts(self, tokens: Tensor) -> None:  # noqa: D102
-        not_fused = f"a block is a {type(self.blocks[0]).__name__}, which runs as your module"
+        not_fused = f"a block is a {type(self.blocks[0]).__name__}, which runs its own forward"
         last = (tokens != self.padding).long().cumsum(dim=1).argmax(dim=1)
         self._set_prompts(tokens, last, not_fused, not_fused, not_causal="a token sees later ones")
 

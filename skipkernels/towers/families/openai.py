@@ -104,7 +104,7 @@ class OpenAITextTower(TextTower):
             not_fused,
             last_not_fused,
             not_causal=not_causal,
-            not_cropped=not_fused and "a block runs as your module, on the whole context",
+            not_cropped=not_fused and "a block runs its own forward, on the whole context",
         )
 
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102

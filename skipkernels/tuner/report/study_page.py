@@ -16,8 +16,8 @@ from .rendering import MISSING, facts, number, render, svg
 _ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
 _SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
 _BEFORE, _AFTER = "zero-shot", "tuned"
-_LEAST_RUNS = 3  # of an interval
-_INSTANT = 1e-3  # of the longest time: a variant that trains nothing
+_LEAST_RUNS = 3  # fewest runs with an interval of the mean
+_INSTANT = 1e-3  # a variant that takes less than this share of the longest time trains nothing
 # Quantile 0.975 of Student's t with 2 to 10 degrees of freedom.
 _T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -76,7 +76,7 @@ def half_interval(deviation: float | None, runs: int) -> float:
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names of the points (time, accuracy) that no other equals or beats in both, by time.
+    """Return the names of the points (time, accuracy) on the Pareto front, by time: no other is as good in both.
 
     >>> pareto({"slow": (9.0, 80.0), "fast": (1.0, 60.0), "bad": (5.0, 50.0)})
     ['fast', 'slow']
