@@ -64,6 +64,32 @@ class Gradients(NamedTuple):
     sums: Tensor
 
 
+class Saved(NamedTuple):
+    """Tensors that backward reads besides the gradients; the bias only if it recomputes normed."""
+
+    hidden: Tensor
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Results of backward that are computed."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    sums: bool
+    partial: bool
+    cast: torch.dtype | None
+
+
+def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Needs]:
+    """Name the arguments of the backward operator after the gradients."""
+    return Saved(*rest[:5]), Needs(*rest[5:])
+
+
 @triton.jit
 def _add_layer_norm_fwd_kernel(
     x_ptr,
@@ -251,29 +277,16 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _launch_backward(
-    d_normed: Tensor,
-    d_hidden: Tensor | None,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_sums: bool,
-    partial: bool,
-    cast: torch.dtype | None,
-) -> Gradients:
+def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
+    saved, needs = _unpack(rest)
+    hidden, mean, rstd, weight, bias = saved
     if hidden.dtype == torch.float64:  # with d_normed of another dtype
-        outputs = need_x, need_weight, need_bias, need_sums, partial, cast
-        return _fallback_backward(d_normed, d_hidden, hidden, mean, rstd, weight, bias, *outputs)
+        return _fallback_backward(d_normed, d_hidden, *rest)
     W, R, device, tile = hidden.shape[-1], mean.numel(), hidden.device, _tile(hidden.shape[-1])
     P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
-    out = _outputs(d_normed, hidden, weight, bias, need_x, need_weight, need_bias, need_sums, partial, cast)
-    SUMS = 4 if need_sums else 2 if need_weight or need_bias or partial else 0
-    sums = out.sums if partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)
+    out = _outputs(d_normed, saved, needs)
+    SUMS = 4 if needs.sums else 2 if needs.weight or needs.bias or needs.partial else 0
+    sums = out.sums if needs.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)
     launch(
         _add_layer_norm_bwd_rows_kernel,
         (P,),
@@ -285,8 +298,8 @@ def _launch_backward(
         rstd_ptr=rstd.contiguous(),
         weight_ptr=weight.contiguous(),
         bias_ptr=_contiguous(bias),
-        d_x_ptr=out.d_x if need_x else None,
-        d_x_cast_ptr=None if cast is None else out.d_x_cast,
+        d_x_ptr=out.d_x if needs.x else None,
+        d_x_cast_ptr=None if needs.cast is None else out.d_x_cast,
         normed_ptr=None if bias is None else out.normed,
         sums_ptr=sums if SUMS else None,
         R=R,
@@ -295,17 +308,17 @@ def _launch_backward(
         SUMS=SUMS,
         **tile,
     )
-    if SUMS and not partial:
+    if SUMS and not needs.partial:
         launch(
             _add_layer_norm_bwd_sums_kernel,
             (triton.cdiv(W, BLOCK_COLUMNS), SUMS),
             device=device,
             num_warps=4,
             sums_ptr=sums,
-            d_weight_ptr=out.d_weight if need_weight else None,
-            d_bias_ptr=out.d_bias if need_bias else None,
-            d_hidden_sum_ptr=out.d_hidden_sum if need_sums else None,
-            d_x_sum_ptr=out.d_x_sum if need_sums else None,
+            d_weight_ptr=out.d_weight if needs.weight else None,
+            d_bias_ptr=out.d_bias if needs.bias else None,
+            d_hidden_sum_ptr=out.d_hidden_sum if needs.sums else None,
+            d_x_sum_ptr=out.d_x_sum if needs.sums else None,
             P=P,
             W=W,
             SUMS=SUMS,
@@ -315,35 +328,25 @@ def _launch_backward(
     return out
 
 
-def _outputs(
-    d_normed: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_sums: bool,
-    partial: bool,
-    cast: torch.dtype | None,
-) -> Gradients:
+def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
     """Allocate the results of backward."""
+    hidden, _, _, weight, bias = saved
 
     def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(like.shape if need else 0, dtype=dtype)
 
     P, W = 0, hidden.shape[-1]
-    if partial:
+    if needs.partial:
         P, _ = blocks_of_rows(hidden.numel() // W, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     return Gradients(
-        d_x=empty(hidden, need_x),
-        d_weight=empty(weight, need_weight and not partial),
-        d_bias=empty(weight, need_bias and not partial),
-        d_x_cast=empty(hidden, cast is not None, cast),
+        d_x=empty(hidden, needs.x),
+        d_weight=empty(weight, needs.weight and not needs.partial),
+        d_bias=empty(weight, needs.bias and not needs.partial),
+        d_x_cast=empty(hidden, needs.cast is not None, needs.cast),
         normed=empty(hidden, bias is not None, d_normed.dtype),
-        d_hidden_sum=empty(weight, need_sums and not partial),
-        d_x_sum=empty(weight, need_sums and not partial),
-        sums=hidden.new_empty((P, (4 if need_sums else 2) * W) if partial else 0, dtype=torch.float32),
+        d_hidden_sum=empty(weight, needs.sums and not needs.partial),
+        d_x_sum=empty(weight, needs.sums and not needs.partial),
+        sums=hidden.new_empty((P, (4 if needs.sums else 2) * W) if needs.partial else 0, dtype=torch.float32),
     )
 
 
@@ -370,23 +373,10 @@ def _affine(unit: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return scaled if bias is None else scaled + bias.to(unit.dtype)
 
 
-def _fallback_backward(
-    d_normed: Tensor,
-    d_hidden: Tensor | None,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_sums: bool,
-    partial: bool,
-    cast: torch.dtype | None,
-) -> Gradients:
+def _fallback_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
     # Not autograd of the reference: backward receives the statistics instead of eps.
-    dtype = mean.dtype
+    (hidden, mean, rstd, weight, bias), needs = _unpack(rest)
+    dtype, cast = mean.dtype, needs.cast
     hidden_fp32, upstream = (x.contiguous().to(dtype) for x in (hidden, d_normed))
     d_x, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
         upstream,
@@ -396,14 +386,14 @@ def _fallback_backward(
         rstd[..., None],
         weight.to(dtype),
         torch.zeros_like(weight, dtype=dtype),
-        (need_x, need_weight, need_bias),
+        needs[:3],
     )
     if d_x is not None and d_hidden is not None:
         d_x = d_x + d_hidden
     unit = None if bias is None else (hidden_fp32 - mean[..., None]) * rstd[..., None]
 
     def column_sum(x: Tensor | None) -> Tensor | None:
-        return x.to(dtype).flatten(0, -2).sum(dim=0) if need_sums and x is not None else None
+        return x.to(dtype).flatten(0, -2).sum(dim=0) if needs.sums and x is not None else None
 
     def result(x: Tensor | None, like: torch.dtype) -> Tensor:
         return hidden.new_empty(0, dtype=like) if x is None else x.to(like)
@@ -434,23 +424,10 @@ def _fake(
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 
-def _fake_backward(
-    d_normed: Tensor,
-    d_hidden: Tensor | None,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_sums: bool,
-    partial: bool,
-    cast: torch.dtype | None,
-) -> Gradients:
-    partial = partial and hidden.device.type != "cpu" and hidden.dtype != torch.float64
-    return _outputs(d_normed, hidden, weight, bias, need_x, need_weight, need_bias, need_sums, partial, cast)
+def _fake_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> Gradients:
+    saved, needs = _unpack(rest)
+    on_gpu = saved.hidden.device.type != "cpu" and saved.hidden.dtype != torch.float64
+    return _outputs(d_normed, saved, needs._replace(partial=needs.partial and on_gpu))
 
 
 add_layer_norm = registration.define(

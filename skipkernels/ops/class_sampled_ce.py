@@ -31,15 +31,7 @@ from torch import Tensor
 from .. import reference
 from . import registration, unit_rows
 from .launching import launch, tl, triton
-from .unit_rows import (
-    blocks_for,
-    contract,
-    cosine_arguments,
-    cosine_tile,
-    row_norms,
-    upstream_of,
-    with_contiguous_rows,
-)
+from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, upstream_of, with_contiguous_rows
 
 # Number of programs that fills a large GPU twice. Equal on all GPUs, so that all split, and round, in the same way.
 PROGRAMS = 256
@@ -434,11 +426,7 @@ def launch_splits(
     split_tiles = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, b_blocks)))
     splits = triton.cdiv(tiles, split_tiles)
 
-    measure = unit_rows.measures(B)
-    if measure:
-        image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
-    else:
-        image_norm, text_norm = row_norms(image), row_norms(text, common["class_ids_ptr"])
+    measure, image_norm, text_norm = unit_rows.norms_for(image, text, common["class_ids_ptr"])
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
     arguments = dict(common, partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth, B=B, K=K, C=C)
     launch(
@@ -615,14 +603,13 @@ def _fallback(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, 
     reduction = REDUCTIONS[options.reduction]
     loss = reference.class_sampled_ce(image, text, labels, logit_scale, *options[:4], reduction)
     lse = reference.class_sampled_logits(image, text, logit_scale, class_ids).double().logsumexp(dim=1)
-    rows = text if class_ids is None else text.index_select(0, class_ids)
-    image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=loss.dtype) for x in (image, rows))
+    image_norm, text_norm = unit_rows.reference_norms(image, text, class_ids)
     denominator = loss.new_ones(())
     if reduction == "mean":
         weight = image_norm.new_ones(text.shape[0]) if class_weight is None else class_weight.to(loss.dtype)
         ignored = labels == ignore_index
         denominator = weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0).sum()
-    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, rows.shape[0], keep)
+    return loss, lse, image_norm, text_norm, denominator, *_unwritten(loss, image, len(text_norm), keep)
 
 
 def _fallback_backward(d_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:

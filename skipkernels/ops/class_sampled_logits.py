@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import reference
 from . import registration, unit_rows
 from .launching import launch, tl, triton
-from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, row_norms, with_contiguous_rows
+from .unit_rows import blocks_for, contract, cosine_arguments, cosine_tile, with_contiguous_rows
 
 
 @triton.jit
@@ -92,11 +92,7 @@ def _launch(
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     class_ids = None if class_ids is None else class_ids.contiguous()
     B, K, device = image.shape[0], (text if class_ids is None else class_ids).shape[0], image.device
-    measure = unit_rows.measures(B)
-    if measure:
-        image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=device) for n in (B, K))
-    else:
-        image_norm, text_norm = row_norms(image), row_norms(text, class_ids)
+    measure, image_norm, text_norm = unit_rows.norms_for(image, text, class_ids)
     logits = torch.empty(B, K, dtype=torch.float32, device=device)
     blocks = blocks_for(B, image.dtype, device)
     launch(
@@ -125,13 +121,12 @@ def _launch_backward(
     image_norm: Tensor,
     text_norm: Tensor,
     class_ids: Tensor | None,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
+    *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     image, text = with_contiguous_rows(image), with_contiguous_rows(text)
     class_ids = None if class_ids is None else class_ids.contiguous()
     d_image, d_text, d_logit_scale = (x.new_empty(0) for x in (image, text, logit_scale))
+    need_image, need_text, need_logit_scale = needs
     if need_image or need_text:
         image_divisor, text_divisor = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
         factors = (d_logits / image_divisor[:, None] / text_divisor).to(unit_rows.factors_dtype(image.dtype))
@@ -161,8 +156,7 @@ def _fallback(
     image: Tensor, text: Tensor, logit_scale: Tensor, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = reference.class_sampled_logits(image, text, logit_scale, class_ids)
-    rows = text if class_ids is None else text.index_select(0, class_ids)
-    image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=logits.dtype) for x in (image, rows))
+    image_norm, text_norm = unit_rows.reference_norms(image, text, class_ids)
     return logits, image_norm, text_norm
 
 
@@ -174,18 +168,16 @@ def _fallback_backward(
     image_norm: Tensor,
     text_norm: Tensor,
     class_ids: Tensor | None,
-    need_image: bool,
-    need_text: bool,
-    need_logit_scale: bool,
+    *needs: bool,
 ) -> tuple[Tensor, ...]:
     d_image, d_text = registration.reference_gradients(
         lambda image, text: reference.class_sampled_logits(image, text, logit_scale, class_ids),
         (image, text),
-        (need_image, need_text),
+        needs[:2],
         d_logits,
     )
     d_logit_scale = logit_scale.new_empty(0)
-    if need_logit_scale:  # autograd of the reference sums in fp32
+    if needs[2]:  # autograd of the reference sums in fp32
         cosine = reference.class_sampled_logits(image, text, 1.0, class_ids)
         d_logit_scale = _d_logit_scale(d_logits, cosine, logit_scale)
     return d_image, d_text, d_logit_scale

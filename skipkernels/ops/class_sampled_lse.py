@@ -38,6 +38,7 @@ from .class_sampled_ce import (
     lse_of,
 )
 from .launching import launch, tl, triton
+from .unit_rows import reference_norms
 
 ELSEWHERE = -1  # label of a class of another process
 NO_LABEL = -2  # ignore_index that no label equals: every image has a log-sum-exp
@@ -124,9 +125,7 @@ def _fallback(
     image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, class_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lse, target = reference.class_sampled_lse(image, text, labels, logit_scale, class_ids)
-    rows = text if class_ids is None else text.index_select(0, class_ids)
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    image_norm, text_norm = (torch.linalg.vector_norm(x, dim=1, dtype=dtype) for x in (image, rows))
+    image_norm, text_norm = reference_norms(image, text, class_ids)
     return lse, target, image_norm, text_norm
 
 

@@ -105,7 +105,7 @@ def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_ind
 def _launch(
     rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
 ) -> Tensor:
-    out = _empty(rows, index, dtype, pin_memory)
+    out = _fake(rows, index, token_scale, dtype, pin_memory)
     _launch_out(rows, index, token_scale, None, out)
     return out
 
@@ -139,17 +139,13 @@ def _check_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_inde
         raise ValueError(f"gather_rows: out_index must have no duplicates; got {repeated[0]} more than once.")
 
 
-def _fake(
-    rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
-) -> Tensor:
-    return _empty(rows, index, dtype, pin_memory)
-
-
 def _fake_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:
     pass
 
 
-def _empty(rows: Tensor, index: Tensor, dtype: torch.dtype | None, pin_memory: bool) -> Tensor:
+def _fake(
+    rows: Tensor, index: Tensor, token_scale: Tensor | None, dtype: torch.dtype | None, pin_memory: bool
+) -> Tensor:
     dtype = dtype or (torch.float32 if rows.dtype == torch.int8 else rows.dtype)
     return rows.new_empty((index.shape[0], *rows.shape[1:]), dtype=dtype, pin_memory=pin_memory)
 

@@ -14,7 +14,7 @@ bench/operators/mlp_activation.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ ROWS_PER_SUM = 32  # least number of rows per program of backward; with fewer th
 MAX_SUMS = 256  # largest number of blocks of rows: with the blocks of columns enough for every GPU
 BLOCK_SUMS = 64  # partial sums per iteration of the second kernel
 BLOCK_SUMS_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
+
+
+class Needs(NamedTuple):
+    """Results of backward that are computed."""
+
+    x: bool
+    bias: bool
+    out: bool
+    partial: bool
 
 
 @triton.jit
@@ -165,21 +174,13 @@ def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return out
 
 
-def _launch_backward(
-    d_out: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    kind: int,
-    need_x: bool,
-    need_bias: bool,
-    need_out: bool,
-    partial: bool,
-) -> tuple[Tensor, ...]:
+def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
     W, device, tile = x.shape[-1], x.device, _tile(x.shape[-1])
     R = x.numel() // W
     P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
-    d_x, d_bias, out, sums = _outputs(x, bias, need_x, need_bias, need_out, partial)
-    if need_bias and not partial:
+    need = Needs(*needs)
+    d_x, d_bias, out, sums = _outputs(x, bias, need)
+    if need.bias and not need.partial:
         sums = torch.empty(P, W, dtype=torch.float32, device=device)
     launch(
         _mlp_activation_bwd_rows_kernel,
@@ -188,16 +189,16 @@ def _launch_backward(
         d_out_ptr=d_out.contiguous(),
         x_ptr=x.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(),
-        d_x_ptr=d_x if need_x else None,
-        out_ptr=out if need_out else None,
-        d_bias_sums_ptr=sums if need_bias else None,
+        d_x_ptr=d_x if need.x else None,
+        out_ptr=out if need.out else None,
+        d_bias_sums_ptr=sums if need.bias else None,
         R=R,
         rows=rows,
         W=W,
         KIND=KINDS[kind],
         **tile,
     )
-    if need_bias and not partial:
+    if need.bias and not need.partial:
         launch(
             _mlp_activation_bwd_sums_kernel,
             (triton.cdiv(W, BLOCK_SUMS_COLUMNS),),
@@ -210,18 +211,16 @@ def _launch_backward(
             BLOCK_P=BLOCK_SUMS,
             BLOCK_W=BLOCK_SUMS_COLUMNS,
         )
-    return d_x, d_bias, out, sums if partial else x.new_empty(0)
+    return d_x, d_bias, out, sums if need.partial else x.new_empty(0)
 
 
-def _outputs(
-    x: Tensor, bias: Tensor | None, need_x: bool, need_bias: bool, need_out: bool, partial: bool
-) -> tuple[Tensor, ...]:
+def _outputs(x: Tensor, bias: Tensor | None, need: Needs) -> tuple[Tensor, ...]:
     """Allocate the results of backward."""
     P, W = 0, x.shape[-1]
-    partial = partial and need_bias
+    partial = need.partial and need.bias
     if partial:
         P, _ = blocks_of_rows(x.numel() // W, _tile(W)["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
-    inputs, needs = (x, x if bias is None else bias, x), (need_x, need_bias and not partial, need_out)
+    inputs, needs = (x, x if bias is None else bias, x), (need.x, need.bias and not partial, need.out)
     sums = x.new_empty((P, W) if partial else 0, dtype=torch.float32)
     return *registration.gradients_like(inputs, needs), sums
 
@@ -230,42 +229,26 @@ def _fallback(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return reference.mlp_activation(x.contiguous(), bias, KINDS[kind])
 
 
-def _fallback_backward(
-    d_out: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    kind: int,
-    need_x: bool,
-    need_bias: bool,
-    need_out: bool,
-    partial: bool,
-) -> tuple[Tensor, ...]:
+def _fallback_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
     def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.mlp_activation(x, bias, KINDS[kind])
 
-    x = x.contiguous()
-    out = forward(x, bias) if need_out else x.new_empty(0)
+    x, need = x.contiguous(), Needs(*needs)
+    out = forward(x, bias) if need.out else x.new_empty(0)
     if bias is None:
-        return *registration.reference_gradients(forward, (x,), (need_x,), d_out), x.new_empty(0), out, x.new_empty(0)
-    return *registration.reference_gradients(forward, (x, bias), (need_x, need_bias), d_out), out, x.new_empty(0)
+        return *registration.reference_gradients(forward, (x,), (need.x,), d_out), x.new_empty(0), out, x.new_empty(0)
+    return *registration.reference_gradients(forward, (x, bias), (need.x, need.bias), d_out), out, x.new_empty(0)
 
 
 def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(
-    d_out: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    kind: int,
-    need_x: bool,
-    need_bias: bool,
-    need_out: bool,
-    partial: bool,
-) -> tuple[Tensor, ...]:
-    partial = partial and x.device.type != "cpu" and x.dtype != torch.float64
-    return _outputs(x, bias, need_x, need_bias, need_out, partial)
+def _fake_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *needs: bool) -> tuple[Tensor, ...]:
+    need = Needs(*needs)
+    return _outputs(
+        x, bias, need._replace(partial=need.partial and x.device.type != "cpu" and x.dtype != torch.float64)
+    )
 
 
 mlp_activation = registration.define(

@@ -200,14 +200,11 @@ def _launch_backward(
     lse: Tensor,
     lengths: Tensor | None,
     scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
+    *needs: bool,
 ) -> tuple[Tensor, ...]:
     B, H, E = query.shape
     if E > MAX_WIDTH:
-        return _fallback_backward(d_out, query, key, value, out, lse, lengths, scale, need_query, need_key, need_value)
-    needs = need_query, need_key, need_value
+        return _fallback_backward(d_out, query, key, value, out, lse, lengths, scale, *needs)
     d_query, d_key, d_value = registration.gradients_like((query, key, value), needs)
     (d_out,) = in_one_layout(d_out)
     launch(
@@ -221,9 +218,9 @@ def _launch_backward(
         d_query_ptr=d_query,
         d_key_ptr=d_key,
         d_value_ptr=d_value,
-        NEED_QUERY=need_query,
-        NEED_KEY=need_key,
-        NEED_VALUE=need_value,
+        NEED_QUERY=needs[0],
+        NEED_KEY=needs[1],
+        NEED_VALUE=needs[2],
     )
     return d_query, d_key, d_value
 

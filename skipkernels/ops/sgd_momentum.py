@@ -265,19 +265,6 @@ def _in_pinned_memory(numbers: Tensor, captures: bool) -> Tensor:
     return pinned
 
 
-def _fallback(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    weight_decay: float,
-    seed: Tensor | None,
-    offsets: Sequence[int] | None,
-) -> None:
-    reference.sgd_momentum_(weights, grads, momentum_buffers, lr, momentum, weight_decay, seed, offsets)
-
-
 def _fake(weights: list[Tensor], *_: object) -> None:
     pass
 
@@ -285,7 +272,7 @@ def _fake(weights: list[Tensor], *_: object) -> None:
 sgd_momentum_ = registration.define(
     "sgd_momentum_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor lr, float momentum,"
     " float weight_decay, Tensor? seed, int[]? offsets) -> ()",
-    fallback=_fallback,
+    fallback=reference.sgd_momentum_,
     fake=_fake,
     launch=_launch,
 )

@@ -533,31 +533,13 @@ def _check(packed: Tensor, *options: Any) -> None:
         )
 
 
-def _fallback(
-    packed: Tensor, heads: int, prefix_length: int, offsets: Tensor | None, max_length: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse = reference.shared_prefix_attention_and_lse(packed, heads, prefix_length, max_length, offsets, scale)
+def _fallback(packed: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = reference.shared_prefix_attention_and_lse(packed, **Options(*options)._asdict())
     return out.contiguous(), lse.contiguous()
 
 
-def _fallback_backward(
-    d_out: Tensor,
-    packed: Tensor,
-    lse: Tensor,
-    heads: int,
-    prefix_length: int,
-    offsets: Tensor | None,
-    max_length: int,
-    scale: float,
-) -> Tensor:
-    function = functools.partial(
-        reference.shared_prefix_attention,
-        heads=heads,
-        prefix_length=prefix_length,
-        max_length=max_length,
-        offsets=offsets,
-        scale=scale,
-    )
+def _fallback_backward(d_out: Tensor, packed: Tensor, lse: Tensor, *options: Any) -> Tensor:
+    function = functools.partial(reference.shared_prefix_attention, **Options(*options)._asdict())
     return registration.reference_gradients(function, (packed,), (True,), d_out)[0]
 
 

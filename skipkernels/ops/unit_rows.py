@@ -10,6 +10,7 @@ no launch: gather, product and unit norm are one launch each in both cases.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -169,9 +170,16 @@ def upstream_of(factor_ptr, divisor_ptr):
     return factor
 
 
-def measures(B: int) -> bool:
-    """Return True if the kernel of the product computes the norms: it saves two launches and costs registers."""
-    return B <= FEW
+def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None) -> tuple[bool, Tensor, Tensor]:
+    """Allocate or compute the norms of both, [B] and [K], in fp32.
+
+    Up to FEW images the kernel of the product computes them (True): it saves two launches and costs registers.
+    """
+    B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
+    if B > FEW:
+        return False, row_norms(image), row_norms(text, class_ids)
+    image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in (B, K))
+    return True, image_norm, text_norm
 
 
 def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -192,6 +200,13 @@ def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
         BLOCK_D=triton.next_power_of_2(D),
     )
     return norm
+
+
+def reference_norms(image: Tensor, text: Tensor, class_ids: Tensor | None) -> Iterator[Tensor]:
+    """Yield the norms of images and sampled rows, in fp32 (fp64 for fp64), in plain PyTorch."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    for rows in (image, text if class_ids is None else text.index_select(0, class_ids)):
+        yield torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
 
 
 def cosine_arguments(image: Tensor, text: Tensor, image_norm: Tensor, text_norm: Tensor) -> dict[str, Any]:
