@@ -1,9 +1,9 @@
 """Every operator in plain PyTorch: the specification, the test oracle and the fallback.
 
-Each function has the name, the arguments and the defaults of the function in `skipkernels.functional`, where arguments,
-shapes and errors are documented; options may also be positional here, and arguments are not validated. All functions
-run on any device, also in fp64, and are differentiable by autograd unless stated otherwise. For fp16 and bf16 inputs
-the arithmetic is in fp32, as in the kernels.
+Each function has the name, the arguments and the defaults of the function in `skipkernels.functional`, where the
+formulas, arguments, shapes and errors are documented; options may also be positional here, and arguments are not
+validated. All functions run on any device, also in fp64, and are differentiable by autograd unless stated otherwise.
+For fp16 and bf16 inputs the arithmetic is in fp32, as in the kernels.
 """
 
 from __future__ import annotations
@@ -46,18 +46,11 @@ def class_sampled_ce(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of images against a sample of the rows of a class bank.
+    """Cross-entropy of images against a sample of the rows of a class bank, see `functional.class_sampled_ce`.
 
-    With z_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩ over the sampled rows k, y_b the label, w the class weights and ε
-    the smoothing:
-
-        loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
-
-    The mean divides the sum by Σ_b w_y over the images that are not ignored. This is
-    `torch.nn.functional.cross_entropy` of the gathered logits. A label that is not a row of the bank, or not among
-    `class_ids`, raises IndexError (on a GPU: a device-side assertion).
-
-    See `skipkernels.functional.class_sampled_ce`.
+    This is `torch.nn.functional.cross_entropy` of the gathered logits: the mean divides the sum by Σ_b w_y over the
+    images that are not ignored. A label that is not a row of the bank, or not among `class_ids`, raises IndexError (on
+    a GPU: a device-side assertion).
     """
     logits = class_sampled_logits(image, text, logit_scale, class_ids)
     targets = torch.where(labels == ignore_index, -100, labels)
@@ -77,12 +70,7 @@ def class_sampled_logits(
     logit_scale: Tensor | float,
     class_ids: Tensor | None = None,
 ) -> Tensor:
-    """Scaled cosines of images and a sample of the rows of a class bank.
-
-        logits_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩
-
-    See `skipkernels.functional.class_sampled_logits`.
-    """
+    """Scaled cosines of images and a sample of the rows of a class bank, see `functional.class_sampled_logits`."""
     rows = text if class_ids is None else text.index_select(0, class_ids)
     cosine = _unit_norm(image) @ _unit_norm(rows).T
     if isinstance(logit_scale, Tensor):
@@ -97,14 +85,10 @@ def class_sampled_lse(
     logit_scale: Tensor | float,
     class_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits of the classes of one process, and the logit of the label.
-
-        lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 for the label −1,   z = class_sampled_logits(…)
+    """Log-sum-exp of the logits of one process, and the logit of the label, see `functional.class_sampled_lse`.
 
     The cosines are in fp32 (fp64 for fp64), all that follows in fp64. A label that is neither −1 nor a row of the bank
     and among `class_ids` raises an error (on a GPU: a device-side assertion).
-
-    See `skipkernels.functional.class_sampled_lse`.
     """
     cosine = class_sampled_logits(image, text, 1.0, class_ids).double()
     logits = (logit_scale.reshape(()).double() if isinstance(logit_scale, Tensor) else logit_scale) * cosine
@@ -121,14 +105,9 @@ def class_sampled_lse(
 
 @torch.no_grad()
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Score of every class for a batch.
+    """Score of every class for a batch, see `functional.class_scores`.
 
-        score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image
-
-    Without labels no score is infinite. A label that is not a row of `prototypes` raises IndexError (on a GPU: a
-    device-side assertion).
-
-    See `skipkernels.functional.class_scores`.
+    A label that is not a row of `prototypes` raises IndexError (on a GPU: a device-side assertion).
     """
     scores = (_unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
     if labels is not None:
@@ -137,14 +116,7 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, reduction: str = "mean") -> Tensor:
-    """Symmetric contrastive loss of B pairs of an image and a text.
-
-    With z_bc = logit_scale · ⟨x_b/|x_b|, t_c/|t_c|⟩ for images b and texts c of the batch:
-
-        loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
-
-    See `skipkernels.functional.contrastive_loss`.
-    """
+    """Symmetric contrastive loss of B pairs of an image and a text, see `functional.contrastive_loss`."""
     logits = class_sampled_logits(image, text, logit_scale)
     labels = torch.arange(len(logits), device=logits.device)
     both = (F.cross_entropy(z, labels, reduction=reduction) for z in (logits, logits.T))
@@ -159,14 +131,10 @@ def add_layer_norm(
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual addition and LayerNorm of the sum.
-
-        hidden = x + residual,   normed = (hidden − mean(hidden)) / sqrt(var(hidden) + eps) · weight + bias
+    """Residual addition and LayerNorm of the sum, see `functional.add_layer_norm`.
 
     A row with a variance that overflows is NaN or 0, depending on the width, as in `torch.nn.functional.layer_norm`;
     the operator returns NaN.
-
-    See `skipkernels.functional.add_layer_norm`.
     """
     hidden = x if residual is None else (x + residual).to(x.dtype)
     wide = at_least_fp32(hidden)
@@ -175,12 +143,7 @@ def add_layer_norm(
 
 
 def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gelu") -> Tensor:
-    """Bias and activation of the MLP of a CLIP block.
-
-    With u = x + bias: `quick_gelu` is u · σ(1.702 u), `gelu` is u · Φ(u), `gelu_tanh` is its tanh approximation.
-
-    See `skipkernels.functional.mlp_activation`.
-    """
+    """Bias and activation of the MLP of a CLIP block, see `functional.mlp_activation`."""
     u = at_least_fp32(x) if bias is None else at_least_fp32(x) + at_least_fp32(bias)
     if kind == "quick_gelu":
         activated = u * torch.sigmoid(1.702 * u)
@@ -201,14 +164,7 @@ def shared_prefix_attention(
     offsets: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of a shared prefix over itself, and of class suffixes over the prefix and over themselves.
-
-        out_i = softmax_j(scale · ⟨q_i, k_j⟩) · v_j,   j ≤ i in the sequence of i, or in the prefix
-
-    Rows behind the last suffix are 0.
-
-    See `skipkernels.functional.shared_prefix_attention`.
-    """
+    """Causal attention of a shared prefix and of class suffixes, see `functional.shared_prefix_attention`."""
     return shared_prefix_attention_and_lse(packed, heads, prefix_length, max_length, offsets, scale)[0]
 
 
@@ -266,12 +222,7 @@ def pooled_attention(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one query per sequence over its keys.
-
-        out_b = softmax_n(scale · ⟨q_b, k_bn⟩, n < length_b) · v_bn
-
-    See `skipkernels.functional.pooled_attention`.
-    """
+    """Attention of one query per sequence over its keys, see `functional.pooled_attention`."""
     return pooled_attention_and_lse(query, key, value, lengths, scale)[0]
 
 
@@ -297,12 +248,7 @@ def gather_rows(
     dtype: torch.dtype | None = None,
     pin_memory: bool = False,
 ) -> Tensor:
-    """Gather rows of a feature store into a batch, dequantised.
-
-        out_b = rows[index_b] · token_scale[index_b]
-
-    See `skipkernels.functional.gather_rows`.
-    """
+    """Gather rows of a feature store into a batch, dequantised, see `functional.gather_rows`."""
     quantised = rows.dtype == torch.int8
     if quantised != (token_scale is not None):
         raise ValueError(
@@ -327,9 +273,7 @@ def sgd_momentum_(
     seed: Tensor | int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> None:
-    """One step of SGD with momentum, in place.
-
-        g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
+    """One step of SGD with momentum, in place, see `functional.sgd_momentum_`.
 
     Every product and every sum is rounded separately, so that kernels can return the same bits. A list is equivalent to
     one tensor cut into pieces.
@@ -337,8 +281,6 @@ def sgd_momentum_(
     With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction. Four
     elements share a hash: the random bits of element i are bits 16 · (i mod 4) to 16 · (i mod 4) + 15 of
     splitmix64(seed, i div 4). Elements are counted through the list, or in each tensor from its offset.
-
-    See `skipkernels.functional.sgd_momentum_`.
     """
     lists = ([x] if isinstance(x, Tensor) else x for x in (weight, grad, momentum_buffer))
     first = 0
