@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 
-import open_clip
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -23,11 +22,9 @@ BATCH = 8  # images of all processes
 
 def tune(device: torch.device, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
     """Return the loss of the last step and the accuracy after it."""
-    glyph_tiny.register()
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
-    model.load_state_dict(glyph_tiny.state_dict())
+    model, preprocess, tokenizer = glyph_tiny.load()
     task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+    tokens = tokenizer(task.tests[0].prompts[0])
 
     rank, size = dist.get_rank(), dist.get_world_size()
     clip = sk.SkipCLIP(model.to(device), tokens, skip_layers=0.5, process_group=dist.group.WORLD)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 
-import open_clip
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
@@ -21,11 +20,9 @@ from skipkernels.experiments import glyph_tiny
 def tune(epochs: int = 3, classes: int = 30) -> tuple[float, float]:
     """Return the accuracy before and after."""
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    glyph_tiny.register()
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
-    model.load_state_dict(glyph_tiny.state_dict())
+    model, preprocess, tokenizer = glyph_tiny.load()
     task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+    tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model.to(accelerator.device), tokens, skip_layers=0.5)
     optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=2e-3), momentum=0.9, weight_decay=5e-4)

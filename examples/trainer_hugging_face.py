@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 
-import open_clip
 from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
@@ -19,11 +18,9 @@ from skipkernels.integrations.hugging_face import trainer_arguments
 
 def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
     """Return the accuracy before and after."""
-    glyph_tiny.register()
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
-    model.load_state_dict(glyph_tiny.state_dict())
+    model, preprocess, tokenizer = glyph_tiny.load()
     task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+    tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
     trainer = Trainer(

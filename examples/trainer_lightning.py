@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 
-import open_clip
 from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
@@ -21,11 +20,9 @@ from skipkernels.integrations.lightning import SkipModule
 
 def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
     """Return the accuracy before and after."""
-    glyph_tiny.register()
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
-    model.load_state_dict(glyph_tiny.state_dict())
+    model, preprocess, tokenizer = glyph_tiny.load()
     task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+    tokens = tokenizer(task.tests[0].prompts[0])
     train, tests = DataLoader(task.train, batch_size=8, shuffle=True), DataLoader(task.tests[0].images, batch_size=100)
 
     module = SkipModule(

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import open_clip
 import torch
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
@@ -25,11 +24,9 @@ from skipkernels.integrations.open_clip import ClassLoss, ClassModel
 
 def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
     """Return the accuracy before and after."""
-    glyph_tiny.register()
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
-    model.load_state_dict(glyph_tiny.state_dict())
+    model, preprocess, tokenizer = glyph_tiny.load()
     task = load_task("glyphs", protocol="few-shot", shots=16, classes=classes, seed=0, transform=preprocess)
-    tokens = open_clip.get_tokenizer("glyph-tiny")(task.tests[0].prompts[0])
+    tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
     trained, loss = ClassModel(clip), ClassLoss()

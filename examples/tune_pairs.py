@@ -13,7 +13,6 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 
-import open_clip
 import torch
 
 import skipkernels as sk
@@ -29,15 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> tuple[sk.retrieval.Recall, s
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(arguments)
 
-    glyph_tiny.register()
-    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
-    model.load_state_dict(glyph_tiny.state_dict())
+    model, preprocess, tokenizer = glyph_tiny.load()
     characters = glyphs.block_characters(["greek"], (*FONTS, *TEST_FONTS))[:48]
     names = [glyphs.character_name(c) for c in characters]
     captions = [caption.format(name) for name in names for caption in CAPTIONS]  # 2c and 2c + 1 belong to character c
     image_of_caption = torch.arange(len(captions)) // len(CAPTIONS)
 
-    clip = sk.SkipCLIP(model, open_clip.get_tokenizer("glyph-tiny")(captions), skip_layers=0.5)
+    clip = sk.SkipCLIP(model, tokenizer(captions), skip_layers=0.5)
     train = glyphs.GlyphDataset(characters, FONTS, per_class=4, seed=0, transform=preprocess)
     test = glyphs.GlyphDataset(characters, TEST_FONTS, per_class=1, seed=1, transform=preprocess)
     test_images = torch.stack([image for image, _ in test])

@@ -64,12 +64,10 @@ def add_lora(
     Source: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip warns about random weights
-        >>> import open_clip, skipkernels
+        >>> import skipkernels
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-        >>> clip = skipkernels.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> add_lora(clip, rank=2)
         >>> optimizer = torch.optim.AdamW(clip.parameter_groups(text_lr=1e-3, image_lr=1e-3))
         >>> clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss.backward()

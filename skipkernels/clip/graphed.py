@@ -68,12 +68,10 @@ class GraphedStep:
             autocast, which needs a `GradScaler` with a host sync in each step.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip warns about random weights
-        >>> import open_clip, skipkernels
+        >>> import skipkernels
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-        >>> clip = skipkernels.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
         >>> step = GraphedStep(clip, optimizer, batch_size=4)
         >>> for _ in range(2):

@@ -78,12 +78,10 @@ class Inference(SkipCLIPBase):
             ValueError: If k is out of range.
 
         Example:
-            >>> import logging; logging.disable()  # open_clip warns about random weights
-            >>> import open_clip, skipkernels as sk
+            >>> import skipkernels as sk
             >>> from skipkernels.experiments import glyph_tiny
-            >>> glyph_tiny.register()
-            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-            >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> images = torch.rand(4, 3, 32, 32)
             >>> logits, class_ids = clip.top_k(images, 3)
             >>> class_ids.shape, class_ids[:, 0].equal(clip.predict(images).argmax(dim=1))

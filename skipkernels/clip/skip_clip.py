@@ -119,13 +119,9 @@ class SkipCLIP(Training, Inference):
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip warns about random weights
-        >>> import open_clip
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> model = open_clip.create_model("glyph-tiny")
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-        >>> clip = SkipCLIP(model, tokens, skip_layers=0.5)
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> out = clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3]))
         >>> out.loss.shape, out.class_ids.shape, out.class_ids[out.targets].tolist()
         (torch.Size([]), torch.Size([6]), [3, 3, 3, 3])
@@ -278,11 +274,8 @@ class SkipCLIP(Training, Inference):
                 of the model. The previous classes then stay in use.
 
         Example:
-            >>> import logging; logging.disable()  # open_clip warns about random weights
-            >>> import open_clip
             >>> from skipkernels.experiments import glyph_tiny
-            >>> glyph_tiny.register()
-            >>> model, tokenizer = open_clip.create_model("glyph-tiny"), open_clip.get_tokenizer("glyph-tiny")
+            >>> model, _, tokenizer = glyph_tiny.load()
             >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> clip.set_classes(tokenizer([f"the letter {n}." for n in "abcdefghijklmnopqrstuvwxyz"]))
             >>> clip.predict(torch.rand(4, 3, 32, 32)).shape

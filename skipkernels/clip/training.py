@@ -177,12 +177,11 @@ class Training(SkipCLIPBase):
             RuntimeError: If the model was altered.
 
         Example:
-            >>> import logging; logging.disable()  # open_clip warns about random weights
-            >>> import open_clip, skipkernels as sk
+            >>> import skipkernels as sk
             >>> from skipkernels.experiments import glyph_tiny
-            >>> glyph_tiny.register()
-            >>> captions = open_clip.get_tokenizer("glyph-tiny")([f"a small {n}" for n in range(10)])
-            >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), captions, skip_layers=0.5)
+            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> captions = tokenizer([f"a small {n}" for n in range(10)])
+            >>> clip = sk.SkipCLIP(model, captions, skip_layers=0.5)
             >>> images, ids = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])
             >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
             True
@@ -223,12 +222,11 @@ class Training(SkipCLIPBase):
             RuntimeError: If the model was altered, or in training if called within a backward pass.
 
         Example:
-            >>> import logging; logging.disable()  # open_clip warns about random weights
-            >>> import open_clip, skipkernels as sk
+            >>> import skipkernels as sk
             >>> from skipkernels.experiments import glyph_tiny
-            >>> glyph_tiny.register()
-            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-            >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5, keep_ratio=0.2)
+            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
+            >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5, keep_ratio=0.2)
             >>> labels = torch.zeros(2, 10)
             >>> labels[0, [3, 7]] = labels[1, 3] = 1
             >>> out = clip.sigmoid_loss(torch.rand(2, 3, 32, 32), labels, max_labels=2, logit_bias=-10.0)
@@ -243,12 +241,10 @@ class Training(SkipCLIPBase):
         See `GraphedStep`.
 
         Example:
-            >>> import logging; logging.disable()  # open_clip warns about random weights
-            >>> import open_clip, skipkernels as sk
+            >>> import skipkernels as sk
             >>> from skipkernels.experiments import glyph_tiny
-            >>> glyph_tiny.register()
-            >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-            >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
             >>> step = clip.graphed(optimizer, batch_size=4)
             >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).class_ids.shape

@@ -7,6 +7,7 @@ The file contains fp16 weights, and of the token embedding only the rows `token_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..store import replace_file, write_tensors
+from ..tuner.model import load_model
 from ..tuner.registry import PackagedModel
 from . import glyphs
 
@@ -51,6 +53,11 @@ def register() -> None:
     """Add the model config of `glyph-tiny` to open_clip; idempotent."""
     if NAME not in open_clip.list_models():
         open_clip.add_model_config(CONFIG)
+
+
+def load() -> tuple[Any, Callable, Callable]:
+    """Return the model with its weights, in evaluation mode on the CPU, its image transform and its tokenizer."""
+    return load_model(NAME, None, torch.device("cpu"))
 
 
 def used_token_ids() -> torch.Tensor:

@@ -37,12 +37,10 @@ class FeatureCache(Dataset):
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4, which extracts features anew each epoch.
 
     Example:
-        >>> import logging, tempfile; logging.disable()  # open_clip warns of random weights
-        >>> import open_clip, skipkernels as sk
+        >>> import tempfile, skipkernels as sk
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")(["the digit 0.", "the digit 1."])
-        >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> clip = sk.SkipCLIP(model, tokenizer(["the digit 0.", "the digit 1."]), skip_layers=0.5)
         >>> images = [(torch.rand(3, 32, 32), n % 2) for n in range(6)]
         >>> cache = sk.FeatureCache.build(tempfile.mkdtemp(), clip, images, dtype="bf16", progress=False)
         >>> for features, labels in cache.loader(batch_size=3, sampler="class_pure"):

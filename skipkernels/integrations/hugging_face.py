@@ -42,12 +42,10 @@ def trainer_arguments(
         TypeError: If clip is not a SkipCLIP.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip warns about random weights
-        >>> import open_clip, skipkernels as sk
+        >>> import skipkernels as sk
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-        >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> sorted(trainer_arguments(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9))
         ['compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
     """

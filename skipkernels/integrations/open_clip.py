@@ -31,12 +31,11 @@ class ClassModel(nn.Module):
         TypeError: If clip is not a SkipCLIP, such as one in a parallel wrapper.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip warns about random weights
-        >>> import open_clip, skipkernels as sk
+        >>> import skipkernels as sk
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")([f"the digit {n}." for n in range(10)])
-        >>> clip = sk.SkipCLIP(open_clip.create_model("glyph-tiny"), tokens, skip_layers=0.5)
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
+        >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
         >>> model, loss = ClassModel(clip), ClassLoss()
         >>> losses = loss(**model(torch.rand(4, 3, 32, 32), tokens[[3, 3, 7, 7]]), output_dict=True)
         >>> list(losses), losses["class_loss"].requires_grad

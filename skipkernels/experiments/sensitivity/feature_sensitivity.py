@@ -75,15 +75,13 @@ def measure_feature_sensitivity(
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
     Example:
-        >>> import copy, logging; logging.disable()  # open_clip warns about random weights
-        >>> import open_clip
+        >>> import copy
         >>> from skipkernels.experiments import glyph_tiny
-        >>> glyph_tiny.register()
-        >>> before = open_clip.create_model("glyph-tiny")
+        >>> before, _, tokenizer = glyph_tiny.load()
         >>> after = copy.deepcopy(before)
         >>> with torch.no_grad():
         ...     _ = after.visual.transformer.resblocks[4].mlp.c_proj.bias.add_(0.1)
-        >>> tokens = open_clip.get_tokenizer("glyph-tiny")(["one.", "two."])
+        >>> tokens = tokenizer(["one.", "two."])
         >>> sensitivity = measure_feature_sensitivity(before, after, torch.rand(4, 3, 32, 32).split(2), tokens)
         >>> [value > 0 for value in sensitivity.image], sensitivity.text
         ([False, False, False, False, True, True], [0.0, 0.0, 0.0, 0.0])

@@ -161,13 +161,10 @@ class Method(ABC):
         InputError: If the method does not support this model or this task.
 
     Example:
-        >>> import logging; logging.disable()  # open_clip's warning about random weights
-        >>> import open_clip
         >>> from skipkernels.data import load_task
         >>> from skipkernels.experiments import glyph_tiny
         >>> from skipkernels.tuner.methods import METHODS
-        >>> glyph_tiny.register()
-        >>> model, tokenizer = open_clip.create_model("glyph-tiny"), open_clip.get_tokenizer("glyph-tiny")
+        >>> model, _, tokenizer = glyph_tiny.load()
         >>> task = load_task("glyphs:greek", protocol="base-to-new", shots=1, classes=6, seed=0)
         >>> method, images = METHODS["lora"](model, tokenizer, task), torch.rand(2, 3, 32, 32)
         >>> loss, classes = method.step(method.encode_frozen(images), torch.tensor([0, 2]))
