@@ -34,14 +34,7 @@ def default_folder(name: str, config: TuneConfig) -> Path:
 
 
 def show(study: Study, folder: Path, out: Terminal, command: str) -> None:
-    """Write the files of a study, and print its tables.
-
-    Args:
-        study: The study.
-        folder: Folder of the files.
-        out: Terminal for the tables.
-        command: Command that repeats the study.
-    """
+    """Write the files of a study, with the command that repeats it, and print its tables."""
     from skipkernels.experiments.studies.plots import study_svg
 
     paths = dataclasses.replace(study, command=command).write(folder, study_svg(study))

@@ -127,12 +127,7 @@ def _folder_id(folder: Path) -> tuple[int, int]:
 
 
 def check_inside(path: str, location: str) -> None:
-    """Raise an InputError if a path leads out of its folder.
-
-    Args:
-        path: The path.
-        location: File and entry that the path was read from, for the message.
-    """
+    """Raise an InputError if a path leads out of its folder; `location` is the file and the entry that it is from."""
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or ".." in path.replace("\\", "/").split("/"):
         raise InputError(f"{location}: {path!r} leads out of the folder of the dataset. Paths must stay in it.")
 

@@ -80,12 +80,6 @@ class LabelledImages(Images):
 
     Photos are upright: the EXIF orientation is applied, which torchvision's loader ignores.
 
-    Args:
-        root: The folder.
-        paths: Path of each image, relative to the root.
-        labels: Label of each image.
-        transform: Applied to every image.
-
     Attributes:
         root: The folder.
         samples: (path, label) of every image, as in torchvision's `ImageFolder`.

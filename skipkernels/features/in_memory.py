@@ -62,20 +62,10 @@ def collect(
     workers: int = 0,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> tuple[MemoryRows, Tensor]:
-    """Encode every image of a dataset once, without gradients.
-
-    Args:
-        dataset: Map-style dataset or iterable, with a length, of (image tensor, label).
-        encode: Function [n, 3, height, width] → [n, …], such as `SkipCLIP.encode_lower`; default: the images.
-        batch_size: Images per call of `encode`.
-        workers: Number of processes that load images.
-        on_batch: Called with the number of images after each batch.
+    """Encode every image of a dataset once, without gradients; see `FeatureCache.in_memory`.
 
     Returns:
         Outputs, and labels [n] int64.
-
-    Raises:
-        MemoryError: If the outputs would take more than half of the free memory.
     """
     count = len(dataset)
     labels = torch.empty(count, dtype=torch.int64)

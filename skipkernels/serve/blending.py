@@ -183,12 +183,7 @@ def choose(validation: list[float] | None) -> float:
 
 
 class Interpolation:
-    """Weights between those before and after tuning, set in the model of a run.
-
-    Args:
-        setup: Run with the weights before tuning.
-        tuned: Weights file of the run.
-    """
+    """Weights between those of a run before tuning and those in its weights file, set in its model."""
 
     def __init__(self, setup: RunSetup, tuned: Path):
         self._state = setup.method.state_dict()

@@ -136,12 +136,7 @@ class SortedFolders:
 
 
 def contact_sheet(rows: Sequence[tuple[str, str, float]], title: str) -> str:
-    """Return an HTML page with a thumbnail of each image, by label, most probable first.
-
-    Args:
-        rows: Path, label and probability of each image.
-        title: Title of the page.
-    """
+    """Return an HTML page with a thumbnail of each image (path, label, probability), by label, most probable first."""
     by_label = defaultdict(list)
     for path, label, probability in rows[:_MOST]:
         by_label[label].append((probability, path))

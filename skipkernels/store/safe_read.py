@@ -46,11 +46,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Args:
-        text: JSON in UTF-8.
-        finite: Refuse NaN and infinities.
+    """Parse a JSON object in UTF-8; with `finite`, refuse NaN and infinities.
 
     Raises:
         ValueError: If it is not JSON, not an object, or nested too deeply; the message has one line.

@@ -233,12 +233,7 @@ class Writer:
 
 
 class ShardWriter(Writer):
-    """Writer of the files of shards only: the `Writer` of another process has the lock, and must `add` them.
-
-    Args:
-        folder: Folder of the store.
-        layout: Layout of the store, as in its manifest.
-    """
+    """Writer of the files of shards only: the `Writer` of another process has the lock, and must `add` them."""
 
     def __init__(self, folder: Path, layout: Layout):
         super().__init__(folder, layout)

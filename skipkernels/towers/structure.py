@@ -26,11 +26,7 @@ _IGNORED = {*vars(nn.Module()), "in_features", "out_features", "normalized_shape
 
 
 class Structure:
-    """A snapshot of modules: types, settings, parameters, submodules, buffers, hooks and instance methods.
-
-    Args:
-        modules: Modules to compare.
-    """
+    """A snapshot of modules: types, settings, parameters, submodules, buffers, hooks and instance methods."""
 
     def __init__(self, modules: Iterable[nn.Module]):
         self._modules = list(dict.fromkeys(modules))
@@ -137,11 +133,7 @@ def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 class WeightSnapshot:
-    """A snapshot of parameters and buffers. Changes are found by identity and version, then confirmed by content.
-
-    Args:
-        parts: Modules and single parameters.
-    """
+    """A snapshot of weights and buffers. Changes are found by identity and version, then confirmed by content."""
 
     def __init__(self, parts: Iterable[nn.Module | nn.Parameter | None]):
         parts = list(parts)

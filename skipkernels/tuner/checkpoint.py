@@ -72,16 +72,9 @@ def save(
     best: str | None = None,
     is_best: bool = False,
 ) -> str | None:
-    """Replace the checkpoint of a run atomically.
+    """Replace the checkpoint of a run atomically: a weights file, and a state that `torch.load` reads as weights only.
 
-    Args:
-        folder: Run folder.
-        file: Name of the weights file.
-        weights: Tensors by name.
-        metadata: Metadata of the weights file.
-        state: Training state that `torch.load` reads with `weights_only=True`.
-        best: Digest of the weights of the best epoch so far, which are kept.
-        is_best: True if `weights` are better.
+    The weights with the digest `best`, of the best epoch so far, are kept, unless the new ones are the best.
 
     Returns:
         Digest of the weights of the best epoch now.

@@ -311,10 +311,6 @@ class TuneConfig(
 def usable_device(device: str, function: str) -> str:
     """Return the name of a device; "auto" is "cuda" if there is a GPU, else "cpu".
 
-    Args:
-        device: Name of the device.
-        function: Beginning of the error message.
-
     Raises:
         InputError: If no tensor can be on it.
     """

@@ -140,15 +140,7 @@ class Description:
 
 
 def describe(config: TuneConfig, model: Any, task: Task, *, weights: str, holds: str) -> Description:
-    """Describe a run.
-
-    Args:
-        config: Resolved configuration.
-        model: CLIP of the run.
-        task: Task of the run; its first test has the trained classes.
-        weights: Name of the weights file.
-        holds: Contents of the weights file.
-    """
+    """Describe a run, of which the first test has the trained classes."""
     test = task.tests[0]
     templates = find_templates(test.classes, test.prompts)
     return Description(
@@ -200,12 +192,7 @@ def preprocessing(model: Any) -> dict[str, Any]:
 
 
 def open_clip_config(name: str, model: nn.Module) -> dict[str, Any] | None:
-    """Return the contents of open_clip_config.json; None if the model is not one of open_clip.
-
-    Args:
-        name: Name of the model, as `open_clip.create_model` takes it.
-        model: The model.
-    """
+    """Return open_clip_config.json of a model and its name in open_clip; None if the model is not one of open_clip."""
     if not isinstance(model, (CLIP, CustomTextCLIP, CoCa)):
         return None
     config = open_clip.get_model_config(name)

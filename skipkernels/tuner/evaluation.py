@@ -71,10 +71,7 @@ class Evaluator:
         return self._predictions(self._setup.method, f"after this epoch, though its loss and weights are. {REMEDY}")
 
     def validation_accuracy(self, method: Method | None = None) -> float | None:
-        """Return the accuracy in per cent on the validation images; None if there are none.
-
-        Args:
-            method: Method that predicts. Default: that of the run.
+        """Return the accuracy in per cent of a method (default: the run's) on the validation images; None without any.
 
         Raises:
             FloatingPointError: If a logit is not finite.

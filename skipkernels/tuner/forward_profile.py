@@ -16,12 +16,6 @@ def forward_milliseconds(clip: SkipCLIP, inputs: Tensor, labels: Tensor, precisi
     """Return the mean time of each part of `SkipCLIP.forward` on a batch, over ten rounds.
 
     Includes saving tensors for backward. Weights and the state of the class sampler do not change.
-
-    Args:
-        clip: SkipCLIP in training mode.
-        inputs: Features at the cut [B, N, W], or images [B, 3, H, W].
-        labels: int64 [B].
-        precision: Mixed precision of the run.
     """
     timer, sampler_state = StageTimer(inputs.device), clip.sampler.state_dict()
     for round_ in range(1 + _ROUNDS):

@@ -71,13 +71,7 @@ def chosen(log: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def open_loggers(config: TuneConfig, folder: Path, rows: Sequence[Mapping[str, Any]]) -> Iterator[Logger]:
-    """Open the loggers that a run names, one by one; by default TensorBoard if it is installed.
-
-    Args:
-        config: Resolved configuration.
-        folder: Run folder.
-        rows: Rows of the complete epochs of a resumed run.
-    """
+    """Open the loggers that a run names, one by one; by default TensorBoard if it is installed."""
     names = chosen(config.log)
     for name in ("tensorboard",) if names is None else names:
         logger = _LOGGERS[name](config, folder, rows)
@@ -86,12 +80,7 @@ def open_loggers(config: TuneConfig, folder: Path, rows: Sequence[Mapping[str, A
 
 
 class CsvLogger:
-    """Writer of metrics.csv, with a column for each scalar.
-
-    Args:
-        path: The file, which is replaced after each epoch.
-        rows: Rows of the complete epochs of a resumed run.
-    """
+    """Writer of metrics.csv, with a column for each scalar, from the rows of a resumed run on."""
 
     def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]] = ()):
         self._path, self._rows = path, list(rows)
@@ -111,12 +100,7 @@ class CsvLogger:
 
 
 class WandbLogger:
-    """Logger for Weights & Biases, in the project "skipkernels". A resumed run is another one there.
-
-    Args:
-        config: Resolved configuration.
-        folder: Folder for the files of wandb.
-    """
+    """Logger for Weights & Biases, in the project "skipkernels". A resumed run is another one there."""
 
     def __init__(self, config: TuneConfig, folder: Path):
         import wandb
@@ -133,12 +117,7 @@ class WandbLogger:
 
 
 class MlflowLogger:
-    """Logger for MLflow, at the tracking server that its environment variables name. A resumed run is another one.
-
-    Args:
-        config: Resolved configuration.
-        folder: Run folder, which gives the run its name.
-    """
+    """Logger for MLflow, at the tracking server that its environment variables name. A resumed run is another one."""
 
     def __init__(self, config: TuneConfig, folder: Path):
         import mlflow
@@ -158,11 +137,7 @@ class MlflowLogger:
 
 
 class EventWriter:
-    """Writer of the scalars of each epoch for TensorBoard.
-
-    Args:
-        writer: A `torch.utils.tensorboard.SummaryWriter`.
-    """
+    """Writer of the scalars of each epoch for TensorBoard, by a `torch.utils.tensorboard.SummaryWriter`."""
 
     def __init__(self, writer: Any):
         self._writer = writer

@@ -114,11 +114,7 @@ def _most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
 
 
 def changed(test: TestPredictions, *, limit: int = GALLERY) -> tuple[list[int], list[int]]:
-    """Select images that tuning fixed, and images that it broke; one per class, of classes spread over all labels.
-
-    Args:
-        test: Predictions before and after tuning.
-        limit: Maximum number of each.
+    """Select images that tuning fixed, and images that it broke: one per class, of classes spread over all labels.
 
     Returns:
         Indices of images predicted correctly only after tuning, and of those predicted correctly only before.
@@ -189,14 +185,7 @@ def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list
 def predictions_with_thumbnails(
     test: TestSet, labels: Tensor, zero_shot: TopClasses, tuned: TopClasses | None
 ) -> TestPredictions:
-    """Collect the predictions for a test, and read the images that the report shows.
-
-    Args:
-        test: Test with its images, of which the transform is not applied.
-        labels: Labels of the images, [n].
-        zero_shot: Predictions before tuning.
-        tuned: Predictions after tuning, or None.
-    """
+    """Collect the predictions for a test, and read the images that the report shows, without their transform."""
     found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned)
     images = copy.copy(test.images)
     images.transform = None  # type: ignore[attr-defined]

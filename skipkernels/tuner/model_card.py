@@ -40,13 +40,9 @@ def model_card(
     *,
     use: str = "open-clip",
 ) -> str:
-    """Return the text of a model card.
+    """Return the text of a model card, from the description of the tuned model and the contents of metrics.json.
 
-    Args:
-        config: Resolved configuration of the run.
-        described: Description of the tuned model.
-        metrics: Contents of metrics.json.
-        use: What can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
+    `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
     """
     known = licence(config.model, config.pretrained)
     base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")

@@ -39,10 +39,6 @@ class MixedPrecision:
 
     In fp16 each update has a host sync, to find out if it is skipped; the other precisions have none.
 
-    Args:
-        precision: fp32, bf16, bf16-sr or fp16.
-        device: Device of the run.
-
     Attributes:
         scaler: Scaler of the loss; None except for fp16.
 

@@ -254,12 +254,7 @@ class Processes:
 
 
 class Heartbeats:
-    """Heartbeats of processes: a counter of each in the store, which its `_heartbeat` thread increments every second.
-
-    Args:
-        store: The store.
-        ranks: Numbers of the processes.
-    """
+    """Heartbeats of processes: a counter of each in the store, which a thread of it increments every second."""
 
     def __init__(self, store: Any, ranks: Iterable[int]):
         self._store, self._looked = store, time.monotonic()
@@ -317,9 +312,6 @@ def joined(timeout: float = ProcessOptions.timeout) -> Iterator[Processes]:
 
     The first error in the block on any process is raised on all. Where it is not that of the process itself, it has the
     attribute `reported`. Within another `joined` block this does nothing.
-
-    Args:
-        timeout: See `ProcessOptions`.
 
     Raises:
         InputError: If this process already has a process group.

@@ -79,9 +79,6 @@ class ProgressDisplay:
     def features(self, total: int) -> Callable[[int], None]:
         """Add `total` images to the progress bar of the features.
 
-        Args:
-            total: Number of images.
-
         Returns:
             Function that advances the bar by a number of images.
         """

@@ -32,12 +32,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._entries: dict[str, Entry | str] = {}
 
     def register(self, name: str, entry: Entry | str) -> None:
-        """Add an entry, or replace the one of that name.
-
-        Args:
-            name: Its name.
-            entry: The entry, or "module:attribute", which is imported on first use.
-        """
+        """Add an entry, or "module:attribute", which is imported on first use; replace the one of that name."""
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:

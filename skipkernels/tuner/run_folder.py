@@ -106,11 +106,6 @@ def blended_folder(run: Path) -> Path:
 def check_writable(folder: Path, argument: str = "out", function: str = "tune") -> Path:
     """Check that a folder can be created and written; return it, or its closest existing parent.
 
-    Args:
-        folder: Folder.
-        argument: Argument that names it, for the error.
-        function: Function that is called, for the error.
-
     Raises:
         InputError: If it can't be created or written.
     """
@@ -134,10 +129,7 @@ def check_writable(folder: Path, argument: str = "out", function: str = "tune") 
 def check_apart(argument: str, folder: Path, config: TuneConfig) -> None:
     """Check that an output folder is outside the folder of the images, where its files would be read as images.
 
-    Args:
-        argument: Argument that names the folder: "out" or "cache".
-        folder: Output folder.
-        config: Configuration with `data` and `targets`, of which those of the form imagefolder:PATH are checked.
+    The images are those of `data` and `targets` of the form imagefolder:PATH. The argument is "out" or "cache".
 
     Raises:
         InputError: If the folder is the folder of the images, or in it; for "out" also if the images are in it.
@@ -192,10 +184,7 @@ def _has_run(folder: Path) -> bool:
 
 
 class RunFolder:
-    """Files of a run.
-
-    Args:
-        config: Resolved configuration. Nothing is written before `lock`.
+    """Files of a run. Nothing is written before `lock`.
 
     Attributes:
         path: Path of the folder.
@@ -263,12 +252,7 @@ class RunFolder:
         self.resumed = found
 
     def check_room(self, size: int, best: int = 0) -> None:
-        """Raise an InputError unless the disk has room for two checkpoints of `size` bytes, the old and the new.
-
-        Args:
-            size: Size of a checkpoint.
-            best: Size of the weights of the best epoch, if they are kept too.
-        """
+        """Raise an InputError unless the disk has room for two checkpoints of `size` bytes, and the best weights."""
         reused = sum(path.stat().st_size for name in _FILES if (path := self.path / name).is_file())
         free = shutil.disk_usage(self._disk).free + reused
         if free < 2 * size + best:
@@ -374,11 +358,7 @@ class RunFolder:
 
 
 class FollowedFolder(RunFolder):
-    """Folder of a run that another process writes; nothing is written here, and no other error is raised.
-
-    Args:
-        config: Resolved configuration.
-    """
+    """Folder of a run that another process writes; nothing is written here, and no other error is raised."""
 
     def __init__(self, config: TuneConfig):
         assert config.out is not None

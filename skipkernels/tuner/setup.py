@@ -212,14 +212,7 @@ def build_task(
     *,
     open_data: Callable[[], Source] | None = None,
 ) -> Task:
-    """Load the task of a run.
-
-    Args:
-        config: Configuration.
-        transform: Transform of the images.
-        train_transform: Transform of the training images. Default: `transform`.
-        open_data: Opens the dataset. Default: `config.open_data`.
-    """
+    """Load the task of a run; by default training images have the transform of the others."""
     return load_task(
         (open_data or config.open_data)(),
         protocol=config.chosen_protocol,

@@ -14,9 +14,6 @@ import torch
 class StageTimer:
     """Timer of stages, in seconds. On a GPU it uses events of the stream; only `read` has a host sync.
 
-    Args:
-        device: Device that runs the stages.
-
     Example:
         >>> timer = StageTimer(torch.device("cpu"))
         >>> with timer("forward"):

@@ -104,12 +104,7 @@ def check_like(value: Any, like: Any, where: str) -> None:
 
 
 def check_optimizer(state: Any, like: dict[str, Any], weights: Sequence[Tensor]) -> None:
-    """Check that the state of an optimizer fits the weights.
-
-    Args:
-        state: State dict.
-        like: State dict of the optimizer that will load `state`.
-        weights: Weights of the optimizer, in order.
+    """Check that the state of an optimizer fits the one that will load it, `like`, and its weights.
 
     Raises:
         ValueError: Names the first difference.

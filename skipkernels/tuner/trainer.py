@@ -247,10 +247,6 @@ def to_training_mode(method: Method) -> None:
 class EpochLosses:
     """Losses of the steps of an epoch, on the device until they are read.
 
-    Args:
-        steps: Number of steps in the epoch.
-        device: Device of the losses.
-
     Attributes:
         images: Number of images of each step.
 

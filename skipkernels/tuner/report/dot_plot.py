@@ -85,12 +85,7 @@ def with_one_axis(plots: Sequence[DotPlot]) -> list[DotPlot]:
 
 
 def dot_plot(title: str, rows: Iterable[DotRow], *, by_change: bool = True) -> DotPlot:
-    """Lay out a plot.
-
-    Args:
-        title: Title of the plot.
-        rows: Rows.
-        by_change: Sort by the change, the largest first; otherwise keep the order.
+    """Lay out a plot. With `by_change`, rows are sorted by their change, the largest first.
 
     Example:
         >>> plot = dot_plot("classes", [DotRow("a", 50.0, 40.0), DotRow("b", 60.0, 70.0)])

@@ -21,13 +21,9 @@ _TOP_PLOTS = 2  # most tests with a plot of their classes at the top; of more te
 def report_html(
     config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
 ) -> str:
-    """Return the page.
+    """Return the page, from the contents of metrics.json and metrics.jsonl, and the predictions for each test.
 
-    Args:
-        config: Configuration of the run.
-        metrics: Contents of metrics.json. Missing values are left out, or shown as a dash.
-        rows: Contents of metrics.jsonl; empty for a method without epochs.
-        tests: Predictions for each test.
+    Missing metrics are left out, or shown as a dash.
     """
     names = list(metrics["classes"])
     environment = metrics.get("environment") or {}

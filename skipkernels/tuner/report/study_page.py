@@ -25,12 +25,7 @@ Figure = Sequence[float | None]  # mean and deviation
 
 
 def study_html(study: Mapping[str, Any], plot: str) -> str:
-    """Return the page.
-
-    Args:
-        study: Contents of the JSON file of a study.
-        plot: SVG of all measures, or of the accuracy over the number of shots.
-    """
+    """Return the page of a study, from the contents of its JSON file and its plot, an SVG."""
     seeds = len(study["seeds"])
     summary = study["summary"]
     by_test = study.get("layout") == "tests"
