@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ...data import InputError, Task
 from ...options import Protocol
-from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer, cross_entropy_step
+from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer
+from .coop import CoOp
 
 
 class CLIPAdapter(FrozenModel):
@@ -79,17 +81,7 @@ class CLIPAdapter(FrozenModel):
 
     @classmethod
     def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
-        return Recipe(
-            epochs=200,
-            batch_size=32,
-            optimizer="sgd",
-            image_lr=2e-3,
-            momentum=0.9,
-            weight_decay=5e-4,
-            warmup_epochs=1,
-            warmup_lr=1e-5,
-            sampler="random",
-        )
+        return replace(CoOp._published("few-shot", 16, classes), text_lr=None, image_lr=2e-3)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Adapted embeddings x' [B, D] of images or embeddings."""
@@ -100,7 +92,7 @@ class CLIPAdapter(FrozenModel):
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of a batch over all classes."""
         text = self.class_embeddings(self._train_test, templates=1)
-        return cross_entropy_step(self.embed(inputs), text, labels, self.model.logit_scale)
+        return self._cross_entropy_step(self.embed(inputs), text, labels)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the adapter, with `image_lr`."""

@@ -10,16 +10,7 @@ from torch import Tensor, nn
 
 from ...data import InputError, Task
 from ...options import Protocol
-from ...tuner.methods.base import (
-    FrozenModel,
-    Recipe,
-    StepOutput,
-    Tokenizer,
-    at_least_fp32,
-    cross_entropy_step,
-    text_transformer,
-    unit_norm,
-)
+from ...tuner.methods.base import FrozenModel, Recipe, StepOutput, Tokenizer, at_least_fp32, text_transformer
 
 
 class CoOp(FrozenModel):
@@ -152,8 +143,7 @@ class CoOp(FrozenModel):
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of a batch over all classes."""
-        text = self.encode_texts(self._test_tokens(self._train_test)[0])
-        return cross_entropy_step(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
+        return self._cross_entropy_step(self.embed(inputs), self._encoded_texts(), labels)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return the context, with `text_lr`."""

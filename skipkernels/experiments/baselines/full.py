@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from ...data import Task
 from ...options import Protocol
-from ...tuner.methods.base import (
-    Recipe,
-    StepOutput,
-    Tokenizer,
-    TunedModel,
-    check_open_clip,
-    cross_entropy_step,
-    unit_norm,
-)
+from ...tuner.methods.base import Recipe, StepOutput, Tokenizer, TunedModel, check_open_clip
 from ...tuner.methods.skip import Skip
 
 
@@ -60,5 +52,4 @@ class Full(TunedModel):
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of images [B, 3, H, W] over all classes."""
         image = self.model.encode_image(inputs, normalize=False)
-        text = self.encode_texts(self._test_tokens(self._train_test)[0])
-        return cross_entropy_step(image, unit_norm(text), labels, self.model.logit_scale)
+        return self._cross_entropy_step(image, self._encoded_texts(), labels)

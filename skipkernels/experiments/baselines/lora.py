@@ -12,16 +12,7 @@ from torch import Tensor, nn
 
 from ...data import InputError, Task
 from ...options import Protocol
-from ...tuner.methods.base import (
-    Method,
-    Recipe,
-    StepOutput,
-    Tokenizer,
-    at_least_fp32,
-    cross_entropy_step,
-    text_transformer,
-    unit_norm,
-)
+from ...tuner.methods.base import Method, Recipe, StepOutput, Tokenizer, at_least_fp32, text_transformer
 
 _STEPS_PER_SHOT = 500
 _BATCH = 32
@@ -117,8 +108,7 @@ class LoRA(Method):
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of images [B, 3, H, W] over all classes."""
-        text = self.encode_texts(self._test_tokens(self._train_test)[0])
-        return cross_entropy_step(self.embed(inputs), unit_norm(text), labels, self.model.logit_scale)
+        return self._cross_entropy_step(self.embed(inputs), self._encoded_texts(), labels)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
         """Return A and B of each tower, with its learning rate."""

@@ -115,11 +115,6 @@ def _scaled(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1)
 
 
-def cross_entropy_step(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor) -> StepOutput:
-    """Mean cross-entropy over all classes, with the arguments of `cosine_logits`."""
-    return StepOutput(F.cross_entropy(cosine_logits(image, text, logit_scale), labels), len(text))
-
-
 def check_open_clip(method: str, model: nn.Module) -> None:
     """Raise an InputError if the model is not one of open_clip."""
     if not isinstance(model, (CLIP, CustomTextCLIP, CoCa)):
@@ -223,6 +218,14 @@ class Method(ABC):
             labels: int64 [B], classes of the first test.
         """
         raise TypeError(f"{self.name}: the method has no steps; call fit.")
+
+    def _cross_entropy_step(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
+        """Mean cross-entropy over all classes, of image embeddings and unit-norm class embeddings."""
+        return StepOutput(F.cross_entropy(cosine_logits(image, text, self.model.logit_scale), labels), len(text))
+
+    def _encoded_texts(self) -> Tensor:
+        """Unit-norm class embeddings [C, D] of the training classes, with gradient."""
+        return unit_norm(self.encode_texts(self._test_tokens(self._train_test)[0]))
 
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int
