@@ -11,6 +11,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ._lazy import lazy_names
+
 if TYPE_CHECKING:
     from skipkernels import functional, ops, parallel, reference, retrieval
     from skipkernels.boundary import LSkipBoundary
@@ -57,28 +59,22 @@ __all__ = [
 ]
 
 _SUBMODULES = ("functional", "ops", "parallel", "reference", "retrieval")
-_HOME = {  # public name → its module
-    "ClassSelection": "selection",
-    "Classifier": "serve",
-    "FeatureCache": "features",
-    "FusedSGD": "optimizer",
-    "GraphedStep": "clip",
-    "LSkipBoundary": "boundary",
-    "SkipCLIP": "clip",
-    "SkipOutput": "clip",
-    "StoreError": "store",
-    "TuneConfig": "tuner",
-    "UnsupportedModel": "towers",
-    "add_lora": "lora",
-    "backends": "ops",
-    "blend": "serve",
-    "export": "serve",
-    "merge_lora": "lora",
-    "predict": "serve",
-    "save_lora": "lora",
-    "select_classes": "selection",
-    "tune": "tuner",
-}
+_find = lazy_names(
+    __name__,
+    {
+        "boundary": ("LSkipBoundary",),
+        "clip": ("GraphedStep", "SkipCLIP", "SkipOutput"),
+        "features": ("FeatureCache",),
+        "lora": ("add_lora", "merge_lora", "save_lora"),
+        "ops": ("backends",),
+        "optimizer": ("FusedSGD",),
+        "selection": ("ClassSelection", "select_classes"),
+        "serve": ("Classifier", "blend", "export", "predict"),
+        "store": ("StoreError",),
+        "towers": ("UnsupportedModel",),
+        "tuner": ("TuneConfig", "tune"),
+    },
+)
 
 
 if hasattr(sys.modules.get("torch"), "ops"):
@@ -88,10 +84,7 @@ if hasattr(sys.modules.get("torch"), "ops"):
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"skipkernels.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'skipkernels' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"skipkernels.{_HOME[name]}"), name)
-    globals()[name] = value
+    value = globals()[name] = _find(name)
     return value
 
 

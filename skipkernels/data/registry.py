@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,41 +25,18 @@ class Kind(NamedTuple):
     example: str = ""
 
 
-# Imported on demand: no other source needs torchvision, and registering a source needs none of these.
-def _open_image_folder(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .image_folder import open_image_folder
+def _later(module: str, function: str, *arguments: str) -> Opener:
+    """Opener that imports a function on demand, and passes on the name and some of the other arguments.
 
-    return open_image_folder(name, templates)
+    No other source needs torchvision, and registering a source needs none of the modules.
+    """
 
+    def open_now(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+        given = {"root": root, "templates": templates, "download": download}
+        opener = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        return opener(name, **{argument: given[argument] for argument in arguments})
 
-def _open_csv(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .csv_files import open_csv
-
-    return open_csv(name, root, templates)
-
-
-def _open_shards(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .tar_shards import open_shards
-
-    return open_shards(name, templates)
-
-
-def _open_hugging_face(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .hugging_face_sets import open_hugging_face
-
-    return open_hugging_face(name, templates)
-
-
-def _open_coop(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .coop import open_coop
-
-    return open_coop(name, root, templates)
-
-
-def _open_torchvision(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
-    from .torchvision_sets import open_torchvision
-
-    return open_torchvision(name, root, templates, download=download)
+    return open_now
 
 
 OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
@@ -66,38 +44,38 @@ OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
 
 _KINDS = {
     "imagefolder": Kind(
-        _open_image_folder,
+        _later("image_folder", "open_image_folder", "templates"),
         "imagefolder:PATH",
         "A folder for each class, or folders train/, val/ and test/ that have them.",
         "--data imagefolder:photos",
     ),
     "csv": Kind(
-        _open_csv,
+        _later("csv_files", "open_csv", "root", "templates"),
         "csv:PATH",
         "A table with the columns path and label (or caption), and split if there is one.",
         "--data csv:photos/table.csv",
     ),
     "wds": Kind(
-        _open_shards,
+        _later("tar_shards", "open_shards", "templates"),
         "wds:SHARDS such as wds:shards/{000..012}.tar",
         "Tar files of webdataset: images with .cls, .json or .txt.",
         "--data 'wds:shards/{000..012}.tar'",
     ),
     "hf": Kind(
-        _open_hugging_face,
+        _later("hugging_face_sets", "open_hugging_face", "templates"),
         "hf:PATH or hf:NAME such as hf:food101",
         "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
         "--data hf:food101",
     ),
     "coop": Kind(
-        _open_coop,
+        _later("coop", "open_coop", "root", "templates"),
         "coop:NAME such as coop:dtd (with `root`)",
         "The benchmarks of CoOp, in its layout: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, "
         "food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r.",
         "--data coop:dtd --root datasets",
     ),
     "torchvision": Kind(
-        _open_torchvision,
+        _later("torchvision_sets", "open_torchvision", "root", "templates", "download"),
         "torchvision:NAME such as torchvision:food101 (with `root`)",
         "Datasets that torchvision can download: cifar10, cifar100, dtd, eurosat, fashionmnist, fgvcaircraft, "
         "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",

@@ -16,11 +16,8 @@ __all__ = ["Classifier", "Exported", "Predictions", "blend", "export", "predict"
 __getattr__ = lazy_names(
     __name__,
     {
-        "Classifier": "classifier",
-        "Exported": "exporting",
-        "Predictions": "classifier",
-        "blend": "blending",
-        "export": "exporting",
-        "predict": "classifier",
+        "blending": ("blend",),
+        "classifier": ("Classifier", "Predictions", "predict"),
+        "exporting": ("Exported", "export"),
     },
 )

@@ -16,10 +16,8 @@ __all__ = ["TuneConfig", "check", "epochs_left", "evaluate_run", "tune"]
 __getattr__ = lazy_names(
     __name__,
     {
-        "TuneConfig": "config",
-        "check": "run",
-        "epochs_left": "evaluation",
-        "evaluate_run": "evaluation",
-        "tune": "run",
+        "config": ("TuneConfig",),
+        "evaluation": ("epochs_left", "evaluate_run"),
+        "run": ("check", "tune"),
     },
 )
