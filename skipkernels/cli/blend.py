@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from skipkernels.console import Terminal
+
+from .options import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class BlendCommand:
     """Blend a tuned model with its zero-shot model (WiSE-FT), and write the result as another run."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Run
     """Folder of the run."""
     alpha: float | Literal["auto"] = "auto"
     """Weight of the tuned model, from 0 to 1. auto: the best on the validation images; 0.5 without such images."""

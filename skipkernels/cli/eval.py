@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from skipkernels.console import Terminal
 from skipkernels.options import Protocol
 
+from .options import Run
 from .tune import number
 
 
@@ -19,7 +17,7 @@ from .tune import number
 class EvalCommand:
     """Recompute the accuracy of a run from its checkpoint. Writes no files."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Run
     """Folder of the run, or the model.safetensors or delta.safetensors in it."""
     data: str | None = None
     """Dataset to test on, named as for tune. By default that of the run."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from skipkernels.console import Terminal
+
+from .options import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportCommand:
     """Write a tuned model for open_clip, for Hugging Face's transformers, or as an ONNX file."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Run
     """Folder of the run."""
     to: Literal["open-clip", "hugging-face", "onnx"]
     """open-clip: a folder for local-dir: and hf-hub:. hugging-face: CLIPModel and CLIPProcessor. onnx: image classifier

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+"""Type of the positional argument RUN, the folder of a run."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

@@ -14,6 +14,8 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from skipkernels.console import Terminal, progress
 from skipkernels.options import Precision
 
+from .options import Run
+
 if TYPE_CHECKING:
     from skipkernels.serve import Predictions
 
@@ -59,7 +61,7 @@ class PredictComputeOptions:
 class PredictCommand:
     """Classify images with a tuned model. The exit code is 1 if a file could not be read; the others are classified."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Run
     """Folder of the run."""
     images: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")

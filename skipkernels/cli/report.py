@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from skipkernels.console import Terminal
+
+from .options import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,7 @@ class ReportCommand:
     model.
     """
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Run
     """Folder of a run, or of a study."""
     out: Path | None = None
     """File to write. By default report.html in the folder."""
