@@ -1,4 +1,4 @@
-"""Formatting of messages: unprintable characters, and sizes in bytes."""
+"""Formatting of messages: unprintable characters, errors in one line, and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ def escaped(text: object) -> str:
     'a\\x1b[31mb [/b] é\\n'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of the message of an error; the name of its type if it has none.
+
+    >>> first_line(ValueError("too large\nin line 3")), first_line(KeyboardInterrupt())
+    ('too large', 'KeyboardInterrupt')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def decimal(size: int) -> str:

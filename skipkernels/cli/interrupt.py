@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator
 from typing import Any
+
+from skipkernels.tuner.signals import handled
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,17 +25,9 @@ def _terminate(number: int, frame: Any) -> None:
 @contextlib.contextmanager
 def termination_as_interrupt() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM (a cluster ends the job) and SIGHUP (the terminal closes)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup
-    numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
-    before = {number: signal.signal(number, _terminate) for number in numbers}
-    try:
+    with handled([signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP], _terminate):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

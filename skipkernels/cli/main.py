@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from skipkernels.console import Terminal, plain, standard_streams
+from skipkernels.formatting import first_line
 from skipkernels.tuner.processes import is_first, launched
 
 from .analyze import AnalyzeCommand
@@ -158,7 +159,7 @@ def _failure(error: Exception) -> tuple[int, str, str] | None:
     if isinstance(error, (InputError, StoreError, MemoryError)):
         return 2, "error", with_flags(error) or "out of memory"
     if isinstance(error, RuntimeError) and out_of_memory(error):
-        return 2, "error", f"out of memory ({str(error).splitlines()[0]})"
+        return 2, "error", f"out of memory ({first_line(error)})"
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
     if worker or isinstance(error, (FloatingPointError, OSError, BrokenExecutor, ProcessError)):
         flagged = isinstance(error, (FloatingPointError, ProcessError))

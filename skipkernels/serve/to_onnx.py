@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import InputError
+from ..formatting import first_line
+from ..tuner.model import quiet
 from .merging import PlainModel
 
 FILE = "model.onnx"
@@ -64,25 +65,21 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
     path = folder / FILE
     external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
-            before = logging.root.manager.disable
-            logging.disable(logging.WARNING)
-            try:
-                program: Any = torch.onnx.export(
-                    module,
-                    (images,),
-                    input_names=["pixel_values"],
-                    output_names=["logits", "image_embedding"],
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                    dynamo=True,
-                    verbose=False,
-                )
-            finally:
-                logging.disable(before)
+            program: Any = torch.onnx.export(
+                module,
+                (images,),
+                input_names=["pixel_values"],
+                output_names=["logits", "image_embedding"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
     except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"export: torch.onnx can't export the model ({reason}). Use open-clip.", "run") from error
+        raise InputError(
+            f"export: torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run"
+        ) from error
     described = plain.described
     values = {
         "classes": described.classes,

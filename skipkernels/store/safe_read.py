@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from ..formatting import first_line
+
 _MAX_DEPTH = 64  # levels of JSON; manifests with notes have at most 19
 
 
@@ -71,7 +73,7 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("not JSON (nested too deeply)") from None
     except ValueError as error:
-        raise ValueError(f"not JSON ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"not JSON ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     if not depth_at_most(value, _MAX_DEPTH):

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..formatting import first_line
 from .atomic import replace_file
 from .digest import digest_file
 from .manifest import DTYPES, Layout, Manifest, Shard, StoreError
@@ -124,7 +125,7 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
             slices = {name: file.get_slice(name) for name in names & set(expected)}
             found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise damaged(f"damaged: its header is unreadable ({str(error).splitlines()[0]})") from None
+        raise damaged(f"damaged: its header is unreadable ({first_line(error)})") from None
     described = {name: (shape, DTYPE_NAMES[dtype]) for name, (shape, dtype) in expected.items()}
     if found != described or names != set(expected):
         raise damaged("damaged: its tensors do not match the manifest")
@@ -137,7 +138,7 @@ def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> Mapped
     except OSError as error:
         raise damaged(f"unreadable: {error.strerror}") from None
     except RuntimeError as error:  # raised by torch.from_file
-        raise damaged(f"unreadable: {str(error).splitlines()[0]}") from None
+        raise damaged(f"unreadable: {first_line(error)}") from None
     if any((start + offsets[name][0]) % dtype.itemsize for name, (_, dtype) in expected.items()):
         raise damaged("damaged: its tensors are not aligned")
     views = {

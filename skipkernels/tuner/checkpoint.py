@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data import InputError
+from ..formatting import first_line
 from ..store import open_regular, partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
 from ..store.lock import lock_owner
@@ -292,5 +293,5 @@ def _names_weights(value: Any) -> bool:
 def _reason(error: BaseException) -> str:
     if isinstance(error.__context__, OSError) and not isinstance(error, OSError):  # torch.save gives no reason
         error = error.__context__
-    text = getattr(error, "strerror", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = getattr(error, "strerror", None) or first_line(error)
     return text if text.endswith(".") else f"{text}."

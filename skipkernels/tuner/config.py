@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_o
 
 from ..data.base import InputError
 from ..data.registry import OWN
+from ..formatting import first_line
 from ..options import Precision, Protocol
 from .option_groups import (
     CacheOptions,
@@ -296,7 +297,7 @@ class TuneConfig(
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror}).") from None
         except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: not readable as YAML ({(str(error).splitlines() or ['empty'])[0]}).") from None
+            raise InputError(f"{path}: not readable as YAML ({first_line(error)}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
         hints = get_type_hints(cls)
@@ -320,8 +321,7 @@ def usable_device(device: str, function: str) -> str:
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{function}: device {chosen!r} can't be used: {reason}", "device") from None
+        raise InputError(f"{function}: device {chosen!r} can't be used: {first_line(error)}", "device") from None
     return chosen
 
 

@@ -22,6 +22,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from ..data import InputError
 from ..data.files import absolute_path
+from ..formatting import first_line
 from ..options import Preset
 from .errors import argument_error
 from .hugging_face_model import is_hugging_face, load_hugging_face
@@ -81,7 +82,7 @@ def load_model(
         )
     if file is not None and not architecture_only and not file.is_file():
         raise argument_error("pretrained", f"no file {file}.")
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model, _, transform = open_clip.create_model_and_transforms(
@@ -116,7 +117,7 @@ def _load_whole(
         )
     source = f"{LOCAL_DIR}{folder}" if local else name
     if not converted:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 model, _, transform = open_clip.create_model_and_transforms(
@@ -253,7 +254,7 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
     """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
     while error.__context__ is not None and isinstance(error.__context__, OSError):
         error = error.__context__
-    reason = textwrap.shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 250, placeholder=" ….")
+    reason = textwrap.shorten(first_line(error), 250, placeholder=" ….")
     if tag is None:
         return argument_error("model", f"{name} could not be created: {reason}")
     return argument_error("pretrained", f"the weights {tag} of {name} could not be downloaded: {reason}")
@@ -265,8 +266,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress open_clip's warning that no weights were loaded: they are loaded later, or meant to be random."""
+def quiet() -> Iterator[None]:
+    """Suppress warnings, such as that of open_clip without weights, which are loaded later or meant to be random."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

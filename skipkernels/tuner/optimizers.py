@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..formatting import first_line
 from ..optimizer import FusedSGD
 from .errors import argument_error
 
@@ -65,5 +66,4 @@ def build(name: str, groups: list[dict[str, Any]], *, in_backward: bool = False,
     try:
         return found(groups, **{option: value for option, value in options.items() if option in known})
     except (TypeError, ValueError) as error:
-        reason = f"{found.__name__} can't be used here: {str(error).splitlines()[0]}"
-        raise argument_error("optimizer", reason) from error
+        raise argument_error("optimizer", f"{found.__name__} can't be used here: {first_line(error)}") from error

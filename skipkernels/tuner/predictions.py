@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import InputError
+from ..formatting import first_line
 from ..store import replace_file, write_tensors
 
 TOP = 3
@@ -110,7 +111,7 @@ def load(path: Path) -> list[TestPredictions]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         return [_test(number, entry, tensors) for number, entry in enumerate(json.loads(metadata["tests"]))]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged ({(str(error).splitlines() or ['empty'])[0]}).") from error
+        raise InputError(f"{path}: damaged ({first_line(error)}).") from error
 
 
 def _test(number: int, entry: dict, tensors: dict[str, Tensor]) -> TestPredictions:

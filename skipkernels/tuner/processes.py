@@ -18,8 +18,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..data.base import InputError
+from ..formatting import first_line
 from .errors import argument_error
 from .option_groups import MAX_TIMEOUT, ProcessOptions
+from .signals import handled
 
 if TYPE_CHECKING:
     import torch
@@ -330,7 +332,8 @@ def joined(timeout: float = ProcessOptions.timeout) -> Iterator[Processes]:
                 yield processes
                 processes.sum([0])  # no process leaves before all have ended: the first may hold the store
             except BaseException as error:
-                with _without_signals():
+                # The launcher sends these to all processes after the first error.
+                with handled((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN):
                     first = processes.first_error(error)
                     processes.leave_after_error()
                 if first is error:
@@ -402,9 +405,8 @@ def _join(timeout: float) -> Processes:
             timeout=timedelta(seconds=timeout),
         )
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProcessError(
-            f"tune: the {launched()} processes can't connect: {reason}. Start them with torchrun."
+            f"tune: the {launched()} processes can't connect: {first_line(error)}. Start them with torchrun."
         ) from error
     numbers = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", rank), ("GROUP_RANK", 0)))
     local_rank, host = numbers
@@ -432,20 +434,6 @@ def _is_of_store(descriptor: int) -> bool:
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         ends = connection.getsockname(), connection.getpeername()
     return any(not isinstance(end, tuple) or str(end[1]) == os.environ.get("MASTER_PORT") for end in ends)
-
-
-@contextlib.contextmanager
-def _without_signals() -> Iterator[None]:
-    """Ignore SIGINT and SIGTERM: the launcher sends them to all processes after the first error."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

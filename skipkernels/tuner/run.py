@@ -18,6 +18,7 @@ from torch import Tensor
 from ..console import ignore_write_errors, plain
 from ..data import Images, InputError, SizedDataset, Source, save_few_shot
 from ..features import FeatureCache
+from ..formatting import first_line
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, notes
 from .calibration import fit_temperature
@@ -295,10 +296,9 @@ class _Run:
             except InputError:
                 raise
             except (ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
+                state = self.folder.path / checkpoint.STATE
                 raise InputError(
-                    f"{self.folder.path / checkpoint.STATE}: not the state of this run: {reason}; tune again with "
-                    "`overwrite=True`."
+                    f"{state}: not the state of this run: {first_line(error)}; tune again with `overwrite=True`."
                 ) from error
         self._evaluate()
 
@@ -381,8 +381,7 @@ class _Run:
                 try:
                     self._describe()
                 except Exception as error:  # any: the run continues without these files
-                    reason = (str(error).strip().splitlines() or [""])[0]
-                    warning = f"{CLASSIFIER} was not written ({type(error).__name__}: {reason})."
+                    warning = f"{CLASSIFIER} was not written ({type(error).__name__}: {first_line(error)})."
                     self.warnings += [warning] if warning not in self.warnings else []  # once, not in each epoch
 
     def _calibrate(self) -> None:
@@ -436,8 +435,7 @@ class _Run:
                     self.folder.write_report(report_html(self.config, metrics, self.folder.rows, tests))
                 self.folder.finish(metrics)
         except Exception as error:  # any: the results are complete without the report
-            reason = (str(error).strip().splitlines() or [""])[0]
-            self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {reason}).")
+            self.warnings.append(f"{REPORT} was not written ({type(error).__name__}: {first_line(error)}).")
             self.folder.finish(metrics)
         except KeyboardInterrupt as error:
             if status == "complete" and not (self.folder.path / REPORT).exists():

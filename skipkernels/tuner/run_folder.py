@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from .loggers import CSV
 from .model import OPEN_CLIP
 from .model_card import CARD
 from .predictions import PREDICTIONS, TestPredictions, save
+from .signals import handled
 from .state_checks import check_types
 from .validation import best_epoch
 
@@ -395,16 +395,8 @@ class FollowedFolder(RunFolder):
 @contextmanager
 def interrupt_deferred() -> Iterator[None]:
     """Defer SIGINT, SIGTERM and SIGHUP to the end of the block. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda number, frame: received.append(number)) for number in signals]
-    try:
+    with handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda number, frame: received.append(number)):
         yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
     if received:
         signal.raise_signal(received[0])
