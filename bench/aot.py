@@ -25,7 +25,6 @@ So do the targets that are not IN_TABLE.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import math
@@ -55,10 +54,6 @@ from skipkernels.ops.precompile import (
 
 from . import machine_code, measure, tables
 from .launches import CALLS, DTYPES, DTYPES_OF
-
-for _op in OPERATORS:
-    with contextlib.suppress(ModuleNotFoundError):  # not written yet
-        importlib.import_module(f"skipkernels.ops.{_op.rstrip('_')}")
 
 TABLE = measure.RESULTS / "aot.csv"
 # Registers and shared memory may grow by this much when another version of Triton compiles the same source: versions

@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = ["step", "predict", "operators"]
     parser.add_argument("--jobs", nargs="+", default=jobs, help="names, or their beginnings")
     parser.add_argument("--rounds", type=int, default=9, help="at most; an interval needs 6")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default=measure.default_device())
     parser.add_argument("--fail-above", type=float, metavar="RATIO", help="fail if an interval is above this ratio")
     add_budget(parser)
     args = parser.parse_args(arguments)

@@ -45,6 +45,7 @@ import skipkernels as sk
 from skipkernels import testing
 from skipkernels.clip.snapshot import Snapshot
 from skipkernels.ops import OPERATORS, launching, precompile, registration
+from skipkernels.parallel.cost import GRADIENT_PASSES, SAVED_PASSES
 from skipkernels.selection import RankSampler
 
 from . import measure, tables
@@ -340,9 +341,6 @@ _FLOPS, _BYTES = {"fp32": 67e12, "bf16": 989e12}, 3.35e12
 _ATEN, _TRITON = 5e-6, 12e-6
 # Seconds of a short kernel in a replayed graph. Source: Gray, "Getting Started with CUDA Graphs", NVIDIA, 2019.
 _NODE = 3.4e-6
-# Times that a step reads or writes each gradient (written once, and read by the update, which reads and writes weight
-# and momentum), and each saved byte.
-GRADIENT_PASSES, SAVED_PASSES = 6, 2
 
 
 def estimate(row: Row) -> dict[str, float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from skipkernels.experiments.studies.compare import compare
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--data", default="glyphs")
     args = parser.parse_args()
-    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = measure.default_device()
     with tempfile.TemporaryDirectory() as folder:
         config = TuneConfig(data=args.data, keep_embeddings=True)
         study = compare(config, args.methods, range(args.seeds), Path(folder), Console(stderr=True))

@@ -54,7 +54,7 @@ def parser(description: str, *, several: bool = False, **defaults: Any) -> argpa
     parser.add_argument("--skip-layers", type=positive, default=6, help="blocks of each tower below the cut")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16 is that of autocast", **count)
     parser.add_argument("--rounds", type=positive, help="at most; everyone runs in each")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default=measure.default_device())
     parser.set_defaults(**defaults)
     return parser
 

@@ -32,6 +32,11 @@ def command(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def default_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def time_alternately(
     functions: dict[Key, Callable[[], Any]], rounds: int, device: torch.device, *, warm_up: bool = True
 ) -> dict[Key, list[float]]:

@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = measure.command(__doc__)
     parser.add_argument("--op", nargs="+", choices=OPERATORS, default=OPERATORS, help="which operators; all by default")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
+    parser.add_argument(
+        "--device", type=torch.device, default=measure.default_device(), help="default: a GPU if there is one"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, help=f"for each case, about: {SECONDS}, or {QUICK_SECONDS} if quick")
     parser.add_argument("--quick", action="store_true", help="one shape of each operator, without torch.compile")
@@ -109,10 +111,6 @@ def operator(op: str, args: argparse.Namespace, without: dict[str, str], seconds
     tables.show(["shape", "dtype", "implementation", *MEASURED], lines, title)
     print("\n".join(notes))
     return ends
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cases_of(op: str, dtypes: list[str], device: torch.device) -> Iterator[tuple[str, Case]]:

@@ -97,7 +97,6 @@ def test_rates_are_those_of_bench():
     """The package does not import bench."""
     for name, gpu in cost.GPUS.items():
         assert gpu[:2] == (roofline.GPUS[name].half, roofline.GPUS[name].bandwidth)
-    assert (cost.GRADIENT_PASSES, cost.SAVED_PASSES) == (counts.GRADIENT_PASSES, counts.SAVED_PASSES)
     host = 1e-3 * counts.estimate(ROWS[0])["host"]
     assert host == pytest.approx(12 * cost.HOST_SECONDS, rel=1e-3)
 
