@@ -4,11 +4,8 @@
     lse_b    = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
     d_z_bk   = d_lse_b · exp(z_bk − lse_b) + d_target_b · [k = y]
 
-The cross-entropy over the classes of all processes is log Σ exp(lse_b) − Σ target_b over processes. Autograd of these
-[B] numbers gives d_lse_b, a share of the softmax, and d_target_b: backward needs no other message.
-
-Both results are fp64, as the loss is their difference, and fp32 rounds logits by 4e-6 at a scale of 100. Saved for
-backward: the inputs, lse [B] in fp64, the norms of the rows, [B] and [K].
+Both results are fp64, see `functional.class_sampled_lse`. Saved for backward: the inputs, lse [B] in fp64, the norms of
+the rows, [B] and [K].
 
 On a GPU it launches the kernels of `class_sampled_ce`, besides the kernel that combines the splits of the classes.
 

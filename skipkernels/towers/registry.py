@@ -60,10 +60,7 @@ _WRAPPERS = {
 def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[TextTower]]:
     """Build the image tower of a model and a text tower for each template, with no blocks skipped.
 
-    Args:
-        model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
-            `CLIPModel` or `SiglipModel`.
-        tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], those of T templates.
+    `model` and `tokens` are those of `SkipCLIP`.
 
     Raises:
         TypeError: If the model is not an `nn.Module`.
