@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import torch
 from skipkernels import _extension
 from skipkernels.ops import registration
 from tests.ops import specialisations
+from tests.ops.interpreter import interpreter
 
 
 class Backend(NamedTuple):
@@ -73,36 +72,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         for name, definition in registration.definitions.items():
             function = definition.fallback if chosen.name == "reference" else definition.launch
             library.impl(name, function, "CPU", allow_override=True)
-    with specialisations.recorded(), _interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
+    with specialisations.recorded(), interpreter() if chosen.name == "interpreter" else contextlib.nullcontext():
         yield chosen
     library._destroy()
-
-
-@contextlib.contextmanager
-def _interpreter() -> Iterator[None]:
-    """Triton's interpreter with `tl.device_assert`, and in less time.
-
-    It ignores the option of the launch for assertions. It would patch `triton.language` at each call of a device
-    function, which takes a third of the time: a launch patches it once for each module of its functions.
-    """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    patch, launch, builder = interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.interpreter_builder
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        module = id(function.__globals__)
-        if module not in patched:
-            patched.add(module)
-            return patch(function)
-        return None  # only the launch uses the result, and its call is the first
-
-    def launch_and_forget(self: Any, *args: Any, **kwargs: Any) -> None:
-        patched.clear()
-        launch(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=False)
-        monkeypatch.setattr(builder, "options", options)
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_and_forget)
-        yield
