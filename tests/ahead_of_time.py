@@ -1,13 +1,17 @@
 """Print what `bench.aot` finds in compiled kernels; tests/test_aot.py runs it in a process without the interpreter.
 
-python -m tests.ahead_of_time faults          kernels with the faults that have to be found in machine code
-python -m tests.ahead_of_time differences     where it would compile something else than a launch does
+python -m tests.ahead_of_time FOLDER NAME …     run these functions, each in a forked process; FOLDER/NAME is its output
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import multiprocessing
+import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,10 +99,13 @@ def sweep() -> None:
 
 
 def warmup() -> None:
-    """Compile a kernel in another process, then find it in the cache."""
+    """Compile a kernel in another process, then find it in the cache, a new folder."""
     (job,) = aot.jobs_of(["class_scores"], ["sm_90"], ["bf16"], quick=True)
-    for _ in range(2):
-        print(list(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1)))  # noqa: T201
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        for _ in range(2):
+            print(list(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1)))  # noqa: T201
+        print([path.name for path in Path(folder).glob("*/*.cubin")])  # noqa: T201
 
 
 def paths() -> None:
@@ -109,5 +116,16 @@ def paths() -> None:
     print([path in assembly for path in (inspect.getsourcefile(function.fn), function.file_name)])  # noqa: T201
 
 
+def printing(name: str, path: Path) -> None:
+    """Run a function with its output in a file."""
+    with path.open("w") as file, contextlib.redirect_stdout(file):
+        globals()[name]()
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for name in sys.argv[2:]:  # forked: a function may change the state of its process
+        process = multiprocessing.get_context("fork").Process(target=printing, args=(name, Path(sys.argv[1], name)))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)

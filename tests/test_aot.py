@@ -29,64 +29,61 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m …`."""
-    return python("-m", *arguments)
-
-
 def test_kernels_are_sound_and_no_worse_than_the_table():
-    done = run("bench.aot", "--check", "--quick", "--target", "sm_90", "gfx942", "--dtype", "bf16")
+    done = python("-m", "bench.aot", "--check", "--quick", "--target", "sm_90", "gfx942", "--dtype", "bf16")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("what", ["registers", "shared_bytes"])
-def test_the_check_fails_where_the_table_says_less(tmp_path, monkeypatch, what):
+def test_the_check_fails_where_the_table_says_less(tmp_path, monkeypatch):
     rows = [row for row in aot.read_table() if row.triton == launching.triton.__version__]
     if not rows:
         pytest.skip("the table was made by another Triton, and what its kernels need may grow a little")
     monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.csv")
-    less = [row._replace(**{what: getattr(row, what) - 1}) for row in rows]
+    less = [row._replace(registers=row.registers - 1, shared_bytes=row.shared_bytes - 1) for row in rows]
     aot.write_table(less)
     arguments = ["--check", "--quick", "--op", "class_scores", "--target", "sm_80", "--dtype", "bf16"]
     code = f"from pathlib import Path; from bench import aot; aot.TABLE = Path({str(aot.TABLE)!r}); aot.main()"
     done = python("-c", code, *arguments)
     (before,) = [row for row in less if (row.op, row.shape, row.target, row.dtype) == FIRST_CALL]
-    number = getattr(before, what)
-    assert done.returncode == 1 and f"{before.name}: {what} {number} → {number + 1}" in done.stdout, done.stderr
+    assert done.returncode == 1, done.stderr
+    for what in ("registers", "shared_bytes"):
+        number = getattr(before, what)
+        assert f"{before.name}: {what} {number} → {number + 1}" in done.stdout
 
 
-def test_faults_are_found_in_machine_code():
-    done = run("tests.ahead_of_time", "faults")
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Output of the functions of tests/ahead_of_time.py; one process imports torch and Triton for all."""
+    folder = tmp_path_factory.mktemp("printed")
+    names = ("faults", "differences", "sweep", "warmup", "paths")
+    done = python("-m", "tests.ahead_of_time", str(folder), *names)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return {name: (folder / name).read_text() for name in names}
+
+
+def test_faults_are_found_in_machine_code(printed):
+    lines = printed["faults"].splitlines()
     assert lines[0] == "sound, sm_80: []" and lines[1] == "sound, gfx942: []"
     assert "has a tl.dot but uses no matrix instruction" in lines[2]
     assert "spills" in lines[3] and "spills" in lines[4]
 
 
-def test_what_is_compiled_is_what_a_launch_compiles():
-    done = run("tests.ahead_of_time", "differences")
-    assert done.returncode == 0, done.stderr
-    (summary,) = done.stdout.splitlines()
+def test_what_is_compiled_is_what_a_launch_compiles(printed):
+    (summary,) = printed["differences"].splitlines()
     assert int(summary.removesuffix(" compared")) >= 4 * len(CALLS)
 
 
-def test_the_sweep_finds_arguments_that_do_not_compile():
-    done = run("tests.ahead_of_time", "sweep")
-    assert done.stdout.startswith("(3, ['length_kernel does not compile with N = 1: "), done.stdout + done.stderr
-    assert done.stdout.count("does not compile") == 1
+def test_the_sweep_finds_arguments_that_do_not_compile(printed):
+    assert printed["sweep"].startswith("(3, ['length_kernel does not compile with N = 1: ")
+    assert printed["sweep"].count("does not compile") == 1
 
 
-def test_warmup_fills_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = run("tests.ahead_of_time", "warmup")
-    assert done.stdout == "['']\n['cached']\n", done.stdout + done.stderr
-    assert len([*tmp_path.glob("*/_class_scores_kernel.cubin")]) == 1
+def test_warmup_fills_the_cache(printed):
+    assert printed["warmup"] == "['']\n['cached']\n['_class_scores_kernel.cubin']\n"
 
 
-def test_machine_code_is_the_same_in_every_folder():
-    done = run("tests.ahead_of_time", "paths")
-    assert done.stdout == "[False, True]\n", done.stdout + done.stderr
+def test_machine_code_is_the_same_in_every_folder(printed):
+    assert printed["paths"] == "[False, True]\n"
 
 
 ROW = aot.Row(
