@@ -72,11 +72,9 @@ def test_built_once_on_first_use_by_two_processes_at_once(tmp_path):
     compiler.chmod(0o755)
     copies = {"CXX": str(compiler)}
     both = [finish(process) for process in [start(WITHOUT_PREBUILT + USE, tmp_path, **copies) for _ in "ab"]]
-    messages = [err.count("skipkernels: building the C++ kernels, once") for _, err in both]
-    assert sorted(messages) == [0, 1]
-    third, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, **copies))
-    assert err == ""
-    for out in (third, both[0][0], both[1][0]):
+    silent, building = sorted(err for _, err in both)
+    assert silent == "" and building.count("skipkernels: building the C++ kernels, once") == 1
+    for out, _ in both:
         assert out.split()[0] == LOSS and out.split()[-1] == "C++"
     (built,) = (tmp_path / "cache" / "skipkernels").glob("*/*.so")
     assert {path.name for path in built.parent.iterdir()} == {built.name, "lock"}
@@ -241,6 +239,7 @@ def test_failed_build_is_one_warning(pretended, monkeypatch, tmp_path, case, rea
         extension = _extension._find_or_build()
     assert len(caught) == 1 and extension.path is None
     assert re.search(reason, extension.reason), extension.reason
+    assert case == "no library" or not list(tmp_path.rglob("*.so"))
 
 
 def test_setup_without_a_compiler_is_a_pure_package(tmp_path):
@@ -297,7 +296,15 @@ def test_only_names_that_the_oldest_torch_has():
 
 
 def test_turned_off(tmp_path):
-    out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, SKIPKERNELS_CPP="0"))
+    """The reference raises the same errors; the tests with `reference` among the backends check its results."""
+    code = """
+from tests import test_functional
+for bad in test_functional.CROSS_ENTROPY:
+    test_functional.test_class_sampled_ce_refuses(*bad)
+for bad in test_functional.SCORES:
+    test_functional.test_class_scores_refuses(*bad)
+"""
+    out, err = finish(start(WITHOUT_PREBUILT + USE + code, tmp_path, SKIPKERNELS_CPP="0"))
     assert out.split()[0] == LOSS and out.split()[-1] == "reference"
     assert err == ""
     assert not (tmp_path / "cache").exists()
@@ -308,29 +315,6 @@ def test_no_compiler_is_one_warning(tmp_path):
     assert out.splitlines()[0].split()[0] == LOSS and out.split()[-1] == "reference"
     assert err.count("RuntimeWarning: skipkernels: no C++ kernels: no C++ compiler found (CXX=/no/such/compiler)") == 1
     assert "Install a C++17 compiler" in err
-
-
-def test_compiler_that_fails_is_one_warning_with_its_words(tmp_path):
-    broken = tmp_path / "broken-compiler"
-    broken.write_text("#!/bin/sh\necho 'the disk is upside down' >&2\nexit 3\n")
-    broken.chmod(0o755)
-    out, err = finish(start(WITHOUT_PREBUILT + USE, tmp_path, CXX=str(broken)))
-    assert out.split()[-1] == "reference"
-    assert "failed with exit code 3" in err and "the disk is upside down" in err
-    assert not list((tmp_path / "cache").rglob("*.so"))
-
-
-def test_reference_raises_the_same_errors(tmp_path):
-    """The errors are the same without the library. Numbers and gradients are tested by the backend `reference`."""
-    code = """
-from tests import test_functional
-for bad in test_functional.CROSS_ENTROPY:
-    test_functional.test_class_sampled_ce_refuses(*bad)
-for bad in test_functional.SCORES:
-    test_functional.test_class_scores_refuses(*bad)
-"""
-    out, err = finish(start(WITHOUT_PREBUILT + USE + code, tmp_path, SKIPKERNELS_CPP="0"))
-    assert out.split()[-1] == "reference", err
 
 
 def test_links_to_stable_symbols_only():
