@@ -73,42 +73,41 @@ def test_import_loads_no_torch(code):
     assert out.splitlines()[-1] == "False"
 
 
-def test_import_after_torch_is_light():
+NAMESPACE = """
+namespace = torch.ops.skipkernels; print(namespace.class_sampled_ce.default._schema.name)
+x = torch.ones(2, 3)
+print(torch.equal(namespace.mlp_activation(x, None, 0), skipkernels.functional.mlp_activation(x)))
+print(type(torch.ops.skipkernels) is type(torch.ops.aten), hasattr(namespace, 'nothing'))
+"""
+REGISTERED = ["skipkernels::class_sampled_ce", "True", "True", "False"]
+FUNCTIONAL = """
+print(skipkernels.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist())
+print(torch.cuda.is_initialized(), skipkernels.backends()['class_scores']['cuda'].reason)
+"""
+
+
+def test_import_after_torch_is_light_and_registers_operators():
+    """Operators are registered at the first use of the namespace, also if that precedes one of `functional`."""
     out = run(
         "import torch, sys, time, json\n"
         "start = time.perf_counter(); import skipkernels; seconds = time.perf_counter() - start\n"
-        "print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(sys.modules)]))"
+        "print(json.dumps([seconds, torch.cuda.is_initialized(), sorted(sys.modules)]))\n" + NAMESPACE + FUNCTIONAL
     )
-    seconds, cuda, modules = json.loads(out)
+    first, *registered, scores, reason = out.splitlines()
+    seconds, cuda, modules = json.loads(first)
     assert seconds < 0.3
     assert not cuda
     assert not [name for name in LIGHT if name in modules]
+    assert " ".join(registered).split() == REGISTERED
+    assert scores.startswith("[inf, 0.707") and reason.startswith("False ")
 
 
-@pytest.mark.parametrize(
-    "imports", ["import torch, skipkernels", "import skipkernels.ops, torch"], ids=["after torch", "skipkernels.ops"]
-)
-def test_operators_are_registered(imports):
-    """Registered at the first use of the namespace, also if that precedes one of `functional`."""
-    code = (
-        "namespace = torch.ops.skipkernels; print(namespace.class_sampled_ce.default._schema.name)\n"
-        "x = torch.ones(2, 3)\n"
-        "print(torch.equal(namespace.mlp_activation(x, None, 0), skipkernels.functional.mlp_activation(x)))\n"
-        "print(type(torch.ops.skipkernels) is type(torch.ops.aten), hasattr(namespace, 'nothing'))"
-    )
-    assert run(f"{imports}\n{code}").split() == ["skipkernels::class_sampled_ce", "True", "True", "False"]
-
-
-def test_functional_without_gpu_and_triton():
-    code = (
-        "import sys, torch, skipkernels as sk\n"
-        "print(sk.functional.class_scores(torch.ones(1, 2), torch.eye(2), torch.tensor([0])).tolist(), "
-        "torch.cuda.is_initialized(), sk.backends()['class_scores']['cuda'].reason)"
-    )
-    out = run(code)
-    assert out.startswith("[inf, 0.707") and "False" in out
-    without = "import sys; sys.modules['triton'] = None\n" + code
-    assert "Triton is not installed" in run(without) or "no Triton kernel" in run(without)
+def test_operators_are_registered_without_triton():
+    out = run(f"import sys; sys.modules['triton'] = None\nimport skipkernels.ops, torch\n{NAMESPACE}{FUNCTIONAL}")
+    *registered, scores, reason = out.splitlines()
+    assert " ".join(registered).split() == REGISTERED
+    assert scores.startswith("[inf, 0.707") and reason.startswith("False ")
+    assert "Triton is not installed" in reason or "no Triton kernel" in reason
 
 
 def test_public_names():
