@@ -12,8 +12,17 @@ from typing import Any
 
 import torch
 
-# Modules that the server of processes imports once, so that they start fast.
-PRELOADED = ["pytest", "open_clip", "skipkernels.clip", "skipkernels.tuner.run"]
+_PRELOADED = ["pytest", "open_clip", "skipkernels.tuner.run"]
+
+
+def forkserver() -> Any:
+    """Return a fork server with imported modules, so that its processes start at once.
+
+    One list for all tests: a test process has one server, with the modules of its first user.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def by_two(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -31,8 +40,7 @@ def together(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forkserver()
     every = [
         context.Process(target=_process, args=(rank, size, port, folder, function, arguments)) for rank in range(size)
     ]

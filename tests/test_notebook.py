@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 from pathlib import Path
 
 import torch
 
-from tests.processes import PRELOADED
+from tests.processes import forkserver
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "tune_your_photos.ipynb"
 
@@ -28,9 +27,7 @@ def run_cells(folder: Path) -> None:
 
 
 def test_notebook_runs(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=run_cells, args=(tmp_path,))
+    process = forkserver().Process(target=run_cells, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == 0

@@ -19,8 +19,9 @@ import skipkernels as sk
 from skipkernels.features import FeatureCache
 from skipkernels.store import Store, StoreError
 from skipkernels.store.lock import OWNER
-from tests.kills import run_for, server
+from tests.kills import run_for
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
+from tests.processes import forkserver
 from tests.store.stores import contents, listed_shards
 
 IMAGES, SHARDS, KILLS, SEED = 80, 20, 8, 0
@@ -40,12 +41,6 @@ def build(folder: Path, clip: sk.SkipCLIP | None = None, dataset=None, **options
     torch.set_num_threads(1)
     options = {"dtype": "int8", "batch_size": 4, "shard_bytes": 1, "progress": False, **options}
     return FeatureCache.build(folder, clip or small_model(), dataset or small_images(), **options)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """A fork server with imported modules."""
-    return server("open_clip", "skipkernels.features")
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +64,13 @@ def builder(folder: Path, pipe) -> None:
     pipe.recv()
 
 
-def run(processes, folder: Path, seconds: float) -> float:
-    return run_for(processes, builder, (folder,), seconds)
+def run(folder: Path, seconds: float) -> float:
+    return run_for(builder, (folder,), seconds)
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_loses_at_most_two_shards(processes, whole, tmp_path):
-    duration = run(processes, tmp_path / "whole", seconds=60)
+def test_kill_at_any_moment_loses_at_most_two_shards(whole, tmp_path):
+    duration = run(tmp_path / "whole", seconds=60)
     assert contents(tmp_path / "whole") == whole, "another process builds the same bits"
     clip, draw, partial = small_model(), random.Random(SEED), 0
     moments = [(kill + draw.random()) / KILLS for kill in range(KILLS)]
@@ -83,7 +78,7 @@ def test_kill_at_any_moment_loses_at_most_two_shards(processes, whole, tmp_path)
         if kill >= KILLS and partial:  # later kills only if this machine has become slower
             break
         folder, seconds = tmp_path / f"{kill}", moment * duration
-        run(processes, folder, seconds)
+        run(folder, seconds)
         done = listed_shards(folder)
         print(f"killed {seconds:.3f} s into {duration:.3f} s: {done} shards")  # noqa: T201
         partial += 0 < done < SHARDS
@@ -134,8 +129,9 @@ def waiting_builder(folder: Path, asked, proceed) -> None:
 
 
 @pytest.fixture
-def half_built(processes, tmp_path):
+def half_built(tmp_path):
     """A process that has built half of a store and waits to continue."""
+    processes = forkserver()
     asked, proceed = processes.Event(), processes.Event()
     process = processes.Process(target=waiting_builder, args=(tmp_path / "store", asked, proceed))
     process.start()

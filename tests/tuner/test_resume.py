@@ -18,7 +18,7 @@ from skipkernels.experiments.baselines import LoRA
 from skipkernels.tuner import TuneConfig, tune
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.run_folder import RunFolder, read_metrics
-from tests.kills import run_for, server
+from tests.kills import run_for
 from tests.tuner.runs import fails, files, results, rows, small
 
 KILLS, SEED = 3, 0
@@ -250,12 +250,6 @@ def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
 KILLED = {"epochs": 6}
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Forkserver with all imports done, so that a new process starts without delay."""
-    return server("skipkernels.tuner", "matplotlib.figure")
-
-
 def work(config: TuneConfig, pipe) -> None:
     torch.set_num_threads(1)
     pipe.send("begins")
@@ -265,13 +259,13 @@ def work(config: TuneConfig, pipe) -> None:
 
 
 @pytest.mark.slow
-def test_resume_after_kill_is_bitwise_identical(processes, tmp_path):
+def test_resume_after_kill_is_bitwise_identical(tmp_path):
     torch.set_num_threads(1)  # like the killed processes
     whole, generator, between_epochs = tmp_path / "whole", random.Random(SEED), 0
-    duration = run_for(processes, work, (small(whole, **KILLED),), seconds=100)
+    duration = run_for(work, (small(whole, **KILLED),), seconds=100)
     for kill in range(KILLS):
         folder = tmp_path / f"{kill}"
-        run_for(processes, work, (small(folder, **KILLED),), (kill + generator.random()) / KILLS * duration)
+        run_for(work, (small(folder, **KILLED),), (kill + generator.random()) / KILLS * duration)
         complete = (folder / "metrics.json").exists()
         between_epochs += (folder / "state.pt").exists() and not complete
         tune(small(folder, resume=True, **KILLED))
