@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import pytest
 from safetensors.torch import load_file
 
 from skipkernels.cli.main import main
+from skipkernels.experiments import glyphs
 from skipkernels.store import digest_tensors
-from skipkernels.tuner import TuneConfig
+from skipkernels.tuner import TuneConfig, forward_profile, plots
 
 SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
+TEST_IMAGES = 4  # of each class: one in each font
+_get_tokenizer = functools.cache(open_clip.get_tokenizer)
+
+
+@contextlib.contextmanager
+def few_test_images() -> Iterator[None]:
+    """Draw a third of the test and validation images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "_TEST_IMAGES", TEST_IMAGES)
+        yield
+
+
+@contextlib.contextmanager
+def shortened() -> Iterator[None]:
+    """Leave out half of a small run: test images, and, which have tests of their own, plots and rounds of a timing.
+
+    The tokenizer is made once.
+    """
+    with few_test_images(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_profile, "_ROUNDS", 1)
+        patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
+        patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
+        yield
 
 
 def small(out: Path, **changes: Any) -> TuneConfig:

@@ -39,7 +39,7 @@ VOID = {"meta", "br", "img", "input"}
 NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def short_runs():
     """Plots are drawn here."""
 

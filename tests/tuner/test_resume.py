@@ -19,7 +19,7 @@ from skipkernels.tuner import TuneConfig, tune
 from skipkernels.tuner.methods import Skip
 from skipkernels.tuner.run_folder import RunFolder, read_metrics
 from tests.kills import run_for
-from tests.tuner.runs import fails, files, results, rows, small
+from tests.tuner.runs import fails, files, results, rows, shortened, small
 
 KILLS, SEED = 3, 0
 
@@ -247,13 +247,14 @@ def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
 # ---- kills -------------------------------------------------------------------------------------------------------
 
 
-KILLED = {"epochs": 6}
+KILLED = {"epochs": 4}
 
 
 def work(config: TuneConfig, pipe) -> None:
     torch.set_num_threads(1)
     pipe.send("begins")
-    tune(config)
+    with shortened():
+        tune(config)
     pipe.send("has ended")
     pipe.recv()
 

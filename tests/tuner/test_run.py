@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import skipkernels as sk
 from skipkernels.cli.main import main
+from skipkernels.experiments import glyphs
 from skipkernels.optimizer import FusedSGD
 from skipkernels.store.lock import locked
 from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, optimizers, trainer, tune
@@ -90,7 +91,8 @@ def test_tune_says_why_steps_are_not_graphed(changes, reason, tmp_path, monkeypa
     assert f"note: steps run without a CUDA graph: {reason}" in " ".join(console.file.getvalue().split())
 
 
-def test_tune_beats_zero_shot_on_unseen_characters(tmp_path):
+def test_tune_beats_zero_shot_on_unseen_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "_TEST_IMAGES", 12)  # as in other runs: of four, the gain is 8 points
     metrics = tune(TuneConfig(shots=8, epochs=2, device="cpu", out=tmp_path))
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
     assert zero_shot["base"] > 20, "ten times chance over 50 classes"

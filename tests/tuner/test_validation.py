@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from skipkernels.data import InputError
 from skipkernels.tuner import TuneConfig, checkpoint, epochs_left, evaluate_run, tune
 from skipkernels.tuner.run import _Run
-from tests.tuner.runs import files, results, rows, small
+from tests.tuner.runs import TEST_IMAGES, files, results, rows, small
 from tests.tuner.test_resume import stopped
 
 ACCURACIES = {1: 50.0, 2: 70.0, 3: 70.0, 4: 60.0}  # by epoch; of equal ones the last is kept
@@ -58,7 +58,7 @@ def test_best_epoch_is_kept(whole):
     assert all(kept[name].equal(weights[2][name]) for name in kept)
     assert not all(kept[name].equal(weights[3][name]) for name in kept)
     assert metrics["tuned"] == rows(folder)[2]["accuracy"] == evaluate_run(folder)
-    assert metrics["validation"]["images"] == 3 * 12 and 0 <= metrics["validation"]["tuned"] <= 100
+    assert metrics["validation"]["images"] == 3 * TEST_IMAGES and 0 <= metrics["validation"]["tuned"] <= 100
     assert [row["validation"] for row in rows(folder)] == list(ACCURACIES.values())
     assert "best.safetensors" not in files(folder) and epochs_left(folder) == 0
 
