@@ -29,7 +29,7 @@ from skipkernels.tuner.processes import Processes, _group_name
 from skipkernels.tuner.run import _Run
 from skipkernels.tuner.setup import RunSetup
 from tests.processes import together
-from tests.tuner.runs import files, losses, rows, small
+from tests.tuner.runs import files, losses, rows, shortened, small
 
 ERRORS = [
     ("settings", "InputError", "shots must be from 1 to 1000; got 0"),
@@ -58,7 +58,7 @@ IN_PROCESSES = {2: ("plain", "validated", "cached"), 4: ("ragged",)}
 @pytest.fixture(scope="module", autouse=True)
 def first_is_best():
     """Validation accuracies that fall, in the rows of each epoch."""
-    with pytest.MonkeyPatch.context() as patch:
+    with shortened(), pytest.MonkeyPatch.context() as patch:
         let_accuracy_fall(patch)
         yield
 
@@ -111,6 +111,7 @@ def caught(config: TuneConfig) -> list[str]:
 # ---- in each process ---------------------------------------------------------------------------------------------
 
 
+@shortened()
 def four(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"ragged": json.dumps(tune(config_of("ragged", folder)))}
     pid = folder / "pid"
@@ -127,6 +128,7 @@ def four(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@shortened()
 def two(rank: int, folder: Path, killed: Path) -> dict[str, Any]:
     let_accuracy_fall(pytest.MonkeyPatch())
     FeatureCache.build.__func__.__kwdefaults__["shard_bytes"] = 1  # a batch per shard: also for the second process
@@ -158,7 +160,8 @@ def errors(rank: int, folder: Path) -> dict[str, list[str]]:
         if rank:
             write = writer.write_shard
             patch.setattr(writer, "write_shard", lambda at, *rest: (write if "texts-" in str(at) else full)(at, *rest))
-        found["cache disk"] = caught(small(folder / "cache disk", cache=folder / "full"))
+        # Of three views, the second process writes a shard.
+        found["cache disk"] = caught(small(folder / "cache disk", cache=folder / "full", views=3))
     for name, error in {"interrupt": KeyboardInterrupt(), "bug": RuntimeError("of a bug")}.items():
         patch = in_step(3, raising(error) if rank else lambda: None)
         began = time.monotonic()
@@ -173,17 +176,18 @@ def errors(rank: int, folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """Runs in one process."""
-    folder = tmp_path_factory.mktemp("one")
-    for name in RUNS:
-        tune(config_of(name, folder))
-    return folder
+    return tmp_path_factory.mktemp("one")
 
 
 @pytest.fixture(scope="module")
 def several(one, tmp_path_factory) -> dict[int, tuple[Path, list[dict[str, Any]]]]:
+    """Runs in several processes, by their number; those in one process, in the folder `one`, are made meanwhile."""
     folders = {size: tmp_path_factory.mktemp(f"{size}") for size in (4, 2)}
-    by_four = together(4, folders[4], four, folders[4], killed=[KILLED])
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(together, 4, folders[4], four, folders[4], killed=[KILLED])
+        for name in RUNS:
+            tune(config_of(name, one))
+        by_four = waiting.result()
     interrupted = losses(folders[4] / "killed")
     assert len(interrupted) == 1, "the second epoch was not completed"
     by_two = together(2, folders[2], two, folders[2], folders[4] / "killed")
@@ -204,6 +208,7 @@ def assert_same_run(got: Path, expected: Path, slack: float = SLACK) -> None:
     assert files(got) == files(expected)
 
 
+@pytest.mark.slow
 def test_runs_in_several_processes(one, several):
     """One test, so that one worker of the test runner makes these runs."""
     for size, names in IN_PROCESSES.items():
