@@ -55,7 +55,8 @@ def generator() -> torch.Generator:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` without a GPU."""
+    """Skip tests marked `gpu` without a GPU; run tests marked `slow` first, so that no process ends with one alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
