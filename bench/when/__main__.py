@@ -1,0 +1,105 @@
+"""When Skip Tuning is the method to use: accuracy of methods on tasks that differ from the pre-training in known ways.
+
+    python -m bench.when                         search, advice and report on all tasks, about an hour on two cores
+    python -m bench.when --tasks noise --seeds 1
+    python -m bench.when --print                 the tables and the picture, from the rows that there are
+
+The model is glyph-tiny. `bench.when.tasks` has the tasks; `docs/when.md` the predictions, made before the runs, and the
+results. The order of the work on a task:
+
+1. Search: five settings of each method (optimizer and learning rates, `bench.when.runs`) with one seed, on characters
+   that no reported run has. The best harmonic mean of base and new on the validation images counts; ω is a half.
+2. Advice: `skipkernels analyze` on the task of the search suggests ω and the keep ratio.
+3. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half, three quarters and as advised, with
+   each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
+
+Each run is a thread; rows are appended to bench/results/DEVICE/when.csv and when_advice.csv as soon as they are there,
+and runs with a row are not repeated. `train_s` of runs beside each other is not a measurement: `bench.when.cost` has
+time and memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+from .. import measure
+from . import advice, rows, summary
+from .runs import CANDIDATES, OMEGAS, SEARCH_SEED, Run, execute
+from .tasks import EMOJI_FONT, SHIFTS, Shift
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what has no row yet, and print the tables."""
+    parser = measure.command(__doc__)
+    names = [shift.name for shift in SHIFTS]
+    parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
+    parser.add_argument("--emoji-font", type=Path, default=EMOJI_FONT)
+    parser.add_argument("--print", action="store_true", help="print the tables of the rows that there are")
+    args = parser.parse_args(arguments)
+    args.device = torch.device("cpu")
+    shifts = [shift for shift in SHIFTS if shift.name in args.tasks]
+    found = rows.Rows(save=not args.no_save)
+    if not args.print:
+        search = [
+            Run(shift, method, candidate, "search", SEARCH_SEED, emoji_font=args.emoji_font)
+            for shift in shifts
+            for method, candidates in CANDIDATES.items()
+            for candidate in candidates
+        ]
+        with ProcessPoolExecutor(
+            args.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+        ) as pool:
+            _all(pool, "search", execute, [run for run in search if run.key not in found.keys], found.add)
+            best = {shift.name: {m: found.best(shift, m) for m in CANDIDATES} for shift in shifts}
+            wanted = [
+                (shift, best[shift.name]["full"], args.emoji_font) for shift in shifts if shift.name not in found.advice
+            ]
+            _all(pool, "advice", advice.measure, wanted, found.add_advice)
+            report = [
+                run
+                for shift in shifts
+                for seed in range(args.seeds)
+                for run in _reported(shift, best[shift.name], seed, found, args.emoji_font)
+            ]
+            _all(pool, "report", execute, [run for run in report if run.key not in found.keys], found.add)
+    summary.show(found, shifts)
+    return 0
+
+
+def _reported(shift: Shift, best: dict[str, Any], seed: int, found: rows.Rows, emoji_font: Path) -> Iterable[Run]:
+    """The runs of a task with a seed."""
+    for method, candidate in best.items():
+        run = Run(shift, method, candidate, "report", seed, emoji_font=emoji_font)
+        if method != "skip":
+            yield run
+            continue
+        yield from (replace(run, skip_layers=omega) for omega in OMEGAS)
+        advised = found.advice[shift.name]
+        yield replace(run, advised=True, **advised.setting())
+
+
+def _all(
+    pool: ProcessPoolExecutor, title: str, work: Callable[[Any], Any], items: Sequence[Any], add: Callable
+) -> None:
+    """Do the work on all items, and add each result when it is there."""
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task(title, total=len(items))
+        for done in as_completed([pool.submit(work, item) for item in items]):
+            add(done.result())
+            progress.advance(bar)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
