@@ -10,8 +10,8 @@ results. The order of the work on a task:
 1. Search: five settings of each method (optimizer and learning rates, `bench.when.runs`) with one seed, on characters
    that no reported run has. The best harmonic mean of base and new on the validation images counts; ω is a half.
 2. Advice: `skipkernels analyze` on the task of the search suggests ω and the keep ratio.
-3. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half, three quarters and as advised, with
-   each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
+3. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half, three quarters and as advised,
+   with each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
 
 Each run is a thread; rows are appended to bench/results/DEVICE/when.csv and when_advice.csv as soon as they are there,
 and runs with a row are not repeated. `train_s` of runs beside each other is not a measurement: `bench.when.cost` has
@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from .. import measure
-from . import advice, rows, summary
-from .runs import CANDIDATES, OMEGAS, SEARCH_SEED, Run, execute
+from .. import measure, tables
+from . import advice, summary
+from .rows import Rows, reported
+from .runs import CANDIDATES, SEARCH_SEED, Run, execute
 from .tasks import EMOJI_FONT, SHIFTS, Shift
 
 
@@ -50,44 +50,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     args.device = torch.device("cpu")
     shifts = [shift for shift in SHIFTS if shift.name in args.tasks]
-    found = rows.Rows(save=not args.no_save)
+    found = Rows(save=not args.no_save)
     if not args.print:
-        search = [
-            Run(shift, method, candidate, "search", SEARCH_SEED, emoji_font=args.emoji_font)
-            for shift in shifts
-            for method, candidates in CANDIDATES.items()
-            for candidate in candidates
-        ]
-        with ProcessPoolExecutor(
-            args.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-        ) as pool:
-            _all(pool, "search", execute, [run for run in search if run.key not in found.keys], found.add)
-            best = {shift.name: {m: found.best(shift, m) for m in CANDIDATES} for shift in shifts}
-            wanted = [
-                (shift, best[shift.name]["full"], args.emoji_font) for shift in shifts if shift.name not in found.advice
-            ]
-            _all(pool, "advice", advice.measure, wanted, found.add_advice)
-            report = [
-                run
-                for shift in shifts
-                for seed in range(args.seeds)
-                for run in _reported(shift, best[shift.name], seed, found, args.emoji_font)
-            ]
-            _all(pool, "report", execute, [run for run in report if run.key not in found.keys], found.add)
-    summary.show(found, shifts)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
+            _run_all(pool, shifts, args.seeds, args.emoji_font, found)
+    for title, (header, lines) in {
+        "harmonic mean, %": summary.accuracy_table(found.runs, "harmonic"),
+        "base, %": summary.accuracy_table(found.runs, "base"),
+        "new, %": summary.accuracy_table(found.runs, "new"),
+        "harmonic mean, differences": summary.difference_table(found.runs),
+        "advice of skipkernels analyze": summary.advice_table(found.runs, found.advice),
+    }.items():
+        tables.show(header, lines, title, width=190)
     return 0
 
 
-def _reported(shift: Shift, best: dict[str, Any], seed: int, found: rows.Rows, emoji_font: Path) -> Iterable[Run]:
-    """The runs of a task with a seed."""
-    for method, candidate in best.items():
-        run = Run(shift, method, candidate, "report", seed, emoji_font=emoji_font)
-        if method != "skip":
-            yield run
-            continue
-        yield from (replace(run, skip_layers=omega) for omega in OMEGAS)
-        advised = found.advice[shift.name]
-        yield replace(run, advised=True, **advised.setting())
+def _run_all(pool: ProcessPoolExecutor, shifts: Sequence[Shift], seeds: int, emoji_font: Path, found: Rows) -> None:
+    """Run what has no row, first the search, then the advice, then the report."""
+    search = [
+        Run(shift, method, candidate, "search", SEARCH_SEED, emoji_font=emoji_font)
+        for shift in shifts
+        if shift.settings_of is None
+        for method, candidates in CANDIDATES.items()
+        for candidate in candidates
+    ]
+    _all(pool, "search", execute, [run for run in search if run.key not in found.keys], found.add)
+    wanted = [(shift, found.best(shift, "full"), emoji_font) for shift in shifts if found.advised(shift) is None]
+    _all(pool, "advice", advice.measure, wanted, found.add_advice)
+    report = [run for shift in shifts for seed in range(seeds) for run in reported(shift, seed, emoji_font, found)]
+    _all(pool, "report", execute, [run for run in report if run.key not in found.keys], found.add)
 
 
 def _all(

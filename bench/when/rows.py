@@ -1,35 +1,30 @@
-"""Rows of the study in bench/results/DEVICE/when.csv and when_advice.csv."""
+"""Rows of the study, and the choices that are made from them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .. import measure
-from ..rows import Kind, Row, latest, number, read
+from ..rows import Device, Row, number
 from .advice import Advised
-from .runs import CANDIDATES, Candidate
+from .runs import CANDIDATES, OMEGAS, Candidate, Run
 from .tasks import Shift
-
-RUNS = Kind("bench.when", "task method phase seed setting skip_layers blended", "harmonic", "zero_shot_new")
-ADVICE = Kind("bench.when", "task", "image_blocks", "keep_ratio gradient_share")
 
 
 class Rows:
-    """The rows that there are; new ones are appended to the files as they are added.
+    """The rows of this machine. New ones are appended to its files as they are added.
 
     Args:
         save: Append to the files.
-
-    Attributes:
-        runs: Rows of runs.
-        advice: Advice by task.
     """
 
     def __init__(self, *, save: bool = True):
-        folder = measure.RESULTS / measure.slug(measure.cpu_name())
+        device = Device(measure.RESULTS / measure.slug(measure.cpu_name()))
         self._save = save
-        self.runs: list[Row] = latest(read(folder / "when.csv", RUNS), RUNS)
-        self.advice = {row["task"]: Advised.of(row) for row in latest(read(folder / "when_advice.csv", ADVICE), ADVICE)}
+        self.runs, self.advice = (device.latest_rows(kind) for kind in ("when", "when_advice"))
 
     @property
     def keys(self) -> set[tuple[str, ...]]:
@@ -42,28 +37,37 @@ class Rows:
 
     def add_advice(self, found: dict[str, Any]) -> None:
         """Add the advice for a task."""
-        (row,) = self._appended([found], "when_advice")
-        self.advice[row["task"]] = Advised.of(row)
+        self.advice += self._appended([found], "when_advice")
 
     def _appended(self, found: list[dict[str, Any]], name: str) -> list[Row]:
-        full = [measure.machine(measure.CPU) | row for row in found]
+        rows = [measure.machine(measure.CPU) | row for row in found]
         if self._save:
-            measure.append_rows(full, name)
-        return [{column: str(value) for column, value in row.items()} for row in full]
+            measure.append_rows(rows, name)
+        return [{column: str(value) for column, value in row.items()} for row in rows]
 
     def best(self, shift: Shift, method: str) -> Candidate:
         """The setting of a method with the best harmonic mean in the search; of equal ones the first."""
+        task = shift.settings_of or shift.name
+        harmonic = {
+            row["setting"]: number(row, "harmonic") or 0.0
+            for row in self.runs
+            if (row["task"], row["phase"], row["blended"]) == (task, "search", "0")
+            and row["method"].partition(" ")[0] == method
+        }
+        return max(CANDIDATES[method], key=lambda candidate: harmonic[candidate.name])
 
-        def harmonic(candidate: Candidate) -> float:
-            return max(
-                number(row, "harmonic") or 0.0
-                for row in self.of(shift, phase="search", setting=candidate.name, blended="0")
-                if row["method"].partition(" ")[0] == method
-            )
+    def advised(self, shift: Shift) -> Advised | None:
+        """The advice for a task, if there is one."""
+        return next((Advised.of(row) for row in self.advice if row["task"] == shift.name), None)
 
-        return max(CANDIDATES[method], key=harmonic)
 
-    def of(self, shift: Shift, **where: str) -> list[Row]:
-        """The rows of a task with these values."""
-        where = {"task": shift.name} | where
-        return [row for row in self.runs if where.items() <= row.items()]
+def reported(shift: Shift, seed: int, emoji_font: Path, found: Rows) -> Iterator[Run]:
+    """The reported runs of a task with a seed, with the settings of the search."""
+    for method in CANDIDATES:
+        run = Run(shift, method, found.best(shift, method), "report", seed, emoji_font=emoji_font)
+        if method != "skip":
+            yield run
+            continue
+        yield from (replace(run, skip_layers=omega) for omega in OMEGAS)
+        if advised := found.advised(shift):
+            yield replace(run, advised=True, **advised.setting())

@@ -1,14 +1,191 @@
-"""Tables of the study: means over seeds with their 95 % intervals."""
+"""Tables and picture of the study, from rows: means over seeds with their 95 % intervals."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
-from .rows import Rows
-from .tasks import Shift
+from matplotlib.axes import Axes
+
+from skipkernels.tuner.plots import COLOURS, GREY, panels_svg
+
+from ..rows import Row, number
+from .runs import OMEGAS
+from .tasks import SHIFTS
+
+ZERO_SHOT, BLENDED = "zero-shot", ", blended"
+_SKIP = [f"skip {round(4 * omega)}/4" for omega in OMEGAS]
+_HALF = "skip 2/4"
+_OTHERS = ["full", "lora", "clip-adapter", "coop"]
+METHODS = [*_SKIP, "skip advised", *_OTHERS]
+VARIANTS = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in [*_SKIP, "skip advised", "full", "lora"])]
+NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
+NAMES |= {"skip 1/4": "Skip Tuning, ω = ¼", "skip 2/4": "Skip Tuning, ω = ½", "skip 3/4": "Skip Tuning, ω = ¾"}
+NAMES |= {"skip advised": "Skip Tuning, as advised"}
+# 97.5 % quantile of Student's t distribution, by degrees of freedom.
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and lines of cells."""
 
 
-def show(found: Rows, shifts: Sequence[Shift]) -> None:
-    """Print the tables."""
-    for row in found.runs:
-        print(row)
+class Interval(NamedTuple):
+    """Mean of a value over seeds, and half of the width of its 95 % interval; None for a single seed."""
+
+    mean: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval | None:
+        """The interval of some values; None without values.
+
+        >>> Interval.of([40.0, 42.0, 44.0])
+        Interval(mean=42.0, half=4.968...)
+        """
+        if not values:
+            return None
+        degrees = len(values) - 1
+        half = _T[min(degrees, max(_T))] * statistics.stdev(values) / math.sqrt(len(values)) if degrees else None
+        return cls(statistics.fmean(values), half)
+
+    def text(self, sign: str = "") -> str:
+        """The interval with a digit after the point; `sign` "+" also shows the sign of positive means."""
+        return f"{self.mean:{sign}.1f}" + ("" if self.half is None else f" ± {self.half:.1f}")
+
+
+def values(rows: Sequence[Row], task: str, variant: str, column: str) -> dict[str, float]:
+    """A column of the reported runs of a variant by seed. The zero-shot model is that of any run."""
+    blended = variant.endswith(BLENDED)
+    method = variant.removesuffix(BLENDED)
+    if variant == ZERO_SHOT:
+        method, column = "clip-adapter", f"zero_shot_{column}"
+    wanted = {"task": task, "phase": "report", "method": method, "blended": str(int(blended))}
+    return {row["seed"]: float(row[column]) for row in rows if wanted.items() <= row.items()}
+
+
+def interval(rows: Sequence[Row], task: str, variant: str, column: str) -> Interval | None:
+    """Mean of a column of the reported runs of a variant."""
+    return Interval.of(list(values(rows, task, variant, column).values()))
+
+
+def difference(rows: Sequence[Row], task: str, variant: str, other: str, column: str = "harmonic") -> Interval | None:
+    """Mean of the difference of two variants with the same seed: the same classes and images."""
+    of, against = (values(rows, task, name, column) for name in (variant, other))
+    return Interval.of([of[seed] - against[seed] for seed in of if seed in against])
+
+
+def reported_tasks(rows: Sequence[Row]) -> list[str]:
+    """The tasks with reported runs, in the order of `SHIFTS`."""
+    found = {row["task"] for row in rows if row["phase"] == "report"}
+    return [shift.name for shift in SHIFTS if shift.name in found]
+
+
+def named(variant: str) -> str:
+    """The name of a variant in tables."""
+    method = variant.removesuffix(BLENDED)
+    return NAMES.get(method, method) + variant[len(method) :]
+
+
+def accuracy_table(rows: Sequence[Row], column: str) -> Table:
+    """Accuracy in per cent of every variant on every task; the best in bold."""
+    tasks = reported_tasks(rows)
+    found = {(v, task): interval(rows, task, v, column) for v in VARIANTS for task in tasks}
+    best = {task: max(f.mean for v in VARIANTS if (f := found[v, task])) for task in tasks}
+
+    def cell(variant: str, task: str) -> str:
+        figure = found[variant, task]
+        if figure is None:
+            return ""
+        return f"**{figure.text()}**" if figure.mean == best[task] else figure.text()
+
+    return ["", *tasks], [[named(v), *(cell(v, task) for task in tasks)] for v in VARIANTS]
+
+
+def difference_table(rows: Sequence[Row]) -> Table:
+    """Harmonic mean of Skip Tuning with ω = ½ minus that of other variants, seed by seed."""
+    tasks, against = reported_tasks(rows), [ZERO_SHOT, *_OTHERS, "full" + BLENDED]
+    lines = []
+    for other in against:
+        cells = [difference(rows, task, _HALF, other) for task in tasks]
+        lines.append([f"minus {named(other)}", *(cell.text("+") if cell else "" for cell in cells)])
+    cells = [difference(rows, task, _HALF + BLENDED, "full" + BLENDED) for task in tasks]
+    lines.append(["both blended, minus full fine-tuning", *(cell.text("+") if cell else "" for cell in cells)])
+    return ["Skip Tuning, ω = ½", *tasks], lines
+
+
+def advice_table(rows: Sequence[Row], advice: Sequence[Row]) -> Table:
+    """The advice for every task, and its harmonic mean against the three values of ω."""
+    lines = []
+    for task in reported_tasks(rows):
+        row = next((row for row in advice if row["task"] == task), None)
+        if row is None:
+            continue
+        means = {name: found.mean for name in _SKIP if (found := interval(rows, task, name, "harmonic"))}
+        best = max(means, key=lambda name: means[name])
+        gain = difference(rows, task, "skip advised", best)
+        blocks = f"{row['image_blocks']} of 6, {row['text_blocks']} of 4"
+        kept = f"{float(row['keep_ratio']):.2f}"
+        lines.append([task, blocks, kept, named(best).rpartition(" ")[2], gain.text("+") if gain else ""])
+    header = ["task", "frozen blocks advised, image and text", "keep ratio advised", "best ω of three"]
+    return [*header, "advised minus best ω"], lines
+
+
+def cost_table(cost: Sequence[Row]) -> Table:
+    """Time and memory of training, one process at a time."""
+    tasks = [shift.name for shift in SHIFTS if any(row["task"] == shift.name for row in cost)]
+    found = {(row["task"], row["method"]): row for row in cost}
+    lines = []
+    for method in (name for name in METHODS if any((task, name) in found for task in tasks)):
+        of = [found.get((task, method)) for task in tasks]
+        steps = next(row["steps"] for row in of if row)
+        cells = [f"{float(row['train_s']):.1f} s, {float(row['train_mib']):.0f} MiB" if row else "" for row in of]
+        lines.append([named(method), steps, *cells])
+    return ["", f"steps on {tasks[0]}" if tasks else "", *tasks], lines
+
+
+def picture(rows: Sequence[Row], cost: Sequence[Row]) -> str:
+    """Harmonic mean over training time and over memory, a row of panels for each task with a cost; "" without rows."""
+    tasks = [task for task in reported_tasks(rows) if any(row["task"] == task for row in cost)]
+    if not tasks:
+        return ""
+    panels = [
+        partial(_accuracy_over_cost, rows, cost, task, column, title)
+        for task in tasks
+        for column, title in (("train_s", "training, s"), ("train_mib", "memory of training, MiB"))
+    ]
+    label = "accuracy of methods over the time and memory of training"
+    return panels_svg("when", label, panels, size=(9.6, 3.2 * len(tasks)), columns=2)
+
+
+def _accuracy_over_cost(
+    rows: Sequence[Row], cost: Sequence[Row], task: str, column: str, title: str, axes: Axes
+) -> None:
+    names = [name for name in METHODS if name != "skip advised"]
+    colours = dict(zip(names, [COLOURS[0], COLOURS[0], COLOURS[0], *COLOURS[1:]], strict=False))
+    markers = {"skip 1/4": "v", "skip 2/4": "o", "skip 3/4": "^"}
+    for name in names:
+        x = next((number(row, column) for row in cost if (row["task"], row["method"]) == (task, name)), None)
+        for variant, hollow in ((name, False), (name + BLENDED, True)):
+            found = interval(rows, task, variant, "harmonic")
+            if x is None or found is None:
+                continue
+            axes.errorbar(
+                max(x, 1.0 if column == "train_mib" else 0.01),
+                found.mean,
+                found.half,
+                color=colours[name],
+                marker=markers.get(name, "s"),
+                markersize=6,
+                fillstyle="none" if hollow else "full",
+                elinewidth=0.8,
+                label=named(variant),
+            )
+    zero_shot = interval(rows, task, ZERO_SHOT, "harmonic")
+    if zero_shot:
+        axes.axhline(zero_shot.mean, color=GREY, linestyle="--", linewidth=1, label="zero-shot")
+    axes.set_xscale("log")
+    axes.set_xlabel(title)
+    axes.set_title(f"{task}: harmonic mean, %", color=GREY, fontsize=10)

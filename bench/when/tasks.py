@@ -34,7 +34,7 @@ _TEST_SEED = 2**31  # training images have smaller seeds
 _SIZE = 32  # side of the images of glyph-tiny, in pixels
 
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-"""Where Debian's package fonts-noto-color-emoji (SIL Open Font Licence) installs it."""
+"""The path of Debian's package fonts-noto-color-emoji (SIL Open Font Licence)."""
 # Pictographs, transport, and their supplements; faces are left out, since glyph-tiny was trained on their block.
 _EMOJI_RANGES = ((0x1F300, 0x1F5FF), (0x1F680, 0x1F6FF), (0x1F900, 0x1F9FF), (0x1FA70, 0x1FAFF))
 _EMOJI_PIXELS = 109  # the only size of the font's bitmaps
@@ -52,6 +52,7 @@ class Shift:
         noise: See `glyphs.draw_glyph`.
         classes: Number of base classes, and of new classes.
         shots: Training images of each base class.
+        settings_of: Task with the search that chooses the settings, if there is none for this task.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Shift:
     noise: float = 0.0
     classes: int = 20
     shots: int = 8
+    settings_of: str | None = None
 
 
 SHIFTS = (
@@ -69,8 +71,8 @@ SHIFTS = (
     Shift("both", "new characters in new fonts"),
     Shift("noise", "known characters in known fonts, with noise", _KNOWN_SCRIPTS, _KNOWN_FONTS, noise=0.5),
     Shift("few classes", "as both, 5 base classes", classes=5),
-    Shift("many classes", "as both, 50 base classes, 4 shots", classes=50, shots=4),
-    Shift("16 shots", "as both", shots=16),
+    Shift("many classes", "as both, 50 base classes, 4 shots", classes=50, shots=4, settings_of="both"),
+    Shift("16 shots", "as both", shots=16, settings_of="both"),
     Shift("1 shot", "as both", shots=1),
     Shift("emoji", "drawings in colour with new names", blocks=(), fonts=()),
 )
