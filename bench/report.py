@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,7 @@ from skipkernels.ops import OPERATORS
 
 from . import infer, pictures, step
 from .rows import KINDS, PRECISIONS, Device, Row, devices, grouped, number, same_run
+from .when import summary
 
 ROOT = Path(__file__).parents[1]
 OURS, EAGER = step.OURS, "eager"
@@ -213,6 +215,21 @@ def glyphs(device: Device) -> str:
     return table(header, lines) + origin("glyphs", rows) if rows else ""
 
 
+def when(device: Device, name: str) -> str:
+    """A table of the study of when Skip Tuning wins."""
+    rows, advice, cost = (device.latest_rows(kind) for kind in ("when", "when_advice", "when_cost"))
+    tables: dict[str, tuple[str, Sequence[Row], Callable[[], summary.Table]]] = {
+        "harmonic": ("when", rows, lambda: summary.accuracy_table(rows, "harmonic")),
+        "base": ("when", rows, lambda: summary.accuracy_table(rows, "base")),
+        "new": ("when", rows, lambda: summary.accuracy_table(rows, "new")),
+        "differences": ("when", rows, lambda: summary.difference_table(rows)),
+        "advice": ("when_advice", advice, lambda: summary.advice_table(rows, advice)),
+        "cost": ("when_cost", cost, lambda: summary.cost_table(cost)),
+    }
+    kind, of, make = tables[name]
+    return table(*make()) + origin(kind, of) if of else ""
+
+
 # ---- operators, losses, goals ----------------------------------------------------------------------------------------
 
 
@@ -300,6 +317,10 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/benchmarks.md": {"step": steps, "memory": memory, "infer": classifying, "glyphs": glyphs}
     | {"goals": goals, "lose": losses},
     "docs/operators.md": {"operators": operators},
+    "docs/when.md": {
+        f"when-{name}": partial(when, name=name)
+        for name in ("harmonic", "base", "new", "differences", "advice", "cost")
+    },
     "docs/trainers.md": {"trainers": trainers},
 }
 
@@ -318,10 +339,13 @@ def files(root: Path) -> dict[Path, str]:
             texts[root / page] = filled(texts[root / page], name, text or "Not measured yet.")
     for device in shown[:1]:
         rows = device.latest_rows("step", **SHOWN)
-        for name, draw in PICTURES.items():
+        drawn = {name: (rows, draw(rows)) for name, draw in PICTURES.items()}
+        study = [*device.latest_rows("when"), *device.latest_rows("when_cost")]
+        drawn["when"] = study, summary.picture(device.latest_rows("when"), device.latest_rows("when_cost"))
+        for name, (rows, svg) in drawn.items():
             digest = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
             signature = f"<!-- matplotlib {matplotlib.__version__}, rows {digest} -->"
-            if svg := draw(rows):
+            if svg:
                 texts[device.folder / f"{name}.svg"] = f"{svg.rstrip()}\n{signature}\n"
     return texts
 

@@ -41,7 +41,9 @@ KINDS = {
     "operators": Kind("bench.run", "op shape dtype implementation", "p50_ms", "wanted note"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
     "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
-    "when": Kind("bench.when", "task method phase seed setting blended", "harmonic", "zero_shot_new zero_shot_harmonic"),
+    "when": Kind(
+        "bench.when", "task method phase seed setting blended", "harmonic", "zero_shot_new zero_shot_harmonic"
+    ),
     "when_advice": Kind("bench.when", "task", "image_blocks", "text_blocks keep_ratio max_keep gradient_share"),
     "when_cost": Kind("bench.when.cost", "task method", "train_s", "steps train_mib"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms", "lines saved_mib"),
