@@ -8,7 +8,7 @@ The model is glyph-tiny. `bench.when.tasks` has the tasks; `docs/when.md` the pr
 results. The order of the work on a task:
 
 1. Search: five settings of each method (optimizer and learning rates, `bench.when.runs`) with one seed, on characters
-   that no reported run has. The best harmonic mean of base and new on the validation images counts; ω is a half.
+   that no reported run has. The best mean of base and new on the validation images counts; ω is a half.
 2. Advice: `skipkernels analyze` on the task of the search suggests ω and the keep ratio.
 3. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half, three quarters and as advised,
    with each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).

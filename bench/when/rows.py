@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import measure
-from ..rows import Device, Row, number
+from ..rows import Device, Row
 from .advice import Advised
 from .runs import CANDIDATES, OMEGAS, Candidate, Run
 from .tasks import Shift
@@ -46,15 +46,19 @@ class Rows:
         return [{column: str(value) for column, value in row.items()} for row in rows]
 
     def best(self, shift: Shift, method: str) -> Candidate:
-        """The setting of a method with the best harmonic mean in the search; of equal ones the first."""
+        """The setting of a method with the best mean of base and new in the search; of equal ones the first.
+
+        The harmonic mean would follow the noise of new classes at chance: on emoji a setting with 10 and 9 %, of base
+        and new, would be better than one with 72 and 5 %.
+        """
         task = shift.settings_of or shift.name
-        harmonic = {
-            row["setting"]: number(row, "harmonic") or 0.0
+        accuracy = {
+            row["setting"]: float(row["base"]) + float(row["new"])
             for row in self.runs
             if (row["task"], row["phase"], row["blended"]) == (task, "search", "0")
             and row["method"].partition(" ")[0] == method
         }
-        return max(CANDIDATES[method], key=lambda candidate: harmonic[candidate.name])
+        return max(CANDIDATES[method], key=lambda candidate: accuracy[candidate.name])
 
     def advised(self, shift: Shift) -> Advised | None:
         """The advice for a task, if there is one."""
