@@ -279,6 +279,7 @@ def when(device: Device, name: str) -> str:
         "base": ("when", rows, lambda: summary.accuracy_table(rows, "base")),
         "new": ("when", rows, lambda: summary.accuracy_table(rows, "new")),
         "differences": ("when", rows, lambda: summary.difference_table(rows)),
+        "settings": ("when", rows, lambda: summary.settings_table(rows)),
         "advice": ("when_advice", advice, lambda: summary.advice_table(rows, advice)),
         "cost": ("when_cost", cost, lambda: summary.cost_table(cost)),
     }
@@ -375,7 +376,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {
         f"when-{name}": partial(when, name=name)
-        for name in ("harmonic", "base", "new", "differences", "advice", "cost")
+        for name in ("harmonic", "base", "new", "differences", "settings", "advice", "cost")
     },
     "docs/trainers.md": {"trainers": trainers},
 }

@@ -117,7 +117,9 @@ def test_tables_and_picture_show_means_and_paired_differences():
     assert cells["Skip Tuning, ω = ½"] == "60.0 ± 24.8" and cells["zero-shot"] == "30.0 ± 0.0"
     assert cells["Skip Tuning, ω = ½, blended"] == "**65.0 ± 0.0**" and cells["CoOp"] == ""
     _, lines = summary.difference_table(found)
-    assert ["minus full fine-tuning", "+1.0 ± 0.0"] in lines
+    assert ["Skip Tuning, ω = ½ − full fine-tuning", "+1.0 ± 0.0"] in lines
+    assert ["CoOp", ""] in summary.settings_table(found)[1]
+    assert ["full fine-tuning", "adamw 0.001 0.001"] in summary.settings_table(found)[1]
     cost = [{"task": "both", "method": "full", "steps": "9", "train_s": "2.5", "train_mib": "30"}]
     assert summary.cost_table(cost) == (["", "steps on both", "both"], [["full fine-tuning", "9", "2.5 s, 30 MiB"]])
     assert "both: harmonic mean" in summary.picture(found, cost) and summary.picture(found, []) == ""

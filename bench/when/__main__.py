@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "base, %": summary.accuracy_table(found.runs, "base"),
         "new, %": summary.accuracy_table(found.runs, "new"),
         "harmonic mean, differences": summary.difference_table(found.runs),
+        "chosen settings": summary.settings_table(found.runs),
         "advice of skipkernels analyze": summary.advice_table(found.runs, found.advice),
     }.items():
         tables.show(header, lines, title, width=190)

@@ -25,6 +25,9 @@ VARIANTS = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in [*_SKIP, "skip adv
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"skip 1/4": "Skip Tuning, ω = ¼", "skip 2/4": "Skip Tuning, ω = ½", "skip 3/4": "Skip Tuning, ω = ¾"}
 NAMES |= {"skip advised": "Skip Tuning, as advised"}
+# Compared variants in the table of differences.
+_PAIRS = [(_HALF, other) for other in (ZERO_SHOT, *_OTHERS)] + [(name, _HALF) for name in _SKIP if name != _HALF]
+_PAIRS += [(name + BLENDED, name) for name in (_HALF, "full", "lora")] + [(_HALF + BLENDED, "full" + BLENDED)]
 # 97.5 % quantile of Student's t distribution, by degrees of freedom.
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -105,15 +108,21 @@ def accuracy_table(rows: Sequence[Row], column: str) -> Table:
 
 
 def difference_table(rows: Sequence[Row]) -> Table:
-    """Harmonic mean of Skip Tuning with ω = ½ minus that of other variants, seed by seed."""
-    tasks, against = reported_tasks(rows), [ZERO_SHOT, *_OTHERS, "full" + BLENDED]
-    lines = []
-    for other in against:
-        cells = [difference(rows, task, _HALF, other) for task in tasks]
-        lines.append([f"minus {named(other)}", *(cell.text("+") if cell else "" for cell in cells)])
-    cells = [difference(rows, task, _HALF + BLENDED, "full" + BLENDED) for task in tasks]
-    lines.append(["both blended, minus full fine-tuning", *(cell.text("+") if cell else "" for cell in cells)])
-    return ["Skip Tuning, ω = ½", *tasks], lines
+    """Differences of harmonic means between two variants, seed by seed."""
+    tasks, lines = reported_tasks(rows), []
+    for variant, other in _PAIRS:
+        cells = [difference(rows, task, variant, other) for task in tasks]
+        lines.append([f"{named(variant)} − {named(other)}", *(cell.text("+") if cell else "" for cell in cells)])
+    return ["", *tasks], lines
+
+
+def settings_table(rows: Sequence[Row]) -> Table:
+    """The chosen setting of each method on each task: optimizer, learning rate of the text and of the image side."""
+    tasks = reported_tasks(rows)
+    chosen = {(row["task"], row["method"]): row["setting"] for row in rows if row["phase"] == "report"}
+    cells = [[chosen.get((task, method), "") for task in tasks] for method in (_HALF, *_OTHERS)]
+    names = ["Skip Tuning, every ω", *map(named, _OTHERS)]
+    return ["", *tasks], [[name, *line] for name, line in zip(names, cells, strict=True)]
 
 
 def advice_table(rows: Sequence[Row], advice: Sequence[Row]) -> Table:
