@@ -118,10 +118,12 @@ def test_namespace_of_the_cpp_library():
     assert '"other","CPU"' in re.sub(r"^#.*|\s", "", code, flags=re.MULTILINE)
 
 
-def test_hugging_face_kernels(build):
-    """`kernels` finds the build for this device, and replaces the activation of a model that trains."""
+def test_hugging_face_kernels(tmp_path):
+    """`kernels` finds the build for the installed torch, and replaces the activation of a model that trains."""
     kernels = pytest.importorskip("kernels", reason="pip install 'skipkernels[test-integrations]'")
-    kernel = kernels.get_local_kernel(build.parents[1], backend="cpu")
+    for backend in ("cpu", "cuda"):  # `kernels` takes the build of the backend that torch was compiled for
+        build_kernels.write_build(tmp_path / "build" / f"torch-{backend}", backend)
+    kernel = kernels.get_local_kernel(tmp_path)
     assert kernel.layers.QuickGELU.has_backward
 
     @kernels.use_kernel_forward_from_hub("SkipQuickGELU")
@@ -129,7 +131,7 @@ def test_hugging_face_kernels(build):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             raise NotImplementedError
 
-    repository = kernels.LocalLayerRepository(repo_path=build.parents[1], layer_name="QuickGELU")
+    repository = kernels.LocalLayerRepository(repo_path=tmp_path, layer_name="QuickGELU")
     mapping = {"SkipQuickGELU": {"cpu": repository}}
     with kernels.use_kernel_mapping(mapping):
         model = kernels.kernelize(nn.Sequential(Activation()), mode=kernels.Mode.TRAINING, device="cpu")
