@@ -71,7 +71,7 @@ def step_bars(rows: Sequence[Row]) -> str:
         draw("saved_mib", "saved for backward, GiB", axes)
         for name in names:
             axes.barh(0, 0, color=_STYLES[name][0], label=name)
-        _legend(axes)
+        write_legend(axes)
 
     panels = [partial(draw, "p50_ms", "a training step, seconds"), last]
     return panels_svg("bars", "time and memory of a step at 100 and at 1,000 classes", panels, size=(9.6, 3.4))
@@ -97,7 +97,7 @@ def step_over_processes(rows: Sequence[dict[str, Any]]) -> str:
             axes.plot([], [], color=colour, label=f"{C:,} classes")
         for way, style in ways.items():
             axes.plot([], [], style, color=GREY, label=way)
-        _legend(axes)
+        write_legend(axes)
 
     panels = [partial(draw, "H100_ms", "step on H100, ms, predicted"), last]
     return panels_svg("scale", "predicted step over the number of processes", panels, size=(9.6, 3.6))
@@ -114,7 +114,7 @@ def _set_ticks(axes: Axes, over: Sequence[int]) -> None:
     axes.grid(color=GREY, alpha=0.25, linewidth=0.8)
 
 
-def _legend(axes: Axes) -> None:
+def write_legend(axes: Axes) -> None:
     """Write the legend of the figure below its plots."""
     figure = axes.get_figure()
     assert figure is not None
@@ -134,7 +134,7 @@ def _figure(name: str, label: str, rows: Sequence[Row], panels: Sequence[tuple[s
             axes.plot([], [], color=colour, linestyle=style, label=implementation)
         if any(_not_fitting(rows, i, p) for i in drawn for p in PRECISIONS):
             axes.plot([], [], color=GREY, label="does not fit", **_CROSS)
-        _legend(axes)
+        write_legend(axes)
 
     draw = [*(partial(_curves, rows, *panel) for panel in panels[:-1]), last]
     return panels_svg(name, label, draw, size=(9.6, 0.6 + 1.5 * len(panels)), columns=2)

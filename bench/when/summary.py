@@ -9,9 +9,11 @@ from functools import partial
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from skipkernels.tuner.plots import COLOURS, GREY, panels_svg
 
+from ..pictures import write_legend
 from ..rows import Row, number
 from .runs import OMEGAS
 from .tasks import SHIFTS
@@ -166,35 +168,50 @@ def picture(rows: Sequence[Row], cost: Sequence[Row]) -> str:
         for column, title in (("train_s", "training, s"), ("train_mib", "memory of training, MiB"))
     ]
     label = "accuracy of methods over the time and memory of training"
-    return panels_svg("when", label, panels, size=(9.6, 3.2 * len(tasks)), columns=2)
+    *panels, last = panels
+    return panels_svg(
+        "when",
+        label,
+        [*panels, lambda axes: (last(axes), write_legend(axes))],
+        size=(9.6, 0.8 + 2.6 * len(tasks)),
+        columns=2,
+    )
+
+
+# Smallest values on the logarithmic axes of the picture: seconds, and MiB, which may be 0.
+_SMALLEST = {"train_s": 0.01, "train_mib": 1.0}
 
 
 def _accuracy_over_cost(
     rows: Sequence[Row], cost: Sequence[Row], task: str, column: str, title: str, axes: Axes
 ) -> None:
     names = [name for name in METHODS if name != "skip advised"]
-    colours = dict(zip(names, [COLOURS[0], COLOURS[0], COLOURS[0], *COLOURS[1:]], strict=False))
-    markers = {"skip 1/4": "v", "skip 2/4": "o", "skip 3/4": "^"}
+    skip, others = names[: len(OMEGAS)], names[len(OMEGAS) :]
+    colours = dict.fromkeys(skip, COLOURS[0]) | dict(zip(others, COLOURS[1:], strict=False))
+    markers = dict(zip(skip, "vo^", strict=True))
     for name in names:
         x = next((number(row, column) for row in cost if (row["task"], row["method"]) == (task, name)), None)
-        for variant, hollow in ((name, False), (name + BLENDED, True)):
+        for variant, fill in ((name, "full"), (name + BLENDED, "none")):
             found = interval(rows, task, variant, "harmonic")
-            if x is None or found is None:
-                continue
-            axes.errorbar(
-                max(x, 1.0 if column == "train_mib" else 0.01),
-                found.mean,
-                found.half,
-                color=colours[name],
-                marker=markers.get(name, "s"),
-                markersize=6,
-                fillstyle="none" if hollow else "full",
-                elinewidth=0.8,
-                label=named(variant),
-            )
+            if x is not None and found is not None:
+                axes.errorbar(
+                    max(x, _SMALLEST[column]),
+                    found.mean,
+                    found.half,
+                    color=colours[name],
+                    marker=markers.get(name, "s"),
+                    markersize=6,
+                    fillstyle=fill,
+                    elinewidth=0.8,
+                    linestyle="none",
+                    label=named(variant),
+                )
     zero_shot = interval(rows, task, ZERO_SHOT, "harmonic")
     if zero_shot:
-        axes.axhline(zero_shot.mean, color=GREY, linestyle="--", linewidth=1, label="zero-shot")
+        axes.axhline(zero_shot.mean, color=GREY, linestyle="--", linewidth=1, label=ZERO_SHOT)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(title)
     axes.set_title(f"{task}: harmonic mean, %", color=GREY, fontsize=10)
