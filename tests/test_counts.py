@@ -26,7 +26,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_counts_match_the_table():
-    done = check("--model", "glyph-tiny", "ViT-B-16", "--classes", "20", "1000")
+    done = check("--classes", "20", "50")  # `make counts` also checks 1,000 classes, which takes as long again
     assert done.returncode == 0, done.stdout + done.stderr
 
 
