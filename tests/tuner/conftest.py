@@ -17,6 +17,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_runs():
+def short_runs(run):
+    """Shorten the runs of a module. The shared run is made before, since its report needs real plots."""
     with shortened():
         yield
