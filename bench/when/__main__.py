@@ -2,20 +2,20 @@
 
     python -m bench.when                         search, advice and report on all tasks, about an hour on two cores
     python -m bench.when --tasks noise --seeds 1
-    python -m bench.when --print                 the tables and the picture, from the rows that there are
+    python -m bench.when --print                 the tables of the committed rows
 
 The model is glyph-tiny. `bench.when.tasks` has the tasks; `docs/when.md` the predictions, made before the runs, and the
 results. The order of the work on a task:
 
-1. Search: five settings of each method (optimizer and learning rates, `bench.when.runs`) with one seed, on characters
+1. Search: four settings of each method (optimizer and learning rates, `bench.when.runs`) with one seed, on characters
    that no reported run has. The best mean of base and new on the validation images counts; ω is a half.
 2. Advice: `skipkernels analyze` on the task of the search suggests ω and the keep ratio.
 3. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half, three quarters and as advised,
    with each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
 
-Each run is a thread; rows are appended to bench/results/DEVICE/when.csv and when_advice.csv as soon as they are there,
-and runs with a row are not repeated. `train_s` of runs beside each other is not a measurement: `bench.when.cost` has
-time and memory.
+Each run uses one thread; its rows are appended to bench/results/DEVICE/when.csv and when_advice.csv when it ends,
+and runs with a row are not repeated. Runs share the machine, so their `train_s` is no measurement: `bench.when.cost`
+has time and memory.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
+from skipkernels.data import InputError
+
 from .. import measure, tables
 from . import advice, summary
 from .rows import Rows, reported
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = measure.command(__doc__)
     names = [shift.name for shift in SHIFTS]
     parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
     parser.add_argument("--emoji-font", type=Path, default=EMOJI_FONT)
     parser.add_argument("--print", action="store_true", help="print the tables of the rows that there are")
@@ -54,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.print:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
-            _run_all(pool, shifts, args.seeds, args.emoji_font, found)
+            try:
+                _run_all(pool, shifts, args.seeds, args.emoji_font, found)
+            except InputError as error:
+                parser.error(str(error))
     for title, (header, lines) in {
         "harmonic mean, %": summary.accuracy_table(found.runs, "harmonic"),
         "base, %": summary.accuracy_table(found.runs, "base"),
