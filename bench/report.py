@@ -273,18 +273,10 @@ def glyphs(device: Device) -> str:
 
 def when(device: Device, name: str) -> str:
     """A table of the study of when Skip Tuning wins."""
-    rows, advice, cost = (device.latest_rows(kind) for kind in ("when", "when_advice", "when_cost"))
-    tables: dict[str, tuple[str, Sequence[Row], Callable[[], summary.Table]]] = {
-        "harmonic": ("when", rows, lambda: summary.accuracy_table(rows, "harmonic")),
-        "base": ("when", rows, lambda: summary.accuracy_table(rows, "base")),
-        "new": ("when", rows, lambda: summary.accuracy_table(rows, "new")),
-        "differences": ("when", rows, lambda: summary.difference_table(rows)),
-        "settings": ("when", rows, lambda: summary.settings_table(rows)),
-        "advice": ("when_advice", advice, lambda: summary.advice_table(rows, advice)),
-        "cost": ("when_cost", cost, lambda: summary.cost_table(cost)),
-    }
-    kind, of, make = tables[name]
-    return table(*make()) + origin(kind, of) if of else ""
+    study = summary.Study(*map(device.latest_rows, summary.Study._fields))
+    _, kind, make = summary.TABLES[name]
+    rows = getattr(study, kind)
+    return table(*make(study)) + origin(kind, rows) if rows else ""
 
 
 # ---- operators, losses, goals ----------------------------------------------------------------------------------------
@@ -374,11 +366,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
     | {"glyphs": glyphs, "goals": goals, "lose": losses},
     "docs/operators.md": {"operators": operators},
-    "docs/when.md": {
-        f"when-{name}": partial(when, name=name)
-        for name in ("harmonic", "base", "new", "differences", "settings", "advice", "cost")
-    },
-    "docs/trainers.md": {"trainers": trainers},
+    "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
 }
 
 

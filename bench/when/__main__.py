@@ -60,15 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run_all(pool, shifts, args.seeds, args.emoji_font, found)
             except InputError as error:
                 parser.error(str(error))
-    for title, (header, lines) in {
-        "harmonic mean, %": summary.accuracy_table(found.runs, "harmonic"),
-        "base, %": summary.accuracy_table(found.runs, "base"),
-        "new, %": summary.accuracy_table(found.runs, "new"),
-        "harmonic mean, differences": summary.difference_table(found.runs),
-        "chosen settings": summary.settings_table(found.runs),
-        "advice of skipkernels analyze": summary.advice_table(found.runs, found.advice),
-    }.items():
-        tables.show(header, lines, title, width=190)
+    study = summary.Study(found.runs, found.advice, [])
+    for title, kind, table in summary.TABLES.values():
+        if getattr(study, kind):
+            tables.show(*table(study), title, width=190)
     return 0
 
 

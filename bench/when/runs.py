@@ -150,13 +150,13 @@ def execute(run: Run) -> list[dict[str, Any]]:
     A blend has the mean of the weights before and after tuning, as WiSE-FT recommends without validation images of new
     classes; of LoRA, half of the update.
     """
-    setup, memory = setup_of(run), PeakMemory(torch.device("cpu"))
+    setup = setup_of(run)
     evaluator = Evaluator(setup, setup.test_features())
     zero_shot = evaluator.accuracies(evaluator.zero_shot())
     before = {name: weight.clone() for name, weight in _blended_weights(setup.method)}
     train = setup.train_features()
     trainer = Trainer(setup.config, setup.method, setup.precision, train, setup.task.tests[0].classes)
-    memory.reset()
+    memory = PeakMemory(setup.device)
     resident, started, steps = memory.read(), time.perf_counter(), 0
     diverged = False
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -215,3 +215,23 @@ def _accuracy_over_cost(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(title)
     axes.set_title(f"{task}: harmonic mean, %", color=GREY, fontsize=10)
+
+
+class Study(NamedTuple):
+    """Rows of the study, by kind."""
+
+    when: Sequence[Row]
+    when_advice: Sequence[Row]
+    when_cost: Sequence[Row]
+
+
+TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
+    "harmonic": ("harmonic mean, %", "when", lambda study: accuracy_table(study.when, "harmonic")),
+    "base": ("base, %", "when", lambda study: accuracy_table(study.when, "base")),
+    "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
+    "differences": ("harmonic mean, differences", "when", lambda study: difference_table(study.when)),
+    "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
+    "advice": ("advice of analyze", "when_advice", lambda study: advice_table(study.when, study.when_advice)),
+    "cost": ("time and memory of training", "when_cost", lambda study: cost_table(study.when_cost)),
+}
+"""The tables by name: title, kind of the rows, and function of the rows."""
