@@ -1,7 +1,7 @@
 """Stored benchmark rows: bench/results/DEVICE/KIND.csv, and which row of a case counts.
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
-measurement. A file that lacks a column of its kind is ignored.
+measurement. A row of a single round does not count. A file that lacks a column of its kind is ignored.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ KINDS = {
         "bench.when", "task method phase seed setting blended", "harmonic", "zero_shot_new zero_shot_harmonic"
     ),
     "when_advice": Kind("bench.when", "task", "image_blocks", "text_blocks keep_ratio max_keep gradient_share"),
+    "when_pretraining": Kind(
+        "bench.when.pretraining",
+        "pretraining_steps task method phase seed setting blended",
+        "harmonic",
+        "zero_shot_harmonic",
+    ),
     "when_cost": Kind("bench.when.cost", "task method", "train_s", "steps train_mib"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms", "lines saved_mib"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s", "faster"),
@@ -86,13 +92,13 @@ def devices(results: Path) -> list[Device]:
 
 
 def read(path: Path, kind: Kind) -> list[Row]:
-    """All rows of a file; none if the file is missing or lacks a column."""
+    """All rows of a file but those of one round; none if the file is missing or lacks a column."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, restval="")
         needed = {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()}
-        return list(reader) if needed <= set(reader.fieldnames or ()) else []
+        return [row for row in reader if row.get("rounds") != "1"] if needed <= set(reader.fieldnames or ()) else []
 
 
 def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:

@@ -20,23 +20,20 @@ has time and memory.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
 
 from skipkernels.data import InputError
 
 from .. import measure, tables
 from . import advice, summary
+from .pool import new_pool, run_all
 from .rows import Rows, reported
-from .runs import CANDIDATES, SEARCH_SEED, Run, execute
+from .runs import execute, searched
 from .tasks import EMOJI_FONT, SHIFTS, Shift
 
 
@@ -54,13 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shifts = [shift for shift in SHIFTS if shift.name in args.tasks]
     found = Rows(save=not args.no_save)
     if not args.print:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
+        with new_pool(args.workers) as pool:
             try:
                 _run_all(pool, shifts, args.seeds, args.emoji_font, found)
             except InputError as error:
                 parser.error(str(error))
-    study = summary.Study(found.runs, found.advice, [])
+    study = summary.Study(found.runs, found.advice, [], [])
     for title, kind, table in summary.TABLES.values():
         if getattr(study, kind):
             tables.show(*table(study), title, width=190)
@@ -69,29 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_all(pool: ProcessPoolExecutor, shifts: Sequence[Shift], seeds: int, emoji_font: Path, found: Rows) -> None:
     """Run what has no row, first the search, then the advice, then the report."""
-    search = [
-        Run(shift, method, candidate, "search", SEARCH_SEED, emoji_font=emoji_font)
-        for shift in shifts
-        if shift.settings_of is None
-        for method, candidates in CANDIDATES.items()
-        for candidate in candidates
-    ]
-    _all(pool, "search", execute, [run for run in search if run.key not in found.keys], found.add)
+    search = [run for shift in shifts if shift.settings_of is None for run in searched(shift, emoji_font=emoji_font)]
+    run_all(pool, "search", execute, [run for run in search if run.key not in found.keys], found.add)
     wanted = [(shift, found.best(shift, "full"), emoji_font) for shift in shifts if found.advised(shift) is None]
-    _all(pool, "advice", advice.measure, wanted, found.add_advice)
+    run_all(pool, "advice", advice.measure, wanted, found.add_advice)
     report = [run for shift in shifts for seed in range(seeds) for run in reported(shift, seed, emoji_font, found)]
-    _all(pool, "report", execute, [run for run in report if run.key not in found.keys], found.add)
-
-
-def _all(
-    pool: ProcessPoolExecutor, title: str, work: Callable[[Any], Any], items: Sequence[Any], add: Callable
-) -> None:
-    """Do the work on all items, and add each result when it is there."""
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task(title, total=len(items))
-        for done in as_completed([pool.submit(work, item) for item in items]):
-            add(done.result())
-            progress.advance(bar)
+    run_all(pool, "report", execute, [run for run in report if run.key not in found.keys], found.add)
 
 
 if __name__ == "__main__":

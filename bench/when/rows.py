@@ -19,12 +19,14 @@ class Rows:
 
     Args:
         save: Append to the files.
+        kind: Kind of the runs' rows.
+        where: Columns that all rows of runs have, with their values.
     """
 
-    def __init__(self, *, save: bool = True):
+    def __init__(self, *, save: bool = True, kind: str = "when", where: Row | None = None):
         device = Device(measure.RESULTS / measure.slug(measure.cpu_name()))
-        self._save = save
-        self.runs, self.advice = (device.latest_rows(kind) for kind in ("when", "when_advice"))
+        self._save, self._kind, self._where = save, kind, where or {}
+        self.runs, self.advice = device.latest_rows(kind, **self._where), device.latest_rows("when_advice")
 
     @property
     def keys(self) -> set[tuple[str, ...]]:
@@ -33,7 +35,7 @@ class Rows:
 
     def add(self, found: list[dict[str, Any]]) -> None:
         """Add the rows of a run."""
-        self.runs += self._appended(found, "when")
+        self.runs += self._appended([self._where | row for row in found], self._kind)
 
     def add_advice(self, found: dict[str, Any]) -> None:
         """Add the advice for a task."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,7 @@ class Run:
         max_keep: Largest number of kept classes; only for skip.
         advised: The setting is that of `analyze`.
         emoji_font: See `tasks.EMOJI_FONT`.
+        weights: File of `glyph_tiny.save`. Default: the weights in the package.
     """
 
     shift: Shift
@@ -86,6 +87,7 @@ class Run:
     max_keep: int = 50
     advised: bool = False
     emoji_font: Path = tasks.EMOJI_FONT
+    weights: Path = glyph_tiny.WEIGHTS
 
     @property
     def name(self) -> str:
@@ -133,11 +135,19 @@ class Run:
         ).resolved()
 
 
+def searched(shift: Shift, methods: Iterable[str] = CANDIDATES, **settings: Any) -> Iterator[Run]:
+    """The runs of the search of a task: every candidate of each method. Settings are further fields of a `Run`."""
+    for method in methods:
+        for candidate in CANDIDATES[method]:
+            yield Run(shift, method, candidate, "search", SEARCH_SEED, **settings)
+
+
 def setup_of(run: Run) -> RunSetup:
     """The model, task and method of a run."""
     torch.manual_seed(run.seed)
     config, device = run.config(), torch.device("cpu")
-    model, transform, tokenizer = load_model(glyph_tiny.NAME, None, device)
+    model, transform, tokenizer = load_model(glyph_tiny.NAME, None, device, architecture_only=True)
+    model.load_state_dict(glyph_tiny.state_dict(run.weights))
     task = tasks.load(run.shift, run.phase, run.seed, transform, run.emoji_font)
     method = build_method(config, model, tokenizer, task)
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method

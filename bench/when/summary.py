@@ -66,7 +66,7 @@ def values(rows: Sequence[Row], task: str, variant: str, column: str) -> dict[st
     blended = variant.endswith(BLENDED)
     method = variant.removesuffix(BLENDED)
     if variant == ZERO_SHOT:
-        method, column = "clip-adapter", f"zero_shot_{column}"
+        method, column = "full", f"zero_shot_{column}"
     wanted = {"task": task, "phase": "report", "method": method, "blended": str(int(blended))}
     return {row["seed"]: float(row[column]) for row in rows if wanted.items() <= row.items()}
 
@@ -157,6 +157,25 @@ def cost_table(cost: Sequence[Row]) -> Table:
     return ["", f"steps on {tasks[0]}" if tasks else "", *tasks], lines
 
 
+def pretraining_table(rows: Sequence[Row]) -> Table:
+    """Skip Tuning and full fine-tuning by pre-training steps: harmonic means on every task, and their mean."""
+    lines = []
+    for steps in sorted({int(row["pretraining_steps"]) for row in rows}):
+        of = [row for row in rows if row["pretraining_steps"] == str(steps)]
+        tasks = reported_tasks(of)
+        by_task = {task: [values(of, task, name, "harmonic") for name in (ZERO_SHOT, _HALF, "full")] for task in tasks}
+        by_task["mean of the tasks"] = [
+            {seed: statistics.fmean(task[seed] for task in found) for seed in set.intersection(*map(set, found))}
+            for found in zip(*by_task.values(), strict=True)
+        ]
+        for task, (zero_shot, skip, full) in by_task.items():
+            gaps = [skip[seed] - full[seed] for seed in skip if seed in full]
+            figures = [Interval.of(list(found.values())) for found in (zero_shot, skip, full)]
+            cells = [figure.text() if figure else "" for figure in figures]
+            lines.append([f"{steps:,}", task, *cells, gap.text("+") if (gap := Interval.of(gaps)) else ""])
+    return ["steps", "task", ZERO_SHOT, named(_HALF), named("full"), "difference"], lines
+
+
 def picture(rows: Sequence[Row], cost: Sequence[Row]) -> str:
     """Harmonic mean over training time and over memory, a row of panels for each task with a cost; "" without rows."""
     tasks = [task for task in reported_tasks(rows) if any(row["task"] == task for row in cost)]
@@ -223,6 +242,7 @@ class Study(NamedTuple):
     when: Sequence[Row]
     when_advice: Sequence[Row]
     when_cost: Sequence[Row]
+    when_pretraining: Sequence[Row]
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
@@ -233,5 +253,6 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "advice": ("advice of analyze", "when_advice", lambda study: advice_table(study.when, study.when_advice)),
     "cost": ("time and memory of training", "when_cost", lambda study: cost_table(study.when_cost)),
+    "pretraining": ("pre-training", "when_pretraining", lambda study: pretraining_table(study.when_pretraining)),
 }
 """The tables by name: title, kind of the rows, and function of the rows."""

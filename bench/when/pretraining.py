@@ -1,0 +1,78 @@
+"""Skip Tuning and full fine-tuning over the pre-training of the model: more or fewer steps than glyph-tiny had.
+
+    python examples/pretrain_glyph_tiny.py --steps 1500 --out glyph-1500.safetensors
+    python -m bench.when.pretraining 1500=glyph-1500.safetensors
+    python -m bench.when.pretraining --print     the table of the committed rows
+
+Each model is given with its number of pre-training steps; the weights in the package, with 4,500 steps, are always
+measured. As in `python -m bench.when`, the settings of both methods are searched, here for each model, and Skip Tuning
+has ω = ½. Runs with a row in bench/results/DEVICE/when_pretraining.csv are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from skipkernels.experiments import glyph_tiny
+
+from .. import measure, tables
+from ..rows import Row
+from .pool import new_pool, run_all
+from .rows import Rows
+from .runs import Run, execute, searched
+from .summary import pretraining_table
+from .tasks import SHIFTS
+
+KIND = "when_pretraining"
+PACKAGED_STEPS = 4500
+METHODS = ("skip", "full")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what has no row yet, and print the table."""
+    parser = measure.command(__doc__)
+    names = [shift.name for shift in SHIFTS]
+    parser.add_argument("models", nargs="*", type=_model, metavar="STEPS=FILE")
+    parser.add_argument("--tasks", nargs="+", default=["new scripts", "new fonts", "both"], choices=names)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
+    parser.add_argument("--print", action="store_true", help="print the table of the rows that there are")
+    args = parser.parse_args(arguments)
+    args.device = torch.device("cpu")
+    found: list[Row] = []
+    if args.print:
+        found = Rows(kind=KIND).runs
+    else:
+        with new_pool(args.workers) as pool:
+            for steps, weights in [*args.models, (PACKAGED_STEPS, glyph_tiny.WEIGHTS)]:
+                rows = Rows(save=not args.no_save, kind=KIND, where={"pretraining_steps": str(steps)})
+                for shift in (shift for shift in SHIFTS if shift.name in args.tasks):
+                    search = searched(shift, METHODS, weights=weights)
+                    todo = [run for run in search if run.key not in rows.keys]
+                    run_all(pool, f"{steps} steps, {shift.name}, search", execute, todo, rows.add)
+                    report = [
+                        Run(shift, method, rows.best(shift, method), "report", seed, weights=weights)
+                        for method in METHODS
+                        for seed in range(args.seeds)
+                    ]
+                    todo = [run for run in report if run.key not in rows.keys]
+                    run_all(pool, f"{steps} steps, {shift.name}, report", execute, todo, rows.add)
+                found += rows.runs
+    tables.show(*pretraining_table(found), "pre-training", width=150)
+    return 0
+
+
+def _model(text: str) -> tuple[int, Path]:
+    steps, _, file = text.partition("=")
+    if not steps.isdecimal() or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"a model must be STEPS=FILE with a file that exists; got {text!r}.")
+    return int(steps), Path(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
