@@ -2,11 +2,11 @@
 
     python examples/pretrain_glyph_tiny.py --steps 1500 --out glyph-1500.safetensors
     python -m bench.when.pretraining 1500=glyph-1500.safetensors
-    python -m bench.when.pretraining --print     the table of the committed rows
+    python -m bench.when.pretraining             print the table of the committed rows
 
-Each model is given with its number of pre-training steps; the weights in the package, with 4,500 steps, are always
-measured. As in `python -m bench.when`, the settings of both methods are searched, here for each model, and Skip Tuning
-has ω = ½. Runs with a row in bench/results/DEVICE/when_pretraining.csv are not repeated.
+Each model is given with its number of pre-training steps; the rows of the model in the package, with 4,500 steps, are
+those of `python -m bench.when`. As there, settings are searched, here for each model; Skip Tuning has ω = ½. Runs with
+a row in bench/results/DEVICE/when_pretraining.csv are not repeated.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from pathlib import Path
 
 import torch
 
-from skipkernels.experiments import glyph_tiny
-
 from .. import measure, tables
-from ..rows import Row
 from .pool import new_pool, run_all
 from .rows import Rows
 from .runs import Run, execute, searched
@@ -29,7 +26,6 @@ from .summary import pretraining_table
 from .tasks import SHIFTS
 
 KIND = "when_pretraining"
-PACKAGED_STEPS = 4500
 METHODS = ("skip", "full")
 
 
@@ -41,15 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=["new scripts", "new fonts", "both"], choices=names)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
-    parser.add_argument("--print", action="store_true", help="print the table of the rows that there are")
     args = parser.parse_args(arguments)
     args.device = torch.device("cpu")
-    found: list[Row] = []
-    if args.print:
-        found = Rows(kind=KIND).runs
-    else:
+    found = [] if args.models else Rows(kind=KIND).runs
+    if args.models:
         with new_pool(args.workers) as pool:
-            for steps, weights in [*args.models, (PACKAGED_STEPS, glyph_tiny.WEIGHTS)]:
+            for steps, weights in args.models:
                 rows = Rows(save=not args.no_save, kind=KIND, where={"pretraining_steps": str(steps)})
                 for shift in (shift for shift in SHIFTS if shift.name in args.tasks):
                     search = searched(shift, METHODS, weights=weights)
@@ -63,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     todo = [run for run in report if run.key not in rows.keys]
                     run_all(pool, f"{steps} steps, {shift.name}, report", execute, todo, rows.add)
                 found += rows.runs
-    tables.show(*pretraining_table(found), "pre-training", width=150)
+    tables.show(*pretraining_table(Rows().runs, found), "pre-training", width=150)
     return 0
 
 

@@ -14,10 +14,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from skipkernels.tuner.plots import COLOURS, GREY, panels_svg
 
 from ..pictures import write_legend
-from ..rows import Row, number
+from ..rows import Row, grouped, number
 from .runs import OMEGAS
 from .tasks import SHIFTS
 
+PACKAGED_STEPS = 4500
+"""Pre-training steps of glyph-tiny."""
 ZERO_SHOT, BLENDED = "zero-shot", ", blended"
 _SKIP = [f"skip {round(4 * omega)}/4" for omega in OMEGAS]
 _HALF = "skip 2/4"
@@ -157,12 +159,16 @@ def cost_table(cost: Sequence[Row]) -> Table:
     return ["", f"steps on {tasks[0]}" if tasks else "", *tasks], lines
 
 
-def pretraining_table(rows: Sequence[Row]) -> Table:
-    """Skip Tuning and full fine-tuning by pre-training steps: harmonic means on every task, and their mean."""
-    lines = []
-    for steps in sorted({int(row["pretraining_steps"]) for row in rows}):
-        of = [row for row in rows if row["pretraining_steps"] == str(steps)]
-        tasks = reported_tasks(of)
+def pretraining_table(rows: Sequence[Row], others: Sequence[Row]) -> Table:
+    """Skip Tuning and full fine-tuning by pre-training steps: harmonic means on every task, and their mean.
+
+    Args:
+        rows: Rows of the model in the package.
+        others: Rows of models with other numbers of pre-training steps.
+    """
+    tasks, lines = reported_tasks(others), []
+    by_steps = {int(steps): of for (steps,), of in grouped(others, "pretraining_steps").items()}
+    for steps, of in sorted({**by_steps, PACKAGED_STEPS: rows}.items()):
         by_task = {task: [values(of, task, name, "harmonic") for name in (ZERO_SHOT, _HALF, "full")] for task in tasks}
         by_task["mean of the tasks"] = [
             {seed: statistics.fmean(task[seed] for task in found) for seed in set.intersection(*map(set, found))}
@@ -253,6 +259,10 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
     "advice": ("advice of analyze", "when_advice", lambda study: advice_table(study.when, study.when_advice)),
     "cost": ("time and memory of training", "when_cost", lambda study: cost_table(study.when_cost)),
-    "pretraining": ("pre-training", "when_pretraining", lambda study: pretraining_table(study.when_pretraining)),
+    "pretraining": (
+        "pre-training",
+        "when_pretraining",
+        lambda study: pretraining_table(study.when, study.when_pretraining),
+    ),
 }
 """The tables by name: title, kind of the rows, and function of the rows."""
