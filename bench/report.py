@@ -210,7 +210,7 @@ def memory(device: Device) -> str:
 def classifying(device: Device) -> str:
     rows = device.latest_rows("infer", model=SHOWN["model"])
     cases = sorted(
-        grouped(rows, "images B C precision").items(),
+        grouped((row for row in rows if row["p50_ms"]), "images B C precision").items(),
         key=lambda item: (*map(int, item[0][:3]), PRECISIONS.index(item[0][3])),
     )
     lines = []

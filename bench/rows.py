@@ -1,7 +1,8 @@
 """Stored benchmark rows: bench/results/DEVICE/KIND.csv, and which row of a case counts.
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
-measurement. A row of a single round does not count. A file that lacks a column of its kind is ignored.
+measurement. Of rows that count rounds, those of one round, or of another PyTorch than the last row's, do not count.
+A file that lacks a column of its kind is ignored.
 """
 
 from __future__ import annotations
@@ -92,13 +93,15 @@ def devices(results: Path) -> list[Device]:
 
 
 def read(path: Path, kind: Kind) -> list[Row]:
-    """All rows of a file but those of one round; none if the file is missing or lacks a column."""
+    """The rows of a file that can count; none if the file is missing or lacks a column."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, restval="")
         needed = {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()}
-        return [row for row in reader if row.get("rounds") != "1"] if needed <= set(reader.fieldnames or ()) else []
+        rows = list(reader) if needed <= set(reader.fieldnames or ()) else []
+    shown = rows[-1]["torch"] if rows else ""
+    return [row for row in rows if not row.get("rounds") or (row["rounds"] != "1" and row["torch"] == shown)]
 
 
 def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:

@@ -84,6 +84,19 @@ def test_read_ignores_a_file_without_a_needed_column(root):
     assert save(root, "step", old).all_rows("step") == [] == read(root / "nowhere.csv", KINDS["step"])
 
 
+def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(root):
+    once, old, skipped, new = (
+        step("published", 10, ms, rounds=rounds, torch=torch, note=note)
+        for ms, rounds, torch, note in (
+            (1.0, 1, "2.15", ""),
+            (1.0, 3, "2.13", ""),
+            ("", "", "2.13", "does not fit"),
+            (1.0, 3, "2.15", ""),
+        )
+    )
+    assert save(root, "step", once, old, skipped, new).all_rows("step") == [skipped, new]
+
+
 def test_growth_compares_rows_of_one_commit_and_machine(root):
     few, many = step("skipkernels", 10, 100.0), step("skipkernels", 21841, 140.0)
     case = {"model": "ViT-B-16", "B": "4", "precision": "fp32"}
