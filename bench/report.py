@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 OURS, EAGER = step.OURS, "eager"
 SHOWN = {"model": "ViT-B-16", "B": "4"}  # the steps in tables and pictures
 HEADLINE, FEW, MANY = "1000", "10", "21841"  # classes
+LARGE_BATCH = "32"
 CLAIMED, EVALUATION = ("100", "1000"), {"model": "ViT-B-16", "images": "100", "B": "100"}  # of the claims
 GROWTH, FLOORS = 1.5, {"fp32": 1.6, "bf16": 2.5}  # goals: time at MANY over FEW classes; time over the floor on a CPU
 METHODS = {"zero-shot": "zero-shot", "linear-probe": "linear probe", "coop": "CoOp", "clip-adapter": "CLIP-Adapter"}
@@ -114,10 +115,12 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def origin(kind: str, rows: Sequence[Row]) -> str:
-    """The line below a table: device, versions, commits and commands, of one or more kinds."""
+    """The line below a table: device, versions and commits of the measured rows, and commands, of one or more kinds."""
+    columns = [KINDS[each].measured for each in kind.split()]
+    measured = [row for row in rows if any(row.get(column) for column in columns)] or rows
 
     def values(column: str) -> str:
-        return ", ".join(dict.fromkeys(row[column] for row in rows))
+        return ", ".join(dict.fromkeys(row[column] for row in measured))
 
     machine = f"{values('device')}, {values('threads')} threads; torch {values('torch')}"
     commands = ", ".join(f"`python -m {KINDS[each].command}`" for each in kind.split())
@@ -137,10 +140,14 @@ def growth(device: Device, **case: str) -> tuple[float, float | None] | None:
 
 
 def headline(device: Device) -> str:
-    faster, saved, grown = [], [], []
+    faster, large, saved, grown = [], [], [], []
     for precision in PRECISIONS:
         case = SHOWN | {"precision": precision}
-        published = next(iter(device.latest_rows("step", **case, C=HEADLINE, implementation=step.PUBLISHED)), None)
+        published, published_large = (
+            next(iter(device.latest_rows("step", **case | {"B": B}, C=HEADLINE, implementation=step.PUBLISHED)), None)
+            for B in (SHOWN["B"], LARGE_BATCH)
+        )
+        large.append(f"{times(number(published_large, 'faster'))} times faster" if published_large else "")
         ours = same_run(device.all_rows("step"), published, implementation=OURS) if published else None
         pair = [published, ours] if published and ours else []
         faster.append(f"{times(number(pair[0], 'faster'))} times faster" if pair else "")
@@ -151,6 +158,7 @@ def headline(device: Device) -> str:
     both = command.format(HEADLINE, "skipkernels published")
     lines = [
         [f"step at {int(HEADLINE):,} classes, against the published step", *faster, both],
+        [f"the same with batches of {LARGE_BATCH}", *large, f"{both[:-1]} --batch {LARGE_BATCH}`"],
         ["saved for backward, the published step → ours", *saved, both],
         [f"our step at {int(MANY):,} classes, against {FEW}", *grown, command.format(f"{FEW} {MANY}", "skipkernels")],
     ]
@@ -354,7 +362,8 @@ def goals(device: Device) -> str:
     for (op, dtype, goal), of in grouped(eager, "op dtype wanted").items():
         worst, limit = min(of, key=lambda row: float(row["faster"])), float(goal.split()[1])
         met = "yes" if float(worst["faster"]) >= limit else f"no, worst at {worst['shape']}"
-        what = f"`{op}` over eager, worst of {len(of)} shapes: {dtype}"
+        shapes = f"worst of {len(of)} shapes with this goal" if len(of) > 1 else of[0]["shape"]
+        what = f"`{op}` over eager, {shapes}: {dtype}"
         lines.append([what, goal.replace(">", "≥").replace("≥≥", "≥"), times(float(worst["faster"])), met])
     return table(["", "goal", "measured", "met"], lines) if lines else ""
 
