@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs beside each other")
     args = parser.parse_args(arguments)
+    if missing := [str(file) for _, file in args.models if not file.is_file()]:
+        parser.error(f"the file of a model must exist; there is no {missing[0]}.")
     args.device = torch.device("cpu")
     found = [] if args.models else Rows(kind=KIND).runs
     if args.models:
@@ -62,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _model(text: str) -> tuple[int, Path]:
     steps, _, file = text.partition("=")
-    if not steps.isdecimal() or not Path(file).is_file():
-        raise argparse.ArgumentTypeError(f"a model must be STEPS=FILE with a file that exists; got {text!r}.")
+    if not steps.isdecimal() or not file:
+        raise argparse.ArgumentTypeError(f"a model must be STEPS=FILE, such as 1500=FILE; got {text!r}.")
     return int(steps), Path(file)
 
 
