@@ -376,6 +376,7 @@ BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     | {"glyphs": glyphs, "goals": goals, "lose": losses},
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
+    "docs/trainers.md": {"trainers": trainers},
 }
 
 
