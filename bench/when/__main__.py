@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_all(pool: ProcessPoolExecutor, shifts: Sequence[Shift], seeds: int, emoji_font: Path, found: Rows) -> None:
     """Run what has no row, first the search, then the advice, then the report."""
     search = [run for shift in shifts if shift.settings_of is None for run in searched(shift, emoji_font=emoji_font)]
-    run_all(pool, "search", execute, [run for run in search if run.key not in found.keys], found.add)
+    run_all(pool, "search", execute, found.missing(search), found.add)
     wanted = [(shift, found.best(shift, "full"), emoji_font) for shift in shifts if found.advised(shift) is None]
     run_all(pool, "advice", advice.measure, wanted, found.add_advice)
     report = [run for shift in shifts for seed in range(seeds) for run in reported(shift, seed, emoji_font, found)]
-    run_all(pool, "report", execute, [run for run in report if run.key not in found.keys], found.add)
+    run_all(pool, "report", execute, found.missing(report), found.add)
 
 
 if __name__ == "__main__":

@@ -48,15 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows = Rows(save=not args.no_save, kind=KIND, where={"pretraining_steps": str(steps)})
                 for shift in (shift for shift in SHIFTS if shift.name in args.tasks):
                     search = searched(shift, METHODS, weights=weights)
-                    todo = [run for run in search if run.key not in rows.keys]
-                    run_all(pool, f"{steps} steps, {shift.name}, search", execute, todo, rows.add)
+                    run_all(pool, f"{steps} steps, {shift.name}, search", execute, rows.missing(search), rows.add)
                     report = [
                         Run(shift, method, rows.best(shift, method), "report", seed, weights=weights)
                         for method in METHODS
                         for seed in range(args.seeds)
                     ]
-                    todo = [run for run in report if run.key not in rows.keys]
-                    run_all(pool, f"{steps} steps, {shift.name}, report", execute, todo, rows.add)
+                    run_all(pool, f"{steps} steps, {shift.name}, report", execute, rows.missing(report), rows.add)
                 found += rows.runs
     tables.show(*pretraining_table(Rows().runs, found), "pre-training", width=150)
     return 0

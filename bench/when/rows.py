@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ class Rows:
     def keys(self) -> set[tuple[str, ...]]:
         """`Run.key` of the runs that have a row."""
         return {tuple(row[column] for column in ("task", "method", "phase", "seed", "setting")) for row in self.runs}
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """The runs that have no row."""
+        keys = self.keys
+        return [run for run in runs if run.key not in keys]
 
     def add(self, found: list[dict[str, Any]]) -> None:
         """Add the rows of a run."""
