@@ -359,13 +359,28 @@ def goals(device: Device) -> str:
             met = "yes" if max(above) <= FLOORS[precision] else "no"
             lines.append([f"step time over its floor, worst: {case}", f"≤ {FLOORS[precision]}", times(max(above)), met])
     eager = [row for row in device.latest_rows("operators", implementation=EAGER) if row["wanted"] and row["faster"]]
-    for (op, dtype, goal), of in grouped(eager, "op dtype wanted").items():
+    by_goal = grouped((row | {"wanted": row["wanted"].replace(">", "≥")} for row in eager), "op wanted dtype")
+    for op, goal, dtype in sorted(by_goal, key=lambda key: (OPERATORS.index(key[0]), key[1], PRECISIONS.index(key[2]))):
+        of = by_goal[op, goal, dtype]
         worst, limit = min(of, key=lambda row: float(row["faster"])), float(goal.split()[1])
         met = "yes" if float(worst["faster"]) >= limit else f"no, worst at {worst['shape']}"
         shapes = f"worst of {len(of)} shapes with this goal" if len(of) > 1 else of[0]["shape"]
-        what = f"`{op}` over eager, {shapes}: {dtype}"
-        lines.append([what, goal.replace(">", "≥").replace("≥≥", "≥"), times(float(worst["faster"])), met])
+        lines.append([f"`{op}` over eager, {shapes}: {dtype}", goal, times(float(worst["faster"])), met])
     return table(["", "goal", "measured", "met"], lines) if lines else ""
+
+
+def processes(device: Device) -> str:
+    """Memory and speed of several processes on one host, and their ratio to those of one process."""
+    memory, speed = device.latest_rows("scale_memory"), device.latest_rows("scale_throughput")
+    lines = []
+    for row in memory:
+        what = f"memory of a process for {int(row['C']):,} classes"
+        lines.append([what, row["W"], "", figure(number(row, "class_mib"), " MiB"), figure(number(row, "of_one"))])
+    for row in speed:
+        what, rate = f"speed with {int(row['C']):,} classes", figure(number(row, "images_per_second"), " images/s")
+        lines.append([what, row["W"], row["threads_each"], rate, figure(number(row, "of_one"))])
+    header = ["", "processes", "threads of each", "measured", "over one process"]
+    return table(header, lines) + origin("scale_memory scale_throughput", [*memory, *speed]) if lines else ""
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -373,7 +388,7 @@ def goals(device: Device) -> str:
 BLOCKS: dict[str, dict[str, Callable[[Device], str]]] = {
     "README.md": {"headline": headline},
     "docs/benchmarks.md": {"step": steps, "sizes": sizes, "memory": memory, "infer": classifying, "claims": claims}
-    | {"glyphs": glyphs, "goals": goals, "lose": losses},
+    | {"glyphs": glyphs, "goals": goals, "lose": losses, "processes": processes},
     "docs/operators.md": {"operators": operators},
     "docs/when.md": {f"when-{name}": partial(when, name=name) for name in summary.TABLES},
     "docs/trainers.md": {"trainers": trainers},

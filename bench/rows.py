@@ -54,6 +54,8 @@ KINDS = {
     ),
     "when_cost": Kind("bench.when.cost", "task method", "train_s", "steps train_mib"),
     "trainers": Kind("bench.trainers", "trainer model B C K precision implementation", "p50_ms", "lines saved_mib"),
+    "scale_memory": Kind("bench.scale --measure memory", "C W B", "class_mib", "of_one"),
+    "scale_throughput": Kind("bench.scale --measure throughput", "C W threads_each B", "images_per_second", "of_one"),
     "cache_build": Kind("bench.cache build", "model images B precision dtype extraction", "images_s", "faster"),
     "cache_read": Kind("bench.cache read", "store N W B", "loader_gb_s", "of_list"),
     "cache_disk": Kind("bench.cache disk", "way store_mib memory_mib B", "gb_s", "of_threads"),

@@ -175,6 +175,24 @@ def test_goals_state_the_worst_shape(root):
     assert line in page(root, "docs/benchmarks.md")
 
 
+def test_goals_of_an_operator_follow_each_other(root):
+    cases = (("class_scores", "bf16"), ("add_layer_norm", "fp32"), ("class_scores", "fp32"))
+    rows = [operator("eager", "N1", op=op, dtype=dtype, faster=2.0, wanted="> 1") for op, dtype in cases]
+    save(root, "operators", *rows)
+    found = re.findall(r"`(\w+)` over eager, N1: (\w+) \| ≥ 1 \|", page(root, "docs/benchmarks.md"))
+    assert found == [("class_scores", "fp32"), ("class_scores", "bf16"), ("add_layer_norm", "fp32")]
+
+
+def test_several_processes_are_compared_with_one(root):
+    memory = [{"C": 200_000, "W": W, "B": 32, "class_mib": mib, "of_one": mib / 240} for W, mib in ((1, 240), (4, 60))]
+    speed = {"C": 1000, "W": 2, "threads_each": 1, "B": 32, "images_per_second": 370, "of_one": 1.32}
+    save(root, "scale_memory", *(row("scale_memory", **each) for each in memory))
+    save(root, "scale_throughput", row("scale_throughput", **speed))
+    text = page(root, "docs/benchmarks.md")
+    assert "| memory of a process for 200,000 classes | 4 |  | 60.0 MiB | 0.250 |" in text
+    assert "| speed with 1,000 classes | 2 | 1 | 370 images/s | 1.32 |" in text
+
+
 def test_a_gpu_is_shown_before_a_cpu(root):
     for device in (CPU, GPU):
         save(root, "step", step("skipkernels", 10, 5.0, device=device))
