@@ -363,8 +363,10 @@ def goals(device: Device) -> str:
     for op, goal, dtype in sorted(by_goal, key=lambda key: (OPERATORS.index(key[0]), key[1], PRECISIONS.index(key[2]))):
         of = by_goal[op, goal, dtype]
         worst, limit = min(of, key=lambda row: float(row["faster"])), float(goal.split()[1])
-        met = "yes" if float(worst["faster"]) >= limit else f"no, worst at {worst['shape']}"
-        shapes = f"worst of {len(of)} shapes with this goal" if len(of) > 1 else of[0]["shape"]
+        shapes, where = worst["shape"], ""
+        if len(of) > 1:
+            shapes, where = f"worst of {len(of)} shapes with this goal", f", worst at {worst['shape']}"
+        met = "yes" if float(worst["faster"]) >= limit else f"no{where}"
         lines.append([f"`{op}` over eager, {shapes}: {dtype}", goal, times(float(worst["faster"])), met])
     return table(["", "goal", "measured", "met"], lines) if lines else ""
 
