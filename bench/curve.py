@@ -145,6 +145,6 @@ def shown(row: dict[str, Any]) -> str:
     if row["p50_ms"] == "":
         return str(row["note"])
     told = {"peak_mib": "{} MiB more at the peak", "saved_mib": "{} saved", "above_floor": "{:.2f} times the floor"}
-    told |= {"training_mib": "{} MiB to train", "faster": "skipkernels is {:.2f} times faster"}
+    told |= {"training_mib": "{} MiB to train", "faster": "skipkernels is {:.2f} times as fast"}
     parts = (form.format(row[column]) for column, form in told.items() if row.get(column, "") != "")
     return ", ".join([measure.shown(row), *parts])

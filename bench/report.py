@@ -147,10 +147,10 @@ def headline(device: Device) -> str:
             next(iter(device.latest_rows("step", **case | {"B": B}, C=HEADLINE, implementation=step.PUBLISHED)), None)
             for B in (SHOWN["B"], LARGE_BATCH)
         )
-        large.append(f"{times(number(published_large, 'faster'))} times faster" if published_large else "")
+        large.append(f"{times(number(published_large, 'faster'))} times as fast" if published_large else "")
         ours = same_run(device.all_rows("step"), published, implementation=OURS) if published else None
         pair = [published, ours] if published and ours else []
-        faster.append(f"{times(number(pair[0], 'faster'))} times faster" if pair else "")
+        faster.append(f"{times(number(pair[0], 'faster'))} times as fast" if pair else "")
         saved.append(" → ".join(figure(number(row, "saved_mib"), " MiB") for row in pair))
         ratios = growth(device, **case)
         grown.append(f"{times(ratios[0])} times the time, {times(ratios[1])} times the memory" if ratios else "")

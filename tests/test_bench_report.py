@@ -129,7 +129,7 @@ def test_headline_uses_ratios_of_one_run(root):
     ours, published = step("skipkernels", 1000, 100), step("published", 1000, 510, faster=5.1, saved_mib=900)
     save(root, "step", ours, published, step("skipkernels", 10, 50.0), step("skipkernels", 21841, 75.0))
     text = page(root)
-    assert "5.10 times faster" in text and "900 MiB → 100 MiB" in text
+    assert "5.10 times as fast" in text and "900 MiB → 100 MiB" in text
     assert "1.50 times the time, 1.00 times the memory" in text
 
 
