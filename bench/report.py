@@ -130,17 +130,22 @@ def origin(kind: str, rows: Sequence[Row]) -> str:
 # ---- README ----------------------------------------------------------------------------------------------------------
 
 
-def growth(device: Device, **case: str) -> tuple[float, float | None] | None:
-    """Time and peak memory of our step at MANY classes over FEW, both of one commit."""
+def few_and_many(device: Device, **case: str) -> tuple[Row, Row] | None:
+    """Our step at FEW and at MANY classes, both of one commit."""
     for many in device.latest_rows("step", **case, implementation=OURS, C=MANY):
         if (few := same_run(device.all_rows("step"), many, C=FEW)) and many["p50_ms"]:
-            peaks = number(many, "peak_mib"), number(few, "peak_mib")
-            return float(many["p50_ms"]) / float(few["p50_ms"]), peaks[0] / peaks[1] if peaks[0] and peaks[1] else None
+            return few, many
     return None
 
 
+def growth(few: Row, many: Row) -> list[float | None]:
+    """Time and peak memory of a step over those of another."""
+    values = [(number(many, column), number(few, column)) for column in ("p50_ms", "peak_mib")]
+    return [a / b if a and b else None for a, b in values]
+
+
 def headline(device: Device) -> str:
-    faster, large, saved, grown = [], [], [], []
+    faster, large, saved, grown, used = [], [], [], [], []
     for precision in PRECISIONS:
         case = SHOWN | {"precision": precision}
         published, published_large = (
@@ -152,8 +157,10 @@ def headline(device: Device) -> str:
         pair = [published, ours] if published and ours else []
         faster.append(f"{times(number(pair[0], 'faster'))} times as fast" if pair else "")
         saved.append(" → ".join(figure(number(row, "saved_mib"), " MiB") for row in pair))
-        ratios = growth(device, **case)
-        grown.append(f"{times(ratios[0])} times the time, {times(ratios[1])} times the memory" if ratios else "")
+        ends = few_and_many(device, **case)
+        ratios = [times(ratio) for ratio in growth(*ends)] if ends else []
+        grown.append(f"{ratios[0]} times the time, {ratios[1]} times the memory" if ratios else "")
+        used += [*pair, *([published_large] if published_large else []), *(ends or ())]
     command = "`python -m bench.step --classes {} --implementation {}`"
     both = command.format(HEADLINE, "skipkernels published")
     lines = [
@@ -162,7 +169,6 @@ def headline(device: Device) -> str:
         ["saved for backward, the published step → ours", *saved, both],
         [f"our step at {int(MANY):,} classes, against {FEW}", *grown, command.format(f"{FEW} {MANY}", "skipkernels")],
     ]
-    used = device.latest_rows("step", **SHOWN, implementation=OURS)
     return table(["", *PRECISIONS, "command"], lines) + origin("step", used) if used else ""
 
 
@@ -349,11 +355,10 @@ def goals(device: Device) -> str:
         device.latest_rows("step", implementation=OURS), "model B precision"
     ).items():
         case = f"{model}, batch {B}, {precision}"
-        if ratios := growth(device, model=model, B=B, precision=precision):
-            met = "yes" if ratios[0] <= GROWTH else "no"
-            lines.append(
-                [f"step time at {int(MANY):,} classes over {FEW}: {case}", f"≤ {GROWTH}", times(ratios[0]), met]
-            )
+        if ends := few_and_many(device, model=model, B=B, precision=precision):
+            ratio = float(ends[1]["p50_ms"]) / float(ends[0]["p50_ms"])
+            met = "yes" if ratio <= GROWTH else "no"
+            lines.append([f"step time at {int(MANY):,} classes over {FEW}: {case}", f"≤ {GROWTH}", times(ratio), met])
         above = [float(row["above_floor"]) for row in of if row["above_floor"]]
         if above and device.is_cpu:
             met = "yes" if max(above) <= FLOORS[precision] else "no"

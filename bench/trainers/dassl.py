@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .common import NaiveCLIP, Problem
 
-LINES = 1
+LINES = 2
 
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
