@@ -1,7 +1,7 @@
 """Stored benchmark rows: bench/results/DEVICE/KIND.csv, and which row of a case counts.
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
-measurement. Of rows that count rounds, those of one round, or of another PyTorch than the last row's, do not count.
+measurement. In files that count rounds, rows of one round, or of another PyTorch than the last row's, do not count.
 A file that lacks a column of its kind is ignored.
 """
 
@@ -103,7 +103,7 @@ def read(path: Path, kind: Kind) -> list[Row]:
         needed = {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()}
         rows = list(reader) if needed <= set(reader.fieldnames or ()) else []
     shown = rows[-1]["torch"] if rows else ""
-    return [row for row in rows if not row.get("rounds") or (row["rounds"] != "1" and row["torch"] == shown)]
+    return [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == shown)]
 
 
 def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:

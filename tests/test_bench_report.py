@@ -85,16 +85,17 @@ def test_read_ignores_a_file_without_a_needed_column(root):
 
 
 def test_read_leaves_out_rows_of_one_round_and_of_another_pytorch(root):
-    once, old, skipped, new = (
+    once, old, old_prediction, prediction, new = (
         step("published", 10, ms, rounds=rounds, torch=torch, note=note)
         for ms, rounds, torch, note in (
             (1.0, 1, "2.15", ""),
             (1.0, 3, "2.13", ""),
             ("", "", "2.13", "does not fit"),
+            ("", "", "2.15", "does not fit"),
             (1.0, 3, "2.15", ""),
         )
     )
-    assert save(root, "step", once, old, skipped, new).all_rows("step") == [skipped, new]
+    assert save(root, "step", once, old, old_prediction, prediction, new).all_rows("step") == [prediction, new]
 
 
 def test_growth_compares_rows_of_one_commit_and_machine(root):

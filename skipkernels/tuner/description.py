@@ -64,7 +64,8 @@ class Description:
         weights: Name of the weights file.
         holds: Its contents: "model", "method" or "changes"; see `weights`.
         logit_scale: exp(logit_scale) of the model.
-        temperature: Divisor of the logits, fitted on held-out images; None if there were none.
+        temperature: Divisor of the logits, fitted on held-out images at the end of training; None if there were none,
+            or training did not end.
         calibration_images: Number of these images.
         preprocessing: Settings of the image transform.
         versions: Versions of the packages that wrote the run.

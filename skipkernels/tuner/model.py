@@ -257,7 +257,10 @@ def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
     reason = textwrap.shorten(first_line(error), 250, placeholder=" ….")
     if tag is None:
         return argument_error("model", f"{name} could not be created: {reason}")
-    return argument_error("pretrained", f"the weights {tag} of {name} could not be downloaded: {reason}")
+    remedy = "Or pass the path of a file of weights."
+    return argument_error(
+        "pretrained", f"the weights {tag} of {name} could not be downloaded: {reason.strip('. ')}. {remedy}"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -127,7 +127,7 @@ _CONTENTS = {
 
 def _probabilities(described: Description) -> str:
     if described.temperature is None:
-        return "Probabilities are those of the logit scale; no images were held out to calibrate them."
+        return "Probabilities are not calibrated: no images were held out, or training did not end."
     images = described.calibration_images
     return f"Probabilities are calibrated by a temperature of {described.temperature:.3g} on {images} held-out images."
 

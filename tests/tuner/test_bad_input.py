@@ -324,7 +324,7 @@ def test_load_model_names_failed_download(monkeypatch, tmp_path, capsys):
     said = fails(["tune", *arguments], capsys)
     assert said.endswith(
         "--pretrained: the weights openai of ViT-B-32-quickgelu could not be downloaded: [Errno -2] Name or service "
-        "not known"
+        "not known. Or pass the path of a file of weights."
     )
 
 
