@@ -1,7 +1,9 @@
 """Picture of the report of the demo: `skipkernels tune` without arguments, then a screenshot by a headless Chromium.
 
-python -m bench.report_picture      # writes docs/pictures/report.png
-python -m bench.report_picture --run runs/photos --out report.png
+    python -m bench.report_picture                                       # writes docs/pictures/report.png
+    python -m bench.report_picture --run runs/photos --out report.png
+
+It shows the first screen of the report, to the lower end of the chart of the demo.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from PIL import Image
 
 TARGET = Path(__file__).parents[1] / "docs" / "pictures" / "report.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1000, 1110  # pixels; the lower end of the chart of the demo
+WIDTH, HEIGHT = 1000, 1110  # pixels
 COLOURS = 64  # of the picture
 
 
@@ -35,14 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.run is None:
             subprocess.run([sys.executable, "-m", "skipkernels", "tune", "--out", str(run)], check=True)
         shot = Path(folder, "report.png")
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            f"--user-data-dir={folder}/browser",
-        ]
-        flags += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        flags += [f"--user-data-dir={folder}/browser", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}"]
         page = (run / "report.html").resolve().as_uri()
         subprocess.run([browser, *flags, page], check=True, capture_output=True, timeout=60)
         Image.open(shot).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(args.out, optimize=True)
