@@ -81,6 +81,7 @@ class PredictCommand:
         from skipkernels.serve.classifier import check_counts
         from skipkernels.serve.output import SortedFolders, check_file, contact_sheet, lines
         from skipkernels.store import replace_file, replace_text
+        from skipkernels.tuner.description import NOT_CALIBRATED
 
         results, compute = self.results, self.compute
         if results.link and results.sort_into is None:
@@ -132,11 +133,9 @@ class PredictCommand:
             replace_file(results.out, lambda file: file.writelines(encoded))
         if results.contact_sheet is not None:
             replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
-        how = "calibrated on held-out images"
-        if not classifier.calibrated:
-            how = "not calibrated: no images were held out, or training did not end"
-            if results.classes is not None or results.template is not None:
-                how = "not calibrated: only those of the run's own classes and prompts are"
+        how = "calibrated on held-out images" if classifier.calibrated else NOT_CALIBRATED
+        if not classifier.calibrated and (results.classes is not None or results.template is not None):
+            how = "not calibrated: only those of the run's own classes and prompts are"
         skipped = f", {unreadable:,} skipped" if unreadable else ""
         err.print(f"{len(best):,} images classified{skipped}; probabilities are {how}", soft_wrap=True)
         return 1 if unreadable else 0

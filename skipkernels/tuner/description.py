@@ -26,6 +26,7 @@ from .state_checks import check_types
 
 CLASSIFIER = "classifier.json"
 FORMAT = 1
+NOT_CALIBRATED = "not calibrated: no images were held out, or training did not end"
 _MAX_BYTES = 1 << 28  # size of classifier.json: a million classes with a few prompts each
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # the part that open_clip reads with a model config
 

@@ -10,7 +10,7 @@ import open_clip
 from ..data.base import escape_unprintable
 from .command_line import command_line
 from .config import TuneConfig
-from .description import Description
+from .description import NOT_CALIBRATED, Description
 
 CARD = "README.md"
 _SHOWN = 20  # classes named in the card
@@ -127,7 +127,7 @@ _CONTENTS = {
 
 def _probabilities(described: Description) -> str:
     if described.temperature is None:
-        return "Probabilities are not calibrated: no images were held out, or training did not end."
+        return f"Probabilities are {NOT_CALIBRATED}."
     images = described.calibration_images
     return f"Probabilities are calibrated by a temperature of {described.temperature:.3g} on {images} held-out images."
 
