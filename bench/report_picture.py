@@ -19,9 +19,16 @@ from pathlib import Path
 from PIL import Image
 
 TARGET = Path(__file__).parents[1] / "docs" / "pictures" / "report.png"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, HEIGHT = 1000, 1110  # pixels
 COLOURS = 64  # of the picture
+
+
+def headless_browser(folder: Path) -> list[str] | None:
+    """Command of a Chromium without a window, with its profile in this folder; None if there is none."""
+    found = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
+    return [found, *flags] if found else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,18 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="a run; default: train the demo")
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args(arguments)
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise SystemExit(f"bench.report_picture: needs one of {', '.join(BROWSERS)}; got none. Install one.")
     with tempfile.TemporaryDirectory() as folder:
+        browser = headless_browser(Path(folder))
+        if browser is None:
+            raise SystemExit(f"bench.report_picture: needs one of {', '.join(_BROWSERS)}; got none. Install one.")
         run = args.run or Path(folder, "run")
         if args.run is None:
             subprocess.run([sys.executable, "-m", "skipkernels", "tune", "--out", str(run)], check=True)
         shot = Path(folder, "report.png")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        flags += [f"--user-data-dir={folder}/browser", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}"]
+        command = [*browser, "--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}"]
         page = (run / "report.html").resolve().as_uri()
-        subprocess.run([browser, *flags, page], check=True, capture_output=True, timeout=60)
+        subprocess.run([*command, page], check=True, capture_output=True, timeout=60)
         Image.open(shot).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(args.out, optimize=True)
     print(f"wrote {args.out}")
 

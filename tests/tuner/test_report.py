@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from bench.report_picture import headless_browser
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.tuner import plots, predictions
@@ -476,11 +477,10 @@ def test_study_page_of_tests_and_shots():
 
 def browsed(path, address: str) -> tuple[str, str]:
     """Page as a browser shows it, and what it logs."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = headless_browser(path)
     if browser is None:
         pytest.skip("no Chromium is installed; the page is parsed by the other tests")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path / 'browser'}"]
-    command = [browser, *flags, "--enable-logging=stderr", "--dump-dom", address]
+    command = [*browser, "--enable-logging=stderr", "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
