@@ -138,10 +138,10 @@ def few_and_many(device: Device, **case: str) -> tuple[Row, Row] | None:
     return None
 
 
-def growth(few: Row, many: Row) -> list[float | None]:
+def growth(few: Row, many: Row) -> tuple[float, float | None]:
     """Time and peak memory of a step over those of another."""
-    values = [(number(many, column), number(few, column)) for column in ("p50_ms", "peak_mib")]
-    return [a / b if a and b else None for a, b in values]
+    peaks = number(many, "peak_mib"), number(few, "peak_mib")
+    return float(many["p50_ms"]) / float(few["p50_ms"]), peaks[0] / peaks[1] if peaks[0] and peaks[1] else None
 
 
 def headline(device: Device) -> str:
@@ -356,7 +356,7 @@ def goals(device: Device) -> str:
     ).items():
         case = f"{model}, batch {B}, {precision}"
         if ends := few_and_many(device, model=model, B=B, precision=precision):
-            ratio = float(ends[1]["p50_ms"]) / float(ends[0]["p50_ms"])
+            ratio, _ = growth(*ends)
             met = "yes" if ratio <= GROWTH else "no"
             lines.append([f"step time at {int(MANY):,} classes over {FEW}: {case}", f"≤ {GROWTH}", times(ratio), met])
         above = [float(row["above_floor"]) for row in of if row["above_floor"]]
