@@ -5,8 +5,9 @@
 
 The published training is written out from the paper and shares no code with the package: all tokens run through all
 blocks, dense logits, autograd (`tests/naive.py`), a mask over ranks that is drawn once, `torch.optim.SGD` with two
-learning rates, momentum and weight decay, and a cosine that is stepped once per epoch after a warm-up. SkipCLIP trains
-with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a single class.
+learning rates, momentum and weight decay, and a cosine that is stepped once per epoch and starts after the warm-up.
+SkipCLIP trains with `tail="fixed"`, `FusedSGD` and the schedule of the tuner. Both see the same batches, each of a
+single class.
 
 Models: glyph-tiny on glyphs with its pre-trained weights, and a ViT with random weights on random images. Columns of
 bench/results/DEVICE/equivalence.csv, all over the whole training:
@@ -217,7 +218,7 @@ def published_training(case: Case, inputs: Inputs, batches: Sequence[tuple[int, 
     losses, kept = [], []
     for epoch, items in _shown(batches, "published"):
         for group, rate in zip(optimizer.param_groups, case.rates, strict=True):
-            cosine = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            cosine = rate * (1 + math.cos(math.pi * (epoch - _WARMUP_EPOCHS) / epochs)) / 2
             group["lr"] = min(rate, _WARMUP_LR) if epoch < _WARMUP_EPOCHS else cosine
         images, labels = inputs.images[items], inputs.labels[items]
         ranking = naive.class_ranking(model, images, labels, prototypes, quick)

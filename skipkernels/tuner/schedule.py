@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int, warmup_lr: float) -> LambdaLR:
     """Return a scheduler that is stepped once per epoch.
 
-        lr(e) = min(lr, warmup_lr)                for e < warmup_epochs
-        lr(e) = lr · (1 + cos(π · e / epochs)) / 2   otherwise; e counts from 0
+        lr(e) = min(lr, warmup_lr)                                    for e < warmup_epochs
+        lr(e) = lr · (1 + cos(π · (e − warmup_epochs) / epochs)) / 2   otherwise; e counts from 0
 
     Args:
         optimizer: Optimizer; each group has its own learning rate `lr`.
@@ -21,7 +21,7 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
         warmup_epochs: Number of epochs at the warm-up rate.
         warmup_lr: Warm-up rate of all groups.
 
-    Source: Wu et al., CVPR 2025; the cosine counts from the first epoch, warm-up included.
+    Source: Wu et al., CVPR 2025. The cosine starts after the warm-up, as in Dassl with `WARMUP_RECOUNT = True`.
 
     Example:
         >>> import torch
@@ -30,9 +30,9 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
         >>> for _ in range(4):
         ...     optimizer.step(); print(round(schedule.get_last_lr()[0], 3)); schedule.step()
         0.5
+        2.0
         1.707
         1.0
-        0.293
     """
     return LambdaLR(
         optimizer,
@@ -46,4 +46,4 @@ def cosine_with_warmup(optimizer: Optimizer, *, epochs: int, warmup_epochs: int,
 def _factor(epoch: int, *, epochs: int, warmup_epochs: int, warmup_lr: float, base_lr: float) -> float:
     if epoch < warmup_epochs:
         return min(1.0, warmup_lr / base_lr) if base_lr > 0 else 1.0
-    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / epochs))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -21,27 +19,29 @@ def rates(lr: float, epochs: int, warmup_epochs: int, warmup_lr: float) -> list[
     return found
 
 
-@pytest.mark.parametrize("lr", [2e-5, 5e-6, 4e-3])
-@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(1, 0), (4, 1), (20, 1), (20, 3), (40, 0)])
-def test_cosine_with_warmup_formula(lr, epochs, warmup_epochs):
-    expected = [
-        1e-6 if epoch < warmup_epochs else lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        for epoch in range(epochs)
-    ]
-    assert rates(lr, epochs, warmup_epochs, 1e-6) == pytest.approx(expected, rel=1e-12)
+# Multiples of the rate in each epoch under the published `build_lr_scheduler` (WARMUP_RECOUNT = True).
+PUBLISHED = {
+    (20, 1): (0.05, 1.0, 0.993844, 0.975528, 0.945503, 0.904508, 0.853553, 0.793893, 0.726995, 0.654508, 0.578217, 0.5,
+              0.421783, 0.345492, 0.273005, 0.206107, 0.146447, 0.095492, 0.054497, 0.024472),
+    (5, 1): (0.05, 1.0, 0.904508, 0.654508, 0.345492),
+    (4, 1): (0.05, 1.0, 0.853553, 0.5),
+}  # fmt: skip
 
 
-def test_cosine_matches_torch():
-    """Matches the published configuration, where the cosine counts warm-up epochs."""
-    from torch.optim.lr_scheduler import CosineAnnealingLR
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2e-5)
-    cosine, expected = CosineAnnealingLR(optimizer, T_max=20), []
-    for _ in range(20):
+@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(20, 1), (5, 1), (4, 1), (40, 0), (20, 3), (1, 0)])
+@pytest.mark.parametrize("lr", [2e-5, 5e-6])
+def test_cosine_with_warmup_is_published(lr, epochs, warmup_epochs):
+    """A cosine of torch that starts after epochs at a constant rate, as in Dassl's ConstantWarmupScheduler."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)
+    cosine, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs), [1e-6] * warmup_epochs
+    for _ in range(epochs - warmup_epochs):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         cosine.step()
-    assert rates(2e-5, 20, 0, 0.0) == pytest.approx(expected, rel=1e-9)
+    found = rates(lr, epochs, warmup_epochs, 1e-6)
+    assert found == pytest.approx(expected, rel=1e-9)
+    if lr == 2e-5 and (epochs, warmup_epochs) in PUBLISHED:
+        assert [rate / lr for rate in found] == pytest.approx(PUBLISHED[epochs, warmup_epochs], abs=1e-6)
 
 
 def test_warmup_rate_is_at_most_lr():
@@ -56,4 +56,4 @@ def test_schedule_per_group():
     assert schedule.get_last_lr() == [0.5, 0.5]
     optimizer.step()
     schedule.step()
-    assert schedule.get_last_lr() == pytest.approx([1.0, 4.0])
+    assert schedule.get_last_lr() == pytest.approx([2.0, 8.0])
