@@ -23,21 +23,18 @@ def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]
     tokens = tokenizer(task.tests[0].prompts[0])
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
-    trainer = Trainer(
-        clip,
-        TrainingArguments(
-            output,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=8,
-            lr_scheduler_type="cosine",
-            save_strategy="epoch",
-            ddp_broadcast_buffers=False,
-            report_to="none",
-        ),
-        train_dataset=task.train,
-        eval_dataset=task.tests[0].images,
-        **trainer_arguments(clip, text_lr=4e-3, image_lr=2e-3, momentum=0.9, weight_decay=5e-4),
+    args = TrainingArguments(
+        output,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=8,
+        lr_scheduler_type="cosine",
+        weight_decay=5e-4,
+        save_strategy="epoch",
+        ddp_broadcast_buffers=False,
+        report_to="none",
     )
+    ours = trainer_arguments(args, text_lr=4e-3, image_lr=2e-3, momentum=0.9)
+    trainer = Trainer(clip, train_dataset=task.train, eval_dataset=task.tests[0].images, **ours)
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()  # trainer.train(resume_from_checkpoint=True) continues an interrupted run
     return before, trainer.evaluate()["eval_accuracy"]

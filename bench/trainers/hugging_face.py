@@ -15,12 +15,13 @@ LINES = 3
 
 
 def train(module: Any, problem: Problem, folder: Path) -> None:
-    Trainer(module, arguments(problem, folder), train_dataset=problem.dataset, **plug(module, problem)).train()
+    Trainer(module, train_dataset=problem.dataset, **plug(problem, folder)).train()
 
 
-def plug(module: Any, problem: Problem) -> dict[str, Any]:
-    """Arguments of the trainer that put the module into it."""
-    return hugging_face.trainer_arguments(module, **problem.rates(), **problem.settings())
+def plug(problem: Problem, folder: Path, **options: Any) -> dict[str, Any]:
+    """Arguments of the trainer for a SkipCLIP."""
+    args = arguments(problem, folder, **options)
+    return hugging_face.trainer_arguments(args, **problem.rates(), **problem.settings())
 
 
 def arguments(problem: Problem, folder: Path, **options: Any) -> TrainingArguments:

@@ -6,18 +6,18 @@ classes; `skipkernels[hugging-face]` installs what the trainer needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..clip import SkipCLIP, check_clip
+from ..clip import check_clip
 from ..optimizer import FusedSGD
 
 
 def trainer_arguments(
-    clip: SkipCLIP,
+    args: Any,
     *,
     text_lr: float,
     image_lr: float,
@@ -26,49 +26,51 @@ def trainer_arguments(
 ) -> dict[str, Any]:
     """Arguments of `Trainer` for a SkipCLIP: optimizer, data collator, and logits [B, C] for `compute_metrics`.
 
+    The trainer creates the optimizer from its own model, so one result serves several trainers, and `model_init`.
+
     Args:
-        clip: Model of the trainer.
-        text_lr: Learning rate of the text tower. `TrainingArguments(learning_rate=)` has no effect.
+        args: `TrainingArguments` of the trainer. `learning_rate` and `optim` have no effect. A `weight_decay` that is
+            not 0 applies to every parameter that trains, norms and biases too; it excludes the option `weight_decay`.
+        text_lr: Learning rate of the text tower.
         image_lr: Learning rate of the image tower.
         optimizer: Class of the optimizer; default SGD.
         options: Further arguments of the optimizer, such as `momentum`. For `FusedSGD`, `in_backward` is False unless
             given: the trainer clips gradients after backward (`max_grad_norm=1.0`), when an update in backward is over.
 
     Returns:
-        dict: `optimizer_cls_and_kwargs`, `data_collator`, `preprocess_logits_for_metrics` and `compute_metrics`
-        (`accuracy`), to replace by your own.
+        dict: `args`, `optimizer_cls_and_kwargs`, `data_collator`, `preprocess_logits_for_metrics` and
+        `compute_metrics` (`accuracy`), to replace by your own.
 
     Raises:
-        TypeError: If clip is not a SkipCLIP.
+        TypeError: If args are not `TrainingArguments`; in training, if the model of the trainer is not a SkipCLIP.
 
     Example:
-        >>> import skipkernels as sk
-        >>> from skipkernels.experiments import glyph_tiny
-        >>> model, _, tokenizer = glyph_tiny.load()
-        >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
-        >>> sorted(trainer_arguments(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9))
-        ['compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
+        >>> from transformers import TrainingArguments
+        >>> ours = trainer_arguments(TrainingArguments("runs/trainer"), text_lr=2e-5, image_lr=5e-6, momentum=0.9)
+        >>> sorted(ours)
+        ['args', 'compute_metrics', 'data_collator', 'optimizer_cls_and_kwargs', 'preprocess_logits_for_metrics']
     """
-    if not hasattr(clip, "parameter_groups"):  # bench/trainers passes a plain module with this method
-        check_clip("trainer_arguments", clip)
+    if not hasattr(args, "weight_decay"):
+        raise TypeError(
+            f"trainer_arguments: args must be transformers.TrainingArguments; got {type(args).__name__}. Pass the "
+            "model to Trainer only."
+        )
     if optimizer is FusedSGD:
         options.setdefault("in_backward", False)
+
+    def make_optimizer(model: Any) -> torch.optim.Optimizer:
+        if not hasattr(model, "parameter_groups"):  # bench/trainers passes a plain module with this method
+            check_clip("trainer_arguments", model)
+        decay = {"weight_decay": args.weight_decay} if args.weight_decay else {}
+        return optimizer(model.parameter_groups(text_lr=text_lr, image_lr=image_lr), **options, **decay)
+
     return {
-        "optimizer_cls_and_kwargs": (optimizer, {"params": _ParameterGroups(clip, text_lr, image_lr), **options}),
+        "args": args,
+        "optimizer_cls_and_kwargs": (lambda: make_optimizer, {}),  # no class: the trainer calls it with its model
         "data_collator": collate,
         "preprocess_logits_for_metrics": class_logits,
         "compute_metrics": accuracy,
     }
-
-
-class _ParameterGroups:
-    """Parameter groups, read when the trainer creates its optimizer, so that they include those of `add_lora`."""
-
-    def __init__(self, clip: SkipCLIP, text_lr: float, image_lr: float):
-        self._clip, self._rates = clip, {"text_lr": text_lr, "image_lr": image_lr}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._clip.parameter_groups(**self._rates))
 
 
 def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, Tensor]:

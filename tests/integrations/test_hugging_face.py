@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 import skipkernels as sk
 from bench.trainers import hugging_face as runner
 from bench.trainers.common import Problem, small_problem
+from bench.trainers.common import trained as vector
 from skipkernels.integrations import hugging_face
 
 STEPS, SAVED = 6, 4  # of the only epoch
@@ -31,13 +32,8 @@ def make(problem: Problem) -> sk.SkipCLIP:
 def trainer_of(clip: sk.SkipCLIP, problem: Problem, folder, **arguments) -> Trainer:
     """Shuffled batches, saved once in the epoch."""
     saving = {"save_strategy": "steps", "save_steps": SAVED, "logging_strategy": "steps", "logging_steps": 1}
-    return Trainer(
-        clip,
-        runner.arguments(problem, folder, **(saving | arguments)),
-        train_dataset=problem.dataset,
-        eval_dataset=problem.dataset,
-        **runner.plug(clip, problem),
-    )
+    ours = runner.plug(problem, folder, **(saving | arguments))
+    return Trainer(clip, train_dataset=problem.dataset, eval_dataset=problem.dataset, **ours)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +80,51 @@ def test_evaluation_has_logits_of_all_classes(trained, short):
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected)
 
 
-def test_learning_rates_of_the_towers(trained, short):
-    groups = trained[0].optimizer.param_groups
-    assert {group["name"]: group["lr"] for group in groups} == {"text": 1e-2, "image": 5e-3}
+def groups(trainer: Trainer) -> list[tuple[str, float, float, set[int]]]:
+    """Name, rate, weight decay and parameters of each group of the trainer's optimizer."""
+    return [
+        (group["name"], group["lr"], group["weight_decay"], {id(p) for p in group["params"]})
+        for group in trainer.optimizer.param_groups
+    ]
+
+
+def expected_groups(trainer: Trainer, weight_decay: float = 5e-4) -> list[tuple[str, float, float, set[int]]]:
+    found = trainer.model.parameter_groups(text_lr=1e-2, image_lr=5e-3)
+    return [(group["name"], group["lr"], weight_decay, {id(p) for p in group["params"]}) for group in found]
+
+
+def test_arguments_serve_another_trainer(trained, short, tmp_path):
+    """The optimizer is that of the trainer's model, also when it is created again."""
+    ours = runner.plug(short, tmp_path)
+    trainers = [Trainer(make(short), train_dataset=short.dataset, **ours) for _ in range(2)]
+    for trainer in trainers:
+        trainer.train()
+        assert groups(trainer) == expected_groups(trainer)
+        assert vector(trainer.model).equal(vector(trained[0].model))
+    trainers[0].optimizer = None
+    trainers[0].create_optimizer_and_scheduler(1)
+    assert groups(trainers[0]) == expected_groups(trainers[0])
+
+
+def test_model_init(trained, short, tmp_path):
+    """Each trial has another model, and its own weight decay, as in a hyperparameter search."""
+    args = runner.arguments(short, tmp_path, weight_decay=5e-4)
+    ours = hugging_face.trainer_arguments(args, **short.rates(), momentum=0.9)
+    trainer = Trainer(model_init=lambda: make(short), train_dataset=short.dataset, **ours)
+    models = []
+    for args.weight_decay in (5e-4, 0.3):  # as hyperparameter_search sets it
+        trainer.train()
+        assert groups(trainer) == expected_groups(trainer, args.weight_decay)
+        models.append(trainer.model)
+    assert models[0] is not models[1]
+    assert vector(models[0]).equal(vector(trained[0].model))
+    assert not vector(models[1]).equal(vector(models[0]))
+
+
+def test_weight_decay_given_twice(short, tmp_path):
+    trainer = trainer_of(make(short), short, tmp_path, weight_decay=0.3)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'weight_decay'"):
+        trainer.create_optimizer()
 
 
 @pytest.mark.filterwarnings("error")
@@ -103,12 +141,8 @@ def test_gradient_checkpointing(trained, short, tmp_path):
 def test_features_of_a_cache(trained, short, tmp_path):
     clip = make(short)
     cache = sk.FeatureCache.build(tmp_path / "features", clip, short.dataset, dtype="fp32", progress=False)
-    trainer = Trainer(
-        clip,
-        runner.arguments(short, tmp_path, logging_strategy="steps", logging_steps=1),
-        train_dataset=cache,
-        **runner.plug(clip, short),
-    )
+    ours = runner.plug(short, tmp_path, logging_strategy="steps", logging_steps=1)
+    trainer = Trainer(clip, train_dataset=cache, **ours)
     trainer.train()
     assert losses(trainer) == pytest.approx(losses(trained[0]), rel=1e-4)
 
@@ -139,18 +173,20 @@ def test_collate_refuses(item, error, message):
         hugging_face.collate([item])
 
 
-def test_arguments_of_another_model():
+def test_arguments_of_another_model(short, tmp_path):
     with pytest.raises(TypeError, match="trainer_arguments: clip must be a SkipCLIP; got Linear"):
-        hugging_face.trainer_arguments(torch.nn.Linear(1, 1), text_lr=1, image_lr=1)
+        Trainer(torch.nn.Linear(1, 1), **runner.plug(short, tmp_path)).create_optimizer()
+    with pytest.raises(TypeError, match="args must be transformers.TrainingArguments; got SkipCLIP"):
+        hugging_face.trainer_arguments(make(short), text_lr=1, image_lr=1)
 
 
 def test_optimizer_is_of_the_parameters_that_train(short, tmp_path):
     """The optimizer has A and B of a later add_lora; FusedSGD does not update weights before gradients are clipped."""
     clip = make(short)
-    ours = hugging_face.trainer_arguments(clip, text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
+    args = runner.arguments(short, tmp_path, max_steps=1, max_grad_norm=1e-4)
+    ours = hugging_face.trainer_arguments(args, text_lr=1e-2, image_lr=1e-2, optimizer=sk.FusedSGD)
     sk.add_lora(clip, rank=2)
     before = [p.detach().clone() for p in clip.trainable_parameters()]
-    options = runner.arguments(short, tmp_path, max_steps=1, max_grad_norm=1e-4)
-    Trainer(clip, options, train_dataset=short.dataset, **ours).train()
+    Trainer(clip, train_dataset=short.dataset, **ours).train()
     moved = torch.cat([(p - old).flatten() for p, old in zip(clip.trainable_parameters(), before, strict=True)])
     assert 0 < moved.norm() <= 1.01e-6  # 1e-2 · 1e-4, and its rounding
