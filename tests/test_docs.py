@@ -129,14 +129,13 @@ def without_downloads(create: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given_variables() -> dict[str, Any]:
-    """Variables that the pages use without defining them: class names, images and labels."""
+    """Variables that the pages use without defining them: class names, images, labels and a dataset of these."""
     labels = torch.arange(8) % 4
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return {
         "class_names": ["cat", "dog", "fish", "bird"],
         "images": images,
         "labels": labels,
-        "loader": list(zip(images.split(4), labels.split(4), strict=True)),
         "dataset": [(image, int(label)) for image, label in zip(images, labels, strict=True)],
     }
 

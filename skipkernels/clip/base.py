@@ -13,6 +13,7 @@ from ..parallel import ClassParallel
 from ..selection import RankSampler
 from ..towers import ImageTower, Reduction, TextTower, refuse_sharded
 from ..towers.reductions import of_every_template
+from .batch import LabelOrder
 from .image_encoder import ImageEncoder
 from .settings import Settings, Trainable
 from .snapshot import Snapshot, refuse_alterations
@@ -40,6 +41,7 @@ class SkipCLIPBase(nn.Module):
     _image_encoder: ImageEncoder
     _text_encoder: TextEncoder
     _trained: TrainedParameters
+    _label_order: LabelOrder
     _snapshot: Snapshot | None  # None in a copy and after a move
     _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 

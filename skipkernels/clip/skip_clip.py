@@ -17,6 +17,7 @@ from ..selection import RankSampler, check_rank_options
 from ..store import digest_tensors
 from ..towers import ImageTower, Memory, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
+from .batch import LabelOrder
 from .classes import check_class_parallel, check_class_weight, check_label_smoothing, prompts_of
 from .image_encoder import ImageEncoder
 from .inference import Inference
@@ -157,7 +158,7 @@ class SkipCLIP(Training, Inference):
         self._parallel = None
         if process_group is not None:
             self._parallel = ClassParallel(process_group, len(tokens), device_of(model))
-        self._trained = TrainedParameters()
+        self._trained, self._label_order = TrainedParameters(), LabelOrder()
         self._snapshot: Snapshot | None = None  # None in a copy and after a move
 
         parameters = model.parameters() if isinstance(model, nn.Module) else ()  # checked below

@@ -76,7 +76,9 @@ class Training(SkipCLIPBase):
         """Check a batch of images with one label each, and the model, on the host."""
         self._check_batch(x)
         check_labels(labels, len(x))
-        if not self.training and labels.device.type == "cpu":  # in training `class_scores` checks them
+        if self.training:
+            self._label_order.see(labels)
+        elif labels.device.type == "cpu":  # in training `class_scores` checks them
             check_label_range(labels, self._num_classes)
         self._check_draw(len(x))
 
