@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import skipkernels as sk
 from skipkernels.data import load_task
 from skipkernels.experiments import glyph_tiny
-from skipkernels.integrations.open_clip import ClassLoss, ClassModel
+from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 
 
 def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]:
@@ -30,9 +30,11 @@ def tune(output: str, epochs: int = 3, classes: int = 30) -> tuple[float, float]
 
     clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)
     trained, loss = ClassModel(clip), ClassLoss()
-    optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=4e-3, image_lr=4e-3), momentum=0.9, weight_decay=5e-4)
+    groups = trained.parameter_groups(text_lr=4e-3, image_lr=2e-3)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
     data = captioned(task.train, tokens, batch_size=8)
-    schedule = cosine_lr(optimizer, 4e-3, 0, epochs * data.dataloader.num_batches)  # one rate for all groups
+    schedule = cosine_lr(optimizer, 4e-3, 0, epochs * data.dataloader.num_batches)
+    schedule = scaled_schedule(schedule, optimizer)  # not needed in open_clip 4
 
     before = accuracy(clip, task.tests[0].images)
     file = Path(output, "epoch_latest.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +32,18 @@ def plug(module: Any) -> tuple[nn.Module, nn.Module]:
     return (NaiveModel(module) if isinstance(module, NaiveCLIP) else ClassModel(module)), ClassLoss()
 
 
-def fit(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, data: Any, **options: Any) -> None:
+def fit(
+    model: nn.Module,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Any,
+    schedule: Callable[[int], float] | None = None,
+    **options: Any,
+) -> None:
     """Train any model with open_clip's trainer for an epoch."""
     logging.getLogger().setLevel(logging.WARNING)
-    train_one_epoch(model, {"train": data}, loss, 0, optimizer, None, None, None, arguments(**options))
+    args = arguments(skip_scheduler=schedule is None, **options)
+    train_one_epoch(model, {"train": data}, loss, 0, optimizer, None, schedule, None, args)
 
 
 def arguments(**options: Any) -> SimpleNamespace:

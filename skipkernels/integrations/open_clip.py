@@ -7,11 +7,13 @@ and that of the development version as `open_clip.task.CLIPTask(model, loss=loss
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import warn_caller
 from ..clip import SkipCLIP
 
 
@@ -51,6 +53,19 @@ class ClassModel(nn.Module):
             )
         self.clip = clip
         self._prompts: _Prompts | None = None
+        self._groups: list[dict[str, Any]] = []  # to be checked in the first training step
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """Groups of `SkipCLIP.parameter_groups`, with `lr_scale`: the rate relative to the larger one.
+
+        open_clip 4 multiplies the rate of its schedule, which begins at `max(text_lr, image_lr)`, by `lr_scale`. For
+        open_clip 3 see `scaled_schedule`.
+        """
+        groups = self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
+        for group in groups:
+            group["lr_scale"] = group["lr"] / (max(text_lr, image_lr) or 1.0)
+        self._groups = groups  # an optimizer keeps these dictionaries
+        return groups
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> dict[str, Any]:
         """Loss of a batch in training mode, features in evaluation mode.
@@ -78,12 +93,24 @@ class ClassModel(nn.Module):
                 "text_features": None if text is None else self.encode_text(text, normalize=True),
                 "logit_scale": scale,
             }
+        self._check_rates()
         if image is None or text is None:
             raise TypeError("ClassModel: in training mode both images and captions are needed; got only one of them.")
         if not torch.is_grad_enabled():  # the first pass of accumulation, for features of negatives
             return {"class_loss": scale.new_zeros(1, dtype=torch.float32), "logit_scale": scale}
         labels = text if text.ndim == 1 else self.class_ids(text)
         return {"class_loss": self.clip(image, labels).loss.reshape(1), "logit_scale": scale}
+
+    def _check_rates(self) -> None:
+        """Warn in the first training step if the schedule gave groups of different `lr_scale` the same rate."""
+        groups, self._groups = self._groups, []
+        rates, scales = ({group[name] for group in groups} for name in ("lr", "lr_scale"))
+        if len(rates) < len(scales):
+            warn_caller(
+                f"ClassModel: the schedule set the learning rate of both towers to {rates.pop():g}, so text_lr and "
+                "image_lr have no effect: before version 4, open_clip's schedules ignore lr_scale. Pass "
+                "scaled_schedule(schedule, optimizer) to the trainer."
+            )
 
     def class_ids(self, text: Tensor) -> Tensor:
         """Class ids [B] of captions, int64 tokens [B, L].
@@ -132,7 +159,29 @@ class ClassModel(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_prompts": None}
+        return super().__getstate__() | {"_prompts": None, "_groups": []}
+
+
+def scaled_schedule(schedule: Callable[[int], float], optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """Return a schedule of open_clip 3 that multiplies the rate of each group by its `lr_scale`, as in open_clip 4.
+
+    Example:
+        >>> from open_clip_train.scheduler import const_lr
+        >>> groups = [{"params": [torch.ones(1)], "lr_scale": 1.0}, {"params": [torch.ones(1)], "lr_scale": 0.25}]
+        >>> optimizer = torch.optim.SGD(groups)
+        >>> schedule = scaled_schedule(const_lr(optimizer, 0.2, 2, 10), optimizer)
+        >>> schedule(0), [group["lr"] for group in optimizer.param_groups]
+        (0.1, [0.1, 0.025])
+    """
+
+    def step(number: int) -> float:
+        rate = schedule(number)
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):  # which open_clip 4 has scaled
+                group["lr"] = rate * group["lr_scale"]
+        return rate
+
+    return step
 
 
 class ClassLoss(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import math
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +14,13 @@ import open_clip
 import pytest
 import torch
 from open_clip_train import train as trainer
+from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
 
 import skipkernels as sk
 from bench.trainers import open_clip as runner
 from bench.trainers.common import Problem, small_problem, trained
-from skipkernels.integrations.open_clip import ClassLoss, ClassModel
+from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 from tests.processes import by_two
 
 
@@ -129,6 +132,44 @@ def fit_half(rank: int) -> Tensor:
     runner.fit(model, ClassLoss(), optimizer, data, distributed=True, rank=rank, world_size=2)
     torch.distributed.destroy_process_group()
     return trained(clip)
+
+
+def schedule_of_open_clip_4(optimizer: torch.optim.Optimizer, rate: float) -> Any:
+    """Stand-in for `cosine_lr` of open_clip 4, which is not installed: it honours `lr_scale`."""
+
+    def step(number: int) -> float:
+        current = 0.5 * (1 + math.cos(math.pi * number / 6)) * rate
+        for group in optimizer.param_groups:
+            group["lr"] = current * group.get("lr_scale", 1.0)
+        return current
+
+    return step
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+def test_rates_under_a_schedule(problem, clip, version, is_scaled):
+    """open_clip 3 sets one rate for all groups."""
+    model = ClassModel(clip)
+    optimizer = torch.optim.SGD(model.parameter_groups(text_lr=1e-2, image_lr=2.5e-3))
+    schedule = cosine_lr(optimizer, 1e-2, 0, 6) if version == 3 else schedule_of_open_clip_4(optimizer, 1e-2)
+    rates: list[list[float]] = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner.fit(
+            model,
+            ClassLoss(),
+            optimizer,
+            runner.data(problem.images, problem.tokens[problem.labels], 2),
+            scaled_schedule(schedule, optimizer) if is_scaled else schedule,
+        )
+    ignored = version == 3 and not is_scaled
+    expected = [0.5 * (1 + math.cos(math.pi * step / 6)) * 1e-2 for step in range(6)]
+    assert rates == [[rate, rate * (1 if ignored else 0.25)] for rate in expected]
+    found = [str(warning.message) for warning in caught if "ClassModel" in str(warning.message)]
+    assert len(found) == ignored
+    assert all("both towers to 0.01, so text_lr and image_lr have no effect" in message for message in found)
 
 
 def test_loss_with_accumulation():
