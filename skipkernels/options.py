@@ -16,3 +16,4 @@ Precision = Literal["auto", "fp32", "bf16", "bf16-sr", "fp16"]
 Preset = Literal["default", "reference"]
 Shots = int | Literal["all"]
 Validation = Literal["auto", "none", "split"] | float
+Test = Literal["split", "none"]

@@ -25,6 +25,8 @@ class EvalCommand:
     """Folder that contains the datasets of coop: and torchvision:. By default that of the run."""
     protocol: Protocol | None = None
     """Protocol, which selects the classes and images to test. By default that of the run."""
+    classes: int | None = None
+    """Largest number of classes. By default all of other data, and for the data of the run as many as in the run."""
     device: str | None = None
     """cpu, cuda, cuda:1, …. By default that of the run."""
     json: bool = False
@@ -43,7 +45,7 @@ class EvalCommand:
         from skipkernels.tuner.processes import joined
 
         with joined() as processes:
-            folder, accuracies = self._evaluate()
+            folder, accuracies = self._evaluate(err)
         if not processes.first:
             return 0
         running, left = lock_owner(folder), epochs_left(folder)
@@ -65,7 +67,7 @@ class EvalCommand:
         out.print(table)
         return 0
 
-    def _evaluate(self) -> tuple[Path, dict[str, float | None]]:
+    def _evaluate(self, err: Terminal) -> tuple[Path, dict[str, float | None]]:
         """Return the folder of the run and its accuracies."""
         from skipkernels.data import InputError
         from skipkernels.tuner import evaluate_run
@@ -75,5 +77,12 @@ class EvalCommand:
         if is_file and self.run.name not in (MODEL, DELTA):
             raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
         folder = self.run.parent if is_file else self.run
-        found = evaluate_run(folder, device=self.device, data=self.data, root=self.root, protocol=self.protocol)
-        return folder, found
+        return folder, evaluate_run(
+            folder,
+            device=self.device,
+            data=self.data,
+            root=self.root,
+            protocol=self.protocol,
+            classes=self.classes,
+            console=err,
+        )

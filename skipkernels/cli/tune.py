@@ -88,8 +88,11 @@ class TuneCommand(Options):
         table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
         for column in ("zero-shot", "tuned", "change"):
             table.add_column(column, justify="right")
-        for key, before in metrics["zero_shot"].items():
-            after = metrics["tuned"][key]
+        accuracies = {key: (before, metrics["tuned"][key]) for key, before in metrics["zero_shot"].items()}
+        if config.test == "none":
+            held = metrics["validation"] or {"zero_shot": None, "tuned": None}
+            accuracies = {"validation": (held["zero_shot"], held["tuned"])}
+        for key, (before, after) in accuracies.items():
             change = None if before is None or after is None else after - before
             table.add_row(key, number(before, ".2f"), number(after, ".2f"), number(change, "+.2f"))
         out.print(table)

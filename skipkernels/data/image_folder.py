@@ -82,13 +82,12 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     missing: dict[Split, str] = {
         split: f"there is no folder {split}/ in {root}. Make one." for split in ("train", "val", "test")
     }
-    if not {"val", "test"} & set(paths):
-        paths = split_by_hash(name, found[split_folders.get("train", "")])
+    hashed = not {"val", "test"} & set(paths)
+    if hashed:
+        paths, too_few = split_by_hash(found[split_folders.get("train", "")])
+        missing |= too_few
         counts = ", ".join(f"{sum(map(len, of_class.values()))} {split}" for split, of_class in paths.items())
         notes.append(f"{name}: no test/, so the images of each class are split by a hash of their paths: {counts}.")
-        if not any(paths["val"].values()):
-            del paths["val"]
-            missing["val"] = "its classes have too few images. Add some, or make val/."
     elif "test" not in paths:
         paths["test"] = paths.pop("val")
         notes.append(f"{name}: no test/, so the images of {split_folders['val']}/ are the test images.")
@@ -98,7 +97,9 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
         images = [path for folder in folders for path in of_class[folder]]
         labels = [label for label, folder in enumerate(folders) for _ in of_class[folder]]
         splits[split] = constant_split(LabelledImages(root, images, labels))
-    return SplitSource(name, names, resolve_templates(None, templates), splits, notes=tuple(notes), missing=missing)
+    return SplitSource(
+        name, names, resolve_templates(None, templates), splits, notes=tuple(notes), missing=missing, hashed=hashed
+    )
 
 
 def _split_folders(name: str, root: Path) -> dict[Split, str]:

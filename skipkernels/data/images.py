@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from ..store import open_regular
 from .base import InputError, SizedDataset
@@ -251,6 +251,18 @@ class DatasetImages(Images):
         if self.transform is not None and not isinstance(image, Tensor):
             image = self.transform(image)
         return image, self._labels[index]
+
+
+def joined(parts: Sequence[Images]) -> Images:
+    """Join images; if two have the same name, the number of the part is prefixed to all names.
+
+    >>> joined([DatasetImages([("a", 3)]), DatasetImages([("b", 4)])]).names
+    ['0/0', '1/0']
+    """
+    names = [name for part in parts for name in part.names]
+    if len(set(names)) < len(names):
+        names = [f"{number}/{name}" for number, part in enumerate(parts) for name in part.names]
+    return DatasetImages(ConcatDataset(parts), [label for part in parts for label in part.labels], names)
 
 
 def read_labels(dataset: Any) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, get_args
 from ..options import Protocol
 from .base import InputError, LabelledDataset, SizedDataset
 from .files import format_names
-from .images import DatasetImages, Images, Transform
+from .images import DatasetImages, Images, Transform, joined
 from .shots import few_shot, hold_out
 from .templates import Templates, format_prompt, resolve_templates
 
@@ -29,12 +29,14 @@ class Source(ABC):
         classes: Names by label, as in prompts.
         templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
         notes: Remarks for the user on how the dataset was read.
+        hashed: The user's data have no splits of their own, and were split by a hash.
     """
 
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    hashed: bool = field(default=False, kw_only=True)
 
     @property
     def prompts(self) -> tuple[list[str], ...]:
@@ -105,6 +107,14 @@ class Source(ABC):
         """
         raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
 
+    def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
+        """Return the source with the images of further splits as training images.
+
+        Raises:
+            InputError: If the dataset can't train on them.
+        """
+        raise InputError(f'load_task: {self.name} can\'t train on its test images. Use test="split".', "test")
+
     @abstractmethod
     def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
         """Return some of the classes with their images, labelled from 0 in the order of `labels`."""
@@ -164,6 +174,11 @@ class SplitSource(Source):
         if without:
             raise InputError(f"{self.name} has no training images of {format_names(without)}. Add some.", "data")
         return images
+
+    def train_on(self, splits: Sequence[Split]) -> SplitSource:
+        """Return the source with the images of further splits as training images; see `Source`."""
+        train = joined([self.splits[split]() for split in ("train", *splits) if split in self.splits])
+        return replace(self, splits={**self.splits, "train": constant_split(train)})
 
     def subset_classes(self, labels: Sequence[int]) -> SplitSource:
         """Return some of the classes; see `Source`."""

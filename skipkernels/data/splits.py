@@ -24,48 +24,56 @@ CAPTIONS = ("caption", "text")
 
 
 def split_by_hash(
-    name: str, paths: Mapping[str, list[str]], remedy: str = "make train/ and test/"
-) -> dict[Split, dict[str, list[str]]]:
+    paths: Mapping[str, list[str]], remedy: str = "make train/ and test/"
+) -> tuple[dict[Split, dict[str, list[str]]], dict[Split, str]]:
     """Split the images of each class into train, val and test by a hash of their paths.
 
+    Without test images if a class has only one image, which must train.
+
     Args:
-        name: Name of the dataset, for error messages.
         paths: For each class, the paths of its images.
         remedy: Remedy for a class with one image, other than to add some.
 
-    Raises:
-        InputError: If a class has only one image.
+    Returns:
+        For each split that has images, their paths by class; and the reason and remedy for each missing split.
 
     Example:
-        >>> splits = split_by_hash("a", {"cat": [f"cat/{n}.jpg" for n in range(10)]})
+        >>> splits, _ = split_by_hash({"cat": [f"cat/{n}.jpg" for n in range(10)]})
         >>> {split: len(paths["cat"]) for split, paths in splits.items()}
         {'train': 5, 'val': 2, 'test': 3}
     """
     splits: dict[Split, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
+    missing: dict[Split, str] = {}
+    single = next((of_class for of_class, images in paths.items() if len(images) == 1), None)
+    if single is not None:
+        missing["test"] = (
+            f"class {single} has 1 image, and train and test need one each. Add some, {remedy}, or train on all images "
+            'with test="none".'
+        )
     for of_class, images in paths.items():
-        if len(images) < 2:
-            raise open_error(
-                f"{name}: class {of_class} has 1 image, and train and test need one each. Add some, or {remedy}."
-            )
         order = sorted(images, key=lambda path: hash_order("split", 0, path))
-        tests = (_TEST_TENTHS * len(images) + 5) // 10  # 1 if there are 2 images
+        tests = 0 if missing else (_TEST_TENTHS * len(images) + 5) // 10  # 1 if there are 2 images
         vals = (_VAL_TENTHS * len(images) + 5) // 10
         splits["train"][of_class] = sorted(order[tests + vals :])
         splits["val"][of_class] = sorted(order[tests : tests + vals])
         splits["test"][of_class] = sorted(order[:tests])
-    return splits
+    if not any(splits["val"].values()):
+        missing["val"] = "its classes have too few images. Add some, or make a val split."
+    return {split: part for split, part in splits.items() if split not in missing}, missing
 
 
-def hash_splits(images: Images, name: str, classes: Sequence[str], remedy: str) -> dict[Split, Images]:
-    """Split images into train, val and test by a hash of their names; arguments as for `split_by_hash`."""
+def hash_splits(images: Images, classes: Sequence[str], remedy: str) -> tuple[dict[Split, Images], dict[Split, str]]:
+    """Split images into train, val and test by a hash of their names, as `split_by_hash` does."""
     of_class: dict[str, list[str]] = defaultdict(list)
     for path, label in zip(images.names, images.labels, strict=True):
         of_class[classes[label]].append(path)
     index_of = {path: index for index, path in enumerate(images.names)}
-    return {
+    splits, missing = split_by_hash(of_class, remedy)
+    parts = {
         split: images.subset(sorted(index_of[path] for paths in part.values() for path in paths))
-        for split, part in split_by_hash(name, of_class, remedy).items()
+        for split, part in splits.items()
     }
+    return parts, missing
 
 
 def listed_source(
@@ -107,8 +115,9 @@ def listed_source(
     present = set() if splits is None else set(splits)
     parts: dict[Split, Images]
     missing: dict[Split, str] = {}
-    if splits is None or present == {"train"}:
-        parts = hash_splits(images, name, classes, remedy)
+    hashed = splits is None or present == {"train"}
+    if splits is None or hashed:
+        parts, missing = hash_splits(images, classes, remedy)
         counts = ", ".join(f"{len(part)} {split}" for split, part in parts.items())
         notes.append(f"{name}: {how}, so the images of each class are split by a hash of their names: {counts}.")
     else:
@@ -124,7 +133,13 @@ def listed_source(
             missing["val"] = "without test images, the val images are the test images. Add test images to have both."
     splits_of: dict[Split, Callable[[], Images]] = {split: constant_split(part) for split, part in parts.items()}
     return SplitSource(
-        name, tuple(classes), resolve_templates(None, templates), splits_of, notes=tuple(notes), missing=missing
+        name,
+        tuple(classes),
+        resolve_templates(None, templates),
+        splits_of,
+        notes=tuple(notes),
+        missing=missing,
+        hashed=hashed,
     )
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from ..options import Shots, Validation
+from ..options import Shots, Test, Validation
 from .base import InputError, LabelledDataset, escape_unprintable
 from .files import format_names
+from .images import DatasetImages
 from .registry import open_source
 from .shots import few_shot_note
-from .source import Protocol, Source
+from .source import Protocol, Source, Split
 from .templates import Templates
 
 _WITH_TARGETS = ("cross-dataset", "domain-generalization")
@@ -52,7 +53,7 @@ class Task:
         name: Name of the dataset, as `open_source` takes it.
         protocol: The protocol.
         train: Items are (image, label), with the labels of `tests[0]`.
-        tests: Test sets; the first has the classes of the training images.
+        tests: Test sets; the first has the classes of the training images. It has no images if all train.
         validation: Images with the classes of `tests[0]` that neither train nor test, to choose the best epoch; or
             None.
         notes: Remarks for the user on how the data were read.
@@ -105,6 +106,7 @@ def load_task(
     classes: int | None,
     seed: int,
     validation: Validation = "none",
+    test: Test = "split",
     root: str | Path | None = None,
     templates: Templates = None,
     targets: Sequence[str | Source] | None = None,
@@ -131,6 +133,8 @@ def load_task(
         validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
             images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
             split if there is one, else 0.2. "none": none.
+        test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
+            user's data without splits that neither validate nor test always train.
         root: Folder of the datasets, for coop: and torchvision:.
         templates: Prompt templates; see `open_source`.
         targets: Datasets to test on, as `data`, or domains of the dataset.
@@ -155,6 +159,10 @@ def load_task(
         raise InputError(f"load_task: validation must be a share between 0 and 1; got {validation}.", "validation")
     if classes is not None and classes < 2:
         raise InputError(f"load_task: classes must be at least 2; got {classes}.", "classes")
+    if test == "none" and protocol != "few-shot":
+        raise InputError(
+            f'load_task: test="none" needs protocol="few-shot"; {protocol} is a comparison of tests.', "test"
+        )
     if targets and protocol not in _WITH_TARGETS:
         raise InputError(
             f"load_task: {protocol} has no targets. Leave them out, or choose {' or '.join(_WITH_TARGETS)}.", "targets"
@@ -177,8 +185,8 @@ def load_task(
         parts = {"all": chosen}
     else:
         parts = {"source": next(iter(domains.values()), chosen)}
-    tests = [_test_set(name, part, transform) for name, part in parts.items()]
-    trained = next(iter(parts.values()))
+    tests = [_test_set(name, part, transform, test) for name, part in parts.items()]
+    trained, joined_note = _with_unused(next(iter(parts.values())), validation, test)
     count = max(Counter(trained.images("train").labels).values(), default=1) if shots == "all" else shots
     train, held, held_note = _train_and_validation(
         trained, validation, count, seed, transform, train_transform or transform
@@ -195,20 +203,31 @@ def load_task(
                 if protocol == "domain-generalization":
                     found = [_common_classes(target, source, chosen) for target in found]
                 others = dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
-            tests += [_test_set(name, part, transform) for name, part in others.items()]
+            tests += [_test_set(name, part, transform, test) for name, part in others.items()]
         parts |= others
     notes = [*source.notes, *(note for part in parts.values() for note in part.notes)]
     if chosen is not source:
         notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
     if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
         notes.append(f"{source.name}: {note}")
-    notes += [] if held_note is None else [f"{source.name}: {held_note}"]
+    notes += [f"{source.name}: {note}" for note in (joined_note, held_note) if note is not None]
     notes += [
         f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
         for test in tests
         if len(test.classes) == 1
     ]
     return Task(source.name, protocol, train, tuple(tests), held, tuple(dict.fromkeys(map(escape_unprintable, notes))))
+
+
+def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:
+    """Let images that neither validate nor test train; see `load_task`. Returns the source, and a note on them."""
+    of_split = validation == "split" or (validation == "auto" and source.has_split("val"))
+    used = {"val": of_split, "test": test == "split"}
+    unused: list[Split] = [split for split in ("val", "test") if not used[split] and source.has_split(split)]
+    if not unused or not (source.hashed or test == "none"):
+        return source, None
+    counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
+    return source.train_on(unused), f"the {counts} images train too, as they are not used otherwise."
 
 
 def _train_and_validation(
@@ -245,9 +264,9 @@ def _subsample_classes(source: Source, classes: int | None) -> Source:
     return source.subset_classes([position * count // classes for position in range(classes)])
 
 
-def _test_set(name: str, source: Source, transform: Callable | None) -> TestSet:
-    images = source.images("test", transform)
-    if not len(images):
+def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
+    images = DatasetImages([]) if test == "none" else source.images("test", transform)
+    if test == "split" and not len(images):
         raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
     return TestSet(name, list(source.classes), source.prompts, images)
 

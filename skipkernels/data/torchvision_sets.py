@@ -133,7 +133,7 @@ def open_torchvision(
     notes: tuple[str, ...] = ()
     splits: dict[Split, Callable[[], Images]] = {split: partial(images, split) for split in dataset.splits}
     if not dataset.splits:
-        parts = hash_splits(images("train"), full_name, list(map(str, load("train").classes)), "get it again")
+        parts, _ = hash_splits(images("train"), list(map(str, load("train").classes)), "get it again")
         splits = {split: constant_split(part) for split, part in parts.items()}
         notes = (f"{full_name}: has no splits, so the images of each class are split by a hash of their paths.",)
     classes = tuple(normalize_class_name(dataset.class_name(name)) for name in load("train").classes)

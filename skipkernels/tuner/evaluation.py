@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from ..console import plain
 from ..data import InputError, SizedDataset, Source
+from ..data.files import format_names
 from ..data.tasks import summarise
 from ..features import FeatureCache
 from ..options import CacheDtype, Protocol
@@ -49,7 +52,9 @@ class Evaluator:
         self._setup, task = setup, setup.task
         self.top: dict[str, TopClasses] = {}
         self._tests = {
-            test.name: EvaluatedImages(setup, test.name, features[test.name], len(test.images)) for test in task.tests
+            test.name: EvaluatedImages(setup, test.name, features[test.name], len(test.images))
+            for test in task.tests
+            if len(test.images)
         }
         self.validation: EvaluatedImages | None = None
         if validation is not None and task.validation is not None:
@@ -197,7 +202,8 @@ def evaluate_run(
     protocol: Protocol | None = None,
     dataset: SizedDataset | None = None,
     test: SizedDataset | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | int | None = None,
+    console: Console | None = None,
 ) -> Accuracies:
     """Compute the accuracy of the checkpoint of a run. Writes nothing, and does not read the feature cache.
 
@@ -211,21 +217,30 @@ def evaluate_run(
         protocol: Protocol that selects test classes and images. Default: that of the run.
         dataset: Training images that were passed to `tune`, or others of the same classes.
         test: Test images; see `tune`.
-        classes: Class names by label; see `tune`.
+        classes: Class names by label; see `tune`. Or the largest number of classes; default: all of other `data`, and
+            the setting of the run for its own.
+        console: Console for the number of images and the classes of each test. Default: none.
 
     Raises:
-        InputError: If the folder is not a run folder, or its checkpoint is damaged.
+        InputError: If the folder is not a run folder, its checkpoint is damaged, or the run has no test images.
         FloatingPointError: If a logit is not finite.
         ProcessError: If another process ended without a report.
     """
     folder = Path(folder)
     config = TuneConfig.from_yaml(folder / CONFIG)
+    if config.test == "none" and data is None and test is None:
+        raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
+    limit = config.classes if data in (None, config.data) else None  # of other data, all classes
+    if isinstance(classes, int):
+        limit, classes = classes, None
     rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(
         config,
         data=data or config.data,
         root=root or config.root,
         protocol=protocol or config.protocol,
+        classes=limit,
+        test="split",
         cache=None,
         views=1,
         refresh="never",
@@ -242,6 +257,10 @@ def evaluate_run(
     with joined() as processes:
         processes.set_device(config.device)
         setup = _load_run(config.resolved(open_data), folder, rounded_to, processes, open_data)
+        shown = console if console is not None and processes.first else Console(quiet=True)
+        for each in setup.task.tests:
+            names = f"{len(each.classes)} classes: {format_names(each.classes)}"
+            shown.print(plain(f"{each.name}: {len(each.images)} images of {names}"), soft_wrap=True)
         evaluator = Evaluator(setup, setup.test_features())
         return evaluator.accuracies(evaluator.predictions())
 

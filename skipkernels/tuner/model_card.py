@@ -140,5 +140,11 @@ def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
         after = tuned.get(name)
         cells = ("–" if value is None else f"{value:.2f} %" for value in (before, after))
         rows.append(f"| {name} | {metrics['classes'].get(name, '')} | {' | '.join(cells)} |")
+    if config.test == "none":
+        held = metrics.get("validation") or {}
+        images = f"{held['images']} validation images, which choose the epoch" if held else "there is none"
+        cells = (f"{held[when]:.2f} %" if held.get(when) is not None else "–" for when in ("zero_shot", "tuned"))
+        count = next(iter(metrics["classes"].values()))
+        rows = [*rows[:2], f"| no test; {images} | {count} | {' | '.join(cells)} |"]
     done = f"{metrics['epochs']} of {config.epochs} epochs" if metrics["status"] != "complete" else ""
     return rows + (["", f"The run is {metrics['status']}: {done}."] if done else [])

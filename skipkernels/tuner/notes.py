@@ -10,13 +10,18 @@ from .config import TuneConfig
 
 
 def setting_notes(config: TuneConfig) -> tuple[str, ...]:
-    """Return notes on settings: `skip_layers=1` skips one block, 1.0 all of them."""
-    skip = config.skip_layers
-    if config.method != "skip" or skip != 1:
-        return ()
-    if isinstance(skip, int):
-        return ("skip_layers=1 skips one block of each tower; 1.0 would skip every block.",)
-    return ("skip_layers=1.0 skips every block of each tower; 1 would skip one block.",)
+    """Return notes on settings: the packaged model on the user's own data, and `skip_layers` 1 or 1.0."""
+    found: tuple[str, ...] = ()
+    if config.own_data and config.model == TuneConfig.model:
+        found += (
+            f"{config.model} is a small model for demonstrations, of characters of 32 × 32 pixels. For your own images "
+            "use a pretrained model: --model ViT-B-16-quickgelu --pretrained openai.",
+        )
+    if config.method == "skip" and config.skip_layers == 1:
+        one = "skip_layers=1 skips one block of each tower; 1.0 would skip every block."
+        every = "skip_layers=1.0 skips every block of each tower; 1 would skip one block."
+        found += (one if isinstance(config.skip_layers, int) else every,)
+    return found
 
 
 def weak_result(

@@ -19,6 +19,7 @@ from ..options import (
     SamplerKind,
     Shots,
     Tail,
+    Test,
     Validation,
 )
 
@@ -67,8 +68,12 @@ class DataOptions:
     """Training images per class, or all."""
     validation: Validation = "auto"
     """Images that choose the best epoch, which is the one that is kept. split: the val split of the dataset. A share
-    such as 0.2: that share of the training split of each class is held out, if possible of images that don't train.
-    none: the last epoch is kept. auto: for own data split if there is one, else 0.2; none for other data."""
+    such as 0.2: that share of the training images of each class is held out, if possible of images that don't train.
+    none: the last epoch is kept. auto: for own data split if there is one, else 0.2; none for other data. Own data
+    without splits: images that neither validate nor test train."""
+    test: Test = "split"
+    """Test images. split: the test split, which is 30 % of each class of own data without splits. none: all images that
+    don't validate train, and accuracies are those on the validation images, if there are any."""
     classes: int | None = option(None, minimum=1)
     """Largest number of classes, base and new together. By default all; 100 for glyphs."""
 

@@ -58,7 +58,7 @@ def own_data(
         named = from_datasets(
             own_name, train=dataset, val=validation, test=test, classes=classes, templates=config.template
         )
-        if test is not None:
+        if test is not None or (config.test == "none" and validation is not None):
             return named
         if validation is None:
             images: Any = named.images("train")

@@ -55,7 +55,7 @@ def tune(
     console: Console | None = None,
     *,
     dataset: SizedDataset | None = None,
-    test: SizedDataset | None = None,
+    test: SizedDataset | str | None = None,
     validation: SizedDataset | str | float | None = None,
     classes: Sequence[str] | int | None = None,
     name: str | None = None,
@@ -77,7 +77,8 @@ def tune(
             "skipkernels".
         dataset: Training images, instead of the setting `data`: a map-style dataset of (image, label), as
             `data.from_datasets` describes it. Images are Pillow's, or tensors that are preprocessed for the model.
-        test: Test images. Default: those of `validation`, or else 30 % of the images of each class of `dataset`.
+        test: Test images. Default: those of `validation`, or else 30 % of the images of each class of `dataset`. Or the
+            setting `test`, "none".
         validation: Validation images; or the setting `validation`, a text or a share.
         classes: Class names by label. Default: the `classes` of a dataset. Or the setting `classes`, a number.
         name: Name of the dataset in the results. Default: its type.
@@ -121,6 +122,8 @@ def tune(
     """
     if validation is not None and isinstance(validation, (str, int, float)):
         settings["validation"], validation = validation, None
+    if isinstance(test, str):
+        settings["test"], test = test, None
     if isinstance(classes, int):
         settings["classes"], classes = classes, None
     config = TuneConfig.of(config, **settings)
@@ -491,6 +494,8 @@ class _Run:
         """Predictions for all tests, with thumbnails of the images that the report shows."""
         found = []
         for test in self.task.tests:
+            if test.name not in self.zero_shot_top:  # no test images
+                continue
             after = consistent(self.evaluator.top, test.name, tuned[test.name]) if test.name in tuned else None
             before, labels = self.zero_shot_top[test.name], self.evaluator.labels(test.name)
             found.append(predictions_with_thumbnails(test, labels, before, after))

@@ -74,11 +74,11 @@ class RunSetup:
         return self.config.cache is not None and self.method.cut is not None
 
     def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
-        """Compute the features of the images of each test; see `FeatureCache.build` for `progress`.
+        """Compute the features of the images of each test that has some; see `FeatureCache.build` for `progress`.
 
         With several processes and features in memory, each process has the features of its share of the images.
         """
-        tests = self.task.tests
+        tests = [test for test in self.task.tests if len(test.images)]
         return {test.name: self._shared(f"test-{quote(test.name, safe=' ')}", test, progress) for test in tests}
 
     def validation_features(self, progress: Progress = False) -> FeatureCache | None:
@@ -220,6 +220,7 @@ def build_task(
         classes=config.classes,
         seed=config.seed,
         validation=config.validation,
+        test=config.test,
         root=config.root,
         templates=config.template,
         targets=config.targets,

@@ -114,7 +114,6 @@ def test_csv_of_captions_without_splits(images):
      ("path,label,split\nimages/cat0.png,cat,test\nimages/dog0.png,dog,test\n", "none to train on"),
      ("path,label,label\n", "two columns are named label"),
      ('path,label\n"images/cat0.png,cat\n', "is not readable as CSV"),
-     ("path,label\nimages/cat0.png,cat\nimages/dog0.png,dog\n", "class cat has 1 image.*add a column split"),
      ("path,label\nimages/cat0.png,Cat\nimages/dog0.png,cat\n", "have the same class name")],
 )  # fmt: skip
 def test_csv_refuses(images, text, message):
@@ -324,7 +323,7 @@ def test_hold_out_keeps_the_choice_of_few_shot():
 @pytest.mark.parametrize(
     ("validation", "count", "note"),
     [("none", None, None), ("auto", 6, "validation on the 6 images of its val split."), ("split", 6, "its val split"),
-     (0.4, 6, "validation on 6 images of its train split, which don't train")],
+     (0.4, 9, "validation on 9 images of its train split, which don't train")],  # of seven of each class
 )  # fmt: skip
 def test_task_validation(images, validation, count, note):
     data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", name))
@@ -339,10 +338,19 @@ def test_task_validation(images, validation, count, note):
     assert len(set.union(*parts)) == sum(map(len, parts)), "no image is in two parts"
 
 
+def test_task_one_image_per_class(images):
+    (images / "table.csv").write_text("path,label\nimages/cat0.png,cat\nimages/dog0.png,dog\n")
+    assert task_of(f"csv:{images / 'table.csv'}", test="none").train.labels == [0, 1]
+    with pytest.raises(
+        InputError, match="no test images: class cat has 1 image.*add a column split with train and test"
+    ):
+        task_of(f"csv:{images / 'table.csv'}")
+
+
 def test_task_all_shots(images):
     data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", name))
     task = task_of(data, shots="all", validation=0.2)
-    assert len(task.train) == 12 and len(task.validation.images) == 3
+    assert len(task.train) == 18 and len(task.validation.images) == 3
     assert not any("fewer than" in note for note in task.notes)
     with pytest.raises(InputError, match=r"glyphs:.* can hold out no images"):
         task_of(open_glyphs("greek"), validation=0.2)

@@ -118,7 +118,7 @@ def test_load_task_image_folder(tmp_path):
     assert [test.classes for test in task.tests] == [["ant", "bee", "cat"], ["dog", "eel"]]
     assert [class_of(task.train[index][0]) for index in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [class_of(image) - label for image, label in map(task.tests[1].images.__getitem__, range(6))] == [3] * 6
-    assert len(task.notes) == 1 and "split by a hash" in task.notes[0]
+    assert len(task.notes) == 2 and "split by a hash" in task.notes[0] and "6 val images train too" in task.notes[1]
 
 
 # ---- few-shot, and all protocols -------------------------------------------------------------------------------------
@@ -129,6 +129,60 @@ def test_load_task_few_shot(tmp_path):
     assert sizes(task) == {"all": 3} and task.train.labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert task.tests[0].prompts == ([f"a photo of the nice {name.replace('_', ' ')}." for name in NAMES],)
     assert task.notes == ()
+
+
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory):
+    """Folders of 303 images of two classes, and of one image of each of five; the files are empty."""
+    counts = {"many": {"cat": 100, "dog": 203}, "single": dict.fromkeys("abcde", 1)}
+    root = tmp_path_factory.mktemp("unsplit")
+    for name, of_class in counts.items():
+        for folder, count in of_class.items():
+            (root / name / folder).mkdir(parents=True)
+            for number in range(count):
+                (root / name / folder / f"{number}.png").touch()
+    return root
+
+
+@pytest.mark.parametrize(("validation", "test", "held", "tested", "trained"), [
+    ("auto", "split", 61, 91, {1: 2, 16: 32, "all": 151}),
+    ("none", "split", 0, 91, {1: 2, 16: 32, "all": 212}),
+    ("auto", "none", 61, 0, {1: 2, 16: 32, "all": 242}),
+    ("none", "none", 0, 0, {1: 2, 16: 32, "all": 303}),
+    (0.2, "split", 42, 91, {1: 2, 16: 32, "all": 170}),
+    (0.2, "none", 61, 0, {1: 2, 16: 32, "all": 242}),
+])  # fmt: skip
+def test_load_task_unused_images_train(unsplit, validation, test, held, tested, trained):
+    for shots, count in trained.items():
+        task = load(f"imagefolder:{unsplit}/many", "few-shot", shots=shots, validation=validation, test=test)
+        validated = [] if task.validation is None else task.validation.images.names
+        names = [*task.train.names, *validated, *task.tests[0].images.names]
+        assert (len(task.train), len(validated), len(task.tests[0].images)) == (count, held, tested)
+        assert len(set(names)) == len(names), "no image is in two parts"
+        assert set(task.train.labels) == {0, 1} and task.tests[0].classes == ["cat", "dog"]
+    assert any("images train too" in note for note in task.notes) == ((validation, test) != ("auto", "split"))
+
+
+@pytest.mark.parametrize("validation", ["auto", "none"])
+@pytest.mark.parametrize("shots", [1, 16, "all"])
+def test_load_task_one_image_per_class(unsplit, shots, validation):
+    data, how = f"imagefolder:{unsplit}/single", {"shots": shots, "validation": validation}
+    task = load(data, "few-shot", test="none", **how)
+    assert (len(task.train), task.validation, len(task.tests[0].images)) == (5, None, 0)
+    with raises_input_error("no test images: class a has 1 image", 'or train on all images with test="none"'):
+        load(data, "few-shot", **how)
+
+
+def test_load_task_test_none_with_splits(tmp_path):
+    counts = {f"{split}/{name}": count for split, count in (("train", 5), ("val", 2), ("test", 3)) for name in "ab"}
+    data = f"imagefolder:{make_folders(tmp_path, counts)}"
+    assert len(load(data, "few-shot", shots="all", validation="none").train) == 10, "given splits are kept"
+    assert len(load(data, "few-shot", shots="all", validation="none", test="none").train) == 20
+    assert len(load(data, "few-shot", shots="all", validation="split", test="none").train) == 16
+    squares = [("image", 0), ("image", 1)]
+    source = from_datasets("squares", train=squares, val=squares, classes=["black", "grey"])
+    task = load(source, "few-shot", shots="all", test="none")
+    assert sorted(task.train.names) == ["0/0", "0/1", "1/0", "1/1"]
 
 
 def test_load_task_transforms(tmp_path):
@@ -381,6 +435,8 @@ def test_domains_invalid_classes(tmp_path):
             ["base-to-new has no targets", "cross-dataset or domain-generalization"],
         ),
         ({"protocol": "few-shot", "targets": ["x"]}, "targets", ["few-shot has no targets"]),
+        ({"test": "none"}, "test", ['test="none" needs protocol="few-shot"; base-to-new']),
+        ({"protocol": "few-shot", "test": "none"}, "test", ["glyphs", "can't train on its test images"]),
         ({"protocol": "cross-dataset", "targets": ["x"]}, "targets", ["no dataset 'x'"]),
         ({"protocol": "cross-dataset", "targets": ["glyphs:greek"] * 2}, "targets", ["two of", "are the same"]),
     ],

@@ -10,6 +10,7 @@ from PIL import Image
 
 import skipkernels
 import skipkernels.experiments  # noqa: F401  (registers glyph-tiny)
+from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.tuner import TuneConfig, evaluate_run, tune
 from tests.tuner.runs import fails, files
@@ -47,7 +48,7 @@ def test_tune_dataset(run):
     config = TuneConfig.from_yaml(folder / "config.yaml")
     assert (config.data, config.shots, config.validation) == ("dataset:my-squares", "all", 0.25)
     assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
-    assert metrics["validation"]["images"] == 3 and metrics["best_epoch"] in (1, 2)  # of five training images each
+    assert metrics["validation"]["images"] == 6 and metrics["best_epoch"] in (1, 2)  # of seven images each
     assert {"report.html", "few_shot.json", "model.safetensors"} <= files(folder)
     assert evaluate_run(str(folder), dataset=Squares(30), classes=SETTINGS["classes"]) == metrics["tuned"]
 
@@ -76,6 +77,51 @@ def test_tune_tensors(tmp_path):
     assert metrics["status"] == "complete" and metrics["validation"]["images"] == 4
 
 
+def squares_folder(root, names, count):
+    """Folder of images of a class for each name."""
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (40, 32), (60 * label, number, 99)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize(("count", "validation", "shown"), [(5, "auto", "no test; 3 validation images, which choose"),
+                                                            (1, "none", "no test; there is none")])  # fmt: skip
+def test_tune_without_test(tmp_path, capsys, count, validation, shown):
+    data, out = squares_folder(tmp_path / "photos", COLOURS, count), tmp_path / "run"
+    options = ["--test", "none", "--shots", "all", "--validation", validation, "--epochs", "1", "--device", "cpu"]
+    assert main(["tune", "--data", f"imagefolder:{data}", *options, "--out", str(out)]) == 0
+    output, metrics = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
+    assert "For your own images use a pretrained model: --model ViT-B-16-quickgelu" in output.err
+    held = 3 if validation == "auto" else 0
+    assert metrics["images"] == {"train": 3 * count - held, "tests": {"all": 0}}
+    assert metrics["zero_shot"] == metrics["tuned"] == {"all": None}
+    assert (metrics["validation"] or {"images": 0})["images"] == held
+    assert ("validation" in output.out) and shown in (out / "README.md").read_text()
+    headline = "No images were kept for a test. On 3 validation images" if held else "there is no accuracy"
+    assert headline in (out / "report.html").read_text()
+    assert main(["predict", str(out), str(data), "--device", "cpu"]) == 0
+    assert main(["blend", str(out), "--device", "cpu"]) == 0
+    assert "--data must be given: all images of imagefolder:" in fails(["eval", out], capsys)
+
+
+def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
+    data = f"imagefolder:{squares_folder(tmp_path / 'photos', COLOURS, 4)}"
+    other = f"imagefolder:{squares_folder(tmp_path / 'other', 'abcdefg', 3)}"
+    out = str(tmp_path / "run")
+    assert main(["tune", "--data", data, "--classes", "2", "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    capsys.readouterr()
+    for arguments, shown in [
+        ([], "all: 2 images of 2 classes: black, red"),
+        (["--data", other], "all: 7 images of 7 classes: a, b, c, d, e and 2 more"),
+        (["--data", other, "--classes", "3"], "all: 3 images of 3 classes: a, c, e"),
+        (["--classes", "3"], "all: 3 images of 3 classes: black, red, white"),
+    ]:
+        assert main(["eval", out, *arguments]) == 0
+        assert shown in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"dataset": iter([])}, "dataset must be a map-style dataset, with len"),
@@ -85,7 +131,7 @@ def test_tune_tensors(tmp_path):
      ({"dataset": Squares(3), "epochs": "3"}, "epochs must be .*int.*; got '3'"),
      ({"dataset": Squares(30)}, "has no class names"),
      ({"dataset": Squares(30), "classes": ["one", "two"]}, "labels of dataset:Squares must be from 0 to 1"),
-     ({"dataset": Squares(3), "classes": COLOURS}, "class black has 1 image, .* or give test=")],
+     ({"dataset": Squares(3), "classes": COLOURS}, "class black has 1 image, .* give test=.*, or train on")],
 )  # fmt: skip
 def test_tune_refuses(tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):

@@ -59,6 +59,14 @@ def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[Test
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
     first, *others = names
     before, after = zero_shot.get(first), tuned.get(first)
+    if not metrics.get("images", {}).get("tests", {}).get(first, 1):
+        held = metrics.get("validation")
+        if not held or not (finite(held["zero_shot"]) and finite(held["tuned"])):
+            return "All images trained, none were kept for a test: there is no accuracy."
+        return (
+            f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose the epoch, "
+            f"the accuracy went {_from_to(held['zero_shot'], held['tuned'])}; expect less on other images."
+        )
     if not (finite(before) and finite(after)):
         return f"No accuracy after tuning; zero-shot {_percent(before)} on {first}."
     classes = plural(metrics["classes"][first], "trained class", "trained classes")
