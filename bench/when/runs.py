@@ -151,7 +151,7 @@ def setup_of(run: Run) -> RunSetup:
     task = tasks.load(run.shift, run.phase, run.seed, transform, run.emoji_font)
     method = build_method(config, model, tokenizer, task)
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, MixedPrecision("fp32", device), task, method, zero_shot)
+    return RunSetup(config, model, tokenizer, MixedPrecision("fp32", device), task, method, zero_shot)
 
 
 def execute(run: Run) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class AnalyzeCommand:
         check_apart("out", folder, config)
         report.check_folder(folder, self.analysis.overwrite)
         model, transform, tokenizer = load_model(
-            config.model, config.pretrained, torch.device(config.device), seed=config.seed
+            config.model, config.pretrained, torch.device(config.device), seed=config.seed, trust=config.trust
         )
         task = build_task(config, transform)
         for note in task.notes:

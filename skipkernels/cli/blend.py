@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from skipkernels.console import Terminal
 
-from .options import Run
+from .options import Run, Trust
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class BlendCommand:
     """Replace an earlier run in the folder."""
     device: str | None = None
     """cpu, cuda, cuda:1, …. By default that of the run."""
+    trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Blend, and print the accuracy by alpha. Returns 0.
@@ -35,7 +36,8 @@ class BlendCommand:
         from skipkernels.serve import blend
         from skipkernels.tuner.run_folder import blended_folder
 
-        metrics = blend(self.run, self.alpha, out=self.out, overwrite=self.overwrite, device=self.device)
+        options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
+        metrics = blend(self.run, self.alpha, out=self.out, **options)
         show(metrics, self.out or blended_folder(self.run), out)
         return 0
 

@@ -71,7 +71,7 @@ class CompareCommand(Options):
             raise InputError("--values needs a setting; add --ablate skip_layers, keep_ratio or decay.")
         folder = self.output.out or default_folder("compare" if setting is None else f"ablate-{setting}", config)
         with on_interrupt(after_interrupt(overwrite)):
-            blend = partial(serve.blend, overwrite=True) if self.study.blend else None
+            blend = partial(serve.blend, overwrite=True, trust=True) if self.study.blend else None
             if setting is None:
                 methods = self.study.methods or tuple(METHODS)
                 study = studies.compare(config, methods, seeds, folder, err, overwrite=overwrite, blend=blend)

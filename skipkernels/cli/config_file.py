@@ -29,18 +29,20 @@ def named_in(arguments: list[str]) -> Path | None:
     return found
 
 
-def with_file(command: Command, path: Path) -> Command:
+def with_file(command: Command, path: Path, arguments: list[str]) -> Command:
     """Return a command with the settings of a file as defaults.
 
-    The config.yaml in a run folder has the folder of that run, which is left out: this is another run.
+    The config.yaml in a run folder has the folder of that run, which is left out: this is another run. The author
+    of the file may be unknown, so it may name sources only if the arguments have --trust, or the same option.
 
     Raises:
         InputError: If the file can't be used.
     """
-    from skipkernels.tuner import TuneConfig
+    from skipkernels.tuner.config import NOT_IN_FILES, TuneConfig
 
-    config = TuneConfig.from_yaml(path)
-    values: dict[str, Any] = vars(config).copy()
+    given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
+    config = TuneConfig.from_yaml(path, trust="trust" in given, given=given)
+    values: dict[str, Any] = {name: value for name, value in vars(config).items() if name not in NOT_IN_FILES}
     if config.out is not None and config.out.absolute() == path.parent.absolute():
         values |= {"out": None, "resume": False, "overwrite": False}
     return _replaced(command, values)

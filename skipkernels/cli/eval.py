@@ -9,7 +9,7 @@ from pathlib import Path
 from skipkernels.console import Terminal
 from skipkernels.options import Protocol
 
-from .options import Run
+from .options import Run, Trust
 from .tune import number
 
 
@@ -31,6 +31,7 @@ class EvalCommand:
     """cpu, cuda, cuda:1, …. By default that of the run."""
     json: bool = False
     """Print JSON instead of a table."""
+    trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Evaluate, and print the accuracy. Returns 0.
@@ -84,5 +85,6 @@ class EvalCommand:
             root=self.root,
             protocol=self.protocol,
             classes=self.classes,
+            trust=self.trust,
             console=err,
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from skipkernels.console import Terminal
 
-from .options import Run
+from .options import Run, Trust
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ExportCommand:
     """Also upload the folder to this repository of the Hugging Face Hub, ORG/NAME."""
     public: bool = False
     """With --push, create a public repository. By default it is private."""
+    trust: Trust = False
 
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Export, and print the files. Returns 0.
@@ -40,7 +41,8 @@ class ExportCommand:
 
         if self.public and self.push is None:
             raise InputError("export: public has no effect without `push`; leave it out.", "public")
-        done = export(self.run, self.to, self.out, overwrite=self.overwrite, push=self.push, private=not self.public)
+        options: dict[str, Any] = {"overwrite": self.overwrite, "push": self.push, "private": not self.public}
+        done = export(self.run, self.to, self.out, trust=self.trust, **options)
         for note in done.notes:
             err.print(f"note: {note}", soft_wrap=True)
         out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)

@@ -84,7 +84,7 @@ def parse(arguments: list[str] | None) -> Command:
     arguments = sys.argv[1:] if arguments is None else arguments
     file = named_in(arguments) if arguments[:1] == ["tune"] else None
     # The settings of the file are the defaults of the options, also in --help.
-    defaults: Any = {} if file is None else {"default": with_file(TuneCommand(), file)}
+    defaults: Any = {} if file is None else {"default": with_file(TuneCommand(), file, arguments)}
     tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", **defaults)]
     return tyro.cli(
         tune | _Others,
@@ -101,7 +101,9 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
     try:
         command = parse(arguments)
     except ValueError as error:  # InputError, which is not imported for --help
-        _print_error(err, "error", str(error))
+        from .errors import with_flags
+
+        _print_error(err, "error", with_flags(error))
         return 2
     if launched() > 1 and not isinstance(command, (TuneCommand, EvalCommand)):
         if is_first():

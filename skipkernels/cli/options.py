@@ -30,6 +30,15 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 """Type of the positional argument RUN, the folder of a run."""
 
+Trust = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Also load what a file in the folder of the run names: models and datasets of the hub, models and weights "
+        "in other folders. Code in the folder never runs."
+    ),
+]
+"""Type of the option --trust."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

@@ -14,7 +14,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from skipkernels.console import Terminal, progress
 from skipkernels.options import Precision
 
-from .options import Run
+from .options import Run, Trust
 
 if TYPE_CHECKING:
     from skipkernels.serve import Predictions
@@ -51,6 +51,7 @@ class PredictComputeOptions:
     """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
     precision: Precision = "auto"
     """auto is bf16 on a GPU that has it, else fp32."""
+    trust: Trust = False
     batch_size: int = 64
     """Images per forward pass."""
     workers: int | None = None
@@ -99,6 +100,7 @@ class PredictCommand:
             templates=results.template,
             device=compute.device,
             precision=compute.precision,
+            trust=compute.trust,
         )
         folders = None
         if results.sort_into is not None:

@@ -49,6 +49,7 @@ def blend(
     test: SizedDataset | None = None,
     validation: SizedDataset | None = None,
     classes: Sequence[str] | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Blend the weights of a run with those before tuning, and write the result as another run folder.
 
@@ -70,6 +71,7 @@ def blend(
         test: Test images; see `tune`.
         validation: Validation images; see `tune`.
         classes: Class names by label; see `tune`.
+        trust: See `evaluate_run`.
 
     Returns:
         Contents of the new metrics.json; "blend" has the curve: "alphas", "accuracy" by test, and "chosen".
@@ -96,9 +98,10 @@ def blend(
     if target.resolve() == folder.resolve():
         raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
     described, metrics = Description.read(folder), read_metrics(folder)
-    of_run = TuneConfig.from_yaml(folder / CONFIG)
+    given = () if dataset is None else ("data",)
+    of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
     check_method(of_run)
-    config = replace(of_run, views=1, refresh="never", workers=0, download=False)
+    config = replace(of_run, trust=trust, views=1, refresh="never", workers=0, download=False)
     if config.cache is not None and not config.cache.is_dir():
         config = replace(config, cache=None)
     if device is not None:
@@ -238,7 +241,7 @@ def _write(
     mib = round((folder.path / MODEL).stat().st_size / 2**20, 1)
     metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
     described.write(folder.path)
-    use = "open-clip" if write_open_clip_config(folder.path, config.model, setup.model) else "skipkernels"
+    use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
     folder.write_card(model_card(config, described, metrics, use=use))
     folder.write_predictions(tests)
     folder.write_report(report_html(config, metrics, [], tests))

@@ -116,6 +116,7 @@ class Classifier:
         templates: str | Sequence[str] | None = None,
         device: str | torch.device | None = None,
         precision: Precision | str = "auto",
+        trust: bool = False,
     ) -> Classifier:
         """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
 
@@ -130,14 +131,18 @@ class Classifier:
                 probabilities are not calibrated.
             device: Device. Default: "cuda" if there is one, else "cpu".
             precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp32.
+            trust: Load what the files in the folder name: models of the hub, models and weights in other folders.
+                Code in the folder never runs.
 
         Raises:
-            InputError: If the folder does not hold a tuned model, or is damaged, or an argument can't be used.
+            InputError: If the folder does not hold a tuned model, or is damaged, or is not trusted and names such a
+                source, or an argument can't be used.
         """
         folder = Path(run).expanduser()
         if not folder.is_dir():
             raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
-        return cls(load_run(folder, classes=classes, templates=templates, device=device, precision=precision))
+        options: dict[str, Any] = {"device": device, "precision": precision, "trust": trust}
+        return cls(load_run(folder, classes=classes, templates=templates, **options))
 
     @property
     def device(self) -> torch.device:
@@ -309,6 +314,6 @@ def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Pr
     Raises:
         InputError: If the run or an image can't be read, or an argument can't be used.
     """
-    names = ("classes", "templates", "device", "precision")
+    names = ("classes", "templates", "device", "precision", "trust")
     load_options = {name: options.pop(name) for name in names if name in options}
     return Classifier.load(run, **load_options).predict(images, top=top, **options)

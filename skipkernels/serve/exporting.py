@@ -48,6 +48,7 @@ def export(
     push: str | None = None,
     private: bool = True,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> Exported:
     """Write a tuned model for another library.
 
@@ -68,6 +69,7 @@ def export(
             huggingface_hub is logged in to.
         private: Create that repository as a private one, if it does not exist.
         overwrite: Write into a folder with files. Files with the same names are replaced; no others are uploaded.
+        trust: See `Classifier.load`.
 
     Raises:
         InputError: If the run can't be read or exported, a package is missing, or an argument can't be used.
@@ -95,7 +97,7 @@ def export(
     if folder.resolve() == source.resolve():
         raise InputError(f"export: out must not be the folder of the run; got {folder}. Choose another.", "out")
     check_writable(folder, function="export")
-    plain = plain_model(source)
+    plain = plain_model(source, trust=trust)
     write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
     described = _shared(plain)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
             f"export: run must have its prompts in the model; those of {plain.described.method} are learned. Use onnx.",
             "run",
         )
-    if not write_open_clip_config(folder, plain.name, plain.model):
+    if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
     state, header = plain.model.state_dict(), weights.metadata(holds=weights.MODEL)
     replace_file(folder / OPEN_CLIP_WEIGHTS, lambda file: write_tensors(file, state, header))
@@ -167,7 +169,7 @@ def _write_card(source: Path, folder: Path, described: Description, to: Target) 
         if (source / CARD).is_file():
             replace_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
         return
-    config, metrics = TuneConfig.from_yaml(source / CONFIG), read_metrics(source)
+    config, metrics = TuneConfig.from_yaml(source / CONFIG, trust=True), read_metrics(source)
     config = replace(config, data=described.data, pretrained=described.pretrained, root=None, cache=None)
     replace_text(folder / CARD, model_card(config, described, metrics, use=to))
 

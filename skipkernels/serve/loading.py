@@ -17,11 +17,13 @@ from ..data.templates import PHOTO, format_prompt, resolve_templates
 from ..options import Precision
 from ..tuner import checkpoint, weights
 from ..tuner.config import usable_device
-from ..tuner.description import Description
+from ..tuner.description import CLASSIFIER, Description
 from ..tuner.methods import METHODS, Method
 from ..tuner.methods.base import FrozenModel
-from ..tuner.model import LOCAL_DIR, OPEN_CLIP, load_model, load_weights
+from ..tuner.model import LOCAL_DIR, load_model, load_weights
+from ..tuner.plain_config import OPEN_CLIP
 from ..tuner.precision import MixedPrecision
+from ..tuner.sources import check_source
 
 TEST = "classes"
 """Name of the test that has the classes to predict, for `Method.logits`."""
@@ -61,6 +63,7 @@ def load_run(
     templates: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
     precision: Precision | str = "auto",
+    trust: bool = False,
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
     described = Description.read(folder)
@@ -71,7 +74,10 @@ def load_run(
     name, pretrained = described.model, described.pretrained
     if whole and (folder / OPEN_CLIP).is_file():
         name, pretrained = f"{LOCAL_DIR}{folder.absolute()}", None
-    model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole)
+    else:
+        check_source(folder / CLASSIFIER, "model", name, trust)
+        check_source(folder / CLASSIFIER, "pretrained", pretrained or "", trust)
+    model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole, trust=trust)
     if whole:
         load_weights(model, file)
     if described.holds == weights.CHANGES and weights.has_bf16(file):  # changes to weights that bf16-sr rounded first

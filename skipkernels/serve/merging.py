@@ -14,7 +14,6 @@ from ..experiments.baselines.lora import LoRA, LowRankAttention
 from ..tuner.description import Description
 from ..tuner.methods import ZeroShot
 from ..tuner.methods.base import TunedModel
-from ..tuner.model import OPEN_CLIP
 from .loading import TEST, load_run
 
 
@@ -23,7 +22,6 @@ class PlainModel(NamedTuple):
 
     Attributes:
         described: Description of the run.
-        name: Name of the model, as open_clip takes it.
         model: CLIP with the tuned weights, in evaluation mode, in fp32 on the CPU.
         tokenizer: Tokenizer of the model.
         prompts: Prompts by template and class.
@@ -32,7 +30,6 @@ class PlainModel(NamedTuple):
     """
 
     described: Description
-    name: str
     model: Any
     tokenizer: Any
     prompts: tuple[list[str], ...]
@@ -40,13 +37,13 @@ class PlainModel(NamedTuple):
     learned_text: bool
 
 
-def plain_model(folder: Path) -> PlainModel:
-    """Load a run as a plain model. LoRA is merged into the weights.
+def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
+    """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights.
 
     Raises:
         InputError: If the run can't be read, or its method has no plain model.
     """
-    run = load_run(folder, device="cpu", precision="fp32")
+    run = load_run(folder, device="cpu", precision="fp32", trust=trust)
     method = run.method
     if not isinstance(method, (TunedModel, ZeroShot, CoOp, LoRA)):
         raise InputError(
@@ -58,9 +55,7 @@ def plain_model(folder: Path) -> PlainModel:
     if isinstance(method, LoRA):
         merge_lora(run.model)
     model = run.model.float().eval().requires_grad_(False)
-    own_config = (folder / OPEN_CLIP).is_file()  # its model may have a name that open_clip does not know
-    name = f"local-dir:{folder}" if own_config else run.described.model
-    return PlainModel(run.described, name, model, run.tokenizer, run.prompts, text, isinstance(method, CoOp))
+    return PlainModel(run.described, model, run.tokenizer, run.prompts, text, isinstance(method, CoOp))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTrans
 from torch import Tensor, nn
 
 from ..data import InputError
+from ..tuner.plain_config import save_tokenizer
 from .merging import PlainModel
 
 _TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
@@ -38,9 +39,8 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
             "export: hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to"
         ) from None
     if isinstance(plain.model, transformers.PreTrainedModel):  # the run's model came from such a folder
-        where = plain.name.partition(":")[2]
         plain.model.save_pretrained(folder)
-        transformers.AutoProcessor.from_pretrained(where).save_pretrained(folder)
+        save_tokenizer(plain.tokenizer, folder)
         return []
     check(plain)
     converted = transformers.CLIPModel(transformers.CLIPConfig(**config(plain.model)))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-_LEFT_OUT = {"resume", "overwrite", "config", "print_config"}  # they don't change what is computed
+_LEFT_OUT = {"resume", "overwrite", "config", "print_config", "trust"}  # they don't change what is computed
 
 
 def command_line(

@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from .option_groups import (
     TrainingOptions,
 )
 from .registry import METHODS, experiments_hint
+from .sources import check_source
 
 if TYPE_CHECKING:
     from ..data import Source
@@ -42,6 +43,8 @@ _GLYPH_CLASSES = 100  # default of `classes` on glyphs
 # The published recipe of these methods trains a quarter of the epochs on these datasets.
 _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
+NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
+_SOURCES = ("model", "pretrained", "data", "targets")
 _PATHS, _TUPLES = ("root", "cache", "out", "resume"), ("template", "targets", "log")  # fields with these types
 
 _MAX_BYTES = 2**20  # size of a config.yaml
@@ -281,11 +284,17 @@ class TuneConfig(
         return yaml.safe_dump(_plain(self), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, path: Path) -> TuneConfig:
+    def from_yaml(cls, path: Path, *, trust: bool = False, given: Collection[str] = ()) -> TuneConfig:
         """Read a configuration that `to_yaml` wrote.
 
+        Args:
+            path: The file.
+            trust: Accept all sources that the file names, because the user trusts it or because nothing is loaded.
+            given: Settings that the caller replaces; their sources are accepted.
+
         Raises:
-            InputError: If the file is missing, is not a YAML mapping, or has an unknown field or a wrong type.
+            InputError: If the file is missing, is not a YAML mapping, or has an unknown field, a wrong type, or a
+                source that `check_source` refuses.
         """
         import yaml
 
@@ -300,12 +309,15 @@ class TuneConfig(
             raise InputError(f"{path}: not readable as YAML ({first_line(error)}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
-        hints = get_type_hints(cls)
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in NOT_IN_FILES}
         for name, value in values.items():
             if name not in hints:
                 raise _unknown_setting(path, name, hints)
             if not _has_type(value, hints[name]):
                 raise InputError(f"{path}: {name} must be {hints[name]}; got {_shown(value)}.")
+            if name in _SOURCES and name not in given:
+                for source in value if isinstance(value, list) else [value or ""]:
+                    check_source(path, name, source, trust)
         return cls(**{name: _converted(value, hints[name]) for name, value in values.items()})
 
 
@@ -367,7 +379,7 @@ def _plain(config: TuneConfig) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_FILES}
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
-from open_clip.coca_model import CoCa
-from open_clip.model import CLIP, CustomTextCLIP
-from torch import nn
-
 from ..data import InputError, Task
 from ..store import read_object, replace_text
 from .config import TuneConfig
 from .environment import versions
-from .model import OPEN_CLIP
+from .plain_config import OPEN_CLIP, save_tokenizer
 from .state_checks import check_types
 
 CLASSIFIER = "classifier.json"
@@ -132,6 +127,8 @@ class Description:
                 raise ValueError("prompts must be one text for each class")
         if Path(self.weights).name != self.weights:
             raise ValueError("weights must be the name of a file in the folder")
+        if not self.settings.keys() <= {"skip_layers"}:  # other arguments of a method include paths
+            raise ValueError(f"settings may have skip_layers only; got {', '.join(self.settings)}")
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError("temperature must be above 0")
 
@@ -193,27 +190,18 @@ def preprocessing(model: Any) -> dict[str, Any]:
     return dict(getattr(getattr(model, "visual", model), "preprocess_cfg", {}))
 
 
-def open_clip_config(name: str, model: nn.Module) -> dict[str, Any] | None:
-    """Return open_clip_config.json of a model and its name in open_clip; None if the model is not one of open_clip."""
-    if not isinstance(model, (CLIP, CustomTextCLIP, CoCa)):
-        return None
-    config = open_clip.get_model_config(name)
-    if config is None:
-        return None
-    cleaned = preprocessing(model)
-    return {"model_cfg": config, "preprocess_cfg": {key: cleaned[key] for key in _PREPROCESSING if key in cleaned}}
-
-
-def write_open_clip_config(folder: Path, name: str, model: nn.Module) -> bool:
-    """Write open_clip_config.json, and a Hugging Face tokenizer that the config names.
+def write_open_clip_config(folder: Path, model: Any, tokenizer: Any) -> bool:
+    """Write open_clip_config.json of a model of `load_model`, and its tokenizer if that is one of Hugging Face.
 
     Returns:
-        False if there is no such config; nothing is written then.
+        False if the model is not one of open_clip; nothing is written then.
     """
-    config = open_clip_config(name, model)
-    if config is None:
+    model_cfg = getattr(model, "model_cfg", None)
+    if model_cfg is None:
         return False
-    if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):  # open_clip reads it from the folder
-        open_clip.get_tokenizer(name).save_pretrained(folder)
+    cleaned = preprocessing(model)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {key: cleaned[key] for key in _PREPROCESSING if key in cleaned}}
+    if model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip reads it from the folder
+        save_tokenizer(tokenizer, folder)
     replace_text(folder / OPEN_CLIP, json.dumps(config, indent=2) + "\n")
     return True

@@ -21,13 +21,15 @@ from ..options import CacheDtype, Protocol
 from . import checkpoint, weights
 from .config import TuneConfig
 from .methods import Method
-from .model import load_weights
+from .model import LOCAL_DIR, load_weights
 from .own_dataset import own_data
+from .plain_config import OPEN_CLIP
 from .precision import REMEDY
 from .predictions import TOP, TopClasses
 from .processes import Processes, joined
 from .run_folder import CONFIG
 from .setup import BATCH, RunSetup, build_run
+from .sources import check_source
 from .validation import has_stalled
 
 Accuracies = dict[str, float | None]
@@ -187,7 +189,7 @@ def epochs_left(folder: Path) -> int:
     Raises:
         InputError: If the folder is not a run folder, or its checkpoint is damaged.
     """
-    config, found = TuneConfig.from_yaml(folder / CONFIG), checkpoint.find(folder)
+    config, found = TuneConfig.from_yaml(folder / CONFIG, trust=True), checkpoint.find(folder)  # nothing is loaded
     if found is None or has_stalled(found.state["rows"], config.patience):
         return 0
     return (config.epochs or 0) - len(found.state["rows"])
@@ -203,6 +205,7 @@ def evaluate_run(
     dataset: SizedDataset | None = None,
     test: SizedDataset | None = None,
     classes: Sequence[str] | int | None = None,
+    trust: bool = False,
     console: Console | None = None,
 ) -> Accuracies:
     """Compute the accuracy of the checkpoint of a run. Writes nothing, and does not read the feature cache.
@@ -219,15 +222,18 @@ def evaluate_run(
         test: Test images; see `tune`.
         classes: Class names by label; see `tune`. Or the largest number of classes; default: all of other `data`, and
             the setting of the run for its own.
+        trust: Load what config.yaml names: models and datasets of the hub, models and weights in other folders.
         console: Console for the number of images and the classes of each test. Default: none.
 
     Raises:
-        InputError: If the folder is not a run folder, its checkpoint is damaged, or the run has no test images.
+        InputError: If the folder is not a run folder, its checkpoint is damaged, the run has no test images, or it is
+            not trusted and names such a source.
         FloatingPointError: If a logit is not finite.
         ProcessError: If another process ended without a report.
     """
     folder = Path(folder)
-    config = TuneConfig.from_yaml(folder / CONFIG)
+    given = ("model", "pretrained", *(["data"] if data or dataset is not None else []))  # `_load_run` checks the model
+    config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
     if config.test == "none" and data is None and test is None:
         raise InputError(f"evaluate_run: data must be given: all images of {config.data} trained or validated.", "data")
     limit = config.classes if data in (None, config.data) else None  # of other data, all classes
@@ -236,6 +242,7 @@ def evaluate_run(
     rounded_to = None if config.cache is None else config.cache_dtype
     config = replace(
         config,
+        trust=trust,
         data=data or config.data,
         root=root or config.root,
         protocol=protocol or config.protocol,
@@ -274,6 +281,11 @@ def _load_run(
 ) -> RunSetup:
     """Build a run with the weights of its checkpoint."""
     contents = _read_weights(folder, weights.read_metadata).get("holds", weights.MODEL)
+    if contents == weights.MODEL and (folder / OPEN_CLIP).is_file():  # the folder has the whole model
+        config = replace(config, model=f"{LOCAL_DIR}{folder.absolute()}", pretrained=None)
+    else:
+        for name in ("model", "pretrained"):
+            check_source(folder / CONFIG, name, getattr(config, name) or "", config.trust)
     build = partial(build_run, config, open_data=open_data, processes=processes, rounded_to=rounded_to)
     if contents == weights.MODEL:
         return build(load=lambda model: _read_weights(folder, partial(load_weights, model)))

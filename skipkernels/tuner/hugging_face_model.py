@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,17 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
+from ..store import read_object
 from .errors import argument_error
+from .plain_config import SMALL_FILES, copy_tokenizer, link_weights
 
 _TYPES = ("clip", "siglip")
+_MAX_BYTES = 1 << 20  # size of a config.json
+_TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
+_CONFIG = {"attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "image_size"}
+_CONFIG |= {"initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps", "logit_scale_init_value"}
+_CONFIG |= {"max_position_embeddings", "num_attention_heads", "num_channels", "num_hidden_layers", "pad_token_id"}
+_CONFIG |= {"patch_size", "projection_dim", "projection_size", "vision_use_head", "vocab_size"}
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -26,10 +36,31 @@ def is_hugging_face(folder: Path) -> bool:
     return isinstance(config, dict) and "model_type" in config
 
 
+@dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """Tokenizer of transformers in open_clip's form, with the image processor that is saved beside it."""
+
+    tokenizer: Any
+    processor: Any
+    length: int
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Return the tokens [n, length]."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        return self.tokenizer(texts, **options).input_ids
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the tokenizer and the image processor."""
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
 def load_hugging_face(
-    name: str, where: str, *, architecture_only: bool, seed: int
+    name: str, where: str | Path, *, architecture_only: bool, seed: int
 ) -> tuple[nn.Module, Callable, Callable]:
     """Load a model with its image transform and tokenizer.
+
+    transformers reads them from a folder with rebuilt configurations, without other files such as code or adapters.
 
     Args:
         name: Name of the model, for messages.
@@ -46,35 +77,56 @@ def load_hugging_face(
         raise argument_error(
             "model", f"{name} needs transformers: pip install 'skipkernels[hugging-face]' ({error})."
         ) from error
-    try:
-        config = AutoConfig.from_pretrained(where)
-        if config.model_type not in _TYPES:
-            raise argument_error("model", f"{name} must be a CLIPModel or SiglipModel; got {config.model_type!r}.")
-        with torch.random.fork_rng(devices=[]):
+    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    with tempfile.TemporaryDirectory() as plain, torch.random.fork_rng(devices=[]):
+        try:
+            source = where if isinstance(where, Path) else _downloaded(where, weights=not architecture_only)
+            values = read_object(source / "config.json", _MAX_BYTES)
+            kind = values.get("model_type")
+            if kind not in _TYPES:
+                raise argument_error("model", f"{name} must be a CLIPModel or SiglipModel; got {kind!r}.")
+            config = AutoConfig.for_model(kind, **_plain(values))
+            config.save_pretrained(plain)
+            copy_tokenizer(source, Path(plain))
             torch.manual_seed(seed)
             if architecture_only:
-                model = AutoModel.from_config(config)
+                model = AutoModel.from_config(config, trust_remote_code=False)
             else:
-                model = AutoModel.from_pretrained(where, dtype=torch.float32)
-        settings = preprocess_settings(AutoImageProcessor.from_pretrained(where))
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, AttributeError) as error:
-        if getattr(error, "argument", None):
-            raise
-        reason = " ".join(str(error).split())[:250]
-        raise argument_error(
-            "model",
-            f"{name} could not be loaded by transformers: {reason}. Save the model and its processor there with "
-            "save_pretrained.",
-        ) from error
+                link_weights(source, Path(plain))
+                model = AutoModel.from_pretrained(plain, dtype=torch.float32, **safe)
+            processor = AutoImageProcessor.from_pretrained(plain, **safe)
+            settings = preprocess_settings(processor)
+            tokenizer = AutoTokenizer.from_pretrained(plain, **safe)
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, AttributeError) as error:
+            if getattr(error, "argument", None):
+                raise
+            reason = " ".join(str(error).replace(plain, str(where)).split())[:250]
+            raise argument_error(
+                "model",
+                f"{name} could not be loaded by transformers: {reason}. Save the model and its processor there with "
+                "save_pretrained.",
+            ) from error
     model.preprocess_cfg = settings
-    length = config.text_config.max_position_embeddings
-
-    def tokenize(texts: list[str]) -> Tensor:
-        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return found.input_ids
-
+    tokenize = HuggingFaceTokenizer(tokenizer, processor, config.text_config.max_position_embeddings)
     return model, image_transform_v2(PreprocessCfg(**settings), is_train=False), tokenize
+
+
+def _downloaded(repository: str, *, weights: bool) -> Path:
+    """Download a model of the hub; pickled weights only if there are no others."""
+    from huggingface_hub import snapshot_download
+
+    kinds = ("*.safetensors", "*.safetensors.index.json") if weights else ()
+    folder = Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, *kinds]))
+    if weights and not any(folder.glob("*.safetensors")):
+        snapshot_download(repository, allow_patterns=["pytorch_model*.bin", "pytorch_model*.bin.index.json"])
+    return folder
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config.json that describe the architecture."""
+    found = {name: value for name, value in values.items() if name in _CONFIG and not isinstance(value, dict)}
+    towers = {name: value for name, value in values.items() if name in _TOWERS and isinstance(value, dict)}
+    return found | {name: _plain(tower) for name, tower in towers.items()}
 
 
 def preprocess_settings(processor: Any) -> dict[str, Any]:

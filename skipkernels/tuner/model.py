@@ -7,13 +7,16 @@ import difflib
 import json
 import logging
 import pickle
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +29,7 @@ from ..formatting import first_line
 from ..options import Preset
 from .errors import argument_error
 from .hugging_face_model import is_hugging_face, load_hugging_face
+from .plain_config import OPEN_CLIP, copy_tokenizer, link_weights, read_open_clip_config, save_tokenizer
 from .registry import MODELS, experiments_hint
 
 RANDOM = "random"
@@ -33,14 +37,21 @@ LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 # Errors of open_clip for a file that is damaged, empty, or of another structure or model.
 _LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
 _LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
-OPEN_CLIP = "open_clip_config.json"
 _FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def load_model(
-    name: str, pretrained: str | None, device: torch.device, *, architecture_only: bool = False, seed: int = 0
+    name: str,
+    pretrained: str | None,
+    device: torch.device,
+    *,
+    architecture_only: bool = False,
+    seed: int = 0,
+    trust: bool = False,
 ) -> tuple[nn.Module, Callable, Callable]:
-    """Load a model in evaluation mode, with its image transform and tokenizer.
+    """Load a model in evaluation mode, with its image transform and tokenizer. Runs no code of a folder or of the hub.
+
+    A model of open_clip has its configuration in the attribute `model_cfg`.
 
     Args:
         name: A model of `open_clip.list_models()` or of `MODELS`; or one with its weights: "hf-hub:ORG/NAME" of the
@@ -51,6 +62,7 @@ def load_model(
         device: Device of the model.
         architecture_only: Load no weights. The image transform is still that of the tag, if it has its own.
         seed: Seed of random weights.
+        trust: Load models of the hub that the configuration of the model names as its towers.
 
     Raises:
         InputError: If there is no such model or weights, or the file does not fit the model.
@@ -58,7 +70,7 @@ def load_model(
     if name.startswith((LOCAL_DIR, HUB)):
         if pretrained is not None:
             raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
-        return _load_whole(name, device, architecture_only=architecture_only, seed=seed)
+        return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
     packaged = MODELS.get(name)
     known = open_clip.list_models()
     if name not in known and packaged is not None:
@@ -95,11 +107,12 @@ def load_model(
             load_weights(model, file)
         elif pretrained is None and packaged is not None:
             model.load_state_dict(packaged.state_dict())
-    return model.to(device).eval(), transform, _tokenizer(name)
+    model.model_cfg = open_clip.get_model_config(name)
+    return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
 
 
 def _load_whole(
-    name: str, device: torch.device, *, architecture_only: bool, seed: int
+    name: str, device: torch.device, *, architecture_only: bool, seed: int, trust: bool
 ) -> tuple[nn.Module, Callable, Callable]:
     """Load a model with its weights from a folder or the hub; see `load_model`."""
     kind, _, where = name.partition(":")
@@ -115,27 +128,59 @@ def _load_whole(
             f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name the "
             "folder of a saved model.",
         )
-    source = f"{LOCAL_DIR}{folder}" if local else name
     if not converted:
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with tempfile.TemporaryDirectory() as plain, quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
+                config = _rebuild(folder if local else where, Path(plain), weights=not architecture_only, trust=trust)
                 model, _, transform = open_clip.create_model_and_transforms(
-                    source,
+                    f"{LOCAL_DIR}{plain}",
                     load_weights=not architecture_only,
                     require_pretrained=not architecture_only,
                     pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
                 )
-                return model.to(device).eval(), transform, _tokenizer(source)
+                model.model_cfg = config
+                return model.to(device).eval(), transform, _tokenizer(name, f"{LOCAL_DIR}{plain}", config)
             except _LOAD_ERRORS as error:
                 if isinstance(error, InputError):
                     raise
                 converted = not local and OPEN_CLIP in str(error)
                 if not converted:
-                    reason = textwrap.shorten(" ".join(str(error).split()), 250, placeholder=" ….")
+                    reason = " ".join(str(error).replace(plain, where).split())
+                    reason = textwrap.shorten(reason, 250, placeholder=" ….")
                     raise argument_error("model", f"{name} could not be loaded: {reason}") from error
-    found = load_hugging_face(name, str(folder) if local else where, architecture_only=architecture_only, seed=seed)
+    found = load_hugging_face(name, folder if local else where, architecture_only=architecture_only, seed=seed)
     return found[0].to(device).eval(), *found[1:]
+
+
+def _rebuild(source: Path | str, folder: Path, *, weights: bool, trust: bool) -> dict[str, Any]:
+    """Write the plain parts of a model into a folder for open_clip; return its model_cfg.
+
+    Args:
+        source: A folder, or the name of a repository of the hub.
+        folder: Folder to write.
+        weights: Also link the weights.
+        trust: See `load_model`.
+    """
+    local = isinstance(source, Path)
+    download = partial(download_pretrained_from_hf, str(source))
+    file = Path(source, OPEN_CLIP) if local else Path(download(filename=OPEN_CLIP))
+    config = read_open_clip_config(file, trust=trust)
+    (folder / OPEN_CLIP).write_text(json.dumps(config))
+    tower, tokenizer = (config["model_cfg"]["text_cfg"].get(f"hf_{part}_name") for part in ("model", "tokenizer"))
+    if tower:
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(tower, trust_remote_code=False)  # an error for a model with code
+    if local:
+        copy_tokenizer(Path(source), folder)
+    elif tokenizer:
+        from transformers import AutoTokenizer
+
+        save_tokenizer(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), folder)
+    if weights:
+        link_weights(Path(source) if local else Path(download()), folder)
+    return config["model_cfg"]
 
 
 def check_activation(name: str, tag: str) -> None:
@@ -207,9 +252,11 @@ def augmentation(model: Any, preset: Preset = "default") -> Callable:
     return Compose([RandomHorizontalFlip(), crop])
 
 
-def _tokenizer(name: str) -> Callable:
+def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
+    """Return the tokenizer of a model, from the name or the folder that open_clip takes."""
+    options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
     try:
-        return open_clip.get_tokenizer(name)
+        return open_clip.get_tokenizer(source, **options)
     except (OSError, ImportError) as error:
         raise argument_error(
             "model",

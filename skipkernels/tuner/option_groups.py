@@ -100,6 +100,9 @@ class ModelOptions:
     local-dir:DIR, a folder of open_clip, such as a run folder, or of transformers (CLIP and SigLIP)."""
     pretrained: str | None = None
     """Weights: a tag of open_clip, a file, or "random". glyph-tiny has its own by default; other models need one."""
+    trust: bool = option(False, results=False)
+    """Also load models, weights and data of the hub or of other folders that a file names, such as the config.yaml of a
+    run or the configuration of a model. Code in a folder never runs."""
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from .forward_profile import forward_milliseconds
 from .loggers import Logger, open_loggers
 from .methods import Skip
 from .mistakes import predictions_with_thumbnails
-from .model import OPEN_CLIP
 from .model_card import model_card
 from .own_dataset import own_data
+from .plain_config import OPEN_CLIP
 from .predictions import TestPredictions, TopClasses, consistent
 from .processes import ALONE, Processes, joined
 from .progress import ProgressDisplay
@@ -403,7 +403,7 @@ class _Run:
             self.described = replace(self.described, temperature=temperature, calibration_images=images)
         self.described.write(self.folder.path)
         if holds == MODEL:
-            write_open_clip_config(self.folder.path, self.config.model, setup.model)
+            write_open_clip_config(self.folder.path, setup.model, setup.tokenizer)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started

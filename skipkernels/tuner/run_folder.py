@@ -25,8 +25,8 @@ from .config import TuneConfig, read_settings
 from .description import CLASSIFIER
 from .errors import argument_error
 from .loggers import CSV
-from .model import OPEN_CLIP
 from .model_card import CARD
+from .plain_config import OPEN_CLIP
 from .predictions import PREDICTIONS, TestPredictions, save
 from .signals import handled
 from .state_checks import check_types
@@ -166,7 +166,8 @@ def resumed(config: TuneConfig) -> TuneConfig:
     names = [field.name for field in dataclasses.fields(TuneConfig)]
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(TuneConfig, name)}
     given |= {"out": config.resume, "resume": True, "overwrite": config.overwrite}
-    return dataclasses.replace(TuneConfig.from_yaml(config.resume / CONFIG), **given)
+    found = TuneConfig.from_yaml(config.resume / CONFIG, trust=config.trust, given=given)
+    return dataclasses.replace(found, **given)
 
 
 def _files(folder: Path) -> list[Path]:

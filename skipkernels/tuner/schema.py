@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from . import config, option_groups
-from .config import TuneConfig
+from .config import NOT_IN_FILES, TuneConfig
 
 ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/config.schema.json"
 
@@ -45,7 +45,7 @@ def schema() -> dict[str, Any]:
     hints, texts = get_type_hints(TuneConfig), descriptions()
     fields = {field.name: field for field in dataclasses.fields(TuneConfig)}
     properties = {}
-    for name in (name for name in texts if name in fields):  # in the order of the groups
+    for name in (name for name in texts if name in fields and name not in NOT_IN_FILES):  # in the order of the groups
         field = fields[name]
         default = str(field.default) if isinstance(field.default, Path) else field.default
         properties[name] = {"description": texts[name], "default": default} | _type(hints[name], field.metadata)

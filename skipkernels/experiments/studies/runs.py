@@ -171,7 +171,7 @@ def _complete(config: TuneConfig) -> dict[str, Any] | None:
     assert config.out is not None
     if not (config.out / METRICS).exists():
         return None
-    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG))
+    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG, trust=True))  # compared, not loaded
     if differing:
         raise InputError(
             f"run_variants: {config.out} holds a run with another {' and '.join(differing)}. Choose another folder, or "
