@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -78,6 +79,7 @@ class PredictCommand:
             InputError: If there is no such run, there are no images, or an option is invalid.
         """
         from skipkernels.data import InputError
+        from skipkernels.data.files import format_others
         from skipkernels.serve import Classifier
         from skipkernels.serve.classifier import check_counts
         from skipkernels.serve.output import SortedFolders, check_file, contact_sheet, lines
@@ -93,7 +95,7 @@ class PredictCommand:
                 check_file(path, name)
         form = results.format or _format(results.out)
         check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
-        images = self._images()
+        images, others = self._images()
         classifier = Classifier.load(
             self.run,
             classes=None if results.classes is None else _names(results.classes),
@@ -135,6 +137,8 @@ class PredictCommand:
             replace_file(results.out, lambda file: file.writelines(encoded))
         if results.contact_sheet is not None:
             replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
+        if others:
+            err.print(format_others(others), soft_wrap=True)
         how = "calibrated on held-out images" if classifier.calibrated else NOT_CALIBRATED
         if not classifier.calibrated and (results.classes is not None or results.template is not None):
             how = "not calibrated: only those of the run's own classes and prompts are"
@@ -142,24 +146,28 @@ class PredictCommand:
         err.print(f"{len(best):,} images classified{skipped}; probabilities are {how}", soft_wrap=True)
         return 1 if unreadable else 0
 
-    def _images(self) -> list[str]:
+    def _images(self) -> tuple[list[str], Counter[str]]:
+        """Paths of the images, and the number of other files by extension."""
         from skipkernels.data import InputError
-        from skipkernels.serve.decoding import list_images
+        from skipkernels.data.files import find_images, format_others
 
-        found = []
+        found: list[str] = []
+        others: Counter[str] = Counter()
         for path in self.images:
             if path.is_dir():
-                inside = list_images(path)
+                inside, skipped = find_images(path, ".", dataset=False)
                 if not inside:
-                    raise InputError(f"predict: images must be files or folders of images; {path} has none.", "images")
-                found += inside
+                    none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
+                    raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
+                found += [str(path / name) for name in inside]
+                others += skipped
             elif not os.path.lexists(path):
                 raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
             else:
                 found.append(str(path))
         if not found:
             raise InputError("predict: images must be files or folders of images; got none.", "images")
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(found)), others
 
 
 def _names(text: str) -> list[str]:

@@ -13,7 +13,11 @@ from typing import Any
 from ..store import MANIFEST, open_regular
 from .base import InputError
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
+# Those of torchvision, and of later formats. Files with another extension are images by their first bytes.
+IMAGE_EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS += (".gif", ".avif", ".heic", ".heif")
+HEAD = 64  # bytes that `image_format` reads
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF")
 # Folders that skipkernels writes: (contents, a file that each contains): other files; each contains at least one.
 _OUTPUT_FOLDERS = {
     ("results", "config.yaml"): {"metrics.json", "metrics.jsonl", "state.pt", "model.safetensors", "delta.safetensors"},
@@ -70,7 +74,42 @@ def has_image_extension(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
+def image_format(head: bytes) -> str | None:
+    """Return Pillow's name of an image format by the first bytes of a file.
+
+    BMP, PPM and TIFF are not recognised: a text may begin with the same letters, and raw photos are TIFFs.
+
+    >>> image_format(b"GIF89a..."), image_format(b"BM")
+    ('GIF', None)
+    """
+    if head[4:8] == b"ftyp":
+        listed = head[16 : int.from_bytes(head[:4], "big")]  # compatible brands
+        brands = [head[8:12], *(listed[start : start + 4] for start in range(0, len(listed), 4))]
+        return min((_BRANDS[brand] for brand in brands if brand in _BRANDS), default=None)  # AVIFs are also mif1
+    if head[:4] == b"RIFF":
+        return "WEBP" if head[8:12] == b"WEBP" else None
+    starts = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
+    return next((name for start, name in starts.items() if head.startswith(start)), None)
+
+
+def is_image(path: str | Path) -> bool:
+    """Return True if a file has the extension, or else the first bytes, of an image."""
+    if has_image_extension(os.path.basename(path)):
+        return True
+    try:
+        with open_regular(path) as file:
+            return image_format(file.read(HEAD)) is not None
+    except OSError:
+        return False
+
+
+def format_others(others: Counter[str]) -> str:
+    """Format the number of other files of `find_images` for a message."""
+    counts = [f"{extension} {count}" for extension, count in sorted(others.items())]
+    return f"skipped files that are not images: {format_names(counts)}"
+
+
+def find_images(root: Path, folder: str, *, dataset: bool = True) -> tuple[list[str], Counter[str]]:
     """Find the image files in a folder and its subfolders, and count the other files by extension.
 
     Hidden files and folders are skipped. Links are followed. A folder with several paths is visited once, by the path
@@ -79,13 +118,14 @@ def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
     Args:
         root: Folder that paths are relative to.
         folder: Folder to search, relative to the root.
+        dataset: Raise the errors of a dataset, below. Otherwise such files are returned, or searched.
 
     Returns:
         Paths with "/", sorted; and the number of other files by extension.
 
     Raises:
-        InputError: If a folder can't be listed, a link is broken, an image is not a regular file, or a folder holds
-            results or features of skipkernels.
+        InputError: If a folder can't be listed; in a dataset, if a link is broken, an image is not a regular file, or
+            a folder holds results or features of skipkernels.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
@@ -100,17 +140,17 @@ def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
         entries = _entries(root / here)
         names = {entry.name for entry in entries}
         for (contents, always), others_of_output in _OUTPUT_FOLDERS.items():
-            if always in names and names & others_of_output:
+            if dataset and always in names and names & others_of_output:
                 raise InputError(f"{root / here}: a folder of {contents}, not of images. Move it out of the dataset.")
         for entry in entries:
             inner = f"{here}/{entry.name}"
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(inner)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
+            elif dataset and entry.is_symlink() and not os.path.exists(entry.path):
                 raise InputError(f"{entry.path}: a broken link to {os.readlink(entry.path)}. Remove it.")
-            elif not has_image_extension(entry.name):
+            elif not is_image(entry.path):
                 others[PurePosixPath(entry.name).suffix.lower() or "no extension"] += 1
-            elif entry.is_file():
+            elif not dataset or entry.is_file():
                 images.append(inner)
             else:
                 raise InputError(f"{entry.path}: not a regular file, so it can't be an image. Remove it.")

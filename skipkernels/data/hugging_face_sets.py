@@ -8,7 +8,10 @@ code of the dataset.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import io
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,7 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from .base import InputError, open_error
 from .files import absolute_path, format_names
-from .images import DatasetImages, to_rgb
+from .images import DatasetImages, decode_image, read_image
 from .source import Split, SplitSource, normalize_class_names
 from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_source
 from .templates import Templates
@@ -30,26 +33,34 @@ _DISK = ("dataset_dict.json", "dataset_info.json", "state.json")  # files of `sa
 class RowDataset(Dataset):
     """Images of a dataset of Hugging Face; item i is (image, label).
 
+    Its images are read as bytes and decoded here: the decoder of `datasets` takes any format and any path.
+
     Attributes:
         labels: Label of each image.
         fingerprint: Fingerprint of the dataset, for a feature cache.
     """
 
-    def __init__(self, rows: Any, column: str, labels: list[int], name: str):
-        self._rows, self._column, self.labels, self._name = rows.select_columns([column]), column, labels, name
+    def __init__(self, rows: Any, column: str, labels: list[int], name: str, folders: Sequence[Path]):
+        self.labels, self._name, self._column = labels, name, column
+        self._folders = [os.path.join(os.path.realpath(folder), "") for folder in folders]
         self.fingerprint = f"{rows._fingerprint} {column}"
+        encoded = importlib.import_module("datasets").Image(decode=False)
+        self._rows = rows.select_columns([column]).cast_column(column, encoded)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            image = self._rows[index][self._column]
-            image.load()
-        except Exception as error:  # any error of a decoder
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"{self._name}: image {index} can't be read ({why}). Remove the row.") from error
-        return to_rgb(image, f"{self._name}: image {index}"), self.labels[index]
+        name = f"{self._name}: image {index}"
+        found = self._rows[index][self._column] or {}
+        content, path = found.get("bytes"), found.get("path")
+        if content is not None:
+            return decode_image(io.BytesIO(content), name), self.labels[index]
+        file = os.path.realpath(path or "")
+        if not file.startswith(tuple(self._folders)):
+            got = f"{path}, outside of {self._folders[0]}" if path else "neither"
+            raise InputError(f"{name}: must have its bytes, or a file of the dataset; got {got}. Remove the row.")
+        return read_image(file, listed=True), self.labels[index]
 
 
 def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
@@ -64,7 +75,7 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
     """
     where, _, query = spec.partition("?")
     name, options = f"hf:{where}", _options(spec, query)
-    parts, notes = _load(name, where, options)
+    parts, notes, folders = _load(name, where, options)
     features = next(iter(parts.values())).features
     column = _column(name, features, options, "image", [each for each in features if _is(features[each], "Image")])
     typed = [each for each in features if _is(features[each], "ClassLabel")]
@@ -97,7 +108,10 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
             templates = "{}"
     datasets, names, start = [], [], 0
     for split, part in rows:
-        datasets.append(RowDataset(part, column, labels[start : start + len(part)], f"{name}, {split}"))
+        try:
+            datasets.append(RowDataset(part, column, labels[start : start + len(part)], f"{name}, {split}", folders))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise open_error(f"{name}: {column} must be a column of images ({error}). Use image=….") from error
         names += [f"{split}/{index}" for index in range(len(part))]
         start += len(part)
     images = DatasetImages(ConcatDataset(datasets), labels, names)
@@ -124,10 +138,11 @@ def _options(spec: str, query: str) -> dict[str, str]:
     return found
 
 
-def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split, Any], list[str]]:
-    """Return the dataset of each split, and a note on splits that are not used."""
+def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split, Any], list[str], list[Path]]:
+    """Return the dataset of each split, a note on splits that are not used, and the folders with its files."""
     try:
         import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError as error:
         raise open_error(f"{name} needs the package datasets: pip install 'skipkernels[datasets]'.") from error
     if not where:
@@ -145,8 +160,9 @@ def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split
     except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
+    folders = [folder] if folder.exists() else [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
     if not isinstance(loaded, Mapping):
-        return {"train": loaded}, []
+        return {"train": loaded}, [], folders
     found: dict[Split, Any] = {}
     unused = []
     for split, part in loaded.items():
@@ -157,7 +173,7 @@ def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split
             unused.append(str(split))
     if not found:
         raise open_error(f"{name}: has the splits {format_names(list(map(str, loaded)))}, and none of train and test.")
-    return found, [f"{name}: splits that are not used: {format_names(unused)}."] if unused else []
+    return found, [f"{name}: splits that are not used: {format_names(unused)}."] if unused else [], folders
 
 
 def _is(feature: Any, kind: str) -> bool:

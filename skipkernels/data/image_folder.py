@@ -2,8 +2,8 @@
 
 PATH has a folder for each class, or the folders `train/` (or `training/`), `val/` (`valid/`, `validation/`) and `test/`
 (`testing/`), in upper or lower case, with the same class folders in each. Labels follow the sorted names of the class
-folders. Images are the files with torchvision's image extensions in a class folder and its subfolders; hidden files are
-skipped, other files are counted.
+folders. Images are the files in a class folder and its subfolders that have the extension or the first bytes of one;
+hidden files are skipped, other files are counted.
 
 Splits. Existing splits are used. With `val/` and without `test/`, the images of `val/` are the test images, as is usual
 for ImageNet. With neither, the images of each class are split by a hash of their paths: 30 % test, 20 % val, the rest
@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from .base import InputError, open_error
-from .files import absolute_path, find_images, format_names, has_image_extension, read_json, read_text, subfolders
+from .files import absolute_path, find_images, format_names, format_others, is_image, read_json, read_text, subfolders
 from .images import LabelledImages
 from .source import Split, SplitSource, constant_split, normalize_class_name, normalize_class_names
 from .splits import SPLIT_NAMES, split_by_hash
@@ -61,10 +61,12 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
             others += skipped
     empty = [f"{part}/{folder}".lstrip("/") for part in found for folder in folders if not found[part][folder]]
     if empty:
-        raise open_error(f"{name}: no images in {format_names(empty)}. Add some, or remove the empty folders.")
+        skipped_files = f" ({format_others(others)})" if others else ""
+        raise open_error(
+            f"{name}: no images in {format_names(empty)}{skipped_files}. Add some, or remove the empty folders."
+        )
     if others:
-        extensions = ", ".join(f"{extension} {count}" for extension, count in sorted(others.items()))
-        notes.append(f"{name}: skipped files that are not images: {extensions}.")
+        notes.append(f"{name}: {format_others(others)}.")
     paths_of: dict[str, list[str]] = defaultdict(list)
     for part in found:
         for folder in folders:
@@ -72,9 +74,7 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     same = [" and ".join(sorted(paths)) for paths in paths_of.values() if len(paths) > 1]
     if same:
         notes.append(f"{name}: the same folder, so the same images: {format_names(same)}.")
-    beside = sum(
-        has_image_extension(file.name) and file.name[0] != "." and os.path.isfile(file) for file in root.iterdir()
-    )
+    beside = sum(file.name[0] != "." and os.path.isfile(file) and is_image(file) for file in root.iterdir())
     if beside:
         notes.append(f"{name}: skipped images beside the class folders: {beside}.")
 

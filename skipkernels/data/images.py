@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import os
 import struct
+import threading
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from ..store import open_regular
 from .base import InputError, SizedDataset
-from .files import absolute_path
+from .files import HEAD, absolute_path, image_format
 
 Transform = Callable[[Any], Any]
 ImagesT = TypeVar("ImagesT", bound="Images")
 
 # Raised by Pillow's decoders for truncated or invalid files.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
-_UNREADABLE += (ArithmeticError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError)
-# Formats of `files.IMAGE_EXTENSIONS`, under any extension, and GIF: six .jpg files of Oxford-IIIT Pet are GIFs. Other
-# formats are excluded: Pillow runs Ghostscript on PostScript.
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-_DEEP_MODES = ("I", "F")  # and I;16…: Pillow clips values above 255, so most images would become white
+_UNREADABLE += (ArithmeticError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError, MemoryError)
+# Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
+_PLUGINS = {"HEIF": "pip install 'skipkernels[heif]'", "AVIF": "pip install --upgrade pillow"}
+MAX_PIXELS = 178_956_970  # 0.7 GB as RGB, which Pillow stores in 4 bytes; also Pillow's limit of an image
+# glibc returns freed blocks above 32 MB to the system. Of smaller ones each thread keeps its own: one image of
+# MAX_PIXELS after another, in eight threads, left 6.7 GB.
+_LARGE, _LARGE_BLOCK = MAX_PIXELS // 16, 1 << 26
+_RESIZED = 512  # pixels of the shorter side after resizing, for the size of the result; models have 224 to 448
+
+
+class PixelBudget:
+    """Number of pixels that the threads of a process decode and resize at the same time."""
+
+    def __init__(self, pixels: int = MAX_PIXELS):
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Wait until this number of pixels is free, and take it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_budget = PixelBudget()
+if hasattr(os, "register_at_fork"):  # a thread that holds pixels does not exist in the new process
+    os.register_at_fork(after_in_child=_budget.__init__)  # type: ignore[misc]
 
 
 class Images(Dataset):
@@ -132,50 +165,87 @@ class LabelledImages(Images):
             InputError: If the file is missing or can't be read as an image.
         """
         path, label = self.samples[index]
-        image = read_image(path, listed=True)
-        return image if self.transform is None else self.transform(image), label
+        return read_image(path, self.transform, listed=True), label
 
 
-def read_image(path: str | Path, *, listed: bool = False) -> Image.Image:
+def read_image(path: str | Path, transform: Transform | None = None, *, listed: bool = False) -> Any:
     """Read an image file as RGB, upright by its EXIF orientation; of an animation, the first frame.
+
+    Transparency is dropped, and 16-bit values keep their upper 8 bits.
 
     Args:
         path: The file.
+        transform: Applied to the image; until it returns, the pixels count as in use.
         listed: The file existed when its dataset was opened, for the error message.
 
     Raises:
-        InputError: If the file is missing, is not an image, is damaged, or has more than 8 bits per channel.
+        InputError: If the file is missing, is not an image, is damaged, or has too many pixels.
     """
     try:
-        with open_regular(path) as file:
-            return decode_image(file, path)
+        file = open_regular(path)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file. " + ("It was there when the dataset was opened." if listed else "Correct the path.")
         ) from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Replace or remove the file.") from error
+    with file:
+        return decode_image(file, path, transform)
 
 
-def decode_image(file: BinaryIO, path: str | Path) -> Image.Image:
-    """Read an opened image file as `read_image` does; `path` is its name in error messages."""
+def decode_image(file: BinaryIO, name: str | Path, transform: Transform | None = None) -> Any:
+    """Read an opened image file as `read_image` does; `name` is its name in error messages."""
+    Image.init()
+    kind = None
     try:
-        opened = Image.open(file, formats=_FORMATS)
+        kind = image_format(file.read(HEAD))
+        file.seek(0)
+        if kind == "HEIF" and kind not in Image.OPEN:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("pillow_heif").register_heif_opener()
+        opened = Image.open(file, formats=[each for each in FORMATS if each in Image.OPEN and kind in (None, each)])
     except _UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    with opened as image:
-        return to_rgb(image, path)
-
-
-def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
-    """Convert an image to RGB as `read_image` does; `name` is its name in error messages."""
-    if image.mode.partition(";")[0] in _DEEP_MODES:
-        raise InputError(f"{name}: has more than 8 bits per channel (mode {image.mode}), and RGB has 8. Convert it.")
-    try:
-        image.load()  # PNG has its EXIF data behind the pixels
-        return upright(image).convert("RGB")
-    except _UNREADABLE as error:
+        if kind in _PLUGINS and kind not in Image.OPEN:
+            raise InputError(f"{name}: a {kind} image needs a package: {_PLUGINS[kind]}.") from error
         raise _unreadable(name, error) from error
+    with opened as image:
+        return to_rgb(image, name, transform)
+
+
+def to_rgb(image: Image.Image, name: str | Path, transform: Transform | None = None) -> Any:
+    """Convert an image to RGB as `read_image` does, and transform it; `name` is its name in error messages."""
+    width, height = image.size
+    if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not decoded yet
+        raise InputError(f"{name}: is {image.format}, not {_listed(FORMATS)}. Convert it.")
+    if image.mode in ("I", "F") and image.format not in ("PNG", "PPM"):  # Pillow reads 16 bits of these as I
+        raise InputError(
+            f"{name}: has 32 bits per channel (mode {image.mode}), without a defined white. Convert it to 8 or 16 bits."
+        )
+    # Upwards: a line of 2,000,000 × 5 pixels is resized to 89,600,000 × 224.
+    pixels = max(width * height, _RESIZED**2 * max(width, height) // max(1, min(width, height)))
+    if pixels > MAX_PIXELS:
+        raise InputError(
+            f"{name}: must have at most {MAX_PIXELS:,} pixels, also with its shorter side resized to {_RESIZED}; got "
+            f"{width:,} × {height:,}. Crop or remove it."
+        )
+    if pixels > _LARGE:
+        Image.core.set_block_size(_LARGE_BLOCK)
+    with _budget.hold(pixels):
+        try:
+            image.load()  # PNG has its EXIF data behind the pixels
+            image = upright(image)
+            if image.mode[0] == "I":
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if isinstance(image.info.get("transparency"), bytes):  # Pillow warns otherwise
+                image = image.convert("RGBA")
+            if image.mode != "RGB":
+                image = image.convert("RGB")
+        except _UNREADABLE as error:
+            raise _unreadable(name, error) from error
+        try:
+            return image if transform is None else transform(image)
+        except MemoryError as error:
+            raise _unreadable(name, error) from error
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -183,22 +253,28 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         return ImageOps.exif_transpose(image) if turned else image
+    except MemoryError:
+        raise
     except _UNREADABLE:  # invalid EXIF data
         return image
 
 
 def _unreadable(name: str | Path, error: Exception) -> InputError:
-    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     if isinstance(error, UnidentifiedImageError):
-        why = f"not {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        why = f"not {_listed(FORMATS)}"
     return InputError(f"{name}: can't be read as an image ({why}). Replace or remove it.")
 
 
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 class DatasetImages(Images):
-    """Items of a map-style dataset, with labels and names.
+    """Items of a map-style dataset, with labels and names. Pillow's images are converted as `read_image` does.
 
     Args:
-        dataset: Map-style dataset of (image, label).
+        dataset: Map-style dataset of (image, label), or of {"image": image, "label": label}.
         labels: Label of each item; default: `read_labels(dataset)`.
         names: Name of each item; default: its index.
         transform: Applied to every image that is not a tensor; tensors come from the dataset's own transform.
@@ -220,6 +296,7 @@ class DatasetImages(Images):
     ):
         self.dataset, self.transform = dataset, transform
         self._labels = read_labels(dataset) if labels is None else list(labels)
+        self._own_labels = self._labels if labels is None else None  # of all items, to compare with each item
         self._names = list(map(str, range(len(dataset)))) if names is None else list(names)
         self.indices = list(range(len(dataset)))
         if not len(self._labels) == len(self._names) == len(dataset):
@@ -245,10 +322,16 @@ class DatasetImages(Images):
         return part
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, _ = self.dataset[self.indices[index]]
+        item = self.indices[index]
+        image, label = _image_and_label(self.dataset, item)
+        if self._own_labels is not None and label != self._own_labels[item]:
+            raise InputError(
+                f"{type(self.dataset).__name__}: item {item} has the label {label!r}, and the labels of the dataset "
+                f"have {self._own_labels[item]}. Make them equal."
+            )
         if isinstance(image, Image.Image):
-            image = upright(image)
-        if self.transform is not None and not isinstance(image, Tensor):
+            image = to_rgb(image, f"image {self._names[index]}", self.transform)
+        elif self.transform is not None and not isinstance(image, Tensor):
             image = self.transform(image)
         return image, self._labels[index]
 
@@ -265,11 +348,26 @@ def joined(parts: Sequence[Images]) -> Images:
     return DatasetImages(ConcatDataset(parts), [label for part in parts for label in part.labels], names)
 
 
+def _image_and_label(dataset: Any, index: int) -> tuple[Any, Any]:
+    """Return the image and the label of an item; a label of NumPy or PyTorch as a number."""
+    item = dataset[index]
+    if isinstance(item, Mapping) and "image" in item and "label" in item:
+        item = item["image"], item["label"]
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        got = f"the keys {', '.join(map(str, item))}" if isinstance(item, Mapping) else type(item).__name__
+        raise InputError(
+            f"{type(dataset).__name__}: item {index} must be (image, label), or have the keys image and label; got "
+            f"{got}. Rename or convert them."
+        )
+    image, label = item
+    return image, label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label
+
+
 def read_labels(dataset: Any) -> list[int]:
     """Return the label of every item of a dataset.
 
-    Labels are read from the attribute `labels` or `targets`, as torchvision's datasets have. Without them, every item
-    is loaded.
+    Labels are read from the attribute `labels` or `targets`, as torchvision's datasets have, or from the column "label"
+    of a dataset of Hugging Face. Without them, every item is loaded.
 
     Raises:
         InputError: If an item has no label, or one that is not an integer.
@@ -281,8 +379,10 @@ def read_labels(dataset: Any) -> list[int]:
     name = type(dataset).__name__
     attributes = (getattr(dataset, attribute, None) for attribute in ("labels", "targets", "_labels"))
     found = next((values for values in attributes if values is not None), None)
+    if found is None and "label" in (getattr(dataset, "column_names", None) or ()):
+        found = dataset["label"]
     if found is None:
-        found = [dataset[index][1] for index in range(len(dataset))]
+        found = [_image_and_label(dataset, index)[1] for index in range(len(dataset))]
     values = found.tolist() if hasattr(found, "tolist") else list(found)
     labels = [value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value for value in values]
     for index, label in enumerate(labels):

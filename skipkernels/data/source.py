@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ..options import Protocol
 from .base import InputError, LabelledDataset, SizedDataset
@@ -212,15 +212,16 @@ def from_datasets(
 
     A dataset must have:
 
-    - `len(dataset)` and `dataset[i]`, which returns (image, label).
+    - `len(dataset)` and `dataset[i]`, which returns (image, label) or {"image": image, "label": label}.
     - integer labels from 0 to the number of classes − 1.
-    - images of any type that the transform takes, such as Pillow's, to which the source applies the transform. Tensors
-      are not transformed.
+    - images of any type that the transform takes, to which the source applies the transform. Pillow's are made upright
+      and RGB before. Tensors are not transformed.
 
     A dataset may have:
 
-    - `labels` or `targets`: the label of every item. Otherwise all images are loaded to read their labels.
-    - `classes`: names by label. Otherwise `classes` must be given here.
+    - `labels` or `targets`: the label of every item, compared with each item that is loaded; or a column `label`, as
+      datasets of Hugging Face have. Otherwise all images are loaded to read their labels.
+    - `classes`: names by label, or a feature `label` with `names`. Otherwise `classes` must be given here.
     - `names`: a name for each image, such as its path, so that the choice of `few_shot` does not depend on the order.
       Otherwise it chooses by index.
     - public attributes that describe it, such as `root`, `samples` and `transform`: a feature cache identifies it by
@@ -263,7 +264,7 @@ def from_datasets(
     if not datasets:
         raise InputError(f"from_datasets: {name} must have a dataset; got none. Give train=, val= or test=.")
     if classes is None:
-        classes = next((own for d in datasets.values() if (own := getattr(d, "classes", None)) is not None), None)
+        classes = next((own for d in datasets.values() if (own := _class_names(d)) is not None), None)
     if classes is None:
         raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.", "classes")
     names = normalize_class_names(
@@ -285,6 +286,13 @@ def from_datasets(
         split: f"it has {', '.join(splits)} images. Give from_datasets {split}= too." for split in get_args(Split)
     }
     return SplitSource(name, names, resolve_templates(None, templates), splits, missing=missing)
+
+
+def _class_names(dataset: Any) -> Sequence[str] | None:
+    """Names of the classes that a dataset has, or its feature "label", as in a dataset of Hugging Face."""
+    features = getattr(dataset, "features", None)
+    label = features.get("label") if isinstance(features, Mapping) else None
+    return getattr(dataset, "classes", getattr(label, "names", None))
 
 
 def normalize_class_names(

@@ -98,7 +98,7 @@ def _describe(dataset: Any) -> _Description:
     names = ("transform", "target_transform") if hasattr(dataset, "transform") else ("transforms",)
     found = [value for name in names if (value := getattr(dataset, name, None)) is not None]
     transforms = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform)) for transform in found]
-    own = getattr(dataset, "fingerprint", None)
+    own = getattr(dataset, "fingerprint", getattr(dataset, "_fingerprint", None))  # the latter is Hugging Face's
     fingerprints = [own] if isinstance(own, str) else []
     if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's DatasetImages
         inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]

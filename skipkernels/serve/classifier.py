@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..clip import SkipCLIP
 from ..data import InputError
+from ..data.files import find_images
 from ..features import FeatureCache
 from ..options import Precision
 from ..store import is_store
 from ..tuner.methods.base import TunedModel
-from .decoding import batches, decode, list_images
+from .decoding import batches, decode
 from .loading import TEST, TunedRun, load_run
 
 Unreadable = Literal["raise", "skip"]
@@ -268,7 +269,9 @@ class Classifier:
                 )
             with self._run.precision.autocast():
                 return FeatureCache.open(path, self.clip)
-        return list_images(path) if path.is_dir() else [str(path)]
+        return (
+            [str(path / found) for found in find_images(path, ".", dataset=False)[0]] if path.is_dir() else [str(path)]
+        )
 
     def _decoded(self, decoded: list[Any], top: int, unreadable: Unreadable) -> Predictions:
         failed = {item.name: item.image for item in decoded if isinstance(item.image, InputError)}

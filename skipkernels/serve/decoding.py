@@ -7,14 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from ..data import InputError
-from ..data.files import has_image_extension
 from ..data.images import read_image, to_rgb
 
 MAX_WORKERS = 8  # decoding is faster than a model on most machines; more threads only take memory
@@ -25,28 +23,6 @@ class Decoded(NamedTuple):
 
     name: str
     image: Tensor | InputError
-
-
-def list_images(folder: Path) -> list[str]:
-    """List the image files in a folder and its subfolders, sorted. Hidden files are skipped, and links are followed.
-
-    Raises:
-        InputError: If the folder can't be listed.
-    """
-    found, visited = [], set()
-
-    def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename}: can't be listed ({error.strerror}).") from error
-
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in visited:  # a link to a folder that contains it
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        found += [os.path.join(here, file) for file in files if file[0] != "." and has_image_extension(file)]
-    return sorted(found)
 
 
 def image_names(images: Sequence[Any]) -> list[str]:
@@ -74,7 +50,9 @@ def decode(
                 f"Classifier.predict: images must be paths or Pillow images; got {type(image).__name__}.", "images"
             )
         try:
-            return transform(to_rgb(image, f"image {name}") if isinstance(image, Image.Image) else read_image(name))
+            if isinstance(image, Image.Image):
+                return to_rgb(image, f"image {name}", transform)
+            return read_image(name, transform)
         except InputError as error:
             return error
 

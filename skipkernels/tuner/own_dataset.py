@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..data import InputError, SizedDataset, Source, from_datasets
@@ -44,7 +44,7 @@ def own_data(
     parts = {"dataset": dataset, "test": test, "validation": validation}
     given = {argument: part for argument, part in parts.items() if part is not None}
     for argument, part in given.items():
-        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
+        if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")) or isinstance(part, Mapping):
             raise InputError(
                 f"tune: {argument} must be a map-style dataset, with len(dataset) and dataset[i] → (image, label); got "
                 f"{type(part).__name__}.",

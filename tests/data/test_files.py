@@ -6,6 +6,7 @@ import os
 
 import pytest
 from pictures import draw_image, make_folders, raises_input_error
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from skipkernels.data.files import (
@@ -13,6 +14,7 @@ from skipkernels.data.files import (
     check_inside,
     find_images,
     has_image_extension,
+    is_image,
     missing_files,
     read_json,
     read_text,
@@ -20,9 +22,26 @@ from skipkernels.data.files import (
 )
 
 
-def test_image_extensions_are_those_of_torchvision():
-    assert set(IMAGE_EXTENSIONS) == set(IMG_EXTENSIONS)
-    assert has_image_extension("A.JPEG") and not has_image_extension("a.gif") and not has_image_extension("jpg")
+def test_image_extensions_include_those_of_torchvision():
+    assert set(IMAGE_EXTENSIONS) == {*IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
+    assert has_image_extension("A.JPEG") and not has_image_extension("a.txt") and not has_image_extension("jpg")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "avif"])
+def test_is_image_by_content(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "IMG_0001", kind)
+    assert is_image(tmp_path / "IMG_0001")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("Thumbs.db", b"\xd0\xcf\x11\xe0"), ("a.txt", b"BM is short for bitmap"), ("b.txt", b"P3 is a letter and a digit"),
+     ("raw.dng", b"II*\0\x08\0\0\0"), ("live.mov", b"\0\0\0\x14ftypqt  \0\0\0\0qt  "), ("a.wav", b"RIFF1234WAVE"),
+     ("empty", b"")],
+)  # fmt: skip
+def test_is_image_other_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert not is_image(tmp_path / name)
 
 
 def test_find_images_in_subfolders_counts_other_files(tmp_path):
@@ -37,11 +56,12 @@ def test_find_images_in_subfolders_counts_other_files(tmp_path):
         "ö/f.png",
     ):
         draw_image(tmp_path / "cat" / name)
-    for name in ("notes.txt", "more.TXT", "README", "anim.gif"):
+    for name in ("notes.txt", "more.TXT", "README", "anim.mov"):
         (tmp_path / "cat" / name).write_text("x")
+    (tmp_path / "cat" / "deep.png").rename(tmp_path / "cat" / "deep.old")
     images, others = find_images(tmp_path, "cat")
-    assert images == ["cat/a.JPG", "cat/b.png", "cat/deep.png", "cat/deep/er/c.webp", "cat/ö/f.png"]
-    assert others == {".txt": 2, "no extension": 1, ".gif": 1}
+    assert images == ["cat/a.JPG", "cat/b.png", "cat/deep.old", "cat/deep/er/c.webp", "cat/ö/f.png"]
+    assert others == {".txt": 2, "no extension": 1, ".mov": 1}
 
 
 def test_find_images_follows_links_without_cycles(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -17,7 +20,9 @@ from PIL import EpsImagePlugin, ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from skipkernels.data import DatasetImages, InputError, LabelledImages
+from skipkernels.data import images as images_module
 from skipkernels.data.images import read_image, read_labels, to_rgb
+from skipkernels.serve.decoding import decode
 
 
 def one(path: Path) -> Image.Image:
@@ -54,18 +59,35 @@ def test_read_image_converts_palette(tmp_path):
     assert pixel(tmp_path / "a.png") == (200, 10, 30)
 
 
+def test_read_image_palette_with_transparency(tmp_path):
+    image = Image.new("RGB", (3, 2), (200, 10, 30)).quantize(4)
+    image.save(tmp_path / "a.png", transparency=bytes([9, 200]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of Pillow, for such images
+        assert pixel(tmp_path / "a.png") == (200, 10, 30)
+
+
 def test_read_image_converts_cmyk(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
     red, green, blue = pixel(tmp_path / "a.jpg")
     assert red > 240 and green < 15 and blue < 15
 
 
-@pytest.mark.parametrize(("extension", "dtype"), [("png", np.uint16), ("tif", np.uint16), ("tif", np.float32)])
-def test_read_image_more_than_eight_bits(tmp_path, extension, dtype):
-    """Pillow would clip these values."""
+@pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
+def test_read_image_converts_sixteen_bits(tmp_path, extension):
+    """Pillow would clip these values, to white."""
     path = tmp_path / f"deep.{extension}"
+    Image.fromarray(np.full((3, 4), 40_000, dtype=np.uint16)).save(path)
+    assert pixel(path) == (156, 156, 156), "40,000 / 256"
+    with Image.open(path) as opened:
+        assert DatasetImages([(opened, 0)])[0][0].getpixel((0, 0)) == (156, 156, 156)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_read_image_thirty_two_bits(tmp_path, dtype):
+    path = tmp_path / "deep.tif"
     Image.fromarray(np.full((3, 4), 40_000, dtype=dtype)).save(path)
-    with raises_input_error(path, "more than 8 bits", "Convert"):
+    with raises_input_error(path, "32 bits per channel", "Convert"):
         one(path)
 
 
@@ -90,13 +112,37 @@ def test_read_image_invalid_exif(tmp_path):
     assert one(tmp_path / "a.jpg").size == (8, 4)
 
 
-@pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
-@pytest.mark.parametrize("extension", ["jpg", "png"])
+@pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "heic", "dat"])
 def test_read_image_ignores_extension(tmp_path, written, extension):
     """Oxford-IIIT Pet has PNGs and GIFs with the extension .jpg, ImageNet a PNG with .JPEG."""
     Image.new("RGB", (3, 2), (0, 0, 200)).save(tmp_path / "a", written)
     (tmp_path / "a").rename(tmp_path / f"a.{extension}")
     assert abs(pixel(tmp_path / f"a.{extension}")[2] - 200) < 5
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_read_image_heif(tmp_path):
+    """An orientation of the EXIF data is applied by the plugin already."""
+    heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.new("RGB", (64, 32), "blue")
+    stored.paste("red", (0, 0, 32, 32))
+    heif.from_pillow(stored).save(tmp_path / "a.heic", exif=exif.tobytes())
+    image = one(tmp_path / "a.heic")
+    assert image.size == (32, 64) and image.getpixel((16, 12))[0] > 200 > 50 > image.getpixel((16, 52))[0]
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("HEIF", "skipkernels[heif]"), ("AVIF", "--upgrade pillow")])
+def test_read_image_names_missing_plugin(tmp_path, monkeypatch, kind, remedy):
+    monkeypatch.delitem(Image.OPEN, kind, raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.jpg").write_bytes(HEIC.replace(b"heic", b"avif") if kind == "AVIF" else HEIC)
+    with raises_input_error(tmp_path / "a.jpg", f"a {kind} image needs a package: pip install", remedy):
+        one(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("written", ["gif", "webp", "png"])
@@ -146,6 +192,8 @@ def test_read_image_folder_or_missing_file(tmp_path):
 def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
     Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
+    with Image.open(tmp_path / "a.eps") as opened, raises_input_error("image 0: is EPS, not JPEG"):
+        DatasetImages([(opened, 0)])[0]
     (tmp_path / "a.eps").rename(tmp_path / "0.png")
     with raises_input_error(tmp_path / "0.png", "can't be read as an image"):
         one(tmp_path / "0.png")
@@ -166,7 +214,55 @@ def test_read_image_decompression_bomb(tmp_path, monkeypatch):
         one(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif"])
+def test_read_image_too_many_pixels(tmp_path, monkeypatch):
+    """Also after resizing: 8,000 × 2 pixels are 896,000 × 224."""
+    for size in ((8000, 2), (2, 8000)):
+        Image.new("L", size).save(tmp_path / "a.png")
+        with raises_input_error("a.png: must have at most 178,956,970 pixels", "got {:,} × {:,}".format(*size)):
+            one(tmp_path / "a.png")
+    Image.new("L", (600, 600)).save(tmp_path / "a.png")
+    assert one(tmp_path / "a.png").size == (600, 600)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 600 * 600 - 1)
+    with raises_input_error(tmp_path / "a.png", "at most 359,999 pixels", "got 600 × 600"):
+        one(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("where", ["decoder", "transform"])
+def test_read_image_out_of_memory(tmp_path, monkeypatch, where):
+    def fail(*_):
+        raise MemoryError
+
+    draw_image(tmp_path / "a.png")
+    if where == "decoder":
+        monkeypatch.setattr(images_module, "upright", fail)
+    with raises_input_error(tmp_path / "a.png", "can't be read as an image (MemoryError)"):
+        read_image(tmp_path / "a.png", fail)
+
+
+def test_pixels_in_use_are_bounded(tmp_path, monkeypatch):
+    """Eight threads, and a budget of two images, each counted as at least 512 × 512 pixels."""
+    monkeypatch.setattr(images_module, "_budget", images_module.PixelBudget(3 * 512**2))
+    for number in range(12):
+        draw_image(tmp_path / f"{number}.png")
+    used, most, lock = 0, 0, threading.Lock()
+
+    def transform(image):
+        nonlocal used, most
+        with lock:
+            used += 1
+            most = max(most, used)
+        time.sleep(0.02)
+        with lock:
+            used -= 1
+        if image.size != (5, 4):
+            raise ValueError
+        return torch.zeros(3)
+
+    decoded = list(decode(sorted(tmp_path.iterdir()), transform, workers=8))
+    assert len(decoded) == 12 and most == 2
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=60)
 def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
@@ -291,6 +387,32 @@ def test_read_labels_from_items():
 def test_read_labels_invalid_label(label):
     with raises_input_error("Loads", "item 1", "an integer", "Number the classes"):
         read_labels(Loads([0, label]))
+
+
+class Rows(list):
+    """Stand-in for a dataset of Hugging Face: items are dictionaries, and columns are read by name."""
+
+    column_names = ("image", "label")
+
+    def __getitem__(self, index):
+        return [row[index] for row in self] if isinstance(index, str) else super().__getitem__(index)
+
+
+def test_read_labels_of_dictionaries():
+    rows = [{"image": Image.new("L", (3, 2)), "label": label} for label in (1, 0)]
+    for dataset in (rows, Rows(rows)):
+        images = DatasetImages(dataset)
+        assert images.labels == [1, 0] and images[1][0].mode == "RGB" and images[1][1] == 0
+    with raises_input_error("item 0 must be (image, label), or have the keys image and label", "the keys img, label"):
+        read_labels([{"img": 0, "label": 1}])
+
+
+def test_dataset_images_compares_labels_with_items():
+    images = DatasetImages(Loads([0, 1, 2], labels=[0, 2, 2]))
+    assert images[0] == ("image", 0) and images.subset_classes([2])[1] == ("image", 0)
+    with raises_input_error("Loads: item 1 has the label 1, and the labels of the dataset have 2"):
+        images.subset_classes([2])[0]
+    assert DatasetImages(Loads([0, 1]), labels=[5, 6])[1] == ("image", 6), "labels of the caller replace those of items"
 
 
 def test_read_labels_count():

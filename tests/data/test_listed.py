@@ -9,9 +9,10 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from skipkernels.data import InputError, few_shot, load_task, open_source
@@ -286,6 +287,33 @@ def test_hf_single_dataset_with_text_labels(hub, tmp_path):
     source = open_source(f"hf:{tmp_path / 'one'}?image=image&label=label")
     assert source.classes == tuple(CLASSES) and len(source.images("test")) == 9
     assert "no test split, so the images of each class are split by a hash" in source.notes[0]
+
+
+def test_hf_uses_own_decoder(hub, tmp_path, monkeypatch):
+    """No Ghostscript, no local files outside of the dataset; 16 bits as in files."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
+    draw_image(tmp_path / "secret.png", 1)
+    buffers = {kind: io.BytesIO() for kind in ("eps", "png")}
+    Image.new("RGB", (5, 4)).save(buffers["eps"], "eps")
+    Image.fromarray(np.full((4, 5), 40_000, dtype=np.uint16)).save(buffers["png"], "png")
+    found = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers.values()]
+    found += [{"bytes": None, "path": path} for path in (f"{tmp_path}/secret.png", "set/inside.png")]
+    encoded = {"bytes": hub.Value("binary"), "path": hub.Value("string")}
+    features = hub.Features({"image": encoded, "label": hub.ClassLabel(names=["a", "b"])})
+    monkeypatch.chdir(tmp_path)
+    rows = hub.Dataset.from_dict({"image": found, "label": [0, 1, 0, 1]}, features=features)
+    hub.DatasetDict({"train": rows, "test": rows}).save_to_disk("set")
+    draw_image(tmp_path / "set" / "inside.png", 2)
+    for file in tmp_path.glob("set/*/dataset_info.json"):
+        described = json.loads(file.read_text())
+        described["features"]["image"] = {"_type": "Image"}  # save_to_disk would have read the files of such a column
+        file.write_text(json.dumps(described))
+    rows = open_source("hf:set").images("train")
+    assert rows[1][0].getpixel((0, 0)) == (156, 156, 156) and class_of(rows[3][0]) == 2
+    for index, words in {0: "can't be read as an image (not JPEG", 2: "secret.png, outside of"}.items():
+        with pytest.raises(InputError) as caught:
+            rows[index]
+        assert f"hf:set, train: image {index}: " in str(caught.value) and words in str(caught.value)
 
 
 def test_hf_refuses(hub, tmp_path, monkeypatch):

@@ -102,9 +102,11 @@ def test_from_datasets():
     source = from_datasets("squares", train=Squares([0, 1, 1, 0, 1]), test=Squares([1, 0]), classes=["black", "grey"])
     assert source.prompts == (["a photo of a black.", "a photo of a grey."],) and source.name == "squares"
     images = source.images("test", transform=lambda image: image.getpixel((0, 0)))
-    assert [images[0], images[1]] == [(50, 1), (0, 0)]
+    assert [images[0], images[1]] == [((50, 50, 50), 1), ((0, 0, 0), 0)]
     few = source.few_shot(2, seed=0)
-    assert few.labels == [0, 0, 1, 1] and [few[i][0].getpixel((0, 0)) for i in range(4)] == [0, 0, 50, 50]
+    assert few.labels == [0, 0, 1, 1] and [few[i][0].getpixel((0, 0)) for i in range(4)] == [
+        (value, value, value) for value in (0, 0, 50, 50)
+    ]
     assert source.subset_classes([1]).images("train").labels == [0, 0, 0]
     with raises_input_error("squares has no val images: it has train, test images"):
         source.images("val")

@@ -224,7 +224,7 @@ def test_load_task_any_number_of_classes(there, classes, protocol):
     for test in task.tests:
         for index in range(len(test.images)):
             image, label = test.images[index]
-            assert names[image.getpixel((0, 0))] == test.classes[label]
+            assert names[image.getpixel((0, 0))[0]] == test.classes[label]
 
 
 def test_load_task_notes_few_images(tmp_path):

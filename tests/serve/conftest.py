@@ -46,6 +46,8 @@ def photos(run, tmp_path_factory) -> Path:
         image.save(inner / f"{label}-{number}.png")
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "notes.txt").touch()
+    first = folder / "part0" / f"{run.task.tests[0].images.labels[0]}-0.png"
+    first.rename(first.with_suffix(".photo"))  # an image by its content
     return folder
 
 

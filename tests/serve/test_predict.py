@@ -113,7 +113,7 @@ def test_run_needs_no_data(run):
         ({"templates": ["no place"]}, {}, "one {} each"),
         ({}, {"top": 0}, "top must be a whole number of at least 1"),
         ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
-        ({}, {"images": [Image.new("I;16", (32, 32))]}, "image 0: has more than 8 bits per channel"),
+        ({}, {"images": [Image.new("F", (32, 32))]}, "image 0: has 32 bits per channel"),
         ({}, {"images": [3]}, "must be paths or Pillow images; got int"),
         ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
     ],
@@ -167,6 +167,7 @@ def test_command(run, photos, tmp_path, capsys):
     code, out, err = command(capsys, run.folder, photos, "--top", 2, *files)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 1 and "skipped" in err and "broken.jpg" in err  # the damaged file is named
+    assert "skipped files that are not images: .txt 1\n" in err
     assert list(rows[0]) == ["path", "label", "probability", "label_2", "probability_2"]
     assert all(float(row["probability"]) >= float(row["probability_2"]) for row in rows)
     assert len(rows) == len(run.task.tests[0].images) == sheet.read_text().count("<figure>")

@@ -122,9 +122,27 @@ def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
         assert shown in capsys.readouterr().err
 
 
+def test_tune_hugging_face_dataset(tmp_path):
+    hub = pytest.importorskip("datasets")
+    labels = [number % 2 for number in range(12)]
+    rows = {"image": [Image.new("L", (40, 32), 200 * label) for label in labels], "label": labels}
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["black", "white"])})
+    metrics = tune(dataset=hub.Dataset.from_dict(rows, features=features), epochs=1, device="cpu", out=tmp_path)
+    assert metrics["classes"] == {"all": 2} and metrics["status"] == "complete"
+
+
+def test_tune_labels_that_contradict_items(tmp_path):
+    dataset = Squares(30)
+    items, dataset.labels = list(dataset), dataset.labels[::-1]
+    dataset.__class__ = type("Wrong", (Squares,), {"__getitem__": lambda _, index: items[index]})
+    with pytest.raises(ValueError, match=r"Wrong: item \d+ has the label \d, and the labels of the dataset have \d"):
+        tune(dataset=dataset, out=tmp_path, **SETTINGS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"dataset": iter([])}, "dataset must be a map-style dataset, with len"),
+     ({"dataset": {"train": Squares(3)}}, "dataset must be a map-style dataset, .* got dict"),
      ({"dataset": Squares(3), "data": "coop:dtd"}, "data is 'coop:dtd', and dataset is given too"),
      ({"test": Squares(3)}, "need the training images as dataset"),
      ({"dataset": Squares(3), "epoch": 3}, "unknown setting 'epoch'; did you mean epochs?"),
