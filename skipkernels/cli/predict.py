@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from .options import Run, Trust
 
 if TYPE_CHECKING:
     from skipkernels.serve import Predictions
+    from skipkernels.serve.output import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,9 @@ class PredictOptions:
     """With --sort-into, make symbolic links in place of copies."""
     contact_sheet: Path | None = None
     """HTML file with a thumbnail of each image, by label."""
+    resume: bool = False
+    """Continue an interrupted command with --out or --sort-into: images with a row in OUT.partial are not classified
+    again, and copies in the folder are kept. An interrupted command writes --out with the images that are done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +87,16 @@ class PredictCommand:
         from skipkernels.data.files import format_others
         from skipkernels.serve import Classifier
         from skipkernels.serve.classifier import check_counts
-        from skipkernels.serve.output import SortedFolders, check_file, contact_sheet, lines
-        from skipkernels.store import replace_file, replace_text
-        from skipkernels.tuner.description import NOT_CALIBRATED
+        from skipkernels.serve.loading import weights_file
+        from skipkernels.serve.output import PartialRows, SortedFolders, check_file, contact_sheet, lines
+        from skipkernels.store import replace_text
+        from skipkernels.tuner.description import NOT_CALIBRATED, Description
 
         results, compute = self.results, self.compute
         if results.link and results.sort_into is None:
             raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
+        if results.resume and results.out is None and results.sort_into is None:
+            raise InputError("predict: resume has no effect without `out` or `sort_into`; leave it out.", "resume")
         for name in ("out", "contact_sheet"):
             path = getattr(results, name)
             if path is not None:
@@ -106,35 +114,58 @@ class PredictCommand:
         )
         folders = None
         if results.sort_into is not None:
-            folders = SortedFolders(results.sort_into, classifier.classes, link=results.link)
+            classes = classifier.classes
+            folders = SortedFolders(results.sort_into, classes, link=results.link, resume=results.resume)
         top = min(results.top, len(classifier.classes))
-        options: dict[str, Any] = {"top": top, "batch_size": compute.batch_size, "workers": compute.workers}
         best: list[tuple[str, str, float]] = []
+
+        def keep(rows: Iterable[Row]) -> None:
+            for name, found in rows:
+                best.append((name, *found[0]))
+                if folders is not None:
+                    folders.add(name, found[0][0])
+
+        rows = None
+        if results.out is not None:
+            run = self.run.expanduser()
+            weights = weights_file(run, Description.read(run))
+            identity = [str(weights.resolve()), weights.stat().st_mtime_ns, classifier.classes, results.template]
+            rows = PartialRows(results.out, [*identity, top, compute.precision], resume=results.resume)
+            keep(rows)
+        left = images if rows is None else [name for name in images if name not in rows.done]
+        options: dict[str, Any] = {"top": top, "batch_size": compute.batch_size, "workers": compute.workers}
         unreadable = 0
 
         def parts() -> Iterator[Predictions]:
             nonlocal unreadable
-            with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
-                bar = bars.add_task("images", total=len(images))
-                for part in classifier.predict_batches(images, unreadable="skip", **options):
-                    for name, reason in part.unreadable.items():
-                        err.print(f"skipped {name}: {reason}", soft_wrap=True)
-                    unreadable += len(part.unreadable)
-                    for name, found in part:
-                        best.append((name, *found[0]))
-                        if folders is not None:
-                            folders.add(name, found[0][0])
-                    yield part
-                    bars.advance(bar, len(part) + len(part.unreadable))
+            for part in classifier.predict_batches(left, unreadable="skip", **options):
+                for name, reason in part.unreadable.items():
+                    err.print(f"skipped {name}: {reason}", soft_wrap=True)
+                unreadable += len(part.unreadable)
+                if rows is not None:
+                    rows.add(part)
+                keep(part)
+                yield part
+                bars.advance(bar, len(part) + len(part.unreadable))
 
-        texts = lines(parts(), form, top)
-        if results.out is None:
-            for text in texts:
-                out.file.write(text)
-        else:
-            # surrogateescape: the bytes of a file name that is not in UTF-8
-            encoded = (text.encode(errors="surrogateescape") for text in texts)
-            replace_file(results.out, lambda file: file.writelines(encoded))
+        try:
+            with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
+                bar = bars.add_task("images", total=len(images), completed=len(images) - len(left))
+                if rows is None:
+                    for text in lines(parts(), form, top):
+                        out.file.write(text)
+                else:
+                    deque(parts(), maxlen=0)
+        except BaseException:
+            where = ""
+            if rows is not None:
+                with contextlib.suppress(OSError):  # report the first error
+                    rows.write(form, top, complete=False)
+                where = f", and are in {results.out}; repeat the command with --resume to continue"
+            err.print(f"{len(best):,} of {len(images):,} images are classified{where}", soft_wrap=True)
+            raise
+        if rows is not None:
+            rows.write(form, top, complete=True)
         if results.contact_sheet is not None:
             replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
         if others:

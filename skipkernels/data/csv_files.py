@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def _read(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except csv.Error as error:
         raise InputError(f"{file}: line {reader.line_num} is not readable as CSV ({error}). Correct it.") from error
     header = [cell.strip().lower() for cell in lines[0][1]] if lines else []
-    repeated = sorted({cell for cell in header if cell and header.count(cell) > 1})
+    repeated = sorted(cell for cell, count in Counter(header).items() if cell and count > 1)
     if repeated:
         raise InputError(f"{file}: two columns are named {format_names(repeated)}. Rename one.")
     return header, lines[1:]

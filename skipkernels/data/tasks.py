@@ -326,17 +326,15 @@ def _common_classes(target: Source, source: Source, trained: Source) -> Source:
         trained: The dataset with the classes that are trained on.
     """
     for one in (source, target):
-        duplicates = [
-            name for name, key in zip(one.classes, one.class_keys, strict=True) if one.class_keys.count(key) > 1
-        ]
+        counts = Counter(one.class_keys)
+        duplicates = [name for name, key in zip(one.classes, one.class_keys, strict=True) if counts[key] > 1]
         if duplicates:
             raise InputError(
                 f"load_task: {one.name} has two classes {duplicates[0]!r}, which can't be matched by name. Rename one.",
                 "data",
             )
-    unknown = [
-        name for name, key in zip(target.classes, target.class_keys, strict=True) if key not in source.class_keys
-    ]
+    known = set(source.class_keys)
+    unknown = [name for name, key in zip(target.classes, target.class_keys, strict=True) if key not in known]
     if unknown:
         raise InputError(
             f"load_task: {target.name} has classes that {source.name} does not have: {format_names(unknown)}. Leave "

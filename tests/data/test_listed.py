@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,14 @@ def test_csv_refuses(images, text, message):
     (images / "table.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         open_source(f"csv:{images / 'table.csv'}")
+
+
+def test_csv_many_columns_in_linear_time(images):
+    header = ",".join(["path", "label", *(f"column{number}" for number in range(20_000)), "Column7"])
+    (images / "table.csv").write_text(header + "\n")
+    began = time.perf_counter()
+    assert "two columns are named column7" in fails(f"csv:{images / 'table.csv'}", None)
+    assert time.perf_counter() - began < 5, "quadratic: eleven seconds"
 
 
 def test_csv_names_missing_table_and_unreadable_image(images):
