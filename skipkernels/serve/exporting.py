@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import open_clip
 
 from ..data import InputError
 from ..store import replace_file, replace_text, write_tensors
 from ..tuner import TuneConfig, weights
 from ..tuner.description import Description, write_open_clip_config
+from ..tuner.environment import versions
+from ..tuner.model import RANDOM
 from ..tuner.model_card import CARD, model_card
 from ..tuner.run_folder import CONFIG, METRICS, check_writable, read_metrics
 from . import to_hugging_face, to_onnx
@@ -59,7 +64,8 @@ def export(
       and the preprocessing are in its metadata.
 
     LoRA is merged into the weights. CoOp's learned prompts are not in a model, so it can only be exported to ONNX.
-    Besides the model, the folder has a model card and the names of the classes, without the local paths of the data.
+    Besides the model, the folder has a model card and the names of the classes. They have no local paths: of own models
+    and data only the kind is named, such as "imagefolder".
 
     Args:
         run: Folder of a run, or one that `blend` wrote.
@@ -139,28 +145,64 @@ def _write_classes(folder: Path, described: Description) -> None:
 
 
 def _shared(plain: PlainModel) -> Description:
-    """Description of an exported model, without local paths."""
+    """Description of an exported model. Each text that may be a path is left out or replaced."""
     described = plain.described
     tuned = described.method in ("skip", "full")
+    tags = (RANDOM, *open_clip.list_pretrained_tags_by_model(described.model))
     return replace(
         described,
+        model=_public(described.model),
         method=described.method if tuned else "zero-shot",
         settings=described.settings if tuned else {},
-        data=_without_path(described.data),
-        pretrained=None if described.pretrained is None else Path(described.pretrained).name,
+        data=_public(described.data),
+        pretrained=described.pretrained if described.pretrained in (None, *tags) else "file",
+        versions={name: described.versions[name] for name in versions() if name in described.versions},
         weights=OPEN_CLIP_WEIGHTS,
         holds=weights.MODEL,
     )
 
 
-def _without_path(data: str) -> str:
-    """Return the name of a dataset without the folders of its path.
+def _public(name: str) -> str:
+    """Return the name of a model, a dataset or a test; of own files, only the kind.
 
-    >>> _without_path("imagefolder:/home/me/photos"), _without_path("coop:dtd")
-    ('imagefolder:photos', 'coop:dtd')
+    >>> _public("imagefolder:/home/me/photos"), _public("coop:dtd"), _public("hf-hub:org/name"), _public("base")
+    ('imagefolder', 'coop:dtd', 'hf-hub:org/name', 'base')
     """
-    kind, separator, path = data.partition(":")
-    return f"{kind}{separator}{Path(path).name}" if separator else data
+    kind, _, rest = name.partition(":")
+    if kind in ("hf", "hf-hub"):
+        public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
+    else:
+        public = not re.search(r"[/\\]", rest) and kind in ("coop", "torchvision", "glyphs", "dataset")
+    return name if public or not rest else kind
+
+
+def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
+    """Settings that are numbers or choices, prompts, and names without paths; the others have their default."""
+
+    def types(hint: Any) -> set[Any]:
+        inner = () if get_origin(hint) is Literal else get_args(hint)
+        return set().union(*map(types, inner)) if inner else {hint}
+
+    plain = {name for name, hint in get_type_hints(TuneConfig).items() if not types(hint) & {str, Path}}
+    values = {name: getattr(config, name) for name in plain | {"method", "optimizer", "template"}}
+    names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
+    targets = None if config.targets is None else tuple(map(_public, config.targets))
+    return TuneConfig(**values, **names, targets=targets)
+
+
+def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics that a model card shows."""
+
+    def by_test(values: dict[str, Any] | None) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in (values or {}).items():
+            public = _public(name)
+            found[public if public not in found else f"{public} ({len(found)})"] = value
+        return found
+
+    values = {name: metrics[name] for name in ("alpha", "status", "epochs", "processes") if name in metrics}
+    tests = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
+    return values | tests | {"command": bool(metrics.get("command"))}
 
 
 def _write_card(source: Path, folder: Path, described: Description, to: Target) -> None:
@@ -169,9 +211,8 @@ def _write_card(source: Path, folder: Path, described: Description, to: Target) 
         if (source / CARD).is_file():
             replace_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
         return
-    config, metrics = TuneConfig.from_yaml(source / CONFIG, trust=True), read_metrics(source)
-    config = replace(config, data=described.data, pretrained=described.pretrained, root=None, cache=None)
-    replace_text(folder / CARD, model_card(config, described, metrics, use=to))
+    config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
+    replace_text(folder / CARD, model_card(config, described, _shared_metrics(read_metrics(source)), use=to))
 
 
 def _check_repository(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..data import InputError
 from ..experiments.baselines.coop import CoOp
 from ..experiments.baselines.lora import LoRA, LowRankAttention
-from ..tuner.description import Description
+from ..tuner.description import Description, preprocessing
 from ..tuner.methods import ZeroShot
 from ..tuner.methods.base import TunedModel
 from .loading import TEST, load_run
@@ -55,7 +56,8 @@ def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
     if isinstance(method, LoRA):
         merge_lora(run.model)
     model = run.model.float().eval().requires_grad_(False)
-    return PlainModel(run.described, model, run.tokenizer, run.prompts, text, isinstance(method, CoOp))
+    described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
+    return PlainModel(described, model, run.tokenizer, run.prompts, text, isinstance(method, CoOp))
 
 
 @torch.no_grad()

@@ -86,6 +86,9 @@ def write(plain: PlainModel, folder: Path) -> list[str]:
         "preprocessing": described.preprocessing,
         "temperature": described.temperature or 1.0,
     }
+    for part in (program.model.graph, *program.model.functions.values()):
+        for node in part.all_nodes():
+            node.metadata_props.clear()  # stack traces, with the paths of source files
     program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
     program.save(path, external_data=external)
     onnx.checker.check_model(path)

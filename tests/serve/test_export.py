@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import huggingface_hub
 import open_clip
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import skipkernels as sk
@@ -18,7 +21,7 @@ from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.serve import to_hugging_face, to_onnx
 from skipkernels.serve.merging import PlainModel, plain_model
-from skipkernels.tuner import tune
+from skipkernels.tuner import TuneConfig, tune
 from skipkernels.tuner.description import Description
 from tests.serve.conftest import CONFIG
 
@@ -197,8 +200,34 @@ def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
         sk.export(run.folder, "open-clip", run.folder, overwrite=True)
 
 
-def test_no_local_paths(run, tmp_path):
-    """Neither the card nor classifier.json of an export has the path of the run, its cache or its data."""
-    done = sk.export(run.folder, "open-clip", tmp_path / "out")
-    texts = [path.read_text() for path in done.folder.iterdir() if path.suffix != ".safetensors"]
-    assert not any(str(part) in text for text in texts for part in (run.folder.parent, tmp_path))
+@pytest.mark.parametrize("to", ["open-clip", "hugging-face", "onnx"])
+def test_push_uploads_no_local_paths(to, run, tmp_path, monkeypatch):
+    """No byte of an export has a path of the run, its settings, or the package."""
+    if to != "open-clip":
+        pytest.importorskip({"hugging-face": "transformers", "onnx": "onnxscript"}[to])
+    source = tmp_path / "M4RKER" / "run"
+    shutil.copytree(run.folder, source)
+    place = str(tmp_path / "M4RKER-place")
+    settings, hints = yaml.safe_load((source / "config.yaml").read_text()), get_type_hints(TuneConfig)
+    settings |= {name: place for name, hint in hints.items() if Path in get_args(hint)}
+    settings |= {"data": f"imagefolder:{place}", "model": f"local-dir:{place}", "pretrained": f"{place}.pt"}
+    settings |= {"targets": [f"csv:{place}.csv", f"hf:{place}"], "log": ["csv"], "dataset_key": place}
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    described = json.loads((source / "classifier.json").read_text())
+    described |= {name: settings[name] for name in ("data", "model", "pretrained")}
+    described["preprocessing"]["name"] = described["versions"]["name"] = place
+    (source / "classifier.json").write_text(json.dumps(described))
+    metrics = json.loads((source / "metrics.json").read_text()) | {"command": f"skipkernels tune --out {place}"}
+    for name in ("zero_shot", "tuned", "classes"):
+        metrics[name][f"csv:{place}.csv"] = metrics[name]["new"]
+    (source / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    done = sk.export(source, to, tmp_path / "M4RKER-out", push="me/classes")
+    assert Hub.calls[-1] == ("upload", "me/classes", set(done.files))
+    home = str(Path(sk.__file__).parent.parent)
+    for path in done.folder.rglob("*"):
+        content = path.read_bytes()
+        assert not any(word.encode() in content for word in ("M4RKER", home, "site-packages")), path
+    card = (done.folder / "README.md").read_text()
+    assert "tuned on imagefolder" in card and "--shots 2" in card and "| csv |" in card
