@@ -1,0 +1,363 @@
+"""Pre-train `pictogram-tiny` on icons and their names.
+
+    python -m bench.pictograms.pretrain --out runs/pictogram-tiny
+    python -m bench.pictograms.pretrain --out runs/pictogram-tiny --wide-steps 20000    change the length and continue
+
+Three phases. `names`: images are classified among the names that four families or more draw, by a class table in place
+of the text tower, which learns to reproduce the table. `pairs`: both towers contrastively, with the same names. `wide`:
+the same with all names. The learning rate is constant except for warm-ups and the last fifth of the steps; measured and
+exported is a running average of the weights.
+
+A run that is interrupted anywhere continues from its last checkpoint, and gives the weights that it would have given:
+the random numbers of a step depend on its index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from . import pool as pools
+from .augment import augment, normalize, on_white
+
+NAME = "pictogram-tiny"
+CONFIG = Path(__file__).with_name(f"{NAME}.json")
+TEMPLATE = "an icon of a {}"
+COLUMNS = ("step", "phase", "pairs", "loss", "narrow", "wide", "unknown", "seconds")
+DIRECTIONS = set("left right undo redo next previous forward back backward e letter number".split())  # not mirrored
+
+
+@dataclass
+class Options:
+    """Options of a run.
+
+    Attributes:
+        pool: Pool file.
+        out: Folder of the checkpoint, the rows and the weights.
+        names_steps, pairs_steps, wide_steps: Steps of the phases.
+        batch: Images of a step, each with another name.
+        texts: Names of a contrastive step.
+        lr, weight_decay: AdamW.
+        average: Factor of the running average of the weights.
+        patch_dropout: Share of the patches that a step leaves out.
+        every: Steps between two measurements.
+        save_seconds: Least time between two checkpoints.
+        threads: Threads.
+        device: Device.
+        model: Configuration in open_clip.
+    """
+
+    pool: Path = Path.home() / ".cache/skipkernels/pictograms/pool.npz"
+    out: Path = Path("runs") / NAME
+    names_steps: int = 12000
+    pairs_steps: int = 6000
+    wide_steps: int = 12000
+    batch: int = 256
+    texts: int = 1024
+    lr: float = 1.5e-3
+    weight_decay: float = 0.05
+    average: float = 0.998
+    patch_dropout: float = 0.5
+    every: int = 500
+    save_seconds: float = 120
+    threads: int = 1
+    device: str = "cpu"
+    model: str = NAME
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of all phases."""
+        return self.names_steps + self.pairs_steps + self.wide_steps
+
+    def phase(self, step: int) -> tuple[str, int]:
+        """Phase of a step, and its first step."""
+        if step < self.names_steps:
+            return "names", 0
+        if step < self.names_steps + self.pairs_steps:
+            return "pairs", self.names_steps
+        return "wide", self.names_steps + self.pairs_steps
+
+
+def register() -> None:
+    """Add the model to open_clip's configurations."""
+    open_clip.add_model_config(CONFIG)
+
+
+def article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def caption(name: str, style: str, rng: np.random.Generator) -> str:
+    """The name; or a sentence with it, half of the time with the style."""
+    draw = rng.random()
+    if draw < 0.5 and style:
+        return f"{article(style)} icon of a {name}"
+    return name if draw < 0.75 else TEMPLATE.format(name)
+
+
+def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """Encode texts without the padding after the longest, which the causal mask hides from all pooled tokens."""
+    ends = tokens.argmax(dim=-1)
+    length = int(ends.max()) + 1
+    hidden = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
+    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
+    pooled = hidden[torch.arange(len(tokens), device=tokens.device), ends]
+    return F.normalize((model.ln_final(pooled) @ model.text_projection).float(), dim=-1)
+
+
+def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
+    """Encode images, [B, D], of unit norm."""
+    return F.normalize(model.encode_image(images).float(), dim=-1)
+
+
+class Images:
+    """Access to the images of a pool by name."""
+
+    def __init__(self, pool: pools.Pool):
+        self.pool = pool
+        self.by_name = np.argsort(pool.label, kind="stable")
+        self.first = np.searchsorted(pool.label[self.by_name], np.arange(len(pool.names) + 1))
+        self.mirrored = np.array([DIRECTIONS.isdisjoint(name.split()) for name in pool.names])
+
+    def draw(self, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One image of each class, as indices."""
+        first, last = self.first[classes], self.first[classes + 1]
+        return self.by_name[first + (rng.random(len(classes)) * (last - first)).astype(np.int64)]
+
+    def read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Premultiplied RGBA in [0, 1], [B, 4, S, S], and which images are monochrome."""
+        monochrome = len(self.pool.alpha)
+        mono = indices < monochrome
+        rgba = np.zeros((len(indices), *self.pool.color.shape[1:]), np.uint8)
+        rgba[mono, :, :, 3] = self.pool.alpha[indices[mono]]
+        rgba[~mono] = self.pool.color[indices[~mono] - monochrome]
+        return torch.from_numpy(rgba).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(mono)
+
+
+class Run:
+    """A pre-training run: model, class table, optimizer, running average and rows."""
+
+    def __init__(self, options: Options, pool: pools.Pool):
+        torch.manual_seed(0)
+        register()
+        self.options, self.pool, self.images = options, pool, Images(pool)
+        self.device = torch.device(options.device)
+        dropout = options.patch_dropout
+        self.model = open_clip.create_model(options.model, force_patch_dropout=dropout).to(self.device)
+        self.tokenizer = open_clip.get_tokenizer(options.model)
+        width = self.model.text_projection.shape[1]
+        self.table = torch.nn.Parameter(torch.randn(pool.narrow, width, device=self.device) * width**-0.5)
+        with torch.no_grad():
+            self.model.logit_scale.fill_(np.log(15.0))
+        named = [*self.model.named_parameters(), ("table", self.table)]
+        undecayed = {"positional_embedding", "visual.positional_embedding", "visual.class_embedding"}
+        decayed = [p for name, p in named if p.ndim > 1 and name not in undecayed]
+        others = [p for name, p in named if p.ndim <= 1 or name in undecayed]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            betas=(0.9, 0.98),
+            foreach=True,
+        )
+        self.averaged = [p.detach().clone() for _, p in named]
+        self.parameters = [p for _, p in named]
+        self.size = self.model.visual.image_size[0]
+        self.step, self.seconds, self.rows, self.losses = 0, 0.0, [], []  # type: ignore[var-annotated]
+        if (options.out / "checkpoint.pt").exists():
+            self.load()
+
+    # ---- checkpoints
+
+    def save(self) -> None:
+        """Write the checkpoint, the rows and the weights, each file at once."""
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "table": self.table.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": self.averaged,
+            "step": self.step,
+            "seconds": self.seconds,
+            "rows": self.rows,
+            "losses": self.losses,
+        }
+        checkpoint, rows = self.options.out / "checkpoint.pt", self.options.out / "rows.csv"
+        torch.save(state, checkpoint.with_suffix(".partial"))
+        os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+        with rows.with_suffix(".partial").open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *self.rows])
+        os.replace(rows.with_suffix(".partial"), rows)
+
+    def load(self) -> None:
+        """Continue from the checkpoint."""
+        state = torch.load(self.options.out / "checkpoint.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.table.data.copy_(state["table"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.averaged = state["averaged"]
+        self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
+        self.losses = state["losses"]
+
+    def export(self) -> None:
+        """Write the averaged weights in fp16, as open_clip reads them."""
+        with self.average():
+            state = {
+                name: tensor.detach().half().cpu().contiguous() for name, tensor in self.model.state_dict().items()
+            }
+        save_file(state, self.options.out / "partial.safetensors")
+        os.replace(self.options.out / "partial.safetensors", self.options.out / f"{NAME}.safetensors")
+
+    # ---- steps
+
+    def lr(self) -> float:
+        """Learning rate of the step."""
+        _, first = self.options.phase(self.step)
+        warm_up = min(1.0, (self.step - first + 1) / 200)
+        left = (self.options.steps - self.step) / max(1, 0.2 * self.options.steps)
+        return self.options.lr * min(warm_up, left)
+
+    def train_step(self) -> float:
+        """One step; its loss."""
+        options, pool = self.options, self.pool
+        phase, _ = options.phase(self.step)
+        torch.manual_seed(self.step)
+        rng = np.random.default_rng([0, self.step])
+        count = len(pool.names) if phase == "wide" else pool.narrow
+        classes = rng.permutation(count)[: options.batch if phase == "names" else options.texts]
+        own = classes[: options.batch]
+        indices = self.images.draw(own, rng)
+        rgba, mono = self.images.read(indices)
+        mirrored = torch.from_numpy(self.images.mirrored[own])
+        views = augment(rgba.to(self.device), mono.to(self.device), mirrored.to(self.device), self.size)
+        styles = [*pool.style[indices], *[""] * (len(classes) - len(own))]
+        texts = [caption(str(pool.names[c]), str(style), rng) for c, style in zip(classes, styles, strict=True)]
+        tokens = self.tokenizer(texts).to(self.device)
+        labels = torch.arange(len(own), device=self.device)
+
+        self.model.train()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            image, text = encode_image(self.model, views), encode_text(self.model, tokens)
+        scale = self.model.logit_scale.exp()
+        if phase == "names":
+            table = F.normalize(self.table, dim=-1)
+            labels = torch.from_numpy(own).to(self.device)
+            loss = F.cross_entropy(scale * image @ table.T, labels, label_smoothing=0.1)
+            loss = loss + F.cross_entropy(scale.detach() * text @ table.detach().T, labels)
+        else:
+            logits = scale * image @ text.T  # [B, texts]
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            loss = (loss + F.cross_entropy(logits[:, : len(own)].T, labels)) / 2
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=np.log(100.0))
+            # The average starts short, and forgets the first steps.
+            weight = 1 - min(self.options.average, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.averaged, self.parameters, weight)
+        self.step += 1
+        return loss.item()
+
+    # ---- measurement
+
+    @contextmanager
+    def average(self) -> Iterator[None]:
+        """Context in which the model has the averaged weights."""
+        current = [parameter.data for parameter in self.parameters]
+        for parameter, averaged in zip(self.parameters, self.averaged, strict=True):
+            parameter.data = averaged
+        yield
+        for parameter, data in zip(self.parameters, current, strict=True):
+            parameter.data = data
+
+    @torch.no_grad()
+    def accuracy(self) -> dict[str, float]:
+        """Top-1 among the names of a task, in percent: the mean over tasks and test sets, for each group of names."""
+        pool = self.pool
+        self.model.eval()
+        with self.average(), torch.autocast(self.device.type, torch.bfloat16):
+            embedded = []
+            for first in range(0, len(pool.test_images), 256):
+                images = torch.from_numpy(pool.test_images[first : first + 256]).permute(0, 3, 1, 2)
+                views = normalize(on_white(images.to(self.device).float() / 255, self.size))
+                embedded.append(encode_image(self.model, views))
+            image = torch.cat(embedded)
+            found: dict[str, list[float]] = {"narrow": [], "wide": [], "unknown": []}
+            for group, cells in found.items():
+                for task in np.unique(pool.test_task):
+                    rows = np.flatnonzero((pool.test_task == task) & (pool.test_group == group))
+                    classes, labels = np.unique(pool.test_name[rows], return_inverse=True)
+                    if len(classes) < 2:
+                        continue
+                    text = encode_text(
+                        self.model, self.tokenizer([TEMPLATE.format(c) for c in classes]).to(self.device)
+                    )
+                    hit = (image[rows] @ text.T).argmax(-1).cpu().numpy() == labels
+                    cells += [100 * hit[pool.test_set[rows] == prefix].mean() for prefix in pools.TEST_SETS]
+        return {group: float(np.mean(cells)) if cells else float("nan") for group, cells in found.items()}
+
+    def train(self) -> None:
+        """Run the remaining steps."""
+        stopped = []
+        previous = {s: signal.signal(s, lambda *_: stopped.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
+        saved, started = time.perf_counter(), time.perf_counter() - self.seconds
+        while self.step < self.options.steps and not stopped:
+            self.losses.append(self.train_step())
+            self.seconds = time.perf_counter() - started
+            if self.step % self.options.every == 0 or self.step == self.options.steps:
+                self.measure()
+                self.save()
+                self.export()
+                saved = time.perf_counter()
+            elif time.perf_counter() - saved > self.options.save_seconds:
+                self.save()
+                print(f"step {self.step}, {self.seconds:.0f} s, loss {np.mean(self.losses):.3f}", flush=True)
+                saved = time.perf_counter()
+        self.save()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def measure(self) -> None:
+        """Add a row."""
+        accuracy = self.accuracy()
+        phase, _ = self.options.phase(self.step - 1)
+        loss, pairs = float(np.mean(self.losses)), self.step * self.options.batch
+        row = [self.step, phase, pairs, round(loss, 4), *(round(a, 2) for a in accuracy.values()), round(self.seconds)]
+        self.losses.clear()
+        self.rows.append(row)
+        print(", ".join(f"{column} {value}" for column, value in zip(COLUMNS, row, strict=True)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for field in fields(Options):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    options = Options(**vars(parser.parse_args()))
+    torch.set_num_threads(options.threads)
+    run = Run(options, pools.load(options.pool))
+    print(
+        f"{len(run.pool.names)} names, {run.pool.narrow} narrow, {len(run.pool.label)} images, step {run.step}",
+        flush=True,
+    )
+    run.train()
+
+
+if __name__ == "__main__":
+    main()

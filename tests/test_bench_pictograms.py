@@ -1,0 +1,134 @@
+"""bench.pictograms: cleaned names, what is held out, and a pre-training run that is interrupted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from bench.pictograms import names, pool, pretrain, sets, table
+from bench.pictograms.table import Icon
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        ("access-time-20-filled", ("access time", "filled")),
+        ("coffee-cup-02", ("coffee cup", "")),
+        ("sharp-two-tone", ("sharp", "two-tone")),
+        ("light-bulb", ("light bulb", "")),
+        ("phone-outgoing2", ("phone outgoing", "")),
+        ("outline", ("outline", "")),
+        ("outline-moped", ("moped", "outline")),
+    ],
+)
+def test_clean_removes_styles_sizes_and_numbers(raw, expected):
+    assert names.clean(raw, names.set_styles([raw]), prefixes={"outline"}) == expected
+
+
+def test_set_styles_keeps_words_that_few_names_end_with():
+    raws = [f"icon{i}-bold" for i in range(30)] + [f"icon{i}" for i in range(30)] + ["traffic-light"]
+    assert "bold" in names.set_styles(raws)
+    assert "light" not in names.set_styles(raws)
+    assert "light" in names.set_styles(raws, suffixes=["bold-light"])
+
+
+def test_icons_leaves_out_logos_skin_tones_and_licences():
+    def icon_set(licence, category, *raws, **other):
+        info = {"license": {"spdx": licence}, "category": category, "palette": False}
+        return {"info": info, "icons": {raw: {"body": ""} for raw in raws}, **other}
+
+    brands = {f"logos{i}": icon_set("MIT", "Logos", "firefox") for i in range(3)}
+    data = brands | {
+        "mdi": icon_set("MIT", "UI", "cat-outline", "firefox", "x-logo", "y", categories={"Brand / Logo": ["y"]}),
+        "noto": icon_set("MIT", "Emoji", "cat", "man-dark-skin-tone"),
+        "entypo": icon_set("CC-BY-SA-4.0", "UI", "dog"),
+        "openmoji": icon_set("CC-BY-SA-4.0", "Emoji", "dog"),
+    }
+    found = [(icon.set, icon.name, icon.style) for icon in table.icons(data)]
+    assert found == [("mdi", "cat", "outline"), ("noto", "cat", ""), ("openmoji", "dog", "")]
+
+
+def icon(prefix, name, mono="1", category=""):
+    return Icon(prefix, sets.family(prefix), "MIT", name.replace(" ", "-"), name, "", mono, category)
+
+
+def test_training_rows_hold_out_families_their_drawings_and_words():
+    rows = [icon("noto", "cat"), icon("mdi", "cat"), icon("ri", "cat"), icon("ri", "cat"), icon("ph", "dogs")]
+    rows += [icon("ph", "hot dog"), icon("noto-v1", "bird"), icon("game-icons", "bird"), icon("ph", "bird")]
+    digests = np.array([7, 7, 8, 8, 9, 10, 11, 12, 1], np.uint64)  # mdi's cat is noto's; 1 is blank
+    assert pool.training_rows(rows, digests, {"dog"}) == [2]
+    assert pool.training_rows(rows, digests, ()) == [2, 4, 5]
+
+
+def test_choose_takes_families_in_turn():
+    rows = [icon("mdi", "cat")] * 50 + [icon(prefix, "cat") for prefix in ("ri", "ph", "tabler")] + [icon("ri", "ox")]
+    ordered, narrow, chosen = pool.choose(rows, range(len(rows)))
+    assert (ordered, narrow) == (["cat", "ox"], 1)
+    assert {50, 51, 52, 53} < set(chosen) and len(chosen) == pool.NARROW_IMAGES + 1
+
+
+def test_held_out_words_are_the_same_each_time():
+    concrete = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}".replace("word", "w") for i in range(400)]
+    first, again = names.held_out_words(concrete), names.held_out_words(reversed(concrete))
+    assert first == again and len(first) == names.WORDS_HELD_OUT
+
+
+@pytest.fixture
+def small_pool():
+    rng = np.random.default_rng(0)
+    words = [f"{a}{b}" for a in ("red", "big", "old", "wet") for b in ("cat", "dog", "cup")]
+    return pool.Pool(
+        alpha=rng.integers(0, 256, (24, 40, 40), np.uint8),
+        color=rng.integers(0, 256, (12, 40, 40, 4), np.uint8),
+        label=np.arange(36) % 12,
+        style=np.array(["outline", ""] * 18),
+        names=np.array(words),
+        narrow=8,
+        test_images=rng.integers(0, 256, (8, 40, 40, 4), np.uint8),
+        test_set=np.repeat(pool.TEST_SETS, 2),
+        test_name=np.array(words[:2] * 4),
+        test_task=np.array(["food"] * 8),
+        test_group=np.array(["narrow"] * 8),
+    )
+
+
+@pytest.fixture
+def options(tmp_path):
+    small = {"width": 64, "layers": 1}
+    config = tmp_path / "pictogram-test.json"
+    vision, text = small | {"image_size": 32, "patch_size": 8}, small | {"heads": 1, "context_length": 32}
+    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(config)
+    steps = {"names_steps": 3, "pairs_steps": 2, "wide_steps": 2, "every": 2}
+    return pretrain.Options(out=tmp_path, model=config.stem, batch=4, texts=6, **steps)
+
+
+def test_run_interrupted_in_each_phase_gives_the_same_weights(small_pool, options, tmp_path):
+    whole = pretrain.Run(replace(options, out=tmp_path / "whole"), small_pool)
+    whole.train()
+    for _ in range(4):
+        run = pretrain.Run(options, small_pool)
+        for _ in range(min(2, options.steps - run.step)):
+            run.train_step()
+        run.save()
+    assert run.step == whole.step == 7
+    assert all(torch.equal(one, other) for one, other in zip(run.averaged, whole.averaged, strict=True))
+    assert [row[:3] for row in whole.rows] == [[2, "names", 8], [4, "pairs", 16], [6, "wide", 24], [7, "wide", 28]]
+
+
+def test_export_loads_in_open_clip(small_pool, options):
+    run = pretrain.Run(options, small_pool)
+    run.train_step()
+    run.export()  # without the class table, the last parameter
+    model = open_clip.create_model(options.model, pretrained=str(options.out / f"{pretrain.NAME}.safetensors"))
+    for (name, loaded), averaged in zip(model.named_parameters(), run.averaged[:-1], strict=True):
+        torch.testing.assert_close(loaded.data, averaged.half().float(), rtol=0, atol=0, msg=name)
+
+
+def test_config_is_small_enough_to_ship():
+    pretrain.register()
+    model = open_clip.create_model(pretrain.NAME)
+    assert sum(2 * p.numel() for p in model.parameters()) < 25e6
