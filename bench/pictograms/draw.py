@@ -18,7 +18,7 @@ import resvg_py
 from PIL import Image
 
 from . import sets
-from .table import BLANK, icons, write_rows
+from .table import BLANK, icons, read_rows, write_rows
 
 SIZE = 40  # px
 _CHUNK = 2000  # icons between two writes
@@ -90,6 +90,9 @@ def build(folder: Path, jobs: int = 2) -> None:
     """Write the table and draw the icons; continue where an earlier run was interrupted."""
     data = read_sets(download(folder))
     rows = list(icons(data))
+    if (folder / "icons.csv").exists() and [row[:4] for row in read_rows(folder)] != [row[:4] for row in rows]:
+        for stale in ("images.npy", "digests.npy"):  # drawn for other icons
+            (folder / stale).unlink(missing_ok=True)
     write_rows(folder / "icons.csv", rows)
     used = {row.set for row in rows}
     (folder / "sets.json").write_text(json.dumps({p: data[p]["info"] for p in sorted(used)}, indent=1))

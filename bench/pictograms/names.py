@@ -19,7 +19,7 @@ _ALWAYS = {"outline", "outlined", "filled", "fill", "solid", "duotone", "twotone
 _SHARE = 0.04  # other words are styles in sets where at least this share of the names end with them
 
 _SIZE = re.compile(r"\d+(px|x\d+)?|sm|md|lg|xl|xs")
-_LOGO_WORDS = {"logo", "logos", "brand", "brands", "logotype"}
+_LOGO_WORDS = {"logo", "logos", "brand", "brands", "logotype", "wordmark"}
 _LOGO_SETS = 3
 
 WORDS_HELD_OUT = 175
