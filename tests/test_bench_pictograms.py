@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 
-from bench.pictograms import names, pool, pretrain, sets, table
+from bench.pictograms import count, names, pool, pretrain, sets, table
 from bench.pictograms.table import Icon
 
 
@@ -76,6 +76,27 @@ def test_held_out_words_are_the_same_each_time():
     assert first == again and len(first) == names.WORDS_HELD_OUT
 
 
+def test_counts_a_name_of_a_family_as_one_drawing():
+    rows = [icon("fa6-solid", "cat"), icon("fa7-solid", "cat"), icon("ri", "cat"), icon("ri", "hot dog")]
+    assert dict(zip(count.COLUMNS, count.counts(rows), strict=True)) == {
+        "images": 4, "drawings": 3, "names": 2, "words": 3, "families": 2, "sets": 3, "licences": 1,
+    }  # fmt: skip
+
+
+def test_licences_names_each_set_once_with_author_and_licence():
+    information = {
+        prefix: {
+            "name": prefix.title(),
+            "author": {"name": f"{prefix}'s author"},
+            "license": {"title": "T", "spdx": "MIT"},
+        }
+        for prefix in ("mdi", "ri", "unused")
+    }
+    text = count.licences([icon("mdi", "cat"), icon("mdi", "dog"), icon("ri", "cat")], information)
+    assert text.count("Mdi (mdi), 2 icons\n  by mdi's author") == text.count("Ri (ri), 1 icons") == 1
+    assert text.count("T (MIT)") == 2 and "unused" not in text
+
+
 @pytest.fixture
 def small_pool():
     rng = np.random.default_rng(0)
@@ -104,6 +125,16 @@ def options(tmp_path):
     open_clip.add_model_config(config)
     steps = {"names_steps": 3, "pairs_steps": 2, "wide_steps": 2, "every": 2}
     return pretrain.Options(out=tmp_path, model=config.stem, batch=4, texts=6, **steps)
+
+
+def test_captions_have_the_tokens_of_their_text(options):
+    named = ["coffee cup", "cat o'nine tails"]
+    captions = pretrain.Captions(options.model, named, ["outline", ""])
+    openings = ("", "an icon of a ", "an outline icon of a ")
+    expected = captions.tokenizer([opening + name for name in named for opening in openings])
+    drawn = captions.draw(np.array([0, 1] * 50), ["outline", ""] * 50, np.random.default_rng(0))
+    assert {tuple(row) for row in drawn[0::2].tolist()} == {tuple(row) for row in expected[:3].tolist()}
+    assert {tuple(row) for row in drawn[1::2].tolist()} == {tuple(row) for row in expected[3:5].tolist()}
 
 
 def test_run_interrupted_in_each_phase_gives_the_same_weights(small_pool, options, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def tables(rows: list[Icon], digests: np.ndarray) -> dict[str, str]:
             ("task", "names", *columns),
             [(task, sum(found.values()), *(found[column] for column in columns)) for task, found in by_task.items()],
         ),
-        "words": ", ".join(sorted(words)) + ".",
+        "words": textwrap.fill(", ".join(sorted(words)) + ".", 120),
     }
 
 
@@ -93,10 +94,11 @@ def main() -> None:
     rows, digests = read_rows(folder), np.load(folder / "digests.npy")
     text = DOCS.read_text("utf-8")
     for name, table in tables(rows, digests).items():
-        place = re.compile(rf"(<!-- pictograms:{name} -->\n).*?(\n<!-- /pictograms:{name} -->)", re.DOTALL)
-        text = place.sub(lambda match, table=table: match[1] + table + match[2], text)
+        place = re.compile(rf"(<!-- pictograms:{name} -->\n).*?(<!-- /pictograms:{name} -->)", re.DOTALL)
+        text = place.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
     DOCS.write_text(text, "utf-8")
-    used = [rows[i] for i in pool.choose(rows, pool.training_rows(rows, digests, ()))[2]]
+    words = names.held_out_words(pool.concrete_names(rows))
+    used = [rows[i] for i in pool.choose(rows, pool.training_rows(rows, digests, words))[2]]
     LICENCES.write_text(licences(used, json.loads((folder / "sets.json").read_text())), "utf-8")
     print(f"wrote {DOCS.relative_to(ROOT)} and {LICENCES.relative_to(ROOT)}")
 

@@ -19,7 +19,7 @@ import csv
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -57,7 +57,7 @@ class Options:
         save_seconds: Least time between two checkpoints.
         threads: Threads.
         device: Device.
-        model: Configuration in open_clip.
+        model: Name of a configuration of open_clip.
     """
 
     pool: Path = Path.home() / ".cache/skipkernels/pictograms/pool.npz"
@@ -96,16 +96,30 @@ def register() -> None:
     open_clip.add_model_config(CONFIG)
 
 
-def article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+class Captions:
+    """Tokens of captions: a name, a sentence with it, or half of the time a sentence with the style.
 
+    Words have their own tokens, so that the tokens of a sentence and of a name can be joined.
+    """
 
-def caption(name: str, style: str, rng: np.random.Generator) -> str:
-    """The name; or a sentence with it, half of the time with the style."""
-    draw = rng.random()
-    if draw < 0.5 and style:
-        return f"{article(style)} icon of a {name}"
-    return name if draw < 0.75 else TEMPLATE.format(name)
+    def __init__(self, model: str, names: Sequence[str], styles: Iterable[str]):
+        self.tokenizer = open_clip.get_tokenizer(model)
+        sentences = {
+            style: f"{'an' if style[0] in 'aeiou' else 'a'} {style} icon of a " for style in set(styles) - {""}
+        }
+        self.openings = {style: self.tokenizer.encode(text) for style, text in sentences.items()}
+        self.openings[""] = self.tokenizer.encode(TEMPLATE.format(""))
+        self.names = [self.tokenizer.encode(str(name)) for name in names]
+
+    def draw(self, classes: np.ndarray, styles: Iterable[str], rng: np.random.Generator) -> torch.Tensor:
+        """Tokens of a caption for each class, [texts, L]."""
+        length = self.tokenizer.context_length
+        tokens = np.zeros((len(classes), length), np.int64)
+        for row, index, style, draw in zip(tokens, classes, styles, rng.random(len(classes)), strict=True):
+            opening = [] if draw < 0.25 else self.openings["" if draw < 0.5 else str(style)]
+            text = [*opening, *self.names[index]][: length - 2]
+            row[: len(text) + 2] = [self.tokenizer.sot_token_id, *text, self.tokenizer.eot_token_id]
+        return torch.from_numpy(tokens)
 
 
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
@@ -126,8 +140,8 @@ def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
 class Images:
     """Access to the images of a pool by name."""
 
-    def __init__(self, pool: pools.Pool):
-        self.pool = pool
+    def __init__(self, pool: pools.Pool, device: torch.device):
+        self.alpha, self.color = (torch.from_numpy(each).to(device) for each in (pool.alpha, pool.color))
         self.by_name = np.argsort(pool.label, kind="stable")
         self.first = np.searchsorted(pool.label[self.by_name], np.arange(len(pool.names) + 1))
         self.mirrored = np.array([DIRECTIONS.isdisjoint(name.split()) for name in pool.names])
@@ -139,12 +153,13 @@ class Images:
 
     def read(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Premultiplied RGBA in [0, 1], [B, 4, S, S], and which images are monochrome."""
-        monochrome = len(self.pool.alpha)
-        mono = indices < monochrome
-        rgba = np.zeros((len(indices), *self.pool.color.shape[1:]), np.uint8)
-        rgba[mono, :, :, 3] = self.pool.alpha[indices[mono]]
-        rgba[~mono] = self.pool.color[indices[~mono] - monochrome]
-        return torch.from_numpy(rgba).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(mono)
+        index = torch.from_numpy(indices).to(self.alpha.device)
+        monochrome = len(self.alpha)
+        mono = index < monochrome
+        rgba = self.alpha.new_zeros(len(index), *self.color.shape[1:])
+        rgba[mono, :, :, 3] = self.alpha[index[mono]]
+        rgba[~mono] = self.color[index[~mono] - monochrome]
+        return rgba.permute(0, 3, 1, 2).float() / 255, mono
 
 
 class Run:
@@ -153,11 +168,11 @@ class Run:
     def __init__(self, options: Options, pool: pools.Pool):
         torch.manual_seed(0)
         register()
-        self.options, self.pool, self.images = options, pool, Images(pool)
-        self.device = torch.device(options.device)
+        self.options, self.pool, self.device = options, pool, torch.device(options.device)
+        self.images = Images(pool, self.device)
+        self.captions = Captions(options.model, pool.names, pool.style)
         dropout = options.patch_dropout
         self.model = open_clip.create_model(options.model, force_patch_dropout=dropout).to(self.device)
-        self.tokenizer = open_clip.get_tokenizer(options.model)
         width = self.model.text_projection.shape[1]
         self.table = torch.nn.Parameter(torch.randn(pool.narrow, width, device=self.device) * width**-0.5)
         with torch.no_grad():
@@ -239,11 +254,10 @@ class Run:
         own = classes[: options.batch]
         indices = self.images.draw(own, rng)
         rgba, mono = self.images.read(indices)
-        mirrored = torch.from_numpy(self.images.mirrored[own])
-        views = augment(rgba.to(self.device), mono.to(self.device), mirrored.to(self.device), self.size)
+        mirrored = torch.from_numpy(self.images.mirrored[own]).to(self.device)
+        views = augment(rgba, mono, mirrored, self.size)
         styles = [*pool.style[indices], *[""] * (len(classes) - len(own))]
-        texts = [caption(str(pool.names[c]), str(style), rng) for c, style in zip(classes, styles, strict=True)]
-        tokens = self.tokenizer(texts).to(self.device)
+        tokens = self.captions.draw(classes, styles, rng).to(self.device)
         labels = torch.arange(len(own), device=self.device)
 
         self.model.train()
@@ -291,24 +305,25 @@ class Run:
         """Top-1 among the names of a task, in percent: the mean over tasks and test sets, for each group of names."""
         pool = self.pool
         self.model.eval()
-        with self.average(), torch.autocast(self.device.type, torch.bfloat16):
+        found: dict[str, list[float]] = {"narrow": [], "wide": [], "unknown": []}
+        with self.average():
             embedded = []
             for first in range(0, len(pool.test_images), 256):
-                images = torch.from_numpy(pool.test_images[first : first + 256]).permute(0, 3, 1, 2)
-                views = normalize(on_white(images.to(self.device).float() / 255, self.size))
-                embedded.append(encode_image(self.model, views))
+                images = torch.from_numpy(pool.test_images[first : first + 256]).to(self.device)
+                views = normalize(on_white(images.permute(0, 3, 1, 2).float() / 255, self.size))
+                with torch.autocast(self.device.type, torch.bfloat16):
+                    embedded.append(encode_image(self.model, views).cpu())
             image = torch.cat(embedded)
-            found: dict[str, list[float]] = {"narrow": [], "wide": [], "unknown": []}
             for group, cells in found.items():
                 for task in np.unique(pool.test_task):
                     rows = np.flatnonzero((pool.test_task == task) & (pool.test_group == group))
                     classes, labels = np.unique(pool.test_name[rows], return_inverse=True)
                     if len(classes) < 2:
                         continue
-                    text = encode_text(
-                        self.model, self.tokenizer([TEMPLATE.format(c) for c in classes]).to(self.device)
-                    )
-                    hit = (image[rows] @ text.T).argmax(-1).cpu().numpy() == labels
+                    tokens = self.captions.tokenizer([TEMPLATE.format(name) for name in classes])
+                    with torch.autocast(self.device.type, torch.bfloat16):
+                        text = encode_text(self.model, tokens.to(self.device)).cpu()
+                    hit = (image[rows] @ text.T).argmax(-1).numpy() == labels
                     cells += [100 * hit[pool.test_set[rows] == prefix].mean() for prefix in pools.TEST_SETS]
         return {group: float(np.mean(cells)) if cells else float("nan") for group, cells in found.items()}
 
@@ -316,10 +331,10 @@ class Run:
         """Run the remaining steps."""
         stopped = []
         previous = {s: signal.signal(s, lambda *_: stopped.append(1)) for s in (signal.SIGTERM, signal.SIGINT)}
-        saved, started = time.perf_counter(), time.perf_counter() - self.seconds
+        saved, started = time.perf_counter(), time.process_time() - self.seconds
         while self.step < self.options.steps and not stopped:
             self.losses.append(self.train_step())
-            self.seconds = time.perf_counter() - started
+            self.seconds = time.process_time() - started  # of this process: other load does not count
             if self.step % self.options.every == 0 or self.step == self.options.steps:
                 self.measure()
                 self.save()
