@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
+from .folders import replaced_folder
 from .optimizer import world_size
-from .store.atomic import replace_file, replace_text
 from .store.tensor_file import write_tensors
 from .towers import UnsupportedModel
 from .towers.base import Tower
@@ -23,6 +22,7 @@ from .towers.low_rank import LowRankUpdate, low_rank_updates
 
 TARGETS = ("q", "k", "v", "out", "fc", "proj")
 """Linear layers of a block: query, key, value and output of attention, first and second layer of the MLP."""
+_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 
 
 def add_lora(
@@ -137,7 +137,7 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
 
     Args:
         clip: SkipCLIP on a `CLIPModel` or `SiglipModel` with low-rank updates.
-        folder: Folder to write, created if it does not exist.
+        folder: Folder to write, created if it does not exist. An adapter in it is replaced; other files are kept.
 
     Raises:
         TypeError: If `clip` is not a SkipCLIP.
@@ -177,6 +177,7 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
     first = next(iter(updates.values()))
     config: dict[str, Any] = {
         "peft_type": "LORA",
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": model.name_or_path or None,
         "task_type": None,
         "inference_mode": True,
@@ -187,12 +188,10 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
         "fan_in_fan_out": False,
         "target_modules": list(updates),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(
-        folder / "adapter_model.safetensors", partial(write_tensors, tensors=tensors, metadata={"format": "pt"})
-    )
-    replace_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    with replaced_folder(Path(folder), (_ADAPTER, _ADAPTER_CONFIG)) as written:
+        with (written / _ADAPTER).open("wb") as file:
+            _, config["auto_mapping"]["weights_xxh3"] = write_tensors(file, tensors, {"format": "pt"})
+        (written / _ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

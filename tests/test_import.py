@@ -29,6 +29,7 @@ LAYERS = [
         "formatting",
         "checks",
         "console",
+        "folders",
         "memory",
         "options",
         "reference",

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 import skipkernels as sk
 from skipkernels import lora
 from skipkernels.lora import TARGETS
+from skipkernels.store.digest import digest_file
 from skipkernels.testing import saved_bytes
 from skipkernels.towers import UnsupportedModel, fused_block
 from skipkernels.towers.low_rank import LowRankUpdate
@@ -357,7 +358,9 @@ def test_save_lora_round_trip_through_peft(make, tmp_path):
     """Peft's own layers with the saved A and B: the same embeddings, loss and gradients."""
     clip, (images, labels) = with_lora(make(), ("q", "v", "fc")), tiny_batch(3, C)
     sk.save_lora(clip, tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 3.0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 3.0
+    assert config["auto_mapping"]["weights_xxh3"] == digest_file(tmp_path / "adapter" / "adapter_model.safetensors")
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter", is_trainable=True)
     assert {p.dtype for p in theirs.parameters()} == {torch.float64}
     output = theirs(input_ids=tiny_tokens(C), pixel_values=images)

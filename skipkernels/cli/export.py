@@ -23,7 +23,7 @@ class ExportCommand:
     out: Path
     """Folder to write; new or empty."""
     overwrite: bool = False
-    """Write into a folder with files."""
+    """Write into a folder with files. An earlier export in it is replaced."""
     push: str | None = None
     """Also upload the folder to this repository of the Hugging Face Hub, ORG/NAME."""
     public: bool = False

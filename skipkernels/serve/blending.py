@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import experiments  # noqa: F401  registers the baselines and glyph-tiny
 from ..data import InputError, SizedDataset
-from ..store import replace_file, replace_text, write_tensors
+from ..folders import restored
+from ..store import replace_text, write_tensors
 from ..tuner import TuneConfig, weights
 from ..tuner.calibration import fit_temperature
 from ..tuner.checkpoint import MODEL
@@ -29,7 +30,7 @@ from ..tuner.predictions import TestPredictions
 from ..tuner.report import report_html, run_report
 from ..tuner.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics
 from ..tuner.setup import RunSetup, build_run
-from .loading import weights_file
+from .loading import described_weights
 
 ALPHAS = tuple(n / 10 for n in range(11))
 """Weights of the tuned model in the curve."""
@@ -93,11 +94,11 @@ def blend(
         (0.3, True)
     """
     chosen = _checked(alpha)
-    folder = Path(run).expanduser()
+    folder = restored(Path(run).expanduser())
     target = Path(out).expanduser() if out is not None else blended_folder(folder)
     if target.resolve() == folder.resolve():
         raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
-    described, metrics = Description.read(folder), read_metrics(folder)
+    (_, file), metrics = described_weights(folder), read_metrics(folder)
     given = () if dataset is None else ("data",)
     of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
     check_method(of_run)
@@ -121,7 +122,7 @@ def blend(
     evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
     evaluator.zero_shot()
     zero_shot = dict(evaluator.top)
-    weighted = Interpolation(setup, weights_file(folder, described))
+    weighted = Interpolation(setup, file)
     curve = _curve(evaluator, weighted)
     if chosen is None:
         chosen = choose(curve["accuracy"].get(VALIDATION))
@@ -146,8 +147,7 @@ def blend(
         metrics["validation"] = metrics["validation"] | {"tuned": evaluator.validation_accuracy()}
         fitted = fit_temperature(logits, held.labels)
         described = replace(described, temperature=fitted, calibration_images=len(held.labels))
-    with new_folder.lock():
-        _write(new_folder, written, setup, described, metrics, tests)
+    _write(new_folder, written, setup, described, metrics, tests)
     return metrics
 
 
@@ -236,13 +236,15 @@ def _write(
     tests: list[TestPredictions],
 ) -> None:
     """Write the files of a blended run."""
-    state = setup.method.state_dict()
-    replace_file(folder.path / MODEL, lambda file: write_tensors(file, state, weights.metadata(holds=weights.MODEL)))
-    mib = round((folder.path / MODEL).stat().st_size / 2**20, 1)
-    metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
-    described.write(folder.path)
-    use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
-    folder.write_card(model_card(config, described, metrics, use=use))
-    folder.write_predictions(tests)
-    folder.write_report(report_html(config, metrics, [], tests))
-    folder.finish(metrics)
+    with folder.replaced():
+        with (folder.path / MODEL).open("wb") as file:
+            metadata = weights.metadata(holds=weights.MODEL)
+            size, digest = write_tensors(file, setup.method.state_dict(), metadata)
+        metrics["checkpoint"] = {"file": MODEL, "mib": round(size / 2**20, 1), "mib_of_all": round(size / 2**20, 1)}
+        described = replace(described, weights_xxh3=digest)
+        described.write(folder.path)
+        use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
+        folder.write_card(model_card(config, described, metrics, use=use))
+        folder.write_predictions(tests)
+        folder.write_report(report_html(config, metrics, [], tests))
+        folder.finish(metrics)

@@ -16,6 +16,7 @@ from ..clip import SkipCLIP
 from ..data import InputError
 from ..data.files import find_images
 from ..features import FeatureCache
+from ..folders import restored
 from ..options import Precision
 from ..store import is_store
 from ..tuner.methods.base import TunedModel
@@ -139,7 +140,7 @@ class Classifier:
             InputError: If the folder does not hold a tuned model, or is damaged, or is not trusted and names such a
                 source, or an argument can't be used.
         """
-        folder = Path(run).expanduser()
+        folder = restored(Path(run).expanduser())
         if not folder.is_dir():
             raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
         options: dict[str, Any] = {"device": device, "precision": precision, "trust": trust}

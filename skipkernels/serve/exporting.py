@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +14,30 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import open_clip
 
 from ..data import InputError
-from ..store import replace_file, replace_text, write_tensors
+from ..folders import replaced_folder, restored
+from ..store import replace_text, write_tensors
+from ..store.digest import digest_file
 from ..tuner import TuneConfig, weights
-from ..tuner.description import Description, write_open_clip_config
+from ..tuner.checkpoint import STATE
+from ..tuner.description import CLASSIFIER, Description, write_open_clip_config
 from ..tuner.environment import versions
-from ..tuner.model import RANDOM
+from ..tuner.model import OPEN_CLIP, RANDOM
 from ..tuner.model_card import CARD, model_card
-from ..tuner.run_folder import CONFIG, METRICS, check_writable, read_metrics
+from ..tuner.run_folder import CONFIG, METRICS, has_run, read_metrics
 from . import to_hugging_face, to_onnx
 from .merging import PlainModel, plain_model
 
 Target = Literal["open-clip", "hugging-face", "onnx"]
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
 CLASSES = "classes.json"
+# Names of the files of every target, and of transformers' tokenizers: what an earlier export may have left.
+_OURS = (
+    *(CARD, CLASSES, CLASSIFIER, OPEN_CLIP, OPEN_CLIP_WEIGHTS, to_onnx.FILE, f"{to_onnx.FILE}.data"),
+    *("config.json", "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
+    *("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
+    "sentencepiece.bpe.model",
+)
 
 
 class Exported(NamedTuple):
@@ -74,7 +85,8 @@ def export(
         push: Also upload the folder to this repository of the Hugging Face Hub, "ORG/NAME", with the account that
             huggingface_hub is logged in to.
         private: Create that repository as a private one, if it does not exist.
-        overwrite: Write into a folder with files. Files with the same names are replaced; no others are uploaded.
+        overwrite: Write into a folder with files. An earlier export in it is replaced; other files are kept, and not
+            uploaded. The folder of a run is refused.
         trust: See `Classifier.load`.
 
     Raises:
@@ -95,30 +107,28 @@ def export(
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
     if push is not None:
         _check_repository(push)
-    source, folder = Path(run).expanduser(), Path(out).expanduser()
+    source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
     if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
     if not source.is_dir():
         raise InputError(f"export: run must be the folder of a run; {source} is not a folder.", "run")
-    if folder.resolve() == source.resolve():
-        raise InputError(f"export: out must not be the folder of the run; got {folder}. Choose another.", "out")
-    check_writable(folder, function="export")
-    plain = plain_model(source, trust=trust)
-    write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
-    described = _shared(plain)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Files are moved when all are written: an error leaves none, and a push uploads no others.
-    with tempfile.TemporaryDirectory(prefix=".skipkernels-", dir=folder) as temporary:
-        written = Path(temporary)
+    if has_run(folder) or (folder / STATE).exists() or folder.resolve() == source.resolve():
+        raise InputError(f"export: out must not be the folder of a run; got {folder}. Choose another.", "out")
+    with contextlib.ExitStack() as stack:
+        try:
+            written = stack.enter_context(replaced_folder(folder, _OURS))
+        except OSError as error:
+            raise InputError(f"export: out: {folder} can't be written ({error.strerror}).", "out") from error
+        plain = plain_model(source, trust=trust)
+        write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
+        described = _shared(plain)
         notes = write(plain, written)
         if to == "open-clip":
-            described.write(written)
+            replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
         elif to == "hugging-face":
             _write_classes(written, described)
         _write_card(source, written, described, to)
         files = sorted(path.name for path in written.iterdir())
-        for name in files:
-            os.replace(written / name, folder / name)
     return Exported(folder, files, notes, None if push is None else _push(folder, files, push, private))
 
 
@@ -131,7 +141,8 @@ def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
     if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
     state, header = plain.model.state_dict(), weights.metadata(holds=weights.MODEL)
-    replace_file(folder / OPEN_CLIP_WEIGHTS, lambda file: write_tensors(file, state, header))
+    with (folder / OPEN_CLIP_WEIGHTS).open("wb") as file:
+        write_tensors(file, state, header)
     return []
 
 

@@ -66,10 +66,9 @@ def load_run(
     trust: bool = False,
 ) -> TunedRun:
     """Load the model of a run; see `Classifier.load` for the arguments and errors."""
-    described = Description.read(folder)
+    described, file = described_weights(folder)
     chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
     mixed = MixedPrecision(_resolved(precision, chosen), chosen)
-    file = weights_file(folder, described)
     whole = described.holds == weights.MODEL
     name, pretrained = described.model, described.pretrained
     if whole and (folder / OPEN_CLIP).is_file():
@@ -93,18 +92,14 @@ def load_run(
     return TunedRun(described, names, model, method, transform, tokenizer, prompts, same, mixed)
 
 
-def weights_file(folder: Path, described: Description) -> Path:
-    """Return the path of the weights of a run, which may be in progress, or of an exported or blended model.
+def described_weights(folder: Path) -> tuple[Description, Path]:
+    """Return the contents of classifier.json, and the weights that have its digest; see `checkpoint.weights_of`.
 
     Raises:
-        InputError: If they are missing or damaged.
+        InputError: If one of them is missing or damaged.
     """
-    if (folder / checkpoint.STATE).exists():
-        return checkpoint.weights_of(folder)
-    path = folder / described.weights
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, though classifier.json names it. Copy the whole folder.")
-    return path
+    described, file = checkpoint.weights_of(folder)
+    return described or Description.read(folder), file  # the second raises the error
 
 
 def _resolved(precision: Precision | str, device: torch.device) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from ..folders import sync
+
 _PARTIAL = re.compile(r"\.(.+)\.(?:[0-9a-f]{16}\.skipkernels-partial|[0-9]+\.partial)")  # the second: older versions
 
 
@@ -40,12 +42,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             with contextlib.suppress(OSError):  # report the first error
                 partial.unlink(missing_ok=True)
             raise
-    if os.name == "posix":  # flushes the rename
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync(path.parent)  # flushes the rename
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """Checkpoint of a run: weights in safetensors, and training state of the same epoch in state.pt.
 
 New weights are written beside the old file. Then state.pt, which has their digest, is replaced, which commits the new
-epoch. Then the weights are renamed. If a process is killed at any point, `find` returns both files of one epoch.
+epoch. Then classifier.json gets the digest, and the weights are renamed. If a process is killed at any point, `find`
+returns both files of one epoch, and `weights_of` the weights of classifier.json.
 
 With validation images, state.pt also has the digest of the weights of the best epoch. They are in the weights file, or
 in best.safetensors beside it if a later epoch is not better. After the last epoch they become the weights file.
@@ -14,6 +15,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,6 +27,7 @@ from ..formatting import first_line
 from ..store import open_regular, partial_of, replace_file, write_tensors
 from ..store.digest import digest_file
 from ..store.lock import lock_owner
+from .description import CLASSIFIER, Description
 from .errors import argument_error
 from .state_checks import check_types
 
@@ -72,13 +75,13 @@ def save(
     *,
     best: str | None = None,
     is_best: bool = False,
-) -> str | None:
+) -> tuple[str, str | None]:
     """Replace the checkpoint of a run atomically: a weights file, and a state that `torch.load` reads as weights only.
 
     The weights with the digest `best`, of the best epoch so far, are kept, unless the new ones are the best.
 
     Returns:
-        Digest of the weights of the best epoch now.
+        Digests of the weights, and of those of the best epoch now.
 
     Raises:
         InputError: If the disk is full, or the folder can't be written; the old checkpoint is kept.
@@ -101,11 +104,12 @@ def save(
             f"the checkpoint can't be written to {folder}: {_reason(error)} The previous one, if any, is "
             "kept; free disk space and continue with `resume=True`.",
         ) from error
-    return state["best"]
+    return state["weights"]["xxh3"], state["best"]
 
 
 def _rename(folder: Path, written: Path, state: dict[str, Any]) -> None:
     """Rename weights that `state` names to their final name; keep those of the best epoch, and only those."""
+    _set_digest(folder, state)
     named, best = folder / state["weights"]["file"], state.get("best")
     if best == state["weights"]["xxh3"]:
         os.replace(written, named)
@@ -114,6 +118,12 @@ def _rename(folder: Path, written: Path, state: dict[str, Any]) -> None:
     if best is not None and _digest(named) == best:
         os.replace(named, folder / BEST)
     os.replace(written, named)
+
+
+def _set_digest(folder: Path, state: dict[str, Any]) -> None:
+    """Write the digest of the weights that `state` names to the classifier.json of the run, if there is one."""
+    if (folder / CLASSIFIER).exists() and (described := Description.read(folder)).weights == state["weights"]["file"]:
+        replace(described, weights_xxh3=state["weights"]["xxh3"]).write(folder)
 
 
 def best_weights(folder: Path, state: dict[str, Any]) -> Path:
@@ -144,6 +154,7 @@ def keep_best(folder: Path) -> Path:
     try:
         if path != named:
             replace_file(folder / STATE, lambda opened: torch.save(found.state, opened))
+            _set_digest(folder, found.state)
             os.replace(path, named)
         (folder / BEST).unlink(missing_ok=True)
     except (OSError, TypeError, RuntimeError) as error:
@@ -213,24 +224,49 @@ def recover(folder: Path) -> Checkpoint | None:
 def remove_leftovers(folder: Path, others: Iterable[str] = ()) -> None:
     """Delete the temporary files that killed processes left of a checkpoint and of `others`, names of other files."""
     next_names = [_next_name(file) for file in (MODEL, DELTA)]
-    written = {*others, MODEL, DELTA, STATE, *next_names}
+    written = {*others, MODEL, DELTA, STATE, CLASSIFIER, *next_names}
     partial = [path for path in folder.iterdir() if partial_of(path.name) in written]
     for path in (*partial, *(folder / name for name in next_names)):
         path.unlink(missing_ok=True)
 
 
-def weights_of(folder: Path) -> Path:
-    """Return the weights file of a run, which may be in progress, or a copy without the training state.
+def weights_of(folder: Path) -> tuple[Description | None, Path]:
+    """Return the contents of classifier.json, or None if there is none, and the weights file that has its digest.
+
+    The run may be in progress: then both are read again until they match. A folder without a digest is of an earlier
+    version, or a run that could not be described; its weights are those of the training state, or else found by name.
 
     Raises:
-        InputError: If there is no such file, or it is damaged.
+        InputError: If there are no such weights.
     """
-    found = find(folder)
+    missed = None
+    for _ in range(_MAX_READS):
+        described = Description.read(folder) if (folder / CLASSIFIER).exists() else None
+        if described is None or described.weights_xxh3 is None:
+            return described, _without_digest(folder, described)
+        path = _with_digest(folder, described.weights, described.weights_xxh3)
+        if path is not None:
+            return described, path
+        if described == missed:
+            break
+        missed = described
+    assert described is not None
+    raise InputError(
+        f"{folder / described.weights}: missing or damaged: it does not match {CLASSIFIER}. Copy the whole folder, or "
+        "tune again in another folder, or in this one with `overwrite=True`."
+    )
+
+
+def _without_digest(folder: Path, described: Description | None) -> Path:
+    names = (MODEL, DELTA) if described is None else (described.weights,)
+    found = find(folder) if names[0] in (MODEL, DELTA) else None
     if found is not None:
         return found.weights
-    for path in (folder / MODEL, folder / DELTA):
-        if path.is_file():
-            return path
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    if described is not None:
+        raise InputError(f"{folder / names[0]}: no such file, though {CLASSIFIER} names it. Copy the whole folder.")
     running = lock_owner(folder)
     if running is not None:
         raise InputError(

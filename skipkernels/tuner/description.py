@@ -41,6 +41,7 @@ _FIELDS: dict[str, Any] = {
     "logit_scale": "number",
     "temperature": ("number", "null"),
     "calibration_images": "whole number",
+    "weights_xxh3": ("text", "null"),
     "preprocessing": "plain mapping",
     "versions": "plain mapping",
 }
@@ -59,6 +60,7 @@ class Description:
         prompts: Prompts by template and class; None if `templates` make them.
         weights: Name of the weights file.
         holds: Its contents: "model", "method" or "changes"; see `weights`.
+        weights_xxh3: Digest of the weights file, by which it is found; None in files of earlier versions.
         logit_scale: exp(logit_scale) of the model.
         temperature: Divisor of the logits, fitted on held-out images at the end of training; None if there were none,
             or training did not end.
@@ -81,6 +83,7 @@ class Description:
     logit_scale: float
     temperature: float | None = None
     calibration_images: int = 0
+    weights_xxh3: str | None = None
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +101,7 @@ class Description:
                 "the folder of a run, or tune again."
             )
         try:
-            values = read_object(path, _MAX_BYTES)
+            values = {"weights_xxh3": None} | read_object(path, _MAX_BYTES)
             check_types(values, _FIELDS)
             if values.pop("format") != FORMAT:
                 raise ValueError("written by a later version; upgrade skipkernels")

@@ -17,6 +17,7 @@ from ..data import InputError, SizedDataset, Source
 from ..data.files import format_names
 from ..data.tasks import summarise
 from ..features import FeatureCache
+from ..folders import restored
 from ..options import CacheDtype, Protocol
 from . import checkpoint, weights
 from .config import TuneConfig
@@ -231,7 +232,7 @@ def evaluate_run(
         FloatingPointError: If a logit is not finite.
         ProcessError: If another process ended without a report.
     """
-    folder = Path(folder)
+    folder = restored(Path(folder))
     given = ("model", "pretrained", *(["data"] if data or dataset is not None else []))  # `_load_run` checks the model
     config = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
     if config.test == "none" and data is None and test is None:
@@ -296,10 +297,10 @@ def _load_run(
 
 def _read_weights(folder: Path, read: Callable[[Path], Result]) -> Result:
     """Call `read` with the weights file of a run; repeat it if a running process renamed the file meanwhile."""
-    path = checkpoint.weights_of(folder)
+    _, path = checkpoint.weights_of(folder)
     try:
         return read(path)
     except InputError:
         if path.exists():
             raise
-        return read(checkpoint.weights_of(folder))
+        return read(checkpoint.weights_of(folder)[1])

@@ -401,7 +401,7 @@ class _Run:
         if self.temperature is not None:
             temperature, images = self.temperature
             self.described = replace(self.described, temperature=temperature, calibration_images=images)
-        self.described.write(self.folder.path)
+        self.folder.describe(self.described)
         if holds == MODEL:
             write_open_clip_config(self.folder.path, setup.model, setup.tokenizer)
 

@@ -18,11 +18,12 @@ import yaml
 
 from ..data import InputError
 from ..data.files import format_names
+from ..folders import replaced_folder
 from ..store import StoreError, absolute_folder, read_object, replace_text
-from ..store.lock import OWNER, lock_owner, locked
+from ..store.lock import LOCK, OWNER, lock_owner, locked
 from . import checkpoint
 from .config import TuneConfig, read_settings
-from .description import CLASSIFIER
+from .description import CLASSIFIER, Description
 from .errors import argument_error
 from .loggers import CSV
 from .model_card import CARD
@@ -175,7 +176,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in (*folder.glob(_EVENTS), *(folder / name for name in _FILES)) if path.exists()]
 
 
-def _has_run(folder: Path) -> bool:
+def has_run(folder: Path) -> bool:
     """Return True if a folder has the config.yaml of a run, of any version."""
     try:
         settings = read_settings(folder / CONFIG)
@@ -204,16 +205,15 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self.resumed: checkpoint.Checkpoint | None = None
         self.finished: dict[str, Any] | None = None
-        self._best: str | None = None  # digest of the weights of the best epoch
+        self._digest: str | None = None  # of the weights
+        self._best: str | None = None  # of those of the best epoch
         check_apart("out", self.path, config)
         if config.cache is not None:
             check_apart("cache", config.cache, config)
         self._disk = check_writable(self.path)
-        running = lock_owner(self.path)
-        if running is not None:
-            raise argument_error("out", f"{self.path}: in use by {running}. Wait for it, or choose another folder.")
+        self._check_free()
         earlier = [path.name for path in _files(self.path)]
-        if earlier and not _has_run(self.path):
+        if earlier and not has_run(self.path):
             raise argument_error(
                 "out",
                 f"{self.path} contains files with names of run files, but no {CONFIG} of a run: "
@@ -227,6 +227,11 @@ class RunFolder:
                 f"{self.path} contains an earlier run ({', '.join(earlier)}); choose another folder, or use "
                 "`overwrite=True` or `resume=True`.",
             )
+
+    def _check_free(self) -> None:
+        running = lock_owner(self.path)
+        if running is not None:
+            raise argument_error("out", f"{self.path}: in use by {running}. Wait for it, or choose another folder.")
 
     def _resume(self, earlier: list[str]) -> None:
         found = checkpoint.find(self.path)
@@ -282,6 +287,18 @@ class RunFolder:
                 raise argument_error("out", f"{self.path} can't be written: {error.strerror}.") from error
             yield
 
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Write all files of a run in place of an earlier one; in the block, `path` is a new folder beside it."""
+        self._check_free()
+        path = self.path
+        with replaced_folder(path, (*_FILES, _EVENTS, LOCK, OWNER)) as self.path:
+            try:
+                self._write(CONFIG, self._config.to_yaml())
+                yield
+            finally:
+                self.path = path
+
     def _begin(self) -> None:
         """Delete files of an earlier run, or restore the resumed one, and write the configuration."""
         (self.path / METRICS).unlink(missing_ok=True)
@@ -290,7 +307,8 @@ class RunFolder:
         if self.resumed is not None:
             self.resumed = checkpoint.recover(self.path)
             self.rows = list(self.resumed.state["rows"]) if self.resumed is not None else []
-            self._best = self.resumed.state["best"] if self.resumed is not None else None
+            if self.resumed is not None:
+                self._digest, self._best = self.resumed.state["weights"]["xxh3"], self.resumed.state["best"]
         else:
             for path in _files(self.path):
                 path.unlink(missing_ok=True)
@@ -308,7 +326,7 @@ class RunFolder:
         state = state | {"config": self._config.identity(), "rows": rows}
         is_best = row is not None and best_epoch(rows) == row["epoch"]
         arguments = self.path, self.weights_file, weights, metadata, state
-        self._best = checkpoint.save(*arguments, best=self._best, is_best=is_best)
+        self._digest, self._best = checkpoint.save(*arguments, best=self._best, is_best=is_best)
         self.rows = rows
         self._write_rows()
 
@@ -324,10 +342,14 @@ class RunFolder:
 
     def keep_best(self) -> Path | None:
         """Make the weights of the best epoch those of the run; return their file, or None if they are already."""
-        found = None if self._best is None else checkpoint.find(self.path)
-        if found is None or found.state["weights"]["xxh3"] == self._best:
+        if self._best is None or self._digest == self._best:
             return None
+        self._digest = self._best
         return checkpoint.keep_best(self.path)
+
+    def describe(self, described: Description) -> None:
+        """Write classifier.json, with the digest of the weights."""
+        dataclasses.replace(described, weights_xxh3=self._digest).write(self.path)
 
     def _write_rows(self) -> None:
         self._write(EPOCHS, "".join(json.dumps(row) + "\n" for row in self.rows))

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from skipkernels.cli.main import main
 from skipkernels.data import load_task
-from skipkernels.experiments.sensitivity import measure_gradient_dependence, report
+from skipkernels.experiments.sensitivity import measure_gradient_dependence
 from skipkernels.tuner.model import load_model
 
 SMALL = {"shots": 2, "classes": 12, "epochs": 1, "images": 10, "device": "cpu"}
@@ -134,20 +135,16 @@ def test_analyze_overwrite(done, written, tmp_path):
     assert other["feature_sensitivity"] != written["feature_sensitivity"], "another seed gives others"
 
 
-def test_analyze_full_disk_leaves_no_json(done, tmp_path, monkeypatch):
+def test_analyze_full_disk_keeps_the_earlier_analysis(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "copy")
-    replace_text = report.replace_text
+    before = {path.name: path.read_text() for path in folder.iterdir()}
 
-    def full(path, text):
-        if path.name == "gradient_dependence.svg":
-            raise OSError(28, "No space left on device")
-        replace_text(path, text)
+    def full(file, text, **options):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "replace_text", full)
+    monkeypatch.setattr(Path, "write_text", full)
     assert "can't be written: No space left" in refused(folder, "--overwrite")
-    assert sorted(file.name for file in folder.iterdir()) == ["feature_sensitivity.svg", "gradient_dependence.svg"], (
-        "it would be of other plots"
-    )
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
 
 
 def test_analyze_diverged_fine_tuning_writes_nothing(tmp_path):

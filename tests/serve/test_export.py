@@ -195,9 +195,38 @@ def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Description, "write", lambda self, folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sk.export(run.folder, "open-clip", tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
-    with pytest.raises(InputError, match="must not be the folder of the run"):
-        sk.export(run.folder, "open-clip", run.folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.skipkernels-lock"]
+
+
+def test_folder_of_a_run_is_refused(run, lora):
+    for folder in (run.folder, lora):
+        with pytest.raises(InputError, match="out must not be the folder of a run"):
+            sk.export(run.folder, "open-clip", folder, overwrite=True)
+
+
+@torch.no_grad()
+def test_weights_are_those_of_the_names(run, lora, images, tmp_path):
+    """Even if a model was copied over another: the digest chooses the file, and the file must have it."""
+    done = sk.export(lora, "open-clip", tmp_path / "out")
+    exported = sk.Classifier.load(done.folder, device="cpu")
+    mixed = shutil.copytree(run.folder, tmp_path / "mixed")
+    shutil.copytree(done.folder, mixed, dirs_exist_ok=True)
+    found = sk.Classifier.load(mixed, device="cpu")
+    assert found.classes == exported.classes != run.classes
+    assert torch.equal(found.logits(images), exported.logits(images))
+    shutil.copyfile(run.folder / "model.safetensors", mixed / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match=r"open_clip_model\.safetensors: missing or damaged: .* Copy the whole folder"):
+        sk.Classifier.load(mixed, device="cpu")
+
+
+def test_overwrite_replaces_an_earlier_export_of_another_target(run, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "out" / ".git").mkdir(parents=True)
+    (tmp_path / "out" / ".git" / "HEAD").write_text("main")
+    for target in ("hugging-face", "open-clip"):
+        done = sk.export(run.folder, target, tmp_path / "out", overwrite=True)
+        assert {path.name for path in done.folder.iterdir()} == {".git", *done.files}
+    assert (done.folder / ".git" / "HEAD").read_text() == "main"
 
 
 @pytest.mark.parametrize("to", ["open-clip", "hugging-face", "onnx"])

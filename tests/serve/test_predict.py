@@ -19,6 +19,7 @@ import skipkernels as sk
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.serve.output import SortedFolders, contact_sheet, folder_names
+from skipkernels.store.digest import digest_file
 from skipkernels.tuner import tune
 from skipkernels.tuner.description import Description
 from tests.serve.conftest import CONFIG
@@ -154,6 +155,17 @@ def test_damaged_run(run, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(InputError, match=message):
         sk.Classifier.load(folder)
+
+
+def test_run_of_an_earlier_version(run, tmp_path, images, classifier):
+    """Its classifier.json has no digest: its weights are those of state.pt, and without that found by name."""
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    values = json.loads((folder / "classifier.json").read_text())
+    assert values.pop("weights_xxh3") == digest_file(folder / "model.safetensors")
+    (folder / "classifier.json").write_text(json.dumps(values))
+    for _ in range(2):
+        assert torch.equal(sk.Classifier.load(folder, device="cpu").logits(images), classifier.logits(images))
+        (folder / "state.pt").unlink(missing_ok=True)
 
 
 def command(capsys, *arguments) -> tuple[int, str, str]:

@@ -15,8 +15,10 @@ from torch import nn
 
 from skipkernels.data import InputError
 from skipkernels.store import atomic, replace_file
+from skipkernels.store.digest import digest_file
 from skipkernels.store.lock import locked
 from skipkernels.tuner import checkpoint, weights
+from skipkernels.tuner.description import Description
 from skipkernels.tuner.weights import read_metadata
 
 
@@ -51,10 +53,19 @@ def test_find_after_save(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
 
 
+def describe(folder: Path) -> None:
+    digest = checkpoint.find(folder).state["weights"]["xxh3"]
+    named = {"weights": checkpoint.MODEL, "holds": "model", "weights_xxh3": digest}
+    Description("model", None, "skip", {}, "data", "few-shot", ["a"], ["{}"], None, logit_scale=1.0, **named).write(
+        folder
+    )
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("renaming", [1, 2, 3])
+@pytest.mark.parametrize("renaming", [1, 2, 3, 4])
 def test_save_killed_at_rename_leaves_one_epoch(tmp_path, monkeypatch, renaming, after):
     save(tmp_path, 1)
+    describe(tmp_path)
     replace, calls = os.replace, iter(range(1, 100))
 
     def killed(*names):
@@ -72,15 +83,18 @@ def test_save_killed_at_rename_leaves_one_epoch(tmp_path, monkeypatch, renaming,
     monkeypatch.undo()
     expected = 1 if (renaming, after) < (2, True) else 2
     assert found_epoch(tmp_path) == expected
+    described, path = checkpoint.weights_of(tmp_path)
+    assert digest_file(path) == described.weights_xxh3
     recovered = checkpoint.recover(tmp_path)
     assert (
         recovered is not None
         and recovered.weights == tmp_path / "model.safetensors"
         and found_epoch(tmp_path) == expected
     )
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "state.pt", "classifier.json"}
     save(tmp_path, 3)
     assert found_epoch(tmp_path) == 3
+    assert checkpoint.weights_of(tmp_path)[1] == tmp_path / "model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +184,7 @@ def test_weights_of_run_without_state(tmp_path):
         checkpoint.weights_of(tmp_path)
     save(tmp_path, 1, checkpoint.DELTA)
     (tmp_path / "state.pt").unlink()
-    assert checkpoint.weights_of(tmp_path) == tmp_path / "delta.safetensors"
+    assert checkpoint.weights_of(tmp_path) == (None, tmp_path / "delta.safetensors")
 
 
 def test_find_refuses_damaged_state(tmp_path):

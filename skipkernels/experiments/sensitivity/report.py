@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ...console import plain
 from ...data import InputError
-from ...store import replace_text
+from ...folders import replaced_folder
 from ...tuner.run_folder import check_writable
 from .advice import GRADIENT_SHARE, INSENSITIVE_BELOW, Advice
 from .analysis import Analysis
@@ -37,7 +37,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def write(folder: Path, analysis: Analysis, settings: dict[str, Any]) -> tuple[str, ...]:
-    """Write the files of an analysis, analysis.json last, and return their names.
+    """Write the files of an analysis, in place of an earlier one, and return their names.
 
     Raises:
         InputError: If the folder is not writable.
@@ -50,10 +50,9 @@ def write(folder: Path, analysis: Analysis, settings: dict[str, Any]) -> tuple[s
         ANALYSIS: json.dumps({"settings": settings} | analysis.as_dict(), indent=2) + "\n",
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ANALYSIS).unlink(missing_ok=True)
-        for name, text in texts.items():
-            replace_text(folder / name, text)
+        with replaced_folder(folder, texts) as new:
+            for name, text in texts.items():
+                (new / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"analyze: {folder} can't be written: {error.strerror}.", "out") from error
     return ANALYSIS, FS_PLOT, GD_PLOT

@@ -1,0 +1,110 @@
+"""Replacement of whole folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from skipkernels import folders
+from skipkernels.folders import replaced_folder, restored
+
+
+@pytest.fixture(params=["exchange", "two renames"], autouse=True)
+def system(request, monkeypatch) -> None:
+    if request.param == "two renames":
+        monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a file of ours, and others."""
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("model.json", "mine.txt", "sub/mine.txt"):
+        (folder / name).write_text("old")
+    (folder / "link").symlink_to("nothing")
+    folder.chmod(0o700)
+    return folder
+
+
+def write(folder: Path) -> None:
+    with replaced_folder(folder, ["*.json"]) as new:
+        (new / "names.json").write_text("new")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(parent: Path) -> set[str]:
+    return {path.name for path in parent.iterdir()}
+
+
+def test_replaced_folder_keeps_other_files(folder):
+    write(folder)
+    assert contents(folder) == {"names.json": "new", "mine.txt": "old", "sub/mine.txt": "old"}
+    assert os.readlink(folder / "link") == "nothing"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert names(folder.parent) == {"folder", ".folder.skipkernels-lock"}
+
+
+def test_replaced_folder_makes_a_new_one(tmp_path):
+    write(tmp_path / "a" / "b")
+    assert contents(tmp_path / "a" / "b") == {"names.json": "new"}
+
+
+def test_replaced_folder_follows_a_link(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (folder / "names.json").exists()
+
+
+def test_error_in_the_block_keeps_the_old_folder(folder):
+    before = contents(folder)
+    with pytest.raises(ZeroDivisionError), replaced_folder(folder, ["*"]) as new:
+        (new / "half").write_text("half")
+        1 / 0  # noqa: B018
+    assert contents(folder) == before and names(folder.parent) == {"folder", ".folder.skipkernels-lock"}
+
+
+def test_error_of_the_second_rename_keeps_the_old_folder(folder, monkeypatch):
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
+    before, rename = contents(folder), os.rename
+
+    def failing(source, target):
+        if str(source).endswith("new"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("by", [restored, write])
+def test_kill_between_two_renames_is_restored(folder, by):
+    before = contents(folder)
+    folder.rename(folder.with_name(".folder.skipkernels-old"))
+    folder.with_name(".folder.skipkernels-new").mkdir()
+    by(folder)
+    assert before.items() - {("model.json", "old")} <= contents(folder).items()
+
+
+def test_replaced_folder_in_use_is_refused(folder):
+    with replaced_folder(folder, ["*.json"]), pytest.raises(OSError, match="another process is replacing it"):
+        write(folder)
+
+
+def test_current_folder_is_refused(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for path in (Path("."), Path("/proc")):
+        with pytest.raises(OSError, match="is a mount point or the current folder; name a folder in it"):
+            write(path)
+
+
+def test_file_is_refused(folder):
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        write(folder / "mine.txt")
