@@ -25,8 +25,9 @@ class VariantOptions(MethodOptions):
 
 @dataclasses.dataclass(frozen=True)
 class StudyOptions:
-    """The other options apply to every run; by default each method uses its own recipe. Repeat an interrupted command
-    to resume; complete runs are kept.
+    """The other options apply to every run; by default each method uses its own recipe. On own data the learning rates
+    of every method are first searched on the validation images: five runs of each, unless rates or --validation none
+    are given. Repeat an interrupted command to resume; complete runs are kept.
     """
 
     methods: tuple[str, ...] | None = None

@@ -12,7 +12,7 @@ from rich.console import Console
 from skipkernels.cli.main import main
 from skipkernels.data import InputError
 from skipkernels.experiments.studies import runs
-from skipkernels.experiments.studies.compare import ablate, compare
+from skipkernels.experiments.studies.compare import MULTIPLIERS, SEARCH_SEED, ablate, compare
 from skipkernels.experiments.studies.plots import study_svg
 from skipkernels.experiments.studies.protocol import run_protocol
 from skipkernels.experiments.studies.runs import MeanAndDeviation, Variant, mean_and_deviation, run_variants
@@ -153,6 +153,58 @@ def test_compare_and_ablate_single_variant(ran, tmp_path):
         assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
         accuracies, costs = study.tables()
         assert accuracies.columns[0].header == "accuracy, %" and list(costs.columns[4].cells) == ["100"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Configuration of runs on a folder of images, which are empty files."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / "photos" / name / f"{number}.png").touch()
+    return TuneConfig(data=f"imagefolder:{tmp_path / 'photos'}", shots=2, device="cpu")
+
+
+def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, monkeypatch):
+    complete, recipe = runs._in_subprocess, own.with_method("full").resolved()
+
+    def measured(work, config):
+        metrics = complete(work, config)
+        if metrics and config.seed == SEARCH_SEED:
+            factor = round(config.text_lr / own.with_method(config.method).resolved().text_lr, 3)
+            accuracy = {"skip": {1.0: 80.0, 3.0: 80.0}, "full": {3.0: 90.0}, "lora": {}}[config.method].get(
+                factor, 70.0
+            )
+            status = "diverged" if config.method == "lora" and factor >= 1 else "complete"
+            metrics |= {"validation": {"images": 4, "zero_shot": 5.0, "tuned": accuracy}, "status": status}
+            (config.out / "metrics.json").write_text(json.dumps(metrics))
+            if status == "diverged":
+                raise FloatingPointError
+        return metrics | {"method": config.method} if metrics else metrics
+
+    monkeypatch.setattr(runs, "_in_subprocess", measured)
+    study = compare(own, ["skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
+    tried = [config for config in ran if config.seed == SEARCH_SEED]
+    assert len(tried) == 3 * len(MULTIPLIERS) and {config.method for config in tried} == {"skip", "full", "lora"}
+    chosen = {result.variant: result.metrics["search"] for result in study.results}
+    assert {name: found and found["multiplier"] for name, found in chosen.items()} == {
+        "skip": 1.0, "full": 3.0, "lora": 0.3, "zero-shot": None
+    }  # fmt: skip
+    reported = next(config for config in ran if config.method == "full" and config.seed == 0)
+    assert (reported.text_lr, reported.image_lr) == (3 * recipe.text_lr, 3 * recipe.image_lr)
+    assert study.summary()["full"]["search of the rates"]["seconds"].mean == chosen["full"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"text_lr": 1e-3}, {"validation": "none"}])
+def test_compare_without_search(ran, own, tmp_path, changes):
+    compare(dataclasses.replace(own, **changes), ["skip", "full"], range(1), tmp_path / "out", QUIET)
+    assert [config.seed for config in ran] == [0, 0]
+
+
+def test_glyph_tiny_recipes_of_other_data_are_of_one_search():
+    """No method keeps the recipe for glyphs where another has one for other data."""
+    skip, full = (TuneConfig(data="imagefolder:x", method=name)._recipe(None) for name in ("skip", "full"))
+    assert (full.optimizer, full.epochs, full.sampler) == (skip.optimizer, skip.epochs, skip.sampler)
 
 
 def test_compare_ignores_settings_of_other_methods(ran, tmp_path):

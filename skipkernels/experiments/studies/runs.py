@@ -86,6 +86,7 @@ def run_variants(
     *,
     overwrite: bool = False,
     blend: Blend | None = None,
+    search: bool = False,
 ) -> list[Result]:
     """Run every variant with every seed.
 
@@ -101,19 +102,27 @@ def run_variants(
         overwrite: Run completed runs again.
         blend: Blends a run with its zero-shot model. The result of each run that tunes the weights of the model itself
             is then followed by that of its blend, as another variant.
+        search: The variants of a method differ in their learning rates alone, so that the settings of one are checked.
+            Runs with a loss that is not finite are results too, with the status "diverged".
 
     Raises:
         InputError: If a configuration is invalid, or the output folder of a run contains a run with other settings.
     """
     planned = [_PlannedRun.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
-    first_of = {run.variant: run for run in reversed(planned) if run.metrics is None}
+    first_of = {run.config.method if search else run.variant: run for run in reversed(planned) if run.metrics is None}
     _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first run is checked when it starts
     results = []
     for number, run in enumerate(planned, 1):
         metrics = run.metrics
         if metrics is None:
             console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.variant}, seed {run.seed}"))
-            metrics = _in_subprocess(_run, run.config)
+            try:
+                metrics = _in_subprocess(_run, run.config)
+            except FloatingPointError:
+                if not search:
+                    raise
+                assert run.config.out is not None
+                metrics = read_metrics(run.config.out)
         results.append(Result(run.variant, run.seed, metrics))
         if blend is not None and issubclass(run.config.method_class(), TunedModel):
             results.append(Result(f"{run.variant}, blended", run.seed, _blended(run, blend, console)))
