@@ -127,6 +127,14 @@ def options(tmp_path):
     return pretrain.Options(out=tmp_path, model=config.stem, batch=4, texts=6, **steps)
 
 
+def test_draw_classes_prefers_names_with_more_images(small_pool):
+    images = pretrain.Images(small_pool._replace(label=np.repeat([0, 1, 2], [28, 7, 1])), torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    drawn = np.array([images.draw_classes(2, 1, rng)[0] for _ in range(3000)])
+    assert abs((drawn == 0).mean() - 2 / 3) < 0.04  # four standard deviations
+    assert set(images.draw_classes(3, 3, rng)) == {0, 1, 2}
+
+
 def test_captions_have_the_tokens_of_their_text(options):
     named = ["coffee cup", "cat o'nine tails"]
     captions = pretrain.Captions(options.model, named, ["outline", ""])
