@@ -122,10 +122,10 @@ class Measured:
         return {"note": "none"}
 
     def replay(self) -> dict[str, str]:
-        """Losses and weights of ten steps by replay and of ten eager ones."""
+        """Losses and weights of ten steps by replay and of ten eager ones with the same draws."""
         captured, eager = self.training(), self.training()
-        replay = captured.graphed()
-        pairs = [(replay().clone(), eager()) for _ in range(10)]
+        replay, step = captured.graphed(), eager.graphed(len(eager.labels) + 1)  # which never captures this size
+        pairs = [(replay().clone(), step()) for _ in range(10)]
         pairs += zip(captured.model.parameters(), eager.model.parameters(), strict=True)
         if all(torch.equal(a, b) for a, b in pairs):
             return {"note": "ok: equal bits"}
@@ -153,10 +153,10 @@ class Training:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def graphed(self) -> Callable[[], Tensor]:
-        """The same step as one replay."""
+    def graphed(self, batch_size: int | None = None) -> Callable[[], Tensor]:
+        """The same step as one replay, if the batch has `batch_size` images, by default those of the inputs."""
         with self.autocast():
-            step = self.clip.graphed(self.optimizer, batch_size=len(self.labels))
+            step = self.clip.graphed(self.optimizer, batch_size=batch_size or len(self.labels))
 
         def replay() -> Tensor:
             with self.autocast():

@@ -153,7 +153,7 @@ def skip_step(
         found = _gradients(out.loss, model)
         _refuse_wrong(found, *(against.gradients(p, out.class_ids) for p in (precision, "fp32")), precision)
     with torch.no_grad():
-        K = len(forward().class_ids)  # each step draws another tail, with the same K
+        K = clip.sampler.expected_keep(len(tokens), len(labels))  # each step draws another tail, rounded down or up
     name = "skipkernels" if memory == "fast" else f"skipkernels, memory={memory}"
     return Step(name, K, skip_layers, precision, model, lambda: forward().loss)
 

@@ -2,14 +2,15 @@
 
 Classes are ranked by their score for the batch. The first m are always kept. Rank m + j of the tail is kept with
 probability q_j, which falls exponentially from 1 to 0. The published policy draws each rank of the tail independently,
-once per run. The default policy draws in each step by systematic sampling, so that the number K of kept classes is the
-same in every step.
+once per run. The default policy draws in each step by systematic sampling, so that the number of drawn ranks is Σq
+rounded down or up; the step of a CUDA graph, which needs one K, draws round(Σq) ranks.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
@@ -83,7 +84,7 @@ def bounded(q: Tensor, max_tail: int | None) -> Tensor:
 def inclusion_probabilities(q: Tensor) -> Tensor:
     """π [tail] in fp64: q scaled so that its sum is an integer, with no entry above 1.
 
-    π_j = min(1, a · q_j) with a such that Σπ = round(Σq). So K is the same in every step, and Σ|π − q| ≤ 1/2.
+    π_j = min(1, a · q_j) with a such that Σπ = round(Σq), so that Σ|π − q| ≤ 1/2, and all draws have the same size.
 
     >>> inclusion_probabilities(torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64))
     tensor([1.0000, 0.7143, 0.2857], dtype=torch.float64)
@@ -101,9 +102,9 @@ def inclusion_probabilities(q: Tensor) -> Tensor:
 def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
     """Positions [n] int64, ascending and distinct: index of the interval that contains each point.
 
-    Interval j is [Σ_{i<j} π_i, Σ_{i≤j} π_i). With points u, u + 1, …, u + n − 1, u uniform in [0, 1) and n = Σ π,
-    position j is drawn with probability π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of
-    Mathematical Statistics 20, 1949.
+    Interval j is [Σ_{i<j} π_i, Σ_{i≤j} π_i). With points u, u + 1, … below Σ π, u uniform in [0, 1), position j is
+    drawn with probability π_j. Source: Madow, "On the Theory of Systematic Sampling, II", Annals of Mathematical
+    Statistics 20, 1949.
 
     Args:
         ends: [tail] fp64, Σ_{i≤j} π_i, with every π at most 1.
@@ -122,23 +123,33 @@ class _Intervals(NamedTuple):
     Attributes:
         certain: int64 [m], the ranks before them.
         ends: fp64 [C − m], ends of the intervals.
-        grid: 0, 1, …, n − 1 for the n ranks to draw.
+        total: Sum of the lengths; a whole number if all draws have the same size.
     """
 
     certain: Tensor
     ends: Tensor
-    grid: Tensor
+    total: float
+
+    @property
+    def most(self) -> int:
+        """Largest number of ranks of a draw."""
+        return math.ceil(self.total)
+
+    def count(self, start: float) -> int:
+        """Number of points start, start + 1, … below the total."""
+        # Bounded: total − start may be rounded to a whole number.
+        return max(math.floor(self.total), min(math.ceil(self.total - start), self.most))
 
     def draw(self, starts: Tensor) -> Tensor:
-        """Draw positions in the tail, [..., n], for uniform numbers [...]."""
-        return systematic_sample(self.ends, starts[..., None] + self.grid)
+        """Draw positions in the tail, [..., most], for uniform numbers [...]; the first count(start) are the draw."""
+        return systematic_sample(self.ends, starts[..., None] + torch.arange(self.most, device=starts.device))
 
 
 class _RankTable:
     """Kept ranks of the coming steps, on a device, at addresses that do not change: a captured graph can read them.
 
     Attributes:
-        rows: int64 [steps, K]; one row if every step keeps the same ranks.
+        rows: int64 [steps, largest K]; one row if every step keeps the same ranks.
         counter: int64 [1], row of the next step.
         starts: The uniform number that each row is drawn with.
         next: Index of the next row on the host.
@@ -146,7 +157,7 @@ class _RankTable:
 
     def __init__(self, device: torch.device, certain: Tensor, intervals: _Intervals | None):
         self._certain, self._intervals = certain, intervals
-        kept = len(certain) + (0 if intervals is None else len(intervals.grid))
+        kept = len(certain) + (0 if intervals is None else intervals.most)
         steps = 1 if intervals is None else max(1, min(_TABLE_STEPS, _TABLE_RANKS // kept))
         self.rows = torch.empty(steps, kept, dtype=torch.int64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -159,10 +170,11 @@ class _RankTable:
         """Return True if the rows are drawn from these ranks, for this device."""
         if self.rows.device != device:
             return False
-        if self._intervals is not None and self._intervals is intervals:
+        mine = self._intervals
+        if mine is not None and mine is intervals:
             return True
-        tails = [None if x is None else len(x.ends) for x in (self._intervals, intervals)]
-        return tails[0] == tails[1] and self._certain.equal(certain)
+        same = mine is intervals or (mine is not None and intervals is not None and mine.ends.equal(intervals.ends))
+        return same and self._certain.equal(certain)
 
     def fill(self, start: Tensor, generator: torch.Generator) -> None:
         """Draw every row: the first with `start`, the others with the next numbers of the generator, which stays."""
@@ -179,41 +191,51 @@ class _RankTable:
         self.rows.copy_(ranks.pin_memory() if self.rows.device.type == "cuda" else ranks, non_blocking=True)
 
     def take(self) -> Tensor:
-        """Return the next row, without the host: in a captured graph, another one at each replay."""
+        """Return the next ranks [K]; only K depends on the host. In a captured graph, others at each replay."""
         if self._intervals is None:
             return self.rows[0]
-        ranks = self.rows.index_select(0, self.counter)[0]
+        kept = len(self._certain) + self._intervals.count(self.starts[self.next - 1])
+        ranks = self.rows.index_select(0, self.counter)[0, :kept]
         self.counter.add_(1)
         return ranks
 
 
-def check_rank_options(
-    function: str, keep_ratio: Any, max_keep: Any, decay: Any, tail: Any, generator: Any, max_tail: Any
-) -> None:
-    """Raise unless these are arguments of a `RankSampler`; the message names the function that was called."""
-    ratio = _is(Real, keep_ratio) and (0 < keep_ratio <= 1 or (keep_ratio > 1 and float(keep_ratio).is_integer()))
-    for name, value, valid, range_ in (
-        ("keep_ratio", keep_ratio, ratio, "above 0 (a share up to 1, or a whole number of classes)"),
-        ("max_keep", max_keep, _is(Integral, max_keep) and max_keep >= 1, "at least 1, a whole number"),
-        ("decay", decay, _is(Real, decay) and decay > 0 and math.isfinite(decay), "above 0 and finite"),
-        ("tail", tail, tail in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
-        ("max_tail", max_tail, max_tail is None or (_is(Integral, max_tail) and max_tail >= 0), "at least 0, or None"),
-    ):
-        if not valid:
-            raise ValueError(f"{function}: {name} must be {range_}; got {value!r}.")
-    if generator is not None and not isinstance(generator, torch.Generator):
+def check_rank_options(function: str, *options: Any) -> None:
+    """Raise unless these are the arguments of a `RankSampler`; the message names the function that was called."""
+    for field, value in zip(fields(RankSampler), options, strict=True):
+        _check_option(function, field.name, value)
+
+
+def _check_option(function: str, name: str, value: Any) -> None:
+    if name == "generator" and value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
-            f"{function}: generator must be a torch.Generator; got {generator!r}. Use torch.Generator().manual_seed(0)."
+            f"{function}: generator must be a torch.Generator; got {value!r}. Use torch.Generator().manual_seed(0)."
         )
+    if name in _RANGES and not _RANGES[name][0](value):
+        raise ValueError(f"{function}: {name} must be {_RANGES[name][1]}; got {value!r}.")
 
 
 def _is(kind: Any, value: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "keep_ratio": (
+        lambda x: _is(Real, x) and (0 < x <= 1 or (x > 1 and float(x).is_integer())),
+        "above 0 (a share up to 1, or a whole number of classes)",
+    ),
+    "max_keep": (lambda x: _is(Integral, x) and x >= 1, "at least 1, a whole number"),
+    "decay": (lambda x: _is(Real, x) and x > 0 and math.isfinite(x), "above 0 and finite"),
+    "tail": (lambda x: x in get_args(Tail), f"one of {', '.join(get_args(Tail))}"),
+    "max_tail": (lambda x: x is None or (_is(Integral, x) and x >= 0), "at least 0, or None"),
+}
+
+
 @dataclass
 class RankSampler:
     """Sampler of the ranks [K] that are kept in a step, by one of two policies.
+
+    Arguments can be changed between steps, for example `sampler.decay = 0.5`, from the next draw on.
 
     Args:
         keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
@@ -221,8 +243,9 @@ class RankSampler:
         max_keep: Largest number of classes that are always kept.
         decay: λ. The probability to keep a rank of the tail (the other classes) falls exponentially; the larger λ is,
             the more are kept.
-        tail: "resample" draws round(Σq) ranks of the tail in each step by systematic sampling, from one uniform number.
-            "fixed" draws each rank of the tail once, independently, and keeps the result for the run, as published.
+        tail: "resample" draws ⌊Σq⌋ or ⌈Σq⌉ ranks of the tail in each step by systematic sampling, from one uniform
+            number: each rank has its probability q. In a CUDA graph it draws round(Σq), see `reserve`. "fixed" draws
+            each rank of the tail once, independently, and keeps the result for the run, as published.
         generator: Random generator; by default a new one with seed 0. Its state is part of `state_dict`.
         max_tail: Upper bound on Σq, the expected number of classes drawn from the tail; q is scaled down if Σq exceeds
             it (`bounded`). "resample" then draws at most `max_tail` classes, "fixed" `max_tail` on average. With None,
@@ -241,16 +264,18 @@ class RankSampler:
     max_tail: int | None = None
 
     def __post_init__(self) -> None:
-        check_rank_options(
-            "RankSampler", self.keep_ratio, self.max_keep, self.decay, self.tail, self.generator, self.max_tail
-        )
-        if self.generator is None:
-            self.generator = torch.Generator().manual_seed(0)
         self._min_keep = 1
-        self._plan: tuple[int, Tensor] | None = None
-        self._intervals: tuple[Tensor, _Intervals] | None = None  # the last q, and its intervals
-        self._fixed: Tensor | None = None
-        self._table: _RankTable | None = None
+        self._plan: tuple[Any, Tensor] | None = None  # q, and the values that it was computed from
+        self._fixed: Tensor | None = None  # the uniform number of each rank of the tail
+        # By `constant`: if all draws have the same size.
+        self._intervals: dict[bool, tuple[Tensor, torch.device, _Intervals]] = {}  # q, device, intervals
+        self._tables: dict[bool, _RankTable] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_option("RankSampler", name, value)
+        if name == "generator" and value is None:
+            value = torch.Generator().manual_seed(0)
+        super().__setattr__(name, value)
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
         """Return m, raised so that every label of a batch fits, and the probabilities q of the tail.
@@ -260,12 +285,13 @@ class RankSampler:
         """
         min_keep = max(self._min_keep, batch_size)
         keep = max(base_keep(num_classes, self.keep_ratio, self.max_keep), min(num_classes, min_keep))
-        if self._plan is None or self._plan[0] != keep or len(self._plan[1]) != num_classes - keep:
-            self._plan = keep, bounded(tail_probabilities(num_classes - keep, self.decay), self.max_tail)
-        return self._plan
+        key = num_classes, keep, self.decay, self.max_tail
+        if self._plan is None or self._plan[0] != key:
+            self._plan = key, bounded(tail_probabilities(num_classes - keep, self.decay), self.max_tail)
+        return keep, self._plan[1]
 
     def expected_keep(self, num_classes: int, batch_size: int = 1) -> int:
-        """Return m + round(Σq): K of the "resample" policy, mean of K over runs of the "fixed" policy.
+        """Return m + round(Σq): K in a CUDA graph, elsewhere the rounded mean of K.
 
         >>> [RankSampler().expected_keep(C) for C in (1000, 500, 199, 98, 51, 24, 19, 5)]
         [107, 77, 59, 52, 28, 13, 11, 4]
@@ -276,71 +302,89 @@ class RankSampler:
         return keep + round(q.sum().item())
 
     def draw(self, num_classes: int, batch_size: int) -> Tensor:
-        """Draw the kept ranks [K] of a step, int64, ascending, on the device of the generator."""
-        certain, intervals = self._certain(num_classes, batch_size)
+        """Draw the kept ranks [K] of a step, int64, ascending, on the device of the generator.
+
+        A generator on a GPU costs a host sync, to read K.
+        """
+        certain, intervals = self._certain(num_classes, batch_size, constant=False)
         if intervals is None:
             return certain
-        return torch.cat([certain, len(certain) + intervals.draw(self._uniform())])
+        start = self._uniform()
+        return torch.cat([certain, len(certain) + intervals.draw(start)[: intervals.count(start.item())]])
 
     def draw_on(self, device: torch.device, num_classes: int, batch_size: int) -> Tensor:
-        """Draw as `draw` does, for a device: on a GPU from `reserve` and `take`."""
+        """Draw as `draw` does, for a device: on a GPU from a table of the ranks of many steps."""
         assert self.generator is not None
         if device.type == "cpu" or self.generator.device.type != "cpu":
             return self.draw(num_classes, batch_size)
-        self.reserve(device, num_classes, batch_size)
-        return self.take()
+        return self._reserve(device, num_classes, batch_size, constant=False).take()
 
     def reserve(self, device: torch.device, num_classes: int, batch_size: int) -> None:
-        """Draw the kept ranks of a step as `draw` does, from a CPU generator, to be read by `take` on `device`.
+        """Draw the kept ranks of a step from a CPU generator, to be read by `take` on `device`, also in a CUDA graph.
+
+        K is the same in every step: "resample" draws round(Σq) ranks of the tail, each with its entry of
+        `inclusion_probabilities` as probability.
 
         The ranks of many steps, drawn with a copy of the generator, are copied to the device together. The generator
         itself advances by one number in each step, so that its state is that of a loop with `draw`. If this number is
         not the one that the next row was drawn with (the generator was seeded, or continues from a checkpoint), all
         rows are drawn again.
         """
+        self._reserve(device, num_classes, batch_size, constant=True)
+
+    def _reserve(self, device: torch.device, num_classes: int, batch_size: int, *, constant: bool) -> _RankTable:
         assert self.generator is not None
-        certain, intervals = self._certain(num_classes, batch_size)
-        if self._table is None or not self._table.fits(device, certain, intervals):
-            self._table = _RankTable(device, certain, intervals)
+        certain, intervals = self._certain(num_classes, batch_size, constant)
+        table = self._tables.get(constant)
+        if table is None or not table.fits(device, certain, intervals):
+            table = self._tables[constant] = _RankTable(device, certain, intervals)
         if intervals is not None:
-            table, start = self._table, self._uniform()
+            start = self._uniform()
             if table.starts[table.next : table.next + 1] != [start.item()]:
                 table.fill(start, self.generator)
             table.next += 1
+        return table
 
     def take(self) -> Tensor:
         """Return the reserved ranks [K]. Uses no host value: in a captured graph, each replay returns the next ones."""
-        assert self._table is not None
-        return self._table.take()
+        return self._tables[True].take()
 
     def discard_reserved(self) -> None:
         """Drop the rows ahead, after a reserved row was not taken; they are drawn again."""
-        self._table = None
+        self._tables.clear()
 
     def _uniform(self) -> Tensor:
         assert self.generator is not None
         return torch.rand((), generator=self.generator, dtype=torch.float64, device=self.generator.device)
 
-    def _certain(self, num_classes: int, batch_size: int) -> tuple[Tensor, _Intervals | None]:
-        """Return the ranks that this step certainly keeps, and the intervals that the others are drawn from, if any."""
+    def _certain(self, num_classes: int, batch_size: int, constant: bool) -> tuple[Tensor, _Intervals | None]:
+        """Return the ranks that this step certainly keeps, and the intervals that the others are drawn from, if any.
+
+        If `constant`, all draws have the same size.
+        """
         assert self.generator is not None
         keep, q = self.plan(num_classes, batch_size)
         self._min_keep = max(self._min_keep, batch_size)
-        if self._intervals is not None and self._intervals[0] is q:
-            return self._intervals[1].certain, self._intervals[1]
         device = self.generator.device
-        top = torch.arange(keep, device=device)
-        if self.expected_keep(num_classes, batch_size) == keep:
-            return top, None
-        if self.tail == "resample":
-            ends = inclusion_probabilities(q).cumsum(0)
-            grid = torch.arange(round(ends[-1].item()), device=device)
-            self._intervals = q, _Intervals(top, ends.to(device), grid)
-            return top, self._intervals[1]
-        q = q.to(device)
-        if self._fixed is None or len(self._fixed) != len(q):
-            self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=q.device) < q
-        return torch.cat([top, keep + self._fixed.nonzero().squeeze(1)]), None
+        if self.tail == "fixed" and len(q):
+            if self._fixed is None or len(self._fixed) != len(q):
+                self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=device)
+            kept = (self._fixed.to(device) < q.to(device)).nonzero().squeeze(1)
+            return torch.cat([torch.arange(keep, device=device), keep + kept]), None
+        of, on, intervals = self._intervals.get(constant, (None, None, None))
+        if of is not q or on != device or intervals is None:
+            ends = (inclusion_probabilities(q) if constant else q).cumsum(0)
+            # Rounded: a sum that is a whole number up to rounding has one size of draws.
+            total = round(ends[-1].item(), 0 if constant else 9) if len(q) else 0.0
+            intervals = _Intervals(torch.arange(keep, device=device), ends.to(device), total)
+            self._intervals[constant] = q, device, intervals
+        return intervals.certain, intervals if intervals.total else None
+
+    def fingerprint(self) -> bytes:
+        """Return the options and the state of the generator as bytes."""
+        assert self.generator is not None
+        options = self.keep_ratio, self.max_keep, self.decay, self.tail, self.max_tail, self._min_keep
+        return repr(options).encode() + self.generator.get_state().numpy().tobytes()
 
     def state_dict(self) -> dict[str, Tensor | int | None]:
         """Return the state of the draws, for `load_state_dict`."""
@@ -351,7 +395,10 @@ class RankSampler:
         """Continue from the result of `state_dict`."""
         assert self.generator is not None
         self.generator.set_state(state["generator"])
-        self._fixed, self._min_keep = state["fixed"], state["min_keep"]
+        fixed, self._min_keep = state["fixed"], state["min_keep"]
+        if fixed is not None and fixed.dtype == torch.bool:  # a mask of an earlier version: 0 is below q, 1 is not
+            fixed = 1.0 - fixed.double()
+        self._fixed = fixed
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state as CPU tensors by name."""
@@ -379,7 +426,7 @@ class RankSampler:
         # process would open the shared memory of a tensor after this process has freed it.
         assert self.generator is not None
         generator = self.generator.device, self.generator.get_state().numpy().tobytes()
-        return vars(self) | {"generator": generator, "_table": None}
+        return vars(self) | {"generator": generator, "_tables": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         device, data = state["generator"]

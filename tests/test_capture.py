@@ -85,7 +85,7 @@ def groups_of(clip: sk.SkipCLIP, *, stochastic: bool = False) -> list[dict[str, 
 
 def persistent_tensors(clip: sk.SkipCLIP, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything outside a step that its kernels read."""
-    table = clip.sampler._table
+    (table,) = clip.sampler._tables.values()
     found = dict(clip.model.named_parameters()) | dict(clip.model.named_buffers())
     for number, text in enumerate(clip._text_encoder.templates):
         found |= {f"{name} {number}": x for name, x in text.tower.prompts.tensors().items()}
@@ -143,7 +143,7 @@ def test_nothing_from_the_host_enters_a_step(as_on_a_gpu, monkeypatch, options, 
 def test_no_host_value_enters_the_sigmoid_loss(as_on_a_gpu):
     clip, labels = skip_clip(keep_ratio=3), torch.zeros(4, CLASSES)
     x, _ = batches(clip, 1)[0]
-    kept = clip.sigmoid_loss(x, labels, max_labels=3).class_ids.shape  # caches the text features at the cut
+    kept = len(clip.sigmoid_loss(x, labels, max_labels=3).class_ids)  # caches the text features at the cut
     clip.to("meta")
     x, labels = x.to("meta"), labels.to("meta")
     clip._snapshot = Snapshot(clip.model, clip._image, clip._text)  # without a comparison of the values
@@ -151,7 +151,7 @@ def test_no_host_value_enters_the_sigmoid_loss(as_on_a_gpu):
     with DeviceOnly() as mode:
         out = clip.sigmoid_loss(x, labels, max_labels=3)
         out.loss.backward()
-    assert mode.count > 0 and out.class_ids.shape == kept
+    assert mode.count > 0 and abs(len(out.class_ids) - kept) <= 1, "Σq is rounded down or up"
 
 
 def test_addresses_do_not_change_between_steps():
@@ -237,6 +237,7 @@ def fake_cuda(monkeypatch):
                 x.copy_(value)
         return FakeGraph(step, out), out
 
+    monkeypatch.setattr(Run, "captures", True)
     monkeypatch.setattr(graphed.GraphedStep, "_captures", lambda self: GRAPHED.append(self) or True)
     monkeypatch.setattr(graphed, "record", record)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
@@ -271,6 +272,8 @@ def optimizer_of(kind: str, clip: sk.SkipCLIP) -> torch.optim.Optimizer:
 class Run:
     """A training: SkipCLIP, optimizer and schedule, in a loop of its own or by `graphed`."""
 
+    captures = False  # True where graphs are captured: K is the same in every step
+
     def __init__(self, kind: str, *, by_graph: bool):
         self.clip = skip_clip(torch.bfloat16 if kind == "stochastic" else torch.float32)
         self.optimizer = optimizer_of(kind, self.clip)
@@ -278,11 +281,18 @@ class Run:
         self.step = self.clip.graphed(self.optimizer, batch_size=4) if by_graph else self.plain
 
     def plain(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
-        out = self.clip(x, labels)
+        out = self.forward(x, labels)
         out.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return out
+
+    def forward(self, x: Tensor, labels: Tensor) -> sk.SkipOutput:
+        if not (self.captures or x.is_cuda):
+            return self.clip(x, labels)
+        sampler = self.clip.sampler
+        sampler.reserve(x.device, len(self.clip.prototypes), len(x))
+        return self.clip._step(x, labels, lambda *_: sampler.take())
 
     def train(self, some: list[tuple[Tensor, Tensor]]) -> list[Any]:
         """Losses and classes of the steps, and the weights after them."""
@@ -332,6 +342,19 @@ def test_graphed_follows_a_larger_batch(fake_cuda):
         assert ours.train(part) == theirs.train(part)
         kept.append(ours.clip.sampler.expected_keep(CLASSES, 4))
     assert kept[0] < kept[1] == kept[2] and fake_cuda() == 2
+
+
+def test_graphed_follows_changed_options(fake_cuda):
+    ours, theirs = Run("in_step", by_graph=True), Run("in_step", by_graph=False)
+    some, kept = batches(ours.clip, graphed.WARMUP + 2), []
+    for options in ({}, {"decay": 3.0}, {"max_tail": 2}, {"tail": "fixed"}, {"keep_ratio": 0.2}):
+        for run in (ours, theirs):
+            for name, value in options.items():
+                setattr(run.clip.sampler, name, value)
+        found = ours.train(some)
+        assert found == theirs.train(some)
+        kept.append(len(found[1]))
+    assert kept[0] < kept[2] < kept[1] and fake_cuda() == 5 * 2
 
 
 def test_graphed_follows_new_classes_and_label_smoothing(fake_cuda):
@@ -480,7 +503,7 @@ def test_graphed_follows_autocast(path):
         b = []
         for x, labels in some:
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                out = theirs.clip(x, labels)
+                out = theirs.forward(x, labels)
             out.loss.backward()
             theirs.optimizer.step()
             theirs.optimizer.zero_grad()

@@ -86,7 +86,8 @@ def test_number_of_classes_does_not_depend_on_labels(tail):
         out = clip.sigmoid_loss(images, labels, max_labels=7)
         assert out.targets.sum() == labels.sum(), "every label is kept"
         kept.append(len(out.class_ids))
-    assert len(set(kept)) == 1 and 40 > kept[0] >= 21 > base_keep(40, 4, 50)
+    rounding = tail == "resample"  # of Σq, down or up
+    assert max(kept) - min(kept) <= rounding and 40 > max(kept) and min(kept) >= 21 > base_keep(40, 4, 50)
 
 
 def test_sigmoid_loss_under_autocast_and_with_integer_labels():

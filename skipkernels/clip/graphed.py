@@ -38,12 +38,13 @@ class GraphedStep:
     """A training step: forward, backward, `optimizer.step()` and `optimizer.zero_grad()`.
 
     On a GPU the first three calls run these four parts eagerly, on a side stream; the fourth captures them in a CUDA
-    graph, and from then on a call is one replay. Every call is a step of the training, with the same draws, learning
-    rates and random bits as those of the loop
+    graph, and from then on a call is one replay. Every call is a step of the training, with the same random numbers and
+    learning rates as those of the loop
 
         out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    On other devices every call runs this loop. Batches of another size than `batch_size`, such as the last one of an
+    but with one K for all steps, m + round(Σq), where the loop rounds Σq down or up; see `RankSampler.reserve`. On
+    other devices every call runs this loop. Batches of another size than `batch_size`, such as the last one of an
     epoch, always run eagerly.
 
     A scheduler may change learning rates between calls. Evaluation, checkpoints and `load_state_dict` are possible
@@ -333,8 +334,7 @@ class _Frozen:
         self._seen = self._state()
 
     def _state(self) -> list[Any]:
-        clip, table = self._clip, self._clip.sampler._table
-        assert table is not None
+        clip, table = self._clip, self._clip.sampler._tables[True]
         texts = [
             x for text in clip._text_encoder.templates for x in (text.rows, *text.tower.prompts.tensors().values())
         ]

@@ -55,8 +55,7 @@ def _sharded_step(
         bias = _bias(clip, logit_bias)
         own_image = clip._image_encoder.encode(x)[:images]
     labels, group = labels[:images] != 0, parallel.group
-    call, generator = f"sigmoid_loss with max_labels={max_labels}", clip.sampler.generator
-    sizes, _ = sizes_of(parallel, images, call, x.device, generator)
+    sizes, _ = sizes_of(parallel, images, f"sigmoid_loss with max_labels={max_labels}", x.device, clip.sampler)
     image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, group)
     with torch.no_grad():
         is_label = labels.any(dim=0).byte()

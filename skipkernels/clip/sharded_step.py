@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..parallel import ClassParallel, gather_rows, replicated_cross_entropy, sharded_cross_entropy
-from ..selection import select_ranks
+from ..selection import RankSampler, select_ranks
 from .batch import check_label_range, one_batch
 from .output import SkipOutput
 from .processes import reporting
@@ -41,7 +41,7 @@ def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, retur
             )
         # Images take most memory: encode them before the first message, which reports errors to all processes.
         own_image = clip._image_encoder.encode(x)[:images]
-    sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler.generator)
+    sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler)
     labels = gather_rows(labels[:images], sizes, parallel.group)
     image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, parallel.group)
     ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(labels))
@@ -75,10 +75,10 @@ def padded(x: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, in
 
 
 def sizes_of(
-    parallel: ClassParallel, images: int, call: str, device: torch.device, generator: torch.Generator | None = None
+    parallel: ClassParallel, images: int, call: str, device: torch.device, sampler: RankSampler | None = None
 ) -> tuple[list[int], slice]:
     """Return the number of images of each process, and the slice of this process among all images."""
-    sizes = parallel.gather_sizes(images, call, device, generator)
+    sizes = parallel.gather_sizes(images, call, device, b"" if sampler is None else sampler.fingerprint())
     if sum(sizes) == 0:
         raise ValueError("SkipCLIP: a batch must have at least one image on one of the processes; got none.")
     start = sum(sizes[: parallel.rank])

@@ -141,23 +141,21 @@ class ClassParallel:
         """Send an error of this process in place of a message of `length` numbers, so that no process waits for it."""
         all_gather(torch.full((length,), _FAILED, device=device), self.group)
 
-    def gather_sizes(
-        self, batch_size: int, call: str, device: torch.device, generator: torch.Generator | None = None
-    ) -> list[int]:
+    def gather_sizes(self, batch_size: int, call: str, device: torch.device, draws: bytes = b"") -> list[int]:
         """Return the number of images of each process, on the host; collective.
 
         Args:
             batch_size: Number of images of this process.
             call: Name of the method, with those of its arguments that must be equal on all processes.
-            generator: Generator of the draws, if the method draws.
             device: Device of the message.
+            draws: What the next draw depends on, if the method draws.
 
         Raises:
             PeerError: On every process, if one process reports an error.
-            RuntimeError: On every process, if processes call different methods or have generators of different states.
+            RuntimeError: On every process, if processes call different methods or would draw different classes.
         """
         method = zlib.crc32(call.encode()) >> 1  # 31 bits, so that it fits in an int64 with the 32 bits of the state
-        state = 0 if generator is None else zlib.crc32(generator.get_state().numpy().tobytes())
+        state = zlib.crc32(draws)
         own = torch.tensor([batch_size, method << 32 | state], device=device)
         messages: list[list[int]] = all_gather(own, self.group).tolist()
         for rank, (size, other) in enumerate(messages):
@@ -170,9 +168,9 @@ class ClassParallel:
                 )
             if other & _LOW != state:
                 raise RuntimeError(
-                    f"SkipCLIP: the generator of process {rank} of process_group has another state than that of "
-                    f"process {self.rank}, so they would select different classes. Load a checkpoint on every process, "
-                    "and call SkipCLIP equally often on each."
+                    f"SkipCLIP: clip.sampler of process {rank} of process_group has another state or other options "
+                    f"than that of process {self.rank}, so they would select different classes. Load a checkpoint and "
+                    "set options on every process, and call SkipCLIP equally often on each."
                 )
         return [size for size, _ in messages]
 

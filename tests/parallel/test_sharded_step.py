@@ -317,6 +317,9 @@ def errors(rank: int, group: Any) -> dict[str, Any]:
     if rank:
         clip.sampler.generator.manual_seed(5)
     found["draws"] = caught(clip, images, labels)
+    clip.sampler.generator.manual_seed(5)
+    clip.sampler.decay = 0.3 + rank
+    found["decay"] = caught(clip, images, labels)
     found["modes"] = caught(clip.predict, images) if rank else caught(clip, images, labels)
     return found
 
@@ -488,7 +491,8 @@ def test_state_of_four_processes_continues_in_two(results, folder):
             "modes",
             ["process 1 of process_group does not call clip, as process 0 does", "process 0 .* does not call predict"],
         ),
-        ("draws", [f"process {other} of process_group has another state" for other in (1, 0)]),
+        ("draws", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
+        ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
     ],
 )
 def test_error_is_raised_on_every_process(results, name, messages):
