@@ -108,6 +108,8 @@ def _find_or_build() -> Extension:
             except OSError as error:
                 reason = f"{path.name} does not load ({error}); "
         path = build()
+        if not _is_whole(path):
+            raise BuildError(f"{path} is not loaded: it was changed after it was built. Remove it")
         torch.ops.load_library(path)
         return Extension(path)
     except (OSError, BuildError) as error:
@@ -132,10 +134,10 @@ def build() -> Path:
     The compiler is that of the environment variable CXX, its further flags are those of CXXFLAGS.
     """
     compiler = _compiler()
-    folder = _cache_dir() / _key(compiler)
-    folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    for own in (folder.parent, folder):
+    folder = _cache_dir().resolve() / _key(compiler)  # without links, so that its parents are those that are checked
+    for own in (*reversed(folder.parents), folder):
         own.mkdir(mode=0o700, exist_ok=True)
+    _check_parents(folder)
     _check_own(folder)
     library = _whole_library(folder)
     if library is not None:
@@ -155,9 +157,27 @@ def _whole_library(folder: Path) -> Path | None:
     """Return the library in a folder if its digest matches: a truncated one would crash the process that loads it."""
     for path in folder.glob("_C.*.so"):
         _check_own(path)
-        if path.name == f"_C.{_digest(path)}.so":
+        if _is_whole(path):
             return path
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    return path.name == f"_C.{_digest(path)}.so"
+
+
+def _check_parents(folder: Path) -> None:
+    """Raise if another user may rename a parent of a folder, and so put another in its place."""
+    for parent in folder.parents if os.name == "posix" else ():
+        status = parent.stat()
+        group = 0 if status.st_gid == status.st_uid else 0o020  # with umask 002 a user's own group may write
+        others_write = status.st_mode & (0o002 | group) and not status.st_mode & stat.S_ISVTX
+        if others_write or status.st_uid not in (0, os.geteuid()):
+            raise BuildError(
+                f"{parent} is not safe: another user (uid {status.st_uid}) owns it or may write to it (mode "
+                f"{stat.S_IMODE(status.st_mode):04o}), and so replace {folder}. Let XDG_CACHE_HOME name a folder of "
+                "your own, such as one in your home"
+            )
 
 
 def _check_own(path: Path) -> None:

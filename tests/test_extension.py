@@ -195,6 +195,53 @@ def test_library_that_another_user_may_write_is_not_loaded(pretended, monkeypatc
         _extension.build()
 
 
+def only_warning(monkeypatch, match: str) -> None:
+    """Load the kernels, which must be absent for one reason."""
+    monkeypatch.setenv("SKIPKERNELS_CPP", "build")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail(f"{path} was loaded"))
+    with pytest.warns(RuntimeWarning, match=match) as caught:
+        assert _extension._find_or_build().path is None
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("parent", ["all write", "group writes", "of another"])
+def test_folder_in_one_that_another_user_may_write_is_refused(pretended, monkeypatch, tmp_path, parent):
+    """They could put another folder in its place."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "mine" / "cache"))
+    (shared / "mine").mkdir(mode=0o700)
+    if parent == "of another":
+        give_away(shared, monkeypatch)
+    else:
+        os.chown(shared, -1, 12345) if os.geteuid() == 0 else None
+        shared.chmod(0o777 if parent == "all write" else 0o775)
+    if parent == "group writes" and shared.stat().st_gid == shared.stat().st_uid:
+        pytest.skip("no other group")
+    only_warning(monkeypatch, f"{shared}.* is not safe: .*Let XDG_CACHE_HOME name")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_folder_in_a_sticky_one_is_used(pretended, monkeypatch, tmp_path):
+    """Others can write to such a folder, as to /tmp, but not rename files that are not theirs."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared" / "cache"))
+    assert _extension.build().is_file()
+
+
+def test_library_replaced_after_the_build_is_not_loaded(pretended, monkeypatch):
+    build = _extension.build
+
+    def replaced() -> Path:
+        library = build()
+        library.write_bytes(b"other code")
+        return library
+
+    monkeypatch.setattr(_extension, "build", replaced)
+    only_warning(monkeypatch, "was changed after it was built")
+
+
 def test_link_of_another_user_is_not_followed(pretended, monkeypatch):
     library = _extension.build()
     target = library.rename(library.parent / "elsewhere")
