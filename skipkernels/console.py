@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .formatting import escaped
@@ -39,6 +39,11 @@ class Terminal(Console):
         """Render a string without markup."""
         return super().render_str("\n".join(map(escaped, text.split("\n"))), **options)
 
+    def write(self, data: str) -> None:
+        """Write lines of data: on a terminal like `plain`, else as they are."""
+        shown = "\n".join(map(escaped, data.split("\n"))) if self.is_terminal else data
+        self.output.write(shown)
+
 
 def stderr() -> Terminal:
     """Return a console on the current `sys.stderr`."""
@@ -48,7 +53,13 @@ def stderr() -> Terminal:
 def progress(*columns: ProgressColumn, console: Console, **options: Any) -> Progress:
     """Return progress bars with literal names, followed by `columns`."""
     columns = columns or (TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), *columns, console=console, **options)
+    return Progress(_NameColumn(), BarColumn(), *columns, console=console, **options)
+
+
+class _NameColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Return the name of a bar."""
+        return plain(task.description)
 
 
 class Output:

@@ -1,6 +1,13 @@
-"""Formatting of messages: unprintable characters, errors in one line, and sizes in bytes."""
+"""Formatting of messages and tables: unprintable characters, errors in one line, sizes in bytes, and CSV."""
 
 from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def escaped(text: object) -> str:
@@ -19,6 +26,27 @@ def first_line(error: BaseException) -> str:
     ('too large', 'KeyboardInterrupt')
     """
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    r"""Return a line of a CSV file. A text that a spreadsheet would read as a formula is prefixed by an apostrophe.
+
+    >>> csv_line(["=1+1", "-a", "a-b", -0.5])
+    "'=1+1,'-a,a-b,-0.5\n"
+    """
+    line = io.StringIO()
+    safe = (f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in cells)
+    csv.writer(line, lineterminator="\n").writerow(safe)
+    return line.getvalue()
+
+
+def csv_text(cell: str) -> str:
+    """Return the text of a cell that `csv_line` wrote.
+
+    >>> csv_text("'=1+1"), csv_text("'tis")
+    ('=1+1', "'tis")
+    """
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def decimal(size: int) -> str:

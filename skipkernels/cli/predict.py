@@ -153,7 +153,7 @@ class PredictCommand:
                 bar = bars.add_task("images", total=len(images), completed=len(images) - len(left))
                 if rows is None:
                     for text in lines(parts(), form, top):
-                        out.file.write(text)
+                        out.write(text)
                 else:
                     deque(parts(), maxlen=0)
         except BaseException:

@@ -7,7 +7,8 @@ Columns are found by their names, in upper or lower case and in any order: the p
 semicolons.
 
 Paths are relative to `root`, by default the folder of the table, and may not lead out of it. A path with two classes or
-in two splits is refused; a repeated line is skipped.
+in two splits is refused; a repeated line is skipped. Of a cell that begins with an apostrophe and =, +, - or @, as
+`skipkernels predict` writes it for spreadsheets, the apostrophe is removed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..formatting import csv_text
 from .base import InputError, open_error
 from .files import absolute_path, check_inside, format_names, missing_files, read_text
 from .images import LabelledImages
@@ -108,7 +110,7 @@ def _read(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     delimiter = max(_DELIMITERS, key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        lines = [(reader.line_num, line) for line in reader if any(cell.strip() for cell in line)]
+        lines = [(reader.line_num, list(map(csv_text, line))) for line in reader if any(cell.strip() for cell in line)]
     except csv.Error as error:
         raise InputError(f"{file}: line {reader.line_num} is not readable as CSV ({error}). Correct it.") from error
     header = [cell.strip().lower() for cell in lines[0][1]] if lines else []

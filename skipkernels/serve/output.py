@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import filecmp
-import io
 import json
 import os
 import re
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 from ..data import InputError
 from ..data.images import read_image
+from ..formatting import csv_line
 from ..store import replace_file
 from ..tuner.mistakes import encoded
 from ..tuner.report.rendering import render
@@ -66,15 +65,10 @@ def lines(parts: Iterable[Iterable[Row]], form: Format, top: int) -> Iterator[st
 
 
 def _csv(rows: Iterable[Row], top: int) -> Iterator[str]:
-    def line(cells: Iterable[object]) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue()
-
     numbers = ["", *(f"_{n}" for n in range(2, top + 1))]
-    yield line(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
+    yield csv_line(["path", *(f"{name}{number}" for number in numbers for name in ("label", "probability"))])
     for name, found in rows:
-        yield line([name, *(cell for label, p in found for cell in (label, f"{p:.6g}"))])
+        yield csv_line([name, *(cell for label, p in found for cell in (label, f"{p:.6g}"))])
 
 
 def _json(rows: Iterable[Row]) -> Iterator[str]:

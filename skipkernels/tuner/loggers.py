@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import re
 import sys
 import types
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..formatting import csv_line
 from ..store import replace_text
 from .errors import argument_error
 from .plots import finite
@@ -89,11 +88,9 @@ class CsvLogger:
         """Write all rows."""
         self._rows.append(row)
         lines = [{"epoch": row["epoch"]} | scalars(row) for row in self._rows]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
-        writer.writeheader()
-        writer.writerows(lines)
-        replace_text(self._path, text.getvalue())
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        rows = ([line.get(name, "") for name in names] for line in lines)
+        replace_text(self._path, "".join(map(csv_line, [names, *rows])))
 
     def close(self) -> None:
         """Do nothing: the file is complete."""

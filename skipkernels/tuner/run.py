@@ -18,7 +18,7 @@ from torch import Tensor
 from ..console import ignore_write_errors, plain
 from ..data import Images, InputError, SizedDataset, Source, save_few_shot
 from ..features import FeatureCache
-from ..formatting import first_line
+from ..formatting import escaped, first_line
 from ..memory import PeakMemory, out_of_memory
 from . import checkpoint, notes
 from .calibration import fit_temperature
@@ -213,7 +213,7 @@ class _Run:
         self.weights = WeightsFile(self.method, self.setup.model, delta=config.delta, reloaded=validated)
         for note in (*notes.setting_notes(config), *self.task.notes, *self.method.notes):
             _print(console, f"note: {note}")
-            _log.info(note)
+            _log.info(escaped(note))
         title = f"{config.model} on {config.data}, {config.method}, {config.shots_text}"
         title += f", {processes.size} processes" if processes.size > 1 else ""
         self.display = ProgressDisplay(console, title=title, memory=self.memory)
@@ -259,7 +259,7 @@ class _Run:
         finally:
             for warning in self.warnings:
                 _print(self.console, f"warning: {warning}")
-                _log.warning(warning)
+                _log.warning(escaped(warning))
 
     def _save_few_shot(self) -> None:
         """Write the list of training images, unless they are glyphs, which the seed determines."""

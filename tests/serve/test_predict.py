@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +19,8 @@ from PIL import Image
 
 import skipkernels as sk
 from skipkernels.cli.main import main
-from skipkernels.data import InputError
+from skipkernels.data import InputError, open_source
+from skipkernels.formatting import csv_line, csv_text
 from skipkernels.serve.output import SortedFolders, contact_sheet, folder_names
 from skipkernels.store.digest import digest_file
 from skipkernels.tuner import tune
@@ -305,3 +308,30 @@ def test_contact_sheet_escapes_names(photos):
     path = str(next((photos / "part0").iterdir()))
     page = contact_sheet([(path, "<script>alert(1)</script>", 0.5)], 'a"<b>')
     assert "<script>" not in page and "<b>" not in page
+
+
+def test_hostile_class_names(tmp_path, capsys, caplog):
+    """Names of classes with escape sequences and formulas, from tune to predict and back as a table of images."""
+    names = ["\x1b[31mred", "=cmd|' C calc'!A0"]
+    for part, name, number in itertools.product(("train", "test"), range(2), range(2)):
+        folder = tmp_path / "photos" / part / names[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (255 * name, 90 * number, 0)).save(folder / f"{number}.png")
+    caplog.set_level(logging.INFO, "skipkernels")
+    options = ["--shots", "2", "--epochs", "1", "--device", "cpu", "--validation", "none", "--out", tmp_path / "run"]
+    assert main(["tune", "--data", f"imagefolder:{tmp_path / 'photos'}", *map(str, options)]) == 0
+    images = str(tmp_path / "photos" / "test")
+    assert main(["predict", str(tmp_path / "run"), images, "--out", str(tmp_path / "table.csv")]) == 0
+    printed = capsys.readouterr()
+    assert not any("\x1b" in text for text in (printed.out, printed.err, *caplog.messages))
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert {row["label"] for row in rows} | {row["label_2"] for row in rows} == {names[0], f"'{names[1]}"}
+    source = open_source(f"csv:{tmp_path / 'table.csv'}")
+    assert set(source.classes) <= set(names)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1", "'=1", "''@", "'a", "a=1", ""])
+def test_csv_line_has_no_formula(text):
+    cell = next(csv.reader([csv_line([text, -0.5])]))[0]
+    assert not cell.startswith(("=", "+", "-", "@", "\t")) and csv_text(cell) == text
+    assert csv_line([text, -0.5]).endswith(",-0.5\n")
