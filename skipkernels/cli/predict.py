@@ -87,10 +87,10 @@ class PredictCommand:
         from skipkernels.data.files import format_others
         from skipkernels.serve import Classifier
         from skipkernels.serve.classifier import check_counts
-        from skipkernels.serve.loading import weights_file
+        from skipkernels.serve.loading import described_weights
         from skipkernels.serve.output import PartialRows, SortedFolders, check_file, contact_sheet, lines
         from skipkernels.store import replace_text
-        from skipkernels.tuner.description import NOT_CALIBRATED, Description
+        from skipkernels.tuner.description import NOT_CALIBRATED
 
         results, compute = self.results, self.compute
         if results.link and results.sort_into is None:
@@ -128,7 +128,7 @@ class PredictCommand:
         rows = None
         if results.out is not None:
             run = self.run.expanduser()
-            weights = weights_file(run, Description.read(run))
+            weights = described_weights(run)[1]
             identity = [str(weights.resolve()), weights.stat().st_mtime_ns, classifier.classes, results.template]
             rows = PartialRows(results.out, [*identity, top, compute.precision], resume=results.resume)
             keep(rows)
