@@ -426,12 +426,16 @@ def test_graphed_captures_again_after_a_change(fake_cuda, change):
     assert fake_cuda() == 2 + 2, "three more steps one by one, before the next capture"
 
 
-def test_graphed_runs_hooks_of_called_modules(path):
+@pytest.mark.filterwarnings("ignore:SkipCLIP. not every block")
+@pytest.mark.parametrize("of_all_modules", [False, True], ids=["module", "global"])
+def test_graphed_runs_hooks_of_called_modules(path, of_all_modules):
     """Hooks of a head, which SkipCLIP calls, run in each step and not only at the capture."""
     run, calls = Run("in_step", by_graph=True), []
     some = batches(run.clip, 5)
     run.train(some)
-    handle = run.clip.model.visual.ln_post.register_forward_hook(lambda *_: calls.append(1))
+    head = run.clip.model.visual.ln_post
+    register = nn.modules.module.register_module_forward_hook if of_all_modules else head.register_forward_hook
+    handle = register(lambda module, *_: calls.append(1) if module is head else None)
     run.train(some)
     assert len(calls) == 5
     handle.remove()

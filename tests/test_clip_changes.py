@@ -13,6 +13,7 @@ from open_clip.transformer import ResidualAttentionBlock as Block
 from open_clip.transformer import Transformer
 from reference_step import assert_matches_reference_step
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
 from skipkernels.store import digests
@@ -228,6 +229,62 @@ def test_changed_called_module_is_followed(name):
     assert_matches_reference_step(clip, images, tiny_tokens(C), labels)
     torch.testing.assert_close(clip.predict(images), model.get_logits(images, tiny_tokens(C))[0].detach())
     assert not clip.predict(images).allclose(before, rtol=1e-3)
+
+
+def _scale_norms(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    return 1.1 * output if isinstance(module, nn.LayerNorm) else None
+
+
+def _scale_blocks(module: nn.Module, inputs: tuple) -> tuple | None:
+    return (1.1 * inputs[0], *inputs[1:]) if isinstance(module, Block) else None
+
+
+def _clip_gradients(module: nn.Module, d_inputs: tuple, d_outputs: tuple) -> tuple | None:
+    if not isinstance(module, nn.LayerNorm):
+        return None
+    return tuple(None if d is None else d.clamp(-1e-5, 1e-5) for d in d_inputs)
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        (nn.modules.module.register_module_forward_hook, _scale_norms),
+        (nn.modules.module.register_module_forward_pre_hook, _scale_blocks),
+        (nn.modules.module.register_module_full_backward_hook, _clip_gradients),
+    ],
+    ids=["forward", "forward_pre", "backward"],
+)
+def test_global_hook_is_followed(register, hook, skip):
+    model, tokens, (images, labels) = tiny_clip(), tiny_tokens(C), tiny_batch(3, C)
+    clip = sk.SkipCLIP(model, tokens, skip_layers=skip, keep_ratio=1.0)
+    assert_matches_reference_step(clip, images, tokens, labels)
+    plain = clip.eval().predict(images), dict(clip.reductions)
+    handle = register(hook)
+    try:
+        with pytest.warns(UserWarning, match="global module hooks"):
+            logits = clip.predict(images)
+        assert_matches_reference_step(clip.train(), images, tokens, labels)
+        reductions = clip.reductions
+        with pytest.warns(UserWarning, match="global module hooks"):
+            before = sk.SkipCLIP(tiny_clip(), tokens, skip_layers=skip, keep_ratio=1.0)
+        assert_matches_reference_step(before, images, tokens, labels)
+    finally:
+        handle.remove()
+    for name in ("image.fused_block", "image.pooled_last_block", "text.fused_block", "text.shared_prefix"):
+        assert "global module hooks" in reductions[name].reason
+    assert torch.allclose(logits, plain[0], atol=1e-9) == (hook is _clip_gradients), "it alters only gradients"
+    assert_matches_reference_step(clip, images, tokens, labels)
+    assert_matches_reference_step(before, images, tokens, labels)
+    assert torch.allclose(clip.eval().predict(images), plain[0], atol=1e-12) and dict(clip.reductions) == plain[1]
+
+
+def test_global_hooks_of_torch_tools_keep_blocks_fused(recwarn):
+    clip, (images, labels) = sk.SkipCLIP(tiny_clip(), tiny_tokens(C), skip_layers=1), tiny_batch(3, C)
+    with FlopCounterMode(display=False):
+        clip(images, labels)
+        assert clip.reductions["image.fused_block"].enabled
+    assert not recwarn.list
 
 
 def test_training_below_the_cut_is_an_error():

@@ -12,6 +12,7 @@ from ..checks import warn_caller
 from ..parallel import ClassParallel
 from ..selection import RankSampler
 from ..towers import ImageTower, Reduction, TextTower, refuse_sharded
+from ..towers.eligibility import global_hooks
 from ..towers.reductions import of_every_template
 from .batch import LabelOrder
 from .image_encoder import ImageEncoder
@@ -55,8 +56,9 @@ class SkipCLIPBase(nn.Module):
         """Exact reductions of time and memory by name: `enabled`, or the `reason` why not."""
         no_cut = "nothing is skipped (skip_layers=0), so the embedding trains"
         states: dict[str, Reduction] = {}
-        texts = of_every_template([text.reductions for text in self._text_encoder.towers])
-        for prefix, tower, reductions in (("image", self._image, self._image.reductions), ("text", self._text, texts)):
+        texts = of_every_template([text.current_reductions() for text in self._text_encoder.towers])
+        images = self._image.current_reductions()
+        for prefix, tower, reductions in (("image", self._image, images), ("text", self._text, texts)):
             states |= {f"{prefix}.{name}": reduction for name, reduction in reductions.items()}
             if tower.skip == len(tower.blocks):
                 states[f"{prefix}.pooled_last_block"] = Reduction(
@@ -142,6 +144,18 @@ class SkipCLIPBase(nn.Module):
             refuse_sharded(self)
             refuse_alterations(self.model, self._tokens, self._image, self._text_encoder.towers)
             self._snapshot = Snapshot(self.model, self._image, self._text)
+            if global_hooks():
+                self._warn_of_unfused(self._image, self._text)
+
+    def _warn_of_unfused(self, image: ImageTower, text: TextTower) -> None:
+        """Warn if a tower that could run fused blocks does not; not of adapters, which "as_is" expects."""
+        for tower, name in ((image, "image"), (text, "text")):
+            fused = tower.current_reductions()["fused_block"]
+            if tower.can_fuse and not fused.enabled and self._settings.trainable == "upper":
+                warn_caller(
+                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). Blocks that are "
+                    "not fused run their own forward: the results are the same, but take more time and memory."
+                )
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; a switch compares the weights below the cut, see `check_weights`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..optimizer import FusedSGD, world_size
 from ..towers.attention import SDPA
-from ..towers.eligibility import HOOKS
+from ..towers.eligibility import HOOKS, global_hooks
 from .output import SkipOutput
 
 if TYPE_CHECKING:
@@ -283,6 +283,7 @@ def why_not_capturable(clip: Training, optimizer: torch.optim.Optimizer) -> str 
         (clip._image.attention_backend is not SDPA, 'attention="xformers" has a host sync. Use "sdpa".'),
         (clip._text_encoder.reads_store(), "text_cache, as large as here, is read on the host. Leave it out."),
         (hooked is not None, f"{hooked or 'the model'} has hooks, which would run at the capture only. Remove them."),
+        (bool(global_hooks()), "global module hooks would run at the capture only. Remove them."),
         (generator is not None and generator.device.type != "cpu", "the generator must be on the CPU."),
         (world_size() > 1, "gradients of several processes are averaged by hooks."),
     ):
@@ -356,7 +357,7 @@ class _Frozen:
         except RuntimeError:  # tensors were compared by value
             return False
         same = same and self._clip._text_encoder is self._text_encoder
-        return same and not any(self._hooks) and self._state() == self._seen
+        return same and not any(self._hooks) and not global_hooks() and self._state() == self._seen
 
 
 def _constants(group: dict[str, Any]) -> list[Any]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
-from ..checks import warn_caller
 from ..options import AttentionName, Tail
 from ..parallel import ClassParallel
 from ..selection import RankSampler, check_rank_options
@@ -45,7 +44,9 @@ class SkipCLIP(Training, Inference):
 
     After construction do not alter the model (add a hook; replace a layer or the mask; change the number of heads):
     calls then raise an error until `refresh` is called. Changes of the weights below the cut are detected by their
-    content at each switch between training and evaluation mode, and by their version counters in each step.
+    content at each switch between training and evaluation mode, and by their version counters in each step. While
+    global module hooks (`torch.nn.modules.module.register_module_forward_hook`) are registered, every block runs its
+    own forward, with them; modules around the blocks, such as the model itself, are not called.
 
     `torch.compile(clip)` does not compile the step. Activation checkpointing around SkipCLIP raises an error, since its
     second forward would draw other classes: use `memory="min"`.
@@ -228,13 +229,7 @@ class SkipCLIP(Training, Inference):
         refuse_overrides(self.model, containers(self.model, (image, text)))
         set_trainable(self.model, image, text, self._settings)
         self._snapshot = Snapshot(self.model, image, text)
-        for tower, name in ((image, "image"), (text, "text")):
-            fused = tower.reductions["fused_block"]
-            if tower.can_fuse and not fused.enabled and self._settings.trainable == "upper":
-                warn_caller(
-                    f"SkipCLIP: not every block of the {name} tower is fused ({fused.reason}). Blocks that are "
-                    "not fused run their own forward: the results are the same, but take more time and memory."
-                )
+        self._warn_of_unfused(image, text)
 
     def refresh(self) -> None:
         """Read the model again, after a deliberate change to it or to its weights below the cut.

@@ -21,7 +21,7 @@ from ..memory import free_bytes
 from ..options import Memory
 from ..store import digest_tensors
 from . import attention
-from .eligibility import why_weights_not_fusable
+from .eligibility import global_hooks, why_weights_not_fusable
 from .fused_block import CAST_BYTES, SAVED_WIDTHS, BlockSettings, FusableBlock, Hidden, fused_block
 from .modes import evaluating, updates_statistics
 from .reductions import Reduction
@@ -126,8 +126,20 @@ class Tower(ABC):
         return len(self._fusable) > 0
 
     def is_fused(self, index: int) -> bool:
-        """Return True if block `index` runs as one autograd node."""
+        """Return True if block `index` can run as one autograd node."""
         return index < len(self._fusable) and not isinstance(self._fusable[index], str)
+
+    def runs_fused(self, index: int) -> bool:
+        """Return True if block `index` runs as one autograd node now: global hooks expect its own modules to run."""
+        return self.is_fused(index) and not global_hooks()
+
+    def current_reductions(self) -> dict[str, Reduction]:
+        """Return `reductions`, without those of fused blocks while global module hooks are registered."""
+        if not (self.can_fuse and global_hooks()):
+            return self.reductions
+        hooked = Reduction(False, "global module hooks are registered, so each block runs its own forward")
+        of_blocks = ("fused_block", "shared_prefix", "pooled_last_block")
+        return self.reductions | {name: hooked for name in of_blocks if name in self.reductions}
 
     def fused(self, index: int) -> FusableBlock:
         """Weights and settings of fused block `index`. Layer scales and low-rank updates are applied at each call."""
@@ -151,7 +163,7 @@ class Tower(ABC):
         with evaluating(frozen, except_for=self.patch_dropout if drop_patches else None):
             hidden, mask = Hidden(self.embed(inputs)), self.mask(inputs)
             for index in range(self.skip):
-                if self.is_fused(index):
+                if self.runs_fused(index):
                     hidden = self._run_fused_sequences(index, hidden, mask, save_inputs_only=False)
                 else:
                     hidden = Hidden(self.call_block(self.blocks[index], hidden.sum(), mask))
@@ -271,7 +283,7 @@ class Tower(ABC):
 
         A block with a batch norm in training mode is not recomputed: it would update its statistics twice.
         """
-        if self.is_fused(index):
+        if self.runs_fused(index):
             return self._run_fused_sequences(index, hidden, mask, save_inputs_only=save_inputs_only)
         block = self.blocks[index]
         if self.memory == "min" and torch.is_grad_enabled() and not updates_statistics(block):
@@ -290,7 +302,7 @@ class Tower(ABC):
         With `memory="auto"`, they do if saving everything would take more than half of the free memory; on a GPU, of
         the memory that is free in the first step with as many rows.
         """
-        if not any(map(self.is_fused, range(self.skip, len(self.blocks)))):
+        if not any(map(self.runs_fused, range(self.skip, len(self.blocks)))):
             return False
         if self.memory != "auto" or not torch.is_grad_enabled():
             return self.memory == "min"

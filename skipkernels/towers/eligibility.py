@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as modules_of_torch
 from torch.nn.utils import parametrize
 
 from .fused_block import BlockWeights
@@ -13,6 +14,14 @@ from .low_rank import low_rank_updates
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OVERRIDABLE = {"forward", "attention", "__call__"}  # methods that may have been set on the instance
+
+
+def global_hooks() -> list[Any]:
+    """Hooks of all modules, without those of PyTorch's own tools such as `FlopCounterMode`, which only observe."""
+    of_kinds = (getattr(modules_of_torch, f"_global{hooks}") for hooks in HOOKS)
+    return [
+        x for hooks in of_kinds for x in hooks.values() if not str(getattr(x, "__module__", "")).startswith("torch.")
+    ]
 
 
 def why_not_fusable(block: nn.Module, block_type: type, submodule_types: Mapping[str, tuple[type, ...]]) -> str | None:

@@ -48,7 +48,7 @@ class ImageTower(Tower):
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
         hidden = Hidden(features)
-        pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
+        pools = self.skip < depth and self.current_reductions()["pooled_last_block"].enabled
         for index in range(self.skip, depth - pools):
             hidden = self._run_upper_block(index, hidden, None, save_inputs_only=save_inputs_only)
         if not pools:

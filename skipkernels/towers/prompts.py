@@ -133,11 +133,14 @@ class SelectedPrompts:
         return hidden.flatten(0, 1).index_select(0, self._shifted(stops - self._ends))
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """Unpack rows [R, W] behind a shared prefix into whole prompts [K, L, W].
+        """Unpack rows [R, W] into whole prompts [K, L, W].
 
-        Positions behind the pooled token repeat the last row of the suffix; no token before attends to them.
+        Behind a shared prefix, positions behind the pooled token repeat the last row of the suffix; no token before
+        attends to them.
         """
         P, (K, W) = self._prompts.prefix_length, (len(self.class_ids), rows.shape[1])
+        if not P:
+            return rows.view(K, -1, W)
         suffix = torch.arange(self._prompts.length - P, device=rows.device)
         first = self.ends - self._lengths[1:-1] + 1
         index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..store import digests
 from .base import Tower, UnsupportedModel
-from .eligibility import HOOKS
+from .eligibility import HOOKS, global_hooks
 
 _METHODS = ("forward", "attention")  # blocks of OpenAI and open_clip have the second
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features")
@@ -56,6 +56,7 @@ class Structure:
             [get(values) for get, values in self._settings],
             list(map(_VERSION, self._tensors)),
             list(map(Tensor.data_ptr, self._tensors)),
+            global_hooks(),
         ]
 
     def replaced_method(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import attention
 from .base import Tower
+from .eligibility import global_hooks
 from .fused_block import Hidden
 from .modes import is_deterministic
 from .prompts import PackedPrompts, SelectedPrompts, shared_prefix_length
@@ -125,20 +126,21 @@ class TextTower(Tower):
 
     def upper(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Map rows [R, W] of some prompts at the cut to text embeddings [K, D], not normalised."""
-        run = self._run_suffixes if self.prompts.prefix_length else self._run_whole_prompts
+        shares = self.prompts.prefix_length and not global_hooks()
+        run = self._run_suffixes if shares else self._run_whole_prompts
         return self.finish(run(rows, selected))
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
-        features = rows.unflatten(0, (len(selected.class_ids), -1))
+        features = selected.unpack(rows)
         mask = self.mask(self.tokens[selected.class_ids])
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
-        pools = self.skip < depth and self.reductions["pooled_last_block"].enabled
+        pools = self.skip < depth and self.current_reductions()["pooled_last_block"].enabled
         hidden = Hidden(features)
         for index in range(self.skip, depth - pools):
             hidden = self._run_upper_block(index, hidden, mask, save_inputs_only=save_inputs_only)
         if not pools:
-            return hidden.sum().flatten(0, 1)[selected.ends]
+            return selected.pack(hidden.sum())[selected.ends]
         if mask is not None:
             n, length, _ = features.shape
             positions = self.pooled[selected.class_ids]
