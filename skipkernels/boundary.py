@@ -15,6 +15,27 @@ from torch import Tensor
 DEFAULT_CHUNK = 256  # samples; each takes about 0.6 MB of hidden states and 2.4 MB in the MLP of a ViT-B/16
 
 
+def refusing_lost_gradients(lower: Callable[[Tensor], Tensor], tower: str, uncut: str) -> Callable[[Tensor], Tensor]:
+    """Return `lower`, with an error if its output requires grad: the boundary would drop that gradient.
+
+    Parameters below the cut are frozen, so nothing is recorded unless inputs or tensors beside the model require grad.
+    """
+    enabled = torch.is_grad_enabled()  # of the caller: within the boundary it is disabled
+
+    def run(inputs: Tensor) -> Tensor:
+        with torch.set_grad_enabled(enabled):
+            hidden = lower(inputs)
+        if hidden.requires_grad:
+            cause = "its inputs require" if inputs.requires_grad else "a tensor used by a module below it requires"
+            raise RuntimeError(
+                f"SkipCLIP: no gradient passes the cut of the {tower} tower, and {cause} grad. To train it, use "
+                f"skip_layers={uncut}; otherwise detach it, or set its requires_grad to False."
+            )
+        return hidden
+
+    return run
+
+
 class LSkipBoundary(torch.autograd.Function):
     """Run `lower` over `inputs` in chunks of at most `chunk` samples, without gradient.
 

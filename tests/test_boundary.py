@@ -1,13 +1,18 @@
-"""LSkipBoundary saves nothing for backward, passes no gradient, and bounds memory."""
+"""LSkipBoundary saves nothing for backward, passes no gradient, and bounds memory. A lost gradient is an error."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import skipkernels as sk
 from skipkernels import LSkipBoundary
+
+C = 7
+LOST = r"no gradient passes the cut of the {} tower.*skip_layers=\({}\)"
 
 
 class Lower(nn.Module):
@@ -72,3 +77,100 @@ def test_boundary_under_torch_compile():
     torch.testing.assert_close(compiled, expected)
     compiled.backward()
     assert head.weight.grad is not None and lower.layers[0].weight.grad is None
+
+
+# ---- gradients that would be lost --------------------------------------------------------------------------------
+
+
+class Prompted(nn.Module):
+    """A visual prompt, a layer in front of the images, and a context added to token embeddings by a hook."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        generator = torch.Generator().manual_seed(0)
+        self.prompt = nn.Parameter(0.1 * torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))
+        self.layer = nn.Conv2d(3, 3, 1, dtype=torch.float64)
+        self.context = nn.Parameter(0.1 * torch.randn(2, 16, generator=generator, dtype=torch.float64))
+
+    def images(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images + self.prompt)
+
+    def add_context(self) -> None:
+        def hook(module: nn.Module, inputs: tuple, hidden: torch.Tensor) -> torch.Tensor:
+            return torch.cat([hidden[:, :2] + self.context, hidden[:, 2:]], dim=1)
+
+        self.model.token_embedding.register_forward_hook(hook)
+
+    def learned(self) -> list[nn.Parameter]:
+        return [self.prompt, *self.layer.parameters(), self.context]
+
+    def reference_loss(self, images: torch.Tensor, labels: torch.Tensor, *, pairs: bool = False) -> torch.Tensor:
+        image, text = self.model.encode_image(self.images(images)), self.model.encode_text(tiny_tokens(C))
+        image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text[labels] if pairs else text))
+        logits = self.model.logit_scale.exp() * image @ text.T
+        if not pairs:
+            return nn.functional.cross_entropy(logits, labels)
+        own = torch.arange(len(images))
+        return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation", "pair_loss"])
+def test_gradients_of_inputs_equal_eager_without_a_cut(use):
+    prompted, (images, labels) = Prompted(tiny_clip()), tiny_batch(3, C)
+    prompted.add_context()
+    clip = sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=0, keep_ratio=1.0).train(use != "evaluation")
+    prompted.reference_loss(images, labels, pairs=use == "pair_loss").backward()
+    expected = [parameter.grad for parameter in prompted.learned()]
+    prompted.zero_grad()
+    inputs = prompted.images(images)
+    (clip.pair_loss(inputs, labels) if use == "pair_loss" else clip(inputs, labels).loss).backward()
+    for parameter, gradient in zip(prompted.learned(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
+        assert gradient.any()
+
+
+@pytest.mark.parametrize("call", ["training", "evaluation", "encode_lower", "encode_image", "pair_loss"])
+def test_lost_gradient_of_images_is_an_error(call):
+    prompted, (images, labels) = Prompted(tiny_clip()), tiny_batch(3, C)
+    clip = sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=1).train(call != "evaluation")
+    calls = {
+        "encode_lower": clip.encode_lower,
+        "encode_image": clip.encode_image,
+        "pair_loss": lambda x: clip.pair_loss(x, labels),
+    }
+    run = calls.get(call, lambda x: clip(x, labels))
+    for x in (images + prompted.prompt, prompted.layer(images), images.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match=LOST.format("image", "0, …")):
+            run(x)
+        with torch.no_grad():
+            run(x)
+        run(x.detach())
+
+
+def test_lost_gradient_of_a_context_is_an_error():
+    prompted, (images, labels) = Prompted(tiny_clip()), tiny_batch(3, C)
+    clip = sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=1)
+    clip(images, labels)
+    prompted.add_context()
+    for call in (lambda: clip(images, labels), lambda: clip.pair_loss(images, tiny_tokens(C)[labels])):
+        with pytest.raises(RuntimeError, match=LOST.format("text", "…, 0")):
+            call()
+    with pytest.raises(RuntimeError, match=LOST.format("text", "…, 0")):
+        sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=1)
+    prompted.context.requires_grad_(False)
+    assert clip(images, labels).loss.isfinite()
+
+
+def test_class_embeddings_follow_a_learned_context():
+    prompted, (images, _) = Prompted(tiny_clip()), tiny_batch(3, C)
+    prompted.add_context()
+    clip = sk.SkipCLIP(prompted.model, tiny_tokens(C), skip_layers=(1, 0)).eval()
+    before = clip.predict(images)
+    with torch.no_grad():
+        prompted.context.mul_(-20.0)
+    image, text = prompted.model.encode_image(images), prompted.model.encode_text(tiny_tokens(C))
+    image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
+    expected = prompted.model.logit_scale.exp() * image @ text.T
+    torch.testing.assert_close(clip.predict(images), expected, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(before, expected, atol=1e-2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..boundary import LSkipBoundary
+from ..boundary import LSkipBoundary, refusing_lost_gradients
 from ..towers import ImageTower
 from ..towers.structure import WeightSnapshot
 
@@ -48,7 +48,8 @@ class ImageEncoder:
         try:
             if self.tower.skip == 0:
                 return lower(x)
-            return LSkipBoundary.apply(lower, x.to(self.lower_device or x.device), self.chunk).to(images.device)
+            checked = refusing_lost_gradients(lower, "image", "(0, …)")
+            return LSkipBoundary.apply(checked, x.to(self.lower_device or x.device), self.chunk).to(images.device)
         except RuntimeError as error:
             height, width = self.tower.image_size
             if tuple(images.shape[1:]) == (3, height, width):

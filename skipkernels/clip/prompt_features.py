@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..boundary import LSkipBoundary
+from ..boundary import LSkipBoundary, refusing_lost_gradients
 from ..towers import TextTower
 from ..towers.text_store import TextStore, stored_prototypes
 
@@ -40,13 +40,14 @@ class PromptFeatures:
         """Hidden states [n, L, W] of classes (by default all) at the cut, without autocast."""
         tokens = self.tower.tokens if class_ids is None else self.tower.tokens[class_ids]
         with torch.autocast(tokens.device.type, enabled=False):
+            lower = refusing_lost_gradients(self.tower.lower, "text", "(…, 0)")
             lower_tokens = tokens.to(self.lower_device or tokens.device)
-            return LSkipBoundary.apply(self.tower.lower, lower_tokens, self.chunk).to(tokens.device)
+            return LSkipBoundary.apply(lower, lower_tokens, self.chunk).to(tokens.device)
 
     def compute(self) -> None:
         """Compute the features of all classes and keep them in memory."""
         prompts, rows, stop = self.tower.prompts, None, 0
-        with torch.inference_mode(False), torch.no_grad():  # used beyond the caller's context
+        with torch.inference_mode(False), torch.enable_grad():  # used beyond the caller's context
             # Packed by chunks: hidden states [C, L, W] of whole prompts would take several times as much.
             for class_ids in torch.arange(len(self.tower.tokens), device=self.tower.tokens.device).split(self.chunk):
                 packed = prompts.pack(self.lower(class_ids), class_ids)

@@ -121,7 +121,8 @@ class TextEncoder:
         self.compare_weights()
         parts = (*self.tower.upper_parameters(), *self.tower.lower_parameters())
         seen = autocast, classes, digests(x.detach() for x in parts)
-        if self._embeddings is None or self._embeddings[1] != seen:
+        hooked = self._called is not None and self._called[0].is_hooked()  # a hook may depend on more than the weights
+        if self._embeddings is None or self._embeddings[1] != seen or hooked:
             with torch.inference_mode(False), evaluating([self.tower.model]):
                 self._embeddings = self.unit_embeddings(self._class_ids[classes]), seen
         return self._embeddings[0]

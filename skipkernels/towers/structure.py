@@ -63,6 +63,10 @@ class Structure:
         """Return True if `forward` or another compared method of a class was replaced since the snapshot."""
         return list(starmap(getattr, self._named)) != self._methods
 
+    def is_hooked(self) -> bool:
+        """Return True if a module has hooks, of its own or global ones."""
+        return any(self._hooks) or bool(global_hooks())
+
     def is_unchanged(self) -> bool:
         """Return True if nothing differs from the snapshot. Values written through `.data` are not detected."""
         try:
