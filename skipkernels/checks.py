@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +94,13 @@ def check_alike(
         )
     check_one_dtype(function, argument, tensor, like, narrower=narrower)
     check_device(function, argument, tensor, like)
+
+
+def whole_number(label: Any) -> int | None:
+    """Return a label as an int, or None unless it is an integer, or an array or tensor of one."""
+    with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # no array, or one of several values
+        label = label.item()
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def warn_caller(message: str) -> None:

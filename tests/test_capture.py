@@ -208,7 +208,8 @@ class FakeGraph:
     def replay(self) -> None:
         FakeGraph.replays += 1
         for static, new in zip(self.out, self.step(), strict=True):
-            static.copy_(new)
+            if static is not None:  # logits
+                static.copy_(new)
 
 
 class FakeStream:
@@ -488,6 +489,13 @@ def test_graphed_refuses_what_cannot_be_captured(fake_cuda, tmp_path):
     refused("FusedSGD has step hooks", stepped)
     with pytest.raises(ValueError, match="^graphed: batch_size must be at least 1, a whole number; got 0"):
         clip.graphed(sk.FusedSGD(groups), batch_size=0)
+
+
+def test_graphed_refuses_images_that_require_grad(fake_cuda):
+    run = Run("in_step", by_graph=True)
+    x, labels = batches(run.clip, 1)[0]
+    with pytest.raises(ValueError, match="^graphed: x must not require grad"):
+        run.step(x.requires_grad_(), labels)
 
 
 def test_graphed_refuses_fp16_autocast(fake_cuda):

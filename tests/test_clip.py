@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import naive
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import tiny_batch, tiny_clip, tiny_tokens
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
 from skipkernels import functional
@@ -150,10 +152,30 @@ def test_generator_determines_classes():
 def test_forward_return_logits():
     model, (images, labels) = tiny_clip(), tiny_batch(3, 9)
     clip = sk.SkipCLIP(model, tiny_tokens(9), skip_layers=1)
-    assert clip(images, labels).logits.shape == (3, 0)
+    with pytest.raises(AttributeError, match=r"^SkipOutput.logits: .*return_logits=True.*clip.predict\(x\)"):
+        clip(images, labels).logits  # noqa: B018
     out = clip(images, labels, return_logits=True)
     loss = torch.nn.functional.cross_entropy(out.logits, out.targets)
     assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_output_without_logits_is_an_ordinary_named_tuple():
+    """`DistributedDataParallel`, accelerate and `Trainer` take it apart and rebuild it."""
+    clip = sk.SkipCLIP(tiny_clip(), tiny_tokens(9), skip_layers=1)
+    out = clip(*tiny_batch(3, 9))
+    loss, logits, class_ids, targets = out
+    assert logits is None and out[1:] == (None, class_ids, targets) and out[0] is loss
+    leaves, spec = tree_flatten(out)
+    for rebuilt in (
+        tree_unflatten(leaves, spec),
+        tree_map(lambda x: x, out),
+        type(out)(*list(out)),
+        copy.copy(out),
+        out._replace(loss=loss),
+        pickle.loads(pickle.dumps(out._replace(loss=loss.detach()))),
+    ):
+        assert type(rebuilt) is sk.SkipOutput and rebuilt.loss.equal(loss) and not hasattr(rebuilt, "logits")
+    assert list(out._asdict()) == ["loss", "logits", "class_ids", "targets"] and "logits=None" in repr(out)
 
 
 def test_predict_equals_model_logits():

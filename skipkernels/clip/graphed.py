@@ -137,6 +137,8 @@ class GraphedStep:
         device = clip.prototypes.device
         x, labels = x.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         clip._check_step(x, labels)
+        if x.requires_grad:
+            raise ValueError("graphed: x must not require grad, which a replay would not compute. Run without graphed.")
         if clip._image_encoder.lower_device is not None and clip._image_encoder.are_images(x):
             raise RuntimeError(
                 "graphed: images cannot be captured with lower_device, which copies each batch to another device. Pass "
@@ -190,7 +192,7 @@ class GraphedStep:
         self._optimizer.zero_grad()
         if enabled:  # within the caller's autocast; casts of the weights before the update would be used again
             torch.clear_autocast_cache()
-        return SkipOutput(out.loss.detach(), out.logits.detach(), out.class_ids, out.targets)
+        return out._replace(loss=out.loss.detach())
 
     def _on_stream(self, x: Tensor, labels: Tensor) -> SkipOutput:
         """Run the step eagerly on the stream of the capture; its ranks are reserved."""
@@ -202,7 +204,8 @@ class GraphedStep:
             out = self._update(self._forward(x, labels))
         current.wait_stream(self._stream)
         for tensor in out:
-            tensor.record_stream(current)
+            if tensor is not None:  # logits
+                tensor.record_stream(current)
         return out
 
     # ---- capture -----------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def _sharded_step(
         targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]
         text = clip._text_encoder.encode(at_least_one(parallel.ids_of_held(class_ids[positions])))
     loss = sharded_sigmoid_loss(image, text, targets, bias, scale, elements, group)
-    return SkipOutput(loss, loss.new_empty(images, 0), class_ids, own_targets)
+    return SkipOutput(loss, None, class_ids, own_targets)
 
 
 @torch.no_grad()

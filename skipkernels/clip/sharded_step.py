@@ -59,7 +59,7 @@ def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, retur
         loss = sharded_cross_entropy(
             image, text, own_selection, scale, group, class_weight=weight, label_smoothing=smoothing
         )
-    return SkipOutput(loss, loss.new_empty(images, 0), class_ids, targets[own])
+    return SkipOutput(loss, None, class_ids, targets[own])
 
 
 def padded(x: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, int]:

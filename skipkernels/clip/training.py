@@ -119,7 +119,7 @@ class Training(SkipCLIPBase):
         text = self._text_encoder.encode(class_ids)
         weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
         loss = self._loss(image, text, targets, scale, weight)
-        logits = functional.class_sampled_logits(image, text, scale) if return_logits else loss.new_empty(len(x), 0)
+        logits = functional.class_sampled_logits(image, text, scale) if return_logits else None
         return SkipOutput(loss, logits, class_ids, targets)
 
     def _evaluate(self, image: Tensor, labels: Tensor, scale: Tensor) -> SkipOutput:
@@ -201,7 +201,7 @@ class Training(SkipCLIPBase):
         The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
         min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
         arXiv 2303.15343) is K times this one. With `process_group` a training step is collective, and the loss is the
-        mean over the images of all processes; logits are then [B, 0].
+        mean over the images of all processes, without logits.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from ..checks import whole_number
 from ..store import open_regular
 from .base import InputError, SizedDataset
 from .files import HEAD, absolute_path, image_format
@@ -384,12 +385,14 @@ def read_labels(dataset: Any) -> list[int]:
     if found is None:
         found = [_image_and_label(dataset, index)[1] for index in range(len(dataset))]
     values = found.tolist() if hasattr(found, "tolist") else list(found)
-    labels = [value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value for value in values]
-    for index, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, int):
+    labels = []
+    for index, value in enumerate(values):
+        label = whole_number(value)
+        if label is None:
             raise InputError(
-                f"{name}: the label of item {index} must be an integer; got {label!r}. Number the classes from 0."
+                f"{name}: the label of item {index} must be an integer; got {value!r}. Number the classes from 0."
             )
+        labels.append(label)
     if len(labels) != len(dataset):
         raise InputError(f"{name}: {len(dataset)} items have {len(labels)} labels. Give each item one.")
     return labels

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..checks import whole_number
 from ..store import StoreError
 
 
@@ -186,13 +187,12 @@ def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:
             f"FeatureCache: the image of {where} must be floating-point numbers, normalised for the model; got "
             f"{image.dtype}. Give the dataset the model's own preprocessing as its transform."
         )
-    if isinstance(label, (Tensor, np.generic, np.ndarray)) and getattr(label, "ndim", 0) == 0:
-        label = label.item()
-    if isinstance(label, bool) or not isinstance(label, int):
+    class_id = whole_number(label)
+    if class_id is None:
         raise StoreError(f"FeatureCache: the label of {where} must be a whole number; got {label!r}.")
-    if not -(2**63) <= label < 2**63:
-        raise StoreError(f"FeatureCache: the label of {where} must fit 64 bits; got {label}.")
-    return image, label
+    if not -(2**63) <= class_id < 2**63:
+        raise StoreError(f"FeatureCache: the label of {where} must fit 64 bits; got {class_id}.")
+    return image, class_id
 
 
 def _batch(found: Iterable[tuple[int, Tensor, int]], items: int) -> Batch | StoreError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
 from ..clip import check_clip
 from ..optimizer import FusedSGD
 
@@ -96,12 +97,14 @@ def collate(items: Sequence[tuple[Tensor, int] | dict[str, Any]]) -> dict[str, T
             f"collate: images must be tensors, by the model's image transform; got {type(images[0]).__name__}. Apply "
             "the transform in the dataset."
         )
-    if any(isinstance(label, (list, tuple)) or (isinstance(label, Tensor) and label.numel() != 1) for label in labels):
+    class_ids = list(map(whole_number, labels))
+    if None in class_ids:
         raise TypeError(
-            "collate: labels must be class ids, one whole number for each image; got several for one. For several "
-            "labels per image use clip.sigmoid_loss, in a loop of your own."
+            "collate: labels must be class ids, one whole number for each image; got "
+            f"{labels[class_ids.index(None)]!r:.80}. For several labels per image use clip.sigmoid_loss, in a loop of "
+            "your own."
         )
-    return {"pixel_values": torch.stack(images), "labels": torch.tensor([int(label) for label in labels])}
+    return {"pixel_values": torch.stack(images), "labels": torch.tensor(class_ids)}
 
 
 def _pair(item: dict[str, Any]) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -165,12 +166,20 @@ def test_features_where_images_are_expected(short, tmp_path):
             "keys pixel_values and labels; got pixel_values, la",
         ),
         ((torch.zeros(1), [1, 2]), TypeError, "labels must be class ids, one whole number for each image"),
+        ((torch.zeros(1), 2.7), TypeError, "labels must be class ids, one whole number for each image; got 2.7"),
+        ((torch.zeros(1), torch.tensor(2.7)), TypeError, "one whole number for each image; got tensor"),
+        ((torch.zeros(1), True), TypeError, "one whole number for each image; got True"),
     ],
-    ids=["list", "keys", "labels"],
+    ids=["list", "keys", "labels", "float", "float_tensor", "bool"],
 )
 def test_collate_refuses(item, error, message):
     with pytest.raises(error, match=f"^collate: .*{message}"):
         hugging_face.collate([item])
+
+
+@pytest.mark.parametrize("label", [3, np.int32(3), torch.tensor(3), torch.tensor([3]), np.array([3])], ids=repr)
+def test_collate_whole_numbers(label):
+    assert hugging_face.collate([(torch.zeros(1), label)])["labels"].tolist() == [3]
 
 
 def test_arguments_of_another_model(short, tmp_path):
