@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
@@ -35,6 +36,28 @@ _GATHERED_BYTES = 32 << 20  # gradients that wait in backward for one launch; a 
 _SEED_STRIDE = signed64(0xD1B54A32D192ED03)
 
 
+class _ConsumedGradient(torch.Tensor):
+    """Placeholder in `.grad` from an update in backward to `step()`, without memory: an operation on it is an error.
+
+    `clip_grad_norm_` skips weights without a gradient, so it would return 0 and clip nothing.
+    """
+
+    _optimizer: weakref.ref[FusedSGD]
+
+    @staticmethod
+    def __new__(cls, gradient: Tensor, optimizer: FusedSGD) -> _ConsumedGradient:
+        made = torch.Tensor._make_wrapper_subclass(cls, gradient.shape, dtype=gradient.dtype, device=gradient.device)
+        made._optimizer = weakref.ref(optimizer)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, cls) and (optimizer := x._optimizer()) is not None:
+                optimizer._undo_first_step()
+        _refuse_use(str(func))
+
+
 class FusedSGD(torch.optim.Optimizer):
     """SGD with momentum that updates weights inside backward, as soon as their gradients are complete.
 
@@ -50,11 +73,12 @@ class FusedSGD(torch.optim.Optimizer):
     reference to the optimizer: its hooks are removed with it.
 
     Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
-    before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_` (after backward it finds no
-    gradient and clips nothing, without an error), `DistributedDataParallel` (updates in backward raise an error in a
-    process group of several ranks), a weight shared by checkpoints with `use_reentrant=True`. A second gradient of a
-    weight before `step()` is an error, as is a second backward through a graph that needs the old value of a weight. If
-    backward raises an error, some weights are updated and others are not.
+    before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_`, `DistributedDataParallel`, a
+    weight shared by checkpoints with `use_reentrant=True`. From its update to `step()`, `grad` of a weight is a
+    placeholder without memory, and an operation on it raises an error. `GradScaler` cannot be noticed before its
+    `unscale_` or `step`: for that, weights and momentum from before the first step are kept in host memory until
+    `step()`, and the error in that step restores them. A second backward through a graph that needs the old value of a
+    weight is an error too. If backward raises an error, some weights are updated and others are not.
 
     Args:
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
@@ -84,8 +108,8 @@ class FusedSGD(torch.optim.Optimizer):
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = FusedSGD([weight], lr=0.25, momentum=0.9)
         >>> weight.square().sum().backward()
-        >>> weight.tolist(), weight.grad
-        ([0.5, 1.0], None)
+        >>> weight.tolist()
+        [0.5, 1.0]
         >>> optimizer.step()  # nothing is left to update here
     """
 
@@ -102,6 +126,9 @@ class FusedSGD(torch.optim.Optimizer):
     ):
         self._in_backward = False  # until all groups are checked
         self._updated: set[int] = set()  # indices of the weights updated in backward since step()
+        # Each weight and momentum buffer with its value from before the first step; None after that step.
+        self._before: list[tuple[Tensor, Tensor]] | None = []
+        self._placeholders: dict[Any, _ConsumedGradient] = {}  # by shape, dtype and device
         self._waiting: list[tuple[int, int, Tensor]] = []  # group, index and weight of gathered gradients
         self._waiting_bytes = 0
         self._offsets: list[int] = []  # index of the first element of each weight, and of the next weight
@@ -146,38 +173,76 @@ class FusedSGD(torch.optim.Optimizer):
     def _update_in_backward(self, group: int, number: int, weight: Tensor) -> None:
         if not self._updated:  # once per step: a process group may be created after the optimizer
             _refuse_several_processes()
-        if weight.grad is None:
-            _refuse_consumed()
+        if _is_consumed(weight):
+            _refuse_second_optimizer()
         if number in self._updated:
-            raise RuntimeError(
-                "FusedSGD: a weight must get one gradient per step; got a second one since step(), after the first was "
-                "consumed. Call step() after each backward, or use in_backward=False."
-            )
+            _refuse_use("a second backward")
         self._updated.add(number)
         if not _gathers(weight):
-            self._update(group, [(number, weight)])
-            weight.grad = None
+            self._consume(group, [(number, weight)])
             return
         if not self._waiting:
             torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # at the end of backward
         self._waiting.append((group, number, weight))
-        self._waiting_bytes += weight.grad.nbytes
+        self._waiting_bytes += weight.nbytes
         if self._waiting_bytes >= _GATHERED_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         """Update the weights with gathered gradients."""
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        if any(weight.grad is None for *_, weight in waiting):
-            _refuse_consumed()
+        if any(_is_consumed(weight) for *_, weight in waiting):
+            _refuse_second_optimizer()
         for group in range(len(self.param_groups)):
-            self._update(group, [(number, weight) for of, number, weight in waiting if of == group])
-        for *_, weight in waiting:
-            weight.grad = None
+            self._consume(group, [(number, weight) for of, number, weight in waiting if of == group])
+
+    def _consume(self, index: int, numbered: list[tuple[int, Any]]) -> None:
+        """Update weights of a group in backward, and replace their gradients by placeholders."""
+        if self._before is not None:
+            for _, weight in numbered:
+                buffer = self.state.get(weight, {}).get("momentum_buffer")
+                self._before += [(x, _host_copy(x)) for x in (weight, buffer) if x is not None]
+        self._update(index, numbered)
+        for _, weight in numbered:
+            key = weight.grad.shape, weight.grad.dtype, weight.grad.device
+            if key not in self._placeholders:
+                self._placeholders[key] = _ConsumedGradient(weight.grad, self)
+            weight.grad = self._placeholders[key]
+
+    @torch.no_grad()
+    def _undo_first_step(self) -> None:
+        """Restore weights and momentum from before the first step, unless it has ended."""
+        if not self._before:
+            return
+        changed = {id(x) for x, _ in self._before}
+        for weight in self.state:
+            buffer = self.state[weight].get("momentum_buffer")
+            if buffer is not None and id(buffer) not in changed:  # created by this step
+                buffer.zero_()
+        for x, value in reversed(self._before):  # the oldest value last
+            x.copy_(value)
+        self._before = []
+        self.zero_grad()
+        self._updated.clear()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler.step reads this first.
+        if self._updated:
+            self._undo_first_step()
+            _refuse_use("GradScaler")
+        return False
+
+    def _drop_placeholders(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if isinstance(weight.grad, _ConsumedGradient):
+                    weight.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all weights, see `torch.optim.Optimizer.zero_grad`."""
         self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
+        self._drop_placeholders()
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -191,6 +256,8 @@ class FusedSGD(torch.optim.Optimizer):
         """
         loss = None if closure is None else closure()
         self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
+        self._drop_placeholders()
+        self._before = None
         numbers = itertools.count()
         for index, group in enumerate(self.param_groups):
             numbered = zip(group["params"], numbers, strict=False)  # the longer one last: zip takes from the first
@@ -262,6 +329,7 @@ class FusedSGD(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove the hooks: later gradients remain for `step()` or another optimizer."""
         self._in_backward = False
+        self._drop_placeholders()
         self._remove_hooks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -293,7 +361,23 @@ def _refuse_several_processes() -> None:
         )
 
 
-def _refuse_consumed() -> NoReturn:
+def _is_consumed(weight: Tensor) -> bool:
+    return weight.grad is None or isinstance(weight.grad, _ConsumedGradient)
+
+
+def _host_copy(x: Tensor) -> Tensor:
+    return x.detach().cpu() if x.is_cuda else x.detach().clone()
+
+
+def _refuse_use(use: str) -> NoReturn:
+    """Refuse a use of all gradients of a step."""
+    raise RuntimeError(
+        f"FusedSGD: {use} needs gradients that updates in backward have consumed. GradScaler, clip_grad_norm_ and "
+        "several backward passes before step() need all gradients of a step. Use in_backward=False."
+    )
+
+
+def _refuse_second_optimizer() -> NoReturn:
     raise RuntimeError(
         "FusedSGD: the gradient of a weight was consumed before this optimizer could use it: another one updates it in "
         "backward too. Call close() on that one."

@@ -138,7 +138,7 @@ def test_gradients_in_memory_are_those_of_a_block(memory):
     largest = max(sum(p.nbytes for p in block.parameters()) for block in model.visual.transformer.resblocks)
     optimizer = sk.FusedSGD(weights)
     assert gradient_bytes(clip(images, labels).loss) == largest
-    assert all(p.grad is None for p in weights)
+    assert all(isinstance(p.grad, optimizer_module._ConsumedGradient) for p in weights)
     optimizer.close()
 
 
@@ -172,7 +172,7 @@ def test_gathered_updates_are_few_and_bounded(gathering):
     optimizer = sk.FusedSGD(net.groups(), **HYPER)
     net.loss(0).backward()
     assert sum(gathering) == 3 and len(gathering) <= 3
-    assert all(p.grad is None for p in net.parameters())
+    assert not any(type(p.grad) is torch.Tensor for p in net.parameters())
     gathering.clear()
     weights = [nn.Parameter(torch.ones(5)) for _ in range(30)]  # 20 bytes each
     _other = sk.FusedSGD(weights)
@@ -360,7 +360,10 @@ def test_backward_twice_before_step():
     net = Net()
     optimizer = sk.FusedSGD(net.groups())
     net.loss(0).backward()
-    with pytest.raises(RuntimeError, match=r"FusedSGD: a weight must get one gradient per step; .* in_backward=False"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"FusedSGD: aten.* needs gradients that updates in backward have consumed.* in_backward=False",
+    ):
         net.loss(1).backward()
     optimizer.zero_grad()
     optimizer.step()
@@ -395,6 +398,85 @@ def test_backward_with_two_optimizers():
         weight.sum().backward()
     first.close()
     weight.sum().backward()
+
+
+# ---- uses that need all gradients before the update -----------------------------------------------------------------
+
+
+def _clip_norm(net, optimizer, scaler):
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+
+
+def _clip_value(net, optimizer, scaler):
+    nn.utils.clip_grad_value_([net.twice], 1.0)
+
+
+def _own_norm(net, optimizer, scaler):
+    sum(p.grad.norm() for p in net.parameters() if p.grad is not None)
+
+
+def _scaled_step(net, optimizer, scaler):
+    scaler.step(optimizer)
+
+
+def _unscale(net, optimizer, scaler):
+    scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["at_once", "gathered"])
+@pytest.mark.parametrize("use", [_clip_norm, _clip_value, _own_norm, _scaled_step, _unscale])
+def test_use_of_consumed_gradients_is_an_error(use, gathers, monkeypatch):
+    """In the first step weights and momentum are those from before it, so that nothing is spoiled."""
+    monkeypatch.setattr(optimizer_module, "_gathers", lambda weight: gathers)
+    net, earlier = Net(), Net()
+    optimizer, scaler = sk.FusedSGD(net.groups(), **HYPER), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaled = use in (_scaled_step, _unscale)
+    for resumed in (False, True):
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        loss = net.loss(0)
+        (scaler.scale(loss) if scaled else loss).backward()
+        assert not net.twice.equal(before["twice"])
+        with pytest.raises(RuntimeError, match=r"^FusedSGD: .*in backward.*Use in_backward=False"):
+            use(net, optimizer, scaler)
+        assert all(tensor.equal(before[name]) for name, tensor in net.state_dict().items())
+        # The remedy, or the loop without that use, continues as if nothing had happened.
+        optimizer.zero_grad()
+        if not resumed:
+            train(net, optimizer, range(1))
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer.close()
+            optimizer = sk.FusedSGD(net.groups(), **HYPER)
+            optimizer.load_state_dict(state)
+            scaler = torch.amp.GradScaler("cpu")
+    train(net, optimizer, range(1, 4))
+    assert_close(net, train(earlier, torch.optim.SGD(earlier.groups(), **HYPER)))
+
+
+def test_grad_scaler_and_clipping_without_updates_in_backward():
+    net, theirs = Net(), Net()
+    for each, kind in ((net, sk.FusedSGD), (theirs, torch.optim.SGD)):
+        options = {"in_backward": False} if kind is sk.FusedSGD else {}
+        optimizer, scaler = kind(each.groups(), **HYPER, **options), torch.amp.GradScaler("cpu")
+        for step in range(3):
+            scaler.scale(each.loss(step)).backward()
+            scaler.unscale_(optimizer)
+            assert nn.utils.clip_grad_norm_(each.parameters(), 1e-3) > 1e-3
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert_close(net, theirs)
+
+
+def test_disabled_grad_scaler():
+    net = Net()
+    optimizer, scaler = sk.FusedSGD(net.groups(), **HYPER), torch.amp.GradScaler("cpu", enabled=False)
+    for step in range(4):
+        scaler.scale(net.loss(step)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert_close(net, trained_by_torch())
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
