@@ -66,6 +66,7 @@ lint: $(READY) ## Check style, layout and English.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_language.py
+	$(BIN)/python tools/check_generators.py
 
 types: $(READY) ## Check types.
 	$(BIN)/mypy

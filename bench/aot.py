@@ -237,9 +237,9 @@ def kernels_in(module: Any) -> list[str]:
 def compile_all(jobs: Sequence[Job], console: Console, processes: int | None = None) -> tuple[list[Result], list[str]]:
     """The results in the order of the jobs, and the jobs that did not compile; one process per core."""
     results, failures = [], []
-    outcomes = in_processes(lambda number: outcome_of(jobs[number]), len(jobs), processes)
-    for outcome in rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True):
-        (failures if isinstance(outcome, str) else results).append(outcome)
+    with in_processes(lambda number: outcome_of(jobs[number]), len(jobs), processes) as outcomes:
+        for outcome in rich.progress.track(outcomes, "compiling", len(jobs), console=console, transient=True):
+            (failures if isinstance(outcome, str) else results).append(outcome)
     return results, failures
 
 

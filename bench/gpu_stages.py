@@ -194,7 +194,7 @@ def prepare(run: Run) -> int:
     architecture = precompile.ARCHITECTURES[run.out.name]
     run.sizes, run.device, run.on_gpu = run.sizes._replace(device="cpu"), CPU, False
     kernels = precompile.kernels_of(launches_of_stages(run, architecture), architecture)
-    results = list(precompile.compile_all(kernels, architecture, title="compiling"))
+    results = precompile.compile_all(kernels, architecture, title="compiling")
     problems = [result for result in results if result not in ("", precompile.CACHED)]
     triton = launching.triton
     print(f"{len(kernels)} kernels for {run.out.name} in {triton.knobs.cache.dir}, Triton {triton.__version__}, Python")

@@ -30,7 +30,7 @@ class NoProgress:
     def __exit__(self, *exception: object) -> None:
         pass
 
-    start = stop = update = reset = add_task = lambda self, *args, **how: 0
+    start = stop = update = advance = reset = add_task = lambda self, *args, **how: 0
 
     def track(self, values: Iterable[Any], total: float | None = None, *, description: str = "") -> Iterator[Any]:
         """Yield the values."""

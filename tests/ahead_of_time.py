@@ -104,7 +104,7 @@ def warmup() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         for _ in range(2):
-            print(list(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1)))  # noqa: T201
+            print(precompile.compile_all([job.kernel], precompile.ARCHITECTURES["sm_90"], 1))  # noqa: T201
         print([path.name for path in Path(folder).glob("*/*.cubin")])  # noqa: T201
 
 

@@ -282,7 +282,8 @@ def _ahead(batches: Iterator[Any], depth: int) -> Generator[Any, None, None]:
 
     def stop() -> None:
         stopped.set()
-        thread.join()
+        if thread is not threading.current_thread():  # in which this generator may be collected
+            thread.join()
 
     thread.start()
     atexit.register(stop)  # the interpreter aborts if it ends while the thread reads

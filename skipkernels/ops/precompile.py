@@ -155,10 +155,10 @@ def compile_one(kernel: Kernel, architecture: Architecture) -> Any:
 
 def compile_all(
     kernels: Sequence[Kernel], architecture: Architecture, processes: int | None = None, title: str = ""
-) -> Iterator[str]:
+) -> list[str]:
     """Compile kernels in processes into Triton's cache, with a progress bar.
 
-    Yields:
+    Returns:
         For each kernel "" if it was compiled, CACHED if it was in the cache, or the error.
     """
     listening = launching.triton.knobs.compilation
@@ -173,18 +173,22 @@ def compile_all(
             return f"{kernels[number].function.fn.__name__} does not compile: {type(error).__name__}: {reason[-1]}"
         return CACHED if hits[-1] else ""
 
-    with progress("BarColumn", "MofNCompleteColumn", "TimeRemainingColumn") as bar:
-        yield from bar.track(in_processes(compile_numbered, len(kernels), processes), len(kernels), description=title)
+    columns = "BarColumn", "MofNCompleteColumn", "TimeRemainingColumn"
+    with progress(*columns) as bar, in_processes(compile_numbered, len(kernels), processes) as results:
+        return list(bar.track(results, len(kernels), description=title))
 
 
-def in_processes(function: Callable[[int], Result], count: int, processes: int | None = None) -> Iterator[Result]:
-    """The results of function(0), function(1), …, computed in forked processes (default: one per core).
+@contextlib.contextmanager
+def in_processes(
+    function: Callable[[int], Result], count: int, processes: int | None = None
+) -> Iterator[Iterator[Result]]:
+    """Yield the results of function(0), function(1), …, computed in forked processes (default: one per core).
 
     They are forked since kernels cannot be pickled. If a compiler aborts, BrokenProcessPool is raised.
     """
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(processes or os.cpu_count(), fork, _set_function, (function,)) as pool:
-        yield from pool.map(_call, range(count))
+        yield pool.map(_call, range(count))
 
 
 _function: Callable[[int], Any] = len  # type: ignore[assignment]  # the function that a forked process calls

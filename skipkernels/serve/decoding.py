@@ -57,21 +57,20 @@ def decode(
             return error
 
     count = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(count) as pool:
-        waiting: deque[tuple[str, Future[Tensor | InputError]]] = deque()
-        rest: Iterable[tuple[str, Any]] = iter(zip(image_names(images), images, strict=True))
-        try:
-            for name, image in rest:
-                waiting.append((name, pool.submit(load, image, name)))
-                if len(waiting) > 4 * count:
-                    name, future = waiting.popleft()
-                    yield Decoded(name, future.result())
-            while waiting:
+    pool = ThreadPoolExecutor(count)
+    waiting: deque[tuple[str, Future[Tensor | InputError]]] = deque()
+    rest: Iterable[tuple[str, Any]] = iter(zip(image_names(images), images, strict=True))
+    try:
+        for name, image in rest:
+            waiting.append((name, pool.submit(load, image, name)))
+            if len(waiting) > 4 * count:
                 name, future = waiting.popleft()
                 yield Decoded(name, future.result())
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        while waiting:
+            name, future = waiting.popleft()
+            yield Decoded(name, future.result())
+    finally:  # without waiting: this generator may be collected in one of these threads
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,10 +72,12 @@ class TextStore:
         shape = 1, hidden.shape[-1]
         try:
             with _store(folder, text.prompts.row_count, shape, hidden.dtype, self._fingerprint) as writer:
-                rows = _RowStream(_chunks(text, lower, chunk, writer, folder))
-                for number in writer.missing:
-                    of_shard = writer.layout.rows_of(number)
-                    writer.write(number, {"rows": rows.read(of_shard).unsqueeze(1)})
+                if writer.missing:
+                    with progress("TaskProgressColumn", "TimeRemainingColumn", transient=True) as bar:
+                        rows = _RowStream(_chunks(text, lower, chunk, writer, bar))
+                        for number in writer.missing:
+                            of_shard = writer.layout.rows_of(number)
+                            writer.write(number, {"rows": rows.read(of_shard).unsqueeze(1)})
         except DifferentStore as error:
             raise StoreError(
                 f"{folder}: holds a text_cache that differs in {error.difference}. {_remedy(folder)}"
@@ -184,22 +187,20 @@ def _report_wait(held: str) -> None:
     message(f"{held} Waiting for it.")
 
 
-def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, folder: Path) -> Iterator[tuple[int, Tensor]]:
+def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, bar: Any) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first row, rows [n, W]) of each chunk of classes that a missing shard needs."""
     missing = [writer.layout.rows_of(number) for number in writer.missing]
-    if not missing:
-        return
     prompts = text.prompts
     ends = (prompts.starts + prompts.lengths).cpu()
-    chunks = torch.arange(len(text.tokens)).split(chunk)
+    task = bar.add_task(f"texts → {escaped(writer.folder)}", total=len(text.tokens))
     start = 0
-    with progress("TaskProgressColumn", "TimeRemainingColumn", transient=True) as bar:
-        for ids in bar.track(chunks, description=f"texts → {escaped(folder)}"):
-            end = int(ends[ids[-1]])
-            if any(part.start < end and start < part.stop for part in missing):
-                ids = ids.to(text.tokens.device)
-                yield start, prompts.pack(lower(ids), ids)[prompts.prefix_length if start else 0 :].cpu()
-            start = end
+    for ids in torch.arange(len(text.tokens)).split(chunk):
+        end = int(ends[ids[-1]])
+        if any(part.start < end and start < part.stop for part in missing):
+            ids = ids.to(text.tokens.device)
+            yield start, prompts.pack(lower(ids), ids)[prompts.prefix_length if start else 0 :].cpu()
+        bar.advance(task, len(ids))
+        start = end
 
 
 class _RowStream:

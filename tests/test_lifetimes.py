@@ -1,0 +1,117 @@
+"""No thread and no SkipCLIP stays behind after a public call, even if its result is not used up."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from models import tiny_batch, tiny_clip, tiny_tokens
+from PIL import Image
+
+import skipkernels as sk
+from skipkernels.tuner import tune
+from tests.tuner.runs import shortened, small
+
+C = 7
+
+
+def _construct(folder):
+    sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1)
+
+
+def _construct_with_text_cache(folder):
+    for _ in range(2):  # written, then opened
+        sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1, text_cache=folder / "texts", chunk=2)
+
+
+def _train_and_predict(folder):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1)
+    images, labels = tiny_batch(3, C, torch.float32)
+    clip(images, labels).loss.backward()
+    clip.predict(images)
+    clip.top_k(images, 2)
+
+
+def _break_off_a_loader(folder):
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(C), skip_layers=1)
+    images, labels = tiny_batch(8, C, torch.float32)
+    cache = sk.FeatureCache.build(
+        folder / "features", clip, [(image, int(label)) for image, label in zip(images, labels, strict=True)]
+    )
+    for features, of_batch in cache.loader(batch_size=2, sampler="class_pure", prefetch=2):
+        clip(features, of_batch)
+        break
+
+
+def _tune_and_break_off_predictions(folder):
+    with shortened():
+        tune(small(folder / "run", epochs=1, cache=folder / "cache"))
+    for number in range(20):
+        Image.new("RGB", (32, 32)).save(folder / f"{number}.png")
+    next(sk.Classifier.load(folder / "run").predict_batches(folder, batch_size=2, workers=2))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        _construct,
+        _construct_with_text_cache,
+        _train_and_predict,
+        _break_off_a_loader,
+        _tune_and_break_off_predictions,
+    ],
+)
+def test_public_call_leaves_nothing_behind(call, tmp_path):
+    def alive() -> tuple[set[threading.Thread], int]:
+        gc.collect()
+        return set(threading.enumerate()), sum(isinstance(x, sk.SkipCLIP) for x in gc.get_objects())
+
+    threads, clips = alive()
+    call(tmp_path)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)  # a pool is not waited for
+    left, clips_left = alive()
+    assert left <= threads and clips_left == clips
+
+
+AT_A_TERMINAL = """
+import sys
+from models import tiny_clip, tiny_tokens
+import skipkernels as sk
+assert sys.stderr.isatty()
+for seed in range(2):
+    tokens, folder = tiny_tokens(7, seed=seed), f"{sys.argv[1]}/{seed}"
+    sk.SkipCLIP(tiny_clip().float(), tokens, skip_layers=1, text_cache=folder, chunk=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_text_cache_at_a_terminal(tmp_path):
+    """Construction hung if its display was still open when a thread collected it."""
+    master, terminal = os.openpty()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    command = [sys.executable, "-c", AT_A_TERMINAL, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        shown = []
+
+        def read() -> None:
+            with contextlib.suppress(OSError):  # the terminal is closed
+                while data := os.read(master, 4096):
+                    shown.append(data)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            assert process.wait(timeout=120) == 0, b"".join(shown).decode()
+        finally:
+            process.kill()
+            reader.join()
+            os.close(master)
+    assert "texts →".encode() in b"".join(shown)
