@@ -20,6 +20,7 @@ from skipkernels.tuner.processes import is_first, launched
 from .analyze import AnalyzeCommand
 from .blend import BlendCommand
 from .cache import CacheCommand
+from .check import CheckCommand
 from .compare import CompareCommand
 from .config_file import named_in, with_file
 from .doctor import DoctorCommand
@@ -46,6 +47,7 @@ _Others = (
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]
     | Annotated[CacheCommand, tyro.conf.subcommand("cache")]
+    | Annotated[CheckCommand, tyro.conf.subcommand("check")]
     | Annotated[ModelsCommand, tyro.conf.subcommand("models")]
     | Annotated[DatasetsCommand, tyro.conf.subcommand("datasets")]
     | Annotated[WarmupCommand, tyro.conf.subcommand("warmup")]

@@ -165,9 +165,10 @@ class _IterableItems(IterableDataset):
 
 def _load_error(item: int, error: Exception) -> StoreError:
     """Return a StoreError for an error of a dataset; errors of this package already name the file and the remedy."""
-    if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
-        return StoreError(str(error))
-    return StoreError(f"FeatureCache: item {item} of the dataset cannot be loaded: {error!r}")
+    known = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    found = StoreError(str(error) if known else f"FeatureCache: item {item} of the dataset cannot be loaded: {error!r}")
+    found.item = item
+    return found
 
 
 def _checked(loaded: Any, item: int) -> tuple[Tensor, int]:

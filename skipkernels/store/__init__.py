@@ -4,7 +4,7 @@ docs/cache.md specifies the format.
 """
 
 from .atomic import partial_of, replace_file, replace_text
-from .digest import digest_json, digest_tensors, digests
+from .digest import digest_bytes, digest_json, digest_tensors, digests
 from .manifest import (
     COMPUTED,
     DTYPES,
@@ -36,6 +36,7 @@ __all__ = [
     "StoreError",
     "Writer",
     "absolute_folder",
+    "digest_bytes",
     "digest_json",
     "digest_tensors",
     "digests",

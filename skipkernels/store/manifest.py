@@ -35,7 +35,13 @@ _MAX_DEPTH = 16  # levels of notes
 
 
 class StoreError(ValueError):
-    """Error for a store that cannot be used. The message names the file, the fault and the remedy."""
+    """Error for a store that cannot be used. The message names the file, the fault and the remedy.
+
+    Attributes:
+        item: Item of a dataset that cannot be loaded, if this is the fault.
+    """
+
+    item: int | None = None
 
 
 class DifferentStore(StoreError):

@@ -74,6 +74,8 @@ class DataOptions:
     test: Test = "split"
     """Test images. split: the test split, which is 30 % of each class of own data without splits. none: all images that
     don't validate train, and accuracies are those on the validation images, if there are any."""
+    unreadable: Literal["error", "skip"] = "error"
+    """Images that can't be read. error: list them and stop. skip: leave them out; all images are then read twice."""
     classes: int | None = option(None, minimum=1)
     """Largest number of classes, base and new together. By default all; 100 for glyphs."""
 

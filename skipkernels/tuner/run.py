@@ -17,9 +17,12 @@ from torch import Tensor
 
 from ..console import ignore_write_errors, plain
 from ..data import Images, InputError, SizedDataset, Source, save_few_shot
+from ..data.check import unreadable_images
+from ..data.files import format_names
 from ..features import FeatureCache
 from ..formatting import escaped, first_line
 from ..memory import PeakMemory, out_of_memory
+from ..store import StoreError
 from . import checkpoint, notes
 from .calibration import fit_temperature
 from .command_line import command_line
@@ -250,6 +253,10 @@ class _Run:
                         self._save_few_shot()
                         self._resume(trainer)
                         return self._train(trainer, train)
+        except StoreError as error:
+            if error.item is not None:
+                self._list_unreadable()
+            raise
         except KeyboardInterrupt as error:  # also a second one, while the first is handled
             epochs = self.folder.epochs
             complete = f"{epochs} of {self.config.epochs} epochs are" if epochs else "no epoch is"
@@ -260,6 +267,18 @@ class _Run:
             for warning in self.warnings:
                 _print(self.console, f"warning: {warning}")
                 _log.warning(escaped(warning))
+
+    def _list_unreadable(self) -> None:
+        """Raise an error that names all images that can't be read, if there are any."""
+        found = unreadable_images(self.task)
+        for reason in found.values():
+            _print(self.console, f"unreadable: {reason}")
+            _log.warning(reason)
+        if found:
+            raise InputError(
+                f'tune: unreadable="error" stops at images that can\'t be read, of which there are {len(found)}: '
+                f'{format_names(list(found))}. Replace or remove them, or leave them out with unreadable="skip".'
+            )
 
     def _save_few_shot(self) -> None:
         """Write the list of training images, unless they are glyphs, which the seed determines."""

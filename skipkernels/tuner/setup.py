@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ..data import InputError, Source
+from ..data.check import without_unreadable
 from ..data.tasks import Task, TestSet, load_task
 from ..features import FeatureCache, Progress
 from ..options import CacheDtype, Refresh
@@ -220,7 +221,7 @@ def build_task(
     open_data: Callable[[], Source] | None = None,
 ) -> Task:
     """Load the task of a run; by default training images have the transform of the others."""
-    return load_task(
+    task = load_task(
         (open_data or config.open_data)(),
         protocol=config.chosen_protocol,
         shots=config.shots,
@@ -235,3 +236,4 @@ def build_task(
         train_transform=train_transform,
         download=config.download,
     )
+    return without_unreadable(task) if config.unreadable == "skip" else task
