@@ -1,8 +1,8 @@
 """Dassl's trainer, as CoOp and the projects that derive from it use it.
 
 Dassl is on no package index. `engine` is a stand-in for the parts that a trainer builds on, written from its interface:
-a registry, `TrainerX` with its loop over labelled batches and its checkpoints, an optimizer and a schedule. It prints
-nothing, and configurations are plain objects.
+a registry, `TrainerX` with its loop over labelled batches, which it shuffles, and its checkpoints, an optimizer and a
+schedule. It prints nothing, and configurations are plain objects. Batches have one class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from .common import NaiveCLIP, Problem
 
@@ -50,6 +50,11 @@ def naive_trainer(registry: Any) -> type:
     """A trainer like those of CoOp, with a plain module."""
 
     class Naive(sys.modules["dassl.engine"].TrainerX):  # type: ignore[misc,name-defined]
+        def build_data_loader(self) -> None:
+            super().build_data_loader()
+            ours = importlib.import_module("skipkernels.integrations.dassl")
+            self.train_loader_x = ours.class_pure_loader(self.train_loader_x, self.cfg.SEED)
+
         def build_model(self) -> None:
             self.model = self.load_module()
             optim = sys.modules["dassl.optim"]
@@ -82,8 +87,18 @@ def config(folder: Path, problem: Problem, **options: Any) -> Any:
         USE_CUDA=False,
         TRAINER=trainer,
         DATASET=Node(NAME="Caltech101"),
+        DATALOADER=Node(TRAIN_X=Node(SAMPLER="RandomSampler", BATCH_SIZE=problem.batch_size)),
+        INPUT=Node(),
         MODEL=Node(BACKBONE=Node(NAME="glyph-tiny"), INIT_WEIGHTS=""),
-        OPTIM=Node(MAX_EPOCH=1, LR=1e-3, **settings),
+        OPTIM=Node(
+            MAX_EPOCH=1,
+            LR=1e-3,
+            LR_SCHEDULER="cosine",
+            STAGED_LR=False,
+            WARMUP_EPOCH=-1,
+            WARMUP_RECOUNT=True,
+            **settings,
+        ),
         TRAIN=Node(CHECKPOINT_FREQ=0),
         TEST=Node(NO_TEST=True),
     )
@@ -91,6 +106,14 @@ def config(folder: Path, problem: Problem, **options: Any) -> Any:
 
 class Node(SimpleNamespace):
     """A node of a configuration."""
+
+    def merge_from_list(self, options: list[Any]) -> None:
+        for name, value in zip(options[::2], options[1::2], strict=True):
+            *path, last = name.split(".")
+            node: Any = self
+            for part in path:
+                node = getattr(node, part)
+            setattr(node, last, value)
 
 
 class Registry(dict):
@@ -133,22 +156,41 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, optim_cfg: Any) -> torc
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, float(optim_cfg.MAX_EPOCH))
 
 
+class Images(Dataset):
+    """Labelled images, with the labels in `data_source`."""
+
+    def __init__(self, problem: Problem):
+        self.images = problem.images
+        self.data_source = [SimpleNamespace(label=label) for label in problem.labels.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        return {"img": self.images[item], "label": self.data_source[item].label}
+
+
 class TrainerX:
     """Loop over labelled batches; a subclass has `build_model` and `forward_backward`."""
 
     def __init__(self, cfg: Any, problem: Problem):
         self.check_cfg(cfg)
         self.cfg, self.device = cfg, torch.device("cpu")
-        self.start_epoch, self.max_epoch = 0, cfg.OPTIM.MAX_EPOCH
-        loader = DataLoader(TensorDataset(problem.images, problem.labels), problem.batch_size)
-        self.train_loader_x = self.test_loader = [{"img": image, "label": label} for image, label in loader]
+        self.start_epoch, self.max_epoch, self.images = 0, cfg.OPTIM.MAX_EPOCH, Images(problem)
         names = [f"class_{n}" for n in range(len(problem.tokens))]
         self.dm = SimpleNamespace(dataset=SimpleNamespace(classnames=names))
         self._registered: dict[str, tuple[Any, Any, Any]] = {}
+        self.build_data_loader()
         self.build_model()
 
     def check_cfg(self, cfg: Any) -> None:
-        """A subclass may refuse a configuration."""
+        """Accept every configuration; a subclass may refuse one."""
+
+    def build_data_loader(self) -> None:
+        """Shuffle the training images, and leave out a last batch with fewer."""
+        size = self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+        self.train_loader_x = DataLoader(self.images, size, sampler=RandomSampler(self.images), drop_last=True)
+        self.test_loader = DataLoader(self.images, size)
 
     def register_model(self, name: str, model: Any, optim: Any = None, sched: Any = None) -> None:
         self._registered[name] = model, optim, sched

@@ -1,23 +1,29 @@
 """SkipCLIP as a trainer of Dassl, in the layout of CoOp and the projects that derive from it.
 
 `import skipkernels.integrations.dassl` in a project's `train.py` registers it: `--trainer SkipKernels`. For options,
-call `extend_cfg(cfg)` where the project extends its configuration.
+call `extend_cfg(cfg)` where the project extends its configuration; `set_published(cfg)` has the published settings.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..clip import SkipCLIP
 from ..data import coop, templates
+from ..features import BatchSampler
+from ..options import Protocol
+from ..tuner.methods.skip import Skip
+from ..tuner.schedule import cosine_with_warmup
 
 try:
     from dassl.engine import TRAINER_REGISTRY, TrainerX
@@ -29,7 +35,7 @@ except ImportError as error:
         "https://github.com/KaiyangZhou/Dassl.pytorch, and import this module in the train.py that uses it."
     ) from error
 
-__all__ = ["DEFAULTS", "SkipKernels", "extend_cfg"]
+__all__ = ["DEFAULTS", "SkipKernels", "class_pure_loader", "extend_cfg", "set_published"]
 
 DEFAULTS: dict[str, Any] = {
     "SKIP_LAYERS": 6,  # blocks skipped in each tower
@@ -39,12 +45,17 @@ DEFAULTS: dict[str, Any] = {
     "TAIL": "resample",
     "MAX_TAIL": -1,  # -1: no bound
     "TEMPLATE": "",  # prompt with {} for the class name; empty: that of the paper for DATASET.NAME
-    "TEXT_LR": 0.0,  # learning rates of the towers; 0: OPTIM.LR
-    "IMAGE_LR": 0.0,
+    "TEXT_LR": -1.0,  # learning rates of the towers; -1: OPTIM.LR
+    "IMAGE_LR": -1.0,
+    "SAMPLER": "class_pure",  # batches of one class, as published, or "": those of DATALOADER.TRAIN_X.SAMPLER
     "PREC": "fp32",  # "fp32", or "amp" for autocast in bf16
     "MEMORY": "auto",
 }
 """Options of `cfg.TRAINER.SKIPKERNELS`; what they mean is in `SkipCLIP`."""
+
+
+PUBLISHED_NAMES = {"START_LAYER": "SKIP_LAYERS", "TOP_RATIO": "KEEP_RATIO", "MAX_TOP": "MAX_KEEP", "LAMBDA": "DECAY"}
+"""Names of options of `cfg.TRAINER.SKIP` in the published code, and of the same ones in `DEFAULTS`."""
 
 
 def extend_cfg(cfg: Any) -> None:
@@ -55,34 +66,91 @@ def extend_cfg(cfg: Any) -> None:
     cfg.TRAINER.SKIPKERNELS = node
 
 
+def set_published(cfg: Any, protocol: Protocol = "base-to-new") -> None:
+    """Set the published settings of Skip Tuning for DATASET.NAME, but fp32 for fp16.
+
+    Call it after the file of the dataset is merged, and before the options of the command line, which take precedence.
+
+    Args:
+        cfg: Dassl configuration.
+        protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
+    """
+    recipe = Skip.recipe("", protocol, shots=16)
+    fewer = 4 if cfg.DATASET.NAME in ("ImageNet", "SUN397", "Food101") else 1
+    settings = {
+        "OPTIM.NAME": recipe.optimizer,
+        "OPTIM.LR": recipe.text_lr,
+        "OPTIM.MOMENTUM": recipe.momentum,
+        "OPTIM.WEIGHT_DECAY": recipe.weight_decay,
+        "OPTIM.MAX_EPOCH": recipe.epochs // fewer,
+        "OPTIM.LR_SCHEDULER": "cosine",
+        "OPTIM.WARMUP_EPOCH": recipe.warmup_epochs,
+        "OPTIM.WARMUP_TYPE": "constant",
+        "OPTIM.WARMUP_CONS_LR": recipe.warmup_lr,
+        "OPTIM.WARMUP_RECOUNT": True,
+        "OPTIM.STAGED_LR": False,
+        "DATALOADER.TRAIN_X.SAMPLER": "RandomSampler",
+        "DATALOADER.TRAIN_X.BATCH_SIZE": recipe.batch_size,
+        "INPUT.SIZE": (224, 224),
+        "INPUT.INTERPOLATION": "bicubic",
+        "INPUT.PIXEL_MEAN": list(OPENAI_DATASET_MEAN),
+        "INPUT.PIXEL_STD": list(OPENAI_DATASET_STD),
+        "INPUT.TRANSFORMS": ("random_resized_crop", "random_flip", "normalize"),
+        "MODEL.BACKBONE.NAME": "ViT-B/16",
+        "TRAINER.SKIPKERNELS.TEXT_LR": recipe.text_lr,
+        "TRAINER.SKIPKERNELS.IMAGE_LR": recipe.image_lr,
+        "TRAINER.SKIPKERNELS.TAIL": "fixed",
+    }
+    if hasattr(cfg.TRAINER, "PREC"):
+        settings["TRAINER.PREC"] = "fp32"
+    extend_cfg(cfg)
+    cfg.merge_from_list([part for setting in settings.items() for part in setting])
+
+
+def class_pure_loader(loader: DataLoader, seed: int) -> DataLoader:
+    """Return a loader of the same images of Dassl, in batches of one class; see `features.BatchSampler`."""
+    dataset: Any = loader.dataset
+    labels, generator = [item.label for item in dataset.data_source], torch.Generator().manual_seed(max(seed, 0))
+    order = BatchSampler(torch.tensor(labels), loader.batch_size or 1, "class_pure", generator)
+    return DataLoader(dataset, batch_sampler=order, num_workers=loader.num_workers, pin_memory=loader.pin_memory)
+
+
 @TRAINER_REGISTRY.register()
 class SkipKernels(TrainerX):
     """Skip Tuning in Dassl: all images are labelled, the classes are those of the dataset.
 
-    Checkpoints are Dassl's own. They hold the sampler, so that a resumed training draws the same classes. `load_model`
+    Checkpoints are Dassl's own. They hold the state of the class sampler, but not the order of the images. `load_model`
     also accepts a checkpoint of other classes, as in base-to-new evaluation: then it loads the weights alone.
 
     `make_clip`, `load_clip` and `prompts` may be overridden for other settings, another model or other prompts.
     """
 
     model: SkipCLIP
+    train_loader_x: DataLoader
 
     def check_cfg(self, cfg: Any) -> None:
-        """Raise a ValueError if PREC is unknown."""
-        if _option(cfg, "PREC") not in ("fp32", "amp"):
-            raise ValueError(
-                f'SkipKernels: TRAINER.SKIPKERNELS.PREC must be "fp32" or "amp"; got {_option(cfg, "PREC")!r}.'
-            )
+        """Raise a ValueError that lists the settings that this trainer would ignore or does not know."""
+        if problems := list(_problems(cfg)):
+            raise ValueError("SkipKernels: " + " ".join(problems))
+
+    def build_data_loader(self) -> None:
+        """Load the data as Dassl does, for training in batches of one class unless SAMPLER is empty."""
+        super().build_data_loader()
+        if _option(self.cfg, "SAMPLER"):
+            self.train_loader_x = class_pure_loader(self.train_loader_x, self.cfg.SEED)
 
     def build_model(self) -> None:
         """Register the model of `make_clip` with an optimizer and a scheduler."""
-        cfg = self.cfg
+        cfg = self.cfg.OPTIM
         self.model = self.make_clip()
-        groups = self.model.parameter_groups(
-            text_lr=_option(cfg, "TEXT_LR") or cfg.OPTIM.LR, image_lr=_option(cfg, "IMAGE_LR") or cfg.OPTIM.LR
-        )
-        self.optim = build_optimizer(self.model, cfg.OPTIM, param_groups=groups)
-        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
+        groups = self.model.parameter_groups(text_lr=_rate(self.cfg, "TEXT_LR"), image_lr=_rate(self.cfg, "IMAGE_LR"))
+        self.optim = build_optimizer(self.model, cfg, param_groups=groups)
+        if cfg.WARMUP_EPOCH > 0:  # Dassl's own passes `verbose` to a schedule of PyTorch without this argument
+            self.sched = cosine_with_warmup(
+                self.optim, epochs=cfg.MAX_EPOCH, warmup_epochs=cfg.WARMUP_EPOCH, warmup_lr=cfg.WARMUP_CONS_LR
+            )
+        else:
+            self.sched = build_lr_scheduler(self.optim, cfg)
         self.register_model("model", self.model, self.optim, self.sched)
 
     def make_clip(self) -> SkipCLIP:
@@ -105,14 +173,14 @@ class SkipKernels(TrainerX):
     def load_clip(self) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
         """Return the CLIP of MODEL.BACKBONE.NAME on the CPU, and its tokenizer.
 
-        The project's own package `clip` loads it, if there is one and it knows the name. Otherwise open_clip does: with
-        OpenAI's weights for names such as "ViT-B/16"; for an open_clip config with the weights MODEL.INIT_WEIGHTS, a
-        file or a name.
+        The project's own package `clip` loads it, if there is one and it knows the name, unless MODEL.INIT_WEIGHTS is
+        set. Otherwise open_clip does, with these weights, a file or a name; by default with OpenAI's for names such as
+        "ViT-B/16".
         """
         name, weights = self.cfg.MODEL.BACKBONE.NAME, self.cfg.MODEL.INIT_WEIGHTS
         with contextlib.suppress(ImportError):
             clip = importlib.import_module("clip")
-            if name in clip.available_models():
+            if not weights and name in clip.available_models():
                 return clip.load(name, device="cpu")[0], clip.tokenize
         config = name.replace("/", "-")
         if config in open_clip.list_openai_models():
@@ -159,6 +227,40 @@ class SkipKernels(TrainerX):
 
 def _option(cfg: Any, name: str) -> Any:
     return getattr(getattr(cfg.TRAINER, "SKIPKERNELS", None), name, DEFAULTS[name])
+
+
+def _rate(cfg: Any, name: str) -> float:
+    return cfg.OPTIM.LR if _option(cfg, name) < 0 else _option(cfg, name)
+
+
+def _problems(cfg: Any) -> Iterator[str]:
+    """Settings that would be ignored, each as a sentence with a remedy."""
+    optim, skip = cfg.OPTIM, getattr(cfg.TRAINER, "SKIP", None)
+    same = [("PREC", cfg.TRAINER, "PREC"), *((f"SKIP.{name}", skip, ours) for name, ours in PUBLISHED_NAMES.items())]
+    for theirs, node, name in same:
+        ours = _option(cfg, name)
+        value = getattr(node, theirs.rpartition(".")[2], ours)
+        if value != ours:
+            yield f"TRAINER.{theirs} is {value!r} and TRAINER.SKIPKERNELS.{name} {ours!r}: give both the same value."
+    if getattr(skip, "DROP_RATIO", 0):
+        yield "TRAINER.SKIP.DROP_RATIO must be 0: no tokens are dropped."
+    if optim.STAGED_LR:
+        yield "OPTIM.STAGED_LR must be False: TRAINER.SKIPKERNELS.TEXT_LR and IMAGE_LR are the rates of the towers."
+    if optim.WARMUP_EPOCH > 0:
+        kind = optim.LR_SCHEDULER, optim.WARMUP_TYPE, optim.WARMUP_RECOUNT
+        if kind != ("cosine", "constant", True):
+            yield (
+                'With OPTIM.WARMUP_EPOCH, LR_SCHEDULER must be "cosine", WARMUP_TYPE "constant" and WARMUP_RECOUNT '
+                f"True; got {kind!r}."
+            )
+        if optim.WARMUP_CONS_LR > min(_rate(cfg, "TEXT_LR"), _rate(cfg, "IMAGE_LR")):
+            yield f"OPTIM.WARMUP_CONS_LR must be at most the rate of each tower; got {optim.WARMUP_CONS_LR}."
+    if _option(cfg, "SAMPLER") not in ("class_pure", ""):
+        yield f'TRAINER.SKIPKERNELS.SAMPLER must be "class_pure" or ""; got {_option(cfg, "SAMPLER")!r}.'
+    elif _option(cfg, "SAMPLER") and cfg.DATALOADER.TRAIN_X.SAMPLER != "RandomSampler":
+        yield f'For DATALOADER.TRAIN_X.SAMPLER {cfg.DATALOADER.TRAIN_X.SAMPLER} set TRAINER.SKIPKERNELS.SAMPLER "".'
+    if _option(cfg, "PREC") not in ("fp32", "amp"):
+        yield f'TRAINER.SKIPKERNELS.PREC must be "fp32" or "amp"; got {_option(cfg, "PREC")!r}.'
 
 
 def _template(dataset: str) -> str:
