@@ -45,7 +45,6 @@ KINDS = {
     "when": Kind(
         "bench.when", "task method phase seed setting blended", "harmonic", "zero_shot_new zero_shot_harmonic"
     ),
-    "when_advice": Kind("bench.when", "task", "image_blocks", "text_blocks keep_ratio max_keep gradient_share"),
     "when_pretraining": Kind(
         "bench.when.pretraining",
         "pretraining_steps task method phase seed setting blended",

@@ -134,7 +134,7 @@ def test_pretraining_names_a_bad_model(model, message, capsys):
 
 def rows(found):
     new = Rows(save=False)
-    new.runs, new.advice = found, []
+    new.runs = found
     return new
 
 
@@ -149,12 +149,11 @@ def test_best_setting_is_that_of_the_search():
     assert rows(found).best(BY_NAME["16 shots"], "full").name == names[-1]
 
 
-def test_reported_runs_have_every_omega_and_the_advice():
+def test_reported_runs_have_every_omega():
     found = rows([row(m, 10, 1.0, phase="search", setting=c.name) for m, of in runs.CANDIDATES.items() for c in of])
-    found.advice = [{"task": "both", "image_blocks": "2", "text_blocks": "1", "keep_ratio": "0.8", "max_keep": "50"}]
     planned = list(reported(BY_NAME["both"], 0, FONT, found))
     assert [run.name for run in planned] == summary.METHODS
-    assert [run.config().skip_layers for run in planned[:4]] == [0.25, 0.5, 0.75, (2, 1)]
+    assert [run.config().skip_layers for run in planned[:3]] == [0.25, 0.5, 0.75]
 
 
 def test_tables_and_picture_show_means_and_paired_differences():

@@ -1,6 +1,6 @@
 """When Skip Tuning is the method to use: accuracy of methods on tasks that differ from the pre-training in known ways.
 
-    python -m bench.when                         search, advice and report on all tasks, about an hour on two cores
+    python -m bench.when                         search and report on all tasks, about an hour on two cores
     python -m bench.when --tasks noise --seeds 1
     python -m bench.when --print                 the tables of the committed rows
 
@@ -9,13 +9,11 @@ results. The order of the work on a task:
 
 1. Search: four settings of each method (optimizer and learning rates, `bench.when.runs`) with one seed, on characters
    that no reported run has. The best mean of base and new on the validation images counts; ω is a half.
-2. Advice: `skipkernels analyze` on the task of the search suggests ω and the keep ratio.
-3. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half, three quarters and as advised,
-   with each seed. Blends have the mean of the weights before and after tuning (WiSE-FT).
+2. Report: each method with its setting, and Skip Tuning with ω of a quarter, a half and three quarters, with each seed.
+   Blends have the mean of the weights before and after tuning (WiSE-FT).
 
-Each run uses one thread; its rows are appended to bench/results/DEVICE/when.csv and when_advice.csv when it ends,
-and runs with a row are not repeated. Runs share the machine, so their `train_s` is no measurement: `bench.when.cost`
-has time and memory.
+Each run uses one thread; its rows are appended to bench/results/DEVICE/when.csv when it ends, and runs with a row are
+not repeated. Runs share the machine, so their `train_s` is no measurement: `bench.when.cost` has time and memory.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ import torch
 from skipkernels.data import InputError
 
 from .. import measure, tables
-from . import advice, summary
+from . import summary
 from .pool import new_pool, run_all
 from .rows import Rows, reported
 from .runs import execute, searched
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _run_all(pool, shifts, args.seeds, args.emoji_font, found)
             except InputError as error:
                 parser.error(str(error))
-    study = summary.Study(found.runs, found.advice, [], [])
+    study = summary.Study(found.runs, [], [])
     for title, kind, table in summary.TABLES.values():
         if getattr(study, kind):
             tables.show(*table(study), title, width=190)
@@ -64,11 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_all(pool: ProcessPoolExecutor, shifts: Sequence[Shift], seeds: int, emoji_font: Path, found: Rows) -> None:
-    """Run what has no row, first the search, then the advice, then the report."""
+    """Run what has no row, first the search, then the report."""
     search = [run for shift in shifts if shift.settings_of is None for run in searched(shift, emoji_font=emoji_font)]
     run_all(pool, "search", execute, found.missing(search), found.add)
-    wanted = [(shift, found.best(shift, "full"), emoji_font) for shift in shifts if found.advised(shift) is None]
-    run_all(pool, "advice", advice.measure, wanted, found.add_advice)
     report = [run for shift in shifts for seed in range(seeds) for run in reported(shift, seed, emoji_font, found)]
     run_all(pool, "report", execute, found.missing(report), found.add)
 

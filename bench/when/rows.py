@@ -9,7 +9,6 @@ from typing import Any
 
 from .. import measure
 from ..rows import Device, Row
-from .advice import Advised
 from .runs import CANDIDATES, OMEGAS, Candidate, Run
 from .tasks import Shift
 
@@ -26,7 +25,7 @@ class Rows:
     def __init__(self, *, save: bool = True, kind: str = "when", where: Row | None = None):
         device = Device(measure.RESULTS / measure.slug(measure.cpu_name()))
         self._save, self._kind, self._where = save, kind, where or {}
-        self.runs, self.advice = device.latest_rows(kind, **self._where), device.latest_rows("when_advice")
+        self.runs = device.latest_rows(kind, **self._where)
 
     @property
     def keys(self) -> set[tuple[str, ...]]:
@@ -41,10 +40,6 @@ class Rows:
     def add(self, found: list[dict[str, Any]]) -> None:
         """Add the rows of a run."""
         self.runs += self._appended([self._where | row for row in found], self._kind)
-
-    def add_advice(self, found: dict[str, Any]) -> None:
-        """Add the advice for a task."""
-        self.advice += self._appended([found], "when_advice")
 
     def _appended(self, found: list[dict[str, Any]], name: str) -> list[Row]:
         rows = [measure.machine(measure.CPU) | row for row in found]
@@ -67,18 +62,9 @@ class Rows:
         }
         return max(CANDIDATES[method], key=lambda candidate: accuracy[candidate.name])
 
-    def advised(self, shift: Shift) -> Advised | None:
-        """The advice for a task, if there is one."""
-        return next((Advised.of(row) for row in self.advice if row["task"] == shift.name), None)
-
 
 def reported(shift: Shift, seed: int, emoji_font: Path, found: Rows) -> Iterator[Run]:
     """The reported runs of a task with a seed, with the settings of the search."""
     for method in CANDIDATES:
         run = Run(shift, method, found.best(shift, method), "report", seed, emoji_font=emoji_font)
-        if method != "skip":
-            yield run
-            continue
-        yield from (replace(run, skip_layers=omega) for omega in OMEGAS)
-        if advised := found.advised(shift):
-            yield replace(run, advised=True, **advised.setting())
+        yield from (replace(run, skip_layers=omega) for omega in OMEGAS) if method == "skip" else (run,)

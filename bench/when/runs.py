@@ -69,10 +69,9 @@ class Run:
         candidate: Optimizer and rates.
         phase: Part of the characters.
         seed: Seed of classes, images and initial weights.
-        skip_layers: ω, or the numbers of blocks; only for skip.
+        skip_layers: ω; only for skip.
         keep_ratio: Share of kept classes; only for skip.
         max_keep: Largest number of kept classes; only for skip.
-        advised: The setting is that of `analyze`.
         emoji_font: See `tasks.EMOJI_FONT`.
         weights: File of `glyph_tiny.save`. Default: the weights in the package.
     """
@@ -82,10 +81,9 @@ class Run:
     candidate: Candidate
     phase: Phase
     seed: int
-    skip_layers: float | tuple[int, int] = 0.5
+    skip_layers: float = 0.5
     keep_ratio: float = 0.5
     max_keep: int = 50
-    advised: bool = False
     emoji_font: Path = tasks.EMOJI_FONT
     weights: Path = glyph_tiny.WEIGHTS
 
@@ -98,7 +96,7 @@ class Run:
         """
         if self.method != "skip":
             return self.method
-        return "skip advised" if self.advised else f"skip {round(4 * self.skip_layers)}/4"
+        return f"skip {round(4 * self.skip_layers)}/4"
 
     @property
     def key(self) -> tuple[str, ...]:

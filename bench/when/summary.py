@@ -24,11 +24,10 @@ ZERO_SHOT, BLENDED = "zero-shot", ", blended"
 _SKIP = [f"skip {round(4 * omega)}/4" for omega in OMEGAS]
 _HALF = "skip 2/4"
 _OTHERS = ["full", "lora", "clip-adapter", "coop"]
-METHODS = [*_SKIP, "skip advised", *_OTHERS]
-VARIANTS = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in [*_SKIP, "skip advised", "full", "lora"])]
+METHODS = [*_SKIP, *_OTHERS]
+VARIANTS = [ZERO_SHOT, *METHODS, *(name + BLENDED for name in [*_SKIP, "full", "lora"])]
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "clip-adapter": "CLIP-Adapter", "coop": "CoOp"}
 NAMES |= {"skip 1/4": "Skip Tuning, ω = ¼", "skip 2/4": "Skip Tuning, ω = ½", "skip 3/4": "Skip Tuning, ω = ¾"}
-NAMES |= {"skip advised": "Skip Tuning, as advised"}
 # Compared variants in the table of differences.
 _PAIRS = [(_HALF, other) for other in (ZERO_SHOT, *_OTHERS)] + [(name, _HALF) for name in _SKIP if name != _HALF]
 _PAIRS += [(name + BLENDED, name) for name in (_HALF, "full", "lora")] + [(_HALF + BLENDED, "full" + BLENDED)]
@@ -129,23 +128,6 @@ def settings_table(rows: Sequence[Row]) -> Table:
     return ["", *tasks], [[name, *line] for name, line in zip(names, cells, strict=True)]
 
 
-def advice_table(rows: Sequence[Row], advice: Sequence[Row]) -> Table:
-    """The advice for every task, and its harmonic mean against the three values of ω."""
-    lines = []
-    for task in reported_tasks(rows):
-        row = next((row for row in advice if row["task"] == task), None)
-        if row is None:
-            continue
-        means = {name: found.mean for name in _SKIP if (found := interval(rows, task, name, "harmonic"))}
-        best = max(means, key=lambda name: means[name])
-        gain = difference(rows, task, "skip advised", best)
-        blocks = f"{row['image_blocks']} of 6, {row['text_blocks']} of 4"
-        kept = f"{float(row['keep_ratio']):.2f}"
-        lines.append([task, blocks, kept, named(best).rpartition(" ")[2], gain.text("+") if gain else ""])
-    header = ["task", "frozen blocks advised, image and text", "keep ratio advised", "best ω of three"]
-    return [*header, "advised minus best ω"], lines
-
-
 def cost_table(cost: Sequence[Row]) -> Table:
     """Time and memory of training, one process at a time."""
     tasks = [shift.name for shift in SHIFTS if any(row["task"] == shift.name for row in cost)]
@@ -210,11 +192,10 @@ _SMALLEST = {"train_s": 0.01, "train_mib": 1.0}
 def _accuracy_over_cost(
     rows: Sequence[Row], cost: Sequence[Row], task: str, column: str, title: str, axes: Axes
 ) -> None:
-    names = [name for name in METHODS if name != "skip advised"]
-    skip, others = names[: len(OMEGAS)], names[len(OMEGAS) :]
+    skip, others = METHODS[: len(OMEGAS)], METHODS[len(OMEGAS) :]
     colours = dict.fromkeys(skip, COLOURS[0]) | dict(zip(others, COLOURS[1:], strict=False))
     markers = dict(zip(skip, "vo^", strict=True))
-    for name in names:
+    for name in METHODS:
         x = next((number(row, column) for row in cost if (row["task"], row["method"]) == (task, name)), None)
         for variant, fill in ((name, "full"), (name + BLENDED, "none")):
             found = interval(rows, task, variant, "harmonic")
@@ -246,7 +227,6 @@ class Study(NamedTuple):
     """Rows of the study, by kind."""
 
     when: Sequence[Row]
-    when_advice: Sequence[Row]
     when_cost: Sequence[Row]
     when_pretraining: Sequence[Row]
 
@@ -257,7 +237,6 @@ TABLES: dict[str, tuple[str, str, Callable[[Study], Table]]] = {
     "new": ("new, %", "when", lambda study: accuracy_table(study.when, "new")),
     "differences": ("harmonic mean, differences", "when", lambda study: difference_table(study.when)),
     "settings": ("chosen settings", "when", lambda study: settings_table(study.when)),
-    "advice": ("advice of analyze", "when_advice", lambda study: advice_table(study.when, study.when_advice)),
     "cost": ("time and memory of training", "when_cost", lambda study: cost_table(study.when_cost)),
     "pretraining": (
         "pre-training",

@@ -17,7 +17,6 @@ from skipkernels.console import Terminal, plain, standard_streams
 from skipkernels.formatting import first_line
 from skipkernels.tuner.processes import is_first, launched
 
-from .analyze import AnalyzeCommand
 from .blend import BlendCommand
 from .cache import CacheCommand
 from .check import CheckCommand
@@ -45,7 +44,6 @@ _Others = (
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[ProtocolCommand, tyro.conf.subcommand("protocol")]
     | Annotated[CompareCommand, tyro.conf.subcommand("compare")]
-    | Annotated[AnalyzeCommand, tyro.conf.subcommand("analyze")]
     | Annotated[CacheCommand, tyro.conf.subcommand("cache")]
     | Annotated[CheckCommand, tyro.conf.subcommand("check")]
     | Annotated[ModelsCommand, tyro.conf.subcommand("models")]

@@ -13,9 +13,7 @@ import skipkernels
 # factor of three for slow machines and still fails if a heavy module is imported.
 MOST_SECONDS = 1.0
 
-COMMANDS = (
-    "tune eval predict blend export report protocol compare analyze cache check models datasets warmup doctor".split()
-)
+COMMANDS = "tune eval predict blend export report protocol compare cache check models datasets warmup doctor".split()
 COMMANDS += ["cache build"]
 
 
