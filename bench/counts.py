@@ -45,7 +45,6 @@ import skipkernels as sk
 from skipkernels import testing
 from skipkernels.clip.snapshot import Snapshot
 from skipkernels.ops import OPERATORS, launching, precompile, registration
-from skipkernels.parallel.cost import GRADIENT_PASSES, SAVED_PASSES
 from skipkernels.selection import RankSampler
 
 from . import measure, tables
@@ -54,6 +53,7 @@ from .inputs import PRECISIONS, Inputs, autocast, random_inputs
 from .launches import CALLS
 from .published import PublishedStep
 from .stand_in import meta_as_gpu
+from .step_model import GRADIENT_PASSES, SAVED_PASSES
 
 TABLE = measure.RESULTS / "counts.csv"
 LAUNCHES = measure.RESULTS / "launches.csv"

@@ -7,7 +7,7 @@
 
 The table is for 1 to 64 processes with a GPU each and 1,000 to 1,000,000 classes: ViT-B/16 above block 6, bf16 autocast
 with fp32 weights, SGD with momentum, and `--batch` images per process. The formulas, and the two ways of training that
-they compare, are in skipkernels/parallel/cost.py; `class_parallel="auto"` takes the faster one. Nothing in the table is
+they compare, are in bench/step_model.py. Nothing in the table is
 measured. The measurements append to bench/results/DEVICE/scale_memory.csv and scale_throughput.csv.
 """
 
@@ -27,21 +27,11 @@ import torch.distributed as dist
 
 import skipkernels as sk
 from skipkernels import testing
-from skipkernels.parallel.cost import (
-    CLASS_PARALLEL,
-    GPUS,
-    REPLICATED,
-    VIT_B_16,
-    WAYS,
-    Model,
-    faster_way,
-    predict,
-    step_seconds,
-)
 from skipkernels.selection import RankSampler
 
 from . import measure, pictures, tables
 from .inputs import positive, random_inputs
+from .step_model import CLASS_PARALLEL, GPUS, REPLICATED, VIT_B_16, WAYS, Model, faster_way, predict, step_seconds
 
 TABLE, PICTURE = (measure.RESULTS / f"scale.{kind}" for kind in ("csv", "svg"))
 PROCESSES, CLASSES = (1, 2, 4, 8, 16, 32, 64), (1_000, 10_000, 100_000, 1_000_000)
@@ -198,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     rows = list(rows_of(args.batch, args.max_tail))
     columns = [name.replace(CLASS_PARALLEL, "own").replace(REPLICATED, "all") for name in rows[0]]
-    title = "own: class-parallel, all: replicated; class_parallel='auto' takes the faster"
+    title = "own: class-parallel, all: replicated; * the faster"
     tables.show(columns, [list(row.values()) for row in rows], title, width=240)
     if not args.no_save:
         tables.write_dicts(TABLE, rows)

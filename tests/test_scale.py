@@ -10,10 +10,10 @@ import torch
 
 import skipkernels as sk
 from bench import counts, measure, pictures, roofline, scale
+from bench import step_model as cost
 from bench.flops import flops_of
 from bench.inputs import class_names, random_inputs
-from skipkernels.parallel import cost
-from skipkernels.parallel.cost import CLASS_PARALLEL, REPLICATED, VIT_B_16, Message
+from bench.step_model import CLASS_PARALLEL, REPLICATED, VIT_B_16, Message
 from skipkernels.selection import RankSampler
 
 

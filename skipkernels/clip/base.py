@@ -36,7 +36,6 @@ class SkipCLIPBase(nn.Module):
     label_smoothing: float
     _settings: Settings
     _parallel: ClassParallel | None
-    _class_parallel_choice: Reduction  # enabled if texts are shared out; only with `_parallel`
     _prompts: str | None  # digest of the prompts of all classes, with `_parallel`
     _tokens: Tensor  # prompts that this process holds
     _image_encoder: ImageEncoder
@@ -66,7 +65,10 @@ class SkipCLIPBase(nn.Module):
                 )
             states[f"{prefix}.no_input_gradient"] = Reduction.unless(None if tower.skip else no_cut)
         states["text.features_kept"] = states["text.no_input_gradient"]
-        return states if self._parallel is None else states | {"text.class_parallel": self._class_parallel_choice}
+        if self._parallel is not None:
+            replicated = "class_parallel is False" if self._parallel.replicated else None
+            states["text.class_parallel"] = Reduction.unless(replicated)
+        return states
 
     @property
     def image_size(self) -> tuple[int, int]:

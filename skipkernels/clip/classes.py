@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,6 @@ def check_label_smoothing(label_smoothing: Any) -> float:
     if not number or not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"SkipCLIP: label_smoothing must be a number in [0, 1]; got {label_smoothing!r}.")
     return float(label_smoothing)
-
-
-def check_class_parallel(class_parallel: Any, process_group: Any) -> bool | Literal["auto"]:
-    """Return the argument, or raise a ValueError if it is invalid."""
-    if class_parallel not in (True, False, "auto"):
-        raise ValueError(f'SkipCLIP: class_parallel must be "auto", True or False; got {class_parallel!r}.')
-    if class_parallel is True and process_group is None:
-        raise ValueError('SkipCLIP: class_parallel must be "auto" or False without process_group; got True.')
-    return class_parallel
 
 
 def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:

@@ -17,10 +17,10 @@ from ..store import digest_tensors
 from ..towers import ImageTower, Memory, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
 from .batch import LabelOrder
-from .classes import check_class_parallel, check_class_weight, check_label_smoothing, prompts_of
+from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .image_encoder import ImageEncoder
 from .inference import Inference
-from .processes import AGREED, ClassParallelOption, agreeing, choose_class_parallel, device_of, digests_of_clip
+from .processes import AGREED, agreeing, device_of, digests_of_clip
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
 from .snapshot import Snapshot
 from .state import prompts_digest
@@ -99,10 +99,8 @@ class SkipCLIP(Training, Inference):
             loss is the mean over the images of all processes, and gradients are for the mean over processes, by
             `DistributedDataParallel` or `skipkernels.parallel.all_reduce_gradients`. Construct SkipCLIP with equal
             arguments on every process. Default: None, each process trains independently.
-        class_parallel: With `process_group`: True shares out the prompts and their encoding. False holds all prompts on
-            each process, which encodes all selected classes, with fewer messages. "auto" chooses the one with the
-            shorter predicted step, on a CPU True; `reductions["text.class_parallel"]` has the choice. The results are
-            the same.
+        class_parallel: With `process_group`: True, the default, shares out the prompts and their encoding. False holds
+            all prompts on each process, which encodes all selected classes, with fewer messages. The results are equal.
 
     Attributes:
         prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning. With
@@ -151,7 +149,7 @@ class SkipCLIP(Training, Inference):
         attention: AttentionName = "sdpa",
         text_cache: str | Path | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
-        class_parallel: ClassParallelOption = "auto",
+        class_parallel: bool = True,
     ):
         super().__init__()
         check_tokens(tokens)
@@ -177,7 +175,8 @@ class SkipCLIP(Training, Inference):
                 self.label_smoothing = check_label_smoothing(label_smoothing)
                 check_rank_options("SkipCLIP", keep_ratio, max_keep, decay, tail, generator, max_tail)
                 self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
-                self._class_parallel = check_class_parallel(class_parallel, process_group)
+                if self._parallel is not None:
+                    self._parallel.replicated = not class_parallel
                 self._prompts = prompts_digest(tokens) if self._parallel is not None else None
                 self._tokens = self._held_prompts(tokens, self._parallel)
                 image, texts = build_towers(model, self._tokens)
@@ -203,10 +202,9 @@ class SkipCLIP(Training, Inference):
         self.register_load_state_dict_post_hook(_after_load)
 
     def _held_prompts(self, tokens: Tensor, parallel: ClassParallel | None) -> Tensor:
-        """Choose whether this process holds the prompts of all classes or of its own; return them."""
+        """Return the prompts that this process holds: of all classes, or of its own."""
         if parallel is None:
             return prompts_of(tokens)
-        self._class_parallel_choice = choose_class_parallel(parallel, self._class_parallel, self, tokens)
         return prompts_of(tokens[parallel.held])
 
     def _folder(self, text_cache: Path) -> Path:

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
+from bench import step_model as cost
 from bench.flops import flops_of
+from bench.step_model import CLASS_PARALLEL, WAYS, Model, messages
 from skipkernels.clip import SkipOutput
-from skipkernels.clip.processes import choose_class_parallel, refuse_batch_norms, sizes_of_model
-from skipkernels.parallel import cost
-from skipkernels.parallel.cost import CLASS_PARALLEL, REPLICATED, VIT_B_16, WAYS, Model, messages
+from skipkernels.clip.processes import refuse_batch_norms
 from skipkernels.store import Store
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens
@@ -525,28 +525,12 @@ def test_method_is_refused(group, name, call):
         call(small_clip(group), *tiny_batch(2, CLASSES))
 
 
-def test_way_of_predicted_steps(group, monkeypatch):
-    clip = small_clip(group, templates=2)
-    assert clip.reductions["text.class_parallel"].enabled
-    lengths = [text.prompts.lengths.double().mean().item() for text in clip._text_encoder.towers]
-    P = clip._text.prompts.prefix_length
-    parameters = sum(p.numel() for p in clip.model.parameters())
-    sizes = sizes_of_model(clip.model, tokens_of(2), clip._settings)
-    assert sizes == Model(24, 5, 2, 16, 2, 12, P, pytest.approx(sum(lengths)), parameters)
-    assert cost.faster_way(8, 32, 1000, 301, VIT_B_16, "H100") == REPLICATED
-    assert cost.faster_way(8, 32, 100_000, 6241, VIT_B_16, "H100") == CLASS_PARALLEL
-    monkeypatch.setattr("skipkernels.clip.processes.gpu_of", lambda device: "H100")
-    parallel = copy.deepcopy(clip._parallel)
-    parallel.size = 2
-    choice = choose_class_parallel(parallel, "auto", clip, tokens_of(2))
-    assert parallel.replicated and "for 2 H100 with 32 images each" in choice.reason and not choice.enabled
+def test_reduction_says_if_texts_are_shared_out(group):
+    assert small_clip(group).reductions["text.class_parallel"].enabled
     assert not small_clip(group, class_parallel=False).reductions["text.class_parallel"].enabled
 
 
 def test_construction_is_refused(group, monkeypatch):
-    for class_parallel, got in (("never", "'never'"), (True, "True")):
-        with pytest.raises(ValueError, match=f"class_parallel must be .* got {got}"):
-            sk.SkipCLIP(tiny_clip(), tokens_of(1), skip_layers=1, class_parallel=class_parallel)
     with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup .* got str"):
         small_clip("gloo")
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
