@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TESTS := .venv/.tests
 
 .PHONY: help setup wheel tune test coverage sanitize race lint types docs format bench counts aot clean
 .DEFAULT_GOAL := help
@@ -9,7 +10,7 @@ READY := .venv/.ready
 help: ## List the targets.
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-setup: $(READY) ## Make .venv, install the package there and build its C++ kernels.
+setup: $(TESTS) ## Make .venv with the package, its C++ kernels and what the tests need.
 
 # torch goes in before the package: a build in isolation would fetch a second one.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
@@ -20,8 +21,13 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel numpy
 	$(BIN)/python -m pip install --progress-bar=on "torch>=2.10" "torchvision>=0.25"
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli,test,test-integrations,dev]'
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[cli]'
 	@touch $(READY)
+
+# The package is there already: an extra adds only what it asks for.
+$(TESTS): $(READY)
+	$(BIN)/python -m pip install --progress-bar=on 'skipkernels[test,test-integrations,dev]'
+	@touch $@
 
 wheel: $(READY) ## Build a wheel in dist/, with the C++ kernels if there is a compiler.
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
@@ -33,17 +39,17 @@ tune: $(READY) ## Tune the embedded model on the embedded data; prints a table, 
 # Bytecode is written: else each of the many processes compiles the package, and each run the tests.
 test: export OMP_WAIT_POLICY = passive
 test: export PYTHONDONTWRITEBYTECODE =
-test: $(READY) ## Run all tests and doctests.
+test: $(TESTS) ## Run all tests and doctests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-coverage: $(READY) ## The same, with coverage, which slows the kernels in Triton's interpreter.
+coverage: $(TESTS) ## The same, with coverage, which slows the kernels in Triton's interpreter.
 	$(BIN)/python -m pytest --cov
 
 # The library has a name of its own in the cache. It is built first: a compiler need not run under the sanitizers.
 sanitize: export CXXFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1
 sanitize: export SKIPKERNELS_CPP = build
 sanitize: export CXX := $(CXX)
-sanitize: $(READY) ## Run the operators' tests on C++ kernels with AddressSanitizer and UBSan (g++).
+sanitize: $(TESTS) ## Run the operators' tests on C++ kernels with AddressSanitizer and UBSan (g++).
 	$(BIN)/python -c 'from skipkernels import _extension; _extension.build()'
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -54,7 +60,7 @@ sanitize: $(READY) ## Run the operators' tests on C++ kernels with AddressSaniti
 # also sgd_momentum_, whose kernel reads addresses from a table: the simulator knows only tensors that are arguments.
 SIMULATOR ?= $(BIN)/python
 race: export SKIPKERNELS_CPP = 0
-race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(READY)) ## Run the Triton kernels in ttsem, which checks each access to memory and every pair of programs.
+race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(TESTS)) ## Run the Triton kernels in ttsem, which checks each access to memory and every pair of programs.
 	@$(SIMULATOR) -c 'import hypothesis, pytest, triton, ttsem' 2>/dev/null || { \
 	  echo "make race: $(SIMULATOR) has no ttsem, which needs Python 3.12 or later. In such an environment:"; \
 	  echo "    pip install -r tools/race-requirements.txt"; \
@@ -62,17 +68,16 @@ race: $(if $(filter $(BIN)/python,$(SIMULATOR)),$(READY)) ## Run the Triton kern
 	$(SIMULATOR) -m ttsem.sanitize pytest tests/ops --ignore=tests/ops/test_sgd_momentum.py \
 	  -k "simulator and not (opcheck or compile or autocast or refuse or written)" -q
 
-lint: $(READY) ## Check style, layout and English.
+lint: $(TESTS) ## Check style, layout and English.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_language.py
 	$(BIN)/python tools/check_generators.py
 
-types: $(READY) ## Check types.
+types: $(TESTS) ## Check types.
 	$(BIN)/mypy
 
-# The package is there already: this adds what its extra asks for.
-.venv/.docs: $(READY)
+.venv/.docs: $(TESTS)
 	$(BIN)/python -m pip install --quiet 'skipkernels[docs]'
 	@touch $@
 
@@ -80,17 +85,17 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/.docs ## Build the documentation site in build/docs; a warning is an error.
 	$(BIN)/mkdocs build --strict
 
-format: $(READY) ## Put the code in the house style.
+format: $(TESTS) ## Put the code in the house style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Compare operators, steps, inference and an epoch with their peers, in 18 minutes; rows go to bench/results.
+bench: $(TESTS) ## Compare operators, steps, inference and an epoch with their peers, in 18 minutes; rows go to bench/results.
 	$(BIN)/python -m bench
 
-counts: $(READY) ## Count what a step costs on any machine; compare with the table in bench/results.
+counts: $(TESTS) ## Count what a step costs on any machine; compare with the table in bench/results.
 	$(BIN)/python -m bench.counts --check
 
-aot: $(READY) ## Compile every Triton kernel for GPUs that need not be here; compare with the table in bench/results.
+aot: $(TESTS) ## Compile every Triton kernel for GPUs that need not be here; compare with the table in bench/results.
 	$(BIN)/python -m bench.aot --check
 	$(BIN)/python -m bench.aot --sweep --target sm_90
 
