@@ -56,12 +56,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import skipkernels as sk
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.train import tune
 from skipkernels.features import BatchSampler, FeatureCache
 from skipkernels.memory import PeakMemory
 from skipkernels.store import DTYPES, Layout, Writer
 from skipkernels.store.shards import path_of, quantise
 from skipkernels.testing import relative_error
-from skipkernels.tuner import TuneConfig, tune
 
 from . import measure
 from .inputs import autocast, parser, random_inputs

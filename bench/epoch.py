@@ -30,9 +30,9 @@ from rich.progress import track
 from torch import Tensor
 
 import skipkernels as sk
+from skipkernels.app.train.model import RANDOM, load_model
 from skipkernels.features import BatchSampler
 from skipkernels.selection import RankSampler
-from skipkernels.tuner.model import RANDOM, load_model
 
 from . import measure
 from .budget import NO_TIME, add_budget

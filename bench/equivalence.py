@@ -34,12 +34,12 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import skipkernels as sk
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.train.model import load_model
+from skipkernels.app.train.setup import build_task
 from skipkernels.features import BatchSampler
+from skipkernels.published import cosine_with_warmup
 from skipkernels.testing import relative_error
-from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.model import load_model
-from skipkernels.tuner.schedule import cosine_with_warmup
-from skipkernels.tuner.setup import build_task
 from tests import naive
 
 from . import measure

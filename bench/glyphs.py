@@ -14,10 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from skipkernels.experiments.studies.compare import compare
-from skipkernels.experiments.studies.runs import Result
-from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.registry import METHODS
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.methods.registry import METHODS
+from skipkernels.app.studies.compare import compare
+from skipkernels.app.studies.runs import Result
 
 from . import measure
 

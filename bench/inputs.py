@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import skipkernels.experiments  # noqa: F401  registers glyph-tiny
-from skipkernels.data import InputError
-from skipkernels.tuner.model import RANDOM, load_model
+from skipkernels.app.data import InputError
+from skipkernels.app.train.model import RANDOM, load_model
 
 from . import measure
 

@@ -29,10 +29,10 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from skipkernels.data import load_task
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import load_task
+from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.report.plots import COLOURS, GREY, figure_svg
 from skipkernels.towers import build_towers, evaluating
-from skipkernels.tuner.plots import COLOURS, GREY, figure_svg
 
 EPOCHS, BATCH, LR = 3, 32, 1e-4  # of the full fine-tuning, by AdamW
 

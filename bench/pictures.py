@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from skipkernels.tuner.plots import COLOURS, GREY, panels_svg
+from skipkernels.app.report.plots import COLOURS, GREY, panels_svg
 
 from .rows import PRECISIONS, Row, number
 from .step import COMPILED, FULL, IMPLEMENTATIONS, MIN, OURS, PROMPTS, PUBLISHED

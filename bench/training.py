@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import skipkernels as sk
-from skipkernels.data import Task, TestSet
-from skipkernels.experiments.baselines import CoOp
+from skipkernels.app.data import Task, TestSet
+from skipkernels.app.methods.coop import CoOp
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import skipkernels as sk
-from skipkernels.data import load_task
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import load_task
+from skipkernels.app.demo import glyph_tiny
 
 BATCH = 8  # images of all processes
 

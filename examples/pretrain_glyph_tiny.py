@@ -3,7 +3,7 @@
     python examples/pretrain_glyph_tiny.py --steps 4500 --out glyph-tiny.safetensors
     python examples/pretrain_glyph_tiny.py --init glyph-tiny.safetensors --lr 7.5e-4 --out longer.safetensors
 
-Contrastive pre-training on all blocks of `skipkernels.experiments.glyphs` but the held-out ones, in all fonts but the
+Contrastive pre-training on all blocks of `skipkernels.app.demo.glyphs` but the held-out ones, in all fonts but the
 held-out family. A step draws 128 characters, each in a random font and pose, and compares them with their names and 384
 other names. The classes of a step are runs of neighbours in the Unicode standard, which have similar shapes and names.
 Weights are stored in half precision, without the embeddings of tokens that no name has: these are untrained.
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from skipkernels.experiments import glyph_tiny, glyphs
+from skipkernels.app.demo import glyph_tiny, glyphs
 
 NEIGHBOURS = 16  # characters in a run of consecutive ones
 IMAGES, TEXTS = 128, 512

@@ -13,8 +13,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.data import LabelledDataset, load_task
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import LabelledDataset, load_task
+from skipkernels.app.demo import glyph_tiny
 
 
 def tune(epochs: int = 3, classes: int = 30) -> tuple[float, float]:

@@ -11,8 +11,8 @@ import argparse
 from transformers import Trainer, TrainingArguments
 
 import skipkernels as sk
-from skipkernels.data import load_task
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import load_task
+from skipkernels.app.demo import glyph_tiny
 from skipkernels.integrations.hugging_face import trainer_arguments
 
 

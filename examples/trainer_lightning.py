@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.data import load_task
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import load_task
+from skipkernels.app.demo import glyph_tiny
 from skipkernels.integrations.lightning import SkipModule
 
 

@@ -17,8 +17,8 @@ from open_clip_train.train import train_one_epoch
 from torch.utils.data import DataLoader
 
 import skipkernels as sk
-from skipkernels.data import load_task
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import load_task
+from skipkernels.app.demo import glyph_tiny
 from skipkernels.integrations.open_clip import ClassLoss, ClassModel, scaled_schedule
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 import skipkernels as sk
-from skipkernels.experiments import glyph_tiny, glyphs
+from skipkernels.app.demo import glyph_tiny, glyphs
 
 CAPTIONS = ("{}", "a drawing of the {}")
 FONTS, TEST_FONTS = ("sans", "mono"), ("serif",)

@@ -15,6 +15,9 @@ from ._lazy import lazy_names
 
 if TYPE_CHECKING:
     from skipkernels import functional, ops, parallel, reference, retrieval
+    from skipkernels.app.config import TuneConfig
+    from skipkernels.app.serve import Classifier, blend, export, predict
+    from skipkernels.app.train import tune
     from skipkernels.boundary import LSkipBoundary
     from skipkernels.clip import GraphedStep, SkipCLIP, SkipOutput
     from skipkernels.features import FeatureCache
@@ -22,10 +25,8 @@ if TYPE_CHECKING:
     from skipkernels.ops import backends
     from skipkernels.optimizer import FusedSGD
     from skipkernels.selection import ClassSelection, select_classes
-    from skipkernels.serve import Classifier, blend, export, predict
     from skipkernels.store import StoreError
     from skipkernels.towers import UnsupportedModel
-    from skipkernels.tuner import TuneConfig, tune
 
 __version__ = "0.2.0"
 
@@ -69,10 +70,11 @@ _find = lazy_names(
         "ops": ("backends",),
         "optimizer": ("FusedSGD",),
         "selection": ("ClassSelection", "select_classes"),
-        "serve": ("Classifier", "blend", "export", "predict"),
+        "app.serve": ("Classifier", "blend", "export", "predict"),
         "store": ("StoreError",),
         "towers": ("UnsupportedModel",),
-        "tuner": ("TuneConfig", "tune"),
+        "app.config": ("TuneConfig",),
+        "app.train": ("tune",),
     },
 )
 

@@ -23,7 +23,7 @@ def main() -> int:
             sys.stderr.write(f"skipkernels: the command line needs {package}: pip install 'skipkernels[cli]'\n")
             return 1
     try:
-        from skipkernels.cli import main as cli  # here, so that Ctrl-C may interrupt its imports
+        from skipkernels.app.cli import main as cli  # here, so that Ctrl-C may interrupt its imports
 
         return cli.main()
     except KeyboardInterrupt:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-import skipkernels.experiments  # noqa: F401  registers its methods and glyph-tiny
 from tests.ops.specialisations import (  # noqa: F401  hooks
     pytest_sessionfinish,
     pytest_terminal_summary,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_PRELOADED = ["pytest", "open_clip", "skipkernels.tuner.run"]
+_PRELOADED = ["pytest", "open_clip", "skipkernels.app.train.run"]
 
 
 def forkserver() -> Any:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import paper_figures
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.demo import glyph_tiny
 
 B, C, D, SCALE = 6, 9, 5, 12.0
 

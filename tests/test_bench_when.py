@@ -10,8 +10,8 @@ import torch
 from bench.when import pretraining, runs, summary, tasks
 from bench.when.rows import Rows, reported
 from bench.when.summary import Interval
-from skipkernels.data import InputError
-from skipkernels.experiments import glyph_tiny
+from skipkernels.app.data import InputError
+from skipkernels.app.demo import glyph_tiny
 
 BY_NAME = {shift.name: shift for shift in tasks.SHIFTS}
 SMALL = replace(BY_NAME["both"], classes=3, shots=2)

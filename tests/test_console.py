@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from skipkernels.cli.main import main
+from skipkernels.app.cli.main import main
 from skipkernels.console import Output, Terminal, ignore_write_errors, plain, progress
 
 HOSTILE = "[/b]:ok:\x1b[2Jé\udc80"

@@ -35,8 +35,8 @@ from PIL import Image
 
 import skipkernels
 from bench import method_picture
-from skipkernels.cli import main as cli
-from skipkernels.cli.options import tune_config
+from skipkernels.app.cli import main as cli
+from skipkernels.app.cli.options import tune_config
 from skipkernels.ops import OPERATORS, registration
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from PIL import Image
 
 import skipkernels as sk
-from skipkernels.tuner import tune
-from tests.tuner.runs import shortened, small
+from skipkernels.app.train import tune
+from tests.app.train.runs import shortened, small
 
 C = 7
 

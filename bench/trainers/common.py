@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import skipkernels as sk
+from skipkernels.app.train.model import load_model
 from skipkernels.selection import RankSampler
 from skipkernels.testing import relative_error, saved_storages
-from skipkernels.tuner.model import load_model
 
 from ..inputs import class_names, random_inputs
 from ..measure import CPU

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from skipkernels.data import InputError
+from skipkernels.app.data import InputError
 
 from .. import measure, tables
 from . import summary

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from skipkernels.experiments import glyph_tiny
-from skipkernels.experiments.baselines import LoRA
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.methods import Method
+from skipkernels.app.methods.base import FrozenModel, TunedModel
+from skipkernels.app.methods.lora import LoRA
+from skipkernels.app.methods.zero_shot import ZeroShot
+from skipkernels.app.serve.blending import WITHOUT_VALIDATION
+from skipkernels.app.train.evaluation import Evaluator
+from skipkernels.app.train.model import load_model
+from skipkernels.app.train.precision import MixedPrecision
+from skipkernels.app.train.setup import RunSetup, build_method
+from skipkernels.app.train.trainer import Trainer
 from skipkernels.memory import PeakMemory
-from skipkernels.serve.blending import WITHOUT_VALIDATION
-from skipkernels.tuner import TuneConfig
-from skipkernels.tuner.evaluation import Evaluator
-from skipkernels.tuner.methods import Method
-from skipkernels.tuner.methods.base import FrozenModel, TunedModel
-from skipkernels.tuner.methods.zero_shot import ZeroShot
-from skipkernels.tuner.model import load_model
-from skipkernels.tuner.precision import MixedPrecision
-from skipkernels.tuner.setup import RunSetup, build_method
-from skipkernels.tuner.trainer import Trainer
 
 from . import tasks
 from .tasks import Phase, Shift

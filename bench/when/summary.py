@@ -11,7 +11,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from skipkernels.tuner.plots import COLOURS, GREY, panels_svg
+from skipkernels.app.report.plots import COLOURS, GREY, panels_svg
 
 from ..pictures import write_legend
 from ..rows import Row, grouped, number

@@ -18,9 +18,9 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
-from skipkernels.data import InputError
-from skipkernels.data.tasks import Task, TestSet
-from skipkernels.experiments import glyphs
+from skipkernels.app.data import InputError
+from skipkernels.app.data.tasks import Task, TestSet
+from skipkernels.app.demo import glyphs
 
 Phase = Literal["search", "report"]
 

@@ -70,7 +70,7 @@ class GraphedStep:
 
     Example:
         >>> import skipkernels
-        >>> from skipkernels.experiments import glyph_tiny
+        >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, tokenizer = glyph_tiny.load()
         >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)

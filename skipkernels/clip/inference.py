@@ -79,7 +79,7 @@ class Inference(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.experiments import glyph_tiny
+            >>> from skipkernels.app.demo import glyph_tiny
             >>> model, _, tokenizer = glyph_tiny.load()
             >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> images = torch.rand(4, 3, 32, 32)

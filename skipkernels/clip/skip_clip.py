@@ -119,7 +119,7 @@ class SkipCLIP(Training, Inference):
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509.
 
     Example:
-        >>> from skipkernels.experiments import glyph_tiny
+        >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, tokenizer = glyph_tiny.load()
         >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> out = clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3]))
@@ -268,7 +268,7 @@ class SkipCLIP(Training, Inference):
                 of the model. The previous classes then stay in use.
 
         Example:
-            >>> from skipkernels.experiments import glyph_tiny
+            >>> from skipkernels.app.demo import glyph_tiny
             >>> model, _, tokenizer = glyph_tiny.load()
             >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> clip.set_classes(tokenizer([f"the letter {n}." for n in "abcdefghijklmnopqrstuvwxyz"]))

@@ -180,7 +180,7 @@ class Training(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.experiments import glyph_tiny
+            >>> from skipkernels.app.demo import glyph_tiny
             >>> model, _, tokenizer = glyph_tiny.load()
             >>> captions = tokenizer([f"a small {n}" for n in range(10)])
             >>> clip = sk.SkipCLIP(model, captions, skip_layers=0.5)
@@ -225,7 +225,7 @@ class Training(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.experiments import glyph_tiny
+            >>> from skipkernels.app.demo import glyph_tiny
             >>> model, _, tokenizer = glyph_tiny.load()
             >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
             >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5, keep_ratio=0.2)
@@ -244,7 +244,7 @@ class Training(SkipCLIPBase):
 
         Example:
             >>> import skipkernels as sk
-            >>> from skipkernels.experiments import glyph_tiny
+            >>> from skipkernels.app.demo import glyph_tiny
             >>> model, _, tokenizer = glyph_tiny.load()
             >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
             >>> optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)

@@ -100,7 +100,7 @@ def _describe(dataset: Any) -> _Description:
     transforms = [re.sub(" at 0x[0-9a-fA-F]+", "", repr(transform)) for transform in found]
     own = getattr(dataset, "fingerprint", getattr(dataset, "_fingerprint", None))  # the latter is Hugging Face's
     fingerprints = [own] if isinstance(own, str) else []
-    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # torch's Subset, skipkernels.data's DatasetImages
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):  # Subset, DatasetImages
         inner, indices = _describe(dataset.dataset), [int(index) for index in dataset.indices]
         if images is None:
             images = [index if inner.images is None else inner.images[index] for index in indices]

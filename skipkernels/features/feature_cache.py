@@ -38,7 +38,7 @@ class FeatureCache(Dataset):
 
     Example:
         >>> import tempfile, skipkernels as sk
-        >>> from skipkernels.experiments import glyph_tiny
+        >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, tokenizer = glyph_tiny.load()
         >>> clip = sk.SkipCLIP(model, tokenizer(["the digit 0.", "the digit 1."]), skip_layers=0.5)
         >>> images = [(torch.rand(3, 32, 32), n % 2) for n in range(6)]

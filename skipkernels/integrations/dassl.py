@@ -18,12 +18,10 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .. import published
 from ..clip import SkipCLIP
-from ..data import coop, templates
 from ..features import BatchSampler
 from ..options import Protocol
-from ..tuner.methods.skip import Skip
-from ..tuner.schedule import cosine_with_warmup
 
 try:
     from dassl.engine import TRAINER_REGISTRY, TrainerX
@@ -75,30 +73,30 @@ def set_published(cfg: Any, protocol: Protocol = "base-to-new") -> None:
         cfg: Dassl configuration.
         protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
     """
-    recipe = Skip.recipe("", protocol, shots=16)
+    rates = published.RATES[protocol]
     fewer = 4 if cfg.DATASET.NAME in ("ImageNet", "SUN397", "Food101") else 1
     settings = {
-        "OPTIM.NAME": recipe.optimizer,
-        "OPTIM.LR": recipe.text_lr,
-        "OPTIM.MOMENTUM": recipe.momentum,
-        "OPTIM.WEIGHT_DECAY": recipe.weight_decay,
-        "OPTIM.MAX_EPOCH": recipe.epochs // fewer,
+        "OPTIM.NAME": "sgd",
+        "OPTIM.LR": rates.text_lr,
+        "OPTIM.MOMENTUM": published.MOMENTUM,
+        "OPTIM.WEIGHT_DECAY": published.WEIGHT_DECAY,
+        "OPTIM.MAX_EPOCH": rates.epochs // fewer,
         "OPTIM.LR_SCHEDULER": "cosine",
-        "OPTIM.WARMUP_EPOCH": recipe.warmup_epochs,
+        "OPTIM.WARMUP_EPOCH": rates.warmup_epochs,
         "OPTIM.WARMUP_TYPE": "constant",
-        "OPTIM.WARMUP_CONS_LR": recipe.warmup_lr,
+        "OPTIM.WARMUP_CONS_LR": rates.warmup_lr,
         "OPTIM.WARMUP_RECOUNT": True,
         "OPTIM.STAGED_LR": False,
         "DATALOADER.TRAIN_X.SAMPLER": "RandomSampler",
-        "DATALOADER.TRAIN_X.BATCH_SIZE": recipe.batch_size,
+        "DATALOADER.TRAIN_X.BATCH_SIZE": published.BATCH_SIZE,
         "INPUT.SIZE": (224, 224),
         "INPUT.INTERPOLATION": "bicubic",
         "INPUT.PIXEL_MEAN": list(OPENAI_DATASET_MEAN),
         "INPUT.PIXEL_STD": list(OPENAI_DATASET_STD),
         "INPUT.TRANSFORMS": ("random_resized_crop", "random_flip", "normalize"),
         "MODEL.BACKBONE.NAME": "ViT-B/16",
-        "TRAINER.SKIPKERNELS.TEXT_LR": recipe.text_lr,
-        "TRAINER.SKIPKERNELS.IMAGE_LR": recipe.image_lr,
+        "TRAINER.SKIPKERNELS.TEXT_LR": rates.text_lr,
+        "TRAINER.SKIPKERNELS.IMAGE_LR": rates.image_lr,
         "TRAINER.SKIPKERNELS.TAIL": "fixed",
     }
     if hasattr(cfg.TRAINER, "PREC"):
@@ -146,7 +144,7 @@ class SkipKernels(TrainerX):
         groups = self.model.parameter_groups(text_lr=_rate(self.cfg, "TEXT_LR"), image_lr=_rate(self.cfg, "IMAGE_LR"))
         self.optim = build_optimizer(self.model, cfg, param_groups=groups)
         if cfg.WARMUP_EPOCH > 0:  # Dassl's own passes `verbose` to a schedule of PyTorch without this argument
-            self.sched = cosine_with_warmup(
+            self.sched = published.cosine_with_warmup(
                 self.optim, epochs=cfg.MAX_EPOCH, warmup_epochs=cfg.WARMUP_EPOCH, warmup_lr=cfg.WARMUP_CONS_LR
             )
         else:
@@ -190,7 +188,7 @@ class SkipKernels(TrainerX):
     def prompts(self, names: list[str]) -> list[str]:
         """Return the prompts of the classes, from the template of the options or of the dataset."""
         template = _option(self.cfg, "TEMPLATE") or _template(self.cfg.DATASET.NAME)
-        return [templates.format_prompt(template, name.replace("_", " ")) for name in names]
+        return [template.replace("{}", name.replace("_", " ")) for name in names]
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
         """Run a training step on the "img" and the "label" of a batch; return the loss."""
@@ -265,5 +263,5 @@ def _problems(cfg: Any) -> Iterator[str]:
 
 def _template(dataset: str) -> str:
     """Return the template of a dataset of CoOp by the name of its class there, such as OxfordPets."""
-    names = {name.replace("_", ""): name for name in coop.DATASETS} | {"describabletextures": "dtd"}
-    return templates.resolve_templates(names.get(dataset.lower()))[0]
+    names = {name.replace("_", ""): name for name in published.PAPER} | {"describabletextures": "dtd"}
+    return published.PAPER.get(names.get(dataset.lower(), ""), published.PHOTO)

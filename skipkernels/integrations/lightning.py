@@ -42,7 +42,7 @@ class SkipModule(LightningModule):
 
     Example:
         >>> import skipkernels as sk
-        >>> from skipkernels.experiments import glyph_tiny
+        >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, tokenizer = glyph_tiny.load()
         >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> module = SkipModule(clip, text_lr=2e-5, image_lr=5e-6, momentum=0.9)

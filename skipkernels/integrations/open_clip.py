@@ -34,7 +34,7 @@ class ClassModel(nn.Module):
 
     Example:
         >>> import skipkernels as sk
-        >>> from skipkernels.experiments import glyph_tiny
+        >>> from skipkernels.app.demo import glyph_tiny
         >>> model, _, tokenizer = glyph_tiny.load()
         >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
         >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5)

@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import skipkernels as sk
-from skipkernels.data import DatasetImages, LabelledImages
+from skipkernels.app.data import DatasetImages, LabelledImages
 from skipkernels.features.dataset_key import dataset_key, sample_images
 from skipkernels.store import StoreError, digest_json
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
 import skipkernels as sk
-from skipkernels.data import LabelledImages
+from skipkernels.app.data import LabelledImages
 from skipkernels.store import StoreError, digest_json
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from skipkernels.experiments import glyph_tiny
-from skipkernels.tuner import TuneConfig, evaluate_run, tune
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.train import evaluate_run, tune
 
 CLASSES = ["circle", "square", "triangle", "zigzag"]
 PER_CLASS = 9

@@ -18,18 +18,18 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import skipkernels.experiments  # noqa: F401  (registers glyphs and the model)
-from skipkernels.data import InputError
-from skipkernels.data.tasks import TestSet
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.data.tasks import TestSet
+from skipkernels.app.methods.skip import Skip
+from skipkernels.app.train import checkpoint, evaluate_run, tune
+from skipkernels.app.train.processes import Processes, _group_name
+from skipkernels.app.train.run import _Run
+from skipkernels.app.train.setup import RunSetup
 from skipkernels.features import FeatureCache
 from skipkernels.store import writer
-from skipkernels.tuner import TuneConfig, checkpoint, evaluate_run, tune
-from skipkernels.tuner.methods import Skip
-from skipkernels.tuner.processes import Processes, _group_name
-from skipkernels.tuner.run import _Run
-from skipkernels.tuner.setup import RunSetup
+from tests.app.train.runs import files, losses, rows, shortened, small
 from tests.processes import together
-from tests.tuner.runs import files, losses, rows, shortened, small
 
 ERRORS = [
     ("settings", "InputError", "shots must be from 1 to 1000; got 0"),

@@ -1,0 +1,1 @@
+"""The application: the command line, training runs, reports and tuned models in use."""

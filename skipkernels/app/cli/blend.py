@@ -1,0 +1,57 @@
+"""`skipkernels blend`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from skipkernels.console import Terminal
+
+from .options import Run, Trust
+
+
+@dataclasses.dataclass(frozen=True)
+class BlendCommand:
+    """Blend a tuned model with its zero-shot model (WiSE-FT), and write the result as another run."""
+
+    run: Run
+    """Folder of the run."""
+    alpha: float | Literal["auto"] = "auto"
+    """Weight of the tuned model, from 0 to 1. auto: the best on the validation images; 0.5 without such images."""
+    out: Path | None = None
+    """Folder of the blended run. By default RUN-blend."""
+    overwrite: bool = False
+    """Replace an earlier run in the folder."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, …. By default that of the run."""
+    trust: Trust = False
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Blend, and print the accuracy by alpha. Returns 0.
+
+        Raises:
+            InputError: If there is no such run, or an option is invalid.
+        """
+        from skipkernels.app.serve import blend
+        from skipkernels.app.train.run_folder import blended_folder
+
+        options: dict[str, Any] = {"overwrite": self.overwrite, "device": self.device, "trust": self.trust}
+        metrics = blend(self.run, self.alpha, out=self.out, **options)
+        show(metrics, self.out or blended_folder(self.run), out)
+        return 0
+
+
+def show(metrics: dict[str, Any], folder: Path, out: Terminal) -> None:
+    """Print the curve of a blend, and its folder."""
+    from rich.table import Table
+
+    curve = metrics["blend"]
+    table = Table("alpha", title="accuracy, %, from zero-shot (0) to tuned (1)")
+    for name in curve["accuracy"]:
+        table.add_column(name, justify="right")
+    for alpha, *values in zip(curve["alphas"], *curve["accuracy"].values(), strict=True):
+        style = "bold" if alpha == curve["chosen"] else None
+        table.add_row(f"{alpha:g}", *(f"{value:.2f}" for value in values), style=style)
+    out.print(table)
+    out.print(f"{folder}: alpha {curve['chosen']:g}", soft_wrap=True)

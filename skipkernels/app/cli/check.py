@@ -1,0 +1,101 @@
+"""`skipkernels check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+from skipkernels.console import Terminal, plain, progress
+from skipkernels.formatting import csv_line, escaped
+
+if TYPE_CHECKING:
+    from skipkernels.app.data.check import Fact
+
+_FEW = 16  # training images of a class, the default of tune --shots
+_SHOWN = 20  # findings of a kind on the terminal; --out has all
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckCommand:
+    """Read all images of a dataset and report unreadable files, sizes, classes with few images, and duplicates. The
+    exit code is 1 if a file could not be read.
+    """
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="(required)")]
+    """Dataset, named as for tune, such as imagefolder:photos."""
+    root: Path | None = None
+    """Folder that contains the datasets of coop: and torchvision:, or the images of csv:."""
+    out: Path | None = None
+    """File of all findings, .csv or .json. By default the first of each kind are printed."""
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Check the dataset. Returns 0, or 1 if a file could not be read.
+
+        Raises:
+            InputError: If there is no such dataset, or the file of the findings can't be written.
+        """
+        from skipkernels.app.data import InputError, open_source
+        from skipkernels.app.data.check import Finding, facts, findings
+        from skipkernels.app.serve.output import check_file
+        from skipkernels.store import replace_text
+
+        if self.out is not None:
+            if self.out.suffix.lower() not in (".csv", ".json"):
+                raise InputError(f"check: out must end in .csv or .json; got {self.out}.", "out")
+            check_file(self.out, "out")
+        source = open_source(self.data, self.root)
+        total = sum(len(source.images(split)) for split in ("train", "val", "test") if source.has_split(split))
+        with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
+            bar = bars.add_task("images", total=total)
+            images = facts(source, lambda: bars.advance(bar))
+        for note in source.notes:
+            err.print(f"note: {note}", soft_wrap=True)
+        found = findings(images)
+        out.print(_table(images, str(source.name)))
+        trained = Counter(one.label for one in images if one.split == "train" and one.reason is None)
+        few = {name: trained[name] for name in source.classes if trained[name] < _FEW} if trained else {}
+        if few:
+            counts = ", ".join(f"{name} {count}" for name, count in list(few.items())[:_SHOWN])
+            rest = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
+            out.print(f"classes with fewer than {_FEW} training images: {counts}{rest}", soft_wrap=True)
+        kinds = Counter(one.kind for one in found)
+        for kind, count in kinds.items():
+            out.print(plain(f"{kind}: {count:,}", "bold"))
+            for one in [one for one in found if one.kind == kind][:_SHOWN]:
+                text = one.detail if kind == "unreadable" else f"{one.name} ({one.split}, {one.label}) = {one.detail}"
+                out.print(f"  {text}", soft_wrap=True)
+            if count > _SHOWN:
+                out.print(f"  and {count - _SHOWN:,} more" + ("" if self.out else ": --out FILE has all"))
+        if not found:
+            out.print("no unreadable images, no duplicates")
+        if self.out is not None:
+            rows = [one._asdict() for one in found]
+            if self.out.suffix.lower() == ".json":
+                replace_text(self.out, json.dumps({"data": self.data, "few": few, "findings": rows}, indent=1) + "\n")
+            else:
+                table = (csv_line(map(escaped, row)) for row in [Finding._fields, *found])
+                replace_text(self.out, "".join(table))
+        return 1 if kinds["unreadable"] else 0
+
+
+def _table(images: list[Fact], title: str) -> Any:
+    """Table of the splits."""
+    from rich.table import Table
+
+    table = Table("split", title=title)
+    for column in ("images", "unreadable", "classes", "per class", "smallest", "median", "largest"):
+        table.add_column(column, justify="right")
+    for split in dict.fromkeys(one.split for one in images):
+        part = [one for one in images if one.split == split]
+        read = sorted((one.size for one in part if one.reason is None), key=lambda size: size[0] * size[1])
+        counts = Counter(one.label for one in part)
+        sizes = [f"{w}×{h}" for w, h in (read[0], read[len(read) // 2], read[-1])] if read else ["–"] * 3
+        numbers = (len(part), len(part) - len(read), len(counts))
+        table.add_row(split, *(f"{n:,}" for n in numbers), f"{min(counts.values())}–{max(counts.values())}", *sizes)
+    return table

@@ -1,0 +1,90 @@
+"""`skipkernels eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from skipkernels.console import Terminal
+from skipkernels.options import Protocol
+
+from .options import Run, Trust
+from .tune import number
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalCommand:
+    """Recompute the accuracy of a run from its checkpoint. Writes no files."""
+
+    run: Run
+    """Folder of the run, or the model.safetensors or delta.safetensors in it."""
+    data: str | None = None
+    """Dataset to test on, named as for tune. By default that of the run."""
+    root: Path | None = None
+    """Folder that contains the datasets of coop: and torchvision:. By default that of the run."""
+    protocol: Protocol | None = None
+    """Protocol, which selects the classes and images to test. By default that of the run."""
+    classes: int | None = None
+    """Largest number of classes. By default all of other data, and for the data of the run as many as in the run."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, …. By default that of the run."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    trust: Trust = False
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Evaluate, and print the accuracy. Returns 0.
+
+        Raises:
+            InputError: If there is no such run, or an option is invalid.
+        """
+        from rich.table import Table
+
+        from skipkernels.app.train import epochs_left
+        from skipkernels.app.train.processes import joined
+        from skipkernels.store.lock import lock_owner
+
+        with joined() as processes:
+            folder, accuracies = self._evaluate(err)
+        if not processes.first:
+            return 0
+        running, left = lock_owner(folder), epochs_left(folder)
+        if running is not None:
+            err.print(f"note: a run is in progress in this folder ({running}), with {left} epochs left")
+        elif left:
+            err.print(
+                f"note: the run was interrupted with {left} epoch{'s' if left > 1 else ''} left; resume it with "
+                f"skipkernels tune --resume {folder}",
+                soft_wrap=True,
+            )
+        if self.json:
+            out.print(json.dumps(accuracies), soft_wrap=True)
+            return 0
+        table = Table("accuracy, %", title=str(folder))
+        table.add_column("tuned", justify="right")
+        for key, value in accuracies.items():
+            table.add_row(key, number(value, ".2f"))
+        out.print(table)
+        return 0
+
+    def _evaluate(self, err: Terminal) -> tuple[Path, dict[str, float | None]]:
+        """Return the folder of the run and its accuracies."""
+        from skipkernels.app.data import InputError
+        from skipkernels.app.train import evaluate_run
+        from skipkernels.app.train.checkpoint import DELTA, MODEL
+
+        is_file = self.run.suffix == ".safetensors"
+        if is_file and self.run.name not in (MODEL, DELTA):
+            raise InputError(f"eval: RUN must be the folder of a run, or the {MODEL} or {DELTA} in it; got {self.run}.")
+        folder = self.run.parent if is_file else self.run
+        return folder, evaluate_run(
+            folder,
+            device=self.device,
+            data=self.data,
+            root=self.root,
+            protocol=self.protocol,
+            classes=self.classes,
+            trust=self.trust,
+            console=err,
+        )

@@ -1,0 +1,51 @@
+"""`skipkernels export`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from skipkernels.console import Terminal
+
+from .options import Run, Trust
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportCommand:
+    """Write a tuned model for open_clip, for Hugging Face's transformers, or as an ONNX file."""
+
+    run: Run
+    """Folder of the run."""
+    to: Literal["open-clip", "hugging-face", "onnx"]
+    """open-clip: a folder for local-dir: and hf-hub:. hugging-face: CLIPModel and CLIPProcessor. onnx: image classifier
+    with the embeddings of the classes."""
+    out: Path
+    """Folder to write; new or empty."""
+    overwrite: bool = False
+    """Write into a folder with files. An earlier export in it is replaced."""
+    push: str | None = None
+    """Also upload the folder to this repository of the Hugging Face Hub, ORG/NAME."""
+    public: bool = False
+    """With --push, create a public repository. By default it is private."""
+    trust: Trust = False
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Export, and print the files. Returns 0.
+
+        Raises:
+            InputError: If there is no such run, or an option is invalid.
+        """
+        from skipkernels.app.data import InputError
+        from skipkernels.app.serve import export
+
+        if self.public and self.push is None:
+            raise InputError("export: public has no effect without `push`; leave it out.", "public")
+        options: dict[str, Any] = {"overwrite": self.overwrite, "push": self.push, "private": not self.public}
+        done = export(self.run, self.to, self.out, trust=self.trust, **options)
+        for note in done.notes:
+            err.print(f"note: {note}", soft_wrap=True)
+        out.print(f"{done.folder}: {' '.join(done.files)}", soft_wrap=True)
+        if done.url is not None:
+            out.print(done.url, soft_wrap=True)
+        return 0

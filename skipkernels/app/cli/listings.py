@@ -1,0 +1,88 @@
+"""`skipkernels models` and `skipkernels datasets`: what can be named."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import tyro
+
+from skipkernels.console import Terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelsCommand:
+    """List the models for --model and their weights for --pretrained. Downloads nothing. Piped, a line has the columns
+    model, image tower, text tower, activation and weights, with tabs between them.
+    """
+
+    filter: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILTER")]] = ""
+    """Part of the name of a model or of its weights, in any case of letters."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Print the models. Returns 0, or 1 if there are none."""
+        from rich.table import Column, Table
+
+        from skipkernels.app.train.model import known_models
+        from skipkernels.console import plain
+
+        wanted = self.filter.lower()
+        found = {
+            name: model
+            for name, model in known_models().items()
+            if wanted in " ".join([name, *model["weights"]]).lower()
+        }
+        if self.json:
+            out.print_json(data=found)
+            return 0 if found else 1
+        if not found:
+            err.print(plain(f"no model or weights with {self.filter!r} in the name"))
+            return 1
+        if out.is_terminal:
+            heads = (Column("model", no_wrap=True), "image tower", "text tower", "activation")
+            table = Table(*heads, Column("weights", no_wrap=True))
+            for name, model in found.items():
+                columns = (model["image"], model["text"], model["activation"], "\n".join(model["weights"]) or "–")
+                table.add_row(plain(name), *map(plain, columns))
+            out.print(table)
+        else:
+            for name, model in found.items():
+                columns = (model["image"], model["text"], model["activation"], " ".join(model["weights"]))
+                out.file.write("\t".join((name, *columns)) + "\n")
+        err.print(
+            plain(
+                "The blocks of a ViT and of a transformer are fused; others run their own forward. Other "
+                "weights: --pretrained FILE or random; --model hf-hub:ORG/NAME or local-dir:DIR has its own weights."
+            ),
+            soft_wrap=True,
+        )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetsCommand:
+    """List the kinds of datasets for --data, with an example of each."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Print the kinds. Returns 0."""
+        from skipkernels.app.data.registry import source_kinds
+        from skipkernels.console import plain
+
+        kinds: dict[str, dict[str, Any]] = {
+            name: {"usage": kind.usage, "about": kind.about, "example": kind.example}
+            for name, kind in source_kinds().items()
+        }
+        if self.json:
+            out.print_json(data=kinds)
+            return 0
+        for kind in kinds.values():
+            out.print(plain(kind["usage"].replace("`root`", "--root"), "bold"), soft_wrap=True)
+            example = f"skipkernels tune {kind['example']}" if kind["example"] else ""
+            for line in filter(None, (kind["about"], example)):
+                out.print(plain(f"    {line}"), soft_wrap=True)
+        return 0

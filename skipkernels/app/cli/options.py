@@ -1,0 +1,134 @@
+"""Option groups of the commands, and their conversion to `TuneConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from skipkernels.app.option_groups import (
+    CacheOptions,
+    ComputeOptions,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    ProtocolOptions,
+    RunOptions,
+    SkipOptions,
+    TrainingOptions,
+)
+
+if TYPE_CHECKING:
+    from skipkernels.app.config import TuneConfig
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+Run = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+"""Type of the positional argument RUN, the folder of a run."""
+
+Trust = Annotated[
+    bool,
+    tyro.conf.arg(
+        help="Also load what a file in the folder of the run names: models and datasets of the hub, models and weights "
+        "in other folders. Code in the folder never runs."
+    ),
+]
+"""Type of the option --trust."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """All options of a training run."""
+
+    data: DataOptions = DataOptions()
+    protocol: ProtocolOptions = ProtocolOptions()
+    model: ModelOptions = ModelOptions()
+    method: MethodOptions = MethodOptions()
+    skip: SkipOptions = SkipOptions()
+    training: TrainingOptions = TrainingOptions()
+    compute: ComputeOptions = ComputeOptions()
+    cache: CacheOptions = CacheOptions()
+    run: RunOptions = RunOptions()
+    output: OutputOptions = OutputOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRunOptions(RunOptions):
+    """Device."""
+
+    seed: tyro.conf.Suppress[int] = RunOptions.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyOutputOptions(OutputOptions):
+    """Output folder."""
+
+    out: Path | None = None
+    """Folder of the results. By default a folder in runs/ named after the study, data and model."""
+    overwrite: bool = False
+    """Run completed runs again."""
+    resume: tyro.conf.Suppress[bool] = False
+
+
+def tune_config(options: Any, **changes: Any) -> TuneConfig:
+    """Convert the options of a command to the configuration of a run.
+
+    Options that are not fields of `TuneConfig` are ignored; `changes` replace fields.
+    """
+    from skipkernels.app.config import TuneConfig
+
+    names = {field.name for field in dataclasses.fields(TuneConfig)}
+    return TuneConfig(**{name: value for name, value in settings(options).items() if name in names} | changes)
+
+
+def settings(options: Any) -> dict[str, Any]:
+    """Collect the options of a command and of its option groups by name."""
+    found: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        found |= settings(value) if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
+@REGISTRY.struct_rule
+def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """Hide "(default: None)", because help texts state the default, and join the lines of help texts.
+
+    tyro calls this rule for every dataclass. `get_struct_spec` applies tyro's own rule, and `_in_rule` prevents it from
+    calling this one again.
+    """
+    if _in_rule or not dataclasses.is_dataclass(info.type):
+        return None
+    _in_rule.append(True)
+    try:
+        spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+    finally:
+        _in_rule.clear()
+    if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+        return None
+    return dataclasses.replace(spec, fields=tuple(map(_plain_field, spec.fields)))
+
+
+_in_rule: list[bool] = []
+
+
+def _plain_field(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+    def helptext(text: Any = field.helptext) -> str | None:
+        text = text() if callable(text) else text
+        return text and " ".join(text.split())
+
+    annotated: Any = field.type
+    if field.default is None or field.default == ():
+        annotated = Annotated[annotated, tyro.conf.arg(help_behavior_hint="", metavar=_metavar(annotated))]
+    return dataclasses.replace(field, type=annotated, helptext=helptext)
+
+
+def _metavar(hint: Any) -> str | None:
+    """Placeholder of an option with several values, such as [INT ...]; None for other options."""
+    for option in (hint, *typing.get_args(hint)):
+        if typing.get_origin(option) is tuple:
+            return f"[{getattr(typing.get_args(option)[0], '__name__', 'number').upper()} ...]"
+    return None

@@ -1,0 +1,229 @@
+"""`skipkernels predict`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+from skipkernels.console import Terminal, progress
+from skipkernels.options import Precision
+
+from .options import Run, Trust
+
+if TYPE_CHECKING:
+    from skipkernels.app.serve import Predictions
+    from skipkernels.app.serve.output import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """Classes and results."""
+
+    top: int = 5
+    """Number of classes for each image, best first."""
+    classes: str | None = None
+    """Other classes, recognised by their names alone: at least two names with commas between them, or a file with a
+    name in each line, which may have commas. By default the trained classes."""
+    template: tuple[str, ...] | None = None
+    """Prompts of the classes, such as "a photo of a {}.". By default the prompts of the run."""
+    out: Path | None = None
+    """File of the results. By default they are printed."""
+    format: Literal["csv", "json"] | None = None
+    """Format of the results. By default that of the ending of --out, else csv."""
+    sort_into: Path | None = None
+    """New folder into which each image is copied, in a folder named after its label."""
+    link: bool = False
+    """With --sort-into, make symbolic links in place of copies."""
+    contact_sheet: Path | None = None
+    """HTML file with a thumbnail of each image, by label."""
+    resume: bool = False
+    """Continue an interrupted command with --out or --sort-into: images with a row in OUT.partial are not classified
+    again, and copies in the folder are kept. An interrupted command writes --out with the images that are done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictComputeOptions:
+    """Device and speed."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, …. By default cuda if there is one, else cpu."""
+    precision: Precision = "auto"
+    """auto is bf16 on a GPU that has it, else fp32."""
+    trust: Trust = False
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int | None = None
+    """Threads that decode images. By default one for each core, at most 8."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictCommand:
+    """Classify images with a tuned model. The exit code is 1 if a file could not be read; the others are classified."""
+
+    run: Run
+    """Folder of the run."""
+    images: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")
+    ]
+    """Images, or folders of images, which are searched with their subfolders."""
+    results: PredictOptions = PredictOptions()
+    compute: PredictComputeOptions = PredictComputeOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Classify the images. Returns 0, or 1 if a file could not be read.
+
+        Raises:
+            InputError: If there is no such run, there are no images, or an option is invalid.
+        """
+        from skipkernels.app.data import InputError
+        from skipkernels.app.data.files import format_others
+        from skipkernels.app.serve import Classifier
+        from skipkernels.app.serve.classifier import check_counts
+        from skipkernels.app.serve.loading import described_weights
+        from skipkernels.app.serve.output import PartialRows, SortedFolders, check_file, contact_sheet, lines
+        from skipkernels.app.train.description import NOT_CALIBRATED
+        from skipkernels.store import replace_text
+
+        results, compute = self.results, self.compute
+        if results.link and results.sort_into is None:
+            raise InputError("predict: link has no effect without `sort_into`; leave it out.", "link")
+        if results.resume and results.out is None and results.sort_into is None:
+            raise InputError("predict: resume has no effect without `out` or `sort_into`; leave it out.", "resume")
+        for name in ("out", "contact_sheet"):
+            path = getattr(results, name)
+            if path is not None:
+                check_file(path, name)
+        form = results.format or _format(results.out)
+        check_counts(top=results.top, batch_size=compute.batch_size, workers=compute.workers)
+        images, others = self._images()
+        classifier = Classifier.load(
+            self.run,
+            classes=None if results.classes is None else _names(results.classes),
+            templates=results.template,
+            device=compute.device,
+            precision=compute.precision,
+            trust=compute.trust,
+        )
+        folders = None
+        if results.sort_into is not None:
+            classes = classifier.classes
+            folders = SortedFolders(results.sort_into, classes, link=results.link, resume=results.resume)
+        top = min(results.top, len(classifier.classes))
+        best: list[tuple[str, str, float]] = []
+
+        def keep(rows: Iterable[Row]) -> None:
+            for name, found in rows:
+                best.append((name, *found[0]))
+                if folders is not None:
+                    folders.add(name, found[0][0])
+
+        rows = None
+        if results.out is not None:
+            run = self.run.expanduser()
+            weights = described_weights(run)[1]
+            identity = [str(weights.resolve()), weights.stat().st_mtime_ns, classifier.classes, results.template]
+            rows = PartialRows(results.out, [*identity, top, compute.precision], resume=results.resume)
+            keep(rows)
+        left = images if rows is None else [name for name in images if name not in rows.done]
+        options: dict[str, Any] = {"top": top, "batch_size": compute.batch_size, "workers": compute.workers}
+        unreadable = 0
+
+        def parts() -> Iterator[Predictions]:
+            nonlocal unreadable
+            for part in classifier.predict_batches(left, unreadable="skip", **options):
+                for name, reason in part.unreadable.items():
+                    err.print(f"skipped {name}: {reason}", soft_wrap=True)
+                unreadable += len(part.unreadable)
+                if rows is not None:
+                    rows.add(part)
+                keep(part)
+                yield part
+                bars.advance(bar, len(part) + len(part.unreadable))
+
+        try:
+            with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
+                bar = bars.add_task("images", total=len(images), completed=len(images) - len(left))
+                if rows is None:
+                    for text in lines(parts(), form, top):
+                        out.write(text)
+                else:
+                    deque(parts(), maxlen=0)
+        except BaseException:
+            where = ""
+            if rows is not None:
+                with contextlib.suppress(OSError):  # report the first error
+                    rows.write(form, top, complete=False)
+                where = f", and are in {results.out}; repeat the command with --resume to continue"
+            err.print(f"{len(best):,} of {len(images):,} images are classified{where}", soft_wrap=True)
+            raise
+        if rows is not None:
+            rows.write(form, top, complete=True)
+        if results.contact_sheet is not None:
+            replace_text(results.contact_sheet, contact_sheet(best, f"Predictions of {self.run.resolve().name}"))
+        if others:
+            err.print(format_others(others), soft_wrap=True)
+        how = "calibrated on held-out images" if classifier.calibrated else NOT_CALIBRATED
+        if not classifier.calibrated and (results.classes is not None or results.template is not None):
+            how = "not calibrated: only those of the run's own classes and prompts are"
+        skipped = f", {unreadable:,} skipped" if unreadable else ""
+        err.print(f"{len(best):,} images classified{skipped}; probabilities are {how}", soft_wrap=True)
+        return 1 if unreadable else 0
+
+    def _images(self) -> tuple[list[str], Counter[str]]:
+        """Paths of the images, and the number of other files by extension."""
+        from skipkernels.app.data import InputError
+        from skipkernels.app.data.files import find_images, format_others
+
+        found: list[str] = []
+        others: Counter[str] = Counter()
+        for path in self.images:
+            if path.is_dir():
+                inside, skipped = find_images(path, ".", dataset=False)
+                if not inside:
+                    none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
+                    raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")
+                found += [str(path / name) for name in inside]
+                others += skipped
+            elif not os.path.lexists(path):
+                raise InputError(f"predict: images must be files or folders of images; there is no {path}.", "images")
+            else:
+                found.append(str(path))
+        if not found:
+            raise InputError("predict: images must be files or folders of images; got none.", "images")
+        return list(dict.fromkeys(found)), others
+
+
+def _names(text: str) -> list[str]:
+    """Names of classes in a file, or in a list with commas."""
+    from skipkernels.app.data import InputError
+    from skipkernels.app.data.files import read_text
+
+    is_file = os.path.isfile(text)  # Path.is_file raises an error for a list that is longer than a file name
+    words = read_text(Path(text)).splitlines() if is_file else text.split(",")
+    names = [word.strip() for word in words if word.strip()]
+    if len(names) < 2 or (not is_file and text.lower().endswith(".txt")):  # one name is most often a mistyped file
+        got = f"{text}, which has {len(names)}" if is_file else f"{text!r}, and there is no such file"
+        raise InputError(
+            f"predict: classes must be at least two names with commas between them, or a file with a name in each "
+            f"line; got {got}.",
+            "classes",
+        )
+    return names
+
+
+def _format(out: Path | None) -> Literal["csv", "json"]:
+    """Format of the results by the ending of their file."""
+    from skipkernels.app.data import InputError
+
+    ending = ".csv" if out is None else out.suffix.lower()
+    if ending not in (".csv", ".json"):
+        raise InputError(f"predict: out must end in .csv or .json; got {out}. Or choose a --format.", "out")
+    return "json" if ending == ".json" else "csv"

@@ -1,0 +1,43 @@
+"""`skipkernels report`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from skipkernels.console import Terminal
+
+from .options import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportCommand:
+    """Make report.html again, of a run of tune, compare or protocol, from the files in its folder. Needs no data and no
+    model.
+    """
+
+    run: Run
+    """Folder of a run, or of a study."""
+    out: Path | None = None
+    """File to write. By default report.html in the folder."""
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Write the page, and print its path. Returns 0.
+
+        Raises:
+            InputError: If there is no run or study in the folder, or a file of it is damaged.
+        """
+        from skipkernels.app.data import InputError
+        from skipkernels.app.report import run_report
+        from skipkernels.app.studies.study import study_page
+        from skipkernels.app.train.run_folder import CONFIG, REPORT
+        from skipkernels.store import replace_text
+
+        page = run_report(self.run) if (self.run / CONFIG).is_file() else study_page(self.run)
+        path = self.out or self.run / REPORT
+        try:
+            replace_text(path, page)
+        except OSError as error:
+            raise InputError(f"report: {path} can't be written: {error.strerror}.", "out") from error
+        out.print(str(path), soft_wrap=True)
+        return 0

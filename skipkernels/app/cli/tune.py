@@ -1,0 +1,149 @@
+"""`skipkernels tune`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from skipkernels.app.option_groups import OutputOptions, ProcessOptions
+from skipkernels.console import Terminal
+
+from .blend import show as show_blend
+from .config_file import as_yaml
+from .options import Options, tune_config
+
+if TYPE_CHECKING:
+    from skipkernels.app.config import TuneConfig
+
+
+def _flag_or_path(words: list[str]) -> bool | Path:
+    if len(words) > 1:
+        raise ValueError(f"one folder; got {' '.join(words)}")
+    return Path(words[0]) if words else True
+
+
+_FLAG_OR_PATH = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[RUN]",
+    instance_from_str=_flag_or_path,
+    is_instance=lambda value: isinstance(value, (bool, Path)),
+    str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneOutputOptions(OutputOptions):
+    """Run folder."""
+
+    resume: Annotated[bool | Path, _FLAG_OR_PATH, tyro.conf.arg(help_behavior_hint="")] = False
+    """Resume a run after its last complete epoch, bit-exactly. With RUN: the run in this folder, with its settings.
+    Without RUN: the run in --out, with the settings given here; if there is none, start it."""
+    blend: float | Literal["auto"] | None = None
+    """Also blend the tuned model with the zero-shot one, with this weight or auto, into OUT-blend; see blend --help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions:
+    """Settings from a file."""
+
+    config: Path | None = None
+    """YAML file with settings, such as the config.yaml of a run or the output of --print-config. Options that are given
+    here replace those of the file."""
+    print_config: bool = False
+    """Print all settings as YAML, with the defaults of the method, and exit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneCommand(Options):
+    """Tune a CLIP model on a dataset, and test it, also on new classes or other datasets."""
+
+    processes: ProcessOptions = ProcessOptions()
+    output: TuneOutputOptions = TuneOutputOptions()
+    file: FileOptions = FileOptions()
+
+    def execute(self, out: Terminal, err: Terminal) -> int:
+        """Tune, and print accuracy and cost. Returns 0."""
+        from rich.table import Table
+
+        from skipkernels.app.train import tune
+        from skipkernels.app.train.processes import joined
+        from skipkernels.app.train.run_folder import blended_folder, resumed
+
+        if self.file.print_config:
+            out.print(as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
+            return 0
+        with joined(self.processes.timeout) as processes:
+            config = resumed(tune_config(self))
+            processes.set_device(config.device)
+            if self.output.blend is not None:
+                _check_blend(config, processes.size)
+            with processes.one_first("command line"):
+                config = config.resolved()
+            metrics = tune(config, console=err)
+        if not processes.first:
+            return 0
+        table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")
+        for column in ("zero-shot", "tuned", "change"):
+            table.add_column(column, justify="right")
+        accuracies = {key: (before, metrics["tuned"][key]) for key, before in metrics["zero_shot"].items()}
+        if config.test == "none":
+            held = metrics["validation"] or {"zero_shot": None, "tuned": None}
+            accuracies = {"validation": (held["zero_shot"], held["tuned"])}
+        for key, (before, after) in accuracies.items():
+            change = None if before is None or after is None else after - before
+            table.add_row(key, number(before, ".2f"), number(after, ".2f"), number(change, "+.2f"))
+        out.print(table)
+        cost, weights, classes = metrics["cost"], metrics["checkpoint"], next(iter(metrics["classes"].values()))
+        costs = Table(show_header=False)
+        if metrics["steps"]:
+            pace = f"{cost['seconds_per_epoch']:.2f} s, {cost['milliseconds_per_step']:.1f} ms per step"
+            costs.add_row("time per epoch", pace)
+            costs.add_row("kept classes", f"{metrics['kept_classes']:.1f} of {classes} per step")
+        if metrics["best_epoch"] is not None:
+            validation = metrics["validation"]
+            chosen = f"{metrics['best_epoch']} of {metrics['epochs']}, {number(validation['tuned'], '.2f')} % of "
+            costs.add_row("epoch kept", f"{chosen}{validation['images']} validation images")
+        costs.add_row("time of the run", f"{cost['seconds_total']:.1f} s on {cost['device']} in {config.precision}")
+        baseline = f"{cost['baseline_memory_mib']:.0f} before the model"
+        costs.add_row("peak memory", f"{cost['peak_memory_mib']:.0f} MiB, of which {baseline}")
+        part = f" of {weights['mib_of_all']}" if config.delta else ""
+        costs.add_row("weights", f"{weights['file']}, {weights['mib']}{part} MiB")
+        costs.add_row("results", str(config.out))
+        out.print(costs)
+        names = [
+            "report.html",
+            "README.md",
+            "metrics.json",
+            "metrics.jsonl",
+            weights["file"],
+            "state.pt",
+            "config.yaml",
+        ]
+        names += ["classifier.json", "open_clip_config.json"]
+        files = [name for name in names if config.out is not None and (config.out / name).exists()]
+        out.print("  " + "  ".join(files), soft_wrap=True)
+        if self.output.blend is not None and config.out is not None:
+            from skipkernels.app.serve.blending import blend, record
+
+            again = config.overwrite or bool(config.resume)
+            blended = blend(config.out, self.output.blend, overwrite=again, trust=True)  # this command's own run
+            record(config.out, blended)
+            show_blend(blended, blended_folder(config.out), out)
+        return 0
+
+
+def _check_blend(config: TuneConfig, processes: int) -> None:
+    from skipkernels.app.data import InputError
+    from skipkernels.app.serve.blending import check_method
+
+    check_method(config)
+    if processes > 1:
+        raise InputError("tune: blend needs one process; use `skipkernels blend RUN` afterwards.", "blend")
+
+
+def number(value: float | None, spec: str) -> str:
+    """Format a number that may be missing."""
+    return "–" if value is None else f"{value:{spec}}"

@@ -1,0 +1,406 @@
+"""Configuration of a run. The command line and config.yaml are generated from its option groups. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import reprlib
+import types
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from ..formatting import first_line
+from ..options import Precision, Protocol
+from .data.base import InputError
+from .data.registry import OWN
+from .methods.registry import METHODS
+from .option_groups import (
+    CacheOptions,
+    ComputeOptions,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    ProcessOptions,
+    ProtocolOptions,
+    RunOptions,
+    SkipOptions,
+    TrainingOptions,
+)
+from .train.sources import check_source
+
+if TYPE_CHECKING:
+    from .data import Source
+    from .methods import Method, Recipe
+
+_GLYPH_CLASSES = 100  # default of `classes` on glyphs
+# The published recipe of these methods trains a quarter of the epochs on these datasets.
+_SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
+
+NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
+_SOURCES = ("model", "pretrained", "data", "targets")
+_PATHS, _TUPLES = ("root", "cache", "out", "resume"), ("template", "targets", "log")  # fields with these types
+
+_MAX_BYTES = 2**20  # size of a config.yaml
+_MAX_BITS = 63  # bits of an integer in a config.yaml
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
+
+
+@dataclass(frozen=True)
+class TuneConfig(
+    OutputOptions,
+    ProcessOptions,
+    RunOptions,
+    CacheOptions,
+    ComputeOptions,
+    TrainingOptions,
+    SkipOptions,
+    MethodOptions,
+    ModelOptions,
+    ProtocolOptions,
+    DataOptions,
+):
+    """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`."""
+
+    dataset_key: str | None = None
+    """Digest of a dataset that was passed to `tune`, which sets it."""
+
+    @classmethod
+    def of(cls, config: TuneConfig | None = None, **settings: Any) -> TuneConfig:
+        """Return a configuration with some settings replaced; paths may be text, and tuples lists.
+
+        Raises:
+            InputError: If there is no such setting, or its type is wrong.
+
+        Example:
+            >>> TuneConfig.of(data="imagefolder:photos", epochs=3, out="runs/photos").out
+            PosixPath('runs/photos')
+        """
+        hints = get_type_hints(cls)
+        for name, value in settings.items():
+            if name not in hints:
+                raise _unknown_setting("TuneConfig", name, hints)
+            plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            if not _has_type(plain, hints[name]):
+                raise InputError(f"TuneConfig: {name} must be {hints[name]}; got {_shown(value)}.", name)
+            settings[name] = _converted(plain, hints[name])
+        return dataclasses.replace(config or cls(), **settings)
+
+    def __post_init__(self) -> None:
+        """Accept a string as a path, and a list as a tuple."""
+        for name in _PATHS:
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+        for name in _TUPLES:
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
+    def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
+        """Return the configuration with all defaults filled in.
+
+        Args:
+            open_data: Opens the dataset; some recipes depend on its number of classes. Default: `self.open_data`.
+
+        Raises:
+            InputError: If a value is out of range, or two values exclude each other.
+        """
+        import torch
+
+        self.method_class()
+        device = usable_device(self.device, "TuneConfig")
+        half: Precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        validation = "none" if self.validation == "auto" and not self.own_data else self.validation
+        config = dataclasses.replace(
+            self,
+            device=device,
+            validation=validation,
+            precision=half if self.precision == "auto" else self.precision,
+            out=self.out or Path("runs", re.sub(r"[^\w.+-]", "-", f"{self.data}-{self.method}")),
+            **{name: value for name, value in self._defaults(open_data).items() if getattr(self, name) is None},
+        )
+        config._check()
+        return config
+
+    def open_data(self) -> Source:
+        """Open the dataset."""
+        from .data import open_source
+
+        return open_source(self.data, self.root, self.template, download=self.download)
+
+    def _defaults(self, open_data: Callable[[], Source] | None) -> dict[str, Any]:
+        """Values for the fields with the default None."""
+        reference = self.preset == "reference"
+        recipe = dataclasses.asdict(self._recipe(open_data))
+        if self.method in _SCHEDULED and self.data.rpartition(":")[2] in _LARGE:
+            recipe["epochs"] //= 4
+        if reference and self.method == "skip" and self._shots < 4:
+            recipe["sampler"] = "random"
+        recipe["classes"] = _GLYPH_CLASSES if self.data.partition(":")[0] == "glyphs" else None
+        recipe["protocol"] = self.chosen_protocol
+        if "tail" in inspect.signature(self.method_class()).parameters:
+            recipe["tail"] = "fixed" if reference else "resample"
+        return recipe
+
+    @property
+    def chosen_protocol(self) -> Protocol:
+        """Protocol. Default: few-shot for the user's own data, base-to-new for other data."""
+        return self.protocol or ("few-shot" if self.own_data else "base-to-new")
+
+    @property
+    def own_data(self) -> bool:
+        """True if the dataset is the user's own, not a published one or glyphs."""
+        return self.data.partition(":")[0] in OWN
+
+    @property
+    def shots_text(self) -> str:
+        """Number of training images per class, for titles: "16 shots"."""
+        return "all images" if self.shots == "all" else f"{self.shots} shot{'' if self.shots == 1 else 's'}"
+
+    @property
+    def _shots(self) -> int:
+        """Number of shots, for recipes that depend on it."""
+        return TuneConfig.shots if self.shots == "all" else self.shots  # type: ignore[return-value]
+
+    def _recipe(self, open_data: Callable[[], Source] | None) -> Recipe:
+        model = "" if self.preset == "reference" else self.model  # "": the published recipe
+        recipe = partial(self.method_class().recipe, model, self.chosen_protocol, self._shots, data=self.data)
+        if self.epochs is not None or recipe(classes=2) == recipe(classes=2000):
+            return recipe()
+        available = len((open_data or self.open_data)().classes)
+        classes = min(available, self.classes or available)
+        return recipe(classes=math.ceil(classes / 2) if self.chosen_protocol == "base-to-new" else classes)
+
+    def method_class(self) -> type[Method]:
+        """Return the class of the method.
+
+        Raises:
+            InputError: If no such method is registered.
+        """
+        if self.method not in METHODS:
+            choices = f"{', '.join(METHODS)}; got {self.method!r}."
+            raise InputError(f"TuneConfig: method must be one of {choices}", "method")
+        return METHODS[self.method]
+
+    def with_method(self, method: str) -> TuneConfig:
+        """Return the configuration for another method, with the default for settings that it does not use."""
+        config = dataclasses.replace(self, method=method)
+        return dataclasses.replace(config, **{name: getattr(TuneConfig, name) for name in config._unused()})
+
+    def _unused(self) -> list[str]:
+        """Names of settings that differ from their default and that the method does not use."""
+        method = self.method_class()
+        published = method.recipe(self.model, self.chosen_protocol, self._shots)
+        arguments, recipe = inspect.signature(method).parameters, dataclasses.asdict(published)
+        training = {*recipe, "clip_grad_norm", "fused_optimizer", "patience"}
+
+        def used(field: dataclasses.Field) -> bool:
+            name, methods = field.name, field.metadata.get("methods", "all")
+            if methods == "constructor" and name not in arguments:
+                return False
+            if published.epochs == 0:
+                return name not in training or (name in recipe and getattr(self, name) == recipe[name])
+            return methods != "rates" or recipe[name] is not None
+
+        fields = dataclasses.fields(TuneConfig)
+        return [f.name for f in fields if not used(f) and getattr(self, f.name) != getattr(TuneConfig, f.name)]
+
+    def _check(self) -> None:
+        for name in self._unused():
+            _refuse(name, f'{name}={getattr(self, name)} has no effect with method="{self.method}"; leave it out.')
+        for field in dataclasses.fields(TuneConfig):
+            name, bounds, value = field.name, field.metadata, getattr(self, field.name)
+            if value is None or not bounds:
+                continue
+            if bounds["minimum"] is not None and not value >= bounds["minimum"]:
+                _refuse(name, f"{name} must be at least {bounds['minimum']}; got {value}.")
+            if bounds["above"] is not None and not value > bounds["above"]:
+                _refuse(name, f"{name} must be above {bounds['above']}; got {value}.")
+            if bounds["below"] is not None and not value < bounds["below"]:
+                _refuse(name, f"{name} must be below {bounds['below']}; got {value}.")
+        assert self.epochs is not None
+        if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
+            _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
+        if self.cache is None and self.augments:
+            name = "views" if self.views > 1 else "refresh"
+            _refuse(name, f"{name}={getattr(self, name)} keeps random crops on disk; add `cache=…`.")
+        if not isinstance(self.validation, str) and not 0 < self.validation < 1:
+            _refuse("validation", f"validation must be a share between 0 and 1; got {self.validation}.")
+        if self.patience is not None and self.validation == "none":
+            _refuse("patience", "patience needs validation images; add `validation=0.2`.")
+        if self.resume and self.overwrite:
+            _refuse("resume", "resume continues a run and `overwrite` replaces it; pass only one.")
+        self._check_optimizer()
+        if self.log is not None:
+            from .train import loggers
+
+            loggers.chosen(self.log)
+
+    def _check_optimizer(self) -> None:
+        if self.epochs == 0 or self.optimizer is None:
+            return
+        from .train import optimizers
+
+        optimizers.find(self.optimizer)
+        fused = self.optimizer == optimizers.FUSED
+        if self.precision == "bf16-sr" and not fused:
+            _refuse("precision", f'precision="bf16-sr" needs optimizer="sgd"; got {self.optimizer}. Use bf16 with it.')
+        if self.fused_optimizer:
+            conflicts = {
+                f'optimizer="{self.optimizer}" does not; use sgd': not fused,
+                "`clip_grad_norm` needs all gradients; leave one of them out": self.clip_grad_norm is not None,
+                'precision="fp16" needs gradients to scale; use bf16': self.precision == "fp16",
+            }
+            for reason, conflict in conflicts.items():
+                if conflict:
+                    _refuse("fused_optimizer", f"fused_optimizer updates weights inside backward, and {reason}.")
+
+    @property
+    def augments(self) -> bool:
+        """True if training images are random crops."""
+        return self.views > 1 or self.refresh == "epoch"
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that change the results, as plain values; a run can only be resumed with equal ones."""
+        results = {field.name for field in dataclasses.fields(TuneConfig) if field.metadata.get("results", True)}
+        values = {name: value for name, value in _plain(self).items() if name in results}
+        return values | {"cache_dtype": None if self.cache is None else self.cache_dtype}
+
+    def differs_from(self, other: TuneConfig) -> list[str]:
+        """Names of the settings by which the results of two resolved configurations differ."""
+        own, others = self.identity(), other.identity()
+        return [name for name in own if own[name] != others[name]]
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML, for `from_yaml`."""
+        import yaml
+
+        return yaml.safe_dump(_plain(self), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: Path, *, trust: bool = False, given: Collection[str] = ()) -> TuneConfig:
+        """Read a configuration that `to_yaml` wrote.
+
+        Args:
+            path: The file.
+            trust: Accept all sources that the file names, because the user trusts it or because nothing is loaded.
+            given: Settings that the caller replaces; their sources are accepted.
+
+        Raises:
+            InputError: If the file is missing, is not a YAML mapping, or has an unknown field, a wrong type, or a
+                source that `check_source` refuses.
+        """
+        import yaml
+
+        try:
+            values = read_settings(path)
+        except FileNotFoundError:
+            hint = "; a run folder has one" if path.name == "config.yaml" else ""
+            raise InputError(f"{path}: no such file{hint}.") from None
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror}).") from None
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise InputError(f"{path}: not readable as YAML ({first_line(error)}).") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in NOT_IN_FILES}
+        for name, value in values.items():
+            if name not in hints:
+                raise _unknown_setting(path, name, hints)
+            if not _has_type(value, hints[name]):
+                raise InputError(f"{path}: {name} must be {hints[name]}; got {_shown(value)}.")
+            if name in _SOURCES and name not in given:
+                for source in value if isinstance(value, list) else [value or ""]:
+                    check_source(path, name, source, trust)
+        return cls(**{name: _converted(value, hints[name]) for name, value in values.items()})
+
+
+def usable_device(device: str, function: str) -> str:
+    """Return the name of a device; "auto" is "cuda" if there is a GPU, else "cpu".
+
+    Raises:
+        InputError: If no tensor can be on it.
+    """
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{function}: device {chosen!r} can't be used: {first_line(error)}", "device") from None
+    return chosen
+
+
+def _unknown_setting(where: object, name: Any, names: Iterable[str]) -> InputError:
+    """Return the error for a setting that does not exist, with the name that is most like it."""
+    close = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
+    return InputError(f"{where}: unknown setting {_shown(name)}{f'; did you mean {close[0]}?' if close else '.'}")
+
+
+def _refuse(argument: str, message: str) -> NoReturn:
+    raise InputError(f"TuneConfig: {message}", argument)
+
+
+def read_settings(path: Path) -> Any:
+    """Read an untrusted config.yaml, with bounded memory.
+
+    Raises:
+        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is not YAML.
+    """
+    import yaml
+
+    from ..store import read_regular
+
+    class Loader(yaml.SafeLoader):
+        """Loader without aliases, which let a few lines expand to more than fits into memory."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases are not supported")
+            return super().compose_node(parent, index)
+
+    return yaml.load(read_regular(path, _MAX_BYTES), Loader)
+
+
+def _shown(value: Any) -> str:
+    """Format a value for a message, in at most about 100 characters."""
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return f"a number of {value.bit_length()} bits"
+    return _short.repr(value)
+
+
+def _plain(config: TuneConfig) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_FILES}
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return True if a value of YAML is valid for a type hint."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_has_type(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)
+    if hint is Path:
+        return isinstance(value, str)
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return False
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Convert a value of YAML to the type of its field."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in get_args(hint) else value

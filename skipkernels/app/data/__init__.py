@@ -1,0 +1,51 @@
+"""Datasets and protocols: the images and classes of a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .base import InputError, LabelledDataset, SizedDataset
+    from .images import DatasetImages, Images, LabelledImages
+    from .registry import open_source, register_source
+    from .shots import few_shot, few_shot_note, load_few_shot, save_few_shot
+    from .source import Protocol, Source, Split, from_datasets
+    from .tasks import Task, TestSet, load_task, split_base_new, summarise
+
+__all__ = [
+    "DatasetImages",
+    "Images",
+    "InputError",
+    "LabelledDataset",
+    "LabelledImages",
+    "Protocol",
+    "SizedDataset",
+    "Source",
+    "Split",
+    "Task",
+    "TestSet",
+    "few_shot",
+    "few_shot_note",
+    "from_datasets",
+    "load_few_shot",
+    "load_task",
+    "open_source",
+    "register_source",
+    "save_few_shot",
+    "split_base_new",
+    "summarise",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "base": ("InputError", "LabelledDataset", "SizedDataset"),
+        "images": ("DatasetImages", "Images", "LabelledImages"),
+        "registry": ("open_source", "register_source"),
+        "shots": ("few_shot", "few_shot_note", "load_few_shot", "save_few_shot"),
+        "source": ("Protocol", "Source", "Split", "from_datasets"),
+        "tasks": ("Task", "TestSet", "load_task", "split_base_new", "summarise"),
+    },
+)

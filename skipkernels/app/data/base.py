@@ -1,0 +1,59 @@
+"""Dataset types, and the error for unusable input."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+def escape_unprintable(text: str) -> str:
+    r"""Escape characters that can't be printed, such as line breaks in the name of a file.
+
+    >>> escape_unprintable("cat\n.png")
+    'cat\\n.png'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class InputError(ValueError):
+    """Input that can't be used; the message is one line with the reason and the remedy.
+
+    Args:
+        message: "function: argument must be …; got …. Remedy." or "function: what is wrong. Remedy." Other arguments
+            in it are in backquotes: "Fetch it with `download=True`."
+        argument: Name of the invalid Python argument, which the command line translates into its flag.
+
+    Attributes:
+        argument: As above; None if the error is not about an argument but, for instance, about a file.
+
+    Example:
+        >>> raise InputError("few_shot: shots must be at least 1; got 0.", "shots")
+        Traceback (most recent call last):
+        skipkernels.app.data.base.InputError: few_shot: shots must be at least 1; got 0.
+    """
+
+    def __init__(self, message: str, argument: str | None = None):
+        # A DataLoader re-raises a worker's error with the lines of its traceback in the message.
+        from_worker = message.startswith("Caught InputError in DataLoader")
+        super().__init__(message if from_worker else escape_unprintable(message))
+        self.argument = argument
+
+
+def open_error(message: str, argument: str = "data") -> InputError:
+    """Return an error of `open_source`."""
+    return InputError(f"open_source: {message}", argument)
+
+
+class SizedDataset(Protocol):
+    """A map-style dataset of (image, label) with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+
+
+class LabelledDataset(SizedDataset, Protocol):
+    """A map-style dataset of (image, label) with a length and all labels."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Label of every item."""

@@ -1,0 +1,193 @@
+"""Check of the images of a dataset: unreadable files, sizes, classes with few images, and duplicates."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...store import digest_bytes
+from .base import InputError
+from .files import format_names
+from .images import Images, LabelledImages, Transform
+from .source import Source, Split
+from .tasks import Task
+
+_CHUNK = 256  # images that are read by one pool of threads
+_BANDS, _BAND_BITS = 4, 16
+_ALIKE = _BANDS - 1  # different bits of two similar images: one of the bands is then equal
+_FLAT = 4  # bits of a hash; images with fewer have no structure to compare
+_PAIRS = 1 << 20  # compared at once
+
+
+class Fact(NamedTuple):
+    """Result for one image: `reason` if it is unreadable, else its size in pixels, digest of its pixels, and hash."""
+
+    split: Split
+    name: str
+    label: str
+    reason: str | None
+    size: tuple[int, int] = (0, 0)
+    digest: str = ""
+    hash: int = 0
+
+
+class Finding(NamedTuple):
+    """An unreadable image, with the reason, or an image that is equal or similar to another one."""
+
+    kind: str
+    split: Split
+    label: str
+    name: str
+    detail: str
+
+
+def read_all(images: Images, use: Transform) -> Iterator[Any]:
+    """Read images in order, in threads if they are files; yield the results of `use`, or the error of an image."""
+    images = images.with_transform(use)
+
+    def read(index: int) -> Any:
+        try:
+            return images[index][0]
+        except Exception as error:  # of any dataset
+            return error
+
+    workers = min(8, os.cpu_count() or 1) if isinstance(images, LabelledImages) else 1
+    for start in range(0, len(images), _CHUNK):
+        with ThreadPoolExecutor(workers) as pool:
+            found = list(pool.map(read, range(start, min(start + _CHUNK, len(images)))))
+        yield from found
+
+
+def unreadable(images: Any) -> dict[int, str]:
+    """Return the reason by index for each image that can't be read; nothing for images that are drawn."""
+    if not isinstance(images, Images):
+        return {}
+    results = enumerate(read_all(images, lambda image: None))
+    return {index: _reason(result, images.names[index]) for index, result in results if isinstance(result, Exception)}
+
+
+def _reason(error: Exception, name: str) -> str:
+    return str(error) if isinstance(error, InputError) else f"{name}: {error!r}"
+
+
+def unreadable_images(task: Task) -> dict[str, str]:
+    """Return the reason by name for each image of a task that can't be read."""
+    held = () if task.validation is None else (task.validation,)
+    parts: Any = (task.train, *(part.images for part in (*task.tests, *held)))
+    return {part.names[index]: reason for part in parts for index, reason in unreadable(part).items()}
+
+
+def without_unreadable(task: Task) -> Task:
+    """Return a task without the images that can't be read, which a note names.
+
+    Raises:
+        InputError: If no training image of a class, or no image of a test, can be read.
+    """
+    skipped: dict[str, None] = {}
+
+    def readable(images: Any, classes: Sequence[str], what: str) -> Any:
+        wrong = unreadable(images)
+        if not wrong:
+            return images
+        skipped.update((images.names[index], None) for index in wrong)
+        part = images.subset(index for index in range(len(images)) if index not in wrong)
+        lost = set(images.labels) - set(part.labels) if what == "training" or not len(part) else set()
+        if lost:
+            names = format_names([classes[label] for label in sorted(lost)])
+            raise InputError(f"{task.name}: no {what} image of {names} can be read. Replace them.", "data")
+        return part
+
+    train = readable(task.train, task.tests[0].classes, "training")
+    tests = tuple(replace(test, images=readable(test.images, test.classes, "test")) for test in task.tests)
+    held = task.validation
+    if held is not None:
+        held = replace(held, images=readable(held.images, held.classes, "validation"))
+    note = f"{task.name}: skipped {len(skipped)} images that can't be read: {format_names(list(skipped))}."
+    notes = (*task.notes, note) if skipped else task.notes
+    return replace(task, train=train, tests=tests, validation=held, notes=notes)
+
+
+def facts(source: Source, advance: Callable[[], object] = lambda: None) -> list[Fact]:
+    """Read all images of a dataset; `advance` is called after each."""
+    found = []
+    for split in get_args(Split):
+        images = source.images(split) if source.has_split(split) else None
+        if not isinstance(images, Images):
+            continue
+        for name, label, result in zip(images.names, images.labels, read_all(images, _examined), strict=True):
+            about = split, name, source.classes[label]
+            error = isinstance(result, Exception)
+            found.append(Fact(*about, _reason(result, name)) if error else Fact(*about, None, *result))
+            advance()
+    return found
+
+
+def _examined(image: Image.Image) -> tuple[tuple[int, int], str, int]:
+    """Size, digest of the pixels, and dHash: the signs of the differences between neighbours in 9 × 8 grey pixels."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX))
+    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
+    return image.size, digest_bytes(image.tobytes() + repr(image.size).encode()), int.from_bytes(bits.tobytes(), "big")
+
+
+def findings(images: Sequence[Fact]) -> list[Finding]:
+    """Return the unreadable images, equal images, and similar ones in different classes or splits."""
+    found = [Finding("unreadable", *_place(one), one.reason) for one in images if one.reason is not None]
+    first: dict[str, Fact] = {}
+    readable = [one for one in images if one.reason is None]
+    for one in readable:
+        other = first.setdefault(one.digest, one)
+        if other is not one:
+            where = _difference(one, other)
+            found.append(Finding(f"duplicate{f' in {where}' if where else ''}", *_place(one), _described(other)))
+    distinct = list(first.values())
+    for i, j in similar_pairs(np.array([one.hash for one in distinct], np.uint64)):
+        if where := _difference(distinct[i], distinct[j]):
+            found.append(Finding(f"similar in {where}", *_place(distinct[j]), _described(distinct[i])))
+    return found
+
+
+def _place(one: Fact) -> tuple[Split, str, str]:
+    return one.split, one.label, one.name
+
+
+def _described(one: Fact) -> str:
+    return f"{one.name} ({one.split}, {one.label})"
+
+
+def _difference(one: Fact, other: Fact) -> str:
+    different = {"another class": one.label != other.label, "another split": one.split != other.split}
+    return " and ".join(name for name, differs in different.items() if differs)
+
+
+def similar_pairs(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Return the pairs of hashes that differ in at most three bits, as ascending indices; flat images have none.
+
+    >>> similar_pairs(np.array([0b11110, 0b11111, 0b1111 << 60], np.uint64))
+    [(0, 1)]
+    """
+
+    def bits(values: NDArray[np.uint64]) -> Any:
+        return np.unpackbits(values[..., None].view(np.uint8), axis=-1).sum(-1)
+
+    pairs: set[tuple[int, int]] = set()
+    usable = np.flatnonzero((bits(hashes) >= _FLAT) & (bits(~hashes) >= _FLAT))
+    for band in range(_BANDS):
+        groups = defaultdict(list)
+        for index, key in zip(
+            usable, (hashes[usable] >> np.uint64(_BAND_BITS * band)) & np.uint64(0xFFFF), strict=True
+        ):
+            groups[int(key)].append(index)
+        for group in map(np.array, groups.values()):
+            step = max(1, _PAIRS // len(group))
+            for start in range(0, len(group) if len(group) > 1 else 0, step):
+                close = bits(hashes[group[start : start + step, None]] ^ hashes[group]) <= _ALIKE
+                pairs |= {(int(group[start + i]), int(group[j])) for i, j in np.argwhere(close) if start + i < j}
+    return sorted(pairs)

@@ -1,0 +1,226 @@
+"""List folders, in an order that does not depend on the file system, and read text files; errors are one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ...store import MANIFEST, open_regular
+from .base import InputError
+
+# Those of torchvision, and of later formats. Files with another extension are images by their first bytes.
+IMAGE_EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS += (".gif", ".avif", ".heic", ".heif")
+HEAD = 64  # bytes that `image_format` reads
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF")
+# Folders that skipkernels writes: (contents, a file that each contains): other files; each contains at least one.
+_OUTPUT_FOLDERS = {
+    ("results", "config.yaml"): {"metrics.json", "metrics.jsonl", "state.pt", "model.safetensors", "delta.safetensors"},
+    ("features", MANIFEST): {"00000.safetensors"},
+}
+_MAX_NAMES = 5  # in a message
+
+
+def format_names(names: Sequence[str]) -> str:
+    """Join names for a message; after the fifth, count them.
+
+    >>> format_names(list("abcdefg"))
+    'a, b, c, d, e and 2 more'
+    """
+    rest = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def absolute_path(path: str | Path) -> Path:
+    """Return an absolute path, with "~" expanded; "~USER" of an unknown user is kept."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
+def _not_listed(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder that are not hidden, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    except OSError as error:
+        raise _not_listed(folder, error) from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; reads the disk only for a link."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def subfolders(folder: Path) -> list[str]:
+    """List the names of the folders in a folder, sorted, without hidden ones; links are followed.
+
+    Raises:
+        InputError: If the folder can't be listed.
+    """
+    return [entry.name for entry in _entries(folder) if _is_folder(entry)]
+
+
+def has_image_extension(name: str) -> bool:
+    """Return True if the extension of a file name is that of an image."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def image_format(head: bytes) -> str | None:
+    """Return Pillow's name of an image format by the first bytes of a file.
+
+    BMP, PPM and TIFF are not recognised: a text may begin with the same letters, and raw photos are TIFFs.
+
+    >>> image_format(b"GIF89a..."), image_format(b"BM")
+    ('GIF', None)
+    """
+    if head[4:8] == b"ftyp":
+        listed = head[16 : int.from_bytes(head[:4], "big")]  # compatible brands
+        brands = [head[8:12], *(listed[start : start + 4] for start in range(0, len(listed), 4))]
+        return min((_BRANDS[brand] for brand in brands if brand in _BRANDS), default=None)  # AVIFs are also mif1
+    if head[:4] == b"RIFF":
+        return "WEBP" if head[8:12] == b"WEBP" else None
+    starts = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF"}
+    return next((name for start, name in starts.items() if head.startswith(start)), None)
+
+
+def is_image(path: str | Path) -> bool:
+    """Return True if a file has the extension, or else the first bytes, of an image."""
+    if has_image_extension(os.path.basename(path)):
+        return True
+    try:
+        with open_regular(path) as file:
+            return image_format(file.read(HEAD)) is not None
+    except OSError:
+        return False
+
+
+def format_others(others: Counter[str]) -> str:
+    """Format the number of other files of `find_images` for a message."""
+    counts = [f"{extension} {count}" for extension, count in sorted(others.items())]
+    return f"skipped files that are not images: {format_names(counts)}"
+
+
+def find_images(root: Path, folder: str, *, dataset: bool = True) -> tuple[list[str], Counter[str]]:
+    """Find the image files in a folder and its subfolders, and count the other files by extension.
+
+    Hidden files and folders are skipped. Links are followed. A folder with several paths is visited once, by the path
+    without links if there is one. Parents of `folder` are not visited.
+
+    Args:
+        root: Folder that paths are relative to.
+        folder: Folder to search, relative to the root.
+        dataset: Raise the errors of a dataset, below. Otherwise such files are returned, or searched.
+
+    Returns:
+        Paths with "/", sorted; and the number of other files by extension.
+
+    Raises:
+        InputError: If a folder can't be listed; in a dataset, if a link is broken, an image is not a regular file, or
+            a folder holds results or features of skipkernels.
+    """
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    visited = {_folder_id(parent) for parent in (root / folder).resolve().parents}
+    folders, links = deque([folder]), deque[str]()
+    while folders or links:
+        here = (folders or links).popleft()  # links last: a path without links has precedence
+        folder_id = _folder_id(root / here)
+        if folder_id in visited:
+            continue
+        visited.add(folder_id)
+        entries = _entries(root / here)
+        names = {entry.name for entry in entries}
+        for (contents, always), others_of_output in _OUTPUT_FOLDERS.items():
+            if dataset and always in names and names & others_of_output:
+                raise InputError(f"{root / here}: a folder of {contents}, not of images. Move it out of the dataset.")
+        for entry in entries:
+            inner = f"{here}/{entry.name}"
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(inner)
+            elif dataset and entry.is_symlink() and not os.path.exists(entry.path):
+                raise InputError(f"{entry.path}: a broken link to {os.readlink(entry.path)}. Remove it.")
+            elif not is_image(entry.path):
+                others[PurePosixPath(entry.name).suffix.lower() or "no extension"] += 1
+            elif not dataset or entry.is_file():
+                images.append(inner)
+            else:
+                raise InputError(f"{entry.path}: not a regular file, so it can't be an image. Remove it.")
+    return sorted(images), others
+
+
+def _folder_id(folder: Path) -> tuple[int, int]:
+    """Device and inode of a folder, equal for all paths to it."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _not_listed(folder, error) from error
+    return status.st_dev, status.st_ino
+
+
+def check_inside(path: str, location: str) -> None:
+    """Raise an InputError if a path leads out of its folder; `location` is the file and the entry that it is from."""
+    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or ".." in path.replace("\\", "/").split("/"):
+        raise InputError(f"{location}: {path!r} leads out of the folder of the dataset. Paths must stay in it.")
+
+
+def missing_files(root: Path, paths: list[str]) -> list[str]:
+    """Return the paths below a root that do not exist.
+
+    Each folder is listed once: over a network this is faster than checking every file.
+    """
+    listed: dict[str, frozenset[str]] = {}
+    missing = []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if folder not in listed:
+            try:
+                listed[folder] = frozenset(os.listdir(root / folder))
+            except (OSError, ValueError):  # ValueError: a null character in the path
+                listed[folder] = frozenset()
+        if name not in listed[folder]:
+            missing.append(path)
+    return missing
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        InputError: If it can't be read.
+    """
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}). Is it a file that you may read?") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text in UTF-8 (byte {error.start}). Save it as UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: If it can't be read, is not JSON, or has a duplicate key.
+    """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        duplicates = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if duplicates:
+            raise ValueError(f"duplicate key {duplicates[0]!r}")
+        return dict(pairs)
+
+    text = read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not usable as JSON ({error}). Correct the file, or get it again.") from error

@@ -1,0 +1,142 @@
+"""Registry of data sources: each kind of dataset has a function that opens it by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .base import open_error
+from .templates import Templates
+
+if TYPE_CHECKING:
+    from .source import Source
+
+Opener = Callable[[str, "str | Path | None", Templates, bool], "Source"]
+
+
+class Kind(NamedTuple):
+    """Kind of dataset: its opener, the form of its names, a description, and options of an example."""
+
+    open: Opener
+    usage: str
+    about: str = ""
+    example: str = ""
+
+
+def _later(module: str, function: str, *arguments: str) -> Opener:
+    """Opener that imports a function on demand, and passes on the name and some of the other arguments.
+
+    No other source needs torchvision, and registering a source needs none of the modules.
+    """
+
+    def open_now(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
+        given = {"root": root, "templates": templates, "download": download}
+        opener = getattr(importlib.import_module(module, __package__), function)
+        return opener(name, **{argument: given[argument] for argument in arguments})
+
+    return open_now
+
+
+OWN = ("imagefolder", "csv", "wds", "hf", "dataset")
+"""Kinds of the user's own data: all classes are trained, and the best epoch is chosen on validation images."""
+
+_KINDS = {
+    "imagefolder": Kind(
+        _later(".image_folder", "open_image_folder", "templates"),
+        "imagefolder:PATH",
+        "A folder for each class, or folders train/, val/ and test/ that have them.",
+        "--data imagefolder:photos",
+    ),
+    "csv": Kind(
+        _later(".csv_files", "open_csv", "root", "templates"),
+        "csv:PATH",
+        "A table with the columns path and label (or caption), and split if there is one.",
+        "--data csv:photos/table.csv",
+    ),
+    "wds": Kind(
+        _later(".tar_shards", "open_shards", "templates"),
+        "wds:SHARDS such as wds:shards/{000..012}.tar",
+        "Tar files of webdataset: images with .cls, .json or .txt.",
+        "--data 'wds:shards/{000..012}.tar'",
+    ),
+    "hf": Kind(
+        _later(".hugging_face_sets", "open_hugging_face", "templates"),
+        "hf:PATH or hf:NAME such as hf:food101",
+        "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
+        "--data hf:food101",
+    ),
+    "glyphs": Kind(
+        _later("..demo.glyphs", "open_glyphs", "templates"),
+        "glyphs, glyphs:BLOCK such as glyphs:greek",
+        "Characters of Unicode in the fonts of matplotlib, with nothing to download.",
+        "--data glyphs:greek",
+    ),
+    "coop": Kind(
+        _later(".coop", "open_coop", "root", "templates"),
+        "coop:NAME such as coop:dtd (with `root`)",
+        "The benchmarks of CoOp, in its layout: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, "
+        "food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r.",
+        "--data coop:dtd --root datasets",
+    ),
+    "torchvision": Kind(
+        _later(".torchvision_sets", "open_torchvision", "root", "templates", "download"),
+        "torchvision:NAME such as torchvision:food101 (with `root`)",
+        "Datasets that torchvision can download: cifar10, cifar100, dtd, eurosat, fashionmnist, fgvcaircraft, "
+        "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",
+        "--data torchvision:food101 --root datasets --download",
+    ),
+}
+
+
+def source_kinds() -> dict[str, Kind]:
+    """Return the registered kinds of datasets."""
+    return dict(_KINDS)
+
+
+def register_source(kind: str, opener: Opener, usage: str, about: str = "", example: str = "") -> None:
+    """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
+
+    Args:
+        kind: Part of the name before the colon.
+        opener: Function of (NAME, root, templates, download); see `open_source`. NAME is empty for "KIND".
+        usage: Form of the names, for error messages.
+        about: Description, for `skipkernels datasets`.
+        example: Options of an example, for `skipkernels datasets`.
+    """
+    _KINDS[kind] = Kind(opener, usage, about, example)
+
+
+def open_source(
+    data: str, root: str | Path | None = None, templates: Templates = None, *, download: bool = False
+) -> Source:
+    """Open a dataset by name.
+
+    Args:
+        data: "imagefolder:PATH" (see `image_folder`); "csv:PATH", a table (see `csv_files`); "wds:SHARDS", tar files of
+            webdataset (see `tar_shards`); "hf:PATH" or "hf:NAME" (see `hugging_face_sets`); "coop:NAME", a dataset in
+            CoOp's layout below `root` (see `coop`); "torchvision:NAME", a dataset of torchvision in `root`; "glyphs" or
+            "glyphs:BLOCK[+BLOCK…]" (see `demo.glyphs`).
+        root: Folder of the datasets.
+        templates: Prompt templates, the first for training; or "paper" or "coop", the sets of those papers. Default:
+            "paper".
+        download: Let torchvision download a missing dataset.
+
+    Raises:
+        InputError: If there is no such dataset, or it can't be used.
+
+    Example:
+        >>> source = open_source("glyphs:greek")
+        >>> len(source.classes), source.prompts[0][0]
+        (120, 'the character greek capital letter heta.')
+        >>> source.subset_classes([1, 0]).images("test").labels[:13]
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    """
+    kind, _, name = data.partition(":")
+    if kind in _KINDS:
+        return _KINDS[kind].open(name, root, templates, download)
+    if kind == "dataset":
+        raise open_error(f"{name} was passed to tune in Python. Pass it again as `dataset=`.")
+    usages = ", ".join(kind.usage for kind in _KINDS.values())
+    raise open_error(f"no dataset {data!r}; choose {usages}.")

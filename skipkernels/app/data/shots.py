@@ -1,0 +1,190 @@
+"""Few-shot subsets, which depend only on labels, names and a seed, and files of them."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+import reprlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...options import Shots
+from ...store import replace_text
+from .base import InputError
+from .files import format_names, read_json
+from .images import Images
+
+
+def hash_order(purpose: str, seed: int, name: str) -> tuple[bytes, str]:
+    """Sort key for a pseudorandom order of names; it depends only on the purpose, the seed and the name."""
+    text = f"{purpose}/{seed}/{name}".encode("utf-8", "surrogateescape")  # file names on Linux may not be UTF-8
+    return hashlib.sha256(text).digest(), name
+
+
+def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int) -> list[int]:
+    """Choose images of each class pseudorandomly.
+
+    The choice depends on the seed, the names and the labels, and not on the order of the images, the process or the
+    machine. It is nested: the images of a class for 4 shots are the first 4 of those for 8. Adding or removing an image
+    changes at most one chosen image.
+
+    Args:
+        labels: Label of each image.
+        names: Name of each image, such as its path from the root.
+        shots: Images of each class, at least 1; all images of a class that has fewer (see `few_shot_note`).
+        seed: Seed of the choice.
+
+    Returns:
+        Indices of the images, class by class in the order of the labels.
+
+    Raises:
+        InputError: If shots is below 1.
+
+    Example:
+        >>> names = [f"{animal}/{n}.jpg" for animal in ("cat", "dog") for n in range(10)]
+        >>> [names[i] for i in few_shot([0] * 10 + [1] * 10, names, shots=2, seed=1)]
+        ['cat/6.jpg', 'cat/5.jpg', 'dog/0.jpg', 'dog/9.jpg']
+    """
+    _check_shots(shots)
+    images: dict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        images[label].append(index)
+    return [
+        index
+        for label in sorted(images)
+        for index in heapq.nsmallest(shots, images[label], key=lambda index: hash_order("few-shot", seed, names[index]))
+    ]
+
+
+def _check_shots(shots: int) -> None:
+    if shots < 1:
+        raise InputError(
+            f"few_shot: shots must be at least 1; got {shots}: every class needs a training image.", "shots"
+        )
+
+
+def hold_out(
+    labels: Sequence[int], names: Sequence[str], shots: int, seed: int, share: float
+) -> tuple[list[int], list[int]]:
+    """Choose training images as `few_shot` does, and validation images that are not among them.
+
+    Of each class, `share` of all its images is held out, at least one: of the images that `few_shot` leaves, or, if it
+    leaves none, of its choice, of which at least one stays.
+
+    Args:
+        labels: Label of each image.
+        names: Name of each image.
+        shots: Training images of each class, at least 1.
+        seed: Seed of the choice.
+        share: Share of the images, above 0 and below 1.
+
+    Returns:
+        Indices of the training images, and of the validation images, class by class.
+
+    Example:
+        >>> names = [f"{n}.jpg" for n in range(10)]
+        >>> [len(part) for part in hold_out([0] * 10, names, shots=4, seed=1, share=0.2)]
+        [4, 2]
+        >>> [len(part) for part in hold_out([0] * 10, names, shots=16, seed=1, share=0.2)]
+        [8, 2]
+    """
+    _check_shots(shots)
+    images: dict[int, list[int]] = defaultdict(list)
+    for index in few_shot(labels, names, len(labels) or 1, seed):
+        images[labels[index]].append(index)
+    train: list[int] = []
+    held: list[int] = []
+    for order in images.values():
+        left = len(order) - shots if len(order) > shots else len(order) - 1
+        count = min(left, max(1, math.floor(share * len(order) + 0.5)))
+        train += order[: min(shots, len(order) - count)]
+        held += order[len(order) - count :]
+    return train, held
+
+
+def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> str | None:
+    """Return a note that lists the classes with fewer than `shots` images; None if there are none.
+
+    Args:
+        labels: Labels of the training images.
+        classes: Names by label.
+        shots: Images of each class that were requested.
+
+    Example:
+        >>> few_shot_note([0, 0, 1], ["cat", "dog"], shots=2)
+        '1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).'
+    """
+    counts = Counter(labels)
+    short = [f"{name} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < shots]
+    if not short:
+        return None
+    return (
+        f"{len(short)} of {len(classes)} classes have fewer than {shots} training images, all of which are used: "
+        f"{format_names(short)}."
+    )
+
+
+def save_few_shot(
+    path: str | Path, images: Images, *, data: str, classes: Sequence[str], shots: Shots, seed: int
+) -> None:
+    """Write the chosen images to a JSON file: path, label and class name of each, as in CoOp's split files.
+
+    Args:
+        path: The file, which is replaced atomically.
+        images: The chosen images. Paths are written relative to the root, so that the root can be moved.
+        data: Name of the dataset, for information.
+        classes: Names by label.
+        shots: Images of each class that were requested, or "all".
+        seed: Seed of the choice.
+    """
+    chosen = [[name, label, classes[label]] for name, label in zip(images.names, images.labels, strict=True)]
+    header = {"data": data, "shots": shots, "seed": seed}
+    lines = ",\n".join(f"    {json.dumps(item)}" for item in chosen)  # one image per line, for diffs
+    text = json.dumps(header, indent=2).removesuffix("\n}") + f',\n  "train": [\n{lines}\n  ]\n}}\n'
+    replace_text(Path(path), text)
+
+
+def load_few_shot(path: str | Path, images: Images, classes: Sequence[str]) -> list[int]:
+    """Return the indices of the images that a file of `save_few_shot` lists, for `images.subset`.
+
+    Args:
+        path: The file.
+        images: All training images; every listed image must be among them, with the same label and class.
+        classes: Names by label.
+
+    Raises:
+        InputError: If the file can't be read, or an entry is invalid, unknown or a duplicate.
+
+    Example:
+        >>> import tempfile
+        >>> from skipkernels.app.data import DatasetImages
+        >>> file, images = Path(tempfile.mkdtemp(), "few_shot.json"), DatasetImages([("a", 0), ("b", 1), ("c", 0)])
+        >>> save_few_shot(file, images.subset([2, 1]), data="letters", classes=["x", "y"], shots=1, seed=0)
+        >>> load_few_shot(file, images, ["x", "y"])
+        [2, 1]
+    """
+    content = read_json(Path(path))
+    listed = content.get("train") if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise InputError(f'{path}: expected {{"train": [[path, label, class name], …]}}, as save_few_shot writes it.')
+    indices = {(name, label): i for i, (name, label) in enumerate(zip(images.names, images.labels, strict=True))}
+    remedy = "Give the dataset and the classes that the file was written for."
+    chosen: dict[int, None] = {}
+    for item in listed:
+        if not (isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and type(item[1]) is int):
+            raise InputError(f"{path}: every entry must be [path, label, class name]; got {reprlib.repr(item)}.")
+        name, label, class_name = item
+        index = indices.get((name, label))
+        if index is None:
+            raise InputError(f"{path}: {name!r} with label {label} is not among the training images. {remedy}")
+        if classes[label] != class_name:
+            raise InputError(
+                f"{path}: class {label} is {class_name!r} in the file and {classes[label]!r} in the dataset. {remedy}"
+            )
+        if index in chosen:
+            raise InputError(f"{path}: {name!r} is listed twice. Remove one.")
+        chosen[index] = None
+    return list(chosen)

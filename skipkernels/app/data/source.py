@@ -1,0 +1,349 @@
+"""Data sources: the classes, prompts and splits of a dataset. `from_datasets` makes one from map-style datasets."""
+
+from __future__ import annotations
+
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+from ...options import Protocol
+from .base import InputError, LabelledDataset, SizedDataset
+from .files import format_names
+from .images import DatasetImages, Images, Transform, joined
+from .shots import few_shot, hold_out
+from .templates import Templates, format_prompt, resolve_templates
+
+Split = Literal["train", "val", "test"]
+SourceT = TypeVar("SourceT", bound="Source")
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Images of some classes, in splits.
+
+    Attributes:
+        name: Name of the dataset, as `open_source` takes it.
+        classes: Names by label, as in prompts.
+        templates: Prompt templates. Training uses the first; evaluation averages the embeddings of all.
+        notes: Remarks for the user on how the dataset was read.
+        hashed: The user's data have no splits of their own, and were split by a hash.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    hashed: bool = field(default=False, kw_only=True)
+
+    @property
+    def prompts(self) -> tuple[list[str], ...]:
+        """Prompts of all classes, in a list for each template."""
+        return tuple([format_prompt(template, name) for name in self.classes] for template in self.templates)
+
+    @property
+    def class_keys(self) -> tuple[str, ...]:
+        """Key of each class, which identifies the same class in other datasets: its name in lower case."""
+        return tuple(name.casefold() for name in self.classes)
+
+    @property
+    def domains(self) -> Mapping[str, Source]:
+        """Source of the same classes in each domain, by name; empty if the dataset has no domains.
+
+        Domain generalization trains on the first domain and tests on all.
+        """
+        return {}
+
+    def default_targets(self, protocol: Protocol) -> Sequence[str]:
+        """Names of the datasets, or of the domains, that a protocol tests on by default.
+
+        Raises:
+            InputError: If the dataset has no default targets.
+        """
+        if protocol == "domain-generalization" and self.domains:
+            return list(self.domains)[1:]
+        kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
+        raise InputError(f"load_task: {protocol} of {self.name} needs {kind} to test on. Name some.", "targets")
+
+    def has_split(self, split: Split) -> bool:
+        """Return True if the dataset has images in a split."""
+        try:
+            return len(self.images(split)) > 0
+        except InputError:
+            return False
+
+    @abstractmethod
+    def images(self, split: Split, transform: Transform | None = None) -> LabelledDataset:
+        """Return the images of a split.
+
+        Raises:
+            InputError: If the dataset has no such split.
+        """
+
+    @abstractmethod
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> LabelledDataset:
+        """Return `shots` training images of each class, class by class; all images of a class that has fewer.
+
+        Raises:
+            InputError: If a class has no training images, or an argument is out of range.
+        """
+
+    def hold_out(
+        self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
+    ) -> tuple[LabelledDataset, LabelledDataset]:
+        """Return training images as `few_shot` does, and validation images that are not among them.
+
+        Args:
+            shots: Training images of each class.
+            seed: Seed of the choice.
+            share: Share of the images of each class; see the function `hold_out`.
+            transform: Applied to the validation images.
+            train_transform: Applied to the training images.
+
+        Raises:
+            InputError: As for `few_shot`, or if the dataset has no images to hold out.
+        """
+        raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
+
+    def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
+        """Return the source with the images of further splits as training images.
+
+        Raises:
+            InputError: If the dataset can't train on them.
+        """
+        raise InputError(f'load_task: {self.name} can\'t train on its test images. Use test="split".', "test")
+
+    @abstractmethod
+    def subset_classes(self: SourceT, labels: Sequence[int]) -> SourceT:
+        """Return some of the classes with their images, labelled from 0 in the order of `labels`."""
+
+
+@dataclass(frozen=True)
+class SplitSource(Source):
+    """Source that is defined by a function for each split.
+
+    Attributes:
+        splits: For each split of the dataset, a function that returns its images.
+        missing: For each missing split, the reason and the remedy.
+        class_ids: Class keys by label, if they are not the names.
+        targets: Default targets by protocol, as `open_source` takes them.
+    """
+
+    splits: Mapping[Split, Callable[[], Images]] = field(repr=False)
+    missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
+    class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+    targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
+
+    @property
+    def class_keys(self) -> tuple[str, ...]:
+        """`class_ids`, if given; see `Source`."""
+        return super().class_keys if self.class_ids is None else self.class_ids
+
+    def default_targets(self, protocol: Protocol) -> Sequence[str]:
+        """`targets` of the protocol; see `Source`."""
+        return self.targets[protocol] if protocol in self.targets else super().default_targets(protocol)
+
+    def images(self, split: Split, transform: Transform | None = None) -> Images:
+        """Return the images of a split; see `Source`."""
+        if split not in self.splits:
+            reason = self.missing.get(split, f"it has {', '.join(self.splits)} images.")
+            raise InputError(f"{self.name} has no {split} images: {reason}", "data")
+        return self.splits[split]().with_transform(transform)
+
+    def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> Images:
+        """Return some training images of each class, chosen by the function `few_shot`; see `Source`."""
+        images = self._train(transform)
+        return images.subset(few_shot(images.labels, images.names, shots, seed))
+
+    def hold_out(
+        self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
+    ) -> tuple[Images, Images]:
+        """Return training and validation images of the training split; see `Source`."""
+        images = self._train(train_transform)
+        train, held = hold_out(images.labels, images.names, shots, seed, share)
+        return images.subset(train), images.subset(held).with_transform(transform)
+
+    def _train(self, transform: Transform | None) -> Images:
+        """Training images, at least one of each class."""
+        images = self.images("train", transform)
+        labels = images.labels
+        present = set(labels)
+        without = [name for label, name in enumerate(self.classes) if label not in present]
+        if without:
+            raise InputError(f"{self.name} has no training images of {format_names(without)}. Add some.", "data")
+        return images
+
+    def train_on(self, splits: Sequence[Split]) -> SplitSource:
+        """Return the source with the images of further splits as training images; see `Source`."""
+        train = joined([self.splits[split]() for split in ("train", *splits) if split in self.splits])
+        return replace(self, splits={**self.splits, "train": constant_split(train)})
+
+    def subset_classes(self, labels: Sequence[int]) -> SplitSource:
+        """Return some of the classes; see `Source`."""
+
+        def subset(images: Callable[[], Images]) -> Images:
+            return images().subset_classes(labels)
+
+        return replace(
+            self,
+            classes=tuple(self.classes[label] for label in labels),
+            splits={split: partial(subset, images) for split, images in self.splits.items()},
+            class_ids=None if self.class_ids is None else tuple(self.class_ids[label] for label in labels),
+        )
+
+
+def constant_split(images: Images) -> Callable[[], Images]:
+    """Return a function that returns `images`, for `SplitSource.splits`."""
+    return lambda: images
+
+
+def from_datasets(
+    name: str,
+    *,
+    train: SizedDataset | None = None,
+    val: SizedDataset | None = None,
+    test: SizedDataset | None = None,
+    classes: Sequence[str] | None = None,
+    templates: Templates = None,
+) -> Source:
+    """Make a source from map-style datasets, for `load_task`.
+
+    A dataset must have:
+
+    - `len(dataset)` and `dataset[i]`, which returns (image, label) or {"image": image, "label": label}.
+    - integer labels from 0 to the number of classes − 1.
+    - images of any type that the transform takes, to which the source applies the transform. Pillow's are made upright
+      and RGB before. Tensors are not transformed.
+
+    A dataset may have:
+
+    - `labels` or `targets`: the label of every item, compared with each item that is loaded; or a column `label`, as
+      datasets of Hugging Face have. Otherwise all images are loaded to read their labels.
+    - `classes`: names by label, or a feature `label` with `names`. Otherwise `classes` must be given here.
+    - `names`: a name for each image, such as its path, so that the choice of `few_shot` does not depend on the order.
+      Otherwise it chooses by index.
+    - public attributes that describe it, such as `root`, `samples` and `transform`: a feature cache identifies it by
+      them, and ignores attributes that begin with an underscore.
+
+    `sk.FeatureCache.build` takes the same datasets if their images are preprocessed tensors [3, height, width].
+
+    Args:
+        name: Name of the dataset, for messages and results.
+        train: Training images.
+        val: Validation images.
+        test: Test images.
+        classes: Names by label; default: the `classes` of a dataset.
+        templates: Prompt templates; see `open_source`.
+
+    Raises:
+        InputError: If there is no dataset, there are no class names, two are equal, or a label has no name.
+
+    Example:
+        >>> from PIL import Image
+        >>> from skipkernels.app.data import load_task
+        >>> class Squares:
+        ...     classes = ["black_square", "white_square"]
+        ...
+        ...     def __init__(self, count):
+        ...         self.labels = [index % 2 for index in range(count)]
+        ...
+        ...     def __len__(self):
+        ...         return len(self.labels)
+        ...
+        ...     def __getitem__(self, item):
+        ...         return Image.new("RGB", (32, 32), self.classes[self.labels[item]].split("_")[0]), self.labels[item]
+        >>> squares = from_datasets("squares", train=Squares(32), test=Squares(10))
+        >>> task = load_task(squares, protocol="few-shot", shots=4, classes=None, seed=0)
+        >>> len(task.train), task.tests[0].prompts[0]
+        (8, ['a photo of a black square.', 'a photo of a white square.'])
+    """
+    given: dict[Split, SizedDataset | None] = {"train": train, "val": val, "test": test}
+    datasets = {split: dataset for split, dataset in given.items() if dataset is not None}
+    if not datasets:
+        raise InputError(f"from_datasets: {name} must have a dataset; got none. Give train=, val= or test=.")
+    if classes is None:
+        classes = next((own for d in datasets.values() if (own := _class_names(d)) is not None), None)
+    if classes is None:
+        raise InputError(f"from_datasets: {name} has no class names. Give classes=[…], names by label.", "classes")
+    names = normalize_class_names(
+        f"from_datasets: {name}", "classes", "label", range(len(classes)), classes, "give others as classes=[…]"
+    )
+    splits: dict[Split, Callable[[], Images]] = {}
+    for split, dataset in datasets.items():
+        own = getattr(dataset, "names", None)
+        images = DatasetImages(dataset, names=own if isinstance(own, (list, tuple)) else None)
+        outside = [(i, label) for i, label in enumerate(images.labels) if not 0 <= label < len(classes)]
+        if outside:
+            raise InputError(
+                f"from_datasets: labels of {name} must be from 0 to {len(classes) - 1}, as there are {len(classes)} "
+                f"classes; got {outside[0][1]} for item {outside[0][0]} of {split}. Name all classes, or relabel.",
+                split,
+            )
+        splits[split] = constant_split(images)
+    missing: dict[Split, str] = {
+        split: f"it has {', '.join(splits)} images. Give from_datasets {split}= too." for split in get_args(Split)
+    }
+    return SplitSource(name, names, resolve_templates(None, templates), splits, missing=missing)
+
+
+def _class_names(dataset: Any) -> Sequence[str] | None:
+    """Names of the classes that a dataset has, or its feature "label", as in a dataset of Hugging Face."""
+    features = getattr(dataset, "features", None)
+    label = features.get("label") if isinstance(features, Mapping) else None
+    return getattr(dataset, "classes", getattr(label, "names", None))
+
+
+def normalize_class_names(
+    location: str, argument: str, kind: str, ids: Sequence[object], names: Sequence[str], alternative: str
+) -> tuple[str, ...]:
+    """Normalize the names of classes; none may be empty, or equal to another in lower case.
+
+    Args:
+        location: Beginning of error messages.
+        argument: Invalid argument, for `InputError`.
+        kind: Kind of the ids, such as "folder".
+        ids: Id of each class, for error messages.
+        names: Name of each class.
+        alternative: Remedy other than renaming a class.
+
+    Raises:
+        InputError: If a name can't be used.
+
+    Example:
+        >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
+        ('sea lion', 'owl')
+    """
+
+    def error(problem: str, remedy: str) -> InputError:
+        return InputError(f"{location}: {problem}. {remedy}, or {alternative}.", argument)
+
+    if not all(isinstance(name, str) for name in names):
+        raise error(f"class names must be text; got {list(names)!r:.80}", "Write them out")
+    id_of: dict[str, object] = {}
+    normalized = tuple(map(normalize_class_name, names))
+    for class_id, name in zip(ids, normalized, strict=True):
+        if not is_valid_class_name(name):
+            raise error(f"the class of {kind} {class_id!a} can't be named {name!a}", "Rename it")
+        other = id_of.setdefault(name.casefold(), class_id)
+        if other != class_id:
+            problem = (
+                f"{kind}s {other} and {class_id} have the same class name, {name!r}: no prompt can tell them apart"
+            )
+            raise error(problem, "Rename one")
+    return normalized
+
+
+def is_valid_class_name(name: str) -> bool:
+    """Return True if a normalized class name is not empty and has no surrogates."""
+    return bool(name) and name == name.encode(errors="ignore").decode()
+
+
+def normalize_class_name(name: str) -> str:
+    """Compose accents (NFC), as tokenizers expect, and replace underscores and runs of white space by one space.
+
+    >>> normalize_class_name("sea_lion ")
+    'sea lion'
+    """
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())

@@ -1,0 +1,351 @@
+"""The four protocols of CLIP fine-tuning: their training images and test sets."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ...options import Shots, Test, Validation
+from .base import InputError, LabelledDataset, escape_unprintable
+from .files import format_names
+from .images import DatasetImages
+from .registry import open_source
+from .shots import few_shot_note
+from .source import Protocol, Source, Split
+from .templates import Templates
+
+_WITH_TARGETS = ("cross-dataset", "domain-generalization")
+VALIDATION_SHARE = 0.2
+"""Share of the images of each class that are held out for validation by default."""
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Test images of some classes.
+
+    Attributes:
+        name: "base", "new", "source", "all", or the name of the target dataset or domain.
+        classes: Names by label.
+        prompts: For each template, a list with the prompt of each class. Training uses the first template.
+        images: Items are (image, label).
+    """
+
+    __test__ = False  # not a pytest class
+
+    name: str
+    classes: list[str]
+    prompts: tuple[list[str], ...]
+    images: LabelledDataset
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training images and test sets of a protocol.
+
+    Attributes:
+        name: Name of the dataset, as `open_source` takes it.
+        protocol: The protocol.
+        train: Items are (image, label), with the labels of `tests[0]`.
+        tests: Test sets; the first has the classes of the training images. It has no images if all train.
+        validation: Images with the classes of `tests[0]` that neither train nor test, to choose the best epoch; or
+            None.
+        notes: Remarks for the user on how the data were read.
+    """
+
+    name: str
+    protocol: Protocol
+    train: LabelledDataset
+    tests: tuple[TestSet, ...]
+    validation: TestSet | None = None
+    notes: tuple[str, ...] = ()
+
+
+def split_base_new(classes: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Split classes into base and new by CoOp's rule: the first half, rounded up, is base.
+
+    >>> split_base_new(["a", "b", "c"])
+    (['a', 'b'], ['c'])
+    """
+    middle = math.ceil(len(classes) / 2)
+    return list(classes[:middle]), list(classes[middle:])
+
+
+def summarise(protocol: Protocol, accuracies: Mapping[str, float]) -> dict[str, float]:
+    """Add the summary of a protocol to the accuracies of its test sets.
+
+    For base-to-new it is "harmonic", the harmonic mean of base and new; for cross-dataset and domain-generalization it
+    is "targets", the mean over all test sets but the first; few-shot has none.
+
+    Example:
+        >>> summarise("base-to-new", {"base": 60.0, "new": 30.0})
+        {'base': 60.0, 'new': 30.0, 'harmonic': 40.0}
+        >>> summarise("cross-dataset", {"source": 90.0, "dtd": 40.0, "eurosat": 50.0})
+        {'source': 90.0, 'dtd': 40.0, 'eurosat': 50.0, 'targets': 45.0}
+    """
+    found = dict(accuracies)
+    if protocol == "base-to-new":
+        base, new = found["base"], found["new"]
+        found["harmonic"] = 2 * base * new / (base + new) if base + new else 0.0
+    elif protocol in _WITH_TARGETS:
+        found["targets"] = statistics.fmean(list(accuracies.values())[1:])
+    return found
+
+
+def load_task(
+    data: str | Source,
+    *,
+    protocol: Protocol,
+    shots: Shots,
+    classes: int | None,
+    seed: int,
+    validation: Validation = "none",
+    test: Test = "split",
+    root: str | Path | None = None,
+    templates: Templates = None,
+    targets: Sequence[str | Source] | None = None,
+    transform: Callable | None = None,
+    train_transform: Callable | None = None,
+    download: bool = False,
+) -> Task:
+    """Make the task of a protocol.
+
+    - base-to-new: trains on the first half of the classes (`split_base_new`), and tests on "base" and "new" classes.
+    - few-shot: trains on all classes, and tests on "all".
+    - cross-dataset: trains on the dataset, and tests on it ("source") and on each target dataset. Default targets of
+      coop:imagenet are the ten other datasets of CoOp; of glyphs, the other blocks of at least 100 characters.
+    - domain-generalization: the same, but targets have other images of the same classes, or of some of them. Classes
+      are matched by name, and the common ones are tested. Default targets of coop:imagenet are its four variants. The
+      domains of glyphs are fonts: training uses the first held-out font, and tests use all.
+
+    Args:
+        data: The dataset, as `open_source` takes it, or a source, such as one of `from_datasets`.
+        protocol: The protocol.
+        shots: Training images of each class; "all" for all.
+        classes: Largest number of classes of each dataset, base and new together, evenly spaced; None for all.
+        seed: Seed of the choice of training and validation images.
+        validation: Validation images. "split": the val split of the dataset. A share such as 0.2: that share of the
+            images of each class in the train split is held out, if possible of those that `shots` leaves. "auto": the
+            split if there is one, else 0.2. "none": none.
+        test: Test images. "split": the test split. "none": none; all images that don't validate train. Images of the
+            user's data without splits that neither validate nor test always train.
+        root: Folder of the datasets, for coop: and torchvision:.
+        templates: Prompt templates; see `open_source`.
+        targets: Datasets to test on, as `data`, or domains of the dataset.
+        transform: Applied to every image; default: none.
+        train_transform: Applied to training images; default: `transform`.
+        download: Let torchvision download a missing dataset.
+
+    Raises:
+        InputError: If there is no such dataset, or it can't be used with the protocol.
+
+    Example:
+        >>> task = load_task("glyphs:greek", protocol="base-to-new", shots=4, classes=20, seed=1)
+        >>> [(test.name, len(test.classes)) for test in task.tests], len(task.train), task.tests[1].prompts[0][0]
+        ([('base', 10), ('new', 10)], 40, 'the character greek small letter zeta.')
+    """
+    if protocol not in get_args(Protocol):
+        raise InputError(
+            f"load_task: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.", "protocol"
+        )
+    if isinstance(validation, float) and not 0 < validation < 1:
+        raise InputError(f"load_task: validation must be a share between 0 and 1; got {validation}.", "validation")
+    if classes is not None and classes < 2:
+        raise InputError(f"load_task: classes must be at least 2; got {classes}.", "classes")
+    if test == "none" and protocol != "few-shot":
+        raise InputError(
+            f'load_task: test="none" needs protocol="few-shot"; {protocol} is a comparison of tests.', "test"
+        )
+    if targets and protocol not in _WITH_TARGETS:
+        raise InputError(
+            f"load_task: {protocol} has no targets. Leave them out, or choose {' or '.join(_WITH_TARGETS)}.", "targets"
+        )
+
+    def opened(dataset: str | Source) -> Source:
+        if isinstance(dataset, Source):
+            return dataset
+        return open_source(dataset, root, templates, download=download)
+
+    source = opened(data)
+    if len(source.classes) < 2:
+        raise InputError(f"load_task: {source.name} has fewer than two classes. Add some.", "data")
+    chosen = _subsample_classes(source, classes)
+    domains = chosen.domains if protocol == "domain-generalization" else {}
+    if protocol == "base-to-new":
+        base, new = split_base_new(range(len(chosen.classes)))
+        parts = {"base": chosen.subset_classes(base), "new": chosen.subset_classes(new)}
+    elif protocol == "few-shot":
+        parts = {"all": chosen}
+    else:
+        parts = {"source": next(iter(domains.values()), chosen)}
+    tests = [_test_set(name, part, transform, test) for name, part in parts.items()]
+    trained, joined_note = _with_unused(next(iter(parts.values())), validation, test)
+    count = max(Counter(trained.images("train").labels).values(), default=1) if shots == "all" else shots
+    train, held, held_note = _train_and_validation(
+        trained, validation, count, seed, transform, train_transform or transform
+    )
+
+    if protocol in _WITH_TARGETS:
+        wanted = targets or source.default_targets(protocol)
+        with _errors_about_targets("" if targets else " Or name those that you have as `targets`."):
+            if domains:
+                others = _target_domains(domains, wanted)
+            else:
+                found = [opened(target) for target in wanted]
+                names = _short_names([target.name for target in found])
+                if protocol == "domain-generalization":
+                    found = [_common_classes(target, source, chosen) for target in found]
+                others = dict(zip(names, (_subsample_classes(target, classes) for target in found), strict=True))
+            tests += [_test_set(name, part, transform, test) for name, part in others.items()]
+        parts |= others
+    notes = [*source.notes, *(note for part in parts.values() for note in part.notes)]
+    if chosen is not source:
+        notes.append(f"{source.name}: {len(chosen.classes)} of {len(source.classes)} classes, evenly spaced.")
+    if shots != "all" and (note := few_shot_note(train.labels, trained.classes, shots)) is not None:
+        notes.append(f"{source.name}: {note}")
+    notes += [f"{source.name}: {note}" for note in (joined_note, held_note) if note is not None]
+    notes += [
+        f"{source.name}: {test.name} has only the class {test.classes[0]}, so all of its images count as correct."
+        for test in tests
+        if len(test.classes) == 1
+    ]
+    return Task(source.name, protocol, train, tuple(tests), held, tuple(dict.fromkeys(map(escape_unprintable, notes))))
+
+
+def _with_unused(source: Source, validation: Validation, test: Test) -> tuple[Source, str | None]:
+    """Let images that neither validate nor test train; see `load_task`. Returns the source, and a note on them."""
+    of_split = validation == "split" or (validation == "auto" and source.has_split("val"))
+    used = {"val": of_split, "test": test == "split"}
+    unused: list[Split] = [split for split in ("val", "test") if not used[split] and source.has_split(split)]
+    if not unused or not (source.hashed or test == "none"):
+        return source, None
+    counts = " and ".join(f"{len(source.images(split))} {split}" for split in unused)
+    return source.train_on(unused), f"the {counts} images train too, as they are not used otherwise."
+
+
+def _train_and_validation(
+    source: Source,
+    validation: Validation,
+    shots: int,
+    seed: int,
+    transform: Callable | None,
+    train_transform: Callable | None,
+) -> tuple[LabelledDataset, TestSet | None, str | None]:
+    """Return training images, validation images, and a note on the latter; see `load_task`."""
+    held: LabelledDataset
+    if validation == "none":
+        return source.few_shot(shots, seed, train_transform), None, None
+    if validation == "split" or (validation == "auto" and source.has_split("val")):
+        train, held = source.few_shot(shots, seed, train_transform), source.images("val", transform)
+        note = f"validation on the {len(held)} images of its val split."
+        if not len(held):
+            raise InputError(f'{source.name} has no val images. Use validation="auto", or add some.', "validation")
+    else:
+        share = VALIDATION_SHARE if isinstance(validation, str) else validation
+        train, held = source.hold_out(shots, seed, share, transform, train_transform)
+        if not len(held):
+            return train, None, "no validation: no class has a second training image."
+        note = f"validation on {len(held)} images of its train split, which don't train."
+    return train, TestSet("validation", list(source.classes), source.prompts, held), note
+
+
+def _subsample_classes(source: Source, classes: int | None) -> Source:
+    """Return a source with at most `classes` classes, evenly spaced."""
+    count = len(source.classes)
+    if classes is None or classes >= count:
+        return source
+    return source.subset_classes([position * count // classes for position in range(classes)])
+
+
+def _test_set(name: str, source: Source, transform: Callable | None, test: Test) -> TestSet:
+    images = DatasetImages([]) if test == "none" else source.images("test", transform)
+    if test == "split" and not len(images):
+        raise InputError(f"{source.name} has no test images of {format_names(source.classes)}. Add some.", "data")
+    return TestSet(name, list(source.classes), source.prompts, images)
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors_about_targets(remedy: str) -> Iterator[None]:
+    """Change errors about `data` to errors about `targets`, and add a remedy."""
+    try:
+        yield
+    except InputError as error:
+        argument = "targets" if error.argument == "data" else error.argument
+        raise InputError(f"{error}{remedy}", argument) from error
+
+
+def _short_names(datasets: Sequence[str]) -> list[str]:
+    """Return short, distinct names of datasets for tables and file names, from the last words of each.
+
+    Raises:
+        InputError: If two are equal.
+
+    Example:
+        >>> _short_names(["coop:dtd", "imagefolder:/data/office"])
+        ['dtd', 'office']
+        >>> _short_names(["imagefolder:office/amazon/images", "imagefolder:office/dslr/images"])
+        ['amazon-images', 'dslr-images']
+    """
+    words = [[re.sub(r"[^\w.+-]", "-", word) for word in re.split(r"[:/\\]+", name) if word] for name in datasets]
+    for depth in range(1, max(map(len, words)) + 1):
+        names = ["-".join(of_dataset[-depth:]) for of_dataset in words]
+        if len({*names, "source", "targets"}) == len(names) + 2:
+            return names
+    raise InputError(f"load_task: two of {format_names(datasets)} are the same. Name each once.", "targets")
+
+
+def _target_domains(domains: Mapping[str, Source], targets: Sequence[str | Source]) -> dict[str, Source]:
+    """Return the target domains by name; the first domain is trained on."""
+    home, *others = domains
+    names = list(map(str, targets))
+    if len(set(names)) < len(names) or not set(names) <= set(others):
+        raise InputError(
+            f"load_task: targets must be domains of {domains[home].name} other than {home}, which is trained on: "
+            f"{', '.join(others)}, each once; got {' '.join(names)}.",
+            "targets",
+        )
+    return {name: domains[name] for name in names}
+
+
+def _common_classes(target: Source, source: Source, trained: Source) -> Source:
+    """Return a target with only the classes that are trained on, in the same order and with the same names.
+
+    Args:
+        target: Source of the test images.
+        source: The dataset, which must have all classes of the target.
+        trained: The dataset with the classes that are trained on.
+    """
+    for one in (source, target):
+        counts = Counter(one.class_keys)
+        duplicates = [name for name, key in zip(one.classes, one.class_keys, strict=True) if counts[key] > 1]
+        if duplicates:
+            raise InputError(
+                f"load_task: {one.name} has two classes {duplicates[0]!r}, which can't be matched by name. Rename one.",
+                "data",
+            )
+    known = set(source.class_keys)
+    unknown = [name for name, key in zip(target.classes, target.class_keys, strict=True) if key not in known]
+    if unknown:
+        raise InputError(
+            f"load_task: {target.name} has classes that {source.name} does not have: {format_names(unknown)}. Leave "
+            "them out, or rename them.",
+            "data",
+        )
+    label_of = {key: label for label, key in enumerate(target.class_keys)}
+    common = [
+        (label_of[key], name) for key, name in zip(trained.class_keys, trained.classes, strict=True) if key in label_of
+    ]
+    if not common:
+        raise InputError(
+            f"load_task: {target.name} has none of the classes that are trained on. Raise `classes`.", "data"
+        )
+    return replace(target.subset_classes([label for label, _ in common]), classes=tuple(name for _, name in common))

@@ -1,0 +1,58 @@
+"""Prompt templates: the paper's set, CoOp's set, or the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...published import COOP, PAPER, PHOTO
+from .base import InputError
+
+TEMPLATE_SETS = {"paper": PAPER, "coop": COOP}
+
+Templates = str | Sequence[str] | None  # see `resolve_templates`
+
+
+def format_prompt(template: str, name: str) -> str:
+    """Replace {} in a template by the name of a class.
+
+    >>> format_prompt("a photo of a {}.", "apple pie")
+    'a photo of a apple pie.'
+    """
+    return template.replace("{}", name)
+
+
+def resolve_templates(dataset: str | None, templates: Templates = None, default: str = PHOTO) -> tuple[str, ...]:
+    """Return the templates of a dataset.
+
+    Args:
+        dataset: A key of `PAPER`, or None for another dataset.
+        templates: Templates, the first for training; or "paper" or "coop", the sets of those papers. Default: "paper".
+        default: Template of a dataset that is not in the sets.
+
+    Raises:
+        InputError: If a template does not have exactly one {}, has other braces, or is combined with a set.
+
+    Example:
+        >>> resolve_templates("dtd"), resolve_templates("dtd", "coop"), resolve_templates(None, ["{}!", "a {}."])
+        (('itap of a {}.',), ('{} texture.',), ('{}!', 'a {}.'))
+    """
+    chosen = ["paper"] if templates is None else [templates] if isinstance(templates, str) else list(templates)
+    if len(chosen) == 1 and chosen[0] in TEMPLATE_SETS:
+        return (TEMPLATE_SETS[chosen[0]].get(dataset or "", default),)
+    if not chosen:
+        raise InputError(f"resolve_templates: templates must have an item, such as {PHOTO!r}; got none.", "templates")
+    sets = list(TEMPLATE_SETS)
+    if any(template in sets for template in chosen):
+        raise InputError(
+            f"resolve_templates: {' and '.join(sets)} are sets, which can't be combined with other templates; got "
+            f"{', '.join(map(repr, chosen))}. Give one set, or only templates of your own.",
+            "templates",
+        )
+    for template in chosen:
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise InputError(
+                f"resolve_templates: templates must be {' or '.join(sets)}, or templates with one {{}} each, which "
+                f"the class name replaces, and no other braces, such as {PHOTO!r}; got {template!r}.",
+                "templates",
+            )
+    return tuple(chosen)

@@ -1,0 +1,1 @@
+"""Packaged model and data of the demo, with nothing to download."""

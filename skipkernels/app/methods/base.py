@@ -1,0 +1,460 @@
+"""Base classes of the methods that adapt a CLIP.
+
+Shapes: B images in a batch, n images, C classes of a test, D width of the joint embedding, L tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, get_args
+from urllib.parse import quote
+
+import torch
+import torch.nn.functional as F
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from ...boundary import DEFAULT_CHUNK
+from ...clip import SkipCLIP, top_k_probabilities
+from ...options import Protocol, SamplerKind
+from ...towers import evaluating
+from ..data import InputError, Task
+from .registry import MODELS
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Function from texts to tokens [n, L], such as a tokenizer of `open_clip.get_tokenizer`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Default training settings of a method; None for settings that it does not use.
+
+    Attributes:
+        epochs: Passes over the training images; 0 for a method without steps.
+        batch_size: Images per step.
+        optimizer: "sgd", "adamw", or "lbfgs" for a method without steps.
+        text_lr: Learning rate of the weights on the text side.
+        image_lr: Learning rate of the weights on the image side.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+        warmup_epochs: Epochs at the warm-up rate, before the cosine.
+        warmup_lr: Learning rate of the warm-up.
+        sampler: "class_pure" or "random".
+    """
+
+    epochs: int
+    batch_size: int | None = None
+    optimizer: str | None = None
+    text_lr: float | None = None
+    image_lr: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    warmup_epochs: int | None = None
+    warmup_lr: float | None = None
+    sampler: SamplerKind | None = None
+
+
+class StepOutput(NamedTuple):
+    """Mean loss [] of a step, and the number of classes in its softmax."""
+
+    loss: Tensor
+    classes: int
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """Return fp32, or `dtype` if it is wider: the dtype of logits, and of weights that a method adds to a model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unit_norm(embeddings: Tensor) -> Tensor:
+    """Normalize embeddings [n, D], in at least fp32.
+
+    >>> unit_norm(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+    tensor([[0.6000, 0.8000]])
+    """
+    return F.normalize(embeddings.to(at_least_fp32(embeddings.dtype)), dim=-1)
+
+
+def mean_embedding(templates: Sequence[Tensor]) -> Tensor:
+    """Unit-norm mean [C, D] over templates of unit-norm embeddings [C, D]. A single template is returned unchanged.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
+    2103.00020, section 3.1.4 (prompt ensembling in embedding space).
+
+    >>> mean_embedding([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])
+    tensor([[0.7071, 0.7071]])
+    """
+    return templates[0] if len(templates) == 1 else unit_norm(torch.stack(list(templates)).mean(dim=0))
+
+
+def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Logits [B, C] of images over classes, computed as in `SkipCLIP.predict`.
+
+        z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
+
+    Args:
+        image: Image embeddings of any norm, [B, D].
+        text: Unit-norm class embeddings, [C, D]; the logits have their dtype.
+        logit_scale: Logarithm of the inverse temperature, [] or [1]; receives no gradient.
+
+    Example:
+        >>> cosine_logits(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor(100.0).log())
+        tensor([[100.0000,   0.0000]])
+    """
+    with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
+        return _scaled(image, text, logit_scale) @ text.T
+
+
+def _scaled(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return exp(logit_scale) · x/|x|, [B, D], with the arguments of `cosine_logits`."""
+    return logit_scale.detach().exp().to(text.dtype) * F.normalize(image.to(text.dtype), dim=-1)
+
+
+def check_open_clip(method: str, model: nn.Module) -> None:
+    """Raise an InputError if the model is not one of open_clip."""
+    if not isinstance(model, (CLIP, CustomTextCLIP, CoCa)):
+        raise InputError(
+            f"{method}: model must be an open_clip CLIP, CustomTextCLIP or CoCa; got {type(model).__name__}. Create it "
+            "with open_clip.create_model."
+        )
+
+
+def text_transformer(method: str, model: nn.Module) -> Any:
+    """Return the open_clip module with the layers of the text tower, or raise an InputError."""
+    if isinstance(model, CLIP):
+        return model
+    text = getattr(model, "text", None)
+    if isinstance(model, CustomTextCLIP) and isinstance(text, TextTransformer):
+        return text
+    got = type(model).__name__ if text is None else f"{type(model).__name__} with a {type(text).__name__}"
+    raise InputError(
+        f"{method}: model must be an open_clip CLIP, or a CustomTextCLIP with a TextTransformer; got {got}. Use "
+        "another model, or another method."
+    )
+
+
+class Method(ABC):
+    """Method that adapts a CLIP, in place, to the classes of a task's first test.
+
+    Args:
+        model: An open_clip model.
+        tokenizer: Tokenizer of the model.
+        task: Task; training uses the classes of its first test, in the first template.
+        generator: Generator of all random numbers except those of dropout, which are PyTorch's. Default: seed 0.
+
+    Attributes:
+        name: Name of the method in `METHODS`.
+        cut: SkipCLIP that computes the features of a cache on disk, by its lower image tower; None: no such cache.
+        notes: Notes for the user about the setup.
+
+    Raises:
+        InputError: If the method does not support this model or this task.
+
+    Example:
+        >>> from skipkernels.app.data import load_task
+        >>> from skipkernels.app.demo import glyph_tiny
+        >>> from skipkernels.app.methods import METHODS
+        >>> model, _, tokenizer = glyph_tiny.load()
+        >>> task = load_task("glyphs:greek", protocol="base-to-new", shots=1, classes=6, seed=0)
+        >>> method, images = METHODS["lora"](model, tokenizer, task), torch.rand(2, 3, 32, 32)
+        >>> loss, classes = method.step(method.encode_frozen(images), torch.tensor([0, 2]))
+        >>> classes, method.logits("new", method.encode_frozen(images)).shape
+        (3, torch.Size([2, 3]))
+    """
+
+    name: ClassVar[str]
+    cut: SkipCLIP | None = None
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
+        self.model: Any = model
+        self.task = task
+        self.notes: list[str] = []
+        self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self._train_test = task.tests[0].name
+        device = next(model.parameters()).device
+        self._tokens = {test.name: [tokenizer(texts).to(device) for texts in test.prompts] for test in task.tests}
+        self._embeddings: dict[tuple[str, int | None], tuple[Any, Tensor]] = {}  # with the version of their weights
+
+    @classmethod
+    def recipe(
+        cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100, *, data: str = "glyphs"
+    ) -> Recipe:
+        """Return the default recipe: the published one, with the changes of a model in `MODELS`.
+
+        Args:
+            model_name: Name of the open_clip model.
+            protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
+            shots: Training images per class.
+            classes: Number of classes to train on; used by methods with a published number of steps, not of epochs.
+            data: Dataset; used for a model in `MODELS`.
+
+        Raises:
+            InputError: If there is no such protocol.
+        """
+        if protocol not in get_args(Protocol):
+            raise InputError(f"recipe: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.")
+        changes = MODELS[model_name].recipe(cls.name, data) if model_name in MODELS else {}
+        return replace(cls._published(protocol, shots, classes), **changes)
+
+    @classmethod
+    @abstractmethod
+    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+        """Return the recipe of the paper."""
+
+    def encode_frozen(self, images: Tensor) -> Tensor:
+        """Run the frozen part on images [B, 3, H, W], for `step` and `logits`. By default there is no frozen part."""
+        return images
+
+    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        """Compute the differentiable loss of a batch.
+
+        Args:
+            inputs: `encode_frozen` of B images.
+            labels: int64 [B], classes of the first test.
+        """
+        raise TypeError(f"{self.name}: the method has no steps; call fit.")
+
+    def _cross_entropy_step(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
+        """Mean cross-entropy over all classes, of image embeddings and unit-norm class embeddings."""
+        return StepOutput(F.cross_entropy(cosine_logits(image, text, self.model.logit_scale), labels), len(text))
+
+    def _encoded_texts(self) -> Tensor:
+        """Unit-norm class embeddings [C, D] of the training classes, with gradient."""
+        return unit_norm(self.encode_texts(self._test_tokens(self._train_test)[0]))
+
+    def graphed(
+        self, optimizer: torch.optim.Optimizer, batch_size: int
+    ) -> Callable[[Tensor, Tensor], StepOutput] | None:
+        """Return a whole training step, update included, that is captured in a CUDA graph; None if there is none.
+
+        Raises:
+            ValueError: If the step cannot be captured; names the reason.
+        """
+        return None
+
+    def fit(self, inputs: Tensor, labels: Tensor) -> None:
+        """Train on all images at once; for methods without epochs.
+
+        Args:
+            inputs: `encode_frozen` of all n training images.
+            labels: int64 [n], classes of the first test.
+        """
+        raise TypeError(f"{self.name}: the method trains by steps; call step.")
+
+    @abstractmethod
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """Return groups for a `torch.optim` optimizer, each with a learning rate and a "name", "text" or "image"."""
+
+    def train(self, training: bool) -> None:
+        """Set training or evaluation mode of the trained modules."""
+        self.model.train(training)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Image embeddings [B, D] of any norm, from `inputs` of `encode_frozen`."""
+        return self.model.encode_image(inputs, normalize=False)
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Text embeddings [n, D] of any norm, from tokens [n, L]."""
+        return self.model.encode_text(tokens, normalize=False)
+
+    def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:
+        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient.
+
+        They are cached until trained weights on the text side change.
+
+        Args:
+            test: Name of the test.
+            templates: Number of templates to average over. Default: all.
+        """
+        tokens, version = self._test_tokens(test), self._text_version()
+        cached = self._embeddings.get((test, templates))
+        if cached is None or cached[0] != version:
+            with torch.no_grad(), evaluating([self.model]):
+                embeddings = [
+                    torch.cat([unit_norm(self.encode_texts(chunk)) for chunk in prompts.split(DEFAULT_CHUNK)])
+                    for prompts in tokens[:templates]
+                ]
+            cached = self._embeddings[test, templates] = version, mean_embedding(embeddings)
+        return cached[1]
+
+    def _test_tokens(self, test: str) -> list[Tensor]:
+        """Tokens [C, L] of a test in each template."""
+        if test not in self._tokens:
+            raise InputError(f"{self.name}: test must be one of the task's, {', '.join(self._tokens)}; got {test!r}.")
+        return self._tokens[test]
+
+    def _text_version(self) -> Any:
+        """Value that changes with the text weights. The hash detects a change through .data, the version does not."""
+        groups = self.parameter_groups(text_lr=0.0, image_lr=0.0)
+        weights = [p for group in groups if group["name"] == "text" for p in group["params"]]
+        device = self.model.logit_scale.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return autocast, [(p.data_ptr(), p._version, torch.hash_tensor(p.detach()).item()) for p in weights]
+
+    @torch.no_grad()
+    def logits(self, test: str, inputs: Tensor) -> Tensor | None:
+        """Logits [B, C] over the classes of a test, in evaluation mode.
+
+        Args:
+            test: Name of the test.
+            inputs: `encode_frozen` of B images.
+
+        Returns:
+            Logits, or None if the method can't classify these classes.
+
+        Raises:
+            InputError: If the task has no such test.
+        """
+        text = self.class_embeddings(test)
+        with evaluating([self.model]):
+            image = self.embed(inputs)
+        return cosine_logits(image, text, self.model.logit_scale)
+
+    @torch.no_grad()
+    def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """Return the k largest probabilities softmax(`logits`) of each image, descending, and their classes, [B, k].
+
+        Computed in chunks of classes, without [B, C] in memory. A method with other `logits` overrides both.
+        Probabilities are NaN if a logit is NaN or +inf; k is at most C.
+        """
+        text = self.class_embeddings(test)
+        with evaluating([self.model]):
+            image = self.embed(inputs)
+        with torch.autocast(image.device.type, enabled=False):
+            return top_k_probabilities(_scaled(image, text, self.model.logit_scale), text, min(k, len(text)))
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """Tensors that training changes, by name."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint needs besides the pretrained model, without copies."""
+        return {name: tensor.detach() for name, tensor in self._tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the result of `state_dict`.
+
+        Raises:
+            InputError: If names or shapes differ; nothing is changed.
+        """
+        own = self.state_dict()
+        for name in [*own, *state]:
+            expected, got = (str(list(part[name].shape)) if name in part else "nothing" for part in (own, state))
+            if expected != got:
+                raise InputError(
+                    f"{self.name}: the state has {got} for {name}, and this model and task need {expected}. Load a "
+                    "state of the same method, with the same settings and classes."
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+
+class FrozenModel(Method):
+    """Method that freezes the weights of the model, in evaluation mode.
+
+    Args:
+        keep_embeddings: Let `encode_frozen` return embeddings [B, D], so that the image tower runs once per image, not
+            in every step. The results are the same, unless images are augmented.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        task: Task,
+        *,
+        keep_embeddings: bool,
+        generator: torch.Generator | None = None,
+    ):
+        check_open_clip(self.name, model)
+        super().__init__(model, tokenizer, task, generator=generator)
+        self._keep_embeddings = keep_embeddings
+        model.eval()
+
+    def encode_frozen(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of images [B, 3, H, W] with `keep_embeddings`, otherwise the images."""
+        return self.frozen_embedding(images) if self._keep_embeddings else images
+
+    def frozen_embedding(self, inputs: Tensor) -> Tensor:
+        """Embeddings [B, D] of the pretrained model, from images or from embeddings, without gradient."""
+        if inputs.ndim == 2:
+            return inputs
+        with torch.no_grad(), evaluating([self.model]):
+            return self.model.encode_image(inputs, normalize=False)
+
+    def _empty_embedding(self) -> Tensor:
+        """Uninitialised tensor [D], on the device of the embeddings, in the dtype of the logits."""
+        with torch.no_grad():
+            first = self.model.encode_text(self._test_tokens(self._train_test)[0][:1], normalize=False)
+        return torch.empty_like(first[0], dtype=at_least_fp32(first.dtype))
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.frozen_embedding(inputs)
+
+    def train(self, training: bool) -> None:
+        """Do nothing: the model stays in evaluation mode."""
+
+
+class TunedModel(Method):
+    """Method that trains weights of the model itself, so that its state is a whole model.
+
+    A SkipCLIP on the model embeds the classes of each test in each template.
+
+    Args:
+        text_cache: Folder of the cache of text features at the cut.
+        settings: Settings of SkipCLIP.
+
+    Attributes:
+        clip: SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        task: Task,
+        *,
+        generator: torch.Generator | None = None,
+        text_cache: str | Path | None = None,
+        **settings: Any,
+    ):
+        super().__init__(model, tokenizer, task, generator=generator)
+
+        def skip_clip(test: str, template: int, tokens: Tensor) -> SkipCLIP:
+            name = f"texts-{quote(test, safe=' ')}" + (f"+{template}" if template else "")  # quote escapes +
+            own_generator = self._generator if (test, template) == (self._train_test, 0) else None
+            folder = None if text_cache is None else Path(text_cache, name)
+            try:
+                return SkipCLIP(model, tokens, generator=own_generator, text_cache=folder, **settings)
+            except (ValueError, RuntimeError) as error:
+                raise InputError(str(error)) from error
+
+        self._clips = {
+            test: [skip_clip(test, number, tokens) for number, tokens in enumerate(templates)]
+            for test, templates in self._tokens.items()
+        }
+        self.clip = self._clips[self._train_test][0]
+
+    def train(self, training: bool) -> None:
+        """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_weights`."""
+        super().train(training)
+        self.clip.check_weights()
+
+    def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        return self.clip.encode_image(inputs)
+
+    def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:  # noqa: D102
+        self._test_tokens(test)
+        return mean_embedding([clip.class_embeddings() for clip in self._clips[test][:templates]])
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:  # noqa: D102
+        return self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.model.state_dict()

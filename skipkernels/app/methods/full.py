@@ -1,0 +1,55 @@
+"""Full fine-tuning in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ...options import Protocol
+from ..data import Task
+from .base import Recipe, StepOutput, Tokenizer, TunedModel, check_open_clip
+from .skip import Skip
+
+
+class Full(TunedModel):
+    """Full fine-tuning: every layer of both towers, every class and every token, from images.
+
+        loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
+
+    Only the logit scale is frozen. Training runs the model's own forward in plain PyTorch; tests use SkipCLIP without
+    skipped layers, which embeds each class once. Before training the logits are those of zero-shot.
+
+    Trains with the recipe of the Skip Tuning paper, where it is the baseline, but with random batches.
+
+    Args:
+        model: An open_clip model.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        generator: Not used.
+
+    Raises:
+        InputError: If the model is not an open_clip model, or SkipCLIP does not support it.
+
+    Source: Wu et al., CVPR 2025, arXiv 2412.11509, section 3 (the baseline).
+
+    Example:
+        >>> Full.recipe("ViT-B-16", "base-to-new", shots=16).sampler
+        'random'
+    """
+
+    name = "full"
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
+        check_open_clip(self.name, model)
+        super().__init__(model, tokenizer, task, skip_layers=0, generator=generator)
+
+    @classmethod
+    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+        return replace(Skip._published(protocol, shots, classes), sampler="random")
+
+    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        """Compute the loss of images [B, 3, H, W] over all classes."""
+        image = self.model.encode_image(inputs, normalize=False)
+        return self._cross_entropy_step(image, self._encoded_texts(), labels)

@@ -1,0 +1,190 @@
+"""A linear probe: logistic regression on frozen image embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...options import Protocol
+from ..data import Task
+from .base import FrozenModel, Recipe, Tokenizer
+
+_ITERATIONS = 1000
+_COARSE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # decimal exponents of the penalties of the first sweep
+_FINEST = 1 / 8  # last step of the search, in decades
+_WITHOUT_SWEEP = 1 / 0.316  # from the example in CLIP's repository; used if no image can be held out
+_HELD_OUT = 4  # one image in four is held out
+
+
+class LinearProbe(FrozenModel):
+    """A linear probe (Radford et al. 2021): multinomial logistic regression on frozen image embeddings.
+
+        min over W, b of  Σ_i −log softmax(W x_i + b)[label_i]  +  l2/2 · |W|²
+
+    by L-BFGS, at most 1000 iterations from zero. x is the image embedding without normalisation. l2 is chosen by the
+    accuracy on held-out images, as in the paper: first among 1e-6, 1e-4, …, 1e6, then in steps around the best that are
+    halved down to an eighth of a decade. Of equal accuracies, the one with the lower loss is best. A quarter of the
+    training images of each class with two or more is held out. The final fit uses all images. If no class has two
+    images, l2 is 3.16.
+
+    The probe uses no texts, so it has no logits for classes that it was not trained on. A test with trained class names
+    only, such as one of another domain, uses their logits. Before `fit` all logits are zero.
+
+    The paper uses the features before the projection of a vision transformer; this class uses the embedding, as do the
+    example in CLIP's repository and CoOp's comparison.
+
+    Args:
+        model: An open_clip model; not changed.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        generator: Generator that chooses the held-out images. Default: seed 0.
+
+    Attributes:
+        weight: Weight, [C, D].
+        bias: Bias, [C].
+        l2: Chosen penalty, [].
+
+    Raises:
+        InputError: If the model is not an open_clip model.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
+    2103.00020, appendix A.3.
+
+    Example:
+        >>> LinearProbe.recipe("ViT-B-16", "few-shot", shots=16).optimizer
+        'lbfgs'
+    """
+
+    name = "linear-probe"
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
+        super().__init__(model, tokenizer, task, keep_embeddings=True, generator=generator)
+        embedding, trained = self._empty_embedding(), task.tests[0].classes
+        self.weight, self.bias = embedding.new_zeros(len(trained), len(embedding)), embedding.new_zeros(len(trained))
+        self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)
+        rows = {name: row for row, name in enumerate(trained)}
+        self._rows: dict[str, list[int] | None] = {
+            test.name: list(range(len(trained)))
+            if test.classes == trained
+            else [rows[name] for name in test.classes]
+            if rows.keys() >= set(test.classes)
+            else None
+            for test in task.tests
+        }
+
+    @classmethod
+    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+        return Recipe(epochs=0, optimizer="lbfgs")
+
+    def fit(self, inputs: Tensor, labels: Tensor) -> None:
+        """Choose l2 and fit, in fp64, to embeddings [n, D] of all training images with labels [n]."""
+        image, labels = self.frozen_embedding(inputs).double(), labels.to(self.weight.device)
+        held_out = self._held_out(labels)
+        if held_out.any():
+            l2 = self._choose(image[~held_out], labels[~held_out], image[held_out], labels[held_out])
+        else:
+            l2 = _WITHOUT_SWEEP
+            self.notes.append(
+                f"{self.name}: no class has two training images, so none is held out to choose l2; it is {l2:.2f}."
+            )
+        weight, bias = logistic_regression(image, labels, len(self.bias), l2)
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self.l2.fill_(l2)
+
+    def _held_out(self, labels: Tensor) -> Tensor:
+        """Mask [n] of the held-out images."""
+        held_out = torch.zeros_like(labels, dtype=torch.bool)
+        for label in labels.unique():
+            images = (labels == label).nonzero().squeeze(1)
+            count = max(1, len(images) // _HELD_OUT) if len(images) > 1 else 0
+            order = torch.randperm(len(images), generator=self._generator, device=self._generator.device)
+            held_out[images[order[:count].to(images.device)]] = True
+        return held_out
+
+    def _choose(self, image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor) -> float:
+        """Return the penalty with the best accuracy on the held-out images."""
+        tried: dict[float, tuple[float, float]] = {}
+
+        def best(exponents: tuple[float, ...]) -> float:
+            for exponent in exponents:
+                if exponent not in tried and _COARSE[0] <= exponent <= _COARSE[-1]:
+                    weight, bias = logistic_regression(image, labels, len(self.bias), 10**exponent)
+                    logits = held_out @ weight.T + bias
+                    accuracy = (logits.argmax(dim=1) == held_out_labels).double().mean()
+                    tried[exponent] = accuracy.item(), -F.cross_entropy(logits, held_out_labels).item()
+            return max(tried, key=lambda exponent: tried[exponent])
+
+        around, width = best(_COARSE), _COARSE[1] - _COARSE[0]
+        while width > _FINEST:
+            width /= 2
+            around = best((around - width, around + width))
+        return 10**around
+
+    @torch.no_grad()
+    def logits(self, test: str, inputs: Tensor) -> Tensor | None:
+        """Logits W x + b [B, C] over the classes of a test; None if some are not trained."""
+        self._test_tokens(test)
+        rows = self._rows[test]
+        if rows is None:
+            return None
+        image = self.frozen_embedding(inputs)
+        with torch.autocast(image.device.type, enabled=False):
+            return (image.to(self.weight.dtype) @ self.weight.T + self.bias)[:, rows]
+
+    def top_k(self, test: str, inputs: Tensor, k: int) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        logits = self.logits(test, inputs)
+        if logits is None:
+            return None
+        probabilities, class_ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        return probabilities[:, :k], class_ids[:, :k]
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """Return no groups."""
+        return []
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "bias": self.bias, "l2": self.l2}
+
+
+def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
+    """Fit weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias has no penalty.
+
+    This is the problem of scikit-learn's LogisticRegression with C = 1/l2.
+
+    Args:
+        image: Image embeddings [n, D]. In fp64 the minimum is more accurate than 1e-4, and autocast has no effect.
+        labels: int64 [n].
+        classes: Number of classes C.
+        l2: Penalty, above 0.
+
+    Example:
+        >>> image = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+        >>> weight, bias = logistic_regression(image, torch.tensor([0, 1]), classes=2, l2=1.0)
+        >>> [round(w, 4) for w in weight.flatten().tolist()]
+        [0.5213, -0.5213]
+    """
+    weight, bias = image.new_zeros(classes, image.shape[1]), image.new_zeros(classes)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    # The objective is divided by n, so that the tolerances do not depend on n. A history of ten steps, as in scipy.
+    solver = torch.optim.LBFGS(
+        parameters,
+        max_iter=_ITERATIONS,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-12,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(image @ weight.T + bias, labels) + l2 / (2 * len(image)) * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        solver.step(objective)
+    return weight.detach(), bias.detach()

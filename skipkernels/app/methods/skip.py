@@ -1,0 +1,112 @@
+"""Skip Tuning: train the blocks above a cut, on the classes kept for each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ... import published
+from ...options import AttentionName, Memory, Protocol, Tail
+from ..data import Task
+from .base import Recipe, StepOutput, Tokenizer, TunedModel
+
+
+class Skip(TunedModel):
+    """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`.
+
+        loss = mean over b of −log softmax_k(exp(logit_scale) · ⟨x̂_b, t̂_k⟩)[label_b],   k over the kept classes
+
+    Trains the blocks above the cut and the heads of both towers, from features at the cut that are computed once.
+    Before training the logits are the zero-shot ones.
+
+    Args:
+        model: A model that SkipCLIP supports.
+        tokenizer, task: See `Method`.
+        skip_layers, keep_ratio, max_keep, decay, tail, max_tail, memory, attention, generator: See `SkipCLIP`.
+        process_group: See `SkipCLIP`.
+        text_cache: Folder of the cache of text features, with a folder per test. Default: in memory.
+
+    Raises:
+        InputError: If SkipCLIP does not support the model or a setting.
+
+    Source: Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters
+    Themselves", CVPR 2025, arXiv 2412.11509.
+
+    Example:
+        >>> Skip.recipe("ViT-B-16", "few-shot", shots=16).epochs
+        40
+    """
+
+    name = "skip"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        task: Task,
+        *,
+        skip_layers: int | float = 0.5,
+        keep_ratio: float = 0.5,
+        max_keep: int = 50,
+        decay: float = 0.3,
+        tail: Tail = "resample",
+        max_tail: int | None = None,
+        memory: Memory = "auto",
+        attention: AttentionName = "sdpa",
+        generator: torch.Generator | None = None,
+        text_cache: str | Path | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+    ):
+        super().__init__(
+            model,
+            tokenizer,
+            task,
+            skip_layers=skip_layers,
+            keep_ratio=keep_ratio,
+            max_keep=max_keep,
+            decay=decay,
+            tail=tail,
+            max_tail=max_tail,
+            memory=memory,
+            attention=attention,
+            generator=generator,
+            text_cache=text_cache,
+            process_group=process_group,
+        )
+        self.cut = self.clip if self.clip.skip_layers[0] > 0 else None
+
+    @classmethod
+    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+        return Recipe(
+            batch_size=published.BATCH_SIZE,
+            optimizer="sgd",
+            momentum=published.MOMENTUM,
+            weight_decay=published.WEIGHT_DECAY,
+            sampler="class_pure",
+            **published.RATES[protocol]._asdict(),
+        )
+
+    @torch.no_grad()
+    def encode_frozen(self, images: Tensor) -> Tensor:
+        """Features [B, N, W] at the cut of images [B, 3, H, W]; the images if the image tower has no cut."""
+        return images if self.cut is None else self.cut.encode_lower(images)
+
+    def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        """Compute the loss of a batch over its kept classes."""
+        out = self.clip(inputs, labels)
+        return StepOutput(out.loss, len(out.class_ids))
+
+    def graphed(
+        self, optimizer: torch.optim.Optimizer, batch_size: int
+    ) -> Callable[[Tensor, Tensor], StepOutput] | None:
+        """Return the step of `SkipCLIP.graphed`."""
+        graphed = self.clip.graphed(optimizer, batch_size=batch_size)
+
+        def step(inputs: Tensor, labels: Tensor) -> StepOutput:
+            out = graphed(inputs, labels)
+            return StepOutput(out.loss, len(out.class_ids))
+
+        return step

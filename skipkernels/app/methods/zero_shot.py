@@ -1,0 +1,54 @@
+"""Zero-shot classification by the pretrained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...options import Protocol
+from ..data import Task
+from .base import FrozenModel, Recipe, Tokenizer
+
+
+class ZeroShot(FrozenModel):
+    """Zero-shot classification (Radford et al. 2021). Nothing is trained.
+
+        z_bc = exp(logit_scale) · ⟨x̂_b, t̂_c⟩,   t̂_c the unit-norm mean of the class's prompts
+
+    Args:
+        model: An open_clip model; nothing in it is changed, including `requires_grad`.
+        tokenizer: Tokenizer of the model.
+        task: Task.
+        generator: Not used.
+
+    Raises:
+        InputError: If the model is not an open_clip model.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
+    2103.00020.
+
+    Example:
+        >>> ZeroShot.recipe("ViT-B-16", "few-shot", shots=16).epochs
+        0
+    """
+
+    name = "zero-shot"
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, task: Task, *, generator: torch.Generator | None = None):
+        super().__init__(model, tokenizer, task, keep_embeddings=True, generator=generator)
+
+    @classmethod
+    def _published(cls, protocol: Protocol, shots: int, classes: int) -> Recipe:
+        return Recipe(epochs=0)
+
+    def fit(self, inputs: Tensor, labels: Tensor) -> None:
+        """Do nothing."""
+
+    def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
+        """Return no groups."""
+        return []
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {}

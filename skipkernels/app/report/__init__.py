@@ -1,0 +1,18 @@
+"""report.html: self-contained pages of the results of a run or a study, from the templates in `templates`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .from_folder import run_report
+    from .run_page import report_html
+    from .study_page import study_html
+
+__all__ = ["report_html", "run_report", "study_html"]
+
+__getattr__ = lazy_names(
+    __name__, {"from_folder": ("run_report",), "run_page": ("report_html",), "study_page": ("study_html",)}
+)

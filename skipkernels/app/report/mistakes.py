@@ -1,0 +1,227 @@
+"""Statistics of the predictions of a run, and selection of the test images that the report shows."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from ..data import SizedDataset
+from ..data.tasks import TestSet
+from ..train.predictions import TestPredictions, TopClasses
+
+GALLERY, PAIRS, WORST = 8, 6, 30
+"""Largest number of images in a gallery, of pairs of confused classes, and of classes in the matrix of confusions."""
+_MAX_SIDE = 128  # longer side of a thumbnail, in pixels
+_PIXEL_ART = 64  # images up to this size are stored without loss
+
+
+class ClassResult(NamedTuple):
+    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction.
+
+    Attributes:
+        label: Class id.
+        images: Number of test images.
+        zero_shot: Accuracy before tuning.
+        tuned: Accuracy after tuning.
+        predicted: The other class that is predicted most often after tuning, or None.
+        errors: Number of images predicted as this class.
+    """
+
+    label: int
+    images: int
+    zero_shot: float
+    tuned: float | None
+    predicted: int | None
+    errors: int
+
+
+@dataclass(frozen=True)
+class ConfusedPair:
+    """Class that is often predicted as another class.
+
+    Attributes:
+        label: The class.
+        predicted: The other class.
+        index: Test image of the class, predicted as the other class.
+        predicted_index: Test image of the other class, if there is one.
+        count: Number of images of the class that are predicted as the other class.
+        total: Number of test images of the class.
+    """
+
+    label: int
+    predicted: int
+    index: int
+    predicted_index: int | None
+    count: int
+    total: int
+
+
+def class_results(test: TestPredictions) -> list[ClassResult]:
+    """Return the result of each class that has test images, by label.
+
+    Example:
+        >>> from .predictions import TopClasses
+        >>> def top(*ids): return TopClasses(torch.tensor(ids)[:, None], torch.ones(len(ids), 1))
+        >>> labels = torch.tensor([0, 0, 1])
+        >>> class_results(TestPredictions("base", ["a", "b"], labels, top(1, 1, 1), top(0, 1, 1)))[0]
+        ClassResult(label=0, images=2, zero_shot=0.0, tuned=50.0, predicted=1, errors=1)
+    """
+    count = len(test.classes)
+
+    def correct(predicted: Tensor) -> list[int]:
+        return test.labels[predicted == test.labels].bincount(minlength=count).tolist()
+
+    images = test.labels.bincount(minlength=count).tolist()
+    before = correct(test.zero_shot.classes[:, 0])
+    after = None if test.tuned is None else correct(test.tuned.classes[:, 0])
+    most = _most_frequent_errors(test)
+    return [
+        ClassResult(
+            label,
+            images[label],
+            100 * before[label] / images[label],
+            None if after is None else 100 * after[label] / images[label],
+            *most.get(label, (None, 0)),
+        )
+        for label in range(count)
+        if images[label]
+    ]
+
+
+def _errors(test: TestPredictions) -> dict[tuple[int, int], list[int]]:
+    """Indices of the wrongly predicted images, by label and prediction."""
+    predicted = test.last.classes[:, 0]
+    found: dict[tuple[int, int], list[int]] = {}
+    for index in (predicted != test.labels).nonzero().flatten().tolist():
+        found.setdefault((int(test.labels[index]), int(predicted[index])), []).append(index)
+    return found
+
+
+def _most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
+    """Most frequent wrong prediction and its number of images, by label; the lower class of equally frequent ones."""
+    most: dict[int, tuple[int, int]] = {}
+    for (label, predicted), indices in sorted(_errors(test).items()):
+        if len(indices) > most.get(label, (0, 0))[1]:
+            most[label] = predicted, len(indices)
+    return most
+
+
+def changed(test: TestPredictions, *, limit: int = GALLERY) -> tuple[list[int], list[int]]:
+    """Select images that tuning fixed, and images that it broke: one per class, of classes spread over all labels.
+
+    Returns:
+        Indices of images predicted correctly only after tuning, and of those predicted correctly only before.
+    """
+    fixed, broken = _changed(test)
+    return _one_per_class(test.labels, fixed, limit), _one_per_class(test.labels, broken, limit)
+
+
+def count_changed(test: TestPredictions) -> tuple[int, int]:
+    """Return the number of images that tuning fixed, and of those that it broke."""
+    fixed, broken = _changed(test)
+    return int(fixed.sum()), int(broken.sum())
+
+
+def _changed(test: TestPredictions) -> tuple[Tensor, Tensor]:
+    before, after = (top.classes[:, 0] == test.labels for top in (test.zero_shot, test.last))
+    return ~before & after, before & ~after
+
+
+def _one_per_class(labels: Tensor, chosen: Tensor, limit: int) -> list[int]:
+    first_of = {int(labels[index]): index for index in reversed(chosen.nonzero().flatten().tolist())}
+    found = [first_of[label] for label in sorted(first_of)]
+    count = min(limit, len(found))
+    return [found[place * len(found) // count] for place in range(count)]
+
+
+def confused_pairs(test: TestPredictions, *, limit: int = PAIRS) -> list[ConfusedPair]:
+    """Select the classes with the most errors, each with its most frequent wrong prediction; the lower label in ties.
+
+    The predictions are those after tuning, or those before if there are none.
+    """
+    errors, most = _errors(test), _most_frequent_errors(test)
+    totals = test.labels.bincount(minlength=len(test.classes)).tolist()
+    found = []
+    for label in _by_errors(test)[:limit]:
+        predicted, count = most[label]
+        others = (test.labels == predicted).nonzero()
+        other = int(others[0]) if len(others) else None
+        found.append(ConfusedPair(label, predicted, errors[label, predicted][0], other, count, totals[label]))
+    return found
+
+
+def _by_errors(test: TestPredictions) -> list[int]:
+    """Labels with errors, those with the most first; the lower label in ties."""
+    wrong = test.labels[test.last.classes[:, 0] != test.labels].bincount(minlength=len(test.classes))
+    count = int((wrong > 0).sum())
+    return wrong.sort(descending=True, stable=True).indices[:count].tolist()
+
+
+def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list[int], list[list[int]]]:
+    """Count the predictions of the classes with the most errors, or of all if there are at most `limit` classes.
+
+    Returns:
+        Labels [n], by class; and counts [n, n + 1]: images of a class (row) predicted as each of these classes, and as
+        any other class in the last column. Both are empty without errors.
+    """
+    labels = sorted(_by_errors(test)[:limit])
+    if labels and len(test.classes) <= limit:
+        labels = list(range(len(test.classes)))
+    place = torch.full((len(test.classes),), len(labels))
+    place[labels] = torch.arange(len(labels))
+    rows, columns = place[test.labels], place[test.last.classes[:, 0]]
+    chosen, width = rows < len(labels), len(labels) + 1
+    counts = (rows * width + columns)[chosen].bincount(minlength=len(labels) * width)
+    return labels, counts.view(len(labels), width).tolist()
+
+
+def predictions_with_thumbnails(
+    test: TestSet, labels: Tensor, zero_shot: TopClasses, tuned: TopClasses | None
+) -> TestPredictions:
+    """Collect the predictions for a test, and read the images that the report shows, without their transform."""
+    found = TestPredictions(test.name, list(test.classes), labels, zero_shot, tuned)
+    images = copy.copy(test.images)
+    images.transform = None  # type: ignore[attr-defined]
+    add_thumbnails(found, images)
+    return found
+
+
+def add_thumbnails(test: TestPredictions, images: SizedDataset) -> None:
+    """Read the images that the report shows, and add them to the predictions of their test."""
+    fixed, broken = changed(test)
+    pairs = confused_pairs(test)
+    shown = [*fixed, *broken, *(pair.index for pair in pairs)]
+    shown += [pair.predicted_index for pair in pairs if pair.predicted_index is not None]
+    test.thumbnails = {index: encoded(images[index][0]) for index in dict.fromkeys(shown)}
+
+
+def encoded(image: Any, side: int = _MAX_SIDE) -> bytes:
+    """Return the thumbnail of an image as a file: PNG up to 64 pixels a side, else JPEG."""
+    small, buffer = thumbnail(image, side), io.BytesIO()
+    small.save(buffer, "png" if max(small.size) <= _PIXEL_ART else "jpeg", quality=80)
+    return buffer.getvalue()
+
+
+def thumbnail(image: Any, side: int = _MAX_SIDE) -> Image.Image:
+    """Convert a PIL image or a tensor to RGB, at most `side` pixels a side.
+
+    A tensor is scaled so that its minimum is black and its maximum white.
+
+    >>> thumbnail(Image.new("RGB", (4000, 3000))).size
+    (128, 96)
+    >>> thumbnail(torch.randn(3, 32, 32)).size
+    (32, 32)
+    """
+    if isinstance(image, Tensor):
+        least, most = image.aminmax()
+        return thumbnail(to_pil_image(((image - least) / (most - least).clamp(min=1e-12)).float().cpu()), side)
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    return small

@@ -1,0 +1,101 @@
+"""Rendering of the templates: escaping, formats of numbers, and the policy that allows only the page's own script."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from .plots import finite
+
+MISSING = "–"
+_SHORT = 22  # characters of a shortened name
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page. Every value is escaped, except SVG from `svg`.
+
+    Characters that UTF-8 can't encode, such as a lone surrogate of a file name, become "?".
+    """
+    return _environment().get_template(template).render(values).encode(errors="replace").decode()
+
+
+@functools.cache
+def _environment() -> Environment:
+    loader = PackageLoader("skipkernels.app.report")
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    script, _, _ = loader.get_source(environment, "report.js")
+    style, _, _ = loader.get_source(environment, "report.css")
+    environment.globals |= {
+        "script": Markup(script),
+        "style": Markup(style),
+        # A browser runs no other script than the one with this digest, whatever a class is called.
+        "policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
+        f"{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
+    }
+    environment.filters |= {
+        "number": number,
+        "image": image_source,
+        "share": share,
+        "short": short,
+    }
+    return environment
+
+
+def number(value: float | None, spec: str = ".1f", unit: str = "") -> str:
+    """Format a number; a dash if it is missing or not finite.
+
+    >>> number(57.25), number(-3.5, "+.1f"), number(None), number(2.0, ".0f", " s")
+    ('57.2', '−3.5', '–', '2 s')
+    """
+    return f"{value:{spec}}{unit}".replace("-", "−") if finite(value) else MISSING
+
+
+def short(name: str) -> str:
+    """Shorten a long name in the middle: names of classes often begin alike.
+
+    >>> short("latin small letter o with ring"), short("red fox")
+    ('latin smal…o with ring', 'red fox')
+    """
+    return f"{name[:10]}…{name[-11:].lstrip()}" if len(name) > _SHORT else name
+
+
+def share(value: float) -> str:
+    """Format a probability.
+
+    >>> share(0.004), share(0.5), share(0.9999)
+    ('<1 %', '50 %', '>99 %')
+    """
+    return "<1 %" if value < 0.01 else ">99 %" if value > 0.99 else f"{100 * value:.0f} %"
+
+
+def image_source(data: bytes) -> str:
+    """Address of an image with its data."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def svg(text: str) -> Markup:
+    """Mark the SVG of a plot as safe: matplotlib has escaped its texts."""
+    return Markup(text)
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a number with its noun.
+
+    >>> plural(1, "class", "classes"), plural(1200, "image")
+    ('1 class', '1,200 images')
+    """
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a table of names and texts; missing values are left out."""
+    return [(name, str(value)) for name, value in values.items() if value not in (None, "", MISSING)]

@@ -1,0 +1,312 @@
+"""Page of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import TuneConfig
+from ..train.predictions import TestPredictions, TopClasses
+from .dot_plot import DotPlot, DotRow, dot_plot, with_one_axis
+from .mistakes import changed, class_results, confused_pairs, confusion_matrix, count_changed
+from .plots import accuracy_svg, blend_svg, coloured, finite, kept_svg, loss_svg
+from .rendering import MISSING, facts, number, plural, render, svg
+
+_SUMMARIES = {"harmonic": "harmonic mean", "targets": "mean of the targets"}
+_TABLE_ROWS = 2000  # most classes in a table
+_TOP_PLOTS = 2  # most tests with a plot of their classes at the top; of more tests, a row each is shown there
+
+
+def report_html(
+    config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
+) -> str:
+    """Return the page, from the contents of metrics.json and metrics.jsonl, and the predictions for each test.
+
+    Missing metrics are left out, or shown as a dash.
+    """
+    names = list(metrics["classes"])
+    environment = metrics.get("environment") or {}
+    return render(
+        "run.html.j2",
+        title=_title(config, metrics),
+        date=str(environment.get("finished", ""))[:10],
+        headline=_headline(metrics, names, tests),
+        kept=_kept_epoch(metrics),
+        notes=metrics.get("notes", ()),
+        plots=_top_plots(metrics, names, tests),
+        accuracy=_accuracy(metrics, names),
+        tests=[_test(test) for test in tests],
+        more_plots=[_class_plot(test) for test in tests] if len(names) > _TOP_PLOTS else [],
+        curves=_curves(metrics, rows, coloured(names)),
+        bars=[bar for bar in _bars(metrics, rows) if bar],
+        cost=_cost(config, metrics, rows),
+        command=metrics.get("command", ""),
+        environment=_environment(config, metrics),
+        settings=config.to_yaml(),
+    )
+
+
+def _title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
+    state = "" if metrics["status"] == "complete" else f" – {metrics['status']} after "
+    state += plural(metrics["epochs"], "epoch") if state else ""
+    blended = f", blended at {metrics['alpha']:g}" if "alpha" in metrics else ""
+    return f"{config.model} on {config.data}, {config.method}, {config.shots_text}{blended}{state}"
+
+
+def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> str:
+    """Return the result in a sentence."""
+    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
+    first, *others = names
+    before, after = zero_shot.get(first), tuned.get(first)
+    if not metrics.get("images", {}).get("tests", {}).get(first, 1):
+        held = metrics.get("validation")
+        if not held or not (finite(held["zero_shot"]) and finite(held["tuned"])):
+            return "All images trained, none were kept for a test: there is no accuracy."
+        return (
+            f"No images were kept for a test. On {plural(held['images'], 'validation image')}, which choose the epoch, "
+            f"the accuracy went {_from_to(held['zero_shot'], held['tuned'])}; expect less on other images."
+        )
+    if not (finite(before) and finite(after)):
+        return f"No accuracy after tuning; zero-shot {_percent(before)} on {first}."
+    classes = plural(metrics["classes"][first], "trained class", "trained classes")
+    subject = "Tuning and blending" if "alpha" in metrics else "Tuning"
+    verb = "kept" if after == before else "raised" if after > before else "lowered"
+    text = f"{subject} {verb} the accuracy on the {classes} {_from_to(before, after)}"
+    found = next((class_results(test) for test in tests if test.name == first and test.tuned is not None), None)
+    if found is not None:
+        changes = [result.tuned - result.zero_shot for result in found if result.tuned is not None]
+        better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+        text += f": {plural(better, 'class', 'classes')} better, {worse:,} worse"
+    if len(others) == 1 and finite(zero_shot.get(others[0])) and finite(tuned.get(others[0])):
+        before, after = zero_shot[others[0]], tuned[others[0]]
+        verb = "stayed" if after == before else "rose" if after > before else "fell"
+        classes = plural(metrics["classes"][others[0]], f"{others[0]} class", f"{others[0]} classes")
+        text += f". On the {classes} it {verb} {_from_to(before, after)}"
+    elif finite(zero_shot.get("targets")) and finite(tuned.get("targets")):
+        text += f". On the {len(others)} targets the mean went from {_percent(zero_shot['targets'])} to "
+        text += _percent(tuned["targets"])
+    return f"{text}."
+
+
+def _percent(value: float | None) -> str:
+    return number(value, ".1f", "\N{NO-BREAK SPACE}%")
+
+
+def _from_to(before: float, after: float) -> str:
+    return f"at {_percent(after)}" if after == before else f"from {_percent(before)} to {_percent(after)}"
+
+
+def _kept_epoch(metrics: Mapping[str, Any]) -> str:
+    """Sentence on the epoch that is kept, or "". A run that was stopped keeps the weights of its last epoch."""
+    best, validation = metrics.get("best_epoch"), metrics.get("validation") or {}
+    if best is None or metrics["status"] != "complete" or "alpha" in metrics:  # a blend has the accuracy of the blend
+        return ""
+    accuracy = f" ({_percent(validation['tuned'])})" if finite(validation.get("tuned")) else ""
+    images = plural(validation["images"], "validation image") if validation.get("images") else "validation images"
+    return f"Epoch {best} of {metrics['epochs']} is kept, the best on {images}{accuracy}."
+
+
+def _top_plots(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> list[DotPlot]:
+    if len(names) <= _TOP_PLOTS:
+        return with_one_axis([_class_plot(test) for test in tests])
+    rows = [
+        DotRow(name, before, after if finite(after) else None, plural(metrics["classes"][name], "class", "classes"))
+        for name in names
+        if finite(before := metrics["zero_shot"].get(name))
+        for after in ((metrics["tuned"] or {}).get(name),)
+    ]
+    return [dot_plot("accuracy of each test", rows, by_change=False)]
+
+
+def _class_plot(test: TestPredictions) -> DotPlot:
+    rows = [
+        DotRow(test.classes[found.label], found.zero_shot, found.tuned, plural(found.images, "image"))
+        for found in class_results(test)
+    ]
+    return dot_plot(f"{test.name}: {plural(len(rows), 'class', 'classes')}", rows)
+
+
+def _accuracy(metrics: Mapping[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """Rows of zero-shot and tuned accuracy, of each test and of the summaries of the protocol."""
+    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
+    found = []
+    for name in [*names, *(name for name in zero_shot if name not in names)]:
+        before, after = zero_shot.get(name), tuned.get(name)
+        change = after - before if finite(before) and finite(after) else None
+        label = name if name in names else _SUMMARIES.get(name, name)
+        label += ", trained on" if name == names[0] else ""
+        row = {"name": label, "classes": metrics["classes"].get(name), "before": before, "after": after}
+        found.append(row | {"change": change, "summary": name not in names, "verdict": _verdict(change)})
+    validation = metrics.get("validation")
+    if validation and finite(validation.get("zero_shot")):
+        before, after = validation["zero_shot"], validation.get("tuned")
+        change = after - before if finite(after) else None
+        classes = metrics["classes"][names[0]]
+        row = {"name": "validation", "classes": classes, "before": before, "after": after, "change": change}
+        found.append(row | {"summary": False, "verdict": _verdict(change)})
+    return found
+
+
+def _verdict(change: float | None) -> str:
+    return "" if not change else "better" if change > 0 else "worse"
+
+
+def _test(test: TestPredictions) -> dict[str, Any]:
+    """Galleries, table of classes and confusions of a test."""
+    fixed, broken = changed(test)
+    results = class_results(test)
+    shown = sorted(results, key=lambda found: -abs((found.tuned or 0.0) - found.zero_shot))[:_TABLE_ROWS]
+    labels, counts = confusion_matrix(test)
+    totals = test.labels.bincount(minlength=len(test.classes)).tolist()
+    return {
+        "name": test.name,
+        "fixed": [_card(test, index) for index in fixed],
+        "broken": [_card(test, index) for index in broken],
+        "shown": dict(zip(("fixed", "broken"), map(_shown, (fixed, broken), count_changed(test)), strict=True)),
+        "classes": [
+            {
+                "name": test.classes[found.label],
+                "images": found.images,
+                "before": found.zero_shot,
+                "after": found.tuned,
+                "change": None if found.tuned is None else found.tuned - found.zero_shot,
+                "predicted": None if found.predicted is None else test.classes[found.predicted],
+                "errors": found.errors,
+            }
+            for found in sorted(shown, key=lambda found: found.label)
+        ],
+        "all_classes": len(results),
+        "matrix": [
+            (test.classes[label], totals[label], [(count, count / max(totals[label], 1)) for count in row])
+            for label, row in zip(labels, counts, strict=True)
+        ],
+        "columns": [test.classes[label] for label in labels],
+        "pairs": [
+            {
+                "label": test.classes[pair.label],
+                "predicted": test.classes[pair.predicted],
+                "count": pair.count,
+                "total": pair.total,
+                "image": test.thumbnails.get(pair.index),
+                "other": None if pair.predicted_index is None else test.thumbnails.get(pair.predicted_index),
+            }
+            for pair in confused_pairs(test)
+        ],
+    }
+
+
+def _shown(indices: list[int], count: int) -> str:
+    """Number of images in a gallery, with the number of all if they are more.
+
+    >>> _shown([3, 8], 25), _shown([3], 1)
+    ('2 of 25, one per class', '1 image')
+    """
+    return f"{len(indices):,} of {count:,}, one per class" if len(indices) < count else plural(count, "image")
+
+
+def _card(test: TestPredictions, index: int) -> dict[str, Any]:
+    """Image with the classes that were predicted before and after tuning, and their probabilities."""
+    label = int(test.labels[index])
+
+    def listed(top: TopClasses | None) -> list[dict[str, Any]]:
+        if top is None:
+            return []
+        pairs = zip(top.classes[index].tolist(), top.probabilities[index].tolist(), strict=True)
+        return [
+            {"name": test.classes[found], "probability": value if finite(value) else None, "correct": found == label}
+            for found, value in pairs
+        ]
+
+    return {
+        "label": test.classes[label],
+        "image": test.thumbnails.get(index),
+        "predictions": [("zero-shot", listed(test.zero_shot)), ("tuned", listed(test.tuned))],
+    }
+
+
+def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Plots of loss, accuracy, number of kept classes if it varies, and the blend."""
+    kept, blend = _kept(rows), metrics.get("blend")
+    legend = list(colours.items())
+    of_blend = coloured(blend["accuracy"]) if blend else {}
+    dashed = " (dashed: validation, dotted: zero-shot)" if any(finite(row.get("validation")) for row in rows) else ""
+    curves: tuple[tuple[str, str, list[tuple[str, str]]], ...] = (
+        ("training loss; thin: means of consecutive steps", loss_svg(rows), []),
+        (
+            f"test accuracy, %{dashed or ' (dotted: zero-shot)'}",
+            accuracy_svg(rows, metrics["zero_shot"], colours, metrics.get("best_epoch")),
+            legend,
+        ),
+        (
+            "accuracy of weights between zero-shot and tuned, %",
+            blend_svg(blend, of_blend) if blend else "",
+            list(of_blend.items()),
+        ),
+        ("kept classes per step", kept_svg(kept) if len(kept) > 1 else "", []),
+    )
+    return [{"title": title, "svg": svg(found), "legend": below} for title, found, below in curves if found]
+
+
+def _kept(rows: list[dict[str, Any]]) -> Counter[int]:
+    """Number of steps by number of kept classes."""
+    kept: Counter[int] = Counter()
+    for row in rows:
+        kept.update({int(classes): steps for classes, steps in (row.get("kept_histogram") or {}).items()})
+    return kept
+
+
+def _bars(metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """Time by stage of all epochs, and by part of a forward."""
+    seconds: Counter[str] = Counter()
+    for row in rows:
+        seconds.update(row.get("stage_seconds") or {})
+    forward = metrics["cost"].get("forward_milliseconds") or {}
+    return [_bar("all epochs", seconds, "s"), _bar("forward of one step", forward, "ms")]
+
+
+def _bar(title: str, times: Mapping[str, float], unit: str) -> dict[str, Any] | None:
+    total = sum(times.values())
+    if not total:
+        return None
+    parts = [
+        {"name": name, "time": f"{part:,.2f} {unit}", "share": f"{100 * part / total:.1f}", "colour": colour}
+        for (name, part), colour in zip(times.items(), coloured(times).values(), strict=True)
+    ]
+    return {"title": title, "parts": parts}
+
+
+def _cost(config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    cost, parameters, kept = metrics["cost"], metrics["parameters"], metrics["kept_classes"]
+    trained_on, spec = next(iter(metrics["classes"].values())), ",.0f" if len(_kept(rows)) == 1 else ",.1f"
+    return facts(
+        {
+            "run": number(cost["seconds_total"], ",.1f", " s"),
+            "epoch": number(cost["seconds_per_epoch"], ",.2f", " s"),
+            "step": number(cost["milliseconds_per_step"], ",.2f", " ms"),
+            "peak memory": number(cost["peak_memory_mib"], ",.0f", " MiB"),
+            "memory before loading the model": number(cost["baseline_memory_mib"], ",.0f", " MiB"),
+            "kept classes per step": number(kept, spec, f" of {trained_on:,}"),
+            "trained parameters": f"{parameters['trained']:,} of {parameters['all']:,}",
+            "checkpoint": number(metrics.get("checkpoint", {}).get("mib"), ",.1f", " MiB"),
+            "device": f"{cost['device']}, {config.precision}",
+        }
+    )
+
+
+def _environment(config: TuneConfig, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the box that says how to reproduce the run: data, seed, versions and machine."""
+    images = metrics.get("images") or {}
+    counts = [f"{plural(images['train'], 'training image')}"] if "train" in images else []
+    counts += [f"{count:,} of {name}" for name, count in (images.get("tests") or {}).items()]
+    environment = metrics.get("environment") or {}
+    versions = environment.get("versions") or {}
+    return facts(
+        {
+            "data": "; ".join([config.data, metrics.get("protocol") or MISSING, ", ".join(counts)]).strip("; "),
+            "seed": config.seed,
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "machine": environment.get("machine"),
+            "date": environment.get("finished"),
+        }
+    )

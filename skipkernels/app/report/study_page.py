@@ -1,0 +1,227 @@
+"""Page of a study of many runs: accuracy against time with intervals, and its tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
+
+from .dot_plot import DotRow, dot_plot
+from .plots import GREY, coloured, panels_svg
+from .rendering import MISSING, facts, number, render, svg
+
+_ACCURACY, _COST, _TIME = "accuracy, %", "cost", "tuning, s"
+_SUMMARIES = ("harmonic", "targets")  # the accuracy that a protocol is judged by, if it has several
+_BEFORE, _AFTER = "zero-shot", "tuned"
+_LEAST_RUNS = 3  # fewest runs with an interval of the mean
+_INSTANT = 1e-3  # a variant that takes less than this share of the longest time trains nothing
+# Quantile 0.975 of Student's t with 2 to 10 degrees of freedom.
+_T = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+Figure = Sequence[float | None]  # mean and deviation
+
+
+def study_html(study: Mapping[str, Any], plot: str) -> str:
+    """Return the page of a study, from the contents of its JSON file and its plot, an SVG."""
+    seeds = len(study["seeds"])
+    summary = study["summary"]
+    by_test = study.get("layout") == "tests"
+    return render(
+        "study.html.j2",
+        title=study["title"],
+        date=str(study.get("finished", ""))[:10],
+        headline=_headline(study),
+        seeds=seeds,
+        plots=[_test_plot(summary, seeds)] if by_test else [],
+        picture=svg(plot) if study.get("layout") == "shots" else None,
+        pareto=[] if by_test else _pareto_plots(summary, seeds),
+        all_measures=svg(plot) if study.get("layout", "variants") == "variants" else None,
+        legend=[] if by_test else list(coloured(summary).items()),
+        tables=_tables(study),
+        command=study.get("command", ""),
+        environment=facts(
+            {
+                "seeds": ", ".join(map(str, study["seeds"])),
+                "versions": ", ".join(f"{name} {version}" for name, version in (study.get("versions") or {}).items()),
+                "machine": study.get("machine"),
+                "date": study.get("finished"),
+            }
+        ),
+        settings="",
+    )
+
+
+def half_interval(deviation: float | None, runs: int) -> float:
+    """Half of the 95 % interval of the mean of normal values, t₀.₉₇₅(n − 1) · s / √n; 0 with fewer than three runs.
+
+    That of two runs is nine times their distance, which says nothing.
+
+    >>> round(half_interval(1.0, 3), 2), half_interval(None, 1)
+    (2.48, 0.0)
+    """
+    if not deviation or runs < _LEAST_RUNS:
+        return 0.0
+    degrees = runs - 1
+    # Beyond the table the expansion of the quantile in 1 / degrees is exact to 0.002.
+    quantile = _T[degrees - 2] if degrees <= len(_T) + 1 else 1.96 + 2.372 / degrees + 2.823 / degrees**2
+    return quantile * deviation / math.sqrt(runs)
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names of the points (time, accuracy) on the Pareto front, by time: no other is as good in both.
+
+    >>> pareto({"slow": (9.0, 80.0), "fast": (1.0, 60.0), "bad": (5.0, 50.0)})
+    ['fast', 'slow']
+    """
+    found: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not found or points[name][1] > points[found[-1]][1]:
+            found.append(name)
+    return found
+
+
+def _primary(columns: Sequence[str]) -> str:
+    return next((name for name in _SUMMARIES if name in columns), columns[0])
+
+
+def _headline(study: Mapping[str, Any]) -> str:
+    summary, seeds = study["summary"], len(study["seeds"])
+
+    def text(figure: Figure) -> str:
+        half = half_interval(figure[1], seeds)
+        return f"{number(figure[0])}{f' ± {half:.1f}' if half else ''} %"
+
+    if study.get("layout") == "tests":
+        (groups,) = summary.values()
+        name = _primary(list(groups[_AFTER]))
+        before, after = groups[_BEFORE].get(name), groups[_AFTER].get(name)
+        if not (before and after):
+            return study["title"]
+        return f"Tuning takes the {name} accuracy from {text(before)} to {text(after)}."
+    names = list(next(iter(summary.values()))[_ACCURACY])
+    name = _AFTER if study.get("layout") == "shots" else _primary(names)
+    found = {variant: figure for variant, groups in summary.items() if (figure := groups[_ACCURACY].get(name))}
+    if not found:
+        return study["title"]
+    best = max(found, key=lambda variant: found[variant][0] or 0.0)
+    measure = "accuracy" if name == _AFTER else f"{name} accuracy"
+    sentence = f"Best is {best} with {text(found[best])} {measure}"
+    times = {variant: _time(groups) for variant, groups in summary.items()}
+    if times[best] is not None:
+        sentence += f" after {number(times[best], ',.3g')} s of tuning"
+    return f"{sentence}."
+
+
+def _time(groups: Mapping[str, Any]) -> float | None:
+    figure = groups.get(_COST, {}).get(_TIME)
+    return figure[0] if figure else None
+
+
+def _test_plot(summary: Mapping[str, Any], seeds: int) -> Any:
+    (groups,) = summary.values()
+
+    def interval(figure: Figure) -> tuple[float, float] | None:
+        assert figure[0] is not None
+        half = half_interval(figure[1], seeds)
+        return (figure[0] - half, figure[0] + half) if half else None
+
+    rows = [
+        DotRow(
+            name,
+            before[0],
+            after[0] if after else None,
+            before_interval=interval(before),
+            after_interval=interval(after) if after else None,
+        )
+        for name, before in groups[_BEFORE].items()
+        if before
+        for after in (groups[_AFTER].get(name),)
+    ]
+    return dot_plot("accuracy of each test", rows, by_change=False)
+
+
+def _pareto_plots(summary: Mapping[str, Any], seeds: int) -> list[dict[str, Any]]:
+    """Plots of each accuracy against the time of tuning, with the line of the variants that no other beats."""
+    colours = coloured(summary)
+    plots = []
+    for column in next(iter(summary.values()))[_ACCURACY]:
+        if column == _BEFORE:
+            continue
+        figures = {
+            variant: (time, figure)
+            for variant, groups in summary.items()
+            if (figure := groups[_ACCURACY].get(column)) and (time := _time(groups)) is not None and time > 0
+        }
+        if len(figures) > 1:
+            title = "accuracy, %" if column == _AFTER else f"{column} accuracy, %"
+            plots.append(
+                {"title": f"{title}, over the time of tuning", "svg": _pareto_svg(column, figures, seeds, colours)}
+            )
+    return plots
+
+
+def _pareto_svg(
+    column: str, figures: Mapping[str, tuple[float, Figure]], seeds: int, colours: Mapping[str, str]
+) -> Any:
+    points = {name: (time, figure[0] or 0.0) for name, (time, figure) in figures.items()}
+    longest = max(time for time, _ in points.values())
+    instant = {name: accuracy for name, (time, accuracy) in points.items() if time < _INSTANT * longest}
+    timed = {name: point for name, point in points.items() if name not in instant}
+    line = [timed[name] for name in pareto(timed)]
+    line.append((longest, line[-1][1]))
+
+    def draw(axes: Axes) -> None:
+        axes.step([x for x, _ in line], [y for _, y in line], where="post", color=GREY, linewidth=1)
+        for name, accuracy in instant.items():
+            axes.axhline(accuracy, color=colours[name], linestyle=":", linewidth=1.2)
+            place = (0, accuracy), (2, 3), ("axes fraction", "data"), "offset points"
+            axes.annotate(name, *place, color=GREY, fontsize=8, parse_math=False)
+        for name, (time, accuracy) in timed.items():
+            half = half_interval(figures[name][1][1], seeds)
+            axes.errorbar(
+                [time], [accuracy], yerr=[half], color=colours[name], marker="o", markersize=6, capsize=3, linewidth=1.2
+            )
+            axes.annotate(
+                name, (time, accuracy), (6, 5), textcoords="offset points", color=GREY, fontsize=8, parse_math=False
+            )
+        values = [accuracy for _, accuracy in points.values()]
+        spread = max(max(values) - min(values), 5.0)
+        axes.set_ylim(max(0.0, min(values) - 0.6 * spread), min(100.5, max(values) + 0.6 * spread))
+        axes.set_xscale("log")
+        axes.margins(x=0.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.minorticks_off()
+        axes.set_xlabel("tuning, s (logarithmic)")
+        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.8)
+
+    label = f"{column} accuracy over the time of tuning, with the line of the best at each time"
+    return svg(panels_svg(f"pareto-{column}", label, [draw], size=(5.2, 3.4)))
+
+
+def _tables(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table per group of columns; a row per variant. With layout "tests" one table with a row per test."""
+    summary, seeds = study["summary"], len(study["seeds"])
+
+    def cell(figure: Figure | None, digits: int, with_interval: bool = True) -> str:
+        if not figure:
+            return MISSING
+        half = half_interval(figure[1], seeds) if with_interval else 0.0
+        return number(figure[0], f",.{digits}f") + (f" ± {half:,.{digits}f}" if half else "")
+
+    if study.get("layout") == "tests":
+        (groups,) = summary.values()
+        rows = [(name, [cell(groups[group].get(name), 1) for group in groups]) for name in groups[_BEFORE]]
+        return [{"corner": _ACCURACY, "columns": list(groups), "rows": rows}]
+    tables = []
+    for group, columns in next(iter(summary.values())).items():
+        digits = {name: 0 if name in ("peak, MiB", "parameters") else 1 for name in columns}
+        rows = [
+            (variant, [cell(groups[group].get(name), digits[name], group == _ACCURACY) for name in columns])
+            for variant, groups in summary.items()
+        ]
+        tables.append({"corner": group, "columns": list(columns), "rows": rows})
+    return tables

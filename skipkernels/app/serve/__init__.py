@@ -1,0 +1,23 @@
+"""A tuned model in use: classification of images, blending with the zero-shot model, and export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .blending import blend
+    from .classifier import Classifier, Predictions, predict
+    from .exporting import Exported, export
+
+__all__ = ["Classifier", "Exported", "Predictions", "blend", "export", "predict"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "blending": ("blend",),
+        "classifier": ("Classifier", "Predictions", "predict"),
+        "exporting": ("Exported", "export"),
+    },
+)

@@ -1,0 +1,250 @@
+"""Blending of a tuned model with its zero-shot model in weight space (WiSE-FT)."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...folders import restored
+from ...store import replace_text, write_tensors
+from ..config import TuneConfig
+from ..data import InputError, SizedDataset
+from ..methods.base import TunedModel
+from ..report import report_html, run_report
+from ..report.mistakes import predictions_with_thumbnails
+from ..train import weights
+from ..train.calibration import fit_temperature
+from ..train.checkpoint import MODEL
+from ..train.description import Description, describe, write_open_clip_config
+from ..train.evaluation import Evaluator
+from ..train.model_card import model_card
+from ..train.own_dataset import KIND, own_data
+from ..train.predictions import TestPredictions
+from ..train.run_folder import CONFIG, METRICS, REPORT, RunFolder, blended_folder, read_metrics
+from ..train.setup import RunSetup, build_run
+from .loading import described_weights
+
+ALPHAS = tuple(n / 10 for n in range(11))
+"""Weights of the tuned model in the curve."""
+WITHOUT_VALIDATION = 0.5
+"""Weight without validation images; the one that Wortsman et al. recommend where nothing is known about new data."""
+VALIDATION = "validation"
+
+
+def blend(
+    run: str | Path,
+    alpha: float | Literal["auto"] = "auto",
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    dataset: SizedDataset | None = None,
+    test: SizedDataset | None = None,
+    validation: SizedDataset | None = None,
+    classes: Sequence[str] | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Blend the weights of a run with those before tuning, and write the result as another run folder.
+
+        θ = (1 − alpha) · θ_zero-shot + alpha · θ_tuned
+
+    Tuning raises the accuracy on the trained classes and may lower that on others; a blend keeps most of both. The
+    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1, from features at the cut that are read from
+    the run's cache, or else computed once. The new folder is read by `Classifier.load`, `export` and
+    `skipkernels eval`.
+
+    Args:
+        run: Folder of a run that tunes the weights of the model itself, such as by skip or full.
+        alpha: Weight of the tuned model, from 0 to 1. "auto": the best in the curve on the validation images, of equal
+            ones the smallest; 0.5 for a run without validation images: the tests are not used to choose.
+        out: New run folder. Default: the folder of the run with "-blend" after its name.
+        overwrite: Replace an earlier run in that folder.
+        device: Device. Default: that of the run.
+        dataset: Training images, if they were passed to `tune`.
+        test: Test images; see `tune`.
+        validation: Validation images; see `tune`.
+        classes: Class names by label; see `tune`.
+        trust: See `evaluate_run`.
+
+    Returns:
+        Contents of the new metrics.json; "blend" has the curve: "alphas", "accuracy" by test, and "chosen".
+
+    Raises:
+        InputError: If the run or its data can't be read, its method has no blend, or an argument can't be used.
+
+    Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903.
+
+    Example:
+        >>> import logging, tempfile; logging.disable()
+        >>> import skipkernels as sk
+        >>> from skipkernels.app.train import tune
+        >>> folder = Path(tempfile.mkdtemp(), "run")
+        >>> config = TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder)
+        >>> tuned = tune(config)
+        >>> blended = sk.blend(folder, 0.3)
+        >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
+        (0.3, True)
+    """
+    chosen = _checked(alpha)
+    folder = restored(Path(run).expanduser())
+    target = Path(out).expanduser() if out is not None else blended_folder(folder)
+    if target.resolve() == folder.resolve():
+        raise InputError(f"blend: out must not be the folder of the run; got {target}. Choose another.", "out")
+    (_, file), metrics = described_weights(folder), read_metrics(folder)
+    given = () if dataset is None else ("data",)
+    of_run = TuneConfig.from_yaml(folder / CONFIG, trust=trust, given=given)
+    check_method(of_run)
+    config = replace(of_run, trust=trust, views=1, refresh="never", workers=0, download=False)
+    if config.cache is not None and not config.cache.is_dir():
+        config = replace(config, cache=None)
+    if device is not None:
+        config = replace(config, device=device, attention="sdpa")
+    open_data = None
+    if dataset is not None:
+        name = config.data.partition(":")[2]
+        config, open_data = own_data(config, dataset, test=test, validation=validation, classes=classes, name=name)
+    elif config.data.partition(":")[0] == KIND:
+        raise InputError(
+            f"blend: dataset must be given in Python, with test and validation, for a run on {config.data}."
+        )
+    written = replace(of_run, cache=config.cache, device=config.device, attention=config.attention)
+    written = replace(written, out=target, overwrite=overwrite, resume=False, delta=False).resolved(open_data)
+    new_folder = RunFolder(written)  # refuses a folder that can't be written
+    setup = build_run(config.resolved(open_data), open_data=open_data)
+    evaluator = Evaluator(setup, setup.test_features(), setup.validation_features())
+    evaluator.zero_shot()
+    zero_shot = dict(evaluator.top)
+    weighted = Interpolation(setup, file)
+    curve = _curve(evaluator, weighted)
+    if chosen is None:
+        chosen = choose(curve["accuracy"].get(VALIDATION))
+    weighted.set(chosen)
+    metrics |= {
+        "tuned": evaluator.accuracies(evaluator.predictions()),
+        "blend": curve | {"chosen": chosen, "run": str(folder.resolve())},
+        "alpha": chosen,
+        "notes": [],
+    }
+    if metrics.get("command"):
+        metrics["command"] += f"\nskipkernels blend {shlex.quote(str(folder))} --alpha {chosen:g}"
+    tests = [
+        predictions_with_thumbnails(test, evaluator.labels(test.name), zero_shot[test.name], evaluator.top[test.name])
+        for test in setup.task.tests
+        if len(test.images)
+    ]
+    described = describe(written, setup.model, setup.task, weights=MODEL, holds=weights.MODEL)
+    held = evaluator.validation
+    logits = None if held is None else held.logits(setup.method)
+    if held is not None and logits is not None:
+        metrics["validation"] = metrics["validation"] | {"tuned": evaluator.validation_accuracy()}
+        fitted = fit_temperature(logits, held.labels)
+        described = replace(described, temperature=fitted, calibration_images=len(held.labels))
+    _write(new_folder, written, setup, described, metrics, tests)
+    return metrics
+
+
+def record(run: Path, blended: dict[str, Any]) -> None:
+    """Add the curve of a blend to the metrics.json and the report of its run."""
+    metrics = read_metrics(run) | {"blend": blended["blend"]}
+    replace_text(run / METRICS, json.dumps(metrics, indent=2) + "\n")
+    replace_text(run / REPORT, run_report(run))
+
+
+def check_method(config: TuneConfig) -> None:
+    """Raise an InputError if the method of a run does not tune the weights of the model itself."""
+    if not issubclass(config.method_class(), TunedModel):
+        raise InputError(
+            f'blend: method must be one that tunes the weights of the model, "skip" or "full"; got '
+            f'"{config.method}", which adds weights to it.',
+            "method",
+        )
+
+
+def _checked(alpha: float | str) -> float | None:
+    """Return alpha as a number; None for "auto"."""
+    if alpha == "auto":
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1 or math.isnan(alpha):
+        raise InputError(f'blend: alpha must be from 0 to 1, or "auto"; got {alpha!r}.', "alpha")
+    return float(alpha)
+
+
+def choose(validation: list[float] | None) -> float:
+    """Choose alpha by the accuracy on validation images for each of `ALPHAS`; None if there are none.
+
+    >>> choose([50, 60, 60, 55, 0, 0, 0, 0, 0, 0, 0]), choose(None)
+    (0.1, 0.5)
+    """
+    return ALPHAS[validation.index(max(validation))] if validation else WITHOUT_VALIDATION
+
+
+class Interpolation:
+    """Weights between those of a run before tuning and those in its weights file, set in its model."""
+
+    def __init__(self, setup: RunSetup, tuned: Path):
+        self._state = setup.method.state_dict()
+        before = {name: tensor.clone() for name, tensor in self._state.items()}
+        weights.WeightsFile(setup.method, setup.model, delta=False).load(tuned)
+        self._ends = {
+            name: (first, self._state[name].clone())
+            for name, first in before.items()
+            if not torch.equal(first, self._state[name])
+        }
+
+    @torch.no_grad()
+    def set(self, alpha: float) -> None:
+        """Set the weights; alpha 0 are exactly those before tuning, and 1 those after it."""
+        for name, (before, after) in self._ends.items():
+            self._state[name].copy_(_between(before, after, alpha))
+
+
+def _between(before: Tensor, after: Tensor, alpha: float) -> Tensor:
+    if alpha in (0, 1) or not before.is_floating_point():
+        return after if alpha == 1 else before
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return torch.lerp(before.to(wide), after.to(wide), alpha)
+
+
+def _curve(evaluator: Evaluator, weighted: Interpolation) -> dict[str, Any]:
+    """Accuracy in per cent by test for each of `ALPHAS`."""
+    accuracy: dict[str, list[float]] = {}
+    for alpha in ALPHAS:
+        weighted.set(alpha)
+        for name, value in evaluator.accuracies(evaluator.predictions()).items():
+            if value is not None:  # None without test images
+                accuracy.setdefault(name, []).append(value)
+        held_out = evaluator.validation_accuracy()
+        if held_out is not None:
+            accuracy.setdefault(VALIDATION, []).append(held_out)
+    return {"alphas": list(ALPHAS), "accuracy": accuracy}
+
+
+def _write(
+    folder: RunFolder,
+    config: TuneConfig,
+    setup: RunSetup,
+    described: Description,
+    metrics: dict[str, Any],
+    tests: list[TestPredictions],
+) -> None:
+    """Write the files of a blended run."""
+    with folder.replaced():
+        with (folder.path / MODEL).open("wb") as file:
+            metadata = weights.metadata(holds=weights.MODEL)
+            size, digest = write_tensors(file, setup.method.state_dict(), metadata)
+        metrics["checkpoint"] = {"file": MODEL, "mib": round(size / 2**20, 1), "mib_of_all": round(size / 2**20, 1)}
+        described = replace(described, weights_xxh3=digest)
+        described.write(folder.path)
+        use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
+        folder.write_card(model_card(config, described, metrics, use=use))
+        folder.write_predictions(tests)
+        folder.write_report(report_html(config, metrics, [], tests))
+        folder.finish(metrics)

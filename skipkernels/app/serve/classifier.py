@@ -1,0 +1,323 @@
+"""Classification of images by a tuned model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...clip import SkipCLIP
+from ...features import FeatureCache
+from ...folders import restored
+from ...options import Precision
+from ...store import is_store
+from ..data import InputError
+from ..data.files import find_images
+from ..methods.base import TunedModel
+from .decoding import batches, decode
+from .loading import TEST, TunedRun, load_run
+
+Unreadable = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The best classes of N images, best first.
+
+    Attributes:
+        names: Path of each image; its number for an image without a path.
+        ids: Classes, int64 [N, k], as positions in `classes`.
+        probabilities: Their probabilities, fp32 [N, k]. They sum to 1 over all classes, not over these k.
+        classes: Names of all classes.
+        unreadable: Reason by path for files that were skipped.
+    """
+
+    names: list[str]
+    ids: Tensor
+    probabilities: Tensor
+    classes: list[str]
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """Names of the classes, k for each image."""
+        return [[self.classes[class_id] for class_id in row] for row in self.ids.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+        """Iterate over (name, [(label, probability), …])."""
+        for name, labels, row in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
+            yield name, list(zip(labels, row, strict=True))
+
+    def __getitem__(self, index: int) -> tuple[str, list[tuple[str, float]]]:
+        """Return (name, [(label, probability), …]) of an image."""
+        labels = [self.classes[class_id] for class_id in self.ids[index].tolist()]
+        return self.names[index], list(zip(labels, self.probabilities[index].tolist(), strict=True))
+
+
+class Classifier:
+    """A tuned model that classifies images, loaded from a run folder by `Classifier.load`.
+
+        p_c = softmax over c of (exp(logit_scale) · ⟨x̂, t̂_c⟩ / temperature)
+
+    t̂_c is the unit-norm mean of the prompts of class c. The temperature was fitted on held-out images when the model
+    was tuned; without such images, and for other classes or prompts than those of the run, it is 1. (For a method that
+    computes its own logits, such as a linear probe, these take the place of exp(logit_scale) · ⟨x̂, t̂_c⟩.)
+
+    Args:
+        run: Loaded run.
+
+    Attributes:
+        classes: Names of the classes.
+        temperature: Divisor of the logits.
+        calibrated: True if the temperature was fitted on held-out images, with the same classes and prompts.
+        clip: SkipCLIP of the model, with which `FeatureCache.build` computes features for `predict`; None for a method
+            without one.
+        transform: Transform of an RGB image to a tensor [3, H, W].
+
+    Example:
+        >>> import logging, tempfile; logging.disable()
+        >>> from pathlib import Path
+        >>> import torch, skipkernels as sk
+        >>> from skipkernels.app.config import TuneConfig
+        >>> from skipkernels.app.train import tune
+        >>> run = Path(tempfile.mkdtemp(), "run")
+        >>> metrics = tune(TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=run))
+        >>> classifier = sk.Classifier.load(run, device="cpu")
+        >>> found = classifier.predict(torch.zeros(3, 3, 32, 32), top=2)
+        >>> found.ids.shape, len(classifier.classes)
+        (torch.Size([3, 2]), 2)
+        >>> name, classes = found[0]
+        >>> name, len(classes)
+        ('0', 2)
+    """
+
+    def __init__(self, run: TunedRun):
+        self._run = run
+        self.classes = run.classes
+        self.transform = run.transform
+        temperature = run.described.temperature if run.has_own_prompts else None
+        self.calibrated = temperature is not None
+        self.temperature = temperature or 1.0
+        self.clip: SkipCLIP | None = run.method.clip if isinstance(run.method, TunedModel) else None
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        *,
+        classes: Sequence[str] | None = None,
+        templates: str | Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        precision: Precision | str = "auto",
+        trust: bool = False,
+    ) -> Classifier:
+        """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
+
+        The training data are not needed. The base model is needed only for a run with `delta`, or of a method that adds
+        weights to it, such as lora: those folders have only the part that was trained.
+
+        Args:
+            run: Run folder.
+            classes: Names of other classes, which are recognised by their text alone; their probabilities are not
+                calibrated. Default: the trained classes.
+            templates: Prompt templates, each with one {}. Default: those of the run; with other templates,
+                probabilities are not calibrated.
+            device: Device. Default: "cuda" if there is one, else "cpu".
+            precision: "fp32", "bf16", "fp16" or "auto": bf16 on a GPU that has it, else fp32.
+            trust: Load what the files in the folder name: models of the hub, models and weights in other folders.
+                Code in the folder never runs.
+
+        Raises:
+            InputError: If the folder does not hold a tuned model, or is damaged, or is not trusted and names such a
+                source, or an argument can't be used.
+        """
+        folder = restored(Path(run).expanduser())
+        if not folder.is_dir():
+            raise InputError(f"Classifier.load: run must be the folder of a run; {folder} is not a folder.", "run")
+        options: dict[str, Any] = {"device": device, "precision": precision, "trust": trust}
+        return cls(load_run(folder, classes=classes, templates=templates, **options))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self._run.model.logit_scale.device  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, C] over the classes, before the temperature.
+
+        Args:
+            images: Preprocessed images [B, 3, H, W], or features at the cut of `clip` [B, N, W].
+
+        Raises:
+            InputError: If the method can't classify these classes.
+        """
+        method = self._run.method
+        with self._run.precision.autocast():
+            images = images.to(self.device)
+            inputs = method.encode_frozen(images) if images.ndim == 4 else images
+            logits = method.logits(TEST, inputs)
+        if logits is None:
+            raise InputError(
+                f"Classifier.load: classes must be trained classes: the method {method.name} does not use texts.",
+                "classes",
+            )
+        return logits
+
+    @torch.no_grad()
+    def class_embeddings(self) -> Tensor:
+        """Unit-norm embeddings of the classes, [C, D]."""
+        with self._run.precision.autocast():
+            return self._run.method.class_embeddings(TEST)
+
+    def predict(
+        self,
+        images: Any,
+        *,
+        top: int = 5,
+        batch_size: int = 64,
+        workers: int | None = None,
+        unreadable: Unreadable = "raise",
+        progress: Callable[[int], object] | None = None,
+    ) -> Predictions:
+        """Classify images.
+
+        Args:
+            images: A Pillow image, a path, or a list of these; the path of a folder, for all images in it; preprocessed
+                images [N, 3, H, W]; or features at the cut of `clip`: a `FeatureCache`, or the path of its folder.
+            top: Number of classes for each image; all classes if there are fewer.
+            batch_size: Images per forward pass.
+            workers: Threads that decode images. Default: one for each core, at most 8.
+            unreadable: "skip" leaves out files that can't be read and lists them in the result; "raise" raises.
+            progress: Function called with the number of images of each batch.
+
+        Returns:
+            Predictions: Classes and probabilities of N images.
+
+        Raises:
+            InputError: If an image can't be read, or an argument can't be used.
+            FloatingPointError: If a logit is not finite.
+        """
+        parts = []
+        for part in self.predict_batches(
+            images, top=top, batch_size=batch_size, workers=workers, unreadable=unreadable
+        ):
+            parts.append(part)
+            if progress is not None:
+                progress(len(part) + len(part.unreadable))
+        skipped = {name: reason for part in parts for name, reason in part.unreadable.items()}
+        empty = torch.empty(0, min(top, len(self.classes)))
+        return Predictions(
+            [name for part in parts for name in part.names],
+            torch.cat([part.ids for part in parts] or [empty.long()]),
+            torch.cat([part.probabilities for part in parts] or [empty]),
+            self.classes,
+            skipped,
+        )
+
+    def predict_batches(
+        self,
+        images: Any,
+        *,
+        top: int = 5,
+        batch_size: int = 64,
+        workers: int | None = None,
+        unreadable: Unreadable = "raise",
+    ) -> Iterator[Predictions]:
+        """Classify images batch by batch, with the arguments and errors of `predict`."""
+        check_counts(top=top, batch_size=batch_size, workers=workers)
+        if isinstance(images, (str, os.PathLike)):
+            images = self._opened(Path(images))
+        if isinstance(images, FeatureCache):
+            batch: Any
+            start = 0
+            for batch, _ in images.loader(batch_size, "sequential", device=self.device):
+                yield self._predictions(list(map(str, range(start, start + len(batch)))), batch, top)
+                start += len(batch)
+        elif isinstance(images, Tensor):
+            if images.ndim != 4 or images.shape[1] != 3:
+                raise InputError(
+                    f"Classifier.predict: images must be [N, 3, H, W], preprocessed by classifier.transform; got "
+                    f"{list(images.shape)}.",
+                    "images",
+                )
+            for start in range(0, len(images), batch_size):
+                part = images[start : start + batch_size]
+                yield self._predictions(list(map(str, range(start, start + len(part)))), part, top)
+        else:
+            images = [images] if isinstance(images, Image.Image) else images
+            for decoded in batches(decode(list(images), self.transform, workers=workers), batch_size):
+                yield self._decoded(decoded, top, unreadable)
+
+    def _opened(self, path: Path) -> FeatureCache | list[str]:
+        """Open the features in a folder, or list its images."""
+        path = path.expanduser()
+        if is_store(path):
+            if self.clip is None:
+                raise InputError(
+                    f"Classifier.predict: images can't be the features in {path}: the method "
+                    f"{self._run.method.name} has no cut. Pass the images themselves.",
+                    "images",
+                )
+            with self._run.precision.autocast():
+                return FeatureCache.open(path, self.clip)
+        return (
+            [str(path / found) for found in find_images(path, ".", dataset=False)[0]] if path.is_dir() else [str(path)]
+        )
+
+    def _decoded(self, decoded: list[Any], top: int, unreadable: Unreadable) -> Predictions:
+        failed = {item.name: item.image for item in decoded if isinstance(item.image, InputError)}
+        if failed and unreadable == "raise":
+            raise next(iter(failed.values()))
+        read = [item for item in decoded if not isinstance(item.image, InputError)]
+        reasons = {name: str(error).removeprefix(f"{name}: ") for name, error in failed.items()}
+        if not read:
+            k = min(top, len(self.classes))
+            return Predictions([], torch.empty(0, k).long(), torch.empty(0, k), self.classes, reasons)
+        return self._predictions([item.name for item in read], torch.stack([i.image for i in read]), top, reasons)
+
+    def _predictions(
+        self, names: list[str], inputs: Tensor, top: int, unreadable: dict[str, str] | None = None
+    ) -> Predictions:
+        scores = (self.logits(inputs).float() / self.temperature).softmax(dim=1)
+        probabilities, ids = (found.cpu() for found in scores.topk(min(top, len(self.classes)), dim=1))
+        if not probabilities.isfinite().all():  # NaN if a logit is NaN or +∞
+            name = next(name for name, row in zip(names, probabilities, strict=True) if not row.isfinite().all())
+            raise FloatingPointError(
+                f'Classifier.predict: logits of image {name} are not finite. Use precision="fp32"; if they are not '
+                "finite in fp32 either, the image or the weights have values that are not finite."
+            )
+        return Predictions(names, ids, probabilities, self.classes, unreadable or {})
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise an InputError if a value is not a whole number of at least 1, or None."""
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"Classifier.predict: {name} must be a whole number of at least 1; got {value}.", name)
+
+
+def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Predictions:
+    """Classify images with a run: `Classifier.load(run).predict(images, top=top)`.
+
+    Args:
+        run: Run folder.
+        images: See `Classifier.predict`.
+        top: Number of classes for each image.
+        options: Other options of `Classifier.load` and `Classifier.predict`.
+
+    Raises:
+        InputError: If the run or an image can't be read, or an argument can't be used.
+    """
+    names = ("classes", "templates", "device", "precision", "trust")
+    load_options = {name: options.pop(name) for name in names if name in options}
+    return Classifier.load(run, **load_options).predict(images, top=top, **options)

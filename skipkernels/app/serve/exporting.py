@@ -1,0 +1,252 @@
+"""Export of a tuned model to other libraries, and to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import open_clip
+
+from ...folders import replaced_folder, restored
+from ...store import replace_text, write_tensors
+from ...store.digest import digest_file
+from ..config import TuneConfig
+from ..data import InputError
+from ..train import weights
+from ..train.checkpoint import STATE
+from ..train.description import CLASSIFIER, Description, write_open_clip_config
+from ..train.environment import versions
+from ..train.model import OPEN_CLIP, RANDOM
+from ..train.model_card import CARD, model_card
+from ..train.run_folder import CONFIG, METRICS, has_run, read_metrics
+from . import to_hugging_face, to_onnx
+from .merging import PlainModel, plain_model
+
+Target = Literal["open-clip", "hugging-face", "onnx"]
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"  # the name that open_clip looks for on the Hub
+CLASSES = "classes.json"
+# Names of the files of every target, and of transformers' tokenizers: what an earlier export may have left.
+_OURS = (
+    *(CARD, CLASSES, CLASSIFIER, OPEN_CLIP, OPEN_CLIP_WEIGHTS, to_onnx.FILE, f"{to_onnx.FILE}.data"),
+    *("config.json", "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
+    *("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
+    "sentencepiece.bpe.model",
+)
+
+
+class Exported(NamedTuple):
+    """Result of `export`.
+
+    Attributes:
+        folder: Folder of the files.
+        files: Their names.
+        notes: Differences from the tuned model.
+        url: Address on the Hub, or None.
+    """
+
+    folder: Path
+    files: list[str]
+    notes: list[str]
+    url: str | None = None
+
+
+def export(
+    run: str | Path,
+    to: Target,
+    out: str | Path,
+    *,
+    push: str | None = None,
+    private: bool = True,
+    overwrite: bool = False,
+    trust: bool = False,
+) -> Exported:
+    """Write a tuned model for another library.
+
+    - "open-clip": `open_clip.create_model("local-dir:OUT")`, and `sk.Classifier.load(OUT)`.
+    - "hugging-face": `transformers.CLIPModel.from_pretrained(OUT)` and `CLIPProcessor`. For CLIPs with vision
+      transformers and CLIP's tokenizer; another model is refused by name. The embeddings of both are compared.
+    - "onnx": OUT/model.onnx, an image classifier: image tower, class embeddings, temperature; the names of the classes
+      and the preprocessing are in its metadata.
+
+    LoRA is merged into the weights. CoOp's learned prompts are not in a model, so it can only be exported to ONNX.
+    Besides the model, the folder has a model card and the names of the classes. They have no local paths: of own models
+    and data only the kind is named, such as "imagefolder".
+
+    Args:
+        run: Folder of a run, or one that `blend` wrote.
+        to: "open-clip", "hugging-face" or "onnx".
+        out: Folder to write; new or empty.
+        push: Also upload the folder to this repository of the Hugging Face Hub, "ORG/NAME", with the account that
+            huggingface_hub is logged in to.
+        private: Create that repository as a private one, if it does not exist.
+        overwrite: Write into a folder with files. An earlier export in it is replaced; other files are kept, and not
+            uploaded. The folder of a run is refused.
+        trust: See `Classifier.load`.
+
+    Raises:
+        InputError: If the run can't be read or exported, a package is missing, or an argument can't be used.
+
+    Example:
+        >>> import logging, tempfile; logging.disable()
+        >>> import open_clip, skipkernels as sk
+        >>> from skipkernels.app.train import tune
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> config = TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder / "run")
+        >>> metrics = tune(config)
+        >>> sorted(sk.export(folder / "run", "open-clip", folder / "exported").files)[:2]
+        ['README.md', 'classifier.json']
+        >>> model = open_clip.create_model(f"local-dir:{folder / 'exported'}")
+    """
+    if to not in get_args(Target):
+        raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
+    if push is not None:
+        _check_repository(push)
+    source, folder = restored(Path(run).expanduser()), Path(out).expanduser()
+    if os.path.lexists(folder) and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise InputError(f"export: out must be a new or an empty folder; got {folder}. Use `overwrite=True`.", "out")
+    if not source.is_dir():
+        raise InputError(f"export: run must be the folder of a run; {source} is not a folder.", "run")
+    if has_run(folder) or (folder / STATE).exists() or folder.resolve() == source.resolve():
+        raise InputError(f"export: out must not be the folder of a run; got {folder}. Choose another.", "out")
+    with contextlib.ExitStack() as stack:
+        try:
+            written = stack.enter_context(replaced_folder(folder, _OURS))
+        except OSError as error:
+            raise InputError(f"export: out: {folder} can't be written ({error.strerror}).", "out") from error
+        plain = plain_model(source, trust=trust)
+        write: Callable[[PlainModel, Path], list[str]] = _WRITERS[to]
+        described = _shared(plain)
+        notes = write(plain, written)
+        if to == "open-clip":
+            replace(described, weights_xxh3=digest_file(written / OPEN_CLIP_WEIGHTS)).write(written)
+        elif to == "hugging-face":
+            _write_classes(written, described)
+        _write_card(source, written, described, to)
+        files = sorted(path.name for path in written.iterdir())
+    return Exported(folder, files, notes, None if push is None else _push(folder, files, push, private))
+
+
+def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
+    if plain.learned_text:
+        raise InputError(
+            f"export: run must have its prompts in the model; those of {plain.described.method} are learned. Use onnx.",
+            "run",
+        )
+    if not write_open_clip_config(folder, plain.model, plain.tokenizer):
+        raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
+    state, header = plain.model.state_dict(), weights.metadata(holds=weights.MODEL)
+    with (folder / OPEN_CLIP_WEIGHTS).open("wb") as file:
+        write_tensors(file, state, header)
+    return []
+
+
+_WRITERS = {"open-clip": _write_open_clip, "hugging-face": to_hugging_face.write, "onnx": to_onnx.write}
+
+
+def _write_classes(folder: Path, described: Description) -> None:
+    """Write the classes, for use with a library that has no place for them."""
+    values = {name: getattr(described, name) for name in ("classes", "templates", "prompts", "temperature")}
+    replace_text(folder / CLASSES, json.dumps(values, indent=2) + "\n")
+
+
+def _shared(plain: PlainModel) -> Description:
+    """Description of an exported model. Each text that may be a path is left out or replaced."""
+    described = plain.described
+    tuned = described.method in ("skip", "full")
+    tags = (RANDOM, *open_clip.list_pretrained_tags_by_model(described.model))
+    return replace(
+        described,
+        model=_public(described.model),
+        method=described.method if tuned else "zero-shot",
+        settings=described.settings if tuned else {},
+        data=_public(described.data),
+        pretrained=described.pretrained if described.pretrained in (None, *tags) else "file",
+        versions={name: described.versions[name] for name in versions() if name in described.versions},
+        weights=OPEN_CLIP_WEIGHTS,
+        holds=weights.MODEL,
+    )
+
+
+def _public(name: str) -> str:
+    """Return the name of a model, a dataset or a test; of own files, only the kind.
+
+    >>> _public("imagefolder:/home/me/photos"), _public("coop:dtd"), _public("hf-hub:org/name"), _public("base")
+    ('imagefolder', 'coop:dtd', 'hf-hub:org/name', 'base')
+    """
+    kind, _, rest = name.partition(":")
+    if kind in ("hf", "hf-hub"):
+        public = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(\?.*)?", rest) and not Path(rest).exists()
+    else:
+        public = not re.search(r"[/\\]", rest) and kind in ("coop", "torchvision", "glyphs", "dataset")
+    return name if public or not rest else kind
+
+
+def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
+    """Settings that are numbers or choices, prompts, and names without paths; the others have their default."""
+
+    def types(hint: Any) -> set[Any]:
+        inner = () if get_origin(hint) is Literal else get_args(hint)
+        return set().union(*map(types, inner)) if inner else {hint}
+
+    plain = {name for name, hint in get_type_hints(TuneConfig).items() if not types(hint) & {str, Path}}
+    values = {name: getattr(config, name) for name in plain | {"method", "optimizer", "template"}}
+    names: dict[str, Any] = {name: getattr(described, name) for name in ("model", "pretrained", "data")}
+    targets = None if config.targets is None else tuple(map(_public, config.targets))
+    return TuneConfig(**values, **names, targets=targets)
+
+
+def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics that a model card shows."""
+
+    def by_test(values: dict[str, Any] | None) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in (values or {}).items():
+            public = _public(name)
+            found[public if public not in found else f"{public} ({len(found)})"] = value
+        return found
+
+    values = {name: metrics[name] for name in ("alpha", "status", "epochs", "processes") if name in metrics}
+    tests = {name: by_test(metrics[name]) for name in ("zero_shot", "tuned", "classes")}
+    return values | tests | {"command": bool(metrics.get("command"))}
+
+
+def _write_card(source: Path, folder: Path, described: Description, to: Target) -> None:
+    """Write the model card of an exported run; copy that of a folder without settings, such as an exported one."""
+    if not ((source / CONFIG).is_file() and (source / METRICS).is_file()):
+        if (source / CARD).is_file():
+            replace_text(folder / CARD, (source / CARD).read_text(encoding="utf-8"))
+        return
+    config = _shared_settings(TuneConfig.from_yaml(source / CONFIG, trust=True), described)
+    replace_text(folder / CARD, model_card(config, described, _shared_metrics(read_metrics(source)), use=to))
+
+
+def _check_repository(name: str) -> None:
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise InputError(f"export: push must be a repository, ORG/NAME; got {name!r}.", "push")
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise InputError("export: push needs huggingface_hub: pip install huggingface_hub.", "push") from None
+
+
+def _push(folder: Path, files: list[str], name: str, private: bool) -> str:
+    """Upload files of a folder to the Hub; return the address of the repository."""
+    import huggingface_hub
+
+    client: Any = huggingface_hub.HfApi()
+    try:
+        address = client.create_repo(name, private=private, exist_ok=True)
+        message = "Upload a model tuned with skipkernels"
+        client.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message=message)
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:  # the first: no connection, or not logged in
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"export: push to {name} failed ({reason}). The files are in {folder}.", "push") from error
+    return str(address)

@@ -1,0 +1,166 @@
+"""Loading of the model of a run folder from classifier.json and the weights, without the training data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...options import Precision
+from ..config import usable_device
+from ..data import InputError, Task
+from ..data.tasks import TestSet
+from ..data.templates import PHOTO, format_prompt, resolve_templates
+from ..methods import METHODS, Method
+from ..methods.base import FrozenModel
+from ..train import checkpoint, weights
+from ..train.description import CLASSIFIER, Description
+from ..train.model import LOCAL_DIR, load_model, load_weights
+from ..train.plain_config import OPEN_CLIP
+from ..train.precision import MixedPrecision
+from ..train.sources import check_source
+
+TEST = "classes"
+"""Name of the test that has the classes to predict, for `Method.logits`."""
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class TunedRun(NamedTuple):
+    """Model of a run.
+
+    Attributes:
+        described: Contents of classifier.json.
+        classes: Names of the classes to predict.
+        model: CLIP.
+        method: Method with its weights; its test `TEST` has the classes.
+        transform: Transform of an image.
+        tokenizer: Tokenizer of the model.
+        prompts: Prompts by template and class.
+        has_own_prompts: True if the classes and their prompts are those of the run, in any order.
+        precision: Mixed precision.
+    """
+
+    described: Description
+    classes: list[str]
+    model: nn.Module
+    method: Method
+    transform: Callable[[Any], torch.Tensor]
+    tokenizer: Any
+    prompts: tuple[list[str], ...]
+    has_own_prompts: bool
+    precision: MixedPrecision
+
+
+def load_run(
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    templates: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: Precision | str = "auto",
+    trust: bool = False,
+) -> TunedRun:
+    """Load the model of a run; see `Classifier.load` for the arguments and errors."""
+    described, file = described_weights(folder)
+    chosen = torch.device(usable_device(str(device or "auto"), "Classifier.load"))
+    mixed = MixedPrecision(_resolved(precision, chosen), chosen)
+    whole = described.holds == weights.MODEL
+    name, pretrained = described.model, described.pretrained
+    if whole and (folder / OPEN_CLIP).is_file():
+        name, pretrained = f"{LOCAL_DIR}{folder.absolute()}", None
+    else:
+        check_source(folder / CLASSIFIER, "model", name, trust)
+        check_source(folder / CLASSIFIER, "pretrained", pretrained or "", trust)
+    model, transform, tokenizer = load_model(name, pretrained, chosen, architecture_only=whole, trust=trust)
+    if whole:
+        load_weights(model, file)
+    if described.holds == weights.CHANGES and weights.has_bf16(file):  # changes to weights that bf16-sr rounded first
+        MixedPrecision("bf16-sr", chosen).prepare(model)
+        model.float()
+    names, prompts = _classes(described, classes, templates)
+    method = _method(described, model, tokenizer, names, prompts, file)
+    if not whole:
+        weights.WeightsFile(method, model, delta=False).load(file)
+    method.train(False)
+    own_names, own_prompts = _classes(described, None, None)
+    same = set(zip(names, *prompts, strict=True)) == set(zip(own_names, *own_prompts, strict=True))
+    return TunedRun(described, names, model, method, transform, tokenizer, prompts, same, mixed)
+
+
+def described_weights(folder: Path) -> tuple[Description, Path]:
+    """Return the contents of classifier.json, and the weights that have its digest; see `checkpoint.weights_of`.
+
+    Raises:
+        InputError: If one of them is missing or damaged.
+    """
+    described, file = checkpoint.weights_of(folder)
+    return described or Description.read(folder), file  # the second raises the error
+
+
+def _resolved(precision: Precision | str, device: torch.device) -> Any:
+    if precision not in _PRECISIONS:
+        raise InputError(
+            f"Classifier.load: precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}.", "precision"
+        )
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _classes(
+    described: Description, classes: Sequence[str] | None, templates: str | Sequence[str] | None
+) -> tuple[list[str], tuple[list[str], ...]]:
+    """Names of the classes to predict, and their prompts by template."""
+    if isinstance(classes, str) or (classes is not None and not all(isinstance(name, str) for name in classes)):
+        raise InputError(f"Classifier.load: classes must be a list of names; got {classes!r}.", "classes")
+    names = described.classes if classes is None else list(classes)
+    if not names:
+        raise InputError("Classifier.load: classes must have a name; got none.", "classes")
+    name, count = Counter(names).most_common(1)[0]
+    if classes is not None and count > 1:
+        raise InputError(f"Classifier.load: classes must differ; got {name!r} {count} times. Name it once.", "classes")
+    if templates is None and classes is None and described.prompts is not None:
+        return names, tuple(described.prompts)
+    own = described.templates or [PHOTO]
+    chosen = own if templates is None else resolve_templates(None, templates)
+    return names, tuple([format_prompt(template, name) for name in names] for template in chosen)
+
+
+def _method(
+    described: Description,
+    model: nn.Module,
+    tokenizer: Any,
+    classes: list[str],
+    prompts: tuple[list[str], ...],
+    file: Path,
+) -> Method:
+    """Construct the method of a run; its weights are not loaded."""
+    if described.method not in METHODS:
+        raise InputError(
+            f"Classifier.load: the run's method {described.method!r} is not registered. Import its module."
+        )
+    kind = METHODS[described.method]
+    tests = [TestSet(TEST, classes, prompts, ())]  # type: ignore[arg-type]
+    settings = dict(described.settings)
+    if issubclass(kind, FrozenModel):  # the shapes of its weights may depend on the trained classes
+        trained = _classes(described, None, None)
+        tests.insert(0, TestSet("trained", *trained, ()))  # type: ignore[arg-type]
+    if described.method == "coop":
+        settings["vectors"] = _length(file, "context")
+    task = Task(described.data, described.protocol, (), tuple(tests))  # type: ignore[arg-type]
+    return kind(model, tokenizer, task, **settings)
+
+
+def _length(file: Path, name: str) -> int:
+    """Length of a tensor in a weights file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_slice(name).get_shape()[0]
+    except (SafetensorError, OSError, IndexError) as error:
+        raise InputError(f"{file}: not usable as weights of this model: {error}") from error

@@ -1,0 +1,75 @@
+"""A tuned model as a plain CLIP, which other libraries can load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data import InputError
+from ..methods.base import TunedModel
+from ..methods.coop import CoOp
+from ..methods.lora import LoRA, LowRankAttention
+from ..methods.zero_shot import ZeroShot
+from ..train.description import Description, preprocessing
+from .loading import TEST, load_run
+
+
+class PlainModel(NamedTuple):
+    """A tuned model without its method.
+
+    Attributes:
+        described: Description of the run.
+        model: CLIP with the tuned weights, in evaluation mode, in fp32 on the CPU.
+        tokenizer: Tokenizer of the model.
+        prompts: Prompts by template and class.
+        text: Unit-norm embeddings of the classes, [C, D].
+        learned_text: True if `text` does not come from the model's own text tower.
+    """
+
+    described: Description
+    model: Any
+    tokenizer: Any
+    prompts: tuple[list[str], ...]
+    text: Tensor
+    learned_text: bool
+
+
+def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
+    """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights.
+
+    Raises:
+        InputError: If the run can't be read, or its method has no plain model.
+    """
+    run = load_run(folder, device="cpu", precision="fp32", trust=trust)
+    method = run.method
+    if not isinstance(method, (TunedModel, ZeroShot, CoOp, LoRA)):
+        raise InputError(
+            f"export: run must be of a method that gives a CLIP; {method.name} has a module of its own after the "
+            "image tower. Use sk.Classifier.",
+            "run",
+        )
+    text = method.class_embeddings(TEST).float()
+    if isinstance(method, LoRA):
+        merge_lora(run.model)
+    model = run.model.float().eval().requires_grad_(False)
+    described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
+    return PlainModel(described, model, run.tokenizer, run.prompts, text, isinstance(method, CoOp))
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Replace the attention modules of LoRA by plain ones with the weights W + scale · B A, in place."""
+    for block in list(model.modules()):
+        attention = getattr(block, "attn", None)
+        if not isinstance(attention, LowRankAttention):
+            continue
+        plain = nn.MultiheadAttention(attention.in_proj_weight.shape[1], attention.heads, batch_first=True)
+        update = attention.scale * (attention.up @ attention.down).flatten(0, 1)  # [3 W, W]
+        plain.in_proj_weight.copy_(attention.in_proj_weight + update)
+        plain.in_proj_bias.copy_(attention.in_proj_bias)
+        plain.out_proj = attention.out_proj
+        block.attn = plain

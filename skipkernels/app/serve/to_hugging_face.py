@@ -1,0 +1,220 @@
+"""Conversion of an open_clip CLIP to transformers' CLIPModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from ..data import InputError
+from ..train.plain_config import save_tokenizer
+from .merging import PlainModel
+
+_TOLERANCE = 1e-4  # largest distance between unit-norm embeddings before and after the conversion
+_RESAMPLE = {"bilinear": 2, "bicubic": 3, "random": 3}  # Pillow's numbers
+_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+_BLOCK |= {"attn.out_proj": "self_attn.out_proj"}
+
+
+def write(plain: PlainModel, folder: Path) -> list[str]:
+    """Write a CLIPModel with its processor, as by `save_pretrained`.
+
+    Returns:
+        Notes on the classes with other tokens in transformers.
+
+    Raises:
+        InputError: If a part of the model has no counterpart in transformers, or transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "export: hugging-face needs transformers: pip install 'skipkernels[hugging-face]'.", "to"
+        ) from None
+    if isinstance(plain.model, transformers.PreTrainedModel):  # the run's model came from such a folder
+        plain.model.save_pretrained(folder)
+        save_tokenizer(plain.tokenizer, folder)
+        return []
+    check(plain)
+    converted = transformers.CLIPModel(transformers.CLIPConfig(**config(plain.model)))
+    converted.load_state_dict(state_dict(plain.model))
+    converted.eval()
+    _compare(plain, converted)
+    tokenizer = _tokenizer(plain, transformers)
+    processor = transformers.CLIPProcessor(_image_processor(plain, transformers), tokenizer)
+    converted.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return _other_tokens(plain, tokenizer)
+
+
+def check(plain: PlainModel) -> None:
+    """Raise an InputError that names the first part of the model without a counterpart in transformers."""
+    model = plain.model
+
+    def refuse(what: str, other: str = "open-clip") -> None:
+        raise InputError(f"export: run must have a model that CLIPModel can hold; {what}. Use {other}.", "run")
+
+    if plain.learned_text:
+        refuse("the prompts of its method are learned, and are not in the model", "onnx")
+    if type(model) is not CLIP:
+        refuse(f"it is a {type(model).__name__}")
+    if type(model.visual) is not VisionTransformer:
+        refuse(f"its image tower is a {type(model.visual).__name__}")
+    visual = model.visual
+    unusual = {
+        "a logit bias": model.logit_bias is not None,
+        "attention pooling": visual.attn_pool is not None or visual.pool_type != "tok",
+        "no norm before the image tower": not isinstance(visual.ln_pre, nn.LayerNorm),
+        "images or patches that are not square": len({*visual.image_size}) > 1 or len({*visual.patch_size}) > 1,
+        "no causal mask": model.attn_mask is None,
+        f"text pooling {model.text_pool_type!r}": model.text_pool_type not in ("argmax", "eos"),
+        "no text projection, or one with a bias": not isinstance(model.text_projection, nn.Parameter)
+        and getattr(model.text_projection, "bias", 0) is not None,
+        "a tokenizer other than CLIP's": not isinstance(plain.tokenizer, SimpleTokenizer),
+        f"resize mode {_resize_mode(plain)!r}": _resize_mode(plain) not in ("shortest", "squash"),
+    }
+    for what, found in unusual.items():
+        if found:
+            refuse(f"it has {what}")
+    for block in (*visual.transformer.resblocks, *model.transformer.resblocks):
+        if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
+            refuse("its blocks are not those of CLIP")
+        if _activation(block) is None:
+            refuse(f"its activation is {type(block.mlp.gelu).__name__}")
+
+
+def _resize_mode(plain: PlainModel) -> str:
+    return plain.model.visual.preprocess_cfg.get("resize_mode", "shortest")
+
+
+def _activation(block: Any) -> str | None:
+    activation = block.mlp.gelu
+    if type(activation) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[activation.approximate]
+    return "quick_gelu" if type(activation) is QuickGELU else None
+
+
+def config(model: Any) -> dict[str, Any]:
+    """Return the arguments of transformers' CLIPConfig for an open_clip CLIP."""
+    visual, embed_dim = model.visual, model.visual.proj.shape[1]
+
+    def tower(blocks: Any) -> dict[str, Any]:
+        first = blocks[0]
+        return {
+            "hidden_size": first.attn.embed_dim,
+            "intermediate_size": first.mlp.c_fc.out_features,
+            "num_hidden_layers": len(blocks),
+            "num_attention_heads": first.attn.num_heads,
+            "hidden_act": _activation(first),
+            "layer_norm_eps": first.ln_1.eps,
+            "projection_dim": embed_dim,
+        }
+
+    vocabulary = model.token_embedding.num_embeddings
+    text = {"vocab_size": vocabulary, "max_position_embeddings": model.context_length}
+    text |= {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    image = {"image_size": visual.image_size[0], "patch_size": visual.patch_size[0]}
+    return {
+        "text_config": tower(model.transformer.resblocks) | text,
+        "vision_config": tower(visual.transformer.resblocks) | image,
+        "projection_dim": embed_dim,
+        "logit_scale_init_value": model.logit_scale.item(),
+    }
+
+
+def state_dict(model: Any) -> dict[str, Tensor]:
+    """Return the weights of an open_clip CLIP under the names of transformers' CLIPModel."""
+    visual, projection = model.visual, model.text_projection
+    found = {
+        "logit_scale": model.logit_scale.reshape(()),
+        "visual_projection.weight": visual.proj.T,
+        "text_projection.weight": projection.T if isinstance(projection, nn.Parameter) else projection.weight,
+        "vision_model.embeddings.class_embedding": visual.class_embedding,
+        "vision_model.embeddings.patch_embedding.weight": visual.conv1.weight,
+        "vision_model.embeddings.position_embedding.weight": visual.positional_embedding,
+        "text_model.embeddings.token_embedding.weight": model.token_embedding.weight,
+        "text_model.embeddings.position_embedding.weight": model.positional_embedding,
+    }
+    norms = {"vision_model.pre_layrnorm": visual.ln_pre, "vision_model.post_layernorm": visual.ln_post}
+    for name, norm in (norms | {"text_model.final_layer_norm": model.ln_final}).items():
+        found |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
+    towers = {"vision_model": visual.transformer, "text_model": model.transformer}
+    for tower, transformer in towers.items():
+        for number, block in enumerate(transformer.resblocks):
+            prefix = f"{tower}.encoder.layers.{number}."
+            for name, other in _BLOCK.items():
+                module = block.get_submodule(name)
+                found |= {f"{prefix}{other}.weight": module.weight, f"{prefix}{other}.bias": module.bias}
+            packed = zip("qkv", block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True)
+            for part, weight, bias in packed:
+                found |= {f"{prefix}self_attn.{part}_proj.weight": weight, f"{prefix}self_attn.{part}_proj.bias": bias}
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def _compare(plain: PlainModel, converted: Any) -> None:
+    """Compare embeddings of random images and of prompts before and after the conversion."""
+    model = plain.model
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, *model.visual.image_size, generator=generator)
+    tokens = plain.tokenizer(plain.prompts[0][:4])
+    outputs = converted(input_ids=tokens, pixel_values=images)
+    pairs = {
+        "image": (model.encode_image(images, normalize=True), outputs.image_embeds),
+        "text": (model.encode_text(tokens, normalize=True), outputs.text_embeds),
+    }
+    for side, (before, after) in pairs.items():
+        error = (before - F.normalize(after, dim=-1)).abs().max().item()
+        if not error <= _TOLERANCE:
+            raise InputError(
+                f"export: run must have a model that CLIPModel can hold; its {side} embeddings differ by "
+                f"{error:.1e} after the conversion. Use open-clip, and report the model.",
+                "run",
+            )
+
+
+def _tokenizer(plain: PlainModel, transformers: Any) -> Any:
+    """Return transformers' CLIPTokenizer with the vocabulary of open_clip's."""
+    own = plain.tokenizer
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {special.get(token, token): number for token, number in own.encoder.items()}
+    merges = sorted(own.bpe_ranks, key=own.bpe_ranks.__getitem__)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=plain.model.context_length)
+
+
+def _image_processor(plain: PlainModel, transformers: Any) -> Any:
+    """Return transformers' CLIPImageProcessor with the settings of open_clip's transform."""
+    settings = plain.model.visual.preprocess_cfg
+    size = plain.model.visual.image_size[0]
+    square = {"height": size, "width": size}
+    squash = _resize_mode(plain) == "squash"
+    return transformers.CLIPImageProcessor(
+        size=square if squash else {"shortest_edge": size},
+        crop_size=square,
+        do_center_crop=not squash,
+        resample=_RESAMPLE[settings.get("interpolation", "bicubic")],
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
+    )
+
+
+def _other_tokens(plain: PlainModel, tokenizer: Any) -> list[str]:
+    """Notes on the classes with other tokens in transformers."""
+    encode: Callable[[list[str]], list[list[int]]]
+    encode = lambda texts: tokenizer(texts, truncation=True)["input_ids"]  # noqa: E731
+    own = plain.tokenizer(plain.prompts[0])
+    differing = [
+        name
+        for name, before, after in zip(plain.described.classes, own.tolist(), encode(plain.prompts[0]), strict=True)
+        if before[: len(after)] != after
+    ]
+    if not differing:
+        return []
+    return [f"transformers' tokenizer splits the prompts of these classes in other ways: {', '.join(differing[:5])}"]

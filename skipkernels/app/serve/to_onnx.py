@@ -1,0 +1,100 @@
+"""Export of an image classifier to ONNX: the image tower with the embeddings of the classes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...formatting import first_line
+from ..data import InputError
+from ..train.model import quiet
+from .merging import PlainModel
+
+FILE = "model.onnx"
+_EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: protobuf ends at 2 GiB
+
+
+class ImageClassifier(nn.Module):
+    """Image tower and class embeddings: images [B, 3, H, W] → logits [B, C], unit-norm image embeddings [B, D].
+
+        z_bc = exp(logit_scale) / temperature · ⟨x̂_b, t̂_c⟩
+
+    Args:
+        plain: Tuned model.
+    """
+
+    def __init__(self, plain: PlainModel):
+        super().__init__()
+        self.model = plain.model
+        scale = plain.model.logit_scale.detach().float().exp() / (plain.described.temperature or 1.0)
+        self.register_buffer("weight", scale * plain.text)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the logits and the embeddings."""
+        embedding = F.normalize(self.model.encode_image(pixel_values), dim=-1)
+        return embedding @ self.weight.T, embedding  # type: ignore[operator]
+
+
+def write(plain: PlainModel, folder: Path) -> list[str]:
+    """Write model.onnx.
+
+    Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say. Its outputs are logits [batch, C], of
+    which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing"
+    and "temperature", in JSON.
+
+    Returns:
+        Notes; none.
+
+    Raises:
+        InputError: If onnx or onnxscript is not installed, or PyTorch can't export the image tower.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  needed by torch.onnx
+    except ImportError as error:
+        raise InputError(f"export: onnx needs {error.name}: pip install 'skipkernels[onnx]'.", "to") from None
+    module = ImageClassifier(plain).eval()
+    height, width = _image_size(plain)
+    images = torch.zeros(2, 3, height, width)
+    path = folder / FILE
+    external = sum(p.nbytes for p in module.parameters()) > _EXTERNAL
+    try:
+        with warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                module,
+                (images,),
+                input_names=["pixel_values"],
+                output_names=["logits", "image_embedding"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+        raise InputError(
+            f"export: torch.onnx can't export the model ({first_line(error)}). Use open-clip.", "run"
+        ) from error
+    described = plain.described
+    values = {
+        "classes": described.classes,
+        "preprocessing": described.preprocessing,
+        "temperature": described.temperature or 1.0,
+    }
+    for part in (program.model.graph, *program.model.functions.values()):
+        for node in part.all_nodes():
+            node.metadata_props.clear()  # stack traces, with the paths of source files
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in values.items()})
+    program.save(path, external_data=external)
+    onnx.checker.check_model(path)
+    return []
+
+
+def _image_size(plain: PlainModel) -> tuple[int, int]:
+    size: Any = plain.described.preprocessing.get("size") or getattr(plain.model.visual, "image_size", 224)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

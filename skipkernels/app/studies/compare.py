@@ -1,0 +1,179 @@
+"""Compare methods, or values of a setting of Skip Tuning, by accuracy, time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from ...console import plain
+from ...options import Ablated
+from ..config import TuneConfig
+from ..data import InputError
+from ..methods import METHODS
+from ..train.setup import build_task
+from .runs import Blend, Result, Variant, run_variants
+from .study import ACCURACY, COST, Column, Study, Value, accuracy, cost
+
+VALUES: dict[Ablated, tuple[int | float, ...]] = {
+    "skip_layers": (0, 0.25, 0.5, 0.75, 1.0),
+    "keep_ratio": (0.05, 0.1, 0.25, 0.5, 1.0),
+    "decay": (0.05, 0.1, 0.3, 0.6, 1.0),
+}
+
+MULTIPLIERS = (1.0, 0.3, 3.0, 0.1, 10.0)
+"""Factors of the learning rates of each method that are searched on the user's data; of equal ones the first is chosen.
+"""
+SEARCH_SEED = 10
+_RATES = ("text_lr", "image_lr")
+_SEARCH = "search of the rates"  # group of columns
+
+
+def compare(
+    config: TuneConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    blend: Blend | None = None,
+) -> Study:
+    """Run several methods with the same training images and tests.
+
+    Recipes are chosen for published benchmarks and for glyphs. On the user's own data the learning rates of every
+    method are searched by the same rule: all of `MULTIPLIERS`, with another seed; the best accuracy on the validation
+    images is kept. There is no search without validation images, or if a rate is given.
+
+    Args:
+        config: Configuration of every run except the method. Settings that are None follow each method's recipe;
+            settings that do not apply to a method are ignored for it.
+        methods: Keys of `METHODS`.
+        seeds: Seeds of the runs of each method.
+        folder: Output folder.
+        console: Console for progress.
+        overwrite: Run completed runs again.
+        blend: See `run_variants`.
+
+    Raises:
+        InputError: If a method is unknown or repeated, or a configuration is invalid.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods or len(set(methods)) < len(methods):
+        got = f"no method {unknown[0]!r}" if unknown else f"got {' '.join(methods) or 'none'}"
+        raise InputError(f"compare: methods must be distinct names of {', '.join(METHODS)}; {got}.", "methods")
+    configs = {method: config.with_method(method) for method in methods}
+    searched = _search(config, configs, folder / "search", console, overwrite) if config.own_data else {}
+    configs |= {method: dataclasses.replace(configs[method], **found.rates) for method, found in searched.items()}
+    variants = [Variant(method, configs[method]) for method in methods]
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite, blend=blend)
+    columns = _columns(results)
+    if searched:
+        for result in results:
+            found = searched.get(result.metrics["method"])
+            result.metrics["search"] = None if found is None else found._asdict()
+        columns += [Column(_SEARCH, name, _of_search(name)) for name in ("multiplier", "accuracy", "seconds")]
+    return Study("compare", f"{config.model} on {config.data}, {config.shots_text}", results, columns)
+
+
+class Searched(NamedTuple):
+    """Result of a search: learning rates, their factor, validation accuracy in per cent, and seconds of all runs."""
+
+    rates: dict[str, Any]
+    multiplier: float
+    accuracy: float
+    seconds: float
+
+
+def _search(
+    config: TuneConfig, configs: dict[str, TuneConfig], folder: Path, console: Console, overwrite: bool
+) -> dict[str, Searched]:
+    """Search the learning rates of each method that has some; see `compare`."""
+    given = any(getattr(config, name) is not None for name in _RATES)
+    if given or build_task(config.resolved()).validation is None:
+        why = "they are given" if given else "there are no validation images"
+        console.print(plain(f"note: learning rates are not searched, as {why}."))
+        return {}
+    rates: dict[str, dict[str, Any]] = {}
+    for method, resolved in ((method, of_method.resolved()) for method, of_method in configs.items()):
+        if resolved.epochs:
+            rates[method] = {name: rate for name in _RATES if (rate := getattr(resolved, name)) is not None}
+    tried = {
+        f"{method} x{multiplier:g}": (method, multiplier, {name: rate * multiplier for name, rate in recipe.items()})
+        for multiplier in MULTIPLIERS
+        for method, recipe in rates.items()
+    }
+    variants = [Variant(name, dataclasses.replace(configs[method], **of)) for name, (method, _, of) in tried.items()]
+    results = run_variants(variants, [SEARCH_SEED], folder, console, overwrite=overwrite, search=True)
+    found: dict[str, Searched] = {}
+    for result in results:
+        method, multiplier, of = tried[result.variant]
+        complete = result.metrics["status"] == "complete"  # else it diverged
+        accuracy = result.metrics["validation"]["tuned"] if complete else -math.inf
+        best = found.get(method, Searched(of, multiplier, -math.inf, 0.0))
+        seconds = best.seconds + result.metrics["cost"]["seconds_total"]
+        better = Searched(of, multiplier, accuracy, seconds) if accuracy > best.accuracy else best
+        found[method] = better._replace(seconds=seconds)
+    for method, best in found.items():
+        chosen = ", ".join(f"{name} {rate:g}" for name, rate in best.rates.items())
+        chosen += f" (its recipe x{best.multiplier:g}), {best.accuracy:.1f} % on validation images"
+        console.print(plain(f"{method}: {chosen}, found in {best.seconds:.0f} s"))
+    return found
+
+
+def _of_search(name: str) -> Value:
+    return lambda metrics: None if metrics["search"] is None else metrics["search"][name]
+
+
+def ablate(
+    config: TuneConfig,
+    setting: Ablated,
+    values: Sequence[int | float],
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    blend: Blend | None = None,
+) -> Study:
+    """Run Skip Tuning with several values of a setting.
+
+    Args:
+        config: Configuration of every run except the setting.
+        setting: Field of `TuneConfig` to vary.
+        values: Its values; if empty, those of `VALUES`.
+        seeds: Seeds of the runs of each value.
+        folder: Output folder.
+        console: Console for progress.
+        overwrite: Run completed runs again.
+        blend: See `run_variants`.
+
+    Raises:
+        InputError: If a value is repeated, or a configuration is invalid.
+    """
+    values = values or VALUES[setting]
+    if len(set(values)) < len(values):
+        raise InputError(f"ablate: values must be different; got {' '.join(map(str, values))}.", "values")
+    variants = []
+    for value in values:
+        change: dict[str, Any] = {setting: value}
+        variants.append(Variant(f"{setting} {value:g}", dataclasses.replace(config, **change)))
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite, blend=blend)
+    title = f"{config.model} on {config.data}, {config.shots_text}"
+    return Study(f"ablate-{setting}", title, results, _columns(results))
+
+
+def _columns(results: Sequence[Result]) -> list[Column]:
+    """Columns for the accuracies of the protocol, and for time and memory."""
+    return [
+        *(Column(ACCURACY, key, accuracy(key)) for key in results[0].metrics["tuned"]),
+        Column(COST, "tuning, s", cost("seconds_tuning")),
+        Column(COST, "step, ms", cost("milliseconds_per_step")),
+        Column(COST, "classes a step", lambda metrics: metrics["kept_classes"]),
+        Column(COST, "peak, MiB", cost("peak_memory_mib"), 0),
+        Column(COST, "parameters", lambda metrics: metrics["parameters"]["trained"], 0),
+    ]

@@ -1,0 +1,61 @@
+"""Run the paper's protocols over several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config import TuneConfig
+from ..data import Protocol
+from .runs import Result, Variant, run_variants
+from .study import ACCURACY, Column, Study, accuracy
+
+SHOTS = (1, 2, 4, 8, 16)  # training images per class in the few-shot protocol, as in CoOp
+
+
+def run_protocol(
+    config: TuneConfig,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    *,
+    shots: Sequence[int] = SHOTS,
+    overwrite: bool = False,
+) -> Study:
+    """Run a protocol with several seeds.
+
+    Args:
+        config: Configuration of every run.
+        protocol: Name of the protocol.
+        seeds: Seeds of the runs.
+        folder: Output folder.
+        console: Console for progress.
+        shots: Numbers of training images per class for "few-shot"; other protocols use `config.shots`.
+        overwrite: Run completed runs again.
+
+    Raises:
+        InputError: If a configuration is invalid.
+    """
+    config = dataclasses.replace(config, protocol=protocol)
+    if protocol == "few-shot":
+        variants = [
+            Variant(f"{count} shot{'s' if count > 1 else ''}", dataclasses.replace(config, shots=count))
+            for count in shots
+        ]
+    else:
+        variants = [Variant(f"{config.shots_text}", config)]
+    results = run_variants(variants, seeds, folder, console, overwrite=overwrite)
+    title = f"{protocol}: {config.model} on {config.data}, {config.method}"
+    return Study(protocol, title, results, _columns(results), "shots" if protocol == "few-shot" else "tests")
+
+
+def _columns(results: Sequence[Result]) -> list[Column]:
+    """Columns for each accuracy of the protocol, zero-shot and tuned; few-shot has a single accuracy."""
+    keys, when = list(results[0].metrics["tuned"]), {"zero-shot": "zero_shot", "tuned": "tuned"}
+    if results[0].metrics["protocol"] == "few-shot":
+        return [Column(ACCURACY, name, accuracy(keys[0], part)) for name, part in when.items()]
+    return [Column(name, key, accuracy(key, part)) for name, part in when.items() for key in keys]

@@ -1,0 +1,215 @@
+"""Run several configurations with several seeds, one subprocess per run, and average over seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from ...console import plain, stderr
+from ..config import TuneConfig
+from ..data import InputError
+from ..methods.base import TunedModel
+from ..train import check, tune
+from ..train.run_folder import CONFIG, METRICS, blended_folder, read_metrics
+
+RUNS = "runs"
+Blend = Callable[[Path], dict[str, Any]]
+"""Function that blends the run in a folder into `blended_folder`, replacing an earlier one, and returns its metrics."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A configuration to run.
+
+    Attributes:
+        name: Name in tables and in the folders of its runs.
+        config: Configuration; its seed and output folder are replaced.
+    """
+
+    name: str
+    config: TuneConfig
+
+
+class Result(NamedTuple):
+    """Variant, seed and contents of metrics.json of a run."""
+
+    variant: str
+    seed: int
+    metrics: dict[str, Any]
+
+
+class MeanAndDeviation(NamedTuple):
+    """Mean and sample standard deviation over runs; the deviation of a single run is None."""
+
+    mean: float
+    deviation: float | None
+
+    def text(self, digits: int = 1) -> str:
+        """Format for a table.
+
+        >>> MeanAndDeviation(75.25, 1.0).text(), MeanAndDeviation(75.25, None).text()
+        ('75.2 ± 1.0', '75.2')
+        """
+        deviation = f" ± {self.deviation:.{digits}f}" if self.deviation else ""
+        return f"{self.mean:.{digits}f}{deviation}"
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> MeanAndDeviation | None:
+    """Return mean and deviation, or None if there are no values or one of them is None.
+
+    >>> mean_and_deviation([1.0, 3.0])
+    MeanAndDeviation(mean=2.0, deviation=1.4142135623730951)
+    >>> mean_and_deviation([1.0, None]) is None
+    True
+    """
+    values = list(values)
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return MeanAndDeviation(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+def run_variants(
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    folder: Path,
+    console: Console,
+    *,
+    overwrite: bool = False,
+    blend: Blend | None = None,
+    search: bool = False,
+) -> list[Result]:
+    """Run every variant with every seed.
+
+    Variants alternate, so that temporary load on the machine affects all of them. Each run has its own subprocess, so
+    that times and peak memory are comparable. Completed runs in the folder are not run again, and interrupted runs are
+    resumed. All configurations are checked before the first run starts.
+
+    Args:
+        variants: Variants with distinct names.
+        seeds: Seeds of the choice and order of training images, and of class draws.
+        folder: Output folder. Runs are in `folder/runs/VARIANT-SEED`.
+        console: Console for progress.
+        overwrite: Run completed runs again.
+        blend: Blends a run with its zero-shot model. The result of each run that tunes the weights of the model itself
+            is then followed by that of its blend, as another variant.
+        search: The variants of a method differ in their learning rates alone, so that the settings of one are checked.
+            Runs with a loss that is not finite are results too, with the status "diverged".
+
+    Raises:
+        InputError: If a configuration is invalid, or the output folder of a run contains a run with other settings.
+    """
+    planned = [_PlannedRun.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
+    first_of = {run.config.method if search else run.variant: run for run in reversed(planned) if run.metrics is None}
+    _check(sorted(first_of.values(), key=planned.index)[1:], console)  # the first run is checked when it starts
+    results = []
+    for number, run in enumerate(planned, 1):
+        metrics = run.metrics
+        if metrics is None:
+            console.print(plain(f"{number} of {len(planned)}", "bold"), plain(f" {run.variant}, seed {run.seed}"))
+            try:
+                metrics = _in_subprocess(_run, run.config)
+            except FloatingPointError:
+                if not search:
+                    raise
+                assert run.config.out is not None
+                metrics = read_metrics(run.config.out)
+        results.append(Result(run.variant, run.seed, metrics))
+        if blend is not None and issubclass(run.config.method_class(), TunedModel):
+            results.append(Result(f"{run.variant}, blended", run.seed, _blended(run, blend, console)))
+    return results
+
+
+def _blended(run: _PlannedRun, blend: Blend, console: Console) -> dict[str, Any]:
+    """Metrics of the blend of a run, which is made again unless both are complete."""
+    assert run.config.out is not None
+    out = blended_folder(run.config.out)
+    if run.metrics is not None and (out / METRICS).exists():
+        return read_metrics(out)
+    console.print(plain(f"blending {run.variant}, seed {run.seed}", "dim"))
+    return _in_subprocess(blend, run.config.out)
+
+
+class _PlannedRun(NamedTuple):
+    """A run of a variant; `metrics` is None unless the run is already complete."""
+
+    variant: str
+    seed: int
+    config: TuneConfig
+    metrics: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, variant: Variant, seed: int, folder: Path, overwrite: bool) -> _PlannedRun:
+        out = folder / RUNS / f"{variant.name.replace(' ', '-').replace('/', '-')}-{seed}"
+        config = dataclasses.replace(variant.config, seed=seed, out=out, overwrite=overwrite, resume=False)
+        with _variant_in_errors(variant.name):
+            config = config.resolved()
+            metrics = None if overwrite else _complete(config)
+        resume = not overwrite and (out / CONFIG).exists()
+        return cls(variant.name, seed, dataclasses.replace(config, resume=resume), metrics)
+
+
+@contextlib.contextmanager
+def _variant_in_errors(variant: str) -> Iterator[None]:
+    """Prefix input errors with the name of the variant."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{variant}: {error}", error.argument) from error
+
+
+def _check(runs: Sequence[_PlannedRun], console: Console) -> None:
+    if runs:
+        console.print(plain(f"checking the settings of {', '.join(run.variant for run in runs)}", "dim"))
+    for run in runs:
+        with _variant_in_errors(run.variant):
+            _in_subprocess(_check_config, run.config)
+
+
+def _complete(config: TuneConfig) -> dict[str, Any] | None:
+    """Metrics of the run in the folder if it is complete, else None; raise if its settings differ."""
+    assert config.out is not None
+    if not (config.out / METRICS).exists():
+        return None
+    differing = config.differs_from(TuneConfig.from_yaml(config.out / CONFIG, trust=True))  # compared, not loaded
+    if differing:
+        raise InputError(
+            f"run_variants: {config.out} holds a run with another {' and '.join(differing)}. Choose another folder, or "
+            "add `overwrite=True`.",
+            "out",
+        )
+    metrics = read_metrics(config.out)
+    return metrics if metrics["status"] == "complete" else None
+
+
+def _in_subprocess(work: Callable[[Any], Any], argument: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, argument).result()
+
+
+# Defined in this module, so that unpickling them in the subprocess imports the experiments, which register methods.
+def _check_config(config: TuneConfig) -> None:
+    check(config)
+
+
+def _run(config: TuneConfig) -> dict[str, Any]:
+    logging.getLogger("skipkernels").propagate = False  # the console shows its messages
+    return tune(config, stderr())
+
+
+def by_variant(
+    results: Sequence[Result], value: Callable[[dict[str, Any]], float | None]
+) -> dict[str, MeanAndDeviation | None]:
+    """Compute mean and deviation of a value over the seeds of each variant."""
+    names = dict.fromkeys(result.variant for result in results)
+    return {name: mean_and_deviation(value(r.metrics) for r in results if r.variant == name) for name in names}

@@ -1,0 +1,179 @@
+"""Results of a study as tables, a JSON file, a plot and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from ...store import read_object, replace_text
+from ..data import InputError
+from ..report import study_html
+from ..train.environment import environment
+from ..train.run_folder import REPORT
+from .runs import MeanAndDeviation, Result, by_variant
+
+ACCURACY, COST = "accuracy, %", "cost"  # groups of columns
+
+Layout = Literal["variants", "tests", "shots"]
+
+_LARGEST = 1 << 28  # bytes of the JSON file
+
+Value = Callable[[dict[str, Any]], float | None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables of a study.
+
+    Attributes:
+        group: Name of the group of columns, with the unit if they all share one.
+        name: Name within the group.
+        value: Function of the metrics of a run that returns the value, or None if the run has none.
+        digits: Number of decimals.
+    """
+
+    group: str
+    name: str
+    value: Value
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs and the columns that summarize them.
+
+    Attributes:
+        name: Name of the output files without extension.
+        title: Title of tables and plot.
+        results: Results of all runs.
+        columns: Columns of the tables.
+        layout: Rows of the tables and axis of the plot: compared variants, tests of a protocol, or numbers of shots.
+        command: Command that repeats the study.
+    """
+
+    name: str
+    title: str
+    results: Sequence[Result]
+    columns: Sequence[Column]
+    layout: Layout = "variants"
+    command: str = ""
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of the variants, in the order of their runs."""
+        return list(dict.fromkeys(result.variant for result in self.results))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, sorted."""
+        return sorted({result.seed for result in self.results})
+
+    def summary(self) -> dict[str, dict[str, dict[str, MeanAndDeviation | None]]]:
+        """Mean and deviation over seeds, as [variant][group][column]."""
+        found: dict[str, dict[str, dict[str, MeanAndDeviation | None]]] = {variant: {} for variant in self.variants}
+        for column in self.columns:
+            for variant, figure in by_variant(self.results, column.value).items():
+                found[variant].setdefault(column.group, {})[column.name] = figure
+        return found
+
+    def tables(self) -> list[Table]:
+        """Tables for the terminal: with layout "tests" one table with a column per group, else one table per group."""
+        summary, groups = self.summary(), list(dict.fromkeys(column.group for column in self.columns))
+        title = f"{self.title}, {len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        digits = {(column.group, column.name): column.digits for column in self.columns}
+
+        def cell(variant: str, group: str, name: str) -> str:
+            figure = summary[variant][group].get(name)
+            return "–" if figure is None else figure.text(digits[group, name])
+
+        if self.layout == "tests":
+            (variant,) = summary
+            rows = dict.fromkeys(column.name for column in self.columns)
+            return [
+                _table(title, variant, groups, {row: [cell(variant, group, row) for group in groups] for row in rows})
+            ]
+        return [
+            _table(
+                title,
+                group,
+                list(summary[self.variants[0]][group]),
+                {v: [cell(v, group, name) for name in summary[v][group]] for v in self.variants},
+            )
+            for group in groups
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to JSON types: versions, the metrics of every run, and the summary as [mean, deviation]."""
+        return {
+            "study": self.name,
+            "title": self.title,
+            "layout": self.layout,
+            "command": self.command,
+            "seeds": self.seeds,
+            **environment("cpu"),
+            "threads": torch.get_num_threads(),
+            "summary": self.summary(),
+            "runs": [result._asdict() for result in self.results],
+        }
+
+    def write(self, folder: Path, plot: str) -> list[Path]:
+        """Write NAME.json, NAME.svg and report.html, and return their paths.
+
+        Raises:
+            InputError: If the folder is not writable.
+        """
+        contents = json.dumps(self.as_dict(), indent=2) + "\n"
+        texts = {
+            folder / f"{self.name}.json": contents,
+            folder / f"{self.name}.svg": plot,
+            folder / REPORT: study_html(json.loads(contents), plot),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, text in texts.items():
+                replace_text(path, text)
+        except OSError as error:
+            raise InputError(f"Study.write: {folder} can't be written: {error.strerror}.", "out") from error
+        return list(texts)
+
+
+def study_page(folder: Path) -> str:
+    """Return the page of the study in a folder, from its JSON file and plot.
+
+    Raises:
+        InputError: If there is no study in the folder, or a file of it is damaged.
+    """
+    try:
+        for path in sorted(folder.glob("*.json")):
+            found = read_object(path, _LARGEST)
+            if found.get("study") == path.stem and "summary" in found:
+                return study_html(found, path.with_suffix(".svg").read_text())
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise InputError(f"report: {folder}: damaged ({type(error).__name__}: {error}).", "run") from error
+    raise InputError(f"report: {folder} must be the folder of a run of tune, compare or protocol; it has none.", "run")
+
+
+def _table(title: str, corner: str, columns: list[str], rows: dict[str, list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(corner, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def accuracy(key: str, when: str = "tuned") -> Value:
+    """Return the function of the metrics that gives the accuracy of a test, "tuned" or "zero_shot"."""
+    return lambda metrics: metrics[when][key]
+
+
+def cost(key: str) -> Value:
+    """Return the function of the metrics that gives an entry of the cost."""
+    return lambda metrics: metrics["cost"][key]

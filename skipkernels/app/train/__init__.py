@@ -1,0 +1,21 @@
+"""Tuning a CLIP on a dataset: configuration, training, evaluation, run folder and report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .evaluation import epochs_left, evaluate_run
+    from .run import check, tune
+
+__all__ = ["check", "epochs_left", "evaluate_run", "tune"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "evaluation": ("epochs_left", "evaluate_run"),
+        "run": ("check", "tune"),
+    },
+)

@@ -1,0 +1,159 @@
+"""Loading of `CLIPModel` and `SiglipModel` of transformers, with image transform and tokenizer in open_clip's form."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from ...store import read_object
+from .errors import argument_error
+from .plain_config import SMALL_FILES, copy_tokenizer, link_weights
+
+_TYPES = ("clip", "siglip")
+_MAX_BYTES = 1 << 20  # size of a config.json
+_TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
+_CONFIG = {"attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "image_size"}
+_CONFIG |= {"initializer_factor", "initializer_range", "intermediate_size", "layer_norm_eps", "logit_scale_init_value"}
+_CONFIG |= {"max_position_embeddings", "num_attention_heads", "num_channels", "num_hidden_layers", "pad_token_id"}
+_CONFIG |= {"patch_size", "projection_dim", "projection_size", "vision_use_head", "vocab_size"}
+_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Return True for a folder that `save_pretrained` of a model wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """Tokenizer of transformers in open_clip's form, with the image processor that is saved beside it."""
+
+    tokenizer: Any
+    processor: Any
+    length: int
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Return the tokens [n, length]."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
+        return self.tokenizer(texts, **options).input_ids
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the tokenizer and the image processor."""
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def load_hugging_face(
+    name: str, where: str | Path, *, architecture_only: bool, seed: int
+) -> tuple[nn.Module, Callable, Callable]:
+    """Load a model with its image transform and tokenizer.
+
+    transformers reads them from a folder with rebuilt configurations, without other files such as code or adapters.
+
+    Args:
+        name: Name of the model, for messages.
+        where: A folder of `save_pretrained`, with the processor beside the model; or the name of a repository.
+        architecture_only: Load no weights.
+        seed: Seed of the weights if none are loaded.
+
+    Raises:
+        InputError: If a part is missing or damaged, or it is another model.
+    """
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise argument_error(
+            "model", f"{name} needs transformers: pip install 'skipkernels[hugging-face]' ({error})."
+        ) from error
+    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    with tempfile.TemporaryDirectory() as plain, torch.random.fork_rng(devices=[]):
+        try:
+            source = where if isinstance(where, Path) else _downloaded(where, weights=not architecture_only)
+            values = read_object(source / "config.json", _MAX_BYTES)
+            kind = values.get("model_type")
+            if kind not in _TYPES:
+                raise argument_error("model", f"{name} must be a CLIPModel or SiglipModel; got {kind!r}.")
+            config = AutoConfig.for_model(kind, **_plain(values))
+            config.save_pretrained(plain)
+            copy_tokenizer(source, Path(plain))
+            torch.manual_seed(seed)
+            if architecture_only:
+                model = AutoModel.from_config(config, trust_remote_code=False)
+            else:
+                link_weights(source, Path(plain))
+                model = AutoModel.from_pretrained(plain, dtype=torch.float32, **safe)
+            processor = AutoImageProcessor.from_pretrained(plain, **safe)
+            settings = preprocess_settings(processor)
+            tokenizer = AutoTokenizer.from_pretrained(plain, **safe)
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, AttributeError) as error:
+            if getattr(error, "argument", None):
+                raise
+            reason = " ".join(str(error).replace(plain, str(where)).split())[:250]
+            raise argument_error(
+                "model",
+                f"{name} could not be loaded by transformers: {reason}. Save the model and its processor there with "
+                "save_pretrained.",
+            ) from error
+    model.preprocess_cfg = settings
+    tokenize = HuggingFaceTokenizer(tokenizer, processor, config.text_config.max_position_embeddings)
+    return model, image_transform_v2(PreprocessCfg(**settings), is_train=False), tokenize
+
+
+def _downloaded(repository: str, *, weights: bool) -> Path:
+    """Download a model of the hub; pickled weights only if there are no others."""
+    from huggingface_hub import snapshot_download
+
+    kinds = ("*.safetensors", "*.safetensors.index.json") if weights else ()
+    folder = Path(snapshot_download(repository, allow_patterns=[*SMALL_FILES, *kinds]))
+    if weights and not any(folder.glob("*.safetensors")):
+        snapshot_download(repository, allow_patterns=["pytorch_model*.bin", "pytorch_model*.bin.index.json"])
+    return folder
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config.json that describe the architecture."""
+    found = {name: value for name, value in values.items() if name in _CONFIG and not isinstance(value, dict)}
+    towers = {name: value for name, value in values.items() if name in _TOWERS and isinstance(value, dict)}
+    return found | {name: _plain(tower) for name, tower in towers.items()}
+
+
+def preprocess_settings(processor: Any) -> dict[str, Any]:
+    """Convert the settings of an image processor of transformers to those of open_clip's `PreprocessCfg`.
+
+    Raises:
+        ValueError: If open_clip has no such preprocessing.
+    """
+    size = dict(processor.size.items() if hasattr(processor.size, "items") else vars(processor.size))
+    size = {name: value for name, value in size.items() if value is not None}
+    if getattr(processor, "do_center_crop", False):
+        crop = processor.crop_size
+        sides = (crop["height"], crop["width"])
+        mode, resized = "shortest", size.get("shortest_edge")
+        if resized is None or sides != (resized, resized):
+            raise ValueError(f"its processor resizes to {size} and crops to {sides}, which differ")
+    else:
+        sides, mode = (size.get("height"), size.get("width")), "squash"
+        if None in sides:
+            raise ValueError(f"its processor resizes to {size}, without a crop")
+    interpolation = _RESAMPLING.get(int(processor.resample))
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"its processor resizes with filter {processor.resample}")
+    return {
+        "size": sides,
+        "mean": tuple(processor.image_mean),
+        "std": tuple(processor.image_std),
+        "interpolation": interpolation,
+        "resize_mode": mode,
+    }

@@ -1,0 +1,326 @@
+"""Loading of open_clip models by name, with their weights, image transform and tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import pickle
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.transforms import Compose, RandomHorizontalFlip
+
+from ...formatting import first_line
+from ...options import Preset
+from ..data import InputError
+from ..data.files import absolute_path
+from ..methods.registry import MODELS
+from .errors import argument_error
+from .hugging_face_model import is_hugging_face, load_hugging_face
+from .plain_config import OPEN_CLIP, copy_tokenizer, link_weights, read_open_clip_config, save_tokenizer
+
+RANDOM = "random"
+LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
+# Errors of open_clip for a file that is damaged, empty, or of another structure or model.
+_LOAD_ERRORS: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
+_LOAD_ERRORS += (LookupError, AttributeError, TypeError, AssertionError, StopIteration)
+_FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def load_model(
+    name: str,
+    pretrained: str | None,
+    device: torch.device,
+    *,
+    architecture_only: bool = False,
+    seed: int = 0,
+    trust: bool = False,
+) -> tuple[nn.Module, Callable, Callable]:
+    """Load a model in evaluation mode, with its image transform and tokenizer. Runs no code of a folder or of the hub.
+
+    A model of open_clip has its configuration in the attribute `model_cfg`.
+
+    Args:
+        name: A model of `open_clip.list_models()` or of `MODELS`; or one with its weights: "hf-hub:ORG/NAME" of the
+            Hugging Face hub, or "local-dir:DIR", a folder in the form of open_clip, such as a run folder, or a
+            `CLIPModel` or `SiglipModel` of transformers with its processor.
+        pretrained: An open_clip tag, the path of a state dict (safetensors, or a file that `torch.load` reads with
+            `weights_only=True`), "random", or None for the weights of a model in `MODELS`.
+        device: Device of the model.
+        architecture_only: Load no weights. The image transform is still that of the tag, if it has its own.
+        seed: Seed of random weights.
+        trust: Load models of the hub that the configuration of the model names as its towers.
+
+    Raises:
+        InputError: If there is no such model or weights, or the file does not fit the model.
+    """
+    if name.startswith((LOCAL_DIR, HUB)):
+        if pretrained is not None:
+            raise argument_error("pretrained", f"{name} has its own weights; leave it out.")
+        return _load_whole(name, device, architecture_only=architecture_only, seed=seed, trust=trust)
+    packaged = MODELS.get(name)
+    known = open_clip.list_models()
+    if name not in known and packaged is not None:
+        open_clip.add_model_config(packaged.config)
+    elif name not in known:
+        close = difflib.get_close_matches(name, [*known, *MODELS], 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`skipkernels models` lists the names."
+        raise argument_error("model", f"open_clip has no model {name!r}; {hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None and packaged is None:
+        raise argument_error(
+            "pretrained", f"{name} needs weights: a file, random, or one of {', '.join(tags) or 'no tags'}."
+        )
+    if pretrained is not None and not architecture_only:
+        check_activation(name, pretrained)
+    file = Path(pretrained) if pretrained is not None and Path(pretrained).suffix in _FILE_TYPES else None
+    tag = pretrained if file is None and pretrained != RANDOM else None
+    if tag is not None and tag not in tags:
+        raise argument_error(
+            "pretrained", f"{name} has no tag {tag!r}, and {tag} is not a file; tags: {', '.join(tags) or 'none'}."
+        )
+    if file is not None and not architecture_only and not file.is_file():
+        raise argument_error("pretrained", f"no file {file}.")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=None if architecture_only else tag, **_tag_settings(name, tag)
+            )
+        except (OSError, RuntimeError) as error:
+            raise _not_loaded(name, tag, error) from error
+    if not architecture_only:
+        if file is not None:
+            load_weights(model, file)
+        elif pretrained is None and packaged is not None:
+            model.load_state_dict(packaged.state_dict())
+    model.model_cfg = open_clip.get_model_config(name)
+    return model.to(device).eval(), transform, _tokenizer(name, name, model.model_cfg)
+
+
+def _load_whole(
+    name: str, device: torch.device, *, architecture_only: bool, seed: int, trust: bool
+) -> tuple[nn.Module, Callable, Callable]:
+    """Load a model with its weights from a folder or the hub; see `load_model`."""
+    kind, _, where = name.partition(":")
+    local = f"{kind}:" == LOCAL_DIR
+    folder = absolute_path(where)
+    if not where or (local and not folder.is_dir()):
+        missing = f"no folder {folder}" if where else f"must name a model, as in {LOCAL_DIR}DIR or {HUB}ORG/NAME"
+        raise argument_error("model", f"{name}: {missing}.")
+    converted = local and not (folder / OPEN_CLIP).is_file()
+    if converted and not is_hugging_face(folder):
+        raise argument_error(
+            "model",
+            f"{name}: {folder} has no {OPEN_CLIP} of open_clip, and no config.json of transformers; name the "
+            "folder of a saved model.",
+        )
+    if not converted:
+        with tempfile.TemporaryDirectory() as plain, quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                config = _rebuild(folder if local else where, Path(plain), weights=not architecture_only, trust=trust)
+                model, _, transform = open_clip.create_model_and_transforms(
+                    f"{LOCAL_DIR}{plain}",
+                    load_weights=not architecture_only,
+                    require_pretrained=not architecture_only,
+                    pretrained_text=False,  # the weights of a text tower alone, which would be downloaded
+                )
+                model.model_cfg = config
+                return model.to(device).eval(), transform, _tokenizer(name, f"{LOCAL_DIR}{plain}", config)
+            except _LOAD_ERRORS as error:
+                if isinstance(error, InputError):
+                    raise
+                converted = not local and OPEN_CLIP in str(error)
+                if not converted:
+                    reason = " ".join(str(error).replace(plain, where).split())
+                    reason = textwrap.shorten(reason, 250, placeholder=" ….")
+                    raise argument_error("model", f"{name} could not be loaded: {reason}") from error
+    found = load_hugging_face(name, folder if local else where, architecture_only=architecture_only, seed=seed)
+    return found[0].to(device).eval(), *found[1:]
+
+
+def _rebuild(source: Path | str, folder: Path, *, weights: bool, trust: bool) -> dict[str, Any]:
+    """Write the plain parts of a model into a folder for open_clip; return its model_cfg.
+
+    Args:
+        source: A folder, or the name of a repository of the hub.
+        folder: Folder to write.
+        weights: Also link the weights.
+        trust: See `load_model`.
+    """
+    local = isinstance(source, Path)
+    download = partial(download_pretrained_from_hf, str(source))
+    file = Path(source, OPEN_CLIP) if local else Path(download(filename=OPEN_CLIP))
+    config = read_open_clip_config(file, trust=trust)
+    (folder / OPEN_CLIP).write_text(json.dumps(config))
+    tower, tokenizer = (config["model_cfg"]["text_cfg"].get(f"hf_{part}_name") for part in ("model", "tokenizer"))
+    if tower:
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(tower, trust_remote_code=False)  # an error for a model with code
+    if local:
+        copy_tokenizer(Path(source), folder)
+    elif tokenizer:
+        from transformers import AutoTokenizer
+
+        save_tokenizer(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False), folder)
+    if weights:
+        link_weights(Path(source) if local else Path(download()), folder)
+    return config["model_cfg"]
+
+
+def check_activation(name: str, tag: str) -> None:
+    """Check that the weights of a tag were trained with the activation of the model, QuickGELU or GELU.
+
+    Otherwise open_clip only warns, and the model is less accurate. Downloads nothing.
+
+    Raises:
+        InputError: If the activations differ; names the model that fits.
+    """
+    suffix = "-quickgelu"
+    other = name.removesuffix(suffix) if name.endswith(suffix) else name + suffix
+    fitting = open_clip.get_pretrained_cfg(other, tag) if other in open_clip.list_models() else {}
+    if not fitting:
+        return
+    has, trained = ((config or {}).get("quick_gelu", False) for config in (open_clip.get_model_config(name), fitting))
+    if has != trained:
+        names = {True: "QuickGELU", False: "GELU"}
+        raise argument_error(
+            "model", f"{tag} was trained with {names[trained]}, and {name} has {names[has]}; use {other}."
+        )
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Describe the models of open_clip and of `MODELS`, by name, without creating or downloading any.
+
+    A description has the types of the two towers, the activation, and the tags of weights that fit it.
+
+    Example:
+        >>> known_models()["ViT-B-16-quickgelu"]["weights"][0]
+        'openai'
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, packaged in MODELS.items():
+        config = json.loads(packaged.config.read_text())
+        found[name] = _described(config) | {"weights": ["packaged"]}
+    for name in open_clip.list_models():
+        if name not in found:
+            tags = [tag for tag in open_clip.list_pretrained_tags_by_model(name) if _fits(name, tag)]
+            found[name] = _described(open_clip.get_model_config(name)) | {"weights": tags}
+    return found
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    image, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    backbone = image.get("timm_model_name")
+    layers = image.get("layers")
+    return {
+        "image": f"timm {backbone}" if backbone else "ResNet" if isinstance(layers, (list, tuple)) else "ViT",
+        "text": text.get("hf_model_name") or "transformer",
+        "activation": "QuickGELU" if config.get("quick_gelu") else "GELU",
+    }
+
+
+def _fits(name: str, tag: str) -> bool:
+    try:
+        check_activation(name, tag)
+        return True
+    except InputError:
+        return False
+
+
+def augmentation(model: Any, preset: Preset = "default") -> Callable:
+    """Return the transform of training images: open_clip's random crop, or the crop and flip of Wu et al."""
+    cfg = PreprocessCfg(**getattr(model, "visual", model).preprocess_cfg)
+    if preset == "default":
+        return image_transform_v2(cfg, is_train=True)
+    crop = image_transform_v2(cfg, is_train=True, aug_cfg=AugmentationCfg(scale=(0.08, 1.0)))
+    return Compose([RandomHorizontalFlip(), crop])
+
+
+def _tokenizer(name: str, source: str, config: dict[str, Any]) -> Callable:
+    """Return the tokenizer of a model, from the name or the folder that open_clip takes."""
+    options = {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
+    try:
+        return open_clip.get_tokenizer(source, **options)
+    except (OSError, ImportError) as error:
+        raise argument_error(
+            "model",
+            f"the Hugging Face tokenizer of {name} could not be loaded: {_first_line(error)} It is "
+            "downloaded once, and needs transformers (pip install 'skipkernels[hugging-face]').",
+        ) from error
+
+
+def _tag_settings(name: str, tag: str | None) -> dict[str, Any]:
+    """Return the image transform settings of a tag, which open_clip ignores when it loads no weights."""
+    settings = {"mean": "image_mean", "std": "image_std"}
+    settings |= {"interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+    known = open_clip.get_pretrained_cfg(name, tag) if tag is not None else {}
+    return {argument: known[key] for key, argument in settings.items() if key in known}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict into a model, without executing code from the file.
+
+    Raises:
+        InputError: If the file is damaged, or is not a state dict of this model.
+    """
+    try:
+        if hasattr(model, "visual"):
+            open_clip.load_checkpoint(model, str(path), weights_only=True)
+        else:  # a model of transformers
+            model.load_state_dict(load_file(path))
+    except pickle.UnpicklingError as error:  # its message says how to execute the file anyway
+        raise InputError(f"{path}: not usable as weights: it holds more than tensors.") from error
+    except _LOAD_ERRORS as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        if isinstance(error, AssertionError) or (lines and lines[0].startswith("Error(s) in loading state_dict")):
+            reason = textwrap.shorten(lines[-1] if lines else "another structure", 200, placeholder=" ….")
+            raise InputError(
+                f"{path}: not usable as weights of this model: they are those of another ({reason.strip('. ')}). Pass "
+                "the `model` of the weights."
+            ) from error
+        raise InputError(f"{path}: not usable as weights of this model: {_first_line(error)}") from error
+
+
+def _not_loaded(name: str, tag: str | None, error: BaseException) -> InputError:
+    """Return the error for a model that open_clip could not create, with the first cause of a failed download."""
+    while error.__context__ is not None and isinstance(error.__context__, OSError):
+        error = error.__context__
+    reason = textwrap.shorten(first_line(error), 250, placeholder=" ….")
+    if tag is None:
+        return argument_error("model", f"{name} could not be created: {reason}")
+    remedy = "Or pass the path of a file of weights."
+    return argument_error(
+        "pretrained", f"the weights {tag} of {name} could not be downloaded: {reason.strip('. ')}. {remedy}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines: list[Any] = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {textwrap.shorten(' '.join(lines[:2]), 250, placeholder=' ….')}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress warnings, such as that of open_clip without weights, which are loaded later or meant to be random."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,150 @@
+"""README.md of a run: a model card, with the front matter that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import open_clip
+
+from ..config import TuneConfig
+from ..data.base import escape_unprintable
+from .command_line import command_line
+from .description import NOT_CALIBRATED, Description
+
+CARD = "README.md"
+_SHOWN = 20  # classes named in the card
+_PACKAGED = {"glyph-tiny": "apache-2.0"}  # that of this package
+# Licences of released weights by the beginning of their open_clip tag, as their publishers state them.
+_LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit", "commonpool": "mit", "webli": "apache-2.0"}
+_LICENCES |= {"metaclip": "cc-by-nc-4.0"}
+
+
+def licence(model: str, pretrained: str | None) -> str | None:
+    """Return the licence of pretrained weights, if it is known.
+
+    >>> licence("ViT-B-16-quickgelu", "openai"), licence("ViT-B-16", "my.pt")
+    ('mit', None)
+    """
+    if pretrained is None:
+        return _PACKAGED.get(model)
+    if pretrained not in open_clip.list_pretrained_tags_by_model(model):
+        return None
+    return next((name for start, name in _LICENCES.items() if pretrained.startswith(start)), None)
+
+
+def model_card(
+    config: TuneConfig,
+    described: Description,
+    metrics: Mapping[str, Any],
+    *,
+    use: str = "open-clip",
+) -> str:
+    """Return the text of a model card, from the description of the tuned model and the contents of metrics.json.
+
+    `use` is what can load the folder: "open-clip" (and skipkernels), "skipkernels", "hugging-face" or "onnx".
+    """
+    known = licence(config.model, config.pretrained)
+    base = f"`{config.model}`" + (f", weights `{config.pretrained}`" if config.pretrained else "")
+    matter = ["---", f"library_name: {_LIBRARIES[use]}"]
+    matter += ["pipeline_tag: zero-shot-image-classification", "tags:", "- clip", "- skipkernels"]
+    matter += [f"license: {known}"] if known else []
+    alpha = metrics.get("alpha")
+    blended = "" if alpha is None else f", blended with its zero-shot weights at {alpha:g}"
+    lines = [*matter, "---", "", f"# {config.model} tuned on {described.data}{blended}", ""]
+    lines += [
+        f"{base}, tuned on {len(described.classes):,} classes of `{described.data}` by `{config.method}` with "
+        f"[skipkernels](https://github.com/skipkernels/skipkernels) {described.versions['skipkernels']}.",
+        "",
+        "## Accuracy",
+        "",
+        *_accuracy(config, metrics),
+        "",
+        "## Use",
+        "",
+        "```python",
+        _USE[use],
+    ]
+    lines += ["```", "", "## Data and model", ""]
+    shots = f"{config.shots} images per class" if isinstance(config.shots, int) else "all images"
+    classes = escape_unprintable(", ".join(described.classes[:_SHOWN]))
+    more = len(described.classes) - _SHOWN
+    templates = described.templates or []
+    again = command_line("tune", config, processes=metrics.get("processes", 1), left_out=("out", "device"))
+    again += "" if alpha is None else f" --blend {alpha:g}"
+    lines += [
+        f"- Training images: {shots} of `{described.data}`, protocol `{config.protocol}`, seed {config.seed}.",
+        f"- Classes: {classes}{f' and {more:,} more, all in `classifier.json`' if more > 0 else ''}.",
+        f"- Prompts: {', '.join(f'`{template}`' for template in templates) or 'one text for each class'}.",
+        f"- Base model: {base}. Licence of its weights: {known or 'not known here; see their publisher'}. The tuned "
+        "weights are a work derived from them.",
+        "",
+        "## Limits",
+        "",
+        "- Every image is assigned to one of the classes, also an image of something else.",
+        f"- {_probabilities(described)}",
+        "- Accuracy on other images, such as other cameras or places, may be lower than above; classes that were not "
+        "trained are recognised by their names, less well than trained ones.",
+        *(["- " + _CONTENTS[described.holds]] if described.holds in _CONTENTS else []),
+        "",
+        "## Reproduce",
+        "",
+        *(["```sh", again, "```", ""] if metrics.get("command") else []),
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in described.versions.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_LIBRARIES = {"open-clip": "open_clip", "skipkernels": "skipkernels", "hugging-face": "transformers", "onnx": "onnx"}
+_CLASSIFIER = """import skipkernels as sk
+
+classifier = sk.Classifier.load("FOLDER")  # this folder
+classifier.predict(["photo.jpg"]).labels"""
+_OPEN_CLIP = """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")"""
+_TRANSFORMERS = """from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+# classes.json has the names of the classes, their prompts, and the temperature by which logits are divided."""
+_ONNX = """import json, onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+metadata = session.get_modelmeta().custom_metadata_map
+classes, preprocessing = json.loads(metadata["classes"]), json.loads(metadata["preprocessing"])
+logits, embedding = session.run(None, {"pixel_values": images})  # float32 [B, 3, H, W]; softmax gives probabilities"""
+_USE = {"open-clip": f"{_CLASSIFIER}\n\n{_OPEN_CLIP}", "skipkernels": _CLASSIFIER}
+_USE |= {"hugging-face": _TRANSFORMERS, "onnx": _ONNX}
+
+_CONTENTS = {
+    "changes": "The folder holds the weights that tuning changed. The others are those of the base model, which is "
+    "loaded by its name.",
+    "method": "The folder holds the weights that the method adds. The model is the base model, which is loaded by its "
+    "name.",
+}
+
+
+def _probabilities(described: Description) -> str:
+    if described.temperature is None:
+        return f"Probabilities are {NOT_CALIBRATED}."
+    images = described.calibration_images
+    return f"Probabilities are calibrated by a temperature of {described.temperature:.3g} on {images} held-out images."
+
+
+def _accuracy(config: TuneConfig, metrics: Mapping[str, Any]) -> list[str]:
+    """Table of the accuracies, in per cent."""
+    tuned = metrics["tuned"] or {}
+    rows = ["| test | classes | zero-shot | tuned |", "|---|---:|---:|---:|"]
+    for name, before in metrics["zero_shot"].items():
+        after = tuned.get(name)
+        cells = ("–" if value is None else f"{value:.2f} %" for value in (before, after))
+        rows.append(f"| {name} | {metrics['classes'].get(name, '')} | {' | '.join(cells)} |")
+    if config.test == "none":
+        held = metrics.get("validation") or {}
+        images = f"{held['images']} validation images, which choose the epoch" if held else "there is none"
+        cells = (f"{held[when]:.2f} %" if held.get(when) is not None else "–" for when in ("zero_shot", "tuned"))
+        count = next(iter(metrics["classes"].values()))
+        rows = [*rows[:2], f"| no test; {images} | {count} | {' | '.join(cells)} |"]
+    done = f"{metrics['epochs']} of {config.epochs} epochs" if metrics["status"] != "complete" else ""
+    return rows + (["", f"The run is {metrics['status']}: {done}."] if done else [])

@@ -1,0 +1,54 @@
+"""Notes and warnings about a run: settings that are easily confused, and low accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ..config import TuneConfig
+from ..data import Task
+
+
+def setting_notes(config: TuneConfig) -> tuple[str, ...]:
+    """Return notes on settings: the packaged model on the user's own data, and `skip_layers` 1 or 1.0."""
+    found: tuple[str, ...] = ()
+    if config.own_data and config.model == TuneConfig.model:
+        found += (
+            f"{config.model} is a small model for demonstrations, of characters of 32 × 32 pixels. For your own images "
+            "use a pretrained model: --model ViT-B-16-quickgelu --pretrained openai.",
+        )
+    if config.method == "skip" and config.skip_layers == 1:
+        one = "skip_layers=1 skips one block of each tower; 1.0 would skip every block."
+        every = "skip_layers=1.0 skips every block of each tower; 1 would skip one block."
+        found += (one if isinstance(config.skip_layers, int) else every,)
+    return found
+
+
+def weak_result(
+    config: TuneConfig, task: Task, zero_shot: Mapping[str, float | None], tuned: Mapping[str, float | None]
+) -> str | None:
+    """Return a warning if the trained classes are below zero-shot, or within two standard errors of chance.
+
+        chance = 1 / C,   standard error = √(chance · (1 − chance) / n)   for n test images of C classes
+
+    Args:
+        config: Resolved configuration.
+        task: Task; the classes of its first test are trained.
+        zero_shot: Accuracy in per cent before tuning, by test.
+        tuned: Accuracy after tuning.
+    """
+    test = task.tests[0]
+    before, after = zero_shot.get(test.name), tuned.get(test.name)
+    if not config.epochs or before is None or after is None:
+        return None
+    chance = 1 / len(test.classes)
+    limit = 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / len(test.images)))
+    if after < before:
+        result, remedy = f"below zero-shot ({before:.2f} %)", "Lower"
+    elif after <= limit and after < 100:
+        images = f"{len(test.images)} images, within two standard errors"
+        result, remedy = f"not above chance ({100 * chance:.2f} % of {images})", "Raise"
+    else:
+        return None
+    rates = " and ".join(name for name in ("text_lr", "image_lr") if getattr(config, name) is not None)
+    return f"accuracy on the trained classes is {after:.2f} %, {result}. {remedy} {rates}, or change epochs or shots."

@@ -1,0 +1,141 @@
+"""Predictions of a run for its test images, and thumbnails of some of them: what the report is made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...formatting import first_line
+from ...store import replace_file, write_tensors
+from ..data import InputError
+
+TOP = 3
+"""Classes per image that are kept."""
+PREDICTIONS = "predictions.safetensors"
+_FORMAT = "1"
+_LARGEST = 1 << 31  # bytes of a file
+
+
+class TopClasses(NamedTuple):
+    """Classes with the largest probabilities of n images, descending: [n, k] each, with k ≤ `TOP`.
+
+    The probabilities are the softmax over the classes of the test at the scale of the model; they are not calibrated.
+    """
+
+    classes: Tensor
+    probabilities: Tensor
+
+
+@dataclass
+class TestPredictions:
+    """Predictions for the images of a test.
+
+    Attributes:
+        name: Name of the test.
+        classes: Class names by label.
+        labels: Labels of the images, int64 [n].
+        zero_shot: Predictions before tuning.
+        tuned: Predictions after tuning; None if there are none.
+        thumbnails: PNG or JPEG files by the index of the image.
+    """
+
+    __test__ = False  # not a pytest class
+
+    name: str
+    classes: list[str]
+    labels: Tensor
+    zero_shot: TopClasses
+    tuned: TopClasses | None
+    thumbnails: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def last(self) -> TopClasses:
+        """Predictions after tuning, or those before if there are none."""
+        return self.zero_shot if self.tuned is None else self.tuned
+
+
+def consistent(top: Mapping[str, TopClasses], name: str, predicted: Tensor) -> TopClasses:
+    """Return the top classes of a test if the first are the predicted classes [n]; else only the predicted classes.
+
+    They differ if an evaluation was interrupted and the predictions are from an earlier one.
+    """
+    found = top.get(name)
+    if found is not None and found.classes[:, 0].equal(predicted):
+        return found
+    return TopClasses(predicted[:, None], torch.full((len(predicted), 1), torch.nan))
+
+
+def save(path: Path, tests: list[TestPredictions]) -> None:
+    """Write predictions.safetensors, replacing an earlier one.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, test in enumerate(tests):
+        tensors[f"{number}.labels"] = test.labels.int()
+        for when, top in (("zero_shot", test.zero_shot), ("tuned", test.tuned)):
+            if top is not None:
+                tensors[f"{number}.{when}.classes"] = top.classes.int().contiguous()
+                tensors[f"{number}.{when}.probabilities"] = top.probabilities.float().contiguous()
+        for index, image in test.thumbnails.items():
+            tensors[f"{number}.thumbnails.{index}"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
+    names = [{"name": test.name, "classes": test.classes} for test in tests]
+    metadata = {"format": _FORMAT, "tests": json.dumps(names)}
+    replace_file(path, lambda opened: write_tensors(opened, tensors, metadata))
+
+
+def load(path: Path) -> list[TestPredictions]:
+    """Read the result of `save`.
+
+    Raises:
+        InputError: If the file is missing, damaged, or of another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; run the command again that made the run, with `overwrite=True`.")
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError("too large")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"format {metadata.get('format')!r}, not {_FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return [_test(number, entry, tensors) for number, entry in enumerate(json.loads(metadata["tests"]))]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}).") from error
+
+
+def _test(number: int, entry: dict, tensors: dict[str, Tensor]) -> TestPredictions:
+    name, classes = str(entry["name"]), [str(name) for name in entry["classes"]]
+    labels = tensors[f"{number}.labels"].long()
+
+    def top(when: str) -> TopClasses | None:
+        if f"{number}.{when}.classes" not in tensors:
+            return None
+        found = TopClasses(
+            tensors[f"{number}.{when}.classes"].long(), tensors[f"{number}.{when}.probabilities"].float()
+        )
+        if found.classes.shape != found.probabilities.shape or found.classes.shape[:1] != labels.shape:
+            raise ValueError("sizes differ")
+        return found
+
+    zero_shot, tuned = top("zero_shot"), top("tuned")
+    if zero_shot is None:
+        raise ValueError("no predictions")
+    for ids in (labels, zero_shot.classes, *(() if tuned is None else (tuned.classes,))):
+        if not len(ids) or ids.min() < 0 or ids.max() >= len(classes):
+            raise ValueError("a class out of range")
+    prefix = f"{number}.thumbnails."
+    thumbnails = {
+        int(key[len(prefix) :]): bytes(tensor.numpy()) for key, tensor in tensors.items() if key.startswith(prefix)
+    }
+    return TestPredictions(name, classes, labels, zero_shot, tuned, thumbnails)

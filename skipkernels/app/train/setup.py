@@ -1,0 +1,240 @@
+"""Setup of a run: model, precision, task, method and features of a resolved configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from ...features import FeatureCache, Progress
+from ...options import CacheDtype, Refresh
+from ...store import MANIFEST, erase, is_store, rounded
+from ...store.lock import locked
+from ..config import TuneConfig
+from ..data import InputError, Source
+from ..data.check import without_unreadable
+from ..data.tasks import Task, TestSet, load_task
+from ..methods import Method
+from ..methods.base import FrozenModel
+from ..methods.zero_shot import ZeroShot
+from .model import augmentation, load_model
+from .precision import MixedPrecision
+from .processes import ALONE, Processes
+
+BATCH = 64
+"""Images per batch without training."""
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Objects of a run, created by `build_run`.
+
+    Attributes:
+        config: Resolved configuration.
+        model, tokenizer: CLIP, on the device of the run, and its tokenizer.
+        precision: Mixed precision.
+        task: Training images and tests.
+        method: Method to tune.
+        zero_shot: Method that predicts before tuning: `method`, or a `ZeroShot`.
+        processes, resume, overwrite, rounded_to: See `build_run`.
+    """
+
+    config: TuneConfig
+    model: nn.Module
+    tokenizer: Any
+    precision: MixedPrecision
+    task: Task
+    method: Method
+    zero_shot: Method
+    processes: Processes = ALONE
+    resume: bool = True
+    overwrite: bool = False
+    rounded_to: CacheDtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the run."""
+        return torch.device(self.config.device)
+
+    @property
+    def images(self) -> int:
+        """Number of images in `test_features`, `validation_features` and `train_features` together."""
+        held_out = () if self.task.validation is None else (self.task.validation,)
+        tests = (len(test.images) for test in (*self.task.tests, *held_out))
+        if not self._cached:
+            tests = (len(self.processes.share(images)) for images in tests)
+        return len(self.task.train) * self.config.views + sum(tests)
+
+    @property
+    def _cached(self) -> bool:
+        return self.config.cache is not None and self.method.cut is not None
+
+    def test_features(self, progress: Progress = False) -> dict[str, FeatureCache]:
+        """Compute the features of the images of each test that has some; see `FeatureCache.build` for `progress`.
+
+        With several processes and features in memory, each process has the features of its share of the images.
+        """
+        tests = [test for test in self.task.tests if len(test.images)]
+        return {test.name: self._shared(f"test-{quote(test.name, safe=' ')}", test, progress) for test in tests}
+
+    def validation_features(self, progress: Progress = False) -> FeatureCache | None:
+        """Compute the features of the validation images, as `test_features` does; None if there are none."""
+        validation = self.task.validation
+        return None if validation is None else self._shared("validation", validation, progress)
+
+    def _shared(self, name: str, test: TestSet, progress: Progress) -> FeatureCache:
+        """Features of the images of a test, or of the share of this process."""
+        images: Any = test.images
+        if self.processes.size > 1:
+            if len(images) < self.processes.size:
+                raise InputError(
+                    f"tune: the test {test.name!r} must have an image for each process; got {len(images)} and "
+                    f"{self.processes.size} processes. Start fewer."
+                )
+            if not self._cached:
+                images = Subset(images, self.processes.share(len(images)))
+        return self._features(name, images, progress)
+
+    def train_features(self, progress: Progress = False) -> FeatureCache:
+        """Compute the features of the training images; see `FeatureCache.build` for `progress`."""
+        config = self.config
+        return self._features("train", self.task.train, progress, views=config.views, refresh=config.refresh)
+
+    def _features(
+        self, name: str, dataset: Any, progress: Progress, *, views: int = 1, refresh: Refresh = "never"
+    ) -> FeatureCache:
+        """Features of a dataset, in memory or in the folder `name` of the cache."""
+        config = self.config
+        if config.cache is not None and self.method.cut is not None:
+            with self.precision.autocast():
+                return FeatureCache.build(
+                    config.cache / name,
+                    self.method.cut,
+                    dataset,
+                    dtype=config.cache_dtype,
+                    batch_size=BATCH,
+                    views=views,
+                    refresh=refresh,
+                    workers=config.workers,
+                    resume=self.resume,
+                    overwrite=self.overwrite,
+                    progress=progress,
+                    process_group=self.processes.group,
+                )
+
+        def encode(images: Tensor) -> Tensor:
+            with self.precision.autocast():
+                features = self.method.encode_frozen(images.to(self.device))
+            return features if self.rounded_to is None else rounded(features, self.rounded_to)
+
+        return FeatureCache.in_memory(dataset, encode, batch_size=BATCH, workers=config.workers, progress=progress)
+
+
+def build_run(
+    config: TuneConfig,
+    *,
+    open_data: Callable[[], Source] | None = None,
+    load: Callable[[nn.Module], object] | None = None,
+    processes: Processes = ALONE,
+    resume: bool = True,
+    overwrite: bool = False,
+    rounded_to: CacheDtype | None = None,
+) -> RunSetup:
+    """Load the model and the task of a run, and construct its method.
+
+    Args:
+        config: Resolved configuration.
+        open_data: Opens the dataset. Default: `config.open_data`.
+        load: Function that loads all weights of the model, instead of `config.pretrained`.
+        processes: Processes that train together.
+        resume: Resume incomplete stores of the cache.
+        overwrite: Replace stores of the cache.
+        rounded_to: Dtype to which features in memory are rounded, as in a cache. Default: no rounding.
+
+    Raises:
+        InputError: If the model, the dataset or a setting can't be used.
+    """
+    device = torch.device(config.device)
+    with processes.one_first("model"):
+        model, transform, tokenizer = load_model(
+            config.model,
+            config.pretrained,
+            device,
+            architecture_only=load is not None,
+            seed=config.seed,
+            trust=config.trust,
+        )
+    if load is not None:
+        load(model)
+    precision = MixedPrecision(config.precision, device)
+    precision.prepare(model)
+    crop = augmentation(model, config.preset) if config.augments else None
+    with processes.one_first("task"):
+        task = build_task(config, transform, crop, open_data=open_data)
+    if config.cache is not None and overwrite:
+        _erase_text_stores(config.cache)
+    method = build_method(config, model, tokenizer, task, processes)
+    if config.cache is not None and method.cut is None:
+        raise InputError("tune: cache needs frozen blocks below a cut; every layer trains here. Leave it out.", "cache")
+    zero_shot = ZeroShot(model, tokenizer, task) if isinstance(method, FrozenModel) else method
+    parts = model, tokenizer, precision, task, method, zero_shot
+    return RunSetup(config, *parts, processes, resume, overwrite, rounded_to)
+
+
+def _erase_text_stores(cache: Path) -> None:
+    """Delete the stores of text features, which `SkipCLIP` reads but never replaces."""
+    for manifest in sorted(cache.glob(f"texts-*/**/{MANIFEST}")):
+        if is_store(manifest.parent):
+            with locked(manifest.parent):
+                erase(manifest.parent)
+
+
+def build_method(
+    config: TuneConfig, model: nn.Module, tokenizer: Any, task: Task, processes: Processes = ALONE
+) -> Method:
+    """Construct the method of a run, with the settings that it has.
+
+    Raises:
+        InputError: If a setting can't be used with the model.
+    """
+    method = config.method_class()
+    names = ["skip_layers", "keep_ratio", "max_keep", "decay", "tail", "max_tail"]
+    names += ["memory", "attention", "keep_embeddings"]
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"process_group": processes.group, "generator": torch.Generator().manual_seed(config.seed)}
+    settings["text_cache"] = config.cache
+    parameters = inspect.signature(method).parameters
+    return method(model, tokenizer, task, **{name: settings[name] for name in settings if name in parameters})
+
+
+def build_task(
+    config: TuneConfig,
+    transform: Callable | None = None,
+    train_transform: Callable | None = None,
+    *,
+    open_data: Callable[[], Source] | None = None,
+) -> Task:
+    """Load the task of a run; by default training images have the transform of the others."""
+    task = load_task(
+        (open_data or config.open_data)(),
+        protocol=config.chosen_protocol,
+        shots=config.shots,
+        classes=config.classes,
+        seed=config.seed,
+        validation=config.validation,
+        test=config.test,
+        root=config.root,
+        templates=config.template,
+        targets=config.targets,
+        transform=transform,
+        train_transform=train_transform,
+        download=config.download,
+    )
+    return without_unreadable(task) if config.unreadable == "skip" else task

@@ -1,0 +1,293 @@
+"""Training: optimizer, learning rates and order of images over the epochs, and their state in a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...features import BatchSampler, FeatureCache, SharedBatchSampler
+from ...parallel import all_reduce_gradients
+from ...published import cosine_with_warmup
+from ...store import digest_tensors
+from ..config import TuneConfig
+from ..data.files import format_names
+from ..methods import Method, StepOutput
+from ..methods.base import TunedModel
+from . import optimizers
+from .errors import argument_error
+from .precision import REMEDY, MixedPrecision
+from .processes import ALONE, Processes
+from .stage_timer import StageTimer
+from .state_checks import check_like, check_optimizer, check_types
+
+_CURVE = 100  # largest number of points of the loss curve in the row of an epoch
+
+
+class Trainer:
+    """Train a method, one epoch per call. Within an epoch, only reading the losses needs a host sync.
+
+    Args:
+        config: Resolved configuration.
+        method: Method to train.
+        precision: Mixed precision of the run.
+        train: Features of the training images.
+        classes: Class names by label, for messages.
+        processes: Processes that train together, each with its part of each batch.
+
+    Attributes:
+        steps: Number of steps per epoch.
+        weights: Trained weights.
+        not_graphed: Reason why steps are not captured in a CUDA graph, although `graph` is set and the device is a GPU;
+            None if they are captured, or capture was not asked for.
+    """
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        method: Method,
+        precision: MixedPrecision,
+        train: FeatureCache,
+        classes: list[str],
+        processes: Processes = ALONE,
+    ):
+        assert config.epochs and config.optimizer and config.batch_size and config.sampler
+        self._config, self._method, self._precision, self._classes = config, method, precision, classes
+        self._processes = processes
+        self._labels, self._device = train.labels, torch.device(config.device)
+        groups = method.parameter_groups(text_lr=config.text_lr or 0.0, image_lr=config.image_lr or 0.0)
+        self._optimizer = optimizers.build(
+            config.optimizer,
+            precision.parameter_groups(groups),
+            in_backward=config.fused_optimizer,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+        )
+        self._schedule = cosine_with_warmup(
+            self._optimizer,
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs or 0,
+            warmup_lr=config.warmup_lr or 0.0,
+        )
+        generator = torch.Generator().manual_seed(config.seed)
+        sampler = SharedBatchSampler(
+            train.labels, config.batch_size, config.sampler, generator, rank=processes.rank, size=processes.size
+        )
+        self._loader = train.loader(sampler=sampler, device=self._device)
+        self.steps = len(self._loader)
+        self.weights = [weight for group in groups for weight in group["params"]]
+        self._class_sampler = method.clip.sampler if isinstance(method, TunedModel) else None
+        self._timer = StageTimer(self._device)
+        self.not_graphed: str | None = None
+        graph = config.graph and processes.size == 1 and _captures(self._device)
+        self._graphed = self._graphed_step(config.batch_size) if graph else None
+
+    def _graphed_step(self, batch_size: int) -> Callable[[Tensor, Tensor], StepOutput] | None:
+        """Return the captured step of the method, or None, with the reason in `not_graphed`."""
+        try:
+            step = self._method.graphed(self._optimizer, batch_size)
+        except ValueError as error:
+            self.not_graphed = str(error)
+            return None
+        if step is not None and self._precision.scaler is not None:
+            self.not_graphed = "the gradient scaler of fp16 has a host sync in each step."
+        elif step is not None and self._config.clip_grad_norm is not None:
+            self.not_graphed = "clip_grad_norm runs between backward and the update."
+        return None if self.not_graphed else step
+
+    @property
+    def epochs(self) -> int:
+        """Number of completed epochs."""
+        return self._schedule.last_epoch
+
+    def epoch(self, on_step: Callable[[], None], on_loss: Callable[[float], None]) -> dict[str, Any]:
+        """Train for one epoch; return its row of metrics.jsonl, without the accuracy.
+
+        Args:
+            on_step: Called after each step; must not cause a host sync.
+            on_loss: Called every `log_every` steps with their mean loss.
+
+        Raises:
+            FloatingPointError: If the loss or a weight is not finite; names the batch.
+        """
+        started, waited, order = time.perf_counter(), self._loader.seconds_waited, self._loader.state_dict()
+        losses, kept = EpochLosses(self.steps, self._device), Counter[int]()
+        rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+        to_training_mode(self._method)
+        for step, (inputs, labels) in enumerate(self._loader, 1):
+            out = self._step(inputs, labels)
+            losses.add(out.loss, len(labels))
+            kept[out.classes] += 1
+            on_step()
+            if step % self._config.log_every == 0 or step == self.steps:
+                on_loss(self._read(losses, order))
+        self._check_weights()
+        losses.images = self._processes.sum(losses.images)
+        self._schedule.step()
+        waited = self._loader.seconds_waited - waited
+        return {
+            "epoch": self.epochs,
+            "loss": losses.mean,
+            "step_loss": losses.curve(_CURVE),
+            "lr": rates,
+            "steps": self.steps,
+            "kept_classes": sum(classes * steps for classes, steps in kept.items()) / self.steps,
+            "kept_histogram": {str(classes): kept[classes] for classes in sorted(kept)},
+            "seconds": time.perf_counter() - started,
+            "seconds_waiting_for_features": waited,
+            "stage_seconds": {"data": waited} | self._timer.read(),
+        }
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
+        if self._graphed is not None:
+            with self._timer("step"), self._precision.autocast():
+                return self._graphed(inputs, labels)
+        with self._timer("forward"), self._precision.autocast():
+            out = self._method.step(inputs, labels)
+        with self._timer("backward"):
+            self._precision.backward(out.loss)
+            if self._processes.size > 1 and isinstance(self._method, TunedModel):
+                all_reduce_gradients(self._method.clip)
+        with self._timer("update"):
+            self._precision.update(self._optimizer, self._config.clip_grad_norm)
+            self._optimizer.zero_grad()
+        return out
+
+    def _read(self, losses: EpochLosses, order: dict[str, Any]) -> float:
+        """Return the mean of the new losses, which must be finite. `order` is the loader's state before the epoch."""
+        first, values = losses.read()
+        for step, value in enumerate(values, first):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"tune: the loss of batch {step + 1} of epoch {self.epochs + 1} is {value}. The batch has "
+                    f"{self._described(step, order)}. {REMEDY}"
+                )
+        return sum(values) / len(values)
+
+    def _described(self, step: int, order: dict[str, Any]) -> str:
+        """Describe the images and classes of a batch, which a sampler draws again from the order of the epoch."""
+        config = self._config
+        assert config.batch_size and config.sampler
+        sampler = BatchSampler(self._labels, config.batch_size, config.sampler, torch.Generator())
+        sampler.load_state_dict(order)
+        images = next(islice(sampler, step, None))
+        classes = dict.fromkeys(self._classes[label] for label in self._labels[images].tolist())
+        return f"training images {format_names(list(map(str, images)))} of {format_names(list(classes))}"
+
+    def _check_weights(self) -> None:
+        finite = torch.stack([weight.detach().isfinite().all() for weight in self.weights])
+        if not finite.all():
+            raise FloatingPointError(
+                f"tune: after the last batch of epoch {self.epochs + 1} weights are not finite, although the loss of "
+                f"the batch is. {REMEDY}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that the next epoch depends on, besides the weights and the configuration."""
+        random = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self._device)
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "loader": self._loader.state_dict(),
+            "labels": digest_tensors([("labels", self._labels)]),
+            "class_sampler": self._class_sampler.state_dict() if self._class_sampler is not None else {},
+            "precision": self._precision.state_dict(),
+            "random": random,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the result of `state_dict`.
+
+        Raises:
+            InputError: If the training images differ.
+            ValueError: If the state is damaged, or that of a different trainer.
+        """
+        own = self.state_dict()
+        check_types(state, {name: "mapping" for name in own if name != "labels"} | {"labels": "text"}, "trainer")
+        check_optimizer(state["optimizer"], own["optimizer"], self.weights)
+        for name in ("schedule", "loader", "class_sampler", "precision"):
+            check_like(state[name], own[name], f"trainer.{name}")
+        # The state of a GPU's generator is not checked: the run may be resumed on another device.
+        check_like(state["random"].get("cpu"), own["random"]["cpu"], "trainer.random.cpu")
+        if state["labels"] != own["labels"]:
+            raise argument_error("resume", "the training images differ from those of the run; choose another folder.")
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._loader.load_state_dict(state["loader"])
+        if self._class_sampler is not None:
+            self._class_sampler.load_state_dict(state["class_sampler"])
+        self._precision.load_state_dict(state["precision"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self._device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self._device)
+
+
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def to_training_mode(method: Method) -> None:
+    """Set training mode, except for batch norms: a batch of one class has no representative statistics."""
+    method.train(True)
+    for module in method.model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+class EpochLosses:
+    """Losses of the steps of an epoch, on the device until they are read.
+
+    Attributes:
+        images: Number of images of each step.
+
+    Example:
+        >>> losses = EpochLosses(3, torch.device("cpu"))
+        >>> losses.add(torch.tensor(2.0), images=4); losses.add(torch.tensor(5.0), images=2)
+        >>> losses.read(), losses.read(), losses.mean
+        ((0, [2.0, 5.0]), (2, []), 3.0)
+    """
+
+    def __init__(self, steps: int, device: torch.device):
+        self._on_device = torch.zeros(steps, device=device)
+        self.images: list[int] = []
+        self._on_host: list[float] = []
+
+    def add(self, loss: Tensor, images: int) -> None:
+        """Add the loss of a step over `images` images."""
+        self._on_device[len(self.images)] = loss.detach()
+        self.images.append(images)
+
+    def read(self) -> tuple[int, list[float]]:
+        """Return the index of the first unread loss, and the unread losses. A host sync."""
+        first = len(self._on_host)
+        new = self._on_device[first : len(self.images)].tolist()
+        self._on_host += new
+        return first, new
+
+    @property
+    def mean(self) -> float:
+        """Mean over the images of all steps; read all losses first."""
+        weighted = (loss * images for loss, images in zip(self._on_host, self.images, strict=True))
+        return sum(weighted) / sum(self.images)
+
+    def curve(self, points: int) -> list[float]:
+        """Loss curve of at most `points` values, each the mean of consecutive steps; read all losses first.
+
+        >>> losses = EpochLosses(3, torch.device("cpu"))
+        >>> for loss in (1.0, 2.0, 4.0): losses.add(torch.tensor(loss), images=1)
+        >>> _ = losses.read(); losses.curve(2)
+        [1.0, 3.0]
+        """
+        losses, count = self._on_host, min(points, len(self._on_host))
+        bounds = [place * len(losses) // count for place in range(count + 1)] if count else []
+        return [sum(losses[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]

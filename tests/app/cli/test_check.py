@@ -1,0 +1,108 @@
+"""`skipkernels check`, and runs on datasets with images that can't be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.data.check import similar_pairs
+from skipkernels.app.train import tune
+
+
+def photo(seed: int) -> Image.Image:
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((120, 90))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two classes in two splits, without duplicates."""
+    for number in range(24):
+        path = tmp_path / "data" / ("test" if number % 4 == 3 else "train") / ("cat", "dog")[number // 12]
+        path.mkdir(parents=True, exist_ok=True)
+        photo(number).save(path / f"{number}.png")
+    return tmp_path / "data"
+
+
+def check(capsys, data: Path, *options: object) -> tuple[int, str]:
+    code = main(["check", f"imagefolder:{data}", *map(str, options)])
+    return code, capsys.readouterr().out
+
+
+def test_check_without_findings(data, capsys):
+    code, out = check(capsys, data)
+    assert code == 0 and "no unreadable images, no duplicates" in out and "120×90" in out
+    assert "classes with fewer than 16 training images: cat 9, dog 9" in out
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_check_findings(data, tmp_path, capsys, form):
+    train, test = data / "train", data / "test"
+    shutil.copy(train / "cat/0.png", train / "dog/copy.png")
+    photo(1).save(train / "cat/again.webp", lossless=True)  # the same pixels in another file
+    shutil.copy(train / "cat/2.png", test / "cat/copy.png")
+    photo(12).resize((60, 45)).save(test / "cat/small.png")
+    for name in ("a.png", "b.jpg", "\x1b[1m\udcff.jpg"):
+        (train / "cat" / name).write_text("no image")
+    code, out = check(capsys, data, "--out", tmp_path / f"found.{form}")
+    assert code == 1 and "train" in out and str(train / "cat" / "b.jpg") in out
+    text = (tmp_path / f"found.{form}").read_text()
+    rows = list(csv.DictReader(text.splitlines())) if form == "csv" else json.loads(text)["findings"]
+    assert {(row["kind"], row["name"]): row["detail"] for row in rows if row["kind"] != "unreadable"} == {
+        ("duplicate", "train/cat/again.webp"): "train/cat/1.png (train, cat)",
+        ("duplicate in another class", "train/dog/copy.png"): "train/cat/0.png (train, cat)",
+        ("duplicate in another split", "test/cat/copy.png"): "train/cat/2.png (train, cat)",
+        ("similar in another class and another split", "test/cat/small.png"): "train/dog/12.png (train, dog)",
+    }
+    assert [row["name"] for row in rows if row["kind"] == "unreadable"] == [
+        r"train/cat/\x1b[1m\udcff.jpg" if form == "csv" else "train/cat/\x1b[1m\udcff.jpg",
+        "train/cat/a.png",
+        "train/cat/b.jpg",
+    ]
+
+
+def test_check_refuses_other_files(data, tmp_path, capsys):
+    assert main(["check", f"imagefolder:{data}", "--out", str(tmp_path / "a.txt")]) == 2
+    assert "--out must end in .csv or .json" in capsys.readouterr().err
+
+
+def test_similar_pairs_are_those_of_all_pairs():
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**64, 300, dtype=np.uint64)
+    for index in range(200):  # 1 to 5 bits of another hash
+        bits = random.choice(64, random.integers(1, 6), replace=False)
+        hashes[index] = hashes[index + 100] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64))
+    distance = np.array([[bin(int(a ^ b)).count("1") for b in hashes] for a in hashes])
+    assert similar_pairs(hashes) == [(i, j) for i in range(300) for j in range(i + 1, 300) if distance[i, j] <= 3]
+    assert similar_pairs(np.zeros(3, np.uint64)) == [], "flat images"
+
+
+SETTINGS = {"epochs": 1, "device": "cpu", "shots": "all"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tune_lists_all_unreadable_images(data, tmp_path, workers):
+    bad = [data / split / "cat" / f"bad{number}.png" for number, split in enumerate(("train", "train", "test"))]
+    for path in bad:
+        path.write_text("no image")
+    config = TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", workers=workers, **SETTINGS)
+    with pytest.raises(InputError, match="of which there are 3: train/cat/bad0.png, train/cat/bad1.png, test/cat/bad2"):
+        tune(config)
+    metrics = tune(config, unreadable="skip", validation="none")
+    assert metrics["images"] == {"train": 18, "tests": {"all": 6}}
+
+
+def test_tune_skips_all_images_of_a_class(data, tmp_path):
+    for path in (data / "train" / "dog").iterdir():
+        path.write_text("no image")
+    with pytest.raises(InputError, match="no training image of dog can be read"):
+        tune(TuneConfig(data=f"imagefolder:{data}", out=tmp_path / "run", unreadable="skip", **SETTINGS))

@@ -1,0 +1,59 @@
+"""Help and version: quick, without torch, and grouped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import skipkernels
+
+# CPU seconds of the whole process. Measured 0.15 to 0.35 s; importing torch and open_clip takes 5 s. The bound leaves a
+# factor of three for slow machines and still fails if a heavy module is imported.
+MOST_SECONDS = 1.0
+
+COMMANDS = "tune eval predict blend export report protocol compare cache check models datasets warmup doctor".split()
+COMMANDS += ["cache build"]
+
+
+def measured(*arguments: str) -> tuple[str, float, set[str]]:
+    """Standard output, CPU seconds and imported modules of the program, which must succeed."""
+    code = (
+        "import resource, sys\n"
+        "from skipkernels.__main__ import main\n"
+        f"sys.argv = ['skipkernels', *{list(arguments)!r}]\n"
+        "try: code = main()\n"
+        "except SystemExit as ended: code = ended.code\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, *sys.modules, file=sys.stderr)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *modules = done.stderr.split()
+    return done.stdout, float(seconds), set(modules)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_quick(command):
+    out, seconds, modules = measured(*command.split(), "--help")
+    assert out.startswith(f"usage: skipkernels {command}".rstrip())
+    assert not {"torch", "open_clip", "matplotlib", "numpy"} & modules
+    assert seconds < MOST_SECONDS
+
+
+def test_version_is_quick():
+    out, seconds, modules = measured("--version")
+    assert out == f"skipkernels {skipkernels.__version__}\n"
+    assert "torch" not in modules and seconds < MOST_SECONDS
+
+
+def test_help_is_grouped_and_shows_no_none(capsys):
+    from skipkernels.app.cli.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"{group} options" in out for group in ("data", "model", "skip", "training", "cache", "output"))
+    assert "None" not in out and "--root PATH" in out and "--template [STR ...]" in out

@@ -1,0 +1,173 @@
+"""Listing folders and reading text files."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from pictures import draw_image, make_folders, raises_input_error
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from skipkernels.app.data.files import (
+    IMAGE_EXTENSIONS,
+    check_inside,
+    find_images,
+    has_image_extension,
+    is_image,
+    missing_files,
+    read_json,
+    read_text,
+    subfolders,
+)
+
+
+def test_image_extensions_include_those_of_torchvision():
+    assert set(IMAGE_EXTENSIONS) == {*IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
+    assert has_image_extension("A.JPEG") and not has_image_extension("a.txt") and not has_image_extension("jpg")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "avif"])
+def test_is_image_by_content(tmp_path, kind):
+    Image.new("RGB", (8, 8)).save(tmp_path / "IMG_0001", kind)
+    assert is_image(tmp_path / "IMG_0001")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("Thumbs.db", b"\xd0\xcf\x11\xe0"), ("a.txt", b"BM is short for bitmap"), ("b.txt", b"P3 is a letter and a digit"),
+     ("raw.dng", b"II*\0\x08\0\0\0"), ("live.mov", b"\0\0\0\x14ftypqt  \0\0\0\0qt  "), ("a.wav", b"RIFF1234WAVE"),
+     ("empty", b"")],
+)  # fmt: skip
+def test_is_image_other_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert not is_image(tmp_path / name)
+
+
+def test_find_images_in_subfolders_counts_other_files(tmp_path):
+    for name in (
+        "b.png",
+        "a.JPG",
+        "deep/er/c.webp",
+        "deep.png",
+        ".hidden.png",
+        ".git/d.png",
+        "__MACOSX/e.png",
+        "ö/f.png",
+    ):
+        draw_image(tmp_path / "cat" / name)
+    for name in ("notes.txt", "more.TXT", "README", "anim.mov"):
+        (tmp_path / "cat" / name).write_text("x")
+    (tmp_path / "cat" / "deep.png").rename(tmp_path / "cat" / "deep.old")
+    images, others = find_images(tmp_path, "cat")
+    assert images == ["cat/a.JPG", "cat/b.png", "cat/deep.old", "cat/deep/er/c.webp", "cat/ö/f.png"]
+    assert others == {".txt": 2, "no extension": 1, ".mov": 1}
+
+
+def test_find_images_follows_links_without_cycles(tmp_path):
+    draw_image(tmp_path / "elsewhere" / "b.png")
+    draw_image(tmp_path / "data" / "cat" / "a.png")
+    cat = tmp_path / "data" / "cat"
+    (cat / "more").symlink_to(tmp_path / "elsewhere")
+    (cat / "file.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    (cat / "here").symlink_to(".")
+    (cat / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "back").symlink_to(cat)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    wanted = ["cat/a.png", "cat/file.png", "cat/more/b.png"]
+    assert find_images(tmp_path / "data", "cat")[0] == wanted
+    assert find_images(tmp_path / "link", "cat")[0] == wanted
+
+
+def test_find_images_visits_linked_folders_once(tmp_path):
+    """Sixteen folders with links to each other: there are 16! paths without a cycle."""
+    for number in range(16):
+        draw_image(tmp_path / "cat" / f"{number:02d}" / "a.png")
+        for other in range(16):
+            (tmp_path / "cat" / f"{number:02d}" / f"to{other:02d}").symlink_to(f"../{other:02d}")
+    assert find_images(tmp_path, "cat")[0] == [f"cat/{number:02d}/a.png" for number in range(16)]
+
+
+def test_find_images_prefers_paths_without_links(tmp_path):
+    draw_image(tmp_path / "cat" / "deep" / "real" / "a.png")
+    draw_image(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "cat" / "alias").symlink_to("deep/real")
+    (tmp_path / "cat" / "deep" / "x").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cat" / "y").symlink_to(tmp_path / "elsewhere")
+    assert find_images(tmp_path, "cat")[0] == ["cat/deep/real/a.png", "cat/y/b.png"]
+
+
+def test_find_images_irregular_file(tmp_path):
+    draw_image(tmp_path / "cat" / "a.png")
+    os.mkfifo(tmp_path / "cat" / "pipe")
+    assert find_images(tmp_path, "cat") == (["cat/a.png"], {"no extension": 1})
+    os.mkfifo(tmp_path / "cat" / "b.png")
+    with raises_input_error(tmp_path / "cat" / "b.png", "not a regular file", "Remove it"):
+        find_images(tmp_path, "cat")
+
+
+@pytest.mark.parametrize("goal", ["nowhere", "itself.png"])
+def test_find_images_broken_link(tmp_path, goal):
+    draw_image(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / "itself.png").symlink_to(goal)
+    with raises_input_error(tmp_path / "cat" / "itself.png", "a broken link to", "Remove it"):
+        find_images(tmp_path, "cat")
+
+
+def test_subfolders(tmp_path):
+    make_folders(tmp_path, {"b": 1, "a": 1, ".hidden": 1, "__MACOSX": 1})
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert subfolders(tmp_path) == ["a", "b", "link"]
+    with raises_input_error(tmp_path / "none", "can't be listed"):
+        subfolders(tmp_path / "none")
+
+
+def test_missing_files(tmp_path):
+    make_folders(tmp_path, {"cat": 2})
+    assert missing_files(tmp_path, ["cat/00.png", "cat/01.png"]) == []
+    wrong = ["cat/02.png", "dog/00.png", "nul\0/x"]
+    assert missing_files(tmp_path, ["cat/00.png", *wrong]) == wrong
+
+
+@pytest.mark.parametrize("path", ["../a.png", "a/../../b.png", "/etc/passwd", "C:\\a.png", "a\\..\\..\\b.png"])
+def test_check_inside_outside(path):
+    with raises_input_error("entry 3", "leads out of the folder"):
+        check_inside(path, "entry 3")
+
+
+@pytest.mark.parametrize("path", ["a.png", "a/b..png", "..a/b.png", "a/.../b.png", "C/a.png"])
+def test_check_inside_inside(path):
+    check_inside(path, "entry 3")
+
+
+def test_read_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffnaïve".encode())
+    assert read_text(file) == "naïve"
+    file.write_bytes("naïve".encode("latin-1"))
+    with raises_input_error(file, "not a text in UTF-8 (byte 2)"):
+        read_text(file)
+    with raises_input_error(tmp_path / "b.txt", "can't be read", os.strerror(2)):
+        read_text(tmp_path / "b.txt")
+    with raises_input_error(tmp_path, "can't be read"):
+        read_text(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
+def test_read_json_irregular_file(tmp_path, link):
+    path = tmp_path / "a.json"
+    path.symlink_to(link) if link else os.mkfifo(path)
+    with raises_input_error(path, "not a regular file"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("{", "line 1"), ('{"a": 1, "a": 2}', "duplicate key 'a'"), ("[" * 100_000, "recursion"), ("", "")],
+)
+def test_read_json_invalid(tmp_path, text, why):
+    (tmp_path / "a.json").write_text(text)
+    with raises_input_error(tmp_path / "a.json", "not usable as JSON", why):
+        read_json(tmp_path / "a.json")

@@ -1,0 +1,342 @@
+"""Folders of images: splits, class names, skipped files, and invalid folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import unicodedata
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from pictures import class_of, draw_image, make_folders, raises_input_error, shuffle_listings
+
+from skipkernels.app.data import load_few_shot, load_task, open_source, save_few_shot
+from skipkernels.app.data.image_folder import open_image_folder, split_by_hash
+
+
+def open_folder(root):
+    return open_source(f"imagefolder:{root}")
+
+
+def contents(source, split):
+    """Image names by class name, after a check that every image is of its class."""
+    images, found = source.images(split), {}
+    for index, (name, label) in enumerate(zip(images.names, images.labels, strict=True)):
+        image, itself = images[index]
+        assert class_of(image) == label == itself
+        found.setdefault(source.classes[label], []).append(name)
+    return found
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+def test_open_image_folder_splits_by_hash(tmp_path):
+    source = open_folder(make_folders(tmp_path, {"dog": 10, "cat": 7, "sea_lion": 2}))
+    assert source.classes == ("cat", "dog", "sea lion")
+    assert source.prompts == (["a photo of a cat.", "a photo of a dog.", "a photo of a sea lion."],)
+    parts = {split: contents(source, split) for split in ("train", "val", "test")}
+    counts = {split: {name: len(found) for name, found in part.items()} for split, part in parts.items()}
+    assert counts == {
+        "train": {"cat": 4, "dog": 5, "sea lion": 1},
+        "val": {"cat": 1, "dog": 2},
+        "test": {"cat": 2, "dog": 3, "sea lion": 1},
+    }
+    names = [name for part in parts.values() for found in part.values() for name in found]
+    assert sorted(names) == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert [note for note in source.notes if "split by a hash of their paths: 10 train, 3 val, 6 test" in note]
+
+
+def test_split_by_hash_ignores_listing_order(tmp_path, monkeypatch):
+    make_folders(tmp_path / "a", {"dog": 9, "cat": 7})
+    before = {split: contents(open_folder(tmp_path / "a"), split) for split in ("train", "val", "test")}
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    shuffle_listings(monkeypatch, 1)
+    assert os.listdir(tmp_path / "b" / "dog") != sorted(os.listdir(tmp_path / "b" / "dog"))
+    assert {split: contents(open_folder(tmp_path / "b"), split) for split in ("train", "val", "test")} == before
+    # These may never change: test images of earlier versions would become training images.
+    assert before["test"] == {"cat": ["cat/00.png", "cat/04.png"], "dog": ["dog/00.png", "dog/03.png", "dog/08.png"]}
+
+
+@hypothesis.given(st.lists(st.lists(st.text(min_size=1), min_size=2, max_size=30, unique=True), min_size=1, max_size=4))
+def test_split_by_hash_sizes(classes):
+    paths = {str(number): of_class for number, of_class in enumerate(classes)}
+    parts, missing = split_by_hash(paths)
+    assert split_by_hash({folder: of_class[::-1] for folder, of_class in paths.items()}) == (parts, missing)
+    parts.setdefault("val", dict.fromkeys(paths, []))
+    for folder, of_class in paths.items():
+        assert sorted(path for part in parts.values() for path in part[folder]) == sorted(of_class)
+        assert parts["train"][folder] and parts["test"][folder]
+        assert abs(len(parts["test"][folder]) - 0.3 * len(of_class)) <= 0.5
+        assert abs(len(parts["val"][folder]) - 0.2 * len(of_class)) <= 0.5
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Valid", "TESTING"),
+                                   ("train", "validation", "test")])  # fmt: skip
+def test_open_image_folder_uses_split_folders(tmp_path, names):
+    train, val, test = names
+    source = open_folder(make_folders(tmp_path, {f"{train}/cat": 3, f"{train}/dog": 2, f"{val}/cat": 1, f"{val}/dog": 1,
+                                            f"{test}/cat": 1, f"{test}/dog": 4}))  # fmt: skip
+    assert {split: len(source.images(split)) for split in ("train", "val", "test")} == {"train": 5, "val": 2, "test": 5}
+    assert contents(source, "test")["cat"] == [f"{test}/cat/00.png"]
+    assert source.notes == ()
+
+
+def test_open_image_folder_val_without_test(tmp_path):
+    source = open_folder(make_folders(tmp_path, {"train/cat": 3, "train/dog": 2, "valid/cat": 1, "valid/dog": 1}))
+    assert contents(source, "test") == {"cat": ["valid/cat/00.png"], "dog": ["valid/dog/00.png"]}
+    assert "valid/ are the test images" in source.notes[0]
+    with raises_input_error("no val images", "valid/ are the test images", "Add test/"):
+        source.images("val")
+
+
+def test_open_image_folder_train_alone(tmp_path):
+    source = open_folder(make_folders(tmp_path, {"train/cat": 10, "train/dog": 10}))
+    assert [len(source.images(split)) for split in ("train", "val", "test")] == [10, 4, 6]
+    assert contents(source, "val")["cat"][0].startswith("train/cat/")
+
+
+def test_open_image_folder_test_alone(tmp_path):
+    source = open_folder(make_folders(tmp_path, {"test/cat": 2, "test/dog": 1}))
+    assert len(source.images("test")) == 3
+    with raises_input_error("no train images", "no folder train/ in", tmp_path):
+        source.images("train")
+
+
+def test_open_image_folder_too_few_images_for_val(tmp_path):
+    with raises_input_error("no val images", "too few"):
+        open_folder(make_folders(tmp_path, {"cat": 2, "dog": 2})).images("val")
+
+
+def test_open_image_folder_class_named_train(tmp_path):
+    assert open_folder(make_folders(tmp_path, {"train": 2, "tram": 2})).classes == ("train", "tram")
+
+
+def test_open_image_folder_relative_path_and_home(tmp_path, monkeypatch):
+    make_folders(tmp_path / "pets", {"cat": 2, "dog": 2})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("pets", "~/pets"):
+        source = open_folder(path)
+        monkeypatch.chdir("/")
+        assert len(contents(source, "test")) == 2 and source.name == f"imagefolder:{path}"
+        monkeypatch.chdir(tmp_path)
+
+
+# ---- skipped files ---------------------------------------------------------------------------------------------------
+
+
+def test_open_image_folder_notes_other_files(tmp_path):
+    make_folders(tmp_path, {"cat": 2, "dog": 2, "cat/more": 1})
+    for name in ("cat/notes.txt", "dog/labels.csv", "dog/Thumbs.db", "dog/other.TXT", "cat/.DS_Store", "readme.md"):
+        (tmp_path / name).write_text("x")
+    draw_image(tmp_path / "stray.png")
+    source = open_folder(tmp_path)
+    assert sum(len(source.images(split)) for split in source.splits) == 5
+    assert f"imagefolder:{tmp_path}: skipped files that are not images: .csv 1, .db 1, .txt 2." in source.notes
+    assert f"imagefolder:{tmp_path}: skipped images beside the class folders: 1." in source.notes
+
+
+def test_open_image_folder_notes_linked_folder(tmp_path):
+    make_folders(tmp_path, {"train/cat": 3, "train/dog": 3, "test/dog": 1})
+    (tmp_path / "test/cat").symlink_to("../train/cat")
+    (note,) = open_folder(tmp_path).notes
+    assert "the same folder, so the same images: test/cat and train/cat." in note
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["config.yaml", "metrics.json", "report.html"], "a folder of results"),
+        (["config.yaml", "state.pt"], "a folder of results"),
+        (["manifest.json", "00000.safetensors"], "a folder of features"),
+    ],
+)
+@pytest.mark.parametrize("place", ["runs", "runs/first", "runs/deep/er"])
+def test_open_image_folder_with_output_folder(tmp_path, names, what, place):
+    make_folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / place).mkdir(parents=True)
+    for name in names:
+        (tmp_path / place / name).touch()
+    with raises_input_error(f"{tmp_path / place}: {what}, not of images", "Move it out of"):
+        open_folder(tmp_path)
+    draw_image(tmp_path / place / "plot.png")
+    with raises_input_error(f"{tmp_path / place}: {what}, not of images"):
+        open_folder(tmp_path)
+
+
+def test_open_image_folder_with_other_config_file(tmp_path):
+    make_folders(tmp_path, {"cat": 2, "dog": 2})
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / "cat" / name).touch()
+    assert len(open_folder(tmp_path).classes) == 2
+
+
+# ---- class names -----------------------------------------------------------------------------------------------------
+
+COMPOSED = "Küche"
+DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)  # as on some file systems
+
+
+def test_class_names_compose_unicode(tmp_path):
+    assert COMPOSED != DECOMPOSED
+    source = open_folder(make_folders(tmp_path, {DECOMPOSED: 2, "日本_語": 2, "naïve": 2}))
+    assert source.classes == (COMPOSED, "naïve", "日本 語")
+    assert contents(source, "test")[COMPOSED][0].startswith(f"{DECOMPOSED}/")
+
+
+FOLDERS = {"n01": 2, "n02": 2, "n03": 2}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("classes.json", json.dumps({"n02": "dog", "n01": "sea_lion", "n03": "owl", "n99": "not here"})),
+        ("classes.txt", "n02\tdog\nn01\tsea_lion\nn99\tnot here\n\nn03\towl"),
+        ("classes.txt", "\ufeffn01\tsea lion\r\nn02\tdog\r\nn03\towl\r\n"),
+        ("classes.txt", "sea lion\ndog\n  owl  \n"),
+    ],
+)
+def test_class_names_from_file(tmp_path, file, text):
+    make_folders(tmp_path, FOLDERS)
+    (tmp_path / file).write_bytes(text.encode())
+    source = open_folder(tmp_path)
+    assert source.classes == ("sea lion", "dog", "owl")
+    assert contents(source, "test")["dog"][0].startswith("n02/")
+
+
+def test_class_names_with_folder_as_prefix(tmp_path):
+    make_folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "classes.txt").write_text("cat of Pallas\nhound\n")
+    assert open_folder(tmp_path).classes == ("cat of Pallas", "hound")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("classes.json", "[]", ['expected {"folder": "name"']),
+        ("classes.json", '{"n01": 1, "n02": "a", "n03": "b"}', ['expected {"folder": "name"']),
+        ("classes.json", '{"n01": "a"}', ["no name for folder n02, n03", "Add"]),
+        ("classes.json", '{"n01": "a", "n02": "A", "n03": "b"}', ["n01 and n02 have the same class name", "Rename"]),
+        ("classes.json", '{"n01": " ", "n02": "a", "n03": "b"}', ["'n01' can't be named ''"]),
+        ("classes.json", '{"n01": "a", "n01": "b"}', ["duplicate key 'n01'"]),
+        ("classes.txt", "n01\ta\nn02\tb", ["no name for folder n03"]),
+        ("classes.txt", "n01\ta\nn01\tb\nn02\tc\nn03\td", ["named twice"]),
+        ("classes.txt", "a\nb", ["a name for each of 3 class folders; got 2 lines", "tab"]),
+        ("classes.txt", "", ["got 0 lines"]),
+        ("classes.txt", "n01 a\nn02 b\nn03 c", ["'n01 a' may be a name, or a folder and its name", "tab"]),
+        ("classes.txt", "a\nn01\nb", ["by its position 'n01' is the name of folder n02", "Sort"]),
+        ("classes.txt", "a\na\nb", ["n01 and n02 have the same class name"]),
+    ],
+)
+def test_class_names_invalid_file(tmp_path, file, text, words):
+    make_folders(tmp_path, FOLDERS)
+    (tmp_path / file).write_text(text)
+    with raises_input_error(
+        tmp_path if "same class name" in words[0] or "can't be named" in words[0] else file, *words
+    ):
+        open_folder(tmp_path)
+
+
+def test_class_names_two_files(tmp_path):
+    make_folders(tmp_path, FOLDERS)
+    (tmp_path / "classes.txt").touch()
+    (tmp_path / "classes.json").touch()
+    with raises_input_error("both classes.txt and classes.json", "Remove one"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("twice", [("sea_lion", "sea lion"), ("Cat", "cat"), (COMPOSED, DECOMPOSED)])
+def test_class_names_duplicate(tmp_path, twice):
+    with raises_input_error("have the same class name", *twice, "Rename one"):
+        open_folder(make_folders(tmp_path, dict.fromkeys(twice, 2)))
+
+
+def test_class_names_folder_not_utf8(tmp_path):
+    make_folders(tmp_path, {"cat": 2, "dog": 2})
+    os.rename(os.fsencode(tmp_path / "dog"), os.fsencode(tmp_path) + b"/K\xfcche")
+    with raises_input_error("can't be named", r"K\udcfcche", "classes.json"):
+        open_folder(tmp_path)
+
+
+UNUSUAL = [b"a\nb", b"\x1b[31m", b"-rf", b"[b]", b"\xff\xfe", b"x" * 251, b"\xe2\x80\xae", b" ", b"%s{}", b"'\""]
+
+
+def test_load_task_unusual_file_names(tmp_path):
+    """Files are listed, split, chosen, saved and loaded."""
+    draw_image(tmp_path / "one.png")
+    for folder in (b"cat", b"\x1b[2J[b]"):
+        os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
+        for name in UNUSUAL:
+            os.link(tmp_path / "one.png", os.fsencode(tmp_path) + b"/" + folder + b"/" + name + b".png")
+    task = load_task(f"imagefolder:{tmp_path}", protocol="few-shot", shots=9, classes=None, seed=0, validation="auto")
+    assert len(task.train) == 10 and all(note.isprintable() for note in task.notes)
+    assert any(r"\x1b[2J[b] (5)" in note for note in task.notes)
+    source = open_folder(tmp_path)
+    few = source.few_shot(9, 0)
+    save_few_shot(tmp_path / "few.json", few, data="odd", classes=source.classes, shots=9, seed=0)
+    train = source.images("train")
+    assert [train.names[i] for i in load_few_shot(tmp_path / "few.json", train, source.classes)] == few.names
+    assert [few[i][0].mode for i in range(10)] == ["RGB"] * 10
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(name) for name in UNUSUAL])
+def test_open_image_folder_errors_with_unusual_names(tmp_path, name):
+    make_folders(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "dog" / f"{name}.png").symlink_to("nowhere")
+    with raises_input_error("dog", "a broken link to nowhere"):
+        open_folder(tmp_path)
+    (tmp_path / "dog" / f"{name}.png").unlink()
+    (tmp_path / name).mkdir()
+    with raises_input_error(f"imagefolder:{tmp_path}"):
+        open_folder(tmp_path)
+    with raises_input_error("no folders in"):
+        open_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", "/" + "a" * 300, "a" * 5000, "a\0b"])
+def test_open_source_invalid_path(path):
+    with raises_input_error("no folder", argument="data"):
+        open_folder(path)
+    with raises_input_error("no folder", argument="root"):
+        open_source("coop:dtd", path)
+    with raises_input_error("not usable in", argument="root"):
+        open_source("torchvision:dtd", path)
+
+
+# ---- invalid folders -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, ["no folders in", "one for each class"]),
+        ({"cat": 2, "dog": 0}, ["no images in dog", "Add some"]),
+        ({"train/cat": 1, "train/dog": 1, "test/cat": 1}, ["test/ has no folder dog, which another split has"]),
+        ({"train/cat": 1, "test/cat": 1, "test/dog": 1}, ["train/ has no folder dog"]),
+        ({"train/cat": 1, "train/dog": 1, "test/cat": 1, "test/dog": 0}, ["no images in test/dog"]),
+        ({"train/cat": 1, "test": 1}, ["test/ has no folder cat"]),
+        ({"train": 3, "test": 3}, ["test/ has no folders in it"]),
+        ({"train/cat": 1, "other/cat": 1}, ["train and other are side by side", "Move"]),
+        ({"train": 1, "test": 1, "other": 1}, ["test, train and other are side by side"]),
+        ({"test/cat": 1, "testing/cat": 1}, ["test/ and testing/ are both test images", "Merge"]),
+        ({"val/cat": 1, "val/dog": 1}, ["val/ alone", "add train/ or test/"]),
+    ],
+)
+def test_open_image_folder_invalid_folders(tmp_path, counts, words):
+    for folder in counts:
+        (tmp_path / folder).mkdir(parents=True)
+    with raises_input_error(f"imagefolder:{tmp_path}", *words, argument="data"):
+        open_folder(make_folders(tmp_path, counts))
+
+
+def test_open_image_folder_missing_folder(tmp_path):
+    with raises_input_error("imagefolder:", "no folder given", argument="data"):
+        open_source("imagefolder:")
+    with raises_input_error(f"no folder {tmp_path / 'none'}", "one folder for each class", argument="data"):
+        open_image_folder(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with raises_input_error(f"no folder {tmp_path / 'file'}"):
+        open_image_folder(tmp_path / "file")

@@ -1,0 +1,420 @@
+"""Reading image files, subsets of images, and labels of any dataset."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from pictures import class_of, draw_image, raises_input_error
+from PIL import EpsImagePlugin, ExifTags, Image
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from skipkernels.app.data import DatasetImages, InputError, LabelledImages
+from skipkernels.app.data import images as images_module
+from skipkernels.app.data.images import read_image, read_labels, to_rgb
+from skipkernels.app.serve.decoding import decode
+
+
+def one(path: Path) -> Image.Image:
+    return LabelledImages(path.parent, [path.name], [0])[0][0]
+
+
+def pixel(path: Path) -> tuple[int, int, int]:
+    return one(path).getpixel((0, 0))
+
+
+# ---- valid files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "seen"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (77, 0), (77, 77, 77)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+    ],
+)
+def test_read_image_converts_png_modes(tmp_path, mode, value, seen):
+    Image.new(mode, (3, 2), value).save(tmp_path / "a.png")
+    assert one(tmp_path / "a.png").mode == "RGB"
+    assert pixel(tmp_path / "a.png") == seen
+
+
+def test_read_image_converts_palette(tmp_path):
+    image = Image.new("RGB", (3, 2), (200, 10, 30)).quantize(4)
+    assert image.mode == "P"
+    image.save(tmp_path / "a.png")
+    assert pixel(tmp_path / "a.png") == (200, 10, 30)
+
+
+def test_read_image_palette_with_transparency(tmp_path):
+    image = Image.new("RGB", (3, 2), (200, 10, 30)).quantize(4)
+    image.save(tmp_path / "a.png", transparency=bytes([9, 200]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of Pillow, for such images
+        assert pixel(tmp_path / "a.png") == (200, 10, 30)
+
+
+def test_read_image_converts_cmyk(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = pixel(tmp_path / "a.jpg")
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
+def test_read_image_converts_sixteen_bits(tmp_path, extension):
+    """Pillow would clip these values, to white."""
+    path = tmp_path / f"deep.{extension}"
+    Image.fromarray(np.full((3, 4), 40_000, dtype=np.uint16)).save(path)
+    assert pixel(path) == (156, 156, 156), "40,000 / 256"
+    with Image.open(path) as opened:
+        assert DatasetImages([(opened, 0)])[0][0].getpixel((0, 0)) == (156, 156, 156)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_read_image_thirty_two_bits(tmp_path, dtype):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.full((3, 4), 40_000, dtype=dtype)).save(path)
+    with raises_input_error(path, "32 bits per channel", "Convert"):
+        one(path)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+def test_read_image_is_upright(tmp_path, extension):
+    """Orientation 6: the camera was turned, so the left edge of the stored pixels is the top of the photo."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.new("RGB", (16, 8), "blue")
+    stored.paste("red", (0, 0, 8, 8))
+    stored.save(tmp_path / f"a.{extension}", exif=exif)
+    with Image.open(tmp_path / f"a.{extension}") as opened:
+        own = DatasetImages([(opened, 0)])[0][0]
+        for image in (one(tmp_path / f"a.{extension}"), own, to_rgb(opened, "a"), to_rgb(own, "again")):
+            assert image.size == (8, 16)
+            (top, _, _), (below, _, _) = image.getpixel((3, 2)), image.getpixel((3, 13))
+            assert top > 200 and below < 50
+
+
+def test_read_image_invalid_exif(tmp_path):
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00garbage")
+    assert one(tmp_path / "a.jpg").size == (8, 4)
+
+
+@pytest.mark.parametrize("written", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "heic", "dat"])
+def test_read_image_ignores_extension(tmp_path, written, extension):
+    """Oxford-IIIT Pet has PNGs and GIFs with the extension .jpg, ImageNet a PNG with .JPEG."""
+    Image.new("RGB", (3, 2), (0, 0, 200)).save(tmp_path / "a", written)
+    (tmp_path / "a").rename(tmp_path / f"a.{extension}")
+    assert abs(pixel(tmp_path / f"a.{extension}")[2] - 200) < 5
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_read_image_heif(tmp_path):
+    """An orientation of the EXIF data is applied by the plugin already."""
+    heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.new("RGB", (64, 32), "blue")
+    stored.paste("red", (0, 0, 32, 32))
+    heif.from_pillow(stored).save(tmp_path / "a.heic", exif=exif.tobytes())
+    image = one(tmp_path / "a.heic")
+    assert image.size == (32, 64) and image.getpixel((16, 12))[0] > 200 > 50 > image.getpixel((16, 52))[0]
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("HEIF", "skipkernels[heif]"), ("AVIF", "--upgrade pillow")])
+def test_read_image_names_missing_plugin(tmp_path, monkeypatch, kind, remedy):
+    monkeypatch.delitem(Image.OPEN, kind, raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.jpg").write_bytes(HEIC.replace(b"heic", b"avif") if kind == "AVIF" else HEIC)
+    with raises_input_error(tmp_path / "a.jpg", f"a {kind} image needs a package: pip install", remedy):
+        one(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("written", ["gif", "webp", "png"])
+def test_read_image_takes_first_frame(tmp_path, written):
+    frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a", written, save_all=True, append_images=frames[1:], lossless=True)
+    (tmp_path / "a").rename(tmp_path / "a.webp")
+    assert pixel(tmp_path / "a.webp") == (255, 0, 0)
+
+
+# ---- invalid files ---------------------------------------------------------------------------------------------------
+
+
+def encoded(kind: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.png", b""),
+        ("text.jpg", b"<html>404 Not Found</html>"),
+        ("half.jpg", encoded("jpeg")[:300]),
+        ("half.png", encoded("png")[:300]),
+        ("ünïcode.webp", encoded("webp")[:100]),
+    ],
+)
+def test_read_image_invalid_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with raises_input_error(tmp_path / name, "can't be read as an image", "remove"):
+        one(tmp_path / name)
+
+
+def test_read_image_folder_or_missing_file(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with raises_input_error(tmp_path / "a.png", "can't be read"):
+        one(tmp_path / "a.png")
+    with raises_input_error(tmp_path / "b.png", "no such file", "when the dataset was opened"):
+        one(tmp_path / "b.png")
+    with raises_input_error(tmp_path / "b.png", "no such file. Correct"):
+        read_image(tmp_path / "b.png")
+
+
+def test_read_image_does_not_run_ghostscript(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.eps")
+    with Image.open(tmp_path / "a.eps") as opened, raises_input_error("image 0: is EPS, not JPEG"):
+        DatasetImages([(opened, 0)])[0]
+    (tmp_path / "a.eps").rename(tmp_path / "0.png")
+    with raises_input_error(tmp_path / "0.png", "can't be read as an image"):
+        one(tmp_path / "0.png")
+
+
+@pytest.mark.parametrize("link", ["/dev/zero", None], ids=["device", "fifo"])
+def test_read_image_irregular_file(tmp_path, link):
+    path = tmp_path / "a.png"
+    path.symlink_to(link) if link else os.mkfifo(path)
+    with raises_input_error(path, "not a regular file"):
+        one(path)
+
+
+def test_read_image_decompression_bomb(tmp_path, monkeypatch):
+    draw_image(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # the picture has 20
+    with raises_input_error(tmp_path / "a.png", "DecompressionBomb"):
+        one(tmp_path / "a.png")
+
+
+def test_read_image_too_many_pixels(tmp_path, monkeypatch):
+    """Also after resizing: 8,000 × 2 pixels are 896,000 × 224."""
+    for size in ((8000, 2), (2, 8000)):
+        Image.new("L", size).save(tmp_path / "a.png")
+        with raises_input_error("a.png: must have at most 178,956,970 pixels", "got {:,} × {:,}".format(*size)):
+            one(tmp_path / "a.png")
+    Image.new("L", (600, 600)).save(tmp_path / "a.png")
+    assert one(tmp_path / "a.png").size == (600, 600)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 600 * 600 - 1)
+    with raises_input_error(tmp_path / "a.png", "at most 359,999 pixels", "got 600 × 600"):
+        one(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("where", ["decoder", "transform"])
+def test_read_image_out_of_memory(tmp_path, monkeypatch, where):
+    def fail(*_):
+        raise MemoryError
+
+    draw_image(tmp_path / "a.png")
+    if where == "decoder":
+        monkeypatch.setattr(images_module, "upright", fail)
+    with raises_input_error(tmp_path / "a.png", "can't be read as an image (MemoryError)"):
+        read_image(tmp_path / "a.png", fail)
+
+
+def test_pixels_in_use_are_bounded(tmp_path, monkeypatch):
+    """Eight threads, and a budget of two images, each counted as at least 512 × 512 pixels."""
+    monkeypatch.setattr(images_module, "_budget", images_module.PixelBudget(3 * 512**2))
+    for number in range(12):
+        draw_image(tmp_path / f"{number}.png")
+    used, most, lock = 0, 0, threading.Lock()
+
+    def transform(image):
+        nonlocal used, most
+        with lock:
+            used += 1
+            most = max(most, used)
+        time.sleep(0.02)
+        with lock:
+            used -= 1
+        if image.size != (5, 4):
+            raise ValueError
+        return torch.zeros(3)
+
+    decoded = list(decode(sorted(tmp_path.iterdir()), transform, workers=8))
+    assert len(decoded) == 12 and most == 2
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "ppm", "gif", "avif"])
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=60)
+def test_read_image_fuzzed_files(tmp_path_factory, kind, data):
+    content = bytearray(encoded(kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, min(len(content), 400) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / f"damaged.{kind}"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns when it repairs a file
+        try:
+            assert read_image(path).mode == "RGB"
+        except ValueError:
+            with raises_input_error(path):
+                read_image(path)
+
+
+def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
+    images = LabelledImages(tmp_path, ["a\nb.png"], [0])
+    with pytest.raises(InputError, match="Original Traceback") as caught:
+        next(iter(DataLoader(images, num_workers=1)))
+    assert (
+        str(caught.value)
+        .splitlines()[-1]
+        .endswith(r"a\nb.png: no such file. It was there when the dataset was opened.")
+    )
+
+
+# ---- parts of a dataset ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["files", "items"])
+def images(request, tmp_path):
+    """Six images of classes 0, 1, 2, 0, 1, 2."""
+    labels = [0, 1, 2, 0, 1, 2]
+    for index, label in enumerate(labels):
+        draw_image(tmp_path / "inner" / f"{index}.png", label)
+    paths = [f"inner/{index}.png" for index in range(6)]
+    files = LabelledImages(tmp_path, paths, labels)
+    return files if request.param == "files" else DatasetImages(files, names=paths)
+
+
+def test_images_subset_keeps_order(images):
+    part = images.subset([5, 0])
+    assert (len(part), part.labels, part.names) == (2, [2, 0], ["inner/5.png", "inner/0.png"])
+    assert [(class_of(image), label) for image, label in (part[0], part[1])] == [(2, 2), (0, 0)]
+    assert len(images) == 6
+
+
+def test_images_subset_classes_relabels(images):
+    part = images.subset_classes([2, 0])
+    assert part.labels == [1, 0, 1, 0]
+    assert [(class_of(part[i][0]), part[i][1]) for i in range(4)] == [(0, 1), (2, 0), (0, 1), (2, 0)]
+    again = part.subset_classes([0])
+    assert (again.labels, again.names) == ([0, 0], ["inner/2.png", "inner/5.png"])
+    assert class_of(again[1][0]) == 2
+    assert len(images.subset_classes([])) == 0
+
+
+def test_images_with_transform_copies(images):
+    assert images.with_transform(class_of)[4] == (1, 1)
+    assert isinstance(images[4][0], Image.Image)
+    assert images.with_transform(class_of).subset([4])[0] == (1, 1)
+    assert isinstance(images.with_transform(class_of).with_transform(None)[4][0], Image.Image)
+
+
+def test_labelled_images_public_attributes(tmp_path):
+    """A feature cache identifies the images by them; the names are those of torchvision's `ImageFolder`."""
+    draw_image(tmp_path / "a" / "0.png")
+    images = LabelledImages(str(tmp_path), ["a/0.png"], [3])
+    assert images.root == tmp_path and images.samples == [(str(tmp_path / "a" / "0.png"), 3)]
+
+
+def test_images_label_count(tmp_path):
+    with pytest.raises(ValueError, match="labels must have one item per path, 2; got 1"):
+        LabelledImages(tmp_path, ["a", "b"], [0])
+    for given_labels, names in (([0], None), (None, ["a"])):
+        with pytest.raises(ValueError, match="one item per item of the dataset, 2"):
+            DatasetImages([("x", 0), ("y", 1)], labels=given_labels, names=names)
+
+
+def test_dataset_images_does_not_transform_tensors():
+    images = DatasetImages([(torch.ones(3, 2, 2), 0), ("text", 1)], transform=lambda image: "changed")
+    assert isinstance(images[0][0], torch.Tensor) and images[1][0] == "changed"
+
+
+# ---- labels of any dataset -------------------------------------------------------------------------------------------
+
+
+class Loads(Dataset):
+    """Dataset that counts the items loaded."""
+
+    def __init__(self, items, **attributes):
+        self.items, self.loaded = items, 0
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.loaded += 1
+        return "image", self.items[index]
+
+
+@pytest.mark.parametrize("values", [[1, 0, 2], (1, 0, 2), np.array([1, 0, 2]), torch.tensor([1, 0, 2]),
+                                    [np.int64(1), torch.tensor(0), 2]])  # fmt: skip
+@pytest.mark.parametrize("name", ["labels", "targets", "_labels"])
+def test_read_labels_from_attribute(values, name):
+    dataset = Loads([1, 0, 2], **{name: values})
+    found = read_labels(dataset)
+    assert found == [1, 0, 2] and {type(label) for label in found} == {int} and dataset.loaded == 0
+
+
+def test_read_labels_from_items():
+    dataset = Loads([1, 0, 2])
+    assert read_labels(dataset) == [1, 0, 2] and dataset.loaded == 3
+    assert read_labels(Subset(dataset, [2, 0])) == [2, 1]
+    assert read_labels(TensorDataset(torch.ones(2, 3), torch.tensor([4, 5]))) == [4, 5]
+
+
+@pytest.mark.parametrize("label", ["cat", 1.0, True, None, torch.tensor([1, 2])])
+def test_read_labels_invalid_label(label):
+    with raises_input_error("Loads", "item 1", "an integer", "Number the classes"):
+        read_labels(Loads([0, label]))
+
+
+class Rows(list):
+    """Stand-in for a dataset of Hugging Face: items are dictionaries, and columns are read by name."""
+
+    column_names = ("image", "label")
+
+    def __getitem__(self, index):
+        return [row[index] for row in self] if isinstance(index, str) else super().__getitem__(index)
+
+
+def test_read_labels_of_dictionaries():
+    rows = [{"image": Image.new("L", (3, 2)), "label": label} for label in (1, 0)]
+    for dataset in (rows, Rows(rows)):
+        images = DatasetImages(dataset)
+        assert images.labels == [1, 0] and images[1][0].mode == "RGB" and images[1][1] == 0
+    with raises_input_error("item 0 must be (image, label), or have the keys image and label", "the keys img, label"):
+        read_labels([{"img": 0, "label": 1}])
+
+
+def test_dataset_images_compares_labels_with_items():
+    images = DatasetImages(Loads([0, 1, 2], labels=[0, 2, 2]))
+    assert images[0] == ("image", 0) and images.subset_classes([2])[1] == ("image", 0)
+    with raises_input_error("Loads: item 1 has the label 1, and the labels of the dataset have 2"):
+        images.subset_classes([2])[0]
+    assert DatasetImages(Loads([0, 1]), labels=[5, 6])[1] == ("image", 6), "labels of the caller replace those of items"
+
+
+def test_read_labels_count():
+    with raises_input_error("Loads", "2 items have 3 labels"):
+        read_labels(Loads([0, 1], labels=[0, 1, 1]))

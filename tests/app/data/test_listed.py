@@ -1,0 +1,393 @@
+"""Own data that list images with labels: csv:, wds: and hf:, and validation images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from skipkernels.app.data import InputError, few_shot, load_task, open_source
+from skipkernels.app.data.shots import hold_out
+from skipkernels.app.demo.glyphs import open_glyphs
+from skipkernels.features.dataset_key import dataset_key
+from tests.app.data.pictures import RED, class_of, draw_image
+
+CLASSES = ["cat", "dog", "owl"]
+
+
+def task_of(data, **how):
+    return load_task(data, **{"protocol": "few-shot", "shots": 2, "classes": None, "seed": 0, **how})
+
+
+def fails(data, argument: str | None = "data", **how) -> str:
+    with pytest.raises(InputError) as caught:
+        open_source(data, **how)
+    assert argument is None or caught.value.argument == argument
+    return str(caught.value)
+
+
+# ---- csv ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for label, name in enumerate(CLASSES):
+        for number in range(10):
+            draw_image(tmp_path / "images" / f"{name}{number}.png", label)
+    return tmp_path
+
+
+def table(folder: Path, header: str, row, delimiter: str = ",") -> str:
+    lines = [delimiter.join(row(name, number)) for name in CLASSES for number in range(10)]
+    (folder / "table.csv").write_text("\n".join([header.replace(",", delimiter), *lines]) + "\n")
+    return f"csv:{folder / 'table.csv'}"
+
+
+def split_of(number: int) -> str:
+    return "test" if number > 7 else "Validation" if number > 5 else "train"
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_csv_with_splits(images, delimiter):
+    data = table(
+        images,
+        "\ufeffNumber,Label,SPLIT,Path",
+        lambda name, n: (f"{n}", name, split_of(n), f"images/{name}{n}.png"),
+        delimiter,
+    )
+    source = open_source(data)
+    assert source.classes == tuple(CLASSES) and source.prompts[0][0] == "a photo of a cat."
+    assert {split: len(source.images(split)) for split in ("train", "val", "test")} == {
+        "train": 18,
+        "val": 6,
+        "test": 6,
+    }
+    assert all(class_of(image) == label for split in ("train", "test") for image, label in source.images(split))
+    task = task_of(data, validation="auto")
+    assert len(task.train) == 6 and sorted(task.validation.images.names) == sorted(
+        f"images/{name}{number}.png" for name in CLASSES for number in (6, 7)
+    )
+
+
+def test_csv_of_captions_without_splits(images):
+    """Absolute paths; a repeated line; each caption is its own prompt."""
+    data = table(images, "image,caption", lambda name, n: (f"{images}/images/{name}{n}.png", f'"a {name}, sitting"'))
+    with open(images / "table.csv", "a") as file:
+        file.write(f'{images}/images/cat0.png,"a cat, sitting"\n\n')
+    source = open_source(data)
+    assert source.prompts == (["a cat, sitting", "a dog, sitting", "a owl, sitting"],)
+    assert [len(source.images(split)) for split in ("train", "val", "test")] == [15, 6, 9]
+    assert "skipped repeated lines: 1." in source.notes[0]
+    assert source.notes[1].endswith("by a hash of their names: 15 train, 6 val, 9 test.")
+    elsewhere = images / "elsewhere"
+    elsewhere.mkdir()
+    os.rename(images / "table.csv", elsewhere / "table.csv")
+    assert "name a folder with all images as `root`" in fails(f"csv:{elsewhere / 'table.csv'}", "root").lower()
+    assert open_source(f"csv:{elsewhere / 'table.csv'}", root=images).classes == source.classes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "the first line must name a column with the path of each image, such as path, filepath, file_path, filename"),
+     ("images/cat0.png,cat\n", "must name a column with the path of each image"),
+     ("path,name\nimages/cat0.png,cat\n", "must name a column with the label of each image, such as label, class_name"),
+     ("path,label\n", "has no images"),
+     ("path,label\nimages/cat0.png,cat\nimages/cat1.png,cat\n", "must have images of two classes or more; got cat"),
+     ("path,label\nimages/none.png,cat\n", r"no file images/none\.png in"),
+     ("path,label\n../x.png,cat\n", r"'\.\./x\.png' leads out of the folder"),
+     ("path,label\nimages/../../x.png,cat\n", "leads out of the folder"),
+     ("path,label\n/etc/passwd,cat\n", "line 2: /etc/passwd is not in .*as `root`"),
+     ("path,label\nimages/cat0.png\n", "line 2 has 1 column, and the first line has 2. Add the missing value"),
+     ("path,label\nimages/cat0.png, \n", "line 2 has no label"),
+     ("path,label\n,cat\n", "line 2 has no path"),
+     ("path,label\nimages/cat0.png,cat\nimages/cat0.png,dog\n", "line 3: images/cat0.png is listed before as cat"),
+     ("path,label,split\nimages/cat0.png,cat,train\nimages/cat0.png,cat,test\n", "before as cat and train"),
+     ("path,label,split\nimages/cat0.png,cat,dev\n", "split must be train, val or test; got 'dev'"),
+     ("path,label,split\nimages/cat0.png,cat,test\nimages/dog0.png,dog,test\n", "none to train on"),
+     ("path,label,label\n", "two columns are named label"),
+     ('path,label\n"images/cat0.png,cat\n', "is not readable as CSV"),
+     ("path,label\nimages/cat0.png,Cat\nimages/dog0.png,cat\n", "have the same class name")],
+)  # fmt: skip
+def test_csv_refuses(images, text, message):
+    (images / "table.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        open_source(f"csv:{images / 'table.csv'}")
+
+
+def test_csv_many_columns_in_linear_time(images):
+    header = ",".join(["path", "label", *(f"column{number}" for number in range(20_000)), "Column7"])
+    (images / "table.csv").write_text(header + "\n")
+    began = time.perf_counter()
+    assert "two columns are named column7" in fails(f"csv:{images / 'table.csv'}", None)
+    assert time.perf_counter() - began < 5, "quadratic: eleven seconds"
+
+
+def test_csv_names_missing_table_and_unreadable_image(images):
+    assert "no file" in fails(f"csv:{images / 'none.csv'}") and "no file given" in fails("csv:")
+    (images / "images" / "cat3.png").write_bytes(b"no image")
+    data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", f"{CLASSES.index(name)}"))
+    source = open_source(data)
+    assert source.classes == ("0", "1", "2") and "numbers and no names" in source.notes[0]
+    with pytest.raises(InputError, match=r"cat3\.png: can't be read as an image \(not JPEG"):
+        for split in ("train", "val", "test"):
+            list(source.images(split))
+
+
+# ---- wds ---------------------------------------------------------------------------------------------------------
+
+
+def png(label: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), (RED * label, 9, 9)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def samples(kind: str, start: int = 0, count: int = 4) -> dict[str, bytes]:
+    """Samples of each class; the class is after the image for the first of them."""
+    found = {}
+    for label, name in enumerate(CLASSES):
+        for number in range(start, start + count):
+            key = f"part/{name}{number}"
+            text = {"cls": f"{label}", "txt": f"{name}\n", "json": json.dumps({"id": 7, "Label": name})}[kind]
+            found |= {f"{key}.png": png(label), f"{key}.{kind}": text.encode(), f"{key}.depth.npy": b"0"}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["cls", "txt", "json"])
+def test_wds_shards(tmp_path, kind):
+    for number in range(9, 11):
+        write_tar(tmp_path / f"{number:03d}.tar", samples(kind, 4 * number))
+    if kind == "cls":
+        (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
+    source = open_source(f"wds:{tmp_path}/{{009..010}}.tar")
+    assert source.classes == tuple(CLASSES)
+    assert [len(source.images(split)) for split in ("train", "val", "test")] == [12, 6, 6]
+    train = source.few_shot(2, 0)
+    assert all(class_of(image) == label for image, label in train)
+    before = dataset_key(train)
+    assert dataset_key(open_source(f"wds:{tmp_path}").few_shot(2, 0)) == before, "a folder, the same shards"
+    assert dataset_key(source.few_shot(2, 1)) != before
+    os.utime(tmp_path / "009.tar", (1, 1))
+    assert dataset_key(open_source(f"wds:{tmp_path}").few_shot(2, 0))["images"] != before["images"]
+
+
+def test_wds_label_of_other_digits(tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{n}.{kind}": value for n in range(8) for kind, value in
+                                   (("png", png(n % 2)), ("txt", "²"[: n % 2].encode() or b"one"))})  # fmt: skip
+    assert open_source(f"wds:{tmp_path}").classes == ("one", "²")
+
+
+def test_wds_splits_by_name(tmp_path):
+    write_tar(tmp_path / "train" / "0.tar", samples("txt"))
+    write_tar(tmp_path / "val" / "0.tar", samples("txt"))
+    source = open_source(f"wds:{tmp_path}")
+    assert len(source.images("test")) == 12 and "so the val images are the test images" in source.notes[0]
+    write_tar(tmp_path / "test-0.tar", samples("txt", count=1))
+    write_tar(tmp_path / "train-0.tar", samples("txt"))
+    source = open_source(f"wds:{tmp_path}/{{train,test}}-0.tar")
+    assert [len(source.images(split)) for split in ("train", "test")] == [12, 3]
+    write_tar(tmp_path / "other.tar", samples("txt", 9))
+    assert "other.tar is not" in fails(f"wds:{tmp_path}/{{train-0,other}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [({"a.png": png(0)}, r"a\.tar: a\.png has no \.cls, \.json or \.txt"),
+     ({"a.png": png(0), "a.jpg": png(0)}, "a has two images"),
+     ({"a.png": png(0), "a.json": b"{"}, r"a: its \.json is not usable as a label"),
+     ({"a.png": png(0), "a.json": b"[1]"}, "no field class_name"),
+     ({"a.png": png(0), "a.json": b'{"label": 1.5}'}, "must be text or a whole number"),
+     ({"a.png": png(0), "a.txt": b"\xff"}, r"a: its \.txt is not usable"),
+     ({"a.png": png(0), "a.txt": b"x\ny"}, "must be one line of text"),
+     ({"a.txt": b"cat"}, "hold no images"),
+     ({"a.png": png(0), "a.txt": b"cat"}, "two classes or more")],
+)  # fmt: skip
+def test_wds_refuses_samples(tmp_path, files, message):
+    write_tar(tmp_path / "a.tar", files)
+    with pytest.raises(InputError, match=message):
+        open_source(f"wds:{tmp_path / 'a.tar'}")
+
+
+def test_wds_refuses_shards(tmp_path):
+    write_tar(tmp_path / "a.tar", samples("txt"))
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    assert "unexpected end of data" in fails(f"wds:{tmp_path / 'cut.tar'}", None)
+    write_tar(tmp_path / "a.tar.gz", samples("txt"), "w:gz")
+    assert "as an uncompressed tar file" in fails(f"wds:{tmp_path / 'a.tar.gz'}", None)
+    assert "no file" in fails(f"wds:{tmp_path}/{{0..3}}.tar") and "Download" in fails("wds:https://host/{0..3}.tar")
+    (tmp_path / "empty").mkdir()
+    assert "no .tar files" in fails(f"wds:{tmp_path / 'empty'}")
+    write_tar(tmp_path / "cls.tar", samples("cls"))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    assert "has 2 names, and a sample has the class 2" in fails(f"wds:{tmp_path / 'cls.tar'}", None)
+    (tmp_path / "classes.txt").write_text("cat\n\nowl\n")
+    assert "can't be named ''" in fails(f"wds:{tmp_path / 'cls.tar'}", None)
+    write_tar(tmp_path / "bad.tar", samples("txt") | {"part/cat0.png": b"no image"})
+    source = open_source(f"wds:{tmp_path / 'bad.tar'}")
+    with pytest.raises(InputError, match=r"bad\.tar: part/cat0\.png: can't be read as an image"):
+        for split in ("train", "val", "test"):
+            list(source.images(split))
+
+
+# ---- hf ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub():
+    return pytest.importorskip("datasets")
+
+
+def rows(hub, count: int, *, names: bool = True, **more):
+    labels = [label for label in range(3) for _ in range(count)]
+    pictures = [
+        Image.new("L" if label == 1 else "RGB", (5, 4), 0 if label == 1 else (RED * label, 9, 9)) for label in labels
+    ]
+    values = {"image": pictures, "label": labels if names else [CLASSES[label] for label in labels]} | {
+        key: [value] * len(labels) for key, value in more.items()
+    }
+    features = {"image": hub.Image(), "label": hub.ClassLabel(names=CLASSES) if names else hub.Value("string")}
+    features |= {key: hub.Value("int64") for key in more}
+    return hub.Dataset.from_dict(values, features=hub.Features(features))
+
+
+def test_hf_folder(hub, tmp_path):
+    parts = {"train": rows(hub, 4, row=1), "validation": rows(hub, 1, row=1), "test": rows(hub, 2, row=1)}
+    parts["unlabelled"] = rows(hub, 1, row=1)
+    hub.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    source = open_source(f"hf:{tmp_path / 'set'}")
+    assert source.classes == tuple(CLASSES)
+    assert [len(source.images(split)) for split in ("train", "val", "test")] == [12, 3, 6]
+    assert "splits that are not used: unlabelled." in source.notes[0]
+    test = source.images("test")
+    assert [label for _, label in test] == [0, 0, 1, 1, 2, 2] and class_of(test[5][0]) == 2
+    assert test[2][0].mode == "RGB", "a grey image"
+    train = source.few_shot(2, 0, transform=pil_to_tensor)
+    assert torch.is_tensor(train[0][0])
+    assert dataset_key(train) == dataset_key(open_source(f"hf:{tmp_path / 'set'}").few_shot(2, 0, pil_to_tensor))
+    assert dataset_key(train) != dataset_key(source.few_shot(2, 1, transform=pil_to_tensor))
+    assert "which column has the labels? The columns are image, label, row; got other." in fails(
+        f"hf:{tmp_path / 'set'}?label=other"
+    )
+    assert "options must be image=…" in fails(f"hf:{tmp_path / 'set'}?column=label")
+
+
+def test_hf_single_dataset_with_text_labels(hub, tmp_path):
+    rows(hub, 10, names=False).save_to_disk(tmp_path / "one")
+    source = open_source(f"hf:{tmp_path / 'one'}?image=image&label=label")
+    assert source.classes == tuple(CLASSES) and len(source.images("test")) == 9
+    assert "no test split, so the images of each class are split by a hash" in source.notes[0]
+
+
+def test_hf_uses_own_decoder(hub, tmp_path, monkeypatch):
+    """No Ghostscript, no local files outside of the dataset; 16 bits as in files."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript"))
+    draw_image(tmp_path / "secret.png", 1)
+    buffers = {kind: io.BytesIO() for kind in ("eps", "png")}
+    Image.new("RGB", (5, 4)).save(buffers["eps"], "eps")
+    Image.fromarray(np.full((4, 5), 40_000, dtype=np.uint16)).save(buffers["png"], "png")
+    found = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers.values()]
+    found += [{"bytes": None, "path": path} for path in (f"{tmp_path}/secret.png", "set/inside.png")]
+    encoded = {"bytes": hub.Value("binary"), "path": hub.Value("string")}
+    features = hub.Features({"image": encoded, "label": hub.ClassLabel(names=["a", "b"])})
+    monkeypatch.chdir(tmp_path)
+    rows = hub.Dataset.from_dict({"image": found, "label": [0, 1, 0, 1]}, features=features)
+    hub.DatasetDict({"train": rows, "test": rows}).save_to_disk("set")
+    draw_image(tmp_path / "set" / "inside.png", 2)
+    for file in tmp_path.glob("set/*/dataset_info.json"):
+        described = json.loads(file.read_text())
+        described["features"]["image"] = {"_type": "Image"}  # save_to_disk would have read the files of such a column
+        file.write_text(json.dumps(described))
+    rows = open_source("hf:set").images("train")
+    assert rows[1][0].getpixel((0, 0)) == (156, 156, 156) and class_of(rows[3][0]) == 2
+    for index, words in {0: "can't be read as an image (not JPEG", 2: "secret.png, outside of"}.items():
+        with pytest.raises(InputError) as caught:
+            rows[index]
+        assert f"hf:set, train: image {index}: " in str(caught.value) and words in str(caught.value)
+
+
+def test_hf_refuses(hub, tmp_path, monkeypatch):
+    two = rows(hub, 2).add_column("coarse", [0] * 6).cast_column("coarse", hub.ClassLabel(names=["animal"]))
+    two.save_to_disk(tmp_path / "two")
+    assert "got label and coarse. Add ?label=NAME." in fails(f"hf:{tmp_path / 'two'}")
+    assert "must be a folder that save_to_disk wrote" in fails(f"hf:{tmp_path}")
+    assert "needs a folder or a name" in fails("hf:")
+
+    def unreachable(*args, **named):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(hub, "load_dataset", unreachable)
+    assert "hf:someone/set: can't be loaded (ConnectionError: no route)" in fails("hf:someone/set?config=small")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'skipkernels[datasets]'" in fails("hf:someone/set")
+
+
+# ---- validation --------------------------------------------------------------------------------------------------
+
+
+def test_hold_out_keeps_the_choice_of_few_shot():
+    labels, names = [0] * 20 + [1] * 3 + [2], [f"{index}" for index in range(24)]
+    train, held = hold_out(labels, names, 4, 7, 0.2)
+    chosen = few_shot(labels, names, 4, 7)
+    assert not set(train) & set(held)
+    assert [index for index in train if labels[index] == 0] == [index for index in chosen if labels[index] == 0]
+    counts = [[sum(labels[index] == label for index in part) for label in range(3)] for part in (train, held)]
+    assert counts == [[4, 2, 1], [4, 1, 0]], "of three images that all train one is held out, of one none"
+    other = list(range(23, -1, -1))  # the order of the images has no effect
+    again = hold_out([labels[i] for i in other], [names[i] for i in other], 4, 7, 0.2)
+    assert [[other[index] for index in part] for part in again] == [train, held]
+
+
+@pytest.mark.parametrize(
+    ("validation", "count", "note"),
+    [("none", None, None), ("auto", 6, "validation on the 6 images of its val split."), ("split", 6, "its val split"),
+     (0.4, 9, "validation on 9 images of its train split, which don't train")],  # of seven of each class
+)  # fmt: skip
+def test_task_validation(images, validation, count, note):
+    data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", name))
+    task = task_of(data, validation=validation, transform=lambda image: "test", train_transform=lambda image: "train")
+    assert len(task.train) == 6 and task.train[0][0] == "train"
+    if count is None:
+        assert task.validation is None
+        return
+    assert len(task.validation.images) == count and task.validation.images[0][0] == "test"
+    assert task.validation.classes == CLASSES and any(note in each for each in task.notes)
+    parts = [set(part.names) for part in (task.train, task.validation.images, task.tests[0].images)]
+    assert len(set.union(*parts)) == sum(map(len, parts)), "no image is in two parts"
+
+
+def test_task_one_image_per_class(images):
+    (images / "table.csv").write_text("path,label\nimages/cat0.png,cat\nimages/dog0.png,dog\n")
+    assert task_of(f"csv:{images / 'table.csv'}", test="none").train.labels == [0, 1]
+    with pytest.raises(
+        InputError, match="no test images: class cat has 1 image.*add a column split with train and test"
+    ):
+        task_of(f"csv:{images / 'table.csv'}")
+
+
+def test_task_all_shots(images):
+    data = table(images, "path,label", lambda name, n: (f"images/{name}{n}.png", name))
+    task = task_of(data, shots="all", validation=0.2)
+    assert len(task.train) == 18 and len(task.validation.images) == 3
+    assert not any("fewer than" in note for note in task.notes)
+    with pytest.raises(InputError, match=r"glyphs:.* can hold out no images"):
+        task_of(open_glyphs("greek"), validation=0.2)

@@ -1,0 +1,145 @@
+"""Sources: by name, and of map-style datasets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from pictures import make_coop, make_folders, raises_input_error
+from PIL import Image
+from torch.utils.data import Dataset
+
+from skipkernels.app.data import from_datasets, open_source
+from skipkernels.app.data.source import normalize_class_name
+from skipkernels.app.demo import glyphs
+
+# ---- by name ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["imagenet", "", "glyph", "folder:/x", "imagefolder"])
+def test_open_source_unknown_dataset(spec):
+    with raises_input_error(argument="data"):
+        open_source(spec)
+    if spec != "imagefolder":
+        with raises_input_error(
+            f"no dataset {spec!r}", "glyphs:greek", "imagefolder:PATH", "coop:dtd", "torchvision:food101"
+        ):
+            open_source(spec)
+
+
+def test_open_source_invalid_glyph_blocks():
+    with raises_input_error("no block 'klingon'", *glyphs.BLOCKS, argument="data"):
+        open_source("glyphs:greek+klingon")
+    with raises_input_error("draw only 0 distinct characters of emoticons", "another block", argument="data"):
+        open_source("glyphs:emoticons")
+
+
+def test_open_source_imports_no_other_source(tmp_path):
+    make_folders(tmp_path, {"cat": 2, "dog": 2})
+    code = (
+        f"import sys; from skipkernels.app.data import open_source; open_source('imagefolder:{tmp_path}')\n"
+        "assert not {'torchvision', 'skipkernels.app.demo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_glyph_source_splits_and_classes():
+    source = open_source("glyphs:greek")
+    assert isinstance(source, glyphs.GlyphSource) and source.fonts == glyphs.HELD_OUT_FONTS
+    splits = {split: source.images(split) for split in ("train", "val", "test")}
+    pixels = {split: {images[i][0].tobytes() for i in range(24)} for split, images in splits.items()}
+    assert not (pixels["train"] & pixels["val"] or pixels["val"] & pixels["test"] or pixels["train"] & pixels["test"])
+    some = source.subset_classes([5, 2])
+    assert some.classes == (source.classes[5], source.classes[2]) and some.few_shot(2, 0).labels == [0, 0, 1, 1]
+    assert some.few_shot(2, 0)[2][0].tobytes() == source.few_shot(2, 0)[4][0].tobytes()
+    with raises_input_error("glyphs:greek has no trian images", "train, val, test"):
+        source.images("trian")
+    for shots in (0, 1001):
+        with raises_input_error("shots must be from 1 to 1000", f"got {shots}", argument="shots"):
+            source.few_shot(shots, 0)
+    for seed in (-1, 2**31):
+        with raises_input_error("seed must be from 0 to 2147483647", f"got {seed}", argument="seed"):
+            source.few_shot(1, seed)
+
+
+def test_subset_classes_keeps_class_keys(tmp_path):
+    source = open_source("coop:imagenet", make_coop(tmp_path, "imagenet")).subset_classes([3, 0])
+    assert (source.classes, source.class_keys) == (("tiger shark", "tench"), ("n01491361", "n01440764"))
+    assert set(source.images("train").labels) == {0, 1} and len(source.images("test")) == 4
+    assert open_source(f"imagefolder:{make_folders(tmp_path / 'f', {'Cat': 2, 'dog': 2})}").class_keys == ("cat", "dog")
+
+
+def test_prompts_use_normalized_class_names():
+    assert normalize_class_name(" sea__lion\t x ") == "sea lion x"
+    assert normalize_class_name("cafe\u0301") == "caf\u00e9"
+    source = from_datasets("a", test=[("image", 0)], classes=["{x}_y"], templates=["a {}.", "{}"])
+    assert source.prompts == (["a {x} y."], ["{x} y"])
+
+
+# ---- from_datasets ---------------------------------------------------------------------------------------------------
+
+
+class Squares(Dataset):
+    """Dataset with only a length and items."""
+
+    def __init__(self, own, **attributes):
+        self.own = list(own)
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.own)
+
+    def __getitem__(self, item):
+        return Image.new("L", (4, 4), 50 * self.own[item]), self.own[item]
+
+
+def test_from_datasets():
+    source = from_datasets("squares", train=Squares([0, 1, 1, 0, 1]), test=Squares([1, 0]), classes=["black", "grey"])
+    assert source.prompts == (["a photo of a black.", "a photo of a grey."],) and source.name == "squares"
+    images = source.images("test", transform=lambda image: image.getpixel((0, 0)))
+    assert [images[0], images[1]] == [((50, 50, 50), 1), ((0, 0, 0), 0)]
+    few = source.few_shot(2, seed=0)
+    assert few.labels == [0, 0, 1, 1] and [few[i][0].getpixel((0, 0)) for i in range(4)] == [
+        (value, value, value) for value in (0, 0, 50, 50)
+    ]
+    assert source.subset_classes([1]).images("train").labels == [0, 0, 0]
+    with raises_input_error("squares has no val images: it has train, test images"):
+        source.images("val")
+
+
+def test_from_datasets_optional_attributes():
+    names = ["a", "b", "c", "d"]
+    there = Squares([0, 0, 0, 1], labels=[0, 0, 0, 1], classes=["black", "grey"], names=names)
+    turned = Squares([1, 0, 0, 0], targets=torch.tensor([1, 0, 0, 0]), classes=("black", "grey"), names=names[::-1])
+    sources = [from_datasets("squares", train=dataset) for dataset in (there, turned)]
+    assert sources[0].classes == sources[1].classes == ("black", "grey")
+    assert sources[0].few_shot(2, 5).names == sources[1].few_shot(2, 5).names
+    without = Squares([0, 0, 0, 1], classes=["black", "grey"], names=lambda: "a method")
+    assert from_datasets("squares", train=without).images("train").names == ["0", "1", "2", "3"]
+
+
+def test_from_datasets_does_not_transform_tensors():
+    source = from_datasets("tensors", test=[(torch.ones(3, 2, 2), 0)], classes=["one"])
+    assert source.images("test", transform=lambda image: None)[0][0].equal(torch.ones(3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"classes": ["a"]}, ["must have a dataset", "train=, val= or test="]),
+        ({"train": Squares([0])}, ["no class names", "classes=[…]"]),
+        ({"train": Squares([0, 2]), "classes": ["a", "b"]}, ["from 0 to 1", "2 classes", "got 2 for item 1 of train"]),
+        ({"test": Squares([0, 1, -1]), "classes": ["a", "b"]}, ["got -1 for item 2 of test", "relabel"]),
+        ({"train": Squares([0]), "classes": ["a", "b", "A"]}, ["labels 0 and 2 have the same class name, 'A'"]),
+        ({"test": Squares([0], classes=("sea_lion", "sea  lion"))}, ["no prompt can tell them apart", "classes=[…]"]),
+        ({"test": Squares([0]), "classes": [0, 1]}, ["class names must be text; got [0, 1]"]),
+        ({"test": Squares([0]), "classes": ["a", "_ "]}, ["the class of label 1 can't be named ''", "classes=[…]"]),
+    ],
+)
+def test_from_datasets_invalid_datasets(arguments, words):
+    with raises_input_error("from_datasets", "squares", *words):
+        from_datasets("squares", **arguments)
+    with raises_input_error("Squares", "an integer"):
+        from_datasets("squares", train=Squares([0], labels=["cat"]), classes=["cat"])

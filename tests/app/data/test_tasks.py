@@ -1,0 +1,519 @@
+"""Training images and test sets of each protocol, on glyphs, folders and CoOp's datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from pictures import IMAGENET_NAMES, JSON_SETS, NAMES, class_of, draw_image, make_coop, make_folders, raises_input_error
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+
+from skipkernels.app.data import from_datasets, load_task, open_source, split_base_new, summarise
+from skipkernels.app.data.tasks import _short_names
+from skipkernels.app.demo import glyphs
+from skipkernels.features.dataset_key import dataset_key, sample_images
+
+
+def load(data, protocol="base-to-new", **how):
+    return load_task(data, **{"protocol": protocol, "shots": 2, "classes": None, "seed": 0, **how})
+
+
+def sizes(task):
+    return {test.name: len(test.classes) for test in task.tests}
+
+
+def check(task):
+    """Check that the labels of a task agree with its classes, prompts and images."""
+    assert len({test.name for test in task.tests}) == len(task.tests)
+    for test in task.tests:
+        assert {len(texts) for texts in test.prompts} == {len(test.classes)}
+        assert all(name in prompt for texts in test.prompts for name, prompt in zip(test.classes, texts, strict=True))
+        assert set(test.images.labels) == set(range(len(test.classes)))
+        assert test.images[len(test.images) - 1][1] == test.images.labels[-1]
+        assert isinstance(test.images[0][0], Image.Image), "not a tensor"
+    assert set(task.train.labels) == set(range(len(task.tests[0].classes)))
+    return task
+
+
+# ---- base-to-new -----------------------------------------------------------------------------------------------------
+
+# (data, shots, classes, seed): digests of prompts and labels, and the mean grey of some images of train, base and new,
+# from before the other protocols were added.
+PINNED = {
+    ("glyphs", 16, 100, 0): (
+        "5a90da5d56984c94", "1f6399cfa26e6f1e",
+        [[235.8, 229.4, 234.9, 236.6, 246.5, 244.3],
+         [245.8, 234.9, 230.7, 238.9, 240.9, 248.0],
+         [240.1, 239.7, 239.3, 240.8, 240.5, 247.0]],
+    ),
+    ("glyphs:greek", 2, 21, 1): (
+        "73ac3a9701ba8936", "d26818896bc4e21e",
+        [[246.6, 253.4, 245.8, 233.7, 243.4, 233.7],
+         [242.5, 252.9, 240.8, 237.8, 240.8, 244.4],
+         [238.1, 247.6, 249.5, 233.7, 248.2, 238.5]],
+    ),
+    ("glyphs:greek+armenian", 1, 7, 2): (
+        "2b8fa3bad9ab360a", "24e93092837d6e67",
+        [[244.7, 246.8, 246.5, 245.7],
+         [242.5, 247.2, 243.4, 242.9, 240.3, 242.8],
+         [244.9, 241.5, 243.7, 244.5, 247.6, 250.1]],
+    ),
+    ("glyphs:georgian", 3, 1000, 5): (
+        "015062cad8f2fa0b", "cfb4081a4f88d3da",
+        [[241.0, 234.2, 232.4, 233.8, 240.0, 246.2],
+         [239.4, 234.9, 238.4, 243.9, 239.2, 244.8],
+         [246.5, 233.5, 240.3, 240.4, 244.6, 241.9]],
+    ),
+}  # fmt: skip
+
+
+def digest(lines):
+    return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()[:16]
+
+
+def greys(images, count=6):
+    step = max(1, len(images) // count)
+    return [float(np.asarray(images[index][0]).mean()) for index in range(0, len(images), step)][:count]
+
+
+@pytest.mark.parametrize("how", PINNED, ids=lambda how: how[0])
+def test_load_task_glyphs_pinned(how):
+    data, shots, classes, seed = how
+    prompts, labels, means = PINNED[how]
+    task = check(load(data, shots=shots, classes=classes, seed=seed))
+    base, new = task.tests
+    assert digest(base.prompts[0] + new.prompts[0]) == prompts
+    assert digest([*task.train.labels, *base.images.labels, *new.images.labels]) == labels
+    for images, wanted in zip((task.train, base.images, new.images), means, strict=True):
+        # Not bit-exact: versions of FreeType differ in how they smooth edges.
+        assert greys(images) == pytest.approx(wanted, abs=0.5)
+
+
+def test_load_task_glyph_seeds():
+    task = load("glyphs:greek", shots=3, classes=10, seed=4)
+    base = [images.codepoints for images in (task.train, task.tests[0].images)]
+    assert base[0] == base[1] and not set(base[0]) & set(task.tests[1].images.codepoints)
+    for images, per_class, seed in ((task.train, 3, 4), *((test.images, 12, 2**31) for test in task.tests)):
+        drawn = glyphs.GlyphDataset(images.codepoints, glyphs.HELD_OUT_FONTS, per_class=per_class, seed=seed)
+        assert [image.tobytes() for image, _ in images] == [image.tobytes() for image, _ in drawn]
+
+
+def test_load_task_base_to_new():
+    assert split_base_new(list("abcde")) == (list("abc"), list("de"))
+    task = load("glyphs:greek", shots=2, classes=21)
+    assert sizes(task) == {"base": 11, "new": 10} and task.name == "glyphs:greek" and task.protocol == "base-to-new"
+    assert not set(task.tests[0].classes) & set(task.tests[1].classes)
+    assert len(task.train) == 22
+
+
+def test_load_task_image_folder(tmp_path):
+    task = check(load(f"imagefolder:{make_folders(tmp_path, dict.fromkeys(['ant', 'bee', 'cat', 'dog', 'eel'], 10))}"))
+    assert [test.classes for test in task.tests] == [["ant", "bee", "cat"], ["dog", "eel"]]
+    assert [class_of(task.train[index][0]) for index in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [class_of(image) - label for image, label in map(task.tests[1].images.__getitem__, range(6))] == [3] * 6
+    assert len(task.notes) == 2 and "split by a hash" in task.notes[0] and "6 val images train too" in task.notes[1]
+
+
+# ---- few-shot, and all protocols -------------------------------------------------------------------------------------
+
+
+def test_load_task_few_shot(tmp_path):
+    task = check(load("coop:food101", "few-shot", root=make_coop(tmp_path, "food101"), shots=3))
+    assert sizes(task) == {"all": 3} and task.train.labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert task.tests[0].prompts == ([f"a photo of the nice {name.replace('_', ' ')}." for name in NAMES],)
+    assert task.notes == ()
+
+
+@pytest.fixture(scope="module")
+def unsplit(tmp_path_factory):
+    """Folders of 303 images of two classes, and of one image of each of five; the files are empty."""
+    counts = {"many": {"cat": 100, "dog": 203}, "single": dict.fromkeys("abcde", 1)}
+    root = tmp_path_factory.mktemp("unsplit")
+    for name, of_class in counts.items():
+        for folder, count in of_class.items():
+            (root / name / folder).mkdir(parents=True)
+            for number in range(count):
+                (root / name / folder / f"{number}.png").touch()
+    return root
+
+
+@pytest.mark.parametrize(("validation", "test", "held", "tested", "trained"), [
+    ("auto", "split", 61, 91, {1: 2, 16: 32, "all": 151}),
+    ("none", "split", 0, 91, {1: 2, 16: 32, "all": 212}),
+    ("auto", "none", 61, 0, {1: 2, 16: 32, "all": 242}),
+    ("none", "none", 0, 0, {1: 2, 16: 32, "all": 303}),
+    (0.2, "split", 42, 91, {1: 2, 16: 32, "all": 170}),
+    (0.2, "none", 61, 0, {1: 2, 16: 32, "all": 242}),
+])  # fmt: skip
+def test_load_task_unused_images_train(unsplit, validation, test, held, tested, trained):
+    for shots, count in trained.items():
+        task = load(f"imagefolder:{unsplit}/many", "few-shot", shots=shots, validation=validation, test=test)
+        validated = [] if task.validation is None else task.validation.images.names
+        names = [*task.train.names, *validated, *task.tests[0].images.names]
+        assert (len(task.train), len(validated), len(task.tests[0].images)) == (count, held, tested)
+        assert len(set(names)) == len(names), "no image is in two parts"
+        assert set(task.train.labels) == {0, 1} and task.tests[0].classes == ["cat", "dog"]
+    assert any("images train too" in note for note in task.notes) == ((validation, test) != ("auto", "split"))
+
+
+@pytest.mark.parametrize("validation", ["auto", "none"])
+@pytest.mark.parametrize("shots", [1, 16, "all"])
+def test_load_task_one_image_per_class(unsplit, shots, validation):
+    data, how = f"imagefolder:{unsplit}/single", {"shots": shots, "validation": validation}
+    task = load(data, "few-shot", test="none", **how)
+    assert (len(task.train), task.validation, len(task.tests[0].images)) == (5, None, 0)
+    with raises_input_error("no test images: class a has 1 image", 'or train on all images with test="none"'):
+        load(data, "few-shot", **how)
+
+
+def test_load_task_test_none_with_splits(tmp_path):
+    counts = {f"{split}/{name}": count for split, count in (("train", 5), ("val", 2), ("test", 3)) for name in "ab"}
+    data = f"imagefolder:{make_folders(tmp_path, counts)}"
+    assert len(load(data, "few-shot", shots="all", validation="none").train) == 10, "given splits are kept"
+    assert len(load(data, "few-shot", shots="all", validation="none", test="none").train) == 20
+    assert len(load(data, "few-shot", shots="all", validation="split", test="none").train) == 16
+    squares = [("image", 0), ("image", 1)]
+    source = from_datasets("squares", train=squares, val=squares, classes=["black", "grey"])
+    task = load(source, "few-shot", shots="all", test="none")
+    assert sorted(task.train.names) == ["0/0", "0/1", "1/0", "1/1"]
+
+
+def test_load_task_transforms(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    for protocol, how in (("few-shot", {}), ("cross-dataset", {"targets": ["glyphs:greek"]})):
+        task = load(data, protocol, shots=1, classes=2, **how, transform=lambda image: 1)
+        assert {task.train[0][0], *(test.images[0][0] for test in task.tests)} == {1}
+        task = load(data, protocol, shots=1, **how, transform=lambda image: 1, train_transform=lambda image: 2)
+        assert task.train[0][0] == 2 and {test.images[0][0] for test in task.tests} == {1}
+
+
+def test_load_task_templates(tmp_path):
+    task = check(load("glyphs:greek", "few-shot", classes=2, templates=["a {}.", "the {}!"]))
+    name = task.tests[0].classes[0]
+    assert [texts[0] for texts in task.tests[0].prompts] == [f"a {name}.", f"the {name}!"]
+    make_coop(tmp_path, "dtd")
+    assert load("coop:dtd", templates="coop", root=tmp_path).tests[0].prompts[0][0] == "apple pie texture."
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 250, None])
+def test_load_task_classes_evenly_spaced(classes):
+    everything = open_source("glyphs").classes
+    task = load("glyphs", "few-shot", shots=1, classes=classes)
+    chosen = [everything.index(name) for name in task.tests[0].classes]
+    count = len(everything) if classes is None else classes
+    assert chosen == [position * len(everything) // count for position in range(count)]
+    note = f"glyphs:latin-extended-additional: {count} of {len(everything)} classes, evenly spaced."
+    assert task.notes == (() if classes is None else (note,))
+
+
+@hypothesis.given(st.integers(2, 30), st.integers(2, 40), st.sampled_from(["base-to-new", "few-shot"]))
+def test_load_task_any_number_of_classes(there, classes, protocol):
+    names = [f"class {number:02d}" for number in range(there)]
+    items = [(Image.new("L", (1, 1), label), label) for label in range(there) for _ in range(2)]
+    source = from_datasets("grey", train=items, test=items, classes=names)
+    task = check(load(source, protocol, classes=classes, shots=1))
+    chosen = [name for test in task.tests for name in test.classes]
+    assert len(chosen) == min(there, classes) and chosen == sorted(chosen) and len(set(chosen)) == len(chosen)
+    for test in task.tests:
+        for index in range(len(test.images)):
+            image, label = test.images[index]
+            assert names[image.getpixel((0, 0))[0]] == test.classes[label]
+
+
+def test_load_task_notes_few_images(tmp_path):
+    make_coop(tmp_path, "dtd")
+    task = load("coop:dtd", root=tmp_path, shots=16)
+    assert Counter(task.train.labels) == {0: 4, 1: 4}
+    assert task.notes == (
+        "coop:dtd: 2 of 2 classes have fewer than 16 training images, all of which are used: apple pie (4), baby back "
+        "ribs (4).",
+        "coop:dtd: new has only the class crème brûlée, so all of its images count as correct.",
+    )
+
+
+def test_load_task_images_identified_by_cache(tmp_path):
+    make_folders(tmp_path, {"cat": 9, "dog": 9})
+
+    def key(images):
+        return dataset_key(images) | {"samples": sample_images(images, seed=0)}
+
+    for data in ("glyphs", f"imagefolder:{tmp_path}"):
+        tasks = [load(data, "few-shot", classes=2, seed=seed, transform=to_tensor) for seed in (1, 1, 2)]
+        keys = [key(task.train) for task in tasks]
+        assert keys[0] == keys[1] != keys[2]
+        assert key(tasks[0].tests[0].images) == key(tasks[2].tests[0].images) != keys[0]
+
+
+# ---- cross-dataset ---------------------------------------------------------------------------------------------------
+
+
+def test_default_targets_glyphs():
+    task = check(load("glyphs", "cross-dataset", classes=20))
+    assert sizes(task) == {
+        "source": 20,
+        **dict.fromkeys(
+            ["latin-extended-a", "latin-extended-b", "greek", "cyrillic", "phonetic-extensions", "greek-extended",
+             "arrows", "mathematical-operators", "box-drawing", "braille", "arrows-b"], 20),
+    }  # fmt: skip
+    assert len(task.train) == 40 and {len(test.images) for test in task.tests} == {240}
+    assert task.tests[3].prompts[0][0] == "the character greek capital letter heta."
+
+
+def test_default_targets_exclude_trained_blocks():
+    source = "glyphs:greek+currency+braille"
+    names = [test.name for test in load(source, "cross-dataset", classes=2, shots=1).tests]
+    assert names[0] == "source" and not {"greek", "currency", "braille"} & set(names) and "cyrillic" in names
+
+
+def test_default_targets_imagenet(tmp_path):
+    for name in ("imagenet", "fgvc_aircraft", *JSON_SETS):
+        make_coop(tmp_path, name)
+    task = check(load("coop:imagenet", "cross-dataset", root=tmp_path))
+    others = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397"]
+    assert sizes(task) == {"source": 4, **dict.fromkeys([*others, "dtd", "eurosat", "ucf101"], 3)}
+    assert task.tests[0].classes == IMAGENET_NAMES and len(task.train) == 8
+    prompts = {test.name: test.prompts[0][0] for test in task.tests}
+    assert prompts["source"] == "a photo of a tench." and prompts["dtd"] == "itap of a apple pie."
+    assert load("coop:imagenet", "cross-dataset", root=tmp_path, classes=2).notes == (
+        "coop:imagenet: 2 of 4 classes, evenly spaced.",
+    )
+
+
+def test_load_task_given_targets(tmp_path):
+    make_folders(tmp_path / "pets", {"cat": 4, "dog": 4})
+    make_folders(tmp_path / "insects", {"ant": 4, "bee": 4, "fly": 1, "fly/more": 3})
+    data, target = (f"imagefolder:{tmp_path / name}" for name in ("pets", "insects"))
+    own = from_datasets("mine", test=[(Image.new("L", (1, 1)), 0)], classes=["x"])
+    task = check(load(data, "cross-dataset", targets=[target, "glyphs:greek", own], classes=3))
+    assert sizes(task) == {"source": 2, "insects": 3, "greek": 3, "mine": 1}
+    assert [note for note in task.notes if note.startswith(target)], "notes of a target"
+
+
+@pytest.mark.parametrize(
+    ("specs", "names"),
+    [
+        (["coop:dtd", "glyphs:greek+coptic"], ["dtd", "greek+coptic"]),
+        (["coop:dtd", "torchvision:dtd"], ["coop-dtd", "torchvision-dtd"]),
+        (["imagefolder:/a/My Photos/"], ["My-Photos"]),
+        (["imagefolder:C:\\a\\b", "imagefolder:."], ["b", "."]),
+        (["imagefolder:/a/source"], ["a-source"]),
+        (["imagefolder:x/targets", "glyphs"], ["x-targets", "glyphs"]),
+        (["imagefolder:/日本/犬"], ["犬"]),
+    ],
+)
+def test_short_names(specs, names):
+    assert _short_names(specs) == names
+
+
+# ---- domain generalization -------------------------------------------------------------------------------------------
+
+
+def test_domains_glyphs():
+    task = check(load("glyphs:greek", "domain-generalization", classes=5, shots=4))
+    assert sizes(task) == {"source": 5, "serif-bold": 5, "serif-italic": 5, "serif-bold-italic": 5}
+    assert task.train.fonts == ["serif"] and [test.images.fonts for test in task.tests] == [
+        ["serif"],
+        ["serif-bold"],
+        ["serif-italic"],
+        ["serif-bold-italic"],
+    ]
+    assert {tuple(test.classes) for test in task.tests} == {tuple(task.tests[0].classes)}
+    assert {len(test.images) for test in task.tests} == {60} and len(task.train) == 20
+    train, test = ({image.tobytes() for image, _ in images} for images in (task.train, task.tests[0].images))
+    assert not train & test
+    some = load("glyphs:greek", "domain-generalization", classes=5, targets=["serif-italic"])
+    assert sizes(some) == {"source": 5, "serif-italic": 5}
+
+
+@pytest.mark.parametrize("targets", [["serif"], ["comic"], ["serif-bold", "serif-bold"], ["glyphs:greek"], ["stix"]])
+def test_domains_glyphs_invalid_targets(targets):
+    with raises_input_error(
+        "other than serif", "serif-bold, serif-italic, serif-bold-italic", *targets, argument="targets"
+    ):
+        load("glyphs:greek", "domain-generalization", targets=targets)
+
+
+def imagenet_and_variants(root):
+    for name in ("imagenet", "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"):
+        make_coop(root, name)
+    return root
+
+
+def test_domains_imagenet_variants(tmp_path):
+    task = check(load("coop:imagenet", "domain-generalization", root=imagenet_and_variants(tmp_path)))
+    assert {test.name: test.classes for test in task.tests} == {
+        "source": IMAGENET_NAMES,
+        "imagenetv2": IMAGENET_NAMES,
+        "imagenet_sketch": IMAGENET_NAMES,
+        "imagenet_a": [IMAGENET_NAMES[1], IMAGENET_NAMES[3]],
+        "imagenet_r": IMAGENET_NAMES[:3],
+    }
+    assert {test.name: test.prompts[0][0] for test in task.tests}["imagenet_r"] == "a rendition of a tench."
+
+
+def test_domains_imagenet_with_fewer_classes(tmp_path):
+    """ImageNet-A has neither the first nor the third class, which are trained on."""
+    imagenet_and_variants(tmp_path)
+    targets = ["coop:imagenetv2", "coop:imagenet_r"]
+    task = check(load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2, targets=targets))
+    tuned = [IMAGENET_NAMES[0], IMAGENET_NAMES[2]]
+    assert {test.name: test.classes for test in task.tests} == {
+        "source": tuned,
+        "imagenetv2": tuned,
+        "imagenet_r": tuned,
+    }
+    third = [image for image, label in map(task.tests[1].images.__getitem__, range(4)) if label == 1]
+    assert {class_of(image) for image in third} == {2}
+    with raises_input_error(
+        "coop:imagenet_a has none of the classes that are trained on", "`classes`", argument="targets"
+    ):
+        load("coop:imagenet", "domain-generalization", root=tmp_path, classes=2)
+
+
+def test_domains_match_classes_by_id(tmp_path):
+    imagenet_and_variants(tmp_path)
+    for file in tmp_path.glob("*/classnames.txt"):
+        file.write_text(file.read_text().replace("tiger shark", "tench"))
+    (tmp_path / "imagenet-rendition/classnames.txt").write_text("n01440764 tinca\nn01443537 koi\nn01484850 jaws\n")
+    task = load("coop:imagenet", "domain-generalization", root=tmp_path)
+    assert [test.images.labels for test in task.tests if test.name == "imagenet_a"] == [[0, 0, 1, 1]]
+    assert task.tests[3].classes == ["goldfish", "tench"]
+    assert task.tests[4].classes == ["tench", "goldfish", "great white shark"], "the names of training"
+    assert task.tests[4].prompts[0][1] == "a rendition of a goldfish."
+
+
+def test_domains_match_classes_by_name(tmp_path):
+    make_folders(tmp_path / "photos", {"cat": 4, "dog": 4, "owl": 4})
+    for label, name in ((1, "Dog"), (0, "CAT")):  # in another order and case
+        for split in ("train", "test"):
+            draw_image(tmp_path / "sketches" / split / name / "0.png", label)
+    data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "sketches"))
+    task = check(load(data, "domain-generalization", targets=[target]))
+    assert [(test.name, test.classes) for test in task.tests] == [
+        ("source", ["cat", "dog", "owl"]),
+        ("sketches", ["cat", "dog"]),
+    ]
+    images = task.tests[1].images
+    assert [(class_of(images[index][0]), images[index][1]) for index in range(2)] == [(0, 0), (1, 1)]
+    assert task.tests[1].prompts == (["a photo of a cat.", "a photo of a dog."],)
+
+
+def test_domains_invalid_classes(tmp_path):
+    make_folders(tmp_path / "photos", {"cat": 4, "dog": 4})
+    make_folders(tmp_path / "more", {"cat": 4, "dog": 4, "owl": 4, "yak": 4})
+    data, target = (f"imagefolder:{tmp_path / name}" for name in ("photos", "more"))
+    with raises_input_error(
+        f"{target} has classes that {data} does not have: owl, yak", "Leave them out", argument="targets"
+    ):
+        load(data, "domain-generalization", targets=[target])
+    once = from_datasets("twice", test=[("image", 0), ("image", 1)], classes=["cat", "dog"])
+    twice = replace(once, classes=("cat", "Cat"))  # as in some of CoOp's datasets
+    with raises_input_error("twice has two classes 'cat'", "Rename one", argument="targets"):
+        load(data, "domain-generalization", targets=[twice])
+
+
+# ---- invalid arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument", "words"),
+    [
+        ({"shots": 0}, "shots", ["shots must be", "every class needs a training image"]),
+        ({"classes": 1}, "classes", ["classes must be at least 2", "got 1"]),
+        ({"seed": -1}, "seed", ["seed must be from 0"]),
+        ({"protocol": "zero-shot"}, "protocol", ["protocol must be one of base-to-new, cross-dataset", "'zero-shot'"]),
+        (
+            {"targets": ["glyphs:greek"]},
+            "targets",
+            ["base-to-new has no targets", "cross-dataset or domain-generalization"],
+        ),
+        ({"protocol": "few-shot", "targets": ["x"]}, "targets", ["few-shot has no targets"]),
+        ({"test": "none"}, "test", ['test="none" needs protocol="few-shot"; base-to-new']),
+        ({"protocol": "few-shot", "test": "none"}, "test", ["glyphs", "can't train on its test images"]),
+        ({"protocol": "cross-dataset", "targets": ["x"]}, "targets", ["no dataset 'x'"]),
+        ({"protocol": "cross-dataset", "targets": ["glyphs:greek"] * 2}, "targets", ["two of", "are the same"]),
+    ],
+)
+def test_load_task_invalid_arguments(arguments, argument, words):
+    with raises_input_error(*words, argument=argument):
+        load(**{"data": "glyphs", "classes": 4, **arguments})
+
+
+def test_default_targets_absent(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    with raises_input_error(f"cross-dataset of {data} needs datasets to test on", "Name some", argument="targets"):
+        load(data, "cross-dataset")
+    with raises_input_error(f"domain-generalization of {data} needs datasets of the same classes", argument="targets"):
+        load(data, "domain-generalization")
+
+
+def test_load_task_missing_target(tmp_path):
+    make_coop(tmp_path, "imagenet")
+    with raises_input_error(
+        "coop:caltech101: no folder", "caltech-101", "name those that you have as `targets`", argument="root"
+    ):
+        load("coop:imagenet", "cross-dataset", root=tmp_path)
+    with raises_input_error("coop:dtd: no folder", "DATASETS.md", argument="root"):
+        load("coop:imagenet", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
+
+
+def test_load_task_without_test_images(tmp_path):
+    file = make_coop(tmp_path, "dtd") / "dtd/split_zhou_DescribableTextures.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "test": [item for item in content["test"] if item[1] < 2]}))
+    with raises_input_error("coop:dtd has no test images of crème brûlée", argument="data"):
+        load("coop:dtd", root=tmp_path)
+    file.write_text(json.dumps({**content, "test": []}))
+    with raises_input_error("coop:dtd has no test images", "train, val", argument="targets"):
+        load("glyphs", "cross-dataset", root=tmp_path, targets=["coop:dtd"])
+
+
+@pytest.mark.parametrize(("given", "lacking"), [("train", "test"), ("test", "train")])
+def test_load_task_missing_split(given, lacking):
+    source = from_datasets("squares", **{given: [("image", 0), ("image", 1)]}, classes=["black", "grey"])
+    with raises_input_error(
+        f"squares has no {lacking} images: it has {given} images. Give from_datasets {lacking}= too.", argument="data"
+    ):
+        load(source, "few-shot")
+
+
+def test_load_task_one_class(tmp_path):
+    with raises_input_error("imagefolder:", "fewer than two classes", argument="data"):
+        load(f"imagefolder:{make_folders(tmp_path, {'cat': 4})}", "few-shot")
+    with raises_input_error("empty has fewer than two classes", argument="data"):
+        load(from_datasets("empty", test=[], classes=[]))
+
+
+def test_load_task_notes_parts_of_one_class(tmp_path):
+    data = f"imagefolder:{make_folders(tmp_path, {'cat': 4, 'dog': 4})}"
+    assert [note.partition(": ")[2] for note in load(data).notes if "has only the class" in note] == [
+        f"{part} has only the class {name}, so all of its images count as correct."
+        for part, name in (("base", "cat"), ("new", "dog"))
+    ]
+    assert not any("has only the class" in note for note in load(data, "few-shot").notes)
+
+
+# ---- summaries -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "accuracies", "more"),
+    [
+        ("base-to-new", {"base": 60.0, "new": 30.0}, {"harmonic": 40.0}),
+        ("base-to-new", {"base": 0.0, "new": 0.0}, {"harmonic": 0.0}),
+        ("cross-dataset", {"source": 90.0, "a": 10.0, "b": 20.0}, {"targets": 15.0}),
+        ("domain-generalization", {"source": 90.0, "a": 10.0}, {"targets": 10.0}),
+        ("few-shot", {"all": 50.0}, {}),
+    ],
+)
+def test_summarise(protocol, accuracies, more):
+    before = dict(accuracies)
+    found = summarise(protocol, accuracies)
+    assert found == {**before, **more} and list(found) == [*before, *more] and accuracies == before

@@ -1,0 +1,64 @@
+"""Prompt templates: those of the papers, and given ones."""
+
+from __future__ import annotations
+
+import pytest
+from pictures import raises_input_error
+
+from skipkernels.app.data.coop import DATASETS
+from skipkernels.app.data.templates import COOP, PAPER, resolve_templates
+
+PHOTO = "a photo of a {}."
+
+
+def test_template_sets_cover_all_datasets():
+    assert PAPER.keys() == COOP.keys() == DATASETS.keys()
+    for template in [*PAPER.values(), *COOP.values()]:
+        assert resolve_templates(None, template) == (template,)
+
+
+def test_template_sets_differences():
+    differ = {name for name in DATASETS if PAPER[name] != COOP[name]}
+    assert differ == {
+        *("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "dtd", "ucf101"),
+        *("imagenet_sketch", "imagenet_a", "imagenet_r"),
+    }
+    assert PAPER["ucf101"] == "a photo of a {}, a type of sport."
+    assert COOP["ucf101"] == "a photo of a person doing {}."
+
+
+@pytest.mark.parametrize(
+    ("dataset", "templates", "wanted"),
+    [
+        ("eurosat", None, ("a centered satellite photo of {}.",)),
+        ("food101", "paper", ("a photo of the nice {}.",)),
+        ("food101", "coop", ("a photo of {}, a type of food.",)),
+        ("food101", ["coop"], ("a photo of {}, a type of food.",)),
+        (None, "coop", ("the thing {}.",)),
+        (None, None, ("the thing {}.",)),
+        ("food101", "my {}!", ("my {}!",)),
+        ("food101", ("{}", "two {}"), ("{}", "two {}")),
+    ],
+)
+def test_resolve_templates(dataset, templates, wanted):
+    assert resolve_templates(dataset, templates, "the thing {}.") == wanted
+
+
+@pytest.mark.parametrize("wrong", ["none", "", "{} and {}", "{name}", "{0}", "a {} {", "{{}}", "}{", ["a {}", "b"]])
+def test_resolve_templates_invalid_template(wrong):
+    got = wrong[-1] if isinstance(wrong, list) else wrong
+    with raises_input_error("paper or coop", PHOTO, repr(got), argument="templates"):
+        resolve_templates("dtd", wrong)
+
+
+@pytest.mark.parametrize("wrong", [("paper", "x {}"), ("a {}", "coop"), ("paper", "coop")])
+def test_resolve_templates_set_with_others(wrong):
+    with raises_input_error(
+        "paper and coop are sets", "can't be combined", f"got {wrong[0]!r}, {wrong[1]!r}.", argument="templates"
+    ):
+        resolve_templates("dtd", wrong)
+
+
+def test_resolve_templates_empty():
+    with raises_input_error("must have an item", PHOTO, argument="templates"):
+        resolve_templates("dtd", [])

@@ -1,0 +1,299 @@
+"""Datasets of torchvision, in torchvision's layouts and read by its code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from pictures import class_of, draw_image, raises_input_error, shuffle_listings
+from PIL import Image
+from torchvision import datasets
+
+from skipkernels.app.data import LabelledImages, open_source
+from skipkernels.app.data.templates import COOP, PAPER
+from skipkernels.app.data.torchvision_sets import DATASETS
+from skipkernels.features.dataset_key import dataset_key
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+# ---- files as torchvision downloads them -----------------------------------------------------------------------------
+
+
+def dtd(root, patch):
+    folder = root / "dtd/dtd"
+    (folder / "labels").mkdir(parents=True)
+    for number, split in enumerate(("train", "val", "test")):
+        lines = []
+        for label, name in enumerate(("banded", "polka-dotted")):
+            for image in range(2):
+                draw_image(folder / "images" / name / f"{name}_{number}{image}.jpg", label)
+                lines.append(f"{name}/{name}_{number}{image}.jpg\n")
+        (folder / f"labels/{split}1.txt").write_text("".join(lines))
+
+
+def eurosat(root, patch):
+    for label, name in enumerate(("AnnualCrop", "Forest", "SeaLake")):
+        for image in range(10):
+            draw_image(root / "eurosat/2750" / name / f"{name}_{image}.jpg", label)
+
+
+def fgvcaircraft(root, patch):
+    data = root / "fgvc-aircraft-2013b/data"
+    for number, split in enumerate(("train", "val", "test")):
+        for label, name in enumerate(("707-320", "F/A-18")):
+            draw_image(data / "images" / f"{number}{label}.jpg", label)
+            with (data / f"images_variant_{split}.txt").open("a") as file:
+                file.write(f"{number}{label} {name}\n")
+    (data / "variants.txt").write_text("707-320\nF/A-18\n")
+
+
+def flowers102(root, patch):
+    """MATLAB files need scipy, which is not a dependency of this package."""
+    folder = root / "flowers-102"
+    for number in range(1, 7):
+        draw_image(folder / "jpg" / f"image_{number:05d}.jpg", number % 2)
+    contents = {
+        "setid": {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.array([5, 6])},
+        "imagelabels": {"labels": np.array([2, 1, 2, 1, 2, 1])},
+    }
+    scipy, io = ModuleType("scipy"), ModuleType("scipy.io")
+    io.loadmat = lambda path, squeeze_me: contents[path.stem]
+    patch.setitem(sys.modules, "scipy", scipy)
+    patch.setitem(sys.modules, "scipy.io", io)
+    patch.setattr(datasets.Flowers102, "_check_integrity", lambda self: self._images_folder.exists())
+
+
+def food101(root, patch):
+    for number, split in enumerate(("train", "test")):
+        listed = {name: [f"{name}/{number}{image}" for image in range(2)] for name in ("apple_pie", "waffles")}
+        for label, paths in enumerate(listed.values()):
+            for path in paths:
+                draw_image(root / "food-101/images" / f"{path}.jpg", label)
+        (root / "food-101/meta").mkdir(exist_ok=True)
+        (root / f"food-101/meta/{split}.json").write_text(json.dumps(listed))
+
+
+def imagenette(root, patch):
+    for split in ("train", "val"):
+        for label, wnid in enumerate(("n01440764", "n02979186")):
+            draw_image(root / "imagenette2" / split / wnid / f"{wnid}_1.JPEG", label)
+
+
+def oxfordiiitpet(root, patch):
+    folder = root / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    for number, split in enumerate(("trainval", "test")):
+        lines = []
+        for label, name in enumerate(("Abyssinian", "american_bulldog")):
+            draw_image(folder / "images" / f"{name}_{number}.jpg", label)
+            lines.append(f"{name}_{number} {label + 1} 1 1\n")
+        (folder / f"annotations/{split}.txt").write_text("".join(lines))
+
+
+def sun397(root, patch):
+    folder = root / "SUN397"
+    for label, place in enumerate(("a/abbey", "a/apartment_building/outdoor")):
+        for image in range(10):
+            draw_image(folder / place / f"sun_a{image}.jpg", label)
+    (folder / "ClassName.txt").write_text("/a/abbey\n/a/apartment_building/outdoor\n")
+
+
+def pixels(count, side, label):
+    """[count, side, side, 3] as `draw_image` draws them."""
+    image = Image.new("RGB", (side, side), (20 * label, 9, 9))
+    return np.stack([np.asarray(image)] * count)
+
+
+def cifar(of, meta_key, label_key):
+    def write(root, patch):
+        folder = root / of.base_folder
+        folder.mkdir(parents=True)
+        rows = np.concatenate([pixels(3, 32, 0), pixels(3, 32, 1)]).transpose(0, 3, 1, 2).reshape(6, -1)
+        for name in ("train", "test"):
+            batch = {"data": rows, label_key: [0, 0, 0, 1, 1, 1]}
+            (folder / name).write_bytes(pickle.dumps(batch))
+            patch.setattr(of, f"{name}_list", [[name, md5(folder / name)]])
+        (folder / "meta").write_bytes(pickle.dumps({meta_key: ["airplane", "aquarium_fish"]}))
+        patch.setattr(of, "meta", {"filename": "meta", "key": meta_key, "md5": md5(folder / "meta")})
+
+    return write
+
+
+def mnist(of):
+    def write(root, patch):
+        folder = root / of.__name__ / "raw"
+        folder.mkdir(parents=True)
+        for name in ("train", "t10k"):
+            images = np.concatenate([pixels(3, 28, label)[..., 0] for label in range(10)])
+            (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 30, 28, 28) + images.tobytes())
+            labels = bytes(label for label in range(10) for _ in range(3))
+            (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 30) + labels)
+
+    return write
+
+
+def stl10(root, patch):
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    for name in ("train", "test"):
+        images = np.concatenate([pixels(2, 96, label) for label in (0, 1)]).transpose(0, 3, 2, 1)
+        (folder / f"{name}_X.bin").write_bytes(images.tobytes())
+        (folder / f"{name}_y.bin").write_bytes(bytes([1, 1, 2, 2]))
+    (folder / "class_names.txt").write_text("airplane\nbird\n")
+    patch.setattr(datasets.STL10, "_check_integrity", lambda self: Path(self.root, self.base_folder).exists())
+
+
+WRITERS = {
+    "cifar10": cifar(datasets.CIFAR10, "label_names", "labels"),
+    "cifar100": cifar(datasets.CIFAR100, "fine_label_names", "fine_labels"),
+    "dtd": dtd,
+    "eurosat": eurosat,
+    "fashionmnist": mnist(datasets.FashionMNIST),
+    "fgvcaircraft": fgvcaircraft,
+    "flowers102": flowers102,
+    "food101": food101,
+    "imagenette": imagenette,
+    "mnist": mnist(datasets.MNIST),
+    "oxfordiiitpet": oxfordiiitpet,
+    "stl10": stl10,
+    "sun397": sun397,
+}
+# The first class names, and the number of images in train, val and test.
+WANTED = {
+    "cifar10": (["airplane", "aquarium fish"], 6, None, 6),
+    "cifar100": (["airplane", "aquarium fish"], 6, None, 6),
+    "dtd": (["banded", "polka-dotted"], 4, 4, 4),
+    "eurosat": (["Annual Crop Land", "Forest", "Sea or Lake"], 15, 6, 9),
+    "fashionmnist": (["T-shirt/top", "Trouser"], 30, None, 30),
+    "fgvcaircraft": (["707-320", "F/A-18"], 2, 2, 2),
+    "flowers102": (["pink primrose", "hard-leaved pocket orchid"], 2, 2, 2),
+    "food101": (["apple pie", "waffles"], 4, None, 4),
+    "imagenette": (["tench", "cassette player"], 2, None, 2),
+    "mnist": (["zero", "one"], 30, None, 30),
+    "oxfordiiitpet": (["Abyssinian", "American Bulldog"], 2, None, 2),
+    "stl10": (["airplane", "bird"], 4, None, 4),
+    "sun397": (["abbey", "outdoor apartment building"], 10, 4, 6),
+}
+
+
+def test_datasets_all_have_writers():
+    assert DATASETS.keys() == WRITERS.keys() == WANTED.keys()
+
+
+def red(image):
+    return class_of(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_open_torchvision(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    names, *sizes = WANTED[name]
+    source = open_source(f"torchvision:{name}", tmp_path)
+    assert list(source.classes[: len(names)]) == names and source.name == f"torchvision:{name}"
+    for split, size in zip(("train", "val", "test"), sizes, strict=True):
+        if size is None:
+            with raises_input_error(f"torchvision:{name} has no {split} images: it has train, test images"):
+                source.images(split)
+            continue
+        images = source.images(split)
+        assert len(images) == size == len(set(images.names))
+        of_files = name not in ("cifar10", "cifar100", "fashionmnist", "mnist", "stl10")
+        assert isinstance(images, LabelledImages) == of_files, "labels are known without loading images"
+        assert [(red(images[index][0]), images[index][1]) for index in range(size)] == [
+            (label, label) for label in images.labels
+        ]
+    few = source.subset_classes(range(len(names))).few_shot(1, seed=0)
+    assert few.labels == list(range(len(names)))
+    assert dataset_key(few) != dataset_key(source.images("test")), "different for a feature cache"
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if DATASETS[name].coop])
+def test_open_torchvision_templates(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    for chosen, templates in (("paper", PAPER), ("coop", COOP)):
+        assert open_source(f"torchvision:{name}", tmp_path, chosen).templates == (templates[DATASETS[name].coop],)
+
+
+@pytest.mark.parametrize("name", ["eurosat", "sun397", "dtd"])
+def test_open_torchvision_ignores_listing_order(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+
+    def found():
+        source = open_source(f"torchvision:{name}", tmp_path)
+        return [source.images("test").names, source.few_shot(2, seed=1).names]
+
+    before = found()
+    for seed in range(3):
+        with monkeypatch.context() as patch:
+            shuffle_listings(patch, seed)
+            assert found() == before
+
+
+def test_open_torchvision_notes_split_by_hash(tmp_path, monkeypatch):
+    eurosat(tmp_path, monkeypatch)
+    assert "split by a hash of their paths" in open_source("torchvision:EuroSAT", tmp_path).notes[0]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_open_torchvision_missing_dataset(tmp_path, name):
+    with raises_input_error(f"torchvision:{name}: not usable in {tmp_path}", "`download=True`", argument="root"):
+        open_source(f"torchvision:{name}", tmp_path)
+
+
+def test_open_torchvision_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.EuroSAT, "download", lambda self: eurosat(tmp_path, monkeypatch))
+    source = open_source("torchvision:eurosat", tmp_path, download=True)
+    assert len(source.images("test")) == 9
+
+
+def test_open_torchvision_failed_download(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("Temporary failure\nin name resolution")
+
+    monkeypatch.setattr(datasets.EuroSAT, "download", fail)
+    with raises_input_error(
+        "torchvision:eurosat: not usable in", "failure in name", "Is the network available", argument="root"
+    ):
+        open_source("torchvision:eurosat", tmp_path, download=True)
+
+
+@pytest.mark.parametrize("damage", ["{", '["cake"]', '{"cake": 1}'])
+def test_open_torchvision_damaged_list(tmp_path, monkeypatch, damage):
+    food101(tmp_path, monkeypatch)
+    (tmp_path / "food-101/meta/train.json").write_text(damage)
+    with raises_input_error("torchvision:food101"):
+        open_source("torchvision:food101", tmp_path)
+
+
+def test_open_torchvision_missing_package(tmp_path, monkeypatch):
+    flowers102(tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with raises_input_error("torchvision:flowers102 needs another package", "scipy", "pip", argument="data"):
+        open_source("torchvision:flowers102", tmp_path)
+
+
+def test_open_torchvision_changed_batches_are_not_unpickled(tmp_path, monkeypatch):
+    """torchvision compares their checksums first."""
+    WRITERS["cifar10"](tmp_path, monkeypatch)
+    with (tmp_path / "cifar-10-batches-py/train").open("ab") as file:
+        file.write(b"more")
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
+    with raises_input_error("torchvision:cifar10", "corrupted"):
+        open_source("torchvision:cifar10", tmp_path)
+
+
+def test_open_torchvision_unknown_dataset_or_root(tmp_path):
+    with raises_input_error("no dataset 'imagenet' of torchvision", *DATASETS, argument="data"):
+        open_source("torchvision:imagenet", tmp_path)
+    with raises_input_error("torchvision:mnist needs the folder", argument="root"):
+        open_source("torchvision:mnist")

@@ -1,0 +1,159 @@
+"""Linear probe: minimum, sweep of the penalty, and known classes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from method_tasks import BASE, made, stacked, tiny_model, tiny_task, trained
+
+from skipkernels.app.methods import linear_probe
+from skipkernels.app.methods.linear_probe import logistic_regression
+
+
+def points(n: int = 60, classes: int = 4, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    centers = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    return centers[labels] + torch.randn(n, width, generator=generator, dtype=torch.float64), labels
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1.0, 1e4])
+def test_logistic_regression_finds_minimum(l2):
+    """The problem is strictly convex in the weight: a zero gradient is the minimum."""
+    image, labels = points()
+    weight, bias = (x.requires_grad_() for x in logistic_regression(image, labels, 4, l2))
+    z = image @ weight.T + bias
+    loss = (z.exp().sum(dim=1).log() - z[torch.arange(60), labels]).sum() + l2 / 2 * (weight**2).sum()
+    loss.backward()
+    # The solver's tolerance, on the mean loss of 60 images, and the effect of changing the weight by a factor 1 + 1e-4.
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 60 * 1e-6 + 1e-4 * l2 * weight.abs().max()
+    assert bias.detach().abs().max() < 10 and weight.detach().abs().max() > 0
+
+
+def test_logistic_regression_bias_has_no_penalty():
+    """With a weight near zero, the bias gives the class frequencies."""
+    image, _ = points(n=10)
+    labels = torch.tensor([0] * 7 + [1] * 3)
+    weight, bias = logistic_regression(image, labels, 2, 1e9)
+    assert weight.abs().max() < 1e-6
+    torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([0.7, 0.3], dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_linear_probe_fit_and_logits():
+    method = made("linear-probe")
+    embeddings = method.encode_frozen(stacked(method.task.train)[0])
+    assert embeddings.shape == (20, 12)
+    trained(method)
+    expected = logistic_regression(embeddings, stacked(method.task.train)[1], 5, method.l2.item())
+    assert method.weight.equal(expected[0]) and method.bias.equal(expected[1])
+    images = stacked(method.task.tests[0].images)[0]
+    image = method.model.encode_image(images).detach()
+    torch.testing.assert_close(method.logits("base", image), image @ method.weight.T + method.bias)
+    assert method.logits("base", images).equal(method.logits("base", method.encode_frozen(images)))
+    right = (method.logits("base", image).argmax(dim=1) == stacked(method.task.tests[0].images)[1]).double().mean()
+    assert right > 0.8
+
+
+def test_linear_probe_sweep(monkeypatch):
+    """Seven penalties two decades apart; then, with half the distance each time, one on each side of the best."""
+    best, tried = 1.3, []
+
+    def fit(image, labels, classes, l2):
+        tried.append(math.log10(l2))
+        # The nearer the penalty is to `best`, the larger is the logit of the label: the loss is lowest there.
+        return torch.eye(5, 12, dtype=torch.float64) / (1 + abs(tried[-1] - best)), torch.zeros(5, dtype=torch.float64)
+
+    monkeypatch.setattr(linear_probe, "logistic_regression", fit)
+    method = made("linear-probe")
+    labels = torch.arange(5).repeat(4)
+    method.fit(torch.eye(5, 12, dtype=torch.float64)[labels], labels)
+    expected = [-6, -4, -2, 0, 2, 4, 6, 1, 3, 0.5, 1.5, 1.25, 1.75, 1.125, 1.375, math.log10(method.l2.item())]
+    assert tried == pytest.approx(expected) and tried[-1] == pytest.approx(1.25)
+
+
+def test_linear_probe_sweep_stays_in_range(monkeypatch):
+    tried = []
+
+    def fit(image, labels, classes, l2):
+        tried.append(math.log10(l2))
+        return torch.eye(5, 12, dtype=torch.float64) * tried[-1], torch.zeros(5, dtype=torch.float64)
+
+    monkeypatch.setattr(linear_probe, "logistic_regression", fit)
+    method = made("linear-probe")
+    labels = torch.arange(5).repeat(4)
+    method.fit(torch.eye(5, 12, dtype=torch.float64)[labels], labels)
+    assert tried[:7] == pytest.approx([-6, -4, -2, 0, 2, 4, 6])
+    assert tried[7:] == pytest.approx([5, 5.5, 5.75, 5.875, 6])
+
+
+def test_linear_probe_accuracy_precedes_loss(monkeypatch):
+    """The penalty with the highest accuracy is chosen, even if another one has a lower loss."""
+
+    def fit(image, labels, classes, l2):
+        weight = torch.eye(5, 12, dtype=torch.float64)
+        if l2 == 1e4:  # all correct, with low confidence
+            weight *= 0.01
+        else:  # four confident, the fifth nearly correct
+            weight *= 5
+            weight[1, 0] = 5.01
+        return weight, torch.zeros(5, dtype=torch.float64)
+
+    monkeypatch.setattr(linear_probe, "logistic_regression", fit)
+    method = made("linear-probe")
+    labels = torch.arange(5).repeat(4)
+    method.fit(torch.eye(5, 12, dtype=torch.float64)[labels], labels)
+    assert method.l2.item() == pytest.approx(1e4)
+
+
+def test_linear_probe_fits_in_fp64():
+    method = made("linear-probe", tiny_model(dtype=torch.float32))
+    images, labels = stacked(method.task.train)
+    embeddings = method.encode_frozen(images.float())
+    method.fit(embeddings, labels)
+    weight, _ = logistic_regression(embeddings.double(), labels, 5, 10 ** round(math.log10(method.l2.item()), 3))
+    assert method.weight.dtype == torch.float32 and method.weight.equal(weight.float())
+
+
+def test_linear_probe_holds_out_quarter():
+    method = made("linear-probe")
+    labels = torch.tensor([0] * 16 + [1] * 7 + [2] * 2 + [3])
+    held_out = method._held_out(labels)
+    assert [int(held_out[labels == label].sum()) for label in range(4)] == [4, 1, 1, 0]
+    assert not method._held_out(labels).equal(held_out), "the generator chooses the images"
+    again = made("linear-probe", generator=torch.Generator().manual_seed(0))
+    assert again._held_out(labels).equal(held_out)
+
+
+def test_linear_probe_one_shot_has_no_sweep():
+    method = made("linear-probe", task=tiny_task(shots=1))
+    trained(method)
+    assert method.l2.item() == pytest.approx(1 / 0.316)
+    note = "linear-probe: no class has two training images, so none is held out to choose l2; it is 3.16."
+    assert method.notes == [note]
+
+
+def test_linear_probe_logits_of_known_classes():
+    some = [BASE[3], BASE[0]]
+    method = made("linear-probe", task=tiny_task(new=some))
+    trained(method)
+    images = stacked(method.task.train)[0]
+    assert method.logits("new", images).equal(method.logits("base", images)[:, [3, 0]])
+    assert made("linear-probe", task=tiny_task(new=[*some, "yew"])).logits("new", images) is None
+    twins = ["yew", "yew", "ash"]
+    method = made("linear-probe", task=tiny_task(base=twins, new=twins))
+    method.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    assert method.logits("new", images)[0].tolist() == [1.0, 2.0, 3.0], "two classes with one name stay separate"
+
+
+def test_linear_probe_ignores_autocast():
+    method, plain = made("linear-probe"), made("linear-probe")
+    images, labels = stacked(method.task.train)
+    with torch.autocast("cpu", torch.bfloat16):
+        method.fit(plain.encode_frozen(images), labels)
+    plain.fit(plain.encode_frozen(images), labels)
+    assert method.weight.equal(plain.weight)
+    loss = F.cross_entropy(method.logits("base", images), labels)
+    assert loss < math.log(5) / 2

@@ -1,0 +1,141 @@
+"""Skip and full against SkipCLIP, and the step of full against its formula."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from method_tasks import BASE, CONTEXT, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
+from models import openai_models
+
+import skipkernels as sk
+from skipkernels.app.data import InputError
+from skipkernels.app.methods import METHODS
+
+
+def clip_over(model, prompts, **settings) -> sk.SkipCLIP:
+    return sk.SkipCLIP(model, tokenizer(prompts), **{"skip_layers": 0.5} | settings)
+
+
+@pytest.mark.parametrize("name", ["skip", "full"])
+def test_logits_equal_predict_with_one_template(name):
+    task = tiny_task(1)
+    method = made(name, task=task)
+    trained(method)
+    for test in task.tests:
+        images = stacked(test.images)[0]
+        clip = clip_over(method.model, test.prompts[0], skip_layers=0.5 if name == "skip" else 0)
+        assert method.logits(test.name, method.encode_frozen(images)).equal(clip.predict(images))
+
+
+def test_skip_averages_templates():
+    task = tiny_task(2)
+    method = made("skip", task=task)
+    trained(method)
+    for test in task.tests:
+        images = stacked(test.images)[0]
+        clips = [clip_over(method.model, prompts) for prompts in test.prompts]
+        mean = F.normalize(sum(clip.class_embeddings() for clip in clips) / 2, dim=1)
+        with torch.no_grad():
+            image = F.normalize(clips[0].encode_image(images), dim=1)
+        expected = method.model.logit_scale.exp() * image @ mean.T
+        torch.testing.assert_close(method.logits(test.name, images), expected, rtol=0, atol=1e-11)
+        assert not method.logits(test.name, images).allclose(clips[0].predict(images))
+
+
+def test_skip_step_uses_first_template():
+    settings = {"keep_ratio": 0.2, "max_keep": 3, "decay": 5.0, "max_tail": 2}
+    method = made("skip", **settings, generator=torch.Generator().manual_seed(4))
+    clip = clip_over(
+        tiny_model(), tiny_task().tests[0].prompts[0], **settings, generator=torch.Generator().manual_seed(4)
+    )
+    images, labels = stacked(method.task.train)
+    for image, label in zip(images[:6, None], labels[:6, None], strict=True):
+        loss, classes = method.step(method.encode_frozen(image), label)
+        out = clip(image, label)
+        assert loss.equal(out.loss) and classes == len(out.class_ids) < len(BASE)
+
+
+def test_encode_frozen_of_skip():
+    method, images = made("skip"), stacked(tiny_task().train)[0]
+    features = method.encode_frozen(images)
+    assert features.equal(method.cut.encode_lower(images)) and features.shape == (20, 5, 24)
+    assert method.cut is method.clip and method.cut.skip_layers == (2, 2)
+    torch.testing.assert_close(method.logits("base", features), method.logits("base", images))
+    for whole in (made("skip", skip_layers=0), made("full")):
+        assert whole.cut is None and whole.encode_frozen(images) is images
+
+
+def test_full_step_matches_formula():
+    """All classes and tokens of the first template; no gradient for the logit scale."""
+    method, other = made("full"), tiny_model()
+    images, labels = stacked(method.task.train)
+    loss, classes = method.step(images, labels)
+    loss.backward()
+    image, text = other.encode_image(images), other.encode_text(tokenizer(method.task.tests[0].prompts[0]))
+    logits = other.logit_scale.exp() * (image / image.norm(dim=1, keepdim=True)) @ F.normalize(text, dim=1).T
+    expected = -logits.log_softmax(dim=1)[torch.arange(len(labels)), labels].mean()
+    expected.backward()
+    assert classes == len(BASE) and loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for (key, got), wanted in zip(method.model.named_parameters(), other.parameters(), strict=True):
+        if key == "logit_scale":
+            assert got.grad is None
+        else:
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_skip_text_cache_has_folder_per_test(tmp_path):
+    def logits(**settings) -> torch.Tensor:
+        method = made("skip", tiny_model(dtype=torch.float32), **settings)
+        return torch.cat([method.logits(test, images) for test in ("base", "new")], dim=1)
+
+    images = stacked(tiny_task().train)[0].float()
+    first = logits(text_cache=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts-base", "texts-base+1", "texts-new", "texts-new+1"}
+    assert first.equal(logits(text_cache=tmp_path))
+    torch.testing.assert_close(first, logits())
+
+
+@pytest.mark.parametrize("name", ["skip", "full"])
+def test_skip_translates_errors_of_skip_clip(name):
+    with pytest.raises(InputError, match=f"tokens must be .* as long as the model's context; got .*{CONTEXT}"):
+        made(name, tiny_model(context_length=CONTEXT + 1))
+    if name == "skip":
+        with pytest.raises(InputError, match="skip_layers must be"):
+            made(name, skip_layers=9)
+        with pytest.raises(InputError, match="text_cache keeps features at the cut"):
+            made(name, skip_layers=0, text_cache="nowhere")
+
+
+def test_skip_supports_openai_model_and_full_does_not():
+    model = openai_models().CLIP(12, 16, 2, 128, 8, CONTEXT, 60, 16, 2, 2)
+    task = tiny_task(1)
+    method = METHODS["skip"](model, tokenizer, task)
+    images = stacked(task.tests[0].images)[0].float()
+    with torch.no_grad():
+        expected = model(images, tokenizer(task.tests[0].prompts[0]))[0]
+    torch.testing.assert_close(method.logits("base", images), expected)
+    with pytest.raises(InputError, match="full: model must be an open_clip CLIP, CustomTextCLIP or CoCa; got CLIP"):
+        METHODS["full"](model, tokenizer, task)
+
+
+def test_skip_and_full_support_coca():
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8, "attentional_pool": True}
+    vision |= {"attn_pooler_queries": 4, "attn_pooler_heads": 2, "output_tokens": True}
+    text = {"context_length": CONTEXT, "vocab_size": 60, "width": 16, "heads": 2, "layers": 2}
+    text |= {"embed_cls": True, "output_tokens": True}
+    model = open_clip.CoCa(12, {**text, "mlp_ratio": 2}, text, vision).double().eval()
+    task = tiny_task(1)
+    for name in ("zero-shot", "full", "skip", "clip-adapter"):
+        method = METHODS[name](model, tokenizer, task)
+        if name != "clip-adapter":
+            images = stacked(task.tests[1].images)[0]
+            expected = zero_shot(model, images, task.tests[1].prompts)
+            torch.testing.assert_close(method.logits("new", method.encode_frozen(images)), expected)
+        if name != "zero-shot":
+            trained(method, steps=1, rate=1e-6)
+    for name in ("coop", "lora"):
+        with pytest.raises(InputError, match=f"{name}: model must be .*; got CoCa"):
+            METHODS[name](model, tokenizer, task)

@@ -1,0 +1,320 @@
+"""Properties of all methods: trained weights, logits before training, checkpoints, errors."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import torch
+from method_tasks import BASE, STEPS, answers, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
+from torch import nn
+
+from skipkernels.app.data import InputError, load_task
+from skipkernels.app.demo import glyph_tiny
+from skipkernels.app.methods import METHODS, Recipe
+from skipkernels.app.methods.base import mean_embedding
+from skipkernels.clip import top_k
+from skipkernels.features import FeatureCache
+
+FAMILIES = [open_clip.CLIP, open_clip.CustomTextCLIP]
+# Logits up to 14 in fp64, with another order of summation; measured 1e-14.
+CLOSE = {"rtol": 0, "atol": 1e-11}
+
+
+def changed_by(method, family) -> set[str]:
+    """Names of the model weights that a method changes."""
+    names = {name for name, _ in method.model.named_parameters()}
+    if method.name == "full":
+        return names - {"logit_scale"}
+    if method.name == "lora":
+        return {name for name in names if name.endswith((".down", ".up"))}
+    if method.name == "skip":
+        text = "" if family is open_clip.CLIP else "text."
+        heads = ("visual.ln_post.", "visual.proj", f"{text}ln_final.", f"{text}text_projection")
+        blocks = tuple(f"{tower}transformer.resblocks.{n}." for tower in ("visual.", text) for n in (2,))
+        return {name for name in names if name.startswith(heads + blocks)}
+    return set()
+
+
+def test_methods_registry():
+    assert list(METHODS) == ["skip", "zero-shot", "full", "linear-probe", "coop", "clip-adapter", "lora"]
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("name", STEPS)
+def test_training_changes_own_weights_only(name, family):
+    method = made(name, tiny_model(family))
+    before = copy.deepcopy(method.model.state_dict())
+    groups = method.parameter_groups(text_lr=0.1, image_lr=0.2)
+    assert {(group["name"], group["lr"]) for group in groups} <= {("text", 0.1), ("image", 0.2)}
+    own = [(p, p.detach().clone()) for group in groups for p in group["params"]]
+
+    losses = trained(method, steps=8, rate=0.02 if name in ("skip", "full") else 0.05)
+    assert losses[-1] < losses[0] - 0.02
+    assert all(not p.equal(first) for p, first in own if first.any() or not p.any())
+    moved = {key for key, tensor in method.model.state_dict().items() if not tensor.equal(before[key])}
+    padding = {"token_embedding.weight", "text.token_embedding.weight"}
+    assert moved - padding == changed_by(method, family) - padding
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_step_gradients_of_trained_weights_only(name):
+    method = made(name, dropout=0.0) if name == "lora" else made(name)
+    images, labels = stacked(method.task.train)
+    method.step(method.encode_frozen(images), labels).loss.backward()
+    trains = [p for group in method.parameter_groups(text_lr=0, image_lr=0) for p in group["params"]]
+    assert all(p.grad is not None for p in trains)
+    ids = {id(p) for p in trains}
+    assert [key for key, p in method.model.named_parameters() if p.grad is not None and id(p) not in ids] == []
+
+
+@pytest.mark.parametrize("templates", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_logits_before_training(name, templates):
+    """Skip, full and lora start at zero-shot, the probe at zero, coop and the adapter at random."""
+    model, task = tiny_model(), tiny_task(templates)
+    expected = {test.name: zero_shot(model, stacked(test.images)[0], test.prompts) for test in task.tests}
+    got = answers(made(name, model, task))
+    if name == "linear-probe":
+        assert not got["base"].any() and got["new"] is None
+        return
+    for test in ("base", "new"):
+        same = torch.allclose(got[test], expected[test], **CLOSE)
+        assert same == (name not in ("coop", "clip-adapter"))
+
+
+@pytest.mark.parametrize("name", ["skip", "full"])
+def test_logits_after_training_match_model(name):
+    """The checkpoint is a whole model that open_clip loads, with the same logits."""
+    method = made(name)
+    trained(method)
+    plain = tiny_model(seed=1)
+    plain.load_state_dict(method.state_dict())
+    for test in method.task.tests:
+        images = stacked(test.images)[0]
+        torch.testing.assert_close(answers(method)[test.name], zero_shot(plain, images, test.prompts), **CLOSE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_dict_round_trip(name):
+    method = made(name)
+    trained(method)
+    state = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    assert (state.keys() == method.model.state_dict().keys()) == (name in ("skip", "full"))
+    expected = answers(method)
+    again = made(name, generator=torch.Generator().manual_seed(5))
+    answers(again)  # caches class embeddings
+    again.load_state_dict(state)
+    assert all(state[key].equal(tensor) for key, tensor in again.state_dict().items())
+    for test, logits in answers(again).items():
+        assert logits is None if expected[test] is None else logits.equal(expected[test])
+
+
+@pytest.mark.parametrize("name", ["skip", "coop", "lora", "linear-probe"])
+def test_load_state_dict_refuses_other_state(name):
+    method = made(name)
+    first = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    last = list(first)[-1]
+    other_size = first | {last: torch.zeros(7, 7)}
+    for wrong, message in (
+        (other_size, rf"{name}: the state has \[7, 7\] for {last}"),
+        ({key: tensor for key, tensor in first.items() if key != last}, f"the state has nothing for {last}"),
+        (first | {"more": torch.zeros(1)}, "for more, and this model and task need nothing"),
+    ):
+        shifted = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in wrong.items()}
+        with pytest.raises(InputError, match=message):
+            method.load_state_dict(shifted)
+    assert all(first[key].equal(tensor) for key, tensor in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "linear-probe"])
+def test_class_embeddings_are_cached_until_weights_change(name, monkeypatch):
+    method, task = made(name), tiny_task()
+    calls = []
+    real = nn.Embedding.forward
+    monkeypatch.setattr(nn.Embedding, "forward", lambda self, x: calls.append(len(x)) or real(self, x))
+    answers(method)
+    calls.clear()
+    first = answers(method)
+    assert not calls
+    groups = [group for group in method.parameter_groups(text_lr=0, image_lr=0) if group["name"] == "text"]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.data.mul_(1.5).add_(0.1)  # not seen by version counters
+    changed = answers(method)
+    assert bool(groups) == (name in ("skip", "full", "coop", "lora"))
+    for test in task.tests:
+        assert torch.equal(first[test.name], changed[test.name]) == (not groups)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_logits_use_evaluation_mode(name):
+    method = made(name)
+    trained(method)
+    expected = answers(method)
+    method.train(True)
+    for test, logits in answers(method).items():
+        torch.testing.assert_close(logits, expected[test], **CLOSE)
+    assert method.model.training == (name in ("skip", "full", "lora"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_top_k_is_the_softmax_of_the_logits(name, monkeypatch):
+    monkeypatch.setattr(top_k, "_LOGITS", 20)  # chunks of two classes of ten images
+    method = made(name, task=tiny_task(new=["fig", *BASE[:2]]))
+    trained(method)
+    for test in method.task.tests:
+        inputs = method.encode_frozen(stacked(test.images)[0])
+        logits, found = method.logits(test.name, inputs), method.top_k(test.name, inputs, 2)
+        if logits is None:
+            assert found is None
+        else:
+            probabilities, class_ids = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+            torch.testing.assert_close(found[0], probabilities[:, :2], **CLOSE)
+            assert found[1].equal(class_ids[:, :2])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_autocast_bf16(name):
+    method = made(name, tiny_model(dtype=torch.float32), tiny_task())
+    images, labels = stacked(method.task.train)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = method.encode_frozen(images.float())
+        if name in STEPS:
+            loss = method.step(inputs, labels).loss
+            assert loss.dtype == torch.float32
+        logits = method.logits("base", inputs)
+    assert logits.dtype == torch.float32
+    if name in STEPS:
+        loss.backward()
+        close = method.logits("base", method.encode_frozen(images.float()))
+        assert (logits - close).abs().max() < 1.5  # a hundredth of the largest angle at a scale of 14, and rounding
+        assert (logits != close).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_add_fp32_weights_to_bf16_model(name):
+    method = made(name, tiny_model(dtype=torch.float32).to(torch.bfloat16))
+    own = [tensor.dtype for key, tensor in method.state_dict().items()]
+    assert set(own) <= {torch.bfloat16 if name in ("skip", "full") else torch.float32}
+
+
+@pytest.mark.parametrize("name", ["skip", "coop", "clip-adapter", "lora"])
+def test_methods_generator(name):
+    settings = {"keep_ratio": 0.2, "decay": 10.0} if name == "skip" else {}  # one class always kept, some of four
+
+    def after(seed: int):
+        method = made(name, generator=torch.Generator().manual_seed(seed), **settings)
+        torch.manual_seed(0)  # dropout
+        trained(method, images=1)
+        return method.state_dict()
+
+    one, same, other = after(1), after(1), after(2)
+    assert all(one[key].equal(same[key]) for key in one)
+    assert not all(one[key].equal(other[key]) for key in one)
+
+
+def test_methods_refuse_missing_operations():
+    images, labels = stacked(tiny_task().train)
+    with pytest.raises(TypeError, match="zero-shot: the method has no steps; call fit"):
+        made("zero-shot").step(images, labels)
+    with pytest.raises(TypeError, match="lora: the method trains by steps; call step"):
+        made("lora").fit(images, labels)
+    for name in METHODS:
+        with pytest.raises(InputError, match=f"{name}: test must be one of the task's, base, new; got 'old'"):
+            made(name).logits("old", images)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_refuse_other_model(name):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model()
+            self.logit_scale = self.inner.logit_scale
+
+    with pytest.raises(InputError, match=r"(?s)model must be .*; got .*Wrapped"):
+        METHODS[name](Wrapped(), tokenizer, tiny_task())
+
+
+def test_mean_embedding():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (nn.functional.normalize(torch.randn(5, 3, generator=generator), dim=1) for _ in range(2))
+    assert mean_embedding([first]) is first
+    mean = mean_embedding([first, second])
+    for row, expected in zip(mean, (first + second) / 2, strict=True):
+        torch.testing.assert_close(row, expected / expected.norm())
+
+
+def test_published_recipes():
+    def of(name: str, protocol: str, shots: int = 16, classes: int = 100) -> Recipe:
+        return METHODS[name].recipe("ViT-B-16-quickgelu", protocol, shots, classes)
+
+    sgd = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 5e-4}
+    skip = {"batch_size": 4, "sampler": "class_pure", **sgd}
+    warm = {"warmup_epochs": 1}
+    base_to_new = Recipe(epochs=20, text_lr=2e-5, image_lr=5e-6, warmup_lr=1e-6, **warm, **skip)
+    assert of("skip", "base-to-new") == base_to_new
+    for protocol in ("cross-dataset", "domain-generalization"):
+        assert of("skip", protocol) == Recipe(epochs=20, text_lr=1e-5, image_lr=1e-6, warmup_lr=1e-8, **warm, **skip)
+    few_shot = Recipe(epochs=40, text_lr=1e-5, image_lr=1e-5, warmup_epochs=0, warmup_lr=0.0, **skip)
+    assert of("skip", "few-shot") == few_shot
+    assert of("full", "few-shot") == Recipe(**(vars(few_shot) | {"sampler": "random"}))
+
+    coop = {"batch_size": 32, "warmup_epochs": 1, "warmup_lr": 1e-5, "sampler": "random", **sgd}
+    assert of("coop", "base-to-new") == Recipe(epochs=50, text_lr=2e-3, **coop)
+    assert [of("coop", "few-shot", shots).epochs for shots in (1, 2, 4, 8, 16)] == [50, 100, 100, 200, 200]
+    assert of("clip-adapter", "few-shot") == Recipe(epochs=200, image_lr=2e-3, **coop)
+    assert (of("zero-shot", "few-shot").epochs, of("linear-probe", "few-shot").epochs) == (0, 0)
+
+    for shots, classes in ((16, 100), (1, 10), (4, 1000)):
+        lora = of("lora", "few-shot", shots, classes)
+        steps_an_epoch = -(-shots * classes // 32)
+        assert 500 * shots <= lora.epochs * steps_an_epoch < 500 * shots + steps_an_epoch
+    assert lora == Recipe(
+        lora.epochs, 32, "adamw", 2e-4, 2e-4, weight_decay=1e-2, warmup_epochs=0, warmup_lr=0.0, sampler="random"
+    )
+
+
+def test_recipes_on_glyph_tiny():
+    for name, text_lr, image_lr in (("skip", 4e-3, 2e-3), ("full", 5e-4, 2e-4)):
+        recipe = METHODS[name].recipe("glyph-tiny", "base-to-new", 16)
+        assert (recipe.epochs, recipe.text_lr, recipe.image_lr, recipe.warmup_epochs) == (8, text_lr, image_lr, 0)
+        assert recipe.batch_size == 4
+    with pytest.raises(InputError, match="protocol must be one of base-to-new, cross-dataset.*got 'all'"):
+        METHODS["skip"].recipe("glyph-tiny", "all", 16)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_on_glyphs(name):
+    """The packaged model on a loaded task, with features in memory as in a run."""
+    model, _, transform = open_clip.create_model_and_transforms(glyph_tiny_name())
+    model.load_state_dict(glyph_tiny.state_dict())
+    task = load_task("glyphs:greek", protocol="base-to-new", shots=1, classes=6, seed=0, transform=transform)
+    method = METHODS[name](model.eval(), open_clip.get_tokenizer("glyph-tiny"), task)
+    count = sum(p.numel() for group in method.parameter_groups(text_lr=0, image_lr=0) for p in group["params"])
+    # Of 6,427,201: two blocks of four and three of six; 16 words of 96; [32, 128] and [128, 32]; ten blocks of q, k, v.
+    trains = {"skip": 847616, "full": 6427200, "coop": 1536, "clip-adapter": 8192, "lora": 13824}
+    assert count == trains.get(name, 0)
+    kept = FeatureCache.in_memory(task.train, method.encode_frozen)
+    inputs, labels = next(iter(kept.loader(3, "sequential")))
+    if name in STEPS:
+        assert method.step(inputs, labels).loss.item() > 0
+    assert method.logits("base", inputs).shape == (3, 3)
+
+
+def glyph_tiny_name() -> str:
+    glyph_tiny.register()
+    return glyph_tiny.NAME
+
+
+def test_registry_imports_methods_on_use():
+    code = (
+        "import sys; from skipkernels.app.methods.registry import METHODS\n"
+        "assert 'lora' in METHODS and 'torch' not in sys.modules and METHODS['lora'].__name__ == 'LoRA'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

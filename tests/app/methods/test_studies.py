@@ -1,0 +1,338 @@
+"""Studies: which runs are started, skipped and resumed, and their tables and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from rich.console import Console
+
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.studies import runs
+from skipkernels.app.studies.compare import MULTIPLIERS, SEARCH_SEED, ablate, compare
+from skipkernels.app.studies.plots import study_svg
+from skipkernels.app.studies.protocol import run_protocol
+from skipkernels.app.studies.runs import MeanAndDeviation, Variant, mean_and_deviation, run_variants
+from skipkernels.app.studies.study import Column, Study, accuracy, cost
+
+QUIET = Console(quiet=True)
+TINY = TuneConfig(shots=2, classes=6, epochs=1, device="cpu")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Configurations of the runs that would have started. Each completes immediately."""
+    found = []
+
+    def complete(work, config: TuneConfig) -> dict:
+        if work is runs._check_config:
+            return {}
+        found.append(config)
+        value = 10.0 * len(found)
+        metrics = {
+            "status": "complete",
+            "protocol": config.protocol,
+            "zero_shot": {"base": 5.0, "new": None},
+            "tuned": {"base": value, "new": None},
+            "classes": {"base": 3, "new": 3},
+            "epochs": 1,
+            "steps": 2,
+            "kept_classes": 3,
+            "parameters": {"trained": 7, "all": 9},
+            "checkpoint": {"file": "model.safetensors", "mib": 1.0, "mib_of_all": 1.0},
+            "cost": {
+                "device": "cpu",
+                "seconds_total": value,
+                "seconds_tuning": value,
+                "baseline_memory_mib": 10.0,
+                "peak_memory_mib": 100.0,
+                "seconds_per_epoch": None,
+                "milliseconds_per_step": None,
+            },
+        }
+        assert config.out is not None
+        config.out.mkdir(parents=True, exist_ok=True)
+        (config.out / "config.yaml").write_text(config.to_yaml())
+        (config.out / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(runs, "_in_subprocess", complete)
+    return found
+
+
+def two(**changes) -> list[Variant]:
+    changed = dataclasses.replace(TINY, **changes)
+    return [Variant("a", changed), Variant("b", dataclasses.replace(changed, decay=0.5))]
+
+
+def test_run_variants_alternates_variants(ran, tmp_path):
+    results = run_variants(two(), range(2), tmp_path, QUIET)
+    assert [(result.variant, result.seed) for result in results] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [(config.seed, config.decay) for config in ran] == [(0, 0.3), (0, 0.5), (1, 0.3), (1, 0.5)]
+    assert [config.out for config in ran] == [tmp_path / "runs" / name for name in ("a-0", "b-0", "a-1", "b-1")]
+    assert not any(config.resume or config.overwrite for config in ran)
+
+
+def test_run_variants_skips_complete_and_resumes_interrupted(ran, tmp_path):
+    first = run_variants(two(), range(2), tmp_path, QUIET)
+    (tmp_path / "runs" / "b-0" / "metrics.json").unlink()
+    del ran[:]
+    again = run_variants(two(), range(2), tmp_path, QUIET)
+    assert [(config.out.name, config.resume) for config in ran] == [("b-0", True)]
+    assert [result for result in again if (result.variant, result.seed) != ("b", 0)] == [first[0], *first[2:]]
+    del ran[:]
+    run_variants(two(), range(2), tmp_path, QUIET, overwrite=True)
+    assert len(ran) == 4 and all(config.overwrite and not config.resume for config in ran)
+
+
+def test_run_variants_other_settings_in_folder(ran, tmp_path):
+    run_variants(two(), range(1), tmp_path, QUIET)
+    with pytest.raises(InputError, match="a-0 holds a run with another shots. Choose another folder, or add"):
+        run_variants(two(shots=3), range(1), tmp_path, QUIET)
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation([2.0, 4.0, 6.0]) == MeanAndDeviation(4.0, 2.0)
+    assert mean_and_deviation([2.0]) == MeanAndDeviation(2.0, None)
+    assert mean_and_deviation([]) is None and mean_and_deviation([None, 2.0]) is None
+
+
+def test_compare_tables_json_and_plot(ran, tmp_path):
+    study = compare(TINY, ["skip", "zero-shot"], range(2), tmp_path, QUIET)
+    assert [config.method for config in ran] == ["skip", "zero-shot"] * 2
+    summary = study.summary()
+    assert summary["skip"]["accuracy, %"]["base"] == mean_and_deviation([10.0, 30.0])
+    assert summary["zero-shot"]["accuracy, %"]["base"] == mean_and_deviation([20.0, 40.0])
+    assert summary["skip"]["accuracy, %"]["new"] is None and summary["skip"]["cost"]["step, ms"] is None
+    svg = study_svg(study)
+    assert ElementTree.fromstring(svg).tag.endswith("svg") and svg == study_svg(study)
+    assert "zero-shot" in svg and "peak, MiB" in svg
+    paths = study.write(tmp_path, svg)
+    assert [path.name for path in paths] == ["compare.json", "compare.svg", "report.html"]
+    written = json.loads(paths[0].read_text())
+    assert written["seeds"] == [0, 1] and len(written["runs"]) == 4
+    assert written["summary"]["skip"]["accuracy, %"]["base"] == [20.0, 200**0.5]
+    accuracies, costs = study.tables()
+    assert list(accuracies.columns[1].cells) == ["20.0 ± 14.1", "30.0 ± 14.1"]
+    assert list(accuracies.columns[2].cells) == ["–", "–"] and list(costs.columns[4].cells) == ["100", "100"]
+
+
+def test_compare_blended(ran, tmp_path, monkeypatch):
+    blended, run = [], runs._in_subprocess
+
+    def blend(folder):
+        blended.append(folder.name)
+        metrics = json.loads((folder / "metrics.json").read_text()) | {"tuned": {"base": 99.0, "new": None}}
+        out = folder.with_name(f"{folder.name}-blend")
+        out.mkdir(exist_ok=True)
+        (out / "metrics.json").write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(runs, "_in_subprocess", lambda work, of: blend(of) if work is blend else run(work, of))
+    arguments = TINY, ["skip", "zero-shot", "full"], range(2), tmp_path, QUIET
+    study = compare(*arguments, blend=blend)
+    assert study.variants == ["skip", "skip, blended", "zero-shot", "full", "full, blended"]
+    accuracies = {name: groups["accuracy, %"]["base"].mean for name, groups in study.summary().items()}
+    assert accuracies["skip, blended"] == 99.0 and accuracies["skip"] == 25.0
+    assert blended == ["skip-0", "full-0", "skip-1", "full-1"]
+    del ran[:], blended[:]
+    (tmp_path / "runs" / "full-1" / "metrics.json").unlink()
+    assert compare(*arguments, blend=blend).variants == study.variants
+    assert [config.out.name for config in ran] == blended == ["full-1"], "a complete run and its blend are kept"
+
+
+def test_compare_and_ablate_single_variant(ran, tmp_path):
+    for study in (
+        compare(dataclasses.replace(TINY, protocol="few-shot"), ["skip"], range(1), tmp_path / "a", QUIET),
+        ablate(TINY, "decay", [0.3], range(1), tmp_path / "b", QUIET),
+    ):
+        assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
+        accuracies, costs = study.tables()
+        assert accuracies.columns[0].header == "accuracy, %" and list(costs.columns[4].cells) == ["100"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Configuration of runs on a folder of images, which are empty files."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / "photos" / name / f"{number}.png").touch()
+    return TuneConfig(data=f"imagefolder:{tmp_path / 'photos'}", shots=2, device="cpu")
+
+
+def test_compare_searches_rates_of_every_method_on_own_data(ran, own, tmp_path, monkeypatch):
+    complete, recipe = runs._in_subprocess, own.with_method("full").resolved()
+
+    def measured(work, config):
+        metrics = complete(work, config)
+        if metrics and config.seed == SEARCH_SEED:
+            factor = round(config.text_lr / own.with_method(config.method).resolved().text_lr, 3)
+            accuracy = {"skip": {1.0: 80.0, 3.0: 80.0}, "full": {3.0: 90.0}, "lora": {}}[config.method].get(
+                factor, 70.0
+            )
+            status = "diverged" if config.method == "lora" and factor >= 1 else "complete"
+            metrics |= {"validation": {"images": 4, "zero_shot": 5.0, "tuned": accuracy}, "status": status}
+            (config.out / "metrics.json").write_text(json.dumps(metrics))
+            if status == "diverged":
+                raise FloatingPointError
+        return metrics | {"method": config.method} if metrics else metrics
+
+    monkeypatch.setattr(runs, "_in_subprocess", measured)
+    study = compare(own, ["skip", "full", "lora", "zero-shot"], range(1), tmp_path / "out", QUIET)
+    tried = [config for config in ran if config.seed == SEARCH_SEED]
+    assert len(tried) == 3 * len(MULTIPLIERS) and {config.method for config in tried} == {"skip", "full", "lora"}
+    chosen = {result.variant: result.metrics["search"] for result in study.results}
+    assert {name: found and found["multiplier"] for name, found in chosen.items()} == {
+        "skip": 1.0, "full": 3.0, "lora": 0.3, "zero-shot": None
+    }  # fmt: skip
+    reported = next(config for config in ran if config.method == "full" and config.seed == 0)
+    assert (reported.text_lr, reported.image_lr) == (3 * recipe.text_lr, 3 * recipe.image_lr)
+    assert study.summary()["full"]["search of the rates"]["seconds"].mean == chosen["full"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"text_lr": 1e-3}, {"validation": "none"}])
+def test_compare_without_search(ran, own, tmp_path, changes):
+    compare(dataclasses.replace(own, **changes), ["skip", "full"], range(1), tmp_path / "out", QUIET)
+    assert [config.seed for config in ran] == [0, 0]
+
+
+def test_glyph_tiny_recipes_of_other_data_are_of_one_search():
+    """No method keeps the recipe for glyphs where another has one for other data."""
+    skip, full = (TuneConfig(data="imagefolder:x", method=name)._recipe(None) for name in ("skip", "full"))
+    assert (full.optimizer, full.epochs, full.sampler) == (skip.optimizer, skip.epochs, skip.sampler)
+
+
+def test_compare_ignores_settings_of_other_methods(ran, tmp_path):
+    compare(dataclasses.replace(TINY, skip_layers=2), ["skip", "full", "zero-shot"], range(1), tmp_path, QUIET)
+    assert [config.skip_layers for config in ran] == [2, 0.5, 0.5]
+
+
+def test_run_protocol_few_shot(ran, tmp_path):
+    study = run_protocol(TINY, "few-shot", range(1), tmp_path, QUIET, shots=(1, 4))
+    assert [(config.protocol, config.shots) for config in ran] == [("few-shot", 1), ("few-shot", 4)]
+    assert list(study.summary()) == ["1 shot", "4 shots"]
+    assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
+
+
+def test_run_protocol_cross_dataset(ran, tmp_path):
+    study = run_protocol(TINY, "cross-dataset", range(1), tmp_path, QUIET)
+    assert [config.protocol for config in ran] == ["cross-dataset"]
+    (table,) = study.tables()
+    assert [column.header for column in table.columns] == ["2 shots", "zero-shot", "tuned"]
+    assert [list(column.cells) for column in table.columns] == [["base", "new"], ["5.0", "–"], ["10.0", "–"]]
+    assert ElementTree.fromstring(study_svg(study)).tag.endswith("svg")
+
+
+def test_ablate(ran, tmp_path):
+    study = ablate(TINY, "skip_layers", (0, 0.5), range(1), tmp_path, QUIET)
+    assert [config.skip_layers for config in ran] == [0, 0.5]
+    assert study.name == "ablate-skip_layers" and list(study.summary()) == ["skip_layers 0", "skip_layers 0.5"]
+
+
+def test_study_write_unwritable_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("skipkernels.app.studies.study.study_html", lambda *_: "")
+    (tmp_path / "file").write_text("")
+    study = Study("s", "t", [], [Column("g", "c", cost("x"))])
+    with pytest.raises(InputError, match="file can't be written"):
+        study.write(tmp_path / "file", "")
+    assert accuracy("base")({"tuned": {"base": 1.0}}) == 1.0
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Check settings in this process: a new one imports PyTorch for seconds."""
+    monkeypatch.setattr(runs, "_in_subprocess", lambda work, config: work(config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--methods", "skip", "skip"], "--methods must be distinct names of skip, zero-shot, full"),
+        (["compare", "--seeds", "0"], "--seeds must be a number of runs from 1 to 1000"),
+        (["compare", "--values", "1"], "--values needs a setting; add --ablate"),
+        (
+            ["compare", "--ablate", "decay", "--methods", "skip"],
+            "--methods: --ablate compares values of a setting, not methods",
+        ),
+        (["compare", "--ablate", "decay", "--values", "1", "1"], "--values must be different; got 1 1"),
+        (
+            ["compare", "--ablate", "decay", "--values", "1", "0"],
+            "decay 0: --decay must be above 0 and finite; got 0.",
+        ),
+        (
+            ["compare", "--ablate", "skip_layers", "--values", "0", "9"],
+            "skip_layers 9: --skip-layers must be",
+        ),
+        (["protocol", "few-shot", "--shots", "4"], "--shots 4 has no effect with few-shot; give --numbers-of-shots"),
+        (["protocol", "base-to-new", "--numbers-of-shots", "4"], "no effect with base-to-new; give --shots"),
+        (["protocol", "base-to-new", "--shots", "0"], "--shots must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_study_commands_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch, in_process):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("option", ["--seed", "--resume", "--protocol"])
+def test_protocol_has_no_option_for_study_settings(option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["protocol", "few-shot", option, "cross-dataset"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "Unrecognized options" in error and option in error
+
+
+def test_ablate_checks_all_variants_first(tmp_path, capsys, in_process):
+    arguments = "compare --ablate keep_ratio --values 0.5 1.5 --seeds 1 --shots 1 --classes 4".split()
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "keep_ratio 1.5: --keep-ratio must be above 0" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_in_subprocess_registers_the_experiments():
+    """The new process imports the experiments, and returns an error of a setting."""
+    with pytest.raises(InputError, match='epochs=1 has no effect with method="linear-probe"'):
+        runs._in_subprocess(runs._check_config, dataclasses.replace(TINY, method="linear-probe"))
+
+
+def test_compare_command(tmp_path, capsys, in_process):
+    arguments = "compare --methods zero-shot linear-probe --seeds 1 --shots 2 --classes 6 --device cpu".split()
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "linear-probe" in capsys.readouterr().out
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["summary"]["linear-probe"]["accuracy, %"]["new"] is None
+    zero_shot = found["summary"]["zero-shot"]["accuracy, %"]["new"]
+    assert zero_shot == [found["runs"][1]["metrics"]["zero_shot"]["new"], None]
+    assert (tmp_path / "runs" / "zero-shot-0" / "report.html").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "skipkernels compare --shots 2 --classes 6 --device cpu" in page
+    assert "--methods zero-shot linear-probe --seeds 1" in page
+    assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").read_text() == page
+    (tmp_path / "compare.json").write_text('{"study": "compare", "summary": {}}')
+    assert main(["report", str(tmp_path)]) == 2 and "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("least", "most"), [(1.3, 15.2), (21.5, 58.2), (0.05, 7000.0), (20.0, 20.0)])
+def test_study_svg_log_ticks_do_not_overlap(least, most):
+    """Between 1 and 15 there used to be eight overlapping labels."""
+    metrics = [{"cost": {"seconds_tuning": value}} for value in (least, most)]
+    results = [runs.Result(name, 0, of) for name, of in zip("ab", metrics, strict=True)]
+    svg = study_svg(Study("few", "few", results, [Column("cost", "tuning, s", cost("seconds_tuning"))]))
+    texts = [text.text or "" for text in ElementTree.fromstring(svg).findall(".//{*}text")]
+    ticks = [float(text.replace(",", "")) for text in texts if text[:1].isdigit()]
+    assert len(ticks) <= 4 and ticks[0] <= least and ticks[-1] >= most
+
+
+@pytest.mark.parametrize("layout", ["tests", "variants"])
+def test_study_svg_dollar_signs_in_names(layout):
+    """matplotlib parses $…$ as mathematics and raises if it cannot."""
+    metrics = {"tuned": {"a$^$": 50.0}, "zero_shot": {"a$^$": 40.0}}
+    groups = {"zero-shot": "zero_shot", "tuned": "tuned"} if layout == "tests" else {"accuracy, %": "tuned"}
+    columns = [Column(group, "a$^$", accuracy("a$^$", when)) for group, when in groups.items()]
+    assert "a$^$" in study_svg(Study("few", "few", [runs.Result("b$^$", 0, metrics)], columns, layout))

@@ -1,0 +1,142 @@
+"""Blends of tuned and zero-shot weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.methods.skip import Skip
+from skipkernels.app.serve.blending import _between
+from skipkernels.app.train import evaluate_run, predictions
+from skipkernels.app.train.calibration import fit_temperature
+from skipkernels.app.train.model import load_model
+from skipkernels.app.train.setup import build_run
+
+
+@pytest.fixture(scope="module")
+def zero_shot() -> dict[str, torch.Tensor]:
+    return load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def blended(run, tmp_path_factory) -> Path:
+    """Folder of a blend that encoded no image below the cut: the features are in the run's cache."""
+
+    def encode_frozen(self, images):
+        raise AssertionError
+
+    folder = tmp_path_factory.mktemp("blend") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Skip, "encode_frozen", encode_frozen)
+        assert main(["blend", str(run.folder), "--alpha", "0.25", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_weights_and_curve(run, blended):
+    tuned, found = load_file(run.folder / "model.safetensors"), load_file(blended / "model.safetensors")
+    zero_shot = load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+    assert found.keys() == tuned.keys() == zero_shot.keys()
+    for name, before in zero_shot.items():
+        expected = (0.75 * before.double() + 0.25 * tuned[name].double()).float()
+        torch.testing.assert_close(found[name], expected, atol=1e-7, rtol=1e-6)  # a rounding
+    curve = json.loads((blended / "metrics.json").read_text())["blend"]
+    assert curve["alphas"] == [n / 10 for n in range(11)] and curve["chosen"] == 0.25
+    for name, values in curve["accuracy"].items():
+        assert (values[0], values[-1]) == (run.metrics["zero_shot"][name], run.metrics["tuned"][name])
+
+
+def test_ends_are_exact():
+    before, after = torch.tensor([1e8, 1.0]), torch.tensor([-0.1, 0.3])
+    assert _between(before, after, 0) is before and _between(before, after, 1) is after
+
+
+def test_blend_is_a_run(run, blended, images):
+    assert evaluate_run(blended) == json.loads((blended / "metrics.json").read_text())["tuned"]
+    classifier = sk.Classifier.load(blended, device="cpu")
+    assert classifier.classes == run.classes
+    assert not torch.equal(classifier.logits(images), sk.Classifier.load(run.folder, device="cpu").logits(images))
+    with pytest.raises(InputError, match="contains an earlier run"):
+        sk.blend(run.folder, out=blended)
+
+
+def test_report(run, blended):
+    metrics, page = json.loads((blended / "metrics.json").read_text()), (blended / "report.html").read_text()
+    before = {test.name: test for test in predictions.load(run.folder / predictions.PREDICTIONS)}
+    for test in predictions.load(blended / predictions.PREDICTIONS):
+        correct = (test.tuned.classes[:, 0] == test.labels).float().mean().item()
+        assert 100 * correct == pytest.approx(metrics["tuned"][test.name], abs=1e-3)
+        assert test.zero_shot.classes.equal(before[test.name].zero_shot.classes) and test.thumbnails
+    assert "Tuning and blending " in page and " the accuracy on the 4 trained classes " in page
+    assert ", blended at 0.25" in page and "accuracy over the blend of zero-shot and tuned weights" in page
+    assert f"skipkernels blend {run.folder} --alpha 0.25" in page
+    assert " --blend 0.25\n```" in (blended / "README.md").read_text()
+    assert main(["report", str(blended)]) == 0 and (blended / "report.html").read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 1.5}, "alpha must be from 0 to 1"),
+        ({"alpha": "best"}, 'or "auto"'),
+        ({"out": "run"}, "must not be the folder of the run"),
+    ],
+)
+def test_bad_arguments(run, arguments, message):
+    if "out" in arguments:
+        arguments = {"out": run.folder}
+    with pytest.raises(InputError, match=message):
+        sk.blend(run.folder, **arguments)
+
+
+def test_tune_chooses_alpha_and_temperature_on_validation_images(run, tmp_path, capsys):
+    images = run.task.train
+    for number, (image, label) in enumerate(images):
+        for copy in range(3):
+            folder = tmp_path / "data" / f"class {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.rotate(4 * copy).save(folder / f"{number}-{copy}.png")
+    options = ["--data", f"imagefolder:{tmp_path / 'data'}", "--shots", "2", "--epochs", "1", "--device", "cpu"]
+    arguments = ["tune", *options, "--out", str(tmp_path / "run"), "--delta", "--blend", "auto"]
+    assert main(arguments) == 0
+    assert "run-blend: alpha" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run-blend" / "metrics.json").read_text())
+    curve = metrics["blend"]
+    held_out = curve["accuracy"]["validation"]
+    assert curve["chosen"] == held_out.index(max(held_out)) / 10
+    assert metrics["validation"]["tuned"] == max(held_out)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["blend"] == curve
+    assert "accuracy over the blend of zero-shot and tuned weights" in (tmp_path / "run" / "report.html").read_text()
+
+    setup = build_run(TuneConfig.from_yaml(tmp_path / "run" / "config.yaml"))  # for its images
+    held = setup.task.validation.images
+    inputs = torch.stack([held[n][0] for n in range(len(held))])
+    for name in ("run", "run-blend"):
+        classifier = sk.Classifier.load(tmp_path / name, device="cpu")
+        fitted = fit_temperature(classifier.logits(inputs), torch.tensor(held.labels))
+        assert classifier.temperature == pytest.approx(fitted, rel=1e-3)  # logits in batches of another size
+
+    assert main([*arguments, "--method", "lora", "--overwrite"]) == 2
+    assert "--method must be one that tunes the weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_temperature_is_the_minimum():
+    generator = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(200, 5, generator=generator)
+    labels = torch.where(torch.rand(200, generator=generator) < 0.7, logits.argmax(1), 0)
+    best = fit_temperature(logits, labels)
+
+    def loss(temperature: float) -> float:
+        return torch.nn.functional.cross_entropy(logits.double() / temperature, labels, label_smoothing=2 / 202).item()
+
+    assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2))
+    all_correct = fit_temperature(logits, logits.argmax(1))
+    assert 0.01 < all_correct < best  # not certain, however many are correct
+    assert fit_temperature(logits[:, :1], torch.zeros(200, dtype=torch.int64)) == 1

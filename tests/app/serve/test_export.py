@@ -1,0 +1,263 @@
+"""Exports, loaded by the other library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.serve import to_hugging_face, to_onnx
+from skipkernels.app.serve.merging import PlainModel, plain_model
+from skipkernels.app.train import tune
+from skipkernels.app.train.description import Description
+from tests.app.serve.conftest import CONFIG
+
+ATOL = 1e-4  # of logits up to the logit scale, in fp32
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    tune(dataclasses.replace(CONFIG, method="lora", shots=1, classes=4, out=folder))
+    return folder
+
+
+@pytest.fixture(params=["skip", "lora"])
+def source(request, run, lora) -> Path:
+    return run.folder if request.param == "skip" else lora
+
+
+@torch.no_grad()
+def test_open_clip(source, images, tmp_path):
+    done = sk.export(source, "open-clip", tmp_path / "out")
+    assert done.files == ["README.md", "classifier.json", "open_clip_config.json", "open_clip_model.safetensors"]
+    name = f"local-dir:{done.folder}"
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    tuned = sk.Classifier.load(source, device="cpu")
+    image, text, scale = model(images, tokenizer([f"the character {name}." for name in tuned.classes]))
+    torch.testing.assert_close(scale * image @ text.T, tuned.logits(images), atol=ATOL, rtol=0)
+    exported = sk.Classifier.load(done.folder, device="cpu")
+    torch.testing.assert_close(exported.logits(images), tuned.logits(images), atol=ATOL, rtol=0)
+    again = sk.export(done.folder, "open-clip", tmp_path / "again")
+    assert (again.folder / "README.md").read_text() == (done.folder / "README.md").read_text()
+
+
+def test_lora_is_merged(lora):
+    state = load_file(lora / "model.safetensors")
+    assert any(name.endswith(".up") and tensor.abs().max() > 0 for name, tensor in state.items())  # it was trained
+    assert not any("up" in name or "down" in name for name in plain_model(lora).model.state_dict())
+
+
+@torch.no_grad()
+def test_hugging_face(source, run, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    done = sk.export(source, "hugging-face", tmp_path / "out")
+    assert not done.notes
+    model = transformers.CLIPModel.from_pretrained(done.folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(done.folder)
+    tuned = sk.Classifier.load(source, device="cpu")
+    texts = [f"the character {name}." for name in json.loads((done.folder / "classes.json").read_text())["classes"]]
+    tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    found = model(**tokens, pixel_values=images).logits_per_image
+    torch.testing.assert_close(found, tuned.logits(images), atol=ATOL, rtol=0)
+    picture = run.task.tests[0].images[0][0]  # of the model's size, so nothing is interpolated
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, tuned.transform(picture), atol=1e-5, rtol=0)
+
+
+def plain(tokenizer=None, **changes) -> PlainModel:
+    """A narrow CLIP with random weights and changes of its configuration."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2} | changes.pop("vision", {})
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2} | changes.pop("text", {})
+    logging.disable(logging.WARNING)
+    kind = open_clip.CustomTextCLIP if changes.pop("custom_text", False) else open_clip.CLIP
+    model = kind(embed_dim=16, vision_cfg=vision, text_cfg=text, **changes).eval()
+    logging.disable(logging.NOTSET)
+    open_clip.set_model_preprocess_cfg(model, {"mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic"})
+    own = tokenizer or open_clip.SimpleTokenizer(context_length=16)
+    return PlainModel(None, model, own, (["a cat", "two dogs"],), torch.zeros(2, 16), False)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_hugging_face_activations(quick_gelu):
+    transformers = pytest.importorskip("transformers")
+    source = plain(quick_gelu=quick_gelu)
+    to_hugging_face.check(source)
+    converted = transformers.CLIPModel(transformers.CLIPConfig(**to_hugging_face.config(source.model)))
+    converted.load_state_dict(to_hugging_face.state_dict(source.model))
+    to_hugging_face._compare(source, converted.eval())
+    converted.vision_model.post_layernorm.bias.data += 0.01
+    with pytest.raises(InputError, match="image embeddings differ"):
+        to_hugging_face._compare(source, converted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"init_logit_bias": -10.0}, "a logit bias"),
+        ({"vision": {"pool_type": "avg"}}, "attention pooling|pooling"),
+        ({"vision": {"no_ln_pre": True}}, "no norm before"),
+        ({"vision": {"ls_init_value": 0.1}}, "its blocks"),
+        ({"text": {"no_causal_mask": True}}, "no causal mask"),
+        ({"text": {"pool_type": "last"}}, "text pooling 'last'"),
+        ({"custom_text": True}, "it is a CustomTextCLIP"),
+        ({"vision": {"layers": [1, 1, 1, 1], "image_size": 32}}, "its image tower is a ModifiedResNet"),
+        ({"tokenizer": lambda texts: None}, "a tokenizer other than CLIP's"),
+    ],
+)
+def test_hugging_face_refuses_by_name(changes, what):
+    with pytest.raises(InputError, match=what):
+        to_hugging_face.check(plain(**changes))
+
+
+@torch.no_grad()
+def test_onnx(run, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    narrow = plain(quick_gelu=True, vision={"layers": 1})  # each layer takes a second to export
+    described = dataclasses.replace(
+        Description.read(run.folder),
+        temperature=2.0,
+        preprocessing=narrow.model.visual.preprocess_cfg | {"size": [16, 16]},
+    )
+    text = torch.nn.functional.normalize(torch.randn(len(run.classes), 16), dim=1)
+    narrow = narrow._replace(described=described, text=text)
+    to_onnx.write(narrow, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    metadata = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata["classes"] == run.classes and metadata["temperature"] == 2.0
+    assert metadata["preprocessing"]["size"] == [16, 16] and metadata["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    for batch in (torch.randn(3, 3, 16, 16), torch.randn(1, 3, 16, 16)):
+        logits, embedding = map(torch.from_numpy, session.run(None, {"pixel_values": batch.numpy()}))
+        expected = narrow.model.encode_image(batch, normalize=True)
+        scale = narrow.model.logit_scale.exp() / 2
+        torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits, scale * expected @ text.T, atol=ATOL, rtol=0)
+
+
+class Hub:
+    """Stand-in for huggingface_hub.HfApi that records its calls."""
+
+    calls: list[tuple] = []
+
+    def create_repo(self, name, *, private, exist_ok):
+        self.calls.append(("create", name, private, exist_ok))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        assert all((Path(folder_path) / name).is_file() for name in allow_patterns)
+        self.calls.append(("upload", repo_id, set(allow_patterns)))
+
+
+def test_push(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    arguments = ["export", str(run.folder), "--to", "open-clip", "--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "private.txt").write_text("not to be uploaded")
+    assert main([*arguments, "--overwrite", "--push", "me/classes"]) == 0
+    created, uploaded = Hub.calls
+    assert created == ("create", "me/classes", True, True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert uploaded == ("upload", "me/classes", names - {"private.txt"})
+    assert "https://huggingface.co/me/classes" in capsys.readouterr().out
+    for other, message in [
+        (["--push", "classes", "--overwrite"], "--push must be a repository, ORG/NAME"),
+        (["--public", "--overwrite"], "--public has no effect without --push"),
+        ([], "--out must be a new or an empty folder"),
+    ]:
+        assert main([*arguments, *other]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+    def offline(self, *arguments, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(Hub, "upload_folder", offline)
+    with pytest.raises(InputError, match=r"push to me/classes failed \(no connection\)"):
+        sk.export(run.folder, "open-clip", tmp_path / "other", push="me/classes")
+
+
+def test_failed_export_leaves_no_files(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Description, "write", lambda self, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sk.export(run.folder, "open-clip", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.skipkernels-lock"]
+
+
+def test_folder_of_a_run_is_refused(run, lora):
+    for folder in (run.folder, lora):
+        with pytest.raises(InputError, match="out must not be the folder of a run"):
+            sk.export(run.folder, "open-clip", folder, overwrite=True)
+
+
+@torch.no_grad()
+def test_weights_are_those_of_the_names(run, lora, images, tmp_path):
+    """Even if a model was copied over another: the digest chooses the file, and the file must have it."""
+    done = sk.export(lora, "open-clip", tmp_path / "out")
+    exported = sk.Classifier.load(done.folder, device="cpu")
+    mixed = shutil.copytree(run.folder, tmp_path / "mixed")
+    shutil.copytree(done.folder, mixed, dirs_exist_ok=True)
+    found = sk.Classifier.load(mixed, device="cpu")
+    assert found.classes == exported.classes != run.classes
+    assert torch.equal(found.logits(images), exported.logits(images))
+    shutil.copyfile(run.folder / "model.safetensors", mixed / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match=r"open_clip_model\.safetensors: missing or damaged: .* Copy the whole folder"):
+        sk.Classifier.load(mixed, device="cpu")
+
+
+def test_overwrite_replaces_an_earlier_export_of_another_target(run, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "out" / ".git").mkdir(parents=True)
+    (tmp_path / "out" / ".git" / "HEAD").write_text("main")
+    for target in ("hugging-face", "open-clip"):
+        done = sk.export(run.folder, target, tmp_path / "out", overwrite=True)
+        assert {path.name for path in done.folder.iterdir()} == {".git", *done.files}
+    assert (done.folder / ".git" / "HEAD").read_text() == "main"
+
+
+@pytest.mark.parametrize("to", ["open-clip", "hugging-face", "onnx"])
+def test_push_uploads_no_local_paths(to, run, tmp_path, monkeypatch):
+    """No byte of an export has a path of the run, its settings, or the package."""
+    if to != "open-clip":
+        pytest.importorskip({"hugging-face": "transformers", "onnx": "onnxscript"}[to])
+    source = tmp_path / "M4RKER" / "run"
+    shutil.copytree(run.folder, source)
+    place = str(tmp_path / "M4RKER-place")
+    settings, hints = yaml.safe_load((source / "config.yaml").read_text()), get_type_hints(TuneConfig)
+    settings |= {name: place for name, hint in hints.items() if Path in get_args(hint)}
+    settings |= {"data": f"imagefolder:{place}", "model": f"local-dir:{place}", "pretrained": f"{place}.pt"}
+    settings |= {"targets": [f"csv:{place}.csv", f"hf:{place}"], "log": ["csv"], "dataset_key": place}
+    (source / "config.yaml").write_text(yaml.safe_dump(settings))
+    described = json.loads((source / "classifier.json").read_text())
+    described |= {name: settings[name] for name in ("data", "model", "pretrained")}
+    described["preprocessing"]["name"] = described["versions"]["name"] = place
+    (source / "classifier.json").write_text(json.dumps(described))
+    metrics = json.loads((source / "metrics.json").read_text()) | {"command": f"skipkernels tune --out {place}"}
+    for name in ("zero_shot", "tuned", "classes"):
+        metrics[name][f"csv:{place}.csv"] = metrics[name]["new"]
+    (source / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    done = sk.export(source, to, tmp_path / "M4RKER-out", push="me/classes")
+    assert Hub.calls[-1] == ("upload", "me/classes", set(done.files))
+    home = str(Path(sk.__file__).parent.parent)
+    for path in done.folder.rglob("*"):
+        content = path.read_bytes()
+        assert not any(word.encode() in content for word in ("M4RKER", home, "site-packages")), path
+    card = (done.folder / "README.md").read_text()
+    assert "tuned on imagefolder" in card and "--shots 2" in card and "| csv |" in card

@@ -1,0 +1,337 @@
+"""Classification from a run folder, in Python and from the command line."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import skipkernels as sk
+from skipkernels.app.cli.main import main
+from skipkernels.app.data import InputError, open_source
+from skipkernels.app.serve.output import SortedFolders, contact_sheet, folder_names
+from skipkernels.app.train import tune
+from skipkernels.app.train.description import Description
+from skipkernels.formatting import csv_line, csv_text
+from skipkernels.store.digest import digest_file
+from tests.app.serve.conftest import CONFIG
+
+
+@pytest.fixture(scope="module")
+def classifier(run) -> sk.Classifier:
+    return sk.Classifier.load(run.folder, device="cpu")
+
+
+def label_of(name: str) -> int:
+    return int(Path(name).name.split("-")[0])
+
+
+def test_accuracy_is_that_of_the_run(run, photos, classifier):
+    found = classifier.predict(photos, unreadable="skip")
+    assert len(found) == len(run.task.tests[0].images)
+    assert [Path(name).name for name in found.unreadable] == ["broken.jpg"]
+    correct = [label_of(name) == row[0] for name, row in zip(found.names, found.ids.tolist(), strict=True)]
+    assert 100 * sum(correct) / len(correct) == pytest.approx(run.metrics["tuned"]["base"], abs=1e-3)
+
+
+def test_inputs_of_each_kind_agree(photos, classifier, tmp_path):
+    paths = sorted((photos / "part0").iterdir())[:5]
+    pictures = [Image.open(path) for path in paths]
+    tensors = torch.stack([classifier.transform(picture.convert("RGB")) for picture in pictures])
+    dataset = [(tensor, 0) for tensor in tensors]
+    features = sk.FeatureCache.build(tmp_path / "cache", classifier.clip, dataset, dtype="fp32", progress=False)
+    expected = classifier.predict(tensors, top=3)
+    assert expected.ids.shape == (5, 3)
+    mixed = [paths[0], str(paths[1]), *pictures[2:]]
+    for inputs in (paths, pictures, mixed, features, tmp_path / "cache"):
+        found = classifier.predict(inputs, top=3, batch_size=2, workers=2)
+        assert torch.equal(found.ids, expected.ids)
+        torch.testing.assert_close(found.probabilities, expected.probabilities, atol=1e-5, rtol=0)
+    assert classifier.predict(paths).names == list(map(str, paths))
+    assert torch.equal(classifier.predict(pictures[0], top=3).ids, expected.ids[:1])
+    assert len(classifier.predict([])) == 0
+
+
+def test_probabilities_sum_to_one_and_use_the_temperature(run, images, classifier, tmp_path):
+    every = classifier.predict(images, top=99)
+    assert every.ids.shape == (len(images), len(run.classes))
+    torch.testing.assert_close(every.probabilities.sum(1), torch.ones(len(images)))
+    assert [every[n] for n in range(len(every))] == list(every) and every[-1] == list(every)[-1]
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    values = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(values | {"temperature": 2.0}))
+    cooled = sk.Classifier.load(folder, device="cpu")
+    assert cooled.calibrated and not classifier.calibrated
+    reordered = sk.Classifier.load(folder, classes=run.classes[::-1], device="cpu")
+    others = sk.Classifier.load(folder, classes=["alpha", *run.classes], device="cpu")
+    assert reordered.calibrated and (others.calibrated, others.temperature) == (False, 1)
+    assert not sk.Classifier.load(folder, templates=["a {}."], device="cpu").calibrated
+    expected = (classifier.logits(images) / 2).softmax(1).sort(1, descending=True).values
+    torch.testing.assert_close(cooled.predict(images, top=99).probabilities, expected)
+
+
+def test_other_classes_by_their_names(run, photos):
+    new = run.task.tests[1]
+    found = sk.predict(run.folder, [image for image, _ in new.images], classes=new.classes, device="cpu")
+    correct = (found.ids[:, 0] == torch.tensor(new.images.labels)).float().mean().item()
+    assert 100 * correct == pytest.approx(run.metrics["tuned"]["new"], abs=1e-3)
+
+
+def test_open_clip_loads_the_run(run, images, classifier):
+    name = f"local-dir:{run.folder}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokens = open_clip.get_tokenizer(name)([f"the character {name}." for name in run.classes])
+    with torch.no_grad():
+        image, text, scale = model.eval()(images, tokens)
+    torch.testing.assert_close(scale * image @ text.T, classifier.logits(images), atol=1e-4, rtol=0)
+    picture = run.task.tests[0].images[0][0]
+    assert torch.equal(transform(picture), classifier.transform(picture))
+
+
+def test_run_needs_no_data(run):
+    """Nothing but the folder's own files is named as needed."""
+    described = Description.read(run.folder)
+    assert described.classes == run.classes and described.templates == ["the character {}."]
+    card = (run.folder / "README.md").read_text()
+    assert f"| {run.metrics['tuned']['base']:.2f} % |" in card and "license: apache-2.0" in card
+
+
+@pytest.mark.parametrize(
+    ("load", "use", "message"),
+    [
+        ({"classes": "cat"}, {}, "classes must be a list of names"),
+        ({"classes": []}, {}, "classes must have a name"),
+        ({"classes": ["b", "a", "a"]}, {}, "'a' 2 times"),
+        ({"device": "gpu"}, {}, "device 'gpu' can't be used"),
+        ({"precision": "bf16-sr"}, {}, "precision must be one of auto, fp32"),
+        ({"templates": ["no place"]}, {}, "one {} each"),
+        ({}, {"top": 0}, "top must be a whole number of at least 1"),
+        ({}, {"images": torch.zeros(3, 32, 32)}, r"\[N, 3, H, W\]"),
+        ({}, {"images": [Image.new("F", (32, 32))]}, "image 0: has 32 bits per channel"),
+        ({}, {"images": [3]}, "must be paths or Pillow images; got int"),
+        ({}, {"images": ["missing.png"]}, "missing.png: no such file"),
+    ],
+)
+def test_bad_arguments(run, images, load, use, message):
+    with pytest.raises(InputError, match=message):
+        sk.Classifier.load(run.folder, **({"device": "cpu"} | load)).predict(use.pop("images", images), **use)
+
+
+def test_delta_in_bf16_sr(images, tmp_path):
+    config = dataclasses.replace(CONFIG, classes=4, shots=1, precision="bf16-sr")
+    for delta in (True, False):
+        tune(dataclasses.replace(config, delta=delta, out=tmp_path / str(delta)))
+    changes, whole = (sk.Classifier.load(tmp_path / str(delta), device="cpu") for delta in (True, False))
+    torch.testing.assert_close(changes.logits(images), whole.logits(images))
+
+
+def test_infinite_pixel_is_an_error(images, classifier):
+    images = images.clone()
+    images[2, 0, 0, 0] = torch.inf
+    with pytest.raises((FloatingPointError, ValueError), match="finite"):
+        classifier.predict(images)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "classifier.json").write_text("{"), "damaged: not JSON"),
+        (lambda folder: (folder / "classifier.json").write_text("{}"), "format is missing"),
+        (lambda folder: (folder / "classifier.json").unlink(), "no such file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors: missing or damaged"),
+        (lambda folder: [(folder / f).unlink() for f in ("model.safetensors", "state.pt")], "Copy the whole folder"),
+    ],
+)
+def test_damaged_run(run, tmp_path, damage, message):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        sk.Classifier.load(folder)
+
+
+def test_run_of_an_earlier_version(run, tmp_path, images, classifier):
+    """Its classifier.json has no digest: its weights are those of state.pt, and without that found by name."""
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    values = json.loads((folder / "classifier.json").read_text())
+    assert values.pop("weights_xxh3") == digest_file(folder / "model.safetensors")
+    (folder / "classifier.json").write_text(json.dumps(values))
+    for _ in range(2):
+        assert torch.equal(sk.Classifier.load(folder, device="cpu").logits(images), classifier.logits(images))
+        (folder / "state.pt").unlink(missing_ok=True)
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["predict", *map(str, arguments), "--device", "cpu"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_command(run, photos, tmp_path, capsys):
+    sheet, folder = tmp_path / "sheet.html", tmp_path / "sorted"
+    files = ["--sort-into", folder, "--contact-sheet", sheet]
+    code, out, err = command(capsys, run.folder, photos, "--top", 2, *files)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 1 and "skipped" in err and "broken.jpg" in err  # the damaged file is named
+    assert "skipped files that are not images: .txt 1\n" in err
+    assert list(rows[0]) == ["path", "label", "probability", "label_2", "probability_2"]
+    assert all(float(row["probability"]) >= float(row["probability_2"]) for row in rows)
+    assert len(rows) == len(run.task.tests[0].images) == sheet.read_text().count("<figure>")
+    assert {(path.parent.name, path.name) for path in folder.glob("*/*")} == {
+        (row["label"], Path(row["path"]).name) for row in rows
+    }
+
+    json_file = tmp_path / "found.json"
+    part = photos / "part1"
+    assert command(capsys, run.folder, part, *part.iterdir(), "--out", json_file)[0] == 0  # each image once
+    found = json.loads(json_file.read_text())
+    assert len(found) == len(list(part.iterdir()))
+    by_path = {row["path"]: row for row in rows}
+    for item in found:
+        assert item["predictions"][0]["label"] == by_path[item["path"]]["label"]
+
+    names = tmp_path / "names.txt"
+    names.write_text("alpha\n\nbeta\n")
+    long = "alpha, beta" + 200 * ", "  # longer than a file name may be
+    outputs = {command(capsys, run.folder, part, "--classes", value)[1] for value in (long, names)}
+    assert len(outputs) == 1 and outputs.pop().count(",alpha,") == len(found)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_command_resumes_after_an_error(run, photos, tmp_path, capsys, monkeypatch, ending):
+    options = ["--batch-size", 4, "--top", 2]
+    assert command(capsys, run.folder, photos, *options, "--out", tmp_path / f"whole.{ending}")[0] == 1
+    count, out, folder = len(run.task.tests[0].images), tmp_path / f"found.{ending}", tmp_path / "sorted"
+    arguments = [run.folder, photos, *options, "--out", out, "--sort-into", folder]
+    found, batches = sk.Classifier._predictions, []
+
+    def failing(self, names, *others):
+        batches.append(names)
+        if len(batches) == 3:
+            raise FloatingPointError("logits are not finite")
+        return found(self, names, *others)
+
+    monkeypatch.setattr(sk.Classifier, "_predictions", failing)
+    code, _, err = command(capsys, *arguments)
+    done = [name for names in batches[:2] for name in names]
+    assert code == 1 and f"{len(done)} of {count + 1} images are classified" in err and "--resume" in err
+
+    def labels(file):
+        if ending == "json":
+            rows = json.loads(file.read_text())
+            return [(row["path"], [each["label"] for each in row["predictions"]]) for row in rows]
+        return [(row["path"], [row["label"], row["label_2"]]) for row in csv.DictReader(file.open())]
+
+    assert [path for path, _ in labels(out)] == done, "what is done is written"
+
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_bytes(partial.read_bytes() + b'["cut')  # by a kill
+    assert "--resume: " in command(capsys, *arguments, "--resume", "--top", 3)[2], "other options"
+    code, _, err = command(capsys, *arguments, "--resume")
+    assert code == 1 and sum(map(len, batches[3:])) == count - len(done), "the rest is classified, once"
+    assert not partial.exists() and labels(out) == labels(tmp_path / f"whole.{ending}")
+    assert len(list(folder.glob("*/*"))) == count
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_sorted_folders_resume(tmp_path, link):
+    """Equal names are numbered in linear time, and images that are there are not copied again."""
+    paths = []
+    for number in range(3000):
+        path = tmp_path / str(number) / ("a-2.png" if number == 5 else "a.png")
+        path.parent.mkdir()
+        path.write_bytes(b"%d" % (number // 2))  # two of each content
+        paths.append(str(path))
+
+    def sort_all(paths, **how):
+        folders = SortedFolders(tmp_path / "sorted", ["cat", "dog"], link=link, **how)
+        for path in paths:
+            folders.add(path, "cat")
+        return {path.name: path.read_bytes() for path in (tmp_path / "sorted" / "cat").iterdir()}
+
+    began = time.perf_counter()
+    sort_all(paths[:1000])
+    with pytest.raises(
+        InputError, match="sort_into must be a new or an empty folder, or that of a command to `resume`"
+    ):
+        sort_all(paths)
+    found = sort_all(paths, resume=True)
+    assert sort_all(paths, resume=True) == found
+    assert sorted(found.values()) == sorted(Path(path).read_bytes() for path in paths), "one copy of each image"
+    assert time.perf_counter() - began < 30, "quadratic: minutes"
+
+
+def test_folder_names_in_linear_time():
+    began = time.perf_counter()
+    names = folder_names(["x" * 100 + str(number) for number in range(20_000)])
+    assert len(set(names)) == 20_000 and names[-1] == "x" * 100 + " (20000)"
+    assert time.perf_counter() - began < 10, "quadratic: a minute"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/nothing", "{photos}"], "RUN must be the folder of a run"),
+        (["{run}", "{tmp}"], "IMAGES must be files or folders of images"),
+        (["{run}", "{photos}", "--link"], "--link has no effect without --sort-into"),
+        (["{run}", "{photos}", "--resume"], "--resume has no effect without --out or --sort-into"),
+        (["{run}", "{photos}", "--sort-into", "{photos}"], "--sort-into must be a new or an empty folder"),
+        (["{run}", "{photos}", "--out", "{tmp}/none/a.csv"], "--out must be a file in an existing folder"),
+        (["{run}", "{photos}", "--top", "0"], "--top must be a whole number"),
+        (["{run}", "{photos}", "{tmp}/none"], "IMAGES must be files or folders of images; there is no"),
+        (["{run}", "{photos}", "--classes", "clases.txt"], "--classes must be at least two names"),
+        (["{run}", "{photos}", "--classes", "a, b.txt"], "there is no such file"),
+        (["{run}", "{photos}", "--out", "{tmp}/a.xlsx"], "--out must end in .csv or .json"),
+        (["{run}", "{photos}", "--out", "/proc/a.csv"], "--out: /proc/a.csv can't be written"),
+        (["{run}", "{photos}", "--contact-sheet", "/proc/a.html"], "--contact-sheet: /proc/a.html can't be written"),
+        (["{run}", "{photos}", "--sort-into", "/proc/a"], "--sort-into: /proc/a can't be created"),
+    ],
+)
+def test_command_errors(run, photos, tmp_path, capsys, arguments, message):
+    filled = [word.format(run=run.folder, photos=photos, tmp=tmp_path) for word in arguments]
+    code, _, err = command(capsys, *filled)
+    assert code == 2 and message in " ".join(err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_contact_sheet_escapes_names(photos):
+    path = str(next((photos / "part0").iterdir()))
+    page = contact_sheet([(path, "<script>alert(1)</script>", 0.5)], 'a"<b>')
+    assert "<script>" not in page and "<b>" not in page
+
+
+def test_hostile_class_names(tmp_path, capsys, caplog):
+    """Names of classes with escape sequences and formulas, from tune to predict and back as a table of images."""
+    names = ["\x1b[31mred", "=cmd|' C calc'!A0"]
+    for part, name, number in itertools.product(("train", "test"), range(2), range(2)):
+        folder = tmp_path / "photos" / part / names[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (255 * name, 90 * number, 0)).save(folder / f"{number}.png")
+    caplog.set_level(logging.INFO, "skipkernels")
+    options = ["--shots", "2", "--epochs", "1", "--device", "cpu", "--validation", "none", "--out", tmp_path / "run"]
+    assert main(["tune", "--data", f"imagefolder:{tmp_path / 'photos'}", *map(str, options)]) == 0
+    images = str(tmp_path / "photos" / "test")
+    assert main(["predict", str(tmp_path / "run"), images, "--out", str(tmp_path / "table.csv")]) == 0
+    printed = capsys.readouterr()
+    assert not any("\x1b" in text for text in (printed.out, printed.err, *caplog.messages))
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert {row["label"] for row in rows} | {row["label_2"] for row in rows} == {names[0], f"'{names[1]}"}
+    source = open_source(f"csv:{tmp_path / 'table.csv'}")
+    assert set(source.classes) <= set(names)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@a", "\t=1", "'=1", "''@", "'a", "a=1", ""])
+def test_csv_line_has_no_formula(text):
+    cell = next(csv.reader([csv_line([text, -0.5])]))[0]
+    assert not cell.startswith(("=", "+", "-", "@", "\t")) and csv_text(cell) == text
+    assert csv_line([text, -0.5]).endswith(",-0.5\n")

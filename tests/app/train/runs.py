@@ -1,0 +1,89 @@
+"""Small runs and their results."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+from safetensors.torch import load_file
+
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.demo import glyphs
+from skipkernels.app.train import forward_profile, plots
+from skipkernels.store import digest_tensors
+
+SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
+TEST_IMAGES = 4  # of each class: one in each font
+_get_tokenizer = functools.cache(open_clip.get_tokenizer)
+
+
+@contextlib.contextmanager
+def few_test_images() -> Iterator[None]:
+    """Draw a third of the test and validation images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "_TEST_IMAGES", TEST_IMAGES)
+        yield
+
+
+@contextlib.contextmanager
+def shortened() -> Iterator[None]:
+    """Leave out half of a small run: test images, and, which have tests of their own, plots and rounds of a timing.
+
+    The tokenizer is made once.
+    """
+    with few_test_images(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_profile, "_ROUNDS", 1)
+        patch.setattr(plots, "panels_svg", lambda name, label, panels, **_: f"<svg>{name}</svg>")
+        patch.setattr(open_clip, "get_tokenizer", _get_tokenizer)
+        yield
+
+
+def small(out: Path, **changes: Any) -> TuneConfig:
+    return dataclasses.replace(SMALL, out=out, **changes)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+def results(folder: Path) -> list[Any]:
+    """Results of a run except times: metrics, rows, and digests of the weights."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    timed = ("seconds", "seconds_waiting_for_features", "stage_seconds")
+    file = folder / metrics["checkpoint"]["file"]
+    return [
+        without_cost(metrics),
+        [{name: value for name, value in row.items() if name not in timed} for row in rows(folder)],
+        {name: digest_tensors([(name, tensor)]) for name, tensor in load_file(file).items()},
+    ]
+
+
+def without_cost(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name not in ("cost", "command", "environment")}
+
+
+def files(folder: Path) -> set[str]:
+    """Names of the files, except hidden ones and events of TensorBoard."""
+    return {file.name for file in folder.iterdir() if not file.name.startswith((".", "events."))}
+
+
+def fails(arguments: list[Any], capsys) -> str:
+    """Error line of a command with unusable input."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress
+    assert error.startswith("error") and "Traceback" not in error
+    return error

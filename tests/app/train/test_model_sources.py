@@ -1,0 +1,208 @@
+"""Models with their weights in a folder: of open_clip and of transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from unittest.mock import Mock
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+import transformers
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from skipkernels.app.data import InputError
+from skipkernels.app.train import evaluate_run, model, tune
+from skipkernels.app.train.hugging_face_model import preprocess_settings
+from skipkernels.app.train.plain_config import read_open_clip_config, save_tokenizer
+from tests.app.train.runs import small
+from tests.hugging_face_models import hugging_face_clip
+
+CPU = torch.device("cpu")
+CONFIG = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 2},
+}
+PREPROCESS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Model of open_clip in a folder."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": PREPROCESS}))
+    torch.manual_seed(3)
+    clip = CLIP(16, CLIPVisionCfg(**CONFIG["vision_cfg"]), CLIPTextCfg(**CONFIG["text_cfg"]), quick_gelu=True)
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_local_dir(folder, tmp_path):
+    loaded, transform, tokenizer = model.load_model(f"local-dir:{folder}", None, CPU)
+    saved = load_file(folder / "open_clip_model.safetensors")
+    assert all(weight.equal(saved[name]) for name, weight in loaded.state_dict().items()) and not loaded.training
+    assert isinstance(loaded.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    grey = transform(Image.new("RGB", (20, 9), (51, 51, 51)))
+    expected = [(0.2 - mean) / std for mean, std in zip(PREPROCESS["mean"], PREPROCESS["std"], strict=True)]
+    assert grey.shape == (3, 16, 16) and grey[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert tokenizer(["a cat"]).shape == (1, 16)
+    random, _, _ = model.load_model(f"local-dir:{folder}", None, CPU, architecture_only=True)
+    assert not random.visual.proj.equal(loaded.visual.proj)
+
+
+def test_hub_model_is_rebuilt(folder, monkeypatch):
+    files = {None: folder / "open_clip_model.safetensors", "open_clip_config.json": folder / "open_clip_config.json"}
+    monkeypatch.setattr(model, "download_pretrained_from_hf", lambda name, filename=None: str(files[filename]))
+    loaded, _, tokenizer = model.load_model("hf-hub:org/name", None, CPU)
+    assert loaded.visual.proj.equal(load_file(files[None])["visual.proj"]) and tokenizer(["a"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("tower", "change", "error", "message"),
+    [("vision_cfg", {"timm_model_name": "hf-hub:org/name"}, InputError, "timm_model_name must not be remote"),
+     ("text_cfg", {"hf_model_name": "org/name"}, InputError, "hf_model_name must not be remote.*add `trust=True`"),
+     ("text_cfg", {"hf_tokenizer_name": "/home/me"}, ValueError, "hf_tokenizer_name must be a name; got '/home/me'"),
+     ("text_cfg", {"pool_type": "a/b"}, ValueError, "pool_type must be a name"),
+     ("text_cfg", {"width": {"a": 1}}, ValueError, "width must be a plain value; got dict"),
+     ("text_cfg", {"code": "a"}, ValueError, "unknown field text_cfg.code"),
+     (None, {"output_dict": True}, ValueError, "unknown field output_dict"),
+     (None, {"vision_cfg": 3}, ValueError, "vision_cfg must be a mapping")],
+)  # fmt: skip
+def test_read_open_clip_config_refuses(tmp_path, tower, change, error, message):
+    config = json.loads(json.dumps(CONFIG))
+    (config[tower] if tower else config).update(change)
+    (tmp_path / "config").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+    with pytest.raises(error, match=message):
+        read_open_clip_config(tmp_path / "config")
+
+
+def test_read_open_clip_config_keeps_known_fields(tmp_path):
+    """All fields of open_clip's own models; of tokenizer_kwargs those that name no file and run no code."""
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        (tmp_path / "config").write_text(json.dumps({"model_cfg": config}))
+        assert read_open_clip_config(tmp_path / "config")["model_cfg"] == config, name
+    config = CONFIG | {
+        "text_cfg": {"tokenizer_kwargs": {"clean": "lower", "bpe_path": "/x", "trust_remote_code": True}}
+    }
+    (tmp_path / "config").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS | {"code": 1}}))
+    read = read_open_clip_config(tmp_path / "config")
+    assert read["model_cfg"]["text_cfg"]["tokenizer_kwargs"] == {"clean": "lower"}
+    assert read["preprocess_cfg"] == PREPROCESS
+
+
+def test_local_dir_without_weights_is_refused(folder, tmp_path):
+    """open_clip would continue with random weights."""
+    (tmp_path / "open_clip_config.json").write_bytes((folder / "open_clip_config.json").read_bytes())
+    with pytest.raises(InputError, match="local-dir:.* could not be loaded: Required pretrained weights") as caught:
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+    assert caught.value.argument == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [("local-dir:", None, "must name a model, as in local-dir:DIR"), ("hf-hub:", None, "must name a model"),
+     ("local-dir:nowhere", None, "no folder .*nowhere"), ("local-dir:.", "openai", "has its own weights; leave it out"),
+     ("local-dir:tests", None, "has no open_clip_config.json of open_clip, and no config.json of transformers")],
+)  # fmt: skip
+def test_load_model_refuses(name, pretrained, message):
+    with pytest.raises(InputError, match=message):
+        model.load_model(name, pretrained, CPU)
+
+
+# ---- transformers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """CLIPModel with its processor in a folder."""
+    folder = tmp_path_factory.mktemp("transformers")
+    clip = hugging_face_clip(end=1).float()
+    clip.save_pretrained(folder)
+    words = "<pad> <end> <start> a photo of character greek small capital letter the .".split()
+    plain = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>").save_pretrained(folder)
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_mean=[0.1] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    return folder, clip, processor
+
+
+def test_transformers_folder(converted):
+    folder, clip, processor = converted
+    loaded, transform, tokenizer = model.load_model(f"local-dir:{folder}", None, CPU)
+    assert all(weight.equal(clip.state_dict()[name]) for name, weight in loaded.state_dict().items())
+    assert tokenizer(["a photo of a", "a"]).shape == (2, 77) and tokenizer(["a"])[0, :3].tolist() == [2, 3, 1]
+    torch.manual_seed(0)
+    picture = Image.fromarray(torch.randint(0, 256, (24, 40, 3), dtype=torch.uint8).numpy())
+    expected = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    # Pillow's and torchvision's bicubic differ by a few levels of 255 on noise; another filter or crop by 0.5.
+    assert (transform(picture) - expected).abs().mean() < 0.03
+
+
+def test_tune_model_of_transformers(converted, tmp_path):
+    folder, _, _ = converted
+    changes = {"data": "glyphs:greek", "classes": 4, "shots": 1, "epochs": 1, "model": f"local-dir:{folder}"}
+    metrics = tune(small(tmp_path / "run", **changes))
+    assert metrics["steps"] > 0
+    assert evaluate_run(tmp_path / "run", trust=True) == metrics["tuned"]
+
+
+def test_transformers_without_processor_or_of_another_type(converted, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((converted[0] / name).read_bytes())
+    with pytest.raises(InputError, match="could not be loaded by transformers: .*Save the model and its processor"):
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match="must be a CLIPModel or SiglipModel; got 'bert'"):
+        model.load_model(f"local-dir:{tmp_path}", None, CPU)
+
+
+def test_transformers_folder_of_unknown_author(converted, tmp_path, monkeypatch):
+    """Code, adapters and kernels that the configurations name are not used, on the disk and from the hub."""
+    shutil.copytree(converted[0], tmp_path / "hostile")
+    (tmp_path / "hostile" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    (tmp_path / "hostile" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
+    names = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor")
+    added = {
+        "auto_map": dict.fromkeys(names, "code.Code"),
+        "attn_implementation": "org/name",
+        "name_or_path": "/home/me",
+    }
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        path = tmp_path / "hostile" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | added))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hostile"))
+    monkeypatch.setattr(model, "download_pretrained_from_hf", Mock(side_effect=OSError("no open_clip_config.json")))
+    for name in (f"local-dir:{tmp_path / 'hostile'}", "hf-hub:org/name"):
+        loaded, _, tokenizer = model.load_model(name, None, CPU)
+        assert all(weight.equal(converted[1].state_dict()[name]) for name, weight in loaded.state_dict().items())
+        assert tokenizer(["a photo of a", "a"])[1, :3].tolist() == [2, 3, 1]
+        assert loaded.config._attn_implementation == "sdpa"
+    loaded.save_pretrained(tmp_path / "saved")
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    assert not (tmp_path / "executed").exists()
+    texts = [path.read_bytes() for path in (tmp_path / "saved").iterdir()]
+    assert not any(word in text for text in texts for word in (b"code.Code", b"/home/me", b"org/name"))
+
+
+def test_preprocess_settings():
+    squash = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    found = preprocess_settings(squash)
+    assert found["size"] == (32, 32) and found["resize_mode"] == "squash"
+    uneven = transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    with pytest.raises(ValueError, match="which differ"):
+        preprocess_settings(uneven)

@@ -1,0 +1,64 @@
+"""Notes on settings and warnings about results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from skipkernels.app.cli.main import main
+from skipkernels.app.data import load_task
+from skipkernels.app.train import notes
+from tests.app.train.runs import SMALL
+
+TASK = load_task("glyphs", protocol="base-to-new", shots=1, classes=20, seed=0)  # 10 base classes with 120 test images
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (40.0, 60.0, None),
+        (40.0, 40.0, None),
+        (40.0, 39.0, "39.00 %, below zero-shot (40.00 %). Lower text_lr and image_lr"),
+        (40.0, 9.0, "9.00 %, below zero-shot (40.00 %). Lower"),
+        # Chance is 10 %, and two standard errors of 120 images are 5.48 points.
+        (9.0, 15.4, "15.40 %, not above chance (10.00 % of 120 images, within two standard errors). Raise text_lr"),
+        (9.0, 15.5, None),
+    ],
+)
+def test_weak_result(before, after, expected):
+    found = notes.weak_result(SMALL.resolved(), TASK, {"base": before}, {"base": after})
+    assert found is None if expected is None else expected in found and "\n" not in found
+
+
+def test_weak_result_all_correct():
+    task = load_task("glyphs", protocol="few-shot", shots=1, classes=2, seed=0)
+    config = SMALL.resolved()
+    assert notes.weak_result(config, task, {"all": 100.0}, {"all": 100.0}) is None
+    assert notes.weak_result(config, task, {"all": None}, {"all": None}) is None, "no accuracy"
+
+
+def test_weak_result_names_rates_of_method():
+    config = SMALL.with_method("coop").resolved()
+    assert "Lower text_lr, or" in notes.weak_result(config, TASK, {"base": 40.0}, {"base": 20.0})
+    assert notes.weak_result(SMALL.with_method("zero-shot").resolved(), TASK, {"base": 5.0}, {"base": 5.0}) is None
+
+
+def test_tune_below_zero_shot_warns(tmp_path, capsys):
+    rates = ["--text-lr", "1", "--image-lr", "1", "--epochs", "1", "--warmup-epochs", "0"]
+    assert main(["tune", "--shots", "2", "--classes", "12", *rates, "--out", str(tmp_path)]) == 0
+    (note,) = json.loads((tmp_path / "metrics.json").read_text())["notes"]
+    assert "below zero-shot" in note and "Lower text_lr and image_lr" in note
+    assert f"warning: {note}" in " ".join(capsys.readouterr().err.split())
+    assert "below zero-shot" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("skip_layers", "expected"), [(1, "one block"), (1.0, "every block"), (0.5, None), (2, None), (0, None)]
+)
+def test_tune_notes_skip_layers_of_one(tmp_path, capsys, skip_layers, expected):
+    arguments = ["--shots", "1", "--classes", "6", "--epochs", "1", "--skip-layers", skip_layers]
+    assert main(["tune", *map(str, arguments), "--out", str(tmp_path / "run")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("note: skip_layers" in said) == (expected is not None)
+    assert expected is None or f"note: skip_layers={skip_layers} skips {expected} of each tower" in said

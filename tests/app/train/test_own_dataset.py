@@ -1,0 +1,157 @@
+"""`tune` and `evaluate_run` on a dataset that is passed in Python."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import skipkernels
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.train import evaluate_run, tune
+from tests.app.train.runs import fails, files
+
+COLOURS = ["black", "red", "white"]
+
+
+class Squares(torch.utils.data.Dataset):
+    """Squares of three colours, as images or as preprocessed tensors."""
+
+    def __init__(self, count: int, *, shift: int = 0, tensors: bool = False):
+        self.labels, self.tensors = [(number + shift) % 3 for number in range(count)], tensors
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        label = self.labels[index]
+        if self.tensors:
+            return torch.full((3, 32, 32), float(label)), label
+        return Image.new("RGB", (40, 32), COLOURS[label]), label
+
+
+SETTINGS = {"classes": [f"{colour} square" for colour in COLOURS], "epochs": 2, "device": "cpu", "shots": "all"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, skipkernels.tune(dataset=Squares(30), validation=0.25, name="my squares", out=folder, **SETTINGS)
+
+
+def test_tune_dataset(run):
+    folder, metrics = run
+    config = TuneConfig.from_yaml(folder / "config.yaml")
+    assert (config.data, config.shots, config.validation) == ("dataset:my-squares", "all", 0.25)
+    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 3}
+    assert metrics["validation"]["images"] == 6 and metrics["best_epoch"] in (1, 2)  # of seven images each
+    assert {"report.html", "few_shot.json", "model.safetensors"} <= files(folder)
+    assert evaluate_run(str(folder), dataset=Squares(30), classes=SETTINGS["classes"]) == metrics["tuned"]
+
+
+def test_resume_with_the_same_dataset(run):
+    folder, metrics = run
+    again = {"validation": 0.25, "name": "my squares", "out": folder, "resume": True, **SETTINGS}
+    assert json.dumps(tune(dataset=Squares(30), **again)) == json.dumps(metrics)
+    with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
+        tune(dataset=Squares(30, shift=1), **again)
+    with pytest.raises(InputError, match="dataset_key is '.*' in the run in"):
+        tune(dataset=Squares(30), key="version 2", **again)
+
+
+def test_eval_of_dataset(run, capsys):
+    assert "was passed to tune in Python. Pass it again as" in fails(["eval", run[0]], capsys)
+
+
+def test_tune_tensors(tmp_path):
+    parts = {
+        "dataset": Squares(6, tensors=True),
+        "test": Squares(3, tensors=True),
+        "validation": Squares(4, tensors=True),
+    }
+    metrics = tune(TuneConfig(device="cpu", out=tmp_path), **parts, **SETTINGS)
+    assert metrics["status"] == "complete" and metrics["validation"]["images"] == 4
+
+
+def squares_folder(root, names, count):
+    """Folder of images of a class for each name."""
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (40, 32), (60 * label, number, 99)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize(("count", "validation", "shown"), [(5, "auto", "no test; 3 validation images, which choose"),
+                                                            (1, "none", "no test; there is none")])  # fmt: skip
+def test_tune_without_test(tmp_path, capsys, count, validation, shown):
+    data, out = squares_folder(tmp_path / "photos", COLOURS, count), tmp_path / "run"
+    options = ["--test", "none", "--shots", "all", "--validation", validation, "--epochs", "1", "--device", "cpu"]
+    assert main(["tune", "--data", f"imagefolder:{data}", *options, "--out", str(out)]) == 0
+    output, metrics = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
+    assert "For your own images use a pretrained model: --model ViT-B-16-quickgelu" in output.err
+    held = 3 if validation == "auto" else 0
+    assert metrics["images"] == {"train": 3 * count - held, "tests": {"all": 0}}
+    assert metrics["zero_shot"] == metrics["tuned"] == {"all": None}
+    assert (metrics["validation"] or {"images": 0})["images"] == held
+    assert ("validation" in output.out) and shown in (out / "README.md").read_text()
+    headline = "No images were kept for a test. On 3 validation images" if held else "there is no accuracy"
+    assert headline in (out / "report.html").read_text()
+    assert main(["predict", str(out), str(data), "--device", "cpu"]) == 0
+    assert main(["blend", str(out), "--device", "cpu"]) == 0
+    assert "--data must be given: all images of imagefolder:" in fails(["eval", out], capsys)
+
+
+def test_eval_of_other_data_has_all_its_classes(tmp_path, capsys):
+    data = f"imagefolder:{squares_folder(tmp_path / 'photos', COLOURS, 4)}"
+    other = f"imagefolder:{squares_folder(tmp_path / 'other', 'abcdefg', 3)}"
+    out = str(tmp_path / "run")
+    assert main(["tune", "--data", data, "--classes", "2", "--epochs", "1", "--device", "cpu", "--out", out]) == 0
+    capsys.readouterr()
+    for arguments, shown in [
+        ([], "all: 2 images of 2 classes: black, red"),
+        (["--data", other], "all: 7 images of 7 classes: a, b, c, d, e and 2 more"),
+        (["--data", other, "--classes", "3"], "all: 3 images of 3 classes: a, c, e"),
+        (["--classes", "3"], "all: 3 images of 3 classes: black, red, white"),
+    ]:
+        assert main(["eval", out, *arguments]) == 0
+        assert shown in capsys.readouterr().err
+
+
+def test_tune_hugging_face_dataset(tmp_path):
+    hub = pytest.importorskip("datasets")
+    labels = [number % 2 for number in range(12)]
+    rows = {"image": [Image.new("L", (40, 32), 200 * label) for label in labels], "label": labels}
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["black", "white"])})
+    metrics = tune(dataset=hub.Dataset.from_dict(rows, features=features), epochs=1, device="cpu", out=tmp_path)
+    assert metrics["classes"] == {"all": 2} and metrics["status"] == "complete"
+
+
+def test_tune_labels_that_contradict_items(tmp_path):
+    dataset = Squares(30)
+    items, dataset.labels = list(dataset), dataset.labels[::-1]
+    dataset.__class__ = type("Wrong", (Squares,), {"__getitem__": lambda _, index: items[index]})
+    with pytest.raises(ValueError, match=r"Wrong: item \d+ has the label \d, and the labels of the dataset have \d"):
+        tune(dataset=dataset, out=tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"dataset": iter([])}, "dataset must be a map-style dataset, with len"),
+     ({"dataset": {"train": Squares(3)}}, "dataset must be a map-style dataset, .* got dict"),
+     ({"dataset": Squares(3), "data": "coop:dtd"}, "data is 'coop:dtd', and dataset is given too"),
+     ({"test": Squares(3)}, "need the training images as dataset"),
+     ({"dataset": Squares(3), "epoch": 3}, "unknown setting 'epoch'; did you mean epochs?"),
+     ({"dataset": Squares(3), "epochs": "3"}, "epochs must be .*int.*; got '3'"),
+     ({"dataset": Squares(30)}, "has no class names"),
+     ({"dataset": Squares(30), "classes": ["one", "two"]}, "labels of dataset:Squares must be from 0 to 1"),
+     ({"dataset": Squares(3), "classes": COLOURS}, "class black has 1 image, .* give test=.*, or train on")],
+)  # fmt: skip
+def test_tune_refuses(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        tune(**{"device": "cpu", "out": tmp_path} | arguments)
+    assert not files(tmp_path)

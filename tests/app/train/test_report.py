@@ -1,0 +1,620 @@
+"""report.html: valid, self-contained, deterministic, with dashes for missing values; its selections; in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from bench.report_picture import headless_browser
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.report import report_html, run_report, study_html
+from skipkernels.app.report.mistakes import (
+    ClassResult,
+    ConfusedPair,
+    add_thumbnails,
+    changed,
+    class_results,
+    confused_pairs,
+    confusion_matrix,
+    encoded,
+    thumbnail,
+)
+from skipkernels.app.report.study_page import pareto
+from skipkernels.app.train import plots, predictions
+from skipkernels.app.train.predictions import TestPredictions, TopClasses, consistent
+
+VOID = {"meta", "br", "img", "input"}
+NASTY = """</b></script><script>alert("1")</script> & 'quotes' {braces} {{ 7 * 7 }} {0} %s $x$ é 字 <!-- ]]>"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_runs():
+    """Plots are drawn here."""
+
+
+def metrics(**changes) -> dict:
+    accuracy = {"base": 81.5, "new": 40.25, "harmonic": 53.89}
+    cost = {"device": "cpu", "seconds_total": 1234.5, "seconds_per_epoch": 1.25, "milliseconds_per_step": 25.125}
+    cost |= {"baseline_memory_mib": 500.0, "peak_memory_mib": 735.4}
+    return {
+        "status": "complete",
+        "method": "skip",
+        "protocol": "base-to-new",
+        "classes": {"base": 20, "new": 19},
+        "zero_shot": {"base": 57.5, "new": 47.92, "harmonic": 52.27},
+        "tuned": accuracy,
+        "epochs": 2,
+        "steps": 40,
+        "kept_classes": 11.5,
+        "parameters": {"trained": 847616, "all": 6427201},
+        "cost": cost,
+        "command": "skipkernels tune --shots 4",
+        "environment": {"finished": "2026-11-26T10:00:00+00:00", "versions": {"torch": "2.13.0"}, "machine": "x86_64"},
+        "images": {"train": 80, "tests": {"base": 24}},
+    } | changes
+
+
+def row(epoch: int, **changes) -> dict:
+    return {
+        "epoch": epoch,
+        "loss": 1 / epoch,
+        "step_loss": [2 / epoch, 1 / epoch],
+        "accuracy": {"base": 60.0 + epoch, "new": 40.0, "harmonic": 48.0},
+        "kept_histogram": {"11": 10, "12": 10},
+        "stage_seconds": {"forward": 1.0, "backward": 2.0, "evaluation": 1.0},
+    } | changes
+
+
+def image(size=(32, 32), mode="RGB", value=0) -> Image.Image:
+    return Image.linear_gradient("L").resize(size).convert(mode).point(lambda grey: (grey + value) % 256)
+
+
+def top(*classes: int, share: float = 0.5) -> TopClasses:
+    """Predicted classes, each with the following class in second place."""
+    first = torch.tensor(classes)
+    both = torch.stack([first, first + 1], dim=1)
+    return TopClasses(both, torch.tensor([share, 1 - share]).expand(len(first), 2).contiguous())
+
+
+def predicted(name="base", label="alpha") -> TestPredictions:
+    """Images of the classes 0 0 1 1: the first is fixed by tuning, the third broken; the second is wrong."""
+    classes = [label, "beta", "gamma", "delta"]
+    test = TestPredictions(name, classes, torch.tensor([0, 0, 1, 1]), top(1, 1, 1, 1), top(0, 1, 2, 1, share=0.875))
+    test.thumbnails = {0: encoded(image()), 1: encoded(image((400, 300))), 2: encoded(image(value=9))}
+    return test
+
+
+def page(changes=None, rows=None, config=None, tests=None, label="alpha") -> str:
+    rows = [row(1), row(2)] if rows is None else rows
+    tests = [predicted("base", label), predicted("new", label)] if tests is None else tests
+    return report_html(config or TuneConfig(), metrics(**(changes or {})), rows, tests)
+
+
+class Page(HTMLParser):
+    """Parser for elements, text and table rows; unbalanced tags are an error."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.elements, self.text, self.rows = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert not self.open, "all tags are closed"
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(set(names)) == len(names)
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"style", "script"} & set(self.open):
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def named(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def svgs(text: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+
+
+def test_report_contents():
+    found = Page(page({"checkpoint": {"mib": 24.5}}))
+    assert "glyph-tiny on glyphs, skip, 16 shots · 2026-11-26" in found.text
+    percent = "\N{NO-BREAK SPACE}%"
+    assert (
+        f"Tuning raised the accuracy on the 20 trained classes from 57.5{percent} to 81.5{percent}: 1 class better, "
+        f"1 worse. On the 19 new classes it fell from 47.9{percent} to 40.2{percent}."
+    ) in found.text
+    for cells in (
+        ["accuracy, %", "classes", "zero-shot", "tuned", "change"],
+        ["base, trained on", "20", "57.50", "81.50", "+24.00"],
+        ["new", "19", "47.92", "40.25", "−7.67"],
+        ["harmonic mean", "", "52.27", "53.89", "+1.62"],
+        ["alpha", "2", "0.0", "50.0", "+50.0", "beta (1)"],
+        ["beta", "2", "100.0", "50.0", "−50.0", "gamma (1)"],
+        ["alpha", "1", "1", "", "", ""],  # of the matrix of confusions: the four classes, and others
+        ["beta", "", "1", "1", "", ""],
+        ["forward", "2.00 s", "25.0 %"],
+        ["backward", "4.00 s", "50.0 %"],
+        ["run", "1,234.5 s"],
+        ["step", "25.12 ms"],
+        ["kept classes per step", "11.5 of 20"],
+        ["trained parameters", "847,616 of 6,427,201"],
+        ["checkpoint", "24.5 MiB"],
+        ["device", "cpu, auto"],
+        ["data", "glyphs; base-to-new; 80 training images, 24 of base"],
+        ["seed", "0"],
+        ["versions", "torch 2.13.0"],
+    ):
+        assert cells in found.rows, cells
+    assert "skipkernels tune --shots 4" in found.text and "shots: 16" in found.text
+    assert "1 of 2 as beta" in found.text, "a confused pair"
+    ids = re.findall(r'<section id="(\w+)"', page())
+    assert ids == ["fixed", "broken", "classes", "confusions", "training", "reproduce", "cost"], "cost is last"
+
+
+def test_report_galleries_show_top_classes_and_shape():
+    text = page(tests=[predicted()])
+    fixed, broken = (
+        text.partition(f'<section id="{name}">')[2].partition("</section>")[0] for name in ("fixed", "broken")
+    )
+    assert "zero-shot ✗" in fixed and "tuned ✓" in fixed and "zero-shot ✓" in broken and "tuned ✗" in broken
+    for words in (["beta", "50 %"], ["alpha <small>true class</small>", "88 %"], ["beta", "12 %"]):
+        assert re.search(r"<span>{}</span><span>{}</span>".format(*words), fixed), words
+    assert fixed.count('class="correct"') == 1 and fixed.count("<img") == 1
+
+
+def test_report_plot_marks_direction_by_shape():
+    found = Page(page(tests=[predicted()]))
+    tracks = [a["class"] for a in found.named("span") if a.get("class", "").startswith("track")][3:]  # after the key
+    assert tracks == ["track better", "track worse"], "sorted by change"
+    places = [a["style"] for a in found.named("i") if a["class"] in ("zero", "tuned") and "style" in a]
+    assert places == ["left:0.00%", "left:50.00%", "left:100.00%", "left:50.00%"]
+
+
+def test_report_many_classes_and_tests():
+    labels = torch.arange(250).repeat_interleave(2)
+    after = torch.where(torch.arange(500) % 3 == 0, labels, (labels + 1) % 250)
+    test = TestPredictions("all", [f"c{i}" for i in range(250)], labels, top(*[0] * 500), top(*after.tolist()))
+    found = Page(page({"classes": {"all": 250}, "zero_shot": {"all": 1.0}, "tuned": {"all": 2.0}}, tests=[test]))
+    assert sum(a.get("class") == "thin" for a in found.named("li")) == 180
+    assert sum(a.get("class") == "" for a in found.named("li")) == 20
+    assert "180 others, a line each (50 more are not drawn)" in found.text
+    assert len([cells for cells in found.rows if re.fullmatch(r"c\d+", cells[0]) and len(cells) == 6]) == 250
+
+
+def test_report_is_self_contained():
+    found = Page(page(label=NASTY))
+    for tag, attributes in found.elements:
+        assert tag not in ("link", "iframe", "object", "base", "form")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    text = page()
+    assert "@import" not in text and set(re.findall(r"url\((.)", text)) <= {"#"}
+
+
+def test_report_escapes_names():
+    """The only script is the page's own, and the page names its digest."""
+    parts = {"stage_seconds": {NASTY: 1.0}, "accuracy": {NASTY: 60.0}}
+    accuracy = {"zero_shot": {NASTY: 57.5}, "tuned": {NASTY: 60.0}, "classes": {NASTY: 20}, "protocol": NASTY}
+    given = {"notes": [NASTY], "command": NASTY, "environment": {"machine": NASTY, "versions": {NASTY: NASTY}}}
+    blend = {"alphas": [0.0, 1.0], "accuracy": {NASTY: [1.0, 2.0]}, "chosen": 1.0}
+    tests = [predicted(NASTY, NASTY)]
+    text = page(accuracy | given | {"blend": blend}, [row(1, **parts)], TuneConfig(data=NASTY), tests)
+    found = Page(text)
+    assert len(found.named("script")) == 1 and NASTY not in text
+    assert {a["alt"] for a in found.named("img")} == {NASTY, "beta"}
+    # title twice, headline, note, table, plot of the classes, legends, …: all as text
+    assert found.text.count(NASTY) > 20
+    script = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    policy = next(a["content"] for a in found.named("meta") if a.get("http-equiv"))
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_report_replaces_surrogates():
+    text = page(label="caf\udce9")  # from a folder name that is not UTF-8
+    assert "caf?" in Page(text.encode().decode()).text
+
+
+def test_report_plots_are_xml_with_unique_ids():
+    blend = {"alphas": [0.0, 0.5, 1.0], "accuracy": {"base": [57.5, 75.0, 81.5], "new": [48, None, 40]}, "chosen": 0.5}
+    text = page({"blend": blend, "best_epoch": 2, "validation": {"images": 8}}, [row(1, validation=50.0), row(2)])
+    plots_found = [ElementTree.fromstring(svg) for svg in svgs(text)]
+    assert [svg.get("aria-label") for svg in plots_found] == [
+        "training loss over the epochs",
+        "test accuracy over the epochs, in per cent",
+        "accuracy over the blend of zero-shot and tuned weights, in per cent",
+        "steps by the number of kept classes",
+    ]
+    assert "Epoch 2 of 2 is kept, the best on 8 validation images." in text and ">kept<" in text and ">chosen<" in text
+    names = re.findall(r'<(?!section)[^>]* id="([^"]*)"', text)
+    assert names and len(set(names)) == len(names)
+    assert set(names) == set(re.findall(r"""(?:url\(|xlink:href=")#([\w.-]+)""", text)), "each id is used"
+
+
+def test_report_is_deterministic():
+    before, settings = page(), dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red", "text.usetex": True, "font.size": 30}):
+        assert page() == before
+        assert matplotlib.rcParams["font.size"] == 30
+    assert dict(matplotlib.rcParams) == settings
+    assert "<dc:date>" not in before and "<!-- Created" not in before
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        colour = "#" + "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour
+        channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one) + 0.05, luminance(other) + 0.05))
+    return light / dark
+
+
+def test_colours_have_contrast():
+    schemes = [
+        dict(re.findall(r"--(\w+): (#\w+);", rule)) for rule in re.findall(r":root \{(.*?)\}", page(), re.DOTALL)
+    ]
+    assert len(schemes) == 2 and schemes[0].keys() == schemes[1].keys(), "light and dark"
+    for colours in schemes:
+        for name in ("ink", "quiet", "better", "worse", "accent"):  # of text
+            assert contrast(colours[name], colours["page"]) >= 4.5 <= contrast(colours[name], colours["soft"]), name
+        assert contrast(colours["zero"], colours["page"]) >= 3
+    assert len(set(plots.COLOURS)) == 12
+    for colour in (*plots.COLOURS, plots.LOSS, plots.GREY):
+        for scheme in schemes:
+            assert contrast(colour, scheme["page"]) >= 2.9, colour
+    assert "color-scheme: light dark" in page()
+
+
+def test_report_cross_dataset():
+    names = ["source", *(f"target {place}" for place in range(13))]
+    zero_shot = {name: 40.0 + place for place, name in enumerate(names)} | {"targets": 47.0}
+    tuned = {name: value + 1 for name, value in zero_shot.items()}
+    rows = [row(1, accuracy=tuned)]
+    found = Page(page({"zero_shot": zero_shot, "tuned": tuned, "classes": dict.fromkeys(names, 9)}, rows, tests=[]))
+    assert [cells[0] for cells in found.rows[1:16]] == ["source, trained on", *names[1:], "mean of the targets"]
+    assert ["mean of the targets", "", "47.00", "48.00", "+1.00"] in found.rows
+    assert len(found.named("li")) == 14, "a row of the plot for each test"
+
+
+def test_report_opens_details_of_two_tests():
+    names = ["third", "first", "second"]
+    shown = page({"classes": dict.fromkeys(names, 9)}, [], tests=[predicted(name) for name in names])
+    fixed = Page(shown.partition('<section id="fixed">')[2].partition("</section>")[0])
+    assert ["open" in attributes for attributes in fixed.named("details")] == [True, True, False]
+    assert re.findall("third|first|second", fixed.text) == names
+
+
+@pytest.mark.parametrize("status", ["interrupted", "diverged"])
+def test_report_status(status):
+    validation = {"images": 8, "zero_shot": 50.0, "tuned": 60.0}
+    text = Page(page({"status": status, "epochs": 1, "best_epoch": 1, "validation": validation})).text
+    assert f" – {status} after 1 epoch" in text and "is kept" not in text
+
+
+def complete(text: str) -> None:
+    """Check that no nan or None is shown."""
+    shown = Page(text).text.partition("All settings")[0] + "".join(svgs(text))
+    assert not re.search(r"\bnan\b|None|\binf\b|NaN", shown)
+
+
+def test_report_method_without_epochs():
+    cost = metrics()["cost"] | {"seconds_per_epoch": None, "milliseconds_per_step": None}
+    tuned, new = {"base": 60.0, "new": None}, predicted("new")
+    new.tuned = None
+    changes = {"tuned": tuned, "epochs": 0, "kept_classes": None, "cost": cost}
+    text = page(changes, rows=[], tests=[predicted(), new])
+    found = Page(text)
+    assert not svgs(text) and "all epochs" not in found.text
+    assert ["new", "19", "47.92", "–", "–"] in found.rows and ["harmonic mean", "", "52.27", "–", "–"] in found.rows
+    assert ["alpha", "2", "0.0", "–", "–", "beta (2)"] in found.rows
+    assert not [cells for cells in found.rows if cells[0].startswith(("epoch", "kept classes"))]
+    complete(text)
+
+
+def test_report_before_first_epoch():
+    changes = {"tuned": None, "epochs": 0, "status": "diverged", "kept_classes": None}
+    for missing in ({}, {"command": "", "environment": {}, "images": {}}):
+        text = page(changes | missing, rows=[], tests=[])
+        assert ["base, trained on", "20", "57.50", "–", "–"] in Page(text).rows
+        complete(text)
+
+
+def test_report_incomplete_rows():
+    bare = {"epoch": 1, "loss": float("nan"), "accuracy": {"base": 60.0, "new": None, "harmonic": float("nan")}}
+    tuned, unknown = bare["accuracy"] | {"base": float("nan")}, predicted()
+    unknown.tuned.probabilities[:] = torch.nan
+    text = page(
+        {"tuned": tuned},
+        [bare, bare | {"epoch": 2, "loss": None, "stage_seconds": None, "kept_histogram": {}}],
+        tests=[unknown],
+    )
+    assert len(svgs(text)) == 1, "only accuracy"
+    complete(text)
+
+
+def test_report_without_errors():
+    perfect = TestPredictions("base", ["a", "b"], torch.tensor([0, 1]), top(0, 1), top(0, 1))
+    text = page(tests=[perfect])
+    assert not Page(text).named("img") and 'id="confusions"' not in text and 'id="fixed"' not in text
+
+
+def test_report_forward_time():
+    cost = metrics()["cost"] | {"forward_milliseconds": {"image tower": 3.0, "text tower": 1.0}}
+    assert ["image tower", "3.00 ms", "75.0 %"] in Page(page({"cost": cost})).rows
+
+
+def test_report_constant_kept_classes():
+    rows = [row(1, kept_histogram={"11": 20})]
+    text = page({"kept_classes": 11.0}, rows)
+    assert len(svgs(text)) == 2
+    assert ["kept classes per step", "11 of 20"] in Page(text).rows
+
+
+# ---- again, from the folder --------------------------------------------------------------------------------------
+
+
+def test_report_command_repeats_the_page(run, tmp_path, capsys):
+    folder, _ = run
+    expected = (folder / "report.html").read_text()
+    assert run_report(folder) == expected
+    assert main(["report", str(folder), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == expected
+    found = Page(expected)
+    assert len(found.named("img")) > 4 and "skipkernels tune --shots 4 --classes 12 --epochs 2" in found.text
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.json"):
+        shutil.copy(folder / name, tmp_path / "run")
+    assert "skipkernels tune" in run_report(tmp_path / "run"), "without predictions and rows"
+    assert main(["report", str(tmp_path)]) == 2
+    assert "must be the folder of a run" in capsys.readouterr().err
+
+
+def test_predictions_round_trip_and_damage(tmp_path):
+    path, tests = tmp_path / predictions.PREDICTIONS, [predicted(NASTY, "caf\udce9"), predicted("new")]
+    tests[1].tuned = None
+    predictions.save(path, tests)
+    again = predictions.load(path)
+    assert [(test.name, test.classes, test.thumbnails) for test in again] == [
+        (test.name, test.classes, test.thumbnails) for test in tests
+    ]
+    assert again[1].tuned is None and again[0].labels.equal(tests[0].labels)
+    assert all(one.equal(other) for one, other in zip(again[0].tuned, tests[0].tuned, strict=True))
+    data = path.read_bytes()
+    for damaged in (data[:-9], data[: len(data) // 2], b"", data.replace(b'format":"1', b'format":"2')):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            predictions.load(path)
+    tests[0].labels[0] = 7
+    predictions.save(path, tests)
+    with pytest.raises(InputError, match="a class out of range"):
+        predictions.load(path)
+
+
+def test_consistent_drops_other_predictions():
+    found = top(0, 1)
+    assert consistent({"base": found}, "base", torch.tensor([0, 1])) is found
+    dropped = consistent({"base": found}, "base", torch.tensor([0, 2]))
+    assert dropped.classes.tolist() == [[0], [2]] and dropped.probabilities.isnan().all()
+
+
+# ---- studies -----------------------------------------------------------------------------------------------------
+
+
+def study(**changes) -> dict:
+    def method(accuracy, seconds):
+        return {
+            "accuracy, %": {"base": accuracy, "new": None},
+            "cost": {"tuning, s": seconds, "peak, MiB": [100.0, 0.0]},
+        }
+
+    summary = {"skip": method([80.0, 1.0], [9.0, 1.0]), NASTY: method([60.0, None], [1.0, 0.1])}
+    return {
+        "title": f"glyph-tiny {NASTY}",
+        "seeds": [0, 1, 2],
+        "summary": summary | {"bad": method([50.0, 0.5], [5.0, 0.1])},
+        "command": "skipkernels compare",
+    } | changes
+
+
+def test_study_page_of_methods():
+    text = study_html(study(), "<svg></svg>")
+    found = Page(text)
+    assert "Best is skip with 80.0 ± 2.5 % base accuracy after 9 s of tuning." in found.text
+    assert ["skip", "80.0 ± 2.5", "–"] in found.rows and ["bad", "5.0", "100"] in found.rows
+    assert len(found.named("script")) == 1 and NASTY not in text
+    assert [svg.get("aria-label") for svg in map(ElementTree.fromstring, svgs(text))][0].startswith(
+        "base accuracy over"
+    )
+    assert pareto({"a": (1.0, 5.0), "b": (1.0, 6.0), "c": (2.0, 6.0)}) == ["b"]
+
+
+def test_study_page_of_tests_and_shots():
+    tests = {"zero-shot": {"base": [50.0, 0.0], "new": [40.0, None]}, "tuned": {"base": [70.0, 2.0], "new": None}}
+    found = Page(study_html(study(layout="tests", summary={"4 shots": tests}), "<svg></svg>"))
+    assert "Tuning takes the base accuracy from 50.0 % to 70.0 ± 5.0 %." in found.text
+    assert ["base", "50.0", "70.0 ± 5.0"] in found.rows and ["new", "40.0", "–"] in found.rows
+    assert sum(a.get("class") == "interval" for a in found.named("i")) == 1
+    shots = {"1 shot": {"accuracy, %": {"zero-shot": [50.0, 0.0], "tuned": [60.0, 1.0]}}}
+    text = study_html(study(layout="shots", summary=shots), "<svg id='given'></svg>")
+    assert "Best is 1 shot with 60.0 ± 2.5 % accuracy." in Page(text).text and "<svg id='given'>" in text
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------------
+
+
+def browsed(path, address: str) -> tuple[str, str]:
+    """Page as a browser shows it, and what it logs."""
+    browser = headless_browser(path)
+    if browser is None:
+        pytest.skip("no Chromium is installed; the page is parsed by the other tests")
+    command = [*browser, "--enable-logging=stderr", "--dump-dom", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def test_report_in_a_browser(tmp_path):
+    """Names inject nothing, the page's own script runs, and the search of the address filters the table."""
+    (tmp_path / "report.html").write_text(page(label=NASTY, tests=[predicted(label=NASTY)]))
+    shown, logged = browsed(tmp_path, f"{(tmp_path / 'report.html').as_uri()}#q=GAMM")
+    assert logged == "", logged
+    rows = re.findall(
+        r'<tr( hidden="")?><th scope="row">([^<]*)', shown.partition('id="classes"')[2].partition("</section>")[0]
+    )
+    assert [(name[:4], bool(hidden)) for hidden, name in rows] == [("&lt;", True), ("beta", False)]
+    assert "1 of 2</output>" in shown and "<button" in shown.partition("<thead>")[2]
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------
+
+
+def drawn(svg: str, colour: str) -> int:
+    """Number of shapes filled with a colour."""
+    return len(re.findall(rf"fill: {colour}", svg))
+
+
+def test_kept_svg_number_of_bars():
+    few = plots.kept_svg({5: 1, 7: 3})
+    assert drawn(few, plots.COLOURS[0]) == 3, "6 has a bar of height 0"
+    many = plots.kept_svg({classes: 1 for classes in range(10, 1010)})
+    assert 50 < drawn(many, plots.COLOURS[0]) <= 60
+
+
+def test_kept_svg_counts_every_step(monkeypatch):
+    heights = []
+    monkeypatch.setattr(plots, "figure_svg", lambda name, label, draw, over: draw(Recorder(heights)) or "")
+    histogram = {classes: classes % 7 for classes in range(3, 500)}
+    plots.kept_svg(histogram)
+    assert sum(heights) == sum(histogram.values())
+
+
+class Recorder:
+    """Stands in for axes."""
+
+    def __init__(self, heights: list):
+        self.heights, self.yaxis = heights, self
+
+    def bar(self, x, height, **how):
+        self.heights.extend(height)
+
+    def set_major_locator(self, locator):
+        pass
+
+    def set_ylabel(self, label):
+        pass
+
+
+def test_accuracy_svg_colours_and_zero_shot():
+    colours = {"base": "#3b7dd8", "new": "#cf7a1f"}
+    svg = plots.accuracy_svg([row(1)], {"base": 50.0, "new": None}, colours)
+    assert svg.count("stroke-dasharray") == 1, "only base has a zero-shot accuracy"
+    assert all(colour in svg for colour in colours.values())
+
+
+# ---- images and selections -----------------------------------------------------------------------------------------
+
+
+def test_small_image_is_lossless_and_photo_reduced():
+    small, photo = (Image.open(io.BytesIO(encoded(image(size)))) for size in ((32, 24), (3000, 4000)))
+    assert small.format == "PNG" and not ImageChops.difference(small, image((32, 24))).getbbox()
+    assert photo.format == "JPEG" and photo.size == (96, 128) and len(encoded(image((3000, 4000)))) < 15_000
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "LA"])
+@pytest.mark.parametrize("side", [16, 300])
+def test_encoded_image_modes(mode, side):
+    assert Image.open(io.BytesIO(encoded(Image.new("L", (side, side), 77).convert(mode)))).mode == "RGB"
+
+
+def test_thumbnail_of_tensor():
+    levels = torch.tensor([-2.0, 0.0, 2.0]).expand(3, 1, 3)
+    assert list(thumbnail(levels).convert("L").tobytes()) == [0, 127, 255]
+    assert thumbnail(torch.full((3, 2, 2), 5.0)).getpixel((0, 0)) == (0, 0, 0)
+
+
+class Counted:
+    """Dataset that records which images were opened."""
+
+    def __init__(self, labels):
+        self.labels, self.opened = labels, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        self.opened.append(index)
+        return Image.new("L", (4, 4), index % 256), int(self.labels[index])
+
+
+def of(labels, before, after, classes=None) -> TestPredictions:
+    names = [str(label) for label in range((max([*labels, *before, *after]) + 1) if classes is None else classes)]
+    return TestPredictions("all", names, torch.tensor(labels), top(*before), None if after is None else top(*after))
+
+
+def test_changed_one_per_class():
+    test = of([0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 2, 2])
+    assert changed(test) == ([1, 5], [3])
+    labels = list(range(100))
+    many = of(labels, [label + 1 for label in labels], labels)
+    assert changed(many, limit=4) == ([0, 25, 50, 75], [])
+    many.tuned = None
+    assert changed(many) == ([], [])
+
+
+def test_confusions_by_number_of_errors():
+    #         a a a  b b b b  c c c  d
+    labels = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
+    test = of(labels, labels, [2, 0, 2, 2, 0, 3, 1, 0, 2, 0, 4])
+    expected = [
+        ConfusedPair(1, 0, index=4, predicted_index=0, count=1, total=4),  # three errors, one per other class
+        ConfusedPair(0, 2, index=0, predicted_index=7, count=2, total=3),  # two errors, like 2
+        ConfusedPair(2, 0, index=7, predicted_index=0, count=2, total=3),
+        ConfusedPair(3, 4, index=10, predicted_index=None, count=1, total=1),
+    ]
+    assert confused_pairs(test) == expected and confused_pairs(test, limit=2) == expected[:2]
+    assert confusion_matrix(test, limit=2) == ([0, 1], [[1, 0, 2], [1, 1, 2]])
+    assert confusion_matrix(test)[1][3:] == [[0, 0, 0, 0, 1, 0], [0] * 6], "all of few classes"
+    assert class_results(test)[1] == ClassResult(1, 4, 100.0, 25.0, predicted=0, errors=1)
+    assert [result.label for result in class_results(test)] == [0, 1, 2, 3], "4 has no images"
+    right = of(labels, labels, labels)
+    assert confused_pairs(right) == [] and confusion_matrix(right) == ([], [])
+
+
+def test_thumbnails_open_only_selected_images():
+    labels = [label for label in range(50) for _ in range(4)]
+    test = of(labels, labels, [(label + 1) % 50 for label in labels])
+    data = Counted(test.labels)
+    add_thumbnails(test, data)
+    assert len(data.opened) == len(set(data.opened)) == len(test.thumbnails) < 30

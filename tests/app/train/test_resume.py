@@ -1,0 +1,276 @@
+"""Resuming runs: bitwise identical results, and refusal of other settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.data import InputError
+from skipkernels.app.methods.lora import LoRA
+from skipkernels.app.methods.skip import Skip
+from skipkernels.app.train import tune
+from skipkernels.app.train.run_folder import RunFolder, read_metrics
+from tests.app.train.runs import fails, files, results, rows, shortened, small
+from tests.kills import run_for
+
+KILLS, SEED = 3, 0
+
+
+def stopped(folder, method_class=Skip, step: int = 9, **changes) -> None:
+    """Start a run that is interrupted in a step, by default the third of the second epoch."""
+    calls, original = iter(range(1, 1000)), method_class.step
+
+    def interrupted(self, *args):
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    method_class.step = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tune(small(folder, **changes))
+    finally:
+        method_class.step = original
+
+
+def test_resume_is_bitwise_identical(run, tmp_path):
+    stopped(tmp_path)
+    assert "interrupted" in (tmp_path / "metrics.json").read_text()
+    tune(small(tmp_path, resume=True))
+    assert results(tmp_path) == results(run[0])
+    assert files(tmp_path) == files(run[0])
+
+
+def test_resume_refuses_state_of_other_weights(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    state = torch.load(folder / "state.pt")
+    state["trainer"]["optimizer"]["state"][0]["momentum_buffer"] = torch.ones(3)
+    torch.save(state, folder / "state.pt")
+    (folder / "metrics.json").unlink()
+    message = r"state\.pt: not the state of this run: trainer\.optimizer\.state\[0\]\.momentum_buffer does not fit"
+    with pytest.raises(InputError, match=message):
+        tune(small(folder, resume=True))
+
+
+BROKEN = {
+    "deep": ("[" * 100_000, "nested too deeply"),
+    "list": ("[]", "not a JSON object"),
+    "nan": ('{"epochs": NaN}', "NaN is not a finite number"),
+    "infinite": ('{"epochs": 1e999}', "1e999 is not a finite number"),
+    "empty": ("{}", "status is missing"),
+    "binary": (b"\xff\xfe\x00", "not JSON"),
+    "large": (" " * ((1 << 24) + 1), "more than 16777216 bytes"),
+    "epochs": ({"epochs": "2"}, "epochs must be whole number; got str"),
+    "tuned": ({"tuned": None}, "status is complete, but tuned or kept_classes is incomplete"),
+    "cost": ({"cost": {"device": 0}}, "cost.device must be text; got int"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_read_metrics_refuses_damaged_file(run, tmp_path, kind):
+    content, message = BROKEN[kind]
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((run[0] / "metrics.json").read_text()) | content)
+    (tmp_path / "metrics.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError, match=rf"metrics\.json: damaged \(.*{message}.*\); delete it") as caught:
+        read_metrics(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "config.yaml"])
+def test_resume_refuses_pipe(run, tmp_path, name):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=r"not a regular file" if name == "metrics.json" else "no config.yaml of"):
+        RunFolder(small(folder, resume=True).resolved())
+    with pytest.raises(InputError, match="not a regular file"):
+        read_metrics(folder) if name == "metrics.json" else TuneConfig.from_yaml(folder / name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"classes": 24, "shots": 2, "decay": 2.0, "precision": "bf16-sr"}, {"fused_optimizer": True, "precision": "bf16"},
+     {"optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "warmup_epochs": 1, "warmup_lr": 1e-5,
+      "sampler": "random", "skip_layers": 0, "delta": True}],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+)  # fmt: skip
+def test_resume_with_settings_is_bitwise_identical(tmp_path, changes):
+    tune(small(tmp_path / "whole", **changes))
+    stopped(tmp_path / "cut", **changes)
+    assert len(rows(tmp_path / "cut")) == 1
+    tune(small(tmp_path / "cut", resume=True, **changes))
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+def test_resume_restores_global_generator(tmp_path):
+    """The dropout of LoRA draws from the global generator."""
+    changes = {"method": "lora", "batch_size": 4, "epochs": 2}
+    torch.manual_seed(1)  # another state of the caller's generator in each run
+    tune(small(tmp_path / "whole", **changes))
+    torch.manual_seed(2)
+    stopped(tmp_path / "cut", LoRA, **changes)
+    torch.manual_seed(3)
+    tune(small(tmp_path / "cut", resume=True, **changes))
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])
+def test_resume_continues_views_of_cache(tmp_path, changes):
+    tune(small(tmp_path / "whole", cache=tmp_path / "first", epochs=3, **changes))
+    stopped(tmp_path / "cut", cache=tmp_path / "second", epochs=3, **changes)
+    tune(small(tmp_path / "cut", cache=tmp_path / "second", epochs=3, resume=True, **changes))
+    assert results(tmp_path / "cut")[1:] == results(tmp_path / "whole")[1:]
+
+
+def test_resume_before_first_epoch_starts(run, tmp_path):
+    stopped(tmp_path, step=3)  # before the first epoch is complete
+    tune(small(tmp_path, resume=True))
+    assert results(tmp_path) == results(run[0])
+
+
+def test_resume_of_complete_run(run, capsys):
+    folder, metrics = run
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert tune(small(folder, resume=True), Console()) == metrics
+    assert "the run is complete; there is nothing to resume" in capsys.readouterr().out
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    arguments = ["--shots", "4", "--classes", "12", "--epochs", "2", "--resume", "--out", str(folder)]
+    assert main(["tune", *arguments]) == 0
+
+
+def test_resume_by_folder(run, tmp_path, capsys):
+    stopped(tmp_path)
+    assert main(["tune", "--resume", str(tmp_path), "--log-every", "7"]) == 0
+    assert results(tmp_path) == results(run[0])
+    assert "log_every: 7" in (tmp_path / "config.yaml").read_text(), "a setting without effect on results may differ"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--shots", 3], "shots is 4 in the run in"), (["--out", "elsewhere"], "continues in RUN; leave out --out"),
+     (["--overwrite"], "pass only one")],
+)  # fmt: skip
+def test_resume_by_folder_refuses_settings(copy, arguments, message, capsys):
+    assert message in fails(["tune", "--resume", copy, *arguments], capsys)
+
+
+def test_resume_refuses_two_folders(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--resume", "a", "b"])
+    assert "one folder; got a b" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_resume_refuses_folder_without_run(tmp_path, capsys):
+    assert "config.yaml: no such file" in fails(["tune", "--resume", tmp_path], capsys)
+    with pytest.raises(InputError, match="no such file"):
+        tune(TuneConfig(resume=tmp_path))
+
+
+def test_resume_restores_rows_and_metrics(run, tmp_path):
+    """Files as after a kill between the last checkpoint and the last row of metrics.jsonl."""
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.json").unlink()
+    (tmp_path / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    tune(small(tmp_path, resume=True))
+    assert results(tmp_path) == results(run[0])
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """Copy of a run with all epochs and no metrics."""
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.json").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": 3}, "shots is 4 in the run in .*, and 3 here"),
+        ({"epochs": 5}, "epochs is 2 in the run in .*, and 5 here"),
+        ({"text_lr": 1.0}, "text_lr is 0.004 in"),
+        ({"seed": 1}, "seed is 0 in"),
+        ({"optimizer": "torch-sgd"}, "optimizer is 'sgd' in"),
+        ({"method": "full"}, "method is 'skip' in"),
+        ({"delta": True}, "delta is False in"),
+    ],
+)
+def test_resume_refuses_other_settings(copy, changes, message, capsys):
+    arguments = {"shots": 4, "classes": 12, "epochs": 2, "out": copy, **changes}
+    flags = [[f"--{k.replace('_', '-')}", *([] if v is True else [v])] for k, v in arguments.items()]
+    said = fails(["tune", "--resume", *(part for flag in flags for part in flag)], capsys)
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("changes", [{"log_every": 7}, {"memory": "min"}, {"workers": 1}], ids=str)
+def test_resume_accepts_settings_without_effect(copy, changes):
+    assert tune(small(copy, resume=True, **changes))["status"] == "complete"
+
+
+def test_resume_refuses_other_weights(copy, capsys):
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    arguments = ["--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy]
+    assert "missing or damaged" in fails(["tune", "--resume", *arguments], capsys)
+    assert "missing or damaged" in fails(["eval", copy], capsys)
+    file.unlink()
+    assert "missing or damaged" in fails(["tune", "--resume", *arguments], capsys)
+    assert main(["tune", "--overwrite", *map(str, arguments)]) == 0
+
+
+def test_resume_refuses_missing_state(copy, capsys):
+    (copy / "state.pt").unlink()
+    (copy / "metrics.json").write_text('{"status": "complete", "epochs": 2}')
+    message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--out", copy], capsys)
+    assert "contains a run without state.pt" in message
+
+
+def test_resume_refuses_other_training_images(copy, monkeypatch, capsys):
+    from skipkernels.app.train import trainer
+
+    monkeypatch.setattr(trainer, "digest_tensors", lambda named: "others")
+    message = fails(["tune", "--resume", "--shots", 4, "--classes", 12, "--epochs", 2, "--out", copy], capsys)
+    assert "the training images differ" in message
+
+
+# ---- kills -------------------------------------------------------------------------------------------------------
+
+
+KILLED = {"epochs": 4}
+
+
+def work(config: TuneConfig, pipe) -> None:
+    torch.set_num_threads(1)
+    pipe.send("begins")
+    with shortened():
+        tune(config)
+    pipe.send("has ended")
+    pipe.recv()
+
+
+@pytest.mark.slow
+def test_resume_after_kill_is_bitwise_identical(tmp_path):
+    torch.set_num_threads(1)  # like the killed processes
+    whole, generator, between_epochs = tmp_path / "whole", random.Random(SEED), 0
+    duration = run_for(work, (small(whole, **KILLED),), seconds=100)
+    for kill in range(KILLS):
+        folder = tmp_path / f"{kill}"
+        run_for(work, (small(folder, **KILLED),), (kill + generator.random()) / KILLS * duration)
+        complete = (folder / "metrics.json").exists()
+        between_epochs += (folder / "state.pt").exists() and not complete
+        tune(small(folder, resume=True, **KILLED))
+        assert results(folder) == results(whole)
+        assert not list(folder.glob(".*partial")) and not list(folder.glob(".next.*"))
+    assert between_epochs, "no kill came between two epochs"

@@ -1,0 +1,309 @@
+"""Whole runs: results, reproducibility and options."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+import skipkernels as sk
+from skipkernels.app.cli.main import main
+from skipkernels.app.config import TuneConfig
+from skipkernels.app.demo import glyphs
+from skipkernels.app.methods import METHODS
+from skipkernels.app.train import checkpoint, evaluate_run, optimizers, trainer, tune
+from skipkernels.app.train.forward_profile import forward_milliseconds
+from skipkernels.app.train.model import load_model
+from skipkernels.app.train.precision import MixedPrecision
+from skipkernels.app.train.setup import build_task
+from skipkernels.optimizer import FusedSGD
+from skipkernels.store.lock import locked
+from tests.app.train.runs import files, losses, results, rows, small, without_cost
+from tests.models import tiny_batch, tiny_clip, tiny_tokens
+
+FILES = {"config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "state.pt", "report.html"}
+FILES |= {"classifier.json", "open_clip_config.json", "README.md", "predictions.safetensors"}
+
+
+def first_weights() -> dict[str, torch.Tensor]:
+    return load_model("glyph-tiny", None, torch.device("cpu"))[0].state_dict()
+
+
+def test_tune_files_and_metrics(run):
+    folder, metrics = run
+    assert files(folder) == FILES
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert [row["epoch"] for row in rows(folder)] == [1, 2]
+    assert rows(folder)[-1]["accuracy"] == metrics["tuned"]
+    assert metrics["status"] == "complete" and metrics["steps"] == 12 and metrics["protocol"] == "base-to-new"
+    assert metrics["classes"] == {"base": 6, "new": 6} and set(metrics["tuned"]) == {"base", "new", "harmonic"}
+    assert metrics["kept_classes"] == 5  # four kept, and one of two in the tail
+    assert metrics["cost"]["peak_memory_mib"] > metrics["cost"]["baseline_memory_mib"] * 0.5 > 50
+    html = (folder / "report.html").read_text()
+    assert "<svg" in html and "data:image/png" in html and not re.search(r"""(src|href)=["']?(https?:|//)""", html), (
+        "the report is self-contained"
+    )
+
+
+def test_tune_stage_seconds(run):
+    folder, metrics = run
+    for row in rows(folder):
+        seconds = row["stage_seconds"]
+        assert set(seconds) == {"data", "forward", "backward", "update", "evaluation"}
+        trained = sum(value for stage, value in seconds.items() if stage != "evaluation")
+        assert 0.5 * row["seconds"] < trained < row["seconds"], "other stages take little"
+        assert seconds["data"] == row["seconds_waiting_for_features"] and min(seconds.values()) >= 0
+        assert row["kept_histogram"] == {"5": 6}
+    parts = metrics["cost"]["forward_milliseconds"]
+    assert list(parts) == ["image tower", "class selection", "text tower", "loss"]
+    per_step = sum(row["stage_seconds"]["forward"] for row in rows(folder)) / 12
+    assert sum(parts.values()) < 10 * 1000 * per_step, "in milliseconds; ten times, since cores may be busy"
+
+
+def test_tune_graphed_gives_the_same_results(tmp_path, monkeypatch):
+    """On the CPU the graphed step is the plain loop; its only stage is "step"."""
+    monkeypatch.setattr(trainer, "_captures", lambda device: True)
+    graphed, plain = tmp_path / "graphed", tmp_path / "plain"
+    tune(small(graphed))
+    tune(small(plain, graph=False))
+    assert results(graphed)[1:] == results(plain)[1:]
+    assert set(rows(graphed)[0]["stage_seconds"]) == {"data", "step", "evaluation"}
+    assert set(rows(plain)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"precision": "fp16"}, "the gradient scaler"), ({"clip_grad_norm": 1.0}, "clip_grad_norm")]
+)
+def test_tune_says_why_steps_are_not_graphed(changes, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_captures", lambda device: True)
+    console = Console(file=io.StringIO())
+    tune(small(tmp_path, epochs=1, **changes), console)
+    assert set(rows(tmp_path)[0]["stage_seconds"]) == {"data", "forward", "backward", "update", "evaluation"}
+    assert f"note: steps run without a CUDA graph: {reason}" in " ".join(console.file.getvalue().split())
+
+
+def test_tune_beats_zero_shot_on_unseen_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "_TEST_IMAGES", 12)  # as in other runs: of four, the gain is 8 points
+    metrics = tune(TuneConfig(shots=8, epochs=2, device="cpu", out=tmp_path))
+    zero_shot, tuned = metrics["zero_shot"], metrics["tuned"]
+    assert zero_shot["base"] > 20, "ten times chance over 50 classes"
+    assert tuned["base"] > zero_shot["base"] + 8
+    assert tuned["new"] > zero_shot["new"] - 2
+    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
+
+
+def test_eval_reproduces_accuracy(run, capsys):
+    folder, metrics = run
+    assert evaluate_run(folder) == metrics["tuned"]
+    assert main(["eval", str(folder / "model.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == metrics["tuned"]
+
+
+def test_eval_notes_run_in_progress(run, capsys):
+    folder, metrics = run
+    with locked(folder):
+        assert main(["eval", str(folder), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == metrics["tuned"]
+    assert "note: a run is in progress in this folder (this process, for" in shown.err
+
+
+def test_evaluate_run_retries_renamed_weights(run, tmp_path, monkeypatch):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / ".next.model.safetensors")
+    find = checkpoint.find
+
+    def renamed_after(folder):
+        found = find(folder)
+        if found.weights.name.startswith("."):
+            found.weights.rename(folder / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(checkpoint, "find", renamed_after)
+    assert evaluate_run(tmp_path) == run[1]["tuned"]
+
+
+def test_eval_on_other_data(run, capsys):
+    folder, _ = run
+    arguments = ["eval", str(folder), "--data", "glyphs:greek", "--protocol", "few-shot", "--json"]
+    assert main(arguments) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["all"]
+
+
+def test_open_clip_loads_checkpoint(run):
+    folder, metrics = run
+    model, _, preprocess = open_clip.create_model_and_transforms("glyph-tiny")
+    open_clip.load_checkpoint(model, str(folder / "model.safetensors"))
+    base = build_task(small(folder), preprocess).tests[0]
+    images, labels = zip(*base.images, strict=True)
+    tokens = open_clip.get_tokenizer("glyph-tiny")(base.prompts[0])
+    with torch.no_grad():
+        answers = model.eval().get_logits(torch.stack(images), tokens)[0].argmax(dim=1)
+    assert 100 * (answers == torch.tensor(labels)).double().mean().item() == pytest.approx(
+        metrics["tuned"]["base"], abs=1e-4
+    )
+
+
+def test_tune_is_deterministic(run, tmp_path):
+    folder, metrics = run
+    torch.manual_seed(7)  # the caller's generator has no effect
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    again = tune(small(tmp_path / "again", log_every=1))
+    assert torch.rand(1) == expected, "the caller's generator is restored"
+    assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder)
+    other = tune(small(tmp_path / "other", seed=1))
+    assert other["tuned"] != metrics["tuned"] or other["zero_shot"] != metrics["zero_shot"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "made"),
+    [({"fused_optimizer": True}, FusedSGD), ({"optimizer": "torch-sgd"}, torch.optim.SGD)],
+    ids=["in backward", "torch"],
+)
+def test_tune_sgd_variants_agree(run, tmp_path, monkeypatch, changes, made):
+    folder, metrics = run
+    found, build = [], optimizers.build
+    monkeypatch.setattr(optimizers, "build", lambda *args, **kwargs: found.append(build(*args, **kwargs)) or found[0])
+    other = tune(small(tmp_path, **changes))
+    assert type(found[0]) is made and other["tuned"] == metrics["tuned"]
+    assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-5), "they round differently"
+
+
+def test_tune_changes_weights_above_cut_only(run):
+    folder, _ = run
+    before, after = first_weights(), load_file(folder / "model.safetensors")
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert not any(
+        name.startswith(("visual.conv1", "token_embedding", "visual.transformer.resblocks.2")) for name in moved
+    )
+    assert "visual.transformer.resblocks.3.mlp.c_fc.weight" in moved and "text_projection" in moved
+    assert "logit_scale" not in moved
+
+
+def test_tune_full_changes_all_weights(tmp_path):
+    metrics = tune(small(tmp_path, method="full", epochs=1))
+    assert metrics["kept_classes"] == 6
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+    before, after = first_weights(), load_file(tmp_path / "model.safetensors")
+    assert {name for name in before if before[name].equal(after[name])} <= {"logit_scale"}
+
+
+def test_tune_delta_saves_changed_weights(run, tmp_path, capsys):
+    folder, metrics = run
+    arguments = ["tune", "--shots", "4", "--classes", "12", "--epochs", "2", "--delta", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert re.search(r"delta.safetensors, 3\.\d of 24\.5 MiB", capsys.readouterr().out)
+    whole, delta = load_file(folder / "model.safetensors"), load_file(tmp_path / "run" / "delta.safetensors")
+    before = first_weights()
+    assert set(delta) == {name for name in before if not before[name].equal(whole[name])}
+    assert all(delta[name].equal(whole[name]) for name in delta)
+    assert files(tmp_path / "run") == FILES - {"model.safetensors", "open_clip_config.json"} | {"delta.safetensors"}
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
+    assert main(["eval", str(tmp_path / "run" / "delta.safetensors")]) == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"skip_layers": 0}, {"skip_layers": 1.0}, {"classes": 2}, {"classes": 3}, {"preset": "reference"},
+     {"tail": "fixed", "memory": "min", "sampler": "random", "batch_size": 5, "clip_grad_norm": 1.0,
+      "optimizer": "AdamW", "text_lr": 1e-4, "image_lr": 1e-4, "template": ("the sign {}.", "{}")},
+     {"protocol": "few-shot"}, {"protocol": "cross-dataset", "targets": ("glyphs:greek", "glyphs:cyrillic")},
+     {"protocol": "domain-generalization"}],
+    ids=["no cut", "all skipped", "2 classes", "3 classes", "reference", "several", "few-shot", "cross-dataset",
+         "domain-generalization"],
+)  # fmt: skip
+def test_tune_options(tmp_path, changes):
+    metrics = tune(small(tmp_path, **{"epochs": 1, **changes}))
+    assert metrics["status"] == "complete"
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+
+
+@pytest.mark.parametrize(
+    ("method", "delta"),
+    [(method, False) for method in METHODS if method not in ("skip", "full")]
+    + [("lora", True), ("linear-probe", True)],
+)
+def test_tune_methods(run, tmp_path, method, delta):
+    trains = METHODS[method].recipe("glyph-tiny", "base-to-new", 4).epochs > 0
+    metrics = tune(small(tmp_path, method=method, epochs=1 if trains else None, delta=delta))
+    assert metrics["zero_shot"] == run[1]["zero_shot"], "the pretrained model"
+    assert evaluate_run(tmp_path) == metrics["tuned"]
+    assert metrics["tuned"]["base"] is not None
+    if method == "linear-probe":
+        assert metrics["tuned"]["new"] is metrics["tuned"]["harmonic"] is None, "a linear probe uses no texts"
+        assert metrics["tuned"]["base"] > 50
+    if method == "zero-shot":
+        assert metrics["tuned"] == metrics["zero_shot"] and metrics["parameters"]["trained"] == 0
+    assert metrics["epochs"] == (1 if trains else 0) and (metrics["steps"] > 0) == trains
+    assert files(tmp_path) >= {"report.html", "state.pt", "metrics.json"}
+
+
+def test_tune_clip_grad_norm_near_zero(tmp_path):
+    tune(small(tmp_path, epochs=1, clip_grad_norm=1e-30, weight_decay=0.0))
+    before, after = first_weights(), load_file(tmp_path / "model.safetensors")
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-25) for name in before)
+
+
+def test_tune_fixed_tail_keeps_constant_number(tmp_path):
+    tune(small(tmp_path, classes=60, epochs=1, tail="fixed"))
+    (row,) = rows(tmp_path)
+    assert len(Counter(row["kept_histogram"])) == 1 and sum(row["kept_histogram"].values()) == row["steps"]
+
+
+def test_load_model_random_weights_follow_seed():
+    first, again, other = (
+        load_model("glyph-tiny", "random", torch.device("cpu"), seed=seed)[0].positional_embedding for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_forward_milliseconds_changes_nothing():
+    clip = sk.SkipCLIP(tiny_clip(torch.float32), tiny_tokens(60), skip_layers=1 / 3)
+    images, labels = tiny_batch(4, 60, torch.float32)
+    before = clip.sampler.state_dict()
+    parts = forward_milliseconds(clip, images, labels, MixedPrecision("fp32", torch.device("cpu")))
+    assert min(parts.values()) > 0 and list(parts) == ["image tower", "class selection", "text tower", "loss"]
+    assert clip.sampler.state_dict()["generator"].equal(before["generator"])
+    assert all(weight.grad is None for weight in clip.trainable_parameters())
+
+
+def squares(folder: Path, *colours: str) -> Path:
+    """Folder with six images per class."""
+    for colour in colours or ("red", "blue"):
+        (folder / f"{colour} square").mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (32, 32), colour).save(folder / f"{colour} square" / f"{number}.png")
+    return folder
+
+
+def test_tune_image_folder_trains_all_classes(tmp_path):
+    data = f"imagefolder:{squares(tmp_path / 'images', 'red', 'blue', 'green', 'black')}"
+    metrics = tune(small(tmp_path / "run", data=data, shots=2, classes=None, epochs=1))
+    assert metrics["protocol"] == "few-shot" and metrics["classes"] == {"all": 4}
+
+
+def test_tune_writes_few_shot_paths(tmp_path):
+    squares(tmp_path / "images")
+    run = tmp_path / "run"
+    data = f"imagefolder:{tmp_path / 'images'}"
+    tune(small(run, data=data, protocol="few-shot", shots=2, classes=None, epochs=1, seed=3))
+    written = json.loads((run / "few_shot.json").read_text())
+    assert (written["shots"], written["seed"], written["data"]) == (2, 3, data)
+    assert [(path.split("/")[0], label, name) for path, label, name in written["train"]] == [
+        ("blue square", 0, "blue square"),
+        ("blue square", 0, "blue square"),
+        ("red square", 1, "red square"),
+        ("red square", 1, "red square"),
+    ]
+    assert all((tmp_path / "images" / path).is_file() for path, _, _ in written["train"])

@@ -1,0 +1,127 @@
+"""Runs with a feature cache on disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from skipkernels.app.cli.main import main
+from skipkernels.app.train import evaluate_run, tune
+from skipkernels.app.train.model import augmentation, load_model
+from skipkernels.features import builder
+from tests.app.train.runs import TEST_IMAGES, losses, small, without_cost
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """Folder and metrics of a run with a cache."""
+    folder = tmp_path_factory.mktemp("cached")
+    return folder, tune(small(folder / "run", cache=folder / "cache", cache_dtype="fp32"))
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Number of images in each call of the encoder of a store."""
+    calls, encode = [], builder.Encoder.__call__
+
+    def counted(encoder, images):
+        calls.append(len(images))
+        return encode(encoder, images)
+
+    monkeypatch.setattr(builder.Encoder, "__call__", counted)
+    return calls
+
+
+def test_cache_gives_same_numbers(run, cached):
+    (in_memory, expected), (folder, metrics) = run, cached
+    assert without_cost(metrics) == without_cost(expected)
+    assert losses(folder / "run") == losses(in_memory)
+    assert {"train", "test-base", "test-new"} <= {path.name for path in (folder / "cache").iterdir()}
+    first, second = (load_file(path / "model.safetensors") for path in (in_memory, folder / "run"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_cache_second_run_encodes_no_image(cached, tmp_path, encoded):
+    folder, metrics = cached
+    again = tune(small(tmp_path / "again", cache=folder / "cache", cache_dtype="fp32"))
+    assert max(encoded) == 1, "one image, for the layout of the features"
+    assert without_cost(again) == without_cost(metrics) and losses(tmp_path / "again") == losses(folder / "run")
+    encoded.clear()
+    tune(small(tmp_path / "another", cache=tmp_path / "cache", cache_dtype="fp32", epochs=1))
+    assert sum(encoded) >= 12 // 2 * 4 + 12 * TEST_IMAGES, "all training and test images"
+
+
+def test_evaluate_run_writes_nothing_and_needs_no_cache(cached, tmp_path, encoded):
+    """This holds even if the configuration names a folder for the cache."""
+    folder, metrics = cached
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"cache: {folder / 'cache'}" in config
+    config = config.replace(f"cache: {folder / 'cache'}", f"cache: {tmp_path / 'elsewhere'}")
+    config = config.replace("workers: 0", "workers: 64").replace("download: false", "download: true")
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before and not encoded
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_cache_dtype_keeps_accuracy(run, tmp_path, dtype):
+    _, expected = run
+    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype=dtype))
+    # One of 24 images is 4.2 %.
+    assert metrics["tuned"]["base"] == pytest.approx(expected["tuned"]["base"], abs=6)
+    assert metrics["tuned"]["new"] == pytest.approx(expected["tuned"]["new"], abs=6)
+    assert evaluate_run(tmp_path / "run") == metrics["tuned"], "features are rounded like those of the cache"
+
+
+@pytest.mark.parametrize("changes", [{"views": 2}, {"refresh": "epoch"}], ids=["views", "refresh"])
+def test_cache_crops_training_images_only(run, cached, tmp_path, changes):
+    _, plain = run
+    metrics = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32", **changes))
+    assert metrics["status"] == "complete" and metrics["zero_shot"] == plain["zero_shot"]
+    assert losses(tmp_path / "run") != losses(cached[0] / "run")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("skipkernels")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--pretrained", "random"], "another|differs in"),
+        (["--skip-layers", "2"], "another|differs in"),
+        (["--cache-dtype", "bf16"], r"differs in dtype \(fp32 there, bf16 here\)"),
+        (["--shots", "3"], "differs in"),
+    ],
+    ids=["weights", "cut", "dtype", "images"],
+)
+def test_cache_refuses_mismatch(cached, tmp_path, capsys, changes, message):
+    folder, _ = cached
+    arguments = ["tune", "--shots", 4, "--classes", 12, "--epochs", 1, "--cache", folder / "cache"]
+    arguments += ["--cache-dtype", "fp32", "--out", tmp_path / "run", *changes]
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]  # after the progress
+    assert error.startswith("error") and re.search(message, error) and str(folder / "cache") in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_cache_rebuilds_damaged_shard(cached, tmp_path):
+    folder, metrics = cached
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    shard = tmp_path / "cache" / "train" / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.warns(UserWarning, match="its contents have changed.* It is rebuilt"):
+        again = tune(small(tmp_path / "run", cache=tmp_path / "cache", cache_dtype="fp32"))
+    assert without_cost(again) == without_cost(metrics)
+
+
+def test_augmentation_reference_crops_and_flips():
+    model, _, _ = load_model("glyph-tiny", None, torch.device("cpu"))
+    assert "scale=(0.9, 1.0)" in str(augmentation(model))
+    published = str(augmentation(model, "reference"))
+    assert "scale=(0.08, 1.0)" in published and "RandomHorizontalFlip(p=0.5)" in published
+    assert "bicubic" in published

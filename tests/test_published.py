@@ -1,0 +1,59 @@
+"""Learning rate schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skipkernels.published import cosine_with_warmup
+
+
+def rates(lr: float, epochs: int, warmup_epochs: int, warmup_lr: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)
+    schedule = cosine_with_warmup(optimizer, epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr)
+    found = []
+    for _ in range(epochs):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+# Multiples of the rate in each epoch under the published `build_lr_scheduler` (WARMUP_RECOUNT = True).
+PUBLISHED = {
+    (20, 1): (0.05, 1.0, 0.993844, 0.975528, 0.945503, 0.904508, 0.853553, 0.793893, 0.726995, 0.654508, 0.578217, 0.5,
+              0.421783, 0.345492, 0.273005, 0.206107, 0.146447, 0.095492, 0.054497, 0.024472),
+    (5, 1): (0.05, 1.0, 0.904508, 0.654508, 0.345492),
+    (4, 1): (0.05, 1.0, 0.853553, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(20, 1), (5, 1), (4, 1), (40, 0), (20, 3), (1, 0)])
+@pytest.mark.parametrize("lr", [2e-5, 5e-6])
+def test_cosine_with_warmup_is_published(lr, epochs, warmup_epochs):
+    """A cosine of torch that starts after epochs at a constant rate, as in Dassl's ConstantWarmupScheduler."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr)
+    cosine, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs), [1e-6] * warmup_epochs
+    for _ in range(epochs - warmup_epochs):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    found = rates(lr, epochs, warmup_epochs, 1e-6)
+    assert found == pytest.approx(expected, rel=1e-9)
+    if lr == 2e-5 and (epochs, warmup_epochs) in PUBLISHED:
+        assert [rate / lr for rate in found] == pytest.approx(PUBLISHED[epochs, warmup_epochs], abs=1e-6)
+
+
+def test_warmup_rate_is_at_most_lr():
+    assert rates(1e-6, 2, 1, 1e-3)[0] == 1e-6
+    assert rates(0.0, 2, 1, 1e-3)[0] == 0.0
+
+
+def test_schedule_per_group():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (2.0, 8.0)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    schedule = cosine_with_warmup(optimizer, epochs=2, warmup_epochs=1, warmup_lr=0.5)
+    assert schedule.get_last_lr() == [0.5, 0.5]
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([2.0, 8.0])
