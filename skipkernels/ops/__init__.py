@@ -35,14 +35,11 @@ class Backend(NamedTuple):
 
 
 def backends() -> dict[str, dict[str, Backend]]:
-    """Return the implementation of each operator on each kind of device.
-
-    Loads the C++ kernels; the first time, it builds them.
+    """Return the implementation of each operator on each kind of device. Loads the C++ kernels, or builds them first.
 
     Returns:
-        For each operator, for "cpu" and "cuda" (also ROCm devices): the implementation ("C++", "Triton", or
-        "reference", which is plain PyTorch), the reason why it is not a faster one (empty if there is none), and the
-        calls for which the reference is used all the same.
+        For each operator, for "cpu" and "cuda" (also ROCm): "C++", "Triton", or "reference", which is plain PyTorch;
+        why it is not a faster one, empty if there is no reason; and the calls that use the reference all the same.
 
     Example:
         >>> sorted(backends()["class_scores"])

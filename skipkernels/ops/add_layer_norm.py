@@ -5,19 +5,12 @@
     d_x = d_residual = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂))
     d_weight = Σ d_normed · x̂,   d_bias = Σ d_normed   over all rows
 
-x, residual and normed may have three dtypes. Without a residual hidden is x itself. An operator must not return one of
-its inputs: `hidden` is then empty, and the public function returns x. Without a weight and bias, normed is x̂.
+x, residual and normed may have three dtypes. Without a residual `hidden` is empty: an operator must not return one of
+its inputs. Saved for backward: hidden, the weight, and mean and rstd of each row, in fp32 (fp64 for fp64).
 
-Forward also returns the mean and rstd of each row, in fp32 (fp64 for fp64). Saved for backward: hidden, which the model
-saves anyway, these two numbers per row, and the weight. Gradients that are not needed are empty.
-
-Backward also emits, where a fused block needs it: d_x in a second dtype; normed, recomputed, in the dtype of d_normed,
-if it is given the bias; and Σ d_hidden and Σ d_x over all rows, the gradients of the biases of the two products beside
-the norm. With `partial` a GPU leaves the sums over rows to `column_sums`.
-
-On a GPU backward is two kernels: the first sums fixed blocks of rows, the second adds these sums in order. Reference:
-`reference.add_layer_norm`. CPU kernel: csrc/add_layer_norm.cpp. Tests: tests/ops/test_add_layer_norm.py. Benchmark:
-bench/operators/add_layer_norm.py.
+For a fused block backward also emits d_x in a second dtype; normed, recomputed, if it is given the bias; and Σ d_hidden
+and Σ d_x over all rows, the gradients of the biases of the two products beside the norm. On a GPU one kernel sums fixed
+blocks of rows, and a second adds these sums in order; with `partial` they are left to `column_sums`.
 """
 
 from __future__ import annotations
@@ -40,27 +33,17 @@ BLOCK_COLUMNS = 32  # columns per program of the second kernel: 128 bytes
 
 
 class Gradients(NamedTuple):
-    """Results of `add_layer_norm_backward`; empty if not needed.
+    """Results of `add_layer_norm_backward`; empty if not needed."""
 
-    Attributes:
-        d_x: [..., W], in the dtype of hidden.
-        d_weight: [W], as all vectors in the dtype of the weight.
-        d_bias: [W].
-        d_x_cast: d_x in the dtype `cast`, rounded once.
-        normed: [..., W], in the dtype of d_normed.
-        d_hidden_sum: Σ d_hidden over all rows, [W].
-        d_x_sum: Σ d_x over all rows, [W].
-        sums: With `partial` on a GPU: partial sums of the rows, fp32 [P, S · W], to be added up: d_weight, d_bias, and
-            with `need_sums` d_hidden_sum and d_x_sum, side by side. The four are then empty.
-    """
-
-    d_x: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
-    d_x_cast: Tensor
-    normed: Tensor
-    d_hidden_sum: Tensor
-    d_x_sum: Tensor
+    d_x: Tensor  # [..., W], dtype of hidden
+    d_weight: Tensor  # [W], as all vectors in the dtype of the weight
+    d_bias: Tensor  # [W]
+    d_x_cast: Tensor  # [..., W], d_x in the dtype `cast`, rounded once
+    normed: Tensor  # [..., W], dtype of d_normed
+    d_hidden_sum: Tensor  # [W], Σ d_hidden over all rows
+    d_x_sum: Tensor  # [W], Σ d_x over all rows
+    # With `partial` on a GPU, fp32 [P, S · W]: partial sums of d_weight, d_bias, and with `need_sums` d_hidden_sum and
+    # d_x_sum, side by side. The four are then empty.
     sums: Tensor
 
 
@@ -86,7 +69,6 @@ class Needs(NamedTuple):
 
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[Saved, Needs]:
-    """Name the arguments of the backward operator after the gradients."""
     return Saved(*rest[:5]), Needs(*rest[5:])
 
 
@@ -111,24 +93,27 @@ def _add_layer_norm_fwd_kernel(
     offs_w = tl.arange(0, BLOCK_W)
     mask_r, mask_w = offs_r < R, offs_w < W
     offs, mask = offs_r[:, None] * W + offs_w[None, :], mask_r[:, None] & mask_w[None, :]
+    # 1. hidden = x + residual, rounded as it is stored
     hidden = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
     if residual_ptr is not None:
-        hidden += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        hidden += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
         rounded = hidden.to(hidden_ptr.dtype.element_ty)
-        tl.store(hidden_ptr + offs, rounded, mask=mask)
+        tl.store(hidden_ptr + offs, rounded, mask=mask)  # [BLOCK_R, BLOCK_W]
         hidden = rounded.to(tl.float32)
+    # 2. Mean and rstd of each row
     mean = tl.sum(hidden, axis=1) / W  # [BLOCK_R]
-    centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / W + eps
+    centred = tl.where(mask_w[None, :], hidden - mean[:, None], 0.0)  # [BLOCK_R, BLOCK_W]
+    variance = tl.sum(centred * centred, axis=1) / W + eps  # [BLOCK_R]
     rstd = tl.sqrt(variance) / variance  # NaN where the variance overflows, not 0
-    normed = centred * rstd[:, None]
+    # 3. x̂, weight and bias
+    normed = centred * rstd[:, None]  # [BLOCK_R, BLOCK_W]
     if weight_ptr is not None:
-        normed *= tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
+        normed *= tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
     if bias_ptr is not None:
-        normed += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
-    tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + offs_r, mean, mask=mask_r)
-    tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
+        normed += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
+    tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
+    tl.store(mean_ptr + offs_r, mean, mask=mask_r)  # [BLOCK_R]
+    tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)  # [BLOCK_R]
 
 
 @triton.jit
@@ -154,13 +139,12 @@ def _add_layer_norm_bwd_rows_kernel(
     """d_x = d_hidden + rstd · (g − mean(g) − x̂ · mean(g · x̂)); Σ d_normed · x̂, Σ d_normed, Σ d_hidden, Σ d_x.
 
     One program: `rows` rows, BLOCK_R at a time, and its own row of the sums [P, SUMS, W], which are none, the first two
-    or all four. The pointer of a tensor that is absent or not needed is None. Rows beyond R have rstd = 0 and add 0 to
-    every sum.
+    or all four. The pointer of a tensor that is absent or not needed is None.
     """
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
-    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
     d_weight = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     d_hidden_sum = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
@@ -169,46 +153,51 @@ def _add_layer_norm_bwd_rows_kernel(
         offs_r = program * rows + start + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         offs, mask = offs_r[:, None] * W + offs_w[None, :], mask_r[:, None] & mask_w[None, :]
+        # 1. x̂ from the saved mean and rstd
         d_normed = tl.load(d_normed_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
-        hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
         mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
-        rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
-        unit = (hidden - mean[:, None]) * rstd[:, None]
+        rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R], 0 beyond R: adds 0 to every sum
+        unit = (hidden - mean[:, None]) * rstd[:, None]  # [BLOCK_R, BLOCK_W], x̂
+        # 2. normed, recomputed
         if normed_ptr is not None:
-            bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
             normed = unit * weight[None, :] + bias[None, :]
-            tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+            tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
+        # 3. d_x
         if d_x_ptr is not None:
-            g = d_normed * weight[None, :]  # 0 beyond W
-            mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W
-            d_row = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]
+            g = d_normed * weight[None, :]  # [BLOCK_R, BLOCK_W], 0 beyond W
+            mean_g, mean_gx = tl.sum(g, axis=1) / W, tl.sum(g * unit, axis=1) / W  # [BLOCK_R] each
+            d_row = (g - mean_g[:, None] - unit * mean_gx[:, None]) * rstd[:, None]  # [BLOCK_R, BLOCK_W]
             if d_hidden_ptr is not None:
-                d_hidden = tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                d_hidden = tl.load(d_hidden_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
                 d_row += d_hidden
                 if SUMS == 4:
                     d_hidden_sum += d_hidden
-            tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
             if d_x_cast_ptr is not None:
-                tl.store(d_x_cast_ptr + offs, d_row.to(d_x_cast_ptr.dtype.element_ty), mask=mask)
+                tl.store(d_x_cast_ptr + offs, d_row.to(d_x_cast_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
             if SUMS == 4:
                 d_x_sum += d_row
+        # 4. Sums, reduced over BLOCK_R after the loop
         d_weight += d_normed * unit
         d_bias += d_normed
+    # 5. This program's row of the sums [P, SUMS, W]
     offs = program * SUMS * W + offs_w
     if SUMS > 0:
-        tl.store(sums_ptr + offs, tl.sum(d_weight, axis=0), mask=mask_w)
-        tl.store(sums_ptr + W + offs, tl.sum(d_bias, axis=0), mask=mask_w)
+        tl.store(sums_ptr + offs, tl.sum(d_weight, axis=0), mask=mask_w)  # [BLOCK_W]
+        tl.store(sums_ptr + W + offs, tl.sum(d_bias, axis=0), mask=mask_w)  # [BLOCK_W]
     if SUMS == 4:
-        tl.store(sums_ptr + 2 * W + offs, tl.sum(d_hidden_sum, axis=0), mask=mask_w)
-        tl.store(sums_ptr + 3 * W + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)
+        tl.store(sums_ptr + 2 * W + offs, tl.sum(d_hidden_sum, axis=0), mask=mask_w)  # [BLOCK_W]
+        tl.store(sums_ptr + 3 * W + offs, tl.sum(d_x_sum, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
 @triton.jit
 def _store_sum(sums_ptr, out_ptr, P, stride_p, W, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr):
     if out_ptr is not None:
         offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-        total = sum_in_order_strided(sums_ptr, P, stride_p, offs_w, W, BLOCK_P, BLOCK_W)
-        tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)
+        total = sum_in_order_strided(sums_ptr, P, stride_p, offs_w, W, BLOCK_P, BLOCK_W)  # [BLOCK_W]
+        tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
 
 
 @triton.jit
@@ -286,7 +275,7 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
     P, rows = blocks_of_rows(R, tile["BLOCK_R"], ROWS_PER_SUM, MAX_SUMS)
     out = _outputs(d_normed, saved, needs)
     SUMS = 4 if needs.sums else 2 if needs.weight or needs.bias or needs.partial else 0
-    sums = out.sums if needs.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)
+    sums = out.sums if needs.partial else torch.empty(P, SUMS * W, dtype=torch.float32, device=device)  # [P, SUMS · W]
     launch(
         _add_layer_norm_bwd_rows_kernel,
         (P,),
@@ -329,7 +318,6 @@ def _launch_backward(d_normed: Tensor, d_hidden: Tensor | None, *rest: Any) -> G
 
 
 def _outputs(d_normed: Tensor, saved: Saved, needs: Needs) -> Gradients:
-    """Allocate the results of backward."""
     hidden, _, _, weight, bias = saved
 
     def empty(like: Tensor, need: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -418,9 +406,9 @@ def _fake(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = x.new_empty(0 if residual is None else x.shape)
+    hidden = x.new_empty(0 if residual is None else x.shape)  # [..., W]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=wide) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=wide) for _ in range(2))  # [...]
     return hidden, x.new_empty(x.shape, dtype=dtype or x.dtype), mean, rstd
 
 

@@ -8,10 +8,7 @@ from .launching import tl, triton
 
 
 def in_one_layout(*tokens: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors of equal strides with contiguous heads; copy them unless they already have these strides.
-
-    Parts of one projection and contiguous tensors are not copied.
-    """
+    """Return tensors of equal strides with contiguous heads; copy them unless they already have these strides."""
     first = tokens[0].stride()
     return (
         tokens if first[-1] == 1 and all(x.stride() == first for x in tokens) else tuple(map(Tensor.contiguous, tokens))
@@ -22,29 +19,26 @@ def in_one_layout(*tokens: Tensor) -> tuple[Tensor, ...]:
 def load_rows(head_ptr, offs, mask, stride, start_e, E, BLOCK_E: tl.constexpr):
     """Load a part of the rows `offs` of one head, [BLOCK, BLOCK_E]; 0 outside the mask and the width."""
     offs_e = start_e + tl.arange(0, BLOCK_E)
-    rows_ptr = head_ptr + offs.to(tl.int64)[:, None] * stride + offs_e[None, :]
-    return tl.load(rows_ptr, mask=mask[:, None] & (offs_e < E)[None, :], other=0.0)
+    rows_ptr = head_ptr + offs.to(tl.int64)[:, None] * stride + offs_e[None, :]  # [BLOCK, BLOCK_E]
+    return tl.load(rows_ptr, mask=mask[:, None] & (offs_e < E)[None, :], other=0.0)  # [BLOCK, BLOCK_E]
 
 
 @triton.jit
 def store_rows(head_ptr, rows, offs, mask, stride, start_e, E, BLOCK_E: tl.constexpr):
     """Store a part of the rows `offs` of one head, [BLOCK, BLOCK_E], rounded to the dtype of the tensor."""
     offs_e = start_e + tl.arange(0, BLOCK_E)
-    rows_ptr = head_ptr + offs.to(tl.int64)[:, None] * stride + offs_e[None, :]
+    rows_ptr = head_ptr + offs.to(tl.int64)[:, None] * stride + offs_e[None, :]  # [BLOCK, BLOCK_E]
     tl.store(rows_ptr, rows.to(head_ptr.dtype.element_ty), mask=mask[:, None] & (offs_e < E)[None, :])
 
 
 @triton.jit
 def load_lse(lse_ptr, offs, mask):
-    """Load lse, rounded to fp32, and the factor of exp(score − lse) that corrects the rounding.
-
-    fp32 rounds a lse of 300 by up to 2e-5, and with it every weight; if one key has nearly all the weight, that is more
-    than the gradient of the scores. The factor is exp(rounded lse − lse) to first order. Weights outside the
-    mask are 0.
-    """
-    lse = tl.load(lse_ptr + offs, mask=mask, other=1e30)  # not infinity: infinity − infinity is NaN
+    """Load lse, rounded to fp32, and the factor of exp(score − lse) that corrects the rounding."""
+    lse = tl.load(lse_ptr + offs, mask=mask, other=1e30)  # weights outside the mask are 0; infinity − infinity is NaN
+    # fp32 rounds a lse of 300 by up to 2e-5, and with it every weight; if one key has nearly all the weight, that is
+    # more than the gradient of the scores.
     high = lse.to(tl.float32)
-    return high, 1.0 - (lse - high.to(tl.float64)).to(tl.float32)
+    return high, 1.0 - (lse - high.to(tl.float64)).to(tl.float32)  # exp(high − lse) to first order
 
 
 @triton.jit
@@ -68,5 +62,6 @@ def products(
     for start_e in range(0, E, BLOCK_E):
         a = load_rows(a_ptr, offs_a, mask_a, stride_a, start_e, E, BLOCK_E)  # [BLOCK_A, BLOCK_E]
         b = load_rows(b_ptr, offs_b, mask_b, stride_b, start_e, E, BLOCK_E)  # [BLOCK_B, BLOCK_E]
+        # [BLOCK_A, BLOCK_E] @ [BLOCK_E, BLOCK_B] -> [BLOCK_A, BLOCK_B]
         product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
     return product

@@ -5,20 +5,15 @@
 
 Saved for backward: the inputs; lse [B] in fp64, since rounding it to fp32 changes every probability by 4e-6 at a scale
 of 100; the norms of the rows, [B] and [K]; the divisor of the sum of the losses. Backward recomputes the logits in
-panels, the rows of a bounded number of images. Gradients that are not needed are empty tensors.
+panels, the rows of a bounded number of images.
 
-On the CPU matrix products take most of the time, and computing the gradients in forward saves one product of four. With
-`keep_image`, `keep_text` or `keep_logit_scale` (for a mean or a sum) forward of the C++ kernel returns these gradients
-of the unit rows as `kept_…`, without the factors logit_scale and d_loss, in fp32 [B, D] and [K, D] (fp64 for fp64). A
-result that is not requested is empty. Other implementations allocate `kept_…`, but neither write nor read them.
+On the CPU, gradients computed in forward save one matrix product of four. With `keep_…` (for a mean or a sum) the C++
+kernel returns the gradients of the unit rows as `kept_…`, without the factors logit_scale and d_loss, in fp32
+[B, D] and [K, D] (fp64 for fp64). Other implementations allocate `kept_…`, but neither write nor read them.
 
-On a GPU a program of forward loops over tiles of the [B, K] logits; if there are few images, the classes are divided
-into splits, each with its own programs. A split stores the maximum and the sum of exponentials of each image; a second
-kernel combines the splits in order. Backward writes a panel of d_z_bk/(|x_b| |t_k|) at a time, and multiplies it with
-the rows of text and image by two calls of the BLAS library (unit_rows.py).
-
-Reference: `reference.class_sampled_ce`. CPU kernel: csrc/class_sampled_ce.cpp. Tests:
-tests/ops/test_class_sampled_ce.py. Benchmark: bench/operators/class_sampled_ce.py.
+On a GPU a program of forward loops over tiles of the [B, K] logits. With few images the classes are divided into
+splits, each with its own programs; a second kernel combines the splits in order. Backward writes a panel of
+d_z_bk/(|x_b| |t_k|) at a time, which the BLAS library multiplies with the rows of text and image (unit_rows.py).
 """
 
 from __future__ import annotations
@@ -124,7 +119,7 @@ def _class_sampled_ce_fwd_kernel(
     split = tl.program_id(1)
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
-    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)
+    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0).to(tl.int32)  # [BLOCK_B]
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
 
@@ -134,13 +129,14 @@ def _class_sampled_ce_fwd_kernel(
     found = tl.zeros([BLOCK_B], tl.float32)
     weighted = tl.zeros([BLOCK_B], tl.float32)
     for start_k in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, K), BLOCK_K):
+        # 1. Cosines of a tile of classes
         offs_k = start_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         places_k = tl.minimum(offs_k, K - 1)
         rows_k = places_k
         if class_ids_ptr is not None:
             # The combining kernel asserts the range of the ids. Clamp them here, so that loads stay in bounds.
-            rows_k = tl.minimum(tl.maximum(tl.load(class_ids_ptr + places_k).to(tl.int32), 0), C - 1)
+            rows_k = tl.minimum(tl.maximum(tl.load(class_ids_ptr + places_k).to(tl.int32), 0), C - 1)  # [BLOCK_K]
         cosine, image_norm, text_norm = cosine_tile(
             image_ptr=image_ptr,
             text_ptr=text_ptr,
@@ -158,35 +154,38 @@ def _class_sampled_ce_fwd_kernel(
             BLOCK_D=BLOCK_D,
             PRECISION=PRECISION,
             MEASURE=MEASURE,
-        )
+        )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
         if MEASURE:
             if tl.program_id(0) == 0:
-                tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)
+                tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)  # [BLOCK_K]
             if start_k == 0:
-                tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
+                tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)  # [BLOCK_B]
+        # 2. Online maximum and sum of exponentials
         cosine = sign * cosine
         # Columns beyond K repeat the last class: the maximum does not change, and the sum excludes them.
-        higher = tl.maximum(top, tl.max(cosine, axis=1))
-        absent = tl.where(mask_k, 0.0, float("-inf"))
-        terms = tl.exp(sign * scale * (cosine - higher[:, None]) + absent[None, :])
+        higher = tl.maximum(top, tl.max(cosine, axis=1))  # [BLOCK_B]
+        absent = tl.where(mask_k, 0.0, float("-inf"))  # [BLOCK_K]
+        terms = tl.exp(sign * scale * (cosine - higher[:, None]) + absent[None, :])  # [BLOCK_B, BLOCK_K]
         exp_sum = exp_sum * tl.exp(sign * scale * (top - higher)) + tl.sum(terms, axis=1)
         top = higher
-        hit = tl.where(mask_k, rows_k, -1)[None, :] == labels[:, None]
+        # 3. Cosine of the label, and the weighted sum
+        hit = tl.where(mask_k, rows_k, -1)[None, :] == labels[:, None]  # [BLOCK_B, BLOCK_K]
         target += tl.sum(tl.where(hit, cosine, 0.0), axis=1)
         found += tl.sum(hit.to(tl.float32), axis=1)
         if SMOOTH:
             weight = mask_k.to(tl.float32)
             if class_weight_ptr is not None:
-                weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)
+                weight = tl.load(class_weight_ptr + rows_k, mask=mask_k, other=0.0)  # [BLOCK_K]
             weighted += tl.sum(weight[None, :] * cosine, axis=1)
 
+    # 4. Results, partial[:, split, offs_b]
     partial = partial_ptr + split * B + offs_b  # 32-bit offsets suffice: with many images there are few splits
-    tl.store(partial, top, mask=mask_b)
-    tl.store(partial + stride_partial, exp_sum, mask=mask_b)
-    tl.store(partial + 2 * stride_partial, target, mask=mask_b)
-    tl.store(partial + 3 * stride_partial, found, mask=mask_b)
+    tl.store(partial, top, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + stride_partial, exp_sum, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + 2 * stride_partial, target, mask=mask_b)  # [BLOCK_B]
+    tl.store(partial + 3 * stride_partial, found, mask=mask_b)  # [BLOCK_B]
     if SMOOTH:
-        tl.store(partial + 4 * stride_partial, weighted, mask=mask_b)
+        tl.store(partial + 4 * stride_partial, weighted, mask=mask_b)  # [BLOCK_B]
 
 
 @triton.jit
@@ -194,22 +193,24 @@ def combine_splits(
     partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Combine what `_class_sampled_ce_fwd_kernel` stores for BLOCK images, in the order of the splits."""
+    # 1. Maximum over the splits
     top = tl.full([BLOCK], -2.0, tl.float32)
     for split in range(0, splits):
         partial = partial_ptr + split * B + offs_b
-        top = tl.maximum(top, tl.load(partial, mask=mask_b, other=-2.0))
+        top = tl.maximum(top, tl.load(partial, mask=mask_b, other=-2.0))  # [BLOCK]
+    # 2. Sums, rescaled to this maximum
     exp_sum = tl.zeros([BLOCK], tl.float32)
     target = tl.zeros([BLOCK], tl.float32)
     found = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for split in range(0, splits):
         partial = partial_ptr + split * B + offs_b
-        factor = tl.exp(magnitude * (tl.load(partial, mask=mask_b, other=-2.0) - top))
-        exp_sum += factor * tl.load(partial + stride_partial, mask=mask_b, other=1.0)
-        target += tl.load(partial + 2 * stride_partial, mask=mask_b, other=0.0)
-        found += tl.load(partial + 3 * stride_partial, mask=mask_b, other=0.0)
+        factor = tl.exp(magnitude * (tl.load(partial, mask=mask_b, other=-2.0) - top))  # [BLOCK]
+        exp_sum += factor * tl.load(partial + stride_partial, mask=mask_b, other=1.0)  # [BLOCK]
+        target += tl.load(partial + 2 * stride_partial, mask=mask_b, other=0.0)  # [BLOCK]
+        found += tl.load(partial + 3 * stride_partial, mask=mask_b, other=0.0)  # [BLOCK]
         if SMOOTH:
-            weighted += tl.load(partial + 4 * stride_partial, mask=mask_b, other=0.0)
+            weighted += tl.load(partial + 4 * stride_partial, mask=mask_b, other=0.0)  # [BLOCK]
     return top, exp_sum, target, found, weighted
 
 
@@ -241,22 +242,21 @@ def _class_sampled_ce_fwd_combine_kernel(
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b from it, and the sum or mean of the losses.
-
-    A single program: a loop over the images in order. It also asserts the range of labels and class ids.
-    """
+    """lse_b = |s| · top_b + log(sum_b) over all splits, loss_b, and their sum or mean. One program, images in order."""
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     sign = tl.where(scale < 0, -1.0, 1.0)
     magnitude = sign * scale
+    # 1. Range of class_ids, and W = Σ_k w_k
     if class_ids_ptr is not None:
         for start_k in range(0, K, BLOCK):
             offs_k = start_k + tl.arange(0, BLOCK)
-            ids = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)
+            ids = tl.load(class_ids_ptr + offs_k, mask=offs_k < K, other=0)  # [BLOCK]
             tl.device_assert((ids >= 0) & (ids < C), "class_sampled_ce: class_ids must be rows of text")
     total_weight = 0.0 + K
     if total_weight_ptr is not None:
         total_weight = tl.load(total_weight_ptr)
 
+    # 2. lse and loss of BLOCK images at a time
     total = tl.zeros([BLOCK], tl.float64)
     total_target_weight = tl.zeros([BLOCK], tl.float64)
     for start_b in range(0, B, BLOCK):
@@ -264,29 +264,31 @@ def _class_sampled_ce_fwd_combine_kernel(
         mask_b = offs_b < B
         top, exp_sum, target, found, weighted = combine_splits(
             partial_ptr, offs_b, mask_b, B, splits, stride_partial, magnitude, SMOOTH, BLOCK
-        )
-        labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
+        )  # [BLOCK] each
+        labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK]
         counts = mask_b & (labels != ignore_index)
         tl.device_assert(
             ((labels >= 0) & (labels < C) & (found == 1)) | ~counts,
             "class_sampled_ce: labels must be rows of text and among class_ids, which have no duplicates",
         )
         log_sum = tl.log(exp_sum)
-        tl.store(lse_ptr + offs_b, lse_of(magnitude, top, log_sum), mask=mask_b)
+        tl.store(lse_ptr + offs_b, lse_of(magnitude, top, log_sum), mask=mask_b)  # [BLOCK]
         target_weight = counts.to(tl.float32)
         if class_weight_ptr is not None:
-            target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)
+            target_weight = tl.load(class_weight_ptr + labels, mask=counts & (found == 1), other=0.0)  # [BLOCK]
         # Not lse − z_y, which loses all digits to cancellation if the loss is small.
-        loss = target_weight * (magnitude * (top - target) + log_sum)
+        loss = target_weight * (magnitude * (top - target) + log_sum)  # [BLOCK]
         if SMOOTH:
-            spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted
+            # Σ_k w_k (lse_b − z_bk)
+            spread = total_weight * (magnitude * top + log_sum) - magnitude * weighted  # [BLOCK]
             loss = (1 - label_smoothing) * loss + label_smoothing / K * spread
         loss = tl.where(counts, loss, 0.0)
         if REDUCTION == "none":
-            tl.store(loss_ptr + offs_b, loss, mask=mask_b)
+            tl.store(loss_ptr + offs_b, loss, mask=mask_b)  # [BLOCK]
         total += loss.to(tl.float64)
         total_target_weight += target_weight.to(tl.float64)
 
+    # 3. Sum or mean
     denominator = 1.0
     if REDUCTION == "mean":
         denominator = tl.sum(total_target_weight, axis=0).to(tl.float32)
@@ -337,13 +339,14 @@ def _class_sampled_ce_bwd_logits_kernel(
     """
     # Order programs so that those that run at the same time share rows: GROUP tiles of images per tile of classes.
     tile_b, tile_k = tl.swizzle2d(tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), GROUP)
+    # 1. Cosines, recomputed
     offs_b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_b, mask_k = offs_b < B, offs_k < K
     rows_b, places_k = tl.minimum(offs_b, B - 1), tl.minimum(offs_k, K - 1)
     rows_k = places_k
     if class_ids_ptr is not None:
-        rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)
+        rows_k = tl.load(class_ids_ptr + places_k).to(tl.int32)  # [BLOCK_K]
     cosine, image_norm, text_norm = cosine_tile(
         image_ptr=image_ptr,
         text_ptr=text_ptr,
@@ -361,42 +364,45 @@ def _class_sampled_ce_bwd_logits_kernel(
         BLOCK_D=BLOCK_D,
         PRECISION=PRECISION,
         MEASURE=False,
-    )
-    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)
+    )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
+    # 2. up_b · (1 − ε) · w_y and up_b · ε/K
+    labels = tl.load(labels_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK_B]
     counts = mask_b & (labels != ignore_index)
     upstream = counts.to(tl.float32)
     if d_loss_ptr is not None:
-        d_loss = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)
+        d_loss = tl.load(d_loss_ptr + offs_b.to(tl.int64) * stride_d_loss, mask=counts, other=0.0)  # [BLOCK_B]
         upstream = d_loss.to(tl.float32)
-    hit = (1 - label_smoothing) * upstream
+    hit = (1 - label_smoothing) * upstream  # [BLOCK_B]
     weight = tl.full([BLOCK_K], 1.0, tl.float32)
     total_weight = 0.0 + K
     if class_weight_ptr is not None:
-        hit *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)
-        weight = tl.load(class_weight_ptr + rows_k)
+        hit *= tl.load(class_weight_ptr + labels, mask=counts, other=0.0)  # [BLOCK_B]
+        weight = tl.load(class_weight_ptr + rows_k)  # [BLOCK_K]
     if total_weight_ptr is not None:
         total_weight = tl.load(total_weight_ptr)
-    spread = label_smoothing / K * upstream
+    spread = label_smoothing / K * upstream  # [BLOCK_B]
 
-    # Softmax from lse in fp64. The maximum that is subtracted need not be exact: lse/s is near enough.
+    # 3. Softmax from lse in fp64. The maximum that is subtracted need not be exact: lse/s is near enough.
     scale = tl.load(logit_scale_ptr).to(tl.float32)
-    lse = tl.load(lse_ptr + rows_b)
-    top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)
+    lse = tl.load(lse_ptr + rows_b)  # [BLOCK_B]
+    top = tl.where(scale == 0, 0.0, lse / tl.where(scale == 0, 1.0, scale)).to(tl.float32)  # [BLOCK_B]
     log_sum = (lse - scale.to(tl.float64) * top.to(tl.float64)).to(tl.float32)
-    p = tl.exp(scale * (cosine - top[:, None]) - log_sum[:, None])
-    hits = rows_k[None, :] == labels.to(tl.int32)[:, None]
+    p = tl.exp(scale * (cosine - top[:, None]) - log_sum[:, None])  # [BLOCK_B, BLOCK_K]
+    # 4. d_z_bk
+    hits = rows_k[None, :] == labels.to(tl.int32)[:, None]  # [BLOCK_B, BLOCK_K]
     miss = p - hits.to(tl.float32)  # p − 1 for the true class, in fp32
-    d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])
+    d_logits = hit[:, None] * miss + spread[:, None] * (total_weight * p - weight[None, :])  # [BLOCK_B, BLOCK_K]
     if d_target_ptr is not None:
         # Added in fp64: the two nearly cancel if these classes have most of the probability.
-        d_target = tl.load(d_target_ptr + offs_b, mask=counts, other=0.0)
+        d_target = tl.load(d_target_ptr + offs_b, mask=counts, other=0.0)  # [BLOCK_B]
         d_logits += tl.where(hits, (d_loss + d_target).to(tl.float32)[:, None], 0.0)
     d_logits = tl.where(counts[:, None] & mask_k[None, :], d_logits, 0.0)
 
+    # 5. Factors of the matrix products, and the tile's part of d_s
     if factors_ptr is not None:
         factors = d_logits / tl.maximum(image_norm, eps)[:, None] / tl.maximum(text_norm, eps)[None, :]
         factors_row = factors_ptr + offs_b.to(tl.int64)[:, None] * stride_factors
-        tl.store(factors_row + offs_k[None, :], factors, mask=mask_b[:, None] & mask_k[None, :])
+        tl.store(factors_row + offs_k[None, :], factors, mask=mask_b[:, None] & mask_k[None, :])  # [BLOCK_B, BLOCK_K]
     if d_scale_ptr is not None:
         place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         tl.store(d_scale_ptr + place, tl.sum(tl.sum(d_logits * cosine, axis=1), axis=0))
@@ -408,7 +414,7 @@ def _class_sampled_ce_bwd_scale_kernel(partial_ptr, factor_ptr, divisor_ptr, tot
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)
+        total += tl.load(partial_ptr + offs, mask=offs < n, other=0.0).to(tl.float64)  # [BLOCK]
     tl.store(total_ptr, tl.sum(total, axis=0) * upstream_of(factor_ptr, divisor_ptr))
 
 
@@ -427,6 +433,7 @@ def launch_splits(
     splits = triton.cdiv(tiles, split_tiles)
 
     measure, image_norm, text_norm = unit_rows.norms_for(image, text, common["class_ids_ptr"])
+    # [4 or 5, splits, B]: top, sum, target, found, and weighted with smoothing
     partial = torch.empty(5 if smooth else 4, splits, B, dtype=torch.float32, device=device)
     arguments = dict(common, partial_ptr=partial, stride_partial=splits * B, SMOOTH=smooth, B=B, K=K, C=C)
     launch(
@@ -446,7 +453,7 @@ def _launch(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *r
     options, keep = Options(*rest[:5]), Needs(*rest[5:])
     B, K, device, reduction = image.shape[0], options.classes(text), image.device, REDUCTIONS[options.reduction]
     image_norm, text_norm, arguments = launch_splits(image, text, labels, logit_scale, options)
-    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)
+    loss = torch.empty((B,) if reduction == "none" else (), dtype=torch.float32, device=device)  # [B] or []
     lse = torch.empty(B, dtype=torch.float64, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
     launch(
@@ -474,15 +481,9 @@ def launch_gradients(
     needs: Needs,
     *upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of image, text and logit_scale.
+    """Compute the gradients of image, text and logit_scale, times a factor and over a divisor (`upstream`).
 
-    Args:
-        d_loss: [B], None for 1; with d_target, the gradient of lse.
-        d_target: [B], or None.
-        saved: Saved by forward.
-        options: Options of forward.
-        needs: Gradients that are computed; the others are empty.
-        upstream: a factor and a divisor of all gradients; default: both 1.
+    d_loss is [B], or None for 1; with d_target [B] it is the gradient of lse.
     """
     saved = saved.with_contiguous_rows()
     image, text, logit_scale = saved.image, saved.text, saved.logit_scale
@@ -503,10 +504,7 @@ def launch_gradients(
 def _launch_sums(
     d_loss: Tensor | None, d_target: Tensor | None, saved: Saved, options: Options, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the sums of rows times factors G (see unit_rows.py), fp32 [B, D] and [K, D], and partial d_logit_scale.
-
-    Arguments as in `launch_gradients`, which applies `upstream` to the results.
-    """
+    """Compute fp32 Σ_k G_bk t_k [B, D], Σ_b G_bk x_b [K, D] (see unit_rows.py), and parts of d_logit_scale."""
     image, text = saved.image, saved.text
     (B, D), K, device = image.shape, options.classes(text), image.device
     d_image = torch.empty(B if needs.image else 0, D, dtype=torch.float32, device=device)
@@ -515,7 +513,7 @@ def _launch_sums(
     panel = triton.cdiv(max(unit_rows.PANEL // K, 1), blocks.BLOCK_B) * blocks.BLOCK_B
     k_blocks, panels = triton.cdiv(K, blocks.BLOCK_K), triton.cdiv(B, panel)
     b_blocks = triton.cdiv(min(panel, B), blocks.BLOCK_B)
-    # Zeros, because the last panel may have fewer images and then does not write all elements.
+    # [panels, tiles]; zeros, because the last panel may have fewer images and then does not write all elements.
     d_scale = torch.zeros(panels if needs.logit_scale else 0, b_blocks * k_blocks, dtype=torch.float32, device=device)
     if not any(needs):
         return d_image, d_text, d_scale
@@ -548,15 +546,16 @@ def _launch_sums(
             ignore_index=options.ignore_index,
         )
         if factors is not None and needs.image:
+            # [count, K] @ [K, D] -> [count, D]
             d_image[images] = contract(factors[:count], sampled)
         if factors is not None and needs.text:
+            # [K, count] @ [count, D] -> [K, D]
             product = contract(factors[:count].T, image[images])
             d_text = product if number == 0 else d_text.add_(product)
     return d_image, d_text, d_scale.flatten()
 
 
 def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[str, Any]:
-    """Arguments of the kernels besides the rows; the sum W of the class weights is None without smoothing."""
     class_ids, class_weight, total_weight = options.class_ids, options.class_weight, None
     if class_weight is not None:
         class_weight = class_weight.float().contiguous()
@@ -574,7 +573,6 @@ def _arguments(labels: Tensor, logit_scale: Tensor, options: Options) -> dict[st
 def _launch_scale(
     partial: Tensor, total: Tensor, factor: Tensor | None = None, divisor: Tensor | None = None
 ) -> Tensor:
-    """Store factor/divisor · Σ of the partial sums in `total`."""
     launch(
         _class_sampled_ce_bwd_scale_kernel,
         (1,),
@@ -659,7 +657,6 @@ def _fake(image: Tensor, text: Tensor, labels: Tensor, logit_scale: Tensor, *res
 
 
 def _unwritten(loss: Tensor, image: Tensor, K: int, keep: Needs) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate `kept_…`, which only the C++ kernel writes and reads."""
     B, D = image.shape
     return (
         loss.new_empty(B if keep.image else 0, D),

@@ -2,12 +2,8 @@
 
     z_bk = s · ⟨x_b/|x_b|, t_k/|t_k|⟩
 
-The logits are fp32 for every dtype of the features (fp64 for fp64). Forward also returns the norms of the rows, [B] and
-[K]. Saved for backward: the inputs and the norms. Gradients that are not needed are empty; the gradient of the scale,
-Σ d_z_bk · cosine_bk, recomputes the cosines.
-
-Reference: `reference.class_sampled_logits`. CPU kernel: csrc/class_sampled_logits.cpp. Tests:
-tests/ops/test_class_sampled_logits.py. Benchmark: bench/operators/class_sampled_logits.py.
+The logits are fp32 (fp64 for fp64). Saved for backward: the inputs and the norms of the rows, [B] and [K]. The gradient
+of the scale, Σ d_z_bk · cosine_bk, recomputes the cosines.
 """
 
 from __future__ import annotations
@@ -45,19 +41,17 @@ def _class_sampled_logits_fwd_kernel(
     PRECISION: tl.constexpr,
     MEASURE: tl.constexpr,
 ):
-    """z_bk = s · cosine_bk. One program: a tile of BLOCK_B images and BLOCK_K classes.
-
-    With MEASURE it also stores the norms of the rows.
-    """
+    """z_bk = s · cosine_bk, with MEASURE also the norms. One program: a tile of BLOCK_B images and BLOCK_K classes."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b, mask_k = offs_b < B, offs_k < K
     rows_b, places_k = tl.minimum(offs_b, B - 1), tl.minimum(offs_k, K - 1)
     rows_k = places_k
     if class_ids_ptr is not None:
-        ids = tl.load(class_ids_ptr + places_k)
+        ids = tl.load(class_ids_ptr + places_k)  # [BLOCK_K]
         tl.device_assert((ids >= 0) & (ids < C), "class_sampled_logits: class_ids must be rows of text")
         rows_k = tl.minimum(tl.maximum(ids.to(tl.int32), 0), C - 1)  # valid until the assertion stops the device
+    # 1. Cosines and norms
     cosine, image_norm, text_norm = cosine_tile(
         image_ptr=image_ptr,
         text_ptr=text_ptr,
@@ -75,15 +69,16 @@ def _class_sampled_logits_fwd_kernel(
         BLOCK_D=BLOCK_D,
         PRECISION=PRECISION,
         MEASURE=MEASURE,
-    )
+    )  # [BLOCK_B, BLOCK_K], [BLOCK_B], [BLOCK_K]
     if MEASURE:
         if tl.program_id(1) == 0:
-            tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)
+            tl.store(text_norm_ptr + offs_k, text_norm, mask=mask_k)  # [BLOCK_K]
         if tl.program_id(0) == 0:
-            tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)
-    logits = tl.load(logit_scale_ptr).to(tl.float32) * cosine
+            tl.store(image_norm_ptr + offs_b, image_norm, mask=mask_b)  # [BLOCK_B]
+    # 2. Logits
+    logits = tl.load(logit_scale_ptr).to(tl.float32) * cosine  # [BLOCK_B, BLOCK_K]
     logits_row = logits_ptr + offs_b.to(tl.int64)[:, None] * K
-    tl.store(logits_row + offs_k[None, :], logits, mask=mask_b[:, None] & mask_k[None, :])
+    tl.store(logits_row + offs_k[None, :], logits, mask=mask_b[:, None] & mask_k[None, :])  # [BLOCK_B, BLOCK_K]
 
 
 def _launch(
@@ -129,11 +124,13 @@ def _launch_backward(
     need_image, need_text, need_logit_scale = needs
     if need_image or need_text:
         image_divisor, text_divisor = (norm.clamp_min(reference.UNIT_NORM_EPS) for norm in (image_norm, text_norm))
-        factors = (d_logits / image_divisor[:, None] / text_divisor).to(unit_rows.factors_dtype(image.dtype))
+        factors = (d_logits / image_divisor[:, None] / text_divisor).to(unit_rows.factors_dtype(image.dtype))  # [B, K]
         if need_image:
+            # [B, K] @ [K, D] -> [B, D]
             sums = contract(factors, text if class_ids is None else text.index_select(0, class_ids))
             d_image = unit_rows.through_unit_norm(image, None, sums, logit_scale)
         if need_text:
+            # [K, B] @ [B, D] -> [K, D]
             d_text = unit_rows.through_unit_norm(text, class_ids, contract(factors.T, image), logit_scale)
     if need_logit_scale:
         cosine, *_ = _launch(image, text, torch.ones_like(logit_scale), class_ids)

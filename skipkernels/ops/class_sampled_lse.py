@@ -4,13 +4,8 @@
     lse_b    = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
     d_z_bk   = d_lse_b · exp(z_bk − lse_b) + d_target_b · [k = y]
 
-Both results are fp64, see `functional.class_sampled_lse`. Saved for backward: the inputs, lse [B] in fp64, the norms of
-the rows, [B] and [K].
-
-On a GPU it launches the kernels of `class_sampled_ce`, besides the kernel that combines the splits of the classes.
-
-Reference: `reference.class_sampled_lse`. CPU kernel: csrc/class_sampled_lse.cpp. Tests:
-tests/ops/test_class_sampled_lse.py. Benchmark: bench/operators/class_sampled_lse.py.
+Both results are fp64, see `functional.class_sampled_lse`. Saved for backward: the inputs, lse [B], the norms of the
+rows, [B] and [K]. On a GPU only the kernel that combines the splits differs from those of `class_sampled_ce`.
 """
 
 from __future__ import annotations
@@ -58,28 +53,28 @@ def _class_sampled_lse_fwd_combine_kernel(
     SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """lse_b = |s| · top_b + log(sum_b) over all splits, and z_by.
-
-    One program: BLOCK images. It also asserts the range of their labels, and of BLOCK class ids.
-    """
+    """lse_b = |s| · top_b + log(sum_b) over all splits, and z_by. One program: BLOCK images and BLOCK class ids."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_b = offs < B
     scale = tl.load(logit_scale_ptr).to(tl.float32)
     magnitude = tl.abs(scale)
+    # 1. Range of class_ids
     if class_ids_ptr is not None:
-        ids = tl.load(class_ids_ptr + offs, mask=offs < K, other=0)
+        ids = tl.load(class_ids_ptr + offs, mask=offs < K, other=0)  # [BLOCK]
         tl.device_assert((ids >= 0) & (ids < C), "class_sampled_lse: class_ids must be rows of text")
+    # 2. Combine the splits
     top, exp_sum, target, found, _ = combine_splits(
         partial_ptr, offs, mask_b, B, splits, stride_partial, magnitude, SMOOTH, BLOCK
-    )
-    labels = tl.load(labels_ptr + offs, mask=mask_b, other=ELSEWHERE)
+    )  # [BLOCK] each
+    # 3. lse_b and z_by in fp64
+    labels = tl.load(labels_ptr + offs, mask=mask_b, other=ELSEWHERE)  # [BLOCK]
     tl.device_assert(
         ((labels >= 0) & (labels < C) & (found == 1)) | (labels == ELSEWHERE),
         "class_sampled_lse: labels must be rows of text and among class_ids, which have no duplicates, or -1",
     )
     target = tl.where(labels == ELSEWHERE, 0.0, target)
-    tl.store(lse_ptr + offs, lse_of(magnitude, top, tl.log(exp_sum)), mask=mask_b)
-    tl.store(target_ptr + offs, magnitude.to(tl.float64) * target.to(tl.float64), mask=mask_b)
+    tl.store(lse_ptr + offs, lse_of(magnitude, top, tl.log(exp_sum)), mask=mask_b)  # [BLOCK]
+    tl.store(target_ptr + offs, magnitude.to(tl.float64) * target.to(tl.float64), mask=mask_b)  # [BLOCK]
 
 
 def _options(class_ids: Tensor | None) -> Options:

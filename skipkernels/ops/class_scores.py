@@ -2,9 +2,7 @@
 
     score_c = max_b ⟨x_b/|x_b|, p_c⟩,   score_c = +∞ where c is the label of an image, if there are labels
 
-One pass over the prototypes; the [B, C] cosines are never written. Not differentiable. Reference:
-`reference.class_scores`. CPU kernel: csrc/class_scores.cpp. Tests: tests/ops/test_class_scores.py. Benchmark:
-bench/operators/class_scores.py.
+One pass over the prototypes; the [B, C] cosines are never written. Not differentiable.
 """
 
 from __future__ import annotations
@@ -43,20 +41,18 @@ def _class_scores_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels.
-
-    One program: BLOCK_C classes, a loop over blocks of images, and a loop over D that sums products and squares. The
-    maximum is kept for every column of the tile and reduced once at the end.
-    """
+    """score_c = max_b ⟨x_b, p_c⟩ / max(|x_b|, eps), and +∞ for labels. One program: BLOCK_C classes, all images."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    prototypes_row = prototypes_ptr + offs_c.to(tl.int64)[:, None] * stride_prototypes_c
+    prototypes_row = prototypes_ptr + offs_c.to(tl.int64)[:, None] * stride_prototypes_c  # [BLOCK_C, 1]
+    # A maximum per column of the tile, reduced once at the end
     best = tl.full([BLOCK_C, BLOCK_B], float("-inf"), tl.float32)
     labelled = tl.zeros([BLOCK_C, BLOCK_B], tl.int1)
     for start_b in range(0, B, BLOCK_B):
         offs_b = start_b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < B
-        image_row = image_ptr + offs_b.to(tl.int64)[None, :] * stride_image_b
+        image_row = image_ptr + offs_b.to(tl.int64)[None, :] * stride_image_b  # [1, BLOCK_B]
+        # 1. Cosines of a tile
         product = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
         squares = tl.zeros([BLOCK_D, BLOCK_B], tl.float32)
         for start_d in range(0, D, BLOCK_D):
@@ -65,22 +61,24 @@ def _class_scores_kernel(
             # [BLOCK_C, BLOCK_D] and [BLOCK_D, BLOCK_B]
             prototypes = tl.load(prototypes_row + offs_d[None, :], mask=mask_c[:, None] & mask_d[None, :], other=0.0)
             image = tl.load(image_row + offs_d[:, None], mask=mask_d[:, None] & mask_b[None, :], other=0.0)
+            # [BLOCK_C, BLOCK_D] @ [BLOCK_D, BLOCK_B] -> [BLOCK_C, BLOCK_B]
             product = tl.dot(prototypes, image, product, input_precision=PRECISION)
             squares += image.to(tl.float32) * image.to(tl.float32)
-        norm = tl.sqrt(tl.sum(squares, axis=0))
+        norm = tl.sqrt(tl.sum(squares, axis=0))  # [BLOCK_B]
         cosine = product / tl.maximum(norm, eps, propagate_nan=tl.PropagateNan.ALL)[None, :]
         cosine = tl.where(mask_b[None, :], cosine, float("-inf"))  # [BLOCK_C, BLOCK_B]
+        # 2. Running maximum, and the classes that are labels
         best = tl.maximum(best, cosine, propagate_nan=tl.PropagateNan.ALL)
         if labels_ptr is not None:
-            labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)
+            labels = tl.load(labels_ptr + offs_b.to(tl.int64) * stride_labels, mask=mask_b, other=-1)  # [BLOCK_B]
             tl.device_assert((labels >= 0) & (labels < C) | ~mask_b, "class_scores: labels must be rows of prototypes")
-            labelled |= labels[None, :] == offs_c[:, None]
-    # tl.max drops NaN; a NaN image must give NaN scores.
-    nan = tl.max((best != best).to(tl.int32), axis=1) > 0
-    score = tl.where(nan, float("nan"), tl.max(best, axis=1))
+            labelled |= labels[None, :] == offs_c[:, None]  # [BLOCK_C, BLOCK_B]
+    # 3. Scores. tl.max drops NaN; a NaN image must give NaN scores.
+    nan = tl.max((best != best).to(tl.int32), axis=1) > 0  # [BLOCK_C]
+    score = tl.where(nan, float("nan"), tl.max(best, axis=1))  # [BLOCK_C]
     if labels_ptr is not None:
         score = tl.where(tl.max(labelled.to(tl.int32), axis=1) > 0, float("inf"), score)
-    tl.store(scores_ptr + offs_c, score, mask=mask_c)
+    tl.store(scores_ptr + offs_c, score, mask=mask_c)  # [BLOCK_C]
 
 
 def _launch(image: Tensor, prototypes: Tensor, labels: Tensor | None) -> Tensor:

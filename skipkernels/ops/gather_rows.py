@@ -2,10 +2,8 @@
 
     out_b = rows[index_b] · token_scale[index_b]
 
-Every number is read once and written once. `gather_rows_out` writes into an existing buffer, which may be pinned and
-reused; with `out_index` into its rows out_index_b, so that a batch can be gathered from several stores. Not
-differentiable: the store is a constant. Reference: `reference.gather_rows`. CPU kernel: csrc/gather_rows.cpp. Tests:
-tests/ops/test_gather_rows.py. Benchmark: bench/operators/gather_rows.py.
+`gather_rows_out` writes into an existing buffer, which may be pinned and reused; with `out_index` into its rows
+out_index_b, so that a batch can be gathered from several stores. Not differentiable: the store is a constant.
 """
 
 from __future__ import annotations
@@ -44,12 +42,10 @@ def _gather_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """out_bn = rows[index_b, n] · token_scale[index_b, n]. One program: BLOCK_N tokens of one image, all columns.
-
-    With out_index it writes out[out_index_b, n].
-    """
+    """out_bn = rows[index_b, n] · token_scale[index_b, n]. One program: BLOCK_N tokens of one image, all columns."""
     blocks = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
+    # 1. Row of the store, and row of out
     row = tl.load(index_ptr + b * stride_index)
     tl.device_assert((row >= 0) & (row < R), "gather_rows: index must be rows of rows")
     out_row = b
@@ -57,19 +53,21 @@ def _gather_rows_kernel(
         out_row = tl.load(out_index_ptr + b * stride_out_index)
         tl.device_assert((out_row >= 0) & (out_row < M), "gather_rows: out_index must be rows of out")
 
+    # 2. BLOCK_N tokens, BLOCK_W columns at a time
     offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
-    rows_ptrs = rows_ptr + row * stride_rows_r + offs_n[:, None] * stride_rows_n
-    out_ptrs = out_ptr + (out_row * N + offs_n[:, None]) * W
+    rows_ptrs = rows_ptr + row * stride_rows_r + offs_n[:, None] * stride_rows_n  # [BLOCK_N, 1]
+    out_ptrs = out_ptr + (out_row * N + offs_n[:, None]) * W  # [BLOCK_N, 1]
     if QUANTISED:
+        # [BLOCK_N]
         scale = tl.load(token_scale_ptr + row * stride_scale_r + offs_n * stride_scale_n, mask=mask_n, other=0.0)
     for start in range(0, W, BLOCK_W):
         offs_w = start + tl.arange(0, BLOCK_W)
-        mask = mask_n[:, None] & (offs_w < W)[None, :]
+        mask = mask_n[:, None] & (offs_w < W)[None, :]  # [BLOCK_N, BLOCK_W]
         tokens = tl.load(rows_ptrs + offs_w[None, :].to(tl.int64) * stride_rows_w, mask=mask)  # [BLOCK_N, BLOCK_W]
         if QUANTISED:
             tokens = tokens.to(tl.float32) * scale[:, None]
-        tl.store(out_ptrs + offs_w[None, :], tokens.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs + offs_w[None, :], tokens.to(out_ptr.dtype.element_ty), mask=mask)  # [BLOCK_N, BLOCK_W]
 
 
 def _launch_out(rows: Tensor, index: Tensor, token_scale: Tensor | None, out_index: Tensor | None, out: Tensor) -> None:

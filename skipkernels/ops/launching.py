@@ -1,10 +1,7 @@
 """Launches of the Triton kernels of the operators.
 
 All kernels are launched by `launch`, on the device of their tensors, which need not be the current device, with every
-option that can change a result. Settings that depend on the GPU (block tables, the precision of a matrix product) are
-looked up by `target`.
-
-Without Triton, the reference implementation is used.
+option that can change a result. Without Triton, the reference implementation is used.
 """
 
 from __future__ import annotations
@@ -51,10 +48,7 @@ def _target_of_gpu(index: int) -> Target:
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Return the `input_precision` of a `tl.dot` with fp32 accuracy on the matrix units.
-
-    Matrix units of NVIDIA have no fp32: one product is three of tf32. Those of AMD have fp32.
-    """
+    """`input_precision` of a `tl.dot` with fp32 accuracy: three products in tf32 on NVIDIA, fp32 on AMD."""
     return "tf32x3" if dtype == torch.float32 and target(device).backend == "cuda" else "ieee"
 
 
@@ -69,17 +63,11 @@ def launch(
     debug: bool = False,
     **arguments: Tensor | int | float | bool | str | None,
 ) -> None:
-    """Launch a kernel, unless the grid is empty.
+    """Launch a kernel with arguments by name, on the device of its tensors, unless the grid is empty.
 
-    Args:
-        kernel: function decorated with `triton.jit`.
-        grid: number of programs in each dimension, the largest first: the limit of the others is 65,535.
-        device: device of the tensors.
-        num_warps: warps per program, of 32 threads (64 on AMD).
-        num_stages: stages of the software pipeline of its loops.
-        fp_fusion: allow a · b + c to be rounded once; False for the bits of PyTorch.
-        debug: compile `tl.device_assert`s, which stop the device without a host sync.
-        arguments: arguments of the kernel by name.
+    The largest dimension of the grid comes first: the limit of the others is 65,535. A warp has 32 threads, 64 on
+    AMD. fp_fusion allows a · b + c to be rounded once; False gives the bits of PyTorch. debug compiles
+    `tl.device_assert`s, which stop the device without a host sync.
     """
     if min(grid) == 0:
         return

@@ -3,13 +3,10 @@
     u = x + bias,   out = u · g(u),   d_x = d_out · (g(u) + u · g'(u)),   d_bias = Σ d_x over all rows
     quick_gelu: g(u) = σ(1.702 u);   gelu: g(u) = Φ(u);   gelu_tanh: g(u) = σ(2 √(2/π) (u + 0.044715 u³))
 
-Saved for backward: x and bias; g is recomputed. Gradients that are not needed are empty. Backward also returns out,
-recomputed, where a fused block needs it.
+Saved for backward: x and bias; g is recomputed. For a fused block backward also returns out, recomputed.
 
-On a GPU the gradient of the bias is summed for fixed blocks of rows; a second kernel adds these sums in order. With
-`partial`, backward returns them, fp32 [P, W], and an empty d_bias: `column_sums` adds them. Reference:
-`reference.mlp_activation`. CPU kernel: csrc/mlp_activation.cpp. Tests: tests/ops/test_mlp_activation.py. Benchmark:
-bench/operators/mlp_activation.py.
+On a GPU one kernel sums the gradient of the bias over fixed blocks of rows, and a second adds these sums in order. With
+`partial` they are returned, fp32 [P, W], with an empty d_bias: `column_sums` adds them.
 """
 
 from __future__ import annotations
@@ -88,9 +85,9 @@ def _mlp_activation_fwd_kernel(
     offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
     u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_W]
     if bias_ptr is not None:
-        u += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]
-    value, _ = _gate(u, KIND)
-    tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)
+        u += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_W]
+    value, _ = _gate(u, KIND)  # [BLOCK_R, BLOCK_W]
+    tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
 
 
 @triton.jit
@@ -108,31 +105,29 @@ def _mlp_activation_bwd_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """d_x = d_out · (g(u) + u · g'(u)), out = u · g(u), and Σ d_x over some rows.
-
-    One program: BLOCK_W columns of `rows` rows, BLOCK_R at a time, and these columns of its own row of the sums [P, W].
-    The pointer of a result that is not needed is None.
-    """
+    """d_x = d_out · (g(u) + u · g'(u)), out = u · g(u), Σ d_x. One program: BLOCK_W columns of `rows` rows."""
     program = tl.program_id(0).to(tl.int64)
     offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     mask_w = offs_w < W
     bias = tl.zeros([BLOCK_W], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)  # [BLOCK_W]
     d_bias = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    # 1. Gradients of the rows, and the sum of d_x
     for start in range(0, rows, BLOCK_R):
         offs_r = program * rows + start + tl.arange(0, BLOCK_R)
         offs, mask = offs_r[:, None] * W + offs_w[None, :], (offs_r < R)[:, None] & mask_w[None, :]
-        u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-        value, slope = _gate(u, KIND)  # [BLOCK_R, BLOCK_W]
-        d_x = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32) * (value + u * slope)
+        u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]  # [BLOCK_R, BLOCK_W]
+        value, slope = _gate(u, KIND)  # [BLOCK_R, BLOCK_W] each
+        d_x = tl.load(d_out_ptr + offs, mask=mask, other=0.0).to(tl.float32) * (value + u * slope)  # [BLOCK_R, BLOCK_W]
         if d_x_ptr is not None:
-            tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
         if out_ptr is not None:
-            tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + offs, (u * value).to(out_ptr.dtype.element_ty), mask=mask)  # [BLOCK_R, BLOCK_W]
         d_bias += tl.where(mask, d_x, 0.0)  # beyond R d_x is 0 · g, and NaN if the bias is infinite
+    # 2. This program's row of the sums [P, W]
     if d_bias_sums_ptr is not None:
-        tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)
+        tl.store(d_bias_sums_ptr + program * W + offs_w, tl.sum(d_bias, axis=0), mask=mask_w)  # [BLOCK_W]
 
 
 @triton.jit
@@ -146,8 +141,8 @@ def _mlp_activation_bwd_sums_kernel(
 ):
     """d_bias = Σ_p d_bias_sums. One program: BLOCK_W columns."""
     offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    d_bias = sum_in_order(d_bias_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)
-    tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)
+    d_bias = sum_in_order(d_bias_sums_ptr, P, offs_w, W, BLOCK_P, BLOCK_W)  # [BLOCK_W]
+    tl.store(d_bias_ptr + offs_w, d_bias.to(d_bias_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
 
 
 def _tile(W: int) -> dict[str, Any]:
@@ -158,7 +153,7 @@ def _tile(W: int) -> dict[str, Any]:
 def _launch(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     W, tile = x.shape[-1], _tile(x.shape[-1])
     R = x.numel() // W
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # [..., W]
     launch(
         _mlp_activation_fwd_kernel,
         (triton.cdiv(R, tile["BLOCK_R"]), triton.cdiv(W, tile["BLOCK_W"])),
@@ -215,7 +210,6 @@ def _launch_backward(d_out: Tensor, x: Tensor, bias: Tensor | None, kind: int, *
 
 
 def _outputs(x: Tensor, bias: Tensor | None, need: Needs) -> tuple[Tensor, ...]:
-    """Allocate the results of backward."""
     P, W = 0, x.shape[-1]
     partial = need.partial and need.bias
     if partial:

@@ -6,13 +6,9 @@
     d_weight_n = ⟨d_out, v_n⟩,   d_score_n = weight_n (d_weight_n − Σ_n weight_n d_weight_n)
     d_q = scale Σ_n d_score_n k_n,   d_k_n = scale d_score_n q,   d_v_n = weight_n d_out
 
-Forward also returns lse [B, H] in fp64. Saved for backward: the inputs, the result and lse. Gradients that are not
-needed are empty; those of keys and values past the length are 0.
+Saved for backward: the inputs, the result and lse, fp64 [B, H]. Gradients of keys and values past the length are 0.
 
 With one query, time is that of reading keys and values. On a GPU a program computes one head of one sequence.
-Reference: `reference.pooled_attention`. CPU kernel: csrc/pooled_attention.cpp. Tests:
-tests/ops/test_pooled_attention.py, tests/ops/test_attention_accuracy.py. Benchmark:
-bench/operators/pooled_attention.py.
 """
 
 from __future__ import annotations
@@ -64,11 +60,13 @@ def _pooled_attention_fwd_kernel(
     value_ptr += b * stride_key_b + head * stride_key_h
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
+    # 1. Query of the head
     query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
-    query = query.to(tl.float32)
+    query = query.to(tl.float32)  # [BLOCK_E]
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
+    # 2. Online maximum, sum and weighted values
     top = float("-inf")
     total = 0.0
     out = tl.zeros([BLOCK_E], tl.float32)
@@ -76,18 +74,19 @@ def _pooled_attention_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
-        value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
-        score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)
+        value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+        score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)  # [BLOCK_N]
         score = tl.where(mask_n, score, float("-inf"))  # [BLOCK_N]
         higher = tl.maximum(top, tl.max(score, axis=0))
-        weight = tl.exp(score - higher)
+        weight = tl.exp(score - higher)  # [BLOCK_N]
         shrink = tl.exp(top - higher)
         total = total * shrink + tl.sum(weight, axis=0)
-        out = out * shrink + tl.sum(weight[:, None] * value.to(tl.float32), axis=0)
+        out = out * shrink + tl.sum(weight[:, None] * value.to(tl.float32), axis=0)  # [BLOCK_E]
         top = higher
+    # 3. Divide by the sum; lse in fp64
     of_head = b * H + head
-    tl.store(out_ptr + of_head * E + offs_e, (out / total).to(out_ptr.dtype.element_ty), mask=mask_e)
-    tl.store(lse_ptr + of_head, tl.log(total).to(tl.float64) + top)
+    tl.store(out_ptr + of_head * E + offs_e, (out / total).to(out_ptr.dtype.element_ty), mask=mask_e)  # [BLOCK_E]
+    tl.store(lse_ptr + of_head, tl.log(total).to(tl.float64) + top)  # []
 
 
 @triton.jit
@@ -130,12 +129,14 @@ def _pooled_attention_bwd_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     of_head = b * H + head
+    # 1. Query and d_out of the head
     query = tl.load(query_ptr + b * stride_query_b + head * stride_query_h + offs_e, mask=mask_e, other=0.0)
-    query = query.to(tl.float32)
+    query = query.to(tl.float32)  # [BLOCK_E]
     d_out = tl.load(d_out_ptr + b * stride_d_out_b + head * stride_d_out_h + offs_e, mask=mask_e, other=0.0)
-    d_out = d_out.to(tl.float32)
+    d_out = d_out.to(tl.float32)  # [BLOCK_E]
+    # 2. mean = Σ_n weight_n d_weight_n
     mean = 0.0
-    lse, exp_rest = load_lse(lse_ptr, of_head, True)
+    lse, exp_rest = load_lse(lse_ptr, of_head, True)  # [] each
     length = N
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + b * stride_lengths).to(tl.int32)
@@ -145,42 +146,44 @@ def _pooled_attention_bwd_kernel(
         for start_n in range(0, length, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < length
-            key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
-            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
-            score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)
-            weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)
-            d_weight = tl.sum(d_out[None, :] * value.to(tl.float32), axis=1)
+            key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            score = scale * tl.sum(query[None, :] * key.to(tl.float32), axis=1)  # [BLOCK_N]
+            weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)  # [BLOCK_N]
+            d_weight = tl.sum(d_out[None, :] * value.to(tl.float32), axis=1)  # [BLOCK_N]
             mean += tl.sum(weight * d_weight, axis=0)
             total += tl.sum(weight, axis=0)
-        mean /= total
+        mean /= total  # total is 1 up to rounding
+    # 3. Gradients; past the length the weights are 0
     gradient = (b * N * H + head) * E
     d_query = tl.zeros([BLOCK_E], tl.float32)
     for start_n in range(0, N, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
-        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E).to(tl.float32)
-        score = scale * tl.sum(query[None, :] * key, axis=1)
-        weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)
+        key = load_rows(key_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E).to(tl.float32)  # [BLOCK_N, BLOCK_E]
+        score = scale * tl.sum(query[None, :] * key, axis=1)  # [BLOCK_N]
+        weight = exp_rest * tl.exp(tl.where(mask_n, score, float("-inf")) - lse)  # [BLOCK_N]
         if NEED_VALUE:
-            d_value = weight[:, None] * d_out[None, :]
-            store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
+            d_value = weight[:, None] * d_out[None, :]  # [BLOCK_N, BLOCK_E]
+            store_rows(d_value_ptr + gradient, d_value, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
         if NEED_QUERY or NEED_KEY:
-            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)
-            d_score = weight * (tl.sum(d_out[None, :] * value.to(tl.float32), axis=1) - mean)
-            d_query += tl.sum(d_score[:, None] * key, axis=0)
+            value = load_rows(value_ptr, offs_n, mask_n, stride_key_n, 0, E, BLOCK_E)  # [BLOCK_N, BLOCK_E]
+            d_score = weight * (tl.sum(d_out[None, :] * value.to(tl.float32), axis=1) - mean)  # [BLOCK_N]
+            d_query += tl.sum(d_score[:, None] * key, axis=0)  # [BLOCK_E]
             if NEED_KEY:
-                d_key = scale * d_score[:, None] * query[None, :]
+                d_key = scale * d_score[:, None] * query[None, :]  # [BLOCK_N, BLOCK_E]
+                # [BLOCK_N, BLOCK_E]
                 store_rows(d_key_ptr + gradient, d_key, offs_n, offs_n < N, H * E, 0, E, BLOCK_E)
     if NEED_QUERY:
         d_query = (scale * d_query).to(d_query_ptr.dtype.element_ty)
-        tl.store(d_query_ptr + of_head * E + offs_e, d_query, mask=mask_e)
+        tl.store(d_query_ptr + of_head * E + offs_e, d_query, mask=mask_e)  # [BLOCK_E]
 
 
 def _launch(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     B, H, E = query.shape
     if E > MAX_WIDTH:
         return _fallback(query, key, value, lengths, scale)
-    out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)
+    out, lse = query.new_empty(query.shape), query.new_empty((B, H), dtype=torch.float64)  # [B, H, E], [B, H]
     launch(
         _pooled_attention_fwd_kernel,
         (B, H),
@@ -228,7 +231,6 @@ def _launch_backward(
 def _arguments(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float, tile: int
 ) -> dict[str, Any]:
-    """Arguments of both kernels."""
     (query,), (key, value) = in_one_layout(query), in_one_layout(key, value)
     block_e = triton.next_power_of_2(query.shape[2])
     return dict(

@@ -1,8 +1,7 @@
 """Compilation of Triton kernels before they are launched, also for a GPU that is not here.
 
-The launchers run on meta tensors with a recorder in place of the launch, and Triton's binder gives the specialisation
-of each launch, so the compiled kernels are those that a launch needs: the same constants, types, divisibility, warps
-and stages.
+The launchers run on meta tensors with a recorder in place of the launch, and Triton's binder specialises each launch:
+the compiled kernels have the constants, types, divisibility, warps and stages that a launch needs.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ Result = TypeVar("Result")
 
 
 class Architecture(NamedTuple):
-    """A target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes.
-
-    From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 and CDNA4 ISA guides.
-    """
+    """Target: Triton's backend and name, threads per warp, and the largest shared memory (LDS) of a block in bytes."""
 
     backend: str
     arch: int | str
@@ -40,6 +36,7 @@ class Architecture(NamedTuple):
     block_shared: int
 
 
+# From NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities", and AMD's CDNA3 and CDNA4 ISA guides.
 ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 32, 163 * _KIB),
     "sm_86": Architecture("cuda", 86, 32, 99 * _KIB),

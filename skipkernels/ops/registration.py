@@ -1,8 +1,7 @@
 """Operator registration: one schema per operator, with CPU, CUDA and fallback implementations.
 
-The schemas are defined here, from Python, since they must exist without the C++ library. The library only adds CPU
-kernels under the same names. Triton kernels are the implementation for CUDA and ROCm devices. Without a kernel, the
-fallback is used: the reference, in plain PyTorch.
+The schemas are defined here, since they must exist without the C++ library, which only adds CPU kernels under the same
+names. Triton kernels are for CUDA and ROCm devices. Without a kernel, the fallback is used: the reference.
 """
 
 from __future__ import annotations
@@ -45,19 +44,12 @@ def define(
     check: Callable[..., None] = _accept,
     fallback_cases: str = "fp64",
 ) -> torch._ops.OpOverload:
-    """Define an operator.
+    """Define an operator, to be called with positional arguments.
 
-    Args:
-        schema: `name(arguments) -> results`.
-        fallback: computes the results in plain PyTorch on any device, without autograd.
-        fake: returns results of the right shape, dtype and device without computing them.
-        launch: computes the results with Triton kernels; not called for fp64, which uses `fallback`.
-        check: raises ValueError for values of CPU tensors that the C++ kernel refuses. On a GPU a check would be a
-            host sync: the kernels have device-side assertions.
-        fallback_cases: description of the calls for which `launch` uses `fallback`.
-
-    Returns:
-        The operator, to be called with positional arguments.
+    `fallback` computes the results in plain PyTorch on any device, without autograd; `fake` only allocates them.
+    `launch` computes them with Triton kernels, except for fp64 and the calls that `fallback_cases` describes. `check`
+    raises ValueError for values of CPU tensors that the C++ kernel refuses. On a GPU it would be a host sync: the
+    kernels have device-side assertions.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -92,13 +84,10 @@ def has_cpp(name: str) -> bool:
 
 
 def call(operator: torch._ops.OpOverload, *args: Any) -> Any:
-    """Call an operator; values that its kernel refuses raise ValueError.
-
-    PyTorch 2.15 turns every error of a C++ kernel into a RuntimeError: the check is then repeated in Python.
-    """
+    """Call an operator; values that its kernel refuses raise ValueError."""
     try:
         return operator(*args)
-    except RuntimeError:
+    except RuntimeError:  # PyTorch 2.15 turns every error of a C++ kernel into one
         if _first(args).device.type == "cpu":
             definitions[operator._opname].check(*args)
         raise
@@ -119,17 +108,14 @@ PRIVATE = (
 
 
 def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Register the gradient of an operator.
+    """Register the gradient of an operator, as `torch.library.register_autograd` does for more schemas at more cost.
 
-    It does what `torch.library.register_autograd` does, for fewer schemas and at less cost: a call of an operator that
-    copies four numbers takes 37 µs instead of 56 µs with a gradient recorded, and 112 µs instead of 146 µs with its
-    backward (torch 2.13, one core of an AMD EPYC, least of 15 runs).
+    A call of an operator that copies four numbers takes 37 µs instead of 56 µs with a gradient recorded, and 112 µs
+    instead of 146 µs with its backward (torch 2.13, one core of an AMD EPYC, least of 15 runs).
 
-    Args:
-        operator: takes no lists of tensors that require grad.
-        backward: (ctx, gradients of the results) → gradients of the first arguments, as many as can have one. Those
-            for which `ctx.needs_input_grad` is False are dropped.
-        setup: (ctx, arguments, results): saves what backward needs.
+    `setup` takes (ctx, arguments, results) and saves what backward needs. `backward` takes (ctx, gradients of the
+    results) and returns gradients of the first arguments; those that are not needed are dropped. The operator must not
+    take lists of tensors that require grad.
     """
     arity = len(operator._schema.arguments)
 
@@ -164,12 +150,9 @@ def differentiate(operator: torch._ops.OpOverload, backward: Callable[..., Any],
             ctx.needs_input_grad = ctx.needs_input_grad[:arity]  # without the keyset's
             return *all_gradients(ctx, *upstream), None
 
+    # `Function.apply` would choose a level once more, and needs a `setup_context`.
     class AtOneLevel(torch.autograd.function._SingleLevelFunction):
-        """`Differentiated` under torch.func, where the dispatcher has chosen the level that this call records.
-
-        `Function.apply` would choose a level once more, and needs a `setup_context`. Outer levels record what forward
-        calls.
-        """
+        """`Differentiated` at the level of torch.func that the dispatcher has chosen; outer levels record forward."""
 
         backward = Differentiated.backward
 
@@ -212,10 +195,7 @@ def reference_gradients(
     needs: Sequence[bool],
     d_result: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Compute the gradients of `function(*inputs)` by autograd: the fallback of a backward operator.
-
-    Gradients that are not needed are empty, as in `gradients_like`.
-    """
+    """Compute the gradients of `function(*inputs)` by autograd; empty where not needed, as in `gradients_like`."""
     gradients = [x.new_empty(0) for x in inputs]
     wanted = [i for i, need in enumerate(needs) if need]
     if wanted:
@@ -267,10 +247,7 @@ def mutates(operator: torch._ops.OpOverload) -> None:
 
 
 def autocast_features(operator: torch._ops.OpOverload, features: int) -> None:
-    """Under autocast, cast the first `features` arguments, except fp64, to the autocast dtype.
-
-    `torch.library.register_autocast` casts every floating-point argument; a logit scale of 100.3 would become 100.5.
-    """
+    """Under autocast, cast the first `features` arguments except fp64; a logit scale of 100.3 would become 100.5."""
 
     def cast_and_call(*args: Any) -> Any:
         device_type = args[0].device.type

@@ -1,7 +1,6 @@
 """Deterministic sums over rows: partial sums of blocks of rows, added in the order of the blocks.
 
-`column_sums` completes the partial sums of several backward operators by one launch. A fused block uses it on a GPU; on
-a CPU the backward operators complete their sums themselves.
+In a fused block on a GPU, `column_sums` completes the partial sums of several backward operators by one launch.
 """
 
 from __future__ import annotations
@@ -35,16 +34,17 @@ def sum_in_order_strided(sums_ptr, P, stride_p, offs_w, W, BLOCK_P: tl.constexpr
     for start in range(0, P, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
         mask = (offs_p < P)[:, None] & (offs_w < W)[None, :]
+        # [BLOCK_P, BLOCK_W]
         total += tl.load(sums_ptr + offs_p[:, None] * stride_p + offs_w[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(total, axis=0)
+    return tl.sum(total, axis=0)  # [BLOCK_W]
 
 
 @triton.jit
 def _store_column_sums(x_ptr, out_ptr, R, W, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr):
     if x_ptr is not None:
         offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-        total = sum_in_order(x_ptr, R, offs_w, W, BLOCK_R, BLOCK_W)
-        tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)
+        total = sum_in_order(x_ptr, R, offs_w, W, BLOCK_R, BLOCK_W)  # [BLOCK_W]
+        tl.store(out_ptr + offs_w, total.to(out_ptr.dtype.element_ty), mask=offs_w < W)  # [BLOCK_W]
 
 
 @triton.jit
@@ -83,17 +83,14 @@ def _column_sums_kernel(
 
 
 def blocks_of_rows(R: int, BLOCK_R: int, least_rows: int, most_blocks: int) -> tuple[int, int]:
-    """Return the number P of blocks of rows with a partial sum each, and the rows of a block, a multiple of BLOCK_R.
-
-    A block has at least `least_rows` rows, and there are at most `most_blocks`.
-    """
+    """Return the number of blocks, at most `most_blocks`, and the rows of each, a multiple of BLOCK_R ≥ least_rows."""
     tiles = -(-R // BLOCK_R)
     tiles_per_block = max(-(-least_rows // BLOCK_R), -(-tiles // most_blocks))
     return max(1, -(-tiles // tiles_per_block)), tiles_per_block * BLOCK_R  # without rows the sums are 0
 
 
 def _launch(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    out = _fake(matrices, dtype)
+    out = _fake(matrices, dtype)  # [W0 + W1 + …]
     arguments: dict[str, Any] = {}
     for i in range(MATRICES):
         x = matrices[i].contiguous() if i < len(matrices) else None

@@ -2,13 +2,11 @@
 
     g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-Every number is read once and written once. The learning rate and the seed of stochastic rounding are tensors on the
-device, so that a captured graph reads new values at each replay. Each product is rounded, as in the reference
-(`reference.sgd_momentum_`): all kernels return the same bits. CPU kernel: csrc/sgd_momentum.cpp.
+The learning rate and the seed of stochastic rounding are tensors on the device, so that a captured graph reads new
+values at each replay. Each product is rounded as in the reference: all kernels return the same bits.
 
 A list (a model has some 150 parameters, most of them small) is one parallel region on the CPU and one launch on a GPU.
-The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls. Tests:
-tests/ops/test_sgd_momentum.py. Benchmark: bench/operators/sgd_momentum.py.
+The kernel reads the addresses and sizes of the tensors from tables on the device, which are kept between calls.
 """
 
 from __future__ import annotations
@@ -55,17 +53,15 @@ def _update(
     LANES: tl.constexpr,
     VECTORISED: tl.constexpr,
 ):
-    """Update GROUPS groups of LANES elements of one tensor; the first three arguments are addresses.
-
-    VECTORISED: addresses and the number of elements are multiples of 16, and the offset is one of LANES. With
-    stochastic rounding, groups are those that share a hash; the first may begin before the tensor.
-    """
+    """Update GROUPS groups of LANES elements of one tensor; the first three arguments are addresses."""
+    # 1. Elements of the groups
     group = block * GROUPS + tl.arange(0, GROUPS)
     lane = tl.arange(0, LANES)
     offs = group[:, None] * LANES + lane[None, :]  # [GROUPS, LANES]
     weight_ptr = weight.to(tl.pointer_type(WEIGHT))
     grad_ptr = grad.to(tl.pointer_type(GRAD))
     momentum_buffer_ptr = momentum_buffer.to(tl.pointer_type(MOMENTUM_BUFFER))
+    # Addresses and numel are multiples of 16, and `first` is one of LANES
     if VECTORISED:
         weight_ptr = tl.multiple_of(weight_ptr, 16)
         grad_ptr = tl.multiple_of(grad_ptr, 16)
@@ -73,27 +69,32 @@ def _update(
         mask = offs < numel // 16 * 16  # the product tells the compiler that groups are masked as a whole
     else:
         if STOCHASTIC:
+            # Groups are those that share a hash: the first may begin before the tensor
             offs -= first % LANES
         mask = (offs >= 0) & (offs < numel)
 
-    weight = tl.load(weight_ptr + offs, mask=mask).to(tl.float32)
-    grad = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
-    momentum_buffer = tl.load(momentum_buffer_ptr + offs, mask=mask).to(tl.float32)
+    # 2. Momentum and step
+    weight = tl.load(weight_ptr + offs, mask=mask).to(tl.float32)  # [GROUPS, LANES]
+    grad = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)  # [GROUPS, LANES]
+    momentum_buffer = tl.load(momentum_buffer_ptr + offs, mask=mask).to(tl.float32)  # [GROUPS, LANES]
 
-    momentum_buffer = momentum * momentum_buffer + (grad + weight_decay * weight)
+    momentum_buffer = momentum * momentum_buffer + (grad + weight_decay * weight)  # [GROUPS, LANES]
     weight = weight - lr * momentum_buffer
+    # [GROUPS, LANES]
     tl.store(momentum_buffer_ptr + offs, momentum_buffer.to(momentum_buffer_ptr.dtype.element_ty), mask=mask)
 
-    if STOCHASTIC:  # add random bits below the last bit of bf16 and truncate
-        x = seed.to(tl.uint64) + ((first // LANES + group).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    # 3. Stochastic rounding: add random bits below the last bit of bf16 and truncate
+    if STOCHASTIC:
+        # SplitMix64: one hash of 64 bits per group, 16 bits per lane
+        x = seed.to(tl.uint64) + ((first // LANES + group).to(tl.uint64) + 1) * 0x9E3779B97F4A7C15  # [GROUPS]
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB
         x = x ^ (x >> 31)
-        random = ((x[:, None] >> (16 * lane[None, :]).to(tl.uint64)) & 0xFFFF).to(tl.uint32)
+        random = ((x[:, None] >> (16 * lane[None, :]).to(tl.uint64)) & 0xFFFF).to(tl.uint32)  # [GROUPS, LANES]
         bits = weight.to(tl.uint32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
         weight = tl.where(finite, (bits + random) & 0xFFFF0000, bits).to(tl.float32, bitcast=True)
-    tl.store(weight_ptr + offs, weight.to(weight_ptr.dtype.element_ty), mask=mask)
+    tl.store(weight_ptr + offs, weight.to(weight_ptr.dtype.element_ty), mask=mask)  # [GROUPS, LANES]
 
 
 @triton.jit
@@ -129,6 +130,7 @@ def _sgd_momentum_kernel(
     vectorised = tl.load(row_ptr + 5)
     lr = tl.load(lr_ptr).to(tl.float32)
     seed = tl.load(seed_ptr) if STOCHASTIC else 0
+    # Two calls, since VECTORISED is known to the compiler and the table is not.
     # fmt: off
     if vectorised != 0:
         _update(weight, grad, momentum_buffer, numel, first, block, lr, seed, momentum, weight_decay,
@@ -183,7 +185,6 @@ def _launch(
 def _launch_alike(
     tensors: list[_Tensors], lr: Tensor, momentum: float, weight_decay: float, seed: Tensor | None
 ) -> None:
-    """Launch the kernel for tensors of equal dtypes."""
     weight, grad, momentum_buffer, _ = tensors[0]
     device, lanes = weight.device, LANES if seed is None else LANES_RANDOM
     rows: list[int] = []
@@ -205,9 +206,9 @@ def _launch_alike(
         device=device,
         num_warps=NUM_WARPS,
         fp_fusion=False,
-        tensors_ptr=_table(rows, device),
-        grads_ptr=_table(grad_addresses, device),
-        programs_ptr=_table(programs, device, repeat=True),
+        tensors_ptr=_table(rows, device),  # [tensors · COLUMNS]
+        grads_ptr=_table(grad_addresses, device),  # [tensors]
+        programs_ptr=_table(programs, device, repeat=True),  # [programs]
         lr_ptr=lr,
         seed_ptr=seed,
         momentum=momentum,
@@ -228,10 +229,7 @@ _pinned: dict[torch.device, Tensor] = {}  # what is left of the pinned memory fo
 
 
 def _table(numbers: Sequence[int], device: torch.device, *, repeat: bool = False) -> Tensor:
-    """Return int64 numbers on a device or, if `repeat`, the index of each number as often as the number says.
-
-    Numbers that are not there yet are copied without a host sync.
-    """
+    """Return int64 numbers on a device, kept between calls; with `repeat`, index i numbers[i] times. No host sync."""
     key = device, repeat, tuple(numbers)
     table, captures = _tables.get(key), device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if table is None:

@@ -4,8 +4,7 @@
     d_x_b = s · (1 − u_b u_bᵀ) Σ_k G_bk t_k,   d_t_k = s · (1 − v_k v_kᵀ) Σ_b G_bk x_b,   G_bk = d_z_bk/(|x_b| |t_k|)
 
 with u and v the unit rows. With both norms in the factors G, the sums are matrix products with the rows in memory:
-`contract` calls the BLAS library, which fills a GPU at any shape. A panel of G is bounded. A Triton kernel would save
-no launch: gather, product and unit norm are one launch each in both cases.
+`contract` calls the BLAS library, which fills a GPU at any shape. A Triton kernel would save no launch.
 """
 
 from __future__ import annotations
@@ -77,50 +76,47 @@ def cosine_tile(
     PRECISION: tl.constexpr,
     MEASURE: tl.constexpr,
 ):
-    """Compute cosines [BLOCK_B, BLOCK_K] of images and rows of the bank, and the norms of both.
-
-    Row indices must be valid: callers repeat the last row past the end, since masks would cost registers. places_k are
-    the positions of rows_k in the sample. Rows are multiplied before the division by their norms: products of 16-bit
-    numbers are exact in fp32. With MEASURE the norms are computed, else loaded.
-    """
-    image_row = image_ptr + rows_b.to(tl.int64)[:, None] * stride_image_b
-    text_row = text_ptr + rows_k.to(tl.int64)[None, :] * stride_text_k
+    """Compute cosines [BLOCK_B, BLOCK_K] of images and rows of the bank, and the norms of both."""
+    # Callers repeat the last row past the end, since masks would cost registers. places_k are the positions of rows_k
+    # in the sample.
+    image_row = image_ptr + rows_b.to(tl.int64)[:, None] * stride_image_b  # [BLOCK_B, 1]
+    text_row = text_ptr + rows_k.to(tl.int64)[None, :] * stride_text_k  # [1, BLOCK_K]
     product = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
     if MEASURE:
         image_squares = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         text_squares = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
+    # 1. Products and, with MEASURE, squares. Norms divide the products: those of 16-bit numbers are exact in fp32.
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         image = tl.load(image_row + offs_d[None, :], mask=mask_d[None, :], other=0.0)  # [BLOCK_B, BLOCK_D]
         text = tl.load(text_row + offs_d[:, None], mask=mask_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_K]
+        # [BLOCK_B, BLOCK_D] @ [BLOCK_D, BLOCK_K] -> [BLOCK_B, BLOCK_K]
         product = tl.dot(image, text, product, input_precision=PRECISION)
         if MEASURE:
             image_squares += image.to(tl.float32) * image.to(tl.float32)
             text_squares += text.to(tl.float32) * text.to(tl.float32)
+    # 2. Norms, and the products divided by them
     if MEASURE:
-        image_norm = tl.sqrt(tl.sum(image_squares, axis=1))
-        text_norm = tl.sqrt(tl.sum(text_squares, axis=0))
+        image_norm = tl.sqrt(tl.sum(image_squares, axis=1))  # [BLOCK_B]
+        text_norm = tl.sqrt(tl.sum(text_squares, axis=0))  # [BLOCK_K]
     else:
-        image_norm = tl.load(image_norm_ptr + rows_b)
-        text_norm = tl.load(text_norm_ptr + places_k)
-    cosine = product / tl.maximum(image_norm, eps)[:, None] / tl.maximum(text_norm, eps)[None, :]
+        image_norm = tl.load(image_norm_ptr + rows_b)  # [BLOCK_B]
+        text_norm = tl.load(text_norm_ptr + places_k)  # [BLOCK_K]
+    cosine = product / tl.maximum(image_norm, eps)[:, None] / tl.maximum(text_norm, eps)[None, :]  # [BLOCK_B, BLOCK_K]
     return cosine, image_norm, text_norm
 
 
 @triton.jit
 def _row_norms_kernel(rows_ptr, ids_ptr, norm_ptr, C, D, stride_rows, BLOCK_D: tl.constexpr):
-    """|x|. One program: one row, ids[i] or without ids row i.
-
-    Ids out of range read row 0; another kernel asserts their range.
-    """
+    """|x|. One program: one row, ids[i] or i; row 0 for ids out of range, which another kernel asserts."""
     pid = tl.program_id(0).to(tl.int64)
     row = pid
     if ids_ptr is not None:
         row = tl.load(ids_ptr + pid)
         row = tl.where((row >= 0) & (row < C), row, 0)
     offs_d = tl.arange(0, BLOCK_D)
-    x = tl.load(rows_ptr + row * stride_rows + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    x = tl.load(rows_ptr + row * stride_rows + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)  # [BLOCK_D]
     tl.store(norm_ptr + pid, tl.sqrt(tl.sum(x * x, axis=0)))
 
 
@@ -149,13 +145,15 @@ def _unit_rows_bwd_kernel(
         row = tl.load(ids_ptr + pid)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    x = tl.load(rows_ptr + row * stride_rows + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    total = tl.load(sums_ptr + pid * D + offs_d, mask=mask_d, other=0.0)
-    norm = tl.sqrt(tl.sum(x * x, axis=0))
-    unit = x / tl.maximum(norm, eps)
-    along = tl.where(norm < eps, 0.0, tl.sum(unit * total, axis=0))
+    # 1. Row, and its sum over the factors G
+    x = tl.load(rows_ptr + row * stride_rows + offs_d, mask=mask_d, other=0.0).to(tl.float32)  # [BLOCK_D]
+    total = tl.load(sums_ptr + pid * D + offs_d, mask=mask_d, other=0.0)  # [BLOCK_D]
+    # 2. Projection
+    norm = tl.sqrt(tl.sum(x * x, axis=0))  # []
+    unit = x / tl.maximum(norm, eps)  # [BLOCK_D]
+    along = tl.where(norm < eps, 0.0, tl.sum(unit * total, axis=0))  # []
     factor = tl.load(scale_ptr).to(tl.float32) * upstream_of(factor_ptr, divisor_ptr)
-    tl.store(d_rows_ptr + row * stride_d_rows + offs_d, factor * (total - unit * along), mask=mask_d)
+    tl.store(d_rows_ptr + row * stride_d_rows + offs_d, factor * (total - unit * along), mask=mask_d)  # [BLOCK_D]
 
 
 @triton.jit
@@ -171,11 +169,9 @@ def upstream_of(factor_ptr, divisor_ptr):
 
 
 def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None) -> tuple[bool, Tensor, Tensor]:
-    """Allocate or compute the norms of both, [B] and [K], in fp32.
-
-    Up to FEW images the kernel of the product computes them (True): it saves two launches and costs registers.
-    """
+    """Compute the norms of both, fp32 [B] and [K], or allocate them (True) for the kernel of the product to compute."""
     B, K = image.shape[0], (text if class_ids is None else class_ids).shape[0]
+    # The kernel of the product saves two launches, and costs registers.
     if B > FEW:
         return False, row_norms(image), row_norms(text, class_ids)
     image_norm, text_norm = (torch.empty(n, dtype=torch.float32, device=image.device) for n in (B, K))
@@ -183,9 +179,9 @@ def norms_for(image: Tensor, text: Tensor, class_ids: Tensor | None) -> tuple[bo
 
 
 def row_norms(rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Norms of the rows, [n], in fp32."""
+    """Compute the norms of the rows, fp32 [n]."""
     n, D = (rows if ids is None else ids).shape[0], rows.shape[1]
-    norm = torch.empty(n, dtype=torch.float32, device=rows.device)
+    norm = torch.empty(n, dtype=torch.float32, device=rows.device)  # [n]
     launch(
         _row_norms_kernel,
         (n,),
@@ -235,7 +231,7 @@ def factors_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def contract(factors: Tensor, rows: Tensor) -> Tensor:
-    """Compute factors · rows in fp32."""
+    """Compute factors · rows in fp32, [m, n] @ [n, D] -> [m, D]."""
     # On the CPU (interpreter, simulator) `mm` has no out_dtype.
     if factors.dtype == torch.float32 or factors.device.type == "cpu":
         return factors.float() @ rows.float()
@@ -250,7 +246,7 @@ def through_unit_norm(
     factor: Tensor | None = None,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """Compute the gradient of the rows from the sums over factors; 0 for rows that are not in ids."""
+    """Compute the gradient of the rows from the sums over factors, [n, D]; 0 for rows that are not in ids."""
     D = rows.shape[1]
     d_rows = (torch.empty if ids is None else torch.zeros)(rows.shape, dtype=rows.dtype, device=rows.device)
     launch(
