@@ -63,13 +63,13 @@ class LSkipBoundary(torch.autograd.Function):
         """Run `lower`; see the class."""
         with torch.no_grad():
             if len(inputs) <= chunk:
-                output = lower(inputs)
+                output = lower(inputs)  # [B, …]
             else:
-                first = lower(inputs[:chunk])
-                output = first.new_empty(len(inputs), *first.shape[1:])
+                first = lower(inputs[:chunk])  # [chunk, …]
+                output = first.new_empty(len(inputs), *first.shape[1:])  # [B, …]
                 output[:chunk] = first
                 for start in range(chunk, len(inputs), chunk):
-                    output[start : start + chunk] = lower(inputs[start : start + chunk])
+                    output[start : start + chunk] = lower(inputs[start : start + chunk])  # [≤ chunk, …]
         ctx.mark_non_differentiable(output)
         return output
 

@@ -62,7 +62,7 @@ def tail_probabilities(tail: int, decay: float) -> Tensor:
     """
     if tail == 1:
         return torch.ones(1, dtype=torch.float64)
-    x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64)
+    x = torch.linspace(0.0, _TAIL_SPAN, tail, dtype=torch.float64)  # [tail]
     # The same quotient by expm1: the difference of the exponentials loses all digits for a large decay.
     return torch.exp(-x / decay) * (torch.expm1((x - _TAIL_SPAN) / decay) / math.expm1(-_TAIL_SPAN / decay)).abs()
 
@@ -94,9 +94,9 @@ def inclusion_probabilities(q: Tensor) -> Tensor:
     while certain < count:
         scale = (count - certain) / q[certain:].sum().item()
         if scale * q[certain] <= 1:
-            return torch.cat([torch.ones(certain, dtype=q.dtype), scale * q[certain:]])
+            return torch.cat([torch.ones(certain, dtype=q.dtype), scale * q[certain:]])  # [tail]
         certain += 1
-    return torch.cat([torch.ones(certain, dtype=q.dtype), torch.zeros(len(q) - certain, dtype=q.dtype)])
+    return torch.cat([torch.ones(certain, dtype=q.dtype), torch.zeros(len(q) - certain, dtype=q.dtype)])  # [tail]
 
 
 def systematic_sample(ends: Tensor, points: Tensor) -> Tensor:
@@ -180,9 +180,10 @@ class _RankTable:
         """Draw every row: the first with `start`, the others with the next numbers of the generator, which stays."""
         assert self._intervals is not None
         ahead = torch.Generator().set_state(generator.get_state())
-        rest = torch.rand(len(self.rows) - 1, generator=ahead, dtype=torch.float64)
-        starts = torch.cat([start[None], rest])
-        certain = self._certain.expand(len(starts), -1)
+        rest = torch.rand(len(self.rows) - 1, generator=ahead, dtype=torch.float64)  # [steps − 1]
+        starts = torch.cat([start[None], rest])  # [steps]
+        certain = self._certain.expand(len(starts), -1)  # [steps, m]
+        # [steps, largest K]
         self._upload(torch.cat([certain, len(self._certain) + self._intervals.draw(starts)], dim=1))
         self.counter.zero_()
         self.starts, self.next = starts.tolist(), 0
@@ -195,7 +196,7 @@ class _RankTable:
         if self._intervals is None:
             return self.rows[0]
         kept = len(self._certain) + self._intervals.count(self.starts[self.next - 1])
-        ranks = self.rows.index_select(0, self.counter)[0, :kept]
+        ranks = self.rows.index_select(0, self.counter)[0, :kept]  # [K]
         self.counter.add_(1)
         return ranks
 
@@ -310,7 +311,7 @@ class RankSampler:
         if intervals is None:
             return certain
         start = self._uniform()
-        return torch.cat([certain, len(certain) + intervals.draw(start)[: intervals.count(start.item())]])
+        return torch.cat([certain, len(certain) + intervals.draw(start)[: intervals.count(start.item())]])  # [K]
 
     def draw_on(self, device: torch.device, num_classes: int, batch_size: int) -> Tensor:
         """Draw as `draw` does, for a device: on a GPU from a table of the ranks of many steps."""
@@ -368,12 +369,12 @@ class RankSampler:
         device = self.generator.device
         if self.tail == "fixed" and len(q):
             if self._fixed is None or len(self._fixed) != len(q):
-                self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=device)
-            kept = (self._fixed.to(device) < q.to(device)).nonzero().squeeze(1)
-            return torch.cat([torch.arange(keep, device=device), keep + kept]), None
+                self._fixed = torch.rand(q.shape, generator=self.generator, dtype=q.dtype, device=device)  # [tail]
+            kept = (self._fixed.to(device) < q.to(device)).nonzero().squeeze(1)  # [n], places in the tail
+            return torch.cat([torch.arange(keep, device=device), keep + kept]), None  # [K]
         of, on, intervals = self._intervals.get(constant, (None, None, None))
         if of is not q or on != device or intervals is None:
-            ends = (inclusion_probabilities(q) if constant else q).cumsum(0)
+            ends = (inclusion_probabilities(q) if constant else q).cumsum(0)  # [tail]
             # Rounded: a sum that is a whole number up to rounding has one size of draws.
             total = round(ends[-1].item(), 0 if constant else 9) if len(q) else 0.0
             intervals = _Intervals(torch.arange(keep, device=device), ends.to(device), total)
@@ -451,8 +452,8 @@ def select_ranks(scores: Tensor, labels: Tensor, ranks: Tensor) -> ClassSelectio
         >>> select_ranks(scores, torch.tensor([2, 2]), torch.tensor([0, 1]))
         ClassSelection(class_ids=tensor([1, 2]), targets=tensor([1, 1]))
     """
-    class_ids = classes_at_ranks(scores.scatter(0, labels, math.inf), ranks)
-    return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))
+    class_ids = classes_at_ranks(scores.scatter(0, labels, math.inf), ranks)  # [K]
+    return ClassSelection(class_ids, torch.searchsorted(class_ids, labels.contiguous()))  # [K], [B]
 
 
 def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
@@ -461,8 +462,9 @@ def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
     >>> classes_at_ranks(torch.tensor([0.1, 0.9, 0.3, 0.8]), torch.tensor([0, 2]))
     tensor([1, 2])
     """
+    # [C], by descending score
     order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
-    return order[ranks.to(order.device, non_blocking=True)].sort().values
+    return order[ranks.to(order.device, non_blocking=True)].sort().values  # [K]
 
 
 def select_classes(

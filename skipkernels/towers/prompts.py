@@ -14,7 +14,7 @@ def shared_prefix_length(tokens: Tensor, pooled: Tensor, *, excludes_self: bool 
     With `excludes_self` a pooled token does not attend to itself: its query is computed at the row before it, which
     must then be in the suffix.
     """
-    same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()
+    same = (tokens == tokens[:1]).all(dim=0).long().cumprod(dim=0).sum()  # [C, L] -> [L] -> []
     return max(min(int(same), int(pooled.min()) - excludes_self), 0)
 
 
@@ -54,15 +54,15 @@ class PackedPrompts:
         self.prefix_length, self.excludes_self = prefix_length, excludes_self
         # CoCa appends a token that has no token id.
         self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)
-        self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)
-        self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths
+        self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)  # [C]
+        self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths  # [C]
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
         self.same_length = bool((self.lengths == self.max_length).all())
         self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
-        prefix_and_empty = self.lengths.new_tensor([[prefix_length, prefix_length], [0, 0]])
+        prefix_and_empty = self.lengths.new_tensor([[prefix_length, prefix_length], [0, 0]])  # [2, 2]
         self.segments = torch.cat([torch.stack([self.lengths, self.starts + self.lengths], dim=1), prefix_and_empty])
         self.prefix_segment, self.empty_segment = self.lengths.new_tensor([len(pooled), len(pooled) + 1]).split(1)
-        self.positions = torch.arange(self.row_count, device=tokens.device)
+        self.positions = torch.arange(self.row_count, device=tokens.device)  # [R]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, such as a move to a device, to every tensor."""
@@ -109,11 +109,11 @@ class SelectedPrompts:
         self._prompts, self.class_ids = prompts, class_ids
         P, K = prompts.prefix_length, len(class_ids)
         segments = torch.cat([prompts.prefix_segment, class_ids, prompts.empty_segment])  # [K + 2]
-        self._lengths, stops = prompts.segments[segments].unbind(1)
-        ends = self._lengths.cumsum(0)
+        self._lengths, stops = prompts.segments[segments].unbind(1)  # [K + 2] each
+        ends = self._lengths.cumsum(0)  # [K + 2]
         self._ends, self._shifts = ends, stops - ends
-        self.offsets = None if prompts.same_length else ends[:-1] - P
-        self.ends = ends[1:-1] - 1 if P else ends[:-2] + prompts.pooled[class_ids]
+        self.offsets = None if prompts.same_length else ends[:-1] - P  # [K + 1]
+        self.ends = ends[1:-1] - 1 if P else ends[:-2] + prompts.pooled[class_ids]  # [K]
         if prompts.same_length:
             self.row_count = P + K * prompts.max_length
         else:
@@ -127,10 +127,10 @@ class SelectedPrompts:
         """Pack hidden states [K, L, W] of these prompts into rows."""
         P, (K, L, _) = self._prompts.prefix_length, hidden.shape
         if not P:
-            return hidden.flatten(0, 1)
-        stops = self._lengths + P + L * torch.arange(-1, K + 1, device=hidden.device)
+            return hidden.flatten(0, 1)  # [K · L, W]
+        stops = self._lengths + P + L * torch.arange(-1, K + 1, device=hidden.device)  # [K + 2]
         stops[0], stops[-1] = P, 0
-        return hidden.flatten(0, 1).index_select(0, self._shifted(stops - self._ends))
+        return hidden.flatten(0, 1).index_select(0, self._shifted(stops - self._ends))  # [R, W]
 
     def unpack(self, rows: Tensor) -> Tensor:
         """Unpack rows [R, W] into whole prompts [K, L, W].
@@ -142,15 +142,15 @@ class SelectedPrompts:
         if not P:
             return rows.view(K, -1, W)
         suffix = torch.arange(self._prompts.length - P, device=rows.device)
-        first = self.ends - self._lengths[1:-1] + 1
+        first = self.ends - self._lengths[1:-1] + 1  # [K]
         index = torch.minimum(first[:, None] + suffix, self.ends[:, None])  # [K, L - P]
         # The backward of `expand` adds the gradients of the prefix in a fixed order.
-        prefix = rows[:P].expand(K, P, W)
-        return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)
+        prefix = rows[:P].expand(K, P, W)  # [K, P, W]
+        return torch.cat([prefix, rows.index_select(0, index.flatten()).view(K, -1, W)], dim=1)  # [K, L, W]
 
     def _shifted(self, shifts: Tensor) -> Tensor:
         """Row numbers 0 to R − 1, each plus the shift of its segment."""
-        rows = self._prompts.positions[: self.row_count]
+        rows = self._prompts.positions[: self.row_count]  # [R]
         if len(rows) < self.row_count:  # ids that repeat
             rows = torch.arange(self.row_count, device=rows.device)
-        return rows + shifts[torch.searchsorted(self._ends[:-1], rows, right=True)]
+        return rows + shifts[torch.searchsorted(self._ends[:-1], rows, right=True)]  # [R]
