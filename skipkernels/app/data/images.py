@@ -30,6 +30,7 @@ ImagesT = TypeVar("ImagesT", bound="Images")
 # Raised by Pillow's decoders for truncated or invalid files.
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError)
 _UNREADABLE += (ArithmeticError, AttributeError, struct.error, zlib.error, Image.DecompressionBombError, MemoryError)
+_UNREADABLE += (RuntimeError,)  # of libavif
 # Under any extension: six .jpg files of Oxford-IIIT Pet are GIFs. Others are excluded: Pillow runs Ghostscript on EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 _PLUGINS = {"HEIF": "pip install 'skipkernels[heif]'", "AVIF": "pip install --upgrade pillow"}

@@ -227,6 +227,12 @@ def test_read_image_too_many_pixels(tmp_path, monkeypatch):
         one(tmp_path / "a.png")
 
 
+def test_read_image_avif_without_primary_item(tmp_path):
+    (tmp_path / "a.avif").write_bytes(encoded("avif").replace(b"pitm", b"free"))
+    with raises_input_error(tmp_path / "a.avif", "can't be read as an image (RuntimeError: "):
+        one(tmp_path / "a.avif")
+
+
 @pytest.mark.parametrize("where", ["decoder", "transform"])
 def test_read_image_out_of_memory(tmp_path, monkeypatch, where):
     def fail(*_):
