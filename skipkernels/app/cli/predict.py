@@ -186,7 +186,7 @@ class PredictCommand:
         others: Counter[str] = Counter()
         for path in self.images:
             if path.is_dir():
-                inside, skipped = find_images(path, ".", dataset=False)
+                inside, skipped = find_images(path, ".")
                 if not inside:
                     none = f"has none{f' ({format_others(skipped)})' if skipped else ''}"
                     raise InputError(f"predict: images must be files or folders of images; {path} {none}.", "images")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ...store import MANIFEST, open_regular
+from ...store import open_regular
 from .base import InputError
 
 # Those of torchvision, and of later formats. Files with another extension are images by their first bytes.
@@ -18,11 +18,6 @@ IMAGE_EXTENSIONS: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".
 IMAGE_EXTENSIONS += (".gif", ".avif", ".heic", ".heif")
 HEAD = 64  # bytes that `image_format` reads
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF")
-# Folders that skipkernels writes: (contents, a file that each contains): other files; each contains at least one.
-_OUTPUT_FOLDERS = {
-    ("results", "config.yaml"): {"metrics.json", "metrics.jsonl", "state.pt", "model.safetensors", "delta.safetensors"},
-    ("features", MANIFEST): {"00000.safetensors"},
-}
 _MAX_NAMES = 5  # in a message
 
 
@@ -41,23 +36,14 @@ def absolute_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
-def _not_listed(folder: Path, error: OSError) -> InputError:
-    return InputError(f"{folder}: can't be listed ({error.strerror}). Is it a folder that you may read?")
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder that are not hidden, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-    except OSError as error:
-        raise _not_listed(folder, error) from error
-    return sorted(visible, key=lambda entry: entry.name)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return True for a folder or a link to one; reads the disk only for a link."""
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+def _raise_not_listed(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename}: can't be listed ({error.strerror}). Is it a folder that you may read?"
+    ) from error
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -66,7 +52,7 @@ def subfolders(folder: Path) -> list[str]:
     Raises:
         InputError: If the folder can't be listed.
     """
-    return [entry.name for entry in _entries(folder) if _is_folder(entry)]
+    return sorted(filter(_is_visible, next(os.walk(folder, onerror=_raise_not_listed))[1]))
 
 
 def has_image_extension(name: str) -> bool:
@@ -109,61 +95,46 @@ def format_others(others: Counter[str]) -> str:
     return f"skipped files that are not images: {format_names(counts)}"
 
 
-def find_images(root: Path, folder: str, *, dataset: bool = True) -> tuple[list[str], Counter[str]]:
+def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
     """Find the image files in a folder and its subfolders, and count the other files by extension.
 
-    Hidden files and folders are skipped. Links are followed. A folder with several paths is visited once, by the path
-    without links if there is one. Parents of `folder` are not visited.
+    Hidden files and folders are skipped. Links are followed, and each folder is visited once.
 
     Args:
         root: Folder that paths are relative to.
         folder: Folder to search, relative to the root.
-        dataset: Raise the errors of a dataset, below. Otherwise such files are returned, or searched.
 
     Returns:
         Paths with "/", sorted; and the number of other files by extension.
 
     Raises:
-        InputError: If a folder can't be listed; in a dataset, if a link is broken, an image is not a regular file, or
-            a folder holds results or features of skipkernels.
+        InputError: If a folder can't be listed.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
-    visited = {_folder_id(parent) for parent in (root / folder).resolve().parents}
-    folders, links = deque([folder]), deque[str]()
-    while folders or links:
-        here = (folders or links).popleft()  # links last: a path without links has precedence
-        folder_id = _folder_id(root / here)
-        if folder_id in visited:
-            continue
-        visited.add(folder_id)
-        entries = _entries(root / here)
-        names = {entry.name for entry in entries}
-        for (contents, always), others_of_output in _OUTPUT_FOLDERS.items():
-            if dataset and always in names and names & others_of_output:
-                raise InputError(f"{root / here}: a folder of {contents}, not of images. Move it out of the dataset.")
-        for entry in entries:
-            inner = f"{here}/{entry.name}"
-            if _is_folder(entry):
-                (links if entry.is_symlink() else folders).append(inner)
-            elif dataset and entry.is_symlink() and not os.path.exists(entry.path):
-                raise InputError(f"{entry.path}: a broken link to {os.readlink(entry.path)}. Remove it.")
-            elif not is_image(entry.path):
-                others[PurePosixPath(entry.name).suffix.lower() or "no extension"] += 1
-            elif not dataset or entry.is_file():
-                images.append(inner)
+    top = os.path.join(root, folder)
+    inside = Path(os.path.realpath(top))
+    visited = {str(inside)}
+
+    def is_new(path: str) -> bool:
+        # make_dataset of torchvision follows a link to "." too: 42 paths of 2 images.
+        target = os.path.realpath(path)
+        if target in visited or (
+            os.path.islink(path) and (inside in Path(target).parents or Path(target) in inside.parents)
+        ):
+            return False
+        visited.add(target)
+        return True
+
+    for here, folders, files in os.walk(top, onerror=_raise_not_listed, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if _is_visible(name) and is_new(os.path.join(here, name))]
+        for name in filter(_is_visible, files):
+            path = os.path.join(here, name)
+            if is_image(path):
+                images.append(path[len(os.path.join(root, "")) :].replace(os.sep, "/"))
             else:
-                raise InputError(f"{entry.path}: not a regular file, so it can't be an image. Remove it.")
+                others[PurePosixPath(name).suffix.lower() or "no extension"] += 1
     return sorted(images), others
-
-
-def _folder_id(folder: Path) -> tuple[int, int]:
-    """Device and inode of a folder, equal for all paths to it."""
-    try:
-        status = os.stat(folder)
-    except OSError as error:
-        raise _not_listed(folder, error) from error
-    return status.st_dev, status.st_ino
 
 
 def check_inside(path: str, location: str) -> None:

@@ -23,15 +23,15 @@ folder and a space: the rest of the line may be the class name.
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from .base import InputError, open_error
 from .files import absolute_path, find_images, format_names, format_others, is_image, read_json, read_text, subfolders
 from .images import LabelledImages
-from .source import Split, SplitSource, constant_split, normalize_class_name, normalize_class_names
-from .splits import SPLIT_NAMES, split_by_hash
-from .templates import Templates, resolve_templates
+from .source import Split, SplitSource, normalize_class_name, normalize_class_names
+from .splits import SPLIT_NAMES, listed_source
+from .templates import Templates
 
 
 def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSource:
@@ -48,62 +48,49 @@ def open_image_folder(path: str | Path, templates: Templates = None) -> SplitSou
     root = absolute_path(path)
     if not str(path) or not os.path.isdir(root):
         raise open_error(f"{name}: no folder {root if str(path) else 'given'}; it must hold one folder for each class.")
-    split_folders = _split_folders(name, root)
-    folders = _class_folders(name, root, list(split_folders.values()))
-    names = _class_names(name, root, folders)
-    notes: list[str] = []
-    found: dict[str, dict[str, list[str]]] = {}  # split folder → class folder → paths of images
+    parts = _split_folders(name, root)
+    folders = _class_folders(name, root, list(parts))
+    classes = _class_names(name, root, folders)
+    paths: list[str] = []
+    labels: list[int] = []
+    splits: list[Split] = []
     others: Counter[str] = Counter()
-    for part in split_folders.values() or [""]:
-        found[part] = {}
-        for folder in folders:
-            found[part][folder], skipped = find_images(root, f"{part}/{folder}" if part else folder)
+    empty: list[str] = []
+    first: dict[str, str] = {}  # path without links → path of a class folder
+    same: list[str] = []
+    for part in parts or [""]:
+        for label, folder in enumerate(folders):
+            place = f"{part}/{folder}" if part else folder
+            found, skipped = find_images(root, place)
             others += skipped
-    empty = [f"{part}/{folder}".lstrip("/") for part in found for folder in folders if not found[part][folder]]
+            paths += found
+            labels += [label] * len(found)
+            if part:
+                splits += [parts[part]] * len(found)
+            if not found:
+                empty.append(place)
+            other = first.setdefault(os.path.realpath(root / place), place)
+            if other != place:
+                same.append(f"{other} and {place}")
     if empty:
         skipped_files = f" ({format_others(others)})" if others else ""
         raise open_error(
             f"{name}: no images in {format_names(empty)}{skipped_files}. Add some, or remove the empty folders."
         )
-    if others:
-        notes.append(f"{name}: {format_others(others)}.")
-    paths_of: dict[str, list[str]] = defaultdict(list)
-    for part in found:
-        for folder in folders:
-            paths_of[os.path.realpath(root / part / folder)].append(f"{part}/{folder}".lstrip("/"))
-    same = [" and ".join(sorted(paths)) for paths in paths_of.values() if len(paths) > 1]
+    notes = [f"{name}: {format_others(others)}."] if others else []
     if same:
         notes.append(f"{name}: the same folder, so the same images: {format_names(same)}.")
     beside = sum(file.name[0] != "." and os.path.isfile(file) and is_image(file) for file in root.iterdir())
     if beside:
         notes.append(f"{name}: skipped images beside the class folders: {beside}.")
-
-    paths: dict[Split, dict[str, list[str]]] = {split: found[part] for split, part in split_folders.items()}
-    missing: dict[Split, str] = {
-        split: f"there is no folder {split}/ in {root}. Make one." for split in ("train", "val", "test")
-    }
-    hashed = not {"val", "test"} & set(paths)
-    if hashed:
-        paths, too_few = split_by_hash(found[split_folders.get("train", "")])
-        missing |= too_few
-        counts = ", ".join(f"{sum(map(len, of_class.values()))} {split}" for split, of_class in paths.items())
-        notes.append(f"{name}: no test/, so the images of each class are split by a hash of their paths: {counts}.")
-    elif "test" not in paths:
-        paths["test"] = paths.pop("val")
-        notes.append(f"{name}: no test/, so the images of {split_folders['val']}/ are the test images.")
-        missing["val"] = f"without test/, the images of {split_folders['val']}/ are the test images. Add test/."
-    splits = {}
-    for split, of_class in paths.items():
-        images = [path for folder in folders for path in of_class[folder]]
-        labels = [label for label, folder in enumerate(folders) for _ in of_class[folder]]
-        splits[split] = constant_split(LabelledImages(root, images, labels))
-    return SplitSource(
-        name, names, resolve_templates(None, templates), splits, notes=tuple(notes), missing=missing, hashed=hashed
+    images = LabelledImages(root, paths, labels)
+    return listed_source(
+        name, images, classes, splits or None, templates, notes=notes, how="no test/", remedy="make train/ and test/"
     )
 
 
-def _split_folders(name: str, root: Path) -> dict[Split, str]:
-    """Return the folder of each split; empty if the class folders are in the root."""
+def _split_folders(name: str, root: Path) -> dict[str, Split]:
+    """Return the split of each folder of a split; empty if the class folders are in the root."""
     folders = subfolders(root)
     if not folders:
         raise open_error(f"{name}: no folders in {root}; it must hold one for each class.")
@@ -118,13 +105,10 @@ def _split_folders(name: str, root: Path) -> dict[Split, str]:
         return {}
     found: dict[Split, str] = {}
     for folder in candidates:
-        split = SPLIT_NAMES[folder.lower()]
-        if split in found:
-            raise open_error(f"{name}: {found[split]}/ and {folder}/ are both {split} images. Merge them.")
-        found[split] = folder
-    if set(found) == {"val"}:
-        raise open_error(f"{name}: {candidates[0]}/ alone; add train/ or test/, or name PATH/{candidates[0]}.")
-    return found
+        other = found.setdefault(SPLIT_NAMES[folder.lower()], folder)
+        if other != folder:
+            raise open_error(f"{name}: {other}/ and {folder}/ have images of one split. Merge them.")
+    return {folder: split for split, folder in found.items()}
 
 
 def _class_folders(name: str, root: Path, split_folders: list[str]) -> list[str]:

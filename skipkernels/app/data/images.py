@@ -187,7 +187,8 @@ def read_image(path: str | Path, transform: Transform | None = None, *, listed: 
         file = open_regular(path)
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such file. " + ("It was there when the dataset was opened." if listed else "Correct the path.")
+            f"{path}: no such file. "
+            + ("The dataset lists it: was it removed, or is it a broken link?" if listed else "Correct the path.")
         ) from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}). Replace or remove the file.") from error

@@ -1,12 +1,10 @@
-"""Splits and classes of datasets that list images with labels: `csv:`, `wds:` and `hf:`."""
+"""Splits and classes of datasets that list images with labels: `imagefolder:`, `csv:`, `wds:` and `hf:`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from .base import open_error
-from .files import format_names
 from .images import Images
 from .shots import hash_order
 from .source import Split, SplitSource, constant_split, normalize_class_names
@@ -23,57 +21,48 @@ LABEL_NAMES = ("class_name", "classname", "label_name", "category", "class", "la
 CAPTIONS = ("caption", "text")
 
 
-def split_by_hash(
-    paths: Mapping[str, list[str]], remedy: str = "make train/ and test/"
-) -> tuple[dict[Split, dict[str, list[str]]], dict[Split, str]]:
-    """Split the images of each class into train, val and test by a hash of their paths.
+def hash_splits(
+    images: Images, classes: Sequence[str], remedy: str = "make train/ and test/"
+) -> tuple[dict[Split, Images], dict[Split, str]]:
+    """Split the images of each class into train, val and test by a hash of their names.
 
     Without test images if a class has only one image, which must train.
 
     Args:
-        paths: For each class, the paths of its images.
+        images: All images.
+        classes: Names by label.
         remedy: Remedy for a class with one image, other than to add some.
 
     Returns:
-        For each split that has images, their paths by class; and the reason and remedy for each missing split.
+        The images of each split that has some; and the reason and remedy for each missing split.
 
     Example:
-        >>> splits, _ = split_by_hash({"cat": [f"cat/{n}.jpg" for n in range(10)]})
-        >>> {split: len(paths["cat"]) for split, paths in splits.items()}
+        >>> from skipkernels.app.data import DatasetImages
+        >>> splits, _ = hash_splits(DatasetImages([("", 0)] * 10, names=[f"cat/{n}.jpg" for n in range(10)]), ["cat"])
+        >>> {split: len(part) for split, part in splits.items()}
         {'train': 5, 'val': 2, 'test': 3}
     """
-    splits: dict[Split, dict[str, list[str]]] = {"train": {}, "val": {}, "test": {}}
-    missing: dict[Split, str] = {}
-    single = next((of_class for of_class, images in paths.items() if len(images) == 1), None)
+    names, missing = images.names, dict[Split, str]()
+    of_class: dict[int, list[int]] = defaultdict(list)
+    for index, label in enumerate(images.labels):
+        of_class[label].append(index)
+    single = next((classes[label] for label, indices in sorted(of_class.items()) if len(indices) == 1), None)
     if single is not None:
         missing["test"] = (
             f"class {single} has 1 image, and train and test need one each. Add some, {remedy}, or train on all images "
             'with test="none".'
         )
-    for of_class, images in paths.items():
-        order = sorted(images, key=lambda path: hash_order("split", 0, path))
-        tests = 0 if missing else (_TEST_TENTHS * len(images) + 5) // 10  # 1 if there are 2 images
-        vals = (_VAL_TENTHS * len(images) + 5) // 10
-        splits["train"][of_class] = sorted(order[tests + vals :])
-        splits["val"][of_class] = sorted(order[tests : tests + vals])
-        splits["test"][of_class] = sorted(order[:tests])
-    if not any(splits["val"].values()):
+    chosen: dict[Split, list[int]] = {"train": [], "val": [], "test": []}
+    for indices in of_class.values():
+        order = sorted(indices, key=lambda index: hash_order("split", 0, names[index]))
+        tests = 0 if missing else (_TEST_TENTHS * len(order) + 5) // 10  # 1 if there are 2 images
+        vals = (_VAL_TENTHS * len(order) + 5) // 10
+        chosen["test"] += order[:tests]
+        chosen["val"] += order[tests : tests + vals]
+        chosen["train"] += order[tests + vals :]
+    if not chosen["val"]:
         missing["val"] = "its classes have too few images. Add some, or make a val split."
-    return {split: part for split, part in splits.items() if split not in missing}, missing
-
-
-def hash_splits(images: Images, classes: Sequence[str], remedy: str) -> tuple[dict[Split, Images], dict[Split, str]]:
-    """Split images into train, val and test by a hash of their names, as `split_by_hash` does."""
-    of_class: dict[str, list[str]] = defaultdict(list)
-    for path, label in zip(images.names, images.labels, strict=True):
-        of_class[classes[label]].append(path)
-    index_of = {path: index for index, path in enumerate(images.names)}
-    splits, missing = split_by_hash(of_class, remedy)
-    parts = {
-        split: images.subset(sorted(index_of[path] for paths in part.values() for path in paths))
-        for split, part in splits.items()
-    }
-    return parts, missing
+    return {split: images.subset(sorted(part)) for split, part in chosen.items() if split not in missing}, missing
 
 
 def listed_source(
@@ -102,14 +91,8 @@ def listed_source(
         how: Place of the splits, for messages, such as "no column split".
         remedy: How to give splits, for messages.
 
-    Raises:
-        InputError: If there are fewer than two classes, or no training images.
     """
     notes = list(notes)
-    if len(classes) < 2:
-        raise open_error(
-            f"{name}: must have images of two classes or more; got {format_names(classes) or 'none'}. Add some."
-        )
     if all(map(is_number, classes)):
         notes.append(f"{name}: the classes have numbers and no names, and prompts are made of names.")
     present = set() if splits is None else set(splits)
@@ -125,8 +108,6 @@ def listed_source(
         for index, split in enumerate(splits):
             indices[split].append(index)
         parts = {split: images.subset(indices[split]) for split in ("train", "val", "test") if split in present}
-        if "train" not in parts:
-            raise open_error(f"{name}: has {' and '.join(parts)} images, and none to train on. Add some.")
         if "test" not in parts:
             parts["test"] = parts.pop("val")
             notes.append(f"{name}: no test images, so the val images are the test images.")

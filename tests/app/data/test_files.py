@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -9,6 +10,8 @@ from pictures import draw_image, make_folders, raises_input_error
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from skipkernels.app.data import LabelledImages
+from skipkernels.app.data.check import unreadable
 from skipkernels.app.data.files import (
     IMAGE_EXTENSIONS,
     check_inside,
@@ -97,21 +100,19 @@ def test_find_images_prefers_paths_without_links(tmp_path):
     assert find_images(tmp_path, "cat")[0] == ["cat/deep/real/a.png", "cat/y/b.png"]
 
 
-def test_find_images_irregular_file(tmp_path):
+def test_find_images_lists_unreadable_images(tmp_path):
+    """A broken link and a pipe are named with all other unreadable images, when images are read."""
     draw_image(tmp_path / "cat" / "a.png")
     os.mkfifo(tmp_path / "cat" / "pipe")
-    assert find_images(tmp_path, "cat") == (["cat/a.png"], {"no extension": 1})
     os.mkfifo(tmp_path / "cat" / "b.png")
-    with raises_input_error(tmp_path / "cat" / "b.png", "not a regular file", "Remove it"):
-        find_images(tmp_path, "cat")
-
-
-@pytest.mark.parametrize("goal", ["nowhere", "itself.png"])
-def test_find_images_broken_link(tmp_path, goal):
-    draw_image(tmp_path / "cat" / "a.png")
-    (tmp_path / "cat" / "itself.png").symlink_to(goal)
-    with raises_input_error(tmp_path / "cat" / "itself.png", "a broken link to", "Remove it"):
-        find_images(tmp_path, "cat")
+    (tmp_path / "cat" / "c.png").symlink_to("nowhere")
+    (tmp_path / "cat" / "d.png").symlink_to("d.png")
+    paths = [f"cat/{name}.png" for name in "abcd"]
+    assert find_images(tmp_path, "cat") == (paths, {"no extension": 1})
+    reasons = unreadable(LabelledImages(tmp_path, paths, [0] * 4))
+    words = {1: "not a regular file", 2: "is it a broken link?", 3: os.strerror(errno.ELOOP)}
+    assert reasons.keys() == words.keys()
+    assert all(words[index] in reason and paths[index] in reason for index, reason in reasons.items())
 
 
 def test_subfolders(tmp_path):

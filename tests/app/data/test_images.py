@@ -183,7 +183,7 @@ def test_read_image_folder_or_missing_file(tmp_path):
     (tmp_path / "a.png").mkdir()
     with raises_input_error(tmp_path / "a.png", "can't be read"):
         one(tmp_path / "a.png")
-    with raises_input_error(tmp_path / "b.png", "no such file", "when the dataset was opened"):
+    with raises_input_error(tmp_path / "b.png", "no such file", "is it a broken link?"):
         one(tmp_path / "b.png")
     with raises_input_error(tmp_path / "b.png", "no such file. Correct"):
         read_image(tmp_path / "b.png")
@@ -293,7 +293,7 @@ def test_read_image_error_of_worker_keeps_its_lines(tmp_path):
     assert (
         str(caught.value)
         .splitlines()[-1]
-        .endswith(r"a\nb.png: no such file. It was there when the dataset was opened.")
+        .endswith(r"a\nb.png: no such file. The dataset lists it: was it removed, or is it a broken link?")
     )
 
 
