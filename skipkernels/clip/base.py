@@ -86,7 +86,6 @@ class SkipCLIPBase(nn.Module):
 
     @property
     def _text(self) -> TextTower:
-        """The text tower of the first template."""
         return self._text_encoder.tower
 
     @property
@@ -113,12 +112,9 @@ class SkipCLIPBase(nn.Module):
     def check_weights(self) -> None:
         """Compare the content of the weights below the cut with those that computed the features at the cut.
 
-        Each step compares only identities and versions, which do not show a change through `.data` or `numpy()`. This
-        is called at each switch between training and evaluation mode, and by `skipkernels tune` in each epoch. After a
-        change, text features are computed again, and calls with image features computed before raise an error.
-
-        Raises:
-            RuntimeError: If a parameter below the cut is set to train.
+        Called at each switch between training and evaluation mode; a step compares only identities and versions, which
+        do not show a change through `.data` or `numpy()`. After a change, text features are computed again, and calls
+        with image features computed before raise an error.
         """
         self._image_encoder.weights.content_changed()
         self._text_encoder.compare_weights()
@@ -212,11 +208,7 @@ class SkipCLIPBase(nn.Module):
     # ---- state --------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """Return the state of the sampler and the prototypes as a uint8 tensor: the bytes of a safetensors file.
-
-        With `process_group` the state has the prototypes of the classes of this process only: nothing is sent, so one
-        process may save alone.
-        """
+        """Return the state of the sampler and the prototypes of this process as a uint8 tensor: a safetensors file."""
         prompts = self._prompts or prompts_digest(self._tokens)
         return pack_state(self.prototypes, prompts, self.sampler.tensors(), self._shard)
 
@@ -224,8 +216,7 @@ class SkipCLIPBase(nn.Module):
         """Continue from the result of `get_extra_state`, of any process of any number of them.
 
         Raises:
-            ValueError: If it is damaged, or differs in the prompts, the number of classes or the width; or if it has
-                the prototypes of a share of the classes, and these are not those that were computed at construction.
+            ValueError: If it is damaged, or of other prompts, another model, or other weights before tuning.
         """
         prompts = self._prompts or prompts_digest(self._tokens)
         prototypes, sampler = unpack_state(state, self.prototypes, prompts, self._shard, self._text.dtype)

@@ -22,12 +22,7 @@ def check_label_smoothing(label_smoothing: Any) -> float:
 
 
 def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:
-    """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights.
-
-    Raises:
-        TypeError: If they are not a floating-point tensor.
-        ValueError: If they have another shape, require gradients, or are negative or not finite.
-    """
+    """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights."""
     if class_weight is None:
         return None
     if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point():

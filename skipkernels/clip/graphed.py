@@ -37,24 +37,16 @@ class _Captured(NamedTuple):
 class GraphedStep:
     """A training step: forward, backward, `optimizer.step()` and `optimizer.zero_grad()`.
 
-    On a GPU the first three calls run these four parts eagerly, on a side stream; the fourth captures them in a CUDA
-    graph, and from then on a call is one replay. Every call is a step of the training, with the same random numbers and
-    learning rates as those of the loop
+    On a GPU the first three calls run eagerly on a side stream; the fourth captures a CUDA graph, and from then on a
+    call is one replay. On other devices, and for batches of another size than `batch_size`, every call runs the loop
 
         out = clip(x, labels); out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    but with one K for all steps, m + round(Σq), where the loop rounds Σq down or up; see `RankSampler.reserve`. On
-    other devices every call runs this loop. Batches of another size than `batch_size`, such as the last one of an
-    epoch, always run eagerly.
-
-    A scheduler may change learning rates between calls. Evaluation, checkpoints and `load_state_dict` are possible
-    between calls too. Each call compares the model, the optimizer and the autocast settings with those that were
-    captured, on the host and without a host sync: a model that was altered raises an error as in `SkipCLIP`, and after
-    any other change that a graph would not follow (another `requires_grad`, a moved or replaced tensor, another weight
-    decay) the step is captured again after three more steps. If a hook is added later, steps run eagerly.
-
-    The result of a replay is in buffers that the next call overwrites: read or copy them before that call. The tensors
-    are detached. In a model with dropout, random numbers differ from those of the loop.
+    A replay has the random numbers (except those of dropout) and learning rates of this loop, but one K for all steps,
+    m + round(Σq); see `RankSampler.reserve` and docs/method.md. Its result is detached, in buffers that the next call
+    overwrites. Schedulers, evaluation, checkpoints and `load_state_dict` are possible between calls: each call compares
+    the model, the optimizer and autocast with those captured, on the host. After a change that a graph would not follow
+    (`requires_grad`, a moved tensor, weight decay) the step is captured again; with a later hook, steps run eagerly.
 
     Args:
         clip: SkipCLIP in training mode.
@@ -63,10 +55,7 @@ class GraphedStep:
         batch_size: Number of images of the batches to capture.
 
     Raises:
-        ValueError: If `batch_size` is below 1, or the optimizer has no parameter of SkipCLIP that trains; on a GPU, if
-            the step cannot be captured, with the reason.
-        RuntimeError: In a call, if SkipCLIP is not in training mode or the model was altered; on a GPU, under fp16
-            autocast, which needs a `GradScaler` with a host sync in each step.
+        ValueError: If the optimizer has no parameter of SkipCLIP that trains, or the step cannot be captured.
 
     Example:
         >>> import skipkernels
@@ -75,9 +64,7 @@ class GraphedStep:
         >>> clip = skipkernels.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> optimizer = skipkernels.FusedSGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
         >>> step = GraphedStep(clip, optimizer, batch_size=4)
-        >>> for _ in range(2):
-        ...     loss = step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss
-        >>> loss.shape
+        >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).loss.shape
         torch.Size([])
     """
 
@@ -122,12 +109,7 @@ class GraphedStep:
         self._warm.clear()
 
     def __call__(self, x: Tensor, labels: Tensor) -> SkipOutput:
-        """Run one step.
-
-        Args:
-            x: Images [B, 3, height, width], or features at the cut [B, N, W].
-            labels: [B] int64, classes of the images.
-        """
+        """Run one step on images [B, 3, height, width], or features at the cut [B, N, W], with labels int64 [B]."""
         clip = self._clip
         if not clip.training:
             raise RuntimeError("graphed: a step needs clip.train(); SkipCLIP is in evaluation mode.")
@@ -314,10 +296,7 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 
 
 class _Frozen:
-    """Everything that a captured graph takes as constant: modules, modes, hooks, addresses, and options.
-
-    `SkipCLIP` itself checks in each step that the blocks are unaltered.
-    """
+    """All that a graph takes as constant: modules, modes, hooks, addresses, options. `SkipCLIP` checks the blocks."""
 
     def __init__(self, clip: Training, optimizer: torch.optim.Optimizer):
         self._clip, self._optimizer = clip, optimizer

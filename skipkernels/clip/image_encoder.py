@@ -16,26 +16,16 @@ from ..towers.structure import WeightSnapshot
 
 
 class ImageEncoder:
-    """Image tower of SkipCLIP.
+    """Image tower of SkipCLIP; `gave_features` is True after features at the cut were computed or used."""
 
-    Args:
-        tower: The image tower.
-        chunk: Largest number of images in one forward pass below the cut.
-
-    Attributes:
-        lower_device: Device of the modules below the cut, if it differs from the device above the cut.
-        features: Shape [N, W] of one image's features at the cut, and their dtype.
-        weights: Snapshot of the weights below the cut that computed the features.
-        gave_features: True after features at the cut were computed or used.
-    """
-
+    # Device of the modules below the cut, if it differs from the device above the cut
     lower_device: torch.device | None = None
-    features: tuple[torch.Size, torch.dtype]
+    features: tuple[torch.Size, torch.dtype]  # Shape [N, W] of one image's features at the cut, and their dtype
     gave_features = False
 
     def __init__(self, tower: ImageTower, chunk: int):
         self.tower, self.chunk = tower, chunk
-        self.weights = WeightSnapshot(())
+        self.weights = WeightSnapshot(())  # Snapshot of the weights below the cut that computed the features
 
     @property
     def towers(self) -> list[ImageTower]:

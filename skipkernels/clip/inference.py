@@ -25,10 +25,9 @@ class Inference(SkipCLIPBase):
     """Base of `SkipCLIP`: its inference."""
 
     def class_embeddings(self) -> Tensor:
-        """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient.
+        """Unit-norm text embeddings [C, D] of all classes with the current weights, without gradient or dropout.
 
-        Computed in evaluation mode; computed again only after a change of the weights, of any kind. With
-        `process_group` the call is then collective, and each process gets the embeddings of all classes.
+        Computed again only after a change of the weights, of any kind; with `process_group` that call is collective.
         """
         self._check_unaltered()
         return self._class_embeddings().clone()  # the original is cached
@@ -64,8 +63,7 @@ class Inference(SkipCLIPBase):
         """The k largest logits of each image over all classes, and these classes, always in evaluation mode.
 
         The same as `predict(x).topk(k)`, in chunks of classes: with very many classes [B, C] is never in memory. Of
-        equal logits that of the lower class comes first. With `process_group` every call is collective, and B is the
-        number of images of this process, which may be 0.
+        equal logits that of the lower class comes first. With `process_group` as for `predict`.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -73,9 +71,6 @@ class Inference(SkipCLIPBase):
 
         Returns:
             Logits [B, k], descending, and class ids int64 [B, k].
-
-        Raises:
-            ValueError: If k is out of range.
 
         Example:
             >>> import skipkernels as sk
@@ -110,12 +105,9 @@ class Inference(SkipCLIPBase):
     def encode_lower(self, images: Tensor, *, drop_patches: bool = False) -> Tensor:
         """Images [B, 3, height, width] to features at the cut [B, N, W], constants that may be cached.
 
-        Features of a convolutional tower are the feature maps between its blocks. Below the cut all modules run in
-        evaluation mode: no dropout, and batch norms use their running statistics. `drop_patches=True` applies the
-        patch dropout of a model in training mode, if it has one; do not cache such features: they are random.
-
-        Features do not record their cut. Those of another `skip_layers` have the same shape in most models, and are
-        accepted with wrong results: cache them with `FeatureCache.build`, which compares the cut and the weights.
+        Below the cut all modules run in evaluation mode. `drop_patches=True` applies the patch dropout of a model in
+        training mode; do not cache such random features. Features do not record their cut: those of another
+        `skip_layers` are often accepted, with wrong results. `FeatureCache.build` compares the cut and the weights.
         """
         check_images(images)
         self._check_unaltered(lower_image=True)
@@ -132,9 +124,6 @@ class Inference(SkipCLIPBase):
         """Images [B, 3, height, width], or features at the cut [B, N, W], to image embeddings [B, D], not normalised.
 
         In training mode the patch dropout of the model, if any, is applied to images.
-
-        Raises:
-            ValueError: If x has another shape, or is features although nothing is skipped.
         """
         check_images(x)
         self._image_encoder.are_images(x)

@@ -31,10 +31,7 @@ def pair_loss(clip: Training, x: Tensor, captions: Tensor) -> Tensor:
 
 
 def _sharded_pair_loss(clip: Training, parallel: ClassParallel, x: Tensor, captions: Tensor) -> Tensor:
-    """Loss [] of the pairs of all processes; collective.
-
-    A process encodes the captions of its own images or, of ids, those that it owns.
-    """
+    """Loss [] of all pairs; collective. A process encodes the captions of its images or, of ids, those that it owns."""
     with reporting(parallel, clip):
         prompt = clip._tokens.flatten(0, -2)[0]
         x, captions, pairs = padded(x, captions, prompt if isinstance(captions, Tensor) and captions.ndim > 1 else None)

@@ -45,11 +45,7 @@ def agreeing(
 ) -> Iterator[None]:
     """Run a block on every process; raise an error on all if one raises an error, or if their digests then differ.
 
-    Args:
-        parallel: The processes, or None for only this one.
-        device: Device of the messages.
-        names: Names of the things that must be equal, for the message of an error.
-        digests_of: Function that returns the digest of each.
+    `names` are those of the values that must be equal, and `digests_of` returns the digest of each.
     """
     if parallel is None:
         yield

@@ -14,24 +14,15 @@ from ..towers.text_store import TextStore, stored_prototypes
 
 
 class PromptFeatures:
-    """Features at the cut of one prompt of each class, cached in memory or in a folder, and embeddings from them.
+    """Features at the cut of one prompt of each class, cached in memory or in a folder, and embeddings from them."""
 
-    Args:
-        tower: The text tower over these prompts.
-        chunk: Largest number of prompts in one forward pass below the cut.
-
-    Attributes:
-        lower_device: Device of the modules below the cut, if it differs from the device above the cut.
-        store: The folder, if one is used.
-        rows: Features of all classes in memory, [R, W], or None before they are computed.
-    """
-
+    # Device of the modules below the cut, if it differs from the device above the cut
     lower_device: torch.device | None = None
 
     def __init__(self, tower: TextTower, chunk: int):
         self.tower, self.chunk = tower, chunk
-        self.store: TextStore | None = None
-        self.rows: Tensor | None = None
+        self.store: TextStore | None = None  # The folder, if one is used
+        self.rows: Tensor | None = None  # Features of all classes in memory, [R, W], or None before they are computed
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"rows": None}

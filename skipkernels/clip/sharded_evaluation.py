@@ -1,7 +1,6 @@
 """Evaluation in several processes: each compares the images of all processes with its own classes.
 
-No process has the embeddings [C, D] of all classes. All functions are collective: every process must make the same
-number of calls, if necessary with an empty batch.
+All functions are collective: every process must make the same number of calls, if necessary with an empty batch.
 """
 
 from __future__ import annotations

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, return_logits: bool) -> SkipOutput:
-    """Run one step with the images of all processes; see `SkipCLIP.forward`. Collective.
-
-    Each process sends: its number of images, their labels, their embeddings [b, D] (in backward the gradients of
-    these), the scores [C/W] of its classes, and [2, B] numbers for the loss. If texts are replicated, the embeddings
-    have no gradient from other processes, and the last message is one number.
-    """
+    """Run one step with the images of all processes; collective. docs/many-processes.md lists the messages."""
     parallel = clip._parallel
     assert parallel is not None
     with reporting(parallel, clip):

@@ -33,86 +33,40 @@ from .verify import verify
 class SkipCLIP(Training, Inference):
     """Tune a CLIP by Skip Tuning: train the blocks above `skip_layers` on the classes selected for each batch.
 
-    The model is tuned in place: its parameters are shared, and the keys of its `state_dict` do not change. The *cut* is
-    behind the first `skip_layers` blocks of each tower. Parameters below the cut are frozen (`requires_grad` False),
-    parameters above it train. With `skip_layers=0` only `logit_scale` is frozen: full fine-tuning with class selection.
-
-    In evaluation mode (`clip.eval()`) `clip(x, labels)` compares all classes, returns [B, C] logits and the loss over
-    them, and changes no state. `clip.state_dict()` holds the model, and in `_extra_state` the sampler and the
-    prototypes, so that a resumed training draws the same classes. `keep_ratio`, `max_keep`, `decay` and `tail` are not
-    in it: pass the same values to the constructor when resuming.
-
-    After construction do not alter the model (add a hook; replace a layer or the mask; change the number of heads):
-    calls then raise an error until `refresh` is called. Changes of the weights below the cut are detected by their
-    content at each switch between training and evaluation mode, and by their version counters in each step. While
-    global module hooks (`torch.nn.modules.module.register_module_forward_hook`) are registered, every block runs its
-    own forward, with them; modules around the blocks, such as the model itself, are not called.
-
-    `torch.compile(clip)` does not compile the step. Activation checkpointing around SkipCLIP raises an error, since its
-    second forward would draw other classes: use `memory="min"`.
-
-    With `DistributedDataParallel(clip, forward_sync_buffers=False)`, or `broadcast_buffers=False` in PyTorch versions
-    without that argument, each process selects classes for its part of a batch. With `keep_ratio=1` and equal parts the
-    gradients are those of the whole batch. With `process_group` the gradients are those of the whole batch for all
-    settings.
+    The model is tuned in place, and the keys of its `state_dict` stay. The *cut* is behind the first `skip_layers`
+    blocks of each tower: parameters below it are frozen, parameters above it train. A step, selection and loss are in
+    docs/method.md; evaluation, checks for changes of the model, memory and limits in docs/training-loop.md.
 
     Args:
-        model: An open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, an OpenAI `clip.model.CLIP`, or a Hugging Face
-            `CLIPModel` or `SiglipModel`, in fp32, bf16, fp16 or fp64.
-        tokens: [C, L] int64, the tokenised prompt of each class, or [C, T, L], its prompts in T templates. The
-            embedding of a class is then the mean of the unit-norm embeddings of its T prompts.
-        skip_layers: Number of frozen blocks in each tower (ω): a whole number, a fraction of the blocks, or a pair
-            (image, text) of these.
-        keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
-            whatever `max_keep` is.
+        model: open_clip `CLIP`, `CustomTextCLIP` or `CoCa`, OpenAI `clip.model.CLIP`, Hugging Face `CLIPModel` or
+            `SiglipModel`, in fp32, bf16, fp16 or fp64; docs/models.md.
+        tokens: int64 [C, L], a prompt per class, or [C, T, L], T templates, over which embeddings are averaged.
+        skip_layers: ω, frozen blocks per tower: a number, a fraction, or a pair (image, text) of these.
+        keep_ratio: Share (below 1) or number (above 1) of the classes that is always kept; 1 keeps all. docs/method.md.
         max_keep: Largest number of classes that are always kept, unless a batch has more labels.
-        decay: λ. The other classes, the tail, are kept with a probability that falls exponentially with the rank of the
-            class; the larger λ is, the more are kept.
-        tail: "resample" draws classes of the tail in each step, "fixed" once per run, as published.
-        max_tail: Upper bound on the expected number of classes drawn from the tail, for tasks with very many classes.
-            It changes the method; default: None, no bound, as published. See `RankSampler`.
-        generator: Random generator of the draws; by default one with seed 0.
-        lower_device: Device of parameters and buffers below the cut; by default that of the model.
+        decay: λ; the other classes, the tail, are kept with a probability that falls with rank, slower for larger λ.
+        tail: "resample" draws the tail in each step, "fixed" once per run, as published.
+        max_tail: Upper bound on the expected length of the tail; changes the method. docs/many-classes.md.
+        generator: Generator of the draws; default: one with seed 0.
+        lower_device: Device of parameters and buffers below the cut; default: that of the model.
         train_logit_scale: True also trains the temperature.
-        label_smoothing: ε in [0, 1] of the loss, in training over the kept classes.
-        class_weight: [C] weights of the classes in the loss. As in `torch.nn.CrossEntropyLoss`, the loss is then the
-            weighted mean over the batch: in a batch of one class, as `sampler="class_pure"` draws, the weight of this
-            class cancels out, and a weight of 0 gives NaN. `label_smoothing` and `class_weight` apply in evaluation
-            mode too.
-        trainable: "upper" sets `requires_grad` of every parameter above the cut, and refuses a model with adapters.
-            "as_is" trains the parameters above the cut that require gradients, such as only adapters, norms or biases.
-            A block with an adapter runs its own `forward`, the others stay fused.
+        label_smoothing: ε in [0, 1] of the loss, over the kept classes. docs/method.md.
+        class_weight: [C] weights of the classes in the loss, as in `torch.nn.CrossEntropyLoss`; default: none.
+        trainable: "upper" trains all parameters above the cut; "as_is" those that require gradients. docs/trainers.md.
         chunk: Largest number of images or prompts in one forward pass below the cut.
-        memory: What a block above the cut saves for backward. "fast": all but what is cheap to recompute, about 10·W
-            values per token. "min": only its input; the rest is recomputed. "auto": "fast" if that takes less than half
-            of the free memory, else "min". Results are the same. A block that is not fused saves what autograd saves,
-            except with "min".
-        attention: Backend of attention. "sdpa": PyTorch's `scaled_dot_product_attention`, and operators of this package
-            for prompts with a shared prefix and for pooled tokens. "xformers": xformers for full and causal attention
-            and for prompts with a shared prefix; GPU only, with a host sync in each step.
-        text_cache: Folder that stores the text features at the cut, for more classes than fit in memory; default: None,
-            they stay in memory. The first process fills it while the others wait; with `process_group` each process has
-            a subfolder for its own classes. A GPU holds all features if they take at most 256 MiB; otherwise each step
-            has a host sync to read class ids.
-        process_group: Processes that train together, by gloo or NCCL. The result equals that of one process with the
-            images of all processes, up to rounding. Process r of W encodes and scores the classes c ≡ r (mod W). The
-            loss is the mean over the images of all processes, and gradients are for the mean over processes, by
-            `DistributedDataParallel` or `skipkernels.parallel.all_reduce_gradients`. Construct SkipCLIP with equal
-            arguments on every process. Default: None, each process trains independently.
-        class_parallel: With `process_group`: True, the default, shares out the prompts and their encoding. False holds
-            all prompts on each process, which encodes all selected classes, with fewer messages. The results are equal.
+        memory: Saved for backward: "fast", about 10·W per token and block; "min", W; "auto". docs/training-loop.md.
+        attention: "sdpa", or "xformers" on a GPU. docs/training-loop.md.
+        text_cache: Folder of the text features at the cut; default: in memory. docs/cache.md, Very many classes.
+        process_group: Processes that train together as one; default: none. docs/many-processes.md.
+        class_parallel: With `process_group`: True shares out the texts, False replicates them. docs/many-processes.md.
 
     Attributes:
-        prototypes: [C, D] fp32 (fp64 for an fp64 model), unit-norm text embeddings from before tuning. With
-            `process_group` only the rows of the classes of this process.
+        prototypes: [C, D] unit-norm text embeddings from before tuning, at least fp32; of own classes in a group.
         class_weight: [C] in the dtype of the prototypes, or None. Not part of `state_dict`.
         sampler: The `RankSampler`. Its state is part of `state_dict`.
 
     Raises:
-        UnsupportedModel: If the model is not supported, or a module that SkipCLIP does not call has hooks.
-        TypeError: If the model is not an `nn.Module`, tokens or class weights are not tensors, or generator is not a
-            torch.Generator.
-        ValueError: If an argument is out of range.
+        UnsupportedModel: If the model cannot be cut and called exactly; the message has the reason.
         RuntimeError: If embeddings or gradients differ from those that the model computes itself.
         StoreError: If `text_cache` holds features of other prompts, other weights or another model.
 
@@ -123,8 +77,8 @@ class SkipCLIP(Training, Inference):
         >>> model, _, tokenizer = glyph_tiny.load()
         >>> clip = SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
         >>> out = clip(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3]))
-        >>> out.loss.shape, out.class_ids.shape, out.class_ids[out.targets].tolist()
-        (torch.Size([]), torch.Size([6]), [3, 3, 3, 3])
+        >>> out.loss.shape, out.class_ids[out.targets].tolist()
+        (torch.Size([]), [3, 3, 3, 3])
     """
 
     def __init__(
@@ -248,24 +202,16 @@ class SkipCLIP(Training, Inference):
         self._take_over(self._image_encoder.lower_device)
 
     def set_classes(self, tokens: Tensor, class_weight: Tensor | None = None) -> None:
-        """Replace the classes of the task in place. The number of classes may change.
+        """Replace the classes of the task in place; their number may change.
 
-        Parameters, their `requires_grad`, optimizer states and the state of the generator stay as they are; a
-        `GraphedStep` captures its step again. In distributed training every process must make this call, which is
-        collective with `process_group`. Copies, such as the one in an `AveragedModel`, keep their classes until it is
-        called on them.
-
-        The new `prototypes` are computed with the *current* weights, since the weights from before tuning are not kept.
-        If the call precedes the first step, they are the zero-shot embeddings that the published method selects with;
-        later they are embeddings of the tuned model. A fixed tail is drawn again if its length differs.
+        Parameters, optimizer states and the generator stay. In distributed training every process must make this call,
+        and copies, such as that of an `AveragedModel`, need their own. The new `prototypes` are computed with the
+        *current* weights: before the first step they are the zero-shot embeddings that the published method selects
+        with. After an error (the model was altered, or `text_cache` is in use) the previous classes stay in use.
 
         Args:
             tokens: As in the constructor.
             class_weight: [C] weights of the new classes in the loss; by default none.
-
-        Raises:
-            RuntimeError: If the model was altered, `text_cache` is in use, or embeddings or gradients differ from those
-                of the model. The previous classes then stay in use.
 
         Example:
             >>> from skipkernels.app.demo import glyph_tiny

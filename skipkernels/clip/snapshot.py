@@ -21,11 +21,7 @@ class Snapshot:
         self._lower_image = Structure(fused_modules(image, range(image.skip)))
 
     def is_unchanged(self, *, lower_image: bool) -> bool:
-        """Return True if nothing has changed; `lower_image` includes the image blocks below the cut.
-
-        Raises:
-            RuntimeError: If a method of a module's class was replaced.
-        """
+        """Return True if nothing has changed; `lower_image` includes the image blocks below the cut."""
         parts = (self._step, self._lower_image)[: 1 + lower_image]
         if all(part.is_unchanged() for part in parts):
             return True

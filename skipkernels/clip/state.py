@@ -45,20 +45,9 @@ def pack_state(prototypes: Tensor, prompts: str, sampler: dict[str, Tensor], sha
 def unpack_state(
     state: Any, prototypes: Tensor, prompts: str, shard: Shard, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the prototypes of a shard, and the state of the sampler.
+    """Return the prototypes [n, D] of a shard, and the state of the sampler.
 
     A state of another shard replaces the prototypes of the classes that both shards have; the other rows stay.
-
-    Args:
-        state: Result of `pack_state`.
-        prototypes: [n, D], the current prototypes.
-        prompts: Digest of all prompts.
-        shard: Classes of these prototypes.
-        dtype: Dtype of the model.
-
-    Raises:
-        ValueError: If the state is damaged, or differs in the prompts, the number of classes or the width; or if it has
-            a shard, with prototypes that differ from the current ones.
     """
     if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
         raise ValueError("SkipCLIP: the extra state must be the uint8 tensor of get_extra_state().")

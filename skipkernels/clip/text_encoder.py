@@ -19,24 +19,13 @@ _ROWS_ON_GPU = 256 << 20  # bytes of a folder that a GPU holds, so that no step 
 
 
 class TextEncoder:
-    """Text tower of SkipCLIP.
-
-    With several templates the embedding of a class is the mean of the unit-norm embeddings of its prompts.
-
-    Args:
-        towers: Text towers on the same model, one for each template.
-        chunk: Largest number of prompts in one forward pass below the cut.
-
-    Attributes:
-        templates: Features of the prompts of each template.
-        weights: Snapshot of the weights below the cut that computed the cached features.
-    """
+    """Text tower of SkipCLIP, one for each template: a class has the mean embedding of its unit-norm prompts."""
 
     def __init__(self, towers: Sequence[TextTower], chunk: int):
         self.chunk = chunk
         self.templates = [PromptFeatures(tower, chunk) for tower in towers]
         self._embeddings: tuple[Tensor, Any] | None = None  # embeddings of all classes, and what they depend on
-        self.weights = WeightSnapshot(())
+        self.weights = WeightSnapshot(())  # Snapshot of the weights below the cut that computed the cached features
         self._called: tuple[Structure, Structure] | None = None  # called modules: all, and below the cut
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +136,6 @@ class TextEncoder:
         return every if classes == slice(None) else every[classes].clone()
 
     def _folders(self, folder: Path) -> list[Path]:
-        """The folder of each template."""
         if len(self.templates) == 1:
             return [folder]
         return [folder / f"template_{number}" for number in range(len(self.templates))]
@@ -202,10 +190,7 @@ class TextEncoder:
             template.rows = None
 
     def apply(self, fn: Callable[[Tensor], Tensor], *, keep: bool = True) -> None:
-        """Move or convert the tensors that belong to no module; the features at the cut only if `keep`.
-
-        Features are computed again in another dtype.
-        """
+        """Move or convert the tensors that belong to no module; features at the cut if `keep` and the dtype stays."""
         rows = [template.rows if keep else None for template in self.templates]
         self.drop_cached()
         for template, before in zip(self.templates, rows, strict=True):

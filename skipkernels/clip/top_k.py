@@ -9,9 +9,7 @@ _LOGITS = 1 << 22  # elements of a chunk of logits: 16 MiB in fp32, with 64 imag
 
 
 def top_k_logits(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest logits x_b · t_c of each image, descending, and their classes.
-
-    Among equal logits, the one of the lower class id comes first, as in `torch.argmax`.
+    """Return the k largest logits x_b · t_c, descending, and their classes; of equal ones, the lower class first.
 
     Args:
         image: Scaled image embeddings [B, D].
@@ -21,10 +19,9 @@ def top_k_logits(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Logits [B, k], and class ids int64 [B, k].
 
-    Example:
-        >>> image, text = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
-        >>> top_k_logits(image, text, 2)
-        (tensor([[2., 2.]]), tensor([[1, 2]]))
+    >>> image, text = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+    >>> top_k_logits(image, text, 2)
+    (tensor([[2., 2.]]), tensor([[1, 2]]))
     """
     return _top_k(image, text, k)[:2]
 
@@ -36,14 +33,11 @@ def check_k(k: int, classes: int) -> None:
 
 
 def top_k_probabilities(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest probabilities softmax_c(x_b · t_c) of each image, descending, and their classes.
+    """Return the k largest softmax_c(x_b · t_c), as `top_k_logits` does; NaN for an image with a NaN or +inf logit.
 
-    Arguments, order and classes as for `top_k_logits`. Probabilities of an image with a NaN or +inf logit are NaN.
-
-    Example:
-        >>> image, text = torch.tensor([[1.0]]), torch.tensor([[0.0], [torch.tensor(3.0).log()]])
-        >>> top_k_probabilities(image, text, 1)
-        (tensor([[0.7500]]), tensor([[1]]))
+    >>> image, text = torch.tensor([[1.0]]), torch.tensor([[0.0], [torch.tensor(3.0).log()]])
+    >>> top_k_probabilities(image, text, 1)
+    (tensor([[0.7500]]), tensor([[1]]))
     """
     logits, class_ids, total = _top_k(image, text, k, normalized=True)
     return (logits - total[:, None]).exp(), class_ids

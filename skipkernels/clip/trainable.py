@@ -15,11 +15,7 @@ _frozen: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDiction
 
 
 def set_trainable(model: nn.Module, image: ImageTower, text: TextTower, settings: Settings) -> None:
-    """Set `requires_grad` of every parameter of the model.
-
-    Raises:
-        UnsupportedModel: If a parameter is on both sides of the cut, or the model has adapters and `trainable="upper"`.
-    """
+    """Set `requires_grad` of every parameter of the model."""
     lower = {id(parameter) for tower in (image, text) for parameter in tower.lower_parameters()}
     upper = {id(parameter): parameter for tower in (image, text) for parameter in tower.upper_parameters()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -69,11 +65,7 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 class TrainedParameters:
-    """Identities of the parameters that one SkipCLIP trains.
-
-    Attributes:
-        superseded: True once a later SkipCLIP on the same model trains other parameters.
-    """
+    """Identities of the parameters that one SkipCLIP trains; `superseded` once a later one trains others."""
 
     superseded = False
     _ids: frozenset[int] = frozenset()

@@ -41,11 +41,9 @@ class Training(SkipCLIPBase):
     ) -> SkipOutput:
         """Run one step: embed the images, select classes, embed these, and compute the loss.
 
-        In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C].
-
-        With `process_group` a training step is collective: `class_ids` are the classes selected for the images of all
-        processes, and the loss is over these images; `targets` are those of the images of this process. In evaluation
-        mode the loss is the mean over the images of this process.
+        In evaluation mode all classes are compared, nothing is drawn, and the logits are [B, C]. With `process_group` a
+        training step is collective: classes and loss are those of the images of all processes. `targets`, and the loss
+        in evaluation mode, are those of this process.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -56,11 +54,6 @@ class Training(SkipCLIPBase):
 
         Returns:
             SkipOutput: the cross-entropy over the selected classes, and these classes.
-
-        Raises:
-            TypeError: If x or labels are not tensors, or have the wrong dtype.
-            ValueError: If shapes don't fit, the batch is empty, an image is not finite, or a label is out of range.
-            RuntimeError: If the model was altered, or in training if called within a backward pass.
         """
         if self._parallel is not None and self.training:
             return sharded_step(self, (x, pixel_values, images), labels, return_logits)
@@ -161,22 +154,15 @@ class Training(SkipCLIPBase):
     def pair_loss(self, x: Tensor, captions: Tensor) -> Tensor:
         """Symmetric contrastive loss [] of pairs of an image and a caption, see `functional.contrastive_loss`.
 
-        No classes are selected: the captions of a batch are compared with its images. Both towers are cut, so only
-        blocks above the cut train. A caption counts as a negative for every image of the batch but its own, even if it
-        occurs twice or fits another image, as in open_clip. With `process_group` a call is collective, and the loss is
-        over the pairs of all processes.
+        No classes are selected; `label_smoothing` and `class_weight` are refused. A caption is a negative for every
+        image of the batch but its own, as in open_clip; with `process_group`, of all processes. See docs/method.md,
+        Pairs.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
             captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
                 their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
                 call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens.
-
-        Raises:
-            TypeError: If x or captions are not tensors, or have the wrong dtype.
-            ValueError: If shapes don't fit, an image is not finite, an id or a token is out of range, or SkipCLIP has
-                `label_smoothing` or `class_weight`, which this loss does not use.
-            RuntimeError: If the model was altered.
 
         Example:
             >>> import skipkernels as sk
@@ -196,12 +182,12 @@ class Training(SkipCLIPBase):
     ) -> SkipOutput:
         """Binary cross-entropy of each image with each selected class, for any number of labels per image.
 
-            loss = −1/(B·K) · Σ_b Σ_k log σ(±(logit_scale · ⟨x̂_b, t̂_k⟩ + logit_bias)),   + if k is a label of b, else −
+            loss = −1/(B·K) · Σ_b Σ_k log σ(±(logit_scale · ⟨x̂_b, t̂_k⟩ + logit_bias)),  + if k is a label of b, else −
 
         The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
         min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
-        arXiv 2303.15343) is K times this one. With `process_group` a training step is collective, and the loss is the
-        mean over the images of all processes, without logits.
+        arXiv 2303.15343) is K times this one. With `process_group` a training step is collective, without logits.
+        `label_smoothing` and `class_weight` are refused.
 
         Args:
             x: Images [B, 3, height, width], or features at the cut [B, N, W].
@@ -210,18 +196,10 @@ class Training(SkipCLIPBase):
             max_labels: Largest number of labels of an image. On a GPU it is not compared with the labels, which would
                 be a host sync: labels beyond it may be left out of the loss.
             logit_bias: Bias of the logits, a number or a tensor of one element that may train; default: that of the
-                model, a constant, or 0. Few classes of many are labels, so without a bias the loss of a model that was
-                trained with a softmax begins high: −logit_scale times the mean cosine is a start.
+                model, a constant, or 0; see docs/method.md, Pairs and several labels.
 
         Returns:
             SkipOutput: the loss, the logits [B, K] with the bias, the selected classes, and their labels, bool [B, K].
-
-        Raises:
-            TypeError: If x or labels are not tensors, or have the wrong dtype.
-            ValueError: If shapes don't fit, an image is not finite, `max_labels` is below 1, SkipCLIP has
-                `label_smoothing` or `class_weight`, which this loss does not use, or, on the CPU, labels are not 0 or
-                1, or an image has more than `max_labels`.
-            RuntimeError: If the model was altered, or in training if called within a backward pass.
 
         Example:
             >>> import skipkernels as sk
@@ -238,20 +216,7 @@ class Training(SkipCLIPBase):
         return sigmoid_loss(self, x, labels, max_labels, logit_bias)
 
     def graphed(self, optimizer: torch.optim.Optimizer, *, batch_size: int) -> GraphedStep:
-        """Return a function that runs a whole training step: on a GPU by one replay of a captured CUDA graph.
-
-        See `GraphedStep`.
-
-        Example:
-            >>> import skipkernels as sk
-            >>> from skipkernels.app.demo import glyph_tiny
-            >>> model, _, tokenizer = glyph_tiny.load()
-            >>> clip = sk.SkipCLIP(model, tokenizer([f"the digit {n}." for n in range(10)]), skip_layers=0.5)
-            >>> optimizer = torch.optim.SGD(clip.parameter_groups(text_lr=2e-5, image_lr=5e-6), momentum=0.9)
-            >>> step = clip.graphed(optimizer, batch_size=4)
-            >>> step(torch.rand(4, 3, 32, 32), torch.tensor([3, 3, 3, 3])).class_ids.shape
-            torch.Size([6])
-        """
+        """Return a function that runs a whole training step: on a GPU, a replay of a CUDA graph. See `GraphedStep`."""
         self._refuse_parallel("graphed", "Run the steps without graphed.")
         return GraphedStep(self, optimizer, batch_size)
 
@@ -262,13 +227,7 @@ class Training(SkipCLIPBase):
         return [p for group in self.parameter_groups(text_lr=0.0, image_lr=0.0) for p in group["params"]]
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
-        """Return groups for a `torch.optim` optimizer: the text tower and the image tower, each with a learning rate.
-
-        The temperature, if it trains, is in the group of the text tower.
-
-        Raises:
-            RuntimeError: If the model was altered or its parameters were replaced.
-        """
+        """Return groups for an optimizer, text tower and image tower; a temperature that trains is with the text."""
         self._refuse_training_below()
         text, image = (
             [p for p in tower.upper_parameters() if p.requires_grad or self._settings.trainable == "upper"]
@@ -285,10 +244,7 @@ class Training(SkipCLIPBase):
         return [{"name": "text", "params": text, "lr": text_lr}, {"name": "image", "params": image, "lr": image_lr}]
 
     def activation_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """Set `memory="min"`: each block above the cut saves only its input for backward and recomputes the rest.
-
-        Arguments of transformers (`every_n_layers`, `offload`) are accepted and have no effect.
-        """
+        """Set `memory="min"`. Options of transformers (`every_n_layers`, `offload`) are accepted without effect."""
         self.set_grad_checkpointing(True)
 
     def activation_checkpointing_disable(self) -> None:
