@@ -21,26 +21,16 @@ _GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3}
 
 
 class Pair(NamedTuple):
-    """The same embeddings, computed by the caller's model and by SkipCLIP.
+    """The same embeddings, computed by the caller's model and by SkipCLIP."""
 
-    Attributes:
-        inputs: Name of the inputs, for messages.
-        reference: Returns the embeddings [n, D] of the caller's model, normalised or not.
-        actual: Returns the embeddings [n, D] of SkipCLIP.
-        parameters: Parameters of the tower above the cut.
-    """
-
-    inputs: str
-    reference: Callable[[], Tensor]
-    actual: Callable[[], Tensor]
+    inputs: str  # Name of the inputs, for messages
+    reference: Callable[[], Tensor]  # Returns the embeddings [n, D] of the caller's model, normalised or not
+    actual: Callable[[], Tensor]  # Returns the embeddings [n, D] of SkipCLIP
     parameters: list[nn.Parameter]
 
 
 class _InFloat32(TorchDispatchMode):
-    """Run every operator on fp32 copies of its half-precision arguments.
-
-    Copying one operator's arguments at a time takes less memory than an fp32 copy of the model.
-    """
+    """Run every operator on fp32 copies of its half-precision arguments, which takes less memory than an fp32 model."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_upcast, (args, kwargs or {}))
@@ -80,17 +70,10 @@ def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def check_agreement(pair: Pair, mode: str, *, gradients: bool) -> None:
-    """Raise if the two embeddings, or their gradients, differ by more than rounding.
+    """Raise if the two embeddings, or their gradients, differ by more than rounding, or are not finite.
 
-    Half-precision models are compared in fp32: in half precision rounding would hide a wrong activation.
-
-    Args:
-        pair: Embeddings to compare.
-        mode: "evaluation" or "training", for messages.
-        gradients: Also compare gradients of trainable norms and biases; without any, of all trainable parameters.
-
-    Raises:
-        RuntimeError: If they differ, or the embedding of the model is not finite.
+    Half-precision models are compared in fp32: in half precision rounding would hide a wrong activation. `gradients`
+    also compares gradients of trainable norms and biases; without any, of all trainable parameters.
     """
     trainable = [p for p in pair.parameters if p.requires_grad] if gradients else []
     parameters = [p for p in trainable if p.ndim <= 1] or trainable

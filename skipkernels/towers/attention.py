@@ -16,15 +16,11 @@ from .. import functional
 
 
 class AttentionBackend(NamedTuple):
-    """Functions that compute attention.
+    """Functions that compute attention."""
 
-    Attributes:
-        full: (query, key, value), each [n, tokens, H, E] → [n, tokens, H, E], without a mask.
-        shared_prefix: `functional.shared_prefix_attention`.
-    """
-
+    # (query, key, value), each [n, tokens, H, E] → [n, tokens, H, E], without a mask
     full: Callable[[Tensor, Tensor, Tensor], Tensor]
-    shared_prefix: Callable[..., Tensor]
+    shared_prefix: Callable[..., Tensor]  # `functional.shared_prefix_attention`
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,10 +32,7 @@ SDPA = AttentionBackend(_sdpa, functional.shared_prefix_attention)
 
 
 def sequences(packed: Tensor, *, backend: AttentionBackend, n: int, heads: int, mask: Tensor | None) -> Tensor:
-    """Attention within each of n sequences of equal length; `mask` [1 or n, 1, tokens, tokens] is added to the logits.
-
-    With a mask, PyTorch's attention is used instead of the backend.
-    """
+    """Attention within n sequences of equal length. A `mask` [1 or n, 1, tokens, tokens] is added, by PyTorch."""
     query, key, value = packed.view(n, -1, 3, heads, packed.shape[1] // (3 * heads)).unbind(2)
     if mask is None:
         return backend.full(query, key, value).flatten(2).flatten(0, 1)

@@ -38,30 +38,18 @@ class Tower(ABC):
 
     A tower holds no parameters: it calls the caller's modules. Hidden states are [n, tokens, W], or [n, …] as defined
     by the blocks of a family.
-
-    Attributes:
-        model: The caller's model.
-        blocks: The caller's blocks in order, a sequence of modules.
-        embedding: Modules and parameters in front of the first block.
-        head: Modules and parameters behind the last block.
-        constants: Parameters that the model never trains.
-        skip: Number of blocks below the cut. Set by SkipCLIP.
-        memory: What an upper block saves for backward. Set by SkipCLIP.
-        runs: Number of times that a step runs the blocks: once for each template of the prompts.
-        attention_backend: Attention of fused blocks. Set by SkipCLIP.
-        reductions: The exact reductions of this tower by name.
     """
 
     model: Any
-    blocks: Any
-    embedding: Sequence[Part]
-    head: Sequence[Part]
-    constants: Sequence[nn.Parameter] = ()
-    skip: int = 0
-    memory: Memory = "fast"
-    runs: int = 1
-    attention_backend: attention.AttentionBackend = attention.SDPA
-    reductions: dict[str, Reduction]
+    blocks: Any  # The caller's blocks in order, a sequence of modules
+    embedding: Sequence[Part]  # Modules and parameters in front of the first block
+    head: Sequence[Part]  # Modules and parameters behind the last block
+    constants: Sequence[nn.Parameter] = ()  # Parameters that the model never trains
+    skip: int = 0  # Number of blocks below the cut. Set by SkipCLIP.
+    memory: Memory = "fast"  # Saved for backward by an upper block. Set by SkipCLIP.
+    runs: int = 1  # Number of times that a step runs the blocks: once for each template of the prompts
+    attention_backend: attention.AttentionBackend = attention.SDPA  # Attention of fused blocks. Set by SkipCLIP.
+    reductions: dict[str, Reduction]  # The exact reductions of this tower by name
     # Paths in a block of the weights of query, key, value, W_o, W_fc and W_p; a packed projection is named three times.
     linear_weights: Sequence[str] = ()
     # Weights and settings of each block, or the reason why it is not fused; empty if the family fuses no blocks.
@@ -154,10 +142,9 @@ class Tower(ABC):
         return None
 
     def lower(self, inputs: Tensor, *, drop_patches: bool = False) -> Tensor:
-        """Map inputs to the hidden states at the cut.
+        """Map inputs to the hidden states at the cut, in evaluation mode: no dropout, constant batch-norm statistics.
 
-        Everything below the cut runs in evaluation mode: without dropout, with constant batch-norm statistics. With
-        `drop_patches`, patches are dropped as in training if the model has patch dropout.
+        With `drop_patches`, patches are dropped as in training if the model has patch dropout.
         """
         frozen = [part for part in self.lower_parts if isinstance(part, nn.Module)]
         with evaluating(frozen, except_for=self.patch_dropout if drop_patches else None):
@@ -279,13 +266,11 @@ class Tower(ABC):
         return fused_block(settings, rows, weights, query_rows)
 
     def _run_upper_block(self, index: int, hidden: Hidden, mask: Tensor | None, *, save_inputs_only: bool) -> Hidden:
-        """Run one block above the cut; with `memory="min"`, a block that is not fused is recomputed in backward.
-
-        A block with a batch norm in training mode is not recomputed: it would update its statistics twice.
-        """
+        """Run one block above the cut; with `memory="min"`, a block that is not fused is recomputed in backward."""
         if self.runs_fused(index):
             return self._run_fused_sequences(index, hidden, mask, save_inputs_only=save_inputs_only)
         block = self.blocks[index]
+        # A batch norm in training mode would update its statistics twice if it were recomputed.
         if self.memory == "min" and torch.is_grad_enabled() and not updates_statistics(block):
             return Hidden(checkpoint(self.call_block, block, hidden.sum(), mask, use_reentrant=False))
         return Hidden(self.call_block(block, hidden.sum(), mask))

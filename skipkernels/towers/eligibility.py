@@ -27,12 +27,8 @@ def global_hooks() -> list[Any]:
 def why_not_fusable(block: nn.Module, block_type: type, submodule_types: Mapping[str, tuple[type, ...]]) -> str | None:
     """Return why a block differs from a plain `block_type`, or None if it does not.
 
-    A `LowRankUpdate` of a weight is accepted: reading the weight returns the sum.
-
-    Args:
-        block: The caller's block.
-        block_type: Expected type of the block.
-        submodule_types: Allowed types of each submodule by its name. The block must have exactly these submodules.
+    It must have exactly the submodules of `submodule_types`, which are the allowed types by name. A `LowRankUpdate` of
+    a weight is accepted: reading the weight returns the sum.
     """
     if type(block) is not block_type:
         return f"a block is a {type(block).__name__}, not a {block_type.__name__}"

@@ -94,58 +94,36 @@ class BlockWeights(NamedTuple):
 
 
 class LowRankFactors(NamedTuple):
-    """Low-rank update s · B · A that is part of a weight.
+    """Low-rank update s · B · A that is part of a weight; one with frozen W has a list of them as `low_rank`."""
 
-    A tensor that is such a weight with frozen W has a list of them as its attribute `low_rank`.
-
-    Attributes:
-        part: Part of the rows of the weight; 0, or 1 and 2 for key and value in a packed projection.
-        scale: s.
-        down: A, [rank, in].
-        up: B, [out, rank].
-    """
-
-    part: int
+    part: int  # Part of the rows of the weight; 0, or 1 and 2 for key and value in a packed projection
     scale: float
-    down: Tensor
-    up: Tensor
+    down: Tensor  # A, [rank, in]
+    up: Tensor  # B, [out, rank]
 
 
 class FusableBlock(NamedTuple):
-    """Weights and settings of the caller's block.
-
-    Attributes:
-        weights: Parameters.
-        activation: Name of the activation in `functional.mlp_activation`.
-        eps: Epsilons of the two norms.
-        heads: H, number of attention heads.
-    """
+    """Weights and settings of the caller's block."""
 
     weights: BlockWeights
-    activation: str
-    eps: tuple[float, float]
-    heads: int
+    activation: str  # Name of the activation in `functional.mlp_activation`
+    eps: tuple[float, float]  # Epsilons of the two norms
+    heads: int  # H
 
 
 class BlockSettings(NamedTuple):
-    """Settings of one call of a fused block.
+    """Settings of one call of a fused block."""
 
-    Attributes:
-        attention: packed query, key and value [R, 3W] → [R, W], heads and scale included; plain differentiable code.
-            With `query_rows` it returns these rows, [Q, W].
-        activation: Name of the activation in `functional.mlp_activation`.
-        eps: Epsilons of the two norms.
-        dtype: Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
-        save_inputs_only: Save only hidden for backward.
-        separate_queries: With `query_rows`, compute queries for these rows only; `attention` is then
-            (query [Q, W], key_value [R, 2W]) → [Q, W].
-    """
-
+    # packed query, key and value [R, 3W] → [R, W], heads and scale included; plain differentiable code. With
+    # `query_rows` it returns these rows, [Q, W].
     attention: Callable[..., Tensor]
-    activation: str
-    eps: tuple[float, float]
+    activation: str  # Name of the activation in `functional.mlp_activation`
+    eps: tuple[float, float]  # Epsilons of the two norms
+    # Dtype of the matrix products: that of the weights, or of autocast. The residual stream is not cast.
     dtype: torch.dtype
-    save_inputs_only: bool = False
+    save_inputs_only: bool = False  # Save only hidden for backward
+    # With `query_rows`, compute queries for these rows only; `attention` is then (query [Q, W], key_value [R, 2W]) →
+    # [Q, W]
     separate_queries: bool = False
 
 
@@ -153,16 +131,9 @@ class BlockSettings(NamedTuple):
 def fused_block(
     settings: BlockSettings, hidden: Hidden, weights: BlockWeights, query_rows: Tensor | None = None
 ) -> Hidden:
-    """Run one block over rows.
+    """Run one block over rows [R, W], or those of `query_rows`, int64 [Q], without duplicates.
 
-    Args:
-        settings: Settings of this call.
-        hidden: [R, W], the branch in `settings.dtype`.
-        weights: Weights of the block, in the dtype of the stream; products run in `settings.dtype`.
-        query_rows: int64 [Q], rows to compute, without duplicates; default: all.
-
-    Returns:
-        [Q, W], the stream in its dtype and the branch in `settings.dtype`.
+    `weights` are in the dtype of the stream; products run in `settings.dtype`, which is the dtype of the branches.
     """
     flat, updates = weights.tensors(), _low_rank(weights)
     inputs = [x for x in hidden if x is not None]
@@ -419,7 +390,6 @@ class _Sums:
         self.widths += [width // len(names)] * len(names)
 
     def finish(self) -> None:
-        """Complete the pending sums."""
         if self.pending:
             totals = column_sums(self.pending, self.dtype).split(self.widths)
             self.gradients |= dict(zip(self.names, totals, strict=True))
@@ -441,8 +411,7 @@ def _backward(
 ) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor]]:
     """Return the gradients of the sum of the inputs, in the dtypes of stream and products, and of weights by name.
 
-    Gradients of weights may be in `dtype` or in that of the products, and there may be more than needed. Those of A and
-    B of each update are written to `d_factors`.
+    Gradients of weights may be in `dtype` or in that of the products, and more than needed; of A and B in `d_factors`.
     """
     assert attention is not None and saved is not None
     mid, inner, mean_1, rstd_1, mean_2, rstd_2 = saved

@@ -15,13 +15,9 @@ from .reductions import Reduction
 
 
 class ImageTower(Tower):
-    """A tower over images [n, 3, height, width].
+    """A tower over images [n, 3, height, width]."""
 
-    Attributes:
-        image_size: Height and width.
-    """
-
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # Height and width
 
     def encoder(self) -> nn.Module:
         """The caller's image encoder, which returns embeddings [n, D] or a tuple that begins with them."""
@@ -39,10 +35,7 @@ class ImageTower(Tower):
 
     @abstractmethod
     def finish(self, hidden: Tensor) -> Tensor:
-        """Map hidden states behind the last block to embeddings [n, D].
-
-        They have every token, or only the first one if `pooled_last_block` is enabled.
-        """
+        """Map hidden states behind the last block, of all tokens or only the pooled one, to embeddings [n, D]."""
 
     def upper(self, features: Tensor) -> Tensor:
         """Map hidden states at the cut to image embeddings [n, D], not normalised."""

@@ -13,24 +13,12 @@ from .fused_block import LowRankFactors, without_autocast
 
 
 class LowRankUpdate(nn.Module):
-    """Add alpha / rank · B · A to some parts of a weight; its rows consist of parts of equal size.
+    """Add alpha / rank · B · A to the parts `updated` of a weight of `parts` parts with equal numbers of rows.
 
     If the weight is frozen, the result has its `LowRankFactors` as an attribute, for fused blocks.
 
     A is uniform in ±1/√in, as in PEFT (`kaiming_uniform_` with a = √5), and B is zero. Both have at least fp32; the sum
     is computed in their dtype, without autocast, and rounded to that of the weight.
-
-    Args:
-        weight: [parts · out, in], the weight to update.
-        parts: Number of parts: 3 for a packed projection of query, key and value.
-        updated: Parts with an update.
-        rank: Rank of each update.
-        alpha: Numerator of the scale.
-        generator: Generator of A.
-
-    Attributes:
-        lora_A: [n, rank, in] for n updated parts.
-        lora_B: [n, out, rank].
     """
 
     def __init__(
@@ -42,8 +30,8 @@ class LowRankUpdate(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         down = torch.empty(len(updated), rank, columns, device=generator.device)
         nn.init.uniform_(down, -(columns**-0.5), columns**-0.5, generator=generator)
-        self.lora_A = nn.Parameter(down.to(weight.device, dtype))
-        self.lora_B = nn.Parameter(self.lora_A.detach().new_zeros(len(updated), rows // parts, rank))
+        self.lora_A = nn.Parameter(down.to(weight.device, dtype))  # [n, rank, in] for n updated parts
+        self.lora_B = nn.Parameter(self.lora_A.detach().new_zeros(len(updated), rows // parts, rank))  # [n, out, rank]
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the updated weight."""

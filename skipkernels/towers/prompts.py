@@ -24,42 +24,33 @@ def reads_row_counts(device: torch.device) -> bool:
 
 
 class PackedPrompts:
-    """Prompts of all classes, and the layout of their hidden states as rows [R, W].
+    """Prompts of all classes, int64 [C, L], and the layout of their hidden states as rows [R, W].
 
-    With a shared prefix, the rows are those of the prefix, then those of each suffix up to its pooled token. Without a
-    shared prefix (P = 0), each class has the rows of its whole prompt.
-
-    Args:
-        tokens: int64 [C, L].
-        pooled: int64 [C], position of the pooled token in each prompt: the embedding is computed from it.
-        prefix_length: P, number of tokens of the shared prefix, at most `shared_prefix_length`.
-        excludes_self: The pooled token attends to the tokens in front of it and not to itself.
+    With a shared prefix, the rows are those of the P = `prefix_length` tokens of the prefix, then those of each suffix
+    up to its pooled token, at position `pooled` [C]. Without a shared prefix (P = 0), each class has the rows of its
+    whole prompt. With `excludes_self` a pooled token attends to the tokens in front of it and not to itself.
 
     Attributes:
-        starts: int64 [C], first row of each suffix.
-        lengths: int64 [C], number of rows of each suffix.
-        length: Number of tokens of a whole prompt.
         max_length: S, the largest of the lengths.
         row_count: R.
-        same_length: True if all suffixes have S rows.
-        segments: int64 [C + 2, 2], for each suffix, then the prefix, then an empty segment: its number of rows, and the
-            index of the row behind its last one.
         prefix_segment: int64 [1], index of the prefix in `segments`.
         empty_segment: int64 [1], index of the empty segment.
-        positions: int64 [R], 0 to R − 1.
     """
 
     def __init__(self, tokens: Tensor, pooled: Tensor, prefix_length: int, *, excludes_self: bool = False):
         self.tokens, self.pooled = tokens, pooled
         self.prefix_length, self.excludes_self = prefix_length, excludes_self
         # CoCa appends a token that has no token id.
-        self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)
+        self.length = length = max(tokens.shape[1], int(pooled.max()) + 1)  # Number of tokens of a whole prompt
+        # Rows of each suffix, and the first of them
         self.lengths = pooled + 1 - prefix_length if prefix_length else torch.full_like(pooled, length)  # [C]
         self.starts = prefix_length + self.lengths.cumsum(0) - self.lengths  # [C]
         self.max_length, self.row_count = int(self.lengths.max()), prefix_length + int(self.lengths.sum())
-        self.same_length = bool((self.lengths == self.max_length).all())
+        self.same_length = bool((self.lengths == self.max_length).all())  # True if all suffixes have S rows
         self._capacities = [prefix_length, *(prefix_length + self.lengths.sort(descending=True)[0].cumsum(0)).tolist()]
         prefix_and_empty = self.lengths.new_tensor([[prefix_length, prefix_length], [0, 0]])  # [2, 2]
+        # int64 [C + 2, 2], for each suffix, then the prefix, then an empty segment: its number of rows, and the index
+        # of the row behind its last one
         self.segments = torch.cat([torch.stack([self.lengths, self.starts + self.lengths], dim=1), prefix_and_empty])
         self.prefix_segment, self.empty_segment = self.lengths.new_tensor([len(pooled), len(pooled) + 1]).split(1)
         self.positions = torch.arange(self.row_count, device=tokens.device)  # [R]
@@ -97,12 +88,6 @@ class SelectedPrompts:
     Rows may follow the last suffix: on a GPU the number of rows is one that suffices for any K classes, since counting
     the rows of these K would need a host sync. The additional rows repeat other rows; attention neither reads them nor
     gives them a gradient.
-
-    Attributes:
-        class_ids: int64 [K].
-        offsets: int64 [K + 1], start of each suffix, counted behind the prefix; None if all have the same length.
-        ends: int64 [K], row of the pooled token of each class.
-        row_count: R.
     """
 
     def __init__(self, prompts: PackedPrompts, class_ids: Tensor, exact: bool):
@@ -112,10 +97,12 @@ class SelectedPrompts:
         self._lengths, stops = prompts.segments[segments].unbind(1)  # [K + 2] each
         ends = self._lengths.cumsum(0)  # [K + 2]
         self._ends, self._shifts = ends, stops - ends
+        # Start of each suffix, counted behind the prefix
         self.offsets = None if prompts.same_length else ends[:-1] - P  # [K + 1]
+        # Row of the pooled token of each class
         self.ends = ends[1:-1] - 1 if P else ends[:-2] + prompts.pooled[class_ids]  # [K]
         if prompts.same_length:
-            self.row_count = P + K * prompts.max_length
+            self.row_count = P + K * prompts.max_length  # R
         else:
             self.row_count = int(ends[-1]) if exact else prompts.capacity(K)
 
@@ -135,8 +122,7 @@ class SelectedPrompts:
     def unpack(self, rows: Tensor) -> Tensor:
         """Unpack rows [R, W] into whole prompts [K, L, W].
 
-        Behind a shared prefix, positions behind the pooled token repeat the last row of the suffix; no token before
-        attends to them.
+        Behind the pooled token the last row of the suffix is repeated; no token before attends to it.
         """
         P, (K, W) = self._prompts.prefix_length, (len(self.class_ids), rows.shape[1])
         if not P:

@@ -7,15 +7,10 @@ from typing import NamedTuple
 
 
 class Reduction(NamedTuple):
-    """State of one exact reduction.
-
-    Attributes:
-        enabled: True if the reduction is applied.
-        reason: Why it is not applied; "" if it is.
-    """
+    """State of one exact reduction."""
 
     enabled: bool
-    reason: str
+    reason: str  # Reason why it is not applied; "" if it is
 
     @classmethod
     def unless(cls, reason: str | None) -> Reduction:

@@ -60,10 +60,7 @@ _WRAPPERS = {
 def build_towers(model: nn.Module, tokens: Tensor) -> tuple[ImageTower, list[TextTower]]:
     """Build the image tower of a model and a text tower for each template, with no blocks skipped.
 
-    `model` and `tokens` are those of `SkipCLIP`.
-
     Raises:
-        TypeError: If the model is not an `nn.Module`.
         UnsupportedModel: If no adapter handles the model, with the reason.
     """
     if not isinstance(model, nn.Module):

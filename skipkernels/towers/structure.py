@@ -115,11 +115,7 @@ def called_modules(tower: Tower, *, lower: bool = False) -> list[nn.Module]:
 
 
 def refuse_overrides(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Refuse hooks and instance methods on containers, which are not called.
-
-    Raises:
-        UnsupportedModel: If a container has one.
-    """
+    """Refuse hooks and instance methods on containers, which are not called."""
     names = {id(module): name for name, module in model.named_modules()}
     for module in modules:
         attributes, what = vars(module), None

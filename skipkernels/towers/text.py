@@ -24,12 +24,9 @@ class TextTower(Tower):
     """A tower over the prompts of the task's classes. The embedding of a prompt is computed from its pooled token.
 
     Above the cut, tokens are rows: the prefix that all prompts share, once, then the suffix of each class.
-
-    Attributes:
-        prompts: Tokens of the prompts, cropped where that is exact, and the layout of their rows.
     """
 
-    prompts: PackedPrompts
+    prompts: PackedPrompts  # Tokens of the prompts, cropped where that is exact, and the layout of their rows
 
     @abstractmethod
     def read_prompts(self, tokens: Tensor) -> None:
@@ -53,17 +50,9 @@ class TextTower(Tower):
         visible_length: int | None = None,
         excludes_self: bool = False,
     ) -> None:
-        """Set the prompts, and apply every reduction that is exact.
+        """Set the prompts, and apply every reduction that is exact; the arguments `…not_…` are reasons why one is not.
 
-        Args:
-            tokens: int64 [C, L].
-            pooled: int64 [C], positions of the pooled tokens.
-            not_fused: Why not all blocks are fused, or None. Fused blocks keep the shared prefix.
-            last_not_fused: Why the last block is not fused, or None.
-            not_causal: Why the mask is not the causal one, or None.
-            not_cropped: Why tokens behind the last visible one are not cropped, or None.
-            visible_length: Number of tokens that a pooled token can see; by default up to the last pooled token.
-            excludes_self: The pooled token attends to the tokens in front of it and not to itself.
+        `visible_length` is the number of tokens that a pooled token can see; by default up to the last pooled token.
         """
         tokens = tokens if not_cropped else tokens[:, : visible_length or int(pooled.max()) + 1].contiguous()
         length = shared_prefix_length(tokens, pooled, excludes_self=excludes_self)

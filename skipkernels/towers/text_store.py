@@ -46,21 +46,9 @@ def representative_classes(text: TextTower) -> Tensor:
 
 
 class TextStore:
-    """Rows of all classes at the cut, in a store that the constructor creates unless it exists.
+    """Rows of all classes at the cut, in a store that the constructor creates by `lower`, or opens if it exists.
 
     If another process is creating it, the constructor waits and then opens it.
-
-    Args:
-        folder: Folder of the store.
-        text: Text tower.
-        lower: Function that runs the blocks below the cut.
-        chunk: Number of prompts in one forward pass.
-
-    Attributes:
-        nbytes: Size of all rows.
-
-    Raises:
-        StoreError: If the folder holds another store.
     """
 
     def __init__(self, folder: Path, text: TextTower, lower: Lower, chunk: int):
@@ -98,11 +86,7 @@ class TextStore:
             )
 
     def check(self, lower_identity: dict[str, str | int]) -> None:
-        """Refuse weights below the cut that differ from those that computed the rows.
-
-        Raises:
-            StoreError: If they differ.
-        """
+        """Refuse weights below the cut that differ from those that computed the rows."""
         if lower_identity.items() <= self._fingerprint.items():
             return
         raise StoreError(
@@ -116,13 +100,7 @@ class TextStore:
 
 
 def stored_prototypes(folder: Path, text: TextTower, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Embeddings [C, D] of all classes from a store, recomputed if they are damaged or of another model.
-
-    Args:
-        folder: Folder of the store.
-        text: Text tower.
-        encode: Class ids [n] to unit-norm embeddings [n, D].
-    """
+    """Embeddings [C, D] of all classes from a store, recomputed by `encode` if damaged or of another model."""
     parameters = list(text.upper_parameters())
     weights = digest_tensors((str(number), p) for number, p in enumerate(parameters))
     fingerprint = _identity(text) | {"upper weights": weights}

@@ -29,11 +29,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -
 
 
 def backend() -> AttentionBackend:
-    """Attention functions of xformers.
-
-    Raises:
-        ImportError: If xformers is not installed.
-    """
+    """Attention functions of xformers."""
     from xformers import ops
 
     def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

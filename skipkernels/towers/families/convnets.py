@@ -32,15 +32,7 @@ def chain_stages(stages: Iterable[tuple[Sequence[nn.Module], Iterable[nn.Module]
 
 
 class StagedTower(ImageTower):
-    """Image tower that is a chain of modules.
-
-    Args:
-        model: The caller's model.
-        image_size: Height and width.
-        embedding: Modules in front of the first stage, in order.
-        stages: The modules in front of each stage, and its blocks.
-        head: Modules behind the last stage, in order.
-    """
+    """Image tower that is a chain of modules; `stages` are the modules in front of each stage, and its blocks."""
 
     def __init__(
         self,

@@ -131,10 +131,7 @@ class OpenClipImageTower(ImageTower):
 
 
 class OpenClipTextTower(TextTower):
-    """Text tower of a `CLIP`, `CustomTextCLIP` or `CoCa`.
-
-    Its modules are attributes of `text`: the model itself or, in `CustomTextCLIP` and `CoCa`, a `TextTransformer`.
-    """
+    """Text tower of a `CLIP`, `CustomTextCLIP` or `CoCa`; `text`, which may be the model itself, holds its modules."""
 
     read_block, why_not_fusable = staticmethod(_read_block), staticmethod(_why_not_fusable)
     linear_weights = _LINEAR_WEIGHTS

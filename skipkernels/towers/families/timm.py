@@ -57,11 +57,7 @@ _LINEAR_WEIGHTS = ("attn.qkv.weight",) * 3 + ("attn.proj.weight", "mlp.fc1.weigh
 
 
 def timm_tower(model: Any) -> ImageTower:
-    """Build the image tower with a `TimmModel` as `visual`.
-
-    Raises:
-        UnsupportedModel: If the type of its trunk is not handled, or the trunk cannot be cut exactly.
-    """
+    """Build the image tower with a `TimmModel` as `visual`."""
     trunk: Any = model.visual.trunk
     known: dict[type, Callable[[Any], ImageTower]] = {
         VisionTransformer: ViTaminTower if _is_vitamin(trunk) else TransformerTower,
