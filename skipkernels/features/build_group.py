@@ -19,39 +19,20 @@ _DIGITS = 8  # hexadecimal digits of a digest in one number of a message
 
 
 class Report(NamedTuple):
-    """Work of a process since its last report.
+    """Work of a process since its last report."""
 
-    Attributes:
-        state: `_FAILED`, `_WORKS` or `_DONE`.
-        images: Number of encoded images.
-        written: Number and digest of a shard that was written, or None.
-    """
-
-    state: int
+    state: int  # `_FAILED`, `_WORKS` or `_DONE`
     images: int = 0
-    written: tuple[int, Shard] | None = None
+    written: tuple[int, Shard] | None = None  # Number and digest of a shard that was written, or None
 
 
 class Builders:
-    """Processes that build a store together. By default there is only this one.
+    """Processes that build a store together; without a `group`, only this one.
 
     After each batch of images every process sends a report, and receives the reports of the others. So an error of one
     process is raised on all processes within a batch, no process waits longer than a batch, and a killed process loses
-    at most the shard that it encodes and the shard that it writes.
-
-    As a context manager it reports an error of this process in place of its next report.
-
-    Args:
-        group: The processes, or None.
-        device: Device of messages if the group has no backend for the CPU.
-
-    Attributes:
-        rank: Number of this process.
-        size: Number of processes.
-        first: True on the process that writes the manifest and shows progress.
-
-    Raises:
-        TypeError: If `group` is not a process group.
+    at most the shard that it encodes and the shard that it writes. As a context manager it reports an error of this
+    process in place of its next report.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None):
@@ -63,7 +44,7 @@ class Builders:
             )
         self._group, self._ended, self._failed = group, group is None, False
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.first = self.rank == 0
+        self.first = self.rank == 0  # True on the process that writes the manifest and shows progress
         on_cpu = group is None or "cpu:gloo" in str(dist.get_backend_config(group))
         self._device = torch.device("cpu") if on_cpu or device is None else device
         self._pending: tuple[int, Shard] | None = None
@@ -79,11 +60,7 @@ class Builders:
                 self.report_failed()
 
     def begin(self, layout: Layout, missing: list[int]) -> tuple[Layout, list[int]]:
-        """Return the layout, and the numbers of the missing shards, that the first process has found; collective.
-
-        Raises:
-            StoreError: On every process, if the layouts differ in more than the rows of a shard.
-        """
+        """Return the layout, and the numbers of the missing shards, that the first process has found; collective."""
         if self._group is None:
             return layout, missing
         own = int(replace(layout, shard_rows=1).digest[:15], 16)
@@ -121,11 +98,7 @@ class Builders:
         return reports, all(report.state == _DONE for report in reports)
 
     def report_failed(self) -> list[Report]:
-        """Report the error of this process, or that it has that of another, and its last shard; collective.
-
-        Returns:
-            The last reports of all processes; none if the build has ended.
-        """
+        """Report the error of this process, or that it has another's; return the last reports of all; collective."""
         reports = [] if self._ended or self._failed else self._exchange(_FAILED)
         reports += [] if self._ended else self._exchange(_FAILED)  # the others have written their shards only now
         self._ended = True

@@ -35,8 +35,7 @@ SHARD_BYTES = 128 << 20
 class Encoder:
     """Function from images to features at the cut on the CPU, callable from any thread.
 
-    Runs a copy of the modules below the cut that shares their weights and stays in evaluation mode, with the autocast
-    that was enabled at construction.
+    Runs a copy of the modules below the cut that shares their weights, with the autocast enabled at construction.
     """
 
     def __init__(self, clip: SkipCLIP):
@@ -65,35 +64,20 @@ class Encoder:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Inputs and options of a store.
-
-    Attributes:
-        clip: The model.
-        dataset: Dataset of (image, label).
-        dtype: Storage dtype of features.
-        views: Number of views of each image.
-        first_view: Number of the first view.
-        batch_size: Images per forward pass.
-        workers: Number of processes that load images.
-        seed: Seed of random transforms.
-        dataset_key: Fingerprint of the dataset, from `dataset_key`.
-        samples: Summaries of a few items, from `sample_images`.
-        shard_bytes: Approximate bytes of a shard.
-        labels: Labels [n] of the images, if known; a view with other labels is an error.
-    """
+    """Inputs and options of a store."""
 
     clip: SkipCLIP
-    dataset: Any
-    dtype: str
+    dataset: Any  # Dataset of (image, label)
+    dtype: str  # Storage dtype of features
     views: int
     first_view: int
-    batch_size: int
-    workers: int
-    seed: int
-    dataset_key: dict[str, str]
-    samples: list[dict[str, Any]]
-    shard_bytes: int
-    labels: Tensor | None = None
+    batch_size: int  # Images per forward pass
+    workers: int  # Number of processes that load images
+    seed: int  # Seed of random transforms
+    dataset_key: dict[str, str]  # Fingerprint of the dataset, from `dataset_key`
+    samples: list[dict[str, Any]]  # Summaries of a few items, from `sample_images`
+    shard_bytes: int  # Approximate bytes of a shard
+    labels: Tensor | None = None  # Labels [n] of the images, if known; a view with other labels is an error
 
     def load(self, batches: list[range]) -> contextlib.closing[Generator[Batch, None, None]]:
         """Load batches of rows; on exit the context stops the worker processes."""
@@ -144,21 +128,10 @@ def write_store(
     on_loading: Callable[[], None] = lambda: None,
     builders: Builders | None = None,
 ) -> None:
-    """Build a store, or its missing shards.
+    """Build a store, or with `resume` its missing shards.
 
-    Args:
-        folder: Folder of the store.
-        config: Inputs and options of the store.
-        encode: Encoder of the images.
-        resume: Keep the shards of an earlier build.
-        overwrite: Replace the store.
-        progress: Function called with the number of images after each batch; True shows a bar.
-        on_loading: Called when worker processes have started.
-        builders: Processes that build together. Default: this one.
-
-    Raises:
-        StoreError: If the store cannot be built; existing shards stay.
-        PeerError: If another process raised an error.
+    `progress` is called with the number of images after each batch, True shows a bar; `on_loading` is called when
+    worker processes have started.
     """
     builders = builders or Builders()
     with _worker_errors(), _Progress(folder, config, progress if builders.first else False) as shown:
@@ -351,7 +324,6 @@ class _Progress(contextlib.AbstractContextManager):
         self._bar.stop()
 
     def verified(self, count: int) -> None:
-        """Add bytes of existing shards that were read."""
         self._count += count
         self._bar.update(self._task, state=f"checking, {decimal(self._count)}")
 
@@ -365,7 +337,6 @@ class _Progress(contextlib.AbstractContextManager):
             self._call(existing)
 
     def encoded(self, images: int) -> None:
-        """Add encoded images."""
         self._count += images
         if self._call is not None:
             self._call(images)

@@ -37,26 +37,16 @@ _SAMPLE_TOLERANCE = 5e-3
 
 
 def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
-    """Return the entries of a fingerprint that describe a dataset.
+    """Return the entries of a fingerprint that describe a dataset; docs/cache.md lists the changes that they detect.
 
-    Args:
-        dataset: Dataset of (image, label).
-        key: Text or JSON value that identifies the dataset and its transform. None uses digests: of the paths (relative
-            to their common folder), sizes and modification times of the files, or of the indices of a subset without
-            files; of the labels; and of the transform's repr.
+    `key` is a text or JSON value that identifies the dataset and its transform. None uses digests: of the paths
+    (relative to their common folder), sizes and modification times of the files, or of the indices of a subset without
+    files; of the labels; and of the transform's repr. An entry is "not listed" if the dataset does not list it.
 
-    Returns:
-        Entries by name; "not listed" for images or labels that the dataset does not list.
-
-    Raises:
-        ValueError: If `key` is not a JSON value.
-        StoreError: If a file of the dataset cannot be found.
-
-    Example:
-        >>> dataset_key([(torch.zeros(3, 2, 2), 1)], key={"name": "zeros", "version": 2})
-        {'dataset key': '{"name": "zeros", "version": 2}'}
-        >>> list(dataset_key([(torch.zeros(3, 2, 2), 1)]))
-        ['dataset key', 'images', 'labels', 'image transform']
+    >>> dataset_key([(torch.zeros(3, 2, 2), 1)], key={"name": "zeros", "version": 2})
+    {'dataset key': '{"name": "zeros", "version": 2}'}
+    >>> list(dataset_key([(torch.zeros(3, 2, 2), 1)]))
+    ['dataset key', 'images', 'labels', 'image transform']
     """
     if key is not None:
         try:
@@ -74,10 +64,7 @@ def dataset_key(dataset: Any, key: Any = None) -> dict[str, str]:
 
 
 class _Description(NamedTuple):
-    """Paths or indices and labels of all items, None if the dataset does not list them, and reprs of transforms.
-
-    The attribute `fingerprint` of a dataset without files, a text, is part of the digest of the images.
-    """
+    """Paths or indices and labels of all items, if listed; reprs of transforms; the text `fingerprint` of a dataset."""
 
     images: list[str | int] | None
     labels: list[int] | None
@@ -170,15 +157,8 @@ def sample_images(dataset: Any, seed: int, workers: int = 0) -> list[dict[str, A
     """Summarise a few transformed items, as a build loads them for view 0.
 
     Samples the first item, the last, and six between; of an iterable the first eight, if it can be iterated again. A
-    summary has the label, mean and standard deviation of each channel, and means over 8 × 8 blocks.
-
-    Args:
-        dataset: Dataset of (image, label).
-        seed: Seed of random transforms.
-        workers: Load in another process if above 0, so that the dataset opens no files in this one.
-
-    Raises:
-        StoreError: If an item cannot be loaded, or differs when it is loaded again.
+    summary has the label, mean and standard deviation of each channel, and means over 8 × 8 blocks. With `workers`,
+    items are loaded in another process, so that the dataset opens no files in this one.
     """
     count = len(dataset)
     if is_iterable_only(dataset):

@@ -77,7 +77,7 @@ class FeatureCache(Dataset):
         progress: Progress = True,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> FeatureCache:
-        """Encode all images up to the cut and store the features in a folder.
+        """Encode all images up to the cut and store the features in a folder; see docs/cache.md.
 
         A build may be killed at any time: with `resume`, missing and damaged shards are computed, and the result is
         bitwise that of an uninterrupted build.
@@ -85,10 +85,9 @@ class FeatureCache(Dataset):
         Args:
             path: Folder of the store; created if needed.
             clip: Model that computes the features; its weights above the cut are not used.
-            dataset: Map-style dataset of (image, label), or an iterable of those with a length. Images are tensors
-                [3, height, width], preprocessed for the model; labels are whole numbers.
-            dtype: Storage dtype: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token, which is
-                lossy (errors: docs/cache.md).
+            dataset: Map-style dataset of (image, label), or an iterable of those with a length. Images are tensors [3,
+                height, width], preprocessed for the model; labels are whole numbers.
+            dtype: Storage dtype: "fp32", "fp16", "bf16" (default), or "int8" with a scale for each token (lossy).
             views: Number of views of every image, for a dataset with a random transform; default 1. Epochs cycle
                 through them. All views must have the same labels, so an iterable must keep its order.
             refresh: "epoch" computes a new view for every epoch, as in the published method, in the background during
@@ -97,14 +96,13 @@ class FeatureCache(Dataset):
             workers: Number of processes that load images; default 0: this process.
             seed: Seed of random transforms; each view of each image has its own seed, derived from it.
             key: Text or JSON value that identifies the images and their transform; change it when they change. Default:
-                files, labels, transform and a few images of the dataset (docs/cache.md lists the changes detected).
+                files, labels, transform and a few images of the dataset.
             resume: Complete and repair the store in the folder, if its inputs are the same.
             overwrite: Replace the store in the folder, after the first batch of the new one has been computed.
             shard_bytes: Approximate bytes of a shard. A kill loses at most one shard; a build holds two in memory.
             progress: False for no progress bar, or a function called with the number of images of each batch.
-            process_group: Processes that all make this call with equal arguments, and share a folder: each encodes its
-                part of the shards, and the store is bitwise that of one process. The first shows the progress of all.
-                An error of one is raised on all. Default None: this process alone, also in an initialised group.
+            process_group: Processes that all make this call with equal arguments, and share a folder and the work; the
+                store is bitwise that of one process. Default None: this process alone, also in an initialised group.
 
         Returns:
             FeatureCache: The complete cache.
@@ -112,8 +110,6 @@ class FeatureCache(Dataset):
         Raises:
             StoreError: If the folder has another store (the message says how it differs), another process builds in it,
                 the disk is full, or an image or its features cannot be used. Existing shards stay.
-            TypeError: If clip is not a SkipCLIP, or process_group is not a process group.
-            ValueError: If another argument is out of range.
             PeerError: If another process of process_group raised an error, or was killed. Existing shards stay.
         """
         check_clip("FeatureCache.build", clip)
@@ -250,7 +246,6 @@ class FeatureCache(Dataset):
     # ---- use ---------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.labels)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
@@ -304,10 +299,6 @@ class FeatureCache(Dataset):
 
         Returns:
             FeatureLoader: Save its `state_dict` in checkpoints.
-
-        Raises:
-            ValueError: If an argument is out of range.
-            TypeError: If `dtype` is not a torch.dtype.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"FeatureCache.loader: dtype must be a torch.dtype, such as torch.bfloat16; got {dtype!r}.")

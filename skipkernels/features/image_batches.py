@@ -18,17 +18,11 @@ from ..store import StoreError
 
 
 class Batch(NamedTuple):
-    """Batch of items of a dataset.
+    """Batch of items of a dataset."""
 
-    Attributes:
-        rows: Row numbers: view · items + item.
-        images: [n, 3, height, width].
-        labels: [n] int64.
-    """
-
-    rows: list[int]
-    images: Tensor
-    labels: Tensor
+    rows: list[int]  # Row numbers: view · items + item
+    images: Tensor  # [n, 3, height, width]
+    labels: Tensor  # [n] int64
 
 
 def is_iterable_only(dataset: Any) -> bool:
@@ -45,20 +39,11 @@ def is_one_shot(dataset: Any) -> bool:
 def load_batches(
     dataset: Any, batches: Sequence[Sequence[int]], *, seed: int = 0, first_view: int = 0, workers: int = 0
 ) -> Generator[Batch, None, None]:
-    """Load rows of a dataset, in order.
+    """Load rows of a dataset, in order: of each of `batches`, ascending.
 
-    Row r is item r mod n in view r div n. Every view of every item has its own seed, so that a resumed build computes
-    the same rows, in any process. Worker processes are started before this returns.
-
-    Args:
-        dataset: Map-style dataset of (image tensor, label), or an iterable of those with a length.
-        batches: Rows of each batch, ascending.
-        seed: Seed of random transforms.
-        first_view: Number of the view that starts with row 0.
-        workers: Number of processes that load images; at most one for an iterable, which cannot be divided.
-
-    Raises:
-        StoreError: If an item cannot be loaded or has a wrong type; names the item.
+    Row r is item r mod n in view `first_view` + r div n. Every view of every item has its own seed, so that a resumed
+    build computes the same rows, in any process. `workers` processes load images, at most one for an iterable, which
+    cannot be divided; they are started before this returns.
     """
     data: Dataset
     if is_iterable_only(dataset):

@@ -62,11 +62,7 @@ def collect(
     workers: int = 0,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> tuple[MemoryRows, Tensor]:
-    """Encode every image of a dataset once, without gradients; see `FeatureCache.in_memory`.
-
-    Returns:
-        Outputs, and labels [n] int64.
-    """
+    """Encode every image once, without gradients; return outputs and labels [n]. See `FeatureCache.in_memory`."""
     count = len(dataset)
     labels = torch.empty(count, dtype=torch.int64)
     encoded: Tensor | None = None

@@ -48,31 +48,17 @@ class Rows(Protocol):
 
 
 class _Piece(NamedTuple):
-    """Part of a batch.
+    """Part of a batch."""
 
-    Attributes:
-        batch: Image numbers [B] of the batch.
-        rows: Row numbers of this part.
-        start: Position of the part in the batch.
-    """
-
-    batch: Tensor
-    rows: Tensor
-    start: int
+    batch: Tensor  # Image numbers [B] of the batch
+    rows: Tensor  # Row numbers of this part
+    start: int  # Position of the part in the batch
 
 
 class FeatureLoader:
     """Iterable over the batches of an epoch: (features [B, …], labels [B] int64).
 
     Created by `FeatureCache.loader`. Batches can be stored: a buffer is reused only when no tensor refers to it.
-
-    Args:
-        rows_of_epoch: Function that returns the rows of an epoch and the number of its first row.
-        labels: Labels [n] of the images.
-        sampler: Image numbers of each batch.
-        dtype: Dtype of the features; None: the dtype of the rows.
-        device: Device of the batches; None: that of the rows.
-        prefetch: Number of batches read ahead.
 
     Attributes:
         seconds_waited: Seconds that iterations have waited for batches.
@@ -97,7 +83,6 @@ class FeatureLoader:
         self._buffers = _Buffers(pinned=device is not None and device.type == "cuda")
 
     def __len__(self) -> int:
-        """Number of batches per epoch."""
         return len(self.sampler)  # type: ignore[arg-type]
 
     @property
@@ -136,11 +121,7 @@ class FeatureLoader:
         self._epoch, self._initial, self._yielded = self._epoch + 1, None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the current epoch; after loading it, the next iteration yields the remaining batches.
-
-        Raises:
-            TypeError: If the sampler has no `state_dict`.
-        """
+        """Return the position in the epoch; after loading it, the next iteration yields the remaining batches."""
         state = self._sampler_state() if self._initial is None else self._initial
         if "batches" not in state:
             raise TypeError(
@@ -149,12 +130,7 @@ class FeatureLoader:
         return state | {"batches": state["batches"] + self._yielded}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the result of `state_dict`.
-
-        Raises:
-            TypeError: If the sampler has no `load_state_dict`.
-            ValueError: If the state is of another sampler, batch size, number of processes or number of images.
-        """
+        """Continue from the result of `state_dict`."""
         if not hasattr(self.sampler, "load_state_dict"):
             raise TypeError(
                 "FeatureLoader.load_state_dict: this sampler has no load_state_dict; name a sampler in "
@@ -239,7 +215,6 @@ class _Buffers:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised tensor."""
         size = math.prod(shape) * dtype.itemsize
         memory = None
         while memory is None or memory.nbytes < size:  # smaller memory is dropped: that of a short last batch

@@ -18,11 +18,7 @@ from .builder import BuildConfig, Encoder, write_store
 
 
 def clear_epochs(folder: Path, *, overwrite: bool) -> None:
-    """Delete the stores of epochs in a folder, before another store is built in it.
-
-    Raises:
-        StoreError: If there are such stores and `overwrite` is False, or foreign files; nothing is deleted.
-    """
+    """Delete the stores of epochs in a folder, before another store is built in it."""
     if not (folder.is_dir() and any(folder.glob("epoch-*"))):
         return
     with _locked_folder(folder):
@@ -40,19 +36,6 @@ class EpochStores:
     """Folder with a store for the current epoch, and one in progress for the next.
 
     Epoch e is view e of every image, so that an epoch that is built again has the same random transforms.
-
-    Args:
-        folder: Folder of the stores.
-        config: Inputs and options of a store.
-        encode: Encoder of the images.
-        progress: As for `write_store`, for the first epoch that is built.
-        overwrite: Delete the stores in the folder.
-
-    Attributes:
-        first: Earliest epoch found in the folder, or 0.
-
-    Raises:
-        StoreError: If another process builds in the folder, or it has foreign files; nothing is deleted.
     """
 
     def __init__(
@@ -80,7 +63,7 @@ class EpochStores:
         except BaseException:
             self._lock.close()
             raise
-        self.first = min(self._present, default=0)
+        self.first = min(self._present, default=0)  # Earliest epoch found in the folder, or 0
         self._thread: threading.Thread | None = None
         self._building: int | None = None
         self._error: BaseException | None = None
@@ -170,7 +153,6 @@ def _name(epoch: int) -> str:
 
 @contextlib.contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    """Create a folder and hold its lock."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file. Choose a folder.")
     with contextlib.ExitStack() as lock:

@@ -28,9 +28,6 @@ class BatchSampler(Sampler[list[int]]):
     Attributes:
         epoch: Number of completed epochs.
 
-    Raises:
-        ValueError: If an argument is out of range, or there are fewer images than processes.
-
     Example:
         >>> sampler = BatchSampler(torch.tensor([0, 0, 0, 1, 1]), 2, "class_pure")
         >>> sorted(sorted(batch) for batch in sampler), len(sampler)
@@ -57,7 +54,6 @@ class BatchSampler(Sampler[list[int]]):
         self._skip = 0  # batches that were yielded before a state was loaded
 
     def __len__(self) -> int:
-        """Number of batches per epoch."""
         together = self.batch_size * self.world_size
         short = len(self.labels) % together
         return len(self.labels) // together + (short >= self.world_size or len(self.labels) == short)
@@ -81,11 +77,7 @@ class BatchSampler(Sampler[list[int]]):
         return self._settings() | {"epoch": self.epoch, "batches": self._yielded or self._skip, "generator": initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the result of `state_dict`.
-
-        Raises:
-            ValueError: If the state is not of this class, or is of a sampler with other settings; nothing changes.
-        """
+        """Continue from the result of `state_dict`."""
         expected = self._settings()
         if not isinstance(state, dict) or not state.keys() >= expected.keys() | {"epoch", "batches", "generator"}:
             raise ValueError("BatchSampler.load_state_dict: state must be a result of BatchSampler.state_dict.")
@@ -142,15 +134,8 @@ class SharedBatchSampler(BatchSampler):
     """Part of each batch of a `BatchSampler` for one of several processes.
 
     Batches, and so the state, do not depend on the number of processes. A process gets an empty list of a batch with
-    fewer images than processes.
-
-    Args:
-        labels: See `BatchSampler`.
-        batch_size: Images of a batch of all processes together.
-        kind: See `BatchSampler`.
-        generator: See `BatchSampler`.
-        rank: Index of this process.
-        size: Number of processes.
+    fewer images than processes. Arguments are those of `BatchSampler`, but `batch_size` is the number of images of a
+    batch of all processes together, and `size` the number of processes.
 
     Example:
         >>> labels = torch.zeros(5, dtype=torch.int64)
@@ -172,7 +157,6 @@ class SharedBatchSampler(BatchSampler):
         self._share = rank, size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Iterate over this process's part of the batches of an epoch; see `BatchSampler`."""
         rank, size = self._share
         for batch in super().__iter__():
             yield torch.tensor(batch).tensor_split(size)[rank].tolist()
@@ -181,10 +165,7 @@ class SharedBatchSampler(BatchSampler):
 def check_batches(
     function: str, labels: Tensor, batch_size: Any, kind: tuple[str, Any], generator: Any, rank: int, world_size: int
 ) -> None:
-    """Raise unless these are arguments of a `BatchSampler`; the message names the function that was called.
-
-    `kind` is the name of that argument and its value; the others are as for `BatchSampler`.
-    """
+    """Raise unless these are arguments of `BatchSampler`, for `function`; `kind` is an argument's name and value."""
     name, value = kind
     if value not in get_args(SamplerKind):
         raise ValueError(f"{function}: {name} must be one of {', '.join(get_args(SamplerKind))}; got {value!r}.")

@@ -16,20 +16,15 @@ _PARTIAL = re.compile(r"\.(.+)\.(?:[0-9a-f]{16}\.skipkernels-partial|[0-9]+\.par
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file in the same folder, flush it to the disk, and rename it to `path`.
+    """Call `write` with a temporary file in the same folder, flush it to the disk, and rename it to `path`.
 
     A crash at any moment leaves the old file or the new one, and possibly the temporary file (`partial_of`).
 
-    Args:
-        path: File to replace.
-        write: Function called with the temporary file, open for writing.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> replace_file(folder / "note.txt", lambda file: file.write(b"whole"))
-        >>> [file.name for file in folder.iterdir()]
-        ['note.txt']
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> replace_file(folder / "note.txt", lambda file: file.write(b"whole"))
+    >>> [file.name for file in folder.iterdir()]
+    ['note.txt']
     """
     partial = path.with_name(_partial_name(path.name))
     with partial.open("xb") as file:  # O_EXCL: never an existing file or link

@@ -26,10 +26,7 @@ _MAX_BYTES = 4096  # of OWNER
 def locked(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock of a folder. The system releases it when the process ends, also after a kill.
 
-    Args:
-        folder: The folder.
-        on_wait: Called with a description of the process that holds the lock, before waiting for it. Default None: do
-            not wait.
+    `on_wait` is called with a description of the process that holds the lock, before waiting; without it, do not wait.
 
     Raises:
         StoreError: If another process holds the lock; the message describes it.
@@ -61,7 +58,6 @@ def locked(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Ite
 
 @contextlib.contextmanager
 def _missing_locks_as_errors(folder: Path) -> Iterator[None]:
-    """Convert the error of a file system without locks."""
     try:
         yield
     except OSError as error:

@@ -45,11 +45,7 @@ class StoreError(ValueError):
 
 
 class DifferentStore(StoreError):
-    """Error for a store with other rows than expected.
-
-    Attributes:
-        difference: First entry that differs, with both values.
-    """
+    """Error for a store with other rows than expected; `difference` is the first entry that differs, both values."""
 
     def __init__(self, message: str, difference: str):
         super().__init__(message)
@@ -67,11 +63,7 @@ def file_errors(path: Path, remedy: str) -> Iterator[None]:
 
 
 def absolute_folder(folder: Path) -> Path:
-    """Return the absolute path of a folder, so that a later change of the working directory has no effect.
-
-    Raises:
-        StoreError: If the path is not UTF-8; safetensors could not open it.
-    """
+    """Return the absolute path of a folder, so that a later change of the working directory has no effect."""
     with file_errors(folder, "Pass an absolute path."):
         folder = folder.absolute()
     try:
@@ -88,27 +80,17 @@ class LostManifest(StoreError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Layout of the rows of a store, and fingerprint of their inputs.
-
-    Attributes:
-        rows: Number of rows.
-        shape: Shape of a row: tokens and width, or a feature map.
-        dtype: Storage dtype, a key of `DTYPES`; int8 has a scale for each token (first dimension of `shape`).
-        computed: Dtype of rows before they are stored and after they are read, a key of `COMPUTED`.
-        shard_rows: Rows per shard; the last shard may have fewer.
-        labelled: True if each row has a label.
-        fingerprint: Inputs of the rows: numbers and strings by name, compared when a store is resumed.
-        notes: Other JSON values, not compared.
-    """
+    """Layout of the rows of a store, and fingerprint of their inputs."""
 
     rows: int
-    shape: tuple[int, ...]
-    dtype: str
-    computed: str
-    shard_rows: int
-    labelled: bool
+    shape: tuple[int, ...]  # Shape of a row: tokens and width, or a feature map
+    dtype: str  # Storage dtype, a key of `DTYPES`; int8 has a scale for each token (first dimension of `shape`)
+    computed: str  # Dtype of rows before they are stored and after they are read, a key of `COMPUTED`
+    shard_rows: int  # Rows per shard; the last shard may have fewer
+    labelled: bool  # True if each row has a label
+    # Inputs of the rows: numbers and strings by name, compared when a store is resumed
     fingerprint: dict[str, str | int]
-    notes: dict[str, Any]
+    notes: dict[str, Any]  # Other JSON values, not compared
 
     @property
     def shards(self) -> int:

@@ -39,11 +39,7 @@ _madvise = _system_call()
 
 
 class Store:
-    """A complete store.
-
-    Args:
-        folder: Folder of the store.
-        verify: Read every byte and compare digests; otherwise only sizes and headers are checked.
+    """A complete store. With `verify` every byte is read and digests are compared; otherwise sizes and headers.
 
     Raises:
         StoreError: If there is no store, or it is incomplete or damaged.
@@ -137,19 +133,7 @@ class Store:
                 _madvise(start, min(_READ_AHEAD, begin + size - start), mmap.MADV_WILLNEED)
 
     def gather(self, index: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Gather rows by number.
-
-        Args:
-            index: Row numbers, [B] int64.
-            out: Output [B, *shape], contiguous, of any floating dtype; default: a new tensor of `self.dtype`.
-
-        Returns:
-            Tensor: Rows [B, *shape]; `out` if given.
-
-        Raises:
-            IndexError: If a number is out of range.
-            StoreError: If a shard is missing or has changed.
-        """
+        """Gather rows by number, int64 [B], to [B, *shape]: in `out`, of any floating dtype, or a new tensor."""
         layout = self.layout
         if out is None:
             out = torch.empty(len(index), *layout.shape, dtype=self.dtype)

@@ -16,11 +16,7 @@ _MAX_DEPTH = 64  # levels of JSON; manifests with notes have at most 19
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading. Pipes and devices are refused: reading them may never end.
-
-    Raises:
-        OSError: If the file cannot be read or is not regular.
-    """
+    """Open a regular file for reading. Pipes and devices are refused: reading them may never end."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(descriptor).st_mode
@@ -35,11 +31,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """Read a regular file of at most `max_bytes` bytes.
-
-    Raises:
-        OSError: If the file cannot be read, is not regular, or is larger.
-    """
+    """Read a regular file of at most `max_bytes` bytes."""
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -53,12 +45,11 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: If it is not JSON, not an object, or nested too deeply; the message has one line.
 
-    Example:
-        >>> parse_object('{"a": [1]}')
-        {'a': [1]}
-        >>> parse_object('{"a": NaN}')
-        Traceback (most recent call last):
-        ValueError: not JSON (NaN is not a finite number)
+    >>> parse_object('{"a": [1]}')
+    {'a': [1]}
+    >>> parse_object('{"a": NaN}')
+    Traceback (most recent call last):
+    ValueError: not JSON (NaN is not a finite number)
     """
 
     def refuse(constant: str) -> NoReturn:
@@ -82,11 +73,10 @@ def parse_object(text: bytes | str, *, finite: bool = True) -> dict[str, Any]:
 
 
 def read_object(path: Path, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON object with finite numbers from a file of at most `max_bytes` bytes.
+    """Read a JSON object with finite numbers from a regular file of at most `max_bytes` bytes; see `parse_object`.
 
     Raises:
-        OSError: See `read_regular`.
-        ValueError: See `parse_object`.
+        OSError: If the file cannot be read, is not regular, or is larger.
     """
     return parse_object(read_regular(path, max_bytes))
 

@@ -100,11 +100,7 @@ def write_shard(folder: Path, layout: Layout, number: int, tensors: dict[str, Te
 
 
 def map_shard(folder: Path, layout: Layout, number: int, shard: Shard) -> MappedShard:
-    """Check the size and header of a shard against the manifest, and map it.
-
-    Raises:
-        StoreError: If the file is missing, or not this shard of this store.
-    """
+    """Check the size and header of a shard against the manifest, and map it."""
     path = path_of(folder, number)
 
     def damaged(what: str) -> StoreError:

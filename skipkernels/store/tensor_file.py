@@ -37,14 +37,7 @@ _ORDER = {dtype: number for number, dtype in enumerate(DTYPE_NAMES)}
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Write tensors, with the same bytes as safetensors.
-
-    Returns:
-        Number of bytes, and their digest as computed by `digest_file`.
-
-    Raises:
-        TypeError: If a dtype has no name in safetensors.
-    """
+    """Write tensors, with the same bytes as safetensors; return the number of bytes and their `digest_file`."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(f"write_tensors: {name} has dtype {tensor.dtype}, which safetensors does not have.")

@@ -49,8 +49,8 @@ class Writer:
 
     Raises:
         DifferentStore: On entering, if the folder has another store.
-        StoreError: On entering, if the folder has foreign files or a store of another format, another process holds the
-            lock, or the disk is too small.
+        StoreError: On entering, if the folder has foreign files, another process holds the lock, or the disk is too
+            small.
 
     Example:
         >>> import tempfile, torch
@@ -125,11 +125,7 @@ class Writer:
         return shard
 
     def add(self, shards: Mapping[int, Shard]) -> None:
-        """Add shards to the manifest, after this or another process has written their files.
-
-        Raises:
-            StoreError: As for `write`.
-        """
+        """Add shards to the manifest, after this or another process has written their files."""
         with self._system_errors(), self._adding:
             manifest = self.manifest
             for number, shard in shards.items():
@@ -246,18 +242,9 @@ class ShardWriter(Writer):
 
 
 def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Delete the leftovers of killed builds in a store's folder (see `leftovers`).
+    """Delete the leftovers of killed builds in a store's folder (see `leftovers`); return each file with its bytes.
 
-    Args:
-        folder: Folder of a store.
-        unfinished: Also delete the store if it is incomplete.
-        dry_run: Delete nothing.
-
-    Returns:
-        Each file, with its bytes.
-
-    Raises:
-        StoreError: If another process holds the lock, or the manifest cannot be read.
+    `unfinished` also deletes the store if it is incomplete; `dry_run` deletes nothing.
     """
     with file_errors(folder, _TRY_AGAIN), locked(folder):
         manifest = Manifest.read(folder)
@@ -272,11 +259,7 @@ def prune(folder: Path, *, unfinished: bool = False, dry_run: bool = False) -> l
 
 
 def erase(folder: Path) -> None:
-    """Delete the files of a store, except those of the lock.
-
-    Raises:
-        StoreError: If the manifest is not that of a store; nothing is deleted.
-    """
+    """Delete the files of a store, except those of the lock."""
     manifest, reason = _read(folder)
     if reason is not None and (folder / MANIFEST).exists() and not is_store(folder):
         raise reason
