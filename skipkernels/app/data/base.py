@@ -18,17 +18,9 @@ class InputError(ValueError):
     """Input that can't be used; the message is one line with the reason and the remedy.
 
     Args:
-        message: "function: argument must be …; got …. Remedy." or "function: what is wrong. Remedy." Other arguments
-            in it are in backquotes: "Fetch it with `download=True`."
-        argument: Name of the invalid Python argument, which the command line translates into its flag.
-
-    Attributes:
-        argument: As above; None if the error is not about an argument but, for instance, about a file.
-
-    Example:
-        >>> raise InputError("few_shot: shots must be at least 1; got 0.", "shots")
-        Traceback (most recent call last):
-        skipkernels.app.data.base.InputError: few_shot: shots must be at least 1; got 0.
+        message: "function: argument must be …; got …. Remedy." or "function: what is wrong. Remedy."
+        argument: Name of the invalid Python argument, which the command line translates into its flag; None if the
+            error is not about an argument but, for instance, about a file.
     """
 
     def __init__(self, message: str, argument: str | None = None):

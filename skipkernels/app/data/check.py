@@ -86,11 +86,7 @@ def unreadable_images(task: Task) -> dict[str, str]:
 
 
 def without_unreadable(task: Task) -> Task:
-    """Return a task without the images that can't be read, which a note names.
-
-    Raises:
-        InputError: If no training image of a class, or no image of a test, can be read.
-    """
+    """Return a task without the images that can't be read, which a note names."""
     skipped: dict[str, None] = {}
 
     def readable(images: Any, classes: Sequence[str], what: str) -> Any:
@@ -168,11 +164,7 @@ def _difference(one: Fact, other: Fact) -> str:
 
 
 def similar_pairs(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Return the pairs of hashes that differ in at most three bits, as ascending indices; flat images have none.
-
-    >>> similar_pairs(np.array([0b11110, 0b11111, 0b1111 << 60], np.uint64))
-    [(0, 1)]
-    """
+    """Return the pairs of hashes that differ in at most three bits, as ascending indices; flat images have none."""
 
     def bits(values: NDArray[np.uint64]) -> Any:
         return np.unpackbits(values[..., None].view(np.uint8), axis=-1).sum(-1)

@@ -4,12 +4,9 @@ Eleven datasets are for training and testing, and four variants of ImageNet for 
 `{"train"|"val"|"test": [[path, label, class name], …]}`. ImageNet and its variants have folders named by WordNet id,
 and class names in `classnames.txt`; a variant without this file uses that of ImageNet. Aircraft has text files.
 
-ImageNet's validation images are used as test images, so it has no val split. ImageNet, ImageNetV2 and ImageNet-Sketch
-have 1000 classes. ImageNet-A and ImageNet-R have 200 of them, labelled in the order of their sorted folders, and are
-evaluated only among these 200 names, as in CoOp.
-
-Paths in the files must stay in the folder that they are relative to; links in that folder may lead out of it. CoOp's
-few-shot pickles are not read: a pickle can execute any code.
+ImageNet's validation images are the test images. ImageNet-A and ImageNet-R have 200 of the 1000 classes, labelled in
+the order of their sorted folders, and are evaluated only among these, as in CoOp. Paths in the files must stay in the
+folder that they are relative to. CoOp's few-shot pickles are not read: a pickle can execute any code.
 """
 
 from __future__ import annotations
@@ -43,17 +40,11 @@ from .templates import Templates, resolve_templates
 
 @dataclass(frozen=True)
 class Layout:
-    """Location of a dataset below the root.
-
-    Attributes:
-        folder: Folder of the dataset.
-        images: Folder in it that paths are relative to.
-        split_file: JSON file in it, if any.
-    """
+    """Location of a dataset below the root."""
 
     folder: str
-    images: str = ""
-    split_file: str = ""
+    images: str = ""  # Folder in it that paths are relative to
+    split_file: str = ""  # JSON file in it, if any
 
 
 DATASETS = {
@@ -107,16 +98,7 @@ _KEYS = {_without_punctuation(name): name for name in DATASETS} | {"describablet
 
 
 def open_coop(name: str, root: str | Path | None, templates: Templates = None) -> SplitSource:
-    """Open a dataset in CoOp's layout; see the docstring of this module.
-
-    Args:
-        name: A key of `DATASETS`, in any case of letters, with or without "_" and "-".
-        root: Folder of all datasets.
-        templates: See `open_source`.
-
-    Raises:
-        InputError: If there is no such dataset, or a file of it is missing or damaged.
-    """
+    """Open a dataset in CoOp's layout; `name` is a key of `DATASETS`, in any case, with or without "_" and "-"."""
     key = _KEYS.get(_without_punctuation(name))
     if key is None:
         raise open_error(f"CoOp has no dataset {name!r}; choose coop: and one of {', '.join(DATASETS)}.")
@@ -257,7 +239,6 @@ def _read_classnames(dataset: str, *folders: Path) -> dict[str, str]:
 
 
 def _wnid_folders(dataset: str, folder: Path, names: dict[str, str]) -> list[str]:
-    """List the folders that are named by WordNet ids, sorted."""
     found = [wnid for wnid in subfolders(folder) if re.fullmatch(r"n\d+", wnid)]
     if not found:
         raise _error(dataset, f"no folders n… in {folder}; it must have one for each class.")

@@ -34,16 +34,7 @@ _DELIMITERS = ",\t;"
 
 
 def open_csv(path: str, root: str | Path | None = None, templates: Templates = None) -> SplitSource:
-    """Open a table of images; see the docstring of this module.
-
-    Args:
-        path: The table.
-        root: Folder that the paths are relative to. Default: the folder of the table.
-        templates: See `open_source`. The default for captions is "{}".
-
-    Raises:
-        InputError: If the table or an image that it lists can't be used.
-    """
+    """Open a table of images; `root` is the folder that paths are relative to, by default that of the table."""
     name, file = f"csv:{path}", absolute_path(path)
     if not path or not file.is_file():
         raise open_error(f"{name}: no file {file if path else 'given'}; it must be a table with a line for each image.")

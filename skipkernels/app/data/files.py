@@ -47,11 +47,7 @@ def _raise_not_listed(error: OSError) -> None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """List the names of the folders in a folder, sorted, without hidden ones; links are followed.
-
-    Raises:
-        InputError: If the folder can't be listed.
-    """
+    """List the names of the folders in a folder, sorted, without hidden ones; links are followed."""
     return sorted(filter(_is_visible, next(os.walk(folder, onerror=_raise_not_listed))[1]))
 
 
@@ -96,19 +92,10 @@ def format_others(others: Counter[str]) -> str:
 
 
 def find_images(root: Path, folder: str) -> tuple[list[str], Counter[str]]:
-    """Find the image files in a folder and its subfolders, and count the other files by extension.
+    """Find the image files in a folder, relative to `root`, and its subfolders; count the other files by extension.
 
-    Hidden files and folders are skipped. Links are followed, and each folder is visited once.
-
-    Args:
-        root: Folder that paths are relative to.
-        folder: Folder to search, relative to the root.
-
-    Returns:
-        Paths with "/", sorted; and the number of other files by extension.
-
-    Raises:
-        InputError: If a folder can't be listed.
+    Returns sorted paths with "/". Hidden files and folders are skipped. Links are followed, and each folder is visited
+    once.
     """
     images: list[str] = []
     others: Counter[str] = Counter()
@@ -144,10 +131,7 @@ def check_inside(path: str, location: str) -> None:
 
 
 def missing_files(root: Path, paths: list[str]) -> list[str]:
-    """Return the paths below a root that do not exist.
-
-    Each folder is listed once: over a network this is faster than checking every file.
-    """
+    """Return the paths below a root that do not exist. Lists each folder once, which is faster over a network."""
     listed: dict[str, frozenset[str]] = {}
     missing = []
     for path in paths:
@@ -163,11 +147,7 @@ def missing_files(root: Path, paths: list[str]) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        InputError: If it can't be read.
-    """
+    """Read a text file in UTF-8, with or without a byte-order mark."""
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             return file.read()
@@ -178,11 +158,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        InputError: If it can't be read, is not JSON, or has a duplicate key.
-    """
+    """Read a JSON file."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicates = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]

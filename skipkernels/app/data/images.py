@@ -67,13 +67,9 @@ if hasattr(os, "register_at_fork"):  # a thread that holds pixels does not exist
 
 
 class Images(Dataset):
-    """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken.
+    """Map-style dataset of (image, label) with a name for each image, from which subsets can be taken."""
 
-    Attributes:
-        transform: Applied to every image, or None.
-    """
-
-    transform: Transform | None
+    transform: Transform | None  # Applied to every image, or None
 
     @property
     @abstractmethod
@@ -111,14 +107,7 @@ class Images(Dataset):
 
 
 class LabelledImages(Images):
-    """Images in files below a folder: item i is (image, label), the image opened by Pillow as RGB.
-
-    Photos are upright: the EXIF orientation is applied, which torchvision's loader ignores.
-
-    Attributes:
-        root: The folder.
-        samples: (path, label) of every image, as in torchvision's `ImageFolder`.
-        transform: Applied to every image, or None.
+    """Images in files below a folder: item i is (image, label), the image opened by Pillow as RGB, upright by its EXIF.
 
     Example:
         >>> import tempfile
@@ -138,8 +127,9 @@ class LabelledImages(Images):
         if len(paths) != len(labels):
             raise ValueError(f"LabelledImages: labels must have one item per path, {len(paths)}; got {len(labels)}.")
         self.root = absolute_path(root)
+        # (path, label) of every image, as in torchvision's `ImageFolder`
         self.samples = [(os.path.join(self.root, path), label) for path, label in zip(paths, labels, strict=True)]
-        self.transform = transform
+        self.transform = transform  # Applied to every image, or None
 
     @property
     def labels(self) -> list[int]:
@@ -161,11 +151,7 @@ class LabelledImages(Images):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Load an image and its label.
-
-        Raises:
-            InputError: If the file is missing or can't be read as an image.
-        """
+        """Load an image and its label."""
         path, label = self.samples[index]
         return read_image(path, self.transform, listed=True), label
 
@@ -173,12 +159,8 @@ class LabelledImages(Images):
 def read_image(path: str | Path, transform: Transform | None = None, *, listed: bool = False) -> Any:
     """Read an image file as RGB, upright by its EXIF orientation; of an animation, the first frame.
 
-    Transparency is dropped, and 16-bit values keep their upper 8 bits.
-
-    Args:
-        path: The file.
-        transform: Applied to the image; until it returns, the pixels count as in use.
-        listed: The file existed when its dataset was opened, for the error message.
+    Transparency is dropped, and 16-bit values keep their upper 8 bits. The pixels count as in use until `transform`
+    returns. `listed` is for the message: the file existed when its dataset was opened.
 
     Raises:
         InputError: If the file is missing, is not an image, is damaged, or has too many pixels.
@@ -286,8 +268,6 @@ class DatasetImages(Images):
         >>> images = DatasetImages([("a", 3), ("b", 4), ("c", 3)], transform=str.upper)
         >>> [images.subset_classes([3])[item] for item in range(2)]
         [('A', 0), ('C', 0)]
-        >>> images.subset_classes([4]).names
-        ['1']
     """
 
     def __init__(
@@ -372,12 +352,8 @@ def read_labels(dataset: Any) -> list[int]:
     Labels are read from the attribute `labels` or `targets`, as torchvision's datasets have, or from the column "label"
     of a dataset of Hugging Face. Without them, every item is loaded.
 
-    Raises:
-        InputError: If an item has no label, or one that is not an integer.
-
-    Example:
-        >>> read_labels([("an image", 2), ("another", 0)])
-        [2, 0]
+    >>> read_labels([("an image", 2), ("another", 0)])
+    [2, 0]
     """
     name = type(dataset).__name__
     attributes = (getattr(dataset, attribute, None) for attribute in ("labels", "targets", "_labels"))

@@ -26,10 +26,7 @@ class Kind(NamedTuple):
 
 
 def _later(module: str, function: str, *arguments: str) -> Opener:
-    """Opener that imports a function on demand, and passes on the name and some of the other arguments.
-
-    No other source needs torchvision, and registering a source needs none of the modules.
-    """
+    """Opener that imports a function on demand, and passes on the name and some of the other arguments."""
 
     def open_now(name: str, root: str | Path | None, templates: Templates, download: bool) -> Source:
         given = {"root": root, "templates": templates, "download": download}
@@ -98,12 +95,8 @@ def source_kinds() -> dict[str, Kind]:
 def register_source(kind: str, opener: Opener, usage: str, about: str = "", example: str = "") -> None:
     """Register a kind of dataset, which `open_source` opens by the names "KIND" and "KIND:NAME".
 
-    Args:
-        kind: Part of the name before the colon.
-        opener: Function of (NAME, root, templates, download); see `open_source`. NAME is empty for "KIND".
-        usage: Form of the names, for error messages.
-        about: Description, for `skipkernels datasets`.
-        example: Options of an example, for `skipkernels datasets`.
+    `opener` is a function of (NAME, root, templates, download), with an empty NAME for "KIND". `usage` is the form of
+    the names, for error messages; `about` and `example` are for `skipkernels datasets`.
     """
     _KINDS[kind] = Kind(opener, usage, about, example)
 

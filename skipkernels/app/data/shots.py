@@ -27,9 +27,8 @@ def hash_order(purpose: str, seed: int, name: str) -> tuple[bytes, str]:
 def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int) -> list[int]:
     """Choose images of each class pseudorandomly.
 
-    The choice depends on the seed, the names and the labels, and not on the order of the images, the process or the
-    machine. It is nested: the images of a class for 4 shots are the first 4 of those for 8. Adding or removing an image
-    changes at most one chosen image.
+    The choice depends on the seed, the names and the labels only, not on the order of the images. It is nested: the
+    images of a class for 4 shots are the first 4 of those for 8. Adding or removing an image changes at most one.
 
     Args:
         labels: Label of each image.
@@ -39,9 +38,6 @@ def few_shot(labels: Sequence[int], names: Sequence[str], shots: int, seed: int)
 
     Returns:
         Indices of the images, class by class in the order of the labels.
-
-    Raises:
-        InputError: If shots is below 1.
 
     Example:
         >>> names = [f"{animal}/{n}.jpg" for animal in ("cat", "dog") for n in range(10)]
@@ -69,27 +65,16 @@ def _check_shots(shots: int) -> None:
 def hold_out(
     labels: Sequence[int], names: Sequence[str], shots: int, seed: int, share: float
 ) -> tuple[list[int], list[int]]:
-    """Choose training images as `few_shot` does, and validation images that are not among them.
+    """Choose training images as `few_shot` does, and validation images that are not among them; return indices of both.
 
-    Of each class, `share` of all its images is held out, at least one: of the images that `few_shot` leaves, or, if it
-    leaves none, of its choice, of which at least one stays.
+    Of each class, `share` (0 to 1) of all its images is held out, at least one: of the images that `few_shot` leaves,
+    or, if it leaves none, of its choice, of which at least one stays.
 
-    Args:
-        labels: Label of each image.
-        names: Name of each image.
-        shots: Training images of each class, at least 1.
-        seed: Seed of the choice.
-        share: Share of the images, above 0 and below 1.
-
-    Returns:
-        Indices of the training images, and of the validation images, class by class.
-
-    Example:
-        >>> names = [f"{n}.jpg" for n in range(10)]
-        >>> [len(part) for part in hold_out([0] * 10, names, shots=4, seed=1, share=0.2)]
-        [4, 2]
-        >>> [len(part) for part in hold_out([0] * 10, names, shots=16, seed=1, share=0.2)]
-        [8, 2]
+    >>> names = [f"{n}.jpg" for n in range(10)]
+    >>> [len(part) for part in hold_out([0] * 10, names, shots=4, seed=1, share=0.2)]
+    [4, 2]
+    >>> [len(part) for part in hold_out([0] * 10, names, shots=16, seed=1, share=0.2)]
+    [8, 2]
     """
     _check_shots(shots)
     images: dict[int, list[int]] = defaultdict(list)
@@ -108,14 +93,8 @@ def hold_out(
 def few_shot_note(labels: Sequence[int], classes: Sequence[str], shots: int) -> str | None:
     """Return a note that lists the classes with fewer than `shots` images; None if there are none.
 
-    Args:
-        labels: Labels of the training images.
-        classes: Names by label.
-        shots: Images of each class that were requested.
-
-    Example:
-        >>> few_shot_note([0, 0, 1], ["cat", "dog"], shots=2)
-        '1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).'
+    >>> few_shot_note([0, 0, 1], ["cat", "dog"], shots=2)
+    '1 of 2 classes have fewer than 2 training images, all of which are used: dog (1).'
     """
     counts = Counter(labels)
     short = [f"{name} ({counts[label]})" for label, name in enumerate(classes) if counts[label] < shots]
@@ -132,13 +111,7 @@ def save_few_shot(
 ) -> None:
     """Write the chosen images to a JSON file: path, label and class name of each, as in CoOp's split files.
 
-    Args:
-        path: The file, which is replaced atomically.
-        images: The chosen images. Paths are written relative to the root, so that the root can be moved.
-        data: Name of the dataset, for information.
-        classes: Names by label.
-        shots: Images of each class that were requested, or "all".
-        seed: Seed of the choice.
+    Paths are written relative to the root, so that the root can be moved; `data` is the name of the dataset.
     """
     chosen = [[name, label, classes[label]] for name, label in zip(images.names, images.labels, strict=True)]
     header = {"data": data, "shots": shots, "seed": seed}
@@ -150,21 +123,14 @@ def save_few_shot(
 def load_few_shot(path: str | Path, images: Images, classes: Sequence[str]) -> list[int]:
     """Return the indices of the images that a file of `save_few_shot` lists, for `images.subset`.
 
-    Args:
-        path: The file.
-        images: All training images; every listed image must be among them, with the same label and class.
-        classes: Names by label.
+    Every listed image must be among `images`, with the same label and class.
 
-    Raises:
-        InputError: If the file can't be read, or an entry is invalid, unknown or a duplicate.
-
-    Example:
-        >>> import tempfile
-        >>> from skipkernels.app.data import DatasetImages
-        >>> file, images = Path(tempfile.mkdtemp(), "few_shot.json"), DatasetImages([("a", 0), ("b", 1), ("c", 0)])
-        >>> save_few_shot(file, images.subset([2, 1]), data="letters", classes=["x", "y"], shots=1, seed=0)
-        >>> load_few_shot(file, images, ["x", "y"])
-        [2, 1]
+    >>> import tempfile
+    >>> from skipkernels.app.data import DatasetImages
+    >>> file, images = Path(tempfile.mkdtemp(), "few_shot.json"), DatasetImages([("a", 0), ("b", 1), ("c", 0)])
+    >>> save_few_shot(file, images.subset([2, 1]), data="letters", classes=["x", "y"], shots=1, seed=0)
+    >>> load_few_shot(file, images, ["x", "y"])
+    [2, 1]
     """
     content = read_json(Path(path))
     listed = content.get("train") if isinstance(content, dict) else None

@@ -50,18 +50,11 @@ class Source(ABC):
 
     @property
     def domains(self) -> Mapping[str, Source]:
-        """Source of the same classes in each domain, by name; empty if the dataset has no domains.
-
-        Domain generalization trains on the first domain and tests on all.
-        """
+        """Source of the same classes in each domain, by name; empty without domains. Training uses the first."""
         return {}
 
     def default_targets(self, protocol: Protocol) -> Sequence[str]:
-        """Names of the datasets, or of the domains, that a protocol tests on by default.
-
-        Raises:
-            InputError: If the dataset has no default targets.
-        """
+        """Names of the datasets, or of the domains, that a protocol tests on by default."""
         if protocol == "domain-generalization" and self.domains:
             return list(self.domains)[1:]
         kind = "datasets" if protocol == "cross-dataset" else "datasets of the same classes"
@@ -84,35 +77,19 @@ class Source(ABC):
 
     @abstractmethod
     def few_shot(self, shots: int, seed: int, transform: Transform | None = None) -> LabelledDataset:
-        """Return `shots` training images of each class, class by class; all images of a class that has fewer.
-
-        Raises:
-            InputError: If a class has no training images, or an argument is out of range.
-        """
+        """Return `shots` training images of each class, class by class; all images of a class that has fewer."""
 
     def hold_out(
         self, shots: int, seed: int, share: float, transform: Transform | None, train_transform: Transform | None
     ) -> tuple[LabelledDataset, LabelledDataset]:
-        """Return training images as `few_shot` does, and validation images that are not among them.
+        """Return training images as `few_shot` does, and validation images besides, as the function `hold_out` does.
 
-        Args:
-            shots: Training images of each class.
-            seed: Seed of the choice.
-            share: Share of the images of each class; see the function `hold_out`.
-            transform: Applied to the validation images.
-            train_transform: Applied to the training images.
-
-        Raises:
-            InputError: As for `few_shot`, or if the dataset has no images to hold out.
+        `transform` is applied to the validation images, `train_transform` to the training images.
         """
         raise InputError(f'load_task: {self.name} can hold out no images. Use validation="split".', "validation")
 
     def train_on(self: SourceT, splits: Sequence[Split]) -> SourceT:
-        """Return the source with the images of further splits as training images.
-
-        Raises:
-            InputError: If the dataset can't train on them.
-        """
+        """Return the source with the images of further splits as training images."""
         raise InputError(f'load_task: {self.name} can\'t train on its test images. Use test="split".', "test")
 
     @abstractmethod
@@ -122,18 +99,15 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class SplitSource(Source):
-    """Source that is defined by a function for each split.
+    """Source that is defined by a function for each split."""
 
-    Attributes:
-        splits: For each split of the dataset, a function that returns its images.
-        missing: For each missing split, the reason and the remedy.
-        class_ids: Class keys by label, if they are not the names.
-        targets: Default targets by protocol, as `open_source` takes them.
-    """
-
+    # For each split of the dataset, a function that returns its images
     splits: Mapping[Split, Callable[[], Images]] = field(repr=False)
+    # For each missing split, the reason and the remedy
     missing: Mapping[Split, str] = field(default_factory=dict, repr=False, kw_only=True)
+    # Class keys by label, if they are not the names
     class_ids: tuple[str, ...] | None = field(default=None, repr=False, kw_only=True)
+    # Default targets by protocol, as `open_source` takes them
     targets: Mapping[Protocol, Sequence[str]] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
@@ -210,24 +184,16 @@ def from_datasets(
 ) -> Source:
     """Make a source from map-style datasets, for `load_task`.
 
-    A dataset must have:
+    A dataset has `len(dataset)`, and `dataset[i]` returns (image, label) or {"image": image, "label": label}, with
+    labels from 0 to the number of classes − 1. Images are of any type that the transform takes; Pillow's are made
+    upright and RGB before, and tensors are not transformed. A dataset may also have:
 
-    - `len(dataset)` and `dataset[i]`, which returns (image, label) or {"image": image, "label": label}.
-    - integer labels from 0 to the number of classes − 1.
-    - images of any type that the transform takes, to which the source applies the transform. Pillow's are made upright
-      and RGB before. Tensors are not transformed.
-
-    A dataset may have:
-
-    - `labels` or `targets`: the label of every item, compared with each item that is loaded; or a column `label`, as
-      datasets of Hugging Face have. Otherwise all images are loaded to read their labels.
+    - `labels` or `targets`: the label of every item; or a column `label`, as datasets of Hugging Face have. Otherwise
+      all images are loaded to read their labels.
     - `classes`: names by label, or a feature `label` with `names`. Otherwise `classes` must be given here.
     - `names`: a name for each image, such as its path, so that the choice of `few_shot` does not depend on the order.
-      Otherwise it chooses by index.
     - public attributes that describe it, such as `root`, `samples` and `transform`: a feature cache identifies it by
       them, and ignores attributes that begin with an underscore.
-
-    `sk.FeatureCache.build` takes the same datasets if their images are preprocessed tensors [3, height, width].
 
     Args:
         name: Name of the dataset, for messages and results.
@@ -243,18 +209,8 @@ def from_datasets(
     Example:
         >>> from PIL import Image
         >>> from skipkernels.app.data import load_task
-        >>> class Squares:
-        ...     classes = ["black_square", "white_square"]
-        ...
-        ...     def __init__(self, count):
-        ...         self.labels = [index % 2 for index in range(count)]
-        ...
-        ...     def __len__(self):
-        ...         return len(self.labels)
-        ...
-        ...     def __getitem__(self, item):
-        ...         return Image.new("RGB", (32, 32), self.classes[self.labels[item]].split("_")[0]), self.labels[item]
-        >>> squares = from_datasets("squares", train=Squares(32), test=Squares(10))
+        >>> items = [(Image.new("RGB", (32, 32), ("black", "white")[n % 2]), n % 2) for n in range(32)]
+        >>> squares = from_datasets("squares", train=items, test=items[:10], classes=["black_square", "white_square"])
         >>> task = load_task(squares, protocol="few-shot", shots=4, classes=None, seed=0)
         >>> len(task.train), task.tests[0].prompts[0]
         (8, ['a photo of a black square.', 'a photo of a white square.'])
@@ -300,20 +256,11 @@ def normalize_class_names(
 ) -> tuple[str, ...]:
     """Normalize the names of classes; none may be empty, or equal to another in lower case.
 
-    Args:
-        location: Beginning of error messages.
-        argument: Invalid argument, for `InputError`.
-        kind: Kind of the ids, such as "folder".
-        ids: Id of each class, for error messages.
-        names: Name of each class.
-        alternative: Remedy other than renaming a class.
+    `ids` are those of the classes, of a `kind` such as "folder"; `location`, `argument`, `kind` and the remedy
+    `alternative` are for error messages.
 
-    Raises:
-        InputError: If a name can't be used.
-
-    Example:
-        >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
-        ('sea lion', 'owl')
+    >>> normalize_class_names("open_source", "data", "folder", ["n01", "n02"], ["sea_lion", "owl"], "…")
+    ('sea lion', 'owl')
     """
 
     def error(problem: str, remedy: str) -> InputError:

@@ -26,21 +26,13 @@ def hash_splits(
 ) -> tuple[dict[Split, Images], dict[Split, str]]:
     """Split the images of each class into train, val and test by a hash of their names.
 
-    Without test images if a class has only one image, which must train.
+    Without test images if a class has only one image, which must train. Returns the images of each split that has some,
+    and the reason and remedy for each missing split.
 
-    Args:
-        images: All images.
-        classes: Names by label.
-        remedy: Remedy for a class with one image, other than to add some.
-
-    Returns:
-        The images of each split that has some; and the reason and remedy for each missing split.
-
-    Example:
-        >>> from skipkernels.app.data import DatasetImages
-        >>> splits, _ = hash_splits(DatasetImages([("", 0)] * 10, names=[f"cat/{n}.jpg" for n in range(10)]), ["cat"])
-        >>> {split: len(part) for split, part in splits.items()}
-        {'train': 5, 'val': 2, 'test': 3}
+    >>> from skipkernels.app.data import DatasetImages
+    >>> splits, _ = hash_splits(DatasetImages([("", 0)] * 10, names=[f"cat/{n}.jpg" for n in range(10)]), ["cat"])
+    >>> {split: len(part) for split, part in splits.items()}
+    {'train': 5, 'val': 2, 'test': 3}
     """
     names, missing = images.names, dict[Split, str]()
     of_class: dict[int, list[int]] = defaultdict(list)
@@ -79,18 +71,8 @@ def listed_source(
     """Return a source of listed images.
 
     Without splits, or with train alone, the images of each class are split by a hash of their names. With val and
-    without test, the images of val are the test images.
-
-    Args:
-        name: Name of the dataset, as `open_source` takes it.
-        images: All images.
-        classes: Names by label.
-        splits: Split of each image; None if the dataset has none.
-        templates: See `open_source`.
-        notes: Remarks on how the dataset was read.
-        how: Place of the splits, for messages, such as "no column split".
-        remedy: How to give splits, for messages.
-
+    without test, the images of val are the test images. `how` names the place of the splits, such as "no column split",
+    and `remedy` how to give some, both for messages.
     """
     notes = list(notes)
     if all(map(is_number, classes)):
@@ -136,14 +118,7 @@ def is_number(text: str) -> bool:
 def labels_by_name(name: str, kind: str, found: Sequence[str], alternative: str) -> tuple[list[int], tuple[str, ...]]:
     """Return the label of each image, and the class names by label, in the order of the sorted names.
 
-    Args:
-        name: Name of the dataset, for messages.
-        kind: Kind of `found`, such as "label", for messages.
-        found: Class of each image, as text.
-        alternative: Remedy other than to rename a class; see `normalize_class_names`.
-
-    Raises:
-        InputError: If a name can't be used, or two are equal in lower case.
+    The arguments are those of `normalize_class_names`; `found` is the class of each image, as text.
     """
     ids = sorted(set(found), key=lambda text: (not is_number(text), int(text) if is_number(text) else 0, text))
     names = normalize_class_names(f"open_source: {name}", "data", kind, ids, ids, alternative)

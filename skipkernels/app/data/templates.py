@@ -22,19 +22,10 @@ def format_prompt(template: str, name: str) -> str:
 
 
 def resolve_templates(dataset: str | None, templates: Templates = None, default: str = PHOTO) -> tuple[str, ...]:
-    """Return the templates of a dataset.
+    """Return the templates of a dataset: `templates`, or its entry in the set "paper" or "coop", else `default`.
 
-    Args:
-        dataset: A key of `PAPER`, or None for another dataset.
-        templates: Templates, the first for training; or "paper" or "coop", the sets of those papers. Default: "paper".
-        default: Template of a dataset that is not in the sets.
-
-    Raises:
-        InputError: If a template does not have exactly one {}, has other braces, or is combined with a set.
-
-    Example:
-        >>> resolve_templates("dtd"), resolve_templates("dtd", "coop"), resolve_templates(None, ["{}!", "a {}."])
-        (('itap of a {}.',), ('{} texture.',), ('{}!', 'a {}.'))
+    >>> resolve_templates("dtd"), resolve_templates("dtd", "coop"), resolve_templates(None, ["{}!", "a {}."])
+    (('itap of a {}.',), ('{} texture.',), ('{}!', 'a {}.'))
     """
     chosen = ["paper"] if templates is None else [templates] if isinstance(templates, str) else list(templates)
     if len(chosen) == 1 and chosen[0] in TEMPLATE_SETS:

@@ -53,19 +53,13 @@ def _first_synonym(names: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """Description of a dataset of torchvision.
+    """Description of a dataset of torchvision."""
 
-    Attributes:
-        type: Name of its class in `torchvision.datasets`.
-        splits: Constructor arguments for each split; if empty, images are split by a hash of their paths.
-        coop: Key of the dataset in `templates.PAPER` and `templates.COOP`, if any.
-        class_name: Converts an item of torchvision's `classes` to a class name.
-    """
-
-    type: str
+    type: str  # Name of its class in `torchvision.datasets`
+    # Constructor arguments for each split; if empty, images are split by a hash of their paths
     splits: Mapping[Split, dict[str, Any]] = field(default_factory=dict)
-    coop: str | None = None
-    class_name: Callable[[Any], str] = str
+    coop: str | None = None  # Key of the dataset in `templates.PAPER` and `templates.COOP`, if any
+    class_name: Callable[[Any], str] = str  # Converts an item of torchvision's `classes` to a class name
 
 
 _TRAIN: dict[Split, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
@@ -96,17 +90,7 @@ DATASETS = {
 def open_torchvision(
     name: str, root: str | Path | None, templates: Templates = None, *, download: bool = False
 ) -> SplitSource:
-    """Open a dataset of torchvision.
-
-    Args:
-        name: A key of `DATASETS`, in any case of letters.
-        root: Folder where torchvision stores it.
-        templates: See `open_source`.
-        download: Let torchvision download a missing dataset.
-
-    Raises:
-        InputError: If there is no such dataset, or it is missing or damaged.
-    """
+    """Open a dataset of torchvision, stored in `root`; `name` is a key of `DATASETS`, in any case of letters."""
     key = name.lower()
     if key not in DATASETS:
         raise open_error(f"no dataset {name!r} of torchvision; choose torchvision: and one of {', '.join(DATASETS)}.")

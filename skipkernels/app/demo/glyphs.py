@@ -202,14 +202,9 @@ def block_characters(blocks: Sequence[str], fonts: Sequence[str]) -> list[int]:
 def draw_glyph(
     codepoint: int, font: str, rng: np.random.Generator, *, size: int = 32, noise: float = 0.0
 ) -> Image.Image:
-    """Draw an image of a character: its master image rotated by up to 12°, scaled by 0.75 to 1.1, moved by up to 9 %.
+    """Draw a character: its master image rotated by up to 12°, scaled by 0.75 to 1.1, moved by up to 9 %.
 
-    Args:
-        codepoint: The character.
-        font: A key of `FONTS`.
-        rng: Generator of the pose and the noise.
-        size: Side of the image, in pixels.
-        noise: Standard deviation of additive Gaussian noise, in units of full contrast.
+    `font` is a key of `FONTS`; `noise` is the standard deviation of Gaussian noise, in units of full contrast.
     """
     angle = math.radians(rng.uniform(-12.0, 12.0))
     zoom = rng.uniform(0.75, 1.1) * size / _CANVAS
@@ -231,17 +226,8 @@ def draw_glyph(
 class GlyphDataset(Dataset):
     """Images of characters, drawn on demand: item i is (image, label), with the label an index of `codepoints`.
 
-    The images are reproducible: an image depends only on the seed, the character, the font, and the number of the image
-    within its class.
-
-    Args:
-        codepoints: The characters, one class each.
-        fonts: Keys of `FONTS`. The images of a class use the fonts in turn.
-        per_class: Number of images of each class.
-        seed: Seed of the poses. Datasets with different seeds share no image.
-        size: Side of the images, in pixels.
-        noise: See `draw_glyph`.
-        transform: Applied to every image.
+    An image depends only on the seed, the character, the font, and the number of the image within its class. The images
+    of a class use `fonts`, keys of `FONTS`, in turn. Datasets with different seeds share no image.
 
     Example:
         >>> dataset = GlyphDataset([ord("a"), ord("b")], ["serif"], per_class=3, seed=1)
@@ -301,13 +287,9 @@ class GlyphSource(Source):
 
     The number of training images is unlimited: `few_shot` draws them, and `images("train")` is 16 of each class with
     seed 0. The splits "val" and "test" have seeds that training cannot use, so that no image is in two sets.
-
-    Attributes:
-        codepoints: The characters, by label.
-        fonts: Fonts of the images.
     """
 
-    codepoints: tuple[int, ...] = field(repr=False)
+    codepoints: tuple[int, ...] = field(repr=False)  # The characters, by label
     fonts: tuple[str, ...] = HELD_OUT_FONTS
 
     @property
@@ -353,15 +335,7 @@ class GlyphSource(Source):
 
 
 def open_glyphs(name: str, templates: Templates = None) -> GlyphSource:
-    """Open one or more blocks as a source.
-
-    Args:
-        name: "BLOCK[+BLOCK…]" with keys of `BLOCKS`; if empty, "latin-extended-additional".
-        templates: See `skipkernels.app.data.open_source`.
-
-    Raises:
-        InputError: If there is no such block, or the held-out fonts draw fewer than two of its characters.
-    """
+    """Open blocks "BLOCK[+BLOCK…]", keys of `BLOCKS`, as a source; if empty, "latin-extended-additional"."""
     blocks = name.split("+") if name else ["latin-extended-additional"]
     unknown = [block for block in blocks if block not in BLOCKS]
     if unknown:

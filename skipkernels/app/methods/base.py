@@ -32,31 +32,18 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Default training settings of a method; None for settings that it does not use.
+    """Default training settings of a method; None for settings that it does not use."""
 
-    Attributes:
-        epochs: Passes over the training images; 0 for a method without steps.
-        batch_size: Images per step.
-        optimizer: "sgd", "adamw", or "lbfgs" for a method without steps.
-        text_lr: Learning rate of the weights on the text side.
-        image_lr: Learning rate of the weights on the image side.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay.
-        warmup_epochs: Epochs at the warm-up rate, before the cosine.
-        warmup_lr: Learning rate of the warm-up.
-        sampler: "class_pure" or "random".
-    """
-
-    epochs: int
-    batch_size: int | None = None
-    optimizer: str | None = None
-    text_lr: float | None = None
-    image_lr: float | None = None
+    epochs: int  # Passes over the training images; 0 for a method without steps
+    batch_size: int | None = None  # Images per step
+    optimizer: str | None = None  # "sgd", "adamw", or "lbfgs" for a method without steps
+    text_lr: float | None = None  # Learning rate of the weights on the text side
+    image_lr: float | None = None  # Learning rate of the weights on the image side
     momentum: float | None = None
     weight_decay: float | None = None
-    warmup_epochs: int | None = None
-    warmup_lr: float | None = None
-    sampler: SamplerKind | None = None
+    warmup_epochs: int | None = None  # Epochs at the warm-up rate, before the cosine
+    warmup_lr: float | None = None  # Learning rate of the warm-up
+    sampler: SamplerKind | None = None  # "class_pure" or "random"
 
 
 class StepOutput(NamedTuple):
@@ -83,8 +70,7 @@ def unit_norm(embeddings: Tensor) -> Tensor:
 def mean_embedding(templates: Sequence[Tensor]) -> Tensor:
     """Unit-norm mean [C, D] over templates of unit-norm embeddings [C, D]. A single template is returned unchanged.
 
-    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
-    2103.00020, section 3.1.4 (prompt ensembling in embedding space).
+    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, section 3.1.4 (prompt ensembling in embedding space).
 
     >>> mean_embedding([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])
     tensor([[0.7071, 0.7071]])
@@ -97,14 +83,10 @@ def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
         z_bc = exp(logit_scale) · ⟨x_b/|x_b|, t_c⟩
 
-    Args:
-        image: Image embeddings of any norm, [B, D].
-        text: Unit-norm class embeddings, [C, D]; the logits have their dtype.
-        logit_scale: Logarithm of the inverse temperature, [] or [1]; receives no gradient.
+    `image` x [B, D] may have any norm; `text` t [C, D] has unit norm; `logit_scale`, [] or [1], gets no gradient.
 
-    Example:
-        >>> cosine_logits(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor(100.0).log())
-        tensor([[100.0000,   0.0000]])
+    >>> cosine_logits(torch.tensor([[2.0, 0.0]]), torch.eye(2), torch.tensor(100.0).log())
+    tensor([[100.0000,   0.0000]])
     """
     with torch.autocast(image.device.type, enabled=False):  # bf16 logits at a scale of 100 are half a unit apart
         return _scaled(image, text, logit_scale) @ text.T
@@ -184,17 +166,9 @@ class Method(ABC):
     def recipe(
         cls, model_name: str, protocol: Protocol, shots: int, classes: int = 100, *, data: str = "glyphs"
     ) -> Recipe:
-        """Return the default recipe: the published one, with the changes of a model in `MODELS`.
+        """Return the default recipe: the published one, with the changes of a model in `MODELS` for the dataset `data`.
 
-        Args:
-            model_name: Name of the open_clip model.
-            protocol: "base-to-new", "cross-dataset", "domain-generalization" or "few-shot".
-            shots: Training images per class.
-            classes: Number of classes to train on; used by methods with a published number of steps, not of epochs.
-            data: Dataset; used for a model in `MODELS`.
-
-        Raises:
-            InputError: If there is no such protocol.
+        `classes` is used by methods with a published number of steps, not of epochs.
         """
         if protocol not in get_args(Protocol):
             raise InputError(f"recipe: protocol must be one of {', '.join(get_args(Protocol))}; got {protocol!r}.")
@@ -211,12 +185,7 @@ class Method(ABC):
         return images
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
-        """Compute the differentiable loss of a batch.
-
-        Args:
-            inputs: `encode_frozen` of B images.
-            labels: int64 [B], classes of the first test.
-        """
+        """Compute the differentiable loss of `encode_frozen` of B images, with their classes in the first test, [B]."""
         raise TypeError(f"{self.name}: the method has no steps; call fit.")
 
     def _cross_entropy_step(self, image: Tensor, text: Tensor, labels: Tensor) -> StepOutput:
@@ -230,7 +199,7 @@ class Method(ABC):
     def graphed(
         self, optimizer: torch.optim.Optimizer, batch_size: int
     ) -> Callable[[Tensor, Tensor], StepOutput] | None:
-        """Return a whole training step, update included, that is captured in a CUDA graph; None if there is none.
+        """Return a whole training step, update included, captured in a CUDA graph; None if there is none.
 
         Raises:
             ValueError: If the step cannot be captured; names the reason.
@@ -238,12 +207,7 @@ class Method(ABC):
         return None
 
     def fit(self, inputs: Tensor, labels: Tensor) -> None:
-        """Train on all images at once; for methods without epochs.
-
-        Args:
-            inputs: `encode_frozen` of all n training images.
-            labels: int64 [n], classes of the first test.
-        """
+        """Train on all images at once, `encode_frozen` of n images and classes [n]; for methods without epochs."""
         raise TypeError(f"{self.name}: the method trains by steps; call step.")
 
     @abstractmethod
@@ -265,11 +229,7 @@ class Method(ABC):
     def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:
         """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient.
 
-        They are cached until trained weights on the text side change.
-
-        Args:
-            test: Name of the test.
-            templates: Number of templates to average over. Default: all.
+        The mean over the first `templates`, by default all. Cached until trained weights on the text side change.
         """
         tokens, version = self._test_tokens(test), self._text_version()
         cached = self._embeddings.get((test, templates))
@@ -298,17 +258,9 @@ class Method(ABC):
 
     @torch.no_grad()
     def logits(self, test: str, inputs: Tensor) -> Tensor | None:
-        """Logits [B, C] over the classes of a test, in evaluation mode.
+        """Logits [B, C] over the classes of a test, in evaluation mode; None if the method can't classify them.
 
-        Args:
-            test: Name of the test.
-            inputs: `encode_frozen` of B images.
-
-        Returns:
-            Logits, or None if the method can't classify these classes.
-
-        Raises:
-            InputError: If the task has no such test.
+        `inputs` is `encode_frozen` of B images.
         """
         text = self.class_embeddings(test)
         with evaluating([self.model]):
@@ -337,11 +289,7 @@ class Method(ABC):
         return {name: tensor.detach() for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load the result of `state_dict`.
-
-        Raises:
-            InputError: If names or shapes differ; nothing is changed.
-        """
+        """Load the result of `state_dict`."""
         own = self.state_dict()
         for name in [*own, *state]:
             expected, got = (str(list(part[name].shape)) if name in part else "nothing" for part in (own, state))
@@ -358,9 +306,8 @@ class Method(ABC):
 class FrozenModel(Method):
     """Method that freezes the weights of the model, in evaluation mode.
 
-    Args:
-        keep_embeddings: Let `encode_frozen` return embeddings [B, D], so that the image tower runs once per image, not
-            in every step. The results are the same, unless images are augmented.
+    `keep_embeddings` lets `encode_frozen` return embeddings [B, D], so that the image tower runs once per image, not in
+    every step. The results are the same, unless images are augmented.
     """
 
     def __init__(
@@ -404,14 +351,7 @@ class FrozenModel(Method):
 class TunedModel(Method):
     """Method that trains weights of the model itself, so that its state is a whole model.
 
-    A SkipCLIP on the model embeds the classes of each test in each template.
-
-    Args:
-        text_cache: Folder of the cache of text features at the cut.
-        settings: Settings of SkipCLIP.
-
-    Attributes:
-        clip: SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers.
+    A SkipCLIP with `settings` on the model embeds the classes of each test in each template.
     """
 
     def __init__(
@@ -439,6 +379,7 @@ class TunedModel(Method):
             test: [skip_clip(test, number, tokens) for number, tokens in enumerate(templates)]
             for test, templates in self._tokens.items()
         }
+        # SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers
         self.clip = self._clips[self._train_test][0]
 
     def train(self, training: bool) -> None:

@@ -22,22 +22,10 @@ class CLIPAdapter(FrozenModel):
         z_bc = exp(logit_scale) · ⟨x'_b/|x'_b|, t̂_c⟩
 
     x is the image embedding before normalisation. Only W_down [D/reduction, D] and W_up [D, D/reduction] train; the
-    class embeddings t̂ are frozen and computed once. W_up is random before training, so the logits are then not those of
-    zero-shot.
+    class embeddings t̂ are frozen and computed once. W_up is random before training, so the logits are then not those
+    of zero-shot. The published code trains like CoOp: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
 
-    The published code trains like CoOp: 200 epochs for 16 shots, SGD at 0.002, batches of 32.
-
-    Args:
-        model: An open_clip model; not changed.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        reduction: Width of the embedding divided by that of the hidden layer.
-        ratio: Weight of the adapter's output in x', from 0 to 1.
-        keep_embeddings: Run the image tower once per image; the published code runs it in every step.
-        generator: Generator of the initial weights. Default: seed 0.
-
-    Raises:
-        InputError: If the model is not an open_clip model, or an argument is out of range.
+    The other arguments are those of `Method` and `FrozenModel`.
 
     Source: Gao et al., "CLIP-Adapter: Better Vision-Language Models with Feature Adapters", 2021, arXiv 2110.04544.
 

@@ -23,26 +23,14 @@ class CoOp(FrozenModel):
     context. Templates are not used. v is initialised from N(0, 0.02²), so the logits before training are not those of
     zero-shot.
 
-    M is 16, as published. If the longest prompt of any test would exceed the context length L of the model, M is the
-    largest number that fits, L − 2 − (number of tokens of the longest name and its full stop), with a note in `notes`.
+    M is `vectors`, 16 as published. If the longest prompt of any test would exceed the context length L of the model, M
+    is the largest number that fits, L − 2 − (number of tokens of the longest name and its full stop), with a note in
+    `notes`.
 
     Trains with SGD at 0.002. Few-shot takes 200 epochs for 8 or more shots, 100 for 2 to 7, and 50 for one; the other
     protocols take 50, as on ImageNet and in later base-to-new comparisons.
 
-    Args:
-        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's text transformer. `requires_grad` of its
-            weights is set to False.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        vectors: Number of context vectors, M.
-        keep_embeddings: Run the image tower once per image; the published code runs it in every step.
-        generator: Generator of the initial context. Default: seed 0.
-
-    Attributes:
-        context: Context v, [M, W].
-
-    Raises:
-        InputError: If the text tower is not supported, or no context fits beside a class name.
+    The other arguments are those of `Method` and `FrozenModel`; the text tower must be open_clip's text transformer.
 
     Source: Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022, arXiv 2109.01134.
 
@@ -93,7 +81,7 @@ class CoOp(FrozenModel):
         words = self._text.token_embedding.weight
         first = torch.empty(count, words.shape[1], device=self._generator.device)
         nn.init.normal_(first, std=0.02, generator=self._generator)
-        self.context = nn.Parameter(first.to(device, at_least_fp32(words.dtype)))
+        self.context = nn.Parameter(first.to(device, at_least_fp32(words.dtype)))  # Context v, [M, W]
         model.requires_grad_(False)
 
     def _ends(self, tokens: Tensor) -> Tensor:

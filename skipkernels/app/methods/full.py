@@ -19,18 +19,8 @@ class Full(TunedModel):
         loss = mean over b of −log softmax_c(exp(logit_scale) · ⟨x̂_b, t̂_c⟩)[label_b],   c over all classes
 
     Only the logit scale is frozen. Training runs the model's own forward in plain PyTorch; tests use SkipCLIP without
-    skipped layers, which embeds each class once. Before training the logits are those of zero-shot.
-
-    Trains with the recipe of the Skip Tuning paper, where it is the baseline, but with random batches.
-
-    Args:
-        model: An open_clip model.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        generator: Not used.
-
-    Raises:
-        InputError: If the model is not an open_clip model, or SkipCLIP does not support it.
+    skipped layers, which embeds each class once. Trains with the recipe of the Skip Tuning paper, where it is the
+    baseline, but with random batches.
 
     Source: Wu et al., CVPR 2025, arXiv 2412.11509, section 3 (the baseline).
 

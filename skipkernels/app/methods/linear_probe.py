@@ -25,33 +25,20 @@ class LinearProbe(FrozenModel):
         min over W, b of  Σ_i −log softmax(W x_i + b)[label_i]  +  l2/2 · |W|²
 
     by L-BFGS, at most 1000 iterations from zero. x is the image embedding without normalisation. l2 is chosen by the
-    accuracy on held-out images, as in the paper: first among 1e-6, 1e-4, …, 1e6, then in steps around the best that are
-    halved down to an eighth of a decade. Of equal accuracies, the one with the lower loss is best. A quarter of the
-    training images of each class with two or more is held out. The final fit uses all images. If no class has two
-    images, l2 is 3.16.
+    accuracy on held-out images, a quarter of each class with two or more, as in the paper: first among 1e-6, 1e-4, …,
+    1e6, then in steps around the best that are halved down to an eighth of a decade; of equal accuracies, by the lower
+    loss. The final fit uses all images. If no class has two images, l2 is 3.16.
 
     The probe uses no texts, so it has no logits for classes that it was not trained on. A test with trained class names
-    only, such as one of another domain, uses their logits. Before `fit` all logits are zero.
-
-    The paper uses the features before the projection of a vision transformer; this class uses the embedding, as do the
-    example in CLIP's repository and CoOp's comparison.
-
-    Args:
-        model: An open_clip model; not changed.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        generator: Generator that chooses the held-out images. Default: seed 0.
+    only, such as one of another domain, uses their logits. Before `fit` all logits are zero. The paper uses the
+    features before the projection; this class uses the embedding, as do the example in CLIP's repository and CoOp's
+    comparison.
 
     Attributes:
         weight: Weight, [C, D].
         bias: Bias, [C].
-        l2: Chosen penalty, [].
 
-    Raises:
-        InputError: If the model is not an open_clip model.
-
-    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
-    2103.00020, appendix A.3.
+    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, appendix A.3.
 
     Example:
         >>> LinearProbe.recipe("ViT-B-16", "few-shot", shots=16).optimizer
@@ -64,7 +51,7 @@ class LinearProbe(FrozenModel):
         super().__init__(model, tokenizer, task, keep_embeddings=True, generator=generator)
         embedding, trained = self._empty_embedding(), task.tests[0].classes
         self.weight, self.bias = embedding.new_zeros(len(trained), len(embedding)), embedding.new_zeros(len(trained))
-        self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)
+        self.l2 = embedding.new_tensor(_WITHOUT_SWEEP)  # Chosen penalty, []
         rows = {name: row for row, name in enumerate(trained)}
         self._rows: dict[str, list[int] | None] = {
             test.name: list(range(len(trained)))
@@ -106,7 +93,6 @@ class LinearProbe(FrozenModel):
         return held_out
 
     def _choose(self, image: Tensor, labels: Tensor, held_out: Tensor, held_out_labels: Tensor) -> float:
-        """Return the penalty with the best accuracy on the held-out images."""
         tried: dict[float, tuple[float, float]] = {}
 
         def best(exponents: tuple[float, ...]) -> float:
@@ -153,19 +139,13 @@ class LinearProbe(FrozenModel):
 def logistic_regression(image: Tensor, labels: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
     """Fit weight [C, D] and bias [C] that minimise Σ cross-entropy + l2/2 · |weight|²; the bias has no penalty.
 
-    This is the problem of scikit-learn's LogisticRegression with C = 1/l2.
+    This is the problem of scikit-learn's LogisticRegression with C = 1/l2, for embeddings [n, D] and labels int64 [n].
+    In fp64 the minimum is more accurate than 1e-4, and autocast has no effect.
 
-    Args:
-        image: Image embeddings [n, D]. In fp64 the minimum is more accurate than 1e-4, and autocast has no effect.
-        labels: int64 [n].
-        classes: Number of classes C.
-        l2: Penalty, above 0.
-
-    Example:
-        >>> image = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-        >>> weight, bias = logistic_regression(image, torch.tensor([0, 1]), classes=2, l2=1.0)
-        >>> [round(w, 4) for w in weight.flatten().tolist()]
-        [0.5213, -0.5213]
+    >>> image = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    >>> weight, bias = logistic_regression(image, torch.tensor([0, 1]), classes=2, l2=1.0)
+    >>> [round(w, 4) for w in weight.flatten().tolist()]
+    [0.5213, -0.5213]
     """
     weight, bias = image.new_zeros(classes, image.shape[1]), image.new_zeros(classes)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]

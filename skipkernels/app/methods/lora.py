@@ -26,22 +26,10 @@ class LoRA(Method):
 
     Only A [rank, W] and B [W, rank] train. B is initialised to zero, so before training the logits are those of
     zero-shot; A is uniform in ±1/√W. The scale is that of the published code. Dropout uses PyTorch's global generator.
-
     Trains with AdamW at 2e-4 in batches of 32, for 500 steps per shot, rounded up to whole epochs.
 
-    Args:
-        model: An open_clip `CLIP`, or a `CustomTextCLIP` with open_clip's text transformer, with open_clip's vision
-            transformer. `requires_grad` of its weights is set to False. Its attention modules are replaced by modules
-            that share their weights: its `state_dict` keeps its keys, and gains those of A and B.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        rank: Rank of the update.
-        alpha: Numerator of the scale of the update.
-        dropout: Dropout rate of the input of the update.
-        generator: Generator of the initial A. Default: seed 0.
-
-    Raises:
-        InputError: If the towers or their attention modules are not supported, or an argument is out of range.
+    Both towers must be open_clip's transformers. Attention modules are replaced by modules that share their weights:
+    the `state_dict` of the model keeps its keys, and gains those of A and B.
 
     Source: Zanella & Ben Ayed, "Low-Rank Few-Shot Adaptation of Vision-Language Models", CVPR workshops 2024, arXiv
     2405.18541.
@@ -137,22 +125,11 @@ def _is_plain(block: Any) -> bool:
 
 
 class LowRankAttention(nn.Module):
-    """Self-attention with a low-rank update of q, k and v, in place of an `nn.MultiheadAttention`.
+    """Self-attention with a low-rank update of q, k and v, in place of an `nn.MultiheadAttention`, with its weights.
 
     `nn.MultiheadAttention` packs W_q, W_k and W_v into one `in_proj_weight` and calls no module for them, so nothing
-    can be inserted around a projection; a weight W + B A would not allow dropout on the input of A alone. This module
-    computes the projections itself, followed by PyTorch's attention.
-
-    Args:
-        attention: Module to replace. Its weights are shared, under the same names.
-        rank: Rank of the update.
-        scale: Scale of the update.
-        dropout: Dropout rate of the input of the update, drawn separately for q, k and v, as in the published code.
-        generator: Generator of the initial `down`.
-
-    Attributes:
-        down: A of q, k and v, [3, rank, W].
-        up: B of q, k and v, [3, W, rank].
+    can be inserted around a projection; a weight W + B A would not allow dropout on the input of A alone. Dropout is
+    drawn separately for q, k and v, as in the published code.
     """
 
     def __init__(
@@ -171,8 +148,8 @@ class LowRankAttention(nn.Module):
         first = torch.empty(3, rank, width, device=generator.device)
         bound = width**-0.5
         nn.init.uniform_(first, -bound, bound, generator=generator)
-        self.down = nn.Parameter(first.to(weight.device, at_least_fp32(weight.dtype)))
-        self.up = nn.Parameter(self.down.new_zeros(3, width, rank))
+        self.down = nn.Parameter(first.to(weight.device, at_least_fp32(weight.dtype)))  # A of q, k and v, [3, rank, W]
+        self.up = nn.Parameter(self.down.new_zeros(3, width, rank))  # B of q, k and v, [3, W, rank]
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -183,15 +160,7 @@ class LowRankAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Compute attention, [B, N, W] → ([B, N, W], None), with the signature that open_clip's block calls.
-
-        Args:
-            query: [B, N, W].
-            key: Same as query.
-            value: Same as query.
-            need_weights: Ignored; the second result is None.
-            attn_mask: Mask that is added to the scores, [N, N] or [B · heads, N, N].
-        """
+        """Compute attention of `query`, [B, N, W] → ([B, N, W], None), with the signature that open_clip calls."""
         B, N, W = query.shape
         dropped = self.dropout(query.expand(3, B, N, W)).flatten(1, 2)
         update = dropped @ self.down.mT.to(query.dtype) @ self.up.mT.to(query.dtype)  # [3, B · N, W]

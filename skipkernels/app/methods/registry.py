@@ -19,11 +19,10 @@ Entry = TypeVar("Entry")
 class Registry(Mapping[str, Entry], Generic[Entry]):
     """Entries by name, in the order of registration.
 
-    Example:
-        >>> registry = Registry()
-        >>> registry.register("square root", "math:sqrt")
-        >>> list(registry), registry["square root"](4.0)
-        (['square root'], 2.0)
+    >>> registry = Registry()
+    >>> registry.register("square root", "math:sqrt")
+    >>> list(registry), registry["square root"](4.0)
+    (['square root'], 2.0)
     """
 
     def __init__(self) -> None:
@@ -52,17 +51,12 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Model that is packaged with weights.
+    """A model of open_clip that is packaged with weights."""
 
-    Attributes:
-        config: JSON file of the open_clip model config, with the name of the model.
-        state_dict: Function that reads the weights.
-        recipe: Function of a method name and a dataset name of `TuneConfig` that returns the fields of the method's
-            `Recipe` that differ for this model.
-    """
-
-    config: Path
-    state_dict: Callable[[], dict[str, Tensor]]
+    config: Path  # JSON file of the open_clip model config, with the name of the model
+    state_dict: Callable[[], dict[str, Tensor]]  # Function that reads the weights
+    # Function of a method name and a dataset name of `TuneConfig` that returns the fields of the method's `Recipe` that
+    # differ for this model
     recipe: Callable[[str, str], Mapping[str, Any]]
 
 

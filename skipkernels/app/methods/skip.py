@@ -15,22 +15,12 @@ from .base import Recipe, StepOutput, Tokenizer, TunedModel
 
 
 class Skip(TunedModel):
-    """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`.
+    """Skip Tuning (Wu et al., CVPR 2025), with `SkipCLIP`, which explains the options.
 
         loss = mean over b of −log softmax_k(exp(logit_scale) · ⟨x̂_b, t̂_k⟩)[label_b],   k over the kept classes
 
     Trains the blocks above the cut and the heads of both towers, from features at the cut that are computed once.
-    Before training the logits are the zero-shot ones.
-
-    Args:
-        model: A model that SkipCLIP supports.
-        tokenizer, task: See `Method`.
-        skip_layers, keep_ratio, max_keep, decay, tail, max_tail, memory, attention, generator: See `SkipCLIP`.
-        process_group: See `SkipCLIP`.
-        text_cache: Folder of the cache of text features, with a folder per test. Default: in memory.
-
-    Raises:
-        InputError: If SkipCLIP does not support the model or a setting.
+    `text_cache` has a folder per test. Before training the logits are the zero-shot ones.
 
     Source: Wu et al., "Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters
     Themselves", CVPR 2025, arXiv 2412.11509.

@@ -13,21 +13,11 @@ from .base import FrozenModel, Recipe, Tokenizer
 
 
 class ZeroShot(FrozenModel):
-    """Zero-shot classification (Radford et al. 2021). Nothing is trained.
+    """Zero-shot classification (Radford et al. 2021). Nothing is trained, and nothing in the model is changed.
 
         z_bc = exp(logit_scale) · ⟨x̂_b, t̂_c⟩,   t̂_c the unit-norm mean of the class's prompts
 
-    Args:
-        model: An open_clip model; nothing in it is changed, including `requires_grad`.
-        tokenizer: Tokenizer of the model.
-        task: Task.
-        generator: Not used.
-
-    Raises:
-        InputError: If the model is not an open_clip model.
-
-    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, arXiv
-    2103.00020.
+    Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020.
 
     Example:
         >>> ZeroShot.recipe("ViT-B-16", "few-shot", shots=16).epochs

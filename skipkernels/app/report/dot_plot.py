@@ -14,23 +14,14 @@ _LOWS = (90, 80, 50, 20, 0)  # where the axis may begin
 
 @dataclass(frozen=True)
 class DotRow:
-    """A row of the plot.
-
-    Attributes:
-        name: Name of the class or test.
-        before: Accuracy in per cent before tuning.
-        after: Accuracy after tuning, or None.
-        note: What is known besides, such as the number of images.
-        before_interval: Lower and upper limit of `before`, or None.
-        after_interval: Lower and upper limit of `after`, or None.
-    """
+    """A row of the plot."""
 
     name: str
-    before: float
-    after: float | None
-    note: str = ""
-    before_interval: tuple[float, float] | None = None
-    after_interval: tuple[float, float] | None = None
+    before: float  # Accuracy in per cent before tuning
+    after: float | None  # Accuracy after tuning, or None
+    note: str = ""  # Further information, such as the number of images
+    before_interval: tuple[float, float] | None = None  # Lower and upper limit of `before`, or None
+    after_interval: tuple[float, float] | None = None  # Lower and upper limit of `after`, or None
 
     @property
     def change(self) -> float | None:
@@ -45,23 +36,14 @@ class DotRow:
 
 @dataclass(frozen=True)
 class DotPlot:
-    """Rows in the order of the plot.
-
-    Attributes:
-        title: Title of the plot.
-        first: Rows with a name.
-        thin: Rows without a name, between the others; empty if all have a name.
-        last: Rows with a name, below the thin ones.
-        skipped: Number of rows between that are not drawn.
-        low: Start of the axis, which ends at 100.
-    """
+    """Rows in the order of the plot."""
 
     title: str
-    first: list[DotRow]
-    thin: list[DotRow]
-    last: list[DotRow]
-    skipped: int
-    low: int
+    first: list[DotRow]  # Rows with a name
+    thin: list[DotRow]  # Rows without a name, between the others; empty if all have a name
+    last: list[DotRow]  # Rows with a name, below the thin ones
+    skipped: int  # Number of rows between that are not drawn
+    low: int  # Start of the axis, which ends at 100
 
     @property
     def thin_height(self) -> str:
@@ -87,13 +69,12 @@ def with_one_axis(plots: Sequence[DotPlot]) -> list[DotPlot]:
 def dot_plot(title: str, rows: Iterable[DotRow], *, by_change: bool = True) -> DotPlot:
     """Lay out a plot. With `by_change`, rows are sorted by their change, the largest first.
 
-    Example:
-        >>> plot = dot_plot("classes", [DotRow("a", 50.0, 40.0), DotRow("b", 60.0, 70.0)])
-        >>> [row.name for row in plot.first], plot.low
-        (['b', 'a'], 20)
-        >>> plot = dot_plot("classes", [DotRow(str(c), 50.0, 50.0 + c % 40) for c in range(500)])
-        >>> len(plot.first), len(plot.thin), len(plot.last), plot.skipped
-        (10, 180, 10, 300)
+    >>> plot = dot_plot("classes", [DotRow("a", 50.0, 40.0), DotRow("b", 60.0, 70.0)])
+    >>> [row.name for row in plot.first], plot.low
+    (['b', 'a'], 20)
+    >>> plot = dot_plot("classes", [DotRow(str(c), 50.0, 50.0 + c % 40) for c in range(500)])
+    >>> len(plot.first), len(plot.thin), len(plot.last), plot.skipped
+    (10, 180, 10, 300)
     """
     rows = [replace(row, name=row.name or "(empty)") for row in rows]
     if by_change:

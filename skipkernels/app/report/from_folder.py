@@ -17,13 +17,7 @@ _LARGEST = 1 << 28  # bytes of metrics.jsonl
 
 
 def run_report(folder: Path) -> str:
-    """Return the page of a run that has ended, from its settings, metrics and predictions.
-
-    Without predictions, as after an interruption before the first epoch, the page has neither classes nor images.
-
-    Raises:
-        InputError: If a file is missing or damaged.
-    """
+    """Return the page of a run that has ended; without predictions, it has neither classes nor images."""
     # Nothing that the file names is loaded.
     config, metrics = TuneConfig.from_yaml(folder / CONFIG, trust=True), read_metrics(folder)
     path = folder / predictions.PREDICTIONS

@@ -23,55 +23,35 @@ _PIXEL_ART = 64  # images up to this size are stored without loss
 
 
 class ClassResult(NamedTuple):
-    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction.
-
-    Attributes:
-        label: Class id.
-        images: Number of test images.
-        zero_shot: Accuracy before tuning.
-        tuned: Accuracy after tuning.
-        predicted: The other class that is predicted most often after tuning, or None.
-        errors: Number of images predicted as this class.
-    """
+    """Result of a class: accuracies in per cent, None if unknown, and its most frequent wrong prediction."""
 
     label: int
     images: int
     zero_shot: float
     tuned: float | None
-    predicted: int | None
-    errors: int
+    predicted: int | None  # The other class that is predicted most often after tuning, or None
+    errors: int  # Number of images predicted as this class
 
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Class that is often predicted as another class.
-
-    Attributes:
-        label: The class.
-        predicted: The other class.
-        index: Test image of the class, predicted as the other class.
-        predicted_index: Test image of the other class, if there is one.
-        count: Number of images of the class that are predicted as the other class.
-        total: Number of test images of the class.
-    """
+    """Class that is often predicted as another class."""
 
     label: int
-    predicted: int
-    index: int
-    predicted_index: int | None
-    count: int
-    total: int
+    predicted: int  # The other class
+    index: int  # Test image of the class, predicted as the other class
+    predicted_index: int | None  # Test image of the other class, if there is one
+    count: int  # Number of images of the class that are predicted as the other class
+    total: int  # Number of test images of the class
 
 
 def class_results(test: TestPredictions) -> list[ClassResult]:
     """Return the result of each class that has test images, by label.
 
-    Example:
-        >>> from .predictions import TopClasses
-        >>> def top(*ids): return TopClasses(torch.tensor(ids)[:, None], torch.ones(len(ids), 1))
-        >>> labels = torch.tensor([0, 0, 1])
-        >>> class_results(TestPredictions("base", ["a", "b"], labels, top(1, 1, 1), top(0, 1, 1)))[0]
-        ClassResult(label=0, images=2, zero_shot=0.0, tuned=50.0, predicted=1, errors=1)
+    >>> def top(*ids): return TopClasses(torch.tensor(ids)[:, None], torch.ones(len(ids), 1))
+    >>> labels = torch.tensor([0, 0, 1])
+    >>> class_results(TestPredictions("base", ["a", "b"], labels, top(1, 1, 1), top(0, 1, 1)))[0]
+    ClassResult(label=0, images=2, zero_shot=0.0, tuned=50.0, predicted=1, errors=1)
     """
     count = len(test.classes)
 
@@ -114,11 +94,7 @@ def _most_frequent_errors(test: TestPredictions) -> dict[int, tuple[int, int]]:
 
 
 def changed(test: TestPredictions, *, limit: int = GALLERY) -> tuple[list[int], list[int]]:
-    """Select images that tuning fixed, and images that it broke: one per class, of classes spread over all labels.
-
-    Returns:
-        Indices of images predicted correctly only after tuning, and of those predicted correctly only before.
-    """
+    """Indices of images that only the tuned, or only the untuned model classifies right; one per class, spread."""
     fixed, broken = _changed(test)
     return _one_per_class(test.labels, fixed, limit), _one_per_class(test.labels, broken, limit)
 
@@ -142,10 +118,7 @@ def _one_per_class(labels: Tensor, chosen: Tensor, limit: int) -> list[int]:
 
 
 def confused_pairs(test: TestPredictions, *, limit: int = PAIRS) -> list[ConfusedPair]:
-    """Select the classes with the most errors, each with its most frequent wrong prediction; the lower label in ties.
-
-    The predictions are those after tuning, or those before if there are none.
-    """
+    """Select the classes with the most errors, each with its most frequent wrong prediction, in ties by label."""
     errors, most = _errors(test), _most_frequent_errors(test)
     totals = test.labels.bincount(minlength=len(test.classes)).tolist()
     found = []
@@ -167,9 +140,8 @@ def _by_errors(test: TestPredictions) -> list[int]:
 def confusion_matrix(test: TestPredictions, *, limit: int = WORST) -> tuple[list[int], list[list[int]]]:
     """Count the predictions of the classes with the most errors, or of all if there are at most `limit` classes.
 
-    Returns:
-        Labels [n], by class; and counts [n, n + 1]: images of a class (row) predicted as each of these classes, and as
-        any other class in the last column. Both are empty without errors.
+    Returns labels [n], and counts [n, n + 1]: images of a class (row) predicted as each of these classes, or as any
+    other (last column). Both are empty without errors.
     """
     labels = sorted(_by_errors(test)[:limit])
     if labels and len(test.classes) <= limit:
@@ -210,14 +182,10 @@ def encoded(image: Any, side: int = _MAX_SIDE) -> bytes:
 
 
 def thumbnail(image: Any, side: int = _MAX_SIDE) -> Image.Image:
-    """Convert a PIL image or a tensor to RGB, at most `side` pixels a side.
+    """Convert a PIL image, or a tensor scaled to its range, to RGB, at most `side` pixels a side.
 
-    A tensor is scaled so that its minimum is black and its maximum white.
-
-    >>> thumbnail(Image.new("RGB", (4000, 3000))).size
-    (128, 96)
-    >>> thumbnail(torch.randn(3, 32, 32)).size
-    (32, 32)
+    >>> thumbnail(Image.new("RGB", (4000, 3000))).size, thumbnail(torch.randn(3, 32, 32)).size
+    ((128, 96), (32, 32))
     """
     if isinstance(image, Tensor):
         least, most = image.aminmax()

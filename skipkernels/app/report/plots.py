@@ -70,14 +70,7 @@ def accuracy_svg(
     colours: Mapping[str, str],
     best_epoch: int | None = None,
 ) -> str:
-    """Plot the test accuracy over the epochs, zero-shot at 0 and dotted; "" if there is no epoch.
-
-    Args:
-        rows: Rows of metrics.jsonl.
-        zero_shot: Zero-shot accuracy in per cent, by test.
-        colours: Colours of the tests to plot.
-        best_epoch: Epoch to mark with a vertical line.
-    """
+    """Plot the accuracy of each test of `colours` over the epochs, zero-shot at 0; "" if there is no epoch."""
     steps = [(0, zero_shot), *((row["epoch"], row["accuracy"]) for row in rows)]
     validation = [(row["epoch"], row["validation"]) for row in rows if finite(row.get("validation"))]
 
@@ -97,12 +90,7 @@ def accuracy_svg(
 
 
 def blend_svg(blend: Mapping[str, Any], colours: Mapping[str, str]) -> str:
-    """Plot the accuracy over the weight α of the tuned weights, and mark the chosen α; "" if there are no values.
-
-    Args:
-        blend: "alphas" [n], "accuracy" in per cent [n] by test, and "chosen", an α or None.
-        colours: Colours of the tests.
-    """
+    """Plot the accuracy over the weight α of the tuned weights, and mark the chosen α; "" if there are no values."""
     curves = {
         name: [(alpha, value) for alpha, value in zip(blend["alphas"], values, strict=False) if finite(value)]
         for name, values in blend["accuracy"].items()
@@ -147,14 +135,7 @@ def _line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> Non
 
 
 def figure_svg(name: str, label: str, draw: Callable[[Axes], None], *, over: str = "epoch") -> str:
-    """Return a plot with integer x as SVG.
-
-    Args:
-        name: Name of the plot, unique on its page.
-        label: Description for screen readers.
-        draw: Draws the plot on axes.
-        over: Label of the x axis.
-    """
+    """Return a plot with integer x as SVG; `name` is unique on the page, `label` is for screen readers."""
 
     def framed(axes: Axes) -> None:
         draw(axes)
@@ -173,15 +154,7 @@ def panels_svg(
     size: tuple[float, float],
     columns: int | None = None,
 ) -> str:
-    """Return plots side by side, or in full rows of `columns`, as SVG.
-
-    Args:
-        name: See `figure_svg`.
-        label: See `figure_svg`.
-        panels: One function per plot, which draws it on axes.
-        size: Size of the figure in inches.
-        columns: Plots per row. Default: all.
-    """
+    """Return plots, each drawn on axes, as SVG of `size` in inches: side by side, or in full rows of `columns`."""
     # Text is not drawn as paths, so that it has the font of the page. The matplotlibrc of the user is ignored.
     with style.context(["default", {"svg.hashsalt": name, "svg.fonttype": "none"}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # the page has other fonts

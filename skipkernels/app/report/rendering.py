@@ -18,10 +18,7 @@ _SHORT = 22  # characters of a shortened name
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a page. Every value is escaped, except SVG from `svg`.
-
-    Characters that UTF-8 can't encode, such as a lone surrogate of a file name, become "?".
-    """
+    """Return a page. Every value is escaped, except SVG from `svg`; lone surrogates of file names become "?"."""
     return _environment().get_template(template).render(values).encode(errors="replace").decode()
 
 

@@ -21,10 +21,7 @@ _TOP_PLOTS = 2  # most tests with a plot of their classes at the top; of more te
 def report_html(
     config: TuneConfig, metrics: Mapping[str, Any], rows: list[dict[str, Any]], tests: Sequence[TestPredictions]
 ) -> str:
-    """Return the page, from the contents of metrics.json and metrics.jsonl, and the predictions for each test.
-
-    Missing metrics are left out, or shown as a dash.
-    """
+    """Return the page, from metrics.json, metrics.jsonl and the predictions; missing metrics are left out or a dash."""
     names = list(metrics["classes"])
     environment = metrics.get("environment") or {}
     return render(
@@ -55,7 +52,6 @@ def _title(config: TuneConfig, metrics: Mapping[str, Any]) -> str:
 
 
 def _headline(metrics: Mapping[str, Any], names: list[str], tests: Sequence[TestPredictions]) -> str:
-    """Return the result in a sentence."""
     zero_shot, tuned = metrics["zero_shot"], metrics["tuned"] or {}
     first, *others = names
     before, after = zero_shot.get(first), tuned.get(first)
@@ -197,11 +193,7 @@ def _test(test: TestPredictions) -> dict[str, Any]:
 
 
 def _shown(indices: list[int], count: int) -> str:
-    """Number of images in a gallery, with the number of all if they are more.
-
-    >>> _shown([3, 8], 25), _shown([3], 1)
-    ('2 of 25, one per class', '1 image')
-    """
+    """Number of images in a gallery, with the number of all if they are more."""
     return f"{len(indices):,} of {count:,}, one per class" if len(indices) < count else plural(count, "image")
 
 
@@ -249,7 +241,6 @@ def _curves(metrics: Mapping[str, Any], rows: list[dict[str, Any]], colours: Map
 
 
 def _kept(rows: list[dict[str, Any]]) -> Counter[int]:
-    """Number of steps by number of kept classes."""
     kept: Counter[int] = Counter()
     for row in rows:
         kept.update({int(classes): steps for classes, steps in (row.get("kept_histogram") or {}).items()})

@@ -57,8 +57,6 @@ def study_html(study: Mapping[str, Any], plot: str) -> str:
 def half_interval(deviation: float | None, runs: int) -> float:
     """Half of the 95 % interval of the mean of normal values, t₀.₉₇₅(n − 1) · s / √n; 0 with fewer than three runs.
 
-    That of two runs is nine times their distance, which says nothing.
-
     >>> round(half_interval(1.0, 3), 2), half_interval(None, 1)
     (2.48, 0.0)
     """

@@ -57,9 +57,8 @@ def blend(
         θ = (1 − alpha) · θ_zero-shot + alpha · θ_tuned
 
     Tuning raises the accuracy on the trained classes and may lower that on others; a blend keeps most of both. The
-    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1, from features at the cut that are read from
-    the run's cache, or else computed once. The new folder is read by `Classifier.load`, `export` and
-    `skipkernels eval`.
+    accuracy on all tests of the run is measured for alpha = 0, 0.1, …, 1. `Classifier.load`, `export` and
+    `skipkernels eval` read the new folder.
 
     Args:
         run: Folder of a run that tunes the weights of the model itself, such as by skip or full.
@@ -85,10 +84,8 @@ def blend(
     Example:
         >>> import logging, tempfile; logging.disable()
         >>> import skipkernels as sk
-        >>> from skipkernels.app.train import tune
         >>> folder = Path(tempfile.mkdtemp(), "run")
-        >>> config = TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder)
-        >>> tuned = tune(config)
+        >>> tuned = sk.tune(TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder))
         >>> blended = sk.blend(folder, 0.3)
         >>> blended["blend"]["chosen"], blended["blend"]["accuracy"]["base"][10] == tuned["tuned"]["base"]
         (0.3, True)
@@ -169,7 +166,6 @@ def check_method(config: TuneConfig) -> None:
 
 
 def _checked(alpha: float | str) -> float | None:
-    """Return alpha as a number; None for "auto"."""
     if alpha == "auto":
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1 or math.isnan(alpha):
@@ -235,7 +231,6 @@ def _write(
     metrics: dict[str, Any],
     tests: list[TestPredictions],
 ) -> None:
-    """Write the files of a blended run."""
     with folder.replaced():
         with (folder.path / MODEL).open("wb") as file:
             metadata = weights.metadata(holds=weights.MODEL)

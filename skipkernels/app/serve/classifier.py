@@ -68,12 +68,8 @@ class Classifier:
 
         p_c = softmax over c of (exp(logit_scale) · ⟨x̂, t̂_c⟩ / temperature)
 
-    t̂_c is the unit-norm mean of the prompts of class c. The temperature was fitted on held-out images when the model
-    was tuned; without such images, and for other classes or prompts than those of the run, it is 1. (For a method that
-    computes its own logits, such as a linear probe, these take the place of exp(logit_scale) · ⟨x̂, t̂_c⟩.)
-
-    Args:
-        run: Loaded run.
+    t̂_c is the unit-norm mean of the prompts of class c; a method may compute other logits. The temperature was fitted
+    on held-out images when the model was tuned; without such images, and for other classes or prompts, it is 1.
 
     Attributes:
         classes: Names of the classes.
@@ -87,17 +83,12 @@ class Classifier:
         >>> import logging, tempfile; logging.disable()
         >>> from pathlib import Path
         >>> import torch, skipkernels as sk
-        >>> from skipkernels.app.config import TuneConfig
-        >>> from skipkernels.app.train import tune
         >>> run = Path(tempfile.mkdtemp(), "run")
-        >>> metrics = tune(TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=run))
+        >>> _ = sk.tune(sk.TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=run))
         >>> classifier = sk.Classifier.load(run, device="cpu")
         >>> found = classifier.predict(torch.zeros(3, 3, 32, 32), top=2)
-        >>> found.ids.shape, len(classifier.classes)
-        (torch.Size([3, 2]), 2)
-        >>> name, classes = found[0]
-        >>> name, len(classes)
-        ('0', 2)
+        >>> found.ids.shape, len(classifier.classes), found[0][0], len(found[0][1])
+        (torch.Size([3, 2]), 2, '0', 2)
     """
 
     def __init__(self, run: TunedRun):
@@ -122,8 +113,8 @@ class Classifier:
     ) -> Classifier:
         """Load the classifier of a run, or of a folder that `export` or `blend` wrote.
 
-        The training data are not needed. The base model is needed only for a run with `delta`, or of a method that adds
-        weights to it, such as lora: those folders have only the part that was trained.
+        The training data are not needed. The base model is needed only for folders with only the trained part: those of
+        a run with `delta`, or of a method that adds weights to it, such as lora.
 
         Args:
             run: Run folder.
@@ -153,14 +144,7 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, C] over the classes, before the temperature.
-
-        Args:
-            images: Preprocessed images [B, 3, H, W], or features at the cut of `clip` [B, N, W].
-
-        Raises:
-            InputError: If the method can't classify these classes.
-        """
+        """Logits [B, C] before the temperature, of preprocessed images [B, 3, H, W] or features of `clip` [B, N, W]."""
         method = self._run.method
         with self._run.precision.autocast():
             images = images.to(self.device)
@@ -305,17 +289,7 @@ def check_counts(**counts: int | None) -> None:
 
 
 def predict(run: str | Path, images: Any, *, top: int = 5, **options: Any) -> Predictions:
-    """Classify images with a run: `Classifier.load(run).predict(images, top=top)`.
-
-    Args:
-        run: Run folder.
-        images: See `Classifier.predict`.
-        top: Number of classes for each image.
-        options: Other options of `Classifier.load` and `Classifier.predict`.
-
-    Raises:
-        InputError: If the run or an image can't be read, or an argument can't be used.
-    """
+    """Classify images with a run: `Classifier.load(run).predict(images, top=top)`; `options` are those of both."""
     names = ("classes", "templates", "device", "precision", "trust")
     load_options = {name: options.pop(name) for name in names if name in options}
     return Classifier.load(run, **load_options).predict(images, top=top, **options)

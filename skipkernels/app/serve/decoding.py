@@ -33,15 +33,9 @@ def image_names(images: Sequence[Any]) -> list[str]:
 def decode(
     images: Sequence[Any], transform: Callable[[Image.Image], Tensor], *, workers: int | None = None
 ) -> Iterator[Decoded]:
-    """Decode and transform images in threads, in their order; a bounded number is decoded ahead.
+    """Decode and transform paths or Pillow images in threads, in their order; a bounded number is decoded ahead.
 
-    Args:
-        images: Paths or Pillow images.
-        transform: Transform of an RGB image.
-        workers: Number of threads. Default: one for each core, at most 8.
-
-    Raises:
-        InputError: If an item is neither a path nor a Pillow image.
+    `workers` is the number of threads, by default one for each core, at most 8.
     """
 
     def load(image: Any, name: str) -> Tensor | InputError:

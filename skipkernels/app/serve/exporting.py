@@ -42,19 +42,12 @@ _OURS = (
 
 
 class Exported(NamedTuple):
-    """Result of `export`.
+    """Result of `export`."""
 
-    Attributes:
-        folder: Folder of the files.
-        files: Their names.
-        notes: Differences from the tuned model.
-        url: Address on the Hub, or None.
-    """
-
-    folder: Path
-    files: list[str]
-    notes: list[str]
-    url: str | None = None
+    folder: Path  # Folder of the files
+    files: list[str]  # Their names
+    notes: list[str]  # Differences from the tuned model
+    url: str | None = None  # Address on the Hub, or None
 
 
 def export(
@@ -75,9 +68,8 @@ def export(
     - "onnx": OUT/model.onnx, an image classifier: image tower, class embeddings, temperature; the names of the classes
       and the preprocessing are in its metadata.
 
-    LoRA is merged into the weights. CoOp's learned prompts are not in a model, so it can only be exported to ONNX.
-    Besides the model, the folder has a model card and the names of the classes. They have no local paths: of own models
-    and data only the kind is named, such as "imagefolder".
+    LoRA is merged into the weights. CoOp's learned prompts are not in a model, so it can only be exported to ONNX. The
+    folder also has a model card and the names of the classes, without local paths.
 
     Args:
         run: Folder of a run, or one that `blend` wrote.
@@ -96,13 +88,11 @@ def export(
     Example:
         >>> import logging, tempfile; logging.disable()
         >>> import open_clip, skipkernels as sk
-        >>> from skipkernels.app.train import tune
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> config = TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=folder / "run")
-        >>> metrics = tune(config)
-        >>> sorted(sk.export(folder / "run", "open-clip", folder / "exported").files)[:2]
+        >>> out = Path(tempfile.mkdtemp())
+        >>> _ = sk.tune(sk.TuneConfig(data="glyphs:greek", shots=1, classes=4, epochs=1, device="cpu", out=out / "run"))
+        >>> sorted(sk.export(out / "run", "open-clip", out / "exported").files)[:2]
         ['README.md', 'classifier.json']
-        >>> model = open_clip.create_model(f"local-dir:{folder / 'exported'}")
+        >>> model = open_clip.create_model(f"local-dir:{out / 'exported'}")
     """
     if to not in get_args(Target):
         raise InputError(f"export: to must be one of {', '.join(get_args(Target))}; got {to!r}.", "to")
@@ -177,8 +167,8 @@ def _shared(plain: PlainModel) -> Description:
 def _public(name: str) -> str:
     """Return the name of a model, a dataset or a test; of own files, only the kind.
 
-    >>> _public("imagefolder:/home/me/photos"), _public("coop:dtd"), _public("hf-hub:org/name"), _public("base")
-    ('imagefolder', 'coop:dtd', 'hf-hub:org/name', 'base')
+    >>> _public("imagefolder:/home/me/photos"), _public("hf-hub:org/name"), _public("base")
+    ('imagefolder', 'hf-hub:org/name', 'base')
     """
     kind, _, rest = name.partition(":")
     if kind in ("hf", "hf-hub"):
@@ -203,8 +193,6 @@ def _shared_settings(config: TuneConfig, described: Description) -> TuneConfig:
 
 
 def _shared_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics that a model card shows."""
-
     def by_test(values: dict[str, Any] | None) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in (values or {}).items():

@@ -30,28 +30,16 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class TunedRun(NamedTuple):
-    """Model of a run.
+    """Model of a run."""
 
-    Attributes:
-        described: Contents of classifier.json.
-        classes: Names of the classes to predict.
-        model: CLIP.
-        method: Method with its weights; its test `TEST` has the classes.
-        transform: Transform of an image.
-        tokenizer: Tokenizer of the model.
-        prompts: Prompts by template and class.
-        has_own_prompts: True if the classes and their prompts are those of the run, in any order.
-        precision: Mixed precision.
-    """
-
-    described: Description
-    classes: list[str]
+    described: Description  # Contents of classifier.json
+    classes: list[str]  # Names of the classes to predict
     model: nn.Module
-    method: Method
-    transform: Callable[[Any], torch.Tensor]
+    method: Method  # Method with its weights; its test `TEST` has the classes
+    transform: Callable[[Any], torch.Tensor]  # Transform of an image
     tokenizer: Any
-    prompts: tuple[list[str], ...]
-    has_own_prompts: bool
+    prompts: tuple[list[str], ...]  # Prompts by template and class
+    has_own_prompts: bool  # True if the classes and their prompts are those of the run, in any order
     precision: MixedPrecision
 
 
@@ -92,11 +80,7 @@ def load_run(
 
 
 def described_weights(folder: Path) -> tuple[Description, Path]:
-    """Return the contents of classifier.json, and the weights that have its digest; see `checkpoint.weights_of`.
-
-    Raises:
-        InputError: If one of them is missing or damaged.
-    """
+    """Return the contents of classifier.json, and the weights that have its digest; see `checkpoint.weights_of`."""
     described, file = checkpoint.weights_of(folder)
     return described or Description.read(folder), file  # the second raises the error
 
@@ -156,7 +140,6 @@ def _method(
 
 
 def _length(file: Path, name: str) -> int:
-    """Length of a tensor in a weights file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -19,31 +19,18 @@ from .loading import TEST, load_run
 
 
 class PlainModel(NamedTuple):
-    """A tuned model without its method.
-
-    Attributes:
-        described: Description of the run.
-        model: CLIP with the tuned weights, in evaluation mode, in fp32 on the CPU.
-        tokenizer: Tokenizer of the model.
-        prompts: Prompts by template and class.
-        text: Unit-norm embeddings of the classes, [C, D].
-        learned_text: True if `text` does not come from the model's own text tower.
-    """
+    """A tuned model without its method."""
 
     described: Description
-    model: Any
+    model: Any  # CLIP with the tuned weights, in evaluation mode, in fp32 on the CPU
     tokenizer: Any
-    prompts: tuple[list[str], ...]
-    text: Tensor
-    learned_text: bool
+    prompts: tuple[list[str], ...]  # Prompts by template and class
+    text: Tensor  # Unit-norm embeddings of the classes, [C, D]
+    learned_text: bool  # True if `text` does not come from the model's own text tower
 
 
 def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
-    """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights.
-
-    Raises:
-        InputError: If the run can't be read, or its method has no plain model.
-    """
+    """Load a run as a plain model; see `Classifier.load` for `trust`. LoRA is merged into the weights."""
     run = load_run(folder, device="cpu", precision="fp32", trust=trust)
     method = run.method
     if not isinstance(method, (TunedModel, ZeroShot, CoOp, LoRA)):

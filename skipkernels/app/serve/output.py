@@ -31,11 +31,7 @@ _MOST = 2000  # images on a contact sheet: about 10 MB
 
 
 def check_file(path: Path, argument: str) -> None:
-    """Check that a file can be written, before the work is done.
-
-    Raises:
-        InputError: If it is a folder, or its folder is missing or can't be written.
-    """
+    """Check that a file can be written, before the work is done."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(f"predict: {argument} must be a file in an existing folder; got {path}.", argument)
     parent = path.absolute().parent
@@ -52,13 +48,8 @@ def check_file(path: Path, argument: str) -> None:
 def lines(parts: Iterable[Iterable[Row]], form: Format, top: int) -> Iterator[str]:
     """Format predictions as the lines of a CSV or JSON file, while they are computed.
 
-    CSV has a header and a row for each image: path, label, probability, label_2, probability_2, …. JSON is a list of
-    objects {"path": …, "predictions": [{"label": …, "probability": …}, …]}.
-
-    Args:
-        parts: Predictions of all images, in parts.
-        form: "csv" or "json".
-        top: Number of classes for each image, in the header of the CSV.
+    CSV has a header and a row for each image: path, label, probability, label_2, probability_2, … up to `top`. JSON is
+    a list of objects {"path": …, "predictions": [{"label": …, "probability": …}, …]}.
     """
     rows = (row for part in parts for row in part)
     yield from _csv(rows, top) if form == "csv" else _json(rows)
@@ -103,23 +94,12 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 class PartialRows:
     """Rows of predictions in OUT.partial, appended as they are computed, for a command that is interrupted and resumed.
 
-    The first line describes what the rows depend on; each other line is the JSON of a row.
-
-    Args:
-        out: File of the results.
-        identity: JSON value of what the rows depend on.
-        resume: Keep the rows of an earlier command with the same identity.
-
-    Attributes:
-        done: Names of the images with a row.
-
-    Raises:
-        InputError: If the rows to resume are damaged, or have another identity.
+    The first line is `identity`, all that the rows depend on; to `resume`, it must be the same. Then a row per line.
     """
 
     def __init__(self, out: Path, identity: Any, *, resume: bool = False):
         self.out, self._path = out, out.with_name(f"{out.name}.partial")
-        self.done: set[str] = set()
+        self.done: set[str] = set()  # Names of the images with a row
         header = json.dumps(identity).encode() + b"\n"
         if resume and self._path.exists():
             with self._path.open("rb") as file:
@@ -164,17 +144,7 @@ class PartialRows:
 
 
 class SortedFolders:
-    """Folders named after labels, into which images are copied.
-
-    Args:
-        folder: Folder of the folders; new or empty.
-        classes: Names of all classes.
-        link: Make symbolic links in place of copies.
-        resume: The folder may have images of an earlier call, which are not copied again.
-
-    Raises:
-        InputError: If the folder is not empty, or can't be written.
-    """
+    """Folders named after labels, into which images are copied or linked; with `resume`, an image in one is kept."""
 
     def __init__(self, folder: Path, classes: Sequence[str], *, link: bool = False, resume: bool = False):
         if os.path.lexists(folder) and not (folder.is_dir() and (resume or not any(folder.iterdir()))):
@@ -189,10 +159,7 @@ class SortedFolders:
         self._names = dict(zip(classes, folder_names(classes), strict=True))
 
     def add(self, path: str, label: str) -> None:
-        """Copy or link an image into the folder of its label. Equal file names are numbered, in the order of the calls.
-
-        A file of an earlier command with the name and content of the image is kept as its copy.
-        """
+        """Copy or link an image into the folder of its label. Equal file names are numbered, in the order of calls."""
         folder, image = self._folder / self._names[label], Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         number = self._next.get((label, image.name), 1)

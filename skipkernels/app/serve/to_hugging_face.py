@@ -24,14 +24,7 @@ _BLOCK |= {"attn.out_proj": "self_attn.out_proj"}
 
 
 def write(plain: PlainModel, folder: Path) -> list[str]:
-    """Write a CLIPModel with its processor, as by `save_pretrained`.
-
-    Returns:
-        Notes on the classes with other tokens in transformers.
-
-    Raises:
-        InputError: If a part of the model has no counterpart in transformers, or transformers is not installed.
-    """
+    """Write a CLIPModel with its processor; return notes on the classes with other tokens in transformers."""
     try:
         import transformers
     except ImportError:
@@ -181,7 +174,6 @@ def _compare(plain: PlainModel, converted: Any) -> None:
 
 
 def _tokenizer(plain: PlainModel, transformers: Any) -> Any:
-    """Return transformers' CLIPTokenizer with the vocabulary of open_clip's."""
     own = plain.tokenizer
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {special.get(token, token): number for token, number in own.encoder.items()}
@@ -190,7 +182,6 @@ def _tokenizer(plain: PlainModel, transformers: Any) -> Any:
 
 
 def _image_processor(plain: PlainModel, transformers: Any) -> Any:
-    """Return transformers' CLIPImageProcessor with the settings of open_clip's transform."""
     settings = plain.model.visual.preprocess_cfg
     size = plain.model.visual.image_size[0]
     square = {"height": size, "width": size}

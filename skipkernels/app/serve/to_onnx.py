@@ -23,10 +23,7 @@ _EXTERNAL = 1 << 30  # bytes of weights above which they are in a second file: p
 class ImageClassifier(nn.Module):
     """Image tower and class embeddings: images [B, 3, H, W] → logits [B, C], unit-norm image embeddings [B, D].
 
-        z_bc = exp(logit_scale) / temperature · ⟨x̂_b, t̂_c⟩
-
-    Args:
-        plain: Tuned model.
+    With z_bc = exp(logit_scale) / temperature · ⟨x̂_b, t̂_c⟩.
     """
 
     def __init__(self, plain: PlainModel):
@@ -42,17 +39,11 @@ class ImageClassifier(nn.Module):
 
 
 def write(plain: PlainModel, folder: Path) -> list[str]:
-    """Write model.onnx.
+    """Write model.onnx, and return no notes.
 
     Its input is pixel_values [batch, 3, H, W], preprocessed as the metadata say. Its outputs are logits [batch, C], of
     which the softmax is the probabilities, and image_embedding [batch, D]. The metadata are "classes", "preprocessing"
     and "temperature", in JSON.
-
-    Returns:
-        Notes; none.
-
-    Raises:
-        InputError: If onnx or onnxscript is not installed, or PyTorch can't export the image tower.
     """
     try:
         import onnx

@@ -43,24 +43,12 @@ def compare(
     overwrite: bool = False,
     blend: Blend | None = None,
 ) -> Study:
-    """Run several methods with the same training images and tests.
+    """Run several methods, keys of `METHODS`, with the same training images and tests.
 
     Recipes are chosen for published benchmarks and for glyphs. On the user's own data the learning rates of every
     method are searched by the same rule: all of `MULTIPLIERS`, with another seed; the best accuracy on the validation
-    images is kept. There is no search without validation images, or if a rate is given.
-
-    Args:
-        config: Configuration of every run except the method. Settings that are None follow each method's recipe;
-            settings that do not apply to a method are ignored for it.
-        methods: Keys of `METHODS`.
-        seeds: Seeds of the runs of each method.
-        folder: Output folder.
-        console: Console for progress.
-        overwrite: Run completed runs again.
-        blend: See `run_variants`.
-
-    Raises:
-        InputError: If a method is unknown or repeated, or a configuration is invalid.
+    images is kept. There is no search without validation images, or if a rate is given. Settings of `config` that are
+    None follow each method's recipe; others are ignored for methods that they do not apply to.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods or len(set(methods)) < len(methods):
@@ -140,21 +128,7 @@ def ablate(
     overwrite: bool = False,
     blend: Blend | None = None,
 ) -> Study:
-    """Run Skip Tuning with several values of a setting.
-
-    Args:
-        config: Configuration of every run except the setting.
-        setting: Field of `TuneConfig` to vary.
-        values: Its values; if empty, those of `VALUES`.
-        seeds: Seeds of the runs of each value.
-        folder: Output folder.
-        console: Console for progress.
-        overwrite: Run completed runs again.
-        blend: See `run_variants`.
-
-    Raises:
-        InputError: If a value is repeated, or a configuration is invalid.
-    """
+    """Run Skip Tuning with several values of a setting, a field of `TuneConfig`; if empty, those of `VALUES`."""
     values = values or VALUES[setting]
     if len(set(values)) < len(values):
         raise InputError(f"ablate: values must be different; got {' '.join(map(str, values))}.", "values")
@@ -168,7 +142,6 @@ def ablate(
 
 
 def _columns(results: Sequence[Result]) -> list[Column]:
-    """Columns for the accuracies of the protocol, and for time and memory."""
     return [
         *(Column(ACCURACY, key, accuracy(key)) for key in results[0].metrics["tuned"]),
         Column(COST, "tuning, s", cost("seconds_tuning")),

@@ -26,20 +26,7 @@ def run_protocol(
     shots: Sequence[int] = SHOTS,
     overwrite: bool = False,
 ) -> Study:
-    """Run a protocol with several seeds.
-
-    Args:
-        config: Configuration of every run.
-        protocol: Name of the protocol.
-        seeds: Seeds of the runs.
-        folder: Output folder.
-        console: Console for progress.
-        shots: Numbers of training images per class for "few-shot"; other protocols use `config.shots`.
-        overwrite: Run completed runs again.
-
-    Raises:
-        InputError: If a configuration is invalid.
-    """
+    """Run a protocol with several seeds; `shots` are for "few-shot", other protocols use `config.shots`."""
     config = dataclasses.replace(config, protocol=protocol)
     if protocol == "few-shot":
         variants = [

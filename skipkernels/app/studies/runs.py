@@ -29,15 +29,10 @@ Blend = Callable[[Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration to run.
+    """A configuration to run."""
 
-    Attributes:
-        name: Name in tables and in the folders of its runs.
-        config: Configuration; its seed and output folder are replaced.
-    """
-
-    name: str
-    config: TuneConfig
+    name: str  # Name in tables and in the folders of its runs
+    config: TuneConfig  # Configuration; its seed and output folder are replaced
 
 
 class Result(NamedTuple):
@@ -89,25 +84,15 @@ def run_variants(
     blend: Blend | None = None,
     search: bool = False,
 ) -> list[Result]:
-    """Run every variant with every seed.
+    """Run every variant with every seed, in `folder/runs/VARIANT-SEED`; variants have distinct names.
 
     Variants alternate, so that temporary load on the machine affects all of them. Each run has its own subprocess, so
-    that times and peak memory are comparable. Completed runs in the folder are not run again, and interrupted runs are
-    resumed. All configurations are checked before the first run starts.
+    that times and peak memory are comparable. Completed runs in the folder are not run again unless `overwrite`, and
+    interrupted runs are resumed. All configurations are checked before the first run starts.
 
-    Args:
-        variants: Variants with distinct names.
-        seeds: Seeds of the choice and order of training images, and of class draws.
-        folder: Output folder. Runs are in `folder/runs/VARIANT-SEED`.
-        console: Console for progress.
-        overwrite: Run completed runs again.
-        blend: Blends a run with its zero-shot model. The result of each run that tunes the weights of the model itself
-            is then followed by that of its blend, as another variant.
-        search: The variants of a method differ in their learning rates alone, so that the settings of one are checked.
-            Runs with a loss that is not finite are results too, with the status "diverged".
-
-    Raises:
-        InputError: If a configuration is invalid, or the output folder of a run contains a run with other settings.
+    `blend` blends a run that tunes the model itself with its zero-shot model; its result follows, as another variant.
+    With `search` the variants of a method differ in their learning rates alone, so that the settings of one are
+    checked, and runs with a loss that is not finite are results too, with the status "diverged".
     """
     planned = [_PlannedRun.of(variant, seed, folder, overwrite) for seed in seeds for variant in variants]
     first_of = {run.config.method if search else run.variant: run for run in reversed(planned) if run.metrics is None}
@@ -161,7 +146,6 @@ class _PlannedRun(NamedTuple):
 
 @contextlib.contextmanager
 def _variant_in_errors(variant: str) -> Iterator[None]:
-    """Prefix input errors with the name of the variant."""
     try:
         yield
     except InputError as error:

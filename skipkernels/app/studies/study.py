@@ -29,40 +29,25 @@ Value = Callable[[dict[str, Any]], float | None]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the tables of a study.
+    """A column of the tables of a study."""
 
-    Attributes:
-        group: Name of the group of columns, with the unit if they all share one.
-        name: Name within the group.
-        value: Function of the metrics of a run that returns the value, or None if the run has none.
-        digits: Number of decimals.
-    """
-
-    group: str
-    name: str
-    value: Value
+    group: str  # Name of the group of columns, with the unit if they all share one
+    name: str  # Name within the group
+    value: Value  # Function of the metrics of a run that returns the value, or None if the run has none
     digits: int = 1
 
 
 @dataclass(frozen=True)
 class Study:
-    """Runs and the columns that summarize them.
+    """Runs and the columns that summarize them."""
 
-    Attributes:
-        name: Name of the output files without extension.
-        title: Title of tables and plot.
-        results: Results of all runs.
-        columns: Columns of the tables.
-        layout: Rows of the tables and axis of the plot: compared variants, tests of a protocol, or numbers of shots.
-        command: Command that repeats the study.
-    """
-
-    name: str
+    name: str  # Name of the output files without extension
     title: str
     results: Sequence[Result]
     columns: Sequence[Column]
+    # Rows of the tables and axis of the plot: compared variants, tests of a protocol, or numbers of shots
     layout: Layout = "variants"
-    command: str = ""
+    command: str = ""  # Command that repeats the study
 
     @property
     def variants(self) -> list[str]:
@@ -123,11 +108,7 @@ class Study:
         }
 
     def write(self, folder: Path, plot: str) -> list[Path]:
-        """Write NAME.json, NAME.svg and report.html, and return their paths.
-
-        Raises:
-            InputError: If the folder is not writable.
-        """
+        """Write NAME.json, NAME.svg and report.html, and return their paths."""
         contents = json.dumps(self.as_dict(), indent=2) + "\n"
         texts = {
             folder / f"{self.name}.json": contents,
@@ -144,11 +125,7 @@ class Study:
 
 
 def study_page(folder: Path) -> str:
-    """Return the page of the study in a folder, from its JSON file and plot.
-
-    Raises:
-        InputError: If there is no study in the folder, or a file of it is damaged.
-    """
+    """Return the page of the study in a folder, from its JSON file and plot."""
     try:
         for path in sorted(folder.glob("*.json")):
             found = read_object(path, _LARGEST)
