@@ -17,15 +17,10 @@ FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_shape(
     function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor] | None = None, **sizes: int | None
 ) -> None:
-    """Raise a ValueError unless a tensor has the given shape.
+    """Raise a ValueError unless a tensor has the given sizes, by their names in the shape alphabet.
 
-    Args:
-        function: Name of the function.
-        argument: Name of the argument.
-        tensor: The argument.
-        like: Name and tensor of the argument that determines the sizes.
-        sizes: Size of each dimension by its name in the shape alphabet, None for any size ≥ 1. The name `rest` means
-            any number of leading dimensions.
+    None is any size ≥ 1, and `rest` any number of leading dimensions. `like` is the name and tensor of the argument
+    that determines the sizes.
     """
     leading = "rest" in sizes
     wanted = {name: size for name, size in sizes.items() if name != "rest"}
@@ -59,10 +54,7 @@ def check_dtype(function: str, argument: str, tensor: Tensor, dtypes: Sequence[t
 def check_one_dtype(
     function: str, argument: str, tensor: Tensor, like: tuple[str, Tensor], *, narrower: bool = False
 ) -> None:
-    """Raise a TypeError unless two tensors have the same dtype, or autocast will cast them to the same dtype.
-
-    With `narrower`, a 16-bit tensor beside an fp32 one is accepted as well.
-    """
+    """Raise a TypeError unless tensors have one dtype, or autocast casts them to one. `narrower`: 16 bits also pass."""
     name, other = like
     dtypes, kind = [other.dtype], other.device.type
     if narrower and other.dtype == torch.float32:

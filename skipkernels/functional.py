@@ -4,6 +4,9 @@ A class bank is the matrix [C, D] of the embeddings of all classes, one row per 
 
 Shapes: B images, C classes, K classes kept in this step, D width of the joint embedding, W width of a tower; N image
 tokens, P tokens of the shared prompt prefix, S tokens of a class suffix, H heads, E = W/H width of a head.
+
+An unsupported or mismatched dtype raises a TypeError; a mismatched shape or device, or an invalid option or value, a
+ValueError. Values of tensors (labels, indices, lengths, offsets, `logit_scale`) are validated on the CPU only.
 """
 
 from __future__ import annotations
@@ -66,16 +69,15 @@ def class_sampled_ce(
 
         loss_b = (1 − ε) · w_y · (lse_b − z_by) + ε/K · Σ_k w_k · (lse_b − z_bk),   lse_b = log Σ_k exp(z_bk)
 
-    The result equals `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in
-    memory all at once. Without gradients they are computed in tiles; with gradients, in panels: rows of consecutive
-    images, up to 32 MiB (or 16 images, if these need more). Gradients flow to `image`, `text` (zero for rows outside
-    the sample) and `logit_scale`.
+    This is `torch.nn.functional.cross_entropy` of the gathered logits, but the [B, K] logits are never in memory all at
+    once: without gradients they are computed in tiles; with gradients, in panels of at most 32 MiB or 16 images,
+    whichever is more. Gradients flow to `image`, `text` (zero for rows outside the sample) and `logit_scale`.
 
     Args:
         image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64. A row with a norm below 1e-12 is
             divided by 1e-12, as in `torch.nn.functional.normalize`.
         text: [C, D] class bank with rows of any norm, in the dtype of `image`.
-        labels: int64 [B], indices of rows of the bank, or `ignore_index`.
+        labels: int64 [B], indices of rows of the bank, each among `class_ids`, or `ignore_index`.
         logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
             the device of `image`, which is not read on the host.
         class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
@@ -86,12 +88,6 @@ def class_sampled_ce(
 
     Returns:
         The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device, or an invalid option. On the CPU also for a label that is not a
-            row of the bank or not among `class_ids`, for `class_ids` out of range or with duplicates, and for a
-            `logit_scale` that is not finite.
 
     Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
 
@@ -144,19 +140,14 @@ def class_sampled_logits(
         logits_bk = logit_scale · ⟨x_b/|x_b|, t_k/|t_k|⟩
 
     Args:
-        image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
-        text: [C, D] class bank with rows of any norm, in the dtype of `image`.
-        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
-            the device of `image`.
+        image: [B, D], see `class_sampled_ce`.
+        text: [C, D], see `class_sampled_ce`.
+        logit_scale: factor of the cosines: a number, or a tensor of one element on the device of `image`.
         class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows.
 
     Returns:
         [B, K] logits: fp64 for fp64 features, else fp32, because bf16 logits near 100 have steps of 0.5. Gradients flow
         to `image`, `text` and `logit_scale`.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device; on the CPU also for `class_ids` out of range or with duplicates.
 
     Example:
         >>> image = torch.tensor([[3.0, 0.0], [0.0, 2.0]])           # [B=2, D=2]
@@ -183,38 +174,26 @@ def class_sampled_lse(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the classes of one process, and the logit of the label, for each image.
 
-    These are the parts of a cross-entropy over classes that are shared out among processes. With z_bk = logit_scale ·
+    The parts of a cross-entropy over classes that are shared out among processes. With z_bk = logit_scale ·
     ⟨x_b/|x_b|, t_k/|t_k|⟩ over the sampled rows k of the bank of this process, and y_b the label:
 
         lse_b = log Σ_k exp(z_bk),   target_b = z_by, or 0 if another process has the class of the label
 
     The loss of image b is the `torch.logsumexp` of lse_b over the processes, minus the sum of target_b over the
-    processes. Autograd through this formula gives each process the gradients of its own lse and target. From these two
-    [B] vectors, backward computes the exact gradients of `image`, `text` (zero for rows outside the sample) and
-    `logit_scale`, without another message. The [B, K] logits are never in memory all at once, see `class_sampled_ce`.
-
-    Class weights and label smoothing are left to the caller. Multiply the loss of an image by the weight of its label.
-    Label smoothing needs the sum of the logits, logit_scale · ⟨x_b/|x_b|, Σ_k t_k/|t_k|⟩: a product of [B, D] and [D]
-    in plain PyTorch.
+    processes. Autograd gives each process the gradients of its own lse and target, from which backward computes the
+    exact gradients of `image`, `text` and `logit_scale` without another message. The [B, K] logits are never in memory
+    all at once. Class weights and label smoothing are left to the caller; see `parallel.loss`.
 
     Args:
-        image: [B, D] image embeddings of any norm, of all processes, in fp32, bf16, fp16 or fp64.
+        image: [B, D], images of all processes, see `class_sampled_ce`.
         text: [C, D] class bank of this process with rows of any norm, in the dtype of `image`; C may be 0.
         labels: int64 [B], indices of rows of the bank, or −1 for a class of another process.
-        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
-            the device of `image`, which is not read on the host.
-        class_ids: int64 [K], indices of the sampled rows of the bank, without duplicates; default: all rows. K may be
-            0.
+        logit_scale: factor of the cosines: a number, or a tensor of one element, see `class_sampled_ce`.
+        class_ids: int64 [K], indices of the sampled rows, without duplicates; K may be 0; default: all rows.
 
     Returns:
         lse and target, both [B], in fp64 for every dtype of the features: the loss is their difference, and fp32 rounds
         logits by 4e-6 at a scale of 100. If K = 0, lse is −∞, target is 0, and the gradients are zero.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device. On the CPU also for a label that is neither −1 nor a row of the
-            bank and among `class_ids`, for `class_ids` out of range or with duplicates, and for a `logit_scale` that is
-            not finite.
 
     Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
 
@@ -256,10 +235,6 @@ def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None
     Returns:
         [C] scores: fp64 for fp64 features, else fp32.
 
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device; on the CPU also for a label that is not a row of `prototypes`.
-
     Source: Wu et al., Skip Tuning, arXiv 2412.11509, section 4.3 (class-wise skipping).
 
     Example:
@@ -282,25 +257,18 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
 
         loss_b = ½ · (log Σ_c exp(z_bc) − z_bb) + ½ · (log Σ_c exp(z_cb) − z_bb)
 
-    Two calls of `class_sampled_ce` compute it: one with the texts as class bank, one with the images. The [B, B] logits
-    are not saved for backward, and at most 32 MiB of them are in memory. If two texts of a batch are equal, each is a
-    negative for the image of the other.
+    Computed by two calls of `class_sampled_ce`, without the [B, B] logits in memory. If two texts of a batch are equal,
+    each is a negative for the image of the other.
 
     Args:
-        image: [B, D] image embeddings of any norm, in fp32, bf16, fp16 or fp64.
+        image: [B, D], see `class_sampled_ce`.
         text: [B, D] text embeddings of any norm, in the dtype of `image`; row b belongs to image b.
-        logit_scale: factor of the cosines, not the logarithm of this factor: a number, or a tensor of one element on
-            the device of `image`, which is not read on the host.
+        logit_scale: factor of the cosines: a number, or a tensor of one element, see `class_sampled_ce`.
         reduction: "mean" (default), "sum" or "none".
 
     Returns:
         The loss: [] for "mean" and "sum", [B] for "none"; fp64 for fp64 features, else fp32. Gradients flow to `image`,
         `text` and `logit_scale`.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for a `logit_scale` that is
-            not finite.
 
     Source: Radford et al., CLIP, ICML 2021, arXiv 2103.00020, figure 3.
 
@@ -345,13 +313,7 @@ def add_layer_norm(
     Returns:
         `hidden` and `normed`, both [..., W] in the dtype of `x`, or `normed` in `out_dtype`. `normed` is computed from
         the rounded `hidden`, with statistics in fp32 (fp64 for fp64), and rounded once. Without a residual `hidden` is
-        `x` itself, not cast by autocast. If the variance of a row overflows (in fp32, with values of 1e19 and more),
-        its `normed` and its gradients are NaN; `torch.nn.functional.layer_norm` returns NaN or 0, depending on the
-        width.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device.
+        `x` itself, not cast by autocast. If the variance of a row overflows, its `normed` and its gradients are NaN.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 3.0, 2.0]])                 # [1, W=4]
@@ -391,10 +353,6 @@ def mlp_activation(x: Tensor, bias: Tensor | None = None, kind: str = "quick_gel
 
     Returns:
         [..., W] in the dtype of `x`; computed in fp32 (fp64 for fp64).
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device, or an unknown kind.
 
     Example:
         >>> mlp_activation(torch.tensor([-1.0, 0.0, 1.0]))
@@ -442,17 +400,12 @@ def shared_prefix_attention(
         max_length: without `offsets`, the number of tokens of every suffix, a divisor of R − P. With `offsets`, an
             upper bound of the number of tokens of a suffix.
         offsets: int64 [K + 1], non-decreasing from 0 to at most R − P: suffix k is rows P + offsets[k] to
-            P + offsets[k + 1] − 1. Rows behind the last suffix are not read; their result and gradient are 0. Not
-            validated on a GPU. Default: suffixes of equal length.
+            P + offsets[k + 1] − 1. Rows behind the last suffix are not read; their result and gradient are 0.
+            Default: suffixes of equal length.
         scale: factor of the products; default: 1/sqrt(W/H).
 
     Returns:
         Contiguous [R, W] tensor in the dtype of `packed`.
-
-    Raises:
-        TypeError: for an unsupported dtype.
-        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for offsets that do not
-            begin with 0, decrease, exceed R − P, or are more than `max_length` apart.
 
     Example:
         >>> value = torch.tensor([1.0, 2.0, 3.0, 9.0])  # a prefix of two tokens, two suffixes of one token
@@ -511,10 +464,6 @@ def pooled_attention(
     Returns:
         [B, H, E] in the dtype of `query`.
 
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device; on the CPU also for lengths that are not 1 to N.
-
     Example:
         >>> query = torch.zeros(1, 1, 1)                             # [B=1, H=1, E=1]: equal weights
         >>> value = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)   # [B=1, N=3, H=1, E=1]
@@ -562,17 +511,11 @@ def gather_rows(
         pin_memory: allocate the result in page-locked memory, for a copy to a GPU on a side stream; default: False.
         out: contiguous [B, N, W] tensor for the result, in any floating-point dtype, that does not share memory with
             `rows`. With `out_index` it is [M, N, W], M ≥ 1.
-        out_index: int64 [B], indices of the rows of `out` to write, in any order, without duplicates (not validated on
-            a GPU, where the values of a duplicate row are undefined). Other rows do not change. Only with `out`;
-            default: 0 to B − 1.
+        out_index: int64 [B], indices of the rows of `out` to write, in any order, without duplicates. Other rows do not
+            change. Only with `out`; default: 0 to B − 1.
 
     Returns:
-        [B, N, W] tensor, or `out`.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype.
-        ValueError: for a mismatched shape or device, or an invalid option; on the CPU also for an index out of range
-            or duplicates in `out_index`. Nothing is written in these cases.
+        [B, N, W] tensor, or `out`, to which nothing is written if an argument is invalid.
 
     Example:
         >>> rows = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)   # [R=2, N=1, W=2]
@@ -582,12 +525,11 @@ def gather_rows(
                 [6.0000, 8.0000],
                 [0.5000, 1.0000]])
         >>> batch = torch.zeros(3, 1, 2)                                  # [M=3, N=1, W=2]
-        >>> other = torch.tensor([[[10.0, 20.0]]])                        # another shard, [R=1, N=1, W=2]
         >>> _ = gather_rows(rows, torch.tensor([1, 0]), scale, out=batch, out_index=torch.tensor([2, 0]))
-        >>> gather_rows(other, torch.tensor([0]), out=batch, out_index=torch.tensor([1])).flatten(1)
-        tensor([[ 0.5000,  1.0000],
-                [10.0000, 20.0000],
-                [ 6.0000,  8.0000]])
+        >>> batch.flatten(1)
+        tensor([[0.5000, 1.0000],
+                [0.0000, 0.0000],
+                [6.0000, 8.0000]])
     """
     name = "gather_rows"
     check_shape(name, "rows", rows, R=None, N=None, W=None)
@@ -658,22 +600,18 @@ def sgd_momentum_(
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
     This is the step of `torch.optim.SGD` for a buffer that starts at zero, in one pass over memory. Autograd does not
-    record it. The tensors must not share memory. Pass the parameters of a model as lists: one call updates all of them.
-    Every number is rounded as in `skipkernels.reference`, so results are bit-equal on all devices and for any number
-    of threads.
+    record it. Pass the parameters of a model as lists: one call, on a GPU one launch, updates all of them. Every number
+    is rounded as in `skipkernels.reference`, so results are bit-equal on all devices and for any number of threads.
 
     With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction, so that
     updates smaller than half the spacing of bf16 numbers are applied on average. The random bits of an element depend
     only on the seed and on the index of the element in the list, see `offsets`. Use a new seed for every step.
 
-    On a GPU all tensors are updated by one launch. Addresses of the tensors are copied to the device when they change.
-
     Args:
         weight: tensor of any shape, in fp32, bf16, fp16 or fp64, updated in place; or a list of such tensors of one
-            dtype and device.
+            dtype and device, which must not share memory.
         grad: tensor of the shape of `weight`, in any floating-point dtype; or a list of the same length.
-        momentum_buffer: tensor of the shape of `weight`, in any floating-point dtype, updated in place; or a list of
-            the same length. Zeros before the first step.
+        momentum_buffer: like `grad`, updated in place. Zeros before the first step.
         lr: learning rate: a number, or a tensor of one element on the device of `weight`, which the kernel reads, so
             that each replay of a captured CUDA graph uses its current value.
         momentum: decay of the buffer, at least 0; default: 0.9.
@@ -682,10 +620,6 @@ def sgd_momentum_(
             default: None, round to nearest.
         offsets: index of the first element of each weight among all elements that share the seed, so that a weight has
             the same random bits in any list; default: the weights follow each other in the order of the list.
-
-    Raises:
-        TypeError: for an unsupported or mismatched dtype, and for a seed with weights that are not bf16.
-        ValueError: for a mismatched shape, device or length, or a rate that is negative or not finite.
 
     Example:
         >>> weight, buffer = torch.tensor([1.0]), torch.tensor([0.0])

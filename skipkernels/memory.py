@@ -22,8 +22,8 @@ _UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number above this
 def free_bytes(device: torch.device) -> float:
     """Return the free memory of a device in bytes, infinity if unknown.
 
-    On a GPU, includes memory that PyTorch has reserved and not allocated. On Linux, the minimum of the available memory
-    of the machine, of the rest of each control group (the limit of a container), and of the rest of RLIMIT_AS.
+    On a GPU, includes memory that PyTorch has reserved and not allocated. On Linux, the minimum of the memory of the
+    machine, of each control group (the limit of a container), and of RLIMIT_AS.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -68,8 +68,6 @@ def _limited_groups(proc: Path, root: Path) -> list[_Group]:
 
 def _groups(proc: Path, root: Path) -> Iterator[_Group]:
     """Yield the groups of this process, of both versions, up to the root.
-
-    In a container the path may be that of the host, and only the root exists.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
     """
@@ -119,10 +117,9 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 
 class PeakMemory:
-    """High-water mark since `reset`, in bytes.
+    """High-water mark since `reset` in bytes: `torch.cuda.max_memory_allocated`, or on Linux the resident memory.
 
-    On a GPU, `torch.cuda.max_memory_allocated`. On Linux, resident memory of the process. Elsewhere the mark cannot be
-    reset and covers the whole process.
+    On other systems the mark cannot be reset and covers the whole process.
     """
 
     def __init__(self, device: torch.device):

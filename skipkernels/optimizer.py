@@ -63,29 +63,26 @@ class FusedSGD(torch.optim.Optimizer):
 
         g = grad + weight_decay · weight;   buffer ← momentum · buffer + g;   weight ← weight − lr · buffer
 
-    The update and the defaults are those of `torch.optim.SGD`, in one pass over memory (`functional.sgd_momentum_`).
-    Memory holds the gradients of about one block, not of the model: on the CPU each weight is updated immediately, on a
-    GPU gradients are gathered up to 32 MiB for one launch, the last of them at the end of backward.
+    The update, the defaults and the state dicts are those of `torch.optim.SGD`, in one pass over memory
+    (`functional.sgd_momentum_`). Memory holds the gradients of about one block, not of the model: on the CPU each
+    weight is updated immediately, on a GPU gradients are gathered up to 32 MiB for one launch.
 
     The training loop is unchanged: `step()` after each backward updates the weights that still have a gradient (a
     weight frozen at construction, a gradient set by hand) and begins the next step. Options of a group are read at each
-    update, so learning-rate schedulers work. State dicts are interchangeable with those of `torch.optim.SGD`. Keep a
-    reference to the optimizer: its hooks are removed with it.
+    update, so learning-rate schedulers work. Keep a reference to the optimizer: its hooks are removed with it.
 
     Each backward is an update. Use `in_backward=False` for everything that needs or changes all gradients of a step
     before the update: several backward passes per step, `GradScaler`, `clip_grad_norm_`, `DistributedDataParallel`, a
     weight shared by checkpoints with `use_reentrant=True`. From its update to `step()`, `grad` of a weight is a
-    placeholder without memory, and an operation on it raises an error. `GradScaler` cannot be noticed before its
-    `unscale_` or `step`: for that, weights and momentum from before the first step are kept in host memory until
-    `step()`, and the error in that step restores them. A second backward through a graph that needs the old value of a
-    weight is an error too. If backward raises an error, some weights are updated and others are not.
+    placeholder, and an operation on it raises an error. `GradScaler` is noticed only in its `unscale_` or `step`; the
+    error then restores weights and momentum from copies in host memory. If backward raises an error, some weights are
+    updated and others are not.
 
     Args:
         params: Parameters, or groups of them with their own options, as for `torch.optim`; any shape, fp32, bf16, fp16
             or fp64. Momentum buffers have the shape and dtype of their weights.
         lr: Learning rate ≥ 0, 1e-3 by default: a number, or a tensor of one element on the device of the weights. The
-            kernel reads the tensor, so a captured CUDA graph uses its value at each replay. A number is copied to the
-            device when it changes: see `copy_rates`.
+            kernel reads the tensor, so a captured CUDA graph uses its value at each replay; see `copy_rates`.
         momentum: Factor of the buffer, ≥ 0; 0 (default) keeps no buffer.
         weight_decay: L2 penalty ≥ 0, 0 by default.
         in_backward: True (default) updates weights in backward. False updates all in `step()`, with one call per group,
@@ -96,8 +93,6 @@ class FusedSGD(torch.optim.Optimizer):
         seed: Seed of stochastic rounding, ≥ 0.
 
     Raises:
-        TypeError: If the dtype of a weight is not supported; in backward, if a gradient is sparse.
-        ValueError: If an option is out of range, or one of `torch.optim.SGD` that is not supported.
         RuntimeError: In backward, for a second gradient before `step()` or a gradient that another optimizer has
             consumed; in backward and at construction, for updates in backward in a process group of several ranks.
 
@@ -189,7 +184,6 @@ class FusedSGD(torch.optim.Optimizer):
             self._flush()
 
     def _flush(self) -> None:
-        """Update the weights with gathered gradients."""
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         if any(_is_consumed(weight) for *_, weight in waiting):
             _refuse_second_optimizer()
@@ -246,14 +240,7 @@ class FusedSGD(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """End a step: update every weight that still has a gradient.
-
-        Args:
-            closure: Function that computes the loss and its gradients, unless backward has already run.
-
-        Returns:
-            The result of the closure.
-        """
+        """End a step: update every weight that still has a gradient; return the result of `closure`, if given."""
         loss = None if closure is None else closure()
         self._waiting, self._waiting_bytes = [], 0  # left by a backward that raised an error
         self._drop_placeholders()
@@ -268,10 +255,7 @@ class FusedSGD(torch.optim.Optimizer):
         return loss
 
     def copy_rates(self) -> None:
-        """Copy the learning rates that are numbers to the device, where they have changed.
-
-        `step` does that too. A captured graph only reads the device: call this before each replay.
-        """
+        """Copy learning rates that are numbers to the device; call it before each replay of a captured graph."""
         for index, device in self._rates:
             self._rate(index, device)
 
@@ -370,7 +354,6 @@ def _host_copy(x: Tensor) -> Tensor:
 
 
 def _refuse_use(use: str) -> NoReturn:
-    """Refuse a use of all gradients of a step."""
     raise RuntimeError(
         f"FusedSGD: {use} needs gradients that updates in backward have consumed. GradScaler, clip_grad_norm_ and "
         "several backward passes before step() need all gradients of a step. Use in_backward=False."

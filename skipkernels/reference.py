@@ -1,9 +1,10 @@
 """Every operator in plain PyTorch: the specification, the test oracle and the fallback.
 
 Each function has the name, the arguments and the defaults of the function in `skipkernels.functional`, where the
-formulas, arguments, shapes and errors are documented; options may also be positional here, and arguments are not
-validated. All functions run on any device, also in fp64, and are differentiable by autograd unless stated otherwise.
-For fp16 and bf16 inputs the arithmetic is in fp32, as in the kernels.
+formulas, arguments and shapes are documented; options may also be positional here. Arguments are not validated: an
+invalid index raises an error, on a GPU a device-side assertion. All functions run on any device, also in fp64, and are
+differentiable by autograd unless stated otherwise. For fp16 and bf16 inputs the arithmetic is in fp32, as in the
+kernels.
 """
 
 from __future__ import annotations
@@ -46,12 +47,7 @@ def class_sampled_ce(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of images against a sample of the rows of a class bank, see `functional.class_sampled_ce`.
-
-    This is `torch.nn.functional.cross_entropy` of the gathered logits: the mean divides the sum by Σ_b w_y over the
-    images that are not ignored. A label that is not a row of the bank, or not among `class_ids`, raises IndexError (on
-    a GPU: a device-side assertion).
-    """
+    """Cross-entropy of images against a sample of the rows of a class bank, see `functional.class_sampled_ce`."""
     logits = class_sampled_logits(image, text, logit_scale, class_ids)
     targets = torch.where(labels == ignore_index, -100, labels)
     if class_ids is not None:
@@ -87,8 +83,7 @@ def class_sampled_lse(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the logits of one process, and the logit of the label, see `functional.class_sampled_lse`.
 
-    The cosines are in fp32 (fp64 for fp64), all that follows in fp64. A label that is neither −1 nor a row of the bank
-    and among `class_ids` raises an error (on a GPU: a device-side assertion).
+    The cosines are in fp32 (fp64 for fp64), all that follows in fp64.
     """
     cosine = class_sampled_logits(image, text, 1.0, class_ids).double()
     logits = (logit_scale.reshape(()).double() if isinstance(logit_scale, Tensor) else logit_scale) * cosine
@@ -105,10 +100,7 @@ def class_sampled_lse(
 
 @torch.no_grad()
 def class_scores(image: Tensor, prototypes: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Score of every class for a batch, see `functional.class_scores`.
-
-    A label that is not a row of `prototypes` raises IndexError (on a GPU: a device-side assertion).
-    """
+    """Score of every class for a batch, see `functional.class_scores`."""
     scores = (_unit_norm(image) @ at_least_fp32(prototypes).T).amax(dim=0)
     if labels is not None:
         scores[labels] = math.inf
@@ -275,12 +267,9 @@ def sgd_momentum_(
 ) -> None:
     """One step of SGD with momentum, in place, see `functional.sgd_momentum_`.
 
-    Every product and every sum is rounded separately, so that kernels can return the same bits. A list is equivalent to
-    one tensor cut into pieces.
-
-    With a seed, bf16 weights are rounded at random, up with a probability equal to the truncated fraction. Four
-    elements share a hash: the random bits of element i are bits 16 · (i mod 4) to 16 · (i mod 4) + 15 of
-    splitmix64(seed, i div 4). Elements are counted through the list, or in each tensor from its offset.
+    Every product and every sum is rounded separately, so that kernels can return the same bits. With a seed, the random
+    bits of element i, counted through the list or in each tensor from its offset, are bits 16 · (i mod 4) to
+    16 · (i mod 4) + 15 of splitmix64(seed, i div 4).
     """
     lists = ([x] if isinstance(x, Tensor) else x for x in (weight, grad, momentum_buffer))
     first = 0

@@ -44,10 +44,6 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
     Returns:
         Recall: `image_to_text` and `text_to_image`, each k → share.
 
-    Raises:
-        TypeError: for an argument that is not a tensor, or an unsupported dtype.
-        ValueError: for a mismatched shape or device, an index out of range, or a k below 1.
-
     Example:
         >>> image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> text = torch.tensor([[3.0, 1.0], [1.0, 2.0], [2.0, 1.0]])
@@ -85,10 +81,7 @@ def recall(image: Tensor, text: Tensor, image_of_text: Tensor, *, ks: Sequence[i
 
 
 def _ahead(queries: Tensor, ids: Tensor, candidates: Tensor, ids_of_candidates: Tensor) -> Tensor:
-    """Number of wrong candidates before the best right one, int64 [n].
-
-    A candidate is right for a query if it has the same id.
-    """
+    """Number of candidates with another id before the best one with the id of the query, int64 [n]."""
     counts = []
     rows = max(_SCORES // len(candidates), 1)
     for part, part_ids in zip(queries.split(rows), ids.split(rows), strict=True):

@@ -70,10 +70,7 @@ def saved_storages(storages: dict[int, int]) -> torch.autograd.graph.saved_tenso
 
 
 def gradient_bytes(loss: torch.Tensor) -> int:
-    """Run `loss.backward()` and return the peak bytes of leaf gradients.
-
-    Each storage counts once, from the node that computes it until it is freed.
-    """
+    """Run `loss.backward()`; return the peak bytes of leaf gradients, each counted from its node until it is freed."""
     alive: dict[StorageWeakRef, int] = {}
     peak = 0
 

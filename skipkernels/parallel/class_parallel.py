@@ -20,21 +20,15 @@ _LOW = (1 << 32) - 1  # low bits of a message: digest of the generator's state; 
 
 
 class OwnSelection(NamedTuple):
-    """The selected classes of one process.
+    """The selected classes of one process."""
 
-    Attributes:
-        class_ids: [K_r] int64, selected classes that this process owns, as indices of those that it holds, ascending.
-        labels: [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class.
-        positions: [K_r] int64, positions of these classes among the selected classes of all processes.
-        targets: [B] int64, positions of the labels among the selected classes of all processes.
-        kept: K, number of selected classes of all processes.
-    """
-
+    # [K_r] int64, selected classes that this process owns, as indices of those that it holds, ascending
     class_ids: Tensor
+    # [B] int64, positions of the labels of all images in `class_ids`, −1 if another process owns the class
     labels: Tensor
-    positions: Tensor
-    targets: Tensor
-    kept: int
+    positions: Tensor  # [K_r] int64, positions of these classes among the selected classes of all processes
+    targets: Tensor  # [B] int64, positions of the labels among the selected classes of all processes
+    kept: int  # K, number of selected classes of all processes
 
 
 class PeerError(RuntimeError):
@@ -42,22 +36,16 @@ class PeerError(RuntimeError):
 
 
 class ClassParallel:
-    """Assignment of classes to processes, and the messages about classes. A deep copy uses the same process group.
+    """Assignment of classes to processes, and the messages about classes; docs/many-processes.md lists them.
 
-    Args:
-        group: The processes.
-        num_classes: C, number of classes of the task.
-        device: Device of the model.
+    A deep copy uses the same process group. `group` must use gloo or NCCL; `num_classes` is at least its size.
 
     Attributes:
         rank: r of this process in the group.
         size: W, number of processes.
         replicated: True if each process holds the prompts of all classes and encodes all selected ones, False if it
-            does so only for the classes that it owns. In both cases scores and evaluation are of owned classes only.
-
-    Raises:
-        TypeError: If `group` is not a process group.
-        ValueError: If this process is not in the group, its backend is not gloo or NCCL, or C < W.
+            does so only for the classes that it owns. In both cases scores and evaluation are of owned classes
+            only.
     """
 
     def __init__(self, group: Any, num_classes: int, device: torch.device):
@@ -120,12 +108,7 @@ class ClassParallel:
     # ---- agreement of processes --------------------------------------------------------------------------------
 
     def check_equal(self, digests: Sequence[tuple[str, str]], device: torch.device) -> None:
-        """Raise a ValueError on every process unless all have equal digests, named in the message; collective.
-
-        Args:
-            digests: Names and hexadecimal digests, with the same names on every process.
-            device: Device of the message.
-        """
+        """Raise a ValueError on every process unless all have equal digests, named in the message; collective."""
         own = torch.tensor([int(digest[:15], 16) for _, digest in digests], device=device)
         for rank, other in enumerate(all_gather(own, self.group).tolist()):
             if _FAILED in other:
@@ -144,11 +127,7 @@ class ClassParallel:
     def gather_sizes(self, batch_size: int, call: str, device: torch.device, draws: bytes = b"") -> list[int]:
         """Return the number of images of each process, on the host; collective.
 
-        Args:
-            batch_size: Number of images of this process.
-            call: Name of the method, with those of its arguments that must be equal on all processes.
-            device: Device of the message.
-            draws: What the next draw depends on, if the method draws.
+        `call` is the name of the method and all arguments that must be equal; `draws` is what the next draw depends on.
 
         Raises:
             PeerError: On every process, if one process reports an error.

@@ -11,15 +11,10 @@ from torch import Tensor
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Gather rows [b, …] of each process to [B, …] in the order of ranks; collective.
+    """Gather rows [b, …] of each process, `sizes` of them, to [B, …] in the order of ranks; collective.
 
     Processes with fewer rows pad them, and the padding is dropped. In backward, gradients of all processes are summed
     by a reduce-scatter, at least in fp32: the result is the gradient of the sum of the losses of all processes.
-
-    Args:
-        rows: [b, …] of this process.
-        sizes: b of each process.
-        group: The processes.
     """
     return _GatherRows.apply(rows, list(sizes), group)
 

@@ -22,12 +22,6 @@ def all_reduce_gradients(clip: SkipCLIP) -> None:
     Call it on every process between `backward` and the optimizer's step, unless `DistributedDataParallel` does this.
     With gradient accumulation, call it once, after the last backward. The mean is summed at least in fp32. A parameter
     without gradient on this process counts as zero.
-
-    Args:
-        clip: SkipCLIP with a `process_group`.
-
-    Raises:
-        ValueError: If `clip` has no `process_group`.
     """
     group = clip.process_group
     if group is None:

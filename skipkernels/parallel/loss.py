@@ -32,14 +32,8 @@ def sharded_cross_entropy(
     This is the loss of `functional.class_sampled_ce`. Sums over processes are in the order of ranks, so that every
     process has the same loss to the bit. Gradients are W times the share of this process, see `gather_shares`.
 
-    Args:
-        image: [B, D] image embeddings of all processes.
-        text: [K_r, D] text embeddings of the selected classes of this process; any one row if K_r = 0.
-        selection: These classes, and the labels.
-        logit_scale: Factor of the cosines.
-        group: The processes.
-        class_weight: [K] weights w of all selected classes; by default 1.
-        label_smoothing: ε.
+    `image` [B, D] are those of all processes; `text` [K_r, D] those of the selected classes of this process, any one
+    row if K_r = 0; `class_weight` w is [K].
     """
     none = selection.class_ids if len(selection.class_ids) == 0 else None
     shares = list(functional.class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=none))
@@ -70,19 +64,10 @@ def replicated_cross_entropy(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean cross-entropy [] of the images of all processes, each with the embeddings of all classes; collective.
+    """The loss of `sharded_cross_entropy`, from one message of one number; each process has all embeddings; collective.
 
-    The result equals that of `sharded_cross_entropy`; the only message is one number from each process.
-
-    Args:
-        image: [b, D] image embeddings of this process; b may be 0.
-        text: [K, D] text embeddings of all selected classes.
-        targets: [b] int64, positions of the labels in `text`.
-        logit_scale: Factor of the cosines.
-        group: The processes.
-        total: Divisor of the mean: number of images of all processes, or sum of the weights of their labels.
-        class_weight: [K] weights of the classes; by default 1.
-        label_smoothing: ε.
+    `image` [b, D] are those of this process, b may be 0; `text` [K, D] of all selected classes; `targets` [b] positions
+    in `text`; `total` is the divisor of the mean: all images, or the sum of the weights of their labels.
     """
     if len(image) == 0:
         share = (image.sum() + text[:0].sum()) * logit_scale
@@ -104,15 +89,9 @@ def sharded_contrastive_loss(
 ) -> Tensor:
     """Symmetric contrastive loss [] of the pairs of all processes, see `functional.contrastive_loss`; collective.
 
-    From images to texts it is a cross-entropy over texts that are shared out, and from texts to images each process has
-    the gathered images: no text embedding is sent.
-
-    Args:
-        image: [B, D] image embeddings of all processes.
-        text: [n, D] text embeddings of the captions that this process encodes; any one row if n = 0.
-        own: [n] int64, numbers of their pairs, ascending.
-        logit_scale: Factor of the cosines.
-        group: The processes.
+    `image` [B, D] are those of all processes; `text` [n, D] the captions that this process encodes, of the pairs `own`
+    [n], ascending; any one row if n = 0. Images to texts is a cross-entropy over texts that are shared out. Texts to
+    images needs no message of text embeddings, since each process has the gathered images.
     """
     pairs, labels = torch.arange(len(image), device=image.device), own.new_full((len(image),), -1)
     labels[own] = torch.arange(len(own), device=image.device)
@@ -130,14 +109,8 @@ def sharded_sigmoid_loss(
 ) -> Tensor:
     """Mean binary cross-entropy [] of images and classes; each process has a part of the pairs; collective.
 
-    Args:
-        image: [b, D] image embeddings.
-        text: [k, D] text embeddings; any one row if k = 0.
-        targets: [b, k] bool, the labels.
-        bias: Added to the logits.
-        scale: Factor of the cosines.
-        elements: Number of pairs of an image and a class, of all processes.
-        group: The processes.
+    `image` [b, D]; `text` [k, D], any one row if k = 0; `targets` bool [b, k]; `elements` is the number of pairs of all
+    processes.
     """
     if targets.numel() == 0:
         share = (image[:0].sum() + text[:0].sum()) * scale + 0.0 * bias
