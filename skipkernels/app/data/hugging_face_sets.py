@@ -27,6 +27,7 @@ from .splits import CAPTIONS, LABEL_NAMES, SPLIT_NAMES, labels_by_name, listed_s
 from .templates import Templates
 
 _OPTIONS = ("image", "label", "config", "revision")
+_TYPES = ("Image", "ClassLabel")
 _DISK = ("dataset_dict.json", "dataset_info.json", "state.json")  # files of `save_to_disk`
 
 
@@ -74,28 +75,39 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
         InputError: If the dataset can't be loaded, or its columns are not clear.
     """
     where, _, query = spec.partition("?")
-    name, options = f"hf:{where}", _options(spec, query)
-    parts, notes, folders = _load(name, where, options)
+    name, options = f"hf:{where}", dict(parse_qsl(query, keep_blank_values=True))
+    if not where:
+        raise open_error("hf: needs a folder or a name, such as hf:food101.")
+    if not options.keys() <= set(_OPTIONS):
+        raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
+    parts, folders = _load(name, where, options)
     features = next(iter(parts.values())).features
-    column = _column(name, features, options, "image", [each for each in features if _is(features[each], "Image")])
-    typed = [each for each in features if _is(features[each], "ClassLabel")]
-    named = [each for each in features if each.lower() in LABEL_NAMES and each != column]
-    named.sort(key=lambda each: LABEL_NAMES.index(each.lower()))
-    of_class = _column(name, features, options, "label", typed or named[:1])
+    typed = {kind: [each for each in features if type(features[each]).__name__ == kind] for kind in _TYPES}
+    column = _column(name, features, options, "image", typed["Image"])
+    named = sorted(
+        (each for each in features if each.lower() in LABEL_NAMES and each != column),
+        key=lambda each: LABEL_NAMES.index(each.lower()),
+    )
+    of_class = _column(name, features, options, "label", typed["ClassLabel"] or named[:1])
     values: list[Any] = []
-    splits: list[Split] = []
-    rows: list[tuple[Split, Any]] = []
-    for split, part in parts.items():
+    rows: dict[Split, Any] = {}
+    notes: list[str] = []
+    for key, part in parts.items():
+        split = SPLIT_NAMES.get(key.lower())
+        if split is None or split in rows:
+            notes.append(f"{name}: the split {key} is not used.")
+            continue
         found = list(part[of_class])
         if any(value is None or value == -1 for value in found):
             if split == "train":
                 raise open_error(f"{name}: a training image has no {of_class}. Remove it.")
-            notes.append(f"{name}: {split} has images without a label, so it is not used.")
+            notes.append(f"{name}: {key} has images without a label, so it is not used.")
             continue
         values += found
-        splits += [split] * len(found)
-        rows.append((split, part))
-    if _is(features[of_class], "ClassLabel"):
+        rows[split] = part
+    if not rows:
+        raise open_error(f"{name}: has the splits {format_names(list(parts))}, and none of train and test with labels.")
+    if of_class in typed["ClassLabel"]:
         ids = list(features[of_class].names)
         classes = normalize_class_names(f"open_source: {name}", "data", "class", ids, ids, "use another label=…")
         labels = list(map(int, values))
@@ -106,90 +118,53 @@ def open_hugging_face(spec: str, templates: Templates = None) -> SplitSource:
         labels, classes = labels_by_name(name, of_class, list(map(str, values)), "use another label=…")
         if templates is None and of_class.lower() in CAPTIONS:
             templates = "{}"
-    datasets, names, start = [], [], 0
-    for split, part in rows:
+    datasets: list[RowDataset] = []
+    names: list[str] = []
+    splits: list[Split] = []
+    for split, part in rows.items():
+        own = labels[len(names) : len(names) + len(part)]
         try:
-            datasets.append(RowDataset(part, column, labels[start : start + len(part)], f"{name}, {split}", folders))
+            datasets.append(RowDataset(part, column, own, f"{name}, {split}", folders))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise open_error(f"{name}: {column} must be a column of images ({error}). Use image=….") from error
         names += [f"{split}/{index}" for index in range(len(part))]
-        start += len(part)
+        splits += [split] * len(part)
     images = DatasetImages(ConcatDataset(datasets), labels, names)
     return listed_source(
-        name,
-        images,
-        classes,
-        splits,
-        templates,
-        notes=notes,
-        how="no test split",
-        remedy="add a test split",
+        name, images, classes, splits, templates, notes=notes, how="no test split", remedy="add a test split"
     )
 
 
-def _options(spec: str, query: str) -> dict[str, str]:
-    try:
-        found = dict(parse_qsl(query, strict_parsing=True)) if query else {}
-    except ValueError:
-        found = {"": ""}
-    unknown = [each for each in found if each not in _OPTIONS]
-    if unknown:
-        raise open_error(f"hf:{spec}: options must be {', '.join(f'{each}=…' for each in _OPTIONS)}, joined by &.")
-    return found
-
-
-def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[Split, Any], list[str], list[Path]]:
-    """Return the dataset of each split, a note on splits that are not used, and the folders with its files."""
+def _load(name: str, where: str, options: Mapping[str, str]) -> tuple[dict[str, Any], list[Path]]:
+    """Return the dataset of each split, and the folders with its files."""
     try:
         import datasets
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError as error:
         raise open_error(f"{name} needs the package datasets: pip install 'skipkernels[datasets]'.") from error
-    if not where:
-        raise open_error("hf: needs a folder or a name, such as hf:food101.")
     folder = absolute_path(where)
+    on_disk = any((folder / file).is_file() for file in _DISK)
+    if not on_disk and (folder.exists() or Path(where).is_absolute()):
+        raise open_error(f"{name}: must be a folder that save_to_disk wrote, with {' or '.join(_DISK[:2])}.")
     try:
-        if any((folder / file).is_file() for file in _DISK):
+        if on_disk:
             loaded: Any = datasets.load_from_disk(str(folder))
-        elif folder.exists() or Path(where).is_absolute():
-            raise open_error(f"{name}: must be a folder that save_to_disk wrote, with {' or '.join(_DISK[:2])}.")
         else:
             loaded = datasets.load_dataset(where, options.get("config"), revision=options.get("revision"))
-    except InputError:
-        raise
     except Exception as error:  # any error of the network, the hub, or a format
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise open_error(f"{name}: can't be loaded ({why}). Is the name correct, and the network available?") from error
-    folders = [folder] if folder.exists() else [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
-    if not isinstance(loaded, Mapping):
-        return {"train": loaded}, [], folders
-    found: dict[Split, Any] = {}
-    unused = []
-    for split, part in loaded.items():
-        key = SPLIT_NAMES.get(str(split).lower())
-        if key is not None and key not in found:
-            found[key] = part
-        else:
-            unused.append(str(split))
-    if not found:
-        raise open_error(f"{name}: has the splits {format_names(list(map(str, loaded)))}, and none of train and test.")
-    return found, [f"{name}: splits that are not used: {format_names(unused)}."] if unused else [], folders
-
-
-def _is(feature: Any, kind: str) -> bool:
-    return type(feature).__name__ == kind
+    folders = [folder] if on_disk else [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
+    return dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}, folders
 
 
 def _column(name: str, features: Any, options: Mapping[str, str], kind: str, candidates: list[str]) -> str:
     """Return the column that the options name, or the only candidate."""
     given = options.get(kind)
-    if given is not None and given in features:
-        return given
-    if given is None and len(candidates) == 1:
-        return candidates[0]
-    got = "none" if not candidates else " and ".join(candidates)
-    if given is not None:
-        got = given
+    found = candidates if given is None else [given]
+    if len(found) == 1 and found[0] in features:
+        return found[0]
     raise open_error(
-        f"{name}: which column has the {kind}s? The columns are {', '.join(features)}; got {got}. Add ?{kind}=NAME."
+        f"{name}: which column has the {kind}s? The columns are {', '.join(features)}; got "
+        f"{' and '.join(found) or 'none'}. Add ?{kind}=NAME."
     )

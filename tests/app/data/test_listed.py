@@ -274,7 +274,7 @@ def test_hf_folder(hub, tmp_path):
     source = open_source(f"hf:{tmp_path / 'set'}")
     assert source.classes == tuple(CLASSES)
     assert [len(source.images(split)) for split in ("train", "val", "test")] == [12, 3, 6]
-    assert "splits that are not used: unlabelled." in source.notes[0]
+    assert "the split unlabelled is not used." in source.notes[0]
     test = source.images("test")
     assert [label for _, label in test] == [0, 0, 1, 1, 2, 2] and class_of(test[5][0]) == 2
     assert test[2][0].mode == "RGB", "a grey image"
@@ -330,6 +330,7 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
     assert "needs a folder or a name" in fails("hf:")
 
     def unreachable(*args, **named):
+        assert (args, named) == (("someone/set", "small"), {"revision": None}), "no code of the dataset is trusted"
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(hub, "load_dataset", unreachable)
