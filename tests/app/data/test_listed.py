@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from skipkernels.app.data import InputError, few_shot, load_task, open_source
+from skipkernels.app.data.check import unreadable_images
 from skipkernels.app.data.shots import hold_out
 from skipkernels.app.demo.glyphs import open_glyphs
 from skipkernels.features.dataset_key import dataset_key
@@ -227,11 +228,17 @@ def test_wds_refuses_samples(tmp_path, files, message):
 def test_wds_refuses_shards(tmp_path):
     write_tar(tmp_path / "a.tar", samples("txt"))
     whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
-    assert "unexpected end of data" in fails(f"wds:{tmp_path / 'cut.tar'}", None)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        entry = archive.getmembers()[-9]  # the first image of the last three samples
+    start = entry.offset
+    damaged = [whole[: start + more] for more in (-512, -1, 0, 1, 511, 512, 513, 1024)]
+    for content in [*damaged, whole[:start] + b"x" + whole[start + 1 :]]:
+        (tmp_path / "cut.tar").write_bytes(content)
+        assert "unexpected end of data" in fails(f"wds:{tmp_path / 'cut.tar'}", None)
     write_tar(tmp_path / "a.tar.gz", samples("txt"), "w:gz")
     assert "as an uncompressed tar file" in fails(f"wds:{tmp_path / 'a.tar.gz'}", None)
-    assert "no file" in fails(f"wds:{tmp_path}/{{0..3}}.tar") and "Download" in fails("wds:https://host/{0..3}.tar")
+    assert f"no file {tmp_path}/0.tar on this machine" in fails(f"wds:{tmp_path}/{{0..{10**12}}}.tar")
+    assert "download the shard" in fails("wds:https://host/{0..3}.tar")
     (tmp_path / "empty").mkdir()
     assert "no .tar files" in fails(f"wds:{tmp_path / 'empty'}")
     write_tar(tmp_path / "cls.tar", samples("cls"))
@@ -337,6 +344,31 @@ def test_hf_refuses(hub, tmp_path, monkeypatch):
     assert "hf:someone/set: can't be loaded (ConnectionError: no route)" in fails("hf:someone/set?config=small")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'skipkernels[datasets]'" in fails("hf:someone/set")
+
+
+@pytest.mark.parametrize("kind", ["wds", "hf"])
+def test_listed_photos_upright_and_all_unreadable_named(tmp_path, kind):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (5, 4)).save(buffer, "jpeg", exif=exif)
+    contents = [buffer.getvalue(), b"no image", buffer.getvalue()[:200], buffer.getvalue()] * 2
+    labels = [0] * 4 + [1] * 4
+    if kind == "wds":
+        data = f"wds:{tmp_path / 'a.tar'}"
+        files = {f"{n}.jpg": content for n, content in enumerate(contents)}
+        write_tar(tmp_path / "a.tar", files | {f"{n}.txt": CLASSES[label].encode() for n, label in enumerate(labels)})
+    else:
+        hub = pytest.importorskip("datasets")
+        data = f"hf:{tmp_path / 'set'}"
+        features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=CLASSES[:2])})
+        images = [{"bytes": content, "path": None} for content in contents]
+        hub.Dataset.from_dict({"image": images, "label": labels}, features=features).save_to_disk(tmp_path / "set")
+    task = task_of(data, shots="all", validation="auto")
+    parts = (task.train, task.validation.images, task.tests[0].images)
+    reasons = unreadable_images(task)
+    assert len(reasons) == 4 and all(len(reason.splitlines()) == 1 for reason in reasons.values())
+    sizes = [part[i][0].size for part in parts for i, name in enumerate(part.names) if name not in reasons]
+    assert sizes == [(4, 5)] * 4
 
 
 # ---- validation --------------------------------------------------------------------------------------------------
