@@ -85,8 +85,9 @@ def suffixes(
     def without_self(rows: Tensor) -> Tensor:
         """Attention [K, W] of rows over those in front of them: the query is computed at the row in front of it."""
         width = packed.shape[1] // 3
-        query, key_value = packed.split([width, 2 * width], dim=1)
-        shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))
+        query, key_value = packed.split([width, 2 * width], dim=1)  # [R, W], [R, 2W]
+        # The query of row r takes the place of that of row r − 1, which attends to itself and not to row r.
+        shifted = query.index_copy(0, rows - 1, query.index_select(0, rows))  # [R, W]
         return attend(torch.cat([shifted, key_value], dim=1)).index_select(0, rows - 1)
 
     if rows is not None:

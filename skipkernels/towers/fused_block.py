@@ -198,11 +198,14 @@ def _attention(settings: BlockSettings, projected: Sequence[Tensor], record: boo
 def _forward(
     settings: BlockSettings, inputs: Hidden, query_rows: Tensor | None, weights: BlockWeights, record: bool
 ) -> _Forward:
+    # Q rows with `query_rows`, else Q = R; M is the width of the MLP.
+    # 1. hidden = stream + branch, and LN₁: [R, W]
     norm_1 = weights.norm_1, weights.norm_1_bias, settings.eps[0], settings.dtype
     hidden, normed, *statistics_1 = add_layer_norm(*inputs, *norm_1)
     if inputs.branch is None:
         hidden = inputs.stream
-    residual = hidden if query_rows is None else hidden.index_select(0, query_rows)
+    residual = hidden if query_rows is None else hidden.index_select(0, query_rows)  # [Q, W]
+    # 2. Projections: [R, 3W], or query [Q, W] and key_value [R, 2W]
     if query_rows is None or not settings.separate_queries:
         projected: tuple[Tensor, ...] = (F.linear(normed, weights.in_proj, weights.in_proj_bias),)
     else:
@@ -211,14 +214,17 @@ def _forward(
         projected = query, F.linear(normed, weights.in_proj[W:], weights.in_proj_bias[W:])
         del query
     del normed
+    # 3. Attention, with its own graph if recorded: [Q, W]
     attention = _attention(settings, projected, record)
     del projected
     branch = F.linear(attention.result.detach(), weights.out_proj, weights.out_proj_bias)
     recorded = attention if record else None
     del attention
+    # 4. mid = residual + branch, and LN₂: [Q, W]
     norm_2 = weights.norm_2, weights.norm_2_bias, settings.eps[1], settings.dtype
     mid, normed, *statistics_2 = add_layer_norm(residual, branch, *norm_2)
     del branch
+    # 5. MLP: [Q, W] @ [W, M] -> [Q, M], activation, [Q, M] @ [M, W] -> [Q, W]
     inner = normed @ weights.fc.T
     del normed
     saved = _Saved(mid, inner, *statistics_1, *statistics_2) if record else None
@@ -264,6 +270,7 @@ class _FusedBlock(torch.autograd.Function):
         updates = [(name, LowRankFactors(part, scale, down, up)) for (name, part, scale), down, up in pairs]
         d_factors: list[Tensor] = [x.new_empty(0) for x in factors]
         attention, ctx.attention = ctx.attention, None  # frees its graph; a second backward records another
+        # 1. The forward pass: saved, or repeated from the inputs
         with without_autocast(hidden.device):
             weights = _cast(settings, flat, casts)
             recorded: tuple[_Attention | None, _Saved | None]
@@ -271,11 +278,13 @@ class _FusedBlock(torch.autograd.Function):
                 recorded = attention or _attention(settings, projected, record=True), _Saved(*saved)
             else:
                 recorded = _forward(settings, Hidden(hidden), query_rows, weights, record=True)[2:]
+            # 2. Gradients, by the name of the weight
             needs = BlockWeights(*_join_qkv(needed, any))
             d_hidden, gradients = _backward(
                 settings, (d_mid, d_branch), hidden, query_rows, weights, *recorded, needs_hidden, needs,
                 _dtype(flat), updates, d_factors,
             )  # fmt: skip
+        # 3. In the order of the arguments; those of joined projections [3W, …] are cut into query, key and value
         d_flat: list[Tensor | None] = [gradients.get(name) for name in BlockWeights._fields]
         if len(flat) > len(d_flat):
             qkv = ([None] * 3 if x is None else x.chunk(3) for x in d_flat[2:4])
@@ -441,7 +450,8 @@ def _backward(
                 d_factors[2 * index] = _product(d_thin.T, inputs, down.dtype)
                 d_factors[2 * index + 1] = _product(d_part.T, thin, up.dtype)
 
-    # MLP
+    # Shapes as in `_forward`: Q rows behind the projections, R before them.
+    # 1. MLP: d_branch [Q, W] @ W_p [W, M] -> [Q, M]; recomputes act(…) [Q, M] and gives d_inner [Q, M]
     d_inner, d_fc_bias, active, partial = mlp_activation_backward(
         d_branch @ weights.proj, inner, weights.fc_bias, KINDS.index(settings.activation),
         True, needs.fc_bias, "proj" in needed, sums.partial,
@@ -449,6 +459,7 @@ def _backward(
     sums.add(partial, fc_bias=d_fc_bias)
     add_weight("proj", d_branch, active)
     del active
+    # 2. LN₂: d_inner [Q, M] @ W_fc [M, W] -> [Q, W]; recomputes the norm, and gives d_mid = d_stream + …
     d_norm = Gradients(
         *add_layer_norm_backward(
             d_inner @ weights.fc, d_stream, mid, mean_2, rstd_2, weights.norm_2,
@@ -463,11 +474,12 @@ def _backward(
     sums.add(d_norm.sums, **sums_2)
     add_weight("fc", d_inner, d_norm.normed)
     del d_inner, d_norm
-    # Attention
+    # 3. Output projection: d_W_o = upstream.T [W, Q] @ result [Q, W]
     add_weight("out_proj", upstream, attention.result.detach())
     if not needs_hidden and not any(needs[:4]) and "in_proj" not in updated:
         sums.finish()
         return d_hidden, gradients
+    # 4. Attention by autograd: [Q, W] -> ([R, 3W],), or ([Q, W], [R, 2W]) with separate queries
     d_projected = torch.autograd.grad(attention.result, attention.projected, upstream @ weights.out_proj)
     del upstream
 
@@ -488,6 +500,7 @@ def _backward(
             add_factors("in_proj", d_projected[0], inputs.index_select(0, query_rows))
         add_factors("in_proj", d_projected[-1], inputs, first=len(d_projected) - 1)
 
+    # 5. Biases [3W]; also the rest if no gradient of hidden is needed, as in the first block above the cut
     if needs.in_proj_bias or (not needs_hidden and any(needs[:4])):
         sums.add_columns("in_proj_bias", d_projected)
     if not needs_hidden and "in_proj" in updated:
@@ -500,6 +513,7 @@ def _backward(
         # The first block above the cut needs no gradient of its tokens. Since LN₁(hidden) = x̂ · γ + β, the gradients of
         # γ and β follow from that of the projection's weights, which saves a product as large as the projection.
         sums.finish()
+        # unit is x̂ [R, W]; unit_gradient [3W, W] = d_projected.T @ x̂; d_bias [3W]
         _, unit, *_ = add_layer_norm(hidden, None, None, None, settings.eps[0], settings.dtype)
         wide = mean_1.dtype
         unit_gradient, d_bias = in_proj_gradient(unit).to(wide), gradients["in_proj_bias"].to(wide)
@@ -509,11 +523,13 @@ def _backward(
             d_bias[:, None] * weights.norm_1_bias.to(wide), unit_gradient, weights.norm_1.to(wide)
         )
         return d_hidden, gradients
+    # 6. Input projections: [R, 3W] @ [3W, W] -> [R, W]; queries are added at their rows
     if len(d_projected) > 1:
         d_normed = d_projected[1] @ weights.in_proj[W:]
         d_normed.index_add_(0, query_rows, d_projected[0] @ weights.in_proj[:W])
     else:
         d_normed = d_projected[0] @ weights.in_proj
+    # 7. LN₁: [R, W] -> d_hidden [R, W], with the gradient of the residual, d_mid, at its rows
     d_norm = Gradients(
         *add_layer_norm_backward(
             d_normed, d_mid if query_rows is None else None, hidden, mean_1, rstd_1, weights.norm_1,
@@ -529,6 +545,7 @@ def _backward(
     else:
         d_rows = d_norm.d_x.index_add_(0, query_rows, d_mid)
         d_hidden = d_rows, d_rows.to(settings.dtype)
+    # 8. Weights of the projections: [3W, R] @ [R, W] -> [3W, W]
     if needs.in_proj:
         gradients["in_proj"] = in_proj_gradient(d_norm.normed)
     if "in_proj" in updated:

@@ -121,7 +121,7 @@ class TextTower(Tower):
 
     def _run_whole_prompts(self, rows: Tensor, selected: SelectedPrompts) -> Tensor:
         """Run every block over whole prompts; return hidden states [K, W] of the pooled tokens."""
-        features = selected.unpack(rows)
+        features = selected.unpack(rows)  # [K, L, W]
         mask = self.mask(self.tokens[selected.class_ids])
         depth, save_inputs_only = len(self.blocks), self.saves_inputs_only(features)
         pools = self.skip < depth and self.current_reductions()["pooled_last_block"].enabled
@@ -133,6 +133,7 @@ class TextTower(Tower):
         if mask is not None:
             n, length, _ = features.shape
             positions = self.pooled[selected.class_ids]
+            # The row of the mask at each pooled token: [1 or K, 1, L, L] -> [K, L]
             mask = mask.expand(n, 1, length, length)[torch.arange(n, device=rows.device), 0, positions]
         attention_fn = partial(attention.pooled, mask=mask)
         pooled = self._run_fused_block(
