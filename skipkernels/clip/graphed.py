@@ -141,10 +141,12 @@ class GraphedStep:
 
     def _run(self, x: Tensor, labels: Tensor, key: Any) -> SkipOutput:
         """Run a step with reserved ranks: by a replay of the graph of `key`, if there is one or it is time for one."""
+        # 1. Drop the graphs after a change that they would not follow.
         captured = self._captured.get(key)
         if captured is not None and not captured.frozen.is_unchanged():
             self.reset()
             captured = None
+        # 2. Without a graph, run eagerly; after WARMUP such steps of `batch_size` images, capture one.
         if captured is None:
             self._check_optimizer()
             ready = len(x) == self._batch_size and self._warm.get(key, 0) >= WARMUP
@@ -152,6 +154,7 @@ class GraphedStep:
                 self._warm[key] = self._warm.get(key, 0) + 1
                 return self._on_stream(x, labels)
             captured = self._captured[key] = self._capture(x, labels)
+        # 3. Copy the batch and changed learning rates to the addresses that the graph reads, and replay it.
         captured.x.copy_(x, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
         self._copy_rates()
@@ -185,6 +188,7 @@ class GraphedStep:
         with torch.cuda.stream(self._stream), self._rates_on_device():
             out = self._update(self._forward(x, labels))
         current.wait_stream(self._stream)
+        # Otherwise the allocator could reuse the memory of the result while the caller's stream reads it.
         for tensor in out:
             if tensor is not None:  # logits
                 tensor.record_stream(current)
@@ -323,8 +327,8 @@ class _Frozen:
         ]
         beside = clip.prototypes, clip.class_weight, *texts, table.rows, table.counter
         return [
-            list(map(id, beside)),
-            [None if x is None else x.data_ptr() for x in beside],
+            list(map(id, beside)),  # replaced tensors
+            [None if x is None else x.data_ptr() for x in beside],  # moved tensors
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(attrgetter("requires_grad"), self._parameters)),
             list(map(attrgetter("training"), self._modules)),

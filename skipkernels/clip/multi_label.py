@@ -30,18 +30,18 @@ def sigmoid_loss(
         return _sharded_step(clip, clip._parallel, x, labels, max_labels, logit_bias)
     _check(clip, x, labels, max_labels)
     bias = _bias(clip, logit_bias)
-    labels = labels != 0
+    labels = labels != 0  # [B, C]
     if clip.training:
-        image = clip._image_encoder.encode(x)
-        class_ids = _select(clip, image, labels, max_labels)
-        text = clip._text_encoder.encode(class_ids)
+        image = clip._image_encoder.encode(x)  # [B, D]
+        class_ids = _select(clip, image, labels, max_labels)  # [K]
+        text = clip._text_encoder.encode(class_ids)  # [K, D]
     else:
         image = clip._image_encoder.encode(x)
         class_ids = torch.arange(clip._num_classes, device=image.device)
         text = clip._embeddings_of_all(image)
     logits = functional.class_sampled_logits(image, text, clip.model.logit_scale.exp())
     logits = logits + bias
-    targets = labels.index_select(1, class_ids)
+    targets = labels.index_select(1, class_ids)  # [B, K]
     return SkipOutput(F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype)), logits, class_ids, targets)
 
 
@@ -54,15 +54,18 @@ def _sharded_step(
         _check(clip, x, labels, max_labels)
         bias = _bias(clip, logit_bias)
         own_image = clip._image_encoder.encode(x)[:images]
-    labels, group = labels[:images] != 0, parallel.group
+    labels, group = labels[:images] != 0, parallel.group  # [b, C]
+    # 1. The image embeddings of all processes, [B, D]
     sizes, _ = sizes_of(parallel, images, f"sigmoid_loss with max_labels={max_labels}", x.device, clip.sampler)
     image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, group)
+    # 2. The same selection on every process: labels of any image score +∞
     with torch.no_grad():
-        is_label = labels.any(dim=0).byte()
+        is_label = labels.any(dim=0).byte()  # [C]
         dist.all_reduce(is_label, dist.ReduceOp.MAX, group=group)
         ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(image) * max_labels)
         scores = parallel.gather_classes(clip._scores(image))
-        class_ids = classes_at_ranks(scores.masked_fill(is_label.bool(), math.inf), ranks)
+        class_ids = classes_at_ranks(scores.masked_fill(is_label.bool(), math.inf), ranks)  # [K]
+    # 3. Loss of own images with all K classes, or of all images with the own K_r classes
     scale, elements, own_targets = clip.model.logit_scale.exp(), len(image) * len(class_ids), labels[:, class_ids]
     if parallel.replicated:
         image, targets, text = own_image, own_targets, clip._text_encoder.encode(class_ids)

@@ -37,11 +37,14 @@ def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, retur
         # Images take most memory: encode them before the first message, which reports errors to all processes.
         own_image = clip._image_encoder.encode(x)[:images]
     sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler)
-    labels = gather_rows(labels[:images], sizes, parallel.group)
+    # 1. All labels and image embeddings. Replicated texts need the latter for the scores only, without gradient.
+    labels = gather_rows(labels[:images], sizes, parallel.group)  # [B]
     image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, parallel.group)
+    # 2. The same selection on every process, from the scores [C/W] of each
     ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(labels))
     selection = select_ranks(parallel.gather_classes(clip._scores(image)), labels, ranks)
-    class_ids, targets = selection
+    class_ids, targets = selection  # [K], [B]
+    # 3. Texts and loss: own images with all K classes, or all images with the own K_r classes
     scale, group = clip.model.logit_scale.exp(), parallel.group
     weight, smoothing = None if clip.class_weight is None else clip.class_weight[class_ids], clip.label_smoothing
     if parallel.replicated:

@@ -101,15 +101,15 @@ class Training(SkipCLIPBase):
         return_logits: bool = False,
     ) -> SkipOutput:
         """Run a training step with the ranks of `draw_on`(device, C, B). With `sampler.take`, no host value enters."""
-        image = self._image_encoder.encode(x)
+        image = self._image_encoder.encode(x)  # [B, D]
         scale = self.model.logit_scale.exp()
         classes = len(self.prototypes)
-        try:
+        try:  # [K], [B]
             class_ids, targets = self._select(image, labels, draw_on(image.device, classes, len(labels)))
         except ValueError:
             check_label_range(labels, classes)  # with a message that names SkipCLIP
             raise
-        text = self._text_encoder.encode(class_ids)
+        text = self._text_encoder.encode(class_ids)  # [K, D]
         weight = None if self.class_weight is None else self.class_weight.index_select(0, class_ids)
         loss = self._loss(image, text, targets, scale, weight)
         logits = functional.class_sampled_logits(image, text, scale) if return_logits else None

@@ -56,6 +56,7 @@ class BatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         together = self.batch_size * self.world_size
         short = len(self.labels) % together
+        # A last batch with fewer images than processes is merged into the one before, see `_merge_short`.
         return len(self.labels) // together + (short >= self.world_size or len(self.labels) == short)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -108,18 +109,22 @@ class BatchSampler(Sampler[list[int]]):
         size = self.batch_size * self.world_size
         if self.kind == "sequential":
             return self._merge_short(list(torch.arange(len(self.labels)).split(size)))
-        order = torch.randperm(len(self.labels), generator=self.generator)
+        # 1. Draw the order of the n images.
+        order = torch.randperm(len(self.labels), generator=self.generator)  # [n]
         if self.kind == "random":
             return self._merge_short(list(order.split(size)))
+        # 2. Group it by class, each class in the drawn order, and cut classes into batches of `size` and a remainder.
         whole: list[Tensor] = []
         remainders: list[Tensor] = []
         _, counts = self.labels.unique(return_counts=True)
-        by_class = order[self.labels[order].argsort(stable=True)].split(counts.tolist())
+        by_class = order[self.labels[order].argsort(stable=True)].split(counts.tolist())  # one [images] per class
         for batch in (batch for of_class in by_class for batch in of_class.split(size)):
             (whole if len(batch) == size else remainders).append(batch)
+        # 3. Shuffle the remainders of all classes together, into mixed batches.
         if remainders:
             mixed = torch.cat(remainders)
             whole += mixed[torch.randperm(len(mixed), generator=self.generator)].split(size)
+        # 4. Shuffle the batches.
         whole = self._merge_short(whole)
         return [whole[position] for position in torch.randperm(len(whole), generator=self.generator).tolist()]
 

@@ -158,7 +158,7 @@ class ClassParallel:
     def gather_classes(self, own: Tensor) -> Tensor:
         """Gather rows [C/W, …] of own classes to [C, …] in the order of classes, without autograd; collective."""
         with torch.no_grad():
-            by_rank = gather_rows(own, self.sizes, self.group)
+            by_rank = gather_rows(own, self.sizes, self.group)  # [C, …]: classes 0, W, 2W, …, then 1, W + 1, …
         whole = torch.empty_like(by_rank)
         for rank, rows in enumerate(by_rank.split(self.sizes)):
             whole[rank :: self.size] = rows
@@ -173,10 +173,10 @@ class ClassParallel:
 
     def own_selection(self, selection: ClassSelection) -> OwnSelection:
         """Restrict a selection to the classes of this process; on a GPU their number needs a host sync."""
-        class_ids, targets = selection
-        owned = class_ids % self.size == self.rank
-        labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]
-        positions = owned.nonzero().flatten()
+        class_ids, targets = selection  # [K], [B]
+        owned = class_ids % self.size == self.rank  # [K]
+        labels = torch.where(owned, owned.cumsum(0) - 1, -1)[targets]  # [K] -> [B]
+        positions = owned.nonzero().flatten()  # [K_r]
         return OwnSelection(self.ids_of_held(class_ids[positions]), labels, positions, targets, len(class_ids))
 
     def ids_of_held(self, class_ids: Tensor) -> Tensor:

@@ -35,12 +35,14 @@ def sharded_cross_entropy(
     `image` [B, D] are those of all processes; `text` [K_r, D] those of the selected classes of this process, any one
     row if K_r = 0; `class_weight` w is [K].
     """
+    # 1. Own part: log-sum-exp and logit of the label of each image over the own classes, [B] each
     none = selection.class_ids if len(selection.class_ids) == 0 else None
     shares = list(functional.class_sampled_lse(image, text, selection.labels, logit_scale, class_ids=none))
     if label_smoothing > 0:
         every = image.new_ones(selection.kept) if class_weight is None else class_weight
         own_weight = every[selection.positions]
         shares.append(_weighted_logits(image, text[: len(own_weight)], own_weight, logit_scale))
+    # 2. Parts of all processes in the order of ranks; then the losses of all images, [B]
     lse, target, *smooth = gather_shares(torch.stack(shares), group).unbind(1)  # [W, B] each
     lse = lse.logsumexp(0)
     loss = lse - target.sum(0)
