@@ -1,56 +1,58 @@
-"""Progress bars of library code, on stderr; none if rich is not installed."""
+"""Progress bars of library code on stderr, if rich is installed. A stream that fails does not end the program."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+import io
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import IO, Any, cast
 
 from .formatting import escaped
 
 
-def message(text: str) -> None:
-    """Print a line on stderr; errors of the stream are ignored."""
-    try:
-        from . import console
-    except ImportError:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{escaped(text)}\n")
-    else:
-        console.stderr().print(text, soft_wrap=True)
+class Output:
+    """Text stream that discards everything after its first error, so that a closed terminal does not end a run.
 
-
-class NoProgress:
-    """Replacement of rich.progress.Progress without output, with the methods that library code uses."""
-
-    def __enter__(self) -> NoProgress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    start = stop = update = advance = reset = add_task = lambda self, *args, **how: 0
-
-    def track(self, values: Iterable[Any], total: float | None = None, *, description: str = "") -> Iterator[Any]:
-        """Yield the values."""
-        yield from values
-
-
-def progress(*columns: str, **how: Any) -> Any:
-    """Return a progress display on stderr, or a NoProgress if rich is not installed.
-
-    Args:
-        columns: Columns after the bar: names of column classes in rich.progress, or formats of text columns.
-        how: Options of rich.progress.Progress.
+    Attributes:
+        error: The first error, or None.
     """
-    try:
-        import rich.progress
-    except ImportError:
-        return NoProgress()
-    from . import console
 
-    parts = [
-        getattr(rich.progress, name)() if name.isidentifier() else rich.progress.TextColumn(name) for name in columns
-    ]
-    return console.progress(*parts, console=console.stderr(), **how)
+    def __init__(self, file: IO[str] | None):
+        self._file = io.StringIO() if file is None else file  # None: the descriptor was closed when Python started
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        """Write, unless an earlier write failed."""
+        self._try(self._file.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, unless an earlier write failed."""
+        self._try(self._file.flush)
+
+    def _try(self, call: Callable[..., Any], *arguments: str) -> None:
+        if self.error is None:
+            try:
+                call(*arguments)
+            except (OSError, ValueError) as error:  # ValueError: the stream is closed
+                self.error = error
+
+
+@contextlib.contextmanager
+def progress(title: object, total: int, *, shown: bool = True) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar on stderr; yield a function that advances it. Without rich it has no effect."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda count: None
+        return
+    console = Console(stderr=True)
+    console.file = cast(IO[str], Output(console.file))
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not shown) as bars:
+        yield partial(bars.advance, bars.add_task(escaped(title), total=total))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import _progress
-from ..formatting import decimal, escaped
 from ..parallel import PeerError
 from ..store import COMPUTED, DTYPES, Layout, Shard, ShardWriter, StoreError, Writer
 from ..store.shards import map_shard, path_of, quantise
@@ -134,19 +132,23 @@ def write_store(
     worker processes have started.
     """
     builders = builders or Builders()
-    with _worker_errors(), _Progress(folder, config, progress if builders.first else False) as shown:
+    title, shown = f"features → {folder}", progress is True and builders.first
+    bar = _progress.progress(title, len(config.dataset) * config.views, shown=shown)
+    with _worker_errors(), bar as advance_bar:
+        advance = progress if callable(progress) and builders.first else advance_bar
         layout = config.layout(encode)
         if not builders.first:
             layout, missing = builders.begin(layout, [])
-            shown.start(layout, missing)
-            _Build(ShardWriter(folder, layout), config, encode, builders, shown).write(missing, on_loading)
+            _Build(ShardWriter(folder, layout), config, encode, builders, advance).write(missing, on_loading)
             return
-        with Writer(folder, layout, resume=resume, overwrite=overwrite, on_bytes=shown.verified) as writer:
+        with Writer(folder, layout, resume=resume, overwrite=overwrite) as writer:
             layout, missing = writer.manifest.layout, writer.missing
             check_samples(layout, config.samples, folder)
             builders.begin(layout, missing)
-            shown.start(layout, missing)
-            build = _Build(writer, config, encode, builders, shown)
+            existing_images = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
+            if existing_images:
+                advance(existing_images)
+            build = _Build(writer, config, encode, builders, advance)
             for number, existing in enumerate(writer.manifest.shards):
                 if existing is not None:
                     build.check_labels(number, existing)
@@ -156,10 +158,17 @@ def write_store(
 class _Build:
     """Encoding and writing of the shards of this process; the first process also lists the shards of the others."""
 
-    def __init__(self, writer: Writer, config: BuildConfig, encode: Encoder, builders: Builders, shown: _Progress):
+    def __init__(
+        self,
+        writer: Writer,
+        config: BuildConfig,
+        encode: Encoder,
+        builders: Builders,
+        advance: Callable[[int], None],
+    ):
         self._writer, self._config, self._encode = writer, config, encode
         self._layout = writer.manifest.layout
-        self._builders, self._shown, self._labels = builders, shown, _LabelCheck(config)
+        self._builders, self._advance, self._labels = builders, advance, _LabelCheck(config)
 
     def check_labels(self, number: int, shard: Shard) -> None:
         """Check the labels of a shard that was written."""
@@ -206,7 +215,7 @@ class _Build:
         """Show the images of all processes, list the shards that others have written, and raise their errors."""
         images = sum(report.images for report in reports)
         if images:
-            self._shown.encoded(images)
+            self._advance(images)
         if self._builders.first:
             added = dict(report.written for report in reports if report.written is not None)
             for number, shard in added.items():
@@ -301,47 +310,3 @@ def _check_range(features: Tensor, layout: Layout, rows: list[int]) -> None:
             f"FeatureCache.build: the features of item {item} reach {largest[wrong]:.3g}, out of the range of "
             f"{layout.dtype}. {remedy}"
         )
-
-
-class _Progress(contextlib.AbstractContextManager):
-    """Progress bar with images, rate, bytes written and time left; or calls of a function."""
-
-    def __init__(self, folder: Path, config: BuildConfig, progress: Callable[[int], None] | bool):
-        columns = ("MofNCompleteColumn", "{task.fields[state]}", "TimeRemainingColumn")
-        self._call = progress if callable(progress) else None
-        self._bar = _progress.progress(*columns, disable=progress is not True)
-        self._images = len(config.dataset) * config.views
-        self._task = self._bar.add_task(f"features → {escaped(folder)}", total=self._images, state="")
-        self._started, self._count = time.perf_counter(), 0  # bytes verified; after `start`, images encoded
-        self._completed = 0  # images in existing shards, and encoded
-        self._layout: Layout | None = None
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def verified(self, count: int) -> None:
-        self._count += count
-        self._bar.update(self._task, state=f"checking, {decimal(self._count)}")
-
-    def start(self, layout: Layout, missing: list[int]) -> None:
-        """Start to count images, beginning with the number of images in existing shards."""
-        existing = layout.rows - sum(len(layout.rows_of(number)) for number in missing)
-        self._started, self._count, self._layout = time.perf_counter(), 0, layout
-        self._completed = existing
-        self._bar.reset(self._task, total=layout.rows, completed=existing)
-        if self._call is not None and existing:
-            self._call(existing)
-
-    def encoded(self, images: int) -> None:
-        self._count += images
-        if self._call is not None:
-            self._call(images)
-        assert self._layout is not None
-        rate = self._count / (time.perf_counter() - self._started)
-        self._completed += images
-        size = decimal(self._completed * self._layout.row_bytes)
-        self._bar.update(self._task, completed=self._completed, state=f"{rate:.1f} images/s, {size}")

@@ -170,9 +170,12 @@ def compile_all(
             return f"{kernels[number].function.fn.__name__} does not compile: {type(error).__name__}: {reason[-1]}"
         return CACHED if hits[-1] else ""
 
-    columns = "BarColumn", "MofNCompleteColumn", "TimeRemainingColumn"
-    with progress(*columns) as bar, in_processes(compile_numbered, len(kernels), processes) as results:
-        return list(bar.track(results, len(kernels), description=title))
+    found = []
+    with progress(title, len(kernels)) as advance, in_processes(compile_numbered, len(kernels), processes) as results:
+        for result in results:
+            found.append(result)
+            advance(1)
+    return found
 
 
 @contextlib.contextmanager

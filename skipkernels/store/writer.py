@@ -44,7 +44,6 @@ class Writer:
         layout: Layout of the store.
         resume: Keep existing shards without damage.
         overwrite: Replace any store in the folder.
-        on_bytes: Called with the bytes of existing shards that were read to verify them.
         on_wait: See `store.lock.locked`.
 
     Raises:
@@ -70,12 +69,11 @@ class Writer:
         *,
         resume: bool = False,
         overwrite: bool = False,
-        on_bytes: Callable[[int], None] = lambda count: None,
         on_wait: Callable[[str], None] | None = None,
     ):
         self.folder, self.layout = absolute_folder(folder), layout
         layout.check_manifest(self.folder)
-        self._resume, self._overwrite, self._on_bytes, self._on_wait = resume, overwrite, on_bytes, on_wait
+        self._resume, self._overwrite, self._on_wait = resume, overwrite, on_wait
         self._held, self._adding = contextlib.ExitStack(), threading.Lock()
         self.manifest = Manifest(layout, (None,) * layout.shards)
 
@@ -138,7 +136,7 @@ class Writer:
         manifest, _ = _read(self.folder)
         if manifest is None or not manifest.complete or manifest.layout.difference(self.layout) is not None:
             return False
-        if find_damage(self.folder, manifest, self._on_bytes):
+        if find_damage(self.folder, manifest):
             return False
         self.manifest, self.layout = manifest, manifest.layout
         return True
@@ -182,7 +180,7 @@ class Writer:
                 difference,
             )
         self.manifest, self.layout = manifest, manifest.layout  # its shard_rows may differ
-        for number, damage in find_damage(self.folder, manifest, self._on_bytes):
+        for number, damage in find_damage(self.folder, manifest):
             warnings.warn(f"{damage} It is rebuilt.", stacklevel=6)
             self.manifest = self.manifest.with_shard(number, None)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._progress import message, progress
+from .._progress import Output, progress
 from ..formatting import escaped
 from ..store import (
     COMPUTED,
@@ -61,8 +61,8 @@ class TextStore:
         try:
             with _store(folder, text.prompts.row_count, shape, hidden.dtype, self._fingerprint) as writer:
                 if writer.missing:
-                    with progress("TaskProgressColumn", "TimeRemainingColumn", transient=True) as bar:
-                        rows = _RowStream(_chunks(text, lower, chunk, writer, bar))
+                    with progress(f"texts → {folder}", len(text.tokens)) as advance:
+                        rows = _RowStream(_chunks(text, lower, chunk, writer, advance))
                         for number in writer.missing:
                             of_shard = writer.layout.rows_of(number)
                             writer.write(number, {"rows": rows.read(of_shard).unsqueeze(1)})
@@ -162,22 +162,23 @@ def _store(
 
 
 def _report_wait(held: str) -> None:
-    message(f"{held} Waiting for it.")
+    Output(sys.stderr).write(f"{escaped(held)} Waiting for it.\n")
 
 
-def _chunks(text: TextTower, lower: Lower, chunk: int, writer: Writer, bar: Any) -> Iterator[tuple[int, Tensor]]:
+def _chunks(
+    text: TextTower, lower: Lower, chunk: int, writer: Writer, advance: Callable[[float], None]
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first row, rows [n, W]) of each chunk of classes that a missing shard needs."""
     missing = [writer.layout.rows_of(number) for number in writer.missing]
     prompts = text.prompts
     ends = (prompts.starts + prompts.lengths).cpu()
-    task = bar.add_task(f"texts → {escaped(writer.folder)}", total=len(text.tokens))
     start = 0
     for ids in torch.arange(len(text.tokens)).split(chunk):
         end = int(ends[ids[-1]])
         if any(part.start < end and start < part.stop for part in missing):
             ids = ids.to(text.tokens.device)
             yield start, prompts.pack(lower(ids), ids)[prompts.prefix_length if start else 0 :].cpu()
-        bar.advance(task, len(ids))
+        advance(len(ids))
         start = end
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from safetensors.torch import save
 
 from skipkernels.store import MANIFEST, Manifest, Store, StoreError, Writer, erase, is_store, leftovers, prune, writer
 from skipkernels.store.lock import LOCK, OWNER, locked
-from skipkernels.store.shards import is_shard
+from skipkernels.store.shards import find_damage, is_shard
 from tests.store.stores import contents, fill, layout_of, truth_of, write_manifest
 
 SHARD = "00001.safetensors"
@@ -462,7 +463,8 @@ def test_resume_of_a_complete_store_takes_no_lock(folder, layout, monkeypatch):
     before, read = contents(folder), []
     (folder / LOCK).unlink()
     monkeypatch.setattr(writer, "locked", lambda *arguments, **options: pytest.fail("a lock was taken"))
-    with Writer(folder, layout, resume=True, on_bytes=read.append) as done:
+    monkeypatch.setattr(writer, "find_damage", partial(find_damage, on_bytes=read.append))
+    with Writer(folder, layout, resume=True) as done:
         assert done.missing == [] and done.manifest == Manifest.read(folder)
     assert sum(read) == Store(folder).bytes, "every byte was verified"
     assert contents(folder) == before and not (folder / LOCK).exists()

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 
 from .options import Run, Trust
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import (
     CacheOptions,
     ComputeOptions,
@@ -17,7 +18,6 @@ from skipkernels.app.option_groups import (
     RunOptions,
     SkipOptions,
 )
-from skipkernels.console import Terminal
 from skipkernels.options import CacheDtype, Precision
 
 from .interrupt import on_interrupt

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
+from skipkernels._progress import progress
 from skipkernels.app.config import TuneConfig
+from skipkernels.app.console import Terminal
 from skipkernels.app.data import InputError
 from skipkernels.app.train.run_folder import check_apart
 from skipkernels.app.train.setup import build_run
-from skipkernels.console import Terminal, escaped, plain, progress
 from skipkernels.store import MANIFEST, Manifest, Store, StoreError, is_store, leftovers, prune
 
 
@@ -104,17 +104,15 @@ def _described(folder: Path) -> dict[str, Any]:
 def verify(folders: list[Path], out: Terminal, err: Terminal) -> int:
     """Verify checksums, and print damaged parts. Returns 0, or 1 if a store is damaged."""
     damages: list[str] = []
-    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with progress(*columns, console=err) as bars:
-        for folder in folders:
-            try:
-                store = Store(folder)
-                bar = bars.add_task(escaped(folder), total=store.bytes)
-                damages += store.verify(partial(bars.advance, bar))
-            except StoreError as error:
-                damages.append(str(error))
+    for folder in folders:
+        try:
+            store = Store(folder)
+            with progress(f"{folder}, MB", store.bytes // 10**6) as advance:
+                damages += store.verify(lambda count: advance(count / 10**6))  # noqa: B023
+        except StoreError as error:
+            damages.append(str(error))
     for message in damages:
-        out.print(plain("damaged", style="red"), plain(message), soft_wrap=True)
+        out.print(Text("damaged", "red"), message, soft_wrap=True)
     intact = f"{len(folders)} stores, all complete and undamaged; stores that a build has not started are not counted"
     out.print(f"{len(folders)} stores, {len(damages)} damaged parts" if damages else intact, soft_wrap=True)
     return 1 if damages else 0

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from skipkernels.console import Terminal, plain, progress
+from skipkernels._progress import progress
+from skipkernels.app.console import Terminal
 from skipkernels.formatting import csv_line, escaped
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ class CheckCommand:
             check_file(self.out, "out")
         source = open_source(self.data, self.root)
         total = sum(len(source.images(split)) for split in ("train", "val", "test") if source.has_split(split))
-        with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
-            bar = bars.add_task("images", total=total)
-            images = facts(source, lambda: bars.advance(bar))
+        with progress("images", total) as advance:
+            images = facts(source, lambda: advance(1))
         for note in source.notes:
             err.print(f"note: {note}", soft_wrap=True)
         found = findings(images)
@@ -66,7 +65,7 @@ class CheckCommand:
             out.print(f"classes with fewer than {_FEW} training images: {counts}{rest}", soft_wrap=True)
         kinds = Counter(one.kind for one in found)
         for kind, count in kinds.items():
-            out.print(plain(f"{kind}: {count:,}", "bold"))
+            out.print(f"{kind}: {count:,}", style="bold")
             for one in [one for one in found if one.kind == kind][:_SHOWN]:
                 text = one.detail if kind == "unreadable" else f"{one.name} ({one.split}, {one.label}) = {one.detail}"
                 out.print(f"  {text}", soft_wrap=True)

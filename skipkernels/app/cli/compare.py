@@ -7,8 +7,8 @@ from functools import partial
 
 import tyro
 
+from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import MethodOptions
-from skipkernels.console import Terminal
 from skipkernels.options import Ablated
 
 from .interrupt import on_interrupt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 from skipkernels.options import Protocol
 
 from .options import Run, Trust

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,6 @@ class ModelsCommand:
         from rich.table import Column, Table
 
         from skipkernels.app.train.model import known_models
-        from skipkernels.console import plain
 
         wanted = self.filter.lower()
         found = {
@@ -38,24 +37,22 @@ class ModelsCommand:
             out.print_json(data=found)
             return 0 if found else 1
         if not found:
-            err.print(plain(f"no model or weights with {self.filter!r} in the name"))
+            err.print(f"no model or weights with {self.filter!r} in the name")
             return 1
         if out.is_terminal:
             heads = (Column("model", no_wrap=True), "image tower", "text tower", "activation")
             table = Table(*heads, Column("weights", no_wrap=True))
             for name, model in found.items():
                 columns = (model["image"], model["text"], model["activation"], "\n".join(model["weights"]) or "–")
-                table.add_row(plain(name), *map(plain, columns))
+                table.add_row(name, *columns)
             out.print(table)
         else:
             for name, model in found.items():
                 columns = (model["image"], model["text"], model["activation"], " ".join(model["weights"]))
                 out.file.write("\t".join((name, *columns)) + "\n")
         err.print(
-            plain(
-                "The blocks of a ViT and of a transformer are fused; others run their own forward. Other "
-                "weights: --pretrained FILE or random; --model hf-hub:ORG/NAME or local-dir:DIR has its own weights."
-            ),
+            "The blocks of a ViT and of a transformer are fused; others run their own forward. Other weights: "
+            "--pretrained FILE or random; --model hf-hub:ORG/NAME or local-dir:DIR has its own weights.",
             soft_wrap=True,
         )
         return 0
@@ -71,7 +68,6 @@ class DatasetsCommand:
     def execute(self, out: Terminal, err: Terminal) -> int:
         """Print the kinds. Returns 0."""
         from skipkernels.app.data.registry import source_kinds
-        from skipkernels.console import plain
 
         kinds: dict[str, dict[str, Any]] = {
             name: {"usage": kind.usage, "about": kind.about, "example": kind.example}
@@ -81,8 +77,8 @@ class DatasetsCommand:
             out.print_json(data=kinds)
             return 0
         for kind in kinds.values():
-            out.print(plain(kind["usage"].replace("`root`", "--root"), "bold"), soft_wrap=True)
+            out.print(kind["usage"].replace("`root`", "--root"), style="bold", soft_wrap=True)
             example = f"skipkernels tune {kind['example']}" if kind["example"] else ""
             for line in filter(None, (kind["about"], example)):
-                out.print(plain(f"    {line}"), soft_wrap=True)
+                out.print(f"    {line}", soft_wrap=True)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import signal
 import sys
@@ -11,9 +12,10 @@ from concurrent.futures import BrokenExecutor
 from typing import Annotated, Any
 
 import tyro
+from rich.text import Text
 
+from skipkernels.app.console import Terminal
 from skipkernels.app.train.processes import is_first, launched
-from skipkernels.console import Terminal, plain, standard_streams
 from skipkernels.formatting import first_line
 
 from .blend import BlendCommand
@@ -65,12 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         0; 1 if the run failed or its results can't be printed; 2 for invalid input or too little memory; 128 + the
         number of the signal that interrupted the command.
     """
-    with standard_streams() as (out, err):
+    out, err = Terminal(sys.stdout), Terminal(sys.stderr)
+    closed = (errno.EPIPE, errno.EIO) if out.is_terminal else (errno.EPIPE,)  # `| head -1`, or a closed terminal
+    with contextlib.redirect_stdout(out.file), contextlib.redirect_stderr(err.file):
         code = _run(arguments, out, err)
         out.output.flush()
-        if out.output.error is None or out.output.unread:  # unread: the reader closed the pipe (`| head -1`)
+        error = out.output.error
+        if error is None or (isinstance(error, OSError) and error.errno in closed):
             return code
-        _print_error(err, "failed", f"stdout can't be written: {out.output.error}; result files are complete")
+        _print_error(err, "failed", f"stdout can't be written: {error}; result files are complete")
         return code or 1
 
 
@@ -171,5 +176,4 @@ def _print_error(err: Terminal, kind: str, error: str) -> None:
     line = " ".join(error.split())
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST - 200]} … {line[-200:]}"
-    parts = [plain(kind, style="red")] if kind else []
-    err.print(*parts, plain(line), soft_wrap=True)
+    err.print(*([Text(kind, "red")] if kind else []), line, soft_wrap=True)

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from skipkernels.console import Terminal, progress
+from skipkernels._progress import progress
+from skipkernels.app.console import Terminal
 from skipkernels.options import Precision
 
 from .options import Run, Trust
@@ -146,14 +147,18 @@ class PredictCommand:
                     rows.add(part)
                 keep(part)
                 yield part
-                bars.advance(bar, len(part) + len(part.unreadable))
+                advance(len(part) + len(part.unreadable))
 
         try:
-            with progress(MofNCompleteColumn(), TimeRemainingColumn(), console=err) as bars:
-                bar = bars.add_task("images", total=len(images), completed=len(images) - len(left))
+            with progress("images", len(images)) as advance:
+                advance(len(images) - len(left))
                 if rows is None:
+                    # A terminal shows names literally; a file gets them as they are.
+                    show: Callable[[str], Any] = (
+                        partial(out.print, end="", soft_wrap=True) if out.is_terminal else out.file.write
+                    )
                     for text in lines(parts(), form, top):
-                        out.write(text)
+                        show(text)
                 else:
                     deque(parts(), maxlen=0)
         except BaseException:

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 import tyro
 
+from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import ProtocolOptions
-from skipkernels.console import Terminal
 from skipkernels.options import Protocol
 
 from .interrupt import on_interrupt

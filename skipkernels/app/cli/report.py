@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 
 from .options import Run
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 
 from .options import Options, tune_config
 

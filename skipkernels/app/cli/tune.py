@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import OutputOptions, ProcessOptions
-from skipkernels.console import Terminal
 
 from .blend import show as show_blend
 from .config_file import as_yaml

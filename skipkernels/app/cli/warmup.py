@@ -7,7 +7,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Literal
 
-from skipkernels.console import Terminal
+from skipkernels.app.console import Terminal
 from skipkernels.options import Precision
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from ...console import plain
 from ...options import Ablated
 from ..config import TuneConfig
+from ..console import plain
 from ..data import InputError
 from ..methods import METHODS
 from ..train.setup import build_task

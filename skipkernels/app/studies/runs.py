@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from ...console import plain, stderr
 from ..config import TuneConfig
+from ..console import Terminal, plain
 from ..data import InputError
 from ..methods.base import TunedModel
 from ..train import check, tune
@@ -188,7 +189,7 @@ def _check_config(config: TuneConfig) -> None:
 
 def _run(config: TuneConfig) -> dict[str, Any]:
     logging.getLogger("skipkernels").propagate = False  # the console shows its messages
-    return tune(config, stderr())
+    return tune(config, Terminal(sys.stderr))
 
 
 def by_variant(

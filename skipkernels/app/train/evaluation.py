@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ...console import plain
 from ...features import FeatureCache
 from ...folders import restored
 from ...options import CacheDtype, Protocol
 from ..config import TuneConfig
+from ..console import plain
 from ..data import InputError, SizedDataset, Source
 from ..data.files import format_names
 from ..data.tasks import summarise

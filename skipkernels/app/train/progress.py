@@ -17,8 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ...console import escaped, plain
+from ...formatting import escaped
 from ...memory import PeakMemory
+from ..console import plain
 from ..report.plots import finite
 
 _REFRESHES = 2  # per second, of the live display; each delays the training thread by 3 ms

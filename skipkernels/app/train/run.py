@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ...console import ignore_write_errors, plain
 from ...features import FeatureCache
 from ...formatting import escaped, first_line
 from ...memory import PeakMemory, out_of_memory
 from ...store import StoreError
 from ..config import TuneConfig
+from ..console import ignore_write_errors, plain
 from ..data import Images, InputError, SizedDataset, Source, save_few_shot
 from ..data.check import unreadable_images
 from ..data.files import format_names

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import glyphs
-from skipkernels.app.train import forward_profile, plots
+from skipkernels.app.report import plots
+from skipkernels.app.train import forward_profile
 from skipkernels.store import digest_tensors
 
 SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import itertools
 import json
 import os
+import pty
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from skipkernels.app.train.run import _memory_errors
 from skipkernels.app.train.run_folder import RunFolder
 from skipkernels.app.train.setup import build_task
 from tests.app.train.runs import fails, files, rows, small
+from tests.streams import Broken
 
 ARGUMENTS = ["tune", "--shots", "4", "--classes", "12"]
 
@@ -307,17 +310,27 @@ def test_run_folder_refuses_second_process(tmp_path, capsys):
 # ---- terminals -----------------------------------------------------------------------------------------------------
 
 
-class Broken(io.StringIO):
-    def write(self, text: str) -> int:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-
 @pytest.mark.parametrize("live", [False, True], ids=["log", "live"])
 def test_broken_terminal_does_not_stop_run(tmp_path, monkeypatch, live):
     monkeypatch.setattr(threading, "excepthook", lambda args: pytest.fail(f"a thread ended with {args.exc_value!r}"))
     console = Console(file=Broken(), force_terminal=live)
     assert tune(small(tmp_path, epochs=1), console)["status"] == "complete"
     assert not console.quiet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_closed_terminal_does_not_stop_run(tmp_path, terminal):
+    """The reader of a pipe (`| head -1`) or the terminal of a background process is gone after the first output."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    command = [sys.executable, "-m", "skipkernels", *ARGUMENTS, "--epochs", "1", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=writer, stderr=writer, start_new_session=True) as process:
+        os.close(writer)
+        assert os.read(reader, 1)
+        os.close(reader)
+    assert process.returncode == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["status"] == "complete"
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_sighup_is_interrupt(tmp_path, at_step):

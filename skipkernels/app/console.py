@@ -1,0 +1,41 @@
+"""Consoles of the application: strings are printed literally, and a stream that fails does not end a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.text import Text
+
+from .._progress import Output
+from ..formatting import escaped
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Return `escaped` text as a rich text, without markup, emoji codes and highlighting."""
+    return Text(escaped(text), style)
+
+
+class Terminal(Console):
+    """Rich console on an `Output` that shows every string like `plain`, but keeps line breaks."""
+
+    def __init__(self, file: IO[str] | None, **options: Any):
+        self.output = Output(file)
+        super().__init__(file=cast(IO[str], self.output), markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a string without markup."""
+        return super().render_str("\n".join(map(escaped, text.split("\n"))), **options)
+
+
+@contextlib.contextmanager
+def ignore_write_errors(console: Console) -> Iterator[None]:
+    """Ignore write errors of a console, so that a run continues after its terminal was closed."""
+    file = console._file  # not `console.file`: None means that the console follows sys.stdout or sys.stderr
+    console.file = cast(IO[str], Output(console.file))
+    try:
+        yield
+    finally:
+        console._file = file
