@@ -218,9 +218,9 @@ class RunOptions:
 class ProcessOptions:
     """Several processes, started by torchrun."""
 
-    timeout: float = option(600.0, above=0, below=MAX_TIMEOUT, results=False)
-    """Seconds after which a process that does not answer ends the run. Longer than the slowest step, evaluation, or
-    writing of a checkpoint."""
+    timeout: float = option(1800.0, above=0, below=MAX_TIMEOUT, results=False)
+    """Seconds for which a process waits for the others before it fails. Longer than the slowest download, step,
+    evaluation, or writing of a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,11 @@ class EvalCommand:
         from rich.table import Table
 
         from skipkernels.app.train import epochs_left
-        from skipkernels.app.train.processes import joined
+        from skipkernels.app.train.processes import is_first
         from skipkernels.store.lock import lock_owner
 
-        with joined() as processes:
-            folder, accuracies = self._evaluate(err)
-        if not processes.first:
+        folder, accuracies = self._evaluate(err)
+        if not is_first():
             return 0
         running, left = lock_owner(folder), epochs_left(folder)
         if running is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -115,23 +116,33 @@ def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
                 err, "error", f"only tune and eval run in several processes; torchrun started {launched()}. Start one."
             )
         return 2
+    by_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ  # it prints the traceback that `record` writes to this file
     try:
         with termination_as_interrupt(), _without_root_logger():
-            return command.execute(out, err)
+            if not by_torchrun:
+                return command.execute(out, err)
+            import torch.distributed as dist
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            code = record(command.execute)(out, err) or 0
+            if dist.is_initialized():
+                dist.destroy_process_group()  # or NCCL prints a warning
+            return code
     except KeyboardInterrupt as error:
         from .errors import with_flags
 
-        if not _reported(error):
+        if is_first():
             _print_error(err, "", f"interrupted: {with_flags(error)}" if str(error) else "interrupted")
         return 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
     except Exception as error:
         failure = _failure(error)
-        if _reported(error):
-            return 1 if failure is None else failure[0]
+        if failure is None and by_torchrun:
+            return 1
         if failure is None:
             raise
         code, kind, message = failure
-        _print_error(err, kind, message)
+        if is_first() or not by_torchrun:
+            _print_error(err, kind, message)
         return code
 
 
@@ -146,15 +157,9 @@ def _without_root_logger() -> Iterator[None]:
         logger.propagate = before
 
 
-def _reported(error: BaseException) -> bool:
-    """Return True if another process prints this error."""
-    return getattr(error, "reported", False)
-
-
 def _failure(error: Exception) -> tuple[int, str, str] | None:
     """Return exit code, kind and message of an expected error; None if it is a bug, to be shown with its traceback."""
     from skipkernels.app.data import InputError
-    from skipkernels.app.train.processes import ProcessError
     from skipkernels.memory import out_of_memory
     from skipkernels.store import StoreError
 
@@ -165,9 +170,8 @@ def _failure(error: Exception) -> tuple[int, str, str] | None:
     if isinstance(error, RuntimeError) and out_of_memory(error):
         return 2, "error", f"out of memory ({first_line(error)})"
     worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-    if worker or isinstance(error, (FloatingPointError, OSError, BrokenExecutor, ProcessError)):
-        flagged = isinstance(error, (FloatingPointError, ProcessError))
-        return 1, "failed", with_flags(error) if flagged else str(error)
+    if worker or isinstance(error, (FloatingPointError, OSError, BrokenExecutor)):
+        return 1, "failed", with_flags(error) if isinstance(error, FloatingPointError) else str(error)
     return None
 
 

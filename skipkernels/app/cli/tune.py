@@ -69,20 +69,20 @@ class TuneCommand(Options):
         from rich.table import Table
 
         from skipkernels.app.train import tune
-        from skipkernels.app.train.processes import joined
+        from skipkernels.app.train.processes import join
         from skipkernels.app.train.run_folder import blended_folder, resumed
 
         if self.file.print_config:
             out.print(as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
-        with joined(self.processes.timeout) as processes:
-            config = resumed(tune_config(self))
-            processes.set_device(config.device)
-            if self.output.blend is not None:
-                _check_blend(config, processes.size)
-            with processes.one_first("command line"):
-                config = config.resolved()
-            metrics = tune(config, console=err)
+        processes = join(self.processes.timeout)
+        config = resumed(tune_config(self))
+        processes.set_device(config.device)
+        if self.output.blend is not None:
+            _check_blend(config, processes.size)
+        with processes.one_first():
+            config = config.resolved()
+        metrics = tune(config, console=err)
         if not processes.first:
             return 0
         table = Table("accuracy, %", title=f"{config.model} on {config.data}, {config.method}, {config.shots_text}")

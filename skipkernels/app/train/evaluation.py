@@ -27,7 +27,7 @@ from .own_dataset import own_data
 from .plain_config import OPEN_CLIP
 from .precision import REMEDY
 from .predictions import TOP, TopClasses
-from .processes import Processes, joined
+from .processes import Processes, join
 from .run_folder import CONFIG
 from .setup import BATCH, RunSetup, build_run
 from .sources import check_source
@@ -230,7 +230,6 @@ def evaluate_run(
         InputError: If the folder is not a run folder, its checkpoint is damaged, the run has no test images, or it is
             not trusted and names such a source.
         FloatingPointError: If a logit is not finite.
-        ProcessError: If another process ended without a report.
     """
     folder = restored(Path(folder))
     given = ("model", "pretrained", *(["data"] if data or dataset is not None else []))  # `_load_run` checks the model
@@ -262,15 +261,15 @@ def evaluate_run(
     open_data = None
     if dataset is not None:
         config, open_data = own_data(config, dataset, test=test, classes=classes)
-    with joined() as processes:
-        processes.set_device(config.device)
-        setup = _load_run(config.resolved(open_data), folder, rounded_to, processes, open_data)
-        shown = console if console is not None and processes.first else Console(quiet=True)
-        for each in setup.task.tests:
-            names = f"{len(each.classes)} classes: {format_names(each.classes)}"
-            shown.print(plain(f"{each.name}: {len(each.images)} images of {names}"), soft_wrap=True)
-        evaluator = Evaluator(setup, setup.test_features())
-        return evaluator.accuracies(evaluator.predictions())
+    processes = join()
+    processes.set_device(config.device)
+    setup = _load_run(config.resolved(open_data), folder, rounded_to, processes, open_data)
+    shown = console if console is not None and processes.first else Console(quiet=True)
+    for each in setup.task.tests:
+        names = f"{len(each.classes)} classes: {format_names(each.classes)}"
+        shown.print(plain(f"{each.name}: {len(each.images)} images of {names}"), soft_wrap=True)
+    evaluator = Evaluator(setup, setup.test_features())
+    return evaluator.accuracies(evaluator.predictions())
 
 
 def _load_run(

@@ -40,7 +40,7 @@ from .model_card import model_card
 from .own_dataset import own_data
 from .plain_config import OPEN_CLIP
 from .predictions import TestPredictions, TopClasses, consistent
-from .processes import ALONE, Processes, joined
+from .processes import ALONE, Processes, join
 from .progress import ProgressDisplay
 from .run_folder import FEW_SHOT, REPORT, FollowedFolder, RunFolder, interrupt_deferred, resumed
 from .setup import BATCH, build_run
@@ -98,7 +98,6 @@ def tune(
         MemoryError: If the device or the host is out of memory.
         FloatingPointError: If the loss is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: On Ctrl-C; the message says how many epochs are complete.
-        ProcessError: If another process ended without a report.
 
     Example:
         >>> import tempfile, torch, skipkernels as sk
@@ -137,9 +136,9 @@ def tune(
         raise InputError(
             "tune: test, validation images and class names need the training images as dataset.", "dataset"
         )
-    with joined(config.timeout) as processes:
-        shown = console if console is not None and processes.first else Console(quiet=True)
-        return _tune(config, shown, processes, loggers, open_data)
+    processes = join(config.timeout)
+    shown = console if console is not None and processes.first else Console(quiet=True)
+    return _tune(config, shown, processes, loggers, open_data)
 
 
 def _tune(
@@ -154,11 +153,11 @@ def _tune(
     command = command_line("tune", config, processes=processes.size) if open_data is None else ""
     processes.set_device(config.device)
     open_data = functools.cache(open_data or config.open_data)
-    with processes.one_first("settings"):
+    with processes.one_first():
         config = config.resolved(open_data)
     _check_processes(config, processes)
     folder = RunFolder(config) if processes.first else FollowedFolder(config)
-    finished = processes.from_first("finished", lambda: folder.finished)
+    finished = processes.from_first(lambda: folder.finished)
     if finished is not None:
         _print(console, f"{folder.path}: the run is complete; there is nothing to resume.")
         return finished
@@ -235,7 +234,6 @@ class _Run:
                 advance = self.display.features(self.setup.images)
                 test, held = self.setup.test_features(advance), self.setup.validation_features(advance)
                 with self.setup.train_features(advance) as train:
-                    self.processes.barrier("features")
                     self.evaluator = Evaluator(self.setup, test, held)
                     self.zero_shot = self.evaluator.zero_shot()
                     self.zero_shot_top = dict(self.evaluator.top)
@@ -248,7 +246,7 @@ class _Run:
                     if trainer is not None and trainer.not_graphed is not None:
                         _print(self.console, f"note: steps run without a CUDA graph: {trainer.not_graphed}")
                     with self.folder.lock():
-                        self.folder.follow(self.processes.from_first("epochs", lambda: self.folder.epochs))
+                        self.folder.follow(self.processes.from_first(lambda: self.folder.epochs))
                         self._save_few_shot()
                         self._resume(trainer)
                         return self._train(trainer, train)
@@ -302,7 +300,7 @@ class _Run:
             if self.processes.first:
                 self._finish("diverged" if isinstance(error, FloatingPointError) else "interrupted", train)
             raise
-        return self.processes.from_first("metrics", lambda: self._finish("complete", train))
+        return self.processes.from_first(lambda: self._finish("complete", train))
 
     def _resume(self, trainer: Trainer | None) -> None:
         """Load the checkpoint of the run folder, if there is one."""
@@ -382,7 +380,7 @@ class _Run:
                     self.weights.load(file)
             return file is not None
 
-        if self.processes.from_first("best weights", load):
+        if self.processes.from_first(load):
             self.processes.broadcast(self.method.state_dict().values())
             self._evaluate()
 

@@ -162,7 +162,7 @@ def build_run(
         InputError: If the model, the dataset or a setting can't be used.
     """
     device = torch.device(config.device)
-    with processes.one_first("model"):
+    with processes.one_first():
         model, transform, tokenizer = load_model(
             config.model,
             config.pretrained,
@@ -176,7 +176,7 @@ def build_run(
     precision = MixedPrecision(config.precision, device)
     precision.prepare(model)
     crop = augmentation(model, config.preset) if config.augments else None
-    with processes.one_first("task"):
+    with processes.one_first():
         task = build_task(config, transform, crop, open_data=open_data)
     if config.cache is not None and overwrite:
         _erase_text_stores(config.cache)

@@ -213,7 +213,7 @@ def test_config_file_that_can_not_be_used(tmp_path, text, message, capsys):
 
 def test_schema_of_the_documentation_is_that_of_the_settings():
     """Write it again with python -m skipkernels.app.schema > docs/config.schema.json."""
-    found = json.loads((Path(__file__).parents[2] / "docs" / "config.schema.json").read_text())
+    found = json.loads((Path(__file__).parents[3] / "docs" / "config.schema.json").read_text())
     assert found == json.loads(json.dumps(schema()))
     properties = found["properties"]
     assert {*properties, "trust"} == {field.name for field in dataclasses.fields(TuneConfig)}

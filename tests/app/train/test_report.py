@@ -20,7 +20,7 @@ from bench.report_picture import headless_browser
 from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
-from skipkernels.app.report import report_html, run_report, study_html
+from skipkernels.app.report import plots, report_html, run_report, study_html
 from skipkernels.app.report.mistakes import (
     ClassResult,
     ConfusedPair,
@@ -33,7 +33,7 @@ from skipkernels.app.report.mistakes import (
     thumbnail,
 )
 from skipkernels.app.report.study_page import pareto
-from skipkernels.app.train import plots, predictions
+from skipkernels.app.train import predictions
 from skipkernels.app.train.predictions import TestPredictions, TopClasses, consistent
 
 VOID = {"meta", "br", "img", "input"}
