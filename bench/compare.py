@@ -1,7 +1,7 @@
 """Compare the speed of two commits: which jobs became faster, which slower, and which show no difference.
 
     python -m bench.compare HEAD~1                     the working tree against a commit
-    python -m bench.compare HEAD~20 --head main --jobs step/ViT-B-16 operators --budget 9m
+    python -m bench.compare HEAD~20 --head main --jobs step/ViT-B-16 predict --budget 9m
     python -m bench.compare main --rounds 30 --fail-above 1.05
 
 Each side is a copy of the files of its commit, with C++ kernels built from them. In a round each side runs once, in a
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import json
 import logging
 import math
@@ -105,30 +104,19 @@ def _predict(model: str, classes: int, device: torch.device) -> Job:
     return predict
 
 
-def _operator(name: str, dtype: torch.dtype, device: torch.device) -> Job:
-    """The first case of an operator's benchmark."""
-    case = next(iter(importlib.import_module(f"bench.operators.{name}").cases(dtype, device)))
-    case.prepare()
-    return case.runs["skipkernels"]
-
-
 JOBS: dict[str, Callable[[torch.device], Job]] = {
     "step/ViT-B-16/fp32": functools.partial(_step, "ViT-B-16", 50, "fp32"),
     "step/ViT-B-16/bf16": functools.partial(_step, "ViT-B-16", 50, "bf16"),
     "step/glyph-tiny/fp32": functools.partial(_step, "glyph-tiny", 20, "fp32"),
     "predict/ViT-B-16/fp32": functools.partial(_predict, "ViT-B-16", 50),
-} | {
-    f"operators/{path.stem}/{precision}": functools.partial(_operator, path.stem, dtype)
-    for path in sorted(Path(__file__).with_name("operators").glob("[!_]*.py"))
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
 }
 
 
 def chosen(words: Sequence[str]) -> list[str]:
     """The jobs with these names, or with names that begin with them up to a slash.
 
-    >>> chosen(["predict", "operators/class_scores"])
-    ['predict/ViT-B-16/fp32', 'operators/class_scores/fp32', 'operators/class_scores/bf16']
+    >>> chosen(["predict", "step/ViT-B-16"])
+    ['step/ViT-B-16/fp32', 'step/ViT-B-16/bf16', 'predict/ViT-B-16/fp32']
     """
     for word in words:
         if not any(f"{job}/".startswith(f"{word}/") for job in JOBS):
@@ -300,8 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = measure.command(__doc__)
     parser.add_argument("base", metavar="BASE", help="the commit to compare with")
     parser.add_argument("--head", metavar="COMMIT", help="another commit; default: the working tree")
-    jobs = ["step", "predict", "operators"]
-    parser.add_argument("--jobs", nargs="+", default=jobs, help="names, or their beginnings")
+    parser.add_argument("--jobs", nargs="+", default=["step", "predict"], help="names, or their beginnings")
     parser.add_argument("--rounds", type=int, default=9, help="at most; an interval needs 6")
     parser.add_argument("--device", type=torch.device, default=measure.default_device())
     parser.add_argument("--fail-above", type=float, metavar="RATIO", help="fail if an interval is above this ratio")

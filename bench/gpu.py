@@ -14,7 +14,7 @@ written.
     tests        pytest -m gpu, in parallel                                                                tests.txt
     memcheck     compute-sanitizer on a small call of every operator                                       sanitizer.txt
     racecheck    the same for races on shared memory                                                       sanitizer.txt
-    operators    replays of every operator, with rotating inputs, against eager, torch.compile and peers   operators.csv
+    operators    CUDA graphs of every operator, rotating inputs, against eager, peers, torch.compile      operators.json
     ncu          Nsight Compute on the kernels that take longest in a step                                 ncu.txt
 """
 

@@ -22,13 +22,11 @@ import torch
 from skipkernels.ops import OPERATORS, launching, precompile
 from tests.ops.small_calls import small_call
 
-from . import cuda, measure
-from . import run as microbenchmarks
+from . import measure
 from .budget import Budget
 from .gpu import ROOT, STAGES
-from .operators import COMPILED, CPU, OURS, Case
-
-_MOST_COPIES = 8  # of the inputs of an operator
+from .operators import CPU, DTYPES, OURS, Case, cases_of
+from .operators.gate import Gate
 
 
 class Sizes(NamedTuple):
@@ -43,16 +41,17 @@ class Sizes(NamedTuple):
     operators: Sequence[str] = OPERATORS
     shapes: int = 99
     rounds: int = 50
-    rotated_bytes: int = 256 << 20  # of the inputs of an operator: more than the L2 cache holds
     # A module that cannot be imported, for want of a package, must not stop the others. The trainers run on the CPU.
     tests: tuple[str, ...] = (
         *("-m", "gpu", "-n", "8", "--maxfail", "40", "--continue-on-collection-errors"),
         *("tests", "--ignore", "tests/integrations"),
     )
+    benchmarks: tuple[str, ...] = ()
 
 
-DRY = Sizes("cpu", "glyph-tiny", 3, 4, (20,), ("bf16",), ("class_scores", "add_layer_norm"), 1, 2, 1 << 20)
-DRY = DRY._replace(tests=("--version",))
+DRY = Sizes("cpu", "glyph-tiny", 3, 4, (20,), ("bf16",), ("class_scores", "add_layer_norm"), 1, 2)
+_FEW = ("-k", "(class_scores or add_layer_norm) and not compiled", "--benchmark-max-time=0", "--benchmark-min-rounds=2")
+DRY = DRY._replace(tests=("--version",), benchmarks=_FEW)
 
 
 class Run:
@@ -76,28 +75,15 @@ class Run:
                 writer.writeheader()
             writer.writerow(row)
 
-    def cases(
-        self, dtypes: Sequence[str], shapes: range, *, rotated: bool = False
-    ) -> Iterator[tuple[str, str, list[Case]]]:
-        """Operator, dtype and a case while time is left, the first shape of every operator first.
-
-        With `rotated`, copies of the case, which together are larger than the L2 cache if at most eight are.
-        """
-        streams: dict[str, list[Iterator[tuple[str, Case]]]] = {}
-        for number in range(shapes.stop):
-            for op, dtype in itertools.product(self.sizes.operators, dtypes):
-                if op not in streams:
-                    streams[op] = [microbenchmarks.cases_of(op, [*dtypes], self.device) for _ in range(_MOST_COPIES)]
-                if (case := next(streams[op][0], None)) is None:
-                    continue
-                if number == 0 and dtype == dtypes[0]:
-                    copies = 1 + self.sizes.rotated_bytes // case[1].moved if rotated else 1
-                    del streams[op][copies:]
-                others = [next(each)[1] for each in streams[op][1:]]
-                if number in shapes:
-                    yield op, dtype, [case[1], *others]
-                if not self.budget.allows(2):
-                    return
+    def cases(self, dtypes: Sequence[str], shapes: int) -> Iterator[tuple[str, str, Case]]:
+        """Operator, dtype and a case while time is left, the first shape of every operator first."""
+        kinds = [*itertools.product(self.sizes.operators, dtypes)]
+        streams = {(op, dtype): cases_of(op, dtype, self.device) for op, dtype in kinds}
+        for _, (op, dtype) in itertools.product(range(shapes), kinds):
+            if (case := next(streams[op, dtype], None)) is not None:
+                yield op, dtype, case
+            if not self.budget.allows(2):
+                return
 
 
 @contextlib.contextmanager
@@ -135,10 +121,10 @@ def kernels(run: Run) -> None:
     """Errors of ours and eager against fp64, with poisoned memory."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for op, dtype, (case, *_) in run.cases(("fp32", "bf16", "fp16"), range(run.sizes.shapes)):
+    for op, dtype, case in run.cases(("fp32", "bf16", "fp16"), run.sizes.shapes):
         with reported(f"{op}, {case.shape}, {dtype}"):
             case = case._replace(runs={name: case.runs[name] for name in (OURS, "eager")})
-            gate = microbenchmarks.Gate(case, microbenchmarks.DTYPES[dtype], run.device)
+            gate = Gate(case, DTYPES[dtype], run.device)
             result = {"result": gate.error_of(OURS) or "ok", "worst_of_eager": f"{max(gate.bounds):.1e}"}
             run.write("kernels", {"op": op, "shape": case.shape, "dtype": dtype} | result)
 
@@ -159,34 +145,12 @@ def smoke(run: Run) -> None:
             print(f"{op}: {total.item():.6f}", flush=True)
 
 
-def operators(run: Run) -> None:
-    """Replays of each implementation with rotating inputs; torch.compile, which takes longest, at the first shape."""
-    for shapes, compiled in ((range(1), False), (range(1), True), (range(1, run.sizes.shapes), False)):
-        for op, dtype, cases in run.cases(("bf16", "fp32"), shapes, rotated=True):
-            names = [name for name in cases[0].runs if name == OURS or (name == COMPILED) == compiled]
-            with reported(f"{op}, {cases[0].shape}, {dtype}"):
-                time_replays(run, op, dtype, cases, names)
-
-
-def time_replays(run: Run, op: str, dtype: str, cases: list[Case], names: list[str]) -> None:
-    """A row for each implementation, ours first; one with a wrong result gets no time."""
-    gate = microbenchmarks.Gate(cases[0], microbenchmarks.DTYPES[dtype], run.device)
-    ours: list[float] = []
-    for name in sorted(names, key=lambda name: name != OURS):
-        row = {"op": op, "shape": cases[0].shape, "dtype": dtype, "implementation": name, "copies": len(cases)}
-        row |= dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "faster"), "")
-        if not (note := gate.error_of(name)):
-            try:
-                replays = [cuda.captured(case.runs[name]) if run.on_gpu else case.runs[name] for case in cases]
-                turns = itertools.islice(itertools.cycle(replays), run.sizes.rounds)
-                times = [measure.seconds_of(replay, run.device) for replay in turns]
-                ours = ours or times
-                row |= measure.milliseconds(times, 4) | {"faster": round(measure.median_ratio(times, ours), 3)}
-            except torch.AcceleratorError:
-                raise
-            except RuntimeError as error:
-                note = f"no CUDA graph: {str(error).splitlines()[0]}"
-        run.write("operators", row | {"note": note or cases[0].versions.get(name, "")})
+def operators(run: Run) -> int:
+    """The microbenchmarks, as CUDA graphs."""
+    command = [sys.executable, "-m", "pytest", "bench/operators", "-q", "-p", "no:cacheprovider"]
+    command += [f"--device={run.device}", f"--shapes={run.sizes.shapes}", f"--budget={min(run.budget.left, 600):.0f}s"]
+    command += [f"--benchmark-json={run.out.resolve() / 'operators.json'}", *run.sizes.benchmarks]
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def prepare(run: Run) -> int:
@@ -208,7 +172,7 @@ def launches_of_stages(run: Run, architecture: precompile.Architecture) -> list[
 
     with precompile.Recorder(architecture) as recorder:
         smoke(run)
-        for _, _, (case,) in run.cases(("fp32", "bf16", "fp16"), range(min(2, run.sizes.shapes))):
+        for _, _, case in run.cases(("fp32", "bf16", "fp16"), min(2, run.sizes.shapes)):
             case.prepare()
             case.runs[OURS]()
     for classes, precision in itertools.product(run.sizes.classes, run.sizes.precisions):

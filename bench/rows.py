@@ -2,12 +2,14 @@
 
 Of several rows of one case the last counts, except that a row that was skipped for lack of time does not replace a
 measurement. In files that count rounds, rows of one round, or of another PyTorch than the last row's, do not count.
-A file that lacks a column of its kind is ignored.
+A file that lacks a column of its kind is ignored. Rows of operators are also in the files of pytest-benchmark,
+DEVICE/operators/*/*.json, and newer there than in the CSV file.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +41,7 @@ KINDS = {
     "step": Kind("bench.step", "model B C precision implementation", "p50_ms", "K peak_mib above_floor note"),
     "epoch": Kind("bench.epoch", "model images tests B C skip_layers precision implementation", "epoch_s", "faster"),
     "infer": Kind("bench.infer", "model images B C skip_layers precision implementation", "p50_ms", "above_floor"),
-    "operators": Kind("bench.run", "op shape dtype implementation", "p50_ms", "wanted note"),
+    "operators": Kind("pytest bench/operators", "op shape dtype implementation", "p50_ms", "wanted note"),
     "memory": Kind("bench.memory", "model B C skip_layers precision memory optimizer", "p50_ms", "gradients_mib"),
     "glyphs": Kind("bench.glyphs", "data method seed", "base", "harmonic trained_parameters"),
     "when": Kind(
@@ -71,6 +73,8 @@ class Device:
     def __init__(self, folder: Path):
         self.folder = folder
         self._all = {kind: read(folder / f"{kind}.csv", of) for kind, of in KINDS.items()}
+        for path in sorted(folder.glob("operators/*/*.json")):
+            self._all["operators"] += of_pytest(path)
         self.name = next((rows[0]["device"] for rows in self._all.values() if rows), "")
 
     @property
@@ -103,6 +107,21 @@ def read(path: Path, kind: Kind) -> list[Row]:
         rows = list(reader) if needed <= set(reader.fieldnames or ()) else []
     shown = rows[-1]["torch"] if rows else ""
     return [row for row in rows if "rounds" not in row or (row["rounds"] != "1" and row["torch"] == shown)]
+
+
+def of_pytest(path: Path) -> list[Row]:
+    """Rows of a file of pytest-benchmark (bench/operators/test_operators.py).
+
+    `faster` is the ratio of the medians to that of skipkernels, "" if skipkernels was not timed in the same run.
+    """
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    machine = saved["commit_info"] | saved["machine_info"]
+    rows = [{**machine, "case": each["group"], **each["params"], **each["extra_info"]} for each in saved["benchmarks"]]
+    ours = {row["case"]: row["p50_ms"] for row in rows if row["implementation"] == "skipkernels"}
+    for row in rows:
+        timed = row["implementation"] != "skipkernels" and row["case"] in ours
+        row["faster"] = round(row["p50_ms"] / ours[row["case"]], 3) if timed else ""
+    return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
 def latest(rows: Iterable[Row], kind: Kind) -> list[Row]:

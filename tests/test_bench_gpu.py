@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_stages, measure
+from bench.rows import of_pytest
 from skipkernels.ops import precompile
 
 
@@ -42,10 +43,11 @@ def test_stages_of_a_dry_run_write_their_rows(tmp_path, monkeypatch, poisoned_me
         assert not getattr(gpu_stages, stage.runs or stage.name)(run)
     output = capfd.readouterr().out
     assert "skipkernels" in output and "pytest" in output
-    rows = {path.stem: [*csv.DictReader(path.open())] for path in tmp_path.iterdir()}
-    assert rows.keys() == {"kernels", "step", "slowest", "operators"}
+    rows = {path.stem: [*csv.DictReader(path.open())] for path in tmp_path.glob("*.csv")}
+    assert rows.keys() == {"kernels", "step", "slowest"}
     assert {row["result"] for row in rows["kernels"]} == {"ok"}
-    assert all(float(row["p50_ms"]) > 0 for row in rows["operators"])
+    timed = of_pytest(tmp_path / "operators.json")
+    assert {row["op"] for row in timed} == {*run.sizes.operators} and all(float(row["p50_ms"]) > 0 for row in timed)
     notes = {row["what"]: row["note"] for row in rows["step"]}
     assert len(notes) == 7 and notes["gradients"].startswith("ok") and notes["host syncs"] == "none"
     assert not [note for note in notes.values() if "failed" in note or "differs" in note]
@@ -72,7 +74,7 @@ def test_a_stage_is_cut_off(tmp_path, handler, ended):
 
 def test_stages_fit_the_total():
     assert sum(stage.seconds for stage in gpu.STAGES) == gpu.TOTAL < 540
-    assert len({"kernels.csv", "step.csv", "slowest.csv", "operators.csv", *(s.file for s in gpu.STAGES)}) <= 8
+    assert len({"kernels.csv", "step.csv", "slowest.csv", "operators.json", *(s.file for s in gpu.STAGES)}) <= 8
 
 
 def test_a_gpu_is_timed_with_events(monkeypatch):

@@ -23,6 +23,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +31,11 @@ from typing import Any, NamedTuple
 
 import open_clip
 import pytest
+import pytest_benchmark.plugin
 import torch
 from PIL import Image
 
+import bench.operators.conftest
 import skipkernels
 from bench import method_picture
 from skipkernels.app.cli import main as cli
@@ -288,7 +291,10 @@ def check_python(arguments: tuple[str, ...], mention: bool) -> None:
 
 
 def check_pytest(arguments: tuple[str, ...], mention: bool) -> None:
-    parser = argparse.ArgumentParser("pytest", exit_on_error=False)
+    parser = argparse.ArgumentParser("pytest", exit_on_error=False, conflict_handler="resolve")
+    plugin = types.SimpleNamespace(addoption=parser.add_argument, getgroup=lambda *_: plugin)
+    for module in (pytest_benchmark.plugin, bench.operators.conftest):
+        module.pytest_addoption(plugin)
     parser.add_argument("-m")
     parser.add_argument("-k")
     parser.add_argument("paths", nargs="*")
@@ -503,7 +509,7 @@ def test_run_python_error_has_line_of_page(reader):
         (check_commands, "`python -m bench.runs`", "no module bench.runs"),
         (check_commands, "`python -m bench --budget 9x`", "expected a time such as 9m"),
         (check_commands, "`python -m bench.step` or `… --round 3 --no-such`", "--no-such: no such option"),
-        (check_commands, "`python -m bench.run --op NAME --dtype fp8`", "fp8"),
+        (check_commands, "`pytest bench/operators --shapes=few`", "few"),
         (check_commands, "`python examples/pretrain_glyph_tiny.py --no-such`", "--no-such: no such option"),
         (check_commands, "    pytest -m gpus", "no such marker"),
         (check_commands, "    compute-sanitizer --tool x python -m pytest tests/opz", "there is no tests/opz"),

@@ -1,11 +1,12 @@
-"""Cases of the microbenchmarks, one module per operator: `cases(dtype, device)` yields the cases of `bench.run`.
+"""Cases of the microbenchmarks (test_operators.py), one module per operator: `cases(dtype, device)` yields them.
 
 Inputs are drawn on the CPU, so that they are the same on every device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ Run = Callable[[], list[Tensor]]
 
 CPU = torch.device("cpu")
 OURS, COMPILED = "skipkernels", "compiled reference"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Case(NamedTuple):
@@ -41,6 +43,11 @@ class Case(NamedTuple):
     """Called before each run that is checked; restores the inputs of an in-place operator."""
     target: str = ""
     """Goal of the speed-up over eager, such as "≥ 2.5", or ""."""
+
+
+def cases_of(op: str, dtype: str, device: torch.device) -> Iterator[Case]:
+    """The cases of an operator, by the names of operator and dtype."""
+    return importlib.import_module(f"{__name__}.{op.rstrip('_')}").cases(DTYPES[dtype], device)
 
 
 def case(

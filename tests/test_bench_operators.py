@@ -1,0 +1,258 @@
+"""bench/operators: wrong results get no time, missing peers have a reason, and pytest-benchmark's files become rows."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ceilings, measure, peers
+from bench.budget import Budget
+from bench.operators import COMPILED, Case, Run, class_sampled_ce, test_operators
+from bench.operators.gate import Gate
+from bench.rows import KINDS, MACHINE, Device
+from skipkernels import testing
+from skipkernels.ops import OPERATORS
+
+ROOT = Path(measure.__file__).parents[1]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MODULES = [name.rstrip("_") for name in OPERATORS]
+CHECKED = {"sgd_momentum": 2}  # by number; the first one otherwise, which has 62 M parameters here
+
+
+def doubling(factor: float = 2.0, flops: int = 0) -> Case:
+    x = torch.linspace(1, 2, 1024, requires_grad=True)
+    d_y = torch.ones(1024)
+
+    def run(function: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+        return lambda: [y := function(x), *torch.autograd.grad(y, x, d_y)]
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel for this\nand more lines")
+
+    return Case(
+        shape="N1024",
+        runs={
+            "skipkernels": run(lambda x: x * factor),
+            "eager": run(lambda x: x + x),
+            "peer": run(lambda x: 2 * x),
+            "wrong peer": run(lambda x: x * 2.002),
+            "shorter peer": lambda: [x[:-1] + x[:-1], d_y],
+            "failing peer": run(fails),
+            COMPILED: run(lambda x: x * 2.0),
+        },
+        truth=lambda: [x.detach().double() * 2, 2 * d_y.double()],
+        moved=64 << 20,
+        flops=flops,
+        absent={"absent peer": "needs a GPU"},
+        versions={"peer": "peer 1.2"},
+        target="≥ 1",
+    )
+
+
+# ---- one benchmark ---------------------------------------------------------------------------------------------------
+
+
+def timed(monkeypatch, case: Case, implementation: str, budget: Budget | None = None) -> None:
+    """Run a benchmark without a fixture to time it: what is timed fails with a TypeError."""
+    monkeypatch.setattr(test_operators, "prepared", lambda *_: ([case], Gate(case, torch.float32, CPU)))
+    config = types.SimpleNamespace(option=types.SimpleNamespace(device=CPU, budget=budget or Budget()))
+    test_operators.test_operator(None, config, "class_scores", "fp32", case.shape, implementation)
+
+
+@pytest.mark.parametrize(
+    "implementation, outcome, reason",
+    [
+        ("wrong peer", pytest.xfail, "wrong: result 0 is off by 1.0e-03, eager by 0.0e+00"),
+        ("shorter peer", pytest.xfail, "wrong: result 0 is off by inf"),
+        ("failing peer", pytest.xfail, "failed: RuntimeError: no kernel for this"),
+        ("absent peer", pytest.skip, "needs a GPU"),
+    ],
+)
+def test_operator_of_a_peer_without_a_time(monkeypatch, implementation, outcome, reason):
+    with pytest.raises(outcome.Exception, match=re.escape(reason)) as found:
+        timed(monkeypatch, doubling(), implementation)
+    assert "\n" not in str(found.value)
+
+
+def test_operator_of_a_wrong_result_fails(monkeypatch):
+    with pytest.raises(pytest.fail.Exception, match="wrong: result 0 is off by 5.0e-04"):
+        timed(monkeypatch, doubling(2.001), "skipkernels")
+    with pytest.raises(TypeError):
+        timed(monkeypatch, doubling(2.001), "eager")
+
+
+def test_operator_without_a_correct_result(monkeypatch):
+    case = doubling(3.0)
+    case = case._replace(runs={name: case.runs["skipkernels"] for name in ("skipkernels", "eager")})
+    for implementation, outcome in (("skipkernels", pytest.fail), ("eager", pytest.xfail)):
+        with pytest.raises(outcome.Exception, match="^wrong"):
+            timed(monkeypatch, case, implementation)
+
+
+def test_operator_without_time_left_is_skipped(monkeypatch):
+    with pytest.raises(pytest.skip.Exception, match="left out: no time left"):
+        timed(monkeypatch, doubling(), "skipkernels", Budget(0))
+
+
+def test_gate_raises_on_a_lost_device():
+    def lost() -> list[torch.Tensor]:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    case = doubling()
+    with pytest.raises(torch.AcceleratorError):
+        Gate(case._replace(runs={"eager": lost}), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("flops, least", [(0, 64 / 1000), (10**5, 0.1)])
+def test_columns_have_rates_and_the_share_of_the_ceiling(monkeypatch, flops, least):
+    monkeypatch.setattr(ceilings, "bandwidth", lambda device: 1000 * 2**20)
+    monkeypatch.setattr(ceilings, "matrix_rate", lambda device, dtype: 1e6)
+    times = [0.010, 0.020, 0.040, 0.100]
+    row = test_operators.columns(doubling(flops=flops), "eager", times, 3 << 20, torch.float32, CPU)
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"], row["peak_mib"], row["wanted"]) == (16, 30, 64, 3, "≥ 1")
+    assert row["of_ceiling"] == pytest.approx(least / 0.030, abs=1e-4)
+    assert row["gbytes_s"] == pytest.approx((64 << 20) / 0.030 / 1e9, abs=1e-3)
+    assert row["gflops_s"] == (round(flops / 0.030 / 1e9, 2) if flops else "")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+# pytest with the case above in place of the operators', and with limits of the machine that are not measured.
+COMMAND = """
+import sys, pytest, torch, triton.testing
+from bench import ceilings, measure
+from bench.operators import test_operators
+from skipkernels import testing
+from tests.test_bench_operators import doubling
+cases = {("class_scores", "fp32"): doubling()}
+test_operators.cases_of = lambda op, dtype, device: iter([cases[op, dtype]] if (op, dtype) in cases else [])
+ceilings.bandwidth = lambda device: 1e9
+measure.synchronize = lambda device: None
+testing.peak_bytes = lambda run, device: 0
+machine = measure.machine
+measure.machine = lambda device: machine(measure.CPU)
+triton.testing.do_bench_cudagraph = lambda run, return_mode: [run() and 2.0, 4.0, 8.0]
+sys.exit(pytest.main(["bench/operators", "-p", "no:cacheprovider", "-rxs", "--benchmark-max-time=0", *sys.argv[1:]]))
+"""
+
+
+def command(*options: str) -> str:
+    done = subprocess.run([sys.executable, "-c", COMMAND, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_command_saves_rows_and_compares_with_them(tmp_path):
+    storage = f"--benchmark-storage=file://{tmp_path / 'operators'}"
+    output = command(storage, "--benchmark-autosave")
+    assert "4 passed, 1 skipped, 3 xfailed" in output
+    assert "needs a GPU" in output and "wrong: result 0 is off by 1.0e-03" in output
+    device = Device(tmp_path)
+    rows = {row["implementation"]: row for row in device.latest_rows("operators")}
+    assert rows.keys() == {"skipkernels", "eager", "peer", COMPILED}
+    ours, eager, peer = rows["skipkernels"], rows["eager"], rows["peer"]
+    kind = KINDS["operators"]
+    assert {*MACHINE, *kind.case.split(), kind.measured, *kind.needed.split()} <= ours.keys() == eager.keys()
+    assert device.name == measure.machine(CPU)["device"]
+    assert float(ours["p20_ms"]) <= float(ours["p50_ms"]) <= float(ours["p80_ms"])
+    assert float(peer["faster"]) == pytest.approx(float(peer["p50_ms"]) / float(ours["p50_ms"]), abs=1e-3)
+    assert (ours["faster"], ours["wanted"], eager["wanted"], peer["note"]) == ("", "", "≥ 1", "peer 1.2")
+
+    again = command(storage, "--benchmark-compare", "--benchmark-autosave", "--no-save")
+    assert "(NOW)" in again and "(0001_" in again and "machine_info is different" not in again
+    assert len([*tmp_path.rglob("*.json")]) == 1
+
+
+def test_command_on_a_gpu_uses_cuda_graphs(tmp_path):
+    """With times of another clock; no GPU is needed."""
+    (tmp_path / "operators" / "host").mkdir(parents=True)
+    file = tmp_path / "operators" / "host" / "run.json"
+    command("--device=cuda", f"--benchmark-json={file}", "-k", "eager", f"--benchmark-storage=file://{tmp_path}")
+    (row,) = Device(tmp_path).latest_rows("operators")
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == ("2.8", "4.0", "6.4")
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cases_of_every_operator_are_correct(name, dtype):
+    cases = importlib.import_module(f"bench.operators.{name}").cases(dtype, CPU)
+    case = next(itertools.islice(cases, CHECKED.get(name, 0), None))
+    assert {"skipkernels", "eager"} <= set(case.runs) and case.moved > 0
+    assert COMPILED in {*case.runs, *case.absent}
+    assert Gate(case, dtype, CPU).error_of("skipkernels") == ""
+
+
+def test_cases_of_pairs_call_the_operator_twice():
+    case = class_sampled_ce.of_pairs(48, 64, torch.float32, CPU)
+    gate = Gate(case, torch.float32, CPU)
+    assert [
+        gate.error_of(implementation)
+        for implementation in ("skipkernels", "eager", "linear_cross_entropy")
+        if implementation in case.runs
+    ] == ([""] * (2 + hasattr(torch.nn.functional, "linear_cross_entropy")))
+    assert case.absent["memeff"] == "needs a GPU"
+
+
+# ---- peers -------------------------------------------------------------------------------------------------------
+
+
+def test_peers_without_a_gpu_have_reasons():
+    found = peers.cross_entropies(CPU, torch.bfloat16, 64) | peers.layer_norms(CPU) | peers.attentions(CPU)
+    for name in ("cut-cross-entropy", "cut-cross-entropy filtered", "inf-cl", "Liger", "xformers", "add, then Liger"):
+        assert found[name] == (None, "needs a GPU")
+    assert found["siglip-kernel"].note.startswith("another loss")
+
+
+def test_peers_with_a_gpu_have_other_reasons(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = peers.cross_entropies(CUDA, torch.float32, 4)
+    assert found["cut-cross-entropy"].note == "its backward is for bf16 and fp16"
+    assert found["inf-cl"].note == "it reads past its buffers unless B is a multiple of 64"
+    assert found["Liger"] == (None, "not installed: pip install liger-kernel")
+    assert found["memeff"].note.startswith("another loss")
+    found = peers.contrastive_losses(CUDA, torch.bfloat16, 64)
+    assert found["memeff"] == (None, "not installed: pip install memeff")
+    assert found["cut-cross-entropy"] == (None, "not installed: pip install cut-cross-entropy")
+
+
+def test_peers_share_one_signature(monkeypatch):
+    cut = types.SimpleNamespace(
+        linear_cross_entropy=lambda image, text, labels, filter_eps="high": (image.shape, filter_eps)
+    )
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut)
+    monkeypatch.setitem(sys.modules, "inf_cl", types.SimpleNamespace())  # of another version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    found = peers.cross_entropies(CUDA, torch.bfloat16, 64)
+    inputs = torch.ones(64, 3), torch.ones(5, 3), torch.zeros(64, dtype=torch.int64)
+    for name, expected in (("cut-cross-entropy", None), ("cut-cross-entropy filtered", "high")):
+        assert found[name].note == "cut-cross-entropy 0.1"
+        function = found[name].function
+        assert function is not None and function(*inputs) == ((64, 3), expected)
+
+
+def test_peers_import_error_is_a_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "memeff", None)
+    note = peers.contrastive_losses(CUDA, torch.bfloat16, 64)["memeff"].note
+    assert note.startswith("cannot be imported: ModuleNotFoundError")
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def test_peak_bytes_counts_temporary_allocations():
+    assert testing.peak_bytes(lambda: torch.zeros(50 << 20, dtype=torch.uint8).sum()) >= 45 << 20
+    assert testing.peak_bytes(lambda: None) < 5 << 20
