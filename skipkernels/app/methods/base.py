@@ -226,11 +226,12 @@ class Method(ABC):
         """Text embeddings [n, D] of any norm, from tokens [n, L]."""
         return self.model.encode_text(tokens, normalize=False)
 
-    def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:
-        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient.
+    def class_embeddings(self, test: str) -> Tensor:
+        """Unit-norm embeddings [C, D] of the classes of a test, in evaluation mode and without gradient."""
+        return self._class_embeddings(test)
 
-        The mean over the first `templates`, by default all. Cached until trained weights on the text side change.
-        """
+    def _class_embeddings(self, test: str, templates: int | None = None) -> Tensor:
+        """`class_embeddings` over the first templates, by default all; cached until weights on the text side change."""
         tokens, version = self._test_tokens(test), self._text_version()
         cached = self._embeddings.get((test, templates))
         if cached is None or cached[0] != version:
@@ -351,7 +352,8 @@ class FrozenModel(Method):
 class TunedModel(Method):
     """Method that trains weights of the model itself, so that its state is a whole model.
 
-    A SkipCLIP with `settings` on the model embeds the classes of each test in each template.
+    A SkipCLIP with `settings` trains on the first template. With several templates, another one for each test averages
+    over them.
     """
 
     def __init__(
@@ -366,21 +368,22 @@ class TunedModel(Method):
     ):
         super().__init__(model, tokenizer, task, generator=generator)
 
-        def skip_clip(test: str, template: int, tokens: Tensor) -> SkipCLIP:
-            name = f"texts-{quote(test, safe=' ')}" + (f"+{template}" if template else "")  # quote escapes +
-            own_generator = self._generator if (test, template) == (self._train_test, 0) else None
+        def skip_clip(test: str, tokens: Tensor, own: torch.Generator | None = None) -> SkipCLIP:
+            name = f"texts-{quote(test, safe=' ')}" + ("+templates" if tokens.ndim == 3 else "")  # quote escapes +
             folder = None if text_cache is None else Path(text_cache, name)
             try:
-                return SkipCLIP(model, tokens, generator=own_generator, text_cache=folder, **settings)
+                return SkipCLIP(model, tokens, generator=own, text_cache=folder, **settings)
             except (ValueError, RuntimeError) as error:
                 raise InputError(str(error)) from error
 
-        self._clips = {
-            test: [skip_clip(test, number, tokens) for number, tokens in enumerate(templates)]
-            for test, templates in self._tokens.items()
-        }
         # SkipCLIP over the trained classes; `clip.sampler` has the state of its random numbers
-        self.clip = self._clips[self._train_test][0]
+        self.clip = skip_clip(self._train_test, self._tokens[self._train_test][0], self._generator)
+        self._clips = {self._train_test: self.clip}
+        for test, templates in self._tokens.items():
+            if len(templates) > 1:
+                self._clips[test] = skip_clip(test, torch.stack(templates, dim=1))
+            elif test != self._train_test:
+                self._clips[test] = skip_clip(test, templates[0])
 
     def train(self, training: bool) -> None:
         """Set the mode of the model, and check the weights below the cut; see `SkipCLIP.check_weights`."""
@@ -390,9 +393,9 @@ class TunedModel(Method):
     def embed(self, inputs: Tensor) -> Tensor:  # noqa: D102
         return self.clip.encode_image(inputs)
 
-    def class_embeddings(self, test: str, *, templates: int | None = None) -> Tensor:  # noqa: D102
+    def class_embeddings(self, test: str) -> Tensor:  # noqa: D102
         self._test_tokens(test)
-        return mean_embedding([clip.class_embeddings() for clip in self._clips[test][:templates]])
+        return self._clips[test].class_embeddings()
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:  # noqa: D102
         return self.clip.parameter_groups(text_lr=text_lr, image_lr=image_lr)

@@ -79,7 +79,7 @@ class CLIPAdapter(FrozenModel):
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepOutput:
         """Compute the loss of a batch over all classes."""
-        text = self.class_embeddings(self._train_test, templates=1)
+        text = self._class_embeddings(self._train_test, templates=1)
         return self._cross_entropy_step(self.embed(inputs), text, labels)
 
     def parameter_groups(self, *, text_lr: float, image_lr: float) -> list[dict[str, Any]]:
