@@ -85,7 +85,7 @@ def add_lora(
     clip._check_unaltered()
     if next(_updates(clip.model), None) is not None:
         raise ValueError("add_lora: the model has low-rank updates already. Merge them first: merge_lora(clip).")
-    towers: dict[str, Tower] = {"image": clip._image, "text": clip._text}
+    towers: dict[str, Tower] = {"text": clip._text, "image": clip._image}
     if all(tower.skip == len(tower.blocks) for tower in towers.values()):
         raise ValueError("add_lora: no block is above the cut. Make a SkipCLIP with fewer skip_layers.")
     for name, tower in towers.items():

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...lora import merge_lora
 from ..data import InputError
 from ..methods.base import TunedModel
 from ..methods.coop import CoOp
-from ..methods.lora import LoRA, LowRankAttention
+from ..methods.lora import LoRA
 from ..methods.zero_shot import ZeroShot
 from ..train.description import Description, preprocessing
 from .loading import TEST, load_run
@@ -41,22 +41,7 @@ def plain_model(folder: Path, *, trust: bool = False) -> PlainModel:
         )
     text = method.class_embeddings(TEST).float()
     if isinstance(method, LoRA):
-        merge_lora(run.model)
+        merge_lora(method.clip)
     model = run.model.float().eval().requires_grad_(False)
     described = replace(run.described, preprocessing=preprocessing(model))  # of the model, not of the file
     return PlainModel(described, model, run.tokenizer, run.prompts, text, isinstance(method, CoOp))
-
-
-@torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Replace the attention modules of LoRA by plain ones with the weights W + scale · B A, in place."""
-    for block in list(model.modules()):
-        attention = getattr(block, "attn", None)
-        if not isinstance(attention, LowRankAttention):
-            continue
-        plain = nn.MultiheadAttention(attention.in_proj_weight.shape[1], attention.heads, batch_first=True)
-        update = attention.scale * (attention.up @ attention.down).flatten(0, 1)  # [3 W, W]
-        plain.in_proj_weight.copy_(attention.in_proj_weight + update)
-        plain.in_proj_bias.copy_(attention.in_proj_bias)
-        plain.out_proj = attention.out_proj
-        block.attn = plain

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from skipkernels.app.cli.main import main
@@ -112,8 +113,10 @@ def test_resume_with_settings_is_bitwise_identical(tmp_path, changes):
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
-def test_resume_restores_global_generator(tmp_path):
-    """The dropout of LoRA draws from the global generator."""
+def test_resume_restores_global_generator(tmp_path, monkeypatch):
+    """A step of which dropout draws from the global generator."""
+    real = LoRA.step
+    monkeypatch.setattr(LoRA, "step", lambda self, images, labels: real(self, F.dropout(images, 0.2), labels))
     changes = {"method": "lora", "batch_size": 4, "epochs": 2}
     torch.manual_seed(1)  # another state of the caller's generator in each run
     tune(small(tmp_path / "whole", **changes))
