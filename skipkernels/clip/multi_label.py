@@ -15,7 +15,6 @@ from ..parallel import ClassParallel, gather_rows, sharded_sigmoid_loss
 from ..selection import classes_at_ranks
 from .classes import refuse_loss_options
 from .output import SkipOutput
-from .processes import reporting
 from .sharded_step import at_least_one, padded, sizes_of
 
 if TYPE_CHECKING:
@@ -49,11 +48,10 @@ def _sharded_step(
     clip: Training, parallel: ClassParallel, x: Tensor, labels: Tensor, max_labels: int, logit_bias: Any
 ) -> SkipOutput:
     """Run a training step with the images of all processes; collective."""
-    with reporting(parallel, clip):
-        x, labels, images = padded(x, labels)
-        _check(clip, x, labels, max_labels)
-        bias = _bias(clip, logit_bias)
-        own_image = clip._image_encoder.encode(x)[:images]
+    x, labels, images = padded(x, labels)
+    _check(clip, x, labels, max_labels)
+    bias = _bias(clip, logit_bias)
+    own_image = clip._image_encoder.encode(x)[:images]
     labels, group = labels[:images] != 0, parallel.group  # [b, C]
     # 1. The image embeddings of all processes, [B, D]
     sizes, _ = sizes_of(parallel, images, f"sigmoid_loss with max_labels={max_labels}", x.device, clip.sampler)

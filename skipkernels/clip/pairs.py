@@ -10,7 +10,6 @@ from torch import Tensor
 from .. import functional
 from ..parallel import ClassParallel, gather_rows, sharded_contrastive_loss
 from .classes import refuse_loss_options
-from .processes import reporting
 from .settings import check_vocabulary
 from .sharded_step import at_least_one, padded, sizes_of
 
@@ -32,11 +31,10 @@ def pair_loss(clip: Training, x: Tensor, captions: Tensor) -> Tensor:
 
 def _sharded_pair_loss(clip: Training, parallel: ClassParallel, x: Tensor, captions: Tensor) -> Tensor:
     """Loss [] of all pairs; collective. A process encodes the captions of its images or, of ids, those that it owns."""
-    with reporting(parallel, clip):
-        prompt = clip._tokens.flatten(0, -2)[0]
-        x, captions, pairs = padded(x, captions, prompt if isinstance(captions, Tensor) and captions.ndim > 1 else None)
-        _check(clip, x, captions)
-        own_image = clip._image_encoder.encode(x)[:pairs]
+    prompt = clip._tokens.flatten(0, -2)[0]
+    x, captions, pairs = padded(x, captions, prompt if isinstance(captions, Tensor) and captions.ndim > 1 else None)
+    _check(clip, x, captions)
+    own_image = clip._image_encoder.encode(x)[:pairs]
     captions = captions.to(x.device, torch.int64)
     sizes, own = sizes_of(parallel, pairs, f"pair_loss with captions of {captions.ndim} dimensions", x.device)
     image = gather_rows(own_image, sizes, parallel.group)

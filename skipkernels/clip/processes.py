@@ -1,16 +1,13 @@
-"""Checks that processes agree: an error or a difference of one is raised on all, so that none waits for a message."""
+"""Digests of the settings and weights that must be equal on all processes; checks of models for several processes."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..parallel import ClassParallel
 from ..store import digest_json, digest_tensors, digests
 from ..towers import UnsupportedModel
 from ..towers.base import Tower
@@ -27,36 +24,6 @@ AGREED = (
     "label_smoothing and class_weight",
     "weights",
 )
-
-
-@contextlib.contextmanager
-def reporting(parallel: ClassParallel, clip: SkipCLIPBase) -> Iterator[None]:
-    """Check the arguments of a collective call in this context: an error is raised on every process."""
-    try:
-        yield
-    except Exception:
-        parallel.report_error(clip.prototypes.device)
-        raise
-
-
-@contextlib.contextmanager
-def agreeing(
-    parallel: ClassParallel | None, device: torch.device, names: Sequence[str], digests_of: Callable[[], Sequence[str]]
-) -> Iterator[None]:
-    """Run a block on every process; raise an error on all if one raises an error, or if their digests then differ.
-
-    `names` are those of the values that must be equal, and `digests_of` returns the digest of each.
-    """
-    if parallel is None:
-        yield
-        return
-    try:
-        yield
-        found = digests_of()
-    except Exception:
-        parallel.report_error(device, len(names))
-        raise
-    parallel.check_equal(list(zip(names, found, strict=True)), device)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..parallel import ClassParallel, gather_rows
 from ..parallel.gathers import all_gather
-from .processes import reporting
 from .sharded_step import padded, sizes_of
 from .top_k import check_k, largest, top_k_logits
 
@@ -63,9 +62,8 @@ def _compared(
     clip: Inference, parallel: ClassParallel, x: Any, call: str, k: int = 1
 ) -> tuple[Tensor, Tensor, list[int], slice]:
     """Scaled image embeddings [B, D] of all processes, own class embeddings, image counts, and slice of own images."""
-    with reporting(parallel, clip):
-        check_k(k, parallel.num_classes)
-        x, _, images = padded(x, x)
-        own_image, classes = clip._compared(x)
+    check_k(k, parallel.num_classes)
+    x, _, images = padded(x, x)
+    own_image, classes = clip._compared(x)
     sizes, own = sizes_of(parallel, images, call, own_image.device)
     return gather_rows(own_image[:images], sizes, parallel.group), classes, sizes, own

@@ -11,7 +11,6 @@ from ..parallel import ClassParallel, gather_rows, replicated_cross_entropy, sha
 from ..selection import RankSampler, select_ranks
 from .batch import check_label_range, one_batch
 from .output import SkipOutput
-from .processes import reporting
 
 if TYPE_CHECKING:
     from .training import Training
@@ -21,21 +20,19 @@ def sharded_step(clip: Training, batch: tuple[Any, Any, Any], labels: Any, retur
     """Run one step with the images of all processes; collective. docs/many-processes.md lists the messages."""
     parallel = clip._parallel
     assert parallel is not None
-    with reporting(parallel, clip):
-        x = one_batch(*batch)
-        x, labels, images = padded(x, labels)
-        clip._check_step(x, labels)
-        if labels.device != x.device:
-            raise ValueError(f"SkipCLIP: labels must be on {x.device}, where x is; got {labels.device}.")
-        if x.device.type == "cpu":
-            check_label_range(labels, parallel.num_classes)
-        if return_logits:
-            raise ValueError(
-                "SkipCLIP: return_logits must be False with process_group, since no process has the embeddings of all "
-                "selected classes. Use clip.eval(), or SkipCLIP without process_group."
-            )
-        # Images take most memory: encode them before the first message, which reports errors to all processes.
-        own_image = clip._image_encoder.encode(x)[:images]
+    x = one_batch(*batch)
+    x, labels, images = padded(x, labels)
+    clip._check_step(x, labels)
+    if labels.device != x.device:
+        raise ValueError(f"SkipCLIP: labels must be on {x.device}, where x is; got {labels.device}.")
+    if x.device.type == "cpu":
+        check_label_range(labels, parallel.num_classes)
+    if return_logits:
+        raise ValueError(
+            "SkipCLIP: return_logits must be False with process_group, since no process has the embeddings of all "
+            "selected classes. Use clip.eval(), or SkipCLIP without process_group."
+        )
+    own_image = clip._image_encoder.encode(x)[:images]
     sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler)
     # 1. All labels and image embeddings. Replicated texts need the latter for the scores only, without gradient.
     labels = gather_rows(labels[:images], sizes, parallel.group)  # [B]

@@ -20,7 +20,7 @@ from .batch import LabelOrder
 from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .image_encoder import ImageEncoder
 from .inference import Inference
-from .processes import AGREED, agreeing, device_of, digests_of_clip
+from .processes import AGREED, device_of, digests_of_clip
 from .settings import Settings, Trainable, check_tokens, check_vocabulary
 from .snapshot import Snapshot
 from .state import prompts_digest
@@ -117,35 +117,35 @@ class SkipCLIP(Training, Inference):
         parameters = model.parameters() if isinstance(model, nn.Module) else ()  # checked below
         required_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
         try:
-            device = torch.device("cpu") if self._parallel is None else device_of(model)
-            with agreeing(self._parallel, device, AGREED, lambda: digests_of_clip(self)):
-                if not isinstance(chunk, int) or chunk < 1:
-                    raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
-                if torch.is_inference_mode_enabled():
-                    raise RuntimeError(
-                        "SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train."
-                    )
-                self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
-                self.label_smoothing = check_label_smoothing(label_smoothing)
-                check_rank_options("SkipCLIP", keep_ratio, max_keep, decay, tail, generator, max_tail)
-                self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
-                if self._parallel is not None:
-                    self._parallel.replicated = not class_parallel
-                self._prompts = prompts_digest(tokens) if self._parallel is not None else None
-                self._tokens = self._held_prompts(tokens, self._parallel)
-                image, texts = build_towers(model, self._tokens)
-                self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
-                self._set_up(image, texts)
-                self._text_encoder.see_called_modules()
-                with torch.autocast(texts[0].tokens.device.type, enabled=False):
-                    with evaluating([model]):
-                        folder = None if text_cache is None else self._folder(Path(text_cache))
-                        if folder is not None:
-                            self._text_encoder.use_folder(folder)
-                        self._set_prototypes(self._text_encoder.prototypes(folder, self._owned_of_held))
-                    weight = check_class_weight(class_weight, self.prototypes, self._num_classes)
-                    self.register_buffer("class_weight", weight, persistent=False)
-                    verify(model, self._image_encoder, self._text_encoder, self._tokens)
+            if not isinstance(chunk, int) or chunk < 1:
+                raise ValueError(f"SkipCLIP: chunk must be a whole number, at least 1; got {chunk!r}.")
+            if torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    "SkipCLIP: cannot be created under torch.inference_mode(): its tensors could not train."
+                )
+            self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
+            self.label_smoothing = check_label_smoothing(label_smoothing)
+            check_rank_options("SkipCLIP", keep_ratio, max_keep, decay, tail, generator, max_tail)
+            self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
+            if self._parallel is not None:
+                self._parallel.replicated = not class_parallel
+            self._prompts = prompts_digest(tokens) if self._parallel is not None else None
+            self._tokens = self._held_prompts(tokens, self._parallel)
+            image, texts = build_towers(model, self._tokens)
+            self._image_encoder, self._text_encoder = ImageEncoder(image, chunk), TextEncoder(texts, chunk)
+            self._set_up(image, texts)
+            self._text_encoder.see_called_modules()
+            with torch.autocast(texts[0].tokens.device.type, enabled=False):
+                with evaluating([model]):
+                    folder = None if text_cache is None else self._folder(Path(text_cache))
+                    if folder is not None:
+                        self._text_encoder.use_folder(folder)
+                    self._set_prototypes(self._text_encoder.prototypes(folder, self._owned_of_held))
+                weight = check_class_weight(class_weight, self.prototypes, self._num_classes)
+                self.register_buffer("class_weight", weight, persistent=False)
+                verify(model, self._image_encoder, self._text_encoder, self._tokens)
+            if self._parallel is not None:
+                self._parallel.check_equal(list(zip(AGREED, digests_of_clip(self), strict=True)), device_of(model))
         except BaseException:
             for parameter, requires_grad in required_grad:
                 parameter.requires_grad_(requires_grad)
@@ -222,26 +222,25 @@ class SkipCLIP(Training, Inference):
             torch.Size([4, 26])
         """
         device, parallel = self.prototypes.device, self._parallel
-
-        def agreed() -> list[str]:
-            return [prompts_digest(tokens), digest_tensors([] if weight is None else [("class_weight", weight)])]
-
-        with agreeing(self._parallel, device, ("tokens of set_classes", "class_weight of set_classes"), agreed):
-            self._check_unaltered()
-            check_tokens(tokens)
-            check_vocabulary(tokens, self._text.vocabulary)
-            if torch.is_inference_mode_enabled():
-                raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
-            if parallel is not None:
-                parallel = parallel.with_classes(len(tokens))
-            prompts = self._held_prompts(tokens, parallel)
-            encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
-            with torch.autocast(device.type, enabled=False):
-                with evaluating([self.model]):
-                    prototypes = encoder.prototypes(None, slice(None) if parallel is None else parallel.owned_of_held)
-                weight = check_class_weight(class_weight, prototypes, len(tokens))
-                if encoder.lower_device is None:  # verify runs the model itself, which must be on one device
-                    verify(self.model, self._image_encoder, encoder, prompts)
+        self._check_unaltered()
+        check_tokens(tokens)
+        check_vocabulary(tokens, self._text.vocabulary)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("SkipCLIP: set_classes cannot be called under torch.inference_mode().")
+        if parallel is not None:
+            parallel = parallel.with_classes(len(tokens))
+        prompts = self._held_prompts(tokens, parallel)
+        encoder = self._text_encoder.of_other_prompts(build_towers(self.model, prompts)[1], device)
+        with torch.autocast(device.type, enabled=False):
+            with evaluating([self.model]):
+                prototypes = encoder.prototypes(None, slice(None) if parallel is None else parallel.owned_of_held)
+            weight = check_class_weight(class_weight, prototypes, len(tokens))
+            if encoder.lower_device is None:  # verify runs the model itself, which must be on one device
+                verify(self.model, self._image_encoder, encoder, prompts)
+        if parallel is not None:
+            digests = [prompts_digest(tokens), digest_tensors([] if weight is None else [("class_weight", weight)])]
+            names = "tokens of set_classes", "class_weight of set_classes"
+            parallel.check_equal(list(zip(names, digests, strict=True)), device)
         self._tokens, self._text_encoder, self.prototypes, self.class_weight = prompts, encoder, prototypes, weight
         if parallel is not None:
             self._parallel, self._prompts = parallel, prompts_digest(tokens)

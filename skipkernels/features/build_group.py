@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..parallel import PeerError
 from ..parallel.gathers import all_gather
 from ..store import Layout, Shard, StoreError
 
 _FAILED, _WORKS, _DONE = -1, 0, 1
 _DIGITS = 8  # hexadecimal digits of a digest in one number of a message
+
+
+class PeerError(RuntimeError):
+    """Error raised on every other process of a build if one process fails."""
 
 
 class Report(NamedTuple):

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import _progress
-from ..parallel import PeerError
 from ..store import COMPUTED, DTYPES, Layout, Shard, ShardWriter, StoreError, Writer
 from ..store.shards import map_shard, path_of, quantise
 from . import fingerprint
-from .build_group import Builders, Report
+from .build_group import Builders, PeerError, Report
 from .dataset_key import check_samples
 from .image_batches import Batch, load_batches, split_batches, worker_error
 

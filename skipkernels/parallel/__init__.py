@@ -1,13 +1,12 @@
 """Several processes: images shared out by batch, classes by c ≡ r (mod W), on `torch.distributed`."""
 
-from .class_parallel import ClassParallel, PeerError
+from .class_parallel import ClassParallel
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
 from .loss import replicated_cross_entropy, sharded_contrastive_loss, sharded_cross_entropy, sharded_sigmoid_loss
 
 __all__ = [
     "ClassParallel",
-    "PeerError",
     "all_reduce_gradients",
     "gather_rows",
     "replicated_cross_entropy",

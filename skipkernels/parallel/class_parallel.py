@@ -14,8 +14,6 @@ from ..selection import ClassSelection
 from .gathers import all_gather, gather_rows
 
 _BACKENDS = ("gloo", "nccl")
-# Sent by a process that failed, in place of its number of images or of a digest.
-_FAILED = -1
 _LOW = (1 << 32) - 1  # low bits of a message: digest of the generator's state; the high bits: digest of the call
 
 
@@ -29,10 +27,6 @@ class OwnSelection(NamedTuple):
     positions: Tensor  # [K_r] int64, positions of these classes among the selected classes of all processes
     targets: Tensor  # [B] int64, positions of the labels among the selected classes of all processes
     kept: int  # K, number of selected classes of all processes
-
-
-class PeerError(RuntimeError):
-    """Error raised on every other process if one process reports an error."""
 
 
 class ClassParallel:
@@ -111,8 +105,6 @@ class ClassParallel:
         """Raise a ValueError on every process unless all have equal digests, named in the message; collective."""
         own = torch.tensor([int(digest[:15], 16) for _, digest in digests], device=device)
         for rank, other in enumerate(all_gather(own, self.group).tolist()):
-            if _FAILED in other:
-                raise PeerError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
             for (name, _), digest, expected in zip(digests, other, own.tolist(), strict=True):
                 if digest != expected:
                     raise ValueError(
@@ -120,26 +112,19 @@ class ClassParallel:
                         f"processes {self.rank} and {rank}. Pass the same on every process."
                     )
 
-    def report_error(self, device: torch.device, length: int = 2) -> None:
-        """Send an error of this process in place of a message of `length` numbers, so that no process waits for it."""
-        all_gather(torch.full((length,), _FAILED, device=device), self.group)
-
     def gather_sizes(self, batch_size: int, call: str, device: torch.device, draws: bytes = b"") -> list[int]:
         """Return the number of images of each process, on the host; collective.
 
         `call` is the name of the method and all arguments that must be equal; `draws` is what the next draw depends on.
 
         Raises:
-            PeerError: On every process, if one process reports an error.
             RuntimeError: On every process, if processes call different methods or would draw different classes.
         """
         method = zlib.crc32(call.encode()) >> 1  # 31 bits, so that it fits in an int64 with the 32 bits of the state
         state = zlib.crc32(draws)
         own = torch.tensor([batch_size, method << 32 | state], device=device)
         messages: list[list[int]] = all_gather(own, self.group).tolist()
-        for rank, (size, other) in enumerate(messages):
-            if size == _FAILED:
-                raise PeerError(f"SkipCLIP: process {rank} of process_group raised an error; see its output.")
+        for rank, (_, other) in enumerate(messages):
             if other >> 32 != method:
                 raise RuntimeError(
                     f"SkipCLIP: process {rank} of process_group does not call {call}, as process {self.rank} does. "

@@ -277,10 +277,6 @@ def work_of_a_step(group: Any, own: tuple[torch.Tensor, torch.Tensor], class_par
     return [flops, sent, len(class_ids), int(prompts.lengths[class_ids].sum()), prompts.prefix_length]
 
 
-def out_of_memory(x: torch.Tensor) -> torch.Tensor:
-    raise torch.OutOfMemoryError("no memory for images")
-
-
 def errors(rank: int, group: Any) -> dict[str, Any]:
     images, labels = tiny_batch(2, CLASSES)
 
@@ -301,18 +297,9 @@ def errors(rank: int, group: Any) -> dict[str, Any]:
         "weights": caught(construct, weights=rank),
         "skip_layers": caught(construct, skip=1 + rank),
         "options": caught(construct, keep_ratio=0.5 if rank else 0.4),
-        "construction": caught(construct, skip=1 if rank else 9),
     }
     clip = small_clip(group)
-    found["label"] = caught(clip, images, labels + (CLASSES if rank else 0))
-    with pytest.MonkeyPatch.context() as patch:
-        if rank:
-            patch.setattr(clip._image_encoder, "encode", out_of_memory)
-        found["memory"] = [caught(clip, images, labels), caught(clip.pair_loss, images, labels)]
-    found["caption"] = caught(clip.pair_loss, images, labels + (CLASSES if rank else 0))
-    found["sigmoid"] = caught(clip.sigmoid_loss, images, torch.zeros(2, CLASSES - rank), max_labels=1)
     found["max_labels"] = caught(clip.sigmoid_loss, images, torch.zeros(2, CLASSES), max_labels=1 + rank)
-    found["k"] = caught(clip.top_k, images, 3 if rank else 0)
     found["set_classes"] = caught(clip.set_classes, tiny_tokens(CLASSES, seed=rank))
     if rank:
         clip.sampler.generator.manual_seed(5)
@@ -479,14 +466,8 @@ def test_state_of_four_processes_continues_in_two(results, folder):
         ("weights", ["weights must be equal on all processes"] * 2),
         ("skip_layers", ["skip_layers, class_parallel and the trained parameters must be equal"] * 2),
         ("options", ["options of the selection must be equal on all processes"] * 2),
-        ("construction", ["skip_layers must be a whole number", "process 0 of process_group raised an error"]),
-        ("memory", ["process 1 .* raised an error.*process 1 .* raised", "no memory for images.*no memory for images"]),
-        ("caption", ["process 1 of process_group raised an error", "captions must be rows of the tokens"]),
-        ("sigmoid", ["process 1 of process_group raised an error", r"labels must be \[B=2, C=18\]"]),
         ("max_labels", [f"process {1 - r} .* does not call sigmoid_loss with max_labels={1 + r}" for r in (0, 1)]),
-        ("k", [r"k must be in \[1, C=18\]; got 0", "process 0 of process_group raised an error"]),
         ("set_classes", ["tokens of set_classes must be equal on all processes"] * 2),
-        ("label", ["process 1 of process_group raised an error", r"labels must be in \[0, C=18\)"]),
         (
             "modes",
             ["process 1 of process_group does not call clip, as process 0 does", "process 0 .* does not call predict"],
@@ -495,7 +476,7 @@ def test_state_of_four_processes_continues_in_two(results, folder):
         ("decay", [f"sampler of process {other} of process_group has another state" for other in (1, 0)]),
     ],
 )
-def test_error_is_raised_on_every_process(results, name, messages):
+def test_difference_is_raised_on_every_process(results, name, messages):
     for got, message in zip(results[2], messages, strict=True):
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(str(got["errors"][name]))
