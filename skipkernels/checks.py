@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -89,8 +88,8 @@ def check_alike(
 
 
 def whole_number(label: Any) -> int | None:
-    """Return a label as an int, or None unless it is an integer, or an array or tensor of one."""
-    with contextlib.suppress(AttributeError, RuntimeError, ValueError):  # no array, or one of several values
+    """Return a label as an int, or None unless it is an integer, or an array or tensor [] of one."""
+    if getattr(label, "ndim", None) == 0:
         label = label.item()
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 class _Fields(NamedTuple):
     loss: Tensor
-    logits: Tensor | None
+    kept_logits: Tensor | None
     class_ids: Tensor
     targets: Tensor
 
@@ -20,8 +20,8 @@ class SkipOutput(_Fields):
     Attributes:
         loss: [], mean cross-entropy over the batch, weighted if SkipCLIP has class weights; of `sigmoid_loss`, the mean
             over images and classes.
-        logits: [B, K]. In training they are computed with `return_logits` and by `sigmoid_loss` only; else the item of
-            the tuple is None, and reading the attribute raises an AttributeError.
+        logits: [B, K]. In training they are computed with `return_logits` and by `sigmoid_loss` only; else the item
+            `kept_logits` of the tuple is None, and reading the attribute raises an AttributeError.
         class_ids: [K] int64, ascending, the kept classes; in evaluation all classes, K = C.
         targets: [B] int64, positions of the labels in `class_ids`; of `sigmoid_loss` bool [B, K],
             the labels themselves.
@@ -31,7 +31,7 @@ class SkipOutput(_Fields):
 
     @property
     def logits(self) -> Tensor:  # noqa: D102
-        if (logits := self[1]) is None:
+        if (logits := self.kept_logits) is None:
             raise AttributeError(
                 "SkipOutput.logits: this training step did not compute logits. Call clip(x, labels, "
                 "return_logits=True) for those of the kept classes, or clip.predict(x) for those of all classes."

@@ -70,8 +70,13 @@ def unreadable(images: Any) -> dict[int, str]:
     """Return the reason by index for each image that can't be read; nothing for images that are drawn."""
     if not isinstance(images, Images):
         return {}
-    results = enumerate(read_all(images, lambda image: None))
-    return {index: _reason(result, images.names[index]) for index, result in results if isinstance(result, Exception)}
+    found: dict[int, str] = {}
+    for index, result in enumerate(read_all(images, lambda image: None)):
+        if isinstance(result, InputError) and result.argument is not None:  # not of the image, but of its label
+            raise result
+        if isinstance(result, Exception):
+            found[index] = _reason(result, images.names[index])
+    return found
 
 
 def _reason(error: Exception, name: str) -> str:

@@ -310,7 +310,8 @@ class DatasetImages(Images):
         if self._own_labels is not None and label != self._own_labels[item]:
             raise InputError(
                 f"{type(self.dataset).__name__}: item {item} has the label {label!r}, and the labels of the dataset "
-                f"have {self._own_labels[item]}. Make them equal."
+                f"have {self._own_labels[item]}. Make them equal.",
+                "dataset",
             )
         if isinstance(image, Image.Image):
             image = to_rgb(image, f"image {self._names[index]}", self.transform)

@@ -64,12 +64,6 @@ _KINDS = {
         "A dataset of Hugging Face on the disk, or of the hub. Columns by name: ?image=…&label=….",
         "--data hf:food101",
     ),
-    "glyphs": Kind(
-        _later("..demo.glyphs", "open_glyphs", "templates"),
-        "glyphs, glyphs:BLOCK such as glyphs:greek",
-        "Characters of Unicode in the fonts of matplotlib, with nothing to download.",
-        "--data glyphs:greek",
-    ),
     "coop": Kind(
         _later(".coop", "open_coop", "root", "templates"),
         "coop:NAME such as coop:dtd (with `root`)",
@@ -83,6 +77,12 @@ _KINDS = {
         "Datasets that torchvision can download: cifar10, cifar100, dtd, eurosat, fashionmnist, fgvcaircraft, "
         "flowers102, food101, imagenette, mnist, oxfordiiitpet, stl10, sun397.",
         "--data torchvision:food101 --root datasets --download",
+    ),
+    "glyphs": Kind(
+        _later("..demo.glyphs", "open_glyphs", "templates"),
+        "glyphs, glyphs:BLOCK such as glyphs:greek",
+        "Characters of Unicode in the fonts of matplotlib, with nothing to download.",
+        "--data glyphs:greek",
     ),
 }
 

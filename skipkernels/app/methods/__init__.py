@@ -1,6 +1,15 @@
 """Methods of the application, one per module: Skip Tuning, zero-shot classification and the baselines."""
 
-from .base import Method, Recipe, StepOutput
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._lazy import lazy_names
 from .registry import METHODS
 
+if TYPE_CHECKING:
+    from .base import Method, Recipe, StepOutput
+
 __all__ = ["METHODS", "Method", "Recipe", "StepOutput"]
+
+__getattr__ = lazy_names(__name__, {"base": ("Method", "Recipe", "StepOutput")})

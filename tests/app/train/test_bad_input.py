@@ -267,7 +267,7 @@ def test_out_and_cache_refuse_folder_of_images(tmp_path, monkeypatch, capsys, op
 
 
 @pytest.mark.parametrize(
-    "command", [["tune"], ["tune", "--method", "zero-shot"], ["analyze"], ["compare"], ["cache", "build", "features"]]
+    "command", [["tune"], ["tune", "--method", "zero-shot"], ["compare"], ["cache", "build", "features"]]
 )
 def test_default_folder_refuses_folder_of_images(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(make_folders(tmp_path, {"cat": 4, "dog": 4}))
