@@ -38,6 +38,7 @@ def test_kernels_that_take_longest_are_selected(tmp_path):
 
 def test_stages_of_a_dry_run_write_their_rows(tmp_path, monkeypatch, poisoned_memory, capfd):
     monkeypatch.setattr(torch, "compile", torch.compile)  # a dry run replaces it
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in a process of xdist pytest-benchmark times nothing
     run = gpu_stages.Run(tmp_path, 0, dry_run=True)
     for stage in gpu.STAGES:
         assert not getattr(gpu_stages, stage.runs or stage.name)(run)

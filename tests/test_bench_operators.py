@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -146,7 +147,9 @@ sys.exit(pytest.main(["bench/operators", "-p", "no:cacheprovider", "-rxs", "--be
 
 
 def command(*options: str) -> str:
-    done = subprocess.run([sys.executable, "-c", COMMAND, *options], cwd=ROOT, capture_output=True, text=True)
+    # In a process of xdist pytest-benchmark times nothing.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run([sys.executable, "-c", COMMAND, *options], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -28,7 +28,7 @@ def command_line(
         left_out: Fields that the reader of the command chooses, such as its output folder.
 
     Example:
-        >>> from .config import TuneConfig
+        >>> from skipkernels.app.config import TuneConfig
         >>> command_line("tune", TuneConfig(data="imagefolder:my photos", delta=True, template=("a {}.", "the {}.")))
         "skipkernels tune --data 'imagefolder:my photos' --template 'a {}.' 'the {}.' --delta"
     """

@@ -102,6 +102,7 @@ def tune(
     Example:
         >>> import tempfile, torch, skipkernels as sk
         >>> from PIL import Image
+        >>> from skipkernels.app.train import evaluate_run
         >>> class Squares(torch.utils.data.Dataset):
         ...     classes = ["black square", "white square"]
         ...
@@ -118,7 +119,7 @@ def tune(
         >>> metrics = sk.tune(dataset=Squares(16), test=Squares(8), model="glyph-tiny", epochs=2, out=folder)
         >>> metrics["classes"], metrics["best_epoch"] in (1, 2)
         ({'all': 2}, True)
-        >>> sk.tuner.evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
+        >>> evaluate_run(folder, dataset=Squares(16), test=Squares(8)) == metrics["tuned"]
         True
     """
     if validation is not None and isinstance(validation, (str, int, float)):

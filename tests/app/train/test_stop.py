@@ -220,7 +220,7 @@ def test_interrupt_during_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"method": "lora", "preset": "reference"}], ids=["skip", "lora"])
 def test_check_opens_data_once(tmp_path, monkeypatch, changes):
     opened, open_glyphs = [], glyphs.open_glyphs
-    monkeypatch.setattr(glyphs, "open_glyphs", lambda *args: opened.append(args) or open_glyphs(*args))
+    monkeypatch.setattr(glyphs, "open_glyphs", lambda *args, **how: opened.append(args) or open_glyphs(*args, **how))
     check(small(tmp_path / "run", epochs=None, **changes))
     assert len(opened) == 1
 
