@@ -231,7 +231,7 @@ def test_without_dassl(monkeypatch):
 def real_dassl(tmp_path, monkeypatch) -> Iterator[Any]:
     """The module under test, with an installed Dassl, or a pinned commit of it, fetched."""
     for name in ("yacs", "tabulate", "tensorboard"):
-        pytest.importorskip(name, reason=f"Dassl needs {name}")
+        pytest.importorskip(name, reason=f"Dassl needs {name}: pip install yacs tabulate tensorboard")
     if importlib.util.find_spec("dassl") is None:
         url, commit = DASSL
         try:

@@ -110,10 +110,10 @@ def test_event_writer_with_tensorboard(tmp_path):
     events = open_tensorboard(tmp_path)
     for epoch in (3, 4):
         events.write(ROW | {"epoch": epoch})
-    events = EventAccumulator(str(tmp_path)).Reload()  # before the writer is closed
-    assert set(events.Tags()["scalars"]) == set(SCALARS)
+    found = EventAccumulator(str(tmp_path)).Reload()  # before the writer is closed
+    assert set(found.Tags()["scalars"]) == set(SCALARS)
     for tag, value in SCALARS.items():
-        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
+        assert [(event.step, event.value) for event in found.Scalars(tag)] == [
             (3, pytest.approx(value)),
             (4, pytest.approx(value)),
         ]
