@@ -30,6 +30,15 @@ hypothesis.settings.register_profile("skipkernels", deadline=None, derandomize=T
 hypothesis.settings.load_profile("skipkernels")
 
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module, which make runs that later tests compare with
+def pytest_runtest_setup() -> None:
+    """Reset the number of threads, on which the last digits of a run depend."""
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(autouse=True)
 def _restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 from . import sets
@@ -60,6 +59,8 @@ def svg(data: dict[str, Any], raw: str) -> str:
 
 def draw(source: str, size: int = SIZE) -> np.ndarray | None:
     """Draw an SVG on a transparent square, uint8 [size, size, 4] with premultiplied alpha; None if it has no ink."""
+    import resvg_py  # here: no other part of the recipe needs it
+
     width, height = (float(source.split(f'{key}="', 1)[1].split('"', 1)[0]) for key in ("width", "height"))
     scale = size / max(width, height)
     extent = {"width": max(1, round(width * scale)), "height": max(1, round(height * scale))}
