@@ -12,13 +12,6 @@ from bench.pictograms import count, names, pool, pretrain, sets, table
 from bench.pictograms.table import Icon
 
 
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(
     "raw, expected",
     [
