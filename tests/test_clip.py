@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import skipkernels as sk
 from skipkernels import functional
-from skipkernels.clip.batch import LabelOrder
+from skipkernels.clip.losses import LabelOrder
 from skipkernels.features.samplers import BatchSampler
 from skipkernels.selection import RankSampler
 from skipkernels.testing import allocated_bytes, saved_bytes

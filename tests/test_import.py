@@ -39,7 +39,7 @@ LAYERS = [
     ("ops",),
     ("functional",),
     ("store",),
-    ("boundary", "classifier", "optimizer", "retrieval", "selection", "towers"),
+    ("boundary", "optimizer", "retrieval", "selection", "towers"),
     ("parallel",),
     ("clip",),
     ("lora",),

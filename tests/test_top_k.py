@@ -8,8 +8,7 @@ from models import tiny_batch, tiny_clip, tiny_tokens
 from torch import Tensor
 
 import skipkernels as sk
-from skipkernels import testing
-from skipkernels.clip import top_k
+from skipkernels import retrieval, testing
 
 C = 13
 
@@ -23,12 +22,12 @@ def sorted_whole(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("k", [1, 2, 5, 39, 40])
 def test_top_k_logits_equal_ones_by_class(k, chunk, monkeypatch):
     """Products of small integers are exact, and most are equal."""
-    monkeypatch.setattr(top_k, "_LOGITS", 6 * chunk)
+    monkeypatch.setattr(retrieval, "_SCORES", 6 * chunk)
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (6, 40))
     expected, class_ids = sorted_whole(image @ text.T, k)
     assert (expected[:, 1:] == expected[:, :-1]).any() or k == 1
-    got = top_k.top_k_logits(image, text, k)
+    got = retrieval.top_k_logits(image, text, k)
     assert got[0].equal(expected) and got[1].equal(class_ids)
     assert got[0].equal((image @ text.T).topk(k).values)
 
@@ -38,7 +37,7 @@ def test_top_k_equals_predict(dtype, monkeypatch):
     clip, images = sk.SkipCLIP(tiny_clip(dtype), tiny_tokens(C), skip_layers=1), tiny_batch(5, C, dtype)[0]
     whole = clip.predict(images)
     for chunk in (1, 4, C):
-        monkeypatch.setattr(top_k, "_LOGITS", chunk * len(images))
+        monkeypatch.setattr(retrieval, "_SCORES", chunk * len(images))
         for x in (images, clip.encode_lower(images)):
             for k in (1, 4, C):
                 logits, class_ids = clip.top_k(x, k)
@@ -71,10 +70,10 @@ def test_top_k_out_of_range(k):
 
 
 def test_top_k_shows_logits_that_are_not_finite(monkeypatch):
-    monkeypatch.setattr(top_k, "_LOGITS", 4)
+    monkeypatch.setattr(retrieval, "_SCORES", 4)
     text = torch.ones(C, 3)
     for class_id in (0, 7, C - 1):
         spoiled = text.clone()
         spoiled[class_id] = torch.nan
         for k in (1, 3):
-            assert top_k.top_k_logits(torch.ones(2, 3), spoiled, k)[0][:, 0].isnan().all()
+            assert retrieval.top_k_logits(torch.ones(2, 3), spoiled, k)[0][:, 0].isnan().all()

@@ -4,7 +4,6 @@ from .graphed import GraphedStep
 from .output import SkipOutput
 from .settings import blocks_to_skip
 from .skip_clip import SkipCLIP, check_clip
-from .top_k import top_k_logits, top_k_probabilities
 
 __all__ = [
     "GraphedStep",
@@ -12,6 +11,4 @@ __all__ = [
     "SkipOutput",
     "blocks_to_skip",
     "check_clip",
-    "top_k_logits",
-    "top_k_probabilities",
 ]

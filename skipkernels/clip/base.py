@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from ..checks import warn_caller
 from ..parallel import ClassParallel
 from ..selection import RankSampler
 from ..towers import ImageTower, Reduction, TextTower, refuse_sharded
 from ..towers.eligibility import global_hooks
 from ..towers.reductions import of_every_template
-from .batch import LabelOrder
+from .batch import check_images
 from .image_encoder import ImageEncoder
 from .settings import Settings, Trainable
 from .snapshot import Snapshot, refuse_alterations
@@ -41,7 +42,6 @@ class SkipCLIPBase(nn.Module):
     _image_encoder: ImageEncoder
     _text_encoder: TextEncoder
     _trained: TrainedParameters
-    _label_order: LabelOrder
     _snapshot: Snapshot | None  # None in a copy and after a move
     _before_lora: tuple[Trainable, list[str]] | None = None  # set by `add_lora`, for `merge_lora`
 
@@ -106,6 +106,38 @@ class SkipCLIPBase(nn.Module):
     def _own_embeddings(self) -> Tensor:
         """Cached embeddings [C/W, D] of the classes that this process owns, not to be changed."""
         return self._text_encoder.class_embeddings(self._owned_of_held)
+
+    def _embeddings_of_all(self, image: Tensor) -> Tensor:
+        """Embeddings [C, D] of all classes for image embeddings; cached ones if there is no gradient."""
+        if not torch.is_grad_enabled():
+            return self._class_embeddings().to(image.dtype)
+        self._refuse_parallel("an evaluation with gradients", "Call it under torch.no_grad().")
+        return self._text_encoder.encode(torch.arange(self._num_classes, device=image.device))
+
+    @torch.no_grad()
+    def _scores(self, image: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Scores of the classes that this process has prototypes of; see `functional.class_scores`."""
+        with torch.autocast(image.device.type, enabled=False):  # which would cast all prototypes in each step
+            return functional.class_scores(image.to(self.prototypes.dtype), self.prototypes, labels)
+
+    # ---- checks of a step ----------------------------------------------------------------------------------------
+
+    def _check_batch(self, x: Any) -> None:
+        """Check images and the model on the host, and move what belongs to no module to the device of the images."""
+        check_images(x)
+        self._image_encoder.are_images(x)
+        self._check_unaltered(lower_image=True)
+        self._follow(x.device)
+
+    def _check_draw(self, labels: int) -> None:
+        """Raise a RuntimeError if the step of a number of labels would draw other classes than its first forward."""
+        classes = self._num_classes
+        in_backward = self.training and torch._C._current_graph_task_id() != -1
+        if in_backward and self.sampler.plan(classes, labels)[0] < classes:  # the step would draw from the tail
+            raise RuntimeError(
+                "SkipCLIP: the step was called again within a backward pass, as activation checkpointing does; it "
+                'would draw other classes than the first time. Use memory="min" instead.'
+            )
 
     # ---- changes to the model -----------------------------------------------------------------------------------
 

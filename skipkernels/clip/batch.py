@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import warn_caller
-
 
 def one_batch(x: Any, pixel_values: Any, images: Any) -> Any:
     """Return the argument that was given, of three names of one argument."""
@@ -64,36 +62,6 @@ def refuse_export() -> None:
         )
 
 
-def check_labels(labels: Any, batch_size: int) -> None:
-    """Raise unless labels are int64 [B]."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
-            "clip.predict(x)."
-        )
-    if labels.ndim == 2:
-        raise ValueError(
-            f"SkipCLIP: labels must be class ids, int64 [B={batch_size}]; got {labels.dtype} {list(labels.shape)}. "
-            "For several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1). Mixed "
-            "labels are not handled."
-        )
-    if labels.shape != (batch_size,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"SkipCLIP: labels must be int64 [B={batch_size}], one for each image; got {labels.dtype} "
-            f"{list(labels.shape)}."
-        )
-
-
-def check_label_range(labels: Tensor, classes: int) -> None:
-    """Raise if a label is outside [0, classes). A host sync on a GPU."""
-    low, high = (int(x) for x in torch.aminmax(labels))
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"SkipCLIP: labels must be in [0, C={classes}); got {low} to {high}. Leave images without a class out of "
-            "the batch; ignore_index is not handled."
-        )
-
-
 def check_class_ids(class_ids: Any, classes: int) -> None:
     """Raise unless class ids are int64 or int32 [K]; their values are checked on the CPU only."""
     if not isinstance(class_ids, Tensor) or class_ids.dtype not in (torch.int64, torch.int32):
@@ -107,39 +75,4 @@ def check_class_ids(class_ids: Any, classes: int) -> None:
             raise ValueError(
                 f"SkipCLIP: class_ids must be in [0, C={classes}); got {low} to {high}. Encode other texts with the "
                 "model itself."
-            )
-
-
-class LabelOrder:
-    """Warns once if training batches come in the order of their labels, as of a dataset that is not shuffled.
-
-    Sees the batches up to the first label that is smaller than the one before it. Of n batches that begin with a label
-    of class c n_c times each, shuffling gives this order with the chance Π n_c! / n!, also if batches have one class.
-    """
-
-    CHANCE = 1e-6  # below it, the warning: of ten classes with four batches each after the first 14 batches
-
-    def __init__(self) -> None:
-        self._chance, self._batches, self._of_class = 1.0, 0, 0
-        self._first = self._last = -1  # labels of the previous batch
-        self._watches = True
-
-    def see(self, labels: Tensor) -> None:
-        """Add a batch of labels, int64 [B]. On a GPU they are not read: that would be a host sync."""
-        if not self._watches or labels.device.type != "cpu":
-            return
-        order = [self._last, *labels.tolist()]
-        if order != sorted(order):
-            self._watches = False
-            return
-        self._batches += 1
-        self._of_class = self._of_class + 1 if order[1] == self._first else 1
-        self._chance *= self._of_class / self._batches
-        self._first, self._last = order[1], order[-1]
-        if self._chance < self.CHANCE:
-            self._watches = False
-            warn_caller(
-                f"SkipCLIP: the first {self._batches} training batches came in the order of their labels, as of a "
-                "dataset that is sorted by class and not shuffled. Training on class after class is less accurate. "
-                "Shuffle: DataLoader(dataset, shuffle=True)."
             )

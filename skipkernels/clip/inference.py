@@ -8,17 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..classifier import ImageClassifier
+from ..retrieval import top_k_logits
 from ..towers import evaluating
 from .base import SkipCLIPBase
-from .batch import (
-    check_class_ids,
-    check_features,
-    check_images,
-)
+from .batch import check_class_ids, check_features, check_images
 from .image_encoder import sharing_weights
-from .sharded_evaluation import sharded_predict, sharded_top_k
-from .top_k import top_k_logits
+from .output import ImageClassifier
+from .sharded import sharded_predict, sharded_top_k
 
 
 class Inference(SkipCLIPBase):

@@ -101,3 +101,8 @@ def check_vocabulary(tokens: Tensor, vocabulary: int | None) -> None:
             f"SkipCLIP: tokens must be ids in [0, {vocabulary}), the model's vocabulary; got {smallest} to {largest}. "
             "Use the model's own tokenizer."
         )
+
+
+def prompts_of(tokens: Tensor) -> Tensor:
+    """Tokens [C, L], or [C, T, L] for several templates, int32 on the CPU."""
+    return (tokens[:, 0] if tokens.ndim == 3 and tokens.shape[1] == 1 else tokens).to("cpu", torch.int32)

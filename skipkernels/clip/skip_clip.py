@@ -16,12 +16,11 @@ from ..selection import RankSampler, check_rank_options
 from ..store import digest_tensors
 from ..towers import ImageTower, Memory, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
-from .batch import LabelOrder
-from .classes import check_class_weight, check_label_smoothing, prompts_of
 from .image_encoder import ImageEncoder
 from .inference import Inference
-from .processes import AGREED, device_of, digests_of_clip
-from .settings import Settings, Trainable, check_tokens, check_vocabulary
+from .losses import LabelOrder, check_class_weight, check_label_smoothing
+from .settings import Settings, Trainable, check_tokens, check_vocabulary, prompts_of
+from .sharded import AGREED, device_of, digests_of_clip
 from .snapshot import Snapshot
 from .state import prompts_digest
 from .text_encoder import TextEncoder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..store import digest_tensors
-from .classes import prompts_of
+from .settings import prompts_of
 
 _FORMAT = "1"
 # Largest distance of prototypes of the same weights that other numbers of processes computed: as between SkipCLIP and

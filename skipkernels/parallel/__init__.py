@@ -3,7 +3,12 @@
 from .class_parallel import ClassParallel
 from .gathers import gather_rows
 from .gradients import all_reduce_gradients
-from .loss import replicated_cross_entropy, sharded_contrastive_loss, sharded_cross_entropy, sharded_sigmoid_loss
+from .loss import (
+    replicated_cross_entropy,
+    sharded_binary_cross_entropy,
+    sharded_contrastive_loss,
+    sharded_cross_entropy,
+)
 
 __all__ = [
     "ClassParallel",
@@ -12,5 +17,5 @@ __all__ = [
     "replicated_cross_entropy",
     "sharded_contrastive_loss",
     "sharded_cross_entropy",
-    "sharded_sigmoid_loss",
+    "sharded_binary_cross_entropy",
 ]

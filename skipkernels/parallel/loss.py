@@ -106,7 +106,7 @@ def sharded_contrastive_loss(
     return (image_to_text + (_sum_over_processes(share, group) / len(pairs)).to(_dtype(image))) / 2
 
 
-def sharded_sigmoid_loss(
+def sharded_binary_cross_entropy(
     image: Tensor, text: Tensor, targets: Tensor, bias: Tensor | float, scale: Tensor, elements: int, group: Any
 ) -> Tensor:
     """Mean binary cross-entropy [] of images and classes; each process has a part of the pairs; collective.

@@ -22,7 +22,7 @@ from bench import step_model as cost
 from bench.flops import flops_of
 from bench.step_model import CLASS_PARALLEL, WAYS, Model, messages
 from skipkernels.clip import SkipOutput
-from skipkernels.clip.processes import refuse_batch_norms
+from skipkernels.clip.sharded import refuse_batch_norms
 from skipkernels.store import Store
 from skipkernels.towers import UnsupportedModel
 from tests.models import tiny_batch, tiny_clip, tiny_tokens

@@ -20,8 +20,9 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from ...boundary import DEFAULT_CHUNK
-from ...clip import SkipCLIP, top_k_probabilities
+from ...clip import SkipCLIP
 from ...options import Protocol, SamplerKind
+from ...retrieval import top_k_probabilities
 from ...towers import evaluating
 from ..data import InputError, Task
 from .registry import MODELS

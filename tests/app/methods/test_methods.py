@@ -12,11 +12,11 @@ import torch
 from method_tasks import BASE, STEPS, answers, made, stacked, tiny_model, tiny_task, tokenizer, trained, zero_shot
 from torch import nn
 
+from skipkernels import retrieval
 from skipkernels.app.data import InputError, load_task
 from skipkernels.app.demo import glyph_tiny
 from skipkernels.app.methods import METHODS, Recipe
 from skipkernels.app.methods.base import mean_embedding
-from skipkernels.clip import top_k
 from skipkernels.features import FeatureCache
 
 FAMILIES = [open_clip.CLIP, open_clip.CustomTextCLIP]
@@ -164,7 +164,7 @@ def test_logits_use_evaluation_mode(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_top_k_is_the_softmax_of_the_logits(name, monkeypatch):
-    monkeypatch.setattr(top_k, "_LOGITS", 20)  # chunks of two classes of ten images
+    monkeypatch.setattr(retrieval, "_SCORES", 20)  # chunks of two classes of ten images
     method = made(name, task=tiny_task(new=["fig", *BASE[:2]]))
     trained(method)
     for test in method.task.tests:

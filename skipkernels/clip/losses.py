@@ -1,0 +1,303 @@
+"""Losses of SkipCLIP without a selection of one class per image: pairs and several labels; checks of labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional
+from ..checks import warn_caller
+from ..selection import classes_at_ranks
+from .base import SkipCLIPBase
+from .output import SkipOutput
+from .settings import check_vocabulary
+from .sharded import padded, sharded_pair_loss, sharded_sigmoid_loss
+
+
+class Losses(SkipCLIPBase):
+    """Base of `SkipCLIP`: its losses besides that of a step."""
+
+    @torch.compiler.disable
+    def pair_loss(self, x: Tensor, captions: Tensor) -> Tensor:
+        """Symmetric contrastive loss [] of pairs of an image and a caption, see `functional.contrastive_loss`.
+
+        No classes are selected; `label_smoothing` and `class_weight` are refused. A caption is a negative for every
+        image of the batch but its own, as in open_clip; with `process_group`, of all processes. See docs/method.md,
+        Pairs.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            captions: [B] int64, the caption of each image as an index of the `tokens` that SkipCLIP was made with;
+                their features at the cut are cached. Or tokens [B, L] of any captions, which run below the cut in each
+                call, cropped to the longest. On a GPU both need a host sync, to read the number of tokens.
+
+        Example:
+            >>> import skipkernels as sk
+            >>> from skipkernels.app.demo import glyph_tiny
+            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> captions = tokenizer([f"a small {n}" for n in range(10)])
+            >>> clip = sk.SkipCLIP(model, captions, skip_layers=0.5)
+            >>> images, ids = torch.rand(4, 3, 32, 32), torch.tensor([3, 0, 9, 1])
+            >>> torch.allclose(clip.pair_loss(images, ids), clip.pair_loss(images, captions[ids]), atol=1e-4)
+            True
+        """
+        pairs, several = len(x) if isinstance(x, Tensor) else 0, self._parallel is not None
+        if several:
+            tokens = isinstance(captions, Tensor) and captions.ndim > 1
+            x, captions, pairs = padded(x, captions, self._tokens.flatten(0, -2)[0] if tokens else None)
+        self._refuse_loss_options("pair_loss")
+        self._check_batch(x)
+        _check_captions(captions, len(x), self._num_classes, self._text.vocabulary)
+        image = self._image_encoder.encode(x)  # [B, D]
+        captions = captions.to(image.device, torch.int64)
+        if several:
+            return sharded_pair_loss(self, image[:pairs], captions)
+        encoder = self._text_encoder
+        text = encoder.encode(captions, exact=True) if captions.ndim == 1 else encoder.encode_tokens(captions)
+        return functional.contrastive_loss(image, text, self.model.logit_scale.exp())
+
+    @torch.compiler.disable
+    def sigmoid_loss(
+        self, x: Tensor, labels: Tensor, *, max_labels: int, logit_bias: Tensor | float | None = None
+    ) -> SkipOutput:
+        """Binary cross-entropy of each image with each selected class, for any number of labels per image.
+
+            loss = −1/(B·K) · Σ_b Σ_k log σ(±(logit_scale · ⟨x̂_b, t̂_k⟩ + logit_bias)),  + if k is a label of b, else −
+
+        The classes of a step are selected as in `forward`, with all labels of the batch: m is at least
+        min(C, B · max_labels). In evaluation mode all classes are compared. The loss of SigLIP (Zhai et al., ICCV 2023,
+        arXiv 2303.15343) is K times this one. With `process_group` a training step is collective, without logits.
+        `label_smoothing` and `class_weight` are refused.
+
+        Args:
+            x: Images [B, 3, height, width], or features at the cut [B, N, W].
+            labels: [B, C] bool, integer or floating-point, 1 where an image has a class and 0 elsewhere. An image may
+                have no label.
+            max_labels: Largest number of labels of an image. On a GPU it is not compared with the labels, which would
+                be a host sync: labels beyond it may be left out of the loss.
+            logit_bias: Bias of the logits, a number or a tensor of one element that may train; default: that of the
+                model, a constant, or 0; see docs/method.md, Pairs and several labels.
+
+        Returns:
+            SkipOutput: the loss, the logits [B, K] with the bias, the selected classes, and their labels, bool [B, K].
+
+        Example:
+            >>> import skipkernels as sk
+            >>> from skipkernels.app.demo import glyph_tiny
+            >>> model, _, tokenizer = glyph_tiny.load()
+            >>> tokens = tokenizer([f"the digit {n}." for n in range(10)])
+            >>> clip = sk.SkipCLIP(model, tokens, skip_layers=0.5, keep_ratio=0.2)
+            >>> labels = torch.zeros(2, 10)
+            >>> labels[0, [3, 7]] = labels[1, 3] = 1
+            >>> out = clip.sigmoid_loss(torch.rand(2, 3, 32, 32), labels, max_labels=2, logit_bias=-10.0)
+            >>> out.loss.shape, out.class_ids[out.targets[0]].tolist(), out.class_ids[out.targets[1]].tolist()
+            (torch.Size([]), [3, 7], [3])
+        """
+        images, several = len(x) if isinstance(x, Tensor) else 0, self._parallel is not None and self.training
+        if several:
+            x, labels, images = padded(x, labels)
+        self._refuse_loss_options("sigmoid_loss")
+        self._check_batch(x)
+        _check_many_labels(labels, x, self._num_classes, max_labels)
+        bias = self._bias(logit_bias)
+        if self.training:
+            self._check_draw(len(x) * max_labels)
+        image, labels = self._image_encoder.encode(x), labels != 0  # [B, D], [B, C]
+        if several:
+            return sharded_sigmoid_loss(self, image[:images], labels[:images], max_labels, bias)
+        if self.training:
+            ranks = self.sampler.draw_on(image.device, labels.shape[1], len(image) * max_labels)
+            # Labels of any image rank first. K does not depend on the labels.
+            scores = self._scores(image).masked_fill(labels.any(dim=0), math.inf)
+            class_ids = classes_at_ranks(scores, ranks)  # [K]
+            text = self._text_encoder.encode(class_ids)  # [K, D]
+        else:
+            class_ids = torch.arange(self._num_classes, device=image.device)
+            text = self._embeddings_of_all(image)
+        logits = functional.class_sampled_logits(image, text, self.model.logit_scale.exp()) + bias
+        targets = labels.index_select(1, class_ids)  # [B, K]
+        loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+        return SkipOutput(loss, logits, class_ids, targets)
+
+    def _bias(self, logit_bias: Any) -> Tensor | float:
+        """Bias of the logits, by default that of the model."""
+        if logit_bias is None:
+            bias = getattr(self.model, "logit_bias", None)
+            logit_bias = 0.0 if bias is None else bias
+        number = isinstance(logit_bias, (int, float)) and not isinstance(logit_bias, bool)
+        if not number and not (isinstance(logit_bias, Tensor) and logit_bias.numel() == 1):
+            found = list(logit_bias.shape) if isinstance(logit_bias, Tensor) else repr(logit_bias)
+            raise ValueError(
+                f"SkipCLIP.sigmoid_loss: logit_bias must be a number or a tensor of one element; got {found}."
+            )
+        # The bias of transformers has one dimension.
+        return logit_bias.reshape(()) if isinstance(logit_bias, Tensor) else logit_bias
+
+    def _refuse_loss_options(self, function: str) -> None:
+        """Raise a ValueError if an option of the cross-entropy is set, for another loss."""
+        options = {"label_smoothing": self.label_smoothing > 0, "class_weight": self.class_weight is not None}
+        for name, given in options.items():
+            if given:
+                raise ValueError(
+                    f"SkipCLIP.{function}: {name} of SkipCLIP is an option of the cross-entropy of clip(x, labels), "
+                    "and has no meaning for this loss. Make SkipCLIP without it."
+                )
+
+
+# ---- checks of labels. Values are checked on the CPU only: on a GPU the check would be a host sync.
+
+
+def check_labels(labels: Any, x: Tensor) -> None:
+    """Raise unless labels are int64 [B], where x is."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"SkipCLIP: labels must be an int64 tensor [B]; got {type(labels).__name__}. Without labels use "
+            "clip.predict(x)."
+        )
+    if labels.ndim == 2:
+        raise ValueError(
+            f"SkipCLIP: labels must be class ids, int64 [B={len(x)}]; got {labels.dtype} {list(labels.shape)}. "
+            "For several labels per image use clip.sigmoid_loss; for one-hot labels pass labels.argmax(dim=1). Mixed "
+            "labels are not handled."
+        )
+    if labels.shape != (len(x),) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"SkipCLIP: labels must be int64 [B={len(x)}], one for each image; got {labels.dtype} {list(labels.shape)}."
+        )
+    if labels.device != x.device:
+        raise ValueError(f"SkipCLIP: labels must be on {x.device}, where x is; got {labels.device}.")
+
+
+def check_label_range(labels: Tensor, classes: int) -> None:
+    """Raise if a label is outside [0, classes). A host sync on a GPU."""
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"SkipCLIP: labels must be in [0, C={classes}); got {low} to {high}. Leave images without a class out of "
+            "the batch; ignore_index is not handled."
+        )
+
+
+def _check_many_labels(labels: Any, x: Tensor, classes: int, max_labels: int) -> None:
+    """Raise unless labels are [B, C]."""
+    name, shape = "SkipCLIP.sigmoid_loss", (len(x), classes)
+    if not isinstance(max_labels, int) or max_labels < 1:
+        raise ValueError(f"{name}: max_labels must be a whole number, at least 1; got {max_labels!r}.")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: labels must be a tensor [B, C] of 0 and 1; got {type(labels).__name__}.")
+    if labels.shape != shape or labels.is_complex():
+        raise ValueError(
+            f"{name}: labels must be [B={shape[0]}, C={classes}], 1 where an image has a class; got {labels.dtype} "
+            f"{list(labels.shape)}. For one class id per image call clip(x, labels)."
+        )
+    if labels.device != x.device:
+        raise ValueError(f"{name}: labels must be on {x.device}, where x is; got {labels.device}.")
+    if labels.device.type != "cpu":
+        return
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(f"{name}: labels must be 0 or 1; got {labels.min().item()} to {labels.max().item()}.")
+    most = int(labels.count_nonzero(dim=1).max())
+    if most > max_labels:
+        raise ValueError(f"{name}: an image has {most} labels, more than max_labels={max_labels}. Raise max_labels.")
+
+
+def _check_captions(captions: Any, batch_size: int, classes: int, vocabulary: int | None) -> None:
+    """Raise unless captions are ids [B] or tokens [B, L]."""
+    if not isinstance(captions, Tensor):
+        raise TypeError(
+            "SkipCLIP.pair_loss: captions must be a tensor, ids [B] or tokens [B, L]; got "
+            f"{type(captions).__name__}. Tokenise texts with the model's own tokenizer."
+        )
+    if captions.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"SkipCLIP.pair_loss: captions must be int64, ids [B] or tokens [B, L]; got {captions.dtype}. Use "
+            "captions.long()."
+        )
+    if captions.ndim not in (1, 2) or len(captions) != batch_size or captions.numel() == 0:
+        raise ValueError(
+            f"SkipCLIP.pair_loss: captions must be ids [B={batch_size}] or tokens [B={batch_size}, L], one caption for "
+            f"each image; got {list(captions.shape)}. Draw one of several captions of an image."
+        )
+    if captions.device.type != "cpu":
+        return
+    if captions.ndim == 2:
+        check_vocabulary(captions, vocabulary)
+        return
+    low, high = (int(x) for x in torch.aminmax(captions))
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"SkipCLIP.pair_loss: captions must be rows of the tokens of SkipCLIP, 0 to {classes - 1}; got {low} to "
+            f"{high}. Pass tokens [B, L] for other captions."
+        )
+
+
+def check_label_smoothing(label_smoothing: Any) -> float:
+    """Return the label smoothing as a float, or raise if it is not in [0, 1]."""
+    number = isinstance(label_smoothing, (int, float)) and not isinstance(label_smoothing, bool)
+    if not number or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"SkipCLIP: label_smoothing must be a number in [0, 1]; got {label_smoothing!r}.")
+    return float(label_smoothing)
+
+
+def check_class_weight(class_weight: Any, prototypes: Tensor, num_classes: int) -> Tensor | None:
+    """Return a copy of the weights [C] in the dtype and on the device of the prototypes; None without weights."""
+    if class_weight is None:
+        return None
+    if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point():
+        kind = class_weight.dtype if isinstance(class_weight, Tensor) else type(class_weight).__name__
+        raise TypeError(
+            f"SkipCLIP: class_weight must be a floating-point tensor [C]; got {kind}. Convert it with torch.tensor and "
+            ".float()."
+        )
+    if class_weight.shape != (num_classes,):
+        raise ValueError(
+            f"SkipCLIP: class_weight must be [C={num_classes}], one for each class; got {list(class_weight.shape)}."
+        )
+    if class_weight.requires_grad:
+        raise ValueError("SkipCLIP: class_weight is a constant; got one that requires grad. Use class_weight.detach().")
+    bad = ~(class_weight.isfinite() & (class_weight >= 0))
+    if bad.any():
+        raise ValueError(
+            "SkipCLIP: class_weight must be finite and not negative; got "
+            f"{class_weight[bad][0].item()} for class {int(bad.nonzero()[0])}."
+        )
+    return class_weight.to(prototypes.device, prototypes.dtype, copy=True)
+
+
+class LabelOrder:
+    """Warns once if training batches come in the order of their labels, as of a dataset that is not shuffled.
+
+    Sees the batches up to the first label that is smaller than the one before it. Of n batches that begin with a label
+    of class c n_c times each, shuffling gives this order with the chance Π n_c! / n!, also if batches have one class.
+    """
+
+    CHANCE = 1e-6  # below it, the warning: of ten classes with four batches each after the first 14 batches
+
+    def __init__(self) -> None:
+        self._chance, self._batches, self._of_class = 1.0, 0, 0
+        self._first = self._last = -1  # labels of the previous batch
+        self._watches = True
+
+    def see(self, labels: Tensor) -> None:
+        """Add a batch of labels, int64 [B]. On a GPU they are not read: that would be a host sync."""
+        if not self._watches or labels.device.type != "cpu":
+            return
+        order = [self._last, *labels.tolist()]
+        if order != sorted(order):
+            self._watches = False
+            return
+        self._batches += 1
+        self._of_class = self._of_class + 1 if order[1] == self._first else 1
+        self._chance *= self._of_class / self._batches
+        self._first, self._last = order[1], order[-1]
+        if self._chance < self.CHANCE:
+            self._watches = False
+            warn_caller(
+                f"SkipCLIP: the first {self._batches} training batches came in the order of their labels, as of a "
+                "dataset that is sorted by class and not shuffled. Training on class after class is less accurate. "
+                "Shuffle: DataLoader(dataset, shuffle=True)."
+            )

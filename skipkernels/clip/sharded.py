@@ -1,0 +1,248 @@
+"""SkipCLIP in several processes: the agreement at construction, steps and losses, and evaluation.
+
+All functions are collective: every process must call them equally often, if necessary with an empty batch.
+docs/many-processes.md lists the messages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..parallel import (
+    ClassParallel,
+    gather_rows,
+    replicated_cross_entropy,
+    sharded_binary_cross_entropy,
+    sharded_contrastive_loss,
+    sharded_cross_entropy,
+)
+from ..parallel.gathers import all_gather
+from ..retrieval import check_k, largest, top_k_logits
+from ..selection import RankSampler, classes_at_ranks, select_ranks
+from ..store import digest_json, digest_tensors, digests
+from ..towers import UnsupportedModel
+from ..towers.base import Tower
+from .output import SkipOutput
+
+if TYPE_CHECKING:
+    from .base import SkipCLIPBase
+    from .inference import Inference
+
+# What every process must have in common.
+AGREED = (
+    "tokens",
+    "skip_layers, class_parallel and the trained parameters",
+    "options of the selection",
+    "generator",
+    "label_smoothing and class_weight",
+    "weights",
+)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the messages about a model: that of its first parameter."""
+    return next(model.parameters()).device
+
+
+def refuse_batch_norms(tower: Tower) -> None:
+    """Raise if a part above the cut has batch norms over the images of one process."""
+    for part in (*tower.blocks[tower.skip :], *tower.head):
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                raise UnsupportedModel(
+                    "SkipCLIP: with process_group, batch norms above the cut must use the images of all processes; got "
+                    f"{type(module).__name__}. Convert the model with "
+                    "torch.nn.SyncBatchNorm.convert_sync_batchnorm, on a GPU, or raise skip_layers."
+                )
+
+
+def digests_of_clip(clip: SkipCLIPBase) -> tuple[str, ...]:
+    """Digests of what every process must have in common; refuses models that would differ from one process."""
+    if clip._parallel is not None and clip._parallel.size > 1:
+        refuse_batch_norms(clip._image)
+        refuse_batch_norms(clip._text)
+    sampler, model = clip.sampler, clip.model
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tensors = (x.detach() for x in (*model.parameters(), *model.buffers()))
+    assert clip._prompts is not None
+    weights = [] if clip.class_weight is None else [("class_weight", clip.class_weight)]
+    return (
+        clip._prompts,
+        digest_json([clip.skip_layers, trained, clip._parallel is not None and clip._parallel.replicated]),
+        digest_json([sampler.keep_ratio, sampler.max_keep, sampler.decay, sampler.tail, sampler.max_tail]),
+        digest_tensors(sorted(sampler.tensors().items())),
+        digest_json([clip.label_smoothing, digest_tensors(weights)]),
+        digest_json(digests(tensors)),
+    )
+
+
+# ---- steps
+
+
+def sharded_step(clip: SkipCLIPBase, x: Tensor, labels: Tensor, images: int, return_logits: bool) -> SkipOutput:
+    """Run one step with the images of all processes; `images` of x are those of this process, the others padding."""
+    parallel = clip._parallel
+    assert parallel is not None
+    if return_logits:
+        raise ValueError(
+            "SkipCLIP: return_logits must be False with process_group, since no process has the embeddings of all "
+            "selected classes. Use clip.eval(), or SkipCLIP without process_group."
+        )
+    own_image = clip._image_encoder.encode(x)[:images]
+    sizes, own = sizes_of(parallel, images, "clip", x.device, clip.sampler)
+    # 1. All labels and image embeddings. Replicated texts need the latter for the scores only, without gradient.
+    labels = gather_rows(labels[:images], sizes, parallel.group)  # [B]
+    image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, parallel.group)
+    # 2. The same selection on every process, from the scores [C/W] of each
+    ranks = clip.sampler.draw_on(x.device, parallel.num_classes, len(labels))
+    selection = select_ranks(parallel.gather_classes(clip._scores(image)), labels, ranks)
+    class_ids, targets = selection  # [K], [B]
+    # 3. Texts and loss: own images with all K classes, or all images with the own K_r classes
+    scale, group = clip.model.logit_scale.exp(), parallel.group
+    weight, smoothing = None if clip.class_weight is None else clip.class_weight[class_ids], clip.label_smoothing
+    if parallel.replicated:
+        text = clip._text_encoder.encode(class_ids)
+        total = sum(sizes) if weight is None else weight[targets].sum()
+        loss = replicated_cross_entropy(own_image, text, targets[own], scale, group, total, weight, smoothing)
+    else:
+        own_selection = parallel.own_selection(selection)
+        text = clip._text_encoder.encode(at_least_one(own_selection.class_ids))
+        loss = sharded_cross_entropy(
+            image, text, own_selection, scale, group, class_weight=weight, label_smoothing=smoothing
+        )
+    return SkipOutput(loss, None, class_ids, targets[own])
+
+
+def padded(x: Any, labels: Any, row: Tensor | None = None) -> tuple[Any, Any, int]:
+    """Return a batch and its number of images; for an empty batch, one image of zeros with label 0 or `row`, and 0.
+
+    The weights of a process without images then get gradients of zero, not None.
+    """
+    empty = isinstance(x, Tensor) and isinstance(labels, Tensor) and x.numel() == labels.numel() == 0
+    if not empty:
+        return x, labels, len(x) if isinstance(x, Tensor) and x.ndim else 0
+    one = labels.new_zeros(1, *labels.shape[1:]) if row is None else row[None].to(labels)
+    return x.new_zeros(1, *x.shape[1:]), one, 0
+
+
+def sizes_of(
+    parallel: ClassParallel, images: int, call: str, device: torch.device, sampler: RankSampler | None = None
+) -> tuple[list[int], slice]:
+    """Return the number of images of each process, and the slice of this process among all images."""
+    sizes = parallel.gather_sizes(images, call, device, b"" if sampler is None else sampler.fingerprint())
+    if sum(sizes) == 0:
+        raise ValueError("SkipCLIP: a batch must have at least one image on one of the processes; got none.")
+    start = sum(sizes[: parallel.rank])
+    return sizes, slice(start, start + images)
+
+
+def at_least_one(ids: Tensor) -> Tensor:
+    """Ids of a process; if it has none, one id that is not used, so that weights get gradients of zero, not None."""
+    return ids if len(ids) else ids.new_zeros(1)
+
+
+def sharded_pair_loss(clip: SkipCLIPBase, own_image: Tensor, captions: Tensor) -> Tensor:
+    """Loss [] of all pairs. A process encodes the captions of its images or, of ids, those that it owns."""
+    parallel, encoder, pairs = clip._parallel, clip._text_encoder, len(own_image)
+    assert parallel is not None
+    call = f"pair_loss with captions of {captions.ndim} dimensions"
+    sizes, own = sizes_of(parallel, pairs, call, own_image.device)
+    image = gather_rows(own_image, sizes, parallel.group)  # [B, D]
+    numbers = torch.arange(len(image), device=image.device)[own]  # [n], pairs of the captions encoded here
+    if captions.ndim == 2:
+        text = encoder.encode_tokens(captions)
+    elif parallel.replicated:
+        text = encoder.encode(captions, exact=True)
+    else:
+        every = gather_rows(captions[:pairs], sizes, parallel.group)  # [B]
+        numbers = (every % parallel.size == parallel.rank).nonzero().flatten()
+        text = encoder.encode(at_least_one(parallel.ids_of_held(every[numbers])), exact=True)
+    return sharded_contrastive_loss(image, text, numbers, clip.model.logit_scale.exp(), parallel.group)
+
+
+def sharded_sigmoid_loss(
+    clip: SkipCLIPBase, own_image: Tensor, labels: Tensor, max_labels: int, bias: Tensor | float
+) -> SkipOutput:
+    """Run a training step of `sigmoid_loss` on own images [b, D], labels bool [b, C], with those of all processes."""
+    parallel = clip._parallel
+    assert parallel is not None
+    group = parallel.group
+    # 1. The image embeddings of all processes, [B, D]
+    call = f"sigmoid_loss with max_labels={max_labels}"
+    sizes, _ = sizes_of(parallel, len(own_image), call, own_image.device, clip.sampler)
+    image = gather_rows(own_image.detach() if parallel.replicated else own_image, sizes, group)
+    # 2. The same selection on every process: labels of any image score +∞
+    with torch.no_grad():
+        is_label = labels.any(dim=0).byte()  # [C]
+        dist.all_reduce(is_label, dist.ReduceOp.MAX, group=group)
+        ranks = clip.sampler.draw_on(image.device, parallel.num_classes, len(image) * max_labels)
+        scores = parallel.gather_classes(clip._scores(image))
+        class_ids = classes_at_ranks(scores.masked_fill(is_label.bool(), math.inf), ranks)  # [K]
+    # 3. Loss of own images with all K classes, or of all images with the own K_r classes
+    scale, elements, own_targets = clip.model.logit_scale.exp(), len(image) * len(class_ids), labels[:, class_ids]
+    if parallel.replicated:
+        image, targets, text = own_image, own_targets, clip._text_encoder.encode(class_ids)
+    else:
+        positions = (class_ids % parallel.size == parallel.rank).nonzero().flatten()  # [K_r]
+        targets = gather_rows(own_targets.byte(), sizes, group)[:, positions]
+        text = clip._text_encoder.encode(at_least_one(parallel.ids_of_held(class_ids[positions])))
+    loss = sharded_binary_cross_entropy(image, text, targets, bias, scale, elements, group)
+    return SkipOutput(loss, None, class_ids, own_targets)
+
+
+# ---- evaluation
+
+
+def sharded_predict(clip: Inference, parallel: ClassParallel, x: Tensor) -> Tensor:
+    """Logits [b, C] of the images of this process; see `SkipCLIP.predict`.
+
+    Each process sends every other process the logits [b, C/W] of that process's images for its own classes.
+    """
+    image, classes, sizes, _ = _compared(clip, parallel, x, "predict")
+    longest, width = max(sizes), max(parallel.sizes)
+    sent = image.new_empty(parallel.size, longest, width)
+    with torch.autocast(image.device.type, enabled=False):
+        for part, rows in zip(sent, image.split(sizes), strict=True):
+            part[: len(rows), : len(classes)] = rows @ classes.T
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=parallel.group)
+    logits = image.new_empty(sizes[parallel.rank], parallel.num_classes)
+    for rank, (part, owned) in enumerate(zip(received, parallel.sizes, strict=True)):
+        logits[:, rank :: parallel.size] = part[: len(logits), :owned]
+    return logits
+
+
+def sharded_top_k(clip: Inference, parallel: ClassParallel, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits [b, k] of the images of this process, and their classes; see `SkipCLIP.top_k`.
+
+    Each process sends the k best of its classes for the images of all processes: [B, k] logits and class ids.
+    """
+    image, classes, _, own = _compared(clip, parallel, x, f"top_k with k={k}", k)
+    width = min(k, max(parallel.sizes))
+    with torch.autocast(image.device.type, enabled=False):
+        logits, positions = top_k_logits(image, classes, min(k, len(classes)))
+    class_ids = positions * parallel.size + parallel.rank
+    missing = width - logits.shape[1]  # padding, sorted behind every class
+    logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+    class_ids = torch.nn.functional.pad(class_ids, (0, missing), value=parallel.num_classes)
+    every, every_id = (torch.cat(tuple(all_gather(part, parallel.group)), 1)[own] for part in (logits, class_ids))
+    every_id, order = every_id.sort(dim=1)  # so that a lower position is a lower class among equal logits
+    found, positions = largest(every.gather(1, order), k)
+    return found, every_id.gather(1, positions)
+
+
+def _compared(
+    clip: Inference, parallel: ClassParallel, x: Any, call: str, k: int = 1
+) -> tuple[Tensor, Tensor, list[int], slice]:
+    """Scaled image embeddings [B, D] of all processes, own class embeddings, image counts, and slice of own images."""
+    check_k(k, parallel.num_classes)
+    x, _, images = padded(x, x)
+    own_image, classes = clip._compared(x)
+    sizes, own = sizes_of(parallel, images, call, own_image.device)
+    return gather_rows(own_image[:images], sizes, parallel.group), classes, sizes, own
