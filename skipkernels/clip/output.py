@@ -1,4 +1,4 @@
-"""What SkipCLIP returns: the result of a step, and the tuned model as a plain module."""
+"""Results of SkipCLIP: of a step, and the tuned model as a plain module."""
 
 from __future__ import annotations
 
