@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
@@ -201,21 +201,6 @@ class _RankTable:
         return ranks
 
 
-def check_rank_options(function: str, *options: Any) -> None:
-    """Raise unless these are the arguments of a `RankSampler`; the message names the function that was called."""
-    for field, value in zip(fields(RankSampler), options, strict=True):
-        _check_option(function, field.name, value)
-
-
-def _check_option(function: str, name: str, value: Any) -> None:
-    if name == "generator" and value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(
-            f"{function}: generator must be a torch.Generator; got {value!r}. Use torch.Generator().manual_seed(0)."
-        )
-    if name in _RANGES and not _RANGES[name][0](value):
-        raise ValueError(f"{function}: {name} must be {_RANGES[name][1]}; got {value!r}.")
-
-
 def _is(kind: Any, value: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -273,9 +258,15 @@ class RankSampler:
         self._tables: dict[bool, _RankTable] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _check_option("RankSampler", name, value)
-        if name == "generator" and value is None:
-            value = torch.Generator().manual_seed(0)
+        if name in _RANGES and not _RANGES[name][0](value):
+            raise ValueError(f"RankSampler: {name} must be {_RANGES[name][1]}; got {value!r}.")
+        if name == "generator":
+            value = torch.Generator().manual_seed(0) if value is None else value
+            if not isinstance(value, torch.Generator):
+                raise TypeError(
+                    f"RankSampler: generator must be a torch.Generator; got {value!r}. Use "
+                    "torch.Generator().manual_seed(0)."
+                )
         super().__setattr__(name, value)
 
     def plan(self, num_classes: int, batch_size: int) -> tuple[int, Tensor]:
@@ -467,17 +458,7 @@ def classes_at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
     return order[ranks.to(order.device, non_blocking=True)].sort().values  # [K]
 
 
-def select_classes(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    keep_ratio: float = 0.5,
-    max_keep: int = 50,
-    decay: float = 0.3,
-    tail: Tail = "resample",
-    generator: torch.Generator | None = None,
-    max_tail: int | None = None,
-) -> ClassSelection:
+def select_classes(scores: Tensor, labels: Tensor, **options: Any) -> ClassSelection:
     """Select the classes of one step: the top m by score, and rank m + j of the tail with probability q_j.
 
         q_j = (e_j − e_last) / (e_0 − e_last),   e_j = exp(−x_j / decay),   x evenly spaced over [0, 5]
@@ -487,19 +468,13 @@ def select_classes(
     Args:
         scores: [C], any floating dtype; NaN ranks last.
         labels: [B] int64 in [0, C); always kept.
-        keep_ratio: Below 1, the share of the classes that is always kept; above 1, their number. 1 keeps every class,
-            whatever `max_keep` is. 0.5 by default.
-        max_keep: Largest number of classes that are always kept; 50 by default.
-        decay: λ of q_j: the larger it is, the more classes of the tail are kept; 0.3 by default.
-        tail: "resample" (default) or "fixed", see `RankSampler`.
-        generator: Random generator; by default a new one with seed 0.
-        max_tail: Upper bound on the expected number of classes of the tail, see `RankSampler`; none by default.
+        options: Arguments of `RankSampler`: keep_ratio, max_keep, decay, tail, generator, max_tail.
 
     Returns:
         ClassSelection: `class_ids` [K] int64 ascending, `targets` [B] int64.
 
     Raises:
-        ValueError: If a shape, a dtype or a label doesn't fit, or an argument is out of range.
+        ValueError: If a shape, a dtype or a label doesn't fit, or an option is out of range.
 
     Source: Wu et al., "Skip Tuning", CVPR 2025, arXiv 2412.11509, section 4.
 
@@ -518,6 +493,4 @@ def select_classes(
         raise ValueError(
             f"select_classes: labels must be in [0, C={len(scores)}); got {int(labels.min())} to {int(labels.max())}."
         )
-    check_rank_options("select_classes", keep_ratio, max_keep, decay, tail, generator, max_tail)
-    sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
-    return select_ranks(scores, labels, sampler.draw(scores.numel(), labels.numel()))
+    return select_ranks(scores, labels, RankSampler(**options).draw(scores.numel(), labels.numel()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..boundary import DEFAULT_CHUNK
 from ..options import AttentionName, Tail
 from ..parallel import ClassParallel
-from ..selection import RankSampler, check_rank_options
+from ..selection import RankSampler
 from ..store import digest_tensors
 from ..towers import ImageTower, Memory, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
@@ -124,7 +124,6 @@ class SkipCLIP(Training, Inference):
                 )
             self._settings = Settings.checked(skip_layers, memory, attention, trainable, train_logit_scale)
             self.label_smoothing = check_label_smoothing(label_smoothing)
-            check_rank_options("SkipCLIP", keep_ratio, max_keep, decay, tail, generator, max_tail)
             self.sampler = RankSampler(keep_ratio, max_keep, decay, tail, generator, max_tail)
             if self._parallel is not None:
                 self._parallel.replicated = not class_parallel
