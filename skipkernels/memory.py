@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import os
+import math
 import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -16,96 +13,40 @@ _CLEAR = Path("/proc/self/clear_refs")  # Linux: writing 5 resets the high-water
 _STATUS = Path("/proc/self/status")
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number above this
 
 
 def free_bytes(device: torch.device) -> float:
     """Return the free memory of a device in bytes, infinity if unknown.
 
-    On a GPU, includes memory that PyTorch has reserved and not allocated. On Linux, the minimum of the memory of the
-    machine, of each control group (the limit of a container), and of RLIMIT_AS.
+    On a GPU, includes memory that PyTorch has reserved and not allocated. On Linux, the minimum of the available memory
+    of the machine and of what the limit of each control group (version 2) of the process leaves, as in a container.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    free = _available(f"{_PROC}/meminfo")
-    for group in _limited_groups(_PROC, _GROUPS):
-        free = min(free, group.free(enough=free))
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        used = int((_read(f"{_PROC}/self/statm") or b"0").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        free = min(free, most - used)
+    free = _fields(_PROC / "meminfo").get("MemAvailable:", math.inf) * 1024
+    path = _read(_PROC / "self/cgroup").rpartition("0::/")[2].strip()
+    for group in (_GROUPS / path, *(_GROUPS / path).parents):
+        if not group.is_relative_to(_GROUPS):
+            break
+        limit = _read(group / "memory.max").strip()
+        if limit.isdigit():  # else "max", or no such file
+            reclaimable = _fields(group / "memory.stat").get("inactive_file", 0)
+            free = min(free, int(limit) - int(_read(group / "memory.current") or 0) + reclaimable)
     return max(free, 0)
 
 
-def _available(info: str) -> float:
-    text = _read(info, 256)  # short, since it is read in each step: MemAvailable is in the third line
-    return float("inf") if text is None else _field(text, b"MemAvailable:") * 1024
+def _fields(path: Path) -> dict[str, int]:
+    """Read a file with a name and a number in each line."""
+    return {name: int(number) for name, number, *_ in map(str.split, _read(path).splitlines())}
 
 
-class _Group(NamedTuple):
-    """Memory limit of a control group, its files, and its field for reclaimable page cache."""
-
-    limit: int
-    used: str
-    statistics: str
-    reclaimable: bytes
-
-    def free(self, enough: float) -> float:
-        """Return the bytes below the limit. From `enough` on page cache, slow to read, is not added."""
-        used = _read(self.used)
-        if used is None:
-            return float("inf")  # the group was removed
-        free = self.limit - int(used)
-        return free if free >= enough else free + _field(_read(self.statistics) or b"", self.reclaimable)
-
-
-@functools.cache
-def _limited_groups(proc: Path, root: Path) -> list[_Group]:
-    """Return the groups with a limit, once per process: reading the files of all in each step takes too long."""
-    return [group for group in _groups(proc, root) if group.limit < _UNLIMITED]
-
-
-def _groups(proc: Path, root: Path) -> Iterator[_Group]:
-    """Yield the groups of this process, of both versions, up to the root.
-
-    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
-    """
-    for line in (_read(f"{proc}/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            top, names = root, ("memory.max", "memory.current", b"inactive_file ")
-        elif "memory" in controllers.split(","):
-            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", b"total_inactive_file ")
-        else:
-            continue
-        own = top / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(top):
-                break
-            limit = (_read(f"{folder}/{names[0]}") or b"").strip()
-            if limit.isdigit():
-                yield _Group(int(limit), f"{folder}/{names[1]}", f"{folder}/memory.stat", names[2])
-
-
-def _field(text: bytes, name: bytes) -> int:
-    """Return the number after a name, 0 if the name is missing."""
-    begin = text.find(name) if text.startswith(name) else text.find(b"\n" + name) + 1
-    return int(text[begin + len(name) :].split(None, 1)[0]) if text.startswith(name, begin) else 0
-
-
-def _read(path: str, size: int = 1 << 13) -> bytes | None:
-    """Return the start of a file, None if it can't be read."""
+def _read(path: Path) -> str:
+    """Return the text of a file, "" if it cannot be read."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return path.read_text()
     except OSError:
-        return None
-    try:
-        return os.read(file, size)
-    except OSError:
-        return None
-    finally:
-        os.close(file)
+        return ""
 
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -178,7 +178,7 @@ def scaled_schedule(schedule: Callable[[int], float], optimizer: torch.optim.Opt
         rate = schedule(number)
         for group in optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):  # which open_clip 4 has scaled
-                group["lr"] = rate * group["lr_scale"]
+                group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
 
     return step
