@@ -1,4 +1,4 @@
-"""Replacement of a whole folder at once."""
+"""Replacement of a file or a whole folder at once, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,93 @@ import fnmatch
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOCK = ".lock"
+"""Name of the lock file in a folder."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file in a temporary folder beside `path`, which takes the place of `path` at the end of the block.
+
+    A crash or an error at any moment leaves the old file or the new one, whole. A kill also leaves the temporary
+    folder, `.NAME-….partial`.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replaced_file(folder / "note.txt") as new:
+        ...     _ = new.write_text("whole")
+        >>> [file.name for file in folder.iterdir()]
+        ['note.txt']
+    """
+    name: dict[str, Any] = {"prefix": f".{path.name}-", "suffix": ".partial", "dir": path.parent}
+    with tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True) as temporary:
+        new = Path(temporary, path.name)
+        new.touch()
+        mode = new.stat().st_mode  # follows the umask, unlike the file that safetensors puts in its place
+        yield new
+        new.chmod(mode)
+        sync(new)
+        os.replace(new, path)
+    sync(path.parent)  # flushes the rename
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file by text in UTF-8, as `replaced_file` does."""
+    with replaced_file(path) as new:
+        new.write_bytes(text.encode())
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Replace a file by tensors in safetensors, as `replaced_file` does."""
+    from safetensors.torch import save_file
+
+    with replaced_file(path) as new:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new, metadata)
+
+
+def is_partial(path: Path) -> bool:
+    """Return True if a path is the temporary folder of a `replaced_file` that was killed."""
+    return fnmatch.fnmatchcase(path.name, ".*-????????.partial") and path.is_dir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder. The system releases it when the process ends, also after a kill.
+
+    Raises:
+        OSError: If another process holds it and `wait` is False, or the file system has no locks.
+    """
+    lock = FileLock(folder / LOCK, timeout=-1 if wait else 0, thread_local=False)  # another thread may release it
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(errno.EBUSY, "in use by another process; wait for it", str(folder)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if a process holds the lock of a folder. Writes nothing."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with locked(folder):
+            return False
+    except OSError as error:
+        return error.errno == errno.EBUSY
 
 
 @contextlib.contextmanager

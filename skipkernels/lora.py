@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .clip import SkipCLIP, check_clip
-from .folders import replaced_folder
+from .digests import digest_file
+from .folders import replace_tensors, replaced_folder
 from .optimizer import world_size
-from .store.tensor_file import write_tensors
 from .towers import UnsupportedModel
 from .towers.base import Tower
 from .towers.low_rank import LowRankUpdate, low_rank_updates
@@ -189,8 +189,8 @@ def save_lora(clip: SkipCLIP, folder: str | Path) -> None:
         "target_modules": list(updates),
     }
     with replaced_folder(Path(folder), (_ADAPTER, _ADAPTER_CONFIG)) as written:
-        with (written / _ADAPTER).open("wb") as file:
-            _, config["auto_mapping"]["weights_xxh3"] = write_tensors(file, tensors, {"format": "pt"})
+        replace_tensors(written / _ADAPTER, tensors, {"format": "pt"})
+        config["auto_mapping"]["weights_xxh3"] = digest_file(written / _ADAPTER)
         (written / _ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import skipkernels as sk
-from skipkernels.store import digests
-from skipkernels.store.digest import _device_digest
+from skipkernels.digests import _device_digest, digests
 from skipkernels.towers import UnsupportedModel
 from skipkernels.towers.families import open_clip as open_clip_towers
 

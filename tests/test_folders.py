@@ -1,4 +1,4 @@
-"""Replacement of whole folders."""
+"""Replacement of files and whole folders, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -6,20 +6,80 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from skipkernels import folders
-from skipkernels.folders import replaced_folder, restored
+from skipkernels.folders import is_locked, is_partial, locked, replace_text, replaced_file, replaced_folder, restored
+from tests.kills import run_for
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["exchange", "two renames"], autouse=True)
-def system(request, monkeypatch) -> None:
+def test_replaced_file_keeps_the_old_file_on_an_error(tmp_path):
+    replace_text(tmp_path / "file", "old")
+    with pytest.raises(ZeroDivisionError), replaced_file(tmp_path / "file") as new:
+        new.write_text("half")
+        1 / 0  # noqa: B018
+    assert contents(tmp_path) == {"file": "old"}, "and no temporary file"
+    replace_text(tmp_path / "file", "new")
+    assert contents(tmp_path) == {"file": "new"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_replaced_file_permissions_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").touch()
+        with replaced_file(tmp_path / "tensors") as new:
+            save_file({"x": torch.ones(1)}, new)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_replaced_file_is_flushed_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: flushed.append((os.fstat(descriptor).st_ino, (tmp_path / "file").exists()))
+    )
+    replace_text(tmp_path / "file", "whole")
+    assert flushed == [((tmp_path / "file").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def writer(folder: Path, pipe) -> None:
+    """Write half of a file while the folder is locked, and wait."""
+    with locked(folder), replaced_file(folder / "file") as new:
+        new.write_text("half")
+        pipe.send("begins")
+        pipe.recv()
+
+
+def test_kill_leaves_the_old_file_and_releases_the_lock(tmp_path):
+    replace_text(tmp_path / "file", "old")
+    run_for(writer, (tmp_path,), 0)
+    assert (tmp_path / "file").read_text() == "old" and not is_locked(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if is_partial(path)] != []
+
+
+def test_lock_is_held_once(tmp_path):
+    assert not is_locked(tmp_path) and names(tmp_path) == set(), "nothing is written"
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(OSError, match="in use by another process"), locked(tmp_path):
+            pass
+    with locked(tmp_path, wait=True):
+        pass
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def folder(tmp_path, request, monkeypatch) -> Path:
+    """A folder with a file of ours, and others; the system exchanges folders, or can't."""
     if request.param == "two renames":
         monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A folder with a file of ours, and others."""
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     for name in ("model.json", "mine.txt", "sub/mine.txt"):

@@ -29,6 +29,7 @@ LAYERS = [
         "_progress",
         "formatting",
         "checks",
+        "digests",
         "folders",
         "memory",
         "options",

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 
 import skipkernels as sk
 from skipkernels import lora
+from skipkernels.digests import digest_file
 from skipkernels.lora import TARGETS
-from skipkernels.store.digest import digest_file
 from skipkernels.testing import saved_bytes
 from skipkernels.towers import UnsupportedModel, fused_block
 from skipkernels.towers.low_rank import LowRankUpdate

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..digests import digest_json, digest_tensors, digests
 from ..parallel import (
     ClassParallel,
     gather_rows,
@@ -25,7 +26,6 @@ from ..parallel import (
 from ..parallel.gathers import all_gather
 from ..retrieval import check_k, largest, top_k_logits
 from ..selection import RankSampler, classes_at_ranks, select_ranks
-from ..store import digest_json, digest_tensors, digests
 from ..towers import UnsupportedModel
 from ..towers.base import Tower
 from .output import SkipOutput

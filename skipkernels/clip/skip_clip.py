@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..boundary import DEFAULT_CHUNK
+from ..digests import digest_tensors
 from ..options import AttentionName, Tail
 from ..parallel import ClassParallel
 from ..selection import RankSampler
-from ..store import digest_tensors
 from ..towers import ImageTower, Memory, TextTower, build_towers, evaluating
 from ..towers.structure import containers, refuse_overrides
 from .image_encoder import ImageEncoder

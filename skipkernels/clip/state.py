@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..store import digest_tensors
+from ..digests import digest_tensors
 from .settings import prompts_of
 
 _FORMAT = "1"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..store import digests
+from ..digests import digests
 from ..towers import TextTower, evaluating
 from ..towers.structure import Structure, WeightSnapshot, called_modules
 from .prompt_features import PromptFeatures, unit_norm

@@ -18,7 +18,8 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from ..store import Layout, StoreError, digest_json
+from ..digests import digest_json
+from ..store import Layout, StoreError
 from .image_batches import Batch, is_iterable_only, is_one_shot, load_batches
 
 NOT_GIVEN = "not given"

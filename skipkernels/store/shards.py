@@ -158,7 +158,9 @@ def find_damage(
 def _damage(folder: Path, layout: Layout, number: int, shard: Shard, on_bytes: Callable[[int], None]) -> str | None:
     try:
         map_shard(folder, layout, number, shard)
-        if digest_file(path_of(folder, number), on_bytes) == shard.xxh3:
+        digest = digest_file(path_of(folder, number))
+        on_bytes(shard.bytes)
+        if digest == shard.xxh3:
             return None
         what = "its contents have changed"
     except StoreError as error:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..digests import digest_tensors
 from ..memory import free_bytes
 from ..options import Memory
-from ..store import digest_tensors
 from . import attention
 from .eligibility import global_hooks, why_weights_not_fusable
 from .fused_block import CAST_BYTES, SAVED_WIDTHS, BlockSettings, FusableBlock, Hidden, fused_block

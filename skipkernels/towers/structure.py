@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..store import digests
+from ..digests import digests
 from .base import Tower, UnsupportedModel
 from .eligibility import HOOKS, global_hooks
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._progress import Output, progress
+from ..digests import digest_tensors
 from ..formatting import escaped
 from ..store import (
     COMPUTED,
@@ -21,7 +22,6 @@ from ..store import (
     StoreError,
     Writer,
     absolute_folder,
-    digest_tensors,
     is_store,
 )
 from .prompts import SelectedPrompts

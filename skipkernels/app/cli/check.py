@@ -43,7 +43,7 @@ class CheckCommand:
         from skipkernels.app.data import InputError, open_source
         from skipkernels.app.data.check import Finding, facts, findings
         from skipkernels.app.serve.output import check_file
-        from skipkernels.store import replace_text
+        from skipkernels.folders import replace_text
 
         if self.out is not None:
             if self.out.suffix.lower() not in (".csv", ".json"):

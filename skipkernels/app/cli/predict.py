@@ -91,7 +91,7 @@ class PredictCommand:
         from skipkernels.app.serve.loading import described_weights
         from skipkernels.app.serve.output import PartialRows, SortedFolders, check_file, contact_sheet, lines
         from skipkernels.app.train.description import NOT_CALIBRATED
-        from skipkernels.store import replace_text
+        from skipkernels.folders import replace_text
 
         results, compute = self.results, self.compute
         if results.link and results.sort_into is None:

@@ -31,7 +31,7 @@ class ReportCommand:
         from skipkernels.app.report import run_report
         from skipkernels.app.studies.study import study_page
         from skipkernels.app.train.run_folder import CONFIG, REPORT
-        from skipkernels.store import replace_text
+        from skipkernels.folders import replace_text
 
         page = run_report(self.run) if (self.run / CONFIG).is_file() else study_page(self.run)
         path = self.out or self.run / REPORT

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...store import digest_bytes
+from ...digests import digest_bytes
 from .base import InputError
 from .files import format_names
 from .images import Images, LabelledImages, Transform

@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...folders import replace_text
 from ...options import Shots
-from ...store import replace_text
 from .base import InputError
 from .files import format_names, read_json
 from .images import Images

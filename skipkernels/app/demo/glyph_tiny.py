@@ -15,7 +15,7 @@ import open_clip
 import torch
 from safetensors.torch import load_file
 
-from ...store import replace_file, write_tensors
+from ...folders import replace_tensors
 from ..methods.registry import PackagedModel
 from ..train.model import load_model
 from . import glyphs
@@ -81,7 +81,7 @@ def save(model: torch.nn.Module, path: Path) -> None:
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     state["token_ids"] = used_token_ids()
     state["token_embedding.weight"] = state["token_embedding.weight"][state["token_ids"]]
-    replace_file(path, lambda file: write_tensors(file, state, {}))
+    replace_tensors(path, state)
 
 
 def state_dict(path: Path = WEIGHTS) -> dict[str, torch.Tensor]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...folders import restored
-from ...store import replace_text, write_tensors
+from ...digests import digest_file
+from ...folders import replace_tensors, replace_text, restored
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset
 from ..methods.base import TunedModel
@@ -232,11 +232,11 @@ def _write(
     tests: list[TestPredictions],
 ) -> None:
     with folder.replaced():
-        with (folder.path / MODEL).open("wb") as file:
-            metadata = weights.metadata(holds=weights.MODEL)
-            size, digest = write_tensors(file, setup.method.state_dict(), metadata)
-        metrics["checkpoint"] = {"file": MODEL, "mib": round(size / 2**20, 1), "mib_of_all": round(size / 2**20, 1)}
-        described = replace(described, weights_xxh3=digest)
+        written = folder.path / MODEL
+        replace_tensors(written, setup.method.state_dict(), weights.metadata(holds=weights.MODEL))
+        mib = round(written.stat().st_size / 2**20, 1)
+        metrics["checkpoint"] = {"file": MODEL, "mib": mib, "mib_of_all": mib}
+        described = replace(described, weights_xxh3=digest_file(written))
         described.write(folder.path)
         use = "open-clip" if write_open_clip_config(folder.path, setup.model, setup.tokenizer) else "skipkernels"
         folder.write_card(model_card(config, described, metrics, use=use))

@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import open_clip
 
-from ...folders import replaced_folder, restored
-from ...store import replace_text, write_tensors
-from ...store.digest import digest_file
+from ...digests import digest_file
+from ...folders import replace_tensors, replace_text, replaced_folder, restored
 from ..config import TuneConfig
 from ..data import InputError
 from ..train import weights
@@ -131,9 +130,7 @@ def _write_open_clip(plain: PlainModel, folder: Path) -> list[str]:
         )
     if not write_open_clip_config(folder, plain.model, plain.tokenizer):
         raise InputError(f"export: run must have a model of open_clip; got {type(plain.model).__name__}.", "run")
-    state, header = plain.model.state_dict(), weights.metadata(holds=weights.MODEL)
-    with (folder / OPEN_CLIP_WEIGHTS).open("wb") as file:
-        write_tensors(file, state, header)
+    replace_tensors(folder / OPEN_CLIP_WEIGHTS, plain.model.state_dict(), weights.metadata(holds=weights.MODEL))
     return []
 
 

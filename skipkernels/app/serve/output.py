@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ...folders import replaced_file
 from ...formatting import csv_line
-from ...store import replace_file
 from ..data import InputError
 from ..data.images import read_image
 from ..report.mistakes import encoded
@@ -138,7 +138,8 @@ class PartialRows:
         """Write the results, and delete OUT.partial if they are complete."""
         # surrogateescape: the bytes of a file name that is not in UTF-8
         encoded = (text.encode(errors="surrogateescape") for text in lines([self], form, top))
-        replace_file(self.out, lambda file: file.writelines(encoded))
+        with replaced_file(self.out) as new, new.open("wb") as file:
+            file.writelines(encoded)
         if complete:
             self._path.unlink()
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from ...store import read_object, replace_text
+from ...folders import replace_text
+from ...store import read_object
 from ..data import InputError
 from ..report import study_html
 from ..train.environment import environment

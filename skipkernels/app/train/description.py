@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...store import read_object, replace_text
+from ...folders import replace_text
+from ...store import read_object
 from ..config import TuneConfig
 from ..data import InputError, Task
 from .environment import versions

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...folders import replace_text
 from ...formatting import csv_line
-from ...store import replace_text
 from ..report.plots import finite
 from .errors import argument_error
 

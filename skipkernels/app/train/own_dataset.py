@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ...digests import digest_json
 from ...features.dataset_key import dataset_key
-from ...store import digest_json
 from ..config import TuneConfig
 from ..data import InputError, SizedDataset, Source, from_datasets
 from ..data.splits import listed_source

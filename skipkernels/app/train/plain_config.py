@@ -20,7 +20,8 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 
-from ...store import read_object, read_regular, replace_text
+from ...folders import replace_text
+from ...store import read_object, read_regular
 from .sources import refused_source
 
 OPEN_CLIP = "open_clip_config.json"

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...folders import replace_tensors
 from ...formatting import first_line
-from ...store import replace_file, write_tensors
 from ..data import InputError
 
 TOP = 3
@@ -88,7 +88,7 @@ def save(path: Path, tests: list[TestPredictions]) -> None:
             tensors[f"{number}.thumbnails.{index}"] = torch.frombuffer(bytearray(image), dtype=torch.uint8)
     names = [{"name": test.name, "classes": test.classes} for test in tests]
     metadata = {"format": _FORMAT, "tests": json.dumps(names)}
-    replace_file(path, lambda opened: write_tensors(opened, tensors, metadata))
+    replace_tensors(path, tensors, metadata)
 
 
 def load(path: Path) -> list[TestPredictions]:

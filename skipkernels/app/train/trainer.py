@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...digests import digest_tensors
 from ...features import BatchSampler, FeatureCache, SharedBatchSampler
 from ...parallel import all_reduce_gradients
 from ...published import cosine_with_warmup
-from ...store import digest_tensors
 from ..config import TuneConfig
 from ..data.files import format_names
 from ..methods import Method, StepOutput

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...store import digest_json, digest_tensors, parse_object
+from ...digests import digest_json, digest_tensors
+from ...store import parse_object
 from ..data import InputError
 from ..methods import Method
 from .precision import in_bf16

@@ -23,8 +23,8 @@ from skipkernels.app.data import InputError, open_source
 from skipkernels.app.serve.output import SortedFolders, contact_sheet, folder_names
 from skipkernels.app.train import tune
 from skipkernels.app.train.description import Description
+from skipkernels.digests import digest_file
 from skipkernels.formatting import csv_line, csv_text
-from skipkernels.store.digest import digest_file
 from tests.app.serve.conftest import CONFIG
 
 

@@ -19,7 +19,7 @@ from skipkernels.app.config import TuneConfig
 from skipkernels.app.demo import glyphs
 from skipkernels.app.report import plots
 from skipkernels.app.train import forward_profile
-from skipkernels.store import digest_tensors
+from skipkernels.digests import digest_tensors
 
 SMALL = TuneConfig(shots=4, classes=12, epochs=2, device="cpu")  # two epochs of six steps
 TEST_IMAGES = 4  # of each class: one in each font

@@ -17,8 +17,8 @@ from skipkernels.app.data import InputError
 from skipkernels.app.train import checkpoint, weights
 from skipkernels.app.train.description import Description
 from skipkernels.app.train.weights import read_metadata
+from skipkernels.digests import digest_file
 from skipkernels.store import atomic, replace_file
-from skipkernels.store.digest import digest_file
 from skipkernels.store.lock import locked
 
 
