@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fnmatch
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 """Name of the lock file in a folder."""
+_PARTIAL = re.compile(r"\.(.+)(?:-[a-z0-9_]{8}\.partial|\.[0-9a-f]{16}\.skipkernels-partial|\.[0-9]+\.partial)")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -64,9 +66,14 @@ def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[st
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, new, metadata)
 
 
-def is_partial(path: Path) -> bool:
-    """Return True if a path is the temporary folder of a `replaced_file` that was killed."""
-    return fnmatch.fnmatchcase(path.name, ".*-????????.partial") and path.is_dir()
+def partial_of(name: str) -> str | None:
+    """Return the final name of a temporary folder of `replaced_file`, or a temporary file of 0.2; None for another.
+
+    >>> partial_of(".note.txt-x1y2z3_4.partial"), partial_of(".mine.partial")
+    ('note.txt', None)
+    """
+    found = _PARTIAL.fullmatch(name)
+    return None if found is None else found[1]
 
 
 @contextlib.contextmanager
