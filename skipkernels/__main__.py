@@ -9,7 +9,7 @@ import sys
 
 import skipkernels
 
-_CLI_PACKAGES = ("rich", "tyro", "yaml", "matplotlib", "jinja2")  # the extra `cli` in pyproject.toml
+_CLI_PACKAGES = ("pydantic", "rich", "tyro", "yaml", "matplotlib", "jinja2")  # the extra `cli` in pyproject.toml
 
 
 def main() -> int:

@@ -344,7 +344,7 @@ def nothing_runs(monkeypatch) -> None:
     for command in typing.get_args(cli.Command):
         monkeypatch.setattr(typing.get_args(command)[0], "execute", lambda *_: 0)
     monkeypatch.setattr(cli.TuneCommand, "execute", resolve)
-    monkeypatch.setattr(cli, "with_file", lambda command, *_: command)  # the file of --config
+    monkeypatch.setattr(cli, "command_with_file", lambda *_: cli.TuneCommand())  # the file of --config
 
 
 def check_commands(page: Page) -> None:

@@ -48,7 +48,7 @@ LAYERS = [
     ("integrations",),
     ("app.console", "app.data", "app.option_groups"),
     ("app.methods",),
-    ("app.config", "app.demo", "app.report", "app.schema", "app.train"),
+    ("app.config", "app.demo", "app.report", "app.train"),
     ("app.serve", "app.studies"),
     ("app.cli",),
     ("__main__",),
@@ -245,7 +245,7 @@ class Blocked:
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-BLOCKED = {"rich", "tyro", "matplotlib", "triton", "torchmetrics", "ninja"}
+BLOCKED = {"rich", "tyro", "pydantic", "matplotlib", "triton", "torchmetrics", "ninja"}
 sys.meta_path.insert(0, Blocked())
 import open_clip, torch, skipkernels as sk
 model = open_clip.CLIP(32, open_clip.CLIPVisionCfg(layers=3, width=64, head_width=32, patch_size=8, image_size=16),
@@ -267,7 +267,7 @@ def test_core_without_the_packages_of_the_command_line(tmp_path):
     assert result.stdout.split("\n")[0] == "True []", result.stderr
 
 
-@pytest.mark.parametrize("package", ["rich", "tyro", "yaml", "matplotlib", "jinja2"])
+@pytest.mark.parametrize("package", ["pydantic", "rich", "tyro", "yaml", "matplotlib", "jinja2"])
 def test_command_line_names_the_package_that_it_lacks(package):
     code = f"import sys; sys.modules[{package!r}] = None\nfrom skipkernels.__main__ import main\nsys.exit(main())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

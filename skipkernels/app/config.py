@@ -1,19 +1,22 @@
-"""Configuration of a run. The command line and config.yaml are generated from its option groups. Imports no torch."""
+"""Configuration of a run: one schema for Python, the command line, YAML files and run folders."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
 import reprlib
-import types
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import to_jsonable_python
 
 from ..formatting import first_line
 from ..options import Precision, Protocol
@@ -45,15 +48,58 @@ _SCHEDULED, _LARGE = ("skip", "full"), ("imagenet", "sun397", "food101")
 
 NOT_IN_FILES = ("trust",)  # fields that a config.yaml does not have
 _SOURCES = ("model", "pretrained", "data", "targets")
-_PATHS, _TUPLES = ("root", "cache", "out", "resume"), ("template", "targets", "log")  # fields with these types
-
 _MAX_BYTES = 2**20  # size of a config.yaml
-_MAX_BITS = 63  # bits of an integer in a config.yaml
+SCHEMA_ADDRESS = "https://raw.githubusercontent.com/skipkernels/skipkernels/main/docs/config.schema.json"
+
+# Types are not converted: `epochs: true` and `seed: "3"` are errors.
+_SCHEMA = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+# Types of pydantic's errors, in the words of the other messages.
+_EXPECTED = {
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "above {gt}",
+    "less_than": "below {lt}",
+    "tuple_type": "a list",
+    "is_instance_of": "a path",
+}
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
+Config = TypeVar("Config")
 
 
-@dataclass(frozen=True)
+def _with_input_errors(config: type[Config]) -> type[Config]:
+    """Let the constructor of a pydantic dataclass raise its first error as an `InputError`."""
+    validate = config.__init__
+
+    @functools.wraps(validate)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        try:
+            validate(self, *args, **settings)
+        except ValidationError as error:
+            raise _input_error(error, [field.name for field in dataclasses.fields(self)]) from None
+
+    config.__init__ = init  # type: ignore[method-assign]
+    return config
+
+
+def _input_error(error: ValidationError, names: list[str]) -> InputError:
+    """Error of the first invalid setting, in one line."""
+    errors = error.errors(include_url=False)
+    setting = str(errors[0]["loc"][0])
+    if errors[0]["type"] == "unexpected_keyword_argument":
+        close = difflib.get_close_matches(setting, names, 1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        return InputError(f"TuneConfig: unknown setting {_short.repr(setting)}{hint}")
+    expected = []
+    for one in errors:  # one for each type of a union
+        if one["loc"][0] == setting:
+            words = _EXPECTED.get(one["type"], one["msg"].removeprefix("Input should be "))
+            expected.append(words.format(**one.get("ctx", {})))
+    got = _short.repr(errors[0]["input"])
+    return InputError(f"TuneConfig: {setting} must be {' or '.join(dict.fromkeys(expected))}; got {got}.", setting)
+
+
+@_with_input_errors
+@dataclass(frozen=True, config=_SCHEMA)
 class TuneConfig(
     OutputOptions,
     ProcessOptions,
@@ -67,40 +113,30 @@ class TuneConfig(
     ProtocolOptions,
     DataOptions,
 ):
-    """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`."""
+    """Configuration of a run. Its fields are those of the option groups, beginning with `DataOptions`.
+
+    Raises:
+        InputError: If there is no such setting, or a value has the wrong type or is out of range.
+
+    Example:
+        >>> TuneConfig(data="imagefolder:photos", epochs=3, out="runs/photos").out
+        PosixPath('runs/photos')
+    """
 
     dataset_key: str | None = None
     """Digest of a dataset that was passed to `tune`, which sets it."""
 
+    @field_validator("root", "cache", "out", "resume", mode="before")
     @classmethod
-    def of(cls, config: TuneConfig | None = None, **settings: Any) -> TuneConfig:
-        """Return a configuration with some settings replaced; paths may be text, and tuples lists.
+    def _path(cls, value: Any) -> Any:
+        """Accept a string as a path."""
+        return Path(value) if isinstance(value, str) else value
 
-        Raises:
-            InputError: If there is no such setting, or its type is wrong.
-
-        Example:
-            >>> TuneConfig.of(data="imagefolder:photos", epochs=3, out="runs/photos").out
-            PosixPath('runs/photos')
-        """
-        hints = get_type_hints(cls)
-        for name, value in settings.items():
-            if name not in hints:
-                raise _unknown_setting("TuneConfig", name, hints)
-            plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            if not _has_type(plain, hints[name]):
-                raise InputError(f"TuneConfig: {name} must be {hints[name]}; got {_shown(value)}.", name)
-            settings[name] = _converted(plain, hints[name])
-        return dataclasses.replace(config or cls(), **settings)
-
-    def __post_init__(self) -> None:
-        """Accept a string as a path, and a list as a tuple."""
-        for name in _PATHS:
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, Path(value))
-        for name in _TUPLES:
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+    @field_validator("template", "targets", "log", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        """Accept a list as a tuple."""
+        return tuple(value) if isinstance(value, list) else value
 
     def resolved(self, open_data: Callable[[], Source] | None = None) -> TuneConfig:
         """Return the configuration with all defaults filled in.
@@ -214,16 +250,6 @@ class TuneConfig(
     def _check(self) -> None:
         for name in self._unused():
             _refuse(name, f'{name}={getattr(self, name)} has no effect with method="{self.method}"; leave it out.')
-        for field in dataclasses.fields(TuneConfig):
-            name, bounds, value = field.name, field.metadata, getattr(self, field.name)
-            if value is None or not bounds:
-                continue
-            if bounds["minimum"] is not None and not value >= bounds["minimum"]:
-                _refuse(name, f"{name} must be at least {bounds['minimum']}; got {value}.")
-            if bounds["above"] is not None and not value > bounds["above"]:
-                _refuse(name, f"{name} must be above {bounds['above']}; got {value}.")
-            if bounds["below"] is not None and not value < bounds["below"]:
-                _refuse(name, f"{name} must be below {bounds['below']}; got {value}.")
         assert self.epochs is not None
         if self.epochs < 1 and self.method_class().recipe(self.model, self.chosen_protocol, self._shots).epochs > 0:
             _refuse("epochs", f"epochs must be at least 1; got {self.epochs}.")
@@ -269,7 +295,7 @@ class TuneConfig(
     def identity(self) -> dict[str, Any]:
         """Settings that change the results, as plain values; a run can only be resumed with equal ones."""
         results = {field.name for field in dataclasses.fields(TuneConfig) if field.metadata.get("results", True)}
-        values = {name: value for name, value in _plain(self).items() if name in results}
+        values = {name: value for name, value in self._plain().items() if name in results}
         return values | {"cache_dtype": None if self.cache is None else self.cache_dtype}
 
     def differs_from(self, other: TuneConfig) -> list[str]:
@@ -277,15 +303,20 @@ class TuneConfig(
         own, others = self.identity(), other.identity()
         return [name for name in own if own[name] != others[name]]
 
+    def _plain(self) -> dict[str, Any]:
+        """Settings as values of JSON."""
+        values = dataclasses.asdict(self)
+        return to_jsonable_python({name: value for name, value in values.items() if name not in NOT_IN_FILES})
+
     def to_yaml(self) -> str:
         """Return the configuration as YAML, for `from_yaml`."""
         import yaml
 
-        return yaml.safe_dump(_plain(self), sort_keys=False)
+        return yaml.safe_dump(self._plain(), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, path: Path, *, trust: bool = False, given: Collection[str] = ()) -> TuneConfig:
-        """Read a configuration that `to_yaml` wrote.
+        """Read a configuration from YAML or JSON, such as the config.yaml of a run.
 
         Args:
             path: The file.
@@ -309,16 +340,31 @@ class TuneConfig(
             raise InputError(f"{path}: not readable as YAML ({first_line(error)}).") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: expected a mapping of settings; got {type(values).__name__}.")
-        hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in NOT_IN_FILES}
-        for name, value in values.items():
-            if name not in hints:
-                raise _unknown_setting(path, name, hints)
-            if not _has_type(value, hints[name]):
-                raise InputError(f"{path}: {name} must be {hints[name]}; got {_shown(value)}.")
-            if name in _SOURCES and name not in given:
-                for source in value if isinstance(value, list) else [value or ""]:
-                    check_source(path, name, source, trust)
-        return cls(**{name: _converted(value, hints[name]) for name, value in values.items()})
+        for name in NOT_IN_FILES:
+            if name in values:
+                raise InputError(f"{path}: {name} is not taken from a file; remove it.")
+        try:
+            config = cls(**{str(name): value for name, value in values.items()})
+        except InputError as error:
+            raise InputError(str(error).replace("TuneConfig", str(path), 1)) from None
+        for name in (name for name in _SOURCES if name in values and name not in given):
+            source = getattr(config, name)
+            for one in source if isinstance(source, tuple) else (source or "",):
+                check_source(path, name, one, trust)
+        return config
+
+
+def read_settings(path: Path) -> Any:
+    """Read a config.yaml.
+
+    Raises:
+        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is not YAML.
+    """
+    import yaml
+
+    from ..store import read_regular
+
+    return yaml.safe_load(read_regular(path, _MAX_BYTES))
 
 
 def usable_device(device: str, function: str) -> str:
@@ -337,70 +383,5 @@ def usable_device(device: str, function: str) -> str:
     return chosen
 
 
-def _unknown_setting(where: object, name: Any, names: Iterable[str]) -> InputError:
-    """Return the error for a setting that does not exist, with the name that is most like it."""
-    close = difflib.get_close_matches(name, names, 1) if isinstance(name, str) else []
-    return InputError(f"{where}: unknown setting {_shown(name)}{f'; did you mean {close[0]}?' if close else '.'}")
-
-
 def _refuse(argument: str, message: str) -> NoReturn:
     raise InputError(f"TuneConfig: {message}", argument)
-
-
-def read_settings(path: Path) -> Any:
-    """Read an untrusted config.yaml, with bounded memory.
-
-    Raises:
-        OSError, ValueError, RecursionError, yaml.YAMLError: If it can't be read, is too large, or is not YAML.
-    """
-    import yaml
-
-    from ..store import read_regular
-
-    class Loader(yaml.SafeLoader):
-        """Loader without aliases, which let a few lines expand to more than fits into memory."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases are not supported")
-            return super().compose_node(parent, index)
-
-    return yaml.load(read_regular(path, _MAX_BYTES), Loader)
-
-
-def _shown(value: Any) -> str:
-    """Format a value for a message, in at most about 100 characters."""
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        return f"a number of {value.bit_length()} bits"
-    return _short.repr(value)
-
-
-def _plain(config: TuneConfig) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_FILES}
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Return True if a value of YAML is valid for a type hint."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(_has_type(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_has_type(item, get_args(hint)[0]) for item in value)
-    if hint is Path:
-        return isinstance(value, str)
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        return False
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """Convert a value of YAML to the type of its field."""
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if isinstance(value, str) and Path in get_args(hint) else value

@@ -1,9 +1,10 @@
-"""Option groups of `TuneConfig`, from which the command line composes its commands. Imports no torch."""
+"""Settings of a run in groups, with defaults, bounds and help texts. `TuneConfig` inherits from all groups, and the
+commands are composed of them. Imports neither torch nor pydantic, for a quick --help.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,27 +28,18 @@ MAX_TIMEOUT = 1e6  # seconds
 
 
 def option(
-    default: Any,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    methods: Literal["all", "constructor", "rates"] = "all",
-    results: bool = True,
+    default: Any, *, methods: Literal["all", "constructor", "rates"] = "all", results: bool = True, **bounds: float
 ) -> Any:
     """Field of an option group.
 
     Args:
         default: Default value.
-        minimum: Smallest value.
-        above: Bound that the value must exceed.
-        below: Bound that the value must stay under.
         methods: Methods that use it: all, those with a constructor argument of this name, or those with this rate in
             their recipe.
         results: False if it changes the results by rounding at most, so that a resumed run may have another value.
+        bounds: Bounds of a number as for `pydantic.Field`: ge, gt, le, lt.
     """
-    metadata = {"minimum": minimum, "above": above, "below": below, "methods": methods, "results": results}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"methods": methods, "results": results, **bounds})
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class DataOptions:
     don't validate train, and accuracies are those on the validation images, if there are any."""
     unreadable: Literal["error", "skip"] = "error"
     """Images that can't be read. error: list them and stop. skip: leave them out; all images are then read twice."""
-    classes: int | None = option(None, minimum=1)
+    classes: int | None = option(None, ge=1)
     """Largest number of classes, base and new together. By default all; 100 for glyphs."""
 
 
@@ -134,7 +126,7 @@ class SkipOptions:
     """Upper limit of the number of classes kept in every step; it does not apply to --keep-ratio 1."""
     decay: float = option(0.3, methods="constructor")
     """Decay of the probability that a class of the tail is kept; larger values keep more classes."""
-    max_tail: int | None = option(None, minimum=0, methods="constructor")
+    max_tail: int | None = option(None, ge=0, methods="constructor")
     """Upper limit of the expected number of classes of the tail, for very many classes. By default none, as published:
     the tail then grows with the number of classes."""
 
@@ -145,27 +137,27 @@ class TrainingOptions:
 
     epochs: int | None = None
     """Passes over the training images. For skip 20, or 8 on glyph-tiny."""
-    batch_size: int | None = option(None, minimum=1)
+    batch_size: int | None = option(None, ge=1)
     """Images per step. For skip 4."""
     sampler: SamplerKind | None = None
     """class_pure: batches of a single class if it has enough images. random: mixed batches. sequential: in order."""
     optimizer: str | None = None
     """sgd: fused SGD with momentum. torch-sgd, or a class of torch.optim such as AdamW."""
-    text_lr: float | None = option(None, minimum=0, below=math.inf, methods="rates")
+    text_lr: float | None = option(None, ge=0, methods="rates")
     """Learning rate of the text tower. For skip 2e-5; on glyph-tiny 4e-3, or 1e-3 with data other than glyphs."""
-    image_lr: float | None = option(None, minimum=0, below=math.inf, methods="rates")
+    image_lr: float | None = option(None, ge=0, methods="rates")
     """Learning rate of the image tower. For skip 5e-6; on glyph-tiny 2e-3, or 1e-3 with data other than glyphs."""
-    patience: int | None = option(None, minimum=1)
+    patience: int | None = option(None, ge=1)
     """Stop after this number of epochs without a higher validation accuracy. By default never."""
-    warmup_epochs: int | None = option(None, minimum=0)
+    warmup_epochs: int | None = option(None, ge=0)
     """Epochs at the warm-up rate, before the cosine schedule."""
-    warmup_lr: float | None = option(None, minimum=0, below=math.inf)
+    warmup_lr: float | None = option(None, ge=0)
     """Learning rate of the warm-up."""
-    momentum: float | None = option(None, minimum=0, below=1)
+    momentum: float | None = option(None, ge=0, lt=1)
     """Momentum, for optimizers that have it."""
-    weight_decay: float | None = option(None, minimum=0, below=math.inf)
+    weight_decay: float | None = option(None, ge=0)
     """Weight decay."""
-    clip_grad_norm: float | None = option(None, above=0, below=math.inf)
+    clip_grad_norm: float | None = option(None, gt=0)
     """Largest norm of the gradients of a step; longer ones are scaled down. By default no limit."""
     fused_optimizer: bool = False
     """Update each weight inside backward and free its gradient, so that only few gradients are in memory at once."""
@@ -196,7 +188,7 @@ class CacheOptions:
     """Folder that stores features at the cut, also for later runs. By default features are kept in memory."""
     cache_dtype: CacheDtype = "bf16"
     """Type of the stored features. int8 is lossy."""
-    views: int = option(1, minimum=1)
+    views: int = option(1, ge=1)
     """Random crops per training image, used in turn by epochs; needs --cache. 1: no random crop."""
     refresh: Refresh = "never"
     """epoch: a new random crop of each training image in every epoch, computed in the background; needs --cache."""
@@ -208,9 +200,9 @@ class RunOptions:
 
     device: str = option("auto", results=False)
     """cpu, cuda, cuda:1, …. auto: cuda if available."""
-    workers: int = option(0, minimum=0, results=False)
+    workers: int = option(0, ge=0, results=False)
     """Processes that load images."""
-    seed: int = option(0, minimum=0, below=2**31)
+    seed: int = option(0, ge=0, lt=2**31)
     """Seed of the choice of training images, their order, and the classes drawn."""
 
 
@@ -218,7 +210,7 @@ class RunOptions:
 class ProcessOptions:
     """Several processes, started by torchrun."""
 
-    timeout: float = option(1800.0, above=0, below=MAX_TIMEOUT, results=False)
+    timeout: float = option(1800.0, gt=0, lt=MAX_TIMEOUT, results=False)
     """Seconds for which a process waits for the others before it fails. Longer than the slowest download, step,
     evaluation, or writing of a checkpoint."""
 
@@ -236,7 +228,7 @@ class OutputOptions:
     resume the run in that folder, with its settings."""
     delta: bool = False
     """Save only the weights that tuning changed, in delta.safetensors."""
-    log_every: int = option(50, minimum=1, results=False)
+    log_every: int = option(50, ge=1, results=False)
     """Steps between displays and checks of the loss."""
     log: tuple[str, ...] | None = option(None, results=False)
     """Loggers of each epoch: tensorboard, csv (metrics.csv), wandb, mlflow, or none. By default tensorboard if it is

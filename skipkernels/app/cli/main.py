@@ -23,7 +23,6 @@ from .blend import BlendCommand
 from .cache import CacheCommand
 from .check import CheckCommand
 from .compare import CompareCommand
-from .config_file import named_in, with_file
 from .doctor import DoctorCommand
 from .eval import EvalCommand
 from .export import ExportCommand
@@ -33,7 +32,7 @@ from .options import REGISTRY
 from .predict import PredictCommand
 from .protocol import ProtocolCommand
 from .report import ReportCommand
-from .tune import TuneCommand
+from .tune import TuneCommand, command_with_file
 from .warmup import WarmupCommand
 
 _LONGEST = 1000  # characters of an error message
@@ -80,17 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
         return code or 1
 
 
-def parse(arguments: list[str] | None) -> Command:
+def parse(arguments: list[str] | None, err: Terminal) -> Command:
     """Parse the arguments; exits the process for --help and for unknown arguments.
 
     Raises:
         InputError: If the file of --config can't be used.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    file = named_in(arguments) if arguments[:1] == ["tune"] else None
-    # The settings of the file are the defaults of the options, also in --help.
-    defaults: Any = {} if file is None else {"default": with_file(TuneCommand(), file, arguments)}
-    tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", **defaults)]
+    # The settings of the file of --config are the defaults of the options, also in --help.
+    default = command_with_file(arguments, err) if arguments[:1] == ["tune"] else TuneCommand()
+    tune: Any = Annotated[TuneCommand, tyro.conf.subcommand("tune", default=default)]
     return tyro.cli(
         tune | _Others,
         prog="skipkernels",
@@ -104,7 +102,7 @@ def parse(arguments: list[str] | None) -> Command:
 
 def _run(arguments: list[str] | None, out: Terminal, err: Terminal) -> int:
     try:
-        command = parse(arguments)
+        command = parse(arguments, err)
     except ValueError as error:  # InputError, which is not imported for --help
         from .errors import with_flags
 

@@ -93,6 +93,17 @@ def settings(options: Any) -> dict[str, Any]:
     return found
 
 
+def replaced(options: Any, values: dict[str, Any]) -> Any:
+    """Return the options of a command and of its groups with the values that have their names."""
+    changes: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if dataclasses.is_dataclass(value):
+            changes[name] = replaced(value, values)
+        elif name in values:
+            changes[name] = values[name]
+    return dataclasses.replace(options, **changes)
+
+
 @REGISTRY.struct_rule
 def _plain_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
     """Hide "(default: None)", because help texts state the default, and join the lines of help texts.

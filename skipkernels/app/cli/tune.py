@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,11 +13,13 @@ from skipkernels.app.console import Terminal
 from skipkernels.app.option_groups import OutputOptions, ProcessOptions
 
 from .blend import show as show_blend
-from .config_file import as_yaml
-from .options import Options, tune_config
+from .options import Options, replaced, tune_config
 
 if TYPE_CHECKING:
     from skipkernels.app.config import TuneConfig
+
+_OF_ONE_COMMAND = ("out", "overwrite", "resume", "trust")  # settings that a file does not give to another run
+_AS_GIVEN = ("device", "precision", "out")  # settings with defaults that depend on the machine or on other settings
 
 
 def _flag_or_path(words: list[str]) -> bool | Path:
@@ -50,8 +53,8 @@ class FileOptions:
     """Settings from a file."""
 
     config: Path | None = None
-    """YAML file with settings, such as the config.yaml of a run or the output of --print-config. Options that are given
-    here replace those of the file."""
+    """YAML or JSON file with settings, such as the config.yaml of a run or the output of --print-config. Options given
+    here replace those of the file. --out, --overwrite, --resume and --trust are not taken from it."""
     print_config: bool = False
     """Print all settings as YAML, with the defaults of the method, and exit."""
 
@@ -73,7 +76,7 @@ class TuneCommand(Options):
         from skipkernels.app.train.run_folder import blended_folder, resumed
 
         if self.file.print_config:
-            out.print(as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
+            out.print(_as_yaml(tune_config(self)).rstrip(), soft_wrap=True)
             return 0
         processes = join(self.processes.timeout)
         config = resumed(tune_config(self))
@@ -133,6 +136,38 @@ class TuneCommand(Options):
             record(config.out, blended)
             show_blend(blended, blended_folder(config.out), out)
         return 0
+
+
+def command_with_file(arguments: list[str], err: Terminal) -> TuneCommand:
+    """Return the command with the settings of the file of --config as defaults, to be replaced by the options.
+
+    The author of the file may be unknown: it may name sources only with --trust, or if an option replaces them.
+
+    Raises:
+        InputError: If the file can't be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    file = parser.parse_known_args(arguments)[0].config
+    if file is None:
+        return TuneCommand()
+    from skipkernels.app.config import TuneConfig
+
+    given = {word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
+    config = TuneConfig.from_yaml(Path(file), trust="trust" in given, given=given)
+    left_out = [name for name in _OF_ONE_COMMAND if getattr(config, name) and name not in given]
+    if left_out:
+        err.print(f"note: not taken from {file}: {', '.join(f'--{name}' for name in left_out)}", soft_wrap=True)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return replaced(TuneCommand(), {name: value for name, value in values.items() if name not in _OF_ONE_COMMAND})
+
+
+def _as_yaml(config: TuneConfig) -> str:
+    """Return the settings of a run as a file for `--config`, with the defaults of its method filled in."""
+    from skipkernels.app.config import SCHEMA_ADDRESS
+
+    resolved = dataclasses.replace(config.resolved(), **{name: getattr(config, name) for name in _AS_GIVEN})
+    return f"# yaml-language-server: $schema={SCHEMA_ADDRESS}\n{resolved.to_yaml()}"
 
 
 def _check_blend(config: TuneConfig, processes: int) -> None:

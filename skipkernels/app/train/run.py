@@ -128,7 +128,7 @@ def tune(
         settings["test"], test = test, None
     if isinstance(classes, int):
         settings["classes"], classes = classes, None
-    config = TuneConfig.of(config, **settings)
+    config = replace(config or TuneConfig(), **settings)
     open_data = None
     if dataset is not None:
         parts: Any = {"test": test, "validation": validation, "classes": classes, "name": name, "key": key}

@@ -1,10 +1,10 @@
-"""TuneConfig: defaults, refused settings, and YAML."""
+"""TuneConfig: defaults, refused settings, and files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,22 +14,81 @@ from skipkernels.app.cli.main import main
 from skipkernels.app.config import TuneConfig
 from skipkernels.app.data import InputError
 from skipkernels.app.methods import METHODS
-from skipkernels.app.schema import schema
 from tests.app.train.runs import SMALL, fails, small
+from tools.config_schema import FILE, schema
+
+# config.yaml of a run of version 0.2.0
+OF_0_2 = """
+data: glyphs
+root: /data
+download: false
+template:
+- a {}.
+shots: 2
+classes: 6
+protocol: base-to-new
+targets: null
+model: glyph-tiny
+pretrained: null
+method: full
+preset: default
+tail: null
+keep_embeddings: false
+skip_layers: 0.5
+keep_ratio: 0.5
+max_keep: 50
+decay: 0.3
+epochs: 1
+batch_size: 4
+sampler: random
+optimizer: sgd
+text_lr: 0.0005
+image_lr: 0.0002
+warmup_epochs: 0
+warmup_lr: 0.0
+momentum: 0.9
+weight_decay: 0.0005
+clip_grad_norm: 1
+fused_optimizer: false
+precision: fp32
+memory: auto
+attention: sdpa
+cache: null
+cache_dtype: bf16
+views: 1
+refresh: never
+device: cpu
+workers: 0
+seed: 0
+out: runs/glyphs-full
+overwrite: false
+resume: false
+delta: false
+log_every: 50
+"""
 
 
-def test_yaml_round_trip(tmp_path):
-    config = small(tmp_path, skip_layers=2, text_lr=1e-3, template=("a {}.", "{}"), root=tmp_path, clip_grad_norm=1.0)
-    (tmp_path / "config.yaml").write_text(config.resolved().to_yaml())
+def test_from_yaml_reads_version_0_2(tmp_path):
+    (tmp_path / "config.yaml").write_text(OF_0_2)
     read = TuneConfig.from_yaml(tmp_path / "config.yaml")
-    assert read == config.resolved() and read.template == ("a {}.", "{}") and read.root == tmp_path
+    assert read.resolved() == read.resolved().resolved()
+    assert read == TuneConfig(
+        root="/data", template=["a {}."], shots=2, classes=6, protocol="base-to-new", method="full", epochs=1,
+        batch_size=4, sampler="random", optimizer="sgd", text_lr=5e-4, image_lr=2e-4, warmup_epochs=0, warmup_lr=0,
+        momentum=0.9, weight_decay=5e-4, clip_grad_norm=1, precision="fp32", device="cpu", out="runs/glyphs-full",
+    )  # fmt: skip
 
 
-def test_yaml_round_trip_of_cache(tmp_path):
-    config = small(tmp_path, cache=tmp_path / "cache", cache_dtype="int8", views=2, workers=1).resolved()
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    read = TuneConfig.from_yaml(tmp_path / "config.yaml")
-    assert read == config and read.cache == tmp_path / "cache"
+@pytest.mark.parametrize("changes", [
+    {"skip_layers": 2, "text_lr": 1e-3, "template": ("a {}.", "{}"), "root": Path("r"), "clip_grad_norm": 1.0},
+    {"cache": Path("cache"), "cache_dtype": "int8", "views": 2, "workers": 1},
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_file_round_trip(tmp_path, changes, form):
+    config = small(tmp_path, **changes).resolved()
+    text = config.to_yaml()
+    (tmp_path / f"config.{form}").write_text(text if form == "yaml" else json.dumps(yaml.safe_load(text)))
+    assert TuneConfig.from_yaml(tmp_path / f"config.{form}") == config
 
 
 def test_strings_are_paths_and_lists_tuples(tmp_path):
@@ -123,19 +182,8 @@ def test_differs_from():
         ({"method": "lora", "tail": "fixed"}, 'tail=fixed has no effect with method="lora"'),
         ({"method": "coop", "image_lr": 1e-3}, 'image_lr=0.001 has no effect with method="coop"'),
         ({"keep_embeddings": True}, 'keep_embeddings=True has no effect with method="skip"'),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"views": 2}, "add `cache=…`"),
         ({"refresh": "epoch"}, "add `cache=…`"),
-        ({"views": 0}, "views must be at least 1; got 0"),
-        ({"workers": -1}, "workers must be at least 0; got -1"),
-        ({"text_lr": float("nan")}, "text_lr must be at least 0; got nan"),
-        ({"momentum": 1.0}, "momentum must be below 1; got 1.0"),
-        ({"clip_grad_norm": math.inf}, "clip_grad_norm must be below inf; got inf"),
-        ({"image_lr": math.inf}, "image_lr must be below inf"),
-        ({"seed": -5}, "seed must be at least 0; got -5"),
-        ({"seed": 2**31}, "seed must be below 2147483648; got 2147483648"),
-        ({"log_every": 0}, "log_every must be at least 1"),
-        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be above 0"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'; did you mean"),
         ({"optimizer": "zzz"}, "choose sgd, torch-sgd, or a class of torch.optim"),
         ({"optimizer": "LBFGS"}, "evaluates the loss several times"),
@@ -154,15 +202,46 @@ def test_resolved_refuses_settings(changes, message):
     assert "\n" not in str(error.value)
 
 
+WRONG = {
+    "seed: -5": "seed must be at least 0; got -5.",
+    "momentum: 1.0": "momentum must be below 1.0; got 1.0.",
+    "clip_grad_norm: 0": "clip_grad_norm must be above 0.0; got 0.",
+    "text_lr: .nan": "text_lr must be a finite number; got nan.",
+    "epochs: true": "epochs must be a valid integer; got True.",
+    "shots: many": "shots must be a valid integer or 'all'; got 'many'.",
+    "precision: fp8": "precision must be 'auto', 'fp32', 'bf16', 'bf16-sr' or 'fp16'; got 'fp8'.",
+    "template: 'a {}.'": "template must be a list; got 'a {}.'.",
+    "template: [1]": "template must be a valid string; got 1.",
+    "resume: 1": "resume must be a valid boolean or a path; got 1.",
+    "colour: red": "unknown setting 'colour'.",
+    "epoch: 3": "unknown setting 'epoch'; did you mean epochs?",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=WRONG)
+def test_wrong_setting_is_one_line(tmp_path, text, message, capsys):
+    """The same in Python, in the folder of a run and in a file of --config."""
+    with pytest.raises(InputError, match=f"^TuneConfig: {re.escape(message)}$"):
+        TuneConfig(**yaml.safe_load(text))
+    (tmp_path / "config.yaml").write_text(text)
+    for arguments in (["eval", tmp_path], ["tune", "--config", tmp_path / "config.yaml"]):
+        assert fails(arguments, capsys) == f"error {tmp_path / 'config.yaml'}: {message}"
+
+
+def test_wrong_option_is_one_line(capsys):
+    assert fails(["tune", "--batch-size", "0"], capsys) == "error --batch-size must be at least 1; got 0."
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model: [", "not readable as YAML"), ("just text", "expected a mapping"), ("colour: red", "unknown setting"),
-     ("shots: many", "shots must be"), ("template: {}", "template must be"), ("template: [1]", "template must be"),
-     ("epochs: true", "epochs must be")],
+    [(None, "no such file"), ("model: [", "not readable as YAML"), ("just text", "expected a mapping"),
+     ("trust: true", "trust is not taken from a file")],
 )  # fmt: skip
-def test_from_yaml_refuses_damaged_file(tmp_path, text, message, capsys):
-    (tmp_path / "config.yaml").write_text(text)
-    assert message in fails(["eval", tmp_path], capsys)
+def test_from_yaml_refuses_damaged_file(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"mine.yaml: {message}"):
+        TuneConfig.from_yaml(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(
@@ -183,38 +262,32 @@ def test_resolved_recipe_by_default_protocol():
     assert (config.epochs, config.image_lr) == (40, 1e-5)
 
 
-def test_config_file_gives_defaults_that_flags_replace(tmp_path, capsys):
+def test_config_file_gives_defaults_that_options_replace(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
-    file.write_text("shots: 3\nclasses: 9\ntemplate: ['a {}.']\nlog: [csv]\nout: some/where\n")
-    assert main(["tune", "--config", str(file), "--shots", "5", "--log", "none", "--print-config"]) == 0
-    printed = capsys.readouterr().out
-    (tmp_path / "printed.yaml").write_text(printed)
-    again = TuneConfig.from_yaml(tmp_path / "printed.yaml")
+    file.write_text("shots: 3\nclasses: 9\ntemplate: ['a {}.']\nlog: [csv]\ncache: features\n")
+    assert main(["tune", f"--config={file}", "--shots", "5", "--log", "none", "--print-config"]) == 0
+    printed, said = capsys.readouterr()
+    assert said == "" and printed.startswith("# yaml-language-server: $schema=https://")
+    file.write_text(printed)
+    again = TuneConfig.from_yaml(file)
     assert (again.shots, again.classes, again.template, again.log) == (5, 9, ("a {}.",), ("none",))
-    assert again.epochs == 8 and again.device == "auto" and again.out == Path("some/where"), "the method's defaults"
-    assert printed.startswith("# yaml-language-server: $schema=https://")
+    assert again.epochs == 8 and again.device == "auto" and again.cache == Path("features"), "the method's defaults"
 
 
-def test_config_file_of_a_run_is_another_run(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(small(tmp_path, resume=True).to_yaml())
-    assert main(["tune", f"--config={tmp_path / 'config.yaml'}", "--print-config"]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["classes"] == 12 and printed["out"] is None and printed["resume"] is False
-
-
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "mine.yaml: no such file."), ("epoch: 3", "'epoch'; did you mean epochs?")]
-)
-def test_config_file_that_can_not_be_used(tmp_path, text, message, capsys):
-    if text is not None:
-        (tmp_path / "mine.yaml").write_text(text)
-    assert message in fails(["tune", "--config", tmp_path / "mine.yaml"], capsys)
+def test_config_file_says_what_is_not_taken_from_it(tmp_path, capsys):
+    """A file describes a run; where another run goes, and what it replaces, is said by its command."""
+    file = tmp_path / "config.yaml"
+    file.write_text(small(tmp_path, overwrite=True).to_yaml())
+    assert main(["tune", "--config", str(file), "--print-config"]) == 0
+    printed, said = capsys.readouterr()
+    assert said == f"note: not taken from {file}: --out, --overwrite\n"
+    values = yaml.safe_load(printed)
+    assert values["classes"] == 12 and values["out"] is None and values["overwrite"] is False
 
 
 def test_schema_of_the_documentation_is_that_of_the_settings():
-    """Write it again with python -m skipkernels.app.schema > docs/config.schema.json."""
-    found = json.loads((Path(__file__).parents[3] / "docs" / "config.schema.json").read_text())
-    assert found == json.loads(json.dumps(schema()))
+    found = json.loads(FILE.read_text())
+    assert found == schema(), "write it again with python tools/config_schema.py"
     properties = found["properties"]
     assert {*properties, "trust"} == {field.name for field in dataclasses.fields(TuneConfig)}
     assert all(setting["description"] for setting in properties.values())
